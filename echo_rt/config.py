@@ -1,0 +1,345 @@
+"""What a model is: frozen dataclasses, checked when made, every size derived from the few that are free.
+
+The names are those of the field: a *latent frame* is one time step of the VAE's latent video, a *block* is the
+group of latent frames that is generated together, a *token* is one patch of a latent frame.
+
+Attention sees three kinds of frames: the *sink* (the first frames of the video, kept for ever), the *memory*
+(a fixed number of frames' worth of tokens that evolves) and the *local window* (the most recent frames, the
+block being generated included). Sources: arXiv 2606.04527 and its released recipes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from echo_rt.errors import ConfigError
+
+
+def _require_positive(owner: str, **values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{owner}: {name} must be a positive integer, got {value!r}")
+
+
+def _known_fields(cls: type, source: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ``source`` that are fields of ``cls``, lists made tuples so that the result can be hashed."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in source.items() if k in names}
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Widths and depths of the diffusion transformer (Wan's ``config.json``).
+
+    The defaults are those of Wan2.1-T2V-1.3B for what its ``config.json`` does not name.
+    """
+
+    dim: int
+    ffn_dim: int
+    freq_dim: int
+    num_heads: int
+    num_layers: int
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    text_len: int = 512
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "transformer",
+            dim=self.dim,
+            ffn_dim=self.ffn_dim,
+            freq_dim=self.freq_dim,
+            num_heads=self.num_heads,
+            num_layers=self.num_layers,
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            text_dim=self.text_dim,
+            text_len=self.text_len,
+        )
+        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
+            raise ConfigError(f"transformer: patch_size must be (1, rows, columns), got {self.patch_size}")
+        if self.in_channels != self.out_channels:
+            raise ConfigError(
+                "transformer: a text-to-video model has as many input as output channels, "
+                f"got in {self.in_channels} and out {self.out_channels}"
+            )
+        if self.dim % self.num_heads:
+            raise ConfigError(f"transformer: dim {self.dim} is not a multiple of num_heads {self.num_heads}")
+        if self.freq_dim % 2:
+            raise ConfigError(f"transformer: freq_dim must be even, got {self.freq_dim}")
+        if self.head_dim % 2 or self.head_dim < 6:
+            raise ConfigError(
+                f"transformer: the head size must be even and at least 6 for three rotary parts, got "
+                f"dim {self.dim} / num_heads {self.num_heads} = {self.head_dim}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def rope_dims(self) -> tuple[int, int, int]:
+        """Channels of a head that turn with the frame, the row and the column."""
+        spatial = 2 * (self.head_dim // 6)
+        return self.head_dim - 2 * spatial, spatial, spatial
+
+    @property
+    def patch_area(self) -> int:
+        return self.patch_size[1] * self.patch_size[2]
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """What a block attends to, in latent frames, and the largest temporal RoPE id the model was trained with."""
+
+    frames_per_block: int = 3
+    sink_frames: int = 3
+    local_frames: int = 9
+    max_temporal_id: int = 20
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "window",
+            frames_per_block=self.frames_per_block,
+            sink_frames=self.sink_frames,
+            local_frames=self.local_frames,
+            max_temporal_id=self.max_temporal_id,
+        )
+        for name, frames in (("sink_frames", self.sink_frames), ("local_frames", self.local_frames)):
+            if frames % self.frames_per_block:
+                raise ConfigError(
+                    f"window: {name} must be a multiple of frames_per_block {self.frames_per_block}, got {frames}"
+                )
+        # With memory the bound is tighter; ModelConfig, which knows the memory, checks that one.
+        if self.sink_frames + self.local_frames > self.max_temporal_id + 1:
+            raise ConfigError(
+                f"window: sink_frames {self.sink_frames} + local_frames {self.local_frames} need "
+                f"{self.sink_frames + self.local_frames} temporal ids, but max_temporal_id {self.max_temporal_id} "
+                f"leaves {self.max_temporal_id + 1}"
+            )
+
+    @property
+    def cached_frames(self) -> int:
+        return self.sink_frames + self.local_frames
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The evolving memory: how many frames' worth of tokens, and the two facts in which the recipes differ."""
+
+    frames: int = 3
+    layers: int = 2
+    normalize_k: bool = False
+    rebuild_on_prompt_switch: bool = True
+    ffn_multiplier: int = 4
+
+    def __post_init__(self) -> None:
+        _require_positive("memory", frames=self.frames, layers=self.layers, ffn_multiplier=self.ffn_multiplier)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """The few-step schedule: which of the training timesteps are visited, and the timestep of the context pass."""
+
+    denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
+    timestep_shift: float = 5.0
+    context_timestep: float = 0.0
+    num_train_timesteps: int = 1000
+
+    def __post_init__(self) -> None:
+        steps = self.denoising_steps
+        valid = all(isinstance(s, int) and 1 <= s <= self.num_train_timesteps for s in steps)
+        if not steps or not valid or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+            raise ConfigError(
+                f"sampler: denoising_steps must be falling integers in 1..{self.num_train_timesteps}, got {list(steps)}"
+            )
+        if not self.timestep_shift > 0:
+            raise ConfigError(f"sampler: timestep_shift must be above 0, got {self.timestep_shift}")
+        if not 0 <= self.context_timestep <= self.num_train_timesteps:
+            raise ConfigError(
+                f"sampler: context_timestep must be in 0..{self.num_train_timesteps}, got {self.context_timestep}"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the arithmetic of a rollout: transformer, window, memory, schedule, latent size."""
+
+    transformer: TransformerConfig
+    latent_height: int
+    latent_width: int
+    window: WindowConfig = WindowConfig()
+    memory: MemoryConfig | None = None
+    sampler: SamplerConfig = SamplerConfig()
+
+    def __post_init__(self) -> None:
+        _require_positive("latent size", latent_height=self.latent_height, latent_width=self.latent_width)
+        _, patch_rows, patch_columns = self.transformer.patch_size
+        if self.latent_height % patch_rows or self.latent_width % patch_columns:
+            raise ConfigError(
+                f"latent size {self.latent_width}x{self.latent_height} is not a whole number of "
+                f"{patch_columns}x{patch_rows} patches"
+            )
+        if self.memory is None:
+            return
+        window, frames = self.window, self.memory.frames
+        if frames > window.frames_per_block:
+            raise ConfigError(
+                f"memory: {frames} memory frames are more than frames_per_block {window.frames_per_block}; "
+                "their ids would run into the sink"
+            )
+        needed = window.sink_frames + frames + window.local_frames
+        if needed > window.max_temporal_id + 1:
+            raise ConfigError(
+                f"window: sink_frames {window.sink_frames} + memory frames {frames} + local_frames "
+                f"{window.local_frames} need {needed} temporal ids, but max_temporal_id {window.max_temporal_id} "
+                f"leaves {window.max_temporal_id + 1}"
+            )
+
+    @classmethod
+    def from_flat(cls, source: Mapping[str, Any]) -> ModelConfig:
+        """The config of one flat JSON object, as golden bundles and snapshots carry it; unknown keys are ignored."""
+        try:
+            transformer = _known_fields(TransformerConfig, source)
+            transformer.setdefault("out_channels", transformer.get("in_channels", 16))
+            memory = source.get("memory")
+            return cls(
+                transformer=TransformerConfig(**transformer),
+                latent_height=source["latent_height"],
+                latent_width=source["latent_width"],
+                window=WindowConfig(**_known_fields(WindowConfig, source)),
+                memory=None if memory is None else MemoryConfig(**_known_fields(MemoryConfig, memory)),
+                sampler=SamplerConfig(**_known_fields(SamplerConfig, source)),
+            )
+        except KeyError as missing:
+            raise ConfigError(f"the config lacks {missing.args[0]!r}") from None
+        except TypeError as error:
+            raise ConfigError(f"the config does not describe a model: {error}") from None
+
+    def to_flat(self) -> dict[str, Any]:
+        """The inverse of :meth:`from_flat`: plain JSON types."""
+        flat: dict[str, Any] = {}
+        for part in (self.transformer, self.window, self.sampler):
+            flat.update(dataclasses.asdict(part))
+        flat["latent_height"], flat["latent_width"] = self.latent_height, self.latent_width
+        flat["memory"] = None if self.memory is None else dataclasses.asdict(self.memory)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens in a latent frame."""
+        _, patch_rows, patch_columns = self.transformer.patch_size
+        return self.latent_height // patch_rows, self.latent_width // patch_columns
+
+    @property
+    def tokens_per_frame(self) -> int:
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def tokens_per_block(self) -> int:
+        return self.window.frames_per_block * self.tokens_per_frame
+
+    @property
+    def memory_frames(self) -> int:
+        return 0 if self.memory is None else self.memory.frames
+
+    @property
+    def memory_tokens(self) -> int:
+        return self.memory_frames * self.tokens_per_frame
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape of one latent frame: channels, height, width."""
+        return self.transformer.in_channels, self.latent_height, self.latent_width
+
+
+# Per-channel statistics of Wan2.1's latents: what the transformer sees is (latent - mean) / std.
+_WAN_LATENTS_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+_WAN_LATENTS_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """The causal video VAE; the defaults are those of Wan2.1."""
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = _WAN_LATENTS_MEAN
+    latents_std: tuple[float, ...] = _WAN_LATENTS_STD
+
+    def __post_init__(self) -> None:
+        _require_positive("vae", base_dim=self.base_dim, z_dim=self.z_dim, num_res_blocks=self.num_res_blocks)
+        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            raise ConfigError(
+                f"vae: temporal_downsample must name one choice between each two of the {len(self.dim_mult)} "
+                f"resolutions, got {len(self.temporal_downsample)}"
+            )
+        if len(self.latents_mean) != self.z_dim or len(self.latents_std) != self.z_dim:
+            raise ConfigError(
+                f"vae: latents_mean and latents_std must have z_dim {self.z_dim} entries, "
+                f"got {len(self.latents_mean)} and {len(self.latents_std)}"
+            )
+
+    @classmethod
+    def from_flat(cls, source: Mapping[str, Any]) -> VaeConfig:
+        """The config of one flat JSON object; unknown keys are ignored."""
+        return cls(**_known_fields(cls, source))
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels of the video on a side of one latent pixel."""
+        return 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def temporal_stride(self) -> int:
+        """Video frames that one latent frame decodes to (the first latent of a video decodes to one)."""
+        return int(2 ** sum(self.temporal_downsample))
+
+    def video_frames(self, latent_frames: int) -> int:
+        """Video frames that the first ``latent_frames`` latents of a stream decode to."""
+        return 0 if latent_frames == 0 else 1 + self.temporal_stride * (latent_frames - 1)
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """The umT5 encoder; the defaults are those of umT5-xxl."""
+
+    vocab_size: int = 256384
+    d_model: int = 4096
+    d_attn: int = 4096
+    d_ff: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.d_attn % self.num_heads:
+            raise ConfigError(f"text encoder: d_attn {self.d_attn} is not a multiple of num_heads {self.num_heads}")
+
+    @classmethod
+    def from_flat(cls, source: Mapping[str, Any]) -> TextEncoderConfig:
+        """The config of one flat JSON object; unknown keys are ignored."""
+        return cls(**_known_fields(cls, source))
+
+    @property
+    def d_kv(self) -> int:
+        return self.d_attn // self.num_heads

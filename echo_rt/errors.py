@@ -1,0 +1,45 @@
+"""Every error that echo-rt raises on purpose.
+
+``EchoError`` is what a caller can act on: its message is one line that says what was expected and what came.
+The command line prints it without a traceback and exits with ``exit_code``.
+"""
+
+from __future__ import annotations
+
+
+class EchoError(Exception):
+    """Base of all deliberate errors; ``exit_code`` is what the command line exits with."""
+
+    exit_code = 2
+
+
+class ConfigError(EchoError):
+    """A size, window, schedule or option that the model cannot have."""
+
+
+class WeightsError(EchoError):
+    """A weight folder or file that is missing, damaged, or does not hold the model it should."""
+
+
+class PromptError(EchoError):
+    """A prompt, or prompt embeddings, that cannot be used."""
+
+
+class StreamError(EchoError):
+    """A stream or runtime used in a way its state does not allow (closed, already live, other model's snapshot)."""
+
+
+class BackendError(EchoError):
+    """A backend or device that was asked for and is not there."""
+
+
+class OutputError(EchoError):
+    """A file that cannot be written: folder missing, permission, disk full."""
+
+    exit_code = 1
+
+
+class NumericalError(EchoError):
+    """NaN or infinity where numbers should be."""
+
+    exit_code = 1
