@@ -1,0 +1,1 @@
+"""What a stream can be written to: a video, its latents, a contact sheet."""

@@ -1,0 +1,91 @@
+"""The evolving memory: memory queries attend to what leaves the local window, and a gate blends the result in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear, rms_norm
+
+from echo_rt.config import ModelConfig
+from echo_rt.ops import Ops
+
+
+@dataclass(frozen=True)
+class _EncoderLayer:
+    norm1: Tensor
+    q: tuple[Tensor, Tensor]
+    norm_q: Tensor
+    o: tuple[Tensor, Tensor]
+    norm2: Tensor
+    ffn_in: tuple[Tensor, Tensor]
+    ffn_out: tuple[Tensor, Tensor]
+
+
+class MemoryEncoder:
+    """Weights of the memory encoder; the state itself belongs to the stream (:mod:`echo_rt.state`)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        ops: Ops,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        assert config.memory is not None
+        self._ops, self._eps = ops, config.transformer.eps
+        self._dim = config.transformer.dim
+        self._heads = (config.transformer.num_heads, config.transformer.head_dim)
+
+        def matrix(name: str) -> Tensor:
+            return tensors[name].to(device, dtype)
+
+        def pair(name: str) -> tuple[Tensor, Tensor]:
+            return matrix(f"{name}.weight"), matrix(f"{name}.bias")
+
+        self.query_init = matrix("query_init")[0]
+        self._layers = [
+            _EncoderLayer(
+                norm1=matrix(f"layers.{i}.norm1.weight"),
+                q=pair(f"layers.{i}.q"),
+                norm_q=tensors[f"layers.{i}.norm_q.weight"].to(device, torch.float32),
+                o=pair(f"layers.{i}.o"),
+                norm2=matrix(f"layers.{i}.norm2.weight"),
+                ffn_in=pair(f"layers.{i}.ffn.0"),
+                ffn_out=pair(f"layers.{i}.ffn.2"),
+            )
+            for i in range(config.memory.layers)
+        ]
+        self._connector_in, self._connector_out = pair("connector_proj.0"), pair("connector_proj.2")
+        self._connector_norm = tensors["connector_proj.3.weight"].to(device, torch.float32)
+        self._gate = pair("gate_linear")
+        self._to_k, self._to_v = pair("to_k"), pair("to_v")
+        self._norm_k_out = matrix("norm_k_out.weight") if config.memory.normalize_k else None
+
+    def update(self, state: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        """``out [M, dim]`` (written) = the state after it has seen unrotated keys ``k`` and values ``v [n, H, d]``.
+
+        ``out`` must not be ``state``: the first pass of the evicting block still uses the old one.
+        """
+        s = state
+        for layer in self._layers:
+            q = linear(self._norm(s, layer.norm1), *layer.q)
+            s = s + linear(self._ops.memory_attention(q, layer.norm_q, k, v, self._eps), *layer.o)
+            hidden = gelu(linear(self._norm(s, layer.norm2), *layer.ffn_in), approximate="tanh")
+            s = s + linear(hidden, *layer.ffn_out)
+        candidate = linear(gelu(linear(s, *self._connector_in), approximate="tanh"), *self._connector_out)
+        self._ops.gated_update(state, candidate, self._connector_norm, *self._gate, out, self._eps)
+
+    def keys_values(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The memory's unrotated keys and its values, ``[M, H, d]`` each, one pair for all layers."""
+        k = linear(state, *self._to_k)
+        if self._norm_k_out is not None:
+            k = self._norm(k, self._norm_k_out)
+        return k.unflatten(-1, self._heads), linear(state, *self._to_v).unflatten(-1, self._heads)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, (self._dim,), weight, self._eps)

@@ -1,0 +1,276 @@
+"""From a prompt to its embeddings: cleaning, tokens, the umT5 encoder, and embeddings kept in a file.
+
+The encoder is the library's ``UMT5EncoderModel`` with Wan's weights in it. Its weights stay in the (narrow) type they
+are stored in, its arithmetic is float32: umT5 does not scale its attention scores, so 8 bits of mantissa cost 4% of the
+result, and float16 overflows in its feed-forward layers. A prompt is encoded once, so the wider arithmetic is cheap.
+"""
+
+from __future__ import annotations
+
+import gc
+import html
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ftfy
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from echo_rt.config import TextEncoderConfig
+from echo_rt.errors import OutputError, PromptError, StreamError, WeightsError
+from echo_rt.weights.files import check_tensors
+from echo_rt.weights.keymaps import umt5_to_transformers
+from echo_rt.weights.shapes import text_encoder_shapes
+
+_EMBEDS_KEY = "prompt_embeds"
+_PROMPT_KEY = "prompt"
+_PROBE = "a"  # any text: what comes after its tokens is what the tokenizer appends
+
+
+def clean_prompt(text: str) -> str:
+    """The prompt as Wan's models were trained to see it: mended Unicode, no HTML entities, single spaces.
+
+    Errors: ``PromptError`` when ``text`` is not a string or nothing is left of it.
+    """
+    if not isinstance(text, str):
+        raise PromptError(f"a prompt must be a string, got {type(text).__name__}")
+    mended = html.unescape(html.unescape(ftfy.fix_text(text)))
+    cleaned = re.sub(r"\s+", " ", mended).strip()
+    if not cleaned:
+        raise PromptError("the prompt is empty: expected some text")
+    return cleaned
+
+
+class _Float32Block(nn.Module):
+    """Runs a layer in float32 whatever its weights are stored in; only this one layer's copies exist at a time."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        widened = {name: weight.float() for name, weight in self.block.named_parameters()}
+        return torch.func.functional_call(self.block, widened, args, kwargs)
+
+
+def _build_umt5(config: TextEncoderConfig, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Any:
+    """The library's encoder with ``tensors`` (original names) as its weights, nothing initialized in between."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    library_config = UMT5Config(
+        vocab_size=config.vocab_size,
+        d_model=config.d_model,
+        d_kv=config.d_kv,
+        d_ff=config.d_ff,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        relative_attention_num_buckets=config.relative_attention_num_buckets,
+        relative_attention_max_distance=config.relative_attention_max_distance,
+        layer_norm_epsilon=config.eps,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        # The one implementation that every supported version of the library has.
+        attn_implementation="eager",
+    )
+    with torch.device("meta"):
+        model = UMT5EncoderModel(library_config)
+
+    weights: dict[str, Tensor] = {}
+    for name in text_encoder_shapes(config):
+        stored = tensors[name]
+        # Only ever narrowed: widening costs memory and changes nothing, the arithmetic is float32 anyway.
+        keep = stored.dtype.itemsize <= dtype.itemsize
+        weights[umt5_to_transformers(name)] = stored.to(device, stored.dtype if keep else dtype)
+    weights["encoder.embed_tokens.weight"] = weights["shared.weight"]  # one table under two names
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.encoder.final_layer_norm.float()
+    model.encoder.block = nn.ModuleList(_Float32Block(block) for block in model.encoder.block)
+    return model.eval().requires_grad_(False)
+
+
+def _load_tokenizer(folder: Path, vocab_size: int) -> Any:
+    if not folder.is_dir():
+        # The library would take the name of a folder that does not exist for that of a model on the network.
+        raise WeightsError(f"{folder}: expected the tokenizer's folder, found none")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library raises anything from OSError to bare Exception for a damaged file
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise WeightsError(f"{folder}: no tokenizer can be loaded from here: {reason}") from error
+    if len(tokenizer) > vocab_size:
+        raise WeightsError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the text encoder's table only {vocab_size}"
+        )
+    probe = tokenizer(_PROBE).input_ids
+    if tokenizer.eos_token_id is None or not probe or probe[-1] != tokenizer.eos_token_id:
+        raise WeightsError(f"{folder}: expected a tokenizer that appends an end token, got {probe} for {_PROBE!r}")
+    return tokenizer
+
+
+class TextEncoder:
+    """Wan's umT5 text encoder and its tokenizer.
+
+    Args:
+        config: sizes of the encoder.
+        tensors: its weights under Wan's names; held against the config by name and shape.
+        tokenizer_path: the tokenizer's folder; ``None`` for an encoder that only takes token ids.
+        text_len: the most tokens of a prompt that the video model takes, the end token included.
+        device: where the encoder runs.
+        dtype: the widest type in which weights are kept; the arithmetic and the results are float32.
+
+    Errors: ``WeightsError`` for tensors that do not fit or a tokenizer that cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: TextEncoderConfig,
+        tensors: Mapping[str, Tensor],
+        tokenizer_path: Path | None,
+        *,
+        text_len: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.config = config
+        self.text_len = text_len
+        self.device = torch.device(device)
+        check_tensors(tensors, text_encoder_shapes(config), "text encoder")
+        # The tokenizer first: it is quick to load and quick to be found missing.
+        self._tokenizer = None if tokenizer_path is None else _load_tokenizer(Path(tokenizer_path), config.vocab_size)
+        self._model: Any = _build_umt5(config, tensors, self.device, dtype)
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Token ids of the cleaned prompt, the end token last; warns and cuts where there are more than ``text_len``.
+
+        Errors: ``PromptError`` as :func:`clean_prompt`; ``StreamError`` for an encoder made without a tokenizer.
+        """
+        if self._tokenizer is None:
+            raise StreamError("this text encoder has no tokenizer: it was closed, or made without one")
+        ids: list[int] = self._tokenizer(clean_prompt(prompt), verbose=False).input_ids
+        if len(ids) > self.text_len:
+            warnings.warn(
+                f"the prompt has {len(ids)} tokens, the model takes {self.text_len}: the rest is left out", stacklevel=3
+            )
+            ids = [*ids[: self.text_len - 1], ids[-1]]
+        return ids
+
+    def encode(self, prompt: str) -> Tensor:
+        """Embeddings of a prompt.
+
+        Returns ``[length, d_model]`` float32 on the encoder's device; ``length`` counts the tokens with the end token,
+        at most ``text_len``. Wan pads them with zeros to ``text_len``; that is left to the caller.
+
+        Errors: ``PromptError`` for what is not a string or is empty; ``StreamError`` after :meth:`close`.
+        """
+        ids = torch.tensor([self.tokenize(prompt)], dtype=torch.long)
+        return self.encode_ids(ids, torch.ones_like(ids))[0]
+
+    @torch.no_grad()
+    def encode_ids(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embeddings of token ids ``[n, L]`` with a mask ``[n, L]`` (1 for a token, 0 for padding).
+
+        Returns ``[n, L, d_model]`` float32, zero where masked.
+
+        Errors: ``PromptError`` for ids outside the vocabulary or shapes that differ; ``StreamError`` after
+        :meth:`close`.
+        """
+        if self._model is None:
+            raise StreamError("this text encoder is closed")
+        if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape or input_ids.numel() == 0:
+            raise PromptError(
+                f"expected token ids and a mask of one shape [n, length], got {list(input_ids.shape)} and "
+                f"{list(attention_mask.shape)}"
+            )
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise PromptError(f"token ids must be in 0..{self.config.vocab_size - 1}, got {low}..{high}")
+        ids = input_ids.to(self.device, torch.long)
+        mask = attention_mask.to(self.device, torch.long)
+        # Embeddings go in as float32, and so does everything that is computed from them.
+        embedded = self._model.shared(ids).float()
+        hidden: Tensor = self._model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
+        return hidden * mask.unsqueeze(-1)
+
+    def close(self) -> None:
+        """Drops the weights and gives their memory back; the encoder cannot be used any more."""
+        self._model = self._tokenizer = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> TextEncoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_prompt_embeds(embeds: Tensor, text_dim: int, text_len: int) -> None:
+    """Raises ``PromptError`` unless ``embeds`` is ``[length, text_dim]``, finite, with ``1 <= length <= text_len``."""
+    if not isinstance(embeds, Tensor):
+        raise PromptError(f"prompt embeddings must be a tensor, got {type(embeds).__name__}")
+    shape = list(embeds.shape)
+    if embeds.ndim != 2:
+        raise PromptError(f"prompt embeddings must be [length, {text_dim}], got {shape}")
+    if not embeds.is_floating_point():
+        raise PromptError(f"prompt embeddings must be floating point, got {embeds.dtype}")
+    if embeds.shape[1] != text_dim:
+        raise PromptError(f"prompt embeddings are {embeds.shape[1]} wide, the model takes {text_dim}")
+    if not 1 <= embeds.shape[0] <= text_len:
+        raise PromptError(f"prompt embeddings have {embeds.shape[0]} tokens, the model takes 1 to {text_len}")
+    if not bool(embeds.isfinite().all()):
+        raise PromptError(f"prompt embeddings {shape} hold NaN or infinity")
+
+
+def save_prompt_embeds(path: str | Path, embeds: Tensor, prompt: str | None = None) -> None:
+    """Writes embeddings ``[length, text_dim]`` (and the prompt they are of) to a safetensors file, all or nothing.
+
+    Errors: ``PromptError`` for embeddings that :func:`load_prompt_embeds` would refuse; ``OutputError`` when the file
+    cannot be written.
+    """
+    path = Path(path)
+    check_prompt_embeds(embeds, embeds.shape[-1] if isinstance(embeds, Tensor) and embeds.ndim else 0, len(embeds))
+    metadata = {} if prompt is None else {_PROMPT_KEY: prompt}
+    data = safetensors.torch.save({_EMBEDS_KEY: embeds.detach().cpu().contiguous()}, metadata)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot write the prompt embeddings: {error.strerror or error}") from error
+
+
+def load_prompt_embeds(path: str | Path) -> tuple[Tensor, str | None]:
+    """Embeddings ``[length, text_dim]`` and the prompt they are of, where the file names it.
+
+    Whether they fit a model is for :func:`check_prompt_embeds`, with that model's sizes.
+
+    Errors: ``PromptError`` for a file that is missing, damaged, or holds something else.
+    """
+    path = Path(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            if _EMBEDS_KEY not in names:
+                raise PromptError(f"{path}: expected a tensor {_EMBEDS_KEY!r}, found {', '.join(names[:3]) or 'none'}")
+            embeds: Tensor = file.get_tensor(_EMBEDS_KEY)
+            prompt = (file.metadata() or {}).get(_PROMPT_KEY)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise PromptError(f"{path}: cannot read prompt embeddings: {error}") from error
+    try:
+        check_prompt_embeds(embeds, embeds.shape[-1] if embeds.ndim else 0, embeds.shape[0] if embeds.ndim else 0)
+    except PromptError as error:
+        raise PromptError(f"{path}: {error}") from None
+    return embeds, prompt

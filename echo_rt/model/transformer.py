@@ -1,0 +1,193 @@
+"""Wan's diffusion transformer, one block of latent frames at a time.
+
+The self-attention over the cache is a function that the caller passes in: where keys are kept, which are attended
+to and how they are rotated is the rollout's business (:mod:`echo_rt.rollout`), not the transformer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear, rms_norm, silu
+
+from echo_rt.config import TransformerConfig
+from echo_rt.model.attention import attention
+from echo_rt.ops import Ops
+
+# (layer, the layer's weights, its QKV product [n, 3·dim]) -> attention output [n, dim]
+SelfAttention = Callable[[int, "LayerWeights", Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix product's weight ``[out, in]`` and bias ``[out]``."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One transformer block. Norm weights are float32, matrices the model's dtype."""
+
+    qkv: Linear
+    norm_q: Tensor
+    norm_k: Tensor
+    self_out: Linear
+    cross_norm_scale: Tensor
+    cross_norm_shift: Tensor
+    cross_q: Linear
+    cross_norm_q: Tensor
+    cross_k: Linear
+    cross_norm_k: Tensor
+    cross_v: Linear
+    cross_out: Linear
+    ffn_in: Linear
+    ffn_out: Linear
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return gelu(x, approximate="tanh")
+
+
+class _Loader:
+    """Hands out tensors by their original names, on the model's device and in its dtype."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+        self._tensors, self._device, self._dtype = tensors, device, dtype
+
+    def matrix(self, name: str) -> Tensor:
+        return self._tensors[name].to(self._device, self._dtype)
+
+    def vector(self, name: str) -> Tensor:
+        return self._tensors[name].to(self._device, torch.float32)
+
+    def linear(self, *names: str) -> Linear:
+        """One product for several projections of the same input, stacked along the output."""
+        weights = [self.matrix(f"{name}.weight") for name in names]
+        biases = [self.matrix(f"{name}.bias") for name in names]
+        if len(names) == 1:
+            return Linear(weights[0], biases[0])
+        return Linear(torch.cat(weights), torch.cat(biases))
+
+    def linear_float32(self, name: str) -> Linear:
+        return Linear(self.vector(f"{name}.weight"), self.vector(f"{name}.bias"))
+
+    def layer(self, index: int) -> LayerWeights:
+        block = f"blocks.{index}"
+        own, cross = f"{block}.self_attn", f"{block}.cross_attn"
+        return LayerWeights(
+            qkv=self.linear(f"{own}.q", f"{own}.k", f"{own}.v"),
+            norm_q=self.vector(f"{own}.norm_q.weight"),
+            norm_k=self.vector(f"{own}.norm_k.weight"),
+            self_out=self.linear(f"{own}.o"),
+            cross_norm_scale=self.vector(f"{block}.norm3.weight"),
+            cross_norm_shift=self.vector(f"{block}.norm3.bias"),
+            cross_q=self.linear(f"{cross}.q"),
+            cross_norm_q=self.matrix(f"{cross}.norm_q.weight"),
+            cross_k=self.linear(f"{cross}.k"),
+            cross_norm_k=self.matrix(f"{cross}.norm_k.weight"),
+            cross_v=self.linear(f"{cross}.v"),
+            cross_out=self.linear(f"{cross}.o"),
+            ffn_in=self.linear(f"{block}.ffn.0"),
+            ffn_out=self.linear(f"{block}.ffn.2"),
+        )
+
+
+class Transformer:
+    """The weights of the transformer and its forward pass.
+
+    ``timesteps`` are all that will ever be used: the modulation of every layer is computed for each of them here,
+    once (``modulations [timesteps, layers, 6, dim]`` and ``head_modulations [timesteps, 2, dim]``, float32, the
+    ``1 +`` of the scales included).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        tensors: Mapping[str, Tensor],
+        timesteps: list[float],
+        ops: Ops,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
+        self._ops = ops
+        load = _Loader(tensors, device, dtype)
+        self.layers = [load.layer(index) for index in range(config.num_layers)]
+        patch_weight = load.matrix("patch_embedding.weight").flatten(1)
+        self._patch = Linear(patch_weight, load.matrix("patch_embedding.bias"))
+        self._text_in, self._text_out = load.linear("text_embedding.0"), load.linear("text_embedding.2")
+        self._head = load.linear("head.head")
+        self._build_modulations(load, timesteps)
+
+    def _build_modulations(self, load: _Loader, timesteps: list[float]) -> None:
+        half = self.config.freq_dim // 2
+        exponents = torch.arange(half, dtype=torch.float64, device=self.device) / half
+        t = torch.tensor(timesteps, dtype=torch.float64, device=self.device)
+        angles = t[:, None] * self.config.rope_theta**-exponents
+        sinusoid = torch.cat((angles.cos(), angles.sin()), dim=-1).float()
+        hidden = silu(load.linear_float32("time_embedding.0")(sinusoid))
+        e = load.linear_float32("time_embedding.2")(hidden)
+        e0 = load.linear_float32("time_projection.1")(silu(e)).unflatten(-1, (-1, self.config.dim))
+        rows = [load.vector(f"blocks.{index}.modulation") for index in range(self.config.num_layers)]
+        self.modulations = torch.cat(rows)[None] + e0[:, None]
+        self.modulations[:, :, [1, 4]] += 1
+        self.head_modulations = load.vector("head.modulation") + e[:, None]
+        self.head_modulations[:, 1] += 1
+
+    def encode_text(self, prompt_embeds: Tensor, text_kv: Tensor) -> None:
+        """Write each layer's text keys and values into ``text_kv [layers, 2, text_len, heads, head_dim]``.
+
+        ``prompt_embeds [length <= text_len, text_dim]``; the rest of the text is zeros, which are attended to.
+        """
+        text = torch.zeros(self.config.text_len, self.config.text_dim, device=self.device, dtype=self.dtype)
+        text[: prompt_embeds.shape[0]] = prompt_embeds
+        text = self._text_out(_gelu_tanh(self._text_in(text)))
+        width = text_kv.shape[-2:]
+        for layer, (keys, values) in zip(self.layers, text_kv, strict=True):
+            normed = rms_norm(layer.cross_k(text), (self.config.dim,), layer.cross_norm_k, self.config.eps)
+            keys.copy_(normed.unflatten(-1, width))
+            values.copy_(layer.cross_v(text).unflatten(-1, width))
+
+    def forward(self, latents: Tensor, timestep: int, text_kv: Tensor, self_attention: SelfAttention) -> Tensor:
+        """The flow of ``latents [F, C, h, w]`` at ``timesteps[timestep]``, in the model's dtype and the same shape."""
+        eps, ops = self.config.eps, self._ops
+        x = self._patch(self._patchify(latents.to(self.dtype)))
+        modulations = self.modulations[timestep]
+        shift, scale = self.head_modulations[timestep]
+        y = ops.modulated_layer_norm(x, modulations[0, 0], modulations[0, 1], eps)
+        for index, (layer, m) in enumerate(zip(self.layers, modulations, strict=True)):
+            y = layer.self_out(self_attention(index, layer, layer.qkv(y)))
+            y = ops.gated_residual_norm(x, y, m[2], layer.cross_norm_shift, layer.cross_norm_scale, eps)
+            y = self._cross_attention(layer, y, text_kv[index])
+            y = ops.gated_residual_norm(x, y, None, m[3], m[4], eps)
+            y = layer.ffn_out(_gelu_tanh(layer.ffn_in(y)))
+            last = index + 1 == len(self.layers)
+            following = (shift, scale) if last else (modulations[index + 1, 0], modulations[index + 1, 1])
+            y = ops.gated_residual_norm(x, y, m[5], *following, eps)
+        return self._unpatchify(self._head(y), latents)
+
+    def _cross_attention(self, layer: LayerWeights, y: Tensor, text_kv: Tensor) -> Tensor:
+        q = rms_norm(layer.cross_q(y), (self.config.dim,), layer.cross_norm_q, self.config.eps)
+        return layer.cross_out(attention(q.unflatten(-1, text_kv.shape[-2:]), text_kv[0], text_kv[1]))
+
+    def _patchify(self, latents: Tensor) -> Tensor:
+        """``[F, C, h, w]`` -> tokens ``[F·S, C·patch]`` in the order frame, row, column."""
+        _, rows, columns = self.config.patch_size
+        patches = latents.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # F C h/r r w/c c
+        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+
+    def _unpatchify(self, tokens: Tensor, like: Tensor) -> Tensor:
+        """The inverse, from the head's order: patch row, patch column, channel."""
+        frames, channels, height, width = like.shape
+        _, rows, columns = self.config.patch_size
+        patches = tokens.view(frames, height // rows, width // columns, rows, columns, channels)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(like.shape)

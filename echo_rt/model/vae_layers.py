@@ -1,0 +1,193 @@
+"""What the VAE's encoder and decoder are made of.
+
+Activations are channels-last ``[frames, height, width, channels]``, contiguous. Every convolution that looks back
+in time reads a :class:`CausalWindow`: the frames it still has to remember, followed by room for the new ones. What
+comes before it writes straight into that room, so history is never concatenated, padded or cloned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from echo_rt.errors import WeightsError
+from echo_rt.ops import Ops
+from echo_rt.weights.shapes import Shapes
+
+_NORM_FLOOR = 1e-12
+
+
+class VaeWeights:
+    """The tensors of one half of the VAE, checked, on their device, in the layouts the layers want."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        expected: Shapes,
+        owner: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        for name, shape in expected.items():
+            if name not in tensors:
+                raise WeightsError(f"{owner}: expected tensor {name} of shape {list(shape)}, it is missing")
+            if tuple(tensors[name].shape) != shape:
+                raise WeightsError(
+                    f"{owner}: expected tensor {name} of shape {list(shape)}, got {list(tensors[name].shape)}"
+                )
+        self._tensors = tensors
+        self.device, self.dtype = device, dtype
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def convolution(self, name: str) -> tuple[Tensor, Tensor]:
+        """Weight, channels-last, and bias of a 2-D or 3-D convolution."""
+        weight = self._tensors[f"{name}.weight"].to(self.device, self.dtype)
+        layout = torch.channels_last_3d if weight.dim() == 5 else torch.channels_last
+        return weight.contiguous(memory_format=layout), self._tensors[f"{name}.bias"].to(self.device, self.dtype)
+
+    def pointwise(self, name: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Weight ``[out, in]`` and bias of a convolution whose kernel is a single point: a matrix product."""
+        weight, bias = self._tensors[f"{name}.weight"], self._tensors[f"{name}.bias"]
+        dtype = dtype or self.dtype
+        return weight.flatten(1).to(self.device, dtype).contiguous(), bias.to(self.device, dtype)
+
+    def gamma(self, name: str) -> Tensor:
+        """Scale of an RMS norm, ``[channels]``, always float32."""
+        return self._tensors[f"{name}.gamma"].flatten().to(self.device, torch.float32)
+
+
+class CausalWindow:
+    """Input of one causal convolution: ``frames [past + capacity, H, W, C]``, its first ``past`` frames remembered.
+
+    The memory never moves: kernels and captured graphs may keep its address.
+    """
+
+    def __init__(self, past: int, capacity: int, height: int, width: int, channels: int, like: VaeWeights) -> None:
+        self.past = past
+        self.frames = torch.zeros(past + capacity, height, width, channels, device=like.device, dtype=like.dtype)
+
+    @property
+    def history(self) -> Tensor:
+        """The remembered frames, ``[past, H, W, C]``, a view."""
+        return self.frames[: self.past]
+
+    def write(self, x: Tensor) -> None:
+        """Puts new frames ``[T, H, W, C]`` after the remembered ones."""
+        self.frames[self.past : self.past + len(x)].copy_(x)
+
+    def advance(self, new: int) -> None:
+        """Makes the last of ``past + new`` frames the remembered ones."""
+        if new >= self.past:
+            self.history.copy_(self.frames[new : new + self.past])
+            return
+        # Source and target overlap: frame by frame, each one is read before it is overwritten.
+        for frame in range(self.past):
+            self.frames[frame].copy_(self.frames[frame + new])
+
+
+Windows = Mapping[str, CausalWindow]
+
+
+class CausalConv:
+    """A 3-D convolution that sees, beside the new frames, only what came before them.
+
+    It remembers ``kernel - stride`` frames: 2 for the 3x3x3 ones, 1 for the encoder's, which halves time.
+    """
+
+    def __init__(self, name: str, weights: VaeWeights, stride: int = 1) -> None:
+        self.name, self.stride = name, stride
+        self.weight, self.bias = weights.convolution(name)
+        self.channels = self.weight.shape[1]
+        self.past = self.weight.shape[2] - stride
+        self.padding = (0, self.weight.shape[3] // 2, self.weight.shape[4] // 2)
+
+    def __call__(self, window: CausalWindow, new: int) -> Tensor:
+        """Convolves the ``new`` frames in ``window`` and moves it on; gives ``[new // stride, H, W, out]``."""
+        # A view: channels-last frames are channels_last_3d memory, so no layout changes hands.
+        video = window.frames[: self.past + new].permute(3, 0, 1, 2).unsqueeze(0)
+        out = functional.conv3d(video, self.weight, self.bias, (self.stride, 1, 1), self.padding)
+        window.advance(new)
+        return out.squeeze(0).permute(1, 2, 3, 0).contiguous()
+
+
+class NormConv:
+    """RMS norm, SiLU and a causal convolution; the first two write into the window of the third."""
+
+    def __init__(self, norm: str, conv: str, weights: VaeWeights, ops: Ops) -> None:
+        self._ops = ops
+        self._gamma = weights.gamma(norm)
+        self.conv = CausalConv(conv, weights)
+
+    def __call__(self, x: Tensor, windows: Windows) -> Tensor:
+        window = windows[self.conv.name]
+        self._ops.rms_silu_window(x, self._gamma, window.frames, window.past)
+        return self.conv(window, len(x))
+
+
+class ResidualBlock:
+    """``x`` (or its 1x1x1 shortcut) plus two norm-SiLU-convolutions of it."""
+
+    def __init__(self, name: str, weights: VaeWeights, ops: Ops) -> None:
+        self._first = NormConv(f"{name}.residual.0", f"{name}.residual.2", weights, ops)
+        self._second = NormConv(f"{name}.residual.3", f"{name}.residual.6", weights, ops)
+        shortcut = f"{name}.shortcut"
+        self._shortcut = weights.pointwise(shortcut) if f"{shortcut}.weight" in weights else None
+
+    @property
+    def convs(self) -> list[CausalConv]:
+        return [self._first.conv, self._second.conv]
+
+    def __call__(self, x: Tensor, windows: Windows) -> Tensor:
+        out = self._second(self._first(x, windows), windows)
+        return out.add_(x if self._shortcut is None else functional.linear(x, *self._shortcut))
+
+
+class FrameAttention:
+    """Single-head attention among the pixels of each frame, added to its input; it has no memory of other frames."""
+
+    def __init__(self, name: str, weights: VaeWeights) -> None:
+        self._gamma = weights.gamma(f"{name}.norm")
+        self._qkv = weights.pointwise(f"{name}.to_qkv")
+        self._projection = weights.pointwise(f"{name}.proj")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        frames, height, width, channels = x.shape
+        normed = rms_norm(x, self._gamma).view(frames, 1, height * width, channels)
+        q, k, v = functional.linear(normed, *self._qkv).chunk(3, dim=-1)
+        attended = functional.scaled_dot_product_attention(q, k, v)
+        return functional.linear(attended.reshape(x.shape), *self._projection).add_(x)
+
+
+class Middle:
+    """The stage at the lowest resolution: residual block, attention, residual block."""
+
+    def __init__(self, name: str, weights: VaeWeights, ops: Ops) -> None:
+        self._before = ResidualBlock(f"{name}.0", weights, ops)
+        self._attention = FrameAttention(f"{name}.1", weights)
+        self._after = ResidualBlock(f"{name}.2", weights, ops)
+
+    @property
+    def convs(self) -> list[CausalConv]:
+        return self._before.convs + self._after.convs
+
+    def __call__(self, x: Tensor, windows: Windows) -> Tensor:
+        return self._after(self._attention(self._before(x, windows)), windows)
+
+
+def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """``x / max(||x||, 1e-12) * sqrt(C) * gamma`` over the last dimension, computed in float32, in ``x``'s dtype."""
+    wide = x.float()
+    length = wide.norm(dim=-1, keepdim=True).clamp_min(_NORM_FLOOR)
+    return (wide / length * (x.shape[-1] ** 0.5) * gamma).to(x.dtype)
+
+
+def spatial_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+    """A 2-D convolution of channels-last frames ``[T, H, W, C]``, frame by frame."""
+    out = functional.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding)
+    return out.permute(0, 2, 3, 1).contiguous()

@@ -1,0 +1,125 @@
+"""Writing beside the target and moving into place: what stands under a name is always a whole file."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from types import TracebackType
+
+from echo_rt.errors import OutputError
+
+
+def reason(error: OSError) -> str:
+    """Why the system refused, without the path and number that ``str(error)`` repeats."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _target(path: str | Path) -> Path:
+    """The file that a rename may replace: links followed, anything that is not a plain file refused."""
+    path = Path(path)
+    target = Path(os.path.realpath(path))
+    try:
+        if target.is_dir():
+            raise OutputError(f"{path}: expected the name of a file to write, got a folder")
+        if target.exists() and not target.is_file():
+            raise OutputError(f"{path}: expected a plain file, got a device, pipe or socket")
+        if not target.parent.is_dir():
+            raise OutputError(f"{path}: cannot write: there is no folder {path.parent}")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write: {reason(error)}") from None
+    if target.exists() and not os.access(target, os.W_OK):
+        raise OutputError(f"{path}: cannot write: the file is there and is write-protected")
+    return target
+
+
+class PartFile:
+    """A new file beside ``path``, unbuffered, that becomes ``path`` on :meth:`commit` and vanishes on :meth:`discard`.
+
+    It is called ``.NAME.xxxxxxxx.part``; the random part keeps two processes with the same target apart, and a
+    process that is killed outright leaves its part there to be found. Raises ``OutputError`` when it cannot be made.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._target = _target(path)
+        self._part = self._target.with_name(f".{self._target.name}.{secrets.token_hex(4)}.part")
+        try:
+            descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot write: {reason(error)}") from None
+        self._file = os.fdopen(descriptor, "r+b", buffering=0)
+        self.size = 0
+
+    def append(self, data: bytes | memoryview) -> None:
+        """Write all of ``data`` at the end, or leave the file as it was and raise ``OSError``."""
+        view = memoryview(data)
+        try:
+            done = 0
+            while done < len(view):
+                done += self._file.write(view[done:])
+        except BaseException:
+            self._file.truncate(self.size)
+            self._file.seek(self.size)
+            raise
+        self.size += len(view)
+
+    def overwrite(self, offset: int, data: bytes) -> None:
+        """Replace bytes that were written before; raises ``OSError``."""
+        if offset + len(data) > self.size:
+            raise ValueError(f"bytes {offset}..{offset + len(data)} are not all within the {self.size} written")
+        os.pwrite(self._file.fileno(), data, offset)
+
+    def commit(self) -> None:
+        """Put the file in place of ``path``; raises ``OutputError``, after the move where a move is possible."""
+        problem: OSError | None = None
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            problem = error
+        try:
+            self._file.close()
+            os.replace(self._part, self._target)
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be put in place, left as {self._part}: {reason(error)}") from None
+        if problem is not None:
+            raise OutputError(f"{self.path}: may not be whole on the disk: {reason(problem)}")
+
+    def discard(self) -> None:
+        """Remove the part; ``path`` stays as it was."""
+        self._file.close()
+        self._part.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise ``OutputError`` unless a file can be made under this name now; leaves nothing behind."""
+    PartFile(path).discard()
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Write a small file in one go, atomically; raises ``OutputError``."""
+    part = PartFile(path)
+    try:
+        part.append(data)
+    except OSError as error:
+        part.discard()
+        raise OutputError(f"{path}: cannot write: {reason(error)}") from None
+    except BaseException:
+        part.discard()
+        raise
+    part.commit()
+
+
+class Closing:
+    """``with`` for a writer: closed on the way out, whatever the way out is."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Closing:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

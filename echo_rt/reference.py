@@ -1,0 +1,195 @@
+"""Every operation of echo-rt in plain torch: the definition that kernels are held against, and the ``torch`` backend.
+
+Knows torch and nothing else of this package. All arithmetic inside an operation is float32 (angles and the
+sampler's step: float64); results are rounded once, to the dtype of the tensor that receives them. Signatures and
+shapes are documented on :class:`echo_rt.ops.Ops`.
+
+No operation here reads a tensor's value on the host, so a CUDA graph can capture each of them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+name = "torch"
+
+# Columns of the device-side position record, written by advance().
+POSITION_FIELDS = ("block", "first_frame", "shift", "memory_frame", "first_slot")
+
+# The VAE's norm divides by the vector's length, which is kept from being zero by this much.
+_MIN_NORM = 1e-12
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """float32 RMSNorm over the last dimension."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def _rotate(x: Tensor, temporal: Tensor, spatial: Tensor) -> Tensor:
+    """Turn adjacent channel pairs of ``x [F·S, heads, d]`` (float32) by the angles of their frame and of their place."""
+    frames, (tokens, _, _) = temporal.shape[0], spatial.shape
+    pairs = x.unflatten(0, (frames, tokens)).unflatten(-1, (-1, 2))
+    split = temporal.shape[1]
+    out = torch.empty_like(pairs)
+    for part, table in (
+        (slice(None, split), temporal[:, None, None]),
+        (slice(split, None), spatial[None, :, None]),
+    ):
+        real, imaginary = pairs[..., part, 0], pairs[..., part, 1]
+        cos, sin = table[..., 0], table[..., 1]
+        out[..., part, 0] = real * cos - imaginary * sin
+        out[..., part, 1] = real * sin + imaginary * cos
+    return out.flatten(-2).flatten(0, 1)
+
+
+def _layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return torch.nn.functional.layer_norm(x.float(), x.shape[-1:], eps=eps) * scale + shift
+
+
+def rope_table(frames: Tensor, inverse_frequencies: Tensor, out: Tensor) -> None:
+    # A float64 angle of frame 2^31 still has 22 bits behind the point: float32 is exact after cos and sin.
+    angles = frames.double()[:, None] * inverse_frequencies
+    out[..., 0] = torch.cos(angles)
+    out[..., 1] = torch.sin(angles)
+
+
+def advance(
+    positions: Tensor,
+    frames_per_block: int,
+    sink_frames: int,
+    local_frames: int,
+    memory_frames: int,
+    max_temporal_id: int,
+    inverse_frequencies: Tensor,
+    temporal_block: Tensor,
+    temporal_anchor: Tensor,
+    write_index: Tensor,
+) -> None:
+    device = positions.device
+    block = positions[0] + 1
+    first = block * frames_per_block
+    last = first + frames_per_block - 1
+    shift = (last - max_temporal_id).clamp(min=0)
+    memory_frame = (last - local_frames + 1).clamp(min=sink_frames) - memory_frames
+    ring_slot = memory_frames + sink_frames + (first - sink_frames) % local_frames
+    slot = torch.where(first < sink_frames, memory_frames + first, ring_slot)
+    positions.copy_(torch.stack((block, first, shift, memory_frame, slot)))
+
+    rope_table(first + torch.arange(frames_per_block, device=device), inverse_frequencies, temporal_block)
+    anchors = torch.cat(
+        (
+            memory_frame + torch.arange(memory_frames, device=device),
+            shift + torch.arange(sink_frames, device=device),
+        )
+    )
+    rope_table(anchors, inverse_frequencies, temporal_anchor)
+    tokens = write_index.shape[0]
+    torch.add(
+        torch.arange(tokens, device=device),
+        slot * (tokens // frames_per_block),
+        out=write_index,
+    )
+
+
+def qkv_norm_rope_store(
+    qkv: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    temporal: Tensor,
+    spatial: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    write_index: Tensor,
+    raw_k: Tensor | None,
+    raw_offset: int,
+    eps: float,
+) -> Tensor:
+    heads, head_dim = k_cache.shape[-2:]
+    q, k, v = qkv.chunk(3, dim=-1)
+    q = _rms_norm(q, norm_q, eps).unflatten(-1, (heads, head_dim))
+    k = _rms_norm(k, norm_k, eps).unflatten(-1, (heads, head_dim))
+    v = v.unflatten(-1, (heads, head_dim))
+    kept = slice(qkv.shape[0] - write_index.shape[0], None)
+    k_cache.index_copy_(0, write_index, _rotate(k, temporal, spatial)[kept].to(k_cache.dtype))
+    v_cache.index_copy_(0, write_index, v[kept])
+    if raw_k is not None:
+        raw_k.index_copy_(0, write_index - raw_offset, k[kept].to(raw_k.dtype))
+    return _rotate(q, temporal, spatial).to(qkv.dtype)
+
+
+def reanchor(
+    kv: Tensor,
+    temporal_anchor: Tensor,
+    spatial: Tensor,
+    sink_k: Tensor | None,
+    memory_k: Tensor | None,
+    memory_v: Tensor | None,
+    memory_tokens: int,
+) -> None:
+    memory_frames = memory_tokens // spatial.shape[0]
+    if sink_k is not None:
+        sink_end = memory_tokens + sink_k.shape[1]
+        for layer, keys in enumerate(sink_k):
+            turned = _rotate(keys.float(), temporal_anchor[memory_frames:], spatial)
+            kv[layer, 0, memory_tokens:sink_end] = turned.to(kv.dtype)
+    if memory_k is not None:
+        turned = _rotate(memory_k.float(), temporal_anchor[:memory_frames], spatial)
+        kv[:, 0, :memory_tokens] = turned.to(kv.dtype)
+    if memory_v is not None:
+        kv[:, 1, :memory_tokens] = memory_v
+
+
+def memory_attention(q: Tensor, norm_q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
+    heads, head_dim = k.shape[-2:]
+    normed = _rms_norm(q, norm_q, eps).unflatten(-1, (heads, head_dim)).transpose(0, 1)
+    k, v = k.float().transpose(0, 1), v.float().transpose(0, 1)
+    scores = normed @ k.transpose(-1, -2) / math.sqrt(head_dim)
+    return (scores.softmax(-1) @ v).transpose(0, 1).flatten(-2).to(q.dtype)
+
+
+def gated_update(
+    old: Tensor,
+    candidate: Tensor,
+    norm: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    out: Tensor,
+    eps: float,
+) -> None:
+    dim = old.shape[-1]
+    normed = _rms_norm(candidate, norm, eps)
+    kept, taken = gate_weight.float().split(dim, dim=-1)
+    gate = torch.sigmoid(old.float() @ kept.T + normed @ taken.T + gate_bias.float())
+    out.copy_(gate * old.float() + (1 - gate) * normed)
+
+
+def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return _layer_norm(x, shift, scale, eps).to(x.dtype)
+
+
+def gated_residual_norm(
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> Tensor:
+    update = y.float() if gate is None else y.float() * gate
+    x.copy_(x.float() + update)
+    return _layer_norm(x, shift, scale, eps).to(x.dtype)
+
+
+def flow_step(x: Tensor, flow: Tensor, sigmas: Tensor, noise: Tensor | None) -> None:
+    sigma, next_sigma = sigmas.double()
+    denoised = x.double() - sigma * flow.double()
+    x.copy_(denoised if noise is None else (1 - next_sigma) * denoised + next_sigma * noise.double())
+
+
+def rms_silu_window(x: Tensor, gamma: Tensor, window: Tensor, past: int) -> None:
+    length = x.float().norm(dim=-1, keepdim=True).clamp(min=_MIN_NORM)
+    normed = x.float() / length * (math.sqrt(x.shape[-1]) * gamma.float())
+    window[past : past + x.shape[0]] = torch.nn.functional.silu(normed)
+
+
+def frames_to_uint8(video: Tensor, out: Tensor) -> None:
+    out.copy_(((video.float().clamp(-1, 1) + 1) * 127.5).round())

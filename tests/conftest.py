@@ -1,0 +1,26 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))  # lets every test import closeness, naive_rollout, ... by name
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The small golden bundles that live in this repository."""
+    return TESTS / "golden"
+
+
+@pytest.fixture(scope="session")
+def shared_golden() -> Path:
+    """All golden bundles, where they are laid beside the checkout."""
+    folder = TESTS.parent.parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip("the large golden bundles are not beside this checkout")
+    return folder
