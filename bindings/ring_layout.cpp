@@ -14,8 +14,8 @@ namespace {
 
 void require_count(const char* name, int64_t value, int64_t smallest) {
   if (value >= smallest) return;
-  throw py::value_error("RingLayout: " + std::string(name) + " must be at least " + std::to_string(smallest) + ", got " +
-                        std::to_string(value));
+  throw py::value_error("RingLayout: " + std::string(name) + " must be at least " + std::to_string(smallest) +
+                        ", got " + std::to_string(value));
 }
 
 void require_whole_blocks(const char* name, int64_t frames, int64_t frames_per_block) {
@@ -52,7 +52,8 @@ RingLayout checked_layout(int64_t frames_per_block, int64_t sink_frames, int64_t
 int64_t checked_block(const RingLayout& layout, int64_t block) {
   const int64_t largest = std::numeric_limits<int64_t>::max() / layout.frames_per_block - 1;
   if (block >= 0 && block <= largest) return block;
-  throw py::value_error("RingLayout: block must be in 0.." + std::to_string(largest) + ", got " + std::to_string(block));
+  throw py::value_error("RingLayout: block must be in 0.." + std::to_string(largest) + ", got " +
+                        std::to_string(block));
 }
 
 int64_t checked_frame(int64_t frame) {
@@ -68,7 +69,8 @@ auto of_block(Result (RingLayout::*method)(int64_t) const) {
 
 std::string representation(const RingLayout& layout) {
   return "RingLayout(frames_per_block=" + std::to_string(layout.frames_per_block) +
-         ", sink_frames=" + std::to_string(layout.sink_frames) + ", local_frames=" + std::to_string(layout.local_frames) +
+         ", sink_frames=" + std::to_string(layout.sink_frames) +
+         ", local_frames=" + std::to_string(layout.local_frames) +
          ", memory_frames=" + std::to_string(layout.memory_frames) +
          ", max_temporal_id=" + std::to_string(layout.max_temporal_id) + ")";
 }

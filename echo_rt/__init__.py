@@ -1,1 +1,60 @@
-"""echo-rt: endless, real-time video from Wan2.1 with evolving memory."""
+"""echo-rt: endless, real-time video from Wan2.1 with evolving memory.
+
+with echo_rt.Runtime.from_pretrained("Wan2.1-T2V-1.3B", checkpoint="echo_infinity.pt") as runtime:
+    for chunk in runtime.stream("a red fox in the snow", seed=7):
+        show(chunk.frames)  # uint8 [T, height, width, 3]
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from echo_rt.build_info import __version__
+
+if TYPE_CHECKING:
+    from echo_rt.errors import (
+        BackendError,
+        ConfigError,
+        EchoError,
+        NumericalError,
+        OutputError,
+        PromptError,
+        StreamError,
+        WeightsError,
+    )
+    from echo_rt.rollout import MemoryMode
+    from echo_rt.runtime import Runtime
+    from echo_rt.stream import Chunk, ChunkStats, Snapshot, Stream
+
+__all__ = [
+    "BackendError",
+    "Chunk",
+    "ChunkStats",
+    "ConfigError",
+    "EchoError",
+    "MemoryMode",
+    "NumericalError",
+    "OutputError",
+    "PromptError",
+    "Runtime",
+    "Snapshot",
+    "Stream",
+    "StreamError",
+    "WeightsError",
+    "__version__",
+]
+
+_HOMES = {"Runtime": "runtime", "MemoryMode": "rollout", "Chunk": "stream", "ChunkStats": "stream"}
+_HOMES |= {"Snapshot": "stream", "Stream": "stream"}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch takes seconds; `echo-rt --help` and a mistyped option should not wait for it.
+    if name not in __all__:
+        raise AttributeError(f"module 'echo_rt' has no attribute {name!r}")
+    return getattr(import_module(f"echo_rt.{_HOMES.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

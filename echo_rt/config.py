@@ -11,6 +11,7 @@ block being generated included). Sources: arXiv 2606.04527 and its released reci
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -156,7 +157,7 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         steps = self.denoising_steps
         valid = all(isinstance(s, int) and 1 <= s <= self.num_train_timesteps for s in steps)
-        if not steps or not valid or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+        if not steps or not valid or any(a <= b for a, b in itertools.pairwise(steps)):
             raise ConfigError(
                 f"sampler: denoising_steps must be falling integers in 1..{self.num_train_timesteps}, got {list(steps)}"
             )
@@ -283,6 +284,7 @@ class VaeConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     latents_mean: tuple[float, ...] = _WAN_LATENTS_MEAN
     latents_std: tuple[float, ...] = _WAN_LATENTS_STD
+    frame_rate: int = 16  # video frames a second that Wan2.1 was trained at
 
     def __post_init__(self) -> None:
         _require_positive("vae", base_dim=self.base_dim, z_dim=self.z_dim, num_res_blocks=self.num_res_blocks)
@@ -310,7 +312,7 @@ class VaeConfig:
     @property
     def temporal_stride(self) -> int:
         """Video frames that one latent frame decodes to (the first latent of a video decodes to one)."""
-        return int(2 ** sum(self.temporal_downsample))
+        return int(2 ** self.temporal_downsample.count(True))
 
     def video_frames(self, latent_frames: int) -> int:
         """Video frames that the first ``latent_frames`` latents of a stream decode to."""

@@ -29,7 +29,9 @@ class NoiseSource(Protocol):
         """Fill float32 ``out`` with the standard normal noise of denoising step ``step`` of ``block``."""
 
 
-def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: tuple[int, int]) -> list[Tensor]:
+def philox(
+    counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: tuple[int, int]
+) -> list[Tensor]:
     """Four 32-bit words for each counter (int64 tensors of one shape, or ints), as int64 tensors."""
     c0, c1, c2, c3 = (torch.as_tensor(c) for c in counter)
     k0, k1 = key

@@ -29,7 +29,7 @@ class Ops(Protocol):
 
     @staticmethod
     def rope_table(frames: Tensor, inverse_frequencies: Tensor, out: Tensor) -> None:
-        """Cosine and sine of ``frames[F] · inverse_frequencies[c]`` (float64) into ``out [F, c, 2]`` float32 (written)."""
+        """Cosine and sine of float64 ``frames [F] · inverse_frequencies [c]`` into ``out [F, c, 2]`` (written)."""
 
     @staticmethod
     def advance(
@@ -104,20 +104,20 @@ class Ops(Protocol):
         out: Tensor,
         eps: float,
     ) -> None:
-        """``c = RMSNorm(candidate)``, ``g = sigmoid([old ; c] @ gate_weight.T + gate_bias)``, ``out = g·old + (1-g)·c``.
+        """``c = RMSNorm(candidate)``, ``g = sigmoid([old; c] @ gate_weight.T + gate_bias)``, ``out = g·old + (1-g)·c``.
 
         ``old``, ``candidate``, ``out`` (written) ``[M, dim]``; ``gate_weight [dim, 2·dim]``.
         """
 
     @staticmethod
     def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-        """``LayerNorm(x [n, dim]) · scale + shift`` with float32 ``scale``, ``shift [dim]`` (the 1+ is in the scale)."""
+        """``LayerNorm(x [n, dim]) · scale + shift``, float32 ``scale``, ``shift [dim]`` (the 1+ is in the scale)."""
 
     @staticmethod
     def gated_residual_norm(
         x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
     ) -> Tensor:
-        """``x += gate · y`` (written; no gate: 1), then ``LayerNorm(x) · scale + shift`` as a new tensor ``[n, dim]``."""
+        """``x += gate · y`` (written; no gate: 1), then returns ``LayerNorm(x) · scale + shift [n, dim]``."""
 
     @staticmethod
     def flow_step(x: Tensor, flow: Tensor, sigmas: Tensor, noise: Tensor | None) -> None:
@@ -128,7 +128,7 @@ class Ops(Protocol):
 
     @staticmethod
     def rms_silu_window(x: Tensor, gamma: Tensor, window: Tensor, past: int) -> None:
-        """``silu(x / max(‖x‖, 1e-12) · sqrt(C) · gamma)`` of ``x [T, h, w, C]`` into ``window[past:past+T]`` (written)."""
+        """``silu(x / max(‖x‖, 1e-12) · sqrt(C) · gamma)``, x ``[T, h, w, C]``, to ``window[past:past+T]`` (written)."""
 
     @staticmethod
     def frames_to_uint8(video: Tensor, out: Tensor) -> None:

@@ -30,7 +30,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _rotate(x: Tensor, temporal: Tensor, spatial: Tensor) -> Tensor:
-    """Turn adjacent channel pairs of ``x [F·S, heads, d]`` (float32) by the angles of their frame and of their place."""
+    """Turn adjacent channel pairs of ``x [F·S, heads, d]`` (float32) by the angles of their frame and place."""
     frames, (tokens, _, _) = temporal.shape[0], spatial.shape
     pairs = x.unflatten(0, (frames, tokens)).unflatten(-1, (-1, 2))
     split = temporal.shape[1]
@@ -145,10 +145,10 @@ def reanchor(
 
 def memory_attention(q: Tensor, norm_q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     heads, head_dim = k.shape[-2:]
-    normed = _rms_norm(q, norm_q, eps).unflatten(-1, (heads, head_dim)).transpose(0, 1)
-    k, v = k.float().transpose(0, 1), v.float().transpose(0, 1)
-    scores = normed @ k.transpose(-1, -2) / math.sqrt(head_dim)
-    return (scores.softmax(-1) @ v).transpose(0, 1).flatten(-2).to(q.dtype)
+    normed = _rms_norm(q, norm_q, eps).unflatten(-1, (heads, head_dim))
+    normed, k, v = (t.float().transpose(0, 1).unsqueeze(0) for t in (normed, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(normed, k, v)
+    return out[0].transpose(0, 1).flatten(-2).to(q.dtype)
 
 
 def gated_update(
@@ -171,9 +171,7 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) ->
     return _layer_norm(x, shift, scale, eps).to(x.dtype)
 
 
-def gated_residual_norm(
-    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
-) -> Tensor:
+def gated_residual_norm(x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     update = y.float() if gate is None else y.float() * gate
     x.copy_(x.float() + update)
     return _layer_norm(x, shift, scale, eps).to(x.dtype)

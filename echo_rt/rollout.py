@@ -8,6 +8,7 @@ are rotated afresh. The scores are those of ids that never exceed the pretrained
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -22,7 +23,6 @@ from echo_rt.model.transformer import LayerWeights, Transformer
 from echo_rt.noise import NoiseSource
 from echo_rt.ops import Ops
 from echo_rt.state import RolloutState, ring_layout
-
 
 # (block, denoising step, flow [B, C, h, w])
 Observer = Callable[[int, int, Tensor], None]
@@ -42,6 +42,14 @@ class MemoryMode(str, Enum):
             return cls(value)
         except ValueError:
             raise ConfigError(f"memory must be one of {', '.join(m.value for m in cls)}; got {value!r}") from None
+
+
+@dataclass(frozen=True)
+class Position:
+    """A block's place on the bounded temporal axis."""
+
+    newest_temporal_id: int
+    shift: int
 
 
 class Rollout:
@@ -118,6 +126,12 @@ class Rollout:
         s.latents[first : first + s.x.shape[0]] = s.x
         s.block = block
         return s.x
+
+    def position(self, block: int) -> Position:
+        """Where ``block`` stands: the id of its newest frame and how far the ids have shifted."""
+        layout = self._layout
+        last = layout.last_frame(block)
+        return Position(newest_temporal_id=layout.temporal_id(block, last), shift=layout.shift(block))
 
     def memory_attended(self, block: int) -> bool:
         """Whether a pass of ``block`` that began now would attend to the memory."""
@@ -200,7 +214,9 @@ class Rollout:
         end = begin + self.config.tokens_per_block
         if not s.memory_ready:
             s.memory.copy_(self._memory.query_init)
-        self._memory.update(s.memory, s.ring_k[begin - sink_end : end - sink_end], s.kv[-1, 1, begin:end], s.staged_memory)
+        self._memory.update(
+            s.memory, s.ring_k[begin - sink_end : end - sink_end], s.kv[-1, 1, begin:end], s.staged_memory
+        )
 
     def _publish_memory(self, *, rotate: bool) -> None:
         """The staged state becomes the state, and its keys and values what all layers attend to."""
@@ -250,7 +266,9 @@ class Rollout:
         stored = [f for f in frames.tolist() if f >= window.sink_frames or whole_video][-window.cached_frames :]
         if not whole_video:
             stored = [f for f in stored if f >= layout.oldest_local(s.block)]
-        rows = torch.tensor([layout.slot(f) for f in stored], dtype=torch.int64)[:, None] * tokens + torch.arange(tokens)
+        rows = torch.tensor([layout.slot(f) for f in stored], dtype=torch.int64)[:, None] * tokens + torch.arange(
+            tokens
+        )
         rows = rows.flatten().to(s.kv.device)
         temporal = torch.empty(len(frames), *s.rope.temporal_block.shape[1:], device=s.kv.device)
         self._ops.rope_table(frames.to(s.kv.device), s.rope.inverse_frequencies, temporal)

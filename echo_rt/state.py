@@ -39,9 +39,9 @@ class RopeTables:
         rows, columns = config.grid
         self.inverse_frequencies = _inverse_frequencies(temporal, theta, device)
         parts = []
-        for places, repeat, channels in (
-            (torch.arange(rows, device=device).repeat_interleave(columns), rows, row_channels),
-            (torch.arange(columns, device=device).repeat(rows), columns, column_channels),
+        for places, channels in (
+            (torch.arange(rows, device=device).repeat_interleave(columns), row_channels),
+            (torch.arange(columns, device=device).repeat(rows), column_channels),
         ):
             table = torch.empty(places.shape[0], channels // 2, 2, device=device)
             ops.rope_table(places, _inverse_frequencies(channels, theta, device), table)
@@ -75,7 +75,9 @@ class RolloutState:
         self.memory = zeros(config.memory_tokens, transformer.dim)
         self.memory_k = zeros(config.memory_tokens, *heads)  # before rotation
         self.staged_memory = torch.zeros_like(self.memory)
-        self.latents = zeros(window.cached_frames, *config.latent_shape, dtype=torch.float32)  # clean, by frame % length
+        self.latents = zeros(
+            window.cached_frames, *config.latent_shape, dtype=torch.float32
+        )  # clean, by frame % length
         self.x = zeros(window.frames_per_block, *config.latent_shape, dtype=torch.float32)
         self.noise = torch.zeros_like(self.x)
         self.positions = zeros(len(POSITION_FIELDS), dtype=torch.int64)

@@ -8,11 +8,11 @@
 // is evicted by being overwritten. All numbers here count latent frames; a kernel multiplies by tokens per frame.
 // Frames and blocks are absolute, counted from the start of the video, and 64 bit wide: a stream has no last frame.
 //
-// Pure arithmetic, the same on the host and on the GPU. Nothing is checked: whoever makes a RingLayout has made sure that
-//   every count is positive (memory_frames may be 0), sink_frames and local_frames are multiples of frames_per_block,
-//   memory_frames <= frames_per_block, and sink_frames + memory_frames + local_frames <= max_temporal_id + 1.
-// These are what makes the methods right: a block never straddles sink and ring nor the end of the ring, and an id is
-// never above max_temporal_id.
+// Pure arithmetic, the same on the host and on the GPU. Nothing is checked here; whoever makes a RingLayout has seen to
+// it that every count is positive (memory_frames may be 0), sink_frames and local_frames are multiples of
+// frames_per_block, memory_frames <= frames_per_block, and sink_frames + memory_frames + local_frames <=
+// max_temporal_id + 1. That is what makes the methods right: no block straddles sink and ring or the end of the ring,
+// and no id leaves 0..max_temporal_id.
 
 #pragma once
 
@@ -35,7 +35,9 @@ struct RingLayout {
   ECHO_HOST_DEVICE constexpr int64_t first_frame(int64_t block) const { return block * frames_per_block; }
 
   // The last absolute frame of a block, inclusive.
-  ECHO_HOST_DEVICE constexpr int64_t last_frame(int64_t block) const { return first_frame(block) + frames_per_block - 1; }
+  ECHO_HOST_DEVICE constexpr int64_t last_frame(int64_t block) const {
+    return first_frame(block) + frames_per_block - 1;
+  }
 
   // Do the frames of this block belong to the sink?
   ECHO_HOST_DEVICE constexpr bool is_sink_block(int64_t block) const { return last_frame(block) < sink_frames; }
@@ -71,7 +73,9 @@ struct RingLayout {
   // ---- the one contiguous slice of slots that this block attends to, itself included
 
   // The first attended slot.
-  ECHO_HOST_DEVICE constexpr int64_t attended_begin(bool memory_active) const { return memory_active ? 0 : memory_frames; }
+  ECHO_HOST_DEVICE constexpr int64_t attended_begin(bool memory_active) const {
+    return memory_active ? 0 : memory_frames;
+  }
 
   // One past the last attended slot. A filling ring is filled from its start, so what is filled follows the sink.
   ECHO_HOST_DEVICE constexpr int64_t attended_end(int64_t block) const {
@@ -82,10 +86,12 @@ struct RingLayout {
   // ---- temporal ids
 
   // How far the window has moved past the ids that the model was trained with.
-  ECHO_HOST_DEVICE constexpr int64_t shift(int64_t block) const { return larger(0, last_frame(block) - max_temporal_id); }
+  ECHO_HOST_DEVICE constexpr int64_t shift(int64_t block) const {
+    return larger(0, last_frame(block) - max_temporal_id);
+  }
 
-  // The id of an absolute frame while this block is generated. It holds for local, memory and query frames; a sink frame
-  // keeps its own number as its id, which in absolute frames is that number + shift(block).
+  // The id of an absolute frame while this block is generated. It holds for local, memory and query frames; a sink
+  // frame keeps its own number as its id, which in absolute frames is that number + shift(block).
   ECHO_HOST_DEVICE constexpr int64_t temporal_id(int64_t block, int64_t frame) const { return frame - shift(block); }
 
   // The absolute frame whose angle the first memory frame takes: the memory sits right before the oldest local frame.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import html
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -24,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from echo_rt.config import TextEncoderConfig
-from echo_rt.errors import OutputError, PromptError, StreamError, WeightsError
+from echo_rt.errors import PromptError, StreamError, WeightsError
+from echo_rt.output.part_file import write_whole
 from echo_rt.weights.files import check_tensors
 from echo_rt.weights.keymaps import umt5_to_transformers
 from echo_rt.weights.shapes import text_encoder_shapes
@@ -216,21 +216,25 @@ class TextEncoder:
         self.close()
 
 
-def check_prompt_embeds(embeds: Tensor, text_dim: int, text_len: int) -> None:
-    """Raises ``PromptError`` unless ``embeds`` is ``[length, text_dim]``, finite, with ``1 <= length <= text_len``."""
+def _check_matrix(embeds: Tensor) -> None:
     if not isinstance(embeds, Tensor):
         raise PromptError(f"prompt embeddings must be a tensor, got {type(embeds).__name__}")
-    shape = list(embeds.shape)
-    if embeds.ndim != 2:
-        raise PromptError(f"prompt embeddings must be [length, {text_dim}], got {shape}")
+    if embeds.ndim != 2 or 0 in embeds.shape:
+        raise PromptError(f"prompt embeddings must be [length, width], got {list(embeds.shape)}")
     if not embeds.is_floating_point():
         raise PromptError(f"prompt embeddings must be floating point, got {embeds.dtype}")
-    if embeds.shape[1] != text_dim:
-        raise PromptError(f"prompt embeddings are {embeds.shape[1]} wide, the model takes {text_dim}")
-    if not 1 <= embeds.shape[0] <= text_len:
-        raise PromptError(f"prompt embeddings have {embeds.shape[0]} tokens, the model takes 1 to {text_len}")
     if not bool(embeds.isfinite().all()):
-        raise PromptError(f"prompt embeddings {shape} hold NaN or infinity")
+        raise PromptError(f"prompt embeddings {list(embeds.shape)} hold NaN or infinity")
+
+
+def check_prompt_embeds(embeds: Tensor, text_dim: int, text_len: int) -> None:
+    """Raises ``PromptError`` unless ``embeds`` is ``[length, text_dim]``, finite, with ``1 <= length <= text_len``."""
+    _check_matrix(embeds)
+    length, width = embeds.shape
+    if width != text_dim:
+        raise PromptError(f"prompt embeddings are {width} wide, the model takes {text_dim}")
+    if length > text_len:
+        raise PromptError(f"prompt embeddings have {length} tokens, the model takes at most {text_len}")
 
 
 def save_prompt_embeds(path: str | Path, embeds: Tensor, prompt: str | None = None) -> None:
@@ -239,17 +243,10 @@ def save_prompt_embeds(path: str | Path, embeds: Tensor, prompt: str | None = No
     Errors: ``PromptError`` for embeddings that :func:`load_prompt_embeds` would refuse; ``OutputError`` when the file
     cannot be written.
     """
-    path = Path(path)
-    check_prompt_embeds(embeds, embeds.shape[-1] if isinstance(embeds, Tensor) and embeds.ndim else 0, len(embeds))
+    _check_matrix(embeds)
     metadata = {} if prompt is None else {_PROMPT_KEY: prompt}
-    data = safetensors.torch.save({_EMBEDS_KEY: embeds.detach().cpu().contiguous()}, metadata)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot write the prompt embeddings: {error.strerror or error}") from error
+    tensors = {_EMBEDS_KEY: embeds.detach().cpu().contiguous()}
+    write_whole(path, safetensors.torch.save(tensors, metadata))
 
 
 def load_prompt_embeds(path: str | Path) -> tuple[Tensor, str | None]:
@@ -259,18 +256,17 @@ def load_prompt_embeds(path: str | Path) -> tuple[Tensor, str | None]:
 
     Errors: ``PromptError`` for a file that is missing, damaged, or holds something else.
     """
-    path = Path(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = list(file.keys())
             if _EMBEDS_KEY not in names:
                 raise PromptError(f"{path}: expected a tensor {_EMBEDS_KEY!r}, found {', '.join(names[:3]) or 'none'}")
             embeds: Tensor = file.get_tensor(_EMBEDS_KEY)
-            prompt = (file.metadata() or {}).get(_PROMPT_KEY)
+            prompt: str | None = (file.metadata() or {}).get(_PROMPT_KEY)
     except (OSError, safetensors.SafetensorError) as error:
         raise PromptError(f"{path}: cannot read prompt embeddings: {error}") from error
     try:
-        check_prompt_embeds(embeds, embeds.shape[-1] if embeds.ndim else 0, embeds.shape[0] if embeds.ndim else 0)
+        _check_matrix(embeds)
     except PromptError as error:
         raise PromptError(f"{path}: {error}") from None
     return embeds, prompt

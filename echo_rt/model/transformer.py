@@ -189,5 +189,5 @@ class Transformer:
         """The inverse, from the head's order: patch row, patch column, channel."""
         frames, channels, height, width = like.shape
         _, rows, columns = self.config.patch_size
-        patches = tokens.view(frames, height // rows, width // columns, rows, columns, channels)
+        patches: Tensor = tokens.view(frames, height // rows, width // columns, rows, columns, channels)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(like.shape)

@@ -132,8 +132,7 @@ class VaeDecoder:
             raise ConfigError(
                 f"{_OWNER}: expected latents [T >= 1, {expected}] (channels, height, width), got {list(latents.shape)}"
             )
-        slices = latents.split(state.max_latents)
-        if len(slices) == 1:
+        if len(latents) <= state.max_latents:
             return self._decode_slice(latents, state)
         before = self.config.video_frames(state.latents_seen)
         frames = self.config.video_frames(state.latents_seen + len(latents)) - before
@@ -141,9 +140,9 @@ class VaeDecoder:
         _, height, width = state.latent_shape
         device, dtype = self._weights.device, self._weights.dtype
         video = torch.empty(frames, height * stride, width * stride, 3, device=device, dtype=dtype)
-        for part in slices:
+        for first in range(0, len(latents), state.max_latents):
             start = self.config.video_frames(state.latents_seen) - before
-            decoded = self._decode_slice(part, state)
+            decoded = self._decode_slice(latents[first : first + state.max_latents], state)
             video[start : start + len(decoded)] = decoded
         return video
 
@@ -196,14 +195,14 @@ class Upsample:
         if self._time is not None and frames > single:
             window = windows[self._time.name]
             window.write(x[single:])
-            pairs = self._time(window, frames - single)
             # The first half of the channels is the earlier frame of a pair.
-            _enlarge(pairs.unflatten(-1, (2, channels)).permute(0, 3, 1, 2, 4), grown[single:])
+            pairs = self._time(window, frames - single).view(frames - single, height, width, self.rate, channels)
+            _enlarge(pairs.permute(0, 3, 1, 2, 4), grown[single:])
         return spatial_conv(grown, *self._space, padding=1)
 
 
 def _enlarge(source: Tensor, out: Tensor) -> None:
-    """``source [T, n, H, W, C]`` with every pixel repeated twice each way, into ``out [T*n, 2H, 2W, C]``, in one copy."""
+    """``source [T, n, H, W, C]``, every pixel doubled each way, into ``out [T*n, 2H, 2W, C]`` in one copy."""
     frames, group, height, width, channels = source.shape
     pixels = out.view(frames, group, height, 2, width, 2, channels)
     pixels.copy_(source[:, :, :, None, :, None, :].expand_as(pixels))

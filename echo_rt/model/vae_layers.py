@@ -7,6 +7,7 @@ comes before it writes straight into that room, so history is never concatenated
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -184,7 +185,8 @@ def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     """``x / max(||x||, 1e-12) * sqrt(C) * gamma`` over the last dimension, computed in float32, in ``x``'s dtype."""
     wide = x.float()
     length = wide.norm(dim=-1, keepdim=True).clamp_min(_NORM_FLOOR)
-    return (wide / length * (x.shape[-1] ** 0.5) * gamma).to(x.dtype)
+    normed: Tensor = wide / length * (math.sqrt(x.shape[-1]) * gamma)
+    return normed.to(x.dtype)
 
 
 def spatial_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> Tensor:

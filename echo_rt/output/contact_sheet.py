@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,7 +135,7 @@ class ContactSheet(Closing):
         try:
             encoder = av.CodecContext.create("png", "w")
             encoder.height, encoder.width = sheet.shape[:2]
-            encoder.pix_fmt, encoder.framerate = "rgb24", 1
+            encoder.pix_fmt, encoder.framerate = "rgb24", Fraction(1)
             frame = av.VideoFrame.from_ndarray(sheet, format="rgb24")
             frame.pts = 0
             return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])

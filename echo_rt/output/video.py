@@ -148,7 +148,7 @@ class VideoWriter(Closing):
             raise OutputError(f"{self.path}: the H.264 encoder failed: {error}") from None
         self._drain(self._muxed)
 
-    def _mux(self, packets: list[av.Packet]) -> None:
+    def _mux(self, packets: list[av.Packet[av.VideoStream]]) -> None:
         for packet in packets:
             self._container.mux(packet)
             # A key frame closes the fragment of all packets before it, and the muxer emits it whole.

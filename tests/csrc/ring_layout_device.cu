@@ -11,7 +11,8 @@ constexpr echo::RingLayout kReleased{3, 3, 9, 3, 20};
 static_assert(kReleased.slots() == 15, "memory | sink | local");
 static_assert(kReleased.is_sink_block(0) && !kReleased.is_sink_block(1), "one block of sink");
 static_assert(!kReleased.evicts(3) && kReleased.evicts(4), "blocks 1 to 3 fill the ring");
-static_assert(kReleased.slot(kReleased.evicted_frame(4)) == kReleased.slot(kReleased.first_frame(4)), "overwritten in place");
+static_assert(kReleased.slot(kReleased.evicted_frame(4)) == kReleased.slot(kReleased.first_frame(4)),
+              "overwritten in place");
 static_assert(kReleased.shift(6) == 0 && kReleased.shift(7) == 3, "ids end at 20 from block 6 on");
 static_assert(kReleased.temporal_id(7, kReleased.memory_frame(7)) == 9, "memory ids 9..11");
 

@@ -1,10 +1,11 @@
-// ring_layout.h with nothing but a C++ compiler: invariants over many windows, near the start and far beyond 2^31 frames.
-// test_ring_layout.py compares with an independent model; this one is for who builds with CMake and steps through.
+// ring_layout.h with nothing but a C++ compiler: invariants over many windows, near the start and far beyond 2^31
+// frames. test_ring_layout.py compares with an independent model; this one is for who builds with CMake and steps
+// through.
+
+#include "kv_ring/ring_layout.h"
 
 #include <cstdio>
 #include <cstdlib>
-
-#include "kv_ring/ring_layout.h"
 
 namespace {
 

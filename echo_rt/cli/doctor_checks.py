@@ -1,0 +1,258 @@
+"""What ``echo-rt doctor`` looks at. Every check reports what it found and never raises."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from echo_rt.build_info import __version__, build_info
+from echo_rt.errors import EchoError
+
+Status = Literal["ok", "absent", "missing"]  # absent: can be done without
+
+_OLDEST_PYTHON = (3, 10)
+_LOW_DISK_GIB = 1.0
+
+# Module, distribution, what it is for, whether generate needs it.
+_DEPENDENCIES = (
+    ("torch", "torch", "tensors, attention, the torch backend", True),
+    ("numpy", "numpy", "frames on their way to a file", True),
+    ("safetensors", "safetensors", "weights, latents, prompt embeddings", True),
+    ("transformers", "transformers", "the umT5 text encoder and its tokenizer", True),
+    ("ftfy", "ftfy", "cleaning prompts as in training", True),
+    ("av", "av", "PyAV: H.264, MP4 and PNG", True),
+    ("rich", "rich", "progress and tables", True),
+    ("pynvml", "nvidia-ml-py", "driver and memory of NVIDIA GPUs", False),
+    ("nvtx", "nvtx", "named ranges in Nsight", False),
+    ("flash_attn", "flash-attn", "FlashAttention for the cache, beside torch's own", False),
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line of the report; ``advice`` says what to do about what is not there."""
+
+    group: str
+    name: str
+    value: str
+    status: Status = "ok"
+    advice: str = ""
+
+
+def gather() -> list[Fact]:
+    """All facts, in the order in which to read them."""
+    checks = (_system, _echo_rt, _dependencies, _torch, _nvml, _compilers, _attention, _encoder)
+    return [fact for check in checks for fact in check()]
+
+
+def _first_line(text: object) -> str:
+    return next((line.strip() for line in str(text).splitlines() if line.strip()), type(text).__name__)
+
+
+def _system() -> Iterator[Fact]:
+    python_ok = sys.version_info >= _OLDEST_PYTHON
+    oldest = ".".join(map(str, _OLDEST_PYTHON))
+    yield Fact(
+        "system",
+        "Python",
+        platform.python_version(),
+        "ok" if python_ok else "missing",
+        "" if python_ok else f"install Python {oldest} or newer",
+    )
+    yield Fact("system", "platform", f"{platform.platform()}, {os.cpu_count()} CPU cores")
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    enough = free >= _LOW_DISK_GIB
+    yield Fact(
+        "system",
+        "free disk here",
+        f"{free:.1f} GiB",
+        "ok" if enough else "absent",
+        "" if enough else "make room, or write the video elsewhere with --output",
+    )
+
+
+def _echo_rt() -> Iterator[Fact]:
+    yield Fact("echo-rt", "version", __version__)
+    try:
+        built = build_info()
+    except EchoError as error:
+        advice = "not needed by the torch backend; pip install . with a C++ compiler builds it"
+        yield Fact("echo-rt", "compiled part", _first_line(error), "absent", advice)
+    else:
+        cuda = f"CUDA for {', '.join(built.cuda_archs)}" if built.cuda_archs else "no CUDA kernels"
+        advice = "" if built.is_current else f"it is of version {built.version}: install again"
+        value = f"{built.compiler}, C++{built.cxx_standard}, {cuda}"
+        yield Fact("echo-rt", "compiled part", value, "ok" if built.is_current else "absent", advice)
+    try:
+        from echo_rt.ops import available_backends
+    except (ImportError, OSError) as error:
+        yield Fact("echo-rt", "backends", _first_line(error), "missing", "install what is missing below")
+        return
+    for name, state in available_backends().items():
+        there = state == "available"
+        need: Status = "missing" if name == "torch" else "absent"
+        yield Fact("echo-rt", f"backend {name}", "available" if there else "no", *(("ok",) if there else (need, state)))
+
+
+def _dependencies() -> Iterator[Fact]:
+    for module, distribution, purpose, required in _DEPENDENCIES:
+        problem = ""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                importlib.import_module(module)
+        except Exception as error:  # a broken installation can raise anything
+            problem = "not installed" if isinstance(error, ModuleNotFoundError) else _first_line(error)
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            version = "" if problem else "of unknown version"
+        name = f"{distribution} ({purpose})"
+        if problem:
+            value = f"{version}: {problem}" if version else problem
+            yield Fact("packages", name, value, "missing" if required else "absent", f"pip install '{distribution}'")
+        else:
+            yield Fact("packages", name, version)
+
+
+def _torch() -> Iterator[Fact]:
+    try:
+        import torch
+    except (ImportError, OSError):
+        return  # said among the packages
+    yield Fact("GPU", "torch is built for", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only")
+    if not torch.cuda.is_available():
+        advice = (
+            "generate runs on the CPU, slowly; for real time, an NVIDIA GPU with a recent driver"
+            if torch.version.cuda
+            else "generate runs on the CPU, slowly; for a GPU, install a CUDA build of torch"
+        )
+        yield Fact("GPU", "torch sees", "no GPU", "absent", advice)
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        value = (
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB"
+        )
+        yield Fact("GPU", f"cuda:{index}", value)
+
+
+def _nvml() -> Iterator[Fact]:
+    """What the driver says, which torch cannot when it is built without CUDA."""
+    try:
+        import pynvml
+    except ImportError:
+        return  # said among the packages
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        yield Fact("GPU", "NVIDIA driver", _first_line(error), "absent", "needed only for a GPU: install the driver")
+        return
+    try:
+        yield Fact("GPU", "NVIDIA driver", _text(pynvml.nvmlSystemGetDriverVersion()))
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            value = f"{_text(pynvml.nvmlDeviceGetName(handle))}, {memory.free / 2**30:.0f} GiB of memory free"
+            yield Fact("GPU", f"board {index}", value)
+    except pynvml.NVMLError as error:
+        yield Fact("GPU", "boards", _first_line(error), "absent", "the driver does not answer: see nvidia-smi")
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _text(value: Any) -> str:
+    """Older releases of the binding answer in bytes."""
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _compilers() -> Iterator[Fact]:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    for name, program, line, advice in (
+        ("nvcc", nvcc, "release", "needed only to build CUDA kernels: install the CUDA toolkit, or set CUDA_HOME"),
+        ("C++ compiler", compiler, "", "needed only to build the compiled part: install g++ or clang++"),
+    ):
+        if program is None:
+            yield Fact("build tools", name, "not found", "absent", advice)
+            continue
+        try:
+            output = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20).stdout
+        except (OSError, subprocess.SubprocessError) as error:
+            yield Fact("build tools", name, f"{program}: {_first_line(error)}", "absent", advice)
+            continue
+        lines = [text.strip() for text in output.splitlines() if line in text]
+        yield Fact("build tools", name, lines[0] if lines else program)
+
+
+def _attention() -> Iterator[Fact]:
+    """Run each of torch's attention implementations once, on the best device, in the type that it would be used in."""
+    try:
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except (ImportError, OSError):
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+        group, label = "attention", f"{name.removesuffix('_ATTENTION').lower()} on {device}"
+        need: Status = "missing" if name == "MATH" else "absent"
+        # Why torch cannot use an implementation comes as warnings before the error.
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                q, k, v = torch.randn(3, 1, 2, 64, 128, device=device, dtype=torch.bfloat16)
+                with sdpa_kernel(getattr(SDPBackend, name)):
+                    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+                works = bool(out.isfinite().all())
+                why = "the result is not finite"
+            except Exception as error:  # whatever a driver or library raises is the finding
+                works = False
+                why = "; ".join(dict.fromkeys(_first_line(w.message) for w in said)) or _first_line(error)
+        if works:
+            yield Fact(group, label, "works")
+        else:
+            advice = "another one is used" if need == "absent" else "install torch again"
+            yield Fact(group, label, why, need, advice)
+
+
+def _encoder() -> Iterator[Fact]:
+    try:
+        import av
+        import numpy as np
+    except ImportError:
+        return
+    name, advice = "H.264 encoder libx264", "install PyAV from its own wheels: pip install --force-reinstall av"
+    try:
+        encoder = av.CodecContext.create("libx264", "w")
+        encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 64, 64, "yuv420p", _one_second()
+        frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24").reformat(format="yuv420p")
+        frame.pts = 0
+        packets = [*encoder.encode(frame), *encoder.encode(None)]
+    except (av.FFmpegError, ValueError) as error:
+        yield Fact("video", name, _first_line(error), "missing", advice)
+        return
+    libraries = ", ".join(
+        f"{key} {'.'.join(map(str, av.library_versions[key]))}" for key in ("libavcodec", "libavformat")
+    )
+    if packets:
+        yield Fact("video", name, f"works ({libraries})")
+    else:
+        yield Fact("video", name, "made no packet", "missing", advice)
+
+
+def _one_second() -> Any:
+    from fractions import Fraction
+
+    return Fraction(1)

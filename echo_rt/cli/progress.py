@@ -1,0 +1,104 @@
+"""How far a video is: a live line on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_RATE_BLOCKS = 16  # the rate shown is that of the last so many blocks
+_PLAIN_SECONDS = 5.0  # between two plain lines
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class ProgressReport:
+    """Counts blocks and frames and keeps the reader informed on standard error.
+
+    Args:
+        total_frames: frames of the whole video, None for one without an end.
+        fps: frames of one second of video.
+        quiet: count only.
+    """
+
+    def __init__(self, total_frames: int | None, fps: float, *, quiet: bool = False) -> None:
+        self.total_frames = total_frames
+        self.fps = fps
+        self.frames = 0
+        self.blocks = 0
+        self._started = time.monotonic()
+        self._marks: deque[tuple[float, int]] = deque([(self._started, 0)], maxlen=_RATE_BLOCKS + 1)
+        self._quiet = quiet
+        self._next_line = self._started
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        if not quiet and sys.stderr.isatty():
+            self._open_bar()
+
+    def _open_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
+
+        self._bar = Progress(
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+            console=Console(stderr=True),
+            refresh_per_second=4,
+        )
+        self._task = self._bar.add_task("first block", total=self.total_frames)
+        self._bar.start()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
+    @property
+    def rate(self) -> float:
+        """Frames made in a second of late; 0 before the first."""
+        (start, first), (end, last) = self._marks[0], self._marks[-1]
+        return (last - first) / (end - start) if end > start else 0.0
+
+    def block_done(self, frames: int, prompt: str) -> None:
+        """One more block, ``frames`` more frames; ``prompt`` is the one it shows."""
+        self.blocks += 1
+        self.frames += frames
+        now = time.monotonic()
+        self._marks.append((now, self.frames))
+        if self._quiet:
+            return
+        line = self._line(prompt)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self.frames, description=line)
+        elif now >= self._next_line:
+            self._next_line = now + _PLAIN_SECONDS
+            print(f"echo-rt: {line}", file=sys.stderr)
+
+    def _line(self, prompt: str) -> str:
+        total = "" if self.total_frames is None else f"/{self.total_frames}"
+        parts = [
+            f"block {self.blocks}",
+            f"{self.frames}{total} frames",
+            f"{clock(self.frames / self.fps)} of video",
+            f"{self.rate:.1f} fps",
+            f"{clock(self.elapsed)} gone",
+        ]
+        if self.total_frames is not None and self.rate > 0:
+            parts.append(f"{clock((self.total_frames - self.frames) / self.rate)} left")
+        return " · ".join([*parts, prompt])
+
+    def close(self) -> None:
+        """Take the live line off; may be called twice."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,69 @@
+"""The script of a video: which prompt begins when."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from echo_rt.errors import PromptError
+
+# "12:a lake", "7.5:a lake"; a sign is matched only to be refused.
+_TIMED = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*:(.*)", re.DOTALL)
+_SHOWN = 40
+
+
+@dataclass(frozen=True)
+class TimedPrompt:
+    """A prompt and the second of video from which it holds: ``text``, or the name of a file of embeddings."""
+
+    seconds: float
+    text: str | None = None
+    file: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What to call it in a message or on a progress line."""
+        name = self.text if self.text is not None else f"embeddings {self.file}"
+        return name if len(name) <= _SHOWN else name[: _SHOWN - 1] + "…"
+
+
+def _split(argument: str, option: str) -> tuple[float, str]:
+    match = _TIMED.fullmatch(argument)
+    seconds, value = (float(match[1]), match[2]) if match else (0.0, argument)
+    if seconds < 0:
+        raise PromptError(f"{option} {argument!r}: a prompt begins at 0 seconds or later, got {seconds:g}")
+    if not math.isfinite(seconds):
+        raise PromptError(f"{option} {argument[:_SHOWN]!r}: the time is not a number of seconds")
+    if not value.strip():
+        expected = "a prompt" if option == "--prompt" else "a file"
+        raise PromptError(f"{option} {argument!r}: expected {expected}, got nothing")
+    return seconds, value.strip()
+
+
+def parse_script(texts: Sequence[str], files: Sequence[str]) -> list[TimedPrompt]:
+    """The prompts of ``--prompt`` and ``--prompt-embeds`` in the order in which they begin.
+
+    ``T:text`` begins at T seconds of video, plain text at 0 (text that itself begins so is written ``0:10: a clock``).
+    Raises ``PromptError`` for no prompt at all, none at 0, two at one time, an empty one.
+    """
+    script = []
+    for argument in texts:
+        seconds, text = _split(argument, "--prompt")
+        script.append(TimedPrompt(seconds, text=text))
+    for argument in files:
+        seconds, file = _split(argument, "--prompt-embeds")
+        script.append(TimedPrompt(seconds, file=file))
+    if not script:
+        raise PromptError("expected at least one --prompt TEXT (or --prompt-embeds FILE), got none")
+    script.sort(key=lambda prompt: prompt.seconds)
+    if script[0].seconds > 0:
+        raise PromptError(f"no prompt for the start of the video: the first begins at {script[0].seconds:g} s")
+    for earlier, later in zip(script, script[1:], strict=False):
+        if earlier.seconds == later.seconds:
+            raise PromptError(
+                f"two prompts begin at {later.seconds:g} s: {earlier.label!r} and {later.label!r}; "
+                f'give one a time of its own, such as --prompt "10:{later.label}"'
+            )
+    return script

@@ -1,0 +1,353 @@
+"""A loaded model: owns weights and buffers, lends them to one stream at a time."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
+from echo_rt.device import parse_device, parse_dtype
+from echo_rt.errors import ConfigError, StreamError
+from echo_rt.model.memory import MemoryEncoder
+from echo_rt.model.sampler import Schedule
+from echo_rt.model.text import TextEncoder, check_prompt_embeds
+from echo_rt.model.transformer import Transformer
+from echo_rt.model.vae_decoder import VaeDecoder
+from echo_rt.ops import load_ops
+from echo_rt.rollout import MemoryMode, Rollout
+from echo_rt.stream import Engine, Snapshot, Stream, resolve_prompt
+from echo_rt.weights.fingerprint import FingerprintedTensors
+from echo_rt.weights.folder import ModelFolder
+from echo_rt.weights.from_shapes import memory_facts
+from echo_rt.weights.generator import check_memory, load_generator
+from echo_rt.weights.lora import merge_lora
+
+# The released recipe's video size, in pixels, where neither the caller nor the model folder names one.
+RELEASED_SIZE = (832, 480)
+
+# Facts of a rollout that a caller may choose; the rest comes from the weights.
+_WINDOW_OVERRIDES = ("frames_per_block", "sink_frames", "local_frames", "max_temporal_id")
+_SAMPLER_OVERRIDES = ("denoising_steps", "timestep_shift", "context_timestep")
+_MEMORY_OVERRIDES = ("rebuild_on_prompt_switch",)
+OVERRIDES = (*_WINDOW_OVERRIDES, *_SAMPLER_OVERRIDES, *_MEMORY_OVERRIDES)
+
+
+class Runtime:
+    """A model on a device, ready to stream. Make one with :meth:`from_pretrained`; close it to give memory back.
+
+    ``config`` and ``vae_config`` say what it computes, ``frame_size`` the video's ``(width, height)`` in pixels and
+    ``fps`` its frames a second.
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        config: ModelConfig,
+        transformer_tensors: Mapping[str, Tensor],
+        memory_tensors: Mapping[str, Tensor] | None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        mode: MemoryMode,
+        backend: str | None,
+        keep_text_encoder: bool,
+    ) -> None:
+        self.config, self.vae_config = config, folder.vae_config()
+        self.device, self.dtype, self.memory = device, dtype, mode
+        self.keep_text_encoder = keep_text_encoder
+        self._folder = folder
+        self._text_encoder: TextEncoder | None = None
+        self._live: weakref.ref[Stream] | None = None
+        ops = load_ops(backend)
+        self.backend = ops.name
+        if self.vae_config.z_dim != config.transformer.in_channels:
+            raise ConfigError(
+                f"the VAE has {self.vae_config.z_dim} latent channels, the transformer {config.transformer.in_channels}"
+            )
+        schedule = Schedule(config.sampler, device)
+        weights = [
+            FingerprintedTensors(part) for part in (transformer_tensors, memory_tensors or {}, folder.vae_tensors())
+        ]
+        with torch.no_grad():
+            transformer = Transformer(
+                config.transformer, weights[0], schedule.timesteps, ops, device=device, dtype=dtype
+            )
+            encoder = (
+                None if config.memory is None else MemoryEncoder(config, weights[1], ops, device=device, dtype=dtype)
+            )
+            decoder = VaeDecoder(self.vae_config, weights[2], ops, device=device, dtype=dtype)
+            decoder_state = decoder.new_state(config.latent_height, config.latent_width, config.window.frames_per_block)
+            rollout = Rollout(config, transformer, encoder, schedule, ops, mode)
+        model = {
+            **config.to_flat(),
+            "memory_mode": mode.value,
+            "dtype": str(dtype),
+            "weights": [part.digest() for part in weights],
+        }
+        self._engine: Engine | None = Engine(
+            device=device,
+            dtype=dtype,
+            rollout=rollout,
+            decoder=decoder,
+            decoder_state=decoder_state,
+            vae=self.vae_config,
+            ops=ops,
+            model=model,
+            encode=self.encode_prompt,
+            check_embeds=self._check_embeds,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        checkpoint: str | Path | None = None,
+        lora: str | Path | None = None,
+        ema: bool | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        memory: str | MemoryMode | None = None,
+        backend: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        keep_text_encoder: bool = False,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Runtime:
+        """Load a model from disk; nothing is ever downloaded.
+
+        Args:
+            model: a folder with Wan2.1-T2V-1.3B in the original or the diffusers layout.
+            checkpoint: generator weights (Echo-Infinity, Self-Forcing, ...) that replace the folder's transformer.
+            lora: a LoRA merged into the transformer; it may carry the memory encoder.
+            ema: True for the checkpoint's EMA weights, False for the plain ones, None for EMA where it has them.
+            device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for a GPU where there is one.
+            dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None for bfloat16 on a GPU, float32 on a CPU.
+            memory: ``"evolve"``, ``"prior"`` or ``"off"``; None for evolve where the weights have a memory encoder.
+            backend: which implementation of the operations; None for ``ECHO_RT_BACKEND``, or torch.
+            width, height: of the video, in pixels; None for the model folder's own, or 832 and 480.
+            keep_text_encoder: keep the text encoder loaded between prompts.
+            overrides: other facts of the rollout, by the names in :data:`OVERRIDES`.
+
+        Raises:
+            WeightsError: files that are missing, damaged, or of another model.
+            ConfigError: sizes, windows or options that the model cannot have.
+            BackendError: a device or backend that is not there.
+        """
+        place = parse_device(device)
+        precision = parse_dtype(dtype, place)
+        load_ops(backend)
+        if memory is not None:
+            memory = MemoryMode.parse(memory)
+        folder = ModelFolder.open(model)
+        transformer_config = folder.transformer_config()
+        facts = {**folder.rollout_defaults(), **_checked_overrides(overrides or {})}
+        width = facts.get("width", RELEASED_SIZE[0]) if width is None else width
+        height = facts.get("height", RELEASED_SIZE[1]) if height is None else height
+        latent_height, latent_width = _latent_size(width, height, folder.vae_config(), transformer_config)
+
+        memory_tensors: Mapping[str, Tensor] | None = None
+        source = str(model)
+        if checkpoint is None:
+            tensors = folder.transformer_tensors()
+        else:
+            generator = load_generator(checkpoint, transformer_config, ema=ema)
+            tensors, memory_tensors, source = generator.transformer, generator.memory, str(checkpoint)
+        if lora is not None:
+            merged = merge_lora(tensors, lora)
+            tensors = merged.transformer
+            if merged.memory is not None:
+                memory_tensors, source = merged.memory, str(lora)
+
+        mode = memory or (MemoryMode.OFF if memory_tensors is None else MemoryMode.EVOLVE)
+        if mode is MemoryMode.OFF:
+            memory_tensors = None
+        elif memory_tensors is None:
+            raise ConfigError(f"memory mode {mode.value!r} needs a memory encoder, and {source} has none; use 'off'")
+        flat = {
+            **facts,
+            **_transformer_facts(transformer_config),
+            "latent_height": latent_height,
+            "latent_width": latent_width,
+            "memory": None,
+        }
+        config = ModelConfig.from_flat(flat)
+        if memory_tensors is not None:
+            config = _with_memory(flat, config, memory_tensors, source)
+        return cls(
+            folder,
+            config,
+            tensors,
+            memory_tensors,
+            device=place,
+            dtype=precision,
+            mode=mode,
+            backend=backend,
+            keep_text_encoder=keep_text_encoder,
+        )
+
+    # ---------------------------------------------------------------- facts
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Width and height of the video in pixels."""
+        stride = self.vae_config.spatial_stride
+        return self.config.latent_width * stride, self.config.latent_height * stride
+
+    @property
+    def fps(self) -> int:
+        """Frames of a second of video."""
+        return self.vae_config.frame_rate
+
+    # ---------------------------------------------------------------- prompts
+
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """Embeddings ``[length, text_dim]`` float32 of a prompt; :class:`PromptError` for an empty one."""
+        return self.encode_prompts([prompt])[0]
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Embeddings of several prompts. The text encoder is loaded for this, and released after it unless kept."""
+        self._require_open()
+        try:
+            if self._text_encoder is None:
+                self._text_encoder = TextEncoder(
+                    self._folder.text_encoder_config(),
+                    self._folder.text_encoder_tensors(),
+                    self._folder.tokenizer_path(),
+                    text_len=self.config.transformer.text_len,
+                    device=self.device,
+                )
+            return [self._text_encoder.encode(prompt) for prompt in prompts]
+        finally:
+            if not self.keep_text_encoder:
+                self._release_text_encoder()
+
+    def _release_text_encoder(self) -> None:
+        if self._text_encoder is not None:
+            self._text_encoder.close()
+            self._text_encoder = None
+
+    def _check_embeds(self, embeds: Tensor) -> None:
+        check_prompt_embeds(embeds, self.config.transformer.text_dim, self.config.transformer.text_len)
+
+    # ---------------------------------------------------------------- streams
+
+    def stream(self, prompt: str | None = None, *, prompt_embeds: Tensor | None = None, seed: int = 0) -> Stream:
+        """Begin an endless video.
+
+        Args:
+            prompt: what to show; or ``prompt_embeds [length, text_dim]`` in its place.
+            seed: 0 .. 2^64-1; the same seed and prompts give the same video.
+
+        Raises:
+            StreamError: another stream of this runtime is live, or the runtime is closed.
+            PromptError: neither or both given, an empty prompt, embeddings that do not fit.
+        """
+        engine = self._free_engine()
+        stream = Stream.begin(engine, resolve_prompt(engine, prompt, prompt_embeds), seed)
+        self._live = weakref.ref(stream)
+        return stream
+
+    def resume(self, snapshot: Snapshot) -> Stream:
+        """Go on, bit for bit on the same backend, where :meth:`Stream.snapshot` was taken.
+
+        :class:`StreamError` for a snapshot of another model, or while another stream is live.
+        """
+        stream = Stream.restore(self._free_engine(), snapshot)
+        self._live = weakref.ref(stream)
+        return stream
+
+    def _require_open(self) -> Engine:
+        if self._engine is None:
+            raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
+        return self._engine
+
+    def _free_engine(self) -> Engine:
+        engine = self._require_open()
+        live = self._live() if self._live is not None else None
+        if live is not None and not live.closed:
+            raise StreamError(
+                f"this runtime has a live stream, at block {live.next_block}; close it first, or load another runtime"
+            )
+        return engine
+
+    # ---------------------------------------------------------------- life
+
+    def close(self) -> None:
+        """End the live stream and give every buffer back. Idempotent."""
+        live = self._live() if self._live is not None else None
+        if live is not None:
+            live.close()
+        self._release_text_encoder()
+        self._engine = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _transformer_facts(config: TransformerConfig) -> dict[str, Any]:
+    """The transformer's own entries of a flat config; no override or default may change them."""
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def _checked_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(overrides) - set(OVERRIDES))
+    if unknown:
+        raise ConfigError(f"overrides may name {', '.join(OVERRIDES)}; got {', '.join(unknown)}")
+    return dict(overrides)
+
+
+def _latent_size(width: int, height: int, vae: VaeConfig, transformer: TransformerConfig) -> tuple[int, int]:
+    """Latent height and width of a video of ``width`` x ``height`` pixels."""
+    _, patch_rows, patch_columns = transformer.patch_size
+    for name, pixels, step in (
+        ("width", width, vae.spatial_stride * patch_columns),
+        ("height", height, vae.spatial_stride * patch_rows),
+    ):
+        if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < step or pixels % step:
+            raise ConfigError(f"the video's {name} must be a positive multiple of {step} pixels, got {pixels!r}")
+    return height // vae.spatial_stride, width // vae.spatial_stride
+
+
+def _with_memory(
+    flat: Mapping[str, Any], without: ModelConfig, tensors: Mapping[str, Tensor], source: str
+) -> ModelConfig:
+    """The config with the memory that ``tensors`` hold, checked against the video's size."""
+    facts = memory_facts(tensors, source)
+    frames, rest = divmod(facts.memory_tokens, without.tokens_per_frame)
+    if rest or frames == 0:
+        raise ConfigError(
+            f"{source}: its memory has {facts.memory_tokens} tokens, not a whole number of frames of "
+            f"{without.tokens_per_frame} tokens; it was trained for another video size"
+        )
+    memory = MemoryConfig(
+        frames=frames,
+        layers=facts.layers,
+        normalize_k=facts.normalize_k,
+        # Of the two released recipes, the long one, whose keys are not normalized, rebuilds.
+        rebuild_on_prompt_switch=flat.get("rebuild_on_prompt_switch", not facts.normalize_k),
+        ffn_multiplier=facts.ffn_multiplier,
+    )
+    config = ModelConfig(
+        transformer=without.transformer,
+        latent_height=without.latent_height,
+        latent_width=without.latent_width,
+        window=without.window,
+        memory=memory,
+        sampler=without.sampler,
+    )
+    check_memory(tensors, config, source)
+    return config

@@ -1,0 +1,246 @@
+"""Golden bundles: run one through the code that ``generate`` uses, and hold every tensor against the published one.
+
+A bundle is a folder with ``config.json`` (its ``kind`` says what it is), ``weights``, ``inputs`` and
+``expected.safetensors``. The error of a tensor is ``‖actual - expected‖ / ‖expected‖``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from echo_rt.config import ModelConfig, TextEncoderConfig, VaeConfig
+from echo_rt.device import full_precision, parse_device, parse_dtype
+from echo_rt.errors import EchoError, WeightsError
+from echo_rt.model.memory import MemoryEncoder
+from echo_rt.model.sampler import Schedule
+from echo_rt.model.text import TextEncoder
+from echo_rt.model.transformer import Transformer
+from echo_rt.model.vae_decoder import VaeDecoder
+from echo_rt.model.vae_encoder import VaeEncoder
+from echo_rt.ops import Ops, load_ops
+from echo_rt.output.part_file import write_whole
+from echo_rt.rollout import MemoryMode, Rollout
+from echo_rt.weights.files import check_tensors, open_tensors
+from echo_rt.weights.shapes import (
+    MEMORY_PREFIX,
+    Shapes,
+    memory_shapes,
+    text_encoder_shapes,
+    transformer_shapes,
+    vae_shapes,
+)
+
+# Largest error allowed in each dtype. float16 has eight times bfloat16's precision; its bound is tighter to match.
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of a bundle: its relative error and the bound that holds in the dtype it was computed in."""
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        # A NaN error is not below the bound.
+        return self.error <= self.bound
+
+
+@dataclass(frozen=True)
+class BundleReport:
+    """All tensors of one bundle."""
+
+    name: str
+    kind: str
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.rows) and all(row.ok for row in self.rows)
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    config: Mapping[str, Any]
+    weights: Tensors
+    inputs: Tensors
+    expected: Tensors
+    device: torch.device
+    dtype: torch.dtype
+    ops: Ops
+    source: str
+
+    def checked_weights(self, shapes: Shapes) -> Tensors:
+        check_tensors(self.weights, shapes, f"{self.source}/weights.safetensors")
+        return self.weights
+
+    def input(self, name: str) -> Tensor:
+        if name not in self.inputs:
+            raise WeightsError(f"{self.source}/inputs.safetensors: expected a tensor {name!r}, and it is not there")
+        return self.inputs[name].to(self.device)
+
+
+class _RecordedNoise:
+    """The bundle's own noise, in the place of the counter-based generator."""
+
+    def __init__(self, bundle: _Bundle) -> None:
+        self._bundle = bundle
+
+    def fill(self, out: Tensor, block: int, step: int) -> None:
+        name = f"noise.{block}" if step == 0 else f"renoise.{block}.{step - 1}"
+        noise = self._bundle.input(name)
+        if noise.shape != out.shape:
+            raise WeightsError(
+                f"{self._bundle.source}: {name} has shape {tuple(noise.shape)}, a block has {tuple(out.shape)}"
+            )
+        out.copy_(noise)
+
+
+def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
+    config = ModelConfig.from_flat(bundle.config)
+    memory = {MEMORY_PREFIX + name: shape for name, shape in memory_shapes(config).items()}
+    weights = bundle.checked_weights(transformer_shapes(config.transformer) | memory)
+    schedule = Schedule(config.sampler, bundle.device)
+    transformer = Transformer(
+        config.transformer, weights, schedule.timesteps, bundle.ops, device=bundle.device, dtype=bundle.dtype
+    )
+    encoder = None
+    if config.memory is not None:
+        own = {name: weights[MEMORY_PREFIX + name] for name in memory_shapes(config)}
+        encoder = MemoryEncoder(config, own, bundle.ops, device=bundle.device, dtype=bundle.dtype)
+    mode = MemoryMode.OFF if encoder is None else MemoryMode.EVOLVE
+    rollout = Rollout(config, transformer, encoder, schedule, bundle.ops, mode)
+    switches = list(bundle.config.get("prompt_switch_blocks", []))
+    actual: dict[str, Tensor] = {}
+
+    def keep_flow(block: int, step: int, flow: Tensor) -> None:
+        if f"flow.{block}.{step}" in bundle.expected:
+            actual[f"flow.{block}.{step}"] = flow.float().cpu()
+
+    rollout.start(bundle.input("prompt_embeds.0"))
+    for block in range(int(bundle.config["num_blocks"])):
+        for number, at in enumerate(switches, start=1):
+            if at == block:
+                rollout.switch_prompt(bundle.input(f"prompt_embeds.{number}"))
+        latents = rollout.next_block(_RecordedNoise(bundle), keep_flow)
+        actual[f"latents.{block}"] = latents.to("cpu", copy=True)
+        if rollout.state.memory_ready:
+            actual[f"memory_state.{block}"] = rollout.state.memory.to("cpu", torch.float32, copy=True)
+    return actual
+
+
+def _vae(bundle: _Bundle) -> dict[str, Tensor]:
+    config = VaeConfig.from_flat(bundle.config)
+    weights = bundle.checked_weights(vae_shapes(config))
+    actual: dict[str, Tensor] = {}
+    if "video" in bundle.expected:
+        latents = bundle.input("latents")
+        decoder = VaeDecoder(config, weights, bundle.ops, device=bundle.device, dtype=bundle.dtype)
+        # One at a time after the first: what a stream does, and the hardest case for the history.
+        state = decoder.new_state(latents.shape[2], latents.shape[3], max_latents=1)
+        actual["video"] = decoder.decode(latents, state).permute(0, 3, 1, 2).float().cpu()
+    if "encoded" in bundle.expected:
+        encoder = VaeEncoder(config, weights, device=bundle.device, dtype=bundle.dtype)
+        actual["encoded"] = encoder.encode(bundle.input("video")).float().cpu()
+    return actual
+
+
+def _text_encoder(bundle: _Bundle) -> dict[str, Tensor]:
+    config = TextEncoderConfig.from_flat(bundle.config)
+    weights = bundle.checked_weights(text_encoder_shapes(config))
+    ids, mask = bundle.input("input_ids"), bundle.input("attention_mask")
+    with TextEncoder(config, weights, None, text_len=ids.shape[1], device=bundle.device, dtype=bundle.dtype) as encoder:
+        return {"prompt_embeds": encoder.encode_ids(ids, mask).float().cpu()}
+
+
+KINDS: dict[str, Callable[[_Bundle], dict[str, Tensor]]] = {
+    "rollout": _rollout,
+    "vae": _vae,
+    "text_encoder": _text_encoder,
+}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightsError(f"{folder} is not a golden bundle: config.json cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise WeightsError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(config, dict) or config.get("kind") not in KINDS:
+        kind = config.get("kind") if isinstance(config, dict) else None
+        raise WeightsError(f"{path}: expected a kind of {', '.join(KINDS)}; got {kind!r}")
+    return config
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape:
+        return float("inf")
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@torch.no_grad()
+def verify_bundle(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "float32",
+    backend: str | None = None,
+    dump: str | Path | None = None,
+) -> BundleReport:
+    """Run the bundle in folder ``path`` and compare every expected tensor.
+
+    ``dump``: a folder; all computed tensors go to ``<dump>/<bundle name>/actual.safetensors``. Expected tensors that
+    were not computed count as infinitely wrong. Raises :class:`EchoError` where the bundle cannot be run at all.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    place = parse_device(device)
+    bundle = _Bundle(
+        config=config,
+        weights=open_tensors(folder / "weights.safetensors"),
+        inputs=open_tensors(folder / "inputs.safetensors"),
+        expected=open_tensors(folder / "expected.safetensors"),
+        device=place,
+        dtype=parse_dtype(dtype, place),
+        ops=load_ops(backend),
+        source=str(folder),
+    )
+    try:
+        with full_precision(bundle.device, bundle.dtype):
+            actual = KINDS[config["kind"]](bundle)
+    except KeyError as missing:
+        raise WeightsError(f"{folder}/config.json lacks {missing.args[0]!r}") from None
+    name = folder.resolve().name
+    if dump is not None:
+        _dump(Path(dump) / name, actual)
+    rows = [
+        Row(
+            name=key,
+            error=_relative_error(actual[key], bundle.expected[key]) if key in actual else float("inf"),
+            bound=BOUNDS[bundle.dtype],
+        )
+        for key in bundle.expected
+    ]
+    return BundleReport(name=name, kind=config["kind"], rows=tuple(rows))
+
+
+def _dump(folder: Path, actual: dict[str, Tensor]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EchoError(f"cannot make the folder {folder}: {error.strerror}") from None
+    write_whole(folder / "actual.safetensors", save({k: v.contiguous() for k, v in actual.items()}))

@@ -1,0 +1,115 @@
+"""Sizes of a model whose files carry no config: read off the shapes of its tensors.
+
+Only what fixes the sizes is looked at here; that every tensor fits is then for ``check_tensors``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from echo_rt.config import TextEncoderConfig, VaeConfig
+from echo_rt.errors import ConfigError, WeightsError
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, source: str, what: str) -> tuple[int, ...]:
+    """Shape of a tensor that ``what`` must have; ``WeightsError`` where it is missing, of another rank or empty."""
+    if name not in tensors:
+        raise WeightsError(f"{source}: expected {what}, found no {name} among its {len(tensors)} tensors")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != dims or 0 in shape:
+        raise WeightsError(f"{source}: expected {what} with a {dims}-dimensional {name}, came shape {list(shape)}")
+    return shape
+
+
+def count_layers(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """One more than the largest number right behind ``prefix`` in any name; 0 where there is none."""
+    numbers = (name.removeprefix(prefix).split(".", 1)[0] for name in tensors if name.startswith(prefix))
+    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+
+
+def vae_config_of(tensors: Mapping[str, Tensor], source: str) -> VaeConfig:
+    """The config of Wan's VAE file: widths from its first convolutions, levels from the encoder's flat list.
+
+    The latent statistics are in no tensor; they are Wan2.1's.
+    """
+    what = "the Wan2.1 VAE"
+    base_dim = shape_of(tensors, "encoder.conv1.weight", 5, source, what)[0]
+    z_dim = shape_of(tensors, "conv2.weight", 5, source, what)[0]
+    widths: list[int] = []
+    blocks: list[int] = [0]
+    temporal: list[bool] = []
+    for index in range(count_layers(tensors, "encoder.downsamples.")):
+        module = f"encoder.downsamples.{index}"
+        if f"{module}.resample.1.weight" in tensors:
+            temporal.append(f"{module}.time_conv.weight" in tensors)
+            blocks.append(0)
+            continue
+        width = shape_of(tensors, f"{module}.residual.2.weight", 5, source, what)[0]
+        blocks[-1] += 1
+        if len(widths) < len(blocks):
+            widths.append(width)
+    if len(set(blocks)) != 1 or len(widths) != len(blocks):
+        raise WeightsError(f"{source}: expected {what}, as many residual blocks on every level, came {blocks}")
+    if any(width % base_dim for width in widths):
+        raise WeightsError(f"{source}: expected {what}, widths that are multiples of {base_dim}, came {widths}")
+    try:
+        return VaeConfig(
+            base_dim=base_dim,
+            z_dim=z_dim,
+            dim_mult=tuple(width // base_dim for width in widths),
+            num_res_blocks=blocks[0],
+            temporal_downsample=tuple(temporal),
+        )
+    except ConfigError as error:
+        raise WeightsError(f"{source}: {error}") from error
+
+
+def text_encoder_config_of(tensors: Mapping[str, Tensor], source: str) -> TextEncoderConfig:
+    """The config of Wan's umT5 file; the reach of the relative positions is in no tensor and is umT5's."""
+    what = "the umT5 encoder under Wan's names"
+    vocab_size, d_model = shape_of(tensors, "token_embedding.weight", 2, source, what)
+    buckets, num_heads = shape_of(tensors, "blocks.0.pos_embedding.embedding.weight", 2, source, what)
+    try:
+        return TextEncoderConfig(
+            vocab_size=vocab_size,
+            d_model=d_model,
+            d_attn=shape_of(tensors, "blocks.0.attn.q.weight", 2, source, what)[0],
+            d_ff=shape_of(tensors, "blocks.0.ffn.fc1.weight", 2, source, what)[0],
+            num_heads=num_heads,
+            num_layers=count_layers(tensors, "blocks."),
+            relative_attention_num_buckets=buckets,
+        )
+    except ConfigError as error:
+        raise WeightsError(f"{source}: {error}") from error
+
+
+class MemoryFacts(NamedTuple):
+    """What the tensors of a memory encoder say of it."""
+
+    memory_tokens: int
+    layers: int
+    normalize_k: bool
+    ffn_multiplier: int
+
+
+def memory_facts(tensors: Mapping[str, Tensor], source: str = "memory encoder") -> MemoryFacts:
+    """The sizes of a memory encoder (names without ``query_memory_encoder.``); ``source`` is for messages.
+
+    ``memory_tokens`` is frames times tokens of a frame: how many frames that is depends on the video's size.
+
+    Errors: ``WeightsError`` for tensors that are no memory encoder.
+    """
+    what = "a memory encoder"
+    _, memory_tokens, dim = shape_of(tensors, "query_init", 3, source, what)
+    rows = shape_of(tensors, "layers.0.ffn.0.weight", 2, source, what)[0]
+    if rows % dim:
+        raise WeightsError(f"{source}: expected {what} with an FFN of a multiple of {dim} channels, came {rows}")
+    return MemoryFacts(
+        memory_tokens=memory_tokens,
+        layers=count_layers(tensors, "layers."),
+        normalize_k="norm_k_out.weight" in tensors,
+        ffn_multiplier=rows // dim,
+    )

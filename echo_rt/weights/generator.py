@@ -1,0 +1,140 @@
+"""Generator checkpoints: a distilled transformer, with a memory encoder (Echo-Infinity) or without (Self-Forcing kin).
+
+A training run saves a dict with ``generator``, its moving average ``generator_ema``, or both; a converted file may
+hold the tensors of one of them bare. In front of a tensor's name stands what training wrapped around the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from echo_rt.config import ModelConfig, TransformerConfig
+from echo_rt.errors import WeightsError
+from echo_rt.weights.files import check_tensors, open_tensors
+from echo_rt.weights.from_shapes import count_layers, memory_facts
+from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes
+from echo_rt.weights.tensors import RenamedTensors, TensorFile, rename, without_wrappers
+
+GENERATOR, GENERATOR_EMA = "generator", "generator_ema"
+LORA_SECTION = "generator_lora"
+BARE = "bare"
+
+
+@dataclass(frozen=True)
+class GeneratorTensors:
+    """A generator checkpoint: ``transformer`` as Wan names it, ``memory`` without its prefix (``None`` without one).
+
+    ``part`` and ``memory_part`` say which dict of the file they are from: ``"generator_ema"``, ``"generator"`` or
+    ``"bare"`` (a file that is no dict of dicts).
+    """
+
+    path: Path
+    transformer: Mapping[str, Tensor]
+    memory: Mapping[str, Tensor] | None
+    part: str
+    memory_part: str | None
+
+
+def load_generator(path: str | Path, config: TransformerConfig, *, ema: bool | None = None) -> GeneratorTensors:
+    """The generator of a checkpoint (``.pt``, ``.pth`` or ``.safetensors``), mapped, for a transformer of ``config``.
+
+    ``ema``: ``True`` takes ``generator_ema`` and fails without it, ``False`` takes ``generator``, ``None`` the average
+    where there is one. A memory encoder that the average lacks comes from ``generator``. The memory encoder fits or
+    does not fit a video's size: that is for :func:`check_memory`.
+
+    Errors: ``WeightsError`` for a file that is damaged, lacks the part asked for, or holds another model.
+    """
+    file = open_tensors(path)
+    sections = {name.split(".", 1)[0] for name in file}
+    if LORA_SECTION in sections or any(".lora_A." in name for name in file):
+        raise WeightsError(f"{file.path}: expected a whole generator, came a LoRA, which is merged into one instead")
+    part = _choose_part(sections, ema, file.path)
+    transformer, memory = _split(file, part)
+    memory_part = part
+    if not memory and part == GENERATOR_EMA and GENERATOR in sections:
+        _, memory = _split(file, GENERATOR)
+        memory_part = GENERATOR
+    source = f"{file.path} ({part})"
+    _check_same_model(transformer, config, source)
+    check_tensors(transformer, transformer_shapes(config), source)
+    return GeneratorTensors(
+        path=file.path,
+        transformer=transformer,
+        memory=memory or None,
+        part=part,
+        memory_part=memory_part if memory else None,
+    )
+
+
+def check_memory(tensors: Mapping[str, Tensor], config: ModelConfig, source: str) -> None:
+    """Raises ``WeightsError`` unless ``tensors`` are exactly the memory encoder that ``config`` describes.
+
+    A memory encoder is made for one video size: it has as many tokens as ``config.memory_frames`` latent frames.
+    """
+    facts = memory_facts(tensors, source)
+    frames, per_frame = config.memory_frames, config.tokens_per_frame
+    if facts.memory_tokens != frames * per_frame:
+        size = f"{config.latent_width}x{config.latent_height}"
+        raise WeightsError(
+            f"{source}: expected a memory of {frames} frames x {per_frame} tokens = {frames * per_frame} tokens "
+            f"for latents of {size}, came one of {facts.memory_tokens} tokens, made for another video size"
+        )
+    check_tensors(tensors, memory_shapes(config), source)
+
+
+def split_memory(tensors: Mapping[str, Tensor], source: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """``tensors`` under their bare names, and apart from them the memory encoder's, without its prefix."""
+    plain = rename(tensors, without_wrappers, source)
+    others = {name: name for name in plain if not name.startswith(MEMORY_PREFIX)}
+    memory = RenamedTensors(plain, {name: name for name in plain if name not in others})
+    return RenamedTensors(plain, others), rename(memory, _memory_name, source)
+
+
+def _memory_name(name: str) -> str:
+    # Where the memory encoder is a dict of its own, its tensors may repeat the whole path to it.
+    return without_wrappers(name.removeprefix(MEMORY_PREFIX)).removeprefix(MEMORY_PREFIX)
+
+
+def section(file: TensorFile, name: str) -> Mapping[str, Tensor]:
+    """The tensors below ``name.``, without it."""
+    prefix = f"{name}."
+    return RenamedTensors(file, {key.removeprefix(prefix): key for key in file if key.startswith(prefix)})
+
+
+def _split(file: TensorFile, part: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    return split_memory(file if part == BARE else section(file, part), f"{file.path} ({part})")
+
+
+def _choose_part(sections: set[str], ema: bool | None, path: Path) -> str:
+    has_ema, has_plain = GENERATOR_EMA in sections, GENERATOR in sections
+    if ema is None:
+        ema = has_ema
+    if ema and has_ema:
+        return GENERATOR_EMA
+    if not ema and has_plain:
+        return GENERATOR
+    if not ema and not has_ema:
+        return BARE
+    wanted = GENERATOR_EMA if ema else GENERATOR
+    came = " and ".join(name for name in (GENERATOR, GENERATOR_EMA) if name in sections) or "neither it nor generator"
+    raise WeightsError(f"{path}: expected {wanted}, which was asked for, came {came}")
+
+
+def _check_same_model(tensors: Mapping[str, Tensor], config: TransformerConfig, source: str) -> None:
+    """One plain sentence for a checkpoint of another model, where the list of tensors would be all of them."""
+    patches = tensors.get("patch_embedding.weight")
+    if patches is None:
+        some = ", ".join(sorted(tensors)[:3]) or "none"
+        raise WeightsError(
+            f"{source}: expected a Wan transformer with patch_embedding.weight, came {len(tensors)} tensors ({some})"
+        )
+    dim, layers = patches.shape[0], count_layers(tensors, "blocks.")
+    if (dim, layers) != (config.dim, config.num_layers):
+        raise WeightsError(
+            f"{source}: expected a transformer {config.dim} wide with {config.num_layers} blocks, "
+            f"came one {dim} wide with {layers}: the checkpoint of another model"
+        )

@@ -1,0 +1,75 @@
+"""``.pt`` and ``.pth`` files: opened with ``weights_only``, so that a file can hold numbers but never run code."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from echo_rt.errors import WeightsError
+from echo_rt.weights.tensors import Fact, TensorFile
+
+_ZIP_MAGIC = b"PK\x03\x04"
+# How torch's unpickler words its refusal of anything that is not plain data.
+_REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)|class (\S+)|module (\S+) is blocked")
+_REASON_LENGTH = 160
+
+
+def open_pickle(path: Path, head: bytes) -> TensorFile:
+    """The tensors of a ``.pt``/``.pth`` file, nested dicts joined with dots; ``head`` are its first bytes.
+
+    Errors: ``WeightsError`` for a file that is damaged, holds code, or holds no dict of tensors.
+    """
+    # Before torch 1.6 there was no zip container; such a file is a stream in which nothing lies where it could be
+    # mapped, so it is read. Everything newer is mapped.
+    mappable = head.startswith(_ZIP_MAGIC)
+    try:
+        with warnings.catch_warnings():
+            # A TorchScript archive is announced with a warning before it is refused with an error.
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    except Exception as error:  # unpickling damaged bytes fails with whatever those bytes lead to
+        raise WeightsError(f"{path}: expected a torch file of tensors, {_reason(error)}") from error
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path}: expected a dict of tensors, came a {type(content).__name__}")
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Fact] = {}
+    try:
+        _flatten(content, "", tensors, facts, path)
+    except RecursionError as error:
+        raise WeightsError(f"{path}: expected a dict of tensors, came dicts nested without end") from error
+    if not tensors:
+        raise WeightsError(f"{path}: expected a dict of tensors, came one of {len(content)} entries without any tensor")
+    return TensorFile(path, tensors, facts)
+
+
+def _flatten(
+    content: Mapping[object, object], prefix: str, tensors: dict[str, Tensor], facts: dict[str, Fact], path: Path
+) -> None:
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            _flatten(value, f"{name}.", tensors, facts, path)
+        elif isinstance(value, Tensor):
+            if name in tensors:
+                raise WeightsError(f"{path}: expected {name} once, came twice in nested dicts")
+            tensors[name] = value
+        elif isinstance(value, (int, float, str)):
+            facts[name] = value
+        # Lists and the like are optimizer settings: no weights, and of no use here.
+
+
+def _reason(error: Exception) -> str:
+    """One line on why torch would not load a file; its own messages run over pages and advise to trust the file."""
+    text = " ".join(str(error).split())
+    if "weights_only" in text or "Weights only" in text:
+        refused = _REFUSED_GLOBAL.search(text)
+        if refused:
+            name = next(group for group in refused.groups() if group)
+            return f"came a pickle that asks for {name}, which is code and is not run"
+        return "came a damaged file or a pickle of something else"
+    return f"came a damaged or truncated file ({text[:_REASON_LENGTH] or type(error).__name__})"

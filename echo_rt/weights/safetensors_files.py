@@ -1,0 +1,99 @@
+"""``.safetensors`` files, single or sharded with an index; tensors are views of the mapped file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from echo_rt.errors import WeightsError
+from echo_rt.weights.tensors import Fact, TensorFile
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+class _MappedTensors(Mapping[str, Tensor]):
+    """Tensors by name, each with the opened file that holds it."""
+
+    def __init__(self, holders: Mapping[str, Any]) -> None:
+        self._holders = holders
+
+    def __getitem__(self, name: str) -> Tensor:
+        holder = self._holders[name]
+        try:
+            tensor: Tensor = holder.get_tensor(name)
+        except (SafetensorError, TypeError, ValueError) as error:  # a number format this torch does not have
+            raise WeightsError(f"{name}: expected a tensor that torch can hold, {error}") from error
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._holders)
+
+    def __len__(self) -> int:
+        return len(self._holders)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._holders
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"{path}: expected a safetensors file, came a damaged or other one ({reason})") from error
+
+
+def open_safetensors(path: Path) -> TensorFile:
+    """The tensors of one file; its metadata are the facts.
+
+    Errors: ``WeightsError`` for a file that is damaged, of another format, or without tensors.
+    """
+    file = _open(path)
+    holders = dict.fromkeys(file.keys(), file)
+    if not holders:
+        raise WeightsError(f"{path}: expected tensors, came a safetensors file with none")
+    facts: dict[str, Fact] = dict(file.metadata() or {})
+    return TensorFile(path, _MappedTensors(holders), facts)
+
+
+def open_sharded(index: Path, content: bytes) -> TensorFile:
+    """The tensors of all shards that ``index`` (``*.safetensors.index.json``, its bytes in ``content``) names.
+
+    Errors: ``WeightsError`` for an index that is damaged, names files elsewhere or missing ones, or differs from what
+    the shards hold.
+    """
+    weight_map = _weight_map(index, content)
+    holders: dict[str, Any] = {}
+    for shard_name in sorted(set(weight_map.values())):
+        if Path(shard_name).name != shard_name:
+            raise WeightsError(f"{index}: expected shards beside the index, came {shard_name!r}")
+        shard = index.parent / shard_name
+        if not shard.is_file():
+            raise WeightsError(f"{index}: expected the shard {shard_name} beside the index, found none")
+        file = _open(shard)
+        for name in file.keys():  # noqa: SIM118 - the opened file is no mapping
+            if weight_map.get(name) != shard_name:
+                raise WeightsError(f"{shard}: expected only tensors that {index.name} places here, came also {name}")
+            holders[name] = file
+    missing = [name for name in weight_map if name not in holders]
+    if missing:
+        raise WeightsError(
+            f"{index}: expected {missing[0]} in {weight_map[missing[0]]}, which lacks it ({len(missing)} such tensors)"
+        )
+    return TensorFile(index, _MappedTensors(holders), {})
+
+
+def _weight_map(index: Path, content: bytes) -> dict[str, str]:
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{index}: expected a JSON index of shards, came no JSON ({error})") from error
+    weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise WeightsError(f'{index}: expected an object "weight_map" of tensor names and files, found none')
+    return weight_map

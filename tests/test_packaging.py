@@ -1,0 +1,143 @@
+"""What is shipped, what is compiled, and what an import costs."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import echo_rt
+from echo_rt.build_info import BuildInfo, __version__, build_info
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str | Path) -> str:
+    """What the command printed; where it failed, the test fails with all of it."""
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def listed(path: str) -> list[str]:
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the metadata of the package, and in ``lib`` the Python files that a wheel carries."""
+    folder = tmp_path_factory.mktemp("packed")
+    run(
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "egg_info",
+        "--egg-base",
+        folder,
+        "build_py",
+        "--build-lib",
+        folder / "lib",
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def metadata(packed: Path) -> Message:
+    return Parser().parsestr((packed / "echo_rt.egg-info" / "PKG-INFO").read_text(encoding="utf-8"))
+
+
+def test_the_version_has_one_place(metadata: Message) -> None:
+    assert metadata["Version"] == __version__ == build_info().version
+    for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "echo_rt/__init__.py"):
+        assert f'"{__version__}"' not in (ROOT / name).read_text(encoding="utf-8"), name
+
+
+def test_a_stale_extension_is_noticed() -> None:
+    assert build_info().is_current
+    assert not BuildInfo(version=__version__ + ".old", compiler="gcc", cxx_standard=17, cuda_archs=()).is_current
+
+
+def test_the_extension_says_how_it_was_built() -> None:
+    info = build_info()
+    assert info.cxx_standard >= 17
+    assert re.search(r"\d+\.\d+", info.compiler)
+    assert set(info.cuda_archs) <= set(listed("csrc/architectures.txt"))
+
+
+def test_the_wheel_carries_every_python_file_and_the_type_hints(packed: Path) -> None:
+    package = ROOT / "echo_rt"
+    wanted = {p.relative_to(package) for pattern in ("*.py", "*.pyi", "py.typed") for p in package.rglob(pattern)}
+    carried = packed / "lib" / "echo_rt"
+    assert {Path("py.typed"), Path("_C.pyi")} < wanted
+    assert wanted == {p.relative_to(carried) for p in carried.rglob("*") if p.is_file()}
+
+
+def test_the_source_distribution_carries_what_is_compiled(packed: Path) -> None:
+    carried = set((packed / "echo_rt.egg-info" / "SOURCES.txt").read_text(encoding="utf-8").splitlines())
+    compiled = [p for folder in ("csrc", "bindings") for p in (ROOT / folder).rglob("*") if p.suffix in (".cpp", ".h")]
+    wanted = {str(p.relative_to(ROOT)) for p in compiled} | {"csrc/sources.txt", "csrc/architectures.txt", "LICENSE"}
+    assert wanted <= carried, wanted - carried
+
+
+def test_building_needs_no_torch() -> None:
+    requires = re.search(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert requires is not None
+    assert re.findall(r'"([a-z0-9]+)', requires[1]) == ["setuptools", "pybind11"]
+
+
+def test_the_console_script_names_a_function(packed: Path) -> None:
+    entries = (packed / "echo_rt.egg-info" / "entry_points.txt").read_text(encoding="utf-8")
+    found = re.search(r"^echo-rt = ([\w.]+):(\w+)$", entries, re.MULTILINE)
+    assert found is not None, entries
+    assert callable(getattr(importlib.import_module(found[1]), found[2]))
+
+
+def test_every_source_is_in_the_list_and_every_listed_one_is_there() -> None:
+    there = {
+        str(path.relative_to(ROOT))
+        for folder in ("csrc", "bindings")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".cpp", ".cu")
+    }
+    sources = listed("csrc/sources.txt")
+    assert set(sources) == there
+    assert sources == sorted(set(sources))
+
+
+def test_kernels_know_neither_torch_nor_python() -> None:
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            found = re.search(r"torch|ATen|\bc10\b|pybind|Python\.h", line)
+            assert found is None, f"{path.relative_to(ROOT)}:{number}: {line}"
+
+
+IMPORT = """
+import sys
+import echo_rt
+import torch
+heavy = {"transformers", "diffusers", "av", "accelerate", "flash_attn"} & set(sys.modules)
+print(sorted(heavy), torch.cuda.is_initialized())
+"""
+
+
+def test_an_import_makes_no_cuda_context_and_loads_nothing_heavy() -> None:
+    assert run(sys.executable, "-c", IMPORT).split() == ["[]", "False"]
+    assert Path(echo_rt.__file__).parent == ROOT / "echo_rt", "the tests must run against this checkout"
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+def test_cmake_configures_and_its_tests_pass(tmp_path: Path) -> None:
+    # Without CUDA, which `make kernels` compiles; the module is what setup.py builds, from the same list.
+    run("cmake", "-S", ROOT, "-B", tmp_path, f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_CUDA_COMPILER=NOTFOUND")
+    run("cmake", "--build", tmp_path, "--target", "ring_layout_test")
+    assert "100% tests passed" in run("ctest", "--test-dir", tmp_path)
