@@ -28,7 +28,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 	@echo
 	@echo "  PYTHON=$(PYTHON)  interpreter that the environment is made of; its torch is used if it has one >= 2.10"
-	@echo "  VENV=$(VENV)  where the environment lies"
+	@echo "  VENV=$(VENV)  where the environment lies; one that is there already is used as it is"
 	@echo "  TORCH=$(TORCH)  what is installed where there is no torch >= 2.10"
 
 install: $(VENV)/.installed ## echo-rt, compiled, in an environment of its own
@@ -61,13 +61,13 @@ kernels:
 endif
 
 clean: ## remove what was built, made or installed here
-	rm -rf $(BUILD) $(DEMO) $(VENV) echo_rt/_C*.so *.egg-info
+	rm -rf $(BUILD) $(DEMO) .venv echo_rt/_C*.so *.egg-info
 
 # ---- the environment, in three steps
 
 # torch first: what needs it is then content with the one that is there.
 $(VENV)/.torch:
-	$(PYTHON) -m venv $$($(PYTHON) $(HAS_TORCH) && echo --system-site-packages) $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) $(HAS_TORCH) && echo --system-site-packages) $(VENV)
 	$(BIN)/python $(HAS_TORCH) || $(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13"
 	@touch $@

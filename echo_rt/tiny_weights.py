@@ -36,6 +36,8 @@ _RECOLOUR = 0.3  # how far a layer turns the colours
 _WITHIN_PATCH = 0.6  # how much of the detail inside a patch survives a layer
 _TEXT, _TEXT_FOCUS = 0.6, 1.5
 _FFN_GATE = 0.5
+_SURROUND=.8
+_WIDE=.5
 _DRIFTS = ((1.0, 0.0, 0.0), (1.0, 0.6, 0.4), (1.0, -0.4, 0.7))  # frames back, rows, columns; in turn
 # The VAE's.
 _BLUR = (0.25, 0.5, 0.25)
@@ -130,9 +132,13 @@ def transformer_tensors(config: TransformerConfig, draw: Draw) -> Tensors:
                 tensor = tensors[f"{block}.{writer}.{part}"]
                 tensor -= uneven @ (uneven.T @ tensor)
         _look_around(config, tensors, f"{block}.self_attn", _DRIFTS[layer % len(_DRIFTS)])
-        tensors[f"{block}.self_attn.v.weight"][: config.head_dim] = seen.T / scale
-        recoloured = made @ _recolour(config, draw, f"{block}.colours")
-        tensors[f"{block}.self_attn.o.weight"][:, : config.head_dim] = scale * recoloured / config.num_layers
+        recoloured = scale * made @ _recolour(config, draw, f"{block}.colours") / config.num_layers
+        local, wide = slice(0, config.head_dim), slice(config.head_dim, 2 * config.head_dim)
+        for head in (local, wide):
+            tensors[f"{block}.self_attn.v.weight"][head] = seen.T / scale
+        tensors[f"{block}.self_attn.o.weight"][:, local] += recoloured
+        tensors[f"{block}.self_attn.o.weight"][:, wide] -= _SURROUND * recoloured
+        for part in "qk": tensors[f"{block}.self_attn.norm_{part}.weight"][wide] *= _WIDE
     return tensors
 
 
@@ -164,7 +170,7 @@ def _uneven_patches(config: TransformerConfig, *halves: Tensor) -> Tensor:
     """Orthonormal columns that span, in each half of the stream, the patches whose mean is zero."""
     area = config.patch_area
     ones = torch.ones(area, 1, dtype=torch.float64)
-    contrasts = torch.linalg.qr(ones, mode="complete").Q[:, 1:]
+    contrasts = torch.linalg.qr(ones, mode="complete").Q[:, 1:].contiguous()
     spread = torch.kron(torch.eye(config.in_channels, dtype=torch.float64), contrasts)
     return torch.cat([half @ spread for half in halves], dim=1)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from echo_rt.cli.doctor_checks import Fact
 
-_MARKS = {"ok": "[green]✓[/]", "absent": "[yellow]–[/]", "missing": "[red]✗[/]"}
+_MARKS = {"ok": "✓", "absent": "-", "missing": "✗"}
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -36,23 +36,17 @@ def run(arguments: argparse.Namespace, report: dict[str, Any]) -> int:
 
 
 def _print(facts: list[Fact], missing: list[Fact]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, padding=(0, 1))
-    for width in (2, None, None):
-        table.add_column(width=width, overflow="fold")
+    # Plain text, because the package that would draw a table may be what is missing.
+    width = max(len(fact.name) for fact in facts)
     group = ""
     for fact in facts:
         if fact.group != group:
             group = fact.group
-            table.add_row("", f"[bold]{escape(group)}[/]", "")
-        value = escape(fact.value) + (f"\n[dim]→ {escape(fact.advice)}[/]" if fact.advice else "")
-        table.add_row(_MARKS[fact.status], escape(fact.name), value)
-    console = Console(highlight=False)
-    console.print(table)
+            print(group)
+        print(f"  {_MARKS[fact.status]} {fact.name:<{width}}  {fact.value}")
+        if fact.advice:
+            print(f"    {'':<{width}}  -> {fact.advice}")
     if missing:
-        console.print(f"[red]generate cannot run[/]: {', '.join(escape(fact.name) for fact in missing)}")
+        print(f"generate cannot run: {', '.join(fact.name for fact in missing)}")
     else:
-        console.print("[green]generate can run[/]")
+        print("generate can run")

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,8 @@ _DEPENDENCIES = (
     ("nvtx", "nvtx", "named ranges in Nsight", False),
     ("flash_attn", "flash-attn", "FlashAttention for the cache, beside torch's own", False),
 )
+
+_GPU_ATTENTION = ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
 
 
 @dataclass(frozen=True)
@@ -117,12 +120,15 @@ def _dependencies() -> Iterator[Fact]:
             version = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             version = "" if problem else "of unknown version"
-        name = f"{distribution} ({purpose})"
-        if problem:
-            value = f"{version}: {problem}" if version else problem
-            yield Fact("packages", name, value, "missing" if required else "absent", f"pip install '{distribution}'")
+        if not problem:
+            yield Fact("packages", distribution, f"{version} ({purpose})")
+            continue
+        value = f"{version}: {problem}" if version else f"{problem} ({purpose})"
+        install = f"pip install {distribution}"
+        if required:
+            yield Fact("packages", distribution, value, "missing", install)
         else:
-            yield Fact("packages", name, version)
+            yield Fact("packages", distribution, value, "absent", f"optional: {install}")
 
 
 def _torch() -> Iterator[Fact]:
@@ -205,9 +211,12 @@ def _attention() -> Iterator[Fact]:
     except (ImportError, OSError):
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+    for name in (*_GPU_ATTENTION, "FLASH_ATTENTION", "MATH"):
         group, label = "attention", f"{name.removesuffix('_ATTENTION').lower()} on {device}"
         need: Status = "missing" if name == "MATH" else "absent"
+        if device == "cpu" and name in _GPU_ATTENTION:
+            yield Fact(group, label, "there is one only for GPUs", "absent")
+            continue
         # Why torch cannot use an implementation comes as warnings before the error.
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -236,7 +245,7 @@ def _encoder() -> Iterator[Fact]:
     name, advice = "H.264 encoder libx264", "install PyAV from its own wheels: pip install --force-reinstall av"
     try:
         encoder = av.CodecContext.create("libx264", "w")
-        encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 64, 64, "yuv420p", _one_second()
+        encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 64, 64, "yuv420p", Fraction(1)
         frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24").reformat(format="yuv420p")
         frame.pts = 0
         packets = [*encoder.encode(frame), *encoder.encode(None)]
@@ -250,9 +259,3 @@ def _encoder() -> Iterator[Fact]:
         yield Fact("video", name, f"works ({libraries})")
     else:
         yield Fact("video", name, "made no packet", "missing", advice)
-
-
-def _one_second() -> Any:
-    from fractions import Fraction
-
-    return Fraction(1)

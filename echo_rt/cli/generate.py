@@ -112,7 +112,7 @@ class Request:
     def _size(text: str | None) -> tuple[int | None, int | None]:
         if text is None:
             return None, None
-        match = re.fullmatch(r"([1-9]\d*)[xX×]([1-9]\d*)", text.strip())
+        match = re.fullmatch(r"([1-9]\d*)[xX\u00d7]([1-9]\d*)", text.strip())
         if match is None:
             raise ConfigError(f"--size: expected WIDTHxHEIGHT in pixels such as 832x480, got {text!r}")
         return int(match[1]), int(match[2])
@@ -188,8 +188,9 @@ def _embed_prompts(runtime: Runtime, request: Request, from_files: dict[str, Ten
     texts = [prompt.text for prompt in request.script if prompt.text is not None]
     encoded = iter(runtime.encode_prompts(texts) if texts else [])
     embeds = [next(encoded) if prompt.file is None else from_files[prompt.file] for prompt in request.script]
-    for file, prompt, tensor in zip(request.embeds_files, request.script, embeds, strict=bool(request.embeds_files)):
-        save_prompt_embeds(file, tensor, prompt.text)
+    if request.embeds_files:
+        for target, prompt, tensor in zip(request.embeds_files, request.script, embeds, strict=True):
+            save_prompt_embeds(target, tensor, prompt.text)
     return embeds
 
 

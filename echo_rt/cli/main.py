@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -96,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in argv
     debug = "--debug" in argv or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
     report: dict[str, Any] = {}
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a prompt may hold what the terminal's encoding cannot
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from echo_rt.errors import PromptError
 
@@ -60,7 +61,7 @@ def parse_script(texts: Sequence[str], files: Sequence[str]) -> list[TimedPrompt
     script.sort(key=lambda prompt: prompt.seconds)
     if script[0].seconds > 0:
         raise PromptError(f"no prompt for the start of the video: the first begins at {script[0].seconds:g} s")
-    for earlier, later in zip(script, script[1:], strict=False):
+    for earlier, later in pairwise(script):
         if earlier.seconds == later.seconds:
             raise PromptError(
                 f"two prompts begin at {later.seconds:g} s: {earlier.label!r} and {later.label!r}; "

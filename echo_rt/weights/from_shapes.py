@@ -25,9 +25,12 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, source: str, w
 
 
 def count_layers(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """One more than the largest number right behind ``prefix`` in any name; 0 where there is none."""
+    """How many different numbers stand right behind ``prefix`` in the names; 0 where there is none.
+
+    Where the numbers have gaps this is no layer count, and the check of every tensor that follows finds it out.
+    """
     numbers = (name.removeprefix(prefix).split(".", 1)[0] for name in tensors if name.startswith(prefix))
-    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+    return len({number for number in numbers if number.isdecimal()})
 
 
 def vae_config_of(tensors: Mapping[str, Tensor], source: str) -> VaeConfig:

@@ -15,7 +15,7 @@ from torch import Tensor
 from echo_rt.config import ModelConfig, TransformerConfig
 from echo_rt.errors import WeightsError
 from echo_rt.weights.files import check_tensors, open_tensors
-from echo_rt.weights.from_shapes import count_layers, memory_facts
+from echo_rt.weights.from_shapes import count_layers, memory_facts, shape_of
 from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes
 from echo_rt.weights.tensors import RenamedTensors, TensorFile, rename, without_wrappers
 
@@ -126,13 +126,13 @@ def _choose_part(sections: set[str], ema: bool | None, path: Path) -> str:
 
 def _check_same_model(tensors: Mapping[str, Tensor], config: TransformerConfig, source: str) -> None:
     """One plain sentence for a checkpoint of another model, where the list of tensors would be all of them."""
-    patches = tensors.get("patch_embedding.weight")
-    if patches is None:
+    if "patch_embedding.weight" not in tensors:
         some = ", ".join(sorted(tensors)[:3]) or "none"
         raise WeightsError(
             f"{source}: expected a Wan transformer with patch_embedding.weight, came {len(tensors)} tensors ({some})"
         )
-    dim, layers = patches.shape[0], count_layers(tensors, "blocks.")
+    dim = shape_of(tensors, "patch_embedding.weight", 5, source, "a Wan transformer")[0]
+    layers = count_layers(tensors, "blocks.")
     if (dim, layers) != (config.dim, config.num_layers):
         raise WeightsError(
             f"{source}: expected a transformer {config.dim} wide with {config.num_layers} blocks, "

@@ -51,18 +51,28 @@ class MergedLora:
 
 
 class _MergedTensors(Mapping[str, Tensor]):
-    def __init__(self, base: Mapping[str, Tensor], lora: Mapping[str, Tensor], changes: Mapping[str, _Change]) -> None:
+    def __init__(
+        self,
+        base: Mapping[str, Tensor],
+        lora: Mapping[str, Tensor],
+        changes: Mapping[str, _Change],
+        device: torch.device | str,
+    ) -> None:
         self._base = base
         self._lora = lora
         self._changes = changes
+        self._device = device
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._base[name]
         change = self._changes.get(name)
         if change is None:
             return weight
-        down, up = self._lora[change.down].float(), self._lora[change.up].float()
-        return torch.addmm(weight.float(), up, down, alpha=change.scale).to(weight.dtype)
+        wide, down, up = (
+            tensor.to(self._device, torch.float32)
+            for tensor in (weight, self._lora[change.down], self._lora[change.up])
+        )
+        return torch.addmm(wide, up, down, alpha=change.scale).to(weight.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)
@@ -74,8 +84,12 @@ class _MergedTensors(Mapping[str, Tensor]):
         return name in self._base
 
 
-def merge_lora(transformer: Mapping[str, Tensor], path: str | Path) -> MergedLora:
-    """``transformer`` (original names, on the CPU) with the LoRA in ``path`` merged in; nothing is computed yet.
+def merge_lora(
+    transformer: Mapping[str, Tensor], path: str | Path, *, device: torch.device | str = "cpu"
+) -> MergedLora:
+    """``transformer`` (original names) with the LoRA in ``path`` merged in; nothing is computed yet.
+
+    A changed weight is computed on ``device`` and stays there, the others come as they are in ``transformer``.
 
     The file is a dict with ``generator_lora`` and perhaps ``query_memory_encoder``, or PEFT's own keys bare. The rank
     is that of the factors; alpha is the rank unless the file says otherwise (``alpha``, ``lora_alpha``,
@@ -108,7 +122,7 @@ def merge_lora(transformer: Mapping[str, Tensor], path: str | Path) -> MergedLor
         ranks.add(rank)
     return MergedLora(
         path=file.path,
-        transformer=_MergedTensors(transformer, lora, changes),
+        transformer=_MergedTensors(transformer, lora, changes, device),
         memory=memory or None,
         changed=len(changes),
         ranks=tuple(sorted(ranks)),

@@ -211,6 +211,30 @@ def test_truncated_at_any_length(tmp_path: Path, kind: str) -> None:
         assert "expected" in refusal(cut), length
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+def test_flipped_bytes_are_refused_or_harmless(tmp_path: Path, kind: str) -> None:
+    """Damage inside a tensor cannot be seen; damage anywhere else must not end in another error."""
+    path = tmp_path / ("model.safetensors" if kind == "safetensors" else "model.pth")
+    if kind == "safetensors":
+        save_file(TENSORS, path)
+    else:
+        torch.save({"generator": TENSORS, "step": 3}, path, _use_new_zipfile_serialization=kind == "zip")
+    whole, dice = path.read_bytes(), random.Random(7)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(dice.randrange(1, 4)):
+            damaged[dice.randrange(len(damaged))] = dice.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            for tensor in open_tensors(path).values():
+                tensor.double().sum()
+        except WeightsError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 30
+
+
 def test_truncated_golden_weights(tmp_path: Path, golden_dir: Path) -> None:
     content = (golden_dir / "vae" / "weights.safetensors").read_bytes()
     cut = tmp_path / "cut.safetensors"

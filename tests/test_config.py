@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from random_model import flat_config
+
+from echo_rt.config import ModelConfig, TransformerConfig, VaeConfig
+from echo_rt.errors import ConfigError
+
+MEMORY = {"frames": 3, "layers": 2, "normalize_k": False, "rebuild_on_prompt_switch": True}
+
+# (changes, what the message must name)
+BAD = [
+    ({"sink_frames": 4}, ["sink_frames", "3", "4"]),
+    ({"local_frames": 8}, ["local_frames", "3", "8"]),
+    ({"sink_frames": 0}, ["sink_frames", "0"]),
+    ({"frames_per_block": 0}, ["frames_per_block", "0"]),
+    ({"frames_per_block": 1, "memory": MEMORY | {"frames": 2}}, ["memory", "2", "1"]),
+    ({"max_temporal_id": 13}, ["3", "9", "15", "13", "14"]),
+    ({"max_temporal_id": 10, "memory": None}, ["12", "10", "11"]),
+    ({"dim": 25}, ["dim 25", "num_heads 2"]),
+    ({"dim": 8}, ["head size", "8", "4"]),
+    ({"num_heads": -2}, ["num_heads", "-2"]),
+    ({"freq_dim": 15}, ["freq_dim", "15"]),
+    ({"latent_height": 5}, ["6x5", "2x2"]),
+    ({"latent_width": 0}, ["latent_width", "0"]),
+    ({"patch_size": [2, 2, 2]}, ["patch_size", "(2, 2, 2)"]),
+    ({"in_channels": 36}, ["36", "4"]),
+    ({"denoising_steps": []}, ["denoising_steps", "[]"]),
+    ({"denoising_steps": [250, 500]}, ["[250, 500]"]),
+    ({"denoising_steps": [1001]}, ["1..1000", "[1001]"]),
+    ({"denoising_steps": [500, 0]}, ["[500, 0]"]),
+    ({"timestep_shift": 0}, ["timestep_shift", "0"]),
+    ({"context_timestep": 1001}, ["context_timestep", "1001"]),
+    ({"memory": MEMORY | {"layers": 0}}, ["layers", "0"]),
+    ({"dim": "wide"}, ["dim", "'wide'"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD, ids=lambda value: str(value)[:60])
+def test_what_a_model_cannot_be_is_refused_by_name_and_number(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_flat(flat_config(**changes))
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("missing", ["dim", "latent_height", "num_layers"])
+def test_a_missing_entry_is_named(missing: str) -> None:
+    flat = flat_config()
+    del flat[missing]
+    with pytest.raises(ConfigError, match=missing):
+        ModelConfig.from_flat(flat)
+
+
+def test_flat_round_trip() -> None:
+    config = ModelConfig.from_flat(flat_config())
+    assert ModelConfig.from_flat(config.to_flat()) == config
+
+
+def test_released_sizes_are_derived() -> None:
+    wan = TransformerConfig(dim=1536, ffn_dim=8960, freq_dim=256, num_heads=12, num_layers=30)
+    config = ModelConfig.from_flat(wan.__dict__ | {"latent_height": 60, "latent_width": 104, "memory": MEMORY})
+    assert wan.head_dim == 128 and wan.rope_dims == (44, 42, 42)
+    assert config.tokens_per_frame == 1560 and config.tokens_per_block == 4680 and config.memory_tokens == 4680
+    assert config.window.cached_frames == 12
+
+
+def test_vae_strides() -> None:
+    vae = VaeConfig()
+    assert (vae.spatial_stride, vae.temporal_stride) == (8, 4)
+    assert [vae.video_frames(n) for n in (0, 1, 3, 6)] == [0, 1, 9, 21]
+    with pytest.raises(ConfigError, match="z_dim 8"):
+        VaeConfig(z_dim=8)
+    with pytest.raises(ConfigError, match="temporal_downsample"):
+        VaeConfig(temporal_downsample=(True,))
