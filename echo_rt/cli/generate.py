@@ -134,9 +134,13 @@ class Request:
             ("--contact-sheet", self.arguments.contact_sheet, ".png"),
             *(("--save-prompt-embeds", file, ".safetensors") for file in self.embeds_files),
         ]
+        taken: dict[Path, str] = {}
         for option, file, suffix in outputs:
             if file is None:
                 continue
+            other = taken.setdefault(file.resolve(), option)
+            if other != option:
+                raise ConfigError(f"{other} and {option}: expected two files, got {str(file)!r} for both")
             if file.suffix.lower() != suffix:
                 raise ConfigError(f"{option}: expected a name that ends in {suffix}, got {str(file)!r}")
             check_writable(file)

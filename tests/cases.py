@@ -1,0 +1,199 @@
+"""Inputs for every operation of :class:`echo_rt.ops.Ops`, made once, for tests and benchmarks alike.
+
+``CASES[op](sizes, dtype, device, seed)`` gives the arguments in the schema's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model's sizes as the operations see them; ``vae`` is (frames, height, width, channels)."""
+
+    frames: int = 3
+    tokens: int = 6
+    heads: int = 2
+    head_dim: int = 12
+    layers: int = 2
+    sink_frames: int = 3
+    local_frames: int = 9
+    memory_frames: int = 3
+    vae: tuple[int, int, int, int] = (3, 5, 4, 6)
+
+    @property
+    def dim(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def temporal_pairs(self) -> int:
+        return (self.head_dim - 4 * (self.head_dim // 6)) // 2
+
+    @property
+    def spatial_pairs(self) -> int:
+        return self.head_dim // 2 - self.temporal_pairs
+
+    @property
+    def rows(self) -> int:
+        return (self.memory_frames + self.sink_frames + self.local_frames) * self.tokens
+
+
+# Odd on purpose: nothing is a power of two, and one size has a single token, head or frame.
+SIZES = {
+    "small": Sizes(),
+    "odd": Sizes(frames=1, tokens=7, heads=3, head_dim=14, layers=3, sink_frames=1, local_frames=5, memory_frames=1),
+    "one": Sizes(frames=2, tokens=1, heads=1, head_dim=64, layers=1, sink_frames=2, memory_frames=2, local_frames=2),
+}
+EPS = 1e-6
+
+
+class _Maker:
+    def __init__(self, dtype: torch.dtype, device: str, seed: int) -> None:
+        self.dtype, self.device = dtype, device
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
+        values = scale * torch.randn(shape, generator=self._generator)
+        return values.to(self.device, dtype or self.dtype)
+
+    def table(self, frames: int, pairs: int) -> Tensor:
+        """Cosine and sine of random angles."""
+        angles = 100 * torch.rand(frames, pairs, generator=self._generator, dtype=torch.float64)
+        return torch.stack((angles.cos(), angles.sin()), -1).float().to(self.device)
+
+    def rates(self, pairs: int) -> Tensor:
+        return (10000.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)).to(self.device)
+
+
+def _rope_table(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+    frames = torch.tensor([0, 1, 20, 325_000, 10_000_000, 2**31], device=m.device)
+    return frames, m.rates(s.temporal_pairs), torch.empty(len(frames), s.temporal_pairs, 2, device=m.device)
+
+
+def _advance(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+    return (
+        torch.tensor([-1, 0, 0, 0, 0], device=m.device),
+        s.frames,
+        s.sink_frames,
+        s.local_frames,
+        s.memory_frames,
+        s.sink_frames + s.memory_frames + s.local_frames + 2,
+        m.rates(s.temporal_pairs),
+        torch.empty(s.frames, s.temporal_pairs, 2, device=m.device),
+        torch.empty(s.memory_frames + s.sink_frames, s.temporal_pairs, 2, device=m.device),
+        torch.empty(s.frames * s.tokens, dtype=torch.int64, device=m.device),
+    )
+
+
+def _qkv_norm_rope_store(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+    n, first = s.frames * s.tokens, (s.memory_frames + s.sink_frames) * s.tokens
+    return (
+        m.normal(n, 3 * s.dim),
+        1 + m.normal(s.dim, dtype=torch.float32, scale=0.1),
+        1 + m.normal(s.dim, dtype=torch.float32, scale=0.1),
+        m.table(s.frames, s.temporal_pairs),
+        m.table(s.tokens, s.spatial_pairs),
+        m.normal(s.rows, s.heads, s.head_dim),
+        m.normal(s.rows, s.heads, s.head_dim),
+        torch.arange(first, first + n, device=m.device),
+        m.normal(s.local_frames * s.tokens, s.heads, s.head_dim),
+        first,
+        EPS,
+    )
+
+
+def _reanchor(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+    memory = s.memory_frames * s.tokens
+    return (
+        m.normal(s.layers, 2, s.rows, s.heads, s.head_dim),
+        m.table(s.memory_frames + s.sink_frames, s.temporal_pairs),
+        m.table(s.tokens, s.spatial_pairs),
+        m.normal(s.layers, s.sink_frames * s.tokens, s.heads, s.head_dim),
+        m.normal(memory, s.heads, s.head_dim),
+        m.normal(memory, s.heads, s.head_dim),
+        memory,
+    )
+
+
+def _memory_attention(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+    evicted = s.frames * s.tokens
+    return (
+        m.normal(s.memory_frames * s.tokens, s.dim),
+        1 + m.normal(s.dim, dtype=torch.float32, scale=0.1),
+        m.normal(evicted, s.heads, s.head_dim),
+        m.normal(evicted, s.heads, s.head_dim),
+        EPS,
+    )
+
+
+def _gated_update(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+    tokens = s.memory_frames * s.tokens
+    return (
+        m.normal(tokens, s.dim),
+        m.normal(tokens, s.dim),
+        1 + m.normal(s.dim, dtype=torch.float32, scale=0.1),
+        m.normal(s.dim, 2 * s.dim, scale=(2 * s.dim) ** -0.5),
+        2 + m.normal(s.dim, scale=0.1),
+        torch.empty(tokens, s.dim, dtype=m.dtype, device=m.device),
+        EPS,
+    )
+
+
+def _vector(s: Sizes, m: _Maker, centre: float) -> Tensor:
+    return centre + m.normal(s.dim, dtype=torch.float32, scale=0.3)
+
+
+def _modulated_layer_norm(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+    return m.normal(s.frames * s.tokens, s.dim), _vector(s, m, 0), _vector(s, m, 1), EPS
+
+
+def _gated_residual_norm(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+    n = s.frames * s.tokens
+    gate = _vector(s, m, 0)
+    return m.normal(n, s.dim), m.normal(n, s.dim), gate, _vector(s, m, 0), _vector(s, m, 1), EPS
+
+
+def _flow_step(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+    shape = (s.frames, 4, 2, 2 * s.tokens)
+    sigmas = torch.tensor([0.9375, 0.8333], dtype=torch.float64, device=m.device)
+    float32 = torch.float32
+    return m.normal(*shape, dtype=float32), m.normal(*shape), sigmas, m.normal(*shape, dtype=float32)
+
+
+def _rms_silu_window(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+    frames, height, width, channels = s.vae
+    past = 2
+    window = m.normal(past + frames + 1, height, width, channels)
+    return m.normal(*s.vae), 1 + m.normal(channels, dtype=torch.float32, scale=0.1), window, past
+
+
+def _frames_to_uint8(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+    frames, height, width, _ = s.vae
+    return m.normal(frames, height, width, 3), torch.empty(frames, height, width, 3, dtype=torch.uint8, device=m.device)
+
+
+_MAKERS: dict[str, Callable[[Sizes, _Maker], tuple[Any, ...]]] = {
+    "rope_table": _rope_table,
+    "advance": _advance,
+    "qkv_norm_rope_store": _qkv_norm_rope_store,
+    "reanchor": _reanchor,
+    "memory_attention": _memory_attention,
+    "gated_update": _gated_update,
+    "modulated_layer_norm": _modulated_layer_norm,
+    "gated_residual_norm": _gated_residual_norm,
+    "flow_step": _flow_step,
+    "rms_silu_window": _rms_silu_window,
+    "frames_to_uint8": _frames_to_uint8,
+}
+OPS = tuple(_MAKERS)
+
+
+def make_case(op: str, sizes: Sizes, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Any]:
+    """The arguments of one call of ``op``, in the schema's order."""
+    return list(_MAKERS[op](sizes, _Maker(dtype, device, seed)))

@@ -1,0 +1,80 @@
+"""Progress lines."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from echo_rt.cli import progress as module
+from echo_rt.cli.progress import ProgressReport, clock
+
+
+@pytest.fixture
+def time(monkeypatch):
+    """A clock that the test turns."""
+
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def test_clock():
+    assert [clock(seconds) for seconds in (0, 59.6, 61, 3600)] == ["0:00", "1:00", "1:01", "1:00:00"]
+
+
+def test_plain_lines_come_now_and_then(time, capsys):
+    report = ProgressReport(120, 16)
+    for _ in range(10):
+        time.now += 1
+        report.block_done(12, "a fox")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "echo-rt: block 1 · 12/120 frames · 0:01 of video · 12.0 fps · 0:01 gone · 0:09 left · a fox",
+        "echo-rt: block 6 · 72/120 frames · 0:04 of video · 12.0 fps · 0:06 gone · 0:04 left · a fox",
+    ]
+    assert (report.frames, report.blocks, report.elapsed) == (120, 10, 10)
+
+
+def test_without_an_end_nothing_is_left(time, capsys):
+    report = ProgressReport(None, 16)
+    time.now += 1
+    report.block_done(9, "a fox")
+    assert capsys.readouterr().err == "echo-rt: block 1 · 9 frames · 0:01 of video · 9.0 fps · 0:01 gone · a fox\n"
+
+
+def test_the_rate_is_that_of_late(time):
+    report = ProgressReport(None, 16, quiet=True)
+    for seconds in (60.0, *[0.5] * 16):
+        time.now += seconds
+        report.block_done(12, "")
+    assert report.rate == pytest.approx(24)
+
+
+def test_quiet(time, capsys):
+    report = ProgressReport(10, 16, quiet=True)
+    time.now += 1
+    report.block_done(9, "a fox")
+    report.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_live_line_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("TERM", "xterm")
+    report = ProgressReport(18, 16)
+    report.block_done(9, "a [bold]fox")
+    report.close()
+    report.close()
+    text = terminal.getvalue()
+    assert "9/18 frames" in text and "a [bold]fox" in text
+    assert sys.stderr is terminal, "what the live line had put in its place is gone"

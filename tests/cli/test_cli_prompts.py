@@ -1,0 +1,61 @@
+"""The prompt script: times, order, mistakes."""
+
+from __future__ import annotations
+
+import pytest
+
+from echo_rt.cli.prompts import TimedPrompt, parse_script
+from echo_rt.errors import PromptError
+
+
+def test_times_order_and_files():
+    script = parse_script(["10:a lake", "a fox", "2.5: the den"], ["7:saved.safetensors"])
+    assert script == [
+        TimedPrompt(0.0, text="a fox"),
+        TimedPrompt(2.5, text="the den"),
+        TimedPrompt(7.0, file="saved.safetensors"),
+        TimedPrompt(10.0, text="a lake"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "seconds", "text"),
+    [
+        ("0:a clock", 0.0, "a clock"),
+        ("0:10:30 on a clock", 0.0, "10:30 on a clock"),
+        ("a fox: the film", 0.0, "a fox: the film"),
+        ("3 foxes", 0.0, "3 foxes"),
+        ("00.0 :x", 0.0, "x"),
+        ("two\nlines", 0.0, "two\nlines"),
+        ("nan:x", 0.0, "nan:x"),
+    ],
+)
+def test_what_is_a_time(argument, seconds, text):
+    assert parse_script([argument], []) == [TimedPrompt(seconds, text=text)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "files", "message"),
+    [
+        ([], [], "at least one --prompt"),
+        ([""], [], "expected a prompt, got nothing"),
+        (["   \n"], [], "expected a prompt, got nothing"),
+        (["a", "5:"], [], "expected a prompt, got nothing"),
+        ([], ["0:"], "expected a file, got nothing"),
+        (["-1:a"], [], "at 0 seconds or later, got -1"),
+        (["a", "9" * 400 + ":b"], [], "not a number of seconds"),
+        (["5:a"], [], "the first begins at 5 s"),
+        (["a", "b"], [], "two prompts begin at 0 s: 'a' and 'b'"),
+        (["a", "3:b", "3.0:c"], [], "two prompts begin at 3 s"),
+        (["a"], ["f.safetensors"], "two prompts begin at 0 s: 'a' and 'embeddings f.safetensors'"),
+    ],
+)
+def test_mistakes(texts, files, message):
+    with pytest.raises(PromptError, match=message):
+        parse_script(texts, files)
+
+
+def test_a_long_prompt_is_named_briefly():
+    with pytest.raises(PromptError) as error:
+        parse_script(["a " * 10_000, "b"], [])
+    assert len(str(error.value)) < 200

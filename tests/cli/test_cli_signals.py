@@ -1,0 +1,76 @@
+"""Stop requests: noted, raised, restored."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from echo_rt.cli.signals import StopNow, StopRequest
+
+
+def send(signum: int) -> None:
+    os.kill(os.getpid(), signum)
+
+
+def test_noted_by_default():
+    with StopRequest() as stop:
+        send(signal.SIGINT)
+        send(signal.SIGINT)
+        send(signal.SIGTERM)
+        assert stop.request is not None and stop.request.exit_code == 143
+
+
+def test_interruptible_raises_for_an_earlier_signal_too():
+    with StopRequest() as stop:
+        with pytest.raises(StopNow), stop.interruptible():
+            send(signal.SIGINT)
+            pytest.fail("went on")
+        with pytest.raises(StopNow), stop.interruptible():
+            pytest.fail("went on")
+
+
+def test_after_block_raises_at_the_second(capfd):
+    with StopRequest() as stop:
+        with stop.after_block():
+            send(signal.SIGINT)
+        assert "stopping after this block" in capfd.readouterr().err
+        assert stop.request is not None and stop.request.reason == "interrupted"
+        with pytest.raises(StopNow), stop.after_block():
+            send(signal.SIGTERM)
+            pytest.fail("went on")
+        send(signal.SIGINT)  # files are being closed: only noted
+
+
+def test_handlers_come_back():
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(signum) for signum in signals]
+    with StopRequest():
+        assert all(signal.getsignal(signum) != old for signum, old in zip(signals, before, strict=True))
+    assert [signal.getsignal(signum) for signum in signals] == before
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            send(signal.SIGHUP)
+            assert stop.request is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_another_thread_leaves_signals_alone():
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+
+    def work() -> None:
+        with StopRequest() as stop, stop.interruptible():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]

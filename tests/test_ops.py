@@ -1,0 +1,264 @@
+"""Every operation, on every backend that is there, against its formula in float64."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import pytest
+import torch
+from cases import EPS, OPS, SIZES, Sizes, make_case
+from closeness import relative_error
+from torch import Tensor
+
+from echo_rt.errors import BackendError
+from echo_rt.ops import BACKEND_VARIABLE, Ops, available_backends, load_ops
+from echo_rt.state import RingLayout
+
+BACKENDS = [name for name, status in available_backends().items() if status == "available"]
+# Rounding of the result to the dtype, and of the float32 arithmetic before it.
+BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+DTYPES = pytest.mark.parametrize("dtype", BOUNDS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+ALL_SIZES = pytest.mark.parametrize("size", SIZES)
+
+
+@pytest.fixture(params=BACKENDS)
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return load_ops(request.param)
+
+
+def as_float64(args: list[Any]) -> list[Any]:
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + EPS) * weight
+
+
+def layer_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + EPS) * scale + shift
+
+
+def rotate(x: Tensor, temporal: Tensor, spatial: Tensor) -> Tensor:
+    """``x [F·S, H, d]`` turned, token by token, as complex numbers."""
+    frames, tokens = temporal.shape[0], spatial.shape[0]
+    table = torch.cat((temporal.repeat_interleave(tokens, 0), spatial.repeat(frames, 1, 1)), 1)
+    turn = torch.view_as_complex(table.contiguous())[:, None]
+    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
+    return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+def test_cases_cover_the_schema() -> None:
+    methods = {name for name, _ in inspect.getmembers(Ops, inspect.isfunction) if not name.startswith("_")}
+    assert methods == set(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_signatures_are_those_of_the_schema(ops: Ops, op: str) -> None:
+    assert inspect.signature(getattr(ops, op)) == inspect.signature(getattr(Ops, op))
+
+
+def test_rope_table_is_exact_to_float32_for_any_frame(ops: Ops) -> None:
+    frames, rates, out = make_case("rope_table", Sizes(head_dim=128), torch.float32)
+    ops.rope_table(frames, rates, out)
+    for row, frame in zip(out.tolist(), frames.tolist(), strict=True):
+        for (cos, sin), rate in zip(row, rates.tolist(), strict=True):
+            angle = math.fmod(frame * rate, 2 * math.pi)
+            # float64 holds the product to half an ulp: 2.4e-7 at frame 2^31, half of float32's own step at 1.
+            slack = 6e-8 + frame * rate * 2**-53
+            assert abs(cos - math.cos(angle)) <= slack and abs(sin - math.sin(angle)) <= slack
+
+
+@ALL_SIZES
+def test_advance_agrees_with_the_ring_arithmetic(ops: Ops, size: str) -> None:
+    s = SIZES[size]
+    args = make_case("advance", s, torch.float32)
+    positions, rates, block_table, anchor_table, write_index = args[0], *args[6:]
+    layout = RingLayout(
+        frames_per_block=s.frames,
+        sink_frames=s.sink_frames,
+        local_frames=s.local_frames,
+        memory_frames=s.memory_frames,
+        max_temporal_id=args[5],
+    )
+    for start in (0, 10_000_000):
+        positions[0] = start - 1
+        for block in range(start, start + 30):
+            ops.advance(*args)
+            first, shift = layout.first_frame(block), layout.shift(block)
+            assert positions.tolist() == [block, first, shift, layout.memory_frame(block), layout.slot(first)]
+            rows = layout.slot(first) * s.tokens
+            assert write_index.tolist() == list(range(rows, rows + s.frames * s.tokens))
+            frames = torch.arange(first, first + s.frames).double()
+            anchors = [layout.memory_frame(block) + i for i in range(s.memory_frames)]
+            anchors += [shift + i for i in range(s.sink_frames)]
+            for table, at in ((block_table, frames), (anchor_table, torch.tensor(anchors).double())):
+                angles = at[:, None] * rates
+                assert torch.equal(table, torch.stack((angles.cos(), angles.sin()), -1).float())
+
+
+@DTYPES
+@ALL_SIZES
+@pytest.mark.parametrize("raw", [True, False], ids=["raw", "no-raw"])
+@pytest.mark.parametrize("kept_frames", [None, 1], ids=["all", "last-frame"])
+def test_qkv_norm_rope_store(ops: Ops, dtype: torch.dtype, size: str, raw: bool, kept_frames: int | None) -> None:
+    s = SIZES[size]
+    args = make_case("qkv_norm_rope_store", s, dtype)
+    args[0] = torch.cat((args[0], args[0]), -1)[:, : 3 * s.dim]  # rows with a stride of their own
+    if kept_frames:
+        args[7] = args[7][: kept_frames * s.tokens]
+    if not raw:
+        args[8] = None
+    qkv, norm_q, norm_k, temporal, spatial = as_float64(args)[:5]
+    k_cache, v_cache, index, raw_k, offset = args[5:10]
+    before = k_cache.clone(), v_cache.clone()
+    q_out = ops.qkv_norm_rope_store(*args)
+    split = [part.reshape(-1, s.heads, s.head_dim) for part in (rms(qkv[:, : s.dim], norm_q), rms(qkv[:, s.dim : 2 * s.dim], norm_k))]
+    stored = slice(qkv.shape[0] - index.shape[0], None)
+    assert q_out.dtype == dtype and q_out.shape == (qkv.shape[0], s.heads, s.head_dim)
+    assert relative_error(q_out, rotate(split[0], temporal, spatial)) < BOUNDS[dtype]
+    assert relative_error(k_cache[index], rotate(split[1], temporal, spatial)[stored]) < BOUNDS[dtype]
+    assert torch.equal(v_cache[index].flatten(1), args[0][stored, 2 * s.dim :])
+    if raw:
+        assert relative_error(raw_k[index - offset], split[1][stored]) < BOUNDS[dtype]
+    untouched = torch.ones(s.rows, dtype=torch.bool)
+    untouched[index] = False
+    assert torch.equal(k_cache[untouched], before[0][untouched])
+    assert torch.equal(v_cache[untouched], before[1][untouched])
+
+
+@DTYPES
+@ALL_SIZES
+@pytest.mark.parametrize("given", ["all", "sink", "memory-keys", "nothing"])
+def test_reanchor(ops: Ops, dtype: torch.dtype, size: str, given: str) -> None:
+    s = SIZES[size]
+    args = make_case("reanchor", s, dtype)
+    if given != "all":
+        args[3] = args[3] if given == "sink" else None
+        args[4] = args[4] if given == "memory-keys" else None
+        args[5] = None
+    kv, _, _, sink_k, memory_k, memory_v, memory_tokens = args
+    _, anchor, spatial, sink64, memory64, _, _ = as_float64(args)
+    before = kv.clone()
+    ops.reanchor(*args)
+    expected = before.double()
+    sink_end = memory_tokens + s.sink_frames * s.tokens
+    for layer in range(s.layers):
+        if sink_k is not None:
+            turned = rotate(sink64[layer], anchor[s.memory_frames :], spatial)
+            assert relative_error(kv[layer, 0, memory_tokens:sink_end], turned) < BOUNDS[dtype]
+            expected[layer, 0, memory_tokens:sink_end] = kv[layer, 0, memory_tokens:sink_end].double()
+        if memory_k is not None:
+            turned = rotate(memory64, anchor[: s.memory_frames], spatial)
+            assert relative_error(kv[layer, 0, :memory_tokens], turned) < BOUNDS[dtype]
+            expected[layer, 0, :memory_tokens] = kv[layer, 0, :memory_tokens].double()
+        if memory_v is not None:
+            expected[layer, 1, :memory_tokens] = memory_v.double()
+    assert torch.equal(kv.double(), expected)  # byte for byte where nothing was to change
+
+
+@DTYPES
+@ALL_SIZES
+def test_memory_attention(ops: Ops, dtype: torch.dtype, size: str) -> None:
+    args = make_case("memory_attention", SIZES[size], dtype)
+    q, norm_q, k, v, _ = as_float64(args)
+    normed = rms(q, norm_q).reshape(q.shape[0], *k.shape[1:])
+    scores = torch.einsum("nhd,mhd->hnm", normed, k) / math.sqrt(k.shape[-1])
+    expected = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v).flatten(1)
+    actual = ops.memory_attention(*args)
+    assert actual.dtype == dtype
+    assert relative_error(actual, expected) < BOUNDS[dtype]
+
+
+@DTYPES
+@ALL_SIZES
+def test_gated_update(ops: Ops, dtype: torch.dtype, size: str) -> None:
+    args = make_case("gated_update", SIZES[size], dtype)
+    old, candidate, norm, weight, bias, _, _ = as_float64(args)
+    new = rms(candidate, norm)
+    gate = torch.sigmoid(torch.cat((old, new), -1) @ weight.T + bias)
+    ops.gated_update(*args)
+    assert relative_error(args[5], gate * old + (1 - gate) * new) < BOUNDS[dtype]
+
+
+@DTYPES
+@ALL_SIZES
+def test_modulated_layer_norm(ops: Ops, dtype: torch.dtype, size: str) -> None:
+    args = make_case("modulated_layer_norm", SIZES[size], dtype)
+    x, shift, scale, _ = as_float64(args)
+    actual = ops.modulated_layer_norm(*args)
+    assert actual.dtype == dtype
+    assert relative_error(actual, layer_norm(x, shift, scale)) < BOUNDS[dtype]
+
+
+@DTYPES
+@ALL_SIZES
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_gated_residual_norm(ops: Ops, dtype: torch.dtype, size: str, gated: bool) -> None:
+    args = make_case("gated_residual_norm", SIZES[size], dtype)
+    if not gated:
+        args[2] = None
+    x, y, gate, shift, scale, _ = as_float64(args)
+    added = x + (y if gate is None else gate * y)
+    actual = ops.gated_residual_norm(*args)
+    assert relative_error(args[0], added) < BOUNDS[dtype]
+    assert relative_error(actual, layer_norm(added, shift, scale)) < 2 * BOUNDS[dtype]  # of a rounded sum
+
+
+@DTYPES
+@pytest.mark.parametrize("last", [False, True], ids=["renoised", "last"])
+def test_flow_step(ops: Ops, dtype: torch.dtype, last: bool) -> None:
+    args = make_case("flow_step", SIZES["small"], dtype)
+    if last:
+        args[3] = None
+    x, flow, (sigma, following), noise = as_float64(args)
+    expected = x - sigma * flow
+    if noise is not None:
+        expected = (1 - following) * expected + following * noise
+    ops.flow_step(*args)
+    assert torch.equal(args[0], expected.float())
+
+
+@DTYPES
+@pytest.mark.parametrize("zeros", [False, True], ids=["random", "zeros"])
+def test_rms_silu_window(ops: Ops, dtype: torch.dtype, zeros: bool) -> None:
+    args = make_case("rms_silu_window", SIZES["small"], dtype)
+    if zeros:
+        args[0].zero_()
+    x, gamma, before, past = as_float64(args)
+    normed = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12) * math.sqrt(x.shape[-1]) * gamma
+    ops.rms_silu_window(*args)
+    written = slice(past, past + x.shape[0])
+    expected = normed * torch.sigmoid(normed)
+    if zeros:
+        assert not args[2][written].any()
+    else:
+        assert relative_error(args[2][written], expected) < BOUNDS[dtype]
+    before[written] = args[2][written].double()
+    assert torch.equal(args[2].double(), before)
+
+
+@DTYPES
+def test_frames_to_uint8(ops: Ops, dtype: torch.dtype) -> None:
+    video, out = make_case("frames_to_uint8", SIZES["small"], dtype)
+    video[0, 0, 0] = torch.tensor([-1.0, 1.0, 0.0])
+    ops.frames_to_uint8(video, out)
+    expected = ((video.double().clamp(-1, 1) + 1) * 127.5).round()
+    assert int((out.double() - expected).abs().max()) <= (0 if dtype == torch.float32 else 1)
+    assert out[0, 0, 0].tolist() == [0, 255, 128]
+
+
+def test_backends_are_chosen_by_name_and_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+    assert load_ops().name == "torch"
+    with pytest.raises(BackendError, match="torch, emulated, cuda; got 'opencl'"):
+        load_ops("opencl")
+    for name, status in available_backends().items():
+        if status != "available":
+            with pytest.raises(BackendError, match=f"'{name}' is not available"):
+                load_ops(name)
+            monkeypatch.setenv(BACKEND_VARIABLE, name)
+            with pytest.raises(BackendError, match=f"'{name}' is not available"):
+                load_ops()
