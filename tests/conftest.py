@@ -24,3 +24,13 @@ def shared_golden() -> Path:
     if not folder.is_dir():
         pytest.skip("the large golden bundles are not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as ``echo-rt tiny`` writes it; tests must not change it."""
+    from echo_rt.tiny import write_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    write_tiny_model(folder)
+    return folder

@@ -285,7 +285,8 @@ def _record(runtime: Runtime, request: Request, embeds: list[Tensor], stop: Stop
         problem = error
     elapsed = progress.elapsed
     progress.close()
-    problem = problem or recorder.close()
+    closing = recorder.close()
+    problem = problem or closing
 
     stopped = None if recorder.full else stop.request
     report.update(recorder.report())

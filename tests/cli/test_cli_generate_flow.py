@@ -128,7 +128,7 @@ def test_embeddings_are_saved_and_read(echo_rt, fake_runtime, tmp_path):
         (["--seed", "x"], "got 'x'"),
         (["--size", "832"], "WIDTHxHEIGHT in pixels such as 832x480, got '832'"),
         (["--size", "0x480"], "got '0x480'"),
-        (["--size", "-8x8"], "WIDTHxHEIGHT"),
+        (["--size=-8x8"], "WIDTHxHEIGHT"),
         (["--size", "8.5x8"], "got '8.5x8'"),
         (["--prompt", " "], "expected a prompt, got nothing"),
         (["--prompt", "2"], "two prompts begin at 0 s"),
@@ -137,7 +137,7 @@ def test_embeddings_are_saved_and_read(echo_rt, fake_runtime, tmp_path):
         (["-o", "v.avi"], "ends in .mp4, got 'v.avi'"),
         (["--save-prompt-embeds", "e.pt"], "ends in .safetensors"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes_are_found_before_loading(echo_rt, fake_runtime, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
