@@ -263,9 +263,8 @@ class Rollout:
         generated = layout.last_frame(s.block) + 1
         frames = torch.arange(max(0, generated - window.cached_frames), generated)
         whole_video = int(frames[0]) == 0
-        stored = [f for f in frames.tolist() if f >= window.sink_frames or whole_video][-window.cached_frames :]
-        if not whole_video:
-            stored = [f for f in stored if f >= layout.oldest_local(s.block)]
+        # Never two frames of one slot: which of them an indexed copy would keep is undefined.
+        stored = [f for f in frames.tolist() if whole_video or f >= layout.oldest_local(s.block)]
         rows = torch.tensor([layout.slot(f) for f in stored], dtype=torch.int64)[:, None] * tokens + torch.arange(
             tokens
         )

@@ -82,7 +82,8 @@ class Runtime:
                 None if config.memory is None else MemoryEncoder(config, weights[1], ops, device=device, dtype=dtype)
             )
             decoder = VaeDecoder(self.vae_config, weights[2], ops, device=device, dtype=dtype)
-            decoder_state = decoder.new_state(config.latent_height, config.latent_width, config.window.frames_per_block)
+            # One latent at a time: the decoder's windows grow with what is decoded at once (by 3 GiB a latent at 832x480).
+            decoder_state = decoder.new_state(config.latent_height, config.latent_width, max_latents=1)
             rollout = Rollout(config, transformer, encoder, schedule, ops, mode)
         model = {
             **config.to_flat(),

@@ -29,14 +29,15 @@ Tensors = dict[str, Tensor]
 _NORMS = ("norm", "gamma", "connector_proj.3")
 _SMALL = 0.05  # of what should be near a constant: norm weights, biases
 # The transformer's balance; found by looking at the frames.
-_MADE = 1.6  # strength of what the local heads made against what is seen
-_FOCUS = 4.0  # how sharply the local heads look at one place
+_SEEN = 1.0
+_MADE = 2.4  # strength of what the local heads made against what is seen
+_FOCUS = 3.0  # how sharply the local heads look at one place
 _HEAD_RANDOM = 0.3  # output of the other heads
 _RECOLOUR = 0.3  # how far a layer turns the colours
 _WITHIN_PATCH = 0.6  # how much of the detail inside a patch survives a layer
 _TEXT, _TEXT_FOCUS = 0.6, 1.5
-_FFN_GATE = 0.5
-_SURROUND=.8
+_FFN_GATE = 0.3
+_SURROUND=1.1
 _WIDE=.5
 _DRIFTS = ((1.0, 0.0, 0.0), (1.0, 0.6, 0.4), (1.0, -0.4, 0.7))  # frames back, rows, columns; in turn
 # The VAE's.
@@ -111,7 +112,7 @@ def transformer_tensors(config: TransformerConfig, draw: Draw) -> Tensors:
 
     tensors["patch_embedding.weight"] = (scale * seen).reshape(tensors["patch_embedding.weight"].shape)
     tensors["patch_embedding.bias"].zero_()
-    flow = (seen - _MADE * made).T / scale
+    flow = (_SEEN * seen - _MADE * made).T / scale
     # The patch embedding's channels come first, the head's last.
     tensors["head.head.weight"] = flow.unflatten(0, (config.in_channels, -1)).transpose(0, 1).flatten(0, 1)
     tensors["head.head.bias"].zero_()
@@ -204,6 +205,7 @@ def _smoothed(draw: Draw, name: str, grain: Tensor) -> Tensor:
         mix = math.sqrt(2) * draw(f"mix/{name}", out, channels) / math.sqrt(channels)
     else:
         mix = draw(f"mix/{name}", out, channels) / math.sqrt(channels)
+        if "residual" in name: mix = mix - mix.mean(1, keepdim=True)
     kernel = torch.ones((), dtype=torch.float64)
     for size in grain.shape[2:]:
         taps = torch.tensor(_BLUR if size == len(_BLUR) else [1.0], dtype=torch.float64)

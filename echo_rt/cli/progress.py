@@ -91,7 +91,7 @@ class ProgressReport:
             f"{self.frames}{total} frames",
             f"{clock(self.frames / self.fps)} of video",
             f"{self.rate:.1f} fps",
-            f"{clock(self.elapsed)} gone",
+            f"{clock(self.elapsed)} elapsed",
         ]
         if self.total_frames is not None and self.rate > 0:
             parts.append(f"{clock((self.total_frames - self.frames) / self.rate)} left")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation
 
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.output.part_file import Closing, check_writable, write_whole
@@ -114,7 +113,7 @@ class ContactSheet(Closing):
     def _shrink(self, image: Image) -> Image:
         height = max(1, round(image.shape[0] * self.picture_width / image.shape[1]))
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-        small = frame.reformat(self.picture_width, height, "rgb24", interpolation=Interpolation.AREA)
+        small = frame.reformat(self.picture_width, height, "rgb24", interpolation="AREA")
         return small.to_ndarray().astype(np.uint8, copy=False)
 
     def _compose(self) -> Image:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange
 
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.output.part_file import Closing, PartFile, reason
@@ -110,7 +110,7 @@ class VideoWriter(Closing):
         try:
             for image in array:
                 frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
-                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                    format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
                 )
                 frame.pts, frame.time_base = self.frames_encoded, 1 / self.fps
                 self._mux(self._stream.encode(frame))

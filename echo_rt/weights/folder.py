@@ -146,10 +146,10 @@ def _without_tied_table(tensors: Mapping[str, Tensor], source: str) -> Mapping[s
     if _TABLE_AGAIN not in tensors:
         return tensors
     names = {name: name for name in tensors if name != _TABLE_AGAIN}
-    if _TABLE not in tensors:
+    again = tensors[_TABLE_AGAIN]
+    table = tensors.get(_TABLE)
+    if table is None:
         names[_TABLE] = _TABLE_AGAIN
-    elif tensors[_TABLE].dtype != tensors[_TABLE_AGAIN].dtype or not torch.equal(
-        tensors[_TABLE], tensors[_TABLE_AGAIN]
-    ):
+    elif table.dtype != again.dtype or not torch.equal(table, again):
         raise WeightsError(f"{source}: expected {_TABLE} and {_TABLE_AGAIN} to be one table, came two that differ")
     return RenamedTensors(tensors, names)

@@ -30,8 +30,19 @@ def moving() -> Callable[[int, int, int, int], NDArray[np.uint8]]:
     return _moving
 
 
+def _luma(frames: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """BT.709's brightness, in the range that video uses."""
+    return 16 + 219 / 255 * (frames @ np.array([0.2126, 0.7152, 0.0722]))
+
+
+@pytest.fixture(scope="session")
+def luma() -> Callable[[NDArray[np.uint8]], NDArray[np.float64]]:
+    """``luma(frames [n, height, width, 3])``: what ``Video.luma`` should be."""
+    return _luma
+
+
 class Video:
-    """A decoded video and what its container says."""
+    """A decoded video and what its container says. ``luma``: [n, height, width]."""
 
     def __init__(self, path: Path) -> None:
         with av.open(str(path)) as container:
@@ -49,8 +60,8 @@ class Video:
                 self.times.append(frame.time)
                 if frame.key_frame:
                     self.key_frames.append(number)
-                images.append(frame.to_ndarray(format="rgb24"))
-            self.images = np.stack(images)
+                images.append(frame.to_ndarray(format="yuv420p")[: self.size[1]])
+            self.luma = np.stack(images).astype(float)
 
 
 @pytest.fixture(scope="session")

@@ -104,6 +104,12 @@ def test_stock_config_leaves_text_width_and_patches_to_the_defaults(folders: Cal
     assert (config.text_dim, config.text_len, config.patch_size, config.in_channels) == (4096, 512, (1, 2, 2), 16)
 
 
+def test_as_many_channels_come_out_as_go_in_where_diffusers_says_null(folders: Callable[[str], Path]) -> None:
+    path = folders("diffusers")
+    edit(path / "transformer" / "config.json", out_channels=None)
+    assert ModelFolder.open(path).transformer_config().out_channels == 16
+
+
 def test_released_sizes(tmp_path: Path) -> None:
     stock = {"dim": 1536, "eps": 1e-06, "ffn_dim": 8960, "freq_dim": 256, "in_dim": 16, "model_type": "t2v"}
     write_json(tmp_path / "config.json", stock | {"num_heads": 12, "num_layers": 30, "out_dim": 16, "text_len": 512})

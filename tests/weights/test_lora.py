@@ -134,7 +134,7 @@ def test_some_layers_only_and_ranks_that_differ(lora: Path) -> None:
 
 def test_merged_in_float32_then_cast_back(lora: Path) -> None:
     base = {name: tensor.bfloat16() for name, tensor in transformer().items()}
-    low_rank = {name: (0.02 * tensor).bfloat16() for name, tensor in factors().items()}
+    low_rank = factors()
     saved(lora, {"generator_lora": peft(low_rank)})
     merged = merge_lora(base, lora).transformer
     for module in MODULES:
@@ -142,7 +142,8 @@ def test_merged_in_float32_then_cast_back(lora: Path) -> None:
         exact = base[f"{module}.weight"].double() + up @ down
         actual = merged[f"{module}.weight"]
         assert actual.dtype == torch.bfloat16
-        # Rounded once: half a unit in the last of 8 bits, and float32's own error on top.
+        # Rounded once, at the end: half a unit in the last of 8 bits, and float32's own error on top. Where weight
+        # and change nearly cancel, any earlier rounding to bfloat16 is far outside.
         assert bool(((actual.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all())
 
 
