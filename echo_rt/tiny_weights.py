@@ -29,12 +29,12 @@ Tensors = dict[str, Tensor]
 _NORMS = ("norm", "gamma", "connector_proj.3")
 _SMALL = 0.05  # of what should be near a constant: norm weights, biases
 # The transformer's balance; found by looking at the frames.
-_SEEN = 1.0
+_SEEN = 1.4
 _MADE = 2.4  # strength of what the local heads made against what is seen
 _FOCUS = 3.0  # how sharply the local heads look at one place
 _HEAD_RANDOM = 0.3  # output of the other heads
 _RECOLOUR = 0.3  # how far a layer turns the colours
-_WITHIN_PATCH = 0.6  # how much of the detail inside a patch survives a layer
+_WITHIN_PATCH = 0.3  # how much of the detail inside a patch survives a layer
 _TEXT, _TEXT_FOCUS = 0.6, 1.5
 _FFN_GATE = 0.3
 _SURROUND=1.1
@@ -44,7 +44,7 @@ _DRIFTS = ((1.0, 0.0, 0.0), (1.0, 0.6, 0.4), (1.0, -0.4, 0.7))  # frames back, r
 _BLUR = (0.25, 0.5, 0.25)
 _GRAIN = 0.15  # of each convolution, random
 _VAE_BRANCH = 0.5
-_CONTRAST = 1.0
+_CONTRAST = 0.8
 _GATE_BIAS = 2.0  # the memory's gate begins near "keep"
 
 
