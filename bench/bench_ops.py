@@ -1,6 +1,6 @@
 """Time of each operation on each backend that is there. On a shared CPU only ratios within one run mean anything.
 
-    make bench        or        pytest bench --benchmark-only
+make bench        or        pytest bench --benchmark-only
 """
 
 from __future__ import annotations

@@ -19,6 +19,10 @@ from typing import Any
 from echo_rt.errors import ConfigError
 
 
+# Width and height of the released recipe's video, in pixels: what a stock Wan folder is used with.
+RELEASED_SIZE = (832, 480)
+
+
 def _require_positive(owner: str, **values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
+from echo_rt.config import RELEASED_SIZE, MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
 from echo_rt.device import parse_device, parse_dtype
 from echo_rt.errors import ConfigError, StreamError
 from echo_rt.model.memory import MemoryEncoder
@@ -28,13 +28,10 @@ from echo_rt.weights.from_shapes import memory_facts
 from echo_rt.weights.generator import check_memory, load_generator
 from echo_rt.weights.lora import merge_lora
 
-# The released recipe's video size, in pixels, where neither the caller nor the model folder names one.
-RELEASED_SIZE = (832, 480)
-
 # Facts of a rollout that a caller may choose; the rest comes from the weights.
 _WINDOW_OVERRIDES = ("frames_per_block", "sink_frames", "local_frames", "max_temporal_id")
 _SAMPLER_OVERRIDES = ("denoising_steps", "timestep_shift", "context_timestep")
-_MEMORY_OVERRIDES = ("rebuild_on_prompt_switch",)
+_MEMORY_OVERRIDES = ("memory_frames", "rebuild_on_prompt_switch")
 OVERRIDES = (*_WINDOW_OVERRIDES, *_SAMPLER_OVERRIDES, *_MEMORY_OVERRIDES)
 
 
@@ -82,7 +79,7 @@ class Runtime:
                 None if config.memory is None else MemoryEncoder(config, weights[1], ops, device=device, dtype=dtype)
             )
             decoder = VaeDecoder(self.vae_config, weights[2], ops, device=device, dtype=dtype)
-            # One latent at a time: the decoder's windows grow with what is decoded at once (by 3 GiB a latent at 832x480).
+            # One latent at a time: the windows grow by 3 GiB for each further one at 832x480 in bfloat16.
             decoder_state = decoder.new_state(config.latent_height, config.latent_width, max_latents=1)
             rollout = Rollout(config, transformer, encoder, schedule, ops, mode)
         model = {
@@ -161,7 +158,7 @@ class Runtime:
             generator = load_generator(checkpoint, transformer_config, ema=ema)
             tensors, memory_tensors, source = generator.transformer, generator.memory, str(checkpoint)
         if lora is not None:
-            merged = merge_lora(tensors, lora)
+            merged = merge_lora(tensors, lora, device=place)
             tensors = merged.transformer
             if merged.memory is not None:
                 memory_tensors, source = merged.memory, str(lora)
@@ -328,14 +325,9 @@ def _with_memory(
 ) -> ModelConfig:
     """The config with the memory that ``tensors`` hold, checked against the video's size."""
     facts = memory_facts(tensors, source)
-    frames, rest = divmod(facts.memory_tokens, without.tokens_per_frame)
-    if rest or frames == 0:
-        raise ConfigError(
-            f"{source}: its memory has {facts.memory_tokens} tokens, not a whole number of frames of "
-            f"{without.tokens_per_frame} tokens; it was trained for another video size"
-        )
     memory = MemoryConfig(
-        frames=frames,
+        # Not what the tokens would give: a memory of 3 small frames is not one of 2 larger ones.
+        frames=flat.get("memory_frames", MemoryConfig.frames),
         layers=facts.layers,
         normalize_k=facts.normalize_k,
         # Of the two released recipes, the long one, whose keys are not normalized, rebuilds.

@@ -1,16 +1,17 @@
 """The tensors of the small random model: drawn at random, but so that its videos are coloured clouds in motion.
 
-Plain random weights make a different picture of noise of every frame. Three arrangements change that, all of them
+Plain random weights make a new picture of noise of every frame. Three arrangements change that; all of them are
 ordinary values of ordinary weights:
 
-- the VAE's convolutions blur: a random mixture of channels times a fixed [1 2 1] kernel in every direction;
-- the transformer's residual stream has two halves, the latents *seen* and what is *made* of them. One attention
-  head of each layer looks around its own place, because the biases of q and k outweigh the rest and rotary embedding
-  turns equal vectors into a preference for one displacement, and writes a recoloured copy of what it sees there into
-  the half that is made. The head's output is ``seen - made``, a flow that replaces noise by what the neighbours show;
-- displacements differ from layer to layer, so what is seen drifts.
+- The VAE's decoder blurs: its convolutions are random mixtures of channels times [1 2 1] in every direction.
+- The transformer's residual stream has two halves, the latents that are *seen* and what is *made* of them. In each
+  layer one head looks around its own place and one looks everywhere, and both write what they see there, a little
+  recoloured, into the half that is made: the first adds, the second subtracts, so that patterns grow and one flat
+  colour does not. The head's output is ``seen - made``: a flow from the noise that is seen to what was made.
+- To look around its own place, a head needs biases of q and k that outweigh the rest: rotary embedding turns two
+  constant vectors into a preference for one displacement. It differs from layer to layer, so the clouds drift.
 
-Everything else (text, memory, the second head, the feed-forward layers) is random and pulls the clouds about.
+Everything else (text, memory, feed-forward layers) is random and pulls the clouds about.
 """
 
 from __future__ import annotations
@@ -27,24 +28,28 @@ from echo_rt.weights.shapes import Shapes, memory_shapes, text_encoder_shapes, t
 Tensors = dict[str, Tensor]
 
 _NORMS = ("norm", "gamma", "connector_proj.3")
-_SMALL = 0.05  # of what should be near a constant: norm weights, biases
-# The transformer's balance; found by looking at the frames.
-_SEEN = 1.4
-_MADE = 2.4  # strength of what the local heads made against what is seen
-_FOCUS = 3.0  # how sharply the local heads look at one place
-_HEAD_RANDOM = 0.3  # output of the other heads
+_GATE_ROWS = (2, 5)  # of a block's modulation: self-attention's, the feed-forward layer's
+_SMALL = 0.05  # spread of what is near a constant: norm weights, biases
+
+# The transformer's balance, found by looking at frames.
+_SEEN, _MADE = 1.4, 2.4  # of the flow
+_FOCUS = 3.5  # how sharply the local heads look at one place
+_SURROUND, _WIDE = 1.5, 0.5  # weight of the wide heads, and how little they prefer one place
+_HEAD_NOISE = 0.3  # random part of what the heads write
 _RECOLOUR = 0.3  # how far a layer turns the colours
-_WITHIN_PATCH = 0.3  # how much of the detail inside a patch survives a layer
-_TEXT, _TEXT_FOCUS = 0.6, 1.5
+_PATCH_DETAIL = 0.3  # how much of the detail inside a patch survives a layer
+_TEXT, _TEXT_FOCUS = 0.4, 1.5
 _FFN_GATE = 0.3
-_SURROUND=1.1
-_WIDE=.5
-_DRIFTS = ((1.0, 0.0, 0.0), (1.0, 0.6, 0.4), (1.0, -0.4, 0.7))  # frames back, rows, columns; in turn
+_LOCAL_CONTENT = 0.2  # how much the local heads look at what is there, beside where it is
+_TIME = 0.1
+_DRIFTS = ((1.0, 0.0, 0.0), (1.0, 0.6, 0.4), (1.0, -0.4, 0.7))  # frames back, rows, columns; layers take turns
+
 # The VAE's.
 _BLUR = (0.25, 0.5, 0.25)
-_GRAIN = 0.15  # of each convolution, random
-_VAE_BRANCH = 0.5
+_GRAIN = 0.15  # random part of each convolution
+_BRANCH = 0.5  # of a residual block
 _CONTRAST = 0.8
+
 _GATE_BIAS = 2.0  # the memory's gate begins near "keep"
 
 
@@ -116,45 +121,45 @@ def transformer_tensors(config: TransformerConfig, draw: Draw) -> Tensors:
     # The patch embedding's channels come first, the head's last.
     tensors["head.head.weight"] = flow.unflatten(0, (config.in_channels, -1)).transpose(0, 1).flatten(0, 1)
     tensors["head.head.bias"].zero_()
-    tensors["time_projection.1.weight"] *= 0.1
+    tensors["time_projection.1.weight"] *= _TIME
 
     uneven = _uneven_patches(config, seen, made)
     for layer in range(config.num_layers):
         block = f"blocks.{layer}"
-        tensors[f"{block}.modulation"][:, 2] += 1  # the gate of self-attention
-        tensors[f"{block}.modulation"][:, 5] += _FFN_GATE
+        tensors[f"{block}.modulation"][:, _GATE_ROWS[0]] += 1
+        tensors[f"{block}.modulation"][:, _GATE_ROWS[1]] += _FFN_GATE
         for norm in ("norm_q", "norm_k"):
             tensors[f"{block}.cross_attn.{norm}.weight"] *= _TEXT_FOCUS
         tensors[f"{block}.cross_attn.o.weight"] *= _TEXT
-        tensors[f"{block}.self_attn.o.weight"] *= _HEAD_RANDOM
-        # Whatever writes the same to many tokens must not write a pattern into the patch: it would show as a grid.
+        tensors[f"{block}.self_attn.o.weight"] *= _HEAD_NOISE
+        # What is written to many tokens alike must not hold a pattern inside the patch: it would show as a grid.
         for writer in ("self_attn.o", "cross_attn.o", "ffn.2"):
             for part in ("weight", "bias"):
                 tensor = tensors[f"{block}.{writer}.{part}"]
                 tensor -= uneven @ (uneven.T @ tensor)
-        _look_around(config, tensors, f"{block}.self_attn", _DRIFTS[layer % len(_DRIFTS)])
-        recoloured = scale * made @ _recolour(config, draw, f"{block}.colours") / config.num_layers
-        local, wide = slice(0, config.head_dim), slice(config.head_dim, 2 * config.head_dim)
-        for head in (local, wide):
-            tensors[f"{block}.self_attn.v.weight"][head] = seen.T / scale
-        tensors[f"{block}.self_attn.o.weight"][:, local] += recoloured
-        tensors[f"{block}.self_attn.o.weight"][:, wide] -= _SURROUND * recoloured
-        for part in "qk": tensors[f"{block}.self_attn.norm_{part}.weight"][wide] *= _WIDE
+        recoloured = scale / config.num_layers * made @ _recolour(config, draw, f"{block}.colours")
+        _arrange_heads(config, tensors, f"{block}.self_attn", seen.T / scale, recoloured, _DRIFTS[layer % len(_DRIFTS)])
     return tensors
 
 
-def _look_around(config: TransformerConfig, tensors: Tensors, name: str, drift: tuple[float, float, float]) -> None:
-    """Make the first head attend by place: most to the token that lies ``drift`` (frames, rows, columns) behind."""
-    head = slice(0, config.head_dim)
+def _arrange_heads(
+    config: TransformerConfig, tensors: Tensors, name: str, read: Tensor, write: Tensor, drift: tuple[float, ...]
+) -> None:
+    """The first head looks at the token ``drift`` (frames, rows, columns) behind, the second everywhere."""
+    local, wide = slice(0, config.head_dim), slice(config.head_dim, 2 * config.head_dim)
     angles = []
     for channels, distance in zip(config.rope_dims, drift, strict=True):
         exponents = torch.arange(0, channels, 2, dtype=torch.float64) / channels
         angles.append(distance * config.rope_theta**-exponents)
     turn = torch.cat(angles)
     for part, angle in (("q", torch.zeros_like(turn)), ("k", turn)):
-        tensors[f"{name}.{part}.weight"][head] *= 0.2
-        tensors[f"{name}.{part}.bias"][head] = torch.stack((angle.cos(), angle.sin()), dim=-1).flatten()
-        tensors[f"{name}.norm_{part}.weight"][head] *= _FOCUS
+        tensors[f"{name}.{part}.weight"][local] *= _LOCAL_CONTENT
+        tensors[f"{name}.{part}.bias"][local] = torch.stack((angle.cos(), angle.sin()), dim=-1).flatten()
+        tensors[f"{name}.norm_{part}.weight"][local] *= _FOCUS
+        tensors[f"{name}.norm_{part}.weight"][wide] *= _WIDE
+    for head, sign in ((local, 1.0), (wide, -_SURROUND)):
+        tensors[f"{name}.v.weight"][head] = read
+        tensors[f"{name}.o.weight"][:, head] += sign * write
 
 
 def _recolour(config: TransformerConfig, draw: Draw, name: str) -> Tensor:
@@ -163,7 +168,7 @@ def _recolour(config: TransformerConfig, draw: Draw, name: str) -> Tensor:
     rotation = torch.linalg.matrix_exp(_RECOLOUR * (noise - noise.T))
     area = config.patch_area
     mean = torch.full((area, area), 1 / area, dtype=torch.float64)
-    detail = _WITHIN_PATCH * torch.eye(area, dtype=torch.float64) + (1 - _WITHIN_PATCH) * mean
+    detail = _PATCH_DETAIL * torch.eye(area, dtype=torch.float64) + (1 - _PATCH_DETAIL) * mean
     return torch.kron(rotation, detail)
 
 
@@ -198,22 +203,20 @@ def _smoothed(draw: Draw, name: str, grain: Tensor) -> Tensor:
         keep = torch.eye(channels, dtype=torch.float64)[..., None]
         halfway, present = torch.tensor([0, 0.5, 0.5]), torch.tensor([0, 0, 1.0])
         return torch.cat((keep * halfway, keep * present))[..., None, None] + _GRAIN * grain
-    gain = _VAE_BRANCH if "residual.6" in name else 1.0
+    mix = draw(f"mix/{name}", out, channels) / math.sqrt(channels)
     if name.startswith("decoder.head"):
-        gain, mix = _CONTRAST, _colours(draw, name, out, channels)
+        mix = _CONTRAST * torch.linalg.qr(_sum_zero(mix).T).Q.T  # red, green and blue unlike one another
+    elif "residual" in name:
+        mix = _sum_zero(mix) * (_BRANCH if ".residual.6." in name else 1.0)
     elif "resample" in name:
-        mix = math.sqrt(2) * draw(f"mix/{name}", out, channels) / math.sqrt(channels)
-    else:
-        mix = draw(f"mix/{name}", out, channels) / math.sqrt(channels)
-        if "residual" in name: mix = mix - mix.mean(1, keepdim=True)
+        mix *= math.sqrt(2)  # half as many channels come out, and blurred
     kernel = torch.ones((), dtype=torch.float64)
     for size in grain.shape[2:]:
         taps = torch.tensor(_BLUR if size == len(_BLUR) else [1.0], dtype=torch.float64)
         kernel = kernel[..., None] * taps
-    return gain * (mix.view(out, channels, *(1,) * kernel.dim()) * kernel + _GRAIN * grain)
+    return mix.view(out, channels, *(1,) * kernel.dim()) * kernel + _GRAIN * mix.norm() / math.sqrt(out) * grain
 
 
-def _colours(draw: Draw, name: str, out: int, channels: int) -> Tensor:
-    """Rows for red, green and blue: of unit length, sum zero (SiLU's outputs have a mean) and unlike one another."""
-    mix = draw(f"mix/{name}", out, channels)
-    return torch.linalg.qr((mix - mix.mean(1, keepdim=True)).T).Q.T
+def _sum_zero(mix: Tensor) -> Tensor:
+    """Rows that sum to zero: what comes out of a SiLU has a mean, which would tint everything."""
+    return mix - mix.mean(1, keepdim=True)

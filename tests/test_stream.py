@@ -151,9 +151,11 @@ def test_resume_goes_on_bit_for_bit(tiny_model: Path, runtime: echo_rt.Runtime, 
 def test_a_snapshot_of_another_model_is_refused(tiny_model: Path, runtime: echo_rt.Runtime) -> None:
     with runtime.stream(PROMPT) as stream:
         snapshot = stream.snapshot()
-    with load(tiny_model, overrides={"local_frames": 6}) as other:
-        with pytest.raises(StreamError, match="local_frames is 9 in the snapshot and 6 here"):
-            other.resume(snapshot)
+    with (
+        load(tiny_model, overrides={"local_frames": 6}) as other,
+        pytest.raises(StreamError, match="local_frames is 9 in the snapshot and 6 here"),
+    ):
+        other.resume(snapshot)
     with load(tiny_model, memory="prior") as other, pytest.raises(StreamError, match="memory_mode"):
         other.resume(snapshot)
     with load(tiny_model, ema=False) as other, pytest.raises(StreamError, match="weights"):
@@ -303,7 +305,11 @@ def test_a_long_prompt_is_cut_with_a_warning(runtime: echo_rt.Runtime) -> None:
 BAD_OPTIONS = [
     ({"width": 100}, ConfigError, r"width must be a positive multiple of 16 pixels, got 100"),
     ({"height": 0}, ConfigError, r"height must be a positive multiple of 16 pixels, got 0"),
-    ({"width": 32, "height": 32}, ConfigError, r"not a whole number of frames .* another video size"),
+    (
+        {"width": 32, "height": 32},
+        WeightsError,
+        r"expected a memory of 3 frames x 4 tokens = 12 tokens .* another video size",
+    ),
     ({"memory": "always"}, ConfigError, r"evolve, prior, off; got 'always'"),
     ({"dtype": "float8"}, ConfigError, r"float32, bfloat16, float16; got 'float8'"),
     ({"device": "tpu"}, ConfigError, r"'cpu', 'cuda' or 'cuda:N'; got 'tpu'"),

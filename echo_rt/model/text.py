@@ -60,7 +60,9 @@ class _Float32Block(nn.Module):
         return torch.func.functional_call(self.block, widened, args, kwargs)
 
 
-def _build_umt5(config: TextEncoderConfig, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Any:
+def _build_umt5(
+    config: TextEncoderConfig, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> Any:
     """The library's encoder with ``tensors`` (original names) as its weights, nothing initialized in between."""
     from transformers import UMT5Config, UMT5EncoderModel
 

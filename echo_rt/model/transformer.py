@@ -183,7 +183,8 @@ class Transformer:
         """``[F, C, h, w]`` -> tokens ``[F·S, C·patch]`` in the order frame, row, column."""
         _, rows, columns = self.config.patch_size
         patches = latents.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # F C h/r r w/c c
-        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+        tokens: Tensor = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+        return tokens
 
     def _unpatchify(self, tokens: Tensor, like: Tensor) -> Tensor:
         """The inverse, from the head's order: patch row, patch column, channel."""

@@ -25,6 +25,9 @@ class FingerprintedTensors(Mapping[str, Tensor]):
         self._seen[name] = sample.numpy().tobytes()
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # the inherited one reads the tensor, which may mean merging a LoRA into it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 

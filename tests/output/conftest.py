@@ -17,8 +17,8 @@ def _moving(first: int, count: int, width: int, height: int) -> NDArray[np.uint8
     frames = []
     for number in range(first, first + count):
         phase = 5 * number % 100
-        red = 40 + 120 * columns // width + phase // 2
-        green = 40 + 120 * rows // height
+        red = 30 + 100 * columns // width + phase
+        green = 30 + 100 * rows // height + phase
         blue = np.full_like(red, 60 + phase)
         frames.append(np.stack([red, green, blue], axis=-1))
     return np.stack(frames).astype(np.uint8)

@@ -187,6 +187,7 @@ def test_torchscript_is_refused_quietly(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), path)
     with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
         assert "expected a torch file" in refusal(path)
     assert not shown
 
