@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from echo_rt.tiny import write_tiny_model
 
 import echo_rt
+from echo_rt.tiny import write_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from typing import Any
 
 from echo_rt.errors import ConfigError
 
-
 # Width and height of the released recipe's video, in pixels: what a stock Wan folder is used with.
 RELEASED_SIZE = (832, 480)
 

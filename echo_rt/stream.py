@@ -195,11 +195,12 @@ class Stream:
                 return None
             if self._failure is not None:
                 raise StreamError(f"the stream cannot go on: {self._failure}; start or resume another")
+            block = self.next_block
             try:
                 return self._generate()
             except BaseException as error:
                 # Half a block is in the buffers: this video is over, the runtime is not.
-                self._failure = f"block {self.next_block} failed ({type(error).__name__}: {error})"
+                self._failure = f"block {block} failed ({type(error).__name__}: {error})"
                 raise
 
     def _generate(self) -> Chunk:

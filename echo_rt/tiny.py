@@ -38,10 +38,14 @@ from echo_rt.weights.shapes import MEMORY_PREFIX
 CHECKPOINT_FILE = "echo_infinity.pt"
 _TRANSFORMER_FILE = f"{TRANSFORMER_STEM}.safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-_FILES = frozenset(
-    (TRANSFORMER_CONFIG, _TRANSFORMER_FILE, VAE_FILE, TEXT_ENCODER_FILE, CHECKPOINT_FILE)
-    + tuple(f"{TOKENIZER_FOLDER}/{name}" for name in _TOKENIZER_FILES)
-)
+_FILES = {
+    TRANSFORMER_CONFIG,
+    _TRANSFORMER_FILE,
+    VAE_FILE,
+    TEXT_ENCODER_FILE,
+    CHECKPOINT_FILE,
+    *(f"{TOKENIZER_FOLDER}/{name}" for name in _TOKENIZER_FILES),
+}
 _MARK = "tiny_seed"  # in config.json, tells a folder that was written here from anyone else's
 _GENERATOR_PREFIX = "model."
 _TRAINED, _TRAINED_EMA = 0.02, 0.01  # how far the checkpoint's weights are from the folder's
@@ -65,7 +69,7 @@ slowly quickly gently suddenly then while across around between above below behi
 
 
 def write_tiny_model(
-    folder: str | Path, *, seed: int = 0, width: int = 160, height: int = 96, overwrite: bool = False
+    folder: str | Path, *, seed: int = 0, width: int = 128, height: int = 80, overwrite: bool = False
 ) -> None:
     """Write the model: transformer, VAE, text encoder, tokenizer, and ``echo_infinity.pt`` with a memory encoder.
 
@@ -204,7 +208,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
 
 
 def _save_pickle(path: Path, content: Mapping[str, Any]) -> None:
-    """``torch.save``; by way of memory, so that the bytes do not depend on the path and a full disk is an ``OSError``."""
+    """``torch.save``; by way of memory, so that its bytes do not name the file and a full disk is an ``OSError``."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     path.write_bytes(buffer.getvalue())
@@ -232,6 +236,7 @@ def _write_tokenizer(folder: Path, vocab_size: int, text_len: int) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": _PAD,
         "eos_token": _END,
+        "add_prefix_space": True,  # older versions overrule the other file with this
         "model_max_length": text_len,
         "clean_up_tokenization_spaces": False,
     }

@@ -83,7 +83,8 @@ def _plain_all(draw: Draw, shapes: Shapes) -> Tensors:
 
 
 def _orthogonal(draw: Draw, name: str, size: int) -> Tensor:
-    return torch.linalg.qr(draw(name, size, size)).Q
+    basis: Tensor = torch.linalg.qr(draw(name, size, size)).Q
+    return basis
 
 
 def text_encoder_tensors(config: TextEncoderConfig, draw: Draw) -> Tensors:
@@ -203,7 +204,7 @@ def _smoothed(draw: Draw, name: str, grain: Tensor) -> Tensor:
         keep = torch.eye(channels, dtype=torch.float64)[..., None]
         halfway, present = torch.tensor([0, 0.5, 0.5]), torch.tensor([0, 0, 1.0])
         return torch.cat((keep * halfway, keep * present))[..., None, None] + _GRAIN * grain
-    mix = draw(f"mix/{name}", out, channels) / math.sqrt(channels)
+    mix: Tensor = draw(f"mix/{name}", out, channels) / math.sqrt(channels)
     if name.startswith("decoder.head"):
         mix = _CONTRAST * torch.linalg.qr(_sum_zero(mix).T).Q.T  # red, green and blue unlike one another
     elif "residual" in name:
@@ -214,7 +215,8 @@ def _smoothed(draw: Draw, name: str, grain: Tensor) -> Tensor:
     for size in grain.shape[2:]:
         taps = torch.tensor(_BLUR if size == len(_BLUR) else [1.0], dtype=torch.float64)
         kernel = kernel[..., None] * taps
-    return mix.view(out, channels, *(1,) * kernel.dim()) * kernel + _GRAIN * mix.norm() / math.sqrt(out) * grain
+    smooth: Tensor = mix.view(out, channels, *(1,) * kernel.dim()) * kernel
+    return smooth + _GRAIN * mix.norm() / math.sqrt(out) * grain
 
 
 def _sum_zero(mix: Tensor) -> Tensor:

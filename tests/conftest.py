@@ -32,5 +32,5 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from echo_rt.tiny import write_tiny_model
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    write_tiny_model(folder)
+    write_tiny_model(folder, width=64, height=48)
     return folder

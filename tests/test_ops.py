@@ -115,10 +115,8 @@ def test_qkv_norm_rope_store(ops: Ops, dtype: torch.dtype, size: str, raw: bool,
     k_cache, v_cache, index, raw_k, offset = args[5:10]
     before = k_cache.clone(), v_cache.clone()
     q_out = ops.qkv_norm_rope_store(*args)
-    split = [
-        part.reshape(-1, s.heads, s.head_dim)
-        for part in (rms(qkv[:, : s.dim], norm_q), rms(qkv[:, s.dim : 2 * s.dim], norm_k))
-    ]
+    normed = rms(qkv[:, : s.dim], norm_q), rms(qkv[:, s.dim : 2 * s.dim], norm_k)
+    split = [part.reshape(-1, s.heads, s.head_dim) for part in normed]
     stored = slice(qkv.shape[0] - index.shape[0], None)
     assert q_out.dtype == dtype and q_out.shape == (qkv.shape[0], s.heads, s.head_dim)
     assert relative_error(q_out, rotate(split[0], temporal, spatial)) < BOUNDS[dtype]

@@ -283,7 +283,7 @@ def _record(runtime: Runtime, request: Request, embeds: list[Tensor], stop: Stop
         pass  # stop.request says so as well
     except BaseException as error:  # raised again below, when the files are safe
         problem = error
-    elapsed = progress.elapsed
+    elapsed = max(progress.elapsed, 1e-9)
     progress.close()
     closing = recorder.close()
     problem = problem or closing

@@ -21,7 +21,10 @@ DEBUG_VARIABLE = "ECHO_RT_DEBUG"
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are errors like all others, not a page of usage."""
+    """A parser whose complaints are errors like all others, not a page of usage; options only by their full names."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,14 @@ def run(arguments: argparse.Namespace, report: dict[str, Any]) -> int:
         seed = int(arguments.seed)
     except ValueError:
         raise ConfigError(f"--seed: expected an integer, got {arguments.seed!r}") from None
-    from echo_rt.tiny import write_tiny_model
+    from echo_rt.tiny import CHECKPOINT_FILE, write_tiny_model
 
-    write_tiny_model(arguments.folder, seed=seed, overwrite=arguments.overwrite)
+    folder: Path = arguments.folder
+    write_tiny_model(folder, seed=seed, overwrite=arguments.overwrite)
+    checkpoint = folder / CHECKPOINT_FILE
+    report.update(folder=str(folder), checkpoint=str(checkpoint), seed=seed)
+    if not arguments.json:
+        command = ["echo-rt", "generate", "--model", str(folder), "--checkpoint", str(checkpoint)]
+        command += ["--prompt", "a red fox in the snow", "--seconds", "5", "-o", "tiny.mp4"]
+        print(f"wrote a small random model to {folder}; to see it run:\n  {shlex.join(command)}")
     return 0

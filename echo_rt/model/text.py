@@ -66,23 +66,23 @@ def _build_umt5(
     """The library's encoder with ``tensors`` (original names) as its weights, nothing initialized in between."""
     from transformers import UMT5Config, UMT5EncoderModel
 
-    library_config = UMT5Config(
-        vocab_size=config.vocab_size,
-        d_model=config.d_model,
-        d_kv=config.d_kv,
-        d_ff=config.d_ff,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        relative_attention_num_buckets=config.relative_attention_num_buckets,
-        relative_attention_max_distance=config.relative_attention_max_distance,
-        layer_norm_epsilon=config.eps,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
+    options: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "d_model": config.d_model,
+        "d_kv": config.d_kv,
+        "d_ff": config.d_ff,
+        "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "relative_attention_num_buckets": config.relative_attention_num_buckets,
+        "relative_attention_max_distance": config.relative_attention_max_distance,
+        "layer_norm_epsilon": config.eps,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
         # The one implementation that every supported version of the library has.
-        attn_implementation="eager",
-    )
+        "attn_implementation": "eager",
+    }
     with torch.device("meta"):
-        model = UMT5EncoderModel(library_config)
+        model: Any = UMT5EncoderModel(UMT5Config(**options))
 
     weights: dict[str, Tensor] = {}
     for name in text_encoder_shapes(config):

@@ -46,6 +46,7 @@ def test_version_as_a_module():
         (["generate", "--model", "m", "-o", "o.mp4", "--frames", "1", "--seconds", "1"], "not allowed with"),
         (["generate", "--model", "m", "-o", "o.mp4", "--memory", "maybe"], "maybe"),
         (["generate", "--model", "m", "-o", "o.mp4", "--dtype", "int8"], "int8"),
+        (["generate", "--model", "m", "-o", "o.mp4", "--prom", "a fox"], "--prom"),
         (["verify"], "BUNDLE"),
         (["tiny"], "DIR"),
     ],
