@@ -315,7 +315,8 @@ class VaeConfig:
     @property
     def temporal_stride(self) -> int:
         """Video frames that one latent frame decodes to (the first latent of a video decodes to one)."""
-        return int(2 ** self.temporal_downsample.count(True))
+        doublings: int = self.temporal_downsample.count(True)
+        return 1 << doublings
 
     def video_frames(self, latent_frames: int) -> int:
         """Video frames that the first ``latent_frames`` latents of a stream decode to."""
