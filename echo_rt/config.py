@@ -310,13 +310,12 @@ class VaeConfig:
     @property
     def spatial_stride(self) -> int:
         """Pixels of the video on a side of one latent pixel."""
-        return 2 ** (len(self.dim_mult) - 1)
+        return 1 << (len(self.dim_mult) - 1)
 
     @property
     def temporal_stride(self) -> int:
         """Video frames that one latent frame decodes to (the first latent of a video decodes to one)."""
-        doublings: int = self.temporal_downsample.count(True)
-        return 1 << doublings
+        return 1 << self.temporal_downsample.count(True)
 
     def video_frames(self, latent_frames: int) -> int:
         """Video frames that the first ``latent_frames`` latents of a stream decode to."""

@@ -216,7 +216,8 @@ def _smoothed(draw: Draw, name: str, grain: Tensor) -> Tensor:
         taps = torch.tensor(_BLUR if size == len(_BLUR) else [1.0], dtype=torch.float64)
         kernel = kernel[..., None] * taps
     smooth: Tensor = mix.view(out, channels, *(1,) * kernel.dim()) * kernel
-    return smooth + _GRAIN * mix.norm() / math.sqrt(out) * grain
+    smooth += _GRAIN * mix.norm() / math.sqrt(out) * grain
+    return smooth
 
 
 def _sum_zero(mix: Tensor) -> Tensor:
