@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         OutputError,
         PromptError,
         StreamError,
+        TargetError,
         WeightsError,
     )
     from echo_rt.rollout import MemoryMode
@@ -41,6 +42,7 @@ __all__ = [
     "Snapshot",
     "Stream",
     "StreamError",
+    "TargetError",
     "WeightsError",
     "__version__",
 ]

@@ -22,6 +22,29 @@ from echo_rt.errors import ConfigError
 RELEASED_SIZE = (832, 480)
 
 
+# Facts of a rollout that a caller, or the object "echo_rt" in a model folder's config.json, may choose. The rest comes
+# from the weights.
+OVERRIDES = (
+    "frames_per_block",
+    "sink_frames",
+    "local_frames",
+    "max_temporal_id",
+    "denoising_steps",
+    "timestep_shift",
+    "context_timestep",
+    "memory_frames",
+    "rebuild_on_prompt_switch",
+)
+
+
+def check_overrides(overrides: Mapping[str, Any], source: str, also: tuple[str, ...] = ()) -> dict[str, Any]:
+    """``overrides`` as a dict; :class:`ConfigError` for a name that is not in :data:`OVERRIDES` or ``also``."""
+    unknown = sorted(set(overrides) - {*OVERRIDES, *also})
+    if unknown:
+        raise ConfigError(f"{source} may name {', '.join((*also, *OVERRIDES))}; got {', '.join(unknown)}")
+    return dict(overrides)
+
+
 def _require_positive(owner: str, **values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -146,6 +169,9 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         _require_positive("memory", frames=self.frames, layers=self.layers, ffn_multiplier=self.ffn_multiplier)
+        for name in ("normalize_k", "rebuild_on_prompt_switch"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"memory: {name} must be true or false, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -164,12 +190,11 @@ class SamplerConfig:
             raise ConfigError(
                 f"sampler: denoising_steps must be falling integers in 1..{self.num_train_timesteps}, got {list(steps)}"
             )
-        if not self.timestep_shift > 0:
-            raise ConfigError(f"sampler: timestep_shift must be above 0, got {self.timestep_shift}")
-        if not 0 <= self.context_timestep <= self.num_train_timesteps:
-            raise ConfigError(
-                f"sampler: context_timestep must be in 0..{self.num_train_timesteps}, got {self.context_timestep}"
-            )
+        if not isinstance(self.timestep_shift, (int, float)) or not self.timestep_shift > 0:
+            raise ConfigError(f"sampler: timestep_shift must be above 0, got {self.timestep_shift!r}")
+        context = self.context_timestep
+        if not isinstance(context, (int, float)) or not 0 <= context <= self.num_train_timesteps:
+            raise ConfigError(f"sampler: context_timestep must be in 0..{self.num_train_timesteps}, got {context!r}")
 
 
 @dataclass(frozen=True)

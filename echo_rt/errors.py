@@ -34,9 +34,15 @@ class BackendError(EchoError):
 
 
 class OutputError(EchoError):
-    """A file that cannot be written: folder missing, permission, disk full."""
+    """A file that cannot be written to its end: disk full, or gone."""
 
     exit_code = 1
+
+
+class TargetError(OutputError):
+    """The name of a file to write is one under which nothing can be written: known before any work is done."""
+
+    exit_code = 2
 
 
 class NumericalError(EchoError):

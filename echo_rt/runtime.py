@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_rt.config import RELEASED_SIZE, MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
+from echo_rt.config import RELEASED_SIZE, MemoryConfig, ModelConfig, TransformerConfig, VaeConfig, check_overrides
 from echo_rt.device import parse_device, parse_dtype
 from echo_rt.errors import ConfigError, StreamError
 from echo_rt.model.memory import MemoryEncoder
@@ -28,11 +28,8 @@ from echo_rt.weights.from_shapes import memory_facts
 from echo_rt.weights.generator import check_memory, load_generator
 from echo_rt.weights.lora import merge_lora
 
-# Facts of a rollout that a caller may choose; the rest comes from the weights.
-_WINDOW_OVERRIDES = ("frames_per_block", "sink_frames", "local_frames", "max_temporal_id")
-_SAMPLER_OVERRIDES = ("denoising_steps", "timestep_shift", "context_timestep")
-_MEMORY_OVERRIDES = ("memory_frames", "rebuild_on_prompt_switch")
-OVERRIDES = (*_WINDOW_OVERRIDES, *_SAMPLER_OVERRIDES, *_MEMORY_OVERRIDES)
+# What a model folder may say beside the overrides: its size, and the seed of a tiny model.
+_FOLDER_FACTS = ("width", "height", "tiny_seed")
 
 
 class Runtime:
@@ -131,7 +128,7 @@ class Runtime:
             backend: which implementation of the operations; None for ``ECHO_RT_BACKEND``, or torch.
             width, height: of the video, in pixels; None for the model folder's own, or 832 and 480.
             keep_text_encoder: keep the text encoder loaded between prompts.
-            overrides: other facts of the rollout, by the names in :data:`OVERRIDES`.
+            overrides: other facts of the rollout, by the names in :data:`echo_rt.config.OVERRIDES`.
 
         Raises:
             WeightsError: files that are missing, damaged, or of another model.
@@ -145,7 +142,8 @@ class Runtime:
             memory = MemoryMode.parse(memory)
         folder = ModelFolder.open(model)
         transformer_config = folder.transformer_config()
-        facts = {**folder.rollout_defaults(), **_checked_overrides(overrides or {})}
+        defaults = check_overrides(folder.rollout_defaults(), f"{model}: echo_rt in config.json", _FOLDER_FACTS)
+        facts = {**defaults, **check_overrides(overrides or {}, "overrides")}
         width = facts.get("width", RELEASED_SIZE[0]) if width is None else width
         height = facts.get("height", RELEASED_SIZE[1]) if height is None else height
         latent_height, latent_width = _latent_size(width, height, folder.vae_config(), transformer_config)
@@ -299,13 +297,6 @@ class Runtime:
 def _transformer_facts(config: TransformerConfig) -> dict[str, Any]:
     """The transformer's own entries of a flat config; no override or default may change them."""
     return {name: getattr(config, name) for name in config.__dataclass_fields__}
-
-
-def _checked_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(overrides) - set(OVERRIDES))
-    if unknown:
-        raise ConfigError(f"overrides may name {', '.join(OVERRIDES)}; got {', '.join(unknown)}")
-    return dict(overrides)
 
 
 def _latent_size(width: int, height: int, vae: VaeConfig, transformer: TransformerConfig) -> tuple[int, int]:

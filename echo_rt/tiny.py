@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import MemoryConfig, ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from echo_rt.errors import ConfigError, OutputError
+from echo_rt.errors import ConfigError, OutputError, TargetError
 from echo_rt.tiny_weights import (
     Draw,
     memory_tensors,
@@ -120,19 +120,19 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         if not target.exists():
             return
         if not target.is_dir():
-            raise OutputError(f"{target}: expected the name of a folder, got a file")
+            raise TargetError(f"{target}: expected the name of a folder, got a file")
         found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
         if not found:
             return
         if not _is_tiny(target / TRANSFORMER_CONFIG):
-            raise OutputError(f"{target}: is not empty and holds no model written here; name another folder")
+            raise TargetError(f"{target}: is not empty and holds no model written here; name another folder")
         if not overwrite:
-            raise OutputError(f"{target}: already holds a small random model; ask to overwrite it, or name another")
+            raise TargetError(f"{target}: already holds a small random model; ask to overwrite it, or name another")
         added = sorted(found - _FILES)
         if added:
-            raise OutputError(f"{target}: not replaced, since {len(added)} files were added to it ({added[0]})")
+            raise TargetError(f"{target}: not replaced, since {len(added)} files were added to it ({added[0]})")
     except OSError as error:
-        raise OutputError(f"{target}: cannot write the model: {error.strerror or error}") from error
+        raise TargetError(f"{target}: cannot write the model: {error.strerror or error}") from error
 
 
 def _is_tiny(config: Path) -> bool:

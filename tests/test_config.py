@@ -34,6 +34,8 @@ BAD = [
     ({"timestep_shift": 0}, ["timestep_shift", "0"]),
     ({"context_timestep": 1001}, ["context_timestep", "1001"]),
     ({"memory": MEMORY | {"layers": 0}}, ["layers", "0"]),
+    ({"memory": MEMORY | {"rebuild_on_prompt_switch": 3}}, ["rebuild_on_prompt_switch", "3"]),
+    ({"timestep_shift": "fast"}, ["fast"]),
     ({"dim": "wide"}, ["dim", "'wide'"]),
 ]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -317,7 +319,8 @@ BAD_OPTIONS = [
     ({"memory": "always"}, ConfigError, r"evolve, prior, off; got 'always'"),
     ({"dtype": "float8"}, ConfigError, r"float32, bfloat16, float16; got 'float8'"),
     ({"device": "tpu"}, ConfigError, r"'cpu', 'cuda' or 'cuda:N'; got 'tpu'"),
-    ({"overrides": {"sink": 3}}, ConfigError, r"got sink"),
+    ({"overrides": {"sink": 3}}, ConfigError, r"overrides may name frames_per_block, .*; got sink"),
+    ({"overrides": {"width": 64}}, ConfigError, r"got width"),
     ({"overrides": {"local_frames": 18}}, ConfigError, r"24 temporal ids, but max_temporal_id 20"),
     ({"overrides": {"frames_per_block": 2}}, ConfigError, r"multiple of frames_per_block 2"),
     ({"backend": "opencl"}, echo_rt.BackendError, r"got 'opencl'"),
@@ -335,6 +338,25 @@ def test_bad_options_are_refused(
     with pytest.raises(kind, match=words) as error:
         echo_rt.Runtime.from_pretrained(tiny_model, **arguments)  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
+
+
+def test_a_fact_in_the_folder_that_is_none_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["echo_rt"]["sink_frame"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"echo_rt in config\.json may name .*; got sink_frame"):
+        load(folder)
+
+
+def test_overrides_change_the_rollout(tiny_model: Path) -> None:
+    with load(tiny_model, overrides={"local_frames": 6, "denoising_steps": [1000, 500]}) as runtime:
+        assert runtime.config.window.local_frames == 6
+        assert runtime.config.sampler.denoising_steps == (1000, 500)
+        with runtime.stream(PROMPT) as stream:
+            # A shorter window makes room for the memory a block earlier.
+            assert [chunk.stats.memory_attended for chunk in take(stream, 5)] == [False] * 3 + [True] * 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import warnings
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from echo_rt.cli.progress import ProgressReport
 from echo_rt.cli.prompts import TimedPrompt, parse_script
 from echo_rt.cli.signals import StopNow, StopRequest
+from echo_rt.config import OVERRIDES
 from echo_rt.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
@@ -72,6 +74,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     length.add_argument("--frames", metavar="N", help="end after N frames")
     length.add_argument("--seconds", metavar="S", help="end after S seconds of video")
     video.add_argument("--size", metavar="WIDTHxHEIGHT", help="in pixels, such as 832x480")
+    video.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"another fact of the rollout: {', '.join(OVERRIDES)} (a list as 1000,500)",
+    )
     video.add_argument("--seed", default="0", metavar="N", help="same seed, same video (default 0)")
     video.add_argument("--latents", type=Path, metavar="FILE.safetensors", help="also write the latents, whole blocks")
     video.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="also write an overview picture")
@@ -105,6 +114,7 @@ class Request:
         if self.frames == 0 or self.seconds == 0:
             raise ConfigError("--frames and --seconds: expected a video of one frame or more, got 0")
         self.width, self.height = self._size(arguments.size)
+        self.overrides = self._overrides(arguments.set)
         self.embeds_files = self._embeds_files(arguments.save_prompt_embeds)
         self._check_outputs()
 
@@ -116,6 +126,21 @@ class Request:
         if match is None:
             raise ConfigError(f"--size: expected WIDTHxHEIGHT in pixels such as 832x480, got {text!r}")
         return int(match[1]), int(match[2])
+
+    @staticmethod
+    def _overrides(texts: list[str]) -> dict[str, Any]:
+        overrides: dict[str, Any] = {}
+        for text in texts:
+            name, equals, value = text.partition("=")
+            if name not in OVERRIDES or not equals:
+                raise ConfigError(f"--set: expected NAME=VALUE with a NAME of {', '.join(OVERRIDES)}; got {text!r}")
+            try:
+                parsed = json.loads(f"[{value}]" if "," in value else value)
+            except ValueError:
+                raise ConfigError(f"--set: expected a number, a list of numbers, true or false; got {text!r}") from None
+            # One step is a list of one.
+            overrides[name] = [parsed] if name == "denoising_steps" and not isinstance(parsed, list) else parsed
+        return overrides
 
     def _embeds_files(self, file: Path | None) -> list[Path]:
         """A file for each prompt, or none at all."""
@@ -166,6 +191,7 @@ def _load(request: Request) -> Runtime:
         width=request.width,
         height=request.height,
         keep_text_encoder=arguments.keep_text_encoder,
+        overrides=request.overrides,
     )
 
 

@@ -7,7 +7,7 @@ import secrets
 from pathlib import Path
 from types import TracebackType
 
-from echo_rt.errors import OutputError
+from echo_rt.errors import OutputError, TargetError
 
 
 def reason(error: OSError) -> str:
@@ -21,15 +21,15 @@ def _target(path: str | Path) -> Path:
     target = Path(os.path.realpath(path))
     try:
         if target.is_dir():
-            raise OutputError(f"{path}: expected the name of a file to write, got a folder")
+            raise TargetError(f"{path}: expected the name of a file to write, got a folder")
         if target.exists() and not target.is_file():
-            raise OutputError(f"{path}: expected a plain file, got a device, pipe or socket")
+            raise TargetError(f"{path}: expected a plain file, got a device, pipe or socket")
         if not target.parent.is_dir():
-            raise OutputError(f"{path}: cannot write: there is no folder {path.parent}")
+            raise TargetError(f"{path}: cannot write: there is no folder {path.parent}")
     except OSError as error:
-        raise OutputError(f"{path}: cannot write: {reason(error)}") from None
+        raise TargetError(f"{path}: cannot write: {reason(error)}") from None
     if target.exists() and not os.access(target, os.W_OK):
-        raise OutputError(f"{path}: cannot write: the file is there and is write-protected")
+        raise TargetError(f"{path}: cannot write: the file is there and is write-protected")
     return target
 
 
@@ -37,7 +37,7 @@ class PartFile:
     """A new file beside ``path``, unbuffered, that becomes ``path`` on :meth:`commit` and vanishes on :meth:`discard`.
 
     It is called ``.NAME.xxxxxxxx.part``; the random part keeps two processes with the same target apart, and a
-    process that is killed outright leaves its part there to be found. Raises ``OutputError`` when it cannot be made.
+    process that is killed outright leaves its part there to be found. Raises ``TargetError`` when it cannot be made.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -47,7 +47,7 @@ class PartFile:
         try:
             descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except OSError as error:
-            raise OutputError(f"{path}: cannot write: {reason(error)}") from None
+            raise TargetError(f"{path}: cannot write: {reason(error)}") from None
         self._file = os.fdopen(descriptor, "r+b", buffering=0)
         self.size = 0
 
@@ -92,7 +92,7 @@ class PartFile:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise ``OutputError`` unless a file can be made under this name now; leaves nothing behind."""
+    """Raise ``TargetError`` unless a file can be made under this name now; leaves nothing behind."""
     PartFile(path).discard()
 
 

@@ -202,3 +202,28 @@ def test_a_signal_leaves_a_playable_file(small_model, tmp_path, frame_count, sig
     assert (report["exit_reason"], report["exit_code"]) == (reason, code)
     assert report["frames"] == frame_count(path) == 9 + 12 * (report["blocks"] - 1)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["e.safetensors", "v.mp4"]
+
+
+def test_set_changes_the_rollout(echo_rt, arguments, tmp_path):
+    latents = tmp_path / "l.safetensors"
+    more = ("--prompt", "a red fox", "--latents", latents, "--frames", 60)
+    assert echo_rt(*arguments, *more).code == 0
+    before = load_file(latents)["latents"]
+    assert echo_rt(*arguments, *more, "--set", "denoising_steps=1000,500", "--set", "local_frames=6").code == 0
+    assert not torch.equal(load_file(latents)["latents"], before)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("local_frames", "expected NAME=VALUE"),
+        ("sinks=3", "got 'sinks=3'"),
+        ("local_frames=many", "expected a number"),
+        ("local_frames=7", "must be a multiple of frames_per_block 3, got 7"),
+        ("denoising_steps=500,1000", "must be falling integers in 1..1000, got [500, 1000]"),
+        ("rebuild_on_prompt_switch=maybe", "true or false"),
+    ],
+)
+def test_set_with_a_mistake(echo_rt, arguments, text, message):
+    outcome = echo_rt(*arguments, "--prompt", "a red fox", "--set", text)
+    assert outcome.code == 2 and message in outcome.error

@@ -65,6 +65,7 @@ def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
         "width": 128,
         "height": 96,
         "keep_text_encoder": True,
+        "overrides": {},
     }
 
 
@@ -154,7 +155,7 @@ def test_places_are_checked_before_loading(echo_rt, fake_runtime, tmp_path, monk
     suffix = {"-o": ".mp4", "--contact-sheet": ".png"}.get(option, ".safetensors")
     Path("folder" + suffix).mkdir()
     outcome = echo_rt("generate", *PROMPT, "-o", "v.mp4", option, place + suffix)
-    assert outcome.code == 1
+    assert outcome.code == 2
     assert ("no folder absent" if "/" in place else "got a folder") in outcome.error
     assert fake_runtime.loaded_with == {} and files(tmp_path) == ["folder" + suffix]
 

@@ -27,7 +27,7 @@ def test_an_existing_folder(echo_rt, tmp_path):
     }
     before = (folder / "echo_infinity.pt").read_bytes()
     outcome = echo_rt("tiny", folder, "--seed", 1)
-    assert outcome.code == 1 and str(folder) in outcome.error
+    assert outcome.code == 2 and str(folder) in outcome.error
     assert (folder / "echo_infinity.pt").read_bytes() == before
     assert echo_rt("tiny", folder, "--seed", 1, "--overwrite").code == 0
     assert (folder / "echo_infinity.pt").read_bytes() != before
@@ -40,5 +40,5 @@ def test_mistakes(echo_rt, tmp_path):
     assert outcome.code == 2 and "-1" in outcome.error
     (tmp_path / "file").write_text("")
     outcome = echo_rt("tiny", tmp_path / "file")
-    assert outcome.code == 1 and "file" in outcome.error
+    assert outcome.code == 2 and "file" in outcome.error
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
