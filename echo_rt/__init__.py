@@ -24,7 +24,8 @@ if TYPE_CHECKING:
         TargetError,
         WeightsError,
     )
-    from echo_rt.rollout import MemoryMode
+    from echo_rt.options import MemoryMode
+    from echo_rt.prompts import load_prompt_embeds, save_prompt_embeds
     from echo_rt.runtime import Runtime
     from echo_rt.stream import Chunk, ChunkStats, Snapshot, Stream
 
@@ -45,10 +46,13 @@ __all__ = [
     "TargetError",
     "WeightsError",
     "__version__",
+    "load_prompt_embeds",
+    "save_prompt_embeds",
 ]
 
-_HOMES = {"Runtime": "runtime", "MemoryMode": "rollout", "Chunk": "stream", "ChunkStats": "stream"}
+_HOMES = {"Runtime": "runtime", "MemoryMode": "options", "Chunk": "stream", "ChunkStats": "stream"}
 _HOMES |= {"Snapshot": "stream", "Stream": "stream"}
+_HOMES |= {"load_prompt_embeds": "prompts", "save_prompt_embeds": "prompts"}
 
 
 def __getattr__(name: str) -> Any:

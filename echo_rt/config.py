@@ -12,43 +12,29 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from echo_rt.errors import ConfigError
 
-# Width and height of the released recipe's video, in pixels: what a stock Wan folder is used with.
-RELEASED_SIZE = (832, 480)
-
-
-# Facts of a rollout that a caller, or the object "echo_rt" in a model folder's config.json, may choose. The rest comes
-# from the weights.
-OVERRIDES = (
-    "frames_per_block",
-    "sink_frames",
-    "local_frames",
-    "max_temporal_id",
-    "denoising_steps",
-    "timestep_shift",
-    "context_timestep",
-    "memory_frames",
-    "rebuild_on_prompt_switch",
-)
-
-
-def check_overrides(overrides: Mapping[str, Any], source: str, also: tuple[str, ...] = ()) -> dict[str, Any]:
-    """``overrides`` as a dict; :class:`ConfigError` for a name that is not in :data:`OVERRIDES` or ``also``."""
-    unknown = sorted(set(overrides) - {*OVERRIDES, *also})
-    if unknown:
-        raise ConfigError(f"{source} may name {', '.join((*also, *OVERRIDES))}; got {', '.join(unknown)}")
-    return dict(overrides)
-
 
 def _require_positive(owner: str, **values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{owner}: {name} must be a positive integer, got {value!r}")
+
+
+def _require_number(
+    owner: str, name: str, value: object, smallest: float, largest: float, *, inside: bool = False
+) -> None:
+    """A real number from ``smallest`` to ``largest``; ``inside``: and neither of the two."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and smallest <= value <= largest and not (inside and value in (smallest, largest)):  # type: ignore[operator]
+        return
+    between = f"between {smallest:g} and {largest:g}" if inside else f"in {smallest:g}..{largest:g}"
+    raise ConfigError(f"{owner}: {name} must be a number {between}, got {value!r}")
 
 
 def _known_fields(cls: type, source: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,6 +78,8 @@ class TransformerConfig:
         )
         if len(self.patch_size) != 3 or self.patch_size[0] != 1:
             raise ConfigError(f"transformer: patch_size must be (1, rows, columns), got {self.patch_size}")
+        _require_positive("transformer", patch_rows=self.patch_size[1], patch_columns=self.patch_size[2])
+        _require_number("transformer", "eps", self.eps, 0.0, 1.0)
         if self.in_channels != self.out_channels:
             raise ConfigError(
                 "transformer: a text-to-video model has as many input as output channels, "
@@ -185,16 +173,14 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         steps = self.denoising_steps
-        valid = all(isinstance(s, int) and 1 <= s <= self.num_train_timesteps for s in steps)
+        whole = all(isinstance(s, int) and not isinstance(s, bool) for s in steps)
+        valid = whole and all(1 <= s <= self.num_train_timesteps for s in steps)
         if not steps or not valid or any(a <= b for a, b in itertools.pairwise(steps)):
             raise ConfigError(
                 f"sampler: denoising_steps must be falling integers in 1..{self.num_train_timesteps}, got {list(steps)}"
             )
-        if not isinstance(self.timestep_shift, (int, float)) or not self.timestep_shift > 0:
-            raise ConfigError(f"sampler: timestep_shift must be above 0, got {self.timestep_shift!r}")
-        context = self.context_timestep
-        if not isinstance(context, (int, float)) or not 0 <= context <= self.num_train_timesteps:
-            raise ConfigError(f"sampler: context_timestep must be in 0..{self.num_train_timesteps}, got {context!r}")
+        _require_number("sampler", "timestep_shift", self.timestep_shift, 0.0, math.inf, inside=True)
+        _require_number("sampler", "context_timestep", self.context_timestep, 0.0, self.num_train_timesteps)
 
 
 @dataclass(frozen=True)

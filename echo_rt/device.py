@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from echo_rt.errors import BackendError, ConfigError
+from echo_rt.options import DTYPE_NAMES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
+
+# Versions of cuDNN, as numbers, whose 16-bit 3-D convolutions are wrong, or avoided by torch at a high price
+# (pytorch issues 163539, 163581, 166643).
+_CUDNN_FAULTY = range(90800, 91500)
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
@@ -18,7 +25,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     Raises :class:`BackendError` for a device that is not there, :class:`ConfigError` for a name torch does not know.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         parsed = torch.device(device)
     except RuntimeError:
@@ -30,6 +37,9 @@ def parse_device(device: str | torch.device | None) -> torch.device:
         raise BackendError(f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) {built}")
     if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
         raise BackendError(f"device {str(device)!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
+    if str(parsed) == "cuda":
+        # Which GPU is the current one is a fact of the thread; a model stays where it was loaded.
+        parsed = torch.device("cuda", torch.cuda.current_device())
     return parsed
 
 
@@ -43,18 +53,58 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
     raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {str(dtype)!r}")
 
 
-@contextmanager
-def full_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """float32 convolutions in float32: by default cuDNN rounds their input to TF32, which is far from the goldens.
-
-    The flag is torch's, for the whole process; it is put back on the way out.
-    """
-    if device.type != "cuda" or dtype is not torch.float32:
-        yield
+def warn_of_faulty_convolutions(device: torch.device, dtype: torch.dtype) -> None:
+    """A warning where this cuDNN is known to get the VAE's 16-bit convolutions wrong, or to need far more memory."""
+    if device.type != "cuda" or dtype is torch.float32:
         return
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    version = torch.backends.cudnn.version()
+    if version in _CUDNN_FAULTY:
+        warnings.warn(
+            f"cuDNN {version} is known for faulty 16-bit 3-D convolutions, which the VAE consists of: "
+            f"use a torch with cuDNN {_CUDNN_FAULTY.stop} or newer, or dtype='float32'",
+            stacklevel=3,
+        )
+
+
+class _FullPrecision:
+    """float32 products in float32: by default cuDNN rounds its input to TF32, which is far from the goldens.
+
+    The two switches are torch's, one for the whole process, so streams that overlap share one visit: the first in
+    turns TF32 off, the last out puts back what it found.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._found = ("", "")
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        convolution = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        product = torch.backends.cuda.matmul
+        with self._lock:
+            if self._inside == 0:
+                self._found = (convolution.fp32_precision, product.fp32_precision)
+                convolution.fp32_precision = product.fp32_precision = "ieee"
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    convolution.fp32_precision, product.fp32_precision = self._found
+
+
+_full_precision = _FullPrecision()
+
+
+@contextmanager
+def model_context(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """What a model computes in, whatever its caller has set: no gradients, no autocast, float32 that is float32."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        if device.type == "cuda" and dtype is torch.float32:
+            with _full_precision():
+                yield
+        else:
+            yield

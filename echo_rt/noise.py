@@ -13,13 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from echo_rt.errors import ConfigError
+from echo_rt.options import check_seed
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
-_MAX_SEED = 2**64
 
 
 class NoiseSource(Protocol):
@@ -49,9 +48,7 @@ class CounterNoise:
     """Standard normal noise keyed by ``seed`` (0 .. 2^64-1), block and step."""
 
     def __init__(self, seed: int) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _MAX_SEED:
-            raise ConfigError(f"seed must be an integer in 0..2^64-1, got {seed!r}")
-        self.seed = seed
+        self.seed = check_seed(seed)
 
     def fill(self, out: Tensor, block: int, step: int) -> None:
         """Fill float32 ``out`` (contiguous, any shape) in place, on its own device."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor
@@ -22,26 +21,11 @@ from echo_rt.model.sampler import Schedule
 from echo_rt.model.transformer import LayerWeights, Transformer
 from echo_rt.noise import NoiseSource
 from echo_rt.ops import Ops
+from echo_rt.options import MemoryMode
 from echo_rt.state import RolloutState, ring_layout
 
 # (block, denoising step, flow [B, C, h, w])
 Observer = Callable[[int, int, Tensor], None]
-
-
-class MemoryMode(str, Enum):
-    """What the memory does: evolve with the video, stay at its learned start, or be left out."""
-
-    EVOLVE = "evolve"
-    PRIOR = "prior"
-    OFF = "off"
-
-    @classmethod
-    def parse(cls, value: str | MemoryMode) -> MemoryMode:
-        """The mode called ``value``; :class:`ConfigError` names the choices."""
-        try:
-            return cls(value)
-        except ValueError:
-            raise ConfigError(f"memory must be one of {', '.join(m.value for m in cls)}; got {value!r}") from None
 
 
 @dataclass(frozen=True)
@@ -269,7 +253,7 @@ class Rollout:
             tokens
         )
         rows = rows.flatten().to(s.kv.device)
-        temporal = torch.empty(len(frames), *s.rope.temporal_block.shape[1:], device=s.kv.device)
+        temporal = s.rope.temporal_block.new_empty(len(frames), *s.rope.temporal_block.shape[1:])
         self._ops.rope_table(frames.to(s.kv.device), s.rope.inverse_frequencies, temporal)
         sink_begin = self.config.memory_tokens
         sink_end, end = sink_begin + s.sink_k.shape[1], layout.attended_end(s.block) * tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,25 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_rt.config import RELEASED_SIZE, MemoryConfig, ModelConfig, TransformerConfig, VaeConfig, check_overrides
-from echo_rt.device import parse_device, parse_dtype
+from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig
+from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
 from echo_rt.errors import ConfigError, StreamError
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
-from echo_rt.model.text import TextEncoder, check_prompt_embeds
 from echo_rt.model.transformer import Transformer
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops import load_ops
-from echo_rt.rollout import MemoryMode, Rollout
-from echo_rt.stream import Engine, Snapshot, Stream, resolve_prompt
+from echo_rt.options import FOLDER_FACTS, RELEASED_SIZE, MemoryMode, check_overrides, check_seed, latent_size
+from echo_rt.prompts import PromptEncoder
+from echo_rt.rollout import Rollout
+from echo_rt.stream import Engine, Snapshot, Stream
 from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.folder import ModelFolder
 from echo_rt.weights.from_shapes import memory_facts
 from echo_rt.weights.generator import check_memory, load_generator
 from echo_rt.weights.lora import merge_lora
-
-# What a model folder may say beside the overrides: its size, and the seed of a tiny model.
-_FOLDER_FACTS = ("width", "height", "tiny_seed")
 
 
 class Runtime:
@@ -54,9 +53,7 @@ class Runtime:
     ) -> None:
         self.config, self.vae_config = config, folder.vae_config()
         self.device, self.dtype, self.memory = device, dtype, mode
-        self.keep_text_encoder = keep_text_encoder
-        self._folder = folder
-        self._text_encoder: TextEncoder | None = None
+        self._lock = threading.Lock()  # held while a stream comes to life, or the runtime to its end
         self._live: weakref.ref[Stream] | None = None
         ops = load_ops(backend)
         self.backend = ops.name
@@ -68,7 +65,8 @@ class Runtime:
         weights = [
             FingerprintedTensors(part) for part in (transformer_tensors, memory_tensors or {}, folder.vae_tensors())
         ]
-        with torch.no_grad():
+        warn_of_faulty_convolutions(device, dtype)
+        with model_context(device, dtype):
             transformer = Transformer(
                 config.transformer, weights[0], schedule.timesteps, ops, device=device, dtype=dtype
             )
@@ -94,9 +92,9 @@ class Runtime:
             vae=self.vae_config,
             ops=ops,
             model=model,
-            encode=self.encode_prompt,
-            check_embeds=self._check_embeds,
+            prompts=PromptEncoder(folder, config.transformer, device, keep=keep_text_encoder),
         )
+        self._engine.settle()
 
     @classmethod
     def from_pretrained(
@@ -128,7 +126,7 @@ class Runtime:
             backend: which implementation of the operations; None for ``ECHO_RT_BACKEND``, or torch.
             width, height: of the video, in pixels; None for the model folder's own, or 832 and 480.
             keep_text_encoder: keep the text encoder loaded between prompts.
-            overrides: other facts of the rollout, by the names in :data:`echo_rt.config.OVERRIDES`.
+            overrides: other facts of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`.
 
         Raises:
             WeightsError: files that are missing, damaged, or of another model.
@@ -142,11 +140,11 @@ class Runtime:
             memory = MemoryMode.parse(memory)
         folder = ModelFolder.open(model)
         transformer_config = folder.transformer_config()
-        defaults = check_overrides(folder.rollout_defaults(), f"{model}: echo_rt in config.json", _FOLDER_FACTS)
+        defaults = check_overrides(folder.rollout_defaults(), f"{model}: echo_rt in config.json", FOLDER_FACTS)
         facts = {**defaults, **check_overrides(overrides or {}, "overrides")}
         width = facts.get("width", RELEASED_SIZE[0]) if width is None else width
         height = facts.get("height", RELEASED_SIZE[1]) if height is None else height
-        latent_height, latent_width = _latent_size(width, height, folder.vae_config(), transformer_config)
+        latent_height, latent_width = latent_size(width, height, folder.vae_config(), transformer_config)
 
         memory_tensors: Mapping[str, Tensor] | None = None
         source = str(model)
@@ -201,6 +199,11 @@ class Runtime:
         """Frames of a second of video."""
         return self.vae_config.frame_rate
 
+    @property
+    def text_encoder_loaded(self) -> bool:
+        """Whether the text encoder is in memory at this moment."""
+        return self._engine is not None and self._engine.prompts.loaded
+
     # ---------------------------------------------------------------- prompts
 
     def encode_prompt(self, prompt: str) -> Tensor:
@@ -209,28 +212,7 @@ class Runtime:
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
         """Embeddings of several prompts. The text encoder is loaded for this, and released after it unless kept."""
-        self._require_open()
-        try:
-            if self._text_encoder is None:
-                self._text_encoder = TextEncoder(
-                    self._folder.text_encoder_config(),
-                    self._folder.text_encoder_tensors(),
-                    self._folder.tokenizer_path(),
-                    text_len=self.config.transformer.text_len,
-                    device=self.device,
-                )
-            return [self._text_encoder.encode(prompt) for prompt in prompts]
-        finally:
-            if not self.keep_text_encoder:
-                self._release_text_encoder()
-
-    def _release_text_encoder(self) -> None:
-        if self._text_encoder is not None:
-            self._text_encoder.close()
-            self._text_encoder = None
-
-    def _check_embeds(self, embeds: Tensor) -> None:
-        check_prompt_embeds(embeds, self.config.transformer.text_dim, self.config.transformer.text_len)
+        return self._require_open().prompts.encode(prompts)
 
     # ---------------------------------------------------------------- streams
 
@@ -245,9 +227,14 @@ class Runtime:
             StreamError: another stream of this runtime is live, or the runtime is closed.
             PromptError: neither or both given, an empty prompt, embeddings that do not fit.
         """
-        engine = self._free_engine()
-        stream = Stream.begin(engine, resolve_prompt(engine, prompt, prompt_embeds), seed)
-        self._live = weakref.ref(stream)
+        check_seed(seed)
+        with self._lock:
+            self._require_free()  # before a prompt is encoded, which takes long, and again after it
+        embeds = self._require_open().prompts.resolve(prompt, prompt_embeds)
+        with self._lock:
+            self._require_free()
+            stream = Stream.begin(self._require_open(), embeds, seed)
+            self._live = weakref.ref(stream)
         return stream
 
     def resume(self, snapshot: Snapshot) -> Stream:
@@ -255,33 +242,43 @@ class Runtime:
 
         :class:`StreamError` for a snapshot of another model, or while another stream is live.
         """
-        stream = Stream.restore(self._free_engine(), snapshot)
-        self._live = weakref.ref(stream)
+        with self._lock:
+            self._require_free()
+            stream = Stream.restore(self._require_open(), snapshot)
+            self._live = weakref.ref(stream)
         return stream
 
     def _require_open(self) -> Engine:
-        if self._engine is None:
+        engine = self._engine
+        if engine is None:
             raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
-        return self._engine
+        return engine
 
-    def _free_engine(self) -> Engine:
-        engine = self._require_open()
+    def _require_free(self) -> None:
+        self._require_open()
         live = self._live() if self._live is not None else None
-        if live is not None and not live.closed:
+        if live is None:
+            return
+        if not live.closed and live.failure is None:
             raise StreamError(
                 f"this runtime has a live stream, at block {live.next_block}; close it first, or load another runtime"
             )
-        return engine
+        # A failed one may be out of everyone's reach, held by a traceback; of a closed one a last block may still be
+        # under way in the buffers, and this waits for it.
+        live.close()
 
     # ---------------------------------------------------------------- life
 
     def close(self) -> None:
         """End the live stream and give every buffer back. Idempotent."""
-        live = self._live() if self._live is not None else None
-        if live is not None:
-            live.close()
-        self._release_text_encoder()
-        self._engine = None
+        with self._lock:
+            live = self._live() if self._live is not None else None
+            if live is not None:
+                live.close()
+            engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.prompts.close()
+            del engine
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -297,18 +294,6 @@ class Runtime:
 def _transformer_facts(config: TransformerConfig) -> dict[str, Any]:
     """The transformer's own entries of a flat config; no override or default may change them."""
     return {name: getattr(config, name) for name in config.__dataclass_fields__}
-
-
-def _latent_size(width: int, height: int, vae: VaeConfig, transformer: TransformerConfig) -> tuple[int, int]:
-    """Latent height and width of a video of ``width`` x ``height`` pixels."""
-    _, patch_rows, patch_columns = transformer.patch_size
-    for name, pixels, step in (
-        ("width", width, vae.spatial_stride * patch_columns),
-        ("height", height, vae.spatial_stride * patch_rows),
-    ):
-        if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < step or pixels % step:
-            raise ConfigError(f"the video's {name} must be a positive multiple of {step} pixels, got {pixels!r}")
-    return height // vae.spatial_stride, width // vae.spatial_stride
 
 
 def _with_memory(

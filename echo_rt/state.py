@@ -9,10 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echo_rt._C import RingLayout
 from echo_rt.config import ModelConfig
+from echo_rt.errors import BackendError
 from echo_rt.ops import Ops
 from echo_rt.reference import POSITION_FIELDS
+
+try:
+    from echo_rt._C import RingLayout
+except ImportError as missing:
+    raise BackendError(f"echo_rt._C must be compiled (make install, or pip install .), but: {missing}") from None
 
 
 def ring_layout(config: ModelConfig) -> RingLayout:
@@ -43,13 +48,14 @@ class RopeTables:
             (torch.arange(rows, device=device).repeat_interleave(columns), row_channels),
             (torch.arange(columns, device=device).repeat(rows), column_channels),
         ):
-            table = torch.empty(places.shape[0], channels // 2, 2, device=device)
+            table = torch.empty(places.shape[0], channels // 2, 2, device=device, dtype=torch.float32)
             ops.rope_table(places, _inverse_frequencies(channels, theta, device), table)
             parts.append(table)
         self.spatial = torch.cat(parts, dim=1)
         pairs = temporal // 2
-        self.temporal_block = torch.zeros(config.window.frames_per_block, pairs, 2, device=device)
-        self.temporal_anchor = torch.zeros(config.memory_frames + config.window.sink_frames, pairs, 2, device=device)
+        anchors = config.memory_frames + config.window.sink_frames
+        self.temporal_block = self.spatial.new_zeros(config.window.frames_per_block, pairs, 2)
+        self.temporal_anchor = self.spatial.new_zeros(anchors, pairs, 2)
 
 
 class RolloutState:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import MemoryConfig, ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from echo_rt.errors import ConfigError, OutputError, TargetError
+from echo_rt.errors import OutputError, TargetError
+from echo_rt.options import check_seed, latent_size
 from echo_rt.tiny_weights import (
     Draw,
     memory_tensors,
@@ -82,8 +83,7 @@ def write_tiny_model(
     Errors: ``ConfigError`` for a seed or size that cannot be; ``OutputError`` for a folder that is in the way or
     cannot be written.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ConfigError(f"seed must be an integer in 0..2^64-1, got {seed!r}")
+    check_seed(seed)
     vae = VaeConfig(base_dim=4)
     config = _model_config(vae, width, height)
     target = Path(os.path.realpath(folder))
@@ -103,15 +103,7 @@ def _model_config(vae: VaeConfig, width: int, height: int) -> ModelConfig:
     transformer = TransformerConfig(
         dim=128, ffn_dim=256, freq_dim=64, num_heads=2, num_layers=3, text_dim=32, text_len=64
     )
-    _, rows, columns = transformer.patch_size
-    for name, pixels, step in (
-        ("width", width, vae.spatial_stride * columns),
-        ("height", height, vae.spatial_stride * rows),
-    ):
-        if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < step or pixels % step:
-            raise ConfigError(f"{name} must be a positive multiple of {step} pixels, got {pixels!r}")
-    stride = vae.spatial_stride
-    return ModelConfig(transformer, height // stride, width // stride, memory=MemoryConfig())
+    return ModelConfig(transformer, *latent_size(width, height, vae, transformer), memory=MemoryConfig())
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:

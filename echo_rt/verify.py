@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from echo_rt.config import ModelConfig, TextEncoderConfig, VaeConfig
-from echo_rt.device import full_precision, parse_device, parse_dtype
+from echo_rt.device import model_context, parse_device, parse_dtype
 from echo_rt.errors import EchoError, WeightsError
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
@@ -26,8 +26,9 @@ from echo_rt.model.transformer import Transformer
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.model.vae_encoder import VaeEncoder
 from echo_rt.ops import Ops, load_ops
+from echo_rt.options import MemoryMode
 from echo_rt.output.part_file import write_whole
-from echo_rt.rollout import MemoryMode, Rollout
+from echo_rt.rollout import Rollout
 from echo_rt.weights.files import check_tensors, open_tensors
 from echo_rt.weights.shapes import (
     MEMORY_PREFIX,
@@ -192,7 +193,6 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-@torch.no_grad()
 def verify_bundle(
     path: str | Path,
     *,
@@ -220,7 +220,7 @@ def verify_bundle(
         source=str(folder),
     )
     try:
-        with full_precision(bundle.device, bundle.dtype):
+        with model_context(bundle.device, bundle.dtype):
             actual = KINDS[config["kind"]](bundle)
     except KeyError as missing:
         raise WeightsError(f"{folder}/config.json lacks {missing.args[0]!r}") from None

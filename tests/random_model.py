@@ -13,7 +13,8 @@ from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.transformer import Transformer
 from echo_rt.ops import load_ops
-from echo_rt.rollout import MemoryMode, Rollout
+from echo_rt.options import MemoryMode
+from echo_rt.rollout import Rollout
 from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes
 
 

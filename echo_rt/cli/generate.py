@@ -13,17 +13,14 @@ from typing import TYPE_CHECKING, Any
 from echo_rt.cli.progress import ProgressReport
 from echo_rt.cli.prompts import TimedPrompt, parse_script
 from echo_rt.cli.signals import StopNow, StopRequest
-from echo_rt.config import OVERRIDES
 from echo_rt.errors import ConfigError, PromptError
+from echo_rt.options import DTYPE_NAMES, OVERRIDES, MemoryMode, check_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from echo_rt.cli.recorder import Recorder
     from echo_rt.runtime import Runtime
-
-MEMORY_MODES = ("evolve", "prior", "off")
-DTYPES = ("bfloat16", "float16", "float32")
 
 _EPILOG = """
 A prompt that begins with a number and a colon takes over at that second of the video, at the first block from there:
@@ -47,9 +44,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     model.add_argument("--lora", type=Path, metavar="FILE", help="LoRA to merge into the generator")
     model.add_argument("--ema", action=argparse.BooleanOptionalAction, help="use (or not) the averaged weights")
     model.add_argument(
-        "--memory", choices=MEMORY_MODES, help="the memory's mode; default: evolve where the weights have a memory"
+        "--memory",
+        choices=[mode.value for mode in MemoryMode],
+        help="the memory's mode; default: evolve where the weights have a memory",
     )
-    model.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
+    model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
     model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     model.add_argument("--backend", help="who does the operations: torch (see echo-rt doctor)")
 
@@ -104,7 +103,7 @@ class Request:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.script = parse_script(arguments.prompt, arguments.prompt_embeds)
-        self.seed: int = _number("--seed", arguments.seed, int, "an integer of 0 or more")
+        self.seed = check_seed(_number("--seed", arguments.seed, int, "an integer of 0 or more"))
         self.frames: int | None = None
         self.seconds: float | None = None
         if arguments.frames is not None:
@@ -200,14 +199,14 @@ def _read_embeds(script: list[TimedPrompt]) -> dict[str, Tensor]:
     files = [prompt.file for prompt in script if prompt.file is not None]
     if not files:
         return {}
-    from echo_rt.model.text import load_prompt_embeds
+    from echo_rt.prompts import load_prompt_embeds
 
     return {file: load_prompt_embeds(file)[0] for file in files}
 
 
 def _embed_prompts(runtime: Runtime, request: Request, from_files: dict[str, Tensor]) -> list[Tensor]:
     """Embeddings of all prompts, before the stream begins: a bad one fails now, and the text encoder can go."""
-    from echo_rt.model.text import check_prompt_embeds, save_prompt_embeds
+    from echo_rt.prompts import check_prompt_embeds, save_prompt_embeds
 
     transformer = runtime.config.transformer
     for file, tensor in from_files.items():

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echo_rt.options import DTYPE_NAMES
+
 if TYPE_CHECKING:
     from echo_rt.verify import BundleReport
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="folder of a golden bundle")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="default: float32")
     parser.add_argument("--backend", help="who does the operations: torch (see echo-rt doctor)")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="keep what was computed in DIR/BUNDLE/")
     return parser

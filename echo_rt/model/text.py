@@ -1,4 +1,4 @@
-"""From a prompt to its embeddings: cleaning, tokens, the umT5 encoder, and embeddings kept in a file.
+"""From a prompt to its embeddings: cleaning, tokens, the umT5 encoder.
 
 The encoder is the library's ``UMT5EncoderModel`` with Wan's weights in it. Its weights stay in the (narrow) type they
 are stored in, its arithmetic is float32: umT5 does not scale its attention scores, so 8 bits of mantissa cost 4% of the
@@ -17,20 +17,15 @@ from types import TracebackType
 from typing import Any
 
 import ftfy
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from echo_rt.config import TextEncoderConfig
 from echo_rt.errors import PromptError, StreamError, WeightsError
-from echo_rt.output.part_file import write_whole
 from echo_rt.weights.files import check_tensors
 from echo_rt.weights.keymaps import umt5_to_transformers
 from echo_rt.weights.shapes import text_encoder_shapes
 
-_EMBEDS_KEY = "prompt_embeds"
-_PROMPT_KEY = "prompt"
 _PROBE = "a"  # any text: what comes after its tokens is what the tokenizer appends
 
 
@@ -216,59 +211,3 @@ class TextEncoder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _check_matrix(embeds: Tensor) -> None:
-    if not isinstance(embeds, Tensor):
-        raise PromptError(f"prompt embeddings must be a tensor, got {type(embeds).__name__}")
-    if embeds.ndim != 2 or 0 in embeds.shape:
-        raise PromptError(f"prompt embeddings must be [length, width], got {list(embeds.shape)}")
-    if not embeds.is_floating_point():
-        raise PromptError(f"prompt embeddings must be floating point, got {embeds.dtype}")
-    if not bool(embeds.isfinite().all()):
-        raise PromptError(f"prompt embeddings {list(embeds.shape)} hold NaN or infinity")
-
-
-def check_prompt_embeds(embeds: Tensor, text_dim: int, text_len: int) -> None:
-    """Raises ``PromptError`` unless ``embeds`` is ``[length, text_dim]``, finite, with ``1 <= length <= text_len``."""
-    _check_matrix(embeds)
-    length, width = embeds.shape
-    if width != text_dim:
-        raise PromptError(f"prompt embeddings are {width} wide, the model takes {text_dim}")
-    if length > text_len:
-        raise PromptError(f"prompt embeddings have {length} tokens, the model takes at most {text_len}")
-
-
-def save_prompt_embeds(path: str | Path, embeds: Tensor, prompt: str | None = None) -> None:
-    """Writes embeddings ``[length, text_dim]`` (and the prompt they are of) to a safetensors file, all or nothing.
-
-    Errors: ``PromptError`` for embeddings that :func:`load_prompt_embeds` would refuse; ``OutputError`` when the file
-    cannot be written.
-    """
-    _check_matrix(embeds)
-    metadata = {} if prompt is None else {_PROMPT_KEY: prompt}
-    tensors = {_EMBEDS_KEY: embeds.detach().cpu().contiguous()}
-    write_whole(path, safetensors.torch.save(tensors, metadata))
-
-
-def load_prompt_embeds(path: str | Path) -> tuple[Tensor, str | None]:
-    """Embeddings ``[length, text_dim]`` and the prompt they are of, where the file names it.
-
-    Whether they fit a model is for :func:`check_prompt_embeds`, with that model's sizes.
-
-    Errors: ``PromptError`` for a file that is missing, damaged, or holds something else.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            if _EMBEDS_KEY not in names:
-                raise PromptError(f"{path}: expected a tensor {_EMBEDS_KEY!r}, found {', '.join(names[:3]) or 'none'}")
-            embeds: Tensor = file.get_tensor(_EMBEDS_KEY)
-            prompt: str | None = (file.metadata() or {}).get(_PROMPT_KEY)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise PromptError(f"{path}: cannot read prompt embeddings: {error}") from error
-    try:
-        _check_matrix(embeds)
-    except PromptError as error:
-        raise PromptError(f"{path}: {error}") from None
-    return embeds, prompt

@@ -52,6 +52,10 @@ class LayerWeights:
     ffn_out: Linear
 
 
+# Of the timestep's sinusoid; equal to rope_theta in Wan, but another constant.
+_SINUSOID_BASE = 10000.0
+
+
 def _gelu_tanh(x: Tensor) -> Tensor:
     return gelu(x, approximate="tanh")
 
@@ -132,7 +136,7 @@ class Transformer:
         half = self.config.freq_dim // 2
         exponents = torch.arange(half, dtype=torch.float64, device=self.device) / half
         t = torch.tensor(timesteps, dtype=torch.float64, device=self.device)
-        angles = t[:, None] * self.config.rope_theta**-exponents
+        angles = t[:, None] * _SINUSOID_BASE**-exponents
         sinusoid = torch.cat((angles.cos(), angles.sin()), dim=-1).float()
         hidden = silu(load.linear_float32("time_embedding.0")(sinusoid))
         e = load.linear_float32("time_embedding.2")(hidden)

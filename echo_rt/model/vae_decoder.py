@@ -74,8 +74,8 @@ class VaeDecoder:
         self.config = config
         self._weights = weights
         # Latents are a handful of channels: what touches them alone stays float32.
-        self._latents_mean = torch.tensor(config.latents_mean, device=weights.device)
-        self._latents_std = torch.tensor(config.latents_std, device=weights.device)
+        self._latents_mean = torch.tensor(config.latents_mean, device=weights.device, dtype=torch.float32)
+        self._latents_std = torch.tensor(config.latents_std, device=weights.device, dtype=torch.float32)
         self._unpack = weights.pointwise("conv2", torch.float32)
         self._input = CausalConv("decoder.conv1", weights)
         self._middle = Middle("decoder.middle", weights, ops)

@@ -50,8 +50,8 @@ class VaeEncoder:
         ops = load_ops("torch")
         self.config = config
         self._weights = weights
-        self._latents_mean = torch.tensor(config.latents_mean, device=weights.device)
-        self._latents_std = torch.tensor(config.latents_std, device=weights.device)
+        self._latents_mean = torch.tensor(config.latents_mean, device=weights.device, dtype=torch.float32)
+        self._latents_std = torch.tensor(config.latents_std, device=weights.device, dtype=torch.float32)
         # Of mean and log-variance only the mean, the first half of the rows, is of interest.
         pack_weight, pack_bias = weights.pointwise("conv1", torch.float32)
         self._pack = pack_weight[: config.z_dim], pack_bias[: config.z_dim]
@@ -92,6 +92,7 @@ class VaeEncoder:
             height // stride,
             width // stride,
             device=self._weights.device,
+            dtype=torch.float32,
         )
         latents[0] = self._encode_group(video[:1], windows, is_start=True)
         for index in range(1, len(latents)):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from echo_rt.cli.main import main
 from echo_rt.errors import StreamError
-from echo_rt.rollout import MemoryMode
+from echo_rt.options import MemoryMode
 
 TEXT_DIM, TEXT_LEN = 8, 4
 

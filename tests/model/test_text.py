@@ -16,13 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from echo_rt.config import TextEncoderConfig
 from echo_rt.errors import OutputError, PromptError, StreamError, WeightsError
-from echo_rt.model.text import (
-    TextEncoder,
-    check_prompt_embeds,
-    clean_prompt,
-    load_prompt_embeds,
-    save_prompt_embeds,
-)
+from echo_rt.model.text import TextEncoder, clean_prompt
+from echo_rt.prompts import check_prompt_embeds, load_prompt_embeds, save_prompt_embeds
 from echo_rt.tiny import write_tiny_model
 from echo_rt.weights.folder import ModelFolder
 

@@ -1,0 +1,76 @@
+"""What a user may choose, checked: names of modes and dtypes, seeds, sizes, facts of the rollout. Knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from echo_rt.config import TransformerConfig, VaeConfig
+from echo_rt.errors import ConfigError
+
+# Width and height of the released recipe's video, in pixels: what a stock Wan folder is used with.
+RELEASED_SIZE = (832, 480)
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+
+# Facts of a rollout that a caller, or the object "echo_rt" in a model folder's config.json, may choose. The rest comes
+# from the weights.
+OVERRIDES = (
+    "frames_per_block",
+    "sink_frames",
+    "local_frames",
+    "max_temporal_id",
+    "denoising_steps",
+    "timestep_shift",
+    "context_timestep",
+    "memory_frames",
+    "rebuild_on_prompt_switch",
+)
+# What a model folder may say beside them.
+FOLDER_FACTS = ("width", "height", "tiny_seed")
+
+_SEEDS = 2**64
+
+
+class MemoryMode(str, Enum):
+    """What the memory does: evolve with the video, stay at its learned start, or be left out."""
+
+    EVOLVE = "evolve"
+    PRIOR = "prior"
+    OFF = "off"
+
+    @classmethod
+    def parse(cls, value: str | MemoryMode) -> MemoryMode:
+        """The mode called ``value``; :class:`ConfigError` names the choices."""
+        try:
+            return cls(value)
+        except ValueError:
+            raise ConfigError(f"memory must be one of {', '.join(m.value for m in cls)}; got {value!r}") from None
+
+
+def check_overrides(overrides: Mapping[str, Any], source: str, also: tuple[str, ...] = ()) -> dict[str, Any]:
+    """``overrides`` as a dict; :class:`ConfigError` for a name that is not in :data:`OVERRIDES` or ``also``."""
+    unknown = sorted(set(overrides) - {*OVERRIDES, *also})
+    if unknown:
+        raise ConfigError(f"{source} may name {', '.join((*also, *OVERRIDES))}; got {', '.join(unknown)}")
+    return dict(overrides)
+
+
+def check_seed(seed: int) -> int:
+    """``seed``, if it is an integer in 0 .. 2^64-1; :class:`ConfigError` otherwise."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS:
+        raise ConfigError(f"seed must be an integer in 0..2^64-1, got {seed!r}")
+    return seed
+
+
+def latent_size(width: int, height: int, vae: VaeConfig, transformer: TransformerConfig) -> tuple[int, int]:
+    """Latent height and width of a video of ``width`` x ``height`` pixels; :class:`ConfigError` if there are none."""
+    _, patch_rows, patch_columns = transformer.patch_size
+    for name, pixels, step in (
+        ("width", width, vae.spatial_stride * patch_columns),
+        ("height", height, vae.spatial_stride * patch_rows),
+    ):
+        if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < step or pixels % step:
+            raise ConfigError(f"the video's {name} must be a positive multiple of {step} pixels, got {pixels!r}")
+    return height // vae.spatial_stride, width // vae.spatial_stride
