@@ -173,11 +173,12 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         steps = self.denoising_steps
-        whole = all(isinstance(s, int) and not isinstance(s, bool) for s in steps)
-        valid = whole and all(1 <= s <= self.num_train_timesteps for s in steps)
-        if not steps or not valid or any(a <= b for a, b in itertools.pairwise(steps)):
+        whole = isinstance(steps, tuple) and all(isinstance(s, int) and not isinstance(s, bool) for s in steps)
+        valid = whole and steps and all(1 <= s <= self.num_train_timesteps for s in steps)
+        if not valid or any(a <= b for a, b in itertools.pairwise(steps)):
+            came = list(steps) if isinstance(steps, tuple) else steps
             raise ConfigError(
-                f"sampler: denoising_steps must be falling integers in 1..{self.num_train_timesteps}, got {list(steps)}"
+                f"sampler: denoising_steps must be falling integers in 1..{self.num_train_timesteps}, got {came!r}"
             )
         _require_number("sampler", "timestep_shift", self.timestep_shift, 0.0, math.inf, inside=True)
         _require_number("sampler", "context_timestep", self.context_timestep, 0.0, self.num_train_timesteps)
@@ -225,6 +226,8 @@ class ModelConfig:
             transformer = _known_fields(TransformerConfig, source)
             transformer.setdefault("out_channels", transformer.get("in_channels", 16))
             memory = source.get("memory")
+            if memory is not None and not isinstance(memory, Mapping):
+                raise ConfigError(f"memory must be an object or null, got {memory!r}")
             return cls(
                 transformer=TransformerConfig(**transformer),
                 latent_height=source["latent_height"],
@@ -348,6 +351,15 @@ class TextEncoderConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        _require_positive(
+            "text encoder",
+            vocab_size=self.vocab_size,
+            d_model=self.d_model,
+            d_attn=self.d_attn,
+            d_ff=self.d_ff,
+            num_heads=self.num_heads,
+            num_layers=self.num_layers,
+        )
         if self.d_attn % self.num_heads:
             raise ConfigError(f"text encoder: d_attn {self.d_attn} is not a multiple of num_heads {self.num_heads}")
 

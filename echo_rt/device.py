@@ -28,7 +28,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         parsed = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ConfigError(f"device must be 'cpu', 'cuda' or 'cuda:N'; got {str(device)!r}") from None
     if parsed.type not in ("cpu", "cuda"):
         raise ConfigError(f"device must be 'cpu', 'cuda' or 'cuda:N'; got {str(device)!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -51,6 +52,8 @@ class MemoryMode(str, Enum):
 
 def check_overrides(overrides: Mapping[str, Any], source: str, also: tuple[str, ...] = ()) -> dict[str, Any]:
     """``overrides`` as a dict; :class:`ConfigError` for a name that is not in :data:`OVERRIDES` or ``also``."""
+    if not isinstance(overrides, Mapping):
+        raise ConfigError(f"{source} must be a mapping of names to values, got {overrides!r}")
     unknown = sorted(set(overrides) - {*OVERRIDES, *also})
     if unknown:
         raise ConfigError(f"{source} may name {', '.join((*also, *OVERRIDES))}; got {', '.join(unknown)}")
@@ -59,9 +62,13 @@ def check_overrides(overrides: Mapping[str, Any], source: str, also: tuple[str, 
 
 def check_seed(seed: int) -> int:
     """``seed``, if it is an integer in 0 .. 2^64-1; :class:`ConfigError` otherwise."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS:
+    try:
+        whole = -1 if isinstance(seed, bool) else operator.index(seed)  # numpy's integers are integers too
+    except TypeError:
+        whole = -1
+    if not 0 <= whole < _SEEDS:
         raise ConfigError(f"seed must be an integer in 0..2^64-1, got {seed!r}")
-    return seed
+    return whole
 
 
 def latent_size(width: int, height: int, vae: VaeConfig, transformer: TransformerConfig) -> tuple[int, int]:

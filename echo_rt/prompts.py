@@ -88,8 +88,10 @@ def _check_matrix(embeds: Tensor) -> None:
         raise PromptError(f"prompt embeddings must be a tensor, got {type(embeds).__name__}")
     if embeds.ndim != 2 or 0 in embeds.shape:
         raise PromptError(f"prompt embeddings must be [length, width], got {list(embeds.shape)}")
-    if not embeds.is_floating_point():
-        raise PromptError(f"prompt embeddings must be floating point, got {embeds.dtype}")
+    if embeds.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise PromptError(f"prompt embeddings must be floating point of 16, 32 or 64 bits, got {embeds.dtype}")
+    if embeds.layout != torch.strided or embeds.is_meta:
+        raise PromptError(f"prompt embeddings must be dense and have values, got {embeds.layout} on {embeds.device}")
     if not bool(embeds.isfinite().all()):
         raise PromptError(f"prompt embeddings {list(embeds.shape)} hold NaN or infinity")
 

@@ -50,6 +50,7 @@ class Runtime:
         mode: MemoryMode,
         backend: str | None,
         keep_text_encoder: bool,
+        sources: tuple[str, str],
     ) -> None:
         self.config, self.vae_config = config, folder.vae_config()
         self.device, self.dtype, self.memory = device, dtype, mode
@@ -63,7 +64,12 @@ class Runtime:
             )
         schedule = Schedule(config.sampler, device)
         weights = [
-            FingerprintedTensors(part) for part in (transformer_tensors, memory_tensors or {}, folder.vae_tensors())
+            FingerprintedTensors(part, f"{source} ({name})")
+            for name, part, source in (
+                ("transformer", transformer_tensors, sources[0]),
+                ("memory encoder", memory_tensors or {}, sources[1]),
+                ("VAE", folder.vae_tensors(), str(folder.path)),
+            )
         ]
         warn_of_faulty_convolutions(device, dtype)
         with model_context(device, dtype):
@@ -133,6 +139,8 @@ class Runtime:
             ConfigError: sizes, windows or options that the model cannot have.
             BackendError: a device or backend that is not there.
         """
+        if ema is not None and not isinstance(ema, bool):
+            raise ConfigError(f"ema must be True, False or None, got {ema!r}")
         place = parse_device(device)
         precision = parse_dtype(dtype, place)
         load_ops(backend)
@@ -147,23 +155,26 @@ class Runtime:
         latent_height, latent_width = latent_size(width, height, folder.vae_config(), transformer_config)
 
         memory_tensors: Mapping[str, Tensor] | None = None
-        source = str(model)
+        source = memory_source = str(model)
         if checkpoint is None:
             tensors = folder.transformer_tensors()
         else:
             generator = load_generator(checkpoint, transformer_config, ema=ema)
-            tensors, memory_tensors, source = generator.transformer, generator.memory, str(checkpoint)
+            tensors, memory_tensors = generator.transformer, generator.memory
+            source = memory_source = str(checkpoint)
         if lora is not None:
             merged = merge_lora(tensors, lora, device=place)
-            tensors = merged.transformer
+            tensors, source = merged.transformer, f"{source} with {lora}"
             if merged.memory is not None:
-                memory_tensors, source = merged.memory, str(lora)
+                memory_tensors, memory_source = merged.memory, str(lora)
 
         mode = memory or (MemoryMode.OFF if memory_tensors is None else MemoryMode.EVOLVE)
         if mode is MemoryMode.OFF:
             memory_tensors = None
         elif memory_tensors is None:
-            raise ConfigError(f"memory mode {mode.value!r} needs a memory encoder, and {source} has none; use 'off'")
+            raise ConfigError(
+                f"memory mode {mode.value!r} needs a memory encoder, and {memory_source} has none; use 'off'"
+            )
         flat = {
             **facts,
             **_transformer_facts(transformer_config),
@@ -173,7 +184,7 @@ class Runtime:
         }
         config = ModelConfig.from_flat(flat)
         if memory_tensors is not None:
-            config = _with_memory(flat, config, memory_tensors, source)
+            config = _with_memory(flat, config, memory_tensors, memory_source)
         return cls(
             folder,
             config,
@@ -184,6 +195,7 @@ class Runtime:
             mode=mode,
             backend=backend,
             keep_text_encoder=keep_text_encoder,
+            sources=(source, memory_source),
         )
 
     # ---------------------------------------------------------------- facts

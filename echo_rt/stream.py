@@ -143,6 +143,11 @@ class Stream:
                 f"{engine.model.get(key)!r} here ({len(different)} differences: {', '.join(different)})"
             )
         stream = cls(engine, snapshot.seed)
+        frames = (snapshot.block + 1) * engine.rollout.config.window.frames_per_block
+        if snapshot.block < -1 or frames != snapshot.latents_decoded:
+            raise StreamError(
+                f"the snapshot contradicts itself: {snapshot.latents_decoded} latents decoded at block {snapshot.block}"
+            )
         live = _live_tensors(engine)
         for name, tensor in live.items():
             saved = snapshot.tensors.get(name)

@@ -28,8 +28,10 @@ from echo_rt.model.vae_encoder import VaeEncoder
 from echo_rt.ops import Ops, load_ops
 from echo_rt.options import MemoryMode
 from echo_rt.output.part_file import write_whole
+from echo_rt.prompts import check_prompt_embeds
 from echo_rt.rollout import Rollout
 from echo_rt.weights.files import check_tensors, open_tensors
+from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.shapes import (
     MEMORY_PREFIX,
     Shapes,
@@ -84,13 +86,19 @@ class _Bundle:
     source: str
 
     def checked_weights(self, shapes: Shapes) -> Tensors:
-        check_tensors(self.weights, shapes, f"{self.source}/weights.safetensors")
-        return self.weights
+        source = f"{self.source}/weights.safetensors"
+        check_tensors(self.weights, shapes, source)
+        return FingerprintedTensors(self.weights, source)
 
-    def input(self, name: str) -> Tensor:
+    def input(self, name: str, rank: int | None = None) -> Tensor:
         if name not in self.inputs:
             raise WeightsError(f"{self.source}/inputs.safetensors: expected a tensor {name!r}, and it is not there")
-        return self.inputs[name].to(self.device)
+        tensor = self.inputs[name]
+        if rank is not None and tensor.ndim != rank:
+            raise WeightsError(
+                f"{self.source}/inputs.safetensors: expected {name} with {rank} dimensions, got {list(tensor.shape)}"
+            )
+        return tensor.to(self.device)
 
 
 class _RecordedNoise:
@@ -123,18 +131,29 @@ def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
         encoder = MemoryEncoder(config, own, bundle.ops, device=bundle.device, dtype=bundle.dtype)
     mode = MemoryMode.OFF if encoder is None else MemoryMode.EVOLVE
     rollout = Rollout(config, transformer, encoder, schedule, bundle.ops, mode)
-    switches = list(bundle.config.get("prompt_switch_blocks", []))
+    blocks, switches = bundle.config["num_blocks"], bundle.config.get("prompt_switch_blocks", [])
+    whole = [n for n in (blocks, *switches) if isinstance(n, int) and n >= 0] if isinstance(switches, list) else []
+    if not whole or len(whole) != 1 + len(switches):
+        raise WeightsError(
+            f"{bundle.source}/config.json: expected num_blocks and prompt_switch_blocks as whole numbers, "
+            f"got {blocks!r} and {switches!r}"
+        )
     actual: dict[str, Tensor] = {}
 
     def keep_flow(block: int, step: int, flow: Tensor) -> None:
         if f"flow.{block}.{step}" in bundle.expected:
             actual[f"flow.{block}.{step}"] = flow.float().cpu()
 
-    rollout.start(bundle.input("prompt_embeds.0"))
-    for block in range(int(bundle.config["num_blocks"])):
+    def prompt(number: int) -> Tensor:
+        embeds = bundle.input(f"prompt_embeds.{number}")
+        check_prompt_embeds(embeds, config.transformer.text_dim, config.transformer.text_len)
+        return embeds
+
+    rollout.start(prompt(0))
+    for block in range(blocks):
         for number, at in enumerate(switches, start=1):
             if at == block:
-                rollout.switch_prompt(bundle.input(f"prompt_embeds.{number}"))
+                rollout.switch_prompt(prompt(number))
         latents = rollout.next_block(_RecordedNoise(bundle), keep_flow)
         actual[f"latents.{block}"] = latents.to("cpu", copy=True)
         if rollout.state.memory_ready:
@@ -147,21 +166,21 @@ def _vae(bundle: _Bundle) -> dict[str, Tensor]:
     weights = bundle.checked_weights(vae_shapes(config))
     actual: dict[str, Tensor] = {}
     if "video" in bundle.expected:
-        latents = bundle.input("latents")
+        latents = bundle.input("latents", rank=4)
         decoder = VaeDecoder(config, weights, bundle.ops, device=bundle.device, dtype=bundle.dtype)
         # One at a time after the first: what a stream does, and the hardest case for the history.
         state = decoder.new_state(latents.shape[2], latents.shape[3], max_latents=1)
         actual["video"] = decoder.decode(latents, state).permute(0, 3, 1, 2).float().cpu()
     if "encoded" in bundle.expected:
         encoder = VaeEncoder(config, weights, device=bundle.device, dtype=bundle.dtype)
-        actual["encoded"] = encoder.encode(bundle.input("video")).float().cpu()
+        actual["encoded"] = encoder.encode(bundle.input("video", rank=4)).float().cpu()
     return actual
 
 
 def _text_encoder(bundle: _Bundle) -> dict[str, Tensor]:
     config = TextEncoderConfig.from_flat(bundle.config)
     weights = bundle.checked_weights(text_encoder_shapes(config))
-    ids, mask = bundle.input("input_ids"), bundle.input("attention_mask")
+    ids, mask = bundle.input("input_ids", rank=2), bundle.input("attention_mask", rank=2)
     with TextEncoder(config, weights, None, text_len=ids.shape[1], device=bundle.device, dtype=bundle.dtype) as encoder:
         return {"prompt_embeds": encoder.encode_ids(ids, mask).float().cpu()}
 

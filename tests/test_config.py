@@ -35,7 +35,16 @@ BAD = [
     ({"context_timestep": 1001}, ["context_timestep", "1001"]),
     ({"memory": MEMORY | {"layers": 0}}, ["layers", "0"]),
     ({"memory": MEMORY | {"rebuild_on_prompt_switch": 3}}, ["rebuild_on_prompt_switch", "3"]),
-    ({"timestep_shift": "fast"}, ["fast"]),
+    ({"timestep_shift": "fast"}, ["timestep_shift", "'fast'"]),
+    ({"timestep_shift": float("inf")}, ["timestep_shift", "inf"]),
+    ({"timestep_shift": float("nan")}, ["timestep_shift", "nan"]),
+    ({"context_timestep": True}, ["context_timestep", "True"]),
+    ({"denoising_steps": 500}, ["denoising_steps", "500"]),
+    ({"denoising_steps": [True]}, ["denoising_steps", "[True]"]),
+    ({"patch_size": [1, 0, 2]}, ["patch_rows", "0"]),
+    ({"eps": "small"}, ["eps", "'small'"]),
+    ({"eps": -1.0}, ["eps", "-1.0"]),
+    ({"memory": "x"}, ["memory", "'x'"]),
     ({"dim": "wide"}, ["dim", "'wide'"]),
 ]
 

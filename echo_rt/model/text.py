@@ -38,7 +38,7 @@ def clean_prompt(text: str) -> str:
         raise PromptError(f"a prompt must be a string, got {type(text).__name__}")
     mended = html.unescape(html.unescape(ftfy.fix_text(text)))
     cleaned = re.sub(r"\s+", " ", mended).strip()
-    if not cleaned:
+    if not any(character.isprintable() and not character.isspace() for character in cleaned):
         raise PromptError("the prompt is empty: expected some text")
     return cleaned
 

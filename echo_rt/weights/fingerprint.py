@@ -1,4 +1,4 @@
-"""Tells one set of weights from another without reading files twice."""
+"""Notes what is read from a set of weights: whether it is numbers at all, and which set it is."""
 
 from __future__ import annotations
 
@@ -8,19 +8,29 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from echo_rt.errors import WeightsError
+
 # Values of each tensor that count: a merged LoRA or another training step changes the first ones of a matrix too.
 _VALUES = 64
 
 
 class FingerprintedTensors(Mapping[str, Tensor]):
-    """Passes tensors through and takes note of each one read."""
+    """Passes tensors through, refuses what is not finite, and takes note of each one read.
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    A NaN in a weight need not show in the video: torch's attention on a CPU turns NaN scores into zeros. So it is
+    looked for here. ``source`` names the weights in the message of the :class:`WeightsError`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
         self._tensors = tensors
+        self._source = source
         self._seen: dict[str, bytes] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name]
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise WeightsError(f"{self._source}: {bad} of {tensor.numel()} values of {name} are NaN or infinite")
         sample = tensor.flatten()[:_VALUES].to("cpu", torch.float32).contiguous()
         self._seen[name] = sample.numpy().tobytes()
         return tensor

@@ -67,6 +67,8 @@ class ModelFolder:
 
         Errors: ``WeightsError`` for a folder that is missing, is a file, or has no file of either layout.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise WeightsError(f"expected the path of a folder with a Wan2.1 model, got {path!r}")
         folder = Path(path)
         if not os.path.isdir(folder):
             came = "a file" if os.path.exists(folder) else "nothing there"
