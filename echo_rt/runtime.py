@@ -19,7 +19,7 @@ from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.transformer import Transformer
 from echo_rt.model.vae_decoder import VaeDecoder
-from echo_rt.ops import load_ops
+from echo_rt.ops import check_device, load_ops
 from echo_rt.options import FOLDER_FACTS, RELEASED_SIZE, MemoryMode, check_overrides, check_seed, latent_size
 from echo_rt.prompts import PromptEncoder
 from echo_rt.rollout import Rollout
@@ -143,7 +143,7 @@ class Runtime:
             raise ConfigError(f"ema must be True, False or None, got {ema!r}")
         place = parse_device(device)
         precision = parse_dtype(dtype, place)
-        load_ops(backend)
+        check_device(load_ops(backend), place)
         if memory is not None:
             memory = MemoryMode.parse(memory)
         folder = ModelFolder.open(model)

@@ -25,7 +25,7 @@ from echo_rt.model.text import TextEncoder
 from echo_rt.model.transformer import Transformer
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.model.vae_encoder import VaeEncoder
-from echo_rt.ops import Ops, load_ops
+from echo_rt.ops import Ops, check_device, load_ops
 from echo_rt.options import MemoryMode
 from echo_rt.output.part_file import write_whole
 from echo_rt.prompts import check_prompt_embeds
@@ -228,6 +228,8 @@ def verify_bundle(
     folder = Path(path)
     config = _read_config(folder)
     place = parse_device(device)
+    ops = load_ops(backend)
+    check_device(ops, place)
     bundle = _Bundle(
         config=config,
         weights=open_tensors(folder / "weights.safetensors"),
@@ -235,7 +237,7 @@ def verify_bundle(
         expected=open_tensors(folder / "expected.safetensors"),
         device=place,
         dtype=parse_dtype(dtype, place),
-        ops=load_ops(backend),
+        ops=ops,
         source=str(folder),
     )
     try:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from echo_rt.cli.signals import StopRequest
+from echo_rt.cli.streams import say
 
 if TYPE_CHECKING:
     from echo_rt.cli.doctor_checks import Fact
@@ -22,31 +26,32 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace, report: dict[str, Any]) -> int:
+def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
     """Gather the facts and print them; 0 if ``generate`` can run."""
-    from echo_rt.cli.doctor_checks import gather
+    with stop.interruptible():
+        from echo_rt.cli.doctor_checks import gather
 
-    facts = gather()
+        facts = gather()
     missing = [fact for fact in facts if fact.status == "missing"]
     report["ok"] = not missing
     report["facts"] = [dataclasses.asdict(fact) for fact in facts]
     if not arguments.json:
-        _print(facts, missing)
+        say("\n".join(_page(facts, missing)))
     return 1 if missing else 0
 
 
-def _print(facts: list[Fact], missing: list[Fact]) -> None:
+def _page(facts: list[Fact], missing: list[Fact]) -> Iterator[str]:
     # Plain text, because the package that would draw a table may be what is missing.
     width = max(len(fact.name) for fact in facts)
     group = ""
     for fact in facts:
         if fact.group != group:
             group = fact.group
-            print(group)
-        print(f"  {_MARKS[fact.status]} {fact.name:<{width}}  {fact.value}")
+            yield group
+        yield f"  {_MARKS[fact.status]} {fact.name:<{width}}  {fact.value}"
         if fact.advice:
-            print(f"    {'':<{width}}  -> {fact.advice}")
+            yield f"    {'':<{width}}  -> {fact.advice}"
     if missing:
-        print(f"generate cannot run: {', '.join(fact.name for fact in missing)}")
+        yield f"generate cannot run: {', '.join(fact.name for fact in missing)}"
     else:
-        print("generate can run")
+        yield "generate can run"

@@ -38,6 +38,12 @@ _DEPENDENCIES = (
     ("flash_attn", "flash-attn", "FlashAttention for the cache, beside torch's own", False),
 )
 
+_BACKENDS = {
+    "torch": "plain torch, on any device",
+    "emulated": "the kernels executed on the CPU, for tests: slow",
+    "cuda": "the kernels on a GPU",
+}
+
 _GPU_ATTENTION = ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
 
 
@@ -89,8 +95,8 @@ def _echo_rt() -> Iterator[Fact]:
     try:
         built = build_info()
     except EchoError as error:
-        advice = "not needed by the torch backend; pip install . with a C++ compiler builds it"
-        yield Fact("echo-rt", "compiled part", _first_line(error), "absent", advice)
+        advice = "generate needs it: install a C++ compiler, then echo-rt again (pip install .)"
+        yield Fact("echo-rt", "compiled part", _first_line(error), "missing", advice)
     else:
         cuda = f"CUDA for {', '.join(built.cuda_archs)}" if built.cuda_archs else "no CUDA kernels"
         advice = "" if built.is_current else f"it is of version {built.version}: install again"
@@ -102,9 +108,10 @@ def _echo_rt() -> Iterator[Fact]:
         yield Fact("echo-rt", "backends", _first_line(error), "missing", "install what is missing below")
         return
     for name, state in available_backends().items():
-        there = state == "available"
-        need: Status = "missing" if name == "torch" else "absent"
-        yield Fact("echo-rt", f"backend {name}", "available" if there else "no", *(("ok",) if there else (need, state)))
+        if state == "available":
+            yield Fact("echo-rt", f"backend {name}", f"available ({_BACKENDS[name]})")
+        else:
+            yield Fact("echo-rt", f"backend {name}", "no", "missing" if name == "torch" else "absent", state)
 
 
 def _dependencies() -> Iterator[Fact]:
@@ -152,6 +159,27 @@ def _torch() -> Iterator[Fact]:
             f"{properties.total_memory / 2**30:.0f} GiB"
         )
         yield Fact("GPU", f"cuda:{index}", value)
+    yield from _cudnn()
+
+
+def _cudnn() -> Iterator[Fact]:
+    """The convolution library of torch, which between two releases is wrong in 16 bits."""
+    import torch
+
+    from echo_rt.device import warn_of_faulty_convolutions
+
+    number = torch.backends.cudnn.version()
+    if number is None:
+        yield Fact("GPU", "cuDNN", "not there", "absent", "convolutions will be slow: install a torch that has it")
+        return
+    version = f"{number // 10_000}.{number // 100 % 100}.{number % 100} ({number})"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        warn_of_faulty_convolutions(torch.device("cuda"), torch.bfloat16)
+    if said:
+        yield Fact("GPU", "cuDNN", version, "absent", _first_line(said[0].message))
+    else:
+        yield Fact("GPU", "cuDNN", version)
 
 
 def _nvml() -> Iterator[Fact]:

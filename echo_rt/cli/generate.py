@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import re
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echo_rt.cli.messages import describe, warn
+from echo_rt.cli.numbers import parse_length, parse_number, parse_size
+from echo_rt.cli.outputs import Named, check_outputs
 from echo_rt.cli.progress import ProgressReport
 from echo_rt.cli.prompts import TimedPrompt, parse_script
 from echo_rt.cli.signals import StopNow, StopRequest
-from echo_rt.errors import ConfigError, PromptError
+from echo_rt.cli.streams import say
+from echo_rt.errors import ConfigError, OutputError, PromptError
 from echo_rt.options import DTYPE_NAMES, OVERRIDES, MemoryMode, check_seed
 
 if TYPE_CHECKING:
@@ -87,44 +88,19 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def _number(option: str, text: str, kind: type[int] | type[float], expected: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = -1
-    if value < 0 or not math.isfinite(value):
-        raise ConfigError(f"{option}: expected {expected}, got {text!r}")
-    return value
-
-
 class Request:
     """The arguments, checked as far as that is possible without the model."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.script = parse_script(arguments.prompt, arguments.prompt_embeds)
-        self.seed = check_seed(_number("--seed", arguments.seed, int, "an integer of 0 or more"))
-        self.frames: int | None = None
-        self.seconds: float | None = None
-        if arguments.frames is not None:
-            self.frames = _number("--frames", arguments.frames, int, "a number of frames of 1 or more")
-        if arguments.seconds is not None:
-            self.seconds = _number("--seconds", arguments.seconds, float, "a number of seconds above 0")
-        if self.frames == 0 or self.seconds == 0:
-            raise ConfigError("--frames and --seconds: expected a video of one frame or more, got 0")
-        self.width, self.height = self._size(arguments.size)
+        self.seed = check_seed(parse_number("--seed", arguments.seed, int, "an integer of 0 or more"))
+        self.frames: int | None = parse_length("--frames", arguments.frames, int, "a number of frames of 1 or more")
+        self.seconds: float | None = parse_length("--seconds", arguments.seconds, float, "a number of seconds above 0")
+        self.width, self.height = parse_size(arguments.size)
         self.overrides = self._overrides(arguments.set)
         self.embeds_files = self._embeds_files(arguments.save_prompt_embeds)
         self._check_outputs()
-
-    @staticmethod
-    def _size(text: str | None) -> tuple[int | None, int | None]:
-        if text is None:
-            return None, None
-        match = re.fullmatch(r"([1-9]\d*)[xX\u00d7]([1-9]\d*)", text.strip())
-        if match is None:
-            raise ConfigError(f"--size: expected WIDTHxHEIGHT in pixels such as 832x480, got {text!r}")
-        return int(match[1]), int(match[2])
 
     @staticmethod
     def _overrides(texts: list[str]) -> dict[str, Any]:
@@ -150,24 +126,23 @@ class Request:
         return [file.with_name(f"{file.stem}.{i}{file.suffix}") for i in range(len(self.script))]
 
     def _check_outputs(self) -> None:
-        from echo_rt.output.part_file import check_writable
-
+        arguments = self.arguments
         outputs = [
-            ("--output", self.arguments.output, ".mp4"),
-            ("--latents", self.arguments.latents, ".safetensors"),
-            ("--contact-sheet", self.arguments.contact_sheet, ".png"),
+            ("--output", arguments.output, ".mp4"),
+            ("--latents", arguments.latents, ".safetensors"),
+            ("--contact-sheet", arguments.contact_sheet, ".png"),
             *(("--save-prompt-embeds", file, ".safetensors") for file in self.embeds_files),
         ]
-        taken: dict[Path, str] = {}
-        for option, file, suffix in outputs:
-            if file is None:
-                continue
-            other = taken.setdefault(file.resolve(), option)
-            if other != option:
-                raise ConfigError(f"{other} and {option}: expected two files, got {str(file)!r} for both")
-            if file.suffix.lower() != suffix:
-                raise ConfigError(f"{option}: expected a name that ends in {suffix}, got {str(file)!r}")
-            check_writable(file)
+        inputs = [
+            ("--model", arguments.model),
+            ("--checkpoint", arguments.checkpoint),
+            ("--lora", arguments.lora),
+            *(("--prompt-embeds", Path(prompt.file)) for prompt in self.script if prompt.file is not None),
+        ]
+        check_outputs(
+            [(Named(option, path), suffix) for option, path, suffix in outputs if path is not None],
+            [Named(option, path) for option, path in inputs if path is not None],
+        )
 
     def frame_limit(self, fps: float) -> int | None:
         """Frames of the video, None for no end."""
@@ -263,19 +238,18 @@ class _Generation:
         self.shown.append({"frame": frame, "seconds": frame / self._runtime.fps, **what})
 
 
-def run(arguments: argparse.Namespace, report: dict[str, Any]) -> int:
+def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
     """Check, load, generate, finish the files; 0, or the exit code of the signal that ended it."""
     request = Request(arguments)
-    with StopRequest() as stop:
+    with stop.interruptible():
+        from_files = _read_embeds(request.script)
+        runtime = _load(request)
+    try:
         with stop.interruptible():
-            from_files = _read_embeds(request.script)
-            runtime = _load(request)
-        try:
-            with stop.interruptible():
-                embeds = _embed_prompts(runtime, request, from_files)
-            return _record(runtime, request, embeds, stop, report)
-        finally:
-            runtime.close()
+            embeds = _embed_prompts(runtime, request, from_files)
+        return _record(runtime, request, embeds, stop, report)
+    finally:
+        runtime.close()
 
 
 def _record(runtime: Runtime, request: Request, embeds: list[Tensor], stop: StopRequest, report: dict[str, Any]) -> int:
@@ -285,10 +259,8 @@ def _record(runtime: Runtime, request: Request, embeds: list[Tensor], stop: Stop
     limit = request.frame_limit(runtime.fps)
     for prompt in request.script:
         if limit is not None and prompt.seconds * runtime.fps >= limit:
-            warnings.warn(
-                f"the prompt at {prompt.seconds:g} s comes after the end of the video at {limit / runtime.fps:g} s",
-                stacklevel=1,
-            )
+            end = limit / runtime.fps
+            warn(report, f"the prompt at {prompt.seconds:g} s comes after the end of the video at {end:g} s")
     recorder = Recorder(
         arguments.output,
         arguments.latents,
@@ -311,7 +283,10 @@ def _record(runtime: Runtime, request: Request, embeds: list[Tensor], stop: Stop
     elapsed = max(progress.elapsed, 1e-9)
     progress.close()
     closing = recorder.close()
-    problem = problem or closing
+    if problem is None and closing:
+        problem = closing.pop(0)
+    for further in closing:
+        warn(report, describe(further)[0])
 
     stopped = None if recorder.full else stop.request
     report.update(recorder.report())
@@ -325,7 +300,10 @@ def _record(runtime: Runtime, request: Request, embeds: list[Tensor], stop: Stop
         exit_reason="error" if problem else stopped.reason if stopped else "complete",
     )
     if not arguments.quiet and not arguments.json:
-        print(_summary(report))
+        try:
+            say(_summary(report))
+        except (OutputError, BrokenPipeError) as error:
+            problem = problem or error
     if problem is not None:
         raise problem
     return stopped.exit_code if stopped else 0
@@ -333,7 +311,7 @@ def _record(runtime: Runtime, request: Request, embeds: list[Tensor], stop: Stop
 
 def _summary(report: dict[str, Any]) -> str:
     if "video" not in report["files"]:
-        return "no frame was made; no video was written"
+        return "no video was written" if report["blocks"] else "no frame was made; no video was written"
     width, height = report["size"]
     return (
         f"{report['files']['video']}: {report['frames']} frames, {report['seconds']:.1f} s of {width}x{height} "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -13,11 +12,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
 from echo_rt.build_info import __version__
-from echo_rt.cli import doctor, generate, tiny, verify
-from echo_rt.cli.signals import StopNow
-from echo_rt.errors import ConfigError, EchoError
-
-DEBUG_VARIABLE = "ECHO_RT_DEBUG"
+from echo_rt.cli import doctor, generate, streams, tiny, verify
+from echo_rt.cli.messages import DEBUG_VARIABLE, describe, warn
+from echo_rt.cli.signals import StopNow, StopRequest
+from echo_rt.errors import ConfigError, OutputError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,49 +43,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    print(f"echo-rt: warning: {_one_line(message)}", file=sys.stderr)
-
-
-def _describe(error: Exception) -> tuple[str, int]:
-    """The line and the exit code for ``error``; what is not ours is named with its type and a way to see more."""
-    if isinstance(error, EchoError):
-        return _one_line(error), error.exit_code
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-        return _one_line(f"out of GPU memory: a smaller --size needs less ({error})"), 1
-    return _one_line(f"unexpected {type(error).__name__}: {error} ({DEBUG_VARIABLE}=1 shows where)"), 1
-
-
-def _run(argv: list[str], report: dict[str, Any], debug: bool) -> int:
+def _run(argv: list[str], report: dict[str, Any], debug: bool, stop: StopRequest) -> int:
     """Run the subcommand, which fills ``report``; whatever ends it becomes an exit code."""
     try:
-        arguments = build_parser().parse_args(argv)
-        code: int = arguments.run(arguments, report)
+        with stop.interruptible():
+            arguments = build_parser().parse_args(argv)
+        code: int = arguments.run(arguments, report, stop)
         return code
-    except StopNow as stop:
-        report.setdefault("exit_reason", stop.reason)
-        return stop.exit_code
-    except KeyboardInterrupt:
-        return StopNow.of_keyboard().exit_code
+    except KeyboardInterrupt:  # not of our handlers' making: main may run in a thread, or be called by other code
+        return _stopped(StopNow.of_keyboard(), report)
+    except StopNow as request:
+        return _stopped(request, report)
     except BrokenPipeError:
         raise
     except Exception as error:
         if debug:
-            traceback.print_exc()
-        report["error"], code = _describe(error)
-        print(f"echo-rt: error: {report['error']}", file=sys.stderr)
+            streams.complain(traceback.format_exc().rstrip())
+        report["error"], code = describe(error)
+        streams.complain(f"echo-rt: error: {report['error']}")
         return code
+
+
+def _stopped(request: StopNow, report: dict[str, Any]) -> int:
+    report.setdefault("exit_reason", request.reason)
+    return request.exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,18 +79,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in argv
     debug = "--debug" in argv or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
     report: dict[str, Any] = {}
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a prompt may hold what the terminal's encoding cannot
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            code = _run(argv, report, debug)
-        if as_json:
-            print(json.dumps({**report, "exit_code": code}))
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # Whoever read our output has left; pointing it elsewhere keeps the interpreter quiet at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+
+    def show_warning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        warn(report, message)
+
+    # Signals are held until the report is printed: a second one while files are closed must not cost it.
+    with StopRequest() as stop:
+        streams.prepare()
+        try:
+            try:
+                with warnings.catch_warnings():
+                    warnings.showwarning = show_warning
+                    code = _run(argv, report, debug, stop)
+            except SystemExit:
+                streams.say("", end="")  # argparse has printed a page of help, which may still be in the buffer
+                raise
+            streams.say(json.dumps({**report, "exit_code": code}) if as_json else "", end="\n" if as_json else "")
+            return code
+        except BrokenPipeError:
+            return 1  # whoever read our output has left
+        except OutputError as error:
+            streams.complain(f"echo-rt: error: {error}")
+            return 1
+        finally:
+            streams.release()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections import deque
 from typing import TYPE_CHECKING
+
+from echo_rt.cli.streams import complain
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -22,7 +25,7 @@ def clock(seconds: float) -> str:
 
 
 class ProgressReport:
-    """Counts blocks and frames and keeps the reader informed on standard error.
+    """Counts blocks and frames and keeps the reader informed on standard error, for as long as there is one.
 
     Args:
         total_frames: frames of the whole video, None for one without an end.
@@ -53,10 +56,14 @@ class ProgressReport:
             BarColumn(bar_width=20),
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=Console(stderr=True),
-            refresh_per_second=4,
+            # No thread: one that fails to draw would end with a traceback; and only blocks change what is to be seen.
+            auto_refresh=False,
         )
         self._task = self._bar.add_task("first block", total=self.total_frames)
-        self._bar.start()
+        try:
+            self._bar.start()
+        except OSError:
+            self.close()
 
     @property
     def elapsed(self) -> float:
@@ -79,10 +86,14 @@ class ProgressReport:
             return
         line = self._line(prompt)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self.frames, description=line)
+            try:
+                self._bar.update(self._task, completed=self.frames, description=line, refresh=True)
+            except OSError:  # the terminal is gone, the video goes on
+                self._quiet = True
+                self.close()
         elif now >= self._next_line:
             self._next_line = now + _PLAIN_SECONDS
-            print(f"echo-rt: {line}", file=sys.stderr)
+            complain(f"echo-rt: {line}")
 
     def _line(self, prompt: str) -> str:
         total = "" if self.total_frames is None else f"/{self.total_frames}"
@@ -99,6 +110,7 @@ class ProgressReport:
 
     def close(self) -> None:
         """Take the live line off; may be called twice."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with contextlib.suppress(OSError):  # a line that cannot be drawn needs no taking off
+                bar.stop()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echo_rt.errors import EchoError
 from echo_rt.output.contact_sheet import ContactSheet
 from echo_rt.output.latents import LatentsWriter
 from echo_rt.output.video import VideoWriter
@@ -69,31 +68,31 @@ class Recorder:
         self._video.write(frames)
         self.frames += len(frames)
 
-    def close(self) -> EchoError | None:
-        """Close every file, whatever happens to the others, and return the first error."""
-        first: EchoError | None = None
+    def close(self) -> list[Exception]:
+        """Close every file, whatever happens to the others, and return what went wrong."""
+        errors: list[Exception] = []
         for writer in self._writers:
             try:
                 writer.close()
-            except EchoError as error:
-                first = first or error
-        return first
+            except Exception as error:  # of whatever kind: the next file must be closed as well
+                errors.append(error)
+        return errors
 
     def report(self) -> dict[str, Any]:
         """What is on the disk after :meth:`close`, in plain JSON types."""
         files: dict[str, str] = {}
-        if self._video.frames_on_disk:
+        if self._video.in_place:
             files["video"] = str(self._video.path)
-        if self._latents is not None and self._latents.frames_on_disk:
+        if self._latents is not None and self._latents.in_place:
             files["latents"] = str(self._latents.path)
-        if self._sheet is not None and self._sheet.kept:
+        if self._sheet is not None and self._sheet.in_place:
             files["contact_sheet"] = str(self._sheet.path)
-        frames = self._video.frames_on_disk
+        frames = self._video.frames_on_disk if self._video.in_place else 0
         return {
             "frames": frames,
             "seconds": float(frames / self._video.fps),
             "size": [self._video.width, self._video.height],
             "video_fps": float(self._video.fps),
-            "latent_frames": 0 if self._latents is None else self._latents.frames_on_disk,
+            "latent_frames": self._latents.frames_on_disk if self._latents and self._latents.in_place else 0,
             "files": files,
         }

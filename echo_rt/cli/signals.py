@@ -1,12 +1,18 @@
-"""Stopping in an orderly way: what Ctrl-C and SIGTERM do depends on what is going on."""
+"""Stopping in an orderly way: what Ctrl-C and SIGTERM do depends on what is going on.
+
+SIGINT is taken also where it was ignored when the process began, on purpose. A shell without job control, which is
+every script, starts its background jobs that way; and ``kill -INT`` is how a script ends a video that has no end. The
+price: Ctrl-C at the terminal of such a script ends the video too, in the same orderly way. An ignored SIGHUP stays
+ignored: that is ``nohup``, which somebody asked for.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -66,7 +72,7 @@ class StopRequest:
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
 
-    @contextmanager
+    @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """Any signal, also one that was noted before, raises ``StopNow``."""
         with self._raising_from(1):
@@ -74,13 +80,13 @@ class StopRequest:
                 raise self.request
             yield
 
-    @contextmanager
+    @contextlib.contextmanager
     def after_block(self) -> Iterator[None]:
         """The first signal is noted, so that the block comes to its end; the next raises ``StopNow``."""
         with self._raising_from(2):
             yield
 
-    @contextmanager
+    @contextlib.contextmanager
     def _raising_from(self, count: int) -> Iterator[None]:
         self._raise_from = count
         try:
@@ -97,4 +103,5 @@ class StopRequest:
             self._raise_from = None  # once is enough: from here on files are being closed
             raise self.request
         # Not print: the signal may have come in the middle of one, and buffered streams refuse to be re-entered.
-        os.write(2, b"\necho-rt: stopping after this block (once more: at once)\n")
+        with contextlib.suppress(OSError):  # a message that cannot be shown must not become an error of the block
+            os.write(2, b"\necho-rt: stopping after this block (once more: at once)\n")

@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from echo_rt.cli.signals import StopRequest
+from echo_rt.cli.streams import say
 from echo_rt.errors import ConfigError
 
 
@@ -24,20 +26,21 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace, report: dict[str, Any]) -> int:
+def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
     """Write the model and say what to run next."""
     try:
         seed = int(arguments.seed)
     except ValueError:
         raise ConfigError(f"--seed: expected an integer, got {arguments.seed!r}") from None
-    from echo_rt.tiny import CHECKPOINT_FILE, write_tiny_model
-
     folder: Path = arguments.folder
-    write_tiny_model(folder, seed=seed, overwrite=arguments.overwrite)
+    with stop.interruptible():
+        from echo_rt.tiny import CHECKPOINT_FILE, write_tiny_model
+
+        write_tiny_model(folder, seed=seed, overwrite=arguments.overwrite)
     checkpoint = folder / CHECKPOINT_FILE
     report.update(folder=str(folder), checkpoint=str(checkpoint), seed=seed)
     if not arguments.json:
         command = ["echo-rt", "generate", "--model", str(folder), "--checkpoint", str(checkpoint)]
         command += ["--prompt", "a red fox in the snow", "--seconds", "5", "-o", "tiny.mp4"]
-        print(f"wrote a small random model to {folder}; to see it run:\n  {shlex.join(command)}")
+        say(f"wrote a small random model to {folder}; to see it run:\n  {shlex.join(command)}")
     return 0

@@ -6,6 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echo_rt.cli.messages import describe
+from echo_rt.cli.signals import StopRequest
+from echo_rt.cli.streams import complain, say
+from echo_rt.errors import ConfigError, EchoError
 from echo_rt.options import DTYPE_NAMES
 
 if TYPE_CHECKING:
@@ -18,7 +22,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "verify",
         help="hold golden bundles against this installation",
         description="Run golden bundles and compare every tensor with the published implementation's. "
-        "Exit code 0 if all are within bounds, 1 if not, 2 for a folder that is no bundle.",
+        "Exit code 0 if all are within bounds, 1 if not, 2 if a bundle cannot be run; the others are run all the same.",
     )
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="folder of a golden bundle")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
@@ -28,21 +32,36 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace, report: dict[str, Any]) -> int:
-    """Verify every bundle and print its tensors; 0 if all are within bounds, else 1."""
-    from echo_rt.verify import verify_bundle
-
-    report["passed"] = True
-    report["bundles"] = []
+def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
+    """Verify every bundle and print its tensors; 0 if all are within bounds, 1 if not, or the worst error's code."""
+    report["passed"] = False  # until the last one is through
+    entries: list[dict[str, Any]] = []
+    report["bundles"] = entries
+    worst = 0
+    names = [path.resolve().name for path in arguments.bundles]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if arguments.dump is not None and twice is not None:
+        raise ConfigError(f"--dump: expected bundles of different names, got two called {twice!r}")
     for path in arguments.bundles:
-        bundle = verify_bundle(
-            path, device=arguments.device, dtype=arguments.dtype, backend=arguments.backend, dump=arguments.dump
-        )
-        report["passed"] = report["passed"] and bundle.passed
-        report["bundles"].append(_as_json(bundle))
+        try:
+            with stop.interruptible():
+                from echo_rt.verify import verify_bundle
+
+                bundle = verify_bundle(
+                    path, device=arguments.device, dtype=arguments.dtype, backend=arguments.backend, dump=arguments.dump
+                )
+        except EchoError as error:
+            text, code = describe(error)
+            worst = max(worst, code)
+            entries.append({"name": path.resolve().name, "passed": False, "error": text})
+            complain(f"echo-rt: error: {text}")
+            continue
+        worst = max(worst, 0 if bundle.passed else 1)
+        entries.append(_as_json(bundle))
         if not arguments.json:
             _print(bundle)
-    return 0 if report["passed"] else 1
+    report["passed"] = worst == 0
+    return worst
 
 
 def _as_json(bundle: BundleReport) -> dict[str, Any]:
@@ -72,8 +91,10 @@ def _print(bundle: BundleReport) -> None:
     for row in bundle.rows:
         verdict = "[green]ok[/]" if row.ok else "[red]off[/]"
         table.add_row(escape(row.name), f"{row.error:.2e}", f"{row.bound:.1e}", verdict)
-    console = Console(highlight=False)
-    console.print(table)
     good = sum(row.ok for row in bundle.rows)
     state = "[green]passed[/]" if bundle.passed else "[red]failed[/]"
-    console.print(f"{escape(bundle.name)}: {state}, {good} of {len(bundle.rows)} tensors within bounds\n")
+    console = Console(highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+        console.print(f"{escape(bundle.name)}: {state}, {good} of {len(bundle.rows)} tensors within bounds\n")
+    say(captured.get(), end="")

@@ -83,6 +83,7 @@ class ContactSheet(Closing):
         self._stride = 1
         self._seen = 0
         self._closed = False
+        self.in_place = False  # whether the sheet stands under its name, whole on the disk
 
     @property
     def kept(self) -> list[int]:
@@ -109,6 +110,7 @@ class ContactSheet(Closing):
         self._closed = True
         if self._pictures:
             write_whole(self.path, self._encode(self._compose()))
+            self.in_place = True
 
     def _shrink(self, image: Image) -> Image:
         height = max(1, round(image.shape[0] * self.picture_width / image.shape[1]))

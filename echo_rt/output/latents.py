@@ -53,6 +53,11 @@ class LatentsWriter(Closing):
             self._part.discard()
             raise OutputError(f"{path}: cannot write: {reason(error)}") from None
 
+    @property
+    def in_place(self) -> bool:
+        """Whether what was written stands under its name."""
+        return self._part.in_place
+
     def _describe(self) -> bytes:
         tensor = {
             "dtype": "F32",

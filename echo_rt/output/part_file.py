@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
 from types import TracebackType
 
 from echo_rt.errors import OutputError, TargetError
+
+# With the rest of a part's name, short enough for every file system, four bytes a character.
+_NAME_KEPT = 32
 
 
 def reason(error: OSError) -> str:
@@ -20,6 +24,9 @@ def _target(path: str | Path) -> Path:
     path = Path(path)
     target = Path(os.path.realpath(path))
     try:
+        # A name that no file can have; exists() may take that for a file that is merely absent.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            target.lstat()
         if target.is_dir():
             raise TargetError(f"{path}: expected the name of a file to write, got a folder")
         if target.exists() and not target.is_file():
@@ -36,20 +43,22 @@ def _target(path: str | Path) -> Path:
 class PartFile:
     """A new file beside ``path``, unbuffered, that becomes ``path`` on :meth:`commit` and vanishes on :meth:`discard`.
 
-    It is called ``.NAME.xxxxxxxx.part``; the random part keeps two processes with the same target apart, and a
-    process that is killed outright leaves its part there to be found. Raises ``TargetError`` when it cannot be made.
+    It is called ``.NAME.xxxxxxxx.part``, with the beginning of a long name; the random part keeps two processes with
+    the same target apart, and a process that is killed outright leaves its part there to be found. Raises
+    ``TargetError`` when it cannot be made. ``in_place``: whether it is ``path`` now.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._target = _target(path)
-        self._part = self._target.with_name(f".{self._target.name}.{secrets.token_hex(4)}.part")
+        self._part = self._target.with_name(f".{self._target.name[:_NAME_KEPT]}.{secrets.token_hex(4)}.part")
         try:
             descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except OSError as error:
             raise TargetError(f"{path}: cannot write: {reason(error)}") from None
         self._file = os.fdopen(descriptor, "r+b", buffering=0)
         self.size = 0
+        self.in_place = False
 
     def append(self, data: bytes | memoryview) -> None:
         """Write all of ``data`` at the end, or leave the file as it was and raise ``OSError``."""
@@ -80,6 +89,7 @@ class PartFile:
         try:
             self._file.close()
             os.replace(self._part, self._target)
+            self.in_place = True
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be put in place, left as {self._part}: {reason(error)}") from None
         if problem is not None:

@@ -96,6 +96,11 @@ class VideoWriter(Closing):
             self._part.discard()
             raise OutputError(f"{path}: the H.264 encoder (libx264) of PyAV cannot be opened: {error}") from None
 
+    @property
+    def in_place(self) -> bool:
+        """Whether what was written stands under its name."""
+        return self._part.in_place
+
     def write(self, frames: ArrayLike) -> None:
         """Append frames: uint8 [T, H, W, 3] RGB, anything that numpy can view."""
         if self._closed or self._failed:

@@ -78,8 +78,32 @@ def test_without_the_compiled_part(echo_rt, monkeypatch):
 
     monkeypatch.setattr(doctor_checks, "build_info", absent)
     outcome = echo_rt("doctor", "--json")
-    assert outcome.code == 0
-    assert facts_of(outcome)["compiled part"]["status"] == "absent"
+    assert (outcome.code, outcome.json["ok"]) == (1, False)
+    fact = facts_of(outcome)["compiled part"]
+    assert (fact["status"], fact["value"]) == ("missing", "no echo_rt._C")
+    assert "generate needs it" in fact["advice"] and "pip install ." in fact["advice"]
+
+
+@pytest.mark.parametrize(
+    ("number", "value", "status"),
+    [
+        (90701, "9.7.1 (90701)", "ok"),
+        (90800, "9.8.0 (90800)", "absent"),
+        (91002, "9.10.2 (91002)", "absent"),
+        (91500, "9.15.0 (91500)", "ok"),
+        (None, "not there", "absent"),
+    ],
+)
+def test_the_cudnn_of_a_gpu(monkeypatch, number, value, status):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
+    (fact,) = (fact for fact in doctor_checks._torch() if fact.name == "cuDNN")
+    assert (fact.value, fact.status) == (value, status)
+    assert bool(fact.advice) == (status != "ok")
+    assert number is None or status == "ok" or "faulty 16-bit 3-D convolutions" in fact.advice
 
 
 def test_an_encoder_that_is_not_there(echo_rt, monkeypatch):

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from echo_rt.prompts import save_prompt_embeds
 from echo_rt.output import video
+from echo_rt.prompts import save_prompt_embeds
 from echo_rt.runtime import Runtime
 
 
@@ -80,7 +80,7 @@ def test_a_very_long_prompt_is_cut_with_a_warning(echo_rt, arguments):
     ("more", "message"),
     [
         (["--model", "nowhere"], "nowhere"),
-        (["--model", "."], "."),
+        (["--model", "."], "apart from what is read"),
         (["--checkpoint", "nowhere.pt"], "nowhere.pt"),
         (["--lora", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--size", "33x32"], "33"),
@@ -152,18 +152,46 @@ def test_weights_of_another_model(echo_rt, arguments, tmp_path):
         assert outcome.code == 2 and "other.safetensors" in outcome.error
 
 
-def test_weights_that_are_not_numbers(echo_rt, own_model, tmp_path):
+def test_a_folder_that_is_no_model(echo_rt, arguments, tmp_path):
+    (tmp_path / "empty").mkdir()
+    outcome = echo_rt(*arguments, "--prompt", "a", "--model", tmp_path / "empty")
+    assert outcome.code == 2 and str(tmp_path / "empty") in outcome.error
+
+
+@pytest.mark.parametrize(("value", "code", "message"), [(float("nan"), 2, "head.head.weight"), (3e38, 1, "block 0")])
+def test_weights_that_are_not_numbers(echo_rt, own_model, tmp_path, value, code, message):
     file = own_model / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
-    tensors["head.head.weight"].fill_(float("nan"))
+    tensors["head.head.weight"].fill_(value)
     save_file(tensors, file)
     outcome = echo_rt(
         *("generate", "--model", own_model, "--device", "cpu", "--prompt", "a", "--frames", 9, "--quiet"),
         *("-o", tmp_path / "v.mp4"),
     )
-    assert outcome.code == 1
-    assert "NaN" in outcome.error and "block 0" in outcome.error
+    assert outcome.code == code
+    assert "NaN" in outcome.error and message in outcome.error
     assert not (tmp_path / "v.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("--latents", "diffusion_pytorch_model.safetensors"),
+        ("--save-prompt-embeds", "sub/new.safetensors"),
+        ("-o", "new.mp4"),
+        ("--contact-sheet", "s.png"),
+    ],
+)
+def test_nothing_is_written_into_the_model(echo_rt, own_model, tmp_path, option, name):
+    (own_model / "sub").mkdir()
+    before = {file: file.read_bytes() for file in own_model.rglob("*") if file.is_file()}
+    (tmp_path / "link").symlink_to(own_model)
+    for model, place in ((own_model, own_model), (tmp_path / "link", own_model), (own_model, tmp_path / "link")):
+        arguments = ("--model", model, "--prompt", "a", "--frames", 1, "-o", tmp_path / "v.mp4", option, place / name)
+        outcome = echo_rt("generate", *arguments)
+        assert outcome.code == 2
+        assert f"which belongs to --model {model}" in outcome.error and str(place / name) in outcome.error
+    assert {file: file.read_bytes() for file in own_model.rglob("*") if file.is_file()} == before
 
 
 def wait_until_frames_come(process: subprocess.Popen[str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from echo_rt.build_info import __version__
 from echo_rt.cli.main import main
@@ -96,16 +98,37 @@ def test_debug_shows_the_traceback(echo_rt, broken_doctor, monkeypatch):
 )
 def test_exit_codes_of_signals(echo_rt, broken_doctor, error, code):
     broken_doctor(error)
-    assert echo_rt("doctor").code == code
+    outcome = echo_rt("doctor", "--json")
+    reason = "interrupted" if code == 130 else "terminated"
+    assert (outcome.code, outcome.json) == (code, {"exit_reason": reason, "exit_code": code})
 
 
-def test_out_of_gpu_memory_says_what_to_do(echo_rt, broken_doctor):
-    import torch
+_CPU_ALLOCATOR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
 
-    broken_doctor(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "Tried to allocate 2 GiB"),
+        (RuntimeError(f"{_CPU_ALLOCATOR}\nframe #0: c10::alloc_cpu"), _CPU_ALLOCATOR),
+        (RuntimeError("CUDA error: out of memory"), "CUDA error: out of memory"),
+        (MemoryError(), "nothing is left"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot allocate memory"),
+    ],
+    ids=["gpu", "cpu", "driver", "python", "system"],
+)
+def test_out_of_memory_says_what_to_do(echo_rt, broken_doctor, error, detail):
+    broken_doctor(error)
     outcome = echo_rt("doctor")
     assert outcome.code == 1
-    assert "--size" in outcome.error and "Tried to allocate 2 GiB" in outcome.error
+    assert outcome.error.startswith("out of memory: ") and outcome.error.endswith("; use a smaller --size")
+    assert detail in outcome.error and "frame #0" not in outcome.error
+
+
+def test_the_real_error_of_memory_that_is_not_there(echo_rt, monkeypatch):
+    monkeypatch.setattr("echo_rt.cli.doctor_checks.gather", lambda: torch.empty(2**50, dtype=torch.float64))
+    outcome = echo_rt("doctor")
+    assert outcome.code == 1 and outcome.error.startswith("out of memory: ")
 
 
 def test_warnings_are_one_line(echo_rt, monkeypatch):
@@ -114,7 +137,9 @@ def test_warnings_are_one_line(echo_rt, monkeypatch):
     monkeypatch.setattr("echo_rt.cli.doctor_checks.gather", lambda: warnings.warn("some\nthing", stacklevel=1) or [])
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        assert echo_rt("doctor", "--json").err == "echo-rt: warning: some thing\n"
+        outcome = echo_rt("doctor", "--json")
+    assert outcome.err == "echo-rt: warning: some thing\n"
+    assert outcome.json["warnings"] == ["some thing"]
 
 
 def test_a_reader_that_leaves(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 
@@ -60,6 +61,53 @@ def test_quiet(time, capsys):
     report.block_done(9, "a fox")
     report.close()
     assert capsys.readouterr().err == ""
+
+
+class Unwritable(io.StringIO):
+    """Standard error that takes ``left`` writes and then no more."""
+
+    def __init__(self, left: int, terminal: bool) -> None:
+        super().__init__()
+        self.left, self.terminal = left, terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str) -> int:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["plain", "live"])
+def test_losing_standard_error_is_no_reason_to_end(time, monkeypatch, terminal):
+    monkeypatch.setenv("TERM", "xterm")
+    stderr = Unwritable(10**9, terminal)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    output = sys.stdout
+    report = ProgressReport(60, 16)
+    report.block_done(9, "a fox")
+    shown = stderr.getvalue()
+    assert "9/60 frames" in shown
+    stderr.left = 0
+    for _ in range(3):
+        time.now += 10
+        report.block_done(12, "a fox")
+    assert (report.frames, report.blocks) == (45, 4)
+    report.close()
+    assert stderr.getvalue() == shown
+    assert sys.stderr is stderr and sys.stdout is output, "what the live line had put in their place is gone"
+
+
+def test_standard_error_that_is_lost_before_the_first_line(monkeypatch):
+    stderr = Unwritable(0, terminal=True)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("TERM", "xterm")
+    report = ProgressReport(60, 16)
+    report.block_done(9, "a fox")
+    report.close()
+    assert report.frames == 9 and sys.stderr is stderr
 
 
 def test_a_live_line_on_a_terminal(monkeypatch):

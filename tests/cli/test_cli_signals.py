@@ -44,6 +44,29 @@ def test_after_block_raises_at_the_second(capfd):
         send(signal.SIGINT)  # files are being closed: only noted
 
 
+def test_the_message_has_no_reader(monkeypatch):
+    """Standard error is closed: the handler must not raise in the middle of a block."""
+
+    def closed(descriptor: int, data: bytes) -> int:
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr("echo_rt.cli.signals.os.write", closed)
+    with StopRequest() as stop, stop.after_block():
+        send(signal.SIGINT)
+        assert stop.request is not None
+
+
+def test_an_ignored_ctrl_c_is_taken_all_the_same():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what a script puts into the background
+    try:
+        with StopRequest() as stop:
+            send(signal.SIGINT)
+            assert stop.request is not None and stop.request.reason == "interrupted"
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_handlers_come_back():
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(signum) for signum in signals]

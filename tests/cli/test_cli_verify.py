@@ -51,8 +51,42 @@ def test_what_is_no_bundle(echo_rt, tmp_path, config):
     assert str(tmp_path) in outcome.error
 
 
+def test_a_folder_that_is_no_bundle_does_not_keep_the_others_from_running(echo_rt, golden_dir, wrong_bundle, tmp_path):
+    good = golden_dir / "text_encoder"
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    outcome = echo_rt("verify", "--json", good, nothing, good, "--device", "cpu")
+    assert (outcome.code, outcome.json["exit_code"], outcome.json["passed"]) == (2, 2, False)
+    assert [(bundle["name"], bundle["passed"]) for bundle in outcome.json["bundles"]] == [
+        ("text_encoder", True),
+        ("nothing", False),
+        ("text_encoder", True),
+    ]
+    assert outcome.json["bundles"][1]["error"] == outcome.error
+    assert str(nothing) in outcome.error
+
+    outcome = echo_rt("verify", nothing, wrong_bundle, good, "--device", "cpu")
+    assert outcome.code == 2, "worse than a bound that does not hold"
+    assert "wrong: failed" in outcome.out and "text_encoder: passed" in outcome.out
+
+
+def test_not_passed_when_it_does_not_come_to_its_end(echo_rt, golden_dir, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("echo_rt.verify.verify_bundle", fail)
+    outcome = echo_rt("verify", "--json", golden_dir / "vae")
+    assert outcome.code == 1 and outcome.json["passed"] is False
+
+
 def test_other_mistakes(echo_rt, golden_dir):
     outcome = echo_rt("verify", golden_dir / "vae", "--backend", "magic")
     assert outcome.code == 2 and "magic" in outcome.error
     outcome = echo_rt("verify", golden_dir / "vae", "--device", "toaster")
     assert outcome.code == 2 and "toaster" in outcome.error
+
+
+def test_dump_of_two_bundles_of_one_name(echo_rt, tmp_path):
+    outcome = echo_rt("verify", tmp_path / "a" / "vae", tmp_path / "b" / "vae", "--dump", tmp_path / "out")
+    assert outcome.code == 2 and "two called 'vae'" in outcome.error
+    assert not (tmp_path / "out").exists()

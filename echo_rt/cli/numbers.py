@@ -1,0 +1,53 @@
+"""Numbers in arguments: seeds, lengths, sizes."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from echo_rt.errors import ConfigError
+
+_LONGEST = 10**9  # frames or seconds: whoever asks for more wants a video without an end
+_SHOWN = 40  # characters of a mistaken argument
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def parse_number(option: str, text: str, kind: type[int] | type[float], expected: str) -> Any:
+    """``text`` as a finite number of 0 or more; raises ``ConfigError`` that says what was ``expected``."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = -1
+    # isfinite makes a float of an integer, which a large one does not survive.
+    if value < 0 or (isinstance(value, float) and not math.isfinite(value)):
+        raise ConfigError(f"{option}: expected {expected}, got {_short(text)!r}")
+    return value
+
+
+def parse_length(option: str, text: str | None, kind: type[int] | type[float], expected: str) -> Any:
+    """A length of the video, above 0; None where the option is not given. Raises ``ConfigError``."""
+    if text is None:
+        return None
+    value = parse_number(option, text, kind, expected)
+    if value == 0:
+        raise ConfigError(f"{option}: expected a video of one frame or more, got {_short(text)!r}")
+    if value > _LONGEST:
+        raise ConfigError(
+            f"{option}: expected at most {_LONGEST}, got {_short(text)!r}; without --frames and --seconds "
+            "the video has no end"
+        )
+    return value
+
+
+def parse_size(text: str | None) -> tuple[int | None, int | None]:
+    """Width and height of ``--size``, None for both where it is not given; raises ``ConfigError``."""
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"([1-9]\d{0,8})[xX\u00d7]([1-9]\d{0,8})", text.strip())
+    if match is None:
+        raise ConfigError(f"--size: expected WIDTHxHEIGHT in pixels such as 832x480, got {_short(text)!r}")
+    return int(match[1]), int(match[2])

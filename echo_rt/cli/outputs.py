@@ -1,0 +1,89 @@
+"""The files that ``generate`` is to write, checked before any work: names, places, what they would replace."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from echo_rt.errors import ConfigError
+
+_WEIGHTS = ("--checkpoint", "--lora")  # options whose value may name several files
+_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth")
+_INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Named:
+    """A path and the option that names it."""
+
+    option: str
+    path: Path
+
+
+def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named]) -> None:
+    """Check outputs, each with the ending that its name must have, against each other and against ``inputs``.
+
+    An input that is a folder stands for all that is in it. Raises ``ConfigError`` for a wrong ending, for one file
+    twice and for an output that would replace an input, ``TargetError`` for a place where nothing can be written.
+    """
+    from echo_rt.output.part_file import check_writable
+
+    taken: dict[Path, str] = {}
+    for output, suffix in outputs:
+        other = taken.setdefault(_real(output.path), output.option)
+        if other != output.option:
+            raise ConfigError(f"{other} and {output.option}: expected two files, got {str(output.path)!r} for both")
+        if output.path.suffix.lower() != suffix:
+            raise ConfigError(f"{output.option}: expected a name that ends in {suffix}, got {str(output.path)!r}")
+    for output, _ in outputs:
+        _check_no_input(output, inputs)
+    for output, _ in outputs:
+        check_writable(output.path)
+
+
+def _real(path: Path) -> Path:
+    # Path.resolve raises for links in a circle, and differently from one Python to the next.
+    return Path(os.path.realpath(path))
+
+
+def _check_no_input(output: Named, inputs: Iterable[Named]) -> None:
+    # Views of one place: the name itself may lie in a model folder and be a link that leads out of it.
+    places = {_real(output.path), Path(os.path.abspath(output.path)), _real(output.path.parent) / output.path.name}
+    for given in inputs:
+        sources = _read_for(given.path, search=os.path.exists(output.path))
+        if any(place == source or source in place.parents for source in sources for place in places) or (
+            given.option in _WEIGHTS and any(_is_part_of(place, given.path) for place in places)
+        ):
+            raise ConfigError(
+                f"{output.option}: expected a file apart from what is read, got {str(output.path)!r}, "
+                f"which belongs to {given.option} {given.path}"
+            )
+
+
+def _read_for(path: Path, *, search: bool) -> Iterator[Path]:
+    """``path``, and for a folder what links in it lead to (``search``: only a file that exists can be one of these)."""
+    yield _real(path)
+    if not search or not os.path.isdir(path):
+        return
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            entry = Path(folder, name)
+            if entry.is_symlink():
+                yield _real(entry)
+
+
+def _is_part_of(place: Path, weights: Path) -> bool:
+    """Whether ``place`` is called like the file or a shard of weights that are named by index or without an ending."""
+    if weights.name.endswith(_INDEX_SUFFIX):
+        stem = weights.name.removesuffix(_INDEX_SUFFIX)
+    elif weights.suffix.lower() in _WEIGHT_SUFFIXES or os.path.isdir(weights):
+        return False
+    else:
+        stem = weights.name
+    return (
+        place.parent == _real(weights.parent)
+        and place.suffix.lower() in _WEIGHT_SUFFIXES
+        and place.name.startswith((f"{stem}.", f"{stem}-"))
+    )

@@ -1,0 +1,71 @@
+"""Standard output and standard error as they may be: closed, on a full disk, read by someone who has left."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import TextIO
+
+from echo_rt.errors import OutputError
+
+
+def prepare() -> None:
+    """Give the process the standard streams that it was started without (``2>&-``); they lead nowhere.
+
+    Without this the next file to be opened, a video say, gets descriptor 2, and in it whatever a library has to say.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The lowest free number is the one that is missing; children get it as they would have the real one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a prompt may hold what the terminal's encoding cannot
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print on standard output and see it through.
+
+    Raises ``OutputError`` where that cannot be, ``BrokenPipeError`` where there is no reader any more.
+    """
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        _abandon(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise OutputError(f"standard output: cannot write: {error.strerror or error}") from None
+
+
+def complain(text: str) -> None:
+    """Print on standard error, if that is possible: a line that nobody gets to read is no reason to end."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        return  # there is no one to tell; release() sees to what is left in the buffer
+
+
+def release() -> None:
+    """Before the end of the process: drop what standard error does not take, which would be its exit code."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _abandon(sys.stderr)
+
+
+def _abandon(stream: TextIO) -> None:
+    """Lead ``stream`` nowhere: the interpreter flushes it once more at exit, and would complain."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):
+        return  # a stand-in without a file
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
