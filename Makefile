@@ -5,6 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 NVCC ?= nvcc
 TEST_WORKERS ?= 2
+JOBS ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -30,6 +31,8 @@ help: ## list the targets
 	@echo "  PYTHON=$(PYTHON)  interpreter that the environment is made of; its torch is used if it has one >= 2.10"
 	@echo "  VENV=$(VENV)  where the environment lies; one that is there already is used as it is"
 	@echo "  TORCH=$(TORCH)  what is installed where there is no torch >= 2.10"
+	@echo "  JOBS=$(JOBS)  kernels that nvcc compiles side by side; MAX_JOBS is the same for what install compiles"
+	@echo "  ECHO_RT_BUILD  cuda, emulated or none: what install makes of the kernels; unset, what torch and nvcc allow"
 
 install: $(VENV)/.installed ## echo-rt, compiled, in an environment of its own
 
@@ -43,25 +46,27 @@ lint: $(VENV)/.developed ## what the formatters and checkers object to
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(call cxx_in,csrc bindings tests/csrc)
+	$(BIN)/clang-format --dry-run -Werror $(call cxx_in,csrc bindings tests)
 
 format: $(VENV)/.developed ## let the formatters decide
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(call cxx_in,csrc bindings tests/csrc)
+	$(BIN)/clang-format -i $(call cxx_in,csrc bindings tests)
 
 bench: $(VENV)/.developed ## time what has a benchmark
 	$(BIN)/python -m pytest bench --benchmark-only
 
 ifneq ($(shell command -v $(NVCC)),)
-kernels: $(KERNEL_OBJECTS) ## every kernel for every GPU architecture, warnings are errors
+kernels: ## every kernel for every GPU architecture: warnings and spilled registers are errors
+	@$(MAKE) --no-print-directory --jobs $(JOBS) $(KERNEL_OBJECTS)
+	@$(PYTHON) bench/registers.py $(KERNEL_OBJECTS:.o=.ptxas)
 else
 kernels:
 	@echo "no $(NVCC) on the PATH: the kernels are not compiled"
 endif
 
 clean: ## remove what was built, made or installed here
-	rm -rf $(BUILD) $(DEMO) .venv echo_rt/_C*.so *.egg-info
+	rm -rf $(BUILD) $(DEMO) .venv echo_rt/_C*.so echo_rt/_ops*.so *.egg-info
 
 # ---- the environment, in three steps
 
@@ -69,9 +74,13 @@ clean: ## remove what was built, made or installed here
 $(VENV)/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) $(HAS_TORCH) && echo --system-site-packages) $(VENV)
 	$(BIN)/python $(HAS_TORCH) || $(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13"
+	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" ninja
 	@touch $@
 
+# The extension is compiled into this checkout, which may have been cleaned since.
+ifeq ($(wildcard echo_rt/_C*.so),)
+.PHONY: $(VENV)/.installed
+endif
 $(VENV)/.installed: $(VENV)/.torch $(COMPILED)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
 	@touch $@
@@ -86,7 +95,8 @@ $(VENV)/.developed: $(VENV)/.installed
 
 $(BUILD)/kernels/%.o: %.cu csrc/architectures.txt Makefile
 	@mkdir -p $(@D)
-	$(NVCC) -std=c++17 -O3 -lineinfo --Werror all-warnings -Xcompiler -Wall $(GENCODE) -Icsrc -MMD -MP -MF $(@:.o=.d) -c $< -o $@
+	$(NVCC) -std=c++17 -O3 -lineinfo --Werror all-warnings -Xcompiler -Wall -Xptxas -v $(GENCODE) -Icsrc \
+	    -MMD -MP -MF $(@:.o=.d) -c $< -o $@ >$(@:.o=.ptxas) 2>&1 || { cat $(@:.o=.ptxas); exit 1; }
 
 # ---- the demo
 

@@ -1,11 +1,19 @@
-"""Compiles echo_rt._C; everything else about the package is in pyproject.toml."""
+"""Compiles echo_rt._C, and echo_rt._ops where torch is there; everything else about the package is in pyproject.toml.
+
+The kernels in echo_rt._ops are compiled by nvcc where torch has CUDA and nvcc is there, and otherwise by the host's
+compiler against csrc/emulation. ECHO_RT_BUILD=cuda, emulated or none demands one of the three.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.errors import CompileError
 
 try:
@@ -13,19 +21,30 @@ try:
 except ImportError:
     raise SystemExit("to build without isolation, first: pip install setuptools pybind11") from None
 
-ROOT = Path(__file__).parent
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:
+    torch = None
+
+ROOT = Path(__file__).resolve().parent
 SOURCES = "csrc/sources.txt"
 ARCHITECTURES = "csrc/architectures.txt"
 VERSION = "echo_rt/build_info.py"
+WARNINGS = ("-Wall", "-Wextra")
 
 
 def text_of(path: str) -> str:
     return (ROOT / path).read_text(encoding="utf-8")
 
 
-def listed(path: str) -> list[str]:
-    """The lines of a list that CMakeLists.txt and the Makefile read too, without its comments."""
-    return [line for line in text_of(path).splitlines() if line and not line.startswith("#")]
+def listed(path: str) -> list[list[str]]:
+    """The words of each line of a list that CMakeLists.txt and the Makefile read too, without its comments."""
+    return [line.split() for line in text_of(path).splitlines() if line and not line.startswith("#")]
+
+
+def sources_of(*modules: str) -> list[str]:
+    return [source for module, source in listed(SOURCES) if module in modules]
 
 
 def version() -> str:
@@ -36,35 +55,123 @@ def version() -> str:
     return found[1]
 
 
-def headers() -> list[str]:
-    paths = [path for folder in ("csrc", "bindings") for path in (ROOT / folder).rglob("*.*h")]
-    return sorted(str(path.relative_to(ROOT)) for path in paths)
+def files_beside() -> list[str]:
+    """All that takes part in compiling: a change of any compiles anew, and a source distribution carries it."""
+    headers = [path for folder in ("csrc", "bindings") for path in (ROOT / folder).rglob("*.*h")]
+    sources = [source for _, source in listed(SOURCES)]
+    return sorted([*sources, *(str(path.relative_to(ROOT)) for path in headers), SOURCES, ARCHITECTURES, VERSION])
 
 
-class BuildExtension(build_ext):
+def chosen_build() -> str:
+    """``cuda``, ``emulated`` or ``none``: what becomes of the kernels."""
+    demanded = os.environ.get("ECHO_RT_BUILD")
+    if demanded not in (None, "cuda", "emulated", "none"):
+        raise SystemExit(f"ECHO_RT_BUILD must be cuda, emulated or none; got {demanded!r}")
+    if demanded == "none" or (torch is None and demanded is None):
+        return "none"
+    if torch is None:
+        raise SystemExit(f"ECHO_RT_BUILD={demanded} needs torch: install it, then build without isolation")
+    nvcc = shutil.which("nvcc") or (cpp_extension.CUDA_HOME and shutil.which(f"{cpp_extension.CUDA_HOME}/bin/nvcc"))
+    can_cuda = torch.version.cuda is not None and nvcc is not None
+    if demanded == "cuda" and not can_cuda:
+        raise SystemExit(f"ECHO_RT_BUILD=cuda needs nvcc (found: {nvcc}) and a CUDA torch (found: {torch.__version__})")
+    return demanded or ("cuda" if can_cuda else "emulated")
+
+
+def number(architecture: str) -> int:
+    """``"90a"`` -> 90."""
+    return int(re.sub(r"\D", "", architecture))
+
+
+def cuda_architectures() -> list[str]:
+    """The listed architecture that runs on the GPUs here; all listed ones where there is no GPU."""
+    every = [words[0] for words in listed(ARCHITECTURES)]
+    chosen = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        # Code of one architecture runs on later ones of the same generation.
+        fitting = [a for a in every if number(a) // 10 == major and number(a) % 10 <= minor]
+        if not fitting:
+            raise SystemExit(f"GPU {index} is sm_{major}{minor}, and {ARCHITECTURES} has only {', '.join(every)}")
+        chosen.append(max(fitting, key=number))
+    return sorted(set(chosen), key=number) or every
+
+
+BUILD = chosen_build()
+CUDA_ARCHS = cuda_architectures() if BUILD == "cuda" else []
+MACROS = [("ECHO_RT_VERSION", f'"{version()}"'), ("ECHO_RT_CUDA_ARCHS", f'"{" ".join(CUDA_ARCHS)}"')]
+
+
+def core() -> Extension:
+    return Pybind11Extension(
+        "echo_rt._C",
+        sources_of("_C"),
+        include_dirs=[str(ROOT / "csrc")],
+        depends=files_beside(),
+        cxx_std=17,
+        define_macros=MACROS,
+        extra_compile_args=[*WARNINGS],
+    )
+
+
+def kernels() -> list[Extension]:
+    """echo_rt._ops. torch chooses the C++ standard, as its headers need it."""
+    common: dict[str, Any] = {
+        "include_dirs": [str(ROOT / "csrc"), str(ROOT / "bindings")],
+        "depends": files_beside(),
+        "define_macros": [*MACROS, ("ECHO_RT_TORCH", f'"{torch.__version__}"')] if torch else [],
+    }
+    flags = ["-O2", "-g0", "-fvisibility=hidden", *WARNINGS]
+    if BUILD == "cuda":
+        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
+        nvcc = ["-O3", "-lineinfo", "-Xcompiler", "-fvisibility=hidden,-Wall", *gencode]
+        compile_args = {"cxx": flags, "nvcc": nvcc}
+        return [
+            cpp_extension.CUDAExtension("echo_rt._ops", sources_of("_ops"), extra_compile_args=compile_args, **common)
+        ]
+    if BUILD == "emulated":
+        common["define_macros"] += [("ECHO_RT_EMULATED", None)]
+        flags += ["-Wno-unknown-pragmas"]  # "#pragma unroll" is nvcc's
+        sources = sources_of("_ops", "_emulation")
+        return [cpp_extension.CppExtension("echo_rt._ops", sources, extra_compile_args=flags, **common)]
+    return []
+
+
+class BuildExtensions(cpp_extension.BuildExtension if BUILD != "none" else build_ext):  # type: ignore[misc]
     """Says what is missing, which the compiler's own message does not."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:
+            # pip's own is a new folder every time, in which everything would be compiled again.
+            self.build_temp = str(ROOT / "build" / "editable")
+
     def build_extensions(self) -> None:
+        if BUILD == "emulated":
+            for extension in self.extensions:
+                extension.sources = [self.host_source(source) for source in extension.sources]
         try:
             super().build_extensions()
-        except CompileError as error:
+        except (CompileError, RuntimeError) as error:  # torch's own build raises the latter
             needed = "a C++17 compiler and Python's headers (on Debian: apt-get install g++ python3-dev)"
             raise CompileError(f"echo-rt needs {needed}; what came: {error}") from error
 
+    def host_source(self, source: str) -> str:
+        """A kernel's source under a name that the host's compiler takes for C++."""
+        if not source.endswith(".cu"):
+            return source
+        host = (Path(self.build_temp) / "emulated" / source).with_suffix(".cpp")
+        text = f'#include "{ROOT / source}"\n'
+        # Written only where it differs, or everything would be compiled each time.
+        if not host.is_file() or host.read_text(encoding="utf-8") != text:
+            host.parent.mkdir(parents=True, exist_ok=True)
+            host.write_text(text, encoding="utf-8")
+        return str(host)
 
-ParallelCompile("MAX_JOBS").install()
-setup(
-    ext_modules=[
-        Pybind11Extension(
-            "echo_rt._C",
-            [source for source in listed(SOURCES) if source.endswith(".cpp")],
-            include_dirs=["csrc"],
-            # A change of any of these compiles anew, and a source distribution carries them.
-            depends=[*headers(), SOURCES, ARCHITECTURES, VERSION],
-            cxx_std=17,
-            define_macros=[("ECHO_RT_VERSION", f'"{version()}"'), ("ECHO_RT_CUDA_ARCHS", '""')],
-            extra_compile_args=["-Wall", "-Wextra"],
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
-)
+
+if BUILD == "none":
+    ParallelCompile("MAX_JOBS").install()
+else:
+    # Where pip puts ninja, which torch looks for on the PATH; without it nothing is compiled side by side.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+setup(ext_modules=[core(), *kernels()], cmdclass={"build_ext": BuildExtensions})

@@ -1,4 +1,4 @@
-"""Time of each operation on each backend that is there. On a shared CPU only ratios within one run mean anything.
+"""Time of the torch reference of each operation, on the CPU. On a shared one only ratios within one run mean anything.
 
 make bench        or        pytest bench --benchmark-only
 """
@@ -9,18 +9,16 @@ import pytest
 import torch
 from cases import OPS, Sizes, make_case
 
-from echo_rt.ops import available_backends, load_ops
+from echo_rt.ops import load_ops
 
-BACKENDS = [name for name, status in available_backends().items() if status == "available"]
 # A latent frame of 64 tokens and Wan's head size: large enough that arithmetic, not the call, is what takes time.
 SIZES = Sizes(frames=3, tokens=64, heads=2, head_dim=128, layers=4, vae=(12, 32, 32, 32))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", OPS)
-def bench_op(benchmark, op: str, backend: str) -> None:  # type: ignore[no-untyped-def]
+def bench_op(benchmark, op: str) -> None:  # type: ignore[no-untyped-def]
     args = make_case(op, SIZES, torch.float32)
-    function = getattr(load_ops(backend), op)
+    function = getattr(load_ops("torch"), op)
     benchmark.group = op
     with torch.no_grad():
         benchmark(function, *args)

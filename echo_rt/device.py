@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.options import DTYPE_NAMES
@@ -51,6 +52,16 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
         if dtype in (name, known):
             return known
     raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {str(dtype)!r}")
+
+
+# Kernels read whole 16-byte pieces.
+_ALIGNMENT = 16
+
+
+def placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``tensor`` on ``device`` in ``dtype`` where a kernel can read it: a mapped file aligns to 8 bytes only."""
+    moved = tensor.to(device, dtype)
+    return moved.clone() if not moved.is_meta and moved.data_ptr() % _ALIGNMENT else moved
 
 
 def warn_of_faulty_convolutions(device: torch.device, dtype: torch.dtype) -> None:

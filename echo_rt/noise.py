@@ -32,7 +32,7 @@ def philox(
     counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: tuple[int, int]
 ) -> list[Tensor]:
     """Four 32-bit words for each counter (int64 tensors of one shape, or ints), as int64 tensors."""
-    c0, c1, c2, c3 = (torch.as_tensor(c) for c in counter)
+    c0, c1, c2, c3 = (c if isinstance(c, Tensor) else torch.tensor(c, device="cpu") for c in counter)
     k0, k1 = key
     for _ in range(_ROUNDS):
         # int64 products wrap modulo 2^64, which leaves both halves of the 32x32-bit product right.

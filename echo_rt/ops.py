@@ -1,8 +1,8 @@
 """The operations that the hand-written kernels implement: one schema each, whatever the backend.
 
 :class:`Ops` is that schema, on one screen. A backend is any object that has these functions; ``torch`` is the
-module :mod:`echo_rt.reference`. A model is given its operations when it is made, so two runtimes with different
-backends can live in one process.
+module :mod:`echo_rt.reference`, ``emulated`` and ``cuda`` are :mod:`echo_rt.kernels`. A model is given its operations
+when it is made, so two runtimes with different backends can live in one process.
 
 Letters: ``F`` frames, ``S`` tokens in a frame, ``n`` = F·S tokens, ``H`` heads, ``d`` head size, ``dim`` = H·d,
 ``L`` layers, ``M`` memory tokens, ``ct`` and ``cs`` rotary pairs that turn with time and with place (ct + cs = d/2).
@@ -13,8 +13,10 @@ from __future__ import annotations
 import os
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
+from echo_rt.build_info import __version__
 from echo_rt.errors import BackendError
 
 BACKENDS = ("torch", "emulated", "cuda")
@@ -136,9 +138,52 @@ class Ops(Protocol):
 
 
 def available_backends() -> dict[str, str]:
-    """Backend name -> ``"available"``, or why it is not and what to do about it."""
-    absent = "not part of this version; use the torch backend"
-    return {"torch": "available", "emulated": absent, "cuda": absent}
+    """Backend name -> ``"available"``, or why it is not and what to do about it.
+
+    ``emulated`` are the CUDA kernels executed on the host, for tests and for those who change them; they are slow.
+    """
+    built = _kernels_built()
+    return {"torch": "available", "emulated": _emulated_status(built), "cuda": _cuda_status(built)}
+
+
+def _kernels_built() -> tuple[str, str]:
+    """What the kernels were compiled for, and ""; or "" and why they cannot be had."""
+    rebuild = "install echo-rt again: pip install --no-build-isolation ."
+    try:
+        import echo_rt._ops as _ops
+    except ModuleNotFoundError:
+        return "", (
+            "this build has no kernels, as torch was not there when it was compiled (or ECHO_RT_BUILD was none); with "
+            f"torch, setuptools, pybind11 and a C++ compiler installed, {rebuild}"
+        )
+    except ImportError as error:
+        reason = str(error).partition("\n")[0]
+        return "", f"the kernels do not load: {reason}; they may be compiled for another torch: {rebuild}"
+    if __version__ != _ops.VERSION:
+        return "", f"the kernels are those of version {_ops.VERSION}, and this is {__version__}; {rebuild}"
+    # torch keeps its C++ interface from patch to patch, not from one minor version to the next.
+    compiled, found = (version.split(".")[:2] for version in (_ops.TORCH, torch.__version__))
+    if compiled != found:
+        return "", f"the kernels were compiled with torch {_ops.TORCH}, and this is {torch.__version__}; {rebuild}"
+    return _ops.BACKEND, ""
+
+
+def _emulated_status(built: tuple[str, str]) -> str:
+    backend, problem = built
+    if backend == "cuda":
+        return "this build has the kernels for the GPU instead; ECHO_RT_BUILD=emulated when installing chooses"
+    return problem or "available"
+
+
+def _cuda_status(built: tuple[str, str]) -> str:
+    backend, problem = built
+    if torch.version.cuda is None:
+        return f"needs a CUDA build of torch, and this is {torch.__version__}; install one, then echo-rt again"
+    if backend == "emulated":
+        return "this build has the emulated kernels; with nvcc on the PATH (or CUDA_HOME set), install echo-rt again"
+    if problem:
+        return problem
+    return "available" if torch.cuda.is_available() else "torch sees no GPU; install an NVIDIA driver, see nvidia-smi"
 
 
 def load_ops(backend: str | None = None) -> Ops:
@@ -152,6 +197,36 @@ def load_ops(backend: str | None = None) -> Ops:
     status = available_backends()[backend]
     if status != "available":
         raise BackendError(f"backend {backend!r} is not available: {status}")
-    from echo_rt import reference
+    if backend == "torch":
+        from echo_rt import reference
 
-    return cast(Ops, reference)
+        return cast(Ops, reference)
+    from echo_rt.kernels import Kernels
+
+    return Kernels()
+
+
+def check_memory(ops: Ops, dtype: torch.dtype, head_dim: int) -> None:
+    """Raises :class:`BackendError` where the backend has no memory update for ``dtype`` and head size.
+
+    Asked when a model is loaded: the update itself comes blocks later.
+    """
+    if ops.name == "torch":
+        return
+    from echo_rt.kernels import HEAD_SIZES
+
+    if dtype == torch.float32 or head_dim not in HEAD_SIZES:
+        raise BackendError(
+            f"backend {ops.name!r} updates the memory in bfloat16 or float16 with heads of {HEAD_SIZES}, "
+            f"got {str(dtype).removeprefix('torch.')} and {head_dim}; "
+            "choose memory 'prior' or 'off', or backend 'torch'"
+        )
+
+
+def check_device(ops: Ops, device: torch.device) -> None:
+    """Raises :class:`BackendError` where the backend's operations cannot run on ``device``."""
+    needed = {"emulated": "cpu", "cuda": "cuda"}.get(ops.name, device.type)
+    if device.type != needed:
+        raise BackendError(
+            f"backend {ops.name!r} runs on device {needed!r}, got {str(device)!r}; choose another of them"
+        )

@@ -20,7 +20,7 @@ from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.transformer import LayerWeights, Transformer
 from echo_rt.noise import NoiseSource
-from echo_rt.ops import Ops
+from echo_rt.ops import Ops, check_memory
 from echo_rt.options import MemoryMode
 from echo_rt.state import RolloutState, ring_layout
 
@@ -52,6 +52,8 @@ class Rollout:
             raise ConfigError("a rollout needs a memory encoder exactly where its config names a memory")
         if memory is None and mode is not MemoryMode.OFF:
             raise ConfigError(f"memory mode {mode.value!r} needs a memory encoder, and this model has none; use 'off'")
+        if mode is MemoryMode.EVOLVE:
+            check_memory(ops, transformer.dtype, config.transformer.head_dim)
         self.config, self.mode = config, mode
         self._transformer, self._memory, self._schedule, self._ops = transformer, memory, schedule, ops
         self._layout = ring_layout(config)

@@ -54,7 +54,7 @@ class Runtime:
     ) -> None:
         self.config, self.vae_config = config, folder.vae_config()
         self.device, self.dtype, self.memory = device, dtype, mode
-        self._lock = threading.Lock()  # held while a stream comes to life, or the runtime to its end
+        self._lock = threading.RLock()  # held while a stream comes to life, or the runtime to its end
         self._live: weakref.ref[Stream] | None = None
         ops = load_ops(backend)
         self.backend = ops.name
@@ -245,9 +245,7 @@ class Runtime:
         embeds = self._require_open().prompts.resolve(prompt, prompt_embeds)
         with self._lock:
             self._require_free()
-            stream = Stream.begin(self._require_open(), embeds, seed)
-            self._live = weakref.ref(stream)
-        return stream
+            return self._enliven(Stream.begin(self._require_open(), embeds, seed))
 
     def resume(self, snapshot: Snapshot) -> Stream:
         """Go on, bit for bit on the same backend, where :meth:`Stream.snapshot` was taken.
@@ -256,8 +254,13 @@ class Runtime:
         """
         with self._lock:
             self._require_free()
-            stream = Stream.restore(self._require_open(), snapshot)
-            self._live = weakref.ref(stream)
+            return self._enliven(Stream.restore(self._require_open(), snapshot))
+
+    def _enliven(self, stream: Stream) -> Stream:
+        if self._engine is None:  # closed meanwhile, by a signal handler of this thread
+            stream.close()
+        self._require_open()
+        self._live = weakref.ref(stream)
         return stream
 
     def _require_open(self) -> Engine:
@@ -275,6 +278,8 @@ class Runtime:
             raise StreamError(
                 f"this runtime has a live stream, at block {live.next_block}; close it first, or load another runtime"
             )
+        if live.busy_in_this_thread:
+            raise StreamError("this thread is in the middle of a block of the runtime's stream; let it end first")
         # A failed one may be out of everyone's reach, held by a traceback; of a closed one a last block may still be
         # under way in the buffers, and this waits for it.
         live.close()

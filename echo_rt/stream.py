@@ -169,7 +169,7 @@ class Stream:
     def close(self) -> None:
         """End the video; waits for a block that is being made. Its runtime can then start another. Idempotent."""
         self._closed = True
-        if self._owner == threading.get_ident():
+        if self.busy_in_this_thread:
             return  # from a signal handler amid a block of this very thread: the block's end lets go
         with self._lock:
             self._engine = None
@@ -178,6 +178,11 @@ class Stream:
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
         return self._closed
+
+    @property
+    def busy_in_this_thread(self) -> bool:
+        """Whether the calling thread is in the middle of a block of this stream, as a signal handler can be."""
+        return self._owner == threading.get_ident()
 
     @property
     def failure(self) -> str | None:
@@ -195,7 +200,7 @@ class Stream:
     @contextmanager
     def _exclusive(self) -> Iterator[Engine | None]:
         """The engine, for one thread at a time; None once the stream is closed."""
-        if self._owner == threading.get_ident():
+        if self.busy_in_this_thread:
             raise StreamError("this thread is in the middle of a block of this stream")
         with self._lock:
             self._owner = threading.get_ident()

@@ -48,6 +48,18 @@ class Sizes:
 SIZES = {
     "small": Sizes(),
     "odd": Sizes(frames=1, tokens=7, heads=3, head_dim=14, layers=3, sink_frames=1, local_frames=5, memory_frames=1),
+    # Wan's own width: rows that several warps share, and whole 16-byte pieces.
+    "wide": Sizes(
+        frames=2,
+        tokens=3,
+        heads=12,
+        head_dim=128,
+        layers=7,
+        sink_frames=2,
+        local_frames=4,
+        memory_frames=2,
+        vae=(1, 2, 3, 96),
+    ),
     "one": Sizes(frames=2, tokens=1, heads=1, head_dim=64, layers=1, sink_frames=2, memory_frames=2, local_frames=2),
 }
 EPS = 1e-6

@@ -43,9 +43,13 @@ class NaiveRollout:
         self.c = config
         self.w = {name: tensor.double() for name, tensor in weights.items()}
         self.mode = mode
-        self.rows, self.columns = config["latent_height"] // 2, config["latent_width"] // 2
+        # Golden bundles leave out what all released models share.
+        self.patch = tuple(config.get("patch_size", (1, 2, 2))[1:])
+        self.eps = config.get("eps", 1e-6)
+        self.theta = config.get("rope_theta", 10000.0)
+        self.train_steps = config.get("num_train_timesteps", 1000)
+        self.rows, self.columns = config["latent_height"] // self.patch[0], config["latent_width"] // self.patch[1]
         self.heads, self.head_dim = config["num_heads"], config["dim"] // config["num_heads"]
-        self.eps = 1e-6
         self.latents: list[Tensor] = []  # one a frame
         self.keys: list[list[Tensor]] = []  # [frame][layer], not rotated
         self.values: list[list[Tensor]] = []
@@ -73,7 +77,7 @@ class NaiveRollout:
             (torch.arange(self.rows)[:, None].expand(-1, self.columns), part),
             (torch.arange(self.columns)[None].expand(self.rows, -1), part),
         ):
-            rates = 10000.0 ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+            rates = self.theta ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
             angles.append(place.reshape(-1, 1).double() * rates)
         turn = torch.polar(torch.ones((), dtype=torch.float64), torch.cat(angles, 1))[:, None]
         pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
@@ -83,15 +87,16 @@ class NaiveRollout:
 
     def _schedule(self) -> tuple[list[float], list[float]]:
         shift = self.c["timestep_shift"]
-        u = [step / 1000 for step in self.c["denoising_steps"]]
+        u = [step / self.train_steps for step in self.c["denoising_steps"]]
         sigmas = torch.tensor([shift * x / (1 + (shift - 1) * x) for x in u], dtype=torch.float64).float()
-        return (1000 * sigmas).tolist(), sigmas.tolist()
+        return (self.train_steps * sigmas).tolist(), sigmas.tolist()
 
     # ---------------------------------------------------------------- transformer
 
     def _forward(self, latents: Tensor, t: float, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         c, frames = self.c, latents.shape[0]
-        patches = latents.reshape(frames, -1, self.rows, 2, self.columns, 2).permute(0, 2, 4, 1, 3, 5)
+        height, width = self.patch
+        patches = latents.reshape(frames, -1, self.rows, height, self.columns, width).permute(0, 2, 4, 1, 3, 5)
         weight = self.w["patch_embedding.weight"].flatten(1)
         x = patches.reshape(frames * self.rows * self.columns, -1) @ weight.T + self.w["patch_embedding.bias"]
         half = c["freq_dim"] // 2
@@ -118,7 +123,7 @@ class NaiveRollout:
             x = x + m[5] * self._linear(f"{block}.ffn.2", _gelu(self._linear(f"{block}.ffn.0", y)))
         head = self.w["head.modulation"][0] + e
         y = self._linear("head.head", _layer_norm(x, self.eps) * (1 + head[1]) + head[0])
-        y = y.view(frames, self.rows, self.columns, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)
+        y = y.view(frames, self.rows, self.columns, height, width, -1).permute(0, 5, 1, 3, 2, 4)
         return y.reshape(latents.shape)
 
     def _per_frame(self, x: Tensor) -> Sequence[Tensor]:

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from streaming import DEVICES, require
 
+import echo_rt.noise
 from echo_rt.errors import ConfigError
 from echo_rt.noise import CounterNoise, philox
 
@@ -64,3 +68,59 @@ def test_bad_seeds_are_refused(seed: object) -> None:
 
 def test_largest_seed_works() -> None:
     assert torch.isfinite(fill(2**64 - 1, 10**7, 3, 100)).all()
+
+
+def reference(seed: int, block: int, step: int, count: int) -> list[float]:
+    """The definition once more, one number at a time in Python's own integers and floats."""
+    low = 2**32 - 1
+    values: list[float] = []
+    for index in range((count + 3) // 4):
+        c = [index, step, block & low, block >> 32]
+        key = [seed & low, seed >> 32]
+        for _ in range(10):
+            a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+            c = [(b >> 32) ^ c[1] ^ key[0], b & low, (a >> 32) ^ c[3] ^ key[1], a & low]
+            key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+        u = [(word + 0.5) / 2**32 for word in c]
+        for radius, turn in ((u[0], u[1]), (u[2], u[3])):
+            length = math.sqrt(-2 * math.log(radius))
+            values += [length * math.cos(2 * math.pi * turn), length * math.sin(2 * math.pi * turn)]
+    return values[:count]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("seed", "block", "step"),
+    [(0, 0, 0), (7, 3, 2), (2**64 - 1, 2**32 - 1, 3), (2**32, 2**32, 0), (2**63 + 5, 5 * 2**32 + 9, 1), (1, 2**62, 4)],
+)
+def test_noise_is_the_one_defined(seed: int, block: int, step: int, device: str) -> None:
+    """On every device; the last bit of a float32 may differ, since each has sines and logarithms of its own."""
+    out = torch.empty(3, 7, 2, device=require(device))
+    CounterNoise(seed).fill(out, block, step)
+    expected = torch.tensor(reference(seed, block, step, out.numel()), dtype=torch.float64)
+    torch.testing.assert_close(out.flatten().cpu().double(), expected, rtol=2.0**-23, atol=1e-12)
+
+
+@pytest.mark.cuda
+def test_words_are_the_same_on_a_gpu() -> None:
+    index = torch.arange(100_000, device=require("cuda"))
+    counter, key = (3, 2**32 - 1, 5), (2**32 - 1, 77)
+    for ours, theirs in zip(philox((index, *counter), key), philox((index.cpu(), *counter), key), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("word", [0, 2**32 - 1])
+def test_extreme_words_give_finite_numbers(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest word is the largest number there can be, the largest word the smallest above zero."""
+
+    def extreme(counter: tuple[torch.Tensor | int, ...], key: tuple[int, int]) -> list[torch.Tensor]:
+        return [torch.full_like(torch.as_tensor(counter[0]), word) for _ in range(4)]
+
+    monkeypatch.setattr(echo_rt.noise, "philox", extreme)
+    x = fill(0, 0, 0, 8)
+    assert torch.isfinite(x).all()
+    u = (word + 0.5) / 2**32
+    largest = math.sqrt(-2 * math.log(u))
+    assert largest > 0
+    expected = [largest * math.cos(2 * math.pi * u), largest * math.sin(2 * math.pi * u)] * 4
+    torch.testing.assert_close(x, torch.tensor(expected), rtol=1e-6, atol=1e-13)

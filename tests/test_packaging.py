@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -12,16 +13,24 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import torch
 
 import echo_rt
 from echo_rt.build_info import BuildInfo, __version__, build_info
+from echo_rt.ops import available_backends
 
 ROOT = Path(__file__).parent.parent
 
 
+def execute(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | variables
+    words = [str(c) for c in command]
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
 def run(*command: str | Path) -> str:
     """What the command printed; where it failed, the test fails with all of it."""
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = execute(*command)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -82,7 +91,8 @@ def test_the_wheel_carries_every_python_file_and_the_type_hints(packed: Path) ->
 
 def test_the_source_distribution_carries_what_is_compiled(packed: Path) -> None:
     carried = set((packed / "echo_rt.egg-info" / "SOURCES.txt").read_text(encoding="utf-8").splitlines())
-    compiled = [p for folder in ("csrc", "bindings") for p in (ROOT / folder).rglob("*") if p.suffix in (".cpp", ".h")]
+    suffixes = (".cpp", ".cu", ".cuh", ".h")
+    compiled = [p for folder in ("csrc", "bindings") for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
     wanted = {str(p.relative_to(ROOT)) for p in compiled} | {"csrc/sources.txt", "csrc/architectures.txt", "LICENSE"}
     assert wanted <= carried, wanted - carried
 
@@ -107,9 +117,49 @@ def test_every_source_is_in_the_list_and_every_listed_one_is_there() -> None:
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".cpp", ".cu")
     }
-    sources = listed("csrc/sources.txt")
-    assert set(sources) == there
-    assert sources == sorted(set(sources))
+    lines = listed("csrc/sources.txt")
+    assert {line.split()[1] for line in lines} == there
+    assert {line.split()[0] for line in lines} == {"_C", "_emulation", "_ops"}
+    assert lines == sorted(set(lines))
+
+
+def test_the_kernels_say_what_they_were_built_for() -> None:
+    backends = {name for name, status in available_backends().items() if status == "available"}
+    if backends == {"torch"}:
+        pytest.skip("this build has no kernels")
+    from echo_rt import _ops
+
+    assert backends == {"torch", _ops.BACKEND}
+    assert tuple(_ops.CUDA_ARCHS.split()) == build_info().cuda_archs
+    assert bool(_ops.CUDA_ARCHS) == (_ops.BACKEND == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [("opencl", "ECHO_RT_BUILD must be cuda, emulated or none; got 'opencl'"), ("cuda", "needs nvcc")],
+)
+def test_a_build_that_cannot_be_is_refused(build: str, words: str) -> None:
+    if build == "cuda" and torch.version.cuda is not None:
+        pytest.skip("it can be here")
+    done = execute(sys.executable, "setup.py", "--version", ECHO_RT_BUILD=build)
+    assert done.returncode != 0
+    assert words in done.stderr
+
+
+def test_a_kernel_that_spills_fails_the_check(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    text = """ptxas info    : Compiling entry function '_Z4scanILi8EEvPf' for 'sm_90a'
+ptxas info    : Function properties for _Z4scanILi8EEvPf
+    0 bytes stack frame, SPILLS bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 4096 bytes smem
+"""
+    for spills, code, cell in (("0", 0, r"\b168 +4096$"), ("12", 1, r"\b168!12 +4096$")):
+        log.write_text(text.replace("SPILLS", spills), encoding="utf-8")
+        done = execute(sys.executable, "bench/registers.py", log)
+        assert done.returncode == code, done.stderr
+        assert re.search(cell, done.stdout, re.MULTILINE), done.stdout
+    log.write_text("nothing", encoding="utf-8")
+    assert execute(sys.executable, "bench/registers.py", log).returncode == 2
 
 
 def test_kernels_know_neither_torch_nor_python() -> None:

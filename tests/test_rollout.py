@@ -73,6 +73,21 @@ CASES = {
         60,
         [25],
     ),
+    "unlike-wan": (
+        {
+            "num_train_timesteps": 500,
+            "denoising_steps": [500, 300, 100],
+            "context_timestep": 40,
+            "rope_theta": 1000.0,
+            "eps": 1e-3,
+            "patch_size": [1, 1, 2],
+            "latent_height": 2,
+            "latent_width": 6,
+        },
+        "evolve",
+        24,
+        [7],
+    ),
 }
 
 

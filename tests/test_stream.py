@@ -13,31 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import relative_error
+from streaming import OTHER, PROMPT, load, same, take
 from torch import Tensor
 
 import echo_rt
 from echo_rt.errors import ConfigError, NumericalError, PromptError, StreamError, WeightsError
-
-PROMPT, OTHER = "a red fox in the snow", "the fox dives into a lake"
 
 
 @pytest.fixture(scope="module")
 def runtime(tiny_model: Path) -> Iterator[echo_rt.Runtime]:
     with load(tiny_model) as runtime:
         yield runtime
-
-
-def load(folder: Path, **options: object) -> echo_rt.Runtime:
-    return echo_rt.Runtime.from_pretrained(folder, checkpoint=folder / "echo_infinity.pt", device="cpu", **options)  # type: ignore[arg-type]
-
-
-def take(stream: echo_rt.Stream, blocks: int) -> list[echo_rt.Chunk]:
-    return [next(stream) for _ in range(blocks)]
-
-
-def same(a: list[echo_rt.Chunk], b: list[echo_rt.Chunk]) -> bool:
-    pairs = zip(a, b, strict=True)
-    return all(torch.equal(x.frames, y.frames) and torch.equal(x.latents, y.latents) for x, y in pairs)
 
 
 def test_what_a_stream_yields(runtime: echo_rt.Runtime) -> None:

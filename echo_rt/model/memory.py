@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, rms_norm
 
 from echo_rt.config import ModelConfig
+from echo_rt.device import placed
 from echo_rt.ops import Ops
 
 
@@ -42,7 +43,7 @@ class MemoryEncoder:
         self._heads = (config.transformer.num_heads, config.transformer.head_dim)
 
         def matrix(name: str) -> Tensor:
-            return tensors[name].to(device, dtype)
+            return placed(tensors[name], device, dtype)
 
         def pair(name: str) -> tuple[Tensor, Tensor]:
             return matrix(f"{name}.weight"), matrix(f"{name}.bias")
@@ -52,7 +53,7 @@ class MemoryEncoder:
             _EncoderLayer(
                 norm1=matrix(f"layers.{i}.norm1.weight"),
                 q=pair(f"layers.{i}.q"),
-                norm_q=tensors[f"layers.{i}.norm_q.weight"].to(device, torch.float32),
+                norm_q=placed(tensors[f"layers.{i}.norm_q.weight"], device, torch.float32),
                 o=pair(f"layers.{i}.o"),
                 norm2=matrix(f"layers.{i}.norm2.weight"),
                 ffn_in=pair(f"layers.{i}.ffn.0"),
@@ -61,7 +62,7 @@ class MemoryEncoder:
             for i in range(config.memory.layers)
         ]
         self._connector_in, self._connector_out = pair("connector_proj.0"), pair("connector_proj.2")
-        self._connector_norm = tensors["connector_proj.3.weight"].to(device, torch.float32)
+        self._connector_norm = placed(tensors["connector_proj.3.weight"], device, torch.float32)
         self._gate = pair("gate_linear")
         self._to_k, self._to_v = pair("to_k"), pair("to_v")
         self._norm_k_out = matrix("norm_k_out.weight") if config.memory.normalize_k else None

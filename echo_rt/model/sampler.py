@@ -17,7 +17,7 @@ class Schedule:
 
     def __init__(self, config: SamplerConfig, device: torch.device) -> None:
         # The published schedule is a float32 table; its rounding is kept, since what follows is sensitive to t.
-        u = torch.tensor(config.denoising_steps, dtype=torch.float64) / config.num_train_timesteps
+        u = torch.tensor(config.denoising_steps, dtype=torch.float64, device="cpu") / config.num_train_timesteps
         sigmas = (config.timestep_shift * u / (1 + (config.timestep_shift - 1) * u)).float()
         timesteps: list[float] = (config.num_train_timesteps * sigmas).tolist()
         self.timesteps = [*timesteps, float(config.context_timestep)]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, rms_norm, silu
 
 from echo_rt.config import TransformerConfig
+from echo_rt.device import placed
 from echo_rt.model.attention import attention
 from echo_rt.ops import Ops
 
@@ -70,7 +71,7 @@ class _Loader:
         return self._tensors[name].to(self._device, self._dtype)
 
     def vector(self, name: str) -> Tensor:
-        return self._tensors[name].to(self._device, torch.float32)
+        return placed(self._tensors[name], self._device, torch.float32)
 
     def linear(self, *names: str) -> Linear:
         """One product for several projections of the same input, stacked along the output."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from echo_rt.device import placed
 from echo_rt.errors import WeightsError
 from echo_rt.ops import Ops
 from echo_rt.weights.shapes import Shapes
@@ -60,7 +61,7 @@ class VaeWeights:
 
     def gamma(self, name: str) -> Tensor:
         """Scale of an RMS norm, ``[channels]``, always float32."""
-        return self._tensors[f"{name}.gamma"].flatten().to(self.device, torch.float32)
+        return placed(self._tensors[f"{name}.gamma"].flatten(), self.device, torch.float32)
 
 
 class CausalWindow:

@@ -1,0 +1,100 @@
+"""What each kernel takes of a multiprocessor, from ptxas' own words: ``python bench/registers.py LOG...``.
+
+A LOG is what ``nvcc -Xptxas -v`` wrote. Prints a line for each kernel, with its registers, shared memory and spills on
+every architecture, and fails where one spills: what does not fit into registers goes to memory and back in
+the inner loop, and no test of the result can tell.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+COMPILING = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
+SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers")
+SHARED = re.compile(r"(\d+) bytes smem")
+HEADING = "kernel: registers of a thread (!: bytes it spills)"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of one kernel on one architecture; bytes are a thread's, those of shared memory a block's (static ones only)."""
+
+    registers: int
+    shared: int
+    stack: int
+    spilled: int
+
+
+def parse(log: str) -> dict[tuple[str, str], Usage]:
+    """(mangled kernel, architecture) -> usage, of every kernel that the log tells of."""
+    found: dict[tuple[str, str], Usage] = {}
+    kernel: tuple[str, str] | None = None
+    stack = spilled = 0
+    for line in log.splitlines():
+        if match := COMPILING.search(line):
+            kernel, stack, spilled = (match[1], match[2]), 0, 0
+        elif match := SPILLS.search(line):
+            stack, spilled = int(match[1]), int(match[2]) + int(match[3])
+        elif kernel is not None and (match := USED.search(line)):
+            shared = SHARED.search(line)
+            found[kernel] = Usage(int(match[1]), int(shared[1]) if shared else 0, stack, spilled)
+            kernel = None
+    return found
+
+
+def readable(mangled: list[str]) -> dict[str, str]:
+    """Mangled name -> the name in the source, without the namespaces and parameters that all of them have."""
+    demangler = shutil.which("c++filt") or shutil.which("cu++filt")
+    if demangler is None:
+        return {name: name for name in mangled}
+    done = subprocess.run([demangler], input="\n".join(mangled), capture_output=True, text=True, check=True)
+    names = {}
+    for name, plain in zip(mangled, done.stdout.splitlines(), strict=True):
+        plain = plain.replace("(anonymous namespace)::", "").replace("echo::", "").removeprefix("void ")
+        names[name] = re.sub(r"\((?!\w+\)\d).*", "", plain)  # "(int)8" is a template argument, and stays
+    return names
+
+
+def table(usage: dict[tuple[str, str], Usage]) -> list[str]:
+    """Lines: kernel, then ``registers`` or ``registers!spilled bytes`` under each architecture, then shared memory."""
+    architectures = sorted({arch for _, arch in usage}, key=lambda arch: int(re.sub(r"\D", "", arch)))
+    kernels: dict[str, dict[str, Usage]] = defaultdict(dict)
+    names = readable(sorted({kernel for kernel, _ in usage}))
+    for (kernel, arch), used in usage.items():
+        kernels[names[kernel]][arch] = used
+    width = max(map(len, [*kernels, HEADING]))
+    lines = [f"{HEADING:{width}}" + "".join(f" {arch:>8}" for arch in architectures) + "   smem"]
+    for name in sorted(kernels):
+        cells = ""
+        for arch in architectures:
+            used = kernels[name].get(arch)
+            cell = "-" if used is None else f"{used.registers}" + (f"!{used.spilled}" if used.spilled else "")
+            cells += f" {cell:>8}"
+        shared = max(used.shared for used in kernels[name].values())
+        lines.append(f"{name:{width}}{cells} {shared:6}")
+    return lines
+
+
+def main(logs: list[str]) -> int:
+    usage: dict[tuple[str, str], Usage] = {}
+    for log in logs:
+        usage |= parse(Path(log).read_text(encoding="utf-8"))
+    if not usage:
+        print("registers.py: expected logs of nvcc -Xptxas -v, got none that names a kernel", file=sys.stderr)
+        return 2
+    print("\n".join(table(usage)))
+    spilling = readable(sorted({kernel for (kernel, _), used in usage.items() if used.spilled}))
+    for name in spilling.values():
+        print(f"{name} spills registers: it needs smaller tiles or looser launch bounds", file=sys.stderr)
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,69 @@
+// x += gate · y (in place; no gate: 1), then out = LayerNorm(x) · scale + shift.
+// x, y and out [tokens, dim]; gate, scale and shift float32 [dim]; float32 inside. What is normed is the sum as it was
+// rounded into x.
+//
+// A block takes one row: x and y are read once, x and out are written once; the norm runs on registers in between.
+
+#include "common/launch.h"
+#include "modulate/gated_residual_norm.h"
+#include "modulate/layer_norm.cuh"
+
+namespace echo {
+namespace {
+
+template <class Shape>
+__global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<Shape>)
+    gated_residual_norm_kernel(GatedResidualNormParams p) {
+  using T = typename Shape::Element;
+  ECHO_SHARED(LayerNormScratch, scratch);
+  const int dim = static_cast<int>(p.dim);
+  const int64_t token = blockIdx.x;
+  T* x = static_cast<T*>(p.x) + token * p.x_stride;
+
+  RowShare<Shape> row, update;
+  row.load(x, dim);
+  update.load(static_cast<const T*>(p.y) + token * p.y_stride, dim);
+  float values[Shape::kShare];
+  row.to_floats(values);
+#pragma unroll
+  for (int c = 0; c < Shape::kChunks; ++c) {
+    const int channel = row_channel<Shape>(c);
+    if (channel >= dim) continue;
+    float added[Shape::kWidth], gate[Shape::kWidth];
+    update.chunks[c].to_floats(added);
+    if (p.gate != nullptr) {
+      Chunk<float, Shape::kWidth>::load(p.gate + channel).to_floats(gate);
+#pragma unroll
+      for (int i = 0; i < Shape::kWidth; ++i) added[i] *= gate[i];
+    }
+#pragma unroll
+    for (int i = 0; i < Shape::kWidth; ++i) values[c * Shape::kWidth + i] += added[i];
+  }
+  row.from_floats(values);
+  row.store(x, dim);
+
+  row.to_floats(values);
+  layer_norm<Shape>(values, dim, p.eps, scratch);
+  store_modulated<Shape>(values, p.scale, p.shift, dim, static_cast<T*>(p.out) + token * p.dim);
+}
+
+template <class T>
+cudaError_t launch_as(const GatedResidualNormParams& p, cudaStream_t stream) {
+  const bool whole = vectors_fit<T>(p.x, p.x_stride) && vectors_fit<T>(p.y, p.y_stride) &&
+                     vectors_fit<T>(p.out, p.dim) && vectors_fit<float>(p.scale, p.dim) &&
+                     vectors_fit<float>(p.shift, p.dim) && vectors_fit<float>(p.gate, p.dim);
+  return with_row_shape<T, 1>(p.dim, whole, [&](auto shape) {
+    using Shape = decltype(shape);
+    const dim3 grid(static_cast<unsigned>(p.tokens)), block(row_threads<Shape>(p.dim));
+    return launch(gated_residual_norm_kernel<Shape>, grid, block, 0, stream, p);
+  });
+}
+
+}  // namespace
+
+cudaError_t launch_gated_residual_norm(const GatedResidualNormParams& params, cudaStream_t stream) {
+  if (params.tokens == 0 || params.dim == 0) return cudaSuccess;
+  return dispatch(params.dtype, [&](auto tag) { return launch_as<typename decltype(tag)::type>(params, stream); });
+}
+
+}  // namespace echo

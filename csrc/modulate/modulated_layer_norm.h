@@ -1,0 +1,27 @@
+// out = LayerNorm(x) · scale + shift.
+
+#pragma once
+
+#include <cstdint>
+
+#include "common/device.h"
+#include "common/scalar.h"
+
+namespace echo {
+
+struct ModulatedLayerNormParams {
+  const void* x;       // [tokens, dim]
+  const float* shift;  // [dim]
+  const float* scale;  // [dim], the 1 + included
+  void* out;           // [tokens, dim], contiguous, written
+  ScalarType dtype;    // of x, out
+  int64_t tokens;
+  int64_t dim;
+  int64_t x_stride;  // elements from token to token
+  float eps;
+};
+
+// cudaErrorInvalidValue for dim > 8192 (4096 where a row or a vector is not made of aligned 16-byte pieces).
+cudaError_t launch_modulated_layer_norm(const ModulatedLayerNormParams& params, cudaStream_t stream);
+
+}  // namespace echo

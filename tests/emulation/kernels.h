@@ -1,0 +1,69 @@
+// Kernels that exercise the emulation, right ones and such with a planted mistake. Implemented in kernels.cu, which is
+// a device source like any other: nvcc compiles it too.
+
+#pragma once
+
+#include <cstdint>
+
+#include "common/device.h"
+#include "common/scalar.h"
+
+namespace echo::test {
+
+enum class Fault {
+  kNone,
+  kNoWait,           // of an asynchronous copy
+  kNoBarrier,        // between writing and reading shared memory
+  kNoSecondBarrier,  // between reading shared memory and writing it again
+  kNoSyncWarp,
+  kUnwritten,  // one element of shared memory
+  kBehindStatic,
+  kBeforeStatic,
+  kBehindDynamic,
+  kDivergentBarrier,  // some threads return before it
+  kTwoBarriers,       // one in each arm of an if
+  kMissingLane,       // in a shuffle
+  kTwoShuffles,       // one in each arm of an if
+  kMixedBarriers,     // one warp in __syncwarp of all lanes, half of it elsewhere
+  kForgottenCopies,
+  kMisaligned,
+  kDynamicTooLarge,  // more asked than launched with
+  kStaticTooLarge,
+};
+
+// C [m, n] = A [m, k] · B [k, n], row-major, all sizes multiples of 8. Faults: kNoWait, kNoBarrier, kNoSecondBarrier.
+struct ProductParams {
+  const void* a;
+  const void* b;
+  float* c;
+  int m, n, k;
+  ScalarType dtype;
+  Fault fault = Fault::kNone;
+};
+cudaError_t launch_product(const ProductParams& params, cudaStream_t stream);
+
+// Turns each row of [blocks, 128] around, `rounds` times, through shared memory.
+cudaError_t launch_reverse(float* rows, int blocks, int rounds, Fault fault, cudaStream_t stream);
+
+// out[i] = in[i ^ 1] through shared memory, one warp.
+cudaError_t launch_swap_neighbours(const float* in, float* out, Fault fault, cudaStream_t stream);
+
+// For each of `rows` rows of `size` values: sum by block_sum, maximum by warp_max of the sums; total by atomicAdd.
+cudaError_t launch_sums(const float* in, float* sums, float* largest, float* total, int rows, int size,
+                        cudaStream_t stream);
+
+// One row of 32 for each shuffle or vote of the lane numbers; out [7, 32].
+cudaError_t launch_collectives(int* out, cudaStream_t stream);
+
+// The registers of every lane after ldmatrix of [32, 8] values 0, 1, 2 ...; out [2 (transposed), 32 lanes, 4
+// registers].
+cudaError_t launch_fragments(uint32_t* out, cudaStream_t stream);
+
+// One block of `threads` threads that makes the mistake.
+cudaError_t launch_mistake(float* out, int threads, int dynamic_bytes, Fault fault, cudaStream_t stream);
+
+// `rounds` block barriers of `threads` threads; the same of shuffles.
+cudaError_t launch_barriers(int threads, int rounds, cudaStream_t stream);
+cudaError_t launch_shuffles(float* out, int threads, int rounds, cudaStream_t stream);
+
+}  // namespace echo::test

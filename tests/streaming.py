@@ -1,0 +1,98 @@
+"""What the tests of streams and runtimes share: a model as small as can be, and its videos."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import echo_rt
+from echo_rt.tiny import CHECKPOINT_FILE, write_tiny_model
+
+PROMPT, OTHER = "a red fox in the snow", "the fox dives into a lake"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+def require(device: str) -> str:
+    """``device``, or the test is skipped."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return device
+
+
+def small_model_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 32x32 pixels; blocks of it take a tenth of a second."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    write_tiny_model(folder, width=32, height=32)
+    return folder
+
+
+def load(folder: Path, **options: Any) -> echo_rt.Runtime:
+    """The folder's model with its checkpoint, on the CPU in float32 unless ``options`` say otherwise."""
+    arguments = {"checkpoint": folder / CHECKPOINT_FILE, "device": "cpu", "dtype": "float32"} | options
+    return echo_rt.Runtime.from_pretrained(folder, **arguments)
+
+
+def embeds(runtime: echo_rt.Runtime, seed: int = 0) -> Tensor:
+    """Embeddings of no prompt: quicker than encoding one."""
+    generator = torch.Generator().manual_seed(seed)
+    width = runtime.config.transformer.text_dim
+    return torch.randn(5, width, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def take(stream: echo_rt.Stream, blocks: int) -> list[echo_rt.Chunk]:
+    return [next(stream) for _ in range(blocks)]
+
+
+def video(runtime: echo_rt.Runtime, blocks: int, *, seed: int = 0, prompt: int = 0) -> list[echo_rt.Chunk]:
+    """The first blocks of a video, begun and ended here; ``prompt`` is the seed of its embeddings."""
+    with runtime.stream(prompt_embeds=embeds(runtime, prompt), seed=seed) as stream:
+        return take(stream, blocks)
+
+
+def same(a: list[echo_rt.Chunk], b: list[echo_rt.Chunk]) -> bool:
+    pairs = zip(a, b, strict=True)
+    return all(torch.equal(x.frames, y.frames) and torch.equal(x.latents, y.latents) for x, y in pairs)
+
+
+def within(seconds: float, act: Callable[[], Any]) -> Any:
+    """What ``act`` returns or raises on a thread of its own; a failure, not a hang, if it does neither in time."""
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["value"] = act()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), f"still waiting after {seconds} s"
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]
+
+
+class Gate:
+    """Holds a stream in the middle of its next block, until it is opened."""
+
+    def __init__(self, stream: echo_rt.Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self._opened = threading.Event(), threading.Event()
+        fill = stream._noise.fill
+
+        def held(out: Tensor, block: int, step: int) -> None:
+            self.reached.set()
+            assert self._opened.wait(60)
+            fill(out, block, step)
+
+        monkeypatch.setattr(stream._noise, "fill", held)
+
+    def open(self, after: float = 0.0) -> None:
+        """Let go, at once or some seconds from now."""
+        threading.Timer(after, self._opened.set).start() if after else self._opened.set()

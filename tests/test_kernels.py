@@ -1,0 +1,251 @@
+"""The kernels as operations of torch: whole rollouts, what torch.compile sees of them, and what they refuse."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import EPS, OPS, Sizes, make_case
+from torch import Tensor
+
+import echo_rt
+from echo_rt.build_info import __version__
+from echo_rt.errors import BackendError
+from echo_rt.ops import Ops, available_backends, check_device, load_ops
+from echo_rt.verify import verify_bundle
+
+BACKENDS = [name for name, status in available_backends().items() if name != "torch" and status == "available"]
+DEVICES = {"emulated": "cpu", "cuda": "cuda"}
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+# Of every operation at once: the memory's have tiles for this head size.
+SIZES = Sizes(tokens=5, heads=2, head_dim=64)
+
+
+@pytest.fixture(params=BACKENDS)
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return load_ops(request.param)
+
+
+def test_the_emulated_kernels_are_there_where_the_gpus_are_not() -> None:
+    status = available_backends()
+    assert "available" in (status["emulated"], status["cuda"]), status
+
+
+# ---- whole rollouts
+
+
+@HALF
+def test_a_golden_rollout(ops: Ops, golden_dir: Path, dtype: torch.dtype) -> None:
+    report = verify_bundle(golden_dir / "rollout_small", device=DEVICES[ops.name], dtype=dtype, backend=ops.name)
+    assert report.passed, [f"{row.name} {row.error:.1e}" for row in report.rows if not row.ok]
+
+
+def test_a_rollout_with_a_memory_is_refused_in_float32(ops: Ops, golden_dir: Path) -> None:
+    with pytest.raises(BackendError, match=r"in bfloat16 or float16 .* got float32"):
+        verify_bundle(golden_dir / "rollout_small", device=DEVICES[ops.name], dtype="float32", backend=ops.name)
+
+
+# ---- what torch sees
+
+
+@HALF
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(ops: Ops, op: str, dtype: torch.dtype) -> None:
+    """Schema, fake kernel and behaviour agree: nothing is written that is not marked, nothing returned is an input."""
+    args = make_case(op, SIZES, dtype, DEVICES[ops.name])
+    for tensor in args:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            tensor.nan_to_num_()  # what is yet to be written
+    torch.library.opcheck(getattr(torch.ops.echo_rt, op).default, tuple(args))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_graph_goes_through_the_operations(ops: Ops, backend: str) -> None:
+    device = DEVICES[ops.name]
+    qkv_args = make_case("qkv_norm_rope_store", SIZES, torch.bfloat16, device)
+    norm_args = make_case("gated_residual_norm", SIZES, torch.bfloat16, device)
+
+    def layer(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, x: Tensor) -> Tensor:
+        q = ops.qkv_norm_rope_store(qkv, *qkv_args[1:5], k_cache, v_cache, *qkv_args[7:])
+        y = q.flatten(1) + k_cache.flatten(1)[: q.shape[0]]
+        y = ops.gated_residual_norm(x, y, *norm_args[2:])
+        return ops.modulated_layer_norm(y, *norm_args[3:]) + x
+
+    results = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend=backend)):
+        given = [t.clone() for t in (qkv_args[0], qkv_args[5], qkv_args[6], norm_args[0])]
+        results.append([function(*given), *given])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+# ---- what is refused
+
+Change = Callable[[list[Any]], object]
+
+
+def _set(index: int, change: Callable[[Any], Any]) -> Change:
+    return lambda args: args.__setitem__(index, change(args[index]))
+
+
+def _misaligned(tensor: Tensor) -> Tensor:
+    """The same, off the boundary of 16 bytes that allocators keep: by one element, or by two that make a pair."""
+    off = 2 if tensor.dtype == torch.float32 else 1
+    room = tensor.new_empty(tensor.numel() + off)
+    room[off:] = tensor.flatten()
+    return room[off:].view(tensor.shape)
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    return torch.stack((tensor, tensor), -1)[..., 0]
+
+
+# Operation, what is wrong, and the words: name, expected, got.
+REFUSED: dict[str, tuple[str, Change, str]] = {
+    "flow-dtype": ("flow_step", _set(0, Tensor.double), "x: expected dtype float32; got float64"),
+    "flow-integers": ("flow_step", _set(1, Tensor.int), "flow: expected dtype float32, bfloat16 or float16; got int32"),
+    "flow-shape": ("flow_step", _set(1, lambda t: t[:1]), r"flow: expected shape \[3, 4, 2, 10\]; got \[1, 4, 2, 10\]"),
+    "flow-sigmas": ("flow_step", _set(2, lambda t: t[:1]), r"sigmas: expected shape \[2\]; got \[1\]"),
+    "flow-noise-stride": ("flow_step", _set(3, _strided), r"noise: expected contiguous memory; got strides \["),
+    "flow-alignment": ("flow_step", _set(0, _misaligned), "x: expected an address that is a multiple of 16; got 8"),
+    "dtype-before-shape": (
+        "flow_step",
+        lambda args: (_set(1, lambda t: t[:1])(args), _set(3, Tensor.double)(args)),
+        "noise: expected dtype float32; got float64",
+    ),
+    "bytes": ("frames_to_uint8", _set(1, Tensor.float), "out: expected dtype uint8; got float32"),
+    "window": ("rms_silu_window", _set(3, lambda _: 4), "past: expected 0..3 for 3 frames in a window of 6; got 4"),
+    "window-rank": ("rms_silu_window", _set(0, lambda t: t[0]), r"x: expected 4 dimensions; got shape \["),
+    "angles": ("rope_table", _set(0, Tensor.float), "frames: expected dtype int64; got float32"),
+    "positions": ("advance", _set(0, lambda t: t[:4]), r"positions: expected shape \[5\]; got \[4\]"),
+    "block": ("advance", _set(9, lambda t: t[:-1]), "write_index: expected a multiple of frames_per_block 3 entries"),
+    "qkv-width": (
+        "qkv_norm_rope_store",
+        _set(0, lambda t: t[:, 1:]),
+        r"qkv: expected shape \[15, 384\]; got \[15, 383\]",
+    ),
+    "qkv-rows": ("qkv_norm_rope_store", _set(0, _strided), "qkv: expected dense rows; got strides"),
+    "qkv-frames": ("qkv_norm_rope_store", _set(0, lambda t: t[1:]), "qkv: expected 3 frames of 5 tokens; got 14"),
+    "cache-dtype": ("qkv_norm_rope_store", _set(6, Tensor.float), "v_cache: expected dtype bfloat16; got float32"),
+    "anchors": (
+        "reanchor",
+        _set(1, lambda t: t[:, :1]),
+        r"temporal_anchor: expected shape \[6, 12, 2\]; got \[6, 1, 2\]",
+    ),
+    "angle-alignment": (
+        "reanchor",
+        _set(2, lambda t: torch.cat((t.flatten(), t[0, 0]))[1 : 1 + t.numel()].view(t.shape)),
+        "spatial: expected an address that is a multiple of 8; got 4 bytes more",
+    ),
+    "sink": ("reanchor", _set(3, lambda t: t[:, 1:]), r"sink_k: expected shape \[2, 15, 2, 64\]; got \[2, 14, 2, 64\]"),
+    "gate": ("gated_residual_norm", _set(2, Tensor.half), "gate: expected dtype float32; got float16"),
+    "norm": ("modulated_layer_norm", _set(1, lambda t: t[1:]), r"shift: expected shape \[128\]; got \[127\]"),
+    "memory-keys": ("memory_attention", _set(2, lambda t: t[:0]), "k: expected at least one key; got 0"),
+    "memory-values": (
+        "memory_attention",
+        _set(3, lambda t: t[1:]),
+        r"v: expected shape \[15, 2, 64\]; got \[14, 2, 64\]",
+    ),
+    "memory-rows": ("memory_attention", _set(0, _misaligned), "q: expected an address that is a multiple of 16; got 2"),
+    "update-weight": (
+        "gated_update",
+        _set(3, lambda t: t[:, :128]),
+        r"gate_weight: expected shape \[128, 256\]; got \[128, 128\]",
+    ),
+    "update-in-place": (
+        "gated_update",
+        lambda args: args.__setitem__(5, args[0]),
+        "out: expected memory apart from that of old; got memory that they share",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_arguments_are_named(ops: Ops, case: str) -> None:
+    op, spoil, words = REFUSED[case]
+    args = make_case(op, SIZES, torch.bfloat16, DEVICES[ops.name])
+    getattr(ops, op)(*args)
+    spoil(args)
+    with pytest.raises(ValueError, match=rf"^echo_rt\.{op}: {words}"):
+        getattr(ops, op)(*args)
+
+
+def test_head_sizes_without_tiles_are_refused(ops: Ops) -> None:
+    args = make_case("memory_attention", Sizes(), torch.bfloat16, DEVICES[ops.name])
+    with pytest.raises(BackendError, match="memory_attention needs head size 64 or 128, got 12"):
+        ops.memory_attention(*args)
+    with pytest.raises(ValueError, match="old: expected a width that is a multiple of 16; got 24"):
+        ops.gated_update(*make_case("gated_update", Sizes(), torch.bfloat16, DEVICES[ops.name]))
+
+
+@HALF
+@pytest.mark.parametrize(
+    "op", ["qkv_norm_rope_store", "reanchor", "modulated_layer_norm", "gated_residual_norm", "rms_silu_window"]
+)
+def test_memory_bound_operations_take_tensors_that_start_anywhere(ops: Ops, op: str, dtype: torch.dtype) -> None:
+    args = make_case(op, SIZES, dtype, DEVICES[ops.name])
+    moved = [_misaligned(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    results = [[getattr(ops, op)(*given), *given] for given in (args, moved)]
+    for expected, actual in zip(*results, strict=True):
+        if isinstance(expected, Tensor):
+            # Rows are summed in another order, which rounds some elements to their other neighbour.
+            torch.testing.assert_close(actual, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_no_rows_are_no_work(ops: Ops) -> None:
+    x, shift, scale, _ = make_case("modulated_layer_norm", SIZES, torch.bfloat16, DEVICES[ops.name])
+    assert ops.modulated_layer_norm(x[:0], shift, scale, EPS).shape == (0, SIZES.dim)
+
+
+def test_a_device_that_the_backend_is_not_for(ops: Ops) -> None:
+    own, other = torch.device(DEVICES[ops.name]), torch.device("cpu" if ops.name == "cuda" else "cuda")
+    check_device(ops, own)
+    check_device(load_ops("torch"), other)
+    with pytest.raises(BackendError, match=f"backend '{ops.name}' runs on device '{own}', got '{other}'"):
+        check_device(ops, other)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="needs the kernels built for an NVIDIA GPU")
+def test_tensors_of_two_devices_are_refused() -> None:
+    args = make_case("flow_step", SIZES, torch.bfloat16, "cuda")
+    args[2] = args[2].cpu()
+    with pytest.raises(ValueError, match="sigmas: expected device cuda:0, that of x; got cpu"):
+        load_ops("cuda").flow_step(*args)
+
+
+# ---- why a backend is not there
+
+
+def _built(**changes: str) -> SimpleNamespace:
+    facts = {"BACKEND": "emulated", "VERSION": __version__, "TORCH": torch.__version__, "CUDA_ARCHS": ""}
+    return SimpleNamespace(**(facts | changes))
+
+
+@pytest.mark.parametrize(
+    ("library", "backend", "words"),
+    [
+        (None, "emulated", "torch was not there when it was compiled"),
+        (_built(VERSION="0.0.1"), "emulated", f"of version 0.0.1, and this is {__version__}"),
+        (_built(TORCH="2.3.1+cpu"), "emulated", "compiled with torch 2.3.1"),
+        (_built(BACKEND="cuda"), "emulated", "ECHO_RT_BUILD=emulated"),
+        (_built(), "cuda", "CUDA"),
+    ],
+    ids=["absent", "old", "other-torch", "for-gpus", "for-hosts"],
+)
+def test_an_absent_backend_says_why(
+    monkeypatch: pytest.MonkeyPatch, library: SimpleNamespace | None, backend: str, words: str
+) -> None:
+    monkeypatch.delattr(echo_rt, "_ops", raising=False)
+    monkeypatch.setitem(sys.modules, "echo_rt._ops", library)
+    if library is None:
+        monkeypatch.delitem(sys.modules, "echo_rt._ops")
+        monkeypatch.setattr(echo_rt, "__path__", [])
+    with pytest.raises(BackendError, match=words) as error:
+        load_ops(backend)
+    assert "\n" not in str(error.value)

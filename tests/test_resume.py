@@ -1,0 +1,118 @@
+"""Snapshots: what a stream needs to go on, all of it and bit for bit, on a runtime that has seen nothing of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from streaming import DEVICES, embeds, load, require, same, small_model_in, take, video
+
+import echo_rt
+from echo_rt.errors import StreamError
+from echo_rt.noise import CounterNoise
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model_in(tmp_path_factory)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("memory", ["evolve", "prior"])
+def test_resume_without_a_prompt_switch(small_model: Path, memory: str, device: str) -> None:
+    """A switch makes text keys, window and memory anew; here all of them have to come out of the snapshot."""
+    options = {"memory": memory, "device": require(device)}
+    points, further = (2, 5, 9), 4
+    with load(small_model, **options) as used:
+        snapshots, made = {}, []
+        with used.stream(prompt_embeds=embeds(used), seed=11) as stream:
+            for block in range(max(points) + further):
+                if block in points:
+                    snapshots[block] = stream.snapshot()
+                made.append(next(stream))
+        video(used, 7, seed=99, prompt=99)  # the buffers hold another video, its memory included
+        for at, snapshot in snapshots.items():
+            expected = made[at : at + further]
+            with load(small_model, **options) as fresh:
+                for runtime in (used, fresh):
+                    with runtime.resume(snapshot) as stream:
+                        assert stream.next_block == at
+                        assert stream.video_frames == sum(chunk.frames.shape[0] for chunk in made[:at])
+                        again = take(stream, further)
+                    assert same(again, expected), (at, "used" if runtime is used else "fresh")
+                    assert facts(again) == facts(expected)
+
+
+def facts(chunks: list[echo_rt.Chunk]) -> list[tuple[int, int, int, int, bool]]:
+    return [
+        (c.index, c.first_frame, c.stats.newest_temporal_id, c.stats.shift, c.stats.memory_attended) for c in chunks
+    ]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_pending_prompt_is_part_of_the_snapshot(small_model: Path, device: str) -> None:
+    with load(small_model, device=require(device)) as runtime:
+        with runtime.stream(prompt_embeds=embeds(runtime), seed=2) as stream:
+            before = take(stream, 6)
+            stream.set_prompt(prompt_embeds=embeds(runtime, 1))
+            snapshot = pickle.loads(pickle.dumps(stream.snapshot()))
+            after = take(stream, 4)
+        assert not same(after[:1], video(runtime, 7, seed=2)[6:]), "the switch changes nothing"
+        for _ in range(2):  # a snapshot can be resumed more than once
+            with runtime.resume(snapshot) as stream:
+                assert same(take(stream, 4), after)
+        # Without the switch it is the old video that goes on.
+        with runtime.resume(dataclasses.replace(snapshot, pending_prompt=None)) as stream:
+            unswitched = take(stream, 1)
+        assert same(before + unswitched, video(runtime, 7, seed=2))
+
+
+def test_a_snapshot_holds_copies(small_model: Path) -> None:
+    with load(small_model) as runtime, runtime.stream(prompt_embeds=embeds(runtime)) as stream:
+        take(stream, 2)
+        snapshot = stream.snapshot()
+        before = {name: tensor.clone() for name, tensor in snapshot.tensors.items()}
+        take(stream, 4)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in snapshot.tensors.items())
+
+
+def test_dtype_is_part_of_what_a_snapshot_fits(small_model: Path) -> None:
+    with load(small_model) as runtime, runtime.stream(prompt_embeds=embeds(runtime)) as stream:
+        snapshot = stream.snapshot()
+    with (
+        load(small_model, dtype="bfloat16") as other,
+        pytest.raises(StreamError, match=r"dtype is 'torch\.float32' in the snapshot and 'torch\.bfloat16' here"),
+    ):
+        other.resume(snapshot)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_stream_is_its_rollout(small_model: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block for block the latents of a bare rollout that switches prompts just once for each ``set_prompt``."""
+    switches = {0: 1, 5: 2, 8: 3}
+    with load(small_model, device=require(device)) as runtime:
+        assert runtime._engine is not None
+        rollout = runtime._engine.rollout
+        rollout.start(embeds(runtime))
+        expected = []
+        for block in range(11):
+            if block in switches:
+                rollout.switch_prompt(embeds(runtime, switches[block]))
+            expected.append(rollout.next_block(CounterNoise(4)).cpu().clone())
+        calls: list[int] = []
+        switch = rollout.switch_prompt
+
+        def counted(prompt_embeds: torch.Tensor) -> None:
+            calls.append(rollout.state.block + 1)
+            switch(prompt_embeds)
+
+        monkeypatch.setattr(rollout, "switch_prompt", counted)
+        with runtime.stream(prompt_embeds=embeds(runtime), seed=4) as stream:
+            for block, latents in enumerate(expected):
+                if block in switches:
+                    stream.set_prompt(prompt_embeds=embeds(runtime, switches[block]))
+                assert torch.equal(next(stream).latents, latents), f"block {block}"
+        assert calls == list(switches)
