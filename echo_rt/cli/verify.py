@@ -38,11 +38,18 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     entries: list[dict[str, Any]] = []
     report["bundles"] = entries
     worst = 0
-    names = [path.resolve().name for path in arguments.bundles]
+    # A bundle is a folder; `verify golden/*` also names the README beside them.
+    files = [path for path in arguments.bundles if path.is_file()]
+    folders = [path for path in arguments.bundles if path not in files]
+    for path in files:
+        complain(f"echo-rt: {path}: a file, not the folder of a bundle; left out")
+    if not folders:
+        raise ConfigError(f"expected the folder of a golden bundle, got the file {str(files[0])!r}")
+    names = [path.resolve().name for path in folders]
     twice = next((name for name in names if names.count(name) > 1), None)
     if arguments.dump is not None and twice is not None:
         raise ConfigError(f"--dump: expected bundles of different names, got two called {twice!r}")
-    for path in arguments.bundles:
+    for path in folders:
         try:
             with stop.interruptible():
                 from echo_rt.verify import verify_bundle

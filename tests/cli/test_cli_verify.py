@@ -90,3 +90,14 @@ def test_dump_of_two_bundles_of_one_name(echo_rt, tmp_path):
     outcome = echo_rt("verify", tmp_path / "a" / "vae", tmp_path / "b" / "vae", "--dump", tmp_path / "out")
     assert outcome.code == 2 and "two called 'vae'" in outcome.error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_beside_the_bundles_is_left_out(echo_rt, golden_dir, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("about the bundles")
+    outcome = echo_rt("verify", readme, golden_dir / "text_encoder", "--json")
+    assert outcome.code == 0 and outcome.json["passed"]
+    assert [bundle["name"] for bundle in outcome.json["bundles"]] == ["text_encoder"]
+    assert "README.md: a file, not the folder of a bundle; left out" in outcome.err
+    outcome = echo_rt("verify", readme)
+    assert outcome.code == 2 and "got the file" in outcome.error
