@@ -43,7 +43,8 @@ class PromptEncoder:
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """Embeddings ``[length, text_dim]`` of each prompt; :class:`PromptError` for an empty one."""
-        with self._lock, model_context(self._device, torch.float32):
+        # The library makes tensors where the caller's default device says; that is ours meanwhile.
+        with self._lock, model_context(self._device, torch.float32), self._device:
             if self._closed:
                 raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
             try:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from streaming import PROMPT, embeds, load, same, small_model_in, take, video
@@ -292,3 +293,61 @@ def test_a_closed_stream_holds_nothing(small_model: Path) -> None:
         del runtime
         assert [name for name, ref in held.items() if ref() is not None] == []
     assert stream.next_block == 1
+
+
+# ---------------------------------------------------------------- odd arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"ema": "yes"}, ConfigError, "ema must be True, False or None, got 'yes'"),
+        ({"overrides": [1]}, ConfigError, r"overrides must be a mapping of names to values, got \[1\]"),
+        ({"device": (1,)}, ConfigError, "device must be 'cpu', 'cuda' or 'cuda:N'"),
+    ],
+    ids=str,
+)
+def test_odd_options(small_model: Path, options: dict[str, object], kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        load(small_model, **options)
+
+
+def test_no_folder_at_all() -> None:
+    with pytest.raises(echo_rt.WeightsError, match="expected the path of a folder"):
+        echo_rt.Runtime.from_pretrained(None)  # type: ignore[arg-type]
+
+
+def test_odd_arguments_of_a_stream(small_model: Path) -> None:
+    with load(small_model) as runtime:
+        width = runtime.config.transformer.text_dim
+        dense = torch.zeros(2, width)
+        for wrong, words in (
+            (dense.to_sparse(), "must be dense"),
+            (dense.to("meta"), "must be dense"),
+            (dense.to(torch.float8_e4m3fn), "16, 32 or 64 bits"),
+        ):
+            with pytest.raises(echo_rt.PromptError, match=words):
+                runtime.stream(prompt_embeds=wrong)
+        with pytest.raises(echo_rt.PromptError, match="empty"):
+            runtime.stream("\u200b")
+        with pytest.raises(echo_rt.StreamError, match=r"expected a Snapshot .*, got str"):
+            runtime.resume("x")  # type: ignore[arg-type]
+        with runtime.stream(prompt_embeds=dense, seed=np.int64(3)) as stream:  # type: ignore[arg-type]
+            next(stream)
+            snapshot = stream.snapshot()
+        assert snapshot.seed == 3
+        for block in (-2, 7):
+            with pytest.raises(echo_rt.StreamError, match=f"contradicts itself: 3 latents decoded at block {block}"):
+                runtime.resume(dataclasses.replace(snapshot, block=block))
+
+
+def test_the_callers_default_device_is_left_out_of_it(small_model: Path) -> None:
+    with load(small_model) as runtime, runtime.stream(PROMPT) as stream:
+        expected = next(stream)
+    torch.set_default_device("meta")
+    try:
+        with load(small_model) as runtime, runtime.stream(PROMPT) as stream:
+            made = next(stream)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(made.latents, expected.latents)
