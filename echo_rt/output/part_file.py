@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 
@@ -120,11 +121,12 @@ def write_whole(path: str | Path, data: bytes) -> None:
     part.commit()
 
 
-class Closing:
+class Closing(ABC):
     """``with`` for a writer: closed on the way out, whatever the way out is."""
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Finish the file and put it in place."""
 
     def __enter__(self) -> Closing:
         return self
