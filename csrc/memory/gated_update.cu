@@ -13,10 +13,8 @@
 // candidate a first time for the squares, so that no prologue waits for them. dim need not be a multiple of the tiles'
 // depth: each half ends in zeros.
 //
-// Estimate at R = 4680, dim = 1536, not a measurement: 4 * R * dim^2 = 44.2 GFLOP. 444 blocks read 1.5 MB each and 0.4
-// MB for the squares, 0.87 GB from L2; from and to DRAM go 53 MB at least (12 us). mma.sync reaches about 0.6 of the
-// wgmma rate, 490 of 790 TFLOP/s, and 444 blocks fill the 264 places of an H200 1.68 times where they take two rounds:
-// 44.2 / 490 / 0.84 = 0.11 ms were nothing lost, 0.13 ms (340 TFLOP/s) expected.
+// Counts, none measured: 4 * R * dim^2 operations; each block reads its rows of old once and of the candidate twice, and
+// its columns of the weights. docs/kernels.md has the bytes at the released sizes.
 
 #include "common/launch.h"
 #include "common/ptx.cuh"

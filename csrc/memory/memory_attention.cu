@@ -9,15 +9,11 @@
 // K1 V1 ..., through a ring of kSlots slots in shared memory, so that the next tiles are under way while the tensor
 // cores work on this one, and the online softmax (SoftmaxState) keeps scores from ever leaving registers.
 //
-// The norm needs whole rows, and a block has one head. Each block therefore reads its rows whole once more, while its
-// first keys are under way: at the released sizes (M = T = 4680, H = 12, d = 128) 393 KB beside the 2.4 MB of keys and
-// values that it reads anyhow, all from L2. That is up to 20 us (two blocks on an SM, at 5.5 TB/s of L2) in which an SM
-// may have nothing else to do; a pre-pass would need a workspace for its factors and a launch of its own.
+// The norm needs whole rows, and a block has one head. Each block therefore reads its kQueries rows whole once more,
+// while its first keys are under way: kQueries * H * d elements beside the 2 * T * d of keys and values that it reads
+// anyhow, all of which L2 holds. A pre-pass would need a workspace for its factors and a launch of its own.
 //
-// Estimate at those sizes, not a measurement: 4 * M * T * H * d = 135 GFLOP. 444 blocks; 1.06 GB of keys and values,
-// 0.17 GB for the norm and 29 MB of q and out cross L2, and 58 MB at least come from or go to DRAM (13 us). mma.sync
-// reaches about 0.6 of the wgmma rate, 490 of 790 TFLOP/s, and 444 blocks fill the 264 places of an H200 1.68 times
-// where they take two rounds: 135 / 490 / 0.84 = 0.33 ms were nothing lost, 0.4 ms (340 TFLOP/s) expected.
+// Counts, none measured: 4 * M * T * H * d operations; docs/kernels.md has the bytes at the released sizes.
 
 #include "common/launch.h"
 #include "common/ptx.cuh"
