@@ -13,8 +13,8 @@
 // candidate a first time for the squares, so that no prologue waits for them. dim need not be a multiple of the tiles'
 // depth: each half ends in zeros.
 //
-// Counts, none measured: 4 * R * dim^2 operations; each block reads its rows of old once and of the candidate twice, and
-// its columns of the weights. docs/kernels.md has the bytes at the released sizes.
+// Counts, none measured: 4 * R * dim^2 operations; each block reads its rows of old once and of the candidate twice,
+// and its columns of the weights. docs/kernels.md has the bytes at the released sizes.
 
 #include "common/launch.h"
 #include "common/ptx.cuh"
