@@ -20,6 +20,8 @@ from echo_rt.build_info import __version__
 from echo_rt.errors import BackendError
 
 BACKENDS = ("torch", "emulated", "cuda")
+# Entries of the device-side position record that advance() writes.
+POSITION_FIELDS = ("block", "first_frame", "shift", "memory_frame", "first_slot")
 BACKEND_VARIABLE = "ECHO_RT_BACKEND"
 
 

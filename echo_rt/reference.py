@@ -16,9 +16,6 @@ from torch import Tensor
 
 name = "torch"
 
-# Columns of the device-side position record, written by advance().
-POSITION_FIELDS = ("block", "first_frame", "shift", "memory_frame", "first_slot")
-
 # The VAE's norm divides by the vector's length, which is kept from being zero by this much.
 _MIN_NORM = 1e-12
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from echo_rt.config import ModelConfig
 from echo_rt.errors import BackendError
-from echo_rt.ops import Ops
-from echo_rt.reference import POSITION_FIELDS
+from echo_rt.ops import POSITION_FIELDS, Ops
 
 try:
     from echo_rt._C import RingLayout
