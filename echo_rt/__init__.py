@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from echo_rt.build_info import __version__
 
 if TYPE_CHECKING:
+    from echo_rt.chunk import Chunk, ChunkStats, Vitals
     from echo_rt.errors import (
         BackendError,
         ConfigError,
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from echo_rt.options import MemoryMode
     from echo_rt.prompts import load_prompt_embeds, save_prompt_embeds
     from echo_rt.runtime import Runtime
-    from echo_rt.stream import Chunk, ChunkStats, Snapshot, Stream
+    from echo_rt.snapshot import Snapshot
+    from echo_rt.stream import Stream
 
 __all__ = [
     "BackendError",
@@ -44,14 +46,15 @@ __all__ = [
     "Stream",
     "StreamError",
     "TargetError",
+    "Vitals",
     "WeightsError",
     "__version__",
     "load_prompt_embeds",
     "save_prompt_embeds",
 ]
 
-_HOMES = {"Runtime": "runtime", "MemoryMode": "options", "Chunk": "stream", "ChunkStats": "stream"}
-_HOMES |= {"Snapshot": "stream", "Stream": "stream"}
+_HOMES = {"Runtime": "runtime", "MemoryMode": "options", "Chunk": "chunk", "ChunkStats": "chunk"}
+_HOMES |= {"Vitals": "chunk", "Snapshot": "snapshot", "Stream": "stream"}
 _HOMES |= {"load_prompt_embeds": "prompts", "save_prompt_embeds": "prompts"}
 
 

@@ -23,7 +23,8 @@ from echo_rt.ops import check_device, load_ops
 from echo_rt.options import FOLDER_FACTS, RELEASED_SIZE, MemoryMode, check_overrides, check_seed, latent_size
 from echo_rt.prompts import PromptEncoder
 from echo_rt.rollout import Rollout
-from echo_rt.stream import Engine, Snapshot, Stream
+from echo_rt.snapshot import Snapshot
+from echo_rt.stream import Engine, Stream
 from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.folder import ModelFolder
 from echo_rt.weights.from_shapes import memory_facts

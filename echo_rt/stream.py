@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from echo_rt.chunk import Chunk, ChunkStats, Vitals
 from echo_rt.config import VaeConfig
 from echo_rt.device import model_context
 from echo_rt.errors import NumericalError, StreamError
@@ -21,53 +22,7 @@ from echo_rt.noise import CounterNoise
 from echo_rt.ops import Ops
 from echo_rt.prompts import PromptEncoder
 from echo_rt.rollout import Rollout
-
-
-@dataclass(frozen=True)
-class ChunkStats:
-    """How a block was made. Seconds are wall-clock, transfers to the host included.
-
-    ``newest_temporal_id`` is the RoPE id of the block's last frame: it never exceeds the model's maximum.
-    ``memory_attended``: whether the block's last pass attended to the memory (its first may have come too early).
-    """
-
-    generate_seconds: float
-    decode_seconds: float
-    newest_temporal_id: int
-    shift: int
-    memory_attended: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """One block of video.
-
-    ``index``: the block's number, from 0. ``frames``: uint8 ``[T, height, width, 3]`` RGB on the host.
-    ``first_frame``: the number, in the whole video, of the first of them. ``latents``: float32
-    ``[frames_per_block, channels, h, w]`` on the host, normalized as the transformer makes them.
-    """
-
-    index: int
-    frames: Tensor = field(repr=False)
-    first_frame: int
-    latents: Tensor = field(repr=False)
-    stats: ChunkStats
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """Everything a stream needs to go on bit for bit, on the host. Made by :meth:`Stream.snapshot`; can be pickled.
-
-    ``model`` describes the runtime it fits: a runtime that differs in any entry refuses it.
-    """
-
-    model: Mapping[str, Any] = field(repr=False)
-    seed: int
-    block: int
-    memory_ready: bool
-    latents_decoded: int
-    tensors: Mapping[str, Tensor] = field(repr=False)
-    pending_prompt: Tensor | None = field(repr=False)
+from echo_rt.snapshot import Snapshot
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,6 +238,7 @@ class Stream:
             newest_temporal_id=position.newest_temporal_id,
             shift=position.shift,
             memory_attended=rollout.memory_attended(index),
+            vitals=_vitals(rollout, latents, video),
         )
         first_frame, self._video_frames = self._video_frames, self._video_frames + frames.shape[0]
         self._next_block = index + 1
@@ -327,6 +283,21 @@ class Stream:
                 tensors=tensors,
                 pending_prompt=pending,
             )
+
+
+def _vitals(rollout: Rollout, latents: Tensor, video: Tensor) -> Vitals:
+    low, high = torch.aminmax(video)
+    memory = rollout.state.memory.float()
+    return Vitals(
+        latent_mean=float(latents.mean()),
+        latent_std=float(latents.std()),
+        latent_nonfinite=0,
+        video_min=float(low),
+        video_max=float(high),
+        video_nonfinite=0,
+        memory_norm=float(memory.square().mean().sqrt()) if rollout.state.memory_ready else None,
+        gate_mean=None,
+    )
 
 
 def _require_finite(values: Tensor, what: str) -> None:

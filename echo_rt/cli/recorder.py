@@ -10,7 +10,7 @@ from echo_rt.output.latents import LatentsWriter
 from echo_rt.output.video import VideoWriter
 
 if TYPE_CHECKING:
-    from echo_rt.stream import Chunk
+    from echo_rt.chunk import Chunk
 
 
 class Recorder:

@@ -1,0 +1,29 @@
+"""A stream's whole state between two blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from echo_rt.chunk import Chunk
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Everything a stream needs to go on bit for bit, on the host. Made by :meth:`Stream.snapshot`; can be pickled.
+
+    ``model`` describes the runtime it fits (plain JSON types): a runtime that differs in any entry refuses it.
+    ``held``: blocks that were made and not yet handed out; a resumed stream hands them out first.
+    """
+
+    model: Mapping[str, Any] = field(repr=False)
+    seed: int
+    block: int
+    memory_ready: bool
+    latents_decoded: int
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    pending_prompt: Tensor | None = field(repr=False)
+    held: tuple[Chunk, ...] = ()
