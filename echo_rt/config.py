@@ -274,6 +274,11 @@ class ModelConfig:
         return self.memory_frames * self.tokens_per_frame
 
     @property
+    def ring_begin(self) -> int:
+        """The first row of the local ring in a KV buffer that holds memory | sink | ring."""
+        return self.memory_tokens + self.window.sink_frames * self.tokens_per_frame
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape of one latent frame: channels, height, width."""
         return self.transformer.in_channels, self.latent_height, self.latent_width

@@ -15,17 +15,20 @@ from torch import Tensor
 
 from echo_rt.config import ModelConfig
 from echo_rt.errors import ConfigError
-from echo_rt.model.attention import attention
+from echo_rt.executor import Executor, Lane, Mark
+from echo_rt.kv_cache import BlockCache, Span, WindowCache
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
-from echo_rt.model.transformer import LayerWeights, Transformer
-from echo_rt.noise import NoiseSource
-from echo_rt.ops import Ops, check_memory
-from echo_rt.options import MemoryMode
-from echo_rt.state import RolloutState, ring_layout
+from echo_rt.model.transformer import Transformer
+from echo_rt.noise import seed_words
+from echo_rt.ops import POSITION_FIELDS, Ops, check_memory
+from echo_rt.options import MemoryMode, check_seed
+from echo_rt.state import VITALS, RolloutState
 
 # (block, denoising step, flow [B, C, h, w])
 Observer = Callable[[int, int, Tensor], None]
+
+_FIRST_FRAME = POSITION_FIELDS.index("first_frame")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,12 @@ class Position:
 
 
 class Rollout:
-    """Generates one video's latents, block after block, in the tensors of a :class:`RolloutState`."""
+    """Generates one video's latents, block after block, in the tensors of a :class:`RolloutState`.
+
+    A block is a sequence of stages (:mod:`echo_rt.executor`): what the host decides about it are the stages' facts,
+    everything else lies in the state. A stage must not ask the host for anything that its facts do not say, or a
+    graph of it would go on doing what was right for the block it was captured from.
+    """
 
     def __init__(
         self,
@@ -47,6 +55,7 @@ class Rollout:
         schedule: Schedule,
         ops: Ops,
         mode: MemoryMode,
+        executor: Executor,
     ) -> None:
         if (memory is None) != (config.memory is None):
             raise ConfigError("a rollout needs a memory encoder exactly where its config names a memory")
@@ -56,60 +65,68 @@ class Rollout:
             check_memory(ops, transformer.dtype, config.transformer.head_dim)
         self.config, self.mode = config, mode
         self._transformer, self._memory, self._schedule, self._ops = transformer, memory, schedule, ops
-        self._layout = ring_layout(config)
-        self._eps = config.transformer.eps
+        self._executor = executor
         self.state = RolloutState(config, ops, device=transformer.device, dtype=transformer.dtype)
+        self._layout = self.state.layout
 
     # ---------------------------------------------------------------- prompts
 
-    def start(self, prompt_embeds: Tensor) -> None:
+    def start(self, prompt_embeds: Tensor, seed: int = 0) -> None:
         """Forget any video before this one; ``prompt_embeds [length, text_dim]`` is the first prompt."""
-        self.state.reset()
-        self._transformer.encode_text(prompt_embeds, self.state.text_kv)
-        if self.mode is MemoryMode.PRIOR:
-            self._restart_memory()
-            self._publish_memory(rotate=False)
-            self.state.memory_ready = True
+        with self._executor.apart():
+            self.state.reset()
+            self.set_seed(seed)
+            self._transformer.encode_text(prompt_embeds, self.state.text_kv)
+            if self.mode is MemoryMode.PRIOR:
+                assert self._memory is not None
+                self._take_memory(self._memory.query_init)
+                self._publish_memory(False)
+                self.state.memory_ready = True
+
+    def set_seed(self, seed: int) -> None:
+        """The seed (0 .. 2^64-1) of the noise of every block from the next on."""
+        words = torch.tensor(seed_words(check_seed(seed)), device="cpu")
+        with self._executor.apart():
+            self.state.seed.copy_(words)
 
     def switch_prompt(self, prompt_embeds: Tensor) -> None:
         """Take a new prompt between two blocks: new text keys, the window's keys made afresh, the memory rebuilt."""
-        self._transformer.encode_text(prompt_embeds, self.state.text_kv)
-        if self.state.block < 0:
-            return
-        self._recache()
-        evolving = self.mode is MemoryMode.EVOLVE and self.config.memory is not None
-        if evolving and self.config.memory.rebuild_on_prompt_switch:  # type: ignore[union-attr]
-            self._rebuild_memory()
+        with self._executor.apart():
+            self._transformer.encode_text(prompt_embeds, self.state.text_kv)
+            if self.state.block < 0:
+                return
+            self._recache()
+            evolving = self.mode is MemoryMode.EVOLVE and self.config.memory is not None
+            if evolving and self.config.memory.rebuild_on_prompt_switch:  # type: ignore[union-attr]
+                self._rebuild_memory()
 
     # ---------------------------------------------------------------- blocks
 
-    def next_block(self, noise: NoiseSource, observe: Observer | None = None) -> Tensor:
+    def next_block(self, noise: Tensor | None = None, observe: Observer | None = None) -> Tensor:
         """Generate the next block; its clean latents ``[B, C, h, w]`` float32 are a view that the next call overwrites.
 
-        ``observe`` is shown the flow of every denoising step.
+        ``noise`` float32 ``[steps, B, C, h, w]`` takes the place of the seed's. ``observe`` is shown the flow of every
+        denoising step. On a GPU the work has only been asked for when this returns: it is done in the main lane.
         """
-        s, schedule = self.state, self._schedule
+        s, run, steps = self.state, self._executor.run, self._schedule.steps
         previous, block = s.block, s.block + 1
-        self._advance()
         evicting = self.mode is MemoryMode.EVOLVE and self._layout.evicts(block)
+        if noise is not None:
+            with self._executor.apart():
+                s.noise.copy_(noise)
+        moved = previous >= 0 and self._layout.shift(previous) != self._layout.shift(block)
+        begun = run(self._begin, noise is None, evicting, moved, self.memory_attended(block))
+        updated: Mark | None = None
         if evicting:
-            self._stage_memory(block)  # before the first pass overwrites what it reads
-        self._reanchor(previous, block)
-        noise.fill(s.x, block, 0)
-        for step in range(schedule.steps):
-            flow = self._block_pass(block, step)
-            if evicting and step == 0:
-                self._publish_memory(rotate=True)
-            fresh = None
-            if step + 1 < schedule.steps:
-                fresh = s.noise
-                noise.fill(fresh, block, step + 1)
-            self._ops.flow_step(s.x, flow, schedule.sigmas[step], fresh)
+            updated = run(self._update_memory, s.memory_ready, lane=Lane.MEMORY, after=[begun])
+        for step in range(steps):
+            run(self._denoise, step, self._span(block), observe is not None)
+            if step == 0 and evicting:
+                run(self._publish_memory, True, after=[updated])
+                s.memory_ready = s.memory_updated = True
             if observe is not None:
-                observe(block, step, flow)
-        self._block_pass(block, schedule.steps)  # the context pass: stores the clean keys and values
-        first = self._layout.first_frame(block) % self.config.window.cached_frames
-        s.latents[first : first + s.x.shape[0]] = s.x
+                observe(block, step, s.flow)
+        run(self._keep, self._span(block), s.memory_ready)
         s.block = block
         return s.x
 
@@ -124,7 +141,18 @@ class Rollout:
         usable = self.mode is not MemoryMode.OFF and self.state.memory_ready
         return usable and self._layout.memory_fits(block)
 
-    def _advance(self) -> None:
+    def _span(self, block: int) -> Span:
+        layout, tokens = self._layout, self.config.tokens_per_frame
+        return Span(
+            begin=layout.attended_begin(self.memory_attended(block)) * tokens,
+            end=layout.attended_end(block) * tokens,
+            in_sink=layout.is_sink_block(block),
+        )
+
+    # ---------------------------------------------------------------- stages
+
+    def _begin(self, draw_noise: bool, evicting: bool, moved: bool, memory_attended: bool) -> None:
+        """The block's position and angles; what it evicts, set aside; keys turned to its ids; its noise."""
         s, window = self.state, self.config.window
         self._ops.advance(
             s.positions,
@@ -138,89 +166,80 @@ class Rollout:
             s.rope.temporal_anchor,
             s.write_index,
         )
-
-    def _reanchor(self, previous: int, block: int) -> None:
-        """Turn the sink keys, if the shift moved, and the memory keys, if they are attended to, to this block's ids."""
-        s, layout = self.state, self._layout
-        moved = previous >= 0 and layout.shift(previous) != layout.shift(block)
+        torch.add(s.frame_offsets, s.positions[_FIRST_FRAME], out=s.latent_rows)
+        s.latent_rows.remainder_(window.cached_frames)
+        if evicting:
+            torch.sub(s.write_index, self.config.ring_begin, out=s.ring_rows)
+            torch.index_select(s.ring_k, 0, s.ring_rows, out=s.evicted_k)
+            torch.index_select(s.kv[-1, 1], 0, s.write_index, out=s.evicted_v)
         self._ops.reanchor(
             s.kv,
             s.rope.temporal_anchor,
             s.rope.spatial,
             s.sink_k if moved else None,
-            s.memory_k if self.memory_attended(block) else None,
+            s.memory_k if memory_attended else None,
             None,
             self.config.memory_tokens,
         )
+        if draw_noise:
+            for step, noise in enumerate(s.noise):
+                self._ops.counter_noise(noise, s.positions, s.seed, step)
+        s.x.copy_(s.noise[0])
 
-    def _block_pass(self, block: int, timestep: int) -> Tensor:
-        s, layout, tokens = self.state, self._layout, self.config.tokens_per_frame
-        begin = layout.attended_begin(self.memory_attended(block)) * tokens
-        end = layout.attended_end(block) * tokens
-        in_sink = layout.is_sink_block(block)
-        sink_row = self.config.memory_tokens
-        last_layer = self.config.transformer.num_layers - 1
+    def _denoise(self, step: int, span: Span, observed: bool) -> None:
+        """One denoising pass; ``x`` becomes what the next one begins with, or the clean latents."""
+        s = self.state
+        flow = self._transformer.flow(s.x, step, s.text_kv, BlockCache(self.config, s, self._ops, span))
+        fresh = s.noise[step + 1] if step + 1 < self._schedule.steps else None
+        self._ops.flow_step(s.x, flow, self._schedule.sigmas[step], fresh)
+        if observed:
+            s.flow.copy_(flow)
 
-        def self_attention(index: int, layer: LayerWeights, qkv: Tensor) -> Tensor:
-            raw_k, raw_offset = None, 0
-            if in_sink:
-                raw_k, raw_offset = s.sink_k[index], sink_row
-            elif index == last_layer:
-                raw_k, raw_offset = s.ring_k, sink_row + s.sink_k.shape[1]
-            k, v = s.kv[index]
-            q = self._ops.qkv_norm_rope_store(
-                qkv,
-                layer.norm_q,
-                layer.norm_k,
-                s.rope.temporal_block,
-                s.rope.spatial,
-                k,
-                v,
-                s.write_index,
-                raw_k,
-                raw_offset,
-                self._eps,
-            )
-            return attention(q, k[begin:end], v[begin:end])
-
-        return self._transformer.forward(s.x, timestep, s.text_kv, self_attention)
+    def _keep(self, span: Span, memory_ready: bool) -> None:
+        """The context pass, which leaves the clean keys and values in the block's slot; latents and vitals kept."""
+        s = self.state
+        self._transformer.store_keys(s.x, self._schedule.steps, s.text_kv, BlockCache(self.config, s, self._ops, span))
+        s.latents.index_copy_(0, s.latent_rows, s.x)
+        finite = torch.isfinite(s.x)
+        s.vitals[VITALS.index("latent_mean")] = s.x.mean()
+        s.vitals[VITALS.index("latent_std")] = s.x.std()
+        s.vitals[VITALS.index("latent_nonfinite")] = finite.logical_not_().sum()
+        if memory_ready:
+            s.vitals[VITALS.index("memory_norm")] = s.memory.float().square().mean().sqrt()
 
     # ---------------------------------------------------------------- memory
 
-    def _restart_memory(self) -> None:
-        assert self._memory is not None
-        self.state.staged_memory.copy_(self._memory.query_init)
-
-    def _stage_memory(self, block: int) -> None:
-        """What the memory becomes once it has seen the frames that ``block`` is about to overwrite."""
-        assert self._memory is not None
-        s, tokens = self.state, self.config.tokens_per_frame
-        sink_end = self.config.memory_tokens + s.sink_k.shape[1]
-        begin = self._layout.slot(self._layout.first_frame(block)) * tokens
-        end = begin + self.config.tokens_per_block
-        if not s.memory_ready:
-            s.memory.copy_(self._memory.query_init)
-        self._memory.update(
-            s.memory, s.ring_k[begin - sink_end : end - sink_end], s.kv[-1, 1, begin:end], s.staged_memory
-        )
-
-    def _publish_memory(self, *, rotate: bool) -> None:
-        """The staged state becomes the state, and its keys and values what all layers attend to."""
+    def _update_memory(self, ready: bool) -> None:
+        """What the memory becomes once it has seen what the block overwrites: staged, not yet attended to."""
         assert self._memory is not None
         s = self.state
-        s.memory.copy_(s.staged_memory)
+        if not ready:
+            s.memory.copy_(self._memory.query_init)
+        gate = VITALS.index("gate_mean")
+        self._memory.update(s.memory, s.evicted_k, s.evicted_v, s.staged_memory, s.vitals[gate : gate + 1])
+        self._take_memory(s.staged_memory)
+
+    def _take_memory(self, memory: Tensor) -> None:
+        """``memory`` becomes the state; its keys and values are made, for all layers."""
+        assert self._memory is not None
+        s = self.state
+        s.memory.copy_(memory)
         k, v = self._memory.keys_values(s.memory)
         s.memory_k.copy_(k)
+        s.memory_v.copy_(v)
+
+    def _publish_memory(self, rotate: bool) -> None:
+        """The memory's keys and values go where all layers attend to them; unrotated ones wait for the next block."""
+        s = self.state
         self._ops.reanchor(
             s.kv,
             s.rope.temporal_anchor,
             s.rope.spatial,
             None,
             s.memory_k if rotate else None,
-            v,
+            s.memory_v,
             self.config.memory_tokens,
         )
-        s.memory_ready = True
 
     def _rebuild_memory(self) -> None:
         """The memory starts again and sees the whole local window once (nothing, while there is only the sink)."""
@@ -231,50 +250,23 @@ class Rollout:
         filled = self._layout.local_filled(s.block) * tokens
         if filled == 0:
             return
-        begin = self.config.memory_tokens + s.sink_k.shape[1]
-        self._memory.update(s.memory, s.ring_k[:filled], s.kv[-1, 1, begin : begin + filled], s.staged_memory)
-        self._publish_memory(rotate=False)
+        v = s.kv[-1, 1, self.config.ring_begin : self.config.ring_begin + filled]
+        gate = VITALS.index("gate_mean")
+        self._memory.update(s.memory, s.ring_k[:filled], v, s.staged_memory, s.vitals[gate : gate + 1])
+        self._take_memory(s.staged_memory)
+        self._publish_memory(False)
+        s.memory_ready = s.memory_updated = True
 
     # ---------------------------------------------------------------- prompt switch
 
     def _recache(self) -> None:
         """One pass at the context timestep over the last frames, whose keys and values replace the local ones.
 
-        The queries are the last ``sink + local`` frames (or all there are); they attend to the sink and to the fresh
-        local keys. The sink's keys and values outlive the pass: where it reaches back to frame 0 the pass sees
-        fresh ones, and each layer's old ones are put back behind it. Rare, so it may allocate.
+        The queries are the last ``sink + local`` frames (or all there are). Rare, so it may allocate.
         """
-        s, layout, tokens = self.state, self._layout, self.config.tokens_per_frame
-        window = self.config.window
-        generated = layout.last_frame(s.block) + 1
-        frames = torch.arange(max(0, generated - window.cached_frames), generated)
-        whole_video = int(frames[0]) == 0
-        # Never two frames of one slot: which of them an indexed copy would keep is undefined.
-        stored = [f for f in frames.tolist() if whole_video or f >= layout.oldest_local(s.block)]
-        rows = torch.tensor([layout.slot(f) for f in stored], dtype=torch.int64)[:, None] * tokens + torch.arange(
-            tokens
-        )
-        rows = rows.flatten().to(s.kv.device)
-        temporal = s.rope.temporal_block.new_empty(len(frames), *s.rope.temporal_block.shape[1:])
-        self._ops.rope_table(frames.to(s.kv.device), s.rope.inverse_frequencies, temporal)
-        sink_begin = self.config.memory_tokens
-        sink_end, end = sink_begin + s.sink_k.shape[1], layout.attended_end(s.block) * tokens
-        last_layer = self.config.transformer.num_layers - 1
-        ring_rows = rows[rows >= sink_end]
-
-        def self_attention(index: int, layer: LayerWeights, qkv: Tensor) -> Tensor:
-            k, v = s.kv[index]
-            kept = s.kv[index, :, sink_begin:sink_end].clone() if whole_video else None
-            raw_k = torch.empty_like(k) if index == last_layer else None
-            q = self._ops.qkv_norm_rope_store(
-                qkv, layer.norm_q, layer.norm_k, temporal, s.rope.spatial, k, v, rows, raw_k, 0, self._eps
-            )
-            out = attention(q, k[sink_begin:end], v[sink_begin:end])
-            if kept is not None:
-                s.kv[index, :, sink_begin:sink_end] = kept
-            if raw_k is not None:
-                s.ring_k[ring_rows - sink_end] = raw_k[ring_rows]
-            return out
-
+        s, window = self.state, self.config.window
+        generated = self._layout.last_frame(s.block) + 1
+        frames = torch.arange(max(0, generated - window.cached_frames), generated, device="cpu")
         latents = s.latents[(frames % window.cached_frames).to(s.kv.device)]
-        self._transformer.forward(latents, self._schedule.steps, s.text_kv, self_attention)
+        cache = WindowCache(self.config, s, self._ops, frames)
+        self._transformer.store_keys(latents, self._schedule.steps, s.text_kv, cache)

@@ -15,12 +15,14 @@ from torch import Tensor
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig
 from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
 from echo_rt.errors import ConfigError, StreamError
+from echo_rt.executor import make_executor
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.transformer import Transformer
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops import check_device, load_ops
 from echo_rt.options import FOLDER_FACTS, RELEASED_SIZE, MemoryMode, check_overrides, check_seed, latent_size
+from echo_rt.pipeline import Pipeline
 from echo_rt.prompts import PromptEncoder
 from echo_rt.rollout import Rollout
 from echo_rt.snapshot import Snapshot
@@ -50,6 +52,8 @@ class Runtime:
         dtype: torch.dtype,
         mode: MemoryMode,
         backend: str | None,
+        graphs: bool | None,
+        lookahead: int | None,
         keep_text_encoder: bool,
         sources: tuple[str, str],
     ) -> None:
@@ -63,6 +67,8 @@ class Runtime:
             raise ConfigError(
                 f"the VAE has {self.vae_config.z_dim} latent channels, the transformer {config.transformer.in_channels}"
             )
+        executor = make_executor(device, graphs)
+        self.lookahead = _check_lookahead(lookahead, device)
         schedule = Schedule(config.sampler, device)
         weights = [
             FingerprintedTensors(part, f"{source} ({name})")
@@ -81,9 +87,10 @@ class Runtime:
                 None if config.memory is None else MemoryEncoder(config, weights[1], ops, device=device, dtype=dtype)
             )
             decoder = VaeDecoder(self.vae_config, weights[2], ops, device=device, dtype=dtype)
-            # One latent at a time: the windows grow by 3 GiB for each further one at 832x480 in bfloat16.
-            decoder_state = decoder.new_state(config.latent_height, config.latent_width, max_latents=1)
-            rollout = Rollout(config, transformer, encoder, schedule, ops, mode)
+            rollout = Rollout(config, transformer, encoder, schedule, ops, mode, executor)
+            pipeline = Pipeline(
+                rollout, decoder, self.vae_config, ops, executor, device=device, depth=1 + self.lookahead
+            )
         model = {
             **config.to_flat(),
             "memory_mode": mode.value,
@@ -94,14 +101,14 @@ class Runtime:
             device=device,
             dtype=dtype,
             rollout=rollout,
-            decoder=decoder,
-            decoder_state=decoder_state,
+            pipeline=pipeline,
+            executor=executor,
             vae=self.vae_config,
-            ops=ops,
             model=model,
             prompts=PromptEncoder(folder, config.transformer, device, keep=keep_text_encoder),
+            lookahead=self.lookahead,
         )
-        self._engine.settle()
+        executor.settle()  # what was loaded on this thread's CUDA stream is there for any other
 
     @classmethod
     def from_pretrained(
@@ -117,6 +124,8 @@ class Runtime:
         backend: str | None = None,
         width: int | None = None,
         height: int | None = None,
+        graphs: bool | None = None,
+        lookahead: int | None = None,
         keep_text_encoder: bool = False,
         overrides: Mapping[str, Any] | None = None,
     ) -> Runtime:
@@ -132,6 +141,9 @@ class Runtime:
             memory: ``"evolve"``, ``"prior"`` or ``"off"``; None for evolve where the weights have a memory encoder.
             backend: which implementation of the operations; None for ``ECHO_RT_BACKEND``, or torch.
             width, height: of the video, in pixels; None for the model folder's own, or 832 and 480.
+            graphs: whether what repeats from block to block is captured and replayed; None for: on a GPU, yes.
+            lookahead: how many blocks are begun before an earlier one is handed out, 0 or more: the device is busy
+                while a block is shown, and a prompt takes effect so much later; None for 1 on a GPU, 0 on a CPU.
             keep_text_encoder: keep the text encoder loaded between prompts.
             overrides: other facts of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`.
 
@@ -195,6 +207,8 @@ class Runtime:
             dtype=precision,
             mode=mode,
             backend=backend,
+            graphs=graphs,
+            lookahead=lookahead,
             keep_text_encoder=keep_text_encoder,
             sources=(source, memory_source),
         )
@@ -296,6 +310,7 @@ class Runtime:
             engine, self._engine = self._engine, None
         if engine is not None:
             engine.prompts.close()
+            engine.executor.close()  # what is under way ends before its buffers go
             del engine
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -307,6 +322,14 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_lookahead(lookahead: int | None, device: torch.device) -> int:
+    if lookahead is None:
+        return 1 if device.type == "cuda" else 0  # on a CPU there is nothing to be busy beside
+    if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 0:
+        raise ConfigError(f"lookahead must be a number of blocks, 0 or more, got {lookahead!r}")
+    return lookahead
 
 
 def _transformer_facts(config: TransformerConfig) -> dict[str, Any]:

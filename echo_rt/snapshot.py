@@ -16,6 +16,7 @@ class Snapshot:
     """Everything a stream needs to go on bit for bit, on the host. Made by :meth:`Stream.snapshot`; can be pickled.
 
     ``model`` describes the runtime it fits (plain JSON types): a runtime that differs in any entry refuses it.
+    ``prompts``: those that were set and not yet switched to, by the block that begins with them.
     ``held``: blocks that were made and not yet handed out; a resumed stream hands them out first.
     """
 
@@ -25,5 +26,10 @@ class Snapshot:
     memory_ready: bool
     latents_decoded: int
     tensors: Mapping[str, Tensor] = field(repr=False)
-    pending_prompt: Tensor | None = field(repr=False)
+    prompts: Mapping[int, Tensor] = field(repr=False)
     held: tuple[Chunk, ...] = ()
+
+    @property
+    def next_block(self) -> int:
+        """The number of the block that a stream resumed from here hands out first."""
+        return self.block + 1 - len(self.held)

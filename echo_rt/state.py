@@ -57,11 +57,16 @@ class RopeTables:
         self.temporal_anchor = self.spatial.new_zeros(anchors, pairs, 2)
 
 
+# Entries of the device-side record of a block's statistics; echo_rt.chunk.Vitals says what they are.
+VITALS = ("latent_mean", "latent_std", "latent_nonfinite", "memory_norm", "gate_mean")
+
+
 class RolloutState:
-    """The tensors of one rollout, and the host's mirror of the two facts it needs to order the work.
+    """The tensors of one rollout, and the host's mirror of the facts it needs to order the work.
 
     ``block``: the last block generated (-1: none); ``memory_ready``: the memory has been updated (or is a prior's)
-    since the start or the last rebuild, so it is attended to wherever its ids fit.
+    since the start or the last rebuild, so it is attended to wherever its ids fit; ``memory_updated``: the vitals hold
+    the gate of an update.
     """
 
     def __init__(self, config: ModelConfig, ops: Ops, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -73,36 +78,49 @@ class RolloutState:
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
 
+        self.layout = ring_layout(config)
         self.kv = zeros(layers, 2, rows, *heads)
         self.sink_k = zeros(layers, window.sink_frames * tokens, *heads)  # before rotation
         self.ring_k = zeros(window.local_frames * tokens, *heads)  # the last layer's, before rotation
         self.text_kv = zeros(layers, 2, transformer.text_len, *heads)
         self.memory = zeros(config.memory_tokens, transformer.dim)
         self.memory_k = zeros(config.memory_tokens, *heads)  # before rotation
+        self.memory_v = torch.zeros_like(self.memory_k)
         self.staged_memory = torch.zeros_like(self.memory)
+        # What the last layer is about to overwrite, set aside: the memory looks at it beside the first pass.
+        self.evicted_k = zeros(config.tokens_per_block, *heads)  # before rotation
+        self.evicted_v = torch.zeros_like(self.evicted_k)
         self.latents = zeros(
             window.cached_frames, *config.latent_shape, dtype=torch.float32
         )  # clean, by frame % length
         self.x = zeros(window.frames_per_block, *config.latent_shape, dtype=torch.float32)
-        self.noise = torch.zeros_like(self.x)
+        self.noise = zeros(len(config.sampler.denoising_steps), *self.x.shape, dtype=torch.float32)
+        self.flow = torch.zeros_like(self.x, dtype=dtype)
+        self.seed = zeros(2, dtype=torch.int64)  # its low and its high 32 bits
         self.positions = zeros(len(POSITION_FIELDS), dtype=torch.int64)
         self.write_index = zeros(config.tokens_per_block, dtype=torch.int64)
+        self.ring_rows = torch.zeros_like(self.write_index)  # the same rows, counted from the ring's first
+        self.frame_offsets = torch.arange(window.frames_per_block, device=device)
+        self.latent_rows = torch.zeros_like(self.frame_offsets)  # of ``latents``, that the block occupies
+        self.vitals = zeros(len(VITALS), dtype=torch.float32)
         self.rope = RopeTables(config, ops, device)
         self.block = -1
-        self.memory_ready = False
+        self.memory_ready = self.memory_updated = False
         self.reset()
 
     def reset(self) -> None:
         """Back to before the first block; the prompt's keys stay."""
         self.positions.zero_()
         self.positions[POSITION_FIELDS.index("block")] = -1
+        self.vitals.zero_()
         self.block = -1
-        self.memory_ready = False
+        self.memory_ready = self.memory_updated = False
 
     def tensors(self) -> dict[str, Tensor]:
         """What must be kept to go on bit for bit after this block, by name; the live tensors, not copies.
 
-        What each block computes afresh (``x``, ``noise``, the staged memory, the angles) is not among them.
+        What each block computes afresh (``x``, noise, what was evicted, the staged memory, the angles) is not among
+        them, nor is the seed, which belongs to the stream.
         """
         return {
             "kv": self.kv,

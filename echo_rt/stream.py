@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_rt.chunk import Chunk, ChunkStats, Vitals
+from echo_rt.chunk import Chunk, ChunkStats
 from echo_rt.config import VaeConfig
 from echo_rt.device import model_context
-from echo_rt.errors import NumericalError, StreamError
-from echo_rt.model.vae_decoder import VaeDecoder, VaeDecoderState
-from echo_rt.noise import CounterNoise
-from echo_rt.ops import Ops
+from echo_rt.errors import ConfigError, NumericalError, StreamError
+from echo_rt.executor import Executor
+from echo_rt.options import check_seed
+from echo_rt.pipeline import Finished, Pipeline
 from echo_rt.prompts import PromptEncoder
 from echo_rt.rollout import Rollout
 from echo_rt.snapshot import Snapshot
@@ -27,22 +29,20 @@ from echo_rt.snapshot import Snapshot
 
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """What a runtime lends to its stream, and takes back when it closes."""
+    """What a runtime lends to its stream, and takes back when it closes.
+
+    ``lookahead``: blocks that are begun before an earlier one is handed out.
+    """
 
     device: torch.device
     dtype: torch.dtype
     rollout: Rollout
-    decoder: VaeDecoder
-    decoder_state: VaeDecoderState
+    pipeline: Pipeline
+    executor: Executor
     vae: VaeConfig
-    ops: Ops
     model: Mapping[str, Any]
     prompts: PromptEncoder
-
-    def settle(self) -> None:
-        """Wait until what was written on this thread's CUDA stream can be used on any other."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    lookahead: int
 
 
 _ROLLOUT, _DECODER = "rollout.", "decoder."
@@ -50,7 +50,7 @@ _ROLLOUT, _DECODER = "rollout.", "decoder."
 
 def _live_tensors(engine: Engine) -> dict[str, Tensor]:
     named = {_ROLLOUT + name: tensor for name, tensor in engine.rollout.state.tensors().items()}
-    return named | {_DECODER + name: tensor for name, tensor in engine.decoder_state.tensors().items()}
+    return named | {_DECODER + name: tensor for name, tensor in engine.pipeline.decoder_state.tensors().items()}
 
 
 class Stream:
@@ -63,15 +63,19 @@ class Stream:
 
     def __init__(self, engine: Engine, seed: int) -> None:
         self._engine: Engine | None = engine
-        self._noise = CounterNoise(seed)
+        self._seed = check_seed(seed)
         self._lock = threading.Lock()  # held while a block is made
         self._owner: int | None = None  # the thread that holds it
         self._prompt_lock = threading.Lock()
-        self._pending: Tensor | None = None
+        self._prompts: dict[int, Tensor] = {}  # by the block that begins with them
+        self._held: deque[Chunk] = deque()  # finished, and not handed out
         self._closed = False
         self._failure: str | None = None
         self._next_block = 0
-        self._video_frames = 0
+        self._begun = 0  # blocks
+        self._started = time.perf_counter()
+        self._first_frame_seconds: float | None = None
+        self._vae, self._frames_per_block = engine.vae, engine.rollout.config.window.frames_per_block
 
     # ---------------------------------------------------------------- life
 
@@ -80,9 +84,8 @@ class Stream:
         """A new video in ``engine``'s buffers; the runtime makes sure that no other is live."""
         stream = cls(engine, seed)
         with model_context(engine.device, engine.dtype):
-            engine.decoder_state.reset()
-            engine.rollout.start(prompt_embeds)
-            engine.settle()
+            engine.pipeline.reset()
+            engine.rollout.start(prompt_embeds, seed)
         return stream
 
     @classmethod
@@ -99,9 +102,10 @@ class Stream:
             )
         stream = cls(engine, snapshot.seed)
         frames = (snapshot.block + 1) * engine.rollout.config.window.frames_per_block
-        if snapshot.block < -1 or frames != snapshot.latents_decoded:
+        if snapshot.block < -1 or frames != snapshot.latents_decoded or len(snapshot.held) > snapshot.block + 1:
             raise StreamError(
-                f"the snapshot contradicts itself: {snapshot.latents_decoded} latents decoded at block {snapshot.block}"
+                f"the snapshot contradicts itself: {snapshot.latents_decoded} latents decoded and {len(snapshot.held)} "
+                f"blocks held at block {snapshot.block}"
             )
         live = _live_tensors(engine)
         for name, tensor in live.items():
@@ -110,15 +114,20 @@ class Stream:
                 came = "nothing" if saved is None else f"{saved.dtype} {tuple(saved.shape)}"
                 raise StreamError(f"snapshot tensor {name}: expected {tensor.dtype} {tuple(tensor.shape)}, got {came}")
         with model_context(engine.device, engine.dtype):
-            for name, tensor in live.items():
-                tensor.copy_(snapshot.tensors[name])
-            engine.settle()
+            engine.pipeline.reset()
+            engine.rollout.state.reset()
+            engine.rollout.set_seed(snapshot.seed)
+            with engine.executor.apart():
+                for name, tensor in live.items():
+                    tensor.copy_(snapshot.tensors[name])
+            engine.executor.settle()
         engine.rollout.state.block = snapshot.block
         engine.rollout.state.memory_ready = snapshot.memory_ready
-        engine.decoder_state.latents_seen = snapshot.latents_decoded
-        stream._pending = snapshot.pending_prompt
-        stream._next_block = snapshot.block + 1
-        stream._video_frames = engine.vae.video_frames(snapshot.latents_decoded)
+        engine.pipeline.decoder_state.latents_seen = snapshot.latents_decoded
+        stream._prompts = dict(snapshot.prompts)
+        stream._held.extend(snapshot.held)
+        stream._begun = snapshot.block + 1
+        stream._next_block = snapshot.next_block
         return stream
 
     def close(self) -> None:
@@ -170,18 +179,52 @@ class Stream:
 
     @property
     def next_block(self) -> int:
-        """The number of the block that comes next: 0 at the start."""
+        """The number of the block that is handed out next: 0 at the start."""
         return self._next_block
 
     @property
+    def next_prompt_block(self) -> int:
+        """The first block that a prompt can still reach: later than ``next_block`` where blocks are begun ahead."""
+        return self._begun
+
+    @property
     def video_frames(self) -> int:
-        """How many video frames have come so far."""
-        return self._video_frames
+        """How many video frames have been handed out."""
+        return self._first_frame(self._next_block)
+
+    @property
+    def first_frame_seconds(self) -> float | None:
+        """Seconds from the start of the stream, its prompt encoded, to the first block of frames; None until then."""
+        return self._first_frame_seconds
 
     def __iter__(self) -> Iterator[Chunk]:
         self._require_open()
         while (chunk := self._make_chunk()) is not None:
             yield chunk
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        """``async for``: blocks are made on a thread of their own; a cancelled wait loses none of them."""
+        self._require_open()
+        loop = asyncio.get_running_loop()
+        while True:
+            coming = loop.run_in_executor(None, self._make_chunk)
+            try:
+                chunk = await asyncio.shield(coming)
+            except asyncio.CancelledError:
+                coming.add_done_callback(self._take_back)
+                raise
+            if chunk is None:
+                return
+            yield chunk
+
+    def _take_back(self, coming: asyncio.Future[Chunk | None]) -> None:
+        """A block that nobody waited for any more is the next to be handed out."""
+        if coming.cancelled() or coming.exception() is not None:
+            return  # an exception has ended the stream, which says so when it is used again
+        chunk = coming.result()
+        if chunk is not None:
+            self._held.appendleft(chunk)
+            self._next_block = chunk.index
 
     def __next__(self) -> Chunk:
         """The next block; :class:`StreamError` once the stream is closed or has failed."""
@@ -204,61 +247,85 @@ class Stream:
             if engine is None:
                 return None
             self._require_whole()
-            try:
-                with model_context(engine.device, engine.dtype):
-                    return self._generate(engine)
-            except BaseException as error:
-                # Half a block is in the buffers: this video is over, the runtime is not.
-                self._failure = f"block {self._next_block} failed ({type(error).__name__}: {error})"
-                raise
+            with self._whole_or_over(engine):
+                if not self._held:
+                    while engine.pipeline.in_flight <= engine.lookahead:
+                        self._begin_block(engine)
+                    self._finish_block(engine)
+            chunk = self._held.popleft()
+            self._next_block = chunk.index + 1
+            return chunk
 
-    def _generate(self, engine: Engine) -> Chunk:
-        rollout, index = engine.rollout, self._next_block
-        began = time.perf_counter()
+    @contextmanager
+    def _whole_or_over(self, engine: Engine) -> Iterator[None]:
+        """Work on blocks: what goes wrong in it ends this video, as half a block is in the buffers; not the runtime."""
+        try:
+            with model_context(engine.device, engine.dtype):
+                yield
+        except BaseException as error:
+            self._failure = f"block {self._next_block} failed ({type(error).__name__}: {error})"
+            raise
+
+    def _begin_block(self, engine: Engine) -> None:
         with self._prompt_lock:
-            pending, self._pending = self._pending, None
-        if pending is not None:
-            rollout.switch_prompt(pending)
-        made = rollout.next_block(self._noise)
-        latents = made.to("cpu", copy=True)
-        _require_finite(latents, f"block {index}: latent")
-        generated = time.perf_counter()
-        video = engine.decoder.decode(made, engine.decoder_state)
-        finite = torch.isfinite(video).all()
-        frames = torch.empty(video.shape, dtype=torch.uint8, device=video.device)
-        engine.ops.frames_to_uint8(video, frames)
-        frames = frames.cpu()
-        if not bool(finite):
-            _require_finite(video, f"block {index}: decoded video")
-        decoded = time.perf_counter()
-        position = rollout.position(index)
+            block, self._begun = self._begun, self._begun + 1
+            due = [at for at in self._prompts if at <= block]
+            prompt = self._prompts[max(due)] if due else None
+            for at in due:
+                del self._prompts[at]
+        if prompt is not None:
+            engine.rollout.switch_prompt(prompt)
+        engine.pipeline.begin()
+
+    def _finish_block(self, engine: Engine) -> None:
+        made = engine.pipeline.finish()
+        _require_finite(made)
         stats = ChunkStats(
-            generate_seconds=generated - began,
-            decode_seconds=decoded - generated,
-            newest_temporal_id=position.newest_temporal_id,
-            shift=position.shift,
-            memory_attended=rollout.memory_attended(index),
-            vitals=_vitals(rollout, latents, video),
+            generate_seconds=made.generate_seconds,
+            decode_seconds=made.decode_seconds,
+            newest_temporal_id=made.position.newest_temporal_id,
+            shift=made.position.shift,
+            memory_attended=made.memory_attended,
+            vitals=made.vitals,
         )
-        first_frame, self._video_frames = self._video_frames, self._video_frames + frames.shape[0]
-        self._next_block = index + 1
-        return Chunk(index=index, frames=frames, first_frame=first_frame, latents=latents, stats=stats)
+        first = self._first_frame(made.index)
+        self._held.append(
+            Chunk(index=made.index, frames=made.frames, first_frame=first, latents=made.latents, stats=stats)
+        )
+        if self._first_frame_seconds is None:
+            self._first_frame_seconds = time.perf_counter() - self._started
+
+    def _first_frame(self, block: int) -> int:
+        return self._vae.video_frames(block * self._frames_per_block)
 
     # ---------------------------------------------------------------- prompts
 
-    def set_prompt(self, prompt: str | None = None, *, prompt_embeds: Tensor | None = None) -> None:
-        """Switch to another prompt at the next block. The last call before a block counts. Any thread.
+    def set_prompt(
+        self, prompt: str | None = None, *, prompt_embeds: Tensor | None = None, block: int | None = None
+    ) -> None:
+        """Switch to another prompt, from any thread. The last call for a block counts.
 
-        Give ``prompt`` or ``prompt_embeds [length, text_dim]``, not both. :class:`PromptError` leaves the old prompt.
+        Args:
+            prompt: the text; or ``prompt_embeds [length, text_dim]`` in its place.
+            block: the number of the block that begins with it; None for the next one that has not been begun,
+                :attr:`next_prompt_block`.
+
+        Raises:
+            PromptError: neither or both given, an empty prompt, embeddings that do not fit; the old prompt stays.
+            StreamError: the stream is over, or ``block`` has been begun already.
         """
         engine = self._engine
         if engine is None:
             raise StreamError("the stream is closed; start another with runtime.stream(...)")
         self._require_open()
         self._require_whole()
+        if block is not None and (isinstance(block, bool) or not isinstance(block, int)):
+            raise ConfigError(f"block must be a block's number or None, got {block!r}")
         embeds = engine.prompts.resolve(prompt, prompt_embeds)
         with self._prompt_lock:
-            self._pending = embeds
+            if block is not None and block < self._begun:
+                raise StreamError(f"block {block} has been begun; a prompt can begin with {self._begun} or later")
+            self._prompts[self._begun if block is None else block] = embeds
 
     # ---------------------------------------------------------------- snapshot
 
@@ -269,38 +336,30 @@ class Stream:
             if engine is None:
                 raise StreamError("the stream was closed while a snapshot was waited for")
             self._require_whole()
+            with self._whole_or_over(engine):
+                while engine.pipeline.in_flight:
+                    self._finish_block(engine)
+                with engine.executor.apart():
+                    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in _live_tensors(engine).items()}
             with self._prompt_lock:
-                pending = self._pending
+                prompts = dict(self._prompts)
             state = engine.rollout.state
-            with model_context(engine.device, engine.dtype):
-                tensors = {name: tensor.to("cpu", copy=True) for name, tensor in _live_tensors(engine).items()}
             return Snapshot(
                 model=dict(engine.model),
-                seed=self._noise.seed,
+                seed=self._seed,
                 block=state.block,
                 memory_ready=state.memory_ready,
-                latents_decoded=engine.decoder_state.latents_seen,
+                latents_decoded=engine.pipeline.decoder_state.latents_seen,
                 tensors=tensors,
-                pending_prompt=pending,
+                prompts=prompts,
+                held=tuple(self._held),
             )
 
 
-def _vitals(rollout: Rollout, latents: Tensor, video: Tensor) -> Vitals:
-    low, high = torch.aminmax(video)
-    memory = rollout.state.memory.float()
-    return Vitals(
-        latent_mean=float(latents.mean()),
-        latent_std=float(latents.std()),
-        latent_nonfinite=0,
-        video_min=float(low),
-        video_max=float(high),
-        video_nonfinite=0,
-        memory_norm=float(memory.square().mean().sqrt()) if rollout.state.memory_ready else None,
-        gate_mean=None,
-    )
-
-
-def _require_finite(values: Tensor, what: str) -> None:
-    bad = int((~torch.isfinite(values)).sum())
-    if bad:
-        raise NumericalError(f"{what}: {bad} of {values.numel()} values are NaN or infinite")
+def _require_finite(made: Finished) -> None:
+    for what, bad, values in (
+        ("latent", made.vitals.latent_nonfinite, made.latents),
+        ("decoded video", made.vitals.video_nonfinite, made.frames),
+    ):
+        if bad:
+            raise NumericalError(f"block {made.index}: {what}: {bad} of {values.numel()} values are NaN or infinite")

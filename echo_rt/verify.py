@@ -19,6 +19,7 @@ from torch import Tensor
 from echo_rt.config import ModelConfig, TextEncoderConfig, VaeConfig
 from echo_rt.device import model_context, parse_device, parse_dtype
 from echo_rt.errors import EchoError, WeightsError
+from echo_rt.executor import Executor, make_executor
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.text import TextEncoder
@@ -83,6 +84,7 @@ class _Bundle:
     device: torch.device
     dtype: torch.dtype
     ops: Ops
+    executor: Executor
     source: str
 
     def checked_weights(self, shapes: Shapes) -> Tensors:
@@ -101,20 +103,15 @@ class _Bundle:
         return tensor.to(self.device)
 
 
-class _RecordedNoise:
-    """The bundle's own noise, in the place of the counter-based generator."""
-
-    def __init__(self, bundle: _Bundle) -> None:
-        self._bundle = bundle
-
-    def fill(self, out: Tensor, block: int, step: int) -> None:
-        name = f"noise.{block}" if step == 0 else f"renoise.{block}.{step - 1}"
-        noise = self._bundle.input(name)
-        if noise.shape != out.shape:
+def _noise(bundle: _Bundle, block: int, shape: torch.Size) -> Tensor:
+    """The bundle's own noise ``[steps, B, C, h, w]`` of a block, in the place of the counter-based generator's."""
+    names = [f"noise.{block}", *(f"renoise.{block}.{step}" for step in range(shape[0] - 1))]
+    for name in names:
+        if (noise := bundle.input(name)).shape != shape[1:]:
             raise WeightsError(
-                f"{self._bundle.source}: {name} has shape {tuple(noise.shape)}, a block has {tuple(out.shape)}"
+                f"{bundle.source}: {name} has shape {tuple(noise.shape)}, a block has {tuple(shape[1:])}"
             )
-        out.copy_(noise)
+    return torch.stack([bundle.input(name) for name in names])
 
 
 def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
@@ -130,7 +127,7 @@ def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
         own = {name: weights[MEMORY_PREFIX + name] for name in memory_shapes(config)}
         encoder = MemoryEncoder(config, own, bundle.ops, device=bundle.device, dtype=bundle.dtype)
     mode = MemoryMode.OFF if encoder is None else MemoryMode.EVOLVE
-    rollout = Rollout(config, transformer, encoder, schedule, bundle.ops, mode)
+    rollout = Rollout(config, transformer, encoder, schedule, bundle.ops, mode, bundle.executor)
     blocks, switches = bundle.config["num_blocks"], bundle.config.get("prompt_switch_blocks", [])
     whole = [n for n in (blocks, *switches) if isinstance(n, int) and n >= 0] if isinstance(switches, list) else []
     if not whole or len(whole) != 1 + len(switches):
@@ -142,7 +139,8 @@ def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
 
     def keep_flow(block: int, step: int, flow: Tensor) -> None:
         if f"flow.{block}.{step}" in bundle.expected:
-            actual[f"flow.{block}.{step}"] = flow.float().cpu()
+            with bundle.executor.apart():
+                actual[f"flow.{block}.{step}"] = flow.to("cpu", torch.float32, copy=True)
 
     def prompt(number: int) -> Tensor:
         embeds = bundle.input(f"prompt_embeds.{number}")
@@ -154,10 +152,11 @@ def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
         for number, at in enumerate(switches, start=1):
             if at == block:
                 rollout.switch_prompt(prompt(number))
-        latents = rollout.next_block(_RecordedNoise(bundle), keep_flow)
-        actual[f"latents.{block}"] = latents.to("cpu", copy=True)
-        if rollout.state.memory_ready:
-            actual[f"memory_state.{block}"] = rollout.state.memory.to("cpu", torch.float32, copy=True)
+        latents = rollout.next_block(_noise(bundle, block, rollout.state.noise.shape), keep_flow)
+        with bundle.executor.apart():
+            actual[f"latents.{block}"] = latents.to("cpu", copy=True)
+            if rollout.state.memory_ready:
+                actual[f"memory_state.{block}"] = rollout.state.memory.to("cpu", torch.float32, copy=True)
     return actual
 
 
@@ -219,11 +218,13 @@ def verify_bundle(
     dtype: str | torch.dtype = "float32",
     backend: str | None = None,
     dump: str | Path | None = None,
+    graphs: bool | None = None,
 ) -> BundleReport:
     """Run the bundle in folder ``path`` and compare every expected tensor.
 
     ``dump``: a folder; all computed tensors go to ``<dump>/<bundle name>/actual.safetensors``. Expected tensors that
-    were not computed count as infinitely wrong. Raises :class:`EchoError` where the bundle cannot be run at all.
+    were not computed count as infinitely wrong. ``graphs``: whether what repeats is captured and replayed (None: on a
+    GPU, yes). Raises :class:`EchoError` where the bundle cannot be run at all.
     """
     folder = Path(path)
     config = _read_config(folder)
@@ -238,6 +239,7 @@ def verify_bundle(
         device=place,
         dtype=parse_dtype(dtype, place),
         ops=ops,
+        executor=make_executor(place, graphs),
         source=str(folder),
     )
     try:
@@ -245,6 +247,8 @@ def verify_bundle(
             actual = KINDS[config["kind"]](bundle)
     except KeyError as missing:
         raise WeightsError(f"{folder}/config.json lacks {missing.args[0]!r}") from None
+    finally:
+        bundle.executor.close()
     name = folder.resolve().name
     if dump is not None:
         _dump(Path(dump) / name, actual)

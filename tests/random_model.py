@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import ModelConfig
+from echo_rt.executor import Executor, make_executor
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.transformer import Transformer
+from echo_rt.noise import fill_normal, seed_words
 from echo_rt.ops import load_ops
 from echo_rt.options import MemoryMode
 from echo_rt.rollout import Rollout
@@ -76,6 +78,7 @@ def build_rollout(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     backend: str = "torch",
+    executor: Executor | None = None,
 ) -> Rollout:
     """A rollout of echo_rt over those weights."""
     config, ops, place = ModelConfig.from_flat(flat), load_ops(backend), torch.device(device)
@@ -85,4 +88,13 @@ def build_rollout(
     if config.memory is not None:
         own = {name: weights[MEMORY_PREFIX + name] for name in memory_shapes(config)}
         memory = MemoryEncoder(config, own, ops, device=place, dtype=dtype)
-    return Rollout(config, transformer, memory, schedule, ops, MemoryMode(mode))
+    executor = executor or make_executor(place)
+    return Rollout(config, transformer, memory, schedule, ops, MemoryMode(mode), executor)
+
+
+def drawn_noise(shape: torch.Size, seed: int, block: int) -> Tensor:
+    """The noise ``[steps, B, C, h, w]`` that a rollout draws for ``block``, by the generator's own definition."""
+    out = torch.empty(shape)
+    for step, noise in enumerate(out):
+        fill_normal(noise, block, step, seed_words(seed))
+    return out

@@ -79,19 +79,29 @@ def within(seconds: float, act: Callable[[], Any]) -> Any:
     return outcome["value"]
 
 
+def amid_blocks(stream: echo_rt.Stream, act: Callable[[int, int], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on ``act(block, step)`` is called before every denoising step of ``stream``."""
+    rollout = stream._engine.rollout
+    denoise = rollout._denoise
+
+    def watched(step: int, *facts: Any) -> None:
+        act(rollout.state.block + 1, step)
+        denoise(step, *facts)
+
+    monkeypatch.setattr(rollout, "_denoise", watched)
+
+
 class Gate:
     """Holds a stream in the middle of its next block, until it is opened."""
 
     def __init__(self, stream: echo_rt.Stream, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self._opened = threading.Event(), threading.Event()
-        fill = stream._noise.fill
 
-        def held(out: Tensor, block: int, step: int) -> None:
+        def held(block: int, step: int) -> None:
             self.reached.set()
             assert self._opened.wait(60)
-            fill(out, block, step)
 
-        monkeypatch.setattr(stream._noise, "fill", held)
+        amid_blocks(stream, held, monkeypatch)
 
     def open(self, after: float = 0.0) -> None:
         """Let go, at once or some seconds from now."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from closeness import relative_error
 from naive_rollout import NaiveRollout
-from random_model import build_rollout, flat_config, random_weights
+from random_model import build_rollout, drawn_noise, flat_config, random_weights
 from torch import Tensor
 
 from echo_rt.errors import ConfigError
-from echo_rt.noise import CounterNoise
 
 # float32 rounding of two layers; a wrong slot, id or gate is off by 1e-2 and more.
 BOUND = 1e-5
@@ -91,17 +89,6 @@ CASES = {
 }
 
 
-def recorded_noise(shape: tuple[int, ...]) -> Callable[[int, int], Tensor]:
-    source = CounterNoise(5)
-
-    def noise(block: int, step: int) -> Tensor:
-        out = torch.empty(shape)
-        source.fill(out, block, step)
-        return out
-
-    return noise
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_a_rollout_that_keeps_the_whole_history(case: str) -> None:
     changes, mode, blocks, switches = CASES[case]
@@ -111,8 +98,12 @@ def test_equals_a_rollout_that_keeps_the_whole_history(case: str) -> None:
     naive = NaiveRollout(flat, weights, mode)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randn(1 + i % flat["text_len"], flat["text_dim"], generator=generator) for i in range(20)]
-    noise = recorded_noise(tuple(rollout.state.x.shape))
-    rollout.start(prompts[0])
+    shape = rollout.state.noise.shape
+
+    def noise(block: int, step: int) -> Tensor:
+        return drawn_noise(shape, 5, block)[step]
+
+    rollout.start(prompts[0], seed=5)
     naive.set_prompt(prompts[0])
     attended = set()
     for block in range(blocks):
@@ -120,7 +111,7 @@ def test_equals_a_rollout_that_keeps_the_whole_history(case: str) -> None:
             prompt = prompts[1 + switches.index(block)]
             rollout.switch_prompt(prompt)
             naive.set_prompt(prompt)
-        actual = rollout.next_block(CounterNoise(5))
+        actual = rollout.next_block()
         error = relative_error(actual, naive.next_block(noise))
         assert error < BOUND, f"block {block}: latents are off by {error:.1e}"
         if mode == "evolve" and naive.memory is not None:
@@ -141,7 +132,7 @@ def test_addresses_never_change() -> None:
     for block in range(12):
         if block == 7:
             rollout.switch_prompt(torch.ones(2, flat["text_dim"]))
-        rollout.next_block(CounterNoise(0))
+        rollout.next_block()
     after = state.tensors() | {"x": state.x, "noise": state.noise, "write_index": state.write_index}
     assert {name: tensor.data_ptr() for name, tensor in after.items()} == before
 
@@ -151,8 +142,8 @@ def test_starting_again_forgets_the_video_before() -> None:
     rollout = build_rollout(flat, random_weights(flat), "evolve")
 
     def video() -> Tensor:
-        rollout.start(torch.ones(2, flat["text_dim"]))
-        return torch.stack([rollout.next_block(CounterNoise(3)).clone() for _ in range(8)])
+        rollout.start(torch.ones(2, flat["text_dim"]), seed=3)
+        return torch.stack([rollout.next_block().clone() for _ in range(8)])
 
     first = video()
     rollout.switch_prompt(torch.zeros(1, flat["text_dim"]))
@@ -177,7 +168,7 @@ def test_frames_far_into_the_stream_are_as_exact_as_the_first(first: int) -> Non
         rollout = build_rollout(flat, weights, "evolve")
         rollout.start(torch.ones(3, flat["text_dim"]))
         for _ in range(20):
-            rollout.next_block(CounterNoise(0))
+            rollout.next_block()
         state = rollout.state
         if moved:
             rates = state.rope.inverse_frequencies
@@ -189,24 +180,16 @@ def test_frames_far_into_the_stream_are_as_exact_as_the_first(first: int) -> Non
             state.kv[:, 0] = keys.flatten(-2).float()
             state.block += moved // size
             state.positions[0] += moved // size
-        # The noise is keyed by the block, so the moved rollout is given the other's.
-        noise = _ShiftedNoise(moved // size)
         made = []
         for _ in range(12):
+            # The noise is keyed by the block, so the moved rollout is given the other's.
+            noise = drawn_noise(state.noise.shape, 0, state.block + 1 - moved // size)
             made.append(rollout.next_block(noise).clone())
             position = rollout.position(state.block)
             assert position.newest_temporal_id == flat["max_temporal_id"]
             assert state.positions[2] == position.shift
         latents.append(torch.stack(made))
     assert relative_error(latents[1], latents[0].double()) < BOUND
-
-
-class _ShiftedNoise:
-    def __init__(self, blocks: int) -> None:
-        self._blocks = blocks
-
-    def fill(self, out: Tensor, block: int, step: int) -> None:
-        CounterNoise(0).fill(out, block - self._blocks, step)
 
 
 @pytest.mark.parametrize(

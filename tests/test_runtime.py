@@ -245,7 +245,7 @@ def big_tensors(runtime: echo_rt.Runtime) -> dict[str, weakref.ref[Tensor]]:
         "matrix": engine.rollout._transformer.layers[0].qkv.weight,
         "modulations": engine.rollout._transformer.modulations,
         "memory": engine.rollout._memory.query_init,  # type: ignore[union-attr]
-        "decoder": next(iter(engine.decoder_state.windows.values())).frames,
+        "decoder": next(iter(engine.pipeline.decoder_state.windows.values())).frames,
     }
     return {name: weakref.ref(tensor) for name, tensor in held.items()}
 
@@ -337,7 +337,7 @@ def test_odd_arguments_of_a_stream(small_model: Path) -> None:
             snapshot = stream.snapshot()
         assert snapshot.seed == 3
         for block in (-2, 7):
-            with pytest.raises(echo_rt.StreamError, match=f"contradicts itself: 3 latents decoded at block {block}"):
+            with pytest.raises(echo_rt.StreamError, match=f"contradicts itself: 3 latents decoded .* at block {block}"):
                 runtime.resume(dataclasses.replace(snapshot, block=block))
 
 

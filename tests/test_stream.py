@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import relative_error
-from streaming import OTHER, PROMPT, load, same, take
-from torch import Tensor
+from streaming import OTHER, PROMPT, amid_blocks, load, same, take
 
 import echo_rt
 from echo_rt.errors import ConfigError, NumericalError, PromptError, StreamError, WeightsError
@@ -244,12 +243,13 @@ def test_not_a_number_ends_the_stream_and_not_the_runtime(
     stream = runtime.stream(PROMPT)
     next(stream)
 
-    def poisoned(out: Tensor, block: int, step: int) -> None:
-        out.fill_(float("nan"))
+    def poisoned(block: int, step: int) -> None:
+        runtime._engine.rollout.state.x.fill_(float("nan"))
 
-    monkeypatch.setattr(stream._noise, "fill", poisoned)
-    with pytest.raises(NumericalError, match=r"block 1: latent: \d+ of \d+ values are NaN or infinite"):
-        next(stream)
+    with monkeypatch.context() as patch:
+        amid_blocks(stream, poisoned, patch)
+        with pytest.raises(NumericalError, match=r"block 1: latent: \d+ of \d+ values are NaN or infinite"):
+            next(stream)
     for use in (lambda: next(stream), stream.snapshot, lambda: stream.set_prompt(OTHER)):
         with pytest.raises(StreamError, match="block 1 failed"):
             use()

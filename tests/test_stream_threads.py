@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from streaming import OTHER, PROMPT, Gate, embeds, load, same, small_model_in, take, video, within
+from streaming import OTHER, PROMPT, Gate, amid_blocks, embeds, load, same, small_model_in, take, video, within
 from torch import Tensor
 
 import echo_rt
@@ -172,8 +172,8 @@ def test_prompts_from_many_threads_while_blocks_are_made(
     assert all(torch.equal(embedding, expected[text]) for text, embedding in encoded)
     assert not runtime.text_encoder_loaded
     # Whichever came last counts, whole.
-    pending = stream.snapshot().pending_prompt
-    assert pending is None or any(torch.equal(pending, embedding) for embedding in expected.values())
+    pending = stream.snapshot().prompts
+    assert all(any(torch.equal(tensor, embedding) for embedding in expected.values()) for tensor in pending.values())
     made += take(stream, 2)
     assert all(torch.isfinite(chunk.latents).all() for chunk in made)
 
@@ -187,18 +187,17 @@ def test_a_block_cannot_be_asked_for_amid_a_block_of_the_same_thread(
     """As a signal handler would: refused rather than waiting for itself for ever, and the block goes on."""
     expected = video(runtime, 2)
     stream = runtime.stream(prompt_embeds=embeds(runtime))
-    fill, refused = stream._noise.fill, []
+    refused = []
 
-    def nosy(out: Tensor, block: int, step: int) -> None:
+    def nosy(block: int, step: int) -> None:
         for ask in (lambda: next(stream), stream.snapshot):
             with pytest.raises(StreamError, match="in the middle of a block"):
                 ask()
             refused.append(step)
         with pytest.raises(StreamError, match="has a live stream"):
             runtime.stream(prompt_embeds=embeds(runtime))
-        fill(out, block, step)
 
-    monkeypatch.setattr(stream._noise, "fill", nosy)
+    amid_blocks(stream, nosy, monkeypatch)
     assert same(within(LONG, lambda: take(stream, 2)), expected)
     assert len(refused) == 2 * 2 * len(runtime.config.sampler.denoising_steps)
 
@@ -209,14 +208,12 @@ def test_closing_amid_a_block_of_the_same_thread(
 ) -> None:
     expected = video(runtime, 2)
     stream = runtime.stream(prompt_embeds=embeds(runtime))
-    fill = stream._noise.fill
 
-    def closing(out: Tensor, block: int, step: int) -> None:
+    def closing(block: int, step: int) -> None:
         if block == 1:
             (stream if through == "stream" else runtime).close()
-        fill(out, block, step)
 
-    monkeypatch.setattr(stream._noise, "fill", closing)
+    amid_blocks(stream, closing, monkeypatch)
     # The block in which it was closed is whole and still comes.
     assert same(within(LONG, lambda: list(stream)), expected)
     assert stream.closed and stream._engine is None
@@ -232,8 +229,8 @@ def test_ctrl_c_ends_the_video_and_not_the_runtime(runtime: echo_rt.Runtime, mon
     rollout = runtime._engine.rollout
     next_block, made = rollout.next_block, []
 
-    def interrupted(noise: object) -> Tensor:
-        latents = next_block(noise)  # type: ignore[arg-type]
+    def interrupted() -> Tensor:
+        latents = next_block()
         if len(made) == 2:
             raise KeyboardInterrupt
         return latents
@@ -256,16 +253,16 @@ def test_ctrl_c_ends_the_video_and_not_the_runtime(runtime: echo_rt.Runtime, mon
 def test_a_video_with_nan_is_not_shown(runtime: echo_rt.Runtime, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = video(runtime, 2)
     assert runtime._engine is not None
-    decoder = runtime._engine.decoder
-    decode = decoder.decode
+    decoder = runtime._engine.pipeline._decoder
+    decode = decoder.decode_next
 
-    def spoiled(latents: Tensor, state: object) -> Tensor:
-        frames = decode(latents, state)  # type: ignore[arg-type]
+    def spoiled(*arguments: object, is_start: bool) -> Tensor:
+        frames = decode(*arguments, is_start=is_start)  # type: ignore[arg-type]
         frames[-1, 3, 5, 1] = bad
         return frames
 
     with monkeypatch.context() as patch:
-        patch.setattr(decoder, "decode", spoiled)
+        patch.setattr(decoder, "decode_next", spoiled)
         stream = runtime.stream(prompt_embeds=embeds(runtime))
         with pytest.raises(NumericalError, match=r"block 0: decoded video: 1 of \d+ values are NaN or infinite"):
             next(stream)
@@ -279,16 +276,14 @@ def test_no_new_stream_amid_a_block_of_the_same_thread(
 ) -> None:
     expected = video(runtime, 2)
     stream = runtime.stream(prompt_embeds=embeds(runtime))
-    fill = stream._noise.fill
 
-    def restarting(out: Tensor, block: int, step: int) -> None:
+    def restarting(block: int, step: int) -> None:
         if (block, step) == (1, 1):
             stream.close()
             with pytest.raises(StreamError, match="in the middle of a block"):
                 runtime.stream(prompt_embeds=embeds(runtime))
-        fill(out, block, step)
 
-    monkeypatch.setattr(stream._noise, "fill", restarting)
+    amid_blocks(stream, restarting, monkeypatch)
     assert same(within(LONG, lambda: list(stream)), expected)
 
 
@@ -297,8 +292,8 @@ def test_closing_the_runtime_while_a_stream_begins(small_model: Path, monkeypatc
     prompt = embeds(runtime)
     start = Rollout.start
 
-    def closing(self: Rollout, prompt_embeds: Tensor) -> None:
-        start(self, prompt_embeds)
+    def closing(self: Rollout, prompt_embeds: Tensor, seed: int) -> None:
+        start(self, prompt_embeds, seed)
         runtime.close()  # what a signal handler of this thread may do
 
     monkeypatch.setattr(Rollout, "start", closing)

@@ -13,6 +13,9 @@ from echo_rt.config import ModelConfig
 from echo_rt.device import placed
 from echo_rt.ops import Ops
 
+# Tokens that the gate's mean is taken over, about.
+_GATE_SAMPLE = 128
+
 
 @dataclass(frozen=True)
 class _EncoderLayer:
@@ -67,10 +70,11 @@ class MemoryEncoder:
         self._to_k, self._to_v = pair("to_k"), pair("to_v")
         self._norm_k_out = matrix("norm_k_out.weight") if config.memory.normalize_k else None
 
-    def update(self, state: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    def update(self, state: Tensor, k: Tensor, v: Tensor, out: Tensor, gate_mean: Tensor) -> None:
         """``out [M, dim]`` (written) = the state after it has seen unrotated keys ``k`` and values ``v [n, H, d]``.
 
-        ``out`` must not be ``state``: the first pass of the evicting block still uses the old one.
+        ``out`` must not be ``state``: the gate reads all of the old one. ``gate_mean`` float32 [1] (written): the mean
+        of the gate over a sample of the tokens, how much of the old state stayed.
         """
         s = state
         for layer in self._layers:
@@ -80,6 +84,15 @@ class MemoryEncoder:
             s = s + linear(hidden, *layer.ffn_out)
         candidate = linear(gelu(linear(s, *self._connector_in), approximate="tanh"), *self._connector_out)
         self._ops.gated_update(state, candidate, self._connector_norm, *self._gate, out, self._eps)
+        self._sample_gate(state, candidate, gate_mean)
+
+    def _sample_gate(self, state: Tensor, candidate: Tensor, gate_mean: Tensor) -> None:
+        # The kernel keeps the gate to itself, and all of it would be much to write; evenly spaced tokens tell as much.
+        stride = -(-state.shape[0] // _GATE_SAMPLE)
+        old, weight = state[::stride], self._gate[0]
+        new = rms_norm(candidate[::stride].float(), (self._dim,), self._connector_norm, self._eps).to(old.dtype)
+        gate = linear(old, weight[:, : self._dim], self._gate[1]) + linear(new, weight[:, self._dim :])
+        gate_mean.copy_(gate.float().sigmoid().mean())
 
     def keys_values(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """The memory's unrotated keys and its values, ``[M, H, d]`` each, one pair for all layers."""

@@ -1,13 +1,14 @@
 """Wan's diffusion transformer, one block of latent frames at a time.
 
-The self-attention over the cache is a function that the caller passes in: where keys are kept, which are attended
-to and how they are rotated is the rollout's business (:mod:`echo_rt.rollout`), not the transformer's.
+The cache of self-attention is an object that the caller passes in: where keys are kept, which are attended to and how
+they are rotated is the rollout's business (:mod:`echo_rt.rollout`), not the transformer's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +18,6 @@ from echo_rt.config import TransformerConfig
 from echo_rt.device import placed
 from echo_rt.model.attention import attention
 from echo_rt.ops import Ops
-
-# (layer, the layer's weights, its QKV product [n, 3·dim]) -> attention output [n, dim]
-SelfAttention = Callable[[int, "LayerWeights", Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,16 @@ class LayerWeights:
     cross_out: Linear
     ffn_in: Linear
     ffn_out: Linear
+
+
+class KeyValueCache(Protocol):
+    """Where a pass keeps its keys and values, and what it attends to."""
+
+    def store(self, index: int, layer: LayerWeights, qkv: Tensor) -> Tensor:
+        """Keep the keys and values of layer ``index`` from its product ``[n, 3·dim]``; its queries ``[n, H, d]``."""
+
+    def attend(self, index: int, q: Tensor) -> Tensor:
+        """Attention ``[n, dim]`` of the queries of layer ``index``, its own new keys among what they see."""
 
 
 # Of the timestep's sinusoid; equal to rope_theta in Wan, but another constant.
@@ -162,23 +170,39 @@ class Transformer:
             keys.copy_(normed.unflatten(-1, width))
             values.copy_(layer.cross_v(text).unflatten(-1, width))
 
-    def forward(self, latents: Tensor, timestep: int, text_kv: Tensor, self_attention: SelfAttention) -> Tensor:
+    def flow(self, latents: Tensor, timestep: int, text_kv: Tensor, cache: KeyValueCache) -> Tensor:
         """The flow of ``latents [F, C, h, w]`` at ``timesteps[timestep]``, in the model's dtype and the same shape."""
-        eps, ops = self.config.eps, self._ops
-        x = self._patch(self._patchify(latents.to(self.dtype)))
-        modulations = self.modulations[timestep]
-        shift, scale = self.head_modulations[timestep]
-        y = ops.modulated_layer_norm(x, modulations[0, 0], modulations[0, 1], eps)
-        for index, (layer, m) in enumerate(zip(self.layers, modulations, strict=True)):
-            y = layer.self_out(self_attention(index, layer, layer.qkv(y)))
-            y = ops.gated_residual_norm(x, y, m[2], layer.cross_norm_shift, layer.cross_norm_scale, eps)
-            y = self._cross_attention(layer, y, text_kv[index])
-            y = ops.gated_residual_norm(x, y, None, m[3], m[4], eps)
-            y = layer.ffn_out(_gelu_tanh(layer.ffn_in(y)))
-            last = index + 1 == len(self.layers)
-            following = (shift, scale) if last else (modulations[index + 1, 0], modulations[index + 1, 1])
-            y = ops.gated_residual_norm(x, y, m[5], *following, eps)
+        x, y = self._enter(latents, timestep)
+        for index in range(len(self.layers)):
+            y = self._layer(index, x, y, timestep, text_kv[index], cache)
         return self._unpatchify(self._head(y), latents)
+
+    def store_keys(self, latents: Tensor, timestep: int, text_kv: Tensor, cache: KeyValueCache) -> None:
+        """A pass for the sake of its keys and values: the last layer ends where they are stored."""
+        x, y = self._enter(latents, timestep)
+        last = len(self.layers) - 1
+        for index in range(last):
+            y = self._layer(index, x, y, timestep, text_kv[index], cache)
+        cache.store(last, self.layers[last], self.layers[last].qkv(y))
+
+    def _enter(self, latents: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
+        """The residual ``[n, dim]`` and its modulated norm, the first layer's input."""
+        x = self._patch(self._patchify(latents.to(self.dtype)))
+        shift, scale = self.modulations[timestep, 0, :2]
+        return x, self._ops.modulated_layer_norm(x, shift, scale, self.config.eps)
+
+    def _layer(self, index: int, x: Tensor, y: Tensor, timestep: int, text_kv: Tensor, cache: KeyValueCache) -> Tensor:
+        """One layer on the residual ``x`` (written) and its modulated norm ``y``; the norm for what follows it."""
+        eps, ops, layer = self.config.eps, self._ops, self.layers[index]
+        m = self.modulations[timestep, index]
+        y = layer.self_out(cache.attend(index, cache.store(index, layer, layer.qkv(y))))
+        y = ops.gated_residual_norm(x, y, m[2], layer.cross_norm_shift, layer.cross_norm_scale, eps)
+        y = self._cross_attention(layer, y, text_kv)
+        y = ops.gated_residual_norm(x, y, None, m[3], m[4], eps)
+        y = layer.ffn_out(_gelu_tanh(layer.ffn_in(y)))
+        last = index + 1 == len(self.layers)
+        shift, scale = self.head_modulations[timestep] if last else self.modulations[timestep, index + 1, :2]
+        return ops.gated_residual_norm(x, y, m[5], shift, scale, eps)
 
     def _cross_attention(self, layer: LayerWeights, y: Tensor, text_kv: Tensor) -> Tensor:
         q = rms_norm(layer.cross_q(y), (self.config.dim,), layer.cross_norm_q, self.config.eps)

@@ -132,23 +132,29 @@ class VaeDecoder:
             raise ConfigError(
                 f"{_OWNER}: expected latents [T >= 1, {expected}] (channels, height, width), got {list(latents.shape)}"
             )
-        if len(latents) <= state.max_latents:
-            return self._decode_slice(latents, state)
-        before = self.config.video_frames(state.latents_seen)
-        frames = self.config.video_frames(state.latents_seen + len(latents)) - before
-        stride = self.config.spatial_stride
-        _, height, width = state.latent_shape
-        device, dtype = self._weights.device, self._weights.dtype
-        video = torch.empty(frames, height * stride, width * stride, 3, device=device, dtype=dtype)
-        for first in range(0, len(latents), state.max_latents):
-            start = self.config.video_frames(state.latents_seen) - before
-            decoded = self._decode_slice(latents[first : first + state.max_latents], state)
-            video[start : start + len(decoded)] = decoded
+        video = self.decode_next(latents, state.windows, state.max_latents, is_start=state.latents_seen == 0)
+        state.latents_seen += len(latents)
         return video
 
-    def _decode_slice(self, latents: Tensor, state: VaeDecoderState) -> Tensor:
+    def decode_next(self, latents: Tensor, windows: Windows, max_latents: int, *, is_start: bool) -> Tensor:
+        """:meth:`decode` without its checks and its count: all that it asks of the host are its arguments."""
+        if len(latents) <= max_latents:
+            return self._decode_slice(latents, windows, is_start)
+        before = 0 if is_start else 1  # any later place in a stream has as many frames as the second
+        frames = self.config.video_frames(before + len(latents)) - self.config.video_frames(before)
+        stride = self.config.spatial_stride
+        _, _, height, width = latents.shape
+        device, dtype = self._weights.device, self._weights.dtype
+        video = torch.empty(frames, height * stride, width * stride, 3, device=device, dtype=dtype)
+        done = 0
+        for first in range(0, len(latents), max_latents):
+            decoded = self._decode_slice(latents[first : first + max_latents], windows, is_start and first == 0)
+            video[done : done + len(decoded)] = decoded
+            done += len(decoded)
+        return video
+
+    def _decode_slice(self, latents: Tensor, windows: Windows, is_start: bool) -> Tensor:
         """At most ``max_latents`` latents."""
-        windows, is_start = state.windows, state.latents_seen == 0
         z = latents.to(self._weights.device, torch.float32).permute(0, 2, 3, 1)
         z = functional.linear(z * self._latents_std + self._latents_mean, *self._unpack)
         window = windows[self._input.name]
@@ -160,9 +166,7 @@ class VaeDecoder:
                 x = block(x, windows)
             if upsample is not None:
                 x = upsample(x, windows, is_start)
-        x = self._head(x, windows)
-        state.latents_seen += len(latents)
-        return x
+        return self._head(x, windows)
 
 
 class Upsample:

@@ -1,0 +1,234 @@
+"""How work reaches the device: lanes that run beside one another, ordered by marks, and graphs that replay.
+
+A *stage* is a function and the facts it is called with. Facts are whatever the host decides; all else that a stage
+reads or writes lies in tensors whose addresses never change. So a stage that comes again with the same facts does the
+same work on the same addresses, and on a GPU a captured graph does it without the host: the first time a stage runs
+as it is (libraries make their workspaces and choices then), the second time it is captured, from then on replayed.
+What comes once in a video, like the filling of the window, is therefore never worth a graph, and gets none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from typing import Protocol
+
+import nvtx
+import torch
+
+from echo_rt.errors import BackendError
+
+_DOMAIN = "echo_rt"  # of the NVTX ranges
+
+
+class Lane(Enum):
+    """What runs in order; two lanes run beside one another."""
+
+    MAIN = "main"
+    MEMORY = "memory"
+    DECODE = "decode"
+
+
+class Mark(Protocol):
+    """A point in a lane."""
+
+    def wait(self) -> None:
+        """Hold the host until the lane has passed the mark."""
+
+    def seconds_since(self, earlier: Mark) -> float:
+        """Time between two marks that have been passed."""
+
+
+class Executor(Protocol):
+    """Runs stages on lanes. One thread at a time."""
+
+    @property
+    def replays(self) -> int:
+        """How many stages were replayed so far."""
+
+    @property
+    def runs(self) -> int:
+        """How many stages were run so far, replayed or not."""
+
+    def run(
+        self,
+        stage: Callable[..., None],
+        *facts: Hashable,
+        lane: Lane = Lane.MAIN,
+        after: Sequence[Mark | None] = (),
+    ) -> Mark:
+        """``stage(*facts)`` on ``lane``, once the lane has passed ``after`` (None: nothing to wait for).
+
+        The mark is the stage's end; running the same stage again moves it.
+        """
+
+    @contextmanager
+    def apart(self, lane: Lane = Lane.MAIN) -> Iterator[None]:
+        """Work on ``lane`` that is not a stage: never captured. It sees what the caller's CUDA stream has done."""
+
+    def mark(self, lane: Lane, again: Mark | None = None) -> Mark:
+        """A mark where ``lane`` is now; ``again`` is one that is no longer needed."""
+
+    def settle(self) -> None:
+        """Hold the host until every lane is idle."""
+
+    def close(self) -> None:
+        """Settle, then forget all stages and their graphs."""
+
+
+def stage_name(stage: Callable[..., None]) -> str:
+    """What a profiler shows for a stage: the function's own name."""
+    return stage.__qualname__
+
+
+class _Instant:
+    """A mark of a lane that is never behind the host."""
+
+    def __init__(self) -> None:
+        self.time = time.perf_counter()
+
+    def wait(self) -> None:
+        return
+
+    def seconds_since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, _Instant)
+        return self.time - earlier.time
+
+
+class Immediate:
+    """Runs every stage at once, on the CPU: the lanes are one."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+        self.runs = 0
+
+    def run(
+        self,
+        stage: Callable[..., None],
+        *facts: Hashable,
+        lane: Lane = Lane.MAIN,
+        after: Sequence[Mark | None] = (),
+    ) -> Mark:
+        self.runs += 1
+        with nvtx.annotate(stage_name(stage), domain=_DOMAIN):
+            stage(*facts)
+        return _Instant()
+
+    @contextmanager
+    def apart(self, lane: Lane = Lane.MAIN) -> Iterator[None]:
+        yield
+
+    def mark(self, lane: Lane, again: Mark | None = None) -> Mark:
+        return _Instant()
+
+    def settle(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+class _Event:
+    """A mark of a CUDA stream."""
+
+    def __init__(self) -> None:
+        # Blocking: the host sleeps while it waits for a block, instead of spinning a core for a quarter of a second.
+        self.event = torch.cuda.Event(enable_timing=True, blocking=True)
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+    def seconds_since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, _Event)
+        milliseconds: float = earlier.event.elapsed_time(self.event)
+        return milliseconds / 1000
+
+
+class CudaExecutor:
+    """Lanes are CUDA streams; stages that come again are replayed as graphs, if ``graphs``."""
+
+    def __init__(self, device: torch.device, *, graphs: bool) -> None:
+        self._device, self._graphs_wanted = device, graphs
+        # The decoder's many small launches go first: what it makes is waited for, the next block is not.
+        self._streams = {lane: torch.cuda.Stream(device, priority=-1 if lane is Lane.DECODE else 0) for lane in Lane}
+        # Graphs of one pool may share memory, which is safe for those that never run at the same time.
+        self._pools = {lane: torch.cuda.graph_pool_handle() for lane in Lane}
+        self._seen: set[Hashable] = set()
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._marks: dict[Hashable, Mark] = {}
+        self.replays = 0
+        self.runs = 0
+
+    def run(
+        self,
+        stage: Callable[..., None],
+        *facts: Hashable,
+        lane: Lane = Lane.MAIN,
+        after: Sequence[Mark | None] = (),
+    ) -> Mark:
+        key = (stage, facts)
+        self.runs += 1
+        stream = self._streams[lane]
+        for mark in after:
+            if mark is not None:
+                assert isinstance(mark, _Event)
+                stream.wait_event(mark.event)
+        with torch.cuda.stream(stream), nvtx.annotate(stage_name(stage), domain=_DOMAIN):
+            graph = self._graphs.get(key)
+            if graph is None and self._graphs_wanted and key in self._seen:
+                graph = self._graphs[key] = self._capture(stage, facts, lane)
+            elif graph is not None:
+                self.replays += 1
+            if graph is None:
+                self._seen.add(key)
+                stage(*facts)
+            else:
+                graph.replay()
+        self._marks[key] = self.mark(lane, self._marks.get(key))
+        return self._marks[key]
+
+    def _capture(self, stage: Callable[..., None], facts: tuple[Hashable, ...], lane: Lane) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # Thread-local: what other threads of the process do on the GPU meanwhile is their own affair.
+        with torch.cuda.graph(
+            graph, pool=self._pools[lane], stream=self._streams[lane], capture_error_mode="thread_local"
+        ):
+            stage(*facts)
+        return graph
+
+    @contextmanager
+    def apart(self, lane: Lane = Lane.MAIN) -> Iterator[None]:
+        stream = self._streams[lane]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            yield
+
+    def mark(self, lane: Lane, again: Mark | None = None) -> Mark:
+        mark = _Event() if again is None else again
+        assert isinstance(mark, _Event)
+        mark.event.record(self._streams[lane])
+        return mark
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+    def close(self) -> None:
+        self.settle()
+        self._graphs.clear()
+        self._marks.clear()
+        self._seen.clear()
+
+
+def make_executor(device: torch.device, graphs: bool | None = None) -> Executor:
+    """The executor for ``device``; ``graphs`` None means where there can be any.
+
+    Raises :class:`BackendError` where graphs are asked for and cannot be.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return CudaExecutor(device, graphs=graphs is not False)
+    if graphs:
+        raise BackendError(f"graphs=True needs a CUDA device, and this model is on {str(device)!r}; leave graphs out")
+    return Immediate()
