@@ -3,6 +3,9 @@
 A counter-based generator (Philox 4x32 with 10 rounds; Salmon et al., SC 2011) has no state to carry: a stream is
 reproducible, resumable at any block, and the same however it is consumed. The integers are exact on every device;
 the normal numbers come from Box-Muller in float64 and are rounded to float32 once.
+
+The block's number and the seed may be tensors: then nothing is read on the host, and a captured graph that holds
+:func:`fill_normal` makes new noise for each block it is replayed for.
 """
 
 from __future__ import annotations
@@ -29,9 +32,9 @@ class NoiseSource(Protocol):
 
 
 def philox(
-    counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: tuple[int, int]
+    counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: tuple[Tensor | int, Tensor | int]
 ) -> list[Tensor]:
-    """Four 32-bit words for each counter (int64 tensors of one shape, or ints), as int64 tensors."""
+    """Four 32-bit words for each counter, as int64 tensors; counter and key are ints or int64 tensors of any shape."""
     c0, c1, c2, c3 = (c if isinstance(c, Tensor) else torch.tensor(c, device="cpu") for c in counter)
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -44,6 +47,28 @@ def philox(
     return [c0, c1, c2, c3]
 
 
+def seed_words(seed: int) -> tuple[int, int]:
+    """The low and the high 32 bits of ``seed`` (0 .. 2^64-1): the generator's key."""
+    return seed & _MASK, seed >> 32
+
+
+def fill_normal(out: Tensor, block: Tensor | int, step: int, key: tuple[Tensor | int, Tensor | int]) -> None:
+    """Fill float32 ``out`` (contiguous, any shape) with the standard normal noise of ``step`` of ``block``.
+
+    Elements 4i .. 4i+3 come from the counter (i, step, block's low word, block's high word). Scalar tensors must be
+    int64 on the device of ``out``.
+    """
+    index = torch.arange((out.numel() + 3) // 4, device=out.device)
+    words = philox((index, step, block & _MASK, block >> 32), key)
+    # (word + 1/2) / 2^32 lies strictly between 0 and 1, so the logarithm is finite.
+    uniform = [(word.double() + 0.5) / 2.0**32 for word in words]
+    values = []
+    for radius, turn in (uniform[:2], uniform[2:]):
+        length, angle = torch.sqrt(-2.0 * torch.log(radius)), 2.0 * math.pi * turn
+        values += [length * torch.cos(angle), length * torch.sin(angle)]
+    out.copy_(torch.stack(values, dim=-1).flatten()[: out.numel()].view(out.shape))
+
+
 class CounterNoise:
     """Standard normal noise keyed by ``seed`` (0 .. 2^64-1), block and step."""
 
@@ -52,12 +77,4 @@ class CounterNoise:
 
     def fill(self, out: Tensor, block: int, step: int) -> None:
         """Fill float32 ``out`` (contiguous, any shape) in place, on its own device."""
-        index = torch.arange((out.numel() + 3) // 4, device=out.device)
-        words = philox((index, step, block & _MASK, block >> 32), (self.seed & _MASK, self.seed >> 32))
-        # (word + 1/2) / 2^32 lies strictly between 0 and 1, so the logarithm is finite.
-        uniform = [(word.double() + 0.5) / 2.0**32 for word in words]
-        values = []
-        for radius, turn in (uniform[:2], uniform[2:]):
-            length, angle = torch.sqrt(-2.0 * torch.log(radius)), 2.0 * math.pi * turn
-            values += [length * torch.cos(angle), length * torch.sin(angle)]
-        out.copy_(torch.stack(values, dim=-1).flatten()[: out.numel()].view(out.shape))
+        fill_normal(out, block, step, seed_words(self.seed))
