@@ -36,6 +36,7 @@ TORCH_LIBRARY(echo_rt, m) {
       "float eps) -> ()");
   m.def("modulated_layer_norm(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor");
   m.def("gated_residual_norm(Tensor(a!) x, Tensor y, Tensor? gate, Tensor shift, Tensor scale, float eps) -> Tensor");
+  m.def("counter_noise(Tensor(a!) out, Tensor positions, Tensor seed, int step) -> ()");
   m.def("flow_step(Tensor(a!) x, Tensor flow, Tensor sigmas, Tensor? noise) -> ()");
   m.def("rms_silu_window(Tensor x, Tensor gamma, Tensor(a!) window, int past) -> ()");
   m.def("frames_to_uint8(Tensor video, Tensor(a!) out) -> ()");
@@ -51,6 +52,7 @@ TORCH_LIBRARY_IMPL(echo_rt, ECHO_RT_DISPATCH_KEY, m) {
   m.impl("gated_update", &gated_update);
   m.impl("modulated_layer_norm", &modulated_layer_norm);
   m.impl("gated_residual_norm", &gated_residual_norm);
+  m.impl("counter_noise", &counter_noise);
   m.impl("flow_step", &flow_step);
   m.impl("rms_silu_window", &rms_silu_window);
   m.impl("frames_to_uint8", &frames_to_uint8);

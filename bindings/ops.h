@@ -35,6 +35,8 @@ Tensor modulated_layer_norm(const Tensor& x, const Tensor& shift, const Tensor& 
 Tensor gated_residual_norm(const Tensor& x, const Tensor& y, const OptionalTensor& gate, const Tensor& shift,
                            const Tensor& scale, double eps);
 
+void counter_noise(const Tensor& out, const Tensor& positions, const Tensor& seed, int64_t step);
+
 void flow_step(const Tensor& x, const Tensor& flow, const Tensor& sigmas, const OptionalTensor& noise);
 
 void rms_silu_window(const Tensor& x, const Tensor& gamma, const Tensor& window, int64_t past);

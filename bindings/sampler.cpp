@@ -1,10 +1,41 @@
 // The sampler's operations for torch.
 
+#include <limits>
+
 #include "check.h"
 #include "ops.h"
+#include "sampler/counter_noise.h"
 #include "sampler/flow_step.h"
 
 namespace echo::bindings {
+namespace {
+
+// As advance() writes them: echo_rt/ops.py names them.
+constexpr int64_t kPositionFields = 5, kBlockField = 0;
+
+}  // namespace
+
+void counter_noise(const Tensor& out, const Tensor& positions, const Tensor& seed, int64_t step) {
+  const Call call("counter_noise", {{"out", out}, {"positions", positions}, {"seed", seed}});
+  call.dtype({"out", out}, at::kFloat);
+  call.dtype({"positions", positions}, at::kLong);
+  call.dtype({"seed", seed}, at::kLong);
+  call.shape({"positions", positions}, {kPositionFields});
+  call.shape({"seed", seed}, {2});
+  constexpr int64_t kLargestStep = std::numeric_limits<uint32_t>::max();
+  call.require(step >= 0 && step <= kLargestStep, "step", "0.." + std::to_string(kLargestStep), step);
+  for (const Named& each : {Named("out", out), Named("positions", positions), Named("seed", seed)}) {
+    call.contiguous(each);
+  }
+  call.aligned({"out", out});
+  CounterNoiseParams params;
+  params.out = out.mutable_data_ptr<float>();
+  params.block = positions.const_data_ptr<int64_t>() + kBlockField;
+  params.seed = seed.const_data_ptr<int64_t>();
+  params.step = static_cast<uint32_t>(step);
+  params.count = out.numel();
+  if (params.count != 0) call.done(launch_counter_noise(params, call.stream()));
+}
 
 void flow_step(const Tensor& x, const Tensor& flow, const Tensor& sigmas, const OptionalTensor& noise) {
   const Call call("flow_step", {{"x", x}, {"flow", flow}, {"sigmas", sigmas}, {"noise", noise}});

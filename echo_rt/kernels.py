@@ -119,6 +119,10 @@ class Kernels:
         return out
 
     @staticmethod
+    def counter_noise(out: Tensor, positions: Tensor, seed: Tensor, step: int) -> None:
+        _library.counter_noise(out, positions, seed, step)
+
+    @staticmethod
     def flow_step(x: Tensor, flow: Tensor, sigmas: Tensor, noise: Tensor | None) -> None:
         _library.flow_step(x, flow, sigmas, noise)
 
@@ -156,7 +160,16 @@ def _fake_queries(*arguments: Tensor | float | None) -> Tensor:
     return qkv.new_empty(qkv.shape[0], *k_cache.shape[1:])
 
 
-for _name in ("rope_table", "advance", "reanchor", "gated_update", "flow_step", "rms_silu_window", "frames_to_uint8"):
+for _name in (
+    "rope_table",
+    "advance",
+    "reanchor",
+    "gated_update",
+    "counter_noise",
+    "flow_step",
+    "rms_silu_window",
+    "frames_to_uint8",
+):
     torch.library.register_fake(f"echo_rt::{_name}", _fake_nothing)
 for _name in ("memory_attention", "modulated_layer_norm", "gated_residual_norm"):
     torch.library.register_fake(f"echo_rt::{_name}", _fake_like_first)

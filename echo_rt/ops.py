@@ -124,6 +124,14 @@ class Ops(Protocol):
         """``x += gate · y`` (written; no gate: 1), then returns ``LayerNorm(x) · scale + shift [n, dim]``."""
 
     @staticmethod
+    def counter_noise(out: Tensor, positions: Tensor, seed: Tensor, step: int) -> None:
+        """Standard normal noise of denoising step ``step`` of the block in ``positions``, into ``out`` (written).
+
+        ``out`` float32, contiguous, of any shape; ``positions`` int64 [5] as :meth:`advance` writes it; ``seed`` int64
+        [2], its low and its high 32 bits. What is made depends on these alone: see :mod:`echo_rt.noise`.
+        """
+
+    @staticmethod
     def flow_step(x: Tensor, flow: Tensor, sigmas: Tensor, noise: Tensor | None) -> None:
         """``x0 = x - sigma·flow``; x (written) becomes x0, or ``(1-sigma')·x0 + sigma'·noise`` where noise is given.
 
@@ -226,9 +234,34 @@ def check_memory(ops: Ops, dtype: torch.dtype, head_dim: int) -> None:
 
 
 def check_device(ops: Ops, device: torch.device) -> None:
-    """Raises :class:`BackendError` where the backend's operations cannot run on ``device``."""
+    """Raises :class:`BackendError` where the backend's operations cannot run on ``device``.
+
+    Asked when a model is loaded: a GPU that the kernels were not compiled for would refuse the first launch.
+    """
     needed = {"emulated": "cpu", "cuda": "cuda"}.get(ops.name, device.type)
     if device.type != needed:
         raise BackendError(
             f"backend {ops.name!r} runs on device {needed!r}, got {str(device)!r}; choose another of them"
         )
+    if ops.name == "cuda":
+        _check_architecture(device)
+
+
+def _check_architecture(device: torch.device) -> None:
+    import echo_rt._ops as _ops
+
+    major, minor = torch.cuda.get_device_capability(device)
+    built = _ops.CUDA_ARCHS.split()
+    if not any(_runs_on(architecture, major, minor) for architecture in built):
+        raise BackendError(
+            f"this build has kernels for {', '.join(f'sm_{a}' for a in built)}, and {device} is sm_{major}{minor}; "
+            "where this GPU is visible, install echo-rt again: pip install --no-build-isolation ."
+        )
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Whether machine code for ``"80"`` or ``"90a"`` runs on a GPU; there is no PTX that a driver could translate."""
+    number = int(architecture.rstrip("a"))
+    if architecture.endswith("a"):
+        return number == 10 * major + minor
+    return number // 10 == major and number % 10 <= minor

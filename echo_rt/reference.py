@@ -1,8 +1,8 @@
 """Every operation of echo-rt in plain torch: the definition that kernels are held against, and the ``torch`` backend.
 
-Knows torch and nothing else of this package. All arithmetic inside an operation is float32 (angles and the
-sampler's step: float64); results are rounded once, to the dtype of the tensor that receives them. Signatures and
-shapes are documented on :class:`echo_rt.ops.Ops`.
+Knows torch, and of this package the counter-based generator (:mod:`echo_rt.noise`) alone. All arithmetic inside an
+operation is float32 (angles, noise and the sampler's step: float64); results are rounded once, to the dtype of the
+tensor that receives them. Signatures and shapes are documented on :class:`echo_rt.ops.Ops`.
 
 No operation here reads a tensor's value on the host, so a CUDA graph can capture each of them.
 """
@@ -13,6 +13,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from echo_rt.noise import fill_normal
 
 name = "torch"
 
@@ -172,6 +174,10 @@ def gated_residual_norm(x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor
     update = y.float() if gate is None else y.float() * gate
     x.copy_(x.float() + update)
     return _layer_norm(x, shift, scale, eps).to(x.dtype)
+
+
+def counter_noise(out: Tensor, positions: Tensor, seed: Tensor, step: int) -> None:
+    fill_normal(out, positions[0], step, (seed[0], seed[1]))
 
 
 def flow_step(x: Tensor, flow: Tensor, sigmas: Tensor, noise: Tensor | None) -> None:

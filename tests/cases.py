@@ -171,6 +171,12 @@ def _gated_residual_norm(s: Sizes, m: _Maker) -> tuple[Any, ...]:
     return m.normal(n, s.dim), m.normal(n, s.dim), gate, _vector(s, m, 0), _vector(s, m, 1), EPS
 
 
+def _counter_noise(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+    out = torch.empty(s.frames, 4, 2, 2 * s.tokens, device=m.device)
+    # A block and a seed of which both words count.
+    return out, torch.tensor([5 * 2**32 + 9, 0, 0, 0, 0], device=m.device), torch.tensor([7, 3], device=m.device), 2
+
+
 def _flow_step(s: Sizes, m: _Maker) -> tuple[Any, ...]:
     shape = (s.frames, 4, 2, 2 * s.tokens)
     sigmas = torch.tensor([0.9375, 0.8333], dtype=torch.float64, device=m.device)
@@ -199,6 +205,7 @@ _MAKERS: dict[str, Callable[[Sizes, _Maker], tuple[Any, ...]]] = {
     "gated_update": _gated_update,
     "modulated_layer_norm": _modulated_layer_norm,
     "gated_residual_norm": _gated_residual_norm,
+    "counter_noise": _counter_noise,
     "flow_step": _flow_step,
     "rms_silu_window": _rms_silu_window,
     "frames_to_uint8": _frames_to_uint8,

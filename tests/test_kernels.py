@@ -107,6 +107,12 @@ def _strided(tensor: Tensor) -> Tensor:
 
 # Operation, what is wrong, and the words: name, expected, got.
 REFUSED: dict[str, tuple[str, Change, str]] = {
+    "noise-dtype": ("counter_noise", _set(0, Tensor.double), "out: expected dtype float32; got float64"),
+    "noise-stride": ("counter_noise", _set(0, _strided), r"out: expected contiguous memory; got strides \["),
+    "noise-alignment": ("counter_noise", _set(0, _misaligned), "out: expected an address that is a multiple of 16"),
+    "noise-positions": ("counter_noise", _set(1, lambda t: t[:4]), r"positions: expected shape \[5\]; got \[4\]"),
+    "noise-seed": ("counter_noise", _set(2, Tensor.int), "seed: expected dtype int64; got int32"),
+    "noise-step": ("counter_noise", _set(3, lambda _: -1), r"step: expected 0\.\.4294967295; got -1"),
     "flow-dtype": ("flow_step", _set(0, Tensor.double), "x: expected dtype float32; got float64"),
     "flow-integers": ("flow_step", _set(1, Tensor.int), "flow: expected dtype float32, bfloat16 or float16; got int32"),
     "flow-shape": ("flow_step", _set(1, lambda t: t[:1]), r"flow: expected shape \[3, 4, 2, 10\]; got \[1, 4, 2, 10\]"),
@@ -208,6 +214,37 @@ def test_a_device_that_the_backend_is_not_for(ops: Ops) -> None:
     check_device(load_ops("torch"), other)
     with pytest.raises(BackendError, match=f"backend '{ops.name}' runs on device '{own}', got '{other}'"):
         check_device(ops, other)
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("80", (8, 0), True),
+        ("80", (8, 9), True),
+        ("86", (8, 0), False),
+        ("80 86 89", (9, 0), False),
+        ("90a", (9, 0), True),
+        ("90a", (9, 1), False),
+        ("80 90a 100 120", (12, 1), True),
+        ("80 90a 100", (12, 0), False),
+        ("120", (10, 0), False),
+    ],
+)
+def test_a_gpu_that_the_build_has_no_code_for(
+    monkeypatch: pytest.MonkeyPatch, built: str, capability: tuple[int, int], runs: bool
+) -> None:
+    monkeypatch.delattr(echo_rt, "_ops", raising=False)
+    monkeypatch.setitem(sys.modules, "echo_rt._ops", _built(BACKEND="cuda", CUDA_ARCHS=built))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda, device = SimpleNamespace(name="cuda"), torch.device("cuda:1")
+    if runs:
+        check_device(cuda, device)
+        return
+    listed = ", ".join(f"sm_{architecture}" for architecture in built.split())
+    own = "sm_{}{}".format(*capability)
+    with pytest.raises(BackendError, match=f"kernels for {listed}, and cuda:1 is {own}; .* pip install") as error:
+        check_device(cuda, device)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.cuda

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from naive_noise import naive_noise
 from streaming import DEVICES, require
 
 import echo_rt.noise
+from echo_rt import reference
 from echo_rt.errors import ConfigError
-from echo_rt.noise import CounterNoise, philox
+from echo_rt.noise import fill_normal, philox, seed_words
+from echo_rt.options import check_seed
 
 
 @pytest.mark.parametrize(
@@ -32,9 +35,11 @@ def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, int], ex
     assert tuple(int(word) for word in words) == expected
 
 
-def fill(seed: int, block: int, step: int, *shape: int) -> torch.Tensor:
-    out = torch.empty(shape)
-    CounterNoise(seed).fill(out, block, step)
+def fill(seed: int, block: int, step: int, *shape: int, device: str = "cpu") -> torch.Tensor:
+    """What the operation makes; of its positions it may read the block alone."""
+    out = torch.empty(shape, device=device)
+    positions = torch.tensor([block, -1, -1, -1, -1], device=device)
+    reference.counter_noise(out, positions, torch.tensor(seed_words(seed), device=device), step)
     return out
 
 
@@ -63,29 +68,11 @@ def test_noise_depends_on_seed_block_and_step_only() -> None:
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "7", True])
 def test_bad_seeds_are_refused(seed: object) -> None:
     with pytest.raises(ConfigError, match="seed must be an integer"):
-        CounterNoise(seed)  # type: ignore[arg-type]
+        check_seed(seed)  # type: ignore[arg-type]
 
 
 def test_largest_seed_works() -> None:
     assert torch.isfinite(fill(2**64 - 1, 10**7, 3, 100)).all()
-
-
-def reference(seed: int, block: int, step: int, count: int) -> list[float]:
-    """The definition once more, one number at a time in Python's own integers and floats."""
-    low = 2**32 - 1
-    values: list[float] = []
-    for index in range((count + 3) // 4):
-        c = [index, step, block & low, block >> 32]
-        key = [seed & low, seed >> 32]
-        for _ in range(10):
-            a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
-            c = [(b >> 32) ^ c[1] ^ key[0], b & low, (a >> 32) ^ c[3] ^ key[1], a & low]
-            key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
-        u = [(word + 0.5) / 2**32 for word in c]
-        for radius, turn in ((u[0], u[1]), (u[2], u[3])):
-            length = math.sqrt(-2 * math.log(radius))
-            values += [length * math.cos(2 * math.pi * turn), length * math.sin(2 * math.pi * turn)]
-    return values[:count]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -95,10 +82,17 @@ def reference(seed: int, block: int, step: int, count: int) -> list[float]:
 )
 def test_noise_is_the_one_defined(seed: int, block: int, step: int, device: str) -> None:
     """On every device; the last bit of a float32 may differ, since each has sines and logarithms of its own."""
-    out = torch.empty(3, 7, 2, device=require(device))
-    CounterNoise(seed).fill(out, block, step)
-    expected = torch.tensor(reference(seed, block, step, out.numel()), dtype=torch.float64)
+    out = fill(seed, block, step, 3, 7, 2, device=require(device))
+    expected = torch.tensor(naive_noise(seed, block, step, out.numel()), dtype=torch.float64)
     torch.testing.assert_close(out.flatten().cpu().double(), expected, rtol=2.0**-23, atol=1e-12)
+
+
+@pytest.mark.parametrize(("seed", "block"), [(3, 5), (2**64 - 1, 2**32 - 1), (2**63, 2**40 + 1)])
+def test_a_block_that_the_host_counts_has_the_same_noise(seed: int, block: int) -> None:
+    """Bit for bit, or a stream would change with who counts its blocks."""
+    out = torch.empty(5, 7)
+    fill_normal(out, block, 2, seed_words(seed))
+    assert torch.equal(out, fill(seed, block, 2, 5, 7))
 
 
 @pytest.mark.cuda

@@ -12,20 +12,27 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EPS, OPS, SIZES, Sizes, make_case
-from closeness import relative_error
-from torch import Tensor
+from cases import OPS, SIZES, Sizes
+from naive_noise import naive_noise
+from op_checks import (
+    BOUNDS,
+    as_float64,
+    assert_close,
+    assert_same,
+    case,
+    copies,
+    layer_norm,
+    rms,
+    rotate,
+    spread,
+)
 
 from echo_rt import reference
 from echo_rt.errors import BackendError
-from echo_rt.ops import BACKEND_VARIABLE, Ops, available_backends, load_ops
+from echo_rt.ops import BACKEND_VARIABLE, POSITION_FIELDS, Ops, available_backends, load_ops
 from echo_rt.state import RingLayout
 
 BACKENDS = [name for name, status in available_backends().items() if status == "available"]
-# Rounding of the result to the dtype, and of the float32 arithmetic before it: no backend may be further off.
-BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
-# Chance in torch's own error: another order of summation rounds other elements up and down.
-SLACK = 0.1
 DTYPES = pytest.mark.parametrize("dtype", BOUNDS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 ALL_SIZES = pytest.mark.parametrize("size", SIZES)
 # The memory's kernels have tiles for two head sizes, and no float32.
@@ -39,55 +46,6 @@ MEMORY_SIZES = {
 @pytest.fixture(params=BACKENDS)
 def ops(request: pytest.FixtureRequest) -> Ops:
     return load_ops(request.param)
-
-
-def case(ops: Ops, op: str, sizes: Sizes, dtype: torch.dtype) -> list[Any]:
-    return make_case(op, sizes, dtype, "cuda" if ops.name == "cuda" else "cpu")
-
-
-def copies(args: list[Any]) -> list[Any]:
-    return [a.clone() if isinstance(a, Tensor) else a for a in args]
-
-
-def assert_close(actual: Tensor, torchs: Tensor, expected: Tensor, bound: float) -> None:
-    """``torchs``: the same from torch in the same precision, whose error is the measure."""
-    error, own = relative_error(actual, expected), relative_error(torchs, expected)
-    allowed = min(bound, 2 * own + SLACK * bound)
-    assert error <= allowed, f"off by {error:.2e}; torch is by {own:.2e}, allowed are {allowed:.2e}"
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Byte for byte; a failure names the first coordinates that differ."""
-    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
-    wrong = (actual.contiguous().view(torch.uint8) != expected.contiguous().view(torch.uint8)).nonzero()
-    assert not len(wrong), f"{len(wrong)} bytes differ, the first at {wrong[0].tolist()} (last: byte in the row)"
-
-
-def spread(x: Tensor) -> Tensor:
-    """The same rows, with a stride that is not their width."""
-    return torch.cat((x, x), -1)[:, : x.shape[1]]
-
-
-def as_float64(args: list[Any]) -> list[Any]:
-    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-
-
-def rms(x: Tensor, weight: Tensor) -> Tensor:
-    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + EPS) * weight
-
-
-def layer_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + EPS) * scale + shift
-
-
-def rotate(x: Tensor, temporal: Tensor, spatial: Tensor) -> Tensor:
-    """``x [F·S, H, d]`` turned, token by token, as complex numbers."""
-    frames, tokens = temporal.shape[0], spatial.shape[0]
-    table = torch.cat((temporal.repeat_interleave(tokens, 0), spatial.repeat(frames, 1, 1)), 1)
-    turn = torch.view_as_complex(table.contiguous())[:, None]
-    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
-    return torch.view_as_real(pairs * turn).flatten(-2)
 
 
 def test_cases_cover_the_schema() -> None:
@@ -286,6 +244,35 @@ def test_gated_residual_norm(ops: Ops, dtype: torch.dtype, size: str, gated: boo
     assert_close(actual, torchs, layer_norm(added, shift, scale), 2 * BOUNDS[dtype])  # of a rounded sum
 
 
+@pytest.mark.parametrize("count", [288, 1, 7, 2051])
+@pytest.mark.parametrize(
+    ("seed", "block", "step"),
+    [(0, 0, 0), (2**64 - 1, 2**32 - 1, 3), (2**32, 2**32, 1), (2**63 + 5, 5 * 2**32 + 9, 2**32 - 1), (7, 2**62, 4)],
+)
+def test_counter_noise(ops: Ops, seed: int, block: int, step: int, count: int) -> None:
+    out, positions, words, _ = case(ops, "counter_noise", SIZES["small"], torch.float32)
+    positions[:] = -1
+    positions[POSITION_FIELDS.index("block")] = block
+    words[:] = torch.tensor([seed % 2**32, seed // 2**32])
+    room = out.new_full((count + 5,), math.nan)
+    ops.counter_noise(room[:count], positions, words, step)
+    expected = torch.tensor(naive_noise(seed, block, step, count), dtype=torch.float64)
+    # A float32 of other words would be nowhere near; logarithms and cosines may be of another library: one ulp.
+    torch.testing.assert_close(room[:count].cpu().double(), expected, rtol=2.0**-23, atol=1e-12)
+    assert room[count:].isnan().all(), "written past the end"
+
+
+def test_counter_noise_follows_the_positions_that_advance_writes(ops: Ops) -> None:
+    args = case(ops, "advance", SIZES["small"], torch.float32)
+    out, _, seed, step = case(ops, "counter_noise", SIZES["small"], torch.float32)
+    args[0][0] = 2**32 - 2
+    for block in (2**32 - 1, 2**32):
+        ops.advance(*args)
+        ops.counter_noise(out, args[0], seed, step)
+        expected = naive_noise(7 + 3 * 2**32, block, step, out.numel())
+        torch.testing.assert_close(out.flatten().cpu(), torch.tensor(expected), rtol=2.0**-23, atol=1e-12)
+
+
 @DTYPES
 @pytest.mark.parametrize("last", [False, True], ids=["renoised", "last"])
 @pytest.mark.parametrize("count", [288, 1, 7, 2051])
@@ -303,7 +290,7 @@ def test_flow_step(ops: Ops, dtype: torch.dtype, last: bool, count: int) -> None
 
 
 @DTYPES
-@pytest.mark.parametrize("channels", [6, 96, 100, 384])
+@pytest.mark.parametrize("channels", [6, 96, 100, 384, 1024, 1030])
 @pytest.mark.parametrize("zeros", [False, True], ids=["random", "zeros"])
 def test_rms_silu_window(ops: Ops, dtype: torch.dtype, channels: int, zeros: bool) -> None:
     args = case(ops, "rms_silu_window", Sizes(vae=(3, 5, 4, channels)), dtype)
