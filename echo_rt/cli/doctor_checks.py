@@ -14,10 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from echo_rt.build_info import __version__, build_info
 from echo_rt.errors import EchoError
+
+if TYPE_CHECKING:
+    import torch
 
 Status = Literal["ok", "absent", "missing"]  # absent: can be done without
 
@@ -35,7 +38,6 @@ _DEPENDENCIES = (
     ("rich", "rich", "progress and tables", True),
     ("pynvml", "nvidia-ml-py", "driver and memory of NVIDIA GPUs", False),
     ("nvtx", "nvtx", "named ranges in Nsight", False),
-    ("flash_attn", "flash-attn", "FlashAttention for the cache, beside torch's own", False),
 )
 
 _BACKENDS = {
@@ -43,8 +45,6 @@ _BACKENDS = {
     "emulated": "the kernels executed on the CPU, for tests: slow",
     "cuda": "the kernels on a GPU",
 }
-
-_GPU_ATTENTION = ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
 
 
 @dataclass(frozen=True)
@@ -232,36 +232,43 @@ def _compilers() -> Iterator[Fact]:
 
 
 def _attention() -> Iterator[Fact]:
-    """Run each of torch's attention implementations once, on the best device, in the type that it would be used in."""
+    """Which libraries of attention work on the best device, and which one a model would be given there."""
     try:
         import torch
-        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        from echo_rt.attention import available_attention
     except (ImportError, OSError):
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name in (*_GPU_ATTENTION, "FLASH_ATTENTION", "MATH"):
-        group, label = "attention", f"{name.removesuffix('_ATTENTION').lower()} on {device}"
-        need: Status = "missing" if name == "MATH" else "absent"
-        if device == "cpu" and name in _GPU_ATTENTION:
-            yield Fact(group, label, "there is one only for GPUs", "absent")
-            continue
-        # Why torch cannot use an implementation comes as warnings before the error.
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            try:
-                q, k, v = torch.randn(3, 1, 2, 64, 128, device=device, dtype=torch.bfloat16)
-                with sdpa_kernel(getattr(SDPBackend, name)):
-                    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-                works = bool(out.isfinite().all())
-                why = "the result is not finite"
-            except Exception as error:  # whatever a driver or library raises is the finding
-                works = False
-                why = "; ".join(dict.fromkeys(_first_line(w.message) for w in said)) or _first_line(error)
-        if works:
-            yield Fact(group, label, "works")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        states = available_attention(device)
+    except Exception as error:  # of the driver: the GPU may be full, or in an error state
+        yield Fact("attention", f"on {device}", _first_line(error), "missing", "see nvidia-smi, and free the GPU")
+        return
+    for name, state in states.items():
+        why, _, advice = state.partition("; ")
+        if state == "available":
+            yield Fact("attention", name, f"works on {device}")
         else:
-            advice = "another one is used" if need == "absent" else "install torch again"
-            yield Fact(group, label, why, need, advice)
+            yield Fact("attention", name, why, "absent", advice or "another one is used")
+    if "available" not in states.values():
+        yield Fact("attention", "any of them", f"none works on {device}", "missing", "install torch again")
+        return
+    yield from _chosen_attention(device)
+
+
+def _chosen_attention(device: torch.device) -> Iterator[Fact]:
+    from echo_rt.attention import cache_file, known_choices
+
+    cache = cache_file()
+    chosen = list(known_choices(device, cache))
+    for name, reason in chosen:
+        yield Fact("attention", "chosen", f"{name}: {reason}")
+    if not chosen:
+        advice = "it is measured when a model is loaded" + ("" if cache else "; to remember it, set ECHO_RT_CACHE_DIR")
+        yield Fact("attention", "chosen", "not measured yet", "absent", advice)
+    elif cache and device.type == "cuda":
+        yield Fact("attention", "remembered in", f"{cache} (without it, measured anew)")
 
 
 def _encoder() -> Iterator[Fact]:

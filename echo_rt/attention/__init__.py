@@ -1,0 +1,21 @@
+"""Attention without a mask, by whichever library is fastest here.
+
+A model is given its attention when it is loaded, as it is given its operations: :func:`choose_attention` measures what
+is installed, on the model's own shapes, and remembers the outcome in a file.
+"""
+
+from echo_rt.attention.choice import Choice, available_attention, choose_attention, known_choices
+from echo_rt.attention.kinds import ATTENTION_NAMES, Attention
+from echo_rt.attention.remembered import cache_file
+from echo_rt.attention.trials import AttentionShapes
+
+__all__ = [
+    "ATTENTION_NAMES",
+    "Attention",
+    "AttentionShapes",
+    "Choice",
+    "available_attention",
+    "cache_file",
+    "choose_attention",
+    "known_choices",
+]

@@ -1,0 +1,104 @@
+"""Trying an attention on a GPU: is it right on the model's own shapes, and how long does it take there?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from echo_rt.attention.kinds import Attention
+
+# Largest relative error of a query's output against float64: a few roundings of the dtype, far from one key too few.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+_CHECKED_QUERIES = 32
+_WARM_UPS = 3
+_CALLS_TIMED_TOGETHER = 4  # the time between two events includes the launch of the graph
+
+
+@dataclass(frozen=True)
+class AttentionShapes:
+    """Of one call, in tokens: ``queries`` attend to ``keys``, in ``heads`` heads of ``head_dim`` numbers."""
+
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.queries} queries, {self.keys} keys, {self.heads} heads of {self.head_dim}"
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The formula in float64, ``[n, H·d]``; a head at a time, as it is many times the size of its input."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    heads = [
+        torch.softmax(q[:, head].double() @ k[:, head].double().T * scale, dim=-1) @ v[:, head].double()
+        for head in range(q.shape[1])
+    ]
+    return torch.stack(heads, dim=1).flatten(1)
+
+
+class Trials:
+    """Random q, k, v of ``shapes``, with k and v laid out as in the KV buffer."""
+
+    def __init__(self, shapes: AttentionShapes, device: torch.device, dtype: torch.dtype) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, shapes.heads, shapes.head_dim, generator=generator, device=device, dtype=dtype)
+
+        self._device = device
+        self._q = normal(shapes.queries)
+        self._k, self._v = normal(2, shapes.keys)
+
+    def error(self, attention: Attention) -> float:
+        """The largest relative error among queries from first to last; infinite for an output of the wrong kind."""
+        q, k, v = self._q, self._k, self._v
+        with _current(self._device):
+            out = attention(q, k, v)
+            if out.shape != (q.shape[0], q.shape[1] * q.shape[2]) or out.dtype != q.dtype:
+                return math.inf
+            checked = min(_CHECKED_QUERIES, q.shape[0])
+            rows = torch.linspace(0, q.shape[0] - 1, checked, device=q.device).round().long()
+            exact = exact_attention(q[rows], k, v)
+            errors = (out[rows].double() - exact).norm(dim=1) / exact.norm(dim=1)
+        # A comparison with NaN is false whatever one asks; an infinite error is not.
+        return float(errors.nan_to_num(nan=math.inf).max())
+
+    def stopwatch(self, attention: Attention) -> Callable[[], float]:
+        """A function that runs ``attention`` and returns the milliseconds of a call on the device.
+
+        It runs as it will in the steady state, replayed from a CUDA graph, so that what cannot be captured fails
+        here, and what a library spends in Python does not count.
+        """
+        q, k, v, device = self._q, self._k, self._v, self._device
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        with _current(device):
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    attention(q, k, v)
+            # Other threads may be running models meanwhile.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                for _ in range(_CALLS_TIMED_TOGETHER):
+                    attention(q, k, v)
+
+        def milliseconds() -> float:
+            with _current(device):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                return float(start.elapsed_time(end)) / _CALLS_TIMED_TOGETHER
+
+        return milliseconds
+
+
+def _current(device: torch.device) -> torch.cuda.device:
+    """Libraries ask for the properties of the current GPU; on a CPU this changes nothing."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -1,0 +1,282 @@
+"""Which attention is chosen: by name, by measuring, from the file of earlier measurements."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from echo_rt.attention import ATTENTION_NAMES, AttentionShapes, available_attention, choose_attention, known_choices
+from echo_rt.attention.kinds import HeadsFirst, Kind
+from echo_rt.errors import BackendError
+
+SHAPES = AttentionShapes(queries=6, keys=10, heads=2, head_dim=8)
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+def kind(name: str, **facts) -> Kind:
+    return Kind(name, lambda: HeadsFirst(name, lambda q, k, v: q), **facts)
+
+
+def absent(name: str, why: str) -> Kind:
+    def load():
+        raise BackendError(why)
+
+    return Kind(name, load)
+
+
+@dataclass
+class FakeJudge:
+    """Errors and milliseconds by name; a name without a time cannot be captured. Counts what it is asked."""
+
+    times: dict[str, float | list[float]]
+    errors: dict[str, float | Exception] = field(default_factory=dict)
+    asked: list[tuple[AttentionShapes, torch.device, torch.dtype]] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+    timed: list[str] = field(default_factory=list)
+
+    def __call__(self, *case) -> FakeJudge:
+        self.asked.append(case)
+        return self
+
+    def error(self, attention) -> float:
+        self.checked.append(attention.name)
+        error = self.errors.get(attention.name, 0.0)
+        if isinstance(error, Exception):
+            raise error
+        return error
+
+    def stopwatch(self, attention) -> Callable[[], float]:
+        if attention.name not in self.times:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        time = self.times[attention.name]
+
+        def watch() -> float:
+            self.timed.append(attention.name)
+            return time if isinstance(time, float) else time[self.timed.count(attention.name) % len(time)]
+
+        return watch
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """What this module asks of a GPU, apart from the work itself."""
+    properties = SimpleNamespace(name="Imaginary 9000", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return properties
+
+
+def choose(judge, kinds, cache=None, requested=None, dtype=torch.bfloat16, shapes=SHAPES, device=GPU):
+    return choose_attention(requested, device=device, dtype=dtype, shapes=shapes, cache=cache, kinds=kinds, judge=judge)
+
+
+def test_the_fastest_is_chosen_and_the_reason_says_so(caplog):
+    judge = FakeJudge({"a": 2.0, "b": 0.5, "c": 1.0})
+    with caplog.at_level(logging.INFO, "echo_rt.attention"):
+        choice = choose(judge, [kind("a"), kind("b"), kind("c")])
+    assert choice.attention.name == "b"
+    assert choice.timings == {"a": 2.0, "b": 0.5, "c": 1.0} and choice.rejected == {}
+    assert choice.reason == "fastest on Imaginary 9000: b 0.500 ms, c 1.000 ms, a 2.000 ms"
+    assert judge.asked == [(SHAPES, GPU, torch.bfloat16)], "the real shapes, device and dtype"
+    assert choice.reason in caplog.text and str(SHAPES) in caplog.text
+
+
+def test_medians_count_and_all_are_timed_in_turns():
+    judge = FakeJudge({"steady": 1.0, "erratic": [0.1, 3.0, 3.0]})
+    assert choose(judge, [kind("steady"), kind("erratic")]).attention.name == "steady"
+    assert judge.timed[:4] == ["steady", "erratic", "steady", "erratic"]
+    assert len(judge.timed) >= 10
+
+
+@pytest.mark.parametrize("error", [0.5, math.inf])
+def test_a_wrong_one_is_rejected_and_named(caplog, error):
+    judge = FakeJudge({"wrong": 0.1, "right": 1.0}, errors={"wrong": error, "right": 0.001})
+    choice = choose(judge, [kind("wrong"), kind("right")])
+    assert choice.attention.name == "right"
+    assert "wrong" in choice.rejected["wrong"] and "wrong" not in choice.timings and "wrong" not in judge.timed
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert record.getMessage().startswith("wrong is not used: its result is wrong")
+
+
+def test_the_bound_is_that_of_the_dtype():
+    judge = FakeJudge({"a": 1.0}, errors={"a": 0.01})
+    every = (torch.bfloat16, torch.float16)
+    assert choose(judge, [kind("a", dtypes=every)]).attention.name == "a"
+    with pytest.raises(BackendError, match="its result is wrong"):
+        choose(judge, [kind("a", dtypes=every)], dtype=torch.float16)
+
+
+def test_what_fails_is_left_out_with_its_own_words():
+    judge = FakeJudge({"works": 1.0}, errors={"fails": RuntimeError("head size 20 is not supported\ntraceback")})
+    kinds = [absent("gone", "it is not installed; pip install it"), kind("fails"), kind("rigid"), kind("works")]
+    choice = choose(judge, kinds)
+    assert choice.attention.name == "works" and choice.reason.startswith("the only one that works on")
+    assert choice.rejected["gone"] == "it is not installed; pip install it"
+    assert "it does not compute 6 queries, 10 keys, 2 heads of 8 in bfloat16" in choice.rejected["fails"]
+    assert "head size 20 is not supported" in choice.rejected["fails"]
+    assert "cannot be captured in a CUDA graph: operation not permitted" in choice.rejected["rigid"]
+    assert not any("\n" in why for why in choice.rejected.values())
+
+
+def test_where_nothing_works_everything_is_said():
+    judge = FakeJudge({}, errors={"b": RuntimeError("too old")})
+    with pytest.raises(BackendError, match=r"no attention works on cuda:0 for 6 queries.*a: it is gone.*b: .*too old"):
+        choose(judge, [absent("a", "it is gone"), kind("b")])
+
+
+def test_a_full_gpu_is_no_fault_of_a_library():
+    for judge in (FakeJudge({"a": 1.0}, errors={"a": torch.OutOfMemoryError("full")}), FakeJudge({"a": 1.0})):
+        if not judge.errors:
+            judge.stopwatch = lambda attention: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
+        with pytest.raises(torch.OutOfMemoryError):
+            choose(judge, [kind("a")])
+
+
+def test_one_that_holds_all_scores_is_for_where_nothing_else_works():
+    large, small = kind("large", fused=False), kind("small")
+    judge = FakeJudge({"large": 0.1, "small": 1.0})
+    choice = choose(judge, [large, small])
+    assert choice.attention.name == "small" and "large" not in judge.checked and "large" in choice.rejected
+    assert choose(judge, [large, absent("small", "gone")]).attention.name == "large"
+
+
+# -- by name -----------------------------------------------------------------------------------------------------
+
+
+def test_a_name_forces_and_is_checked_but_not_timed(tmp_path):
+    judge = FakeJudge({"a": 2.0, "b": 0.5})
+    choice = choose(judge, [kind("a"), kind("b")], requested="a", cache=tmp_path / "attention.json")
+    assert (choice.attention.name, choice.reason) == ("a", "asked for by name")
+    assert (judge.checked, judge.timed, list(tmp_path.iterdir())) == (["a"], [], [])
+
+
+@pytest.mark.parametrize(
+    ("requested", "dtype", "said"),
+    [
+        ("c", torch.bfloat16, r"attention must be one of a, gone, b; got 'c'"),
+        ("gone", torch.bfloat16, r"attention 'gone' is not available: it is not installed; pip install it"),
+        ("a", torch.float32, r"attention 'a' is not available: it computes in bfloat16 or float16, .* is float32; "),
+        ("b", torch.bfloat16, r"attention 'b' is not available: its result is wrong"),
+    ],
+)
+def test_a_name_that_cannot_be_had(requested, dtype, said):
+    judge = FakeJudge({}, errors={"b": 1.0})
+    with pytest.raises(BackendError, match=said) as caught:
+        choose(
+            judge, [kind("a"), absent("gone", "it is not installed; pip install it"), kind("b")], None, requested, dtype
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_on_a_cpu():
+    for name, choice in (
+        ("sdpa", choose_attention(None, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None)),
+        ("sdpa-math", choose_attention("sdpa-math", device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None)),
+    ):
+        assert choice.attention.name == name
+    for name in set(ATTENTION_NAMES) - {"sdpa", "sdpa-math"}:
+        with pytest.raises(
+            BackendError, match=f"attention '{name}' is not available: it runs on cuda, the device is cpu"
+        ):
+            choose_attention(name, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None)
+
+
+def test_on_a_gpu_torchs_cpu_kind_names_the_others():
+    with pytest.raises(BackendError, match=r"'sdpa' .* it runs on cpu, the device is cuda:0; choose sdpa-cudnn or "):
+        choose_attention("sdpa", device=GPU, dtype=torch.bfloat16, shapes=SHAPES, cache=None, judge=FakeJudge({}))
+
+
+def test_on_a_cpu_nothing_is_measured_or_written(tmp_path):
+    judge, cache = FakeJudge({}), tmp_path / "attention.json"
+    choose_attention(None, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=cache, judge=judge)
+    assert judge.asked == [] and list(tmp_path.iterdir()) == []
+
+
+# -- the file ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "deep" / "attention.json"
+
+
+def test_what_was_measured_is_not_measured_again(cache):
+    kinds = [kind("a"), kind("b"), absent("c", "gone")]
+    first = choose(FakeJudge({"a": 2.0, "b": 0.5}), kinds, cache)
+    judge = FakeJudge({"a": 0.1, "b": 9.0})
+    again = choose(judge, kinds, cache)
+    assert judge.asked == [], "not even tensors are made"
+    assert again.attention.name == "b" and again.timings == first.timings and again.rejected == {"c": "gone"}
+    assert again.reason == f"{first.reason} (remembered in {cache})"
+    assert list(known_choices(GPU, cache, kinds)) == [("b", f"for {SHAPES} in bfloat16, {first.reason}")]
+
+
+def changed_gpu(monkeypatch, gpu):
+    gpu.name = "Imaginary 9001"
+
+
+def changed_torch(monkeypatch, gpu):
+    monkeypatch.setattr(torch, "__version__", "99.0")
+
+
+def changed_cudnn(monkeypatch, gpu):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 99_000)
+
+
+def changed_library(monkeypatch, gpu):
+    monkeypatch.setattr(Kind, "version", lambda self: "99")
+
+
+def changed_driver(monkeypatch, gpu):
+    monkeypatch.setattr("echo_rt.attention.machine._driver", lambda: "999.9")
+
+
+@pytest.mark.parametrize("change", [changed_gpu, changed_torch, changed_cudnn, changed_library, changed_driver])
+def test_another_machine_is_measured_anew_and_the_first_is_kept(cache, monkeypatch, gpu, change):
+    kinds = [kind("a"), kind("b")]
+    choose(FakeJudge({"a": 2.0, "b": 0.5}), kinds, cache)
+    with monkeypatch.context() as patch:
+        change(patch, gpu)
+        assert list(known_choices(GPU, cache, kinds)) == []
+        assert choose(FakeJudge({"a": 0.1, "b": 9.0}), kinds, cache).attention.name == "a"
+    gpu.name = "Imaginary 9000"
+    judge = FakeJudge({})
+    assert choose(judge, kinds, cache).attention.name == "b" and judge.asked == []
+
+
+def test_other_shapes_and_dtypes_are_their_own(cache):
+    kinds = [kind("a"), kind("b")]
+    other = AttentionShapes(queries=6, keys=3, heads=2, head_dim=8)
+    assert choose(FakeJudge({"a": 1.0, "b": 2.0}), kinds, cache).attention.name == "a"
+    assert choose(FakeJudge({"a": 2.0, "b": 1.0}), kinds, cache, shapes=other).attention.name == "b"
+    assert choose(FakeJudge({"a": 2.0, "b": 1.0}), kinds, cache, dtype=torch.float16).attention.name == "b"
+    judge = FakeJudge({})
+    names = [
+        choose(judge, kinds, cache, shapes=s, dtype=d).attention.name
+        for s, d in ((SHAPES, torch.bfloat16), (other, torch.bfloat16), (SHAPES, torch.float16))
+    ]
+    assert names == ["a", "b", "b"] and judge.asked == []
+
+
+def test_a_winner_that_is_gone_is_not_missed(cache, caplog):
+    kinds = [kind("a"), kind("b")]
+    choose(FakeJudge({"a": 2.0, "b": 0.5}), kinds, cache)
+    choice = choose(FakeJudge({"a": 2.0}), [kind("a"), absent("b", "it does not load")], cache)
+    assert choice.attention.name == "a" and choice.rejected == {"b": "it does not load"}
+    assert "b was the fastest and is no longer there (it does not load)" in caplog.text
+
+
+def test_what_is_available():
+    judge = FakeJudge({}, errors={"b": RuntimeError("no kernel image"), "c": math.inf})
+    states = available_attention(GPU, [kind("a"), kind("b"), kind("c"), absent("d", "gone; get it")], judge)
+    assert states["a"] == "available" and states["d"] == "gone; get it"
+    assert "no kernel image; choose another" in states["b"] and "its result is wrong" in states["c"]
+    assert judge.asked[0][2] == torch.bfloat16, "the dtype that models have on a GPU"
+    on_cpu = available_attention(CPU)
+    assert [name for name, state in on_cpu.items() if state == "available"] == ["sdpa", "sdpa-math"]
+    assert tuple(on_cpu) == ATTENTION_NAMES

@@ -1,0 +1,243 @@
+"""Graphs and lanes without a GPU: stages are recorded as lists of operations and replayed, and every access is kept.
+
+What a CUDA graph does to the code it was captured from, this does: the addresses and the host's values of the second
+run are what all later ones use. And what runs on lanes that no mark orders is found, though here everything runs in
+the order in which it was asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from echo_rt.executor import Lane, Mark, stage_name
+
+HOST = "host"
+Clock = dict[str, int]
+
+
+def _merged(*clocks: Mapping[str, int]) -> Clock:
+    out: Clock = defaultdict(int)
+    for clock in clocks:
+        for lane, at in clock.items():
+            out[lane] = max(out[lane], at)
+    return out
+
+
+@dataclass
+class RecordedMark:
+    """A point in a lane: all that is known to have happened by then."""
+
+    recorder: Recorder
+    clock: Clock
+    time: float = field(default_factory=time.perf_counter)
+
+    def wait(self) -> None:
+        self.recorder.clocks[HOST] = _merged(self.recorder.clocks[HOST], self.clock)
+
+    def seconds_since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, RecordedMark)
+        return self.time - earlier.time
+
+
+@dataclass(frozen=True)
+class Access:
+    """One operation's use of one buffer."""
+
+    lane: str
+    at: int
+    clock: Mapping[str, int]
+    stage: str
+    operation: str
+    buffer: str
+    begin: int
+    end: int
+    writes: bool
+
+    def races(self, later: Access) -> bool:
+        """Whether nothing orders this access before ``later``, and it matters."""
+        overlap = self.begin < later.end and later.begin < self.end
+        return (
+            overlap
+            and (self.writes or later.writes)
+            and self.lane != later.lane
+            and later.clock.get(self.lane, 0) < self.at
+        )
+
+
+@dataclass
+class _Call:
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    fresh: list[tuple[int, Tensor]]  # which outputs are new tensors, and these
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class Recorder(TorchDispatchMode):
+    """An executor (:class:`echo_rt.executor.Executor`), and, entered as a context, what sees every operation.
+
+    ``buffers``: the tensors whose accesses are kept, by name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: dict[str, Tensor] = {}
+        self.replays = self.runs = 0
+        self.clocks: dict[str, Clock] = {lane: defaultdict(int) for lane in (HOST, *(lane.value for lane in Lane))}
+        self.accesses: list[Access] = []
+        self.outside: Counter[str] = Counter()  # operations that are part of no stage
+        self.ignored: set[tuple[str, str]] = set()  # (stage, stage it would wait for): marks to be overlooked
+        self._mark_stages: dict[int, str] = {}
+        self._lane, self._stage = HOST, ""
+        self._seen: set[Hashable] = set()
+        self._graphs: dict[Hashable, list[_Call]] = {}
+        self._capturing: list[_Call] | None = None
+
+    # ---------------------------------------------------------------- executor
+
+    def run(
+        self,
+        stage: Callable[..., None],
+        *facts: Hashable,
+        lane: Lane = Lane.MAIN,
+        after: Sequence[Mark | None] = (),
+    ) -> Mark:
+        key, name = (stage, facts), stage_name(stage)
+        self.runs += 1
+        waited = [mark for mark in after if isinstance(mark, RecordedMark)]
+        waited = [mark for mark in waited if (name, self._mark_stages.get(id(mark), "")) not in self.ignored]
+        with self._on(lane, name, *(mark.clock for mark in waited)):
+            if key in self._graphs:
+                self.replays += 1
+                for call in self._graphs[key]:
+                    self._replay(call)
+            elif key in self._seen:
+                self._graphs[key] = self._capturing = []
+                try:
+                    stage(*facts)
+                finally:
+                    self._capturing = None
+            else:
+                self._seen.add(key)
+                stage(*facts)
+        mark = self.mark(lane)
+        self._mark_stages[id(mark)] = name
+        self._marks_alive.append(mark)
+        return mark
+
+    _marks_alive: list[Mark] = []  # noqa: RUF012 - so that no id is used twice
+
+    @contextmanager
+    def _on(self, lane: Lane, stage: str, *clocks: Clock) -> Iterator[None]:
+        outer = self._lane, self._stage
+        self._lane, self._stage = lane.value, stage
+        # Whatever is asked for comes after what the host has done and seen.
+        self.clocks[lane.value] = _merged(self.clocks[lane.value], self.clocks[HOST], *clocks)
+        try:
+            yield
+        finally:
+            self._lane, self._stage = outer
+
+    @contextmanager
+    def apart(self, lane: Lane = Lane.MAIN) -> Iterator[None]:
+        with self._on(lane, ""):
+            yield
+
+    def mark(self, lane: Lane, again: Mark | None = None) -> Mark:
+        return RecordedMark(self, dict(self.clocks[lane.value]))
+
+    def settle(self) -> None:
+        self.clocks[HOST] = _merged(*self.clocks.values())
+
+    def close(self) -> None:
+        self.settle()
+        self._graphs.clear()
+        self._seen.clear()
+
+    # ---------------------------------------------------------------- operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        inputs = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        fresh = [
+            (place, out)
+            for place, out in enumerate(_tensors(result))
+            if out.untyped_storage().data_ptr() not in inputs
+        ]
+        call = _Call(func, tuple(args), dict(kwargs), fresh)
+        if self._capturing is not None:
+            self._capturing.append(call)
+        if not self._stage:
+            self.outside[func.overloadpacket.__name__] += 1
+        self._note(call)
+        return result
+
+    def _replay(self, call: _Call) -> None:
+        with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+            outputs = _tensors(call.function(*call.args, **call.kwargs))
+            for place, out in call.fresh:
+                out.copy_(outputs[place])
+        self._note(call)
+
+    def _note(self, call: _Call) -> None:
+        """Keep the accesses to the buffers; an operation that only makes a view accesses nothing."""
+        schema = call.function._schema
+        written: list[Tensor] = [out for _, out in call.fresh]
+        read: list[Tensor] = []
+        for position, argument in enumerate(schema.arguments):
+            value = call.args[position] if position < len(call.args) else call.kwargs.get(argument.name)
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            (written if writes else read).extend(_tensors(value))
+        views = any(out.alias_info is not None and not out.alias_info.is_write for out in schema.returns)
+        if views:
+            return
+        clock = self.clocks[self._lane]
+        clock[self._lane] = clock.get(self._lane, 0) + 1
+        stamp: Clock | None = None
+        for tensors, writes in ((read, False), (written, True)):
+            for tensor in tensors:
+                for name, buffer in self.buffers.items():
+                    begin, end = _extent(tensor)
+                    low, high = _extent(buffer)
+                    if begin < high and low < end:
+                        stamp = stamp or dict(clock)
+                        operation = call.function.overloadpacket.__name__
+                        self.accesses.append(
+                            Access(
+                                self._lane, clock[self._lane], stamp, self._stage, operation, name, begin, end, writes
+                            )
+                        )
+
+    def races(self) -> list[str]:
+        """Every pair of accesses to one buffer that nothing orders, in words."""
+        found: dict[str, None] = {}
+        by_buffer: dict[str, list[Access]] = defaultdict(list)
+        for access in self.accesses:
+            for earlier in by_buffer[access.buffer]:
+                if earlier.races(access):
+                    words = f"{access.buffer}: {earlier.stage or earlier.lane} and {access.stage or access.lane}"
+                    found[words] = None
+            by_buffer[access.buffer].append(access)
+        return list(found)
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """First and last-but-one byte of what a tensor can reach; of a strided one, all that lies between."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
