@@ -35,6 +35,8 @@ struct Named {
 
 inline constexpr size_t kVectorBytes = 16;
 inline constexpr size_t kAngleBytes = 2 * sizeof(float);  // cosine and sine
+// Entries of the position record that advance() writes, and the place of the block among them.
+inline constexpr int64_t kPositionFields = 5, kBlockField = 0;
 
 // One call of an operation: its name, its device and its stream. Every tensor must be on the device of the first.
 class Call {

@@ -7,12 +7,6 @@
 #include "ops.h"
 
 namespace echo::bindings {
-namespace {
-
-constexpr int64_t kPositionFields = 5;
-
-}  // namespace
-
 void rope_table(const Tensor& frames, const Tensor& inverse_frequencies, const Tensor& out) {
   const Call call("rope_table", {{"frames", frames}, {"inverse_frequencies", inverse_frequencies}, {"out", out}});
   call.dtype({"frames", frames}, at::kLong);

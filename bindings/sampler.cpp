@@ -8,13 +8,6 @@
 #include "sampler/flow_step.h"
 
 namespace echo::bindings {
-namespace {
-
-// As advance() writes them: echo_rt/ops.py names them.
-constexpr int64_t kPositionFields = 5, kBlockField = 0;
-
-}  // namespace
-
 void counter_noise(const Tensor& out, const Tensor& positions, const Tensor& seed, int64_t step) {
   const Call call("counter_noise", {{"out", out}, {"positions", positions}, {"seed", seed}});
   call.dtype({"out", out}, at::kFloat);

@@ -65,7 +65,7 @@ SIZES = {
 EPS = 1e-6
 
 
-class _Maker:
+class Maker:
     def __init__(self, dtype: torch.dtype, device: str, seed: int) -> None:
         self.dtype, self.device = dtype, device
         self._generator = torch.Generator().manual_seed(seed)
@@ -83,12 +83,12 @@ class _Maker:
         return (10000.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)).to(self.device)
 
 
-def _rope_table(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+def _rope_table(s: Sizes, m: Maker) -> tuple[Any, ...]:
     frames = torch.tensor([0, 1, 20, 325_000, 10_000_000, 2**31], device=m.device)
     return frames, m.rates(s.temporal_pairs), torch.empty(len(frames), s.temporal_pairs, 2, device=m.device)
 
 
-def _advance(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+def _advance(s: Sizes, m: Maker) -> tuple[Any, ...]:
     return (
         torch.tensor([-1, 0, 0, 0, 0], device=m.device),
         s.frames,
@@ -103,7 +103,7 @@ def _advance(s: Sizes, m: _Maker) -> tuple[Any, ...]:
     )
 
 
-def _qkv_norm_rope_store(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+def _qkv_norm_rope_store(s: Sizes, m: Maker) -> tuple[Any, ...]:
     n, first = s.frames * s.tokens, (s.memory_frames + s.sink_frames) * s.tokens
     return (
         m.normal(n, 3 * s.dim),
@@ -120,7 +120,7 @@ def _qkv_norm_rope_store(s: Sizes, m: _Maker) -> tuple[Any, ...]:
     )
 
 
-def _reanchor(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+def _reanchor(s: Sizes, m: Maker) -> tuple[Any, ...]:
     memory = s.memory_frames * s.tokens
     return (
         m.normal(s.layers, 2, s.rows, s.heads, s.head_dim),
@@ -133,7 +133,7 @@ def _reanchor(s: Sizes, m: _Maker) -> tuple[Any, ...]:
     )
 
 
-def _memory_attention(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+def _memory_attention(s: Sizes, m: Maker) -> tuple[Any, ...]:
     evicted = s.frames * s.tokens
     return (
         m.normal(s.memory_frames * s.tokens, s.dim),
@@ -144,7 +144,7 @@ def _memory_attention(s: Sizes, m: _Maker) -> tuple[Any, ...]:
     )
 
 
-def _gated_update(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+def _gated_update(s: Sizes, m: Maker) -> tuple[Any, ...]:
     tokens = s.memory_frames * s.tokens
     return (
         m.normal(tokens, s.dim),
@@ -157,46 +157,46 @@ def _gated_update(s: Sizes, m: _Maker) -> tuple[Any, ...]:
     )
 
 
-def _vector(s: Sizes, m: _Maker, centre: float) -> Tensor:
+def _vector(s: Sizes, m: Maker, centre: float) -> Tensor:
     return centre + m.normal(s.dim, dtype=torch.float32, scale=0.3)
 
 
-def _modulated_layer_norm(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+def _modulated_layer_norm(s: Sizes, m: Maker) -> tuple[Any, ...]:
     return m.normal(s.frames * s.tokens, s.dim), _vector(s, m, 0), _vector(s, m, 1), EPS
 
 
-def _gated_residual_norm(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+def _gated_residual_norm(s: Sizes, m: Maker) -> tuple[Any, ...]:
     n = s.frames * s.tokens
     gate = _vector(s, m, 0)
     return m.normal(n, s.dim), m.normal(n, s.dim), gate, _vector(s, m, 0), _vector(s, m, 1), EPS
 
 
-def _counter_noise(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+def _counter_noise(s: Sizes, m: Maker) -> tuple[Any, ...]:
     out = torch.empty(s.frames, 4, 2, 2 * s.tokens, device=m.device)
     # A block and a seed of which both words count.
     return out, torch.tensor([5 * 2**32 + 9, 0, 0, 0, 0], device=m.device), torch.tensor([7, 3], device=m.device), 2
 
 
-def _flow_step(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+def _flow_step(s: Sizes, m: Maker) -> tuple[Any, ...]:
     shape = (s.frames, 4, 2, 2 * s.tokens)
     sigmas = torch.tensor([0.9375, 0.8333], dtype=torch.float64, device=m.device)
     float32 = torch.float32
     return m.normal(*shape, dtype=float32), m.normal(*shape), sigmas, m.normal(*shape, dtype=float32)
 
 
-def _rms_silu_window(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+def _rms_silu_window(s: Sizes, m: Maker) -> tuple[Any, ...]:
     frames, height, width, channels = s.vae
     past = 2
     window = m.normal(past + frames + 1, height, width, channels)
     return m.normal(*s.vae), 1 + m.normal(channels, dtype=torch.float32, scale=0.1), window, past
 
 
-def _frames_to_uint8(s: Sizes, m: _Maker) -> tuple[Any, ...]:
+def _frames_to_uint8(s: Sizes, m: Maker) -> tuple[Any, ...]:
     frames, height, width, _ = s.vae
     return m.normal(frames, height, width, 3), torch.empty(frames, height, width, 3, dtype=torch.uint8, device=m.device)
 
 
-_MAKERS: dict[str, Callable[[Sizes, _Maker], tuple[Any, ...]]] = {
+MAKERS: dict[str, Callable[[Sizes, Maker], tuple[Any, ...]]] = {
     "rope_table": _rope_table,
     "advance": _advance,
     "qkv_norm_rope_store": _qkv_norm_rope_store,
@@ -210,9 +210,9 @@ _MAKERS: dict[str, Callable[[Sizes, _Maker], tuple[Any, ...]]] = {
     "rms_silu_window": _rms_silu_window,
     "frames_to_uint8": _frames_to_uint8,
 }
-OPS = tuple(_MAKERS)
+OPS = tuple(MAKERS)
 
 
 def make_case(op: str, sizes: Sizes, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Any]:
     """The arguments of one call of ``op``, in the schema's order."""
-    return list(_MAKERS[op](sizes, _Maker(dtype, device, seed)))
+    return list(MAKERS[op](sizes, Maker(dtype, device, seed)))

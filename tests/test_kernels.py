@@ -84,6 +84,26 @@ def test_a_graph_goes_through_the_operations(ops: Ops, backend: str) -> None:
         assert torch.equal(eager, compiled)
 
 
+def test_an_exported_program_holds_the_operations(ops: Ops) -> None:
+    norm_args = make_case("gated_residual_norm", SIZES, torch.bfloat16, DEVICES[ops.name])
+    noise_args = make_case("counter_noise", SIZES, torch.bfloat16, DEVICES[ops.name])
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor, y: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+            noise = torch.zeros_like(noise_args[0])
+            ops.counter_noise(noise, positions, *noise_args[2:])
+            return ops.gated_residual_norm(x, y, *norm_args[2:]), noise
+
+    given = (norm_args[0], norm_args[1], noise_args[1])
+    program = torch.export.export(Layer(), tuple(t.clone() for t in given))
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {"echo_rt.gated_residual_norm.default", "echo_rt.counter_noise.default"} <= names
+    ours, theirs = ([t.clone() for t in given] for _ in range(2))
+    for expected, actual in zip(Layer()(*ours), program.module()(*theirs), strict=True):
+        assert torch.equal(expected, actual)
+    assert torch.equal(ours[0], theirs[0])  # the sum that is written in place
+
+
 # ---- what is refused
 
 Change = Callable[[list[Any]], object]

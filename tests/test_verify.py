@@ -57,7 +57,7 @@ def test_small_bundles_pass_on_a_gpu(golden_dir: Path, name: str, dtype: torch.d
 
 
 def check(bundle: Path, dtype: torch.dtype, backend: str) -> None:
-    report = verify_bundle(bundle, device="cpu", dtype=dtype, backend=backend)
+    report = verify_bundle(bundle, device="cuda" if backend == "cuda" else "cpu", dtype=dtype, backend=backend)
     wrong = [f"{row.name} {row.error:.1e}" for row in report.rows if not row.ok]
     assert report.passed and not wrong, wrong
     assert {row.name for row in report.rows} == set(load_file(bundle / "expected.safetensors"))

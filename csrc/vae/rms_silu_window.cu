@@ -18,7 +18,7 @@ namespace {
 // 64 pixels of 96 channels, 12 KiB. A multiprocessor runs five such blocks at once (48 registers a thread), 60 KiB of
 // pixels on their way. Reckoned, not measured: no GPU has run this yet.
 constexpr int kThreads = 256;
-constexpr int64_t kMaxChannels = 1024;
+constexpr int64_t kMaxHeldChannels = 1024;  // what a warp keeps of a pixel in registers
 constexpr float kMaxInverseNorm = 1e12f;
 
 // How a pixel is spread: each of `lanes` (a power of two, at most a warp) holds kChunks chunks of kWidth channels.
@@ -49,6 +49,8 @@ ECHO_DEVICE float silu(float x) {
     return __fdividef(x, 1.0f + exp2_approximate(-kLog2E * x));
   }
 }
+
+ECHO_DEVICE float inverse_norm(float squares) { return fminf(rsqrtf(squares), kMaxInverseNorm); }
 
 // The chunks of this lane: lane, lane + lanes, ... so that neighbouring lanes touch neighbouring chunks.
 template <class Shape>
@@ -81,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) rms_silu_window_kernel(RmsSiluWindow
   for (int distance = lanes / 2; distance > 0; distance /= 2) {
     squares += __shfl_xor_sync(kAllLanes, squares, distance);
   }
-  const float scale = fminf(rsqrtf(squares), kMaxInverseNorm) * root_channels;
+  const float scale = inverse_norm(squares) * root_channels;
 
 #pragma unroll
   for (int c = 0; c < Shape::kChunks; ++c) {
@@ -97,12 +99,32 @@ __global__ void __launch_bounds__(kThreads) rms_silu_window_kernel(RmsSiluWindow
   }
 }
 
-template <class Shape>
-cudaError_t launch_as(const RmsSiluWindowParams& p, cudaStream_t stream) {
-  const int lanes = pixel_lanes<Shape>(p.channels);
+// A warp a pixel of any width, which is read twice, as registers would not hold it. No released model has such.
+template <class T>
+__global__ void __launch_bounds__(kThreads) wide_rms_silu_window_kernel(RmsSiluWindowParams p, float root_channels) {
+  const int64_t pixel = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  if (pixel >= p.pixels) return;  // a whole warp or none
+  const T* const x = static_cast<const T*>(p.x) + pixel * p.channels;
+  T* const out = static_cast<T*>(p.window) + pixel * p.channels;
+  float squares = 0.0f;
+  for (int64_t i = threadIdx.x; i < p.channels; i += kWarpThreads) squares += to_float(x[i]) * to_float(x[i]);
+  const float scale = inverse_norm(warp_sum(squares)) * root_channels;
+  for (int64_t i = threadIdx.x; i < p.channels; i += kWarpThreads) {
+    out[i] = from_float<T>(silu<T>(to_float(x[i]) * scale * p.gamma[i]));
+  }
+}
+
+// A block of `lanes` threads for each of its pixels.
+template <class Kernel>
+cudaError_t launch_pixels(Kernel kernel, int lanes, const RmsSiluWindowParams& p, cudaStream_t stream) {
   const dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(kThreads / lanes));
   const dim3 grid(static_cast<unsigned>((p.pixels + block.y - 1) / block.y));
-  return launch(rms_silu_window_kernel<Shape>, grid, block, 0, stream, p, std::sqrt(static_cast<float>(p.channels)));
+  return launch(kernel, grid, block, 0, stream, p, std::sqrt(static_cast<float>(p.channels)));
+}
+
+template <class Shape>
+cudaError_t launch_as(const RmsSiluWindowParams& p, cudaStream_t stream) {
+  return launch_pixels(rms_silu_window_kernel<Shape>, pixel_lanes<Shape>(p.channels), p, stream);
 }
 
 // The shape that leaves the fewest lanes idle; of equals the one with fewer chunks. Three chunks fit the Wan decoder,
@@ -113,7 +135,7 @@ cudaError_t launch_whole(const RmsSiluWindowParams& p, cudaStream_t stream) {
   using One = PixelShape<T, kWhole, 1>;
   using Three = PixelShape<T, kWhole, 3>;
   using Eight = PixelShape<T, kWhole, 8>;
-  static_assert(kWarpThreads * Eight::kShare >= kMaxChannels, "one warp takes a pixel");
+  static_assert(kWarpThreads * Eight::kShare >= kMaxHeldChannels, "one warp takes a pixel");
   const int one = pixel_lanes<One>(p.channels), three = pixel_lanes<Three>(p.channels);
   if (one <= kWarpThreads && one * One::kShare <= three * Three::kShare) return launch_as<One>(p, stream);
   if (three <= kWarpThreads) return launch_as<Three>(p, stream);
@@ -124,9 +146,11 @@ cudaError_t launch_whole(const RmsSiluWindowParams& p, cudaStream_t stream) {
 
 cudaError_t launch_rms_silu_window(const RmsSiluWindowParams& params, cudaStream_t stream) {
   if (params.pixels == 0 || params.channels == 0) return cudaSuccess;
-  if (params.channels > kMaxChannels) return cudaErrorInvalidValue;
   return dispatch(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
+    if (params.channels > kMaxHeldChannels) {
+      return launch_pixels(wide_rms_silu_window_kernel<T>, kWarpThreads, params, stream);
+    }
     const bool whole = vectors_fit<T>(params.x, params.channels) && vectors_fit<T>(params.window, params.channels) &&
                        vectors_fit<float>(params.gamma, params.channels);
     if (whole) return launch_whole<T>(params, stream);

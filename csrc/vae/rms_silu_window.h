@@ -18,7 +18,7 @@ struct RmsSiluWindowParams {
   int64_t channels;
 };
 
-// cudaErrorInvalidValue for more than 1024 channels.
+// Any number of channels; up to 1024 a pixel is read once.
 cudaError_t launch_rms_silu_window(const RmsSiluWindowParams& params, cudaStream_t stream);
 
 }  // namespace echo

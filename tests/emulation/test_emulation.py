@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -15,15 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from host_compiler import CSRC, SANITIZERS, build, require_sanitizers
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-CSRC = ROOT / "csrc"
+KERNELS = (HERE / "kernels.cu", HERE / "driver.cpp")
 
 SEEDS = range(8)
-FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DECHO_RT_EMULATED", f"-I{CSRC}")
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
-
 # Names of `enum class Fault`, in order.
 FAULTS = re.findall(r"^  k(\w+),", (HERE / "kernels.h").read_text(encoding="utf-8"), re.MULTILINE)
 
@@ -36,37 +32,6 @@ class Outcome:
 
 
 Driver = Callable[..., Outcome]
-
-
-def compiler() -> str:
-    """The host's C++ compiler; without one the extension itself could not have been built."""
-    candidates = [os.environ.get("CXX", ""), "g++", "c++", "clang++"]
-    found = next((path for path in map(shutil.which, candidates) if path), None)
-    if found is None:
-        pytest.skip("no C++ compiler: set CXX or put g++ on the PATH")
-    return found
-
-
-def compile_to(target: Path, *arguments: str | Path) -> None:
-    done = subprocess.run([compiler(), *arguments, "-o", target], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
-def build(factory: pytest.TempPathFactory, kind: str, *flags: str) -> Path:
-    """The driver, compiled once for all workers of a test run."""
-    base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulation"
-    folder.mkdir(exist_ok=True)
-    program = folder / kind
-    with (folder / f"{kind}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not program.exists():
-            objects = []
-            for source in (*sorted((CSRC / "emulation").glob("*.cpp")), HERE / "kernels.cu", HERE / "driver.cpp"):
-                objects.append(folder / f"{kind}.{source.name}.o")
-                compile_to(objects[-1], *FLAGS, *flags, "-x", "c++", "-c", source)
-            compile_to(program, *flags, *objects, "-pthread")
-    return program
 
 
 def start(program: Path, case: str, *numbers: int, seed: int = 0) -> subprocess.CompletedProcess[str]:
@@ -87,17 +52,13 @@ def driver_of(program: Path) -> Driver:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Driver:
-    return driver_of(build(tmp_path_factory, "plain", "-O2"))
+    return driver_of(build(tmp_path_factory, "plain", KERNELS, "-O2"))
 
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("probe")
-    (folder / "probe.cpp").write_text("int main() {}\n")
-    probe = [compiler(), *SANITIZERS, str(folder / "probe.cpp"), "-o", str(folder / "probe")]
-    if subprocess.run(probe, capture_output=True, timeout=60).returncode != 0:
-        pytest.skip("the compiler has no sanitizers")
-    return build(tmp_path_factory, "sanitized", "-O1", *SANITIZERS)
+    require_sanitizers(tmp_path_factory)
+    return build(tmp_path_factory, "sanitized", KERNELS, "-O1", *SANITIZERS)
 
 
 def fault(name: str) -> int:
@@ -189,7 +150,7 @@ def test_host_threads_launch_beside_each_other(run: Driver) -> None:
 
 
 def test_fibers_of_the_c_library_do_as_well(tmp_path_factory: pytest.TempPathFactory) -> None:
-    run = driver_of(build(tmp_path_factory, "ucontext", "-O0", "-DECHO_RT_EMULATION_UCONTEXT"))
+    run = driver_of(build(tmp_path_factory, "ucontext", KERNELS, "-O0", "-DECHO_RT_EMULATION_UCONTEXT"))
     error, broken = succeeded(run("product", 0, 64, 64, 64, fault("None")))
     assert error < 3e-7
     assert broken == 0
@@ -315,6 +276,18 @@ def test_assembly_stands_in_two_files_only() -> None:
         if re.search(r"^[^/\n]*\b(__)?asm(__)?\b", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert with_assembly == {"common/ptx.cuh", "emulation/fiber.cpp"}
+
+
+def test_kernels_neither_allocate_nor_wait_nor_keep_state() -> None:
+    """A launch does nothing that a graph's capture would refuse or a second runtime would notice."""
+    runtime = r"\bcuda(Malloc|Free|Memcpy|Memset|HostAlloc|(Device|Stream|Event)Synchronize|EventQuery|StreamQuery)\w*"
+    kept = r"^\s*(static|thread_local|__device__)\s+(?!.*\()(?!constexpr)(?!const\b).*;"
+    forbidden = re.compile(f"{runtime}|{kept}", re.MULTILINE)
+    folders = [folder for folder in CSRC.iterdir() if folder.is_dir() and folder.name != "emulation"]
+    sources = [path for folder in folders for path in folder.rglob("*.*") if path.suffix in {".h", ".cuh", ".cu"}]
+    assert len(sources) > len(folders)
+    found = {path.name: match[0] for path in sources if (match := forbidden.search(path.read_text(encoding="utf-8")))}
+    assert not found
 
 
 def test_the_device_compiler_takes_the_same_kernels(tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""Whether a result is right, before it may be called fast: everything a call returns or writes, against another's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Twice what tests/test_ops.py allows between a backend and the formula: here both sides are rounded.
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
+# A library rounds on the way where the definition does not.
+LIBRARY_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+# Elements that are widened to float64 at a time: the KV buffer of a large model would not fit in that precision.
+_CHUNK = 2**26
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The worst of a call's tensors: its relative error and the bound it is held to."""
+
+    error: float = 0.0
+    bound: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound  # NaN is not
+
+    def worse(self, other: Agreement) -> Agreement:
+        """Whichever is further from its bound; what is beyond it comes first."""
+        if self.ok != other.ok:
+            return other if self.ok else self
+        return other if other.error * max(self.bound, 1e-30) > self.error * max(other.bound, 1e-30) else self
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """``‖actual - expected‖ / ‖expected‖``; for whole numbers the share of elements that differ."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return float("nan")
+    if not expected.is_floating_point():
+        return float((actual != expected).double().mean()) if expected.numel() else 0.0
+    apart = size = 0.0
+    pieces = zip(actual.reshape(-1).split(_CHUNK), expected.reshape(-1).split(_CHUNK), strict=True)
+    for a, e in pieces:
+        wide = e.double()
+        apart += float((a.double() - wide).square().sum())
+        size += float(wide.square().sum())
+    return 0.0 if apart == 0.0 else (apart / size) ** 0.5 if size else float("inf")
+
+
+def compare(actual: Tensor, expected: Tensor, bounds: dict[torch.dtype, float]) -> Agreement:
+    """Of one tensor; whole numbers must be the same."""
+    return Agreement(difference(actual, expected), bounds.get(expected.dtype, 0.0))
+
+
+def copies(args: Sequence[Any]) -> list[Any]:
+    """The arguments with tensors of their own."""
+    return [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+
+
+def compare_calls(
+    actual: tuple[Any, Sequence[Any]], expected: tuple[Any, Sequence[Any]], bounds: dict[torch.dtype, float]
+) -> Agreement:
+    """Of two calls, each what it returned and its arguments afterwards: the worst of all tensors."""
+    worst = Agreement()
+    for a, e in zip([actual[0], *actual[1]], [expected[0], *expected[1]], strict=True):
+        if isinstance(a, Tensor) != isinstance(e, Tensor):
+            return Agreement(float("nan"), 0.0)
+        if isinstance(e, Tensor):
+            worst = worst.worse(compare(a, e, bounds))
+    return worst

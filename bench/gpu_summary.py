@@ -1,0 +1,113 @@
+"""The summary of a GPU check: what ran, what it found, and whether all of it is well. Short, as JSON and Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tables import Column, write_results
+
+_COLUMNS = (
+    Column("name", "stage", text=True),
+    Column("state", "state", text=True),
+    Column("seconds", "s", ".1f"),
+    Column("limit", "limit", ".0f"),
+    Column("exit_code", "exit code"),
+    Column("why", "", text=True),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a stage.
+
+    ``state``: ``passed``, ``failed``, ``timed out``, ``skipped`` (no time was left), ``not run`` (its tool is not
+    there), or ``interrupted`` (with the whole check).
+    """
+
+    name: str
+    state: str
+    seconds: float
+    limit: float
+    exit_code: int | None
+    why: str
+
+    @property
+    def ok(self) -> bool:
+        return self.state == "passed"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _verdict(description: Mapping[str, Any], outcomes: Sequence[Outcome]) -> tuple[bool, str]:
+    planned, done = list(description["planned"]), [outcome.name for outcome in outcomes]
+    unrun = [name for name in planned if name not in done]
+    bad = [f"{outcome.name} {outcome.state}" for outcome in outcomes if not outcome.ok]
+    bad += [f"{name} not reached" for name in unrun]
+    if bad:
+        return False, f"NOT OK: {', '.join(bad)}"
+    return True, f"ok: all {len(done)} stages passed"
+
+
+def _kernel_notes(results: Mapping[str, Any]) -> list[str]:
+    rows = results["tables"]["Kernels"]
+    failed = [f"{row['op']} {row['variant']}".strip() for row in rows if row["problems"]]
+    notes = [f"Kernels: {len(rows) - len(failed)} of {len(rows)} right and timed ({results['clock']})."]
+    notes += [f"Kernel failed: {name}." for name in failed]
+    met, unmet = results["goals_met"], results["goals_unmet"]
+    if met or unmet:
+        notes.append(f"Goals: {met} met, {len(unmet)} unmet" + "".join(f"; {goal}" for goal in unmet) + ".")
+    else:
+        notes.append("Goals: not judged.")
+    return notes
+
+
+def _golden_notes(results: Mapping[str, Any]) -> list[str]:
+    rows = results["tables"]["Bundles"]
+    bad = [f"{row['bundle']} ({row['backend']}, {row['dtype']})" for row in rows if not row["ok"]]
+    return [f"Golden bundles: {len(rows) - len(bad)} of {len(rows)} as expected" + "".join(f"; off: {b}" for b in bad)]
+
+
+def write_summary(
+    out: Path,
+    facts: Mapping[str, Any],
+    description: Mapping[str, Any],
+    outcomes: Sequence[Outcome],
+    seconds: float,
+) -> None:
+    """Write summary.json and summary.md into ``out``; ``description`` is the plan, ``facts`` the machine."""
+    ok, verdict = _verdict(description, outcomes)
+    kernels, golden = _read(out / "kernel_times.json"), _read(out / "golden.json")
+    notes = [verdict, f"{seconds:.0f} s of {description['budget_s']:.0f} s."]
+    if description["device"] == "cpu":
+        notes.append("A rehearsal on the CPU with emulated kernels: it shows that the check works, nothing of a GPU.")
+    if description["left_out"]:
+        notes.append(f"Not a whole check: left out by --stages were {', '.join(description['left_out'])}.")
+    if not description["sanitizer"]:
+        notes.append("compute-sanitizer was left out by --no-sanitizer.")
+    if kernels is not None:
+        notes += _kernel_notes(kernels)
+    if golden is not None:
+        notes += _golden_notes(golden)
+    write_results(
+        out,
+        "summary",
+        "GPU check",
+        # The kernels' own header was read while the clocks were up, and knows the build.
+        kernels["environment"] if kernels is not None else facts,
+        {"Stages": ([dataclasses.asdict(outcome) for outcome in outcomes], _COLUMNS)},
+        notes,
+        ok=ok,
+        verdict=verdict,
+        seconds=seconds,
+        plan=dict(description),
+    )

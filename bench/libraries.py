@@ -1,0 +1,179 @@
+"""The best that libraries have for each operation, on the same arguments: what a hand-written kernel stands against.
+
+A call takes an operation's arguments and returns its result, or None where that is written in place. ``whole`` is
+False where a library does only the costly part of the operation: then there is no result to hold against ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from echo_rt import reference
+
+# Which argument holds the result of an operation that returns nothing.
+_WRITTEN = {
+    "rope_table": 2,
+    "advance": 9,
+    "reanchor": 0,
+    "gated_update": 5,
+    "counter_noise": 0,
+    "flow_step": 0,
+    "rms_silu_window": 2,
+    "frames_to_uint8": 1,
+}
+# Operations whose definition torch.compile makes one or two kernels of.
+_COMPILED = (
+    "qkv_norm_rope_store",
+    "gated_update",
+    "modulated_layer_norm",
+    "gated_residual_norm",
+    "counter_noise",
+    "flow_step",
+    "rms_silu_window",
+    "frames_to_uint8",
+)
+
+
+@dataclass(frozen=True)
+class LibraryCall:
+    """One way of doing an operation with a library."""
+
+    name: str
+    call: Callable[[Sequence[Any]], Tensor | None]
+    whole: bool = True
+
+
+def result_of(op: str, returned: Any, args: Sequence[Any]) -> Tensor:
+    """The result of a call: what it returned, or the argument that it wrote."""
+    result = returned if isinstance(returned, Tensor) else args[_WRITTEN[op]]
+    assert isinstance(result, Tensor)
+    return result
+
+
+def library_calls(op: str, args: Sequence[Any], device: torch.device, compiled: bool) -> list[LibraryCall]:
+    """What to try; any of them may raise. ``compiled``: torch.compile too, which takes seconds each."""
+    calls = _CALLS.get(op, lambda args, device: [])(args, device)
+    if compiled and op == "reanchor":
+        calls.append(_compiled("torch.compile of one expression", _reanchor_at_once))
+    if compiled and op in _COMPILED:
+        calls.append(_compiled("torch.compile", getattr(reference, op)))
+    return calls
+
+
+def _compiled(name: str, function: Callable[..., Any]) -> LibraryCall:
+    # Without the reset a second shape would make it compile for any shape, which is slower.
+    torch._dynamo.reset()
+    faster = torch.compile(function, dynamic=False)
+    return LibraryCall(name, lambda args: faster(*args))
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
+def _attention(backend: SDPBackend) -> Callable[[Sequence[Any]], Tensor]:
+    def call(args: Sequence[Any]) -> Tensor:
+        q, norm, k, v, eps = args
+        normed = _rms_norm(q, norm, eps).unflatten(-1, k.shape[-2:])
+        parts = (t.transpose(0, 1).unsqueeze(0) for t in (normed, k, v))
+        with sdpa_kernel(backend):
+            out = functional.scaled_dot_product_attention(*parts)
+        return out[0].transpose(0, 1).flatten(-2)
+
+    return call
+
+
+def _attentions(args: Sequence[Any], device: torch.device) -> list[LibraryCall]:
+    names = ("FLASH", "CUDNN", "EFFICIENT") if device.type == "cuda" else ("FLASH", "MATH")
+    backends = {name.lower(): getattr(SDPBackend, name if name == "MATH" else f"{name}_ATTENTION") for name in names}
+    return [LibraryCall(f"rms_norm, SDPA {name}", _attention(backend)) for name, backend in backends.items()]
+
+
+def _gate_of_both(args: Sequence[Any]) -> Tensor:
+    old, candidate, norm, weight, bias, _, eps = args
+    new = _rms_norm(candidate, norm, eps)
+    gate = torch.sigmoid(functional.linear(torch.cat((old, new), -1), weight, bias))
+    return torch.lerp(new, old, gate)
+
+
+def _gate_of_each(args: Sequence[Any]) -> Tensor:
+    old, candidate, norm, weight, bias, _, eps = args
+    kept, taken = weight.split(old.shape[-1], dim=-1)
+    new = _rms_norm(candidate, norm, eps)
+    gate = functional.linear(old, kept, bias).addmm_(new, taken.T).sigmoid_()
+    return torch.lerp(new, old, gate)
+
+
+def _gates(args: Sequence[Any], device: torch.device) -> list[LibraryCall]:
+    old, candidate, _, weight, bias, _, _ = args
+    both = torch.cat((old, candidate), -1)
+    return [
+        LibraryCall("rms_norm, cat, linear, sigmoid, lerp", _gate_of_both),
+        LibraryCall("rms_norm, linear, addmm, sigmoid, lerp", _gate_of_each),
+        LibraryCall("the product alone", lambda args: functional.linear(both, weight, bias), whole=False),
+    ]
+
+
+def _modulated(args: Sequence[Any]) -> Tensor:
+    x, shift, scale, eps = args
+    return functional.layer_norm(x, x.shape[-1:], scale.to(x.dtype), shift.to(x.dtype), eps)
+
+
+def _residual(args: Sequence[Any]) -> Tensor:
+    x, y, gate, shift, scale, eps = args
+    x.add_(y) if gate is None else x.addcmul_(y, gate.to(x.dtype))
+    return _modulated((x, shift, scale, eps))
+
+
+def _window(args: Sequence[Any]) -> None:
+    x, gamma, window, past = args
+    normed = functional.rms_norm(x, x.shape[-1:], gamma.to(x.dtype))
+    torch.ops.aten.silu.out(normed, out=window[past : past + x.shape[0]])
+
+
+def _single(name: str, call: Callable[[Sequence[Any]], Any]) -> Callable[..., list[LibraryCall]]:
+    return lambda args, device: [LibraryCall(name, call)]
+
+
+def _reanchor_at_once(
+    kv: Tensor,
+    temporal: Tensor,
+    spatial: Tensor,
+    sink_k: Tensor | None,
+    memory_k: Tensor | None,
+    memory_v: Tensor | None,
+    memory_tokens: int,
+) -> None:
+    """All layers in one expression each, where the definition goes layer by layer."""
+    memory_frames = memory_tokens // spatial.shape[0]
+
+    def turned(keys: Tensor, angles: Tensor) -> Tensor:
+        frames, tokens = angles.shape[0], spatial.shape[0]
+        table = torch.cat((angles[:, None].expand(-1, tokens, -1, -1), spatial.expand(frames, -1, -1, -1)), 2)
+        cos, sin = table.flatten(0, 1)[:, None].unbind(-1)
+        real, imaginary = keys.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), -1).flatten(-2)
+
+    if sink_k is not None:
+        rows = slice(memory_tokens, memory_tokens + sink_k.shape[1])
+        kv[:, 0, rows] = turned(sink_k, temporal[memory_frames:]).to(kv.dtype)
+    if memory_k is not None:
+        kv[:, 0, :memory_tokens] = turned(memory_k, temporal[:memory_frames]).to(kv.dtype)
+    if memory_v is not None:
+        kv[:, 1, :memory_tokens] = memory_v
+
+
+_CALLS: dict[str, Callable[[Sequence[Any], torch.device], list[LibraryCall]]] = {
+    "memory_attention": _attentions,
+    "gated_update": _gates,
+    "modulated_layer_norm": _single("layer_norm", _modulated),
+    "gated_residual_norm": _single("addcmul, layer_norm", _residual),
+    "rms_silu_window": _single("rms_norm, silu", _window),
+}

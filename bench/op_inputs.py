@@ -1,0 +1,143 @@
+"""What is benchmarked of each operation: its arguments, as the tests make them, at the sizes of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import cases
+import torch
+from model_sizes import BenchModel, decoder_levels
+from torch import Tensor
+
+OPS = cases.OPS
+# Values of a latent frame for each of its tokens, in the shape that cases.py gives to noise and latents.
+_VALUES_A_TOKEN = 16
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way in which the model calls ``op``; ``calls`` that are alike are made for each block."""
+
+    op: str
+    name: str
+    calls: int
+    sizes: cases.Sizes
+    without: tuple[int, ...] = ()
+
+    def arguments(self, dtype: torch.dtype, device: torch.device) -> list[Any]:
+        """Fresh arguments; those at the places ``without`` are None."""
+        args = list(cases.MAKERS[self.op](self.sizes, _DeviceMaker(dtype, device)))
+        return [None if place in self.without else arg for place, arg in enumerate(args)]
+
+
+class _DeviceMaker(cases.Maker):
+    """Draws on the device itself, as the released sizes take minutes on a host. ``meta`` makes shapes alone."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(dtype, str(device), seed=0)
+        self._place = device
+        self._drawn = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
+        out = torch.empty(shape, dtype=dtype or self.dtype, device=self._place)
+        return out.normal_(0.0, scale, generator=self._drawn)
+
+
+def _sizes(model: BenchModel) -> cases.Sizes:
+    config, transformer, window = model.config, model.config.transformer, model.config.window
+    return cases.Sizes(
+        frames=window.frames_per_block,
+        tokens=config.tokens_per_frame,
+        heads=transformer.num_heads,
+        head_dim=transformer.head_dim,
+        layers=transformer.num_layers,
+        sink_frames=window.sink_frames,
+        local_frames=window.local_frames,
+        memory_frames=config.memory_frames,
+    )
+
+
+def _one(op: str, calls: Callable[[BenchModel], int], *without: int) -> Callable[[BenchModel], list[Variant]]:
+    return lambda model: [Variant(op, "", calls(model), _sizes(model), without)]
+
+
+def passes(model: BenchModel) -> int:
+    """Passes through the transformer for a block: the denoising steps, and the one that fills the cache."""
+    return len(model.config.sampler.denoising_steps) + 1
+
+
+def _qkv(model: BenchModel) -> list[Variant]:
+    layers, sizes = model.config.transformer.num_layers, _sizes(model)
+    return [
+        Variant("qkv_norm_rope_store", "", passes(model) * (layers - 1), sizes, (8,)),
+        Variant("qkv_norm_rope_store", "last layer", passes(model), sizes),
+    ]
+
+
+def _reanchor(model: BenchModel) -> list[Variant]:
+    sizes = _sizes(model)
+    return [
+        Variant("reanchor", "block begins", 1, sizes, (5,)),
+        Variant("reanchor", "memory changed", 1, sizes, (3,)),
+    ]
+
+
+def _of_latents(op: str, calls: Callable[[BenchModel], int]) -> Callable[[BenchModel], list[Variant]]:
+    def variants(model: BenchModel) -> list[Variant]:
+        tokens = math.prod(model.config.latent_shape) // _VALUES_A_TOKEN
+        return [Variant(op, "", calls(model), dataclasses.replace(_sizes(model), tokens=tokens))]
+
+    return variants
+
+
+def _windows(model: BenchModel) -> list[Variant]:
+    found = []
+    for level in decoder_levels(model):
+        name = f"{level.frames}x{level.height}x{level.width}x{level.channels}"
+        vae = (level.frames, level.height, level.width, level.channels)
+        calls = level.calls * model.config.window.frames_per_block
+        found.append(Variant("rms_silu_window", name, calls, dataclasses.replace(_sizes(model), vae=vae)))
+    return found
+
+
+def _video(model: BenchModel) -> list[Variant]:
+    config, vae = model.config, model.vae
+    frames = config.window.frames_per_block * vae.temporal_stride
+    size = (frames, config.latent_height * vae.spatial_stride, config.latent_width * vae.spatial_stride, 3)
+    return [Variant("frames_to_uint8", "", 1, dataclasses.replace(_sizes(model), vae=size))]
+
+
+def _steps(model: BenchModel) -> int:
+    return len(model.config.sampler.denoising_steps)
+
+
+def _memory_layers(model: BenchModel) -> int:
+    return model.config.memory.layers if model.config.memory else 0
+
+
+def _layer_norms(model: BenchModel) -> int:
+    return 3 * model.config.transformer.num_layers * passes(model)
+
+
+_VARIANTS: dict[str, Callable[[BenchModel], list[Variant]]] = {
+    "advance": _one("advance", lambda model: 1),
+    "qkv_norm_rope_store": _qkv,
+    "reanchor": _reanchor,
+    "memory_attention": _one("memory_attention", _memory_layers),
+    "gated_update": _one("gated_update", lambda model: 1),
+    "modulated_layer_norm": _one("modulated_layer_norm", passes),
+    "gated_residual_norm": _one("gated_residual_norm", _layer_norms),
+    "counter_noise": _of_latents("counter_noise", _steps),
+    "flow_step": _of_latents("flow_step", _steps),
+    "rms_silu_window": _windows,
+    "frames_to_uint8": _video,
+}
+
+
+def variants(op: str, model: BenchModel) -> list[Variant]:
+    """The ways in which the model calls ``op``; one at the model's own sizes where none is named here."""
+    return _VARIANTS.get(op, _one(op, lambda model: 0))(model)

@@ -1,0 +1,109 @@
+"""The one writer of benchmark results: the same rows as an aligned Markdown table, and as JSON under a header.
+
+A row is a dataclass or a mapping. The table is plain text that reads as well in a terminal as in a browser.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from environment import summary_line
+
+from echo_rt.errors import ConfigError
+from echo_rt.output.part_file import write_whole
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: the key of a row, its heading, how a number is put, and whether it is text (set to the left)."""
+
+    key: str
+    heading: str
+    form: str = ""
+    text: bool = False
+
+
+def as_mapping(row: Any) -> dict[str, Any]:
+    """A row's entries by name."""
+    if dataclasses.is_dataclass(row) and not isinstance(row, type):
+        return dataclasses.asdict(row)
+    if isinstance(row, Mapping):
+        return dict(row)
+    raise ConfigError(f"a row must be a dataclass or a mapping, got {type(row).__name__}")
+
+
+def _cell(row: Mapping[str, Any], column: Column) -> str:
+    if column.key not in row:
+        raise ConfigError(f"a row lacks {column.key!r}; it has {', '.join(row)}")
+    value = row[column.key]
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return format(value, column.form).replace("|", r"\|").replace("\n", " ")
+
+
+def markdown(rows: Sequence[Any], columns: Sequence[Column]) -> str:
+    """The table, with columns as wide as what they hold; None is a dash."""
+    body = [[_cell(as_mapping(row), column) for column in columns] for row in rows]
+    head = [column.heading for column in columns]
+    widths = [max(map(len, cells)) for cells in zip(head, *body, strict=True)]
+    # Three dashes, one of which may be the colon, are the least that Markdown takes for a rule.
+    widths = [max(3, width) for width in widths]
+    rule = ["-" * w if c.text else "-" * (w - 1) + ":" for c, w in zip(columns, widths, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        placed = [f"{s:<{w}}" if c.text else f"{s:>{w}}" for s, c, w in zip(cells, columns, widths, strict=True)]
+        return f"| {' | '.join(placed)} |"
+
+    return "\n".join([line(head), line(rule), *map(line, body)]) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """``value`` for JSON, which has no infinity and no NaN: those become None."""
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_results(
+    folder: Path,
+    name: str,
+    title: str,
+    header: Mapping[str, Any],
+    tables: Mapping[str, tuple[Sequence[Any], Sequence[Column]]],
+    notes: Sequence[str] = (),
+    page: bool = True,
+    **facts: Any,
+) -> str:
+    """Write ``name.json`` and ``name.md`` into ``folder``, each whole or not at all; returns the text of the latter.
+
+    ``tables``: heading -> rows and columns. ``notes``: lines after the tables. ``facts``: further entries of the JSON.
+    ``page``: whether the text is a file of its own.
+    """
+    content = {
+        "title": title,
+        "environment": header,
+        **facts,
+        "tables": {heading: [as_mapping(row) for row in rows] for heading, (rows, _) in tables.items()},
+        "notes": list(notes),
+    }
+    parts = [f"# {title}\n", f"{summary_line(dict(header))}\n"]
+    for heading, (rows, columns) in tables.items():
+        parts += [f"## {heading}\n", markdown(rows, columns)]
+    if notes:
+        parts.append("\n".join(f"- {note}" for note in notes) + "\n")
+    text = "\n".join(parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / f"{name}.json", (json.dumps(finite(content), indent=1) + "\n").encode())
+    if page:
+        write_whole(folder / f"{name}.md", text.encode())
+    return text

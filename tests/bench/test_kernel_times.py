@@ -1,0 +1,157 @@
+"""The kernel table on the CPU: right results are timed, wrong ones are found, and libraries do what we do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import kernel_times
+import pytest
+import torch
+from agreement import BOUNDS, LIBRARY_BOUNDS, Agreement, compare, compare_calls, copies, difference
+from ceilings import Ceiling, measure_ceilings
+from kernel_rows import Row, Run, time_variant
+from libraries import _reanchor_at_once, library_calls, result_of
+from model_sizes import SMALL
+from op_inputs import OPS, variants
+from timing import HostTimer
+from work import Work
+
+from echo_rt import reference
+from echo_rt.ops import available_backends
+
+CPU = torch.device("cpu")
+BACKEND = "emulated" if available_backends()["emulated"] == "available" else "torch"
+
+
+def run_of(ops: object, **changes: object) -> Run:
+    ceilings = {unit: Ceiling("", 1.0, unit, 1.0, 1.0, "") for unit in ("GB/s", "TFLOP/s")}
+    facts = {"judged": False, "compiled": False} | changes
+    return Run(CPU, torch.bfloat16, ops, SMALL, HostTimer(), 2, 0, ceilings, **facts)
+
+
+def test_a_run_writes_valid_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--size", "small", "--quick", "--backend", BACKEND]
+    code = kernel_times.main([*arguments, "--op", "gated_residual_norm", "--op", "memory_update"])
+    assert code == 0
+    content = json.loads((tmp_path / "kernel_times.json").read_text(), parse_constant=pytest.fail)
+    norm, update = content["tables"]["Kernels"]
+    assert (norm["op"], update["op"]) == ("gated_residual_norm", "memory_update")
+    assert content["passed"] and content["clock"] == HostTimer.clock
+    for row in (norm, update):
+        assert 0 < row["median_us"] <= row["p99_us"] and row["error"] <= row["error_bound"]
+        assert row["verdict"] == "not judged" and not row["problems"]
+    assert norm["rate"] == pytest.approx(norm["bytes"] / norm["median_us"] / 1e3)
+    copy, _ = content["tables"]["Ceilings"]
+    assert norm["share"] == pytest.approx(norm["rate"] / copy["value"])
+    if BACKEND != "torch":
+        assert norm["torch_ratio"] == pytest.approx(norm["torch_us"] / norm["median_us"])
+    assert norm["library"] == "addcmul, layer_norm"
+    assert norm["library_ratio"] == pytest.approx(norm["library_us"] / norm["median_us"])
+    assert norm["copy_share"] == pytest.approx(norm["copy_us"] / norm["median_us"])
+    assert update["rate"] == pytest.approx(update["flops"] / update["median_us"] / 1e6)
+    assert "gated_residual_norm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["--iterations", "0"], "at least 1, got 0"), (["--device", "tpu"], "got 'tpu'")]
+)
+def test_what_cannot_be_had(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert kernel_times.main(["--out", str(tmp_path), "--size", "small", "--device", "cpu", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_kernel_is_no_result() -> None:
+    def nearly(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        return reference.modulated_layer_norm(x, *rest) * 1.01
+
+    def forgetful(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        return reference.gated_residual_norm(x.clone(), *rest)  # returns the norm, leaves x as it was
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("no such thing\nat all")
+
+    ops = SimpleNamespace(name="emulated", modulated_layer_norm=nearly, gated_residual_norm=forgetful, flow_step=broken)
+    rows = {op: time_variant(run_of(ops), variants(op, SMALL)[0]) for op in vars(ops) if op != "name"}
+    assert not any(row.ok for row in rows.values())
+    for op in ("modulated_layer_norm", "gated_residual_norm"):
+        assert "differs from the torch backend by" in rows[op].problems[0] and rows[op].verdict == "failed"
+    assert rows["flow_step"].problems == ["RuntimeError: no such thing"]
+
+
+def test_goals() -> None:
+    row = Row("memory_attention", "", 1, "cuda")
+    row.take(SimpleNamespace(median=100.0, p99=110.0), Work(10**6, 10**9, "arithmetic"), run_of(None).ceilings)
+    assert (row.rate, row.unit, row.share) == (10.0, "TFLOP/s", 10.0)
+    row.library_ratio, row.torch_ratio = 0.49, 3.0
+    row.judge(judged=True)
+    assert [entry["met"] for entry in row.goals] == [False, True]
+    assert row.verdict == "unmet: 50% of the best library"
+    row.library_ratio = 0.5
+    row.judge(judged=True)
+    assert row.verdict == "met"
+    row.library_ratio = None
+    row.judge(judged=True)
+    assert row.verdict == "open: 50% of the best library"
+    row.judge(judged=False)
+    assert row.verdict == "not judged"
+    memory = Row("flow_step", "", 1, "cuda", limit="memory", share=0.84, torch_ratio=0.9, median_us=1.0)
+    memory.judge(judged=True)
+    assert memory.verdict == "unmet: 85% of the copy rate, no slower than torch"
+    update = Row("memory_update", "", 1, "torch", limit="arithmetic", median_us=2000.1)
+    update.judge(judged=True)
+    assert update.verdict == "unmet: at most 2 ms"
+
+
+def test_ceilings_are_of_what_was_measured() -> None:
+    ticks = iter(range(0, 10**9, 10**6))  # every call takes a millisecond
+    found = measure_ceilings(HostTimer(now=lambda: next(ticks)), CPU, torch.bfloat16, 3, 0)
+    copied, side = 2**24, 256
+    assert found["GB/s"].value == pytest.approx(2 * copied / 1e-3 / 1e9)
+    assert found["TFLOP/s"].value == pytest.approx(2 * side**3 / 1e-3 / 1e12)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_libraries_compute_what_the_operation_does(op: str) -> None:
+    for variant in variants(op, SMALL):
+        args = variant.arguments(torch.bfloat16, CPU)
+        theirs = copies(args)
+        wanted = result_of(op, getattr(reference, op)(*theirs), theirs)
+        for library in library_calls(op, args, CPU, compiled=False):
+            own = copies(args)
+            result = result_of(op, library.call(own), own)
+            assert not library.whole or compare(result, wanted, LIBRARY_BOUNDS).ok, library.name
+
+
+def test_reanchoring_at_once_is_reanchoring() -> None:
+    for variant in variants("reanchor", SMALL):
+        args = variant.arguments(torch.float32, CPU)
+        calls = [
+            (function(*own), own) for function in (_reanchor_at_once, reference.reanchor) for own in [copies(args)]
+        ]
+        assert not torch.equal(calls[1][1][0], args[0])
+        assert compare_calls(*calls, BOUNDS).ok
+
+
+def test_agreement() -> None:
+    a = torch.ones(10, dtype=torch.bfloat16)
+    assert difference(a, a) == 0.0
+    assert difference(a * 1.5, a) == pytest.approx(0.5)
+    assert difference(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
+    assert not compare(torch.tensor([1, 2]), torch.tensor([1, 3]), BOUNDS).ok
+    assert not compare(a[:5], a, BOUNDS).ok and not compare(a * float("nan"), a, BOUNDS).ok
+    assert not compare_calls((None, [a]), (a, [a]), BOUNDS).ok
+    assert Agreement(1e-3, 1e-2).worse(Agreement(5e-4, 1e-3)) == Agreement(5e-4, 1e-3)
+    nothing = Agreement(float("nan"), 1.0)
+    assert nothing.worse(Agreement(0.5, 1.0)) is nothing and Agreement(0.5, 1.0).worse(nothing) is nothing
+
+
+def test_inputs_are_drawn_on_the_device_and_are_the_same_each_time() -> None:
+    variant = variants("gated_residual_norm", SMALL)[0]
+    first, second = (variant.arguments(torch.float32, CPU) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if isinstance(a, torch.Tensor))
+    assert float(first[0].std()) == pytest.approx(1.0, abs=0.05)

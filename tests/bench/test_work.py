@@ -1,0 +1,123 @@
+"""Bytes, operations and sizes of the benchmarks are those of docs/kernels.md, number by number."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from model_sizes import RELEASED, SMALL, decoder_levels
+from op_inputs import OPS, variants
+from work import memory_update_work, work_of
+
+from echo_rt.errors import ConfigError
+
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "kernels.md").read_text(encoding="utf-8")
+META = torch.device("meta")
+
+
+def rows_of(heading: str) -> list[list[str]]:
+    """Cells of the tables below a heading."""
+    section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+
+
+def works(op: str) -> dict[str, tuple[int, int, int]]:
+    """Variant -> calls a block, bytes and operations of a call, at the released sizes in 16 bits."""
+    found = {}
+    for variant in variants(op, RELEASED):
+        work = work_of(op, variant.arguments(torch.bfloat16, META))
+        found[variant.name] = (variant.calls, work.bytes, work.flops)
+    return found
+
+
+def documented_calls() -> dict[tuple[str, str], list[str]]:
+    """(op, variant) -> its row of the page; a row that begins with dots goes on with the op before."""
+    rows, op = {}, ""
+    for cells in rows_of("Bytes of a call"):
+        if name := re.match(r"`(\w+)`(?:, (.+))?", cells[0]):
+            op, variant = name[1], name[2] or ""
+        elif cells[0].startswith("..."):
+            variant = cells[0].removeprefix("...").strip()
+        else:
+            continue
+        rows[op, variant] = cells
+    return rows
+
+
+def test_every_operation_has_a_formula_and_inputs() -> None:
+    for op in OPS:
+        assert all(moved > 0 for _, moved, _ in works(op).values()) and works(op)
+    with pytest.raises(ConfigError, match="dream has no formula"):
+        work_of("dream", ())
+
+
+@pytest.mark.parametrize(("op", "variant"), [key for key in documented_calls() if key[0] != "rms_silu_window"])
+def test_bytes_of_a_call(op: str, variant: str) -> None:
+    cells = documented_calls()[op, variant]
+    megabytes = float(re.fullmatch(r"([\d.]+) MB|(\d+) MB", cells[4])[0].split()[0])
+    assert works(op)[variant][1] / 1e6 == pytest.approx(megabytes, abs=0.51 if megabytes > 200 else 0.051)
+    if operations := re.match(r"([\d.]+) GFLOP", cells[5]):
+        assert works(op)[variant][2] / 1e9 == pytest.approx(float(operations[1]), abs=0.051)
+
+
+def test_bytes_of_a_block() -> None:
+    seen = set()
+    for name, calls, total, _ in (cells for cells in rows_of("Bytes of a block") if cells[0].startswith("`")):
+        op = name.strip("`")
+        found = works(op).values()
+        assert sum(count for count, _, _ in found) == int(re.findall(r"\d+", calls)[-1])
+        gigabytes = float(total.split()[0])
+        assert sum(count * moved for count, moved, _ in found) / 1e9 == pytest.approx(gigabytes, abs=0.0051)
+        seen.add(op)
+    assert len(seen) >= 7
+
+
+def test_levels_of_the_decoder() -> None:
+    by_pixels: dict[int, float] = {}
+    for level in decoder_levels(RELEASED):
+        blocks = level.calls * RELEASED.config.window.frames_per_block
+        moved = blocks * 2 * level.frames * level.height * level.width * level.channels * 2
+        by_pixels[level.height] = by_pixels.get(level.height, 0.0) + moved / 1e9
+    documented = [float(cells[4].split()[0]) for cells in rows_of("Bytes of a call") if cells[4].endswith("GB")]
+    assert list(by_pixels.values()) == pytest.approx(documented, abs=0.0051)
+    # As many norms as the decoder itself has.
+    from echo_rt.model.vae_decoder import VaeDecoder
+    from echo_rt.ops import load_ops
+    from echo_rt.weights.shapes import vae_decoder_shapes
+
+    weights = {name: torch.ones(shape) for name, shape in vae_decoder_shapes(SMALL.vae).items()}
+    calls: list[tuple[int, ...]] = []
+
+    class Counted:
+        name = "torch"
+
+        @staticmethod
+        def rms_silu_window(x: torch.Tensor, *rest: object) -> None:
+            calls.append(tuple(x.shape))
+            load_ops("torch").rms_silu_window(x, *rest)
+
+    decoder = VaeDecoder(SMALL.vae, weights, Counted(), device="cpu", dtype=torch.float32)
+    channels, height, width = SMALL.config.latent_shape
+    state = decoder.new_state(height, width, max_latents=1)
+    for _ in range(2):  # the second latent is in the steady state
+        calls.clear()
+        decoder.decode(torch.zeros(1, channels, height, width), state)
+    expected = [
+        (level.frames, level.height, level.width, level.channels)
+        for level in decoder_levels(SMALL)
+        for _ in range(level.calls)
+    ]
+    assert sorted(calls) == sorted(expected)
+
+
+def test_the_memory_update_is_what_the_specification_counts() -> None:
+    work = memory_update_work(RELEASED.config, RELEASED.config.tokens_per_block, 2)
+    assert work.flops / 1e12 == pytest.approx(0.84, abs=0.005)
+    assert work.limit == "arithmetic"
+
+
+def test_released_sizes() -> None:
+    config = RELEASED.config
+    assert (config.tokens_per_frame, config.memory_tokens, config.transformer.head_dim) == (1560, 4680, 128)
