@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from echo_rt.attention import Attention
 from echo_rt.config import ModelConfig
-from echo_rt.model.attention import attention
 from echo_rt.model.transformer import LayerWeights
 from echo_rt.ops import Ops
 from echo_rt.state import RolloutState
@@ -26,8 +26,8 @@ class Span:
 class BlockCache:
     """A block's pass: its keys and values go into the block's own slot, over those of the pass before."""
 
-    def __init__(self, config: ModelConfig, state: RolloutState, ops: Ops, span: Span) -> None:
-        self._config, self._state, self._ops, self._span = config, state, ops, span
+    def __init__(self, config: ModelConfig, state: RolloutState, ops: Ops, attention: Attention, span: Span) -> None:
+        self._config, self._state, self._ops, self._attention, self._span = config, state, ops, attention, span
 
     def store(self, index: int, layer: LayerWeights, qkv: Tensor) -> Tensor:
         s, config = self._state, self._config
@@ -53,7 +53,7 @@ class BlockCache:
 
     def attend(self, index: int, q: Tensor) -> Tensor:
         k, v = self._state.kv[index]
-        return attention(q, k[self._span.begin : self._span.end], v[self._span.begin : self._span.end])
+        return self._attention(q, k[self._span.begin : self._span.end], v[self._span.begin : self._span.end])
 
 
 class WindowCache:
@@ -63,8 +63,10 @@ class WindowCache:
     layer's old ones are put back behind it. ``frames``: the numbers of the frames that the pass is over, on the host.
     """
 
-    def __init__(self, config: ModelConfig, state: RolloutState, ops: Ops, frames: Tensor) -> None:
-        self._config, self._state, self._ops = config, state, ops
+    def __init__(
+        self, config: ModelConfig, state: RolloutState, ops: Ops, attention: Attention, frames: Tensor
+    ) -> None:
+        self._config, self._state, self._ops, self._attention = config, state, ops, attention
         layout, tokens, device = state.layout, config.tokens_per_frame, state.kv.device
         self._whole_video = int(frames[0]) == 0
         # Never two frames of one slot: which of them an indexed copy would keep is undefined.
@@ -105,7 +107,7 @@ class WindowCache:
 
     def attend(self, index: int, q: Tensor) -> Tensor:
         k, v = self._state.kv[index]
-        out = attention(q, k[self._attended], v[self._attended])
+        out = self._attention(q, k[self._attended], v[self._attended])
         self._put_back(index)
         return out
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from echo_rt.attention import Attention
 from echo_rt.config import ModelConfig
 from echo_rt.errors import ConfigError
 from echo_rt.executor import Executor, Lane, Mark
@@ -54,6 +55,7 @@ class Rollout:
         memory: MemoryEncoder | None,
         schedule: Schedule,
         ops: Ops,
+        attention: Attention,
         mode: MemoryMode,
         executor: Executor,
     ) -> None:
@@ -65,7 +67,7 @@ class Rollout:
             check_memory(ops, transformer.dtype, config.transformer.head_dim)
         self.config, self.mode = config, mode
         self._transformer, self._memory, self._schedule, self._ops = transformer, memory, schedule, ops
-        self._executor = executor
+        self._attention, self._executor = attention, executor
         self.state = RolloutState(config, ops, device=transformer.device, dtype=transformer.dtype)
         self._layout = self.state.layout
 
@@ -189,16 +191,19 @@ class Rollout:
     def _denoise(self, step: int, span: Span, observed: bool) -> None:
         """One denoising pass; ``x`` becomes what the next one begins with, or the clean latents."""
         s = self.state
-        flow = self._transformer.flow(s.x, step, s.text_kv, BlockCache(self.config, s, self._ops, span))
+        flow = self._transformer.flow(s.x, step, s.text_kv, self._cache(span))
         fresh = s.noise[step + 1] if step + 1 < self._schedule.steps else None
         self._ops.flow_step(s.x, flow, self._schedule.sigmas[step], fresh)
         if observed:
             s.flow.copy_(flow)
 
+    def _cache(self, span: Span) -> BlockCache:
+        return BlockCache(self.config, self.state, self._ops, self._attention, span)
+
     def _keep(self, span: Span, memory_ready: bool) -> None:
         """The context pass, which leaves the clean keys and values in the block's slot; latents and vitals kept."""
         s = self.state
-        self._transformer.store_keys(s.x, self._schedule.steps, s.text_kv, BlockCache(self.config, s, self._ops, span))
+        self._transformer.store_keys(s.x, self._schedule.steps, s.text_kv, self._cache(span))
         s.latents.index_copy_(0, s.latent_rows, s.x)
         finite = torch.isfinite(s.x)
         s.vitals[VITALS.index("latent_mean")] = s.x.mean()
@@ -268,5 +273,5 @@ class Rollout:
         generated = self._layout.last_frame(s.block) + 1
         frames = torch.arange(max(0, generated - window.cached_frames), generated, device="cpu")
         latents = s.latents[(frames % window.cached_frames).to(s.kv.device)]
-        cache = WindowCache(self.config, s, self._ops, frames)
+        cache = WindowCache(self.config, s, self._ops, self._attention, frames)
         self._transformer.store_keys(latents, self._schedule.steps, s.text_kv, cache)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from echo_rt.attention import attentions, cache_file
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig
 from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
 from echo_rt.errors import ConfigError, StreamError
@@ -37,7 +38,8 @@ from echo_rt.weights.lora import merge_lora
 class Runtime:
     """A model on a device, ready to stream. Make one with :meth:`from_pretrained`; close it to give memory back.
 
-    ``config`` and ``vae_config`` say what it computes, ``frame_size`` the video's ``(width, height)`` in pixels and
+    ``config`` and ``vae_config`` say what it computes, ``attention`` and ``text_attention`` with which libraries and
+    why, ``frame_size`` the video's ``(width, height)`` in pixels and
     ``fps`` its frames a second.
     """
 
@@ -52,6 +54,7 @@ class Runtime:
         dtype: torch.dtype,
         mode: MemoryMode,
         backend: str | None,
+        attention: str | None,
         graphs: bool | None,
         lookahead: int | None,
         keep_text_encoder: bool,
@@ -69,6 +72,7 @@ class Runtime:
             )
         executor = make_executor(device, graphs)
         self.lookahead = _check_lookahead(lookahead, device)
+        self.attention, self.text_attention = attentions(config, device, dtype, attention, cache=cache_file())
         schedule = Schedule(config.sampler, device)
         weights = [
             FingerprintedTensors(part, f"{source} ({name})")
@@ -81,13 +85,19 @@ class Runtime:
         warn_of_faulty_convolutions(device, dtype)
         with model_context(device, dtype):
             transformer = Transformer(
-                config.transformer, weights[0], schedule.timesteps, ops, device=device, dtype=dtype
+                config.transformer,
+                weights[0],
+                schedule.timesteps,
+                ops,
+                self.text_attention.attention,
+                device=device,
+                dtype=dtype,
             )
             encoder = (
                 None if config.memory is None else MemoryEncoder(config, weights[1], ops, device=device, dtype=dtype)
             )
             decoder = VaeDecoder(self.vae_config, weights[2], ops, device=device, dtype=dtype)
-            rollout = Rollout(config, transformer, encoder, schedule, ops, mode, executor)
+            rollout = Rollout(config, transformer, encoder, schedule, ops, self.attention.attention, mode, executor)
             pipeline = Pipeline(
                 rollout, decoder, self.vae_config, ops, executor, device=device, depth=1 + self.lookahead
             )
@@ -122,6 +132,7 @@ class Runtime:
         dtype: str | torch.dtype | None = None,
         memory: str | MemoryMode | None = None,
         backend: str | None = None,
+        attention: str | None = None,
         width: int | None = None,
         height: int | None = None,
         graphs: bool | None = None,
@@ -141,6 +152,8 @@ class Runtime:
             memory: ``"evolve"``, ``"prior"`` or ``"off"``; None for evolve where the weights have a memory encoder.
             backend: which implementation of the operations; None for ``ECHO_RT_BACKEND``, or torch.
             width, height: of the video, in pixels; None for the model folder's own, or 832 and 480.
+            attention: which library computes attention, by the names ``echo-rt doctor`` lists; None for the one that a
+                trial on this model's shapes finds fastest, once for a GPU.
             graphs: whether what repeats from block to block is captured and replayed; None for: on a GPU, yes.
             lookahead: how many blocks are begun before an earlier one is handed out, 0 or more: the device is busy
                 while a block is shown, and a prompt takes effect so much later; None for 1 on a GPU, 0 on a CPU.
@@ -207,6 +220,7 @@ class Runtime:
             dtype=precision,
             mode=mode,
             backend=backend,
+            attention=attention,
             graphs=graphs,
             lookahead=lookahead,
             keep_text_encoder=keep_text_encoder,

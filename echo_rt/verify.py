@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from echo_rt.attention import attentions
 from echo_rt.config import ModelConfig, TextEncoderConfig, VaeConfig
 from echo_rt.device import model_context, parse_device, parse_dtype
 from echo_rt.errors import EchoError, WeightsError
@@ -119,15 +120,22 @@ def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
     memory = {MEMORY_PREFIX + name: shape for name, shape in memory_shapes(config).items()}
     weights = bundle.checked_weights(transformer_shapes(config.transformer) | memory)
     schedule = Schedule(config.sampler, bundle.device)
+    over_cache, over_text = attentions(config, bundle.device, bundle.dtype, cache=None)
     transformer = Transformer(
-        config.transformer, weights, schedule.timesteps, bundle.ops, device=bundle.device, dtype=bundle.dtype
+        config.transformer,
+        weights,
+        schedule.timesteps,
+        bundle.ops,
+        over_text.attention,
+        device=bundle.device,
+        dtype=bundle.dtype,
     )
     encoder = None
     if config.memory is not None:
         own = {name: weights[MEMORY_PREFIX + name] for name in memory_shapes(config)}
         encoder = MemoryEncoder(config, own, bundle.ops, device=bundle.device, dtype=bundle.dtype)
     mode = MemoryMode.OFF if encoder is None else MemoryMode.EVOLVE
-    rollout = Rollout(config, transformer, encoder, schedule, bundle.ops, mode, bundle.executor)
+    rollout = Rollout(config, transformer, encoder, schedule, bundle.ops, over_cache.attention, mode, bundle.executor)
     blocks, switches = bundle.config["num_blocks"], bundle.config.get("prompt_switch_blocks", [])
     whole = [n for n in (blocks, *switches) if isinstance(n, int) and n >= 0] if isinstance(switches, list) else []
     if not whole or len(whole) != 1 + len(switches):

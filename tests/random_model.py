@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from echo_rt.attention import attentions
 from echo_rt.config import ModelConfig
 from echo_rt.executor import Executor, make_executor
 from echo_rt.model.memory import MemoryEncoder
@@ -83,13 +84,16 @@ def build_rollout(
     """A rollout of echo_rt over those weights."""
     config, ops, place = ModelConfig.from_flat(flat), load_ops(backend), torch.device(device)
     schedule = Schedule(config.sampler, place)
-    transformer = Transformer(config.transformer, weights, schedule.timesteps, ops, device=place, dtype=dtype)
+    self_attention, text_attention = attentions(config, place, dtype, cache=None)
+    transformer = Transformer(
+        config.transformer, weights, schedule.timesteps, ops, text_attention.attention, device=place, dtype=dtype
+    )
     memory = None
     if config.memory is not None:
         own = {name: weights[MEMORY_PREFIX + name] for name in memory_shapes(config)}
         memory = MemoryEncoder(config, own, ops, device=place, dtype=dtype)
     executor = executor or make_executor(place)
-    return Rollout(config, transformer, memory, schedule, ops, MemoryMode(mode), executor)
+    return Rollout(config, transformer, memory, schedule, ops, self_attention.attention, MemoryMode(mode), executor)
 
 
 def drawn_noise(shape: torch.Size, seed: int, block: int) -> Tensor:

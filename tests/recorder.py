@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from echo_rt.executor import Lane, Mark, stage_name
@@ -39,6 +38,7 @@ class RecordedMark:
 
     recorder: Recorder
     clock: Clock
+    stage: str = ""
     time: float = field(default_factory=time.perf_counter)
 
     def wait(self) -> None:
@@ -49,15 +49,14 @@ class RecordedMark:
         return self.time - earlier.time
 
 
-@dataclass(frozen=True)
+@dataclass
 class Access:
-    """One operation's use of one buffer."""
+    """What one run of a stage does with a part of a buffer; ``at``: when it last does so, as the lane counts."""
 
     lane: str
     at: int
     clock: Mapping[str, int]
     stage: str
-    operation: str
     buffer: str
     begin: int
     end: int
@@ -89,22 +88,25 @@ def _tensors(tree: Any) -> list[Tensor]:
 class Recorder(TorchDispatchMode):
     """An executor (:class:`echo_rt.executor.Executor`), and, entered as a context, what sees every operation.
 
-    ``buffers``: the tensors whose accesses are kept, by name.
+    Accesses are kept of the buffers that it is told to :meth:`watch`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.buffers: dict[str, Tensor] = {}
+        self._buffers: dict[int, str] = {}  # by the address of what they lie in
         self.replays = self.runs = 0
         self.clocks: dict[str, Clock] = {lane: defaultdict(int) for lane in (HOST, *(lane.value for lane in Lane))}
         self.accesses: list[Access] = []
         self.outside: Counter[str] = Counter()  # operations that are part of no stage
         self.ignored: set[tuple[str, str]] = set()  # (stage, stage it would wait for): marks to be overlooked
-        self._mark_stages: dict[int, str] = {}
         self._lane, self._stage = HOST, ""
+        self._noted: dict[Hashable, Access] = {}  # by this run of this stage
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, list[_Call]] = {}
         self._capturing: list[_Call] | None = None
+
+    def watch(self, buffers: Mapping[str, Tensor]) -> None:
+        self._buffers = {tensor.untyped_storage().data_ptr(): name for name, tensor in buffers.items()}
 
     # ---------------------------------------------------------------- executor
 
@@ -118,7 +120,7 @@ class Recorder(TorchDispatchMode):
         key, name = (stage, facts), stage_name(stage)
         self.runs += 1
         waited = [mark for mark in after if isinstance(mark, RecordedMark)]
-        waited = [mark for mark in waited if (name, self._mark_stages.get(id(mark), "")) not in self.ignored]
+        waited = [mark for mark in waited if (name, mark.stage) not in self.ignored]
         with self._on(lane, name, *(mark.clock for mark in waited)):
             if key in self._graphs:
                 self.replays += 1
@@ -133,23 +135,19 @@ class Recorder(TorchDispatchMode):
             else:
                 self._seen.add(key)
                 stage(*facts)
-        mark = self.mark(lane)
-        self._mark_stages[id(mark)] = name
-        self._marks_alive.append(mark)
-        return mark
-
-    _marks_alive: list[Mark] = []  # noqa: RUF012 - so that no id is used twice
+        return RecordedMark(self, dict(self.clocks[lane.value]), name)
 
     @contextmanager
     def _on(self, lane: Lane, stage: str, *clocks: Clock) -> Iterator[None]:
         outer = self._lane, self._stage
-        self._lane, self._stage = lane.value, stage
+        self._lane, self._stage, self._noted = lane.value, stage, {}
         # Whatever is asked for comes after what the host has done and seen.
         self.clocks[lane.value] = _merged(self.clocks[lane.value], self.clocks[HOST], *clocks)
         try:
             yield
         finally:
             self._lane, self._stage = outer
+            self._noted = {}
 
     @contextmanager
     def apart(self, lane: Lane = Lane.MAIN) -> Iterator[None]:
@@ -174,9 +172,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         inputs = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
         fresh = [
-            (place, out)
-            for place, out in enumerate(_tensors(result))
-            if out.untyped_storage().data_ptr() not in inputs
+            (place, out) for place, out in enumerate(_tensors(result)) if out.untyped_storage().data_ptr() not in inputs
         ]
         call = _Call(func, tuple(args), dict(kwargs), fresh)
         if self._capturing is not None:
@@ -187,7 +183,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _replay(self, call: _Call) -> None:
-        with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+        with _disable_current_modes():
             outputs = _tensors(call.function(*call.args, **call.kwargs))
             for place, out in call.fresh:
                 out.copy_(outputs[place])
@@ -207,20 +203,17 @@ class Recorder(TorchDispatchMode):
             return
         clock = self.clocks[self._lane]
         clock[self._lane] = clock.get(self._lane, 0) + 1
-        stamp: Clock | None = None
         for tensors, writes in ((read, False), (written, True)):
             for tensor in tensors:
-                for name, buffer in self.buffers.items():
-                    begin, end = _extent(tensor)
-                    low, high = _extent(buffer)
-                    if begin < high and low < end:
-                        stamp = stamp or dict(clock)
-                        operation = call.function.overloadpacket.__name__
-                        self.accesses.append(
-                            Access(
-                                self._lane, clock[self._lane], stamp, self._stage, operation, name, begin, end, writes
-                            )
-                        )
+                name = self._buffers.get(tensor.untyped_storage().data_ptr())
+                if name is None:
+                    continue
+                key = (name, _extent(tensor), writes)
+                if key not in self._noted or self._lane == HOST:
+                    access = Access(self._lane, 0, dict(clock), self._stage, name, *key[1], writes)
+                    self._noted[key] = access
+                    self.accesses.append(access)
+                self._noted[key].at = clock[self._lane]
 
     def races(self) -> list[str]:
         """Every pair of accesses to one buffer that nothing orders, in words."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from echo_rt.attention.kinds import KINDS, Attention, Kind, first_line, plain
 from echo_rt.attention.machine import machine_facts
 from echo_rt.attention.remembered import Case, Entry, entries, recall, remember
 from echo_rt.attention.trials import TOLERANCES, AttentionShapes, Trials
+from echo_rt.config import ModelConfig
 from echo_rt.device import model_context
 from echo_rt.errors import BackendError
 
@@ -76,6 +78,30 @@ def choose_attention(
             choice = _torchs_own(device, kinds)
     _logger.info("%s for %s: %s", choice.attention.name, shapes, choice.reason)
     return choice
+
+
+def attentions(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    requested: str | None = None,
+    *,
+    cache: Path | None,
+) -> tuple[Choice, Choice]:
+    """The attention of a model over its KV buffer, as full as it gets, and over the text."""
+    transformer = config.transformer
+    over_cache = AttentionShapes(
+        queries=config.tokens_per_block,
+        keys=config.ring_begin + config.window.local_frames * config.tokens_per_frame,
+        heads=transformer.num_heads,
+        head_dim=transformer.head_dim,
+    )
+    over_text = dataclasses.replace(over_cache, keys=transformer.text_len)
+    first, second = (
+        choose_attention(requested, device=device, dtype=dtype, shapes=shapes, cache=cache)
+        for shapes in (over_cache, over_text)
+    )
+    return first, second
 
 
 def _torchs_own(device: torch.device, kinds: Sequence[Kind]) -> Choice:

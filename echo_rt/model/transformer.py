@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear, rms_norm, silu
 
+from echo_rt.attention import Attention
 from echo_rt.config import TransformerConfig
 from echo_rt.device import placed
-from echo_rt.model.attention import attention
 from echo_rt.ops import Ops
 
 
@@ -114,7 +114,7 @@ class _Loader:
 
 
 class Transformer:
-    """The weights of the transformer and its forward pass.
+    """The weights of the transformer and its forward pass; ``attention`` is that over the text.
 
     ``timesteps`` are all that will ever be used: the modulation of every layer is computed for each of them here,
     once (``modulations [timesteps, layers, 6, dim]`` and ``head_modulations [timesteps, 2, dim]``, float32, the
@@ -127,12 +127,13 @@ class Transformer:
         tensors: Mapping[str, Tensor],
         timesteps: list[float],
         ops: Ops,
+        attention: Attention,
         *,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        self._ops = ops
+        self._ops, self._attention = ops, attention
         load = _Loader(tensors, device, dtype)
         self.layers = [load.layer(index) for index in range(config.num_layers)]
         patch_weight = load.matrix("patch_embedding.weight").flatten(1)
@@ -206,7 +207,7 @@ class Transformer:
 
     def _cross_attention(self, layer: LayerWeights, y: Tensor, text_kv: Tensor) -> Tensor:
         q = rms_norm(layer.cross_q(y), (self.config.dim,), layer.cross_norm_q, self.config.eps)
-        return layer.cross_out(attention(q.unflatten(-1, text_kv.shape[-2:]), text_kv[0], text_kv[1]))
+        return layer.cross_out(self._attention(q.unflatten(-1, text_kv.shape[-2:]), text_kv[0], text_kv[1]))
 
     def _patchify(self, latents: Tensor) -> Tensor:
         """``[F, C, h, w]`` -> tokens ``[F·S, C·patch]`` in the order frame, row, column."""
