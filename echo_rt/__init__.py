@@ -21,10 +21,14 @@ if TYPE_CHECKING:
         NumericalError,
         OutputError,
         PromptError,
+        SnapshotError,
+        StallError,
         StreamError,
         TargetError,
         WeightsError,
     )
+    from echo_rt.feed import Feed
+    from echo_rt.guard import Guard
     from echo_rt.options import MemoryMode
     from echo_rt.prompts import load_prompt_embeds, save_prompt_embeds
     from echo_rt.runtime import Runtime
@@ -37,12 +41,16 @@ __all__ = [
     "ChunkStats",
     "ConfigError",
     "EchoError",
+    "Feed",
+    "Guard",
     "MemoryMode",
     "NumericalError",
     "OutputError",
     "PromptError",
     "Runtime",
     "Snapshot",
+    "SnapshotError",
+    "StallError",
     "Stream",
     "StreamError",
     "TargetError",
@@ -54,7 +62,7 @@ __all__ = [
 ]
 
 _HOMES = {"Runtime": "runtime", "MemoryMode": "options", "Chunk": "chunk", "ChunkStats": "chunk"}
-_HOMES |= {"Vitals": "chunk", "Snapshot": "snapshot", "Stream": "stream"}
+_HOMES |= {"Feed": "feed", "Guard": "guard", "Vitals": "chunk", "Snapshot": "snapshot", "Stream": "stream"}
 _HOMES |= {"load_prompt_embeds": "prompts", "save_prompt_embeds": "prompts"}
 
 

@@ -29,6 +29,16 @@ class StreamError(EchoError):
     """A stream or runtime used in a way its state does not allow (closed, already live, other model's snapshot)."""
 
 
+class SnapshotError(StreamError):
+    """A snapshot file that is missing, damaged, or written by a version that this one cannot read."""
+
+
+class StallError(EchoError):
+    """A block that took longer than its stream's guard allows."""
+
+    exit_code = 1
+
+
 class BackendError(EchoError):
     """A backend or device that was asked for and is not there."""
 

@@ -21,6 +21,7 @@ import torch
 from echo_rt.errors import BackendError
 
 _DOMAIN = "echo_rt"  # of the NVTX ranges
+_POLL_SECONDS = 0.0005  # between two looks at a mark that is waited for with a bound
 
 
 class Lane(Enum):
@@ -34,8 +35,8 @@ class Lane(Enum):
 class Mark(Protocol):
     """A point in a lane."""
 
-    def wait(self) -> None:
-        """Hold the host until the lane has passed the mark."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Hold the host until the lane has passed the mark; False if it has not after ``seconds``."""
 
     def seconds_since(self, earlier: Mark) -> float:
         """Time between two marks that have been passed."""
@@ -89,8 +90,8 @@ class _Instant:
     def __init__(self) -> None:
         self.time = time.perf_counter()
 
-    def wait(self) -> None:
-        return
+    def wait(self, seconds: float | None = None) -> bool:
+        return True
 
     def seconds_since(self, earlier: Mark) -> float:
         assert isinstance(earlier, _Instant)
@@ -137,8 +138,16 @@ class _Event:
         # Blocking: the host sleeps while it waits for a block, instead of spinning a core for a quarter of a second.
         self.event = torch.cuda.Event(enable_timing=True, blocking=True)
 
-    def wait(self) -> None:
-        self.event.synchronize()
+    def wait(self, seconds: float | None = None) -> bool:
+        if seconds is None:
+            self.event.synchronize()
+            return True
+        deadline = time.monotonic() + seconds
+        while not self.event.query():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
 
     def seconds_since(self, earlier: Mark) -> float:
         assert isinstance(earlier, _Event)

@@ -26,7 +26,7 @@ _VIDEO_VITALS = ("video_min", "video_max", "video_nonfinite")
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """A block on the host; tensors are the receiver's own. Seconds are the device's, of two lanes that overlap."""
+    """A block on the host; tensors are the receiver's own. Seconds are the device's, which is at other blocks as well."""
 
     index: int
     frames: Tensor
@@ -34,6 +34,7 @@ class Finished:
     vitals: Vitals
     generate_seconds: float
     decode_seconds: float
+    seconds: float
     position: Position
     memory_attended: bool
 
@@ -143,12 +144,18 @@ class Pipeline:
             )
         )
 
-    def finish(self) -> Finished:
-        """Wait for the oldest block in flight and free its slot."""
+    @property
+    def oldest(self) -> int:
+        """The number of the oldest block in flight."""
+        return self._flying[0].index
+
+    def finish(self, seconds: float | None = None) -> Finished | None:
+        """Wait for the oldest block in flight and free its slot; None if it is not there after ``seconds``."""
         block = self._flying[0]
         slot = block.slot
         assert slot.begun is not None and slot.made is not None and slot.arrived is not None
-        slot.arrived.wait()
+        if not slot.arrived.wait(seconds):
+            return None
         values = dict(zip((*VITALS, *_VIDEO_VITALS), slot.vitals.tolist(), strict=True))
         finished = Finished(
             index=block.index,
@@ -166,6 +173,7 @@ class Pipeline:
             ),
             generate_seconds=slot.made.seconds_since(slot.begun),
             decode_seconds=slot.arrived.seconds_since(slot.made),
+            seconds=slot.arrived.seconds_since(slot.begun),
             position=block.position,
             memory_attended=block.memory_attended,
         )

@@ -15,8 +15,10 @@ from torch import Tensor
 from echo_rt.attention import attentions, cache_file
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig
 from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
+from echo_rt.engine import Engine
 from echo_rt.errors import ConfigError, StreamError
 from echo_rt.executor import make_executor
+from echo_rt.guard import Guard
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.transformer import Transformer
@@ -27,7 +29,7 @@ from echo_rt.pipeline import Pipeline
 from echo_rt.prompts import PromptEncoder
 from echo_rt.rollout import Rollout
 from echo_rt.snapshot import Snapshot
-from echo_rt.stream import Engine, Stream
+from echo_rt.stream import Stream
 from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.folder import ModelFolder
 from echo_rt.weights.from_shapes import memory_facts
@@ -257,12 +259,20 @@ class Runtime:
 
     # ---------------------------------------------------------------- streams
 
-    def stream(self, prompt: str | None = None, *, prompt_embeds: Tensor | None = None, seed: int = 0) -> Stream:
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        prompt_embeds: Tensor | None = None,
+        seed: int = 0,
+        guard: Guard | None = None,
+    ) -> Stream:
         """Begin an endless video.
 
         Args:
             prompt: what to show; or ``prompt_embeds [length, text_dim]`` in its place.
             seed: 0 .. 2^64-1; the same seed and prompts give the same video.
+            guard: what to do about a block with NaN, or one that takes too long; None for an end with an error.
 
         Raises:
             StreamError: another stream of this runtime is live, or the runtime is closed.
@@ -274,16 +284,16 @@ class Runtime:
         embeds = self._require_open().prompts.resolve(prompt, prompt_embeds)
         with self._lock:
             self._require_free()
-            return self._enliven(Stream.begin(self._require_open(), embeds, seed))
+            return self._enliven(Stream.begin(self._require_open(), embeds, seed, guard))
 
-    def resume(self, snapshot: Snapshot) -> Stream:
+    def resume(self, snapshot: Snapshot, *, guard: Guard | None = None) -> Stream:
         """Go on, bit for bit on the same backend, where :meth:`Stream.snapshot` was taken.
 
         :class:`StreamError` for a snapshot of another model, or while another stream is live.
         """
         with self._lock:
             self._require_free()
-            return self._enliven(Stream.restore(self._require_open(), snapshot))
+            return self._enliven(Stream.restore(self._require_open(), snapshot, guard))
 
     def _enliven(self, stream: Stream) -> Stream:
         if self._engine is None:  # closed meanwhile, by a signal handler of this thread

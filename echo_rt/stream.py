@@ -4,53 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from echo_rt.chunk import Chunk, ChunkStats
-from echo_rt.config import VaeConfig
+from echo_rt.blocks import Blocks
+from echo_rt.chunk import Chunk
 from echo_rt.device import model_context
-from echo_rt.errors import ConfigError, NumericalError, StreamError
-from echo_rt.executor import Executor
-from echo_rt.options import check_seed
-from echo_rt.pipeline import Finished, Pipeline
-from echo_rt.prompts import PromptEncoder
-from echo_rt.rollout import Rollout
+from echo_rt.engine import Engine
+from echo_rt.errors import ConfigError, StreamError
+from echo_rt.guard import Guard
 from echo_rt.snapshot import Snapshot
 
 
-@dataclass(frozen=True, eq=False)
-class Engine:
-    """What a runtime lends to its stream, and takes back when it closes.
+class _Wanted:
+    """Whether somebody still waits for a block: a cancelled wait and the block's end meet here, in either order."""
 
-    ``lookahead``: blocks that are begun before an earlier one is handed out.
-    """
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._chunk: Chunk | None = None
 
-    device: torch.device
-    dtype: torch.dtype
-    rollout: Rollout
-    pipeline: Pipeline
-    executor: Executor
-    vae: VaeConfig
-    model: Mapping[str, Any]
-    prompts: PromptEncoder
-    lookahead: int
+    def deliver(self, chunk: Chunk) -> bool:
+        """``chunk`` is there; False where nobody waits for it any more."""
+        with self._lock:
+            self._chunk = chunk
+            return not self._cancelled
 
-
-_ROLLOUT, _DECODER = "rollout.", "decoder."
-
-
-def _live_tensors(engine: Engine) -> dict[str, Tensor]:
-    named = {_ROLLOUT + name: tensor for name, tensor in engine.rollout.state.tensors().items()}
-    return named | {_DECODER + name: tensor for name, tensor in engine.pipeline.decoder_state.tensors().items()}
+    def cancel(self) -> Chunk | None:
+        """Nobody waits any more; the block, where it had been delivered."""
+        with self._lock:
+            self._cancelled = True
+            return self._chunk
 
 
 class Stream:
@@ -61,74 +49,33 @@ class Stream:
     ``next`` of a closed stream raises :class:`StreamError`, not ``StopIteration``: the video had no end.
     """
 
-    def __init__(self, engine: Engine, seed: int) -> None:
+    def __init__(self, engine: Engine, blocks: Blocks) -> None:
         self._engine: Engine | None = engine
-        self._seed = check_seed(seed)
+        self._blocks = blocks
         self._lock = threading.Lock()  # held while a block is made
         self._owner: int | None = None  # the thread that holds it
-        self._prompt_lock = threading.Lock()
-        self._prompts: dict[int, Tensor] = {}  # by the block that begins with them
-        self._held: deque[Chunk] = deque()  # finished, and not handed out
         self._closed = False
         self._failure: str | None = None
-        self._next_block = 0
-        self._begun = 0  # blocks
-        self._started = time.perf_counter()
-        self._first_frame_seconds: float | None = None
-        self._vae, self._frames_per_block = engine.vae, engine.rollout.config.window.frames_per_block
 
     # ---------------------------------------------------------------- life
 
     @classmethod
-    def begin(cls, engine: Engine, prompt_embeds: Tensor, seed: int) -> Stream:
+    def begin(cls, engine: Engine, prompt_embeds: Tensor, seed: int, guard: Guard | None = None) -> Stream:
         """A new video in ``engine``'s buffers; the runtime makes sure that no other is live."""
-        stream = cls(engine, seed)
+        blocks = Blocks(engine, seed, guard or Guard())
         with model_context(engine.device, engine.dtype):
-            engine.pipeline.reset()
-            engine.rollout.start(prompt_embeds, seed)
-        return stream
+            blocks.start(engine, prompt_embeds)
+        return cls(engine, blocks)
 
     @classmethod
-    def restore(cls, engine: Engine, snapshot: Snapshot) -> Stream:
+    def restore(cls, engine: Engine, snapshot: Snapshot, guard: Guard | None = None) -> Stream:
         """The video of ``snapshot``, at the block it was taken at; :class:`StreamError` if it is another model's."""
         if not isinstance(snapshot, Snapshot):
             raise StreamError(f"expected a Snapshot of stream.snapshot(), got {type(snapshot).__name__}")
-        different = sorted(k for k in {*engine.model, *snapshot.model} if engine.model.get(k) != snapshot.model.get(k))
-        if different:
-            key = different[0]
-            raise StreamError(
-                f"the snapshot is of another model: {key} is {snapshot.model.get(key)!r} in the snapshot and "
-                f"{engine.model.get(key)!r} here ({len(different)} differences: {', '.join(different)})"
-            )
-        stream = cls(engine, snapshot.seed)
-        frames = (snapshot.block + 1) * engine.rollout.config.window.frames_per_block
-        if snapshot.block < -1 or frames != snapshot.latents_decoded or len(snapshot.held) > snapshot.block + 1:
-            raise StreamError(
-                f"the snapshot contradicts itself: {snapshot.latents_decoded} latents decoded and {len(snapshot.held)} "
-                f"blocks held at block {snapshot.block}"
-            )
-        live = _live_tensors(engine)
-        for name, tensor in live.items():
-            saved = snapshot.tensors.get(name)
-            if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-                came = "nothing" if saved is None else f"{saved.dtype} {tuple(saved.shape)}"
-                raise StreamError(f"snapshot tensor {name}: expected {tensor.dtype} {tuple(tensor.shape)}, got {came}")
+        blocks = Blocks(engine, snapshot.seed, guard or Guard())
         with model_context(engine.device, engine.dtype):
-            engine.pipeline.reset()
-            engine.rollout.state.reset()
-            engine.rollout.set_seed(snapshot.seed)
-            with engine.executor.apart():
-                for name, tensor in live.items():
-                    tensor.copy_(snapshot.tensors[name])
-            engine.executor.settle()
-        engine.rollout.state.block = snapshot.block
-        engine.rollout.state.memory_ready = snapshot.memory_ready
-        engine.pipeline.decoder_state.latents_seen = snapshot.latents_decoded
-        stream._prompts = dict(snapshot.prompts)
-        stream._held.extend(snapshot.held)
-        stream._begun = snapshot.block + 1
-        stream._next_block = snapshot.next_block
-        return stream
+            blocks.restore(engine, snapshot)
+        return cls(engine, blocks)
 
     def close(self) -> None:
         """End the video; waits for a block that is being made. Its runtime can then start another. Idempotent."""
@@ -136,7 +83,11 @@ class Stream:
         if self.busy_in_this_thread:
             return  # from a signal handler amid a block of this very thread: the block's end lets go
         with self._lock:
-            self._engine = None
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._engine = None
+        self._blocks.forget()
 
     @property
     def closed(self) -> bool:
@@ -173,29 +124,34 @@ class Stream:
             finally:
                 self._owner = None
                 if self._closed:
-                    self._engine = None
+                    self._let_go()
 
     # ---------------------------------------------------------------- video
 
     @property
     def next_block(self) -> int:
         """The number of the block that is handed out next: 0 at the start."""
-        return self._next_block
+        return self._blocks.next_block
 
     @property
     def next_prompt_block(self) -> int:
         """The first block that a prompt can still reach: later than ``next_block`` where blocks are begun ahead."""
-        return self._begun
+        return self._blocks.prompts.first_open
 
     @property
     def video_frames(self) -> int:
         """How many video frames have been handed out."""
-        return self._first_frame(self._next_block)
+        return self._blocks.first_frame(self.next_block)
 
     @property
     def first_frame_seconds(self) -> float | None:
         """Seconds from the start of the stream, its prompt encoded, to the first block of frames; None until then."""
-        return self._first_frame_seconds
+        return self._blocks.first_frame_seconds
+
+    @property
+    def rollbacks(self) -> int:
+        """How often the guard went back to a good state."""
+        return self._blocks.rollbacks
 
     def __iter__(self) -> Iterator[Chunk]:
         self._require_open()
@@ -207,24 +163,23 @@ class Stream:
         self._require_open()
         loop = asyncio.get_running_loop()
         while True:
-            coming = loop.run_in_executor(None, self._make_chunk)
+            wanted = _Wanted()
             try:
-                chunk = await asyncio.shield(coming)
+                chunk = await loop.run_in_executor(None, self._make_chunk, wanted)
             except asyncio.CancelledError:
-                coming.add_done_callback(self._take_back)
+                if (made := wanted.cancel()) is not None:
+                    self._blocks.give_back(made)
                 raise
             if chunk is None:
                 return
             yield chunk
 
-    def _take_back(self, coming: asyncio.Future[Chunk | None]) -> None:
-        """A block that nobody waited for any more is the next to be handed out."""
-        if coming.cancelled() or coming.exception() is not None:
-            return  # an exception has ended the stream, which says so when it is used again
-        chunk = coming.result()
-        if chunk is not None:
-            self._held.appendleft(chunk)
-            self._next_block = chunk.index
+    def _give_back(self, chunks: list[Chunk]) -> None:
+        """``chunks``, the last ones that were handed out, in their order, are the next ones again."""
+        with self._exclusive() as engine:
+            if engine is not None:
+                for chunk in reversed(chunks):
+                    self._blocks.give_back(chunk)
 
     def __next__(self) -> Chunk:
         """The next block; :class:`StreamError` once the stream is closed or has failed."""
@@ -248,13 +203,7 @@ class Stream:
                 return None
             self._require_whole()
             with self._whole_or_over(engine):
-                if not self._held:
-                    while engine.pipeline.in_flight <= engine.lookahead:
-                        self._begin_block(engine)
-                    self._finish_block(engine)
-            chunk = self._held.popleft()
-            self._next_block = chunk.index + 1
-            return chunk
+                return self._blocks.next(engine)
 
     @contextmanager
     def _whole_or_over(self, engine: Engine) -> Iterator[None]:
@@ -263,40 +212,8 @@ class Stream:
             with model_context(engine.device, engine.dtype):
                 yield
         except BaseException as error:
-            self._failure = f"block {self._next_block} failed ({type(error).__name__}: {error})"
+            self._failure = f"block {self.next_block} failed ({type(error).__name__}: {error})"
             raise
-
-    def _begin_block(self, engine: Engine) -> None:
-        with self._prompt_lock:
-            block, self._begun = self._begun, self._begun + 1
-            due = [at for at in self._prompts if at <= block]
-            prompt = self._prompts[max(due)] if due else None
-            for at in due:
-                del self._prompts[at]
-        if prompt is not None:
-            engine.rollout.switch_prompt(prompt)
-        engine.pipeline.begin()
-
-    def _finish_block(self, engine: Engine) -> None:
-        made = engine.pipeline.finish()
-        _require_finite(made)
-        stats = ChunkStats(
-            generate_seconds=made.generate_seconds,
-            decode_seconds=made.decode_seconds,
-            newest_temporal_id=made.position.newest_temporal_id,
-            shift=made.position.shift,
-            memory_attended=made.memory_attended,
-            vitals=made.vitals,
-        )
-        first = self._first_frame(made.index)
-        self._held.append(
-            Chunk(index=made.index, frames=made.frames, first_frame=first, latents=made.latents, stats=stats)
-        )
-        if self._first_frame_seconds is None:
-            self._first_frame_seconds = time.perf_counter() - self._started
-
-    def _first_frame(self, block: int) -> int:
-        return self._vae.video_frames(block * self._frames_per_block)
 
     # ---------------------------------------------------------------- prompts
 
@@ -322,44 +239,25 @@ class Stream:
         if block is not None and (isinstance(block, bool) or not isinstance(block, int)):
             raise ConfigError(f"block must be a block's number or None, got {block!r}")
         embeds = engine.prompts.resolve(prompt, prompt_embeds)
-        with self._prompt_lock:
-            if block is not None and block < self._begun:
-                raise StreamError(f"block {block} has been begun; a prompt can begin with {self._begun} or later")
-            self._prompts[self._begun if block is None else block] = embeds
+        self._blocks.prompts.set(embeds, block)
 
     # ---------------------------------------------------------------- snapshot
 
-    def snapshot(self) -> Snapshot:
-        """Everything needed to go on bit for bit after the last whole block; waits for one that is being made."""
+    def snapshot(self, path: str | Path | None = None) -> Snapshot:
+        """Everything needed to go on bit for bit after the last block handed out; waits for one that is being made.
+
+        ``path``: where to write it as well (:meth:`Snapshot.save`), once the stream may go on.
+        """
+        snapshot = self._snapshot()
+        if path is not None:
+            snapshot.save(path)
+        return snapshot
+
+    def _snapshot(self) -> Snapshot:
         self._require_open()
         with self._exclusive() as engine:
             if engine is None:
                 raise StreamError("the stream was closed while a snapshot was waited for")
             self._require_whole()
             with self._whole_or_over(engine):
-                while engine.pipeline.in_flight:
-                    self._finish_block(engine)
-                with engine.executor.apart():
-                    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in _live_tensors(engine).items()}
-            with self._prompt_lock:
-                prompts = dict(self._prompts)
-            state = engine.rollout.state
-            return Snapshot(
-                model=dict(engine.model),
-                seed=self._seed,
-                block=state.block,
-                memory_ready=state.memory_ready,
-                latents_decoded=engine.pipeline.decoder_state.latents_seen,
-                tensors=tensors,
-                prompts=prompts,
-                held=tuple(self._held),
-            )
-
-
-def _require_finite(made: Finished) -> None:
-    for what, bad, values in (
-        ("latent", made.vitals.latent_nonfinite, made.latents),
-        ("decoded video", made.vitals.video_nonfinite, made.frames),
-    ):
-        if bad:
-            raise NumericalError(f"block {made.index}: {what}: {bad} of {values.numel()} values are NaN or infinite")
+                return self._blocks.snapshot(engine)

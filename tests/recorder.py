@@ -41,8 +41,9 @@ class RecordedMark:
     stage: str = ""
     time: float = field(default_factory=time.perf_counter)
 
-    def wait(self) -> None:
+    def wait(self, seconds: float | None = None) -> bool:
         self.recorder.clocks[HOST] = _merged(self.recorder.clocks[HOST], self.clock)
+        return True
 
     def seconds_since(self, earlier: Mark) -> float:
         assert isinstance(earlier, RecordedMark)

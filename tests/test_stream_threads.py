@@ -103,9 +103,9 @@ def test_a_new_stream_after_a_close_amid_a_block(
 def test_of_two_that_race_for_the_runtime_one_wins(runtime: echo_rt.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     begin = echo_rt.Stream.begin
 
-    def slow(engine: object, prompt_embeds: Tensor, seed: int) -> echo_rt.Stream:
+    def slow(engine: object, prompt_embeds: Tensor, seed: int, guard: object) -> echo_rt.Stream:
         time.sleep(0.02)  # long enough for the other to come between
-        return begin(engine, prompt_embeds, seed)  # type: ignore[arg-type]
+        return begin(engine, prompt_embeds, seed, guard)  # type: ignore[arg-type]
 
     # Both have found the runtime free before either has its prompt.
     barrier = threading.Barrier(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from abc import ABC, abstractmethod
@@ -93,6 +94,10 @@ class PartFile:
             self.in_place = True
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be put in place, left as {self._part}: {reason(error)}") from None
+        try:
+            sync_folder(self._target.parent)
+        except OSError as error:
+            problem = problem or error
         if problem is not None:
             raise OutputError(f"{self.path}: may not be whole on the disk: {reason(problem)}")
 
@@ -100,6 +105,21 @@ class PartFile:
         """Remove the part; ``path`` stays as it was."""
         self._file.close()
         self._part.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring to the disk which names a folder holds: until then a power cut can undo a rename. Raises ``OSError``."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:
+        return  # one may make files in a folder that one may not read; its names reach the disk in the system's time
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such thing as the sync of a folder
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(path: str | Path) -> None:

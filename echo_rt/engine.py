@@ -1,0 +1,82 @@
+"""What a runtime lends to a stream, and the state in it: read out as a snapshot, put back from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echo_rt.config import VaeConfig
+from echo_rt.errors import StreamError
+from echo_rt.executor import Executor
+from echo_rt.pipeline import Pipeline
+from echo_rt.prompts import PromptEncoder
+from echo_rt.rollout import Rollout
+from echo_rt.snapshot import Snapshot
+
+_ROLLOUT, _DECODER = "rollout.", "decoder."
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """``lookahead``: blocks that are begun before an earlier one is handed out."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rollout: Rollout
+    pipeline: Pipeline
+    executor: Executor
+    vae: VaeConfig
+    model: Mapping[str, Any]
+    prompts: PromptEncoder
+    lookahead: int
+
+    def live_tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a video's next block depends on, by name: the live ones, not copies."""
+        named = {_ROLLOUT + name: tensor for name, tensor in self.rollout.state.tensors().items()}
+        return named | {_DECODER + name: tensor for name, tensor in self.pipeline.decoder_state.tensors().items()}
+
+    def read(self) -> dict[str, Tensor]:
+        """Copies of :meth:`live_tensors` on the host, once all that was asked for is done."""
+        self.executor.settle()
+        with self.executor.apart():
+            return {name: tensor.to("cpu", copy=True) for name, tensor in self.live_tensors().items()}
+
+    def check(self, snapshot: Snapshot) -> None:
+        """:class:`StreamError` for a snapshot of another model, or one that contradicts itself."""
+        different = sorted(k for k in {*self.model, *snapshot.model} if self.model.get(k) != snapshot.model.get(k))
+        if different:
+            key = different[0]
+            raise StreamError(
+                f"the snapshot is of another model: {key} is {snapshot.model.get(key)!r} in the snapshot and "
+                f"{self.model.get(key)!r} here ({len(different)} differences: {', '.join(different)})"
+            )
+        frames = (snapshot.block + 1) * self.rollout.config.window.frames_per_block
+        whole = snapshot.block >= -1 and frames == snapshot.latents_decoded and snapshot.offset >= 0
+        if not whole or snapshot.next_block < 0:
+            raise StreamError(
+                f"the snapshot contradicts itself: {snapshot.latents_decoded} latents decoded and {len(snapshot.held)} "
+                f"blocks held at block {snapshot.block}, {snapshot.offset} behind the video's"
+            )
+        for name, tensor in self.live_tensors().items():
+            saved = snapshot.tensors.get(name)
+            if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+                came = "nothing" if saved is None else f"{saved.dtype} {tuple(saved.shape)}"
+                raise StreamError(f"snapshot tensor {name}: expected {tensor.dtype} {tuple(tensor.shape)}, got {came}")
+
+    def put_back(self, snapshot: Snapshot, seed: int) -> None:
+        """The state of ``snapshot``, which :meth:`check` has passed; noise from ``seed`` from here on."""
+        state = self.rollout.state
+        self.pipeline.reset()
+        state.reset()
+        self.rollout.set_seed(seed)
+        with self.executor.apart():
+            for name, tensor in self.live_tensors().items():
+                tensor.copy_(snapshot.tensors[name])
+        self.executor.settle()  # the snapshot may be let go of
+        state.block = snapshot.block
+        state.memory_ready = snapshot.memory_ready
+        self.pipeline.decoder_state.latents_seen = snapshot.latents_decoded
