@@ -92,7 +92,7 @@ class Blocks:
 
     def restore(self, engine: Engine, snapshot: Snapshot) -> None:
         """From where ``snapshot`` was taken; :class:`StreamError` if it is another model's."""
-        engine.check(snapshot)
+        engine.require_fit(snapshot)
         engine.put_back(snapshot, self._seed)
         self._offset = snapshot.offset
         self.prompts = PromptSchedule(snapshot.block + 1 + snapshot.offset, snapshot.prompts)
@@ -141,7 +141,13 @@ class Blocks:
         if prompt is not None:
             self._prompt_since = prompt
             engine.rollout.switch_prompt(prompt)
-        engine.pipeline.begin()
+        if engine.check is None:
+            engine.pipeline.begin()
+            return
+        if prompt is not None:
+            engine.check.disturbed()
+        with engine.check.block(block):
+            engine.pipeline.begin()
 
     def _finish_all(self, engine: Engine) -> None:
         while engine.pipeline.in_flight:

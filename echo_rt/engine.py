@@ -16,13 +16,14 @@ from echo_rt.pipeline import Pipeline
 from echo_rt.prompts import PromptEncoder
 from echo_rt.rollout import Rollout
 from echo_rt.snapshot import Snapshot
+from echo_rt.steady import SteadyCheck
 
 _ROLLOUT, _DECODER = "rollout.", "decoder."
 
 
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """``lookahead``: blocks that are begun before an earlier one is handed out."""
+    """``lookahead``: blocks that are begun before an earlier one is handed out; ``check``: where it is asked for."""
 
     device: torch.device
     dtype: torch.dtype
@@ -33,6 +34,7 @@ class Engine:
     model: Mapping[str, Any]
     prompts: PromptEncoder
     lookahead: int
+    check: SteadyCheck | None
 
     def live_tensors(self) -> dict[str, Tensor]:
         """Every tensor that a video's next block depends on, by name: the live ones, not copies."""
@@ -45,7 +47,7 @@ class Engine:
         with self.executor.apart():
             return {name: tensor.to("cpu", copy=True) for name, tensor in self.live_tensors().items()}
 
-    def check(self, snapshot: Snapshot) -> None:
+    def require_fit(self, snapshot: Snapshot) -> None:
         """:class:`StreamError` for a snapshot of another model, or one that contradicts itself."""
         different = sorted(k for k in {*self.model, *snapshot.model} if self.model.get(k) != snapshot.model.get(k))
         if different:
@@ -68,7 +70,7 @@ class Engine:
                 raise StreamError(f"snapshot tensor {name}: expected {tensor.dtype} {tuple(tensor.shape)}, got {came}")
 
     def put_back(self, snapshot: Snapshot, seed: int) -> None:
-        """The state of ``snapshot``, which :meth:`check` has passed; noise from ``seed`` from here on."""
+        """The state of ``snapshot``, which :meth:`require_fit` has passed; noise from ``seed`` from here on."""
         state = self.rollout.state
         self.pipeline.reset()
         state.reset()

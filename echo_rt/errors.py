@@ -39,6 +39,12 @@ class StallError(EchoError):
     exit_code = 1
 
 
+class SteadyStateError(EchoError):
+    """A block that allocated, waited or moved a buffer, found where that is checked; a defect of this library."""
+
+    exit_code = 1
+
+
 class BackendError(EchoError):
     """A backend or device that was asked for and is not there."""
 

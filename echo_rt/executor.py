@@ -9,6 +9,7 @@ What comes once in a video, like the filling of the window, is therefore never w
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -186,12 +187,14 @@ class CudaExecutor:
                 stream.wait_event(mark.event)
         with torch.cuda.stream(stream), nvtx.annotate(stage_name(stage), domain=_DOMAIN):
             graph = self._graphs.get(key)
-            if graph is None and self._graphs_wanted and key in self._seen:
+            # Libraries keep what they make for a shape by thread (cuDNN's plans), and must not make it in a capture.
+            warm = (key, threading.get_ident())
+            if graph is None and self._graphs_wanted and warm in self._seen:
                 graph = self._graphs[key] = self._capture(stage, facts, lane)
             elif graph is not None:
                 self.replays += 1
             if graph is None:
-                self._seen.add(key)
+                self._seen.add(warm)
                 stage(*facts)
             else:
                 graph.replay()

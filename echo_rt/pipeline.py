@@ -26,7 +26,7 @@ _VIDEO_VITALS = ("video_min", "video_max", "video_nonfinite")
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """A block on the host; tensors are the receiver's own. Seconds are the device's, which is at other blocks as well."""
+    """A block on the host; tensors are the receiver's own. Seconds are the device's, which has other blocks too."""
 
     index: int
     frames: Tensor
@@ -102,6 +102,19 @@ class Pipeline:
     def in_flight(self) -> int:
         """Blocks begun and not finished."""
         return len(self._flying)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Every tensor that outlives a block, by name: the rollout's, the decoder's, and those between them."""
+        state = self.rollout.state
+        owners: dict[str, object] = {"state": state, "rope": state.rope, "pipeline": self}
+        owners |= {f"slot {number}": slot for number, slot in enumerate(self._slots)}
+        found = {
+            f"{owner}.{name}": value
+            for owner, holder in owners.items()
+            for name, value in vars(holder).items()
+            if isinstance(value, Tensor)
+        }
+        return found | {f"window {name}": window.frames for name, window in self.decoder_state.windows.items()}
 
     def reset(self) -> None:
         """Let go of what is in flight, and back to the start of a stream."""

@@ -29,6 +29,7 @@ from echo_rt.pipeline import Pipeline
 from echo_rt.prompts import PromptEncoder
 from echo_rt.rollout import Rollout
 from echo_rt.snapshot import Snapshot
+from echo_rt.steady import SteadyCheck
 from echo_rt.stream import Stream
 from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.folder import ModelFolder
@@ -59,6 +60,7 @@ class Runtime:
         attention: str | None,
         graphs: bool | None,
         lookahead: int | None,
+        check: bool,
         keep_text_encoder: bool,
         sources: tuple[str, str],
     ) -> None:
@@ -119,6 +121,7 @@ class Runtime:
             model=model,
             prompts=PromptEncoder(folder, config.transformer, device, keep=keep_text_encoder),
             lookahead=self.lookahead,
+            check=SteadyCheck(executor, device, pipeline.buffers) if check else None,
         )
         executor.settle()  # what was loaded on this thread's CUDA stream is there for any other
 
@@ -139,6 +142,7 @@ class Runtime:
         height: int | None = None,
         graphs: bool | None = None,
         lookahead: int | None = None,
+        check: bool = False,
         keep_text_encoder: bool = False,
         overrides: Mapping[str, Any] | None = None,
     ) -> Runtime:
@@ -159,6 +163,8 @@ class Runtime:
             graphs: whether what repeats from block to block is captured and replayed; None for: on a GPU, yes.
             lookahead: how many blocks are begun before an earlier one is handed out, 0 or more: the device is busy
                 while a block is shown, and a prompt takes effect so much later; None for 1 on a GPU, 0 on a CPU.
+            check: assert on every block that the steady state allocates nothing, never waits for the device and moves
+                no buffer (:class:`SteadyStateError`); for debugging, and for this process's torch as a whole.
             keep_text_encoder: keep the text encoder loaded between prompts.
             overrides: other facts of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`.
 
@@ -225,6 +231,7 @@ class Runtime:
             attention=attention,
             graphs=graphs,
             lookahead=lookahead,
+            check=check,
             keep_text_encoder=keep_text_encoder,
             sources=(source, memory_source),
         )

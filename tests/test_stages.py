@@ -37,19 +37,6 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_model_in(tmp_path_factory)
 
 
-def buffers_of(runtime: echo_rt.Runtime) -> dict[str, Tensor]:
-    """Every tensor that outlives a block, by name."""
-    engine = runtime._engine
-    assert engine is not None
-    state, pipeline = engine.rollout.state, engine.pipeline
-    owners: dict[str, Any] = {"state": state, "rope": state.rope, "pipeline": pipeline}
-    owners |= {f"slot {n}": slot for n, slot in enumerate(pipeline._slots)}
-    found = {
-        f"{owner}.{name}": t for owner, o in owners.items() for name, t in vars(o).items() if isinstance(t, Tensor)
-    }
-    return found | {f"window {name}": window.frames for name, window in pipeline.decoder_state.windows.items()}
-
-
 @contextmanager
 def executed_by(executor: Executor) -> Iterator[None]:
     """Runtimes that are loaded meanwhile are given ``executor``."""
@@ -78,7 +65,7 @@ def record(folder: Path, ignored: set[tuple[str, str]] | None = None, **options:
     recorder.ignored = ignored or set()
     made = Recording(recorder, [], [], Counter())
     with executed_by(recorder), load(folder, overrides=FEW_STEPS, **options) as runtime:
-        recorder.watch(buffers_of(runtime))
+        recorder.watch(runtime._engine.pipeline.buffers())  # type: ignore[union-attr]
         with runtime.stream(prompt_embeds=embeds(runtime), seed=3) as stream, recorder:
             for _ in range(BLOCKS):
                 runs, replays, outside = recorder.runs, recorder.replays, recorder.outside.copy()
@@ -135,7 +122,7 @@ def test_a_memory_that_reads_the_cache_itself_is_found(small_model: Path, monkey
     recorder = Recorder()
     with executed_by(recorder), load(small_model, memory="evolve", overrides=FEW_STEPS) as runtime:
         caches.append(runtime._engine.rollout.state)  # type: ignore[union-attr]
-        recorder.watch(buffers_of(runtime))
+        recorder.watch(runtime._engine.pipeline.buffers())  # type: ignore[union-attr]
         with runtime.stream(prompt_embeds=embeds(runtime)) as stream, recorder:
             take(stream, BLOCKS)
     assert any("state.ring_k" in race for race in recorder.races())
@@ -167,7 +154,7 @@ def test_prompt_switches_between_replays(small_model: Path) -> None:
     for lookahead in (0, 1):
         recorder = Recorder()
         with executed_by(recorder), load(small_model, lookahead=lookahead, overrides=FEW_STEPS) as runtime, recorder:
-            recorder.watch(buffers_of(runtime))
+            recorder.watch(runtime._engine.pipeline.buffers())  # type: ignore[union-attr]
             assert same(film(runtime), expected)
             assert same(film(runtime), expected), "a second video, replayed from its start"
         assert recorder.races() == []
