@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
 from echo_rt.build_info import __version__
-from echo_rt.cli import doctor, generate, streams, tiny, verify
+from echo_rt.cli import bench, doctor, generate, soak, streams, tiny, verify
 from echo_rt.cli.messages import DEBUG_VARIABLE, describe, warn
 from echo_rt.cli.signals import StopNow, StopRequest
 from echo_rt.errors import ConfigError, OutputError
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="echo-rt", description="Endless, real-time video from Wan2.1 with evolving memory.")
     parser.add_argument("--version", action="version", version=f"echo-rt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for module in (generate, verify, tiny, doctor):
+    for module in (generate, soak, bench, verify, tiny, doctor):
         command = module.add_parser(commands)
         command.set_defaults(run=module.run)
         command.add_argument("--json", action="store_true", help="print one JSON object on standard output")

@@ -1,0 +1,90 @@
+"""The figures of the newest line, served over HTTP for Prometheus. prometheus-client is an optional dependency."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from echo_rt.errors import BackendError, ConfigError
+from echo_rt.output.part_file import reason
+from echo_rt.soak.journal import Line
+from echo_rt.soak.outcome import Status, Verdict
+
+_PREFIX = "echo_rt_soak"
+_NOT_FIGURES = {"bins", "hashes", "mismatches", "misplaced"}
+_VALUES = {Status.KEPT: 1.0, Status.BROKEN: 0.0, Status.UNCHECKED: math.nan}
+
+
+def figures(line: Mapping[str, Any], prefix: str = _PREFIX) -> Iterator[tuple[str, float]]:
+    """Every number of a line under the name of its path, ``echo_rt_soak_latency_p99``; what is not known is NaN."""
+    for name, value in line.items():
+        path = f"{prefix}_{name}"
+        if name in _NOT_FIGURES:
+            continue
+        if isinstance(value, Mapping):
+            yield from figures(value, path)
+        elif value is None or isinstance(value, (int, float)):
+            yield path, math.nan if value is None else float(value)
+
+
+class Exporter:
+    """Serves from the moment it is made. ``port`` 0 takes one that is free; :attr:`port` says which.
+
+    :class:`BackendError` without prometheus-client, :class:`ConfigError` for an address that cannot be served at.
+    """
+
+    def __init__(self, address: str, port: int) -> None:
+        try:
+            import prometheus_client
+            from prometheus_client.core import GaugeMetricFamily
+        except ImportError:
+            raise BackendError(
+                "figures for Prometheus need prometheus-client, which is not installed: pip install 'echo-rt[soak]'"
+            ) from None
+        self._family: Any = GaugeMetricFamily
+        self._lock = threading.Lock()
+        self._line: Line = {}
+        self._verdicts: Sequence[Verdict] = ()
+        self._block = (0, 0, math.nan)
+        registry = prometheus_client.CollectorRegistry()
+        registry.register(self)
+        try:
+            self._server, self._thread = prometheus_client.start_http_server(port, address, registry)
+        except OSError as error:
+            raise ConfigError(f"--port: cannot serve at {address}:{port}: {reason(error)}") from None
+        self.port = int(self._server.server_port)
+
+    def block_done(self, block: int, frames: int, seconds: float) -> None:
+        """See :class:`Watcher`."""
+        with self._lock:
+            self._block = (block, frames, seconds)
+
+    def line_done(self, line: Line, verdicts: Sequence[Verdict]) -> None:
+        """See :class:`Watcher`."""
+        with self._lock:
+            self._line, self._verdicts = line, verdicts
+
+    def collect(self) -> Iterator[Any]:
+        """What the registry asks for at every request."""
+        with self._lock:
+            line, verdicts, (block, frames, seconds) = self._line, self._verdicts, self._block
+        for name, value, meaning in (
+            ("current_block", block, "number of the newest block"),
+            ("current_frames", frames, "frames of video so far"),
+            ("current_block_seconds", seconds, "how long the newest block took"),
+        ):
+            yield self._family(f"{_PREFIX}_{name}", meaning, value=value)
+        for name, value in figures(line):
+            yield self._family(name, "of the newest line of soak.jsonl", value=value)
+        promise = self._family(f"{_PREFIX}_promise", "1 kept, 0 broken, NaN not checked", labels=["promise"])
+        for verdict in verdicts:
+            promise.add_metric([verdict.promise], _VALUES[verdict.status])
+        yield promise
+
+    def close(self) -> None:
+        """Serve no more; may be called twice."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

@@ -1,0 +1,163 @@
+"""One process of a soak: pick up what is there, make blocks and watch them, leave a journal and a report."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from echo_rt.build_info import __version__
+from echo_rt.device import parse_device
+from echo_rt.errors import OutputError
+from echo_rt.output.folder_claim import FolderClaim
+from echo_rt.output.part_file import reason
+from echo_rt.prompts import load_prompt_embeds, save_prompt_embeds
+from echo_rt.runtime import Runtime
+from echo_rt.snapshot_keeper import SnapshotKeeper, latest_snapshot
+from echo_rt.soak.blocks import BlockLoop
+from echo_rt.soak.config import MANIFEST_FILE, Limits, SoakConfig, check_manifest, write_manifest
+from echo_rt.soak.gpu import gpu_health
+from echo_rt.soak.journal import Journal, Line, Past, read_lines
+from echo_rt.soak.outcome import Outcome
+from echo_rt.soak.plots import PICTURES, require_matplotlib
+from echo_rt.soak.prometheus import Exporter
+from echo_rt.soak.promises import Promises
+from echo_rt.soak.report import REPORT_FILE, write_report
+from echo_rt.soak.watch import NeverStop, Stop, Watcher
+
+SNAPSHOT_FOLDER = "snapshots"
+_PROMPT_PREFIX = "prompt-"
+_COMPLETE = "complete"
+
+
+def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watcher] = ()) -> Outcome:
+    """Do the soak, or go on with the one that was begun in ``config.out``; write its report.
+
+    A stream that fails is an outcome, with its report, and so is a ``stop``. Raises :class:`ConfigError` for another
+    soak's folder, what loading a model raises, :class:`OutputError` where the folder cannot be written: what is in
+    it stays readable, and the same call goes on from there.
+    """
+    if config.plots:
+        require_matplotlib()
+    device = parse_device(config.device)
+    limits = config.limits.resolved(device.type)
+    stop = stop or NeverStop()
+    with contextlib.ExitStack() as cleanup:
+        claim = FolderClaim(config.folder)
+        cleanup.callback(claim.release)
+        begun = check_manifest(config)
+        _sweep(claim)
+        promises = Promises(limits)
+        last: Line = {}
+        for last in read_lines(config.folder):
+            promises.see(last)
+        if last.get("end") == _COMPLETE:  # and only its report may be missing
+            return _conclude(config, promises, last, None)
+        if config.serve is not None:
+            exporter = Exporter(*config.serve)
+            cleanup.callback(exporter.close)
+            watchers = [*watchers, exporter]
+        with stop.interruptible():
+            runtime = _load(config, device)
+        cleanup.callback(runtime.close)
+        if not begun:  # only now: a mistyped name of a model must not be what --out is bound to
+            write_manifest(config, __version__)
+        journal = Journal(config.folder)
+        cleanup.callback(journal.close)
+        with stop.interruptible():
+            embeds = _prompt_embeds(runtime, config)
+        return _soak(config, limits, runtime, embeds, journal, promises, stop, watchers, cleanup)
+
+
+def _sweep(claim: FolderClaim) -> None:
+    """Remove what a process that was killed amid a file left of it."""
+    try:
+        for name in (MANIFEST_FILE, REPORT_FILE, _PROMPT_PREFIX, *PICTURES):
+            claim.remove_parts(name)
+    except OSError as error:
+        raise OutputError(f"{claim.folder}: cannot remove what a killed process left: {reason(error)}") from None
+
+
+def _load(config: SoakConfig, device: torch.device) -> Runtime:
+    return Runtime.from_pretrained(
+        config.model,
+        checkpoint=config.checkpoint,
+        device=device,
+        dtype=config.dtype,
+        memory=config.memory,
+        backend=config.backend,
+        attention=config.attention,
+        lookahead=config.lookahead,
+        width=config.width,
+        height=config.height,
+        overrides=config.overrides,
+    )
+
+
+def _prompt_embeds(runtime: Runtime, config: SoakConfig) -> list[Tensor]:
+    """Those of an earlier process where they are there: a text encoder need not be bit for bit the same elsewhere."""
+    files = [config.folder / f"{_PROMPT_PREFIX}{index}.safetensors" for index in range(len(config.prompts))]
+    if all(file.exists() for file in files):
+        return [load_prompt_embeds(file)[0] for file in files]
+    embeds = runtime.encode_prompts(config.prompts)
+    for file, tensor, prompt in zip(files, embeds, config.prompts, strict=True):
+        save_prompt_embeds(file, tensor, prompt)
+    return embeds
+
+
+def _soak(
+    config: SoakConfig,
+    limits: Limits,
+    runtime: Runtime,
+    embeds: Sequence[Tensor],
+    journal: Journal,
+    promises: Promises,
+    stop: Stop,
+    watchers: Sequence[Watcher],
+    cleanup: contextlib.ExitStack,
+) -> Outcome:
+    found = latest_snapshot(config.folder / SNAPSHOT_FOLDER)
+    past = Past(config.folder, 0 if found is None else found[1].next_block)
+    keeper = None
+    if config.snapshot_every is not None:
+        keeper = SnapshotKeeper(config.folder / SNAPSHOT_FOLDER, keep=config.keep)
+        cleanup.callback(keeper.close)
+    health = gpu_health(runtime.device)
+    if health is not None:
+        cleanup.callback(health.close)
+    loop = BlockLoop(config, limits, runtime, embeds, journal, promises, past, keeper, health, stop, watchers)
+    problem: BaseException | None = None
+    try:
+        loop.run(None if found is None else found[1])
+        if loop.finished and keeper is not None:
+            loop.replay()
+    except Exception as error:  # raised again below, when there is a report
+        problem = error
+    failure = loop.failure
+    request = stop.request
+    end = _COMPLETE if loop.finished else "interrupted" if request is None else request.reason
+    line = loop.end_line("failed" if problem is not None or failure is not None else end, problem or failure)
+    # A disk that is full may not take these two either, and the first error says more.
+    with contextlib.suppress(*([OutputError] if problem is not None else [])):
+        promises.see(line)
+        journal.append(line)
+        journal.sync()
+        outcome = _conclude(config, promises, line, None if loop.finished or request is None else request.exit_code)
+    if problem is not None:
+        raise problem
+    return outcome
+
+
+def _conclude(config: SoakConfig, promises: Promises, last: Line, signal_code: int | None) -> Outcome:
+    verdicts = promises.verdicts()
+    report = write_report(config, verdicts, last)
+    return Outcome(
+        end=last["end"],
+        blocks=last["block"],
+        verdicts=verdicts,
+        report=report,
+        failure=last["failure"],
+        signal_code=signal_code,
+    )

@@ -1,0 +1,70 @@
+"""What the tests of soaks share: the smallest model, and a soak of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import echo_rt.tiny
+from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
+from echo_rt.options import latent_size
+from echo_rt.soak import SoakConfig
+from echo_rt.soak.journal import Line, read_lines
+from echo_rt.tiny import CHECKPOINT_FILE
+
+PROMPTS = ("a red fox in the snow", "the fox dives into a lake")
+# For the versions that take minutes.
+LONG = pytest.mark.skipif("ECHO_RT_LONG_SOAK" not in os.environ, reason="minutes long: set ECHO_RT_LONG_SOAK=1")
+ONE_STEP = {"denoising_steps": [1000]}
+
+
+def _one_layer(vae: VaeConfig, width: int, height: int) -> ModelConfig:
+    transformer = TransformerConfig(
+        dim=128, ffn_dim=128, freq_dim=64, num_heads=2, num_layers=1, text_dim=32, text_len=64
+    )
+    return ModelConfig(transformer, *latent_size(width, height, vae, transformer), memory=MemoryConfig(layers=1))
+
+
+def write_smallest(folder: Path) -> Path:
+    """One layer, one token a frame: a block takes the time of a few hundred tiny operations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(echo_rt.tiny, "_model_config", _one_layer)
+        echo_rt.tiny.write_tiny_model(folder, width=16, height=16)
+    return folder
+
+
+def soak_of(model: Path, out: Path, **changes: Any) -> SoakConfig:
+    """A soak on the CPU that reaches its first line at once; ``changes`` replace entries."""
+    given: dict[str, Any] = dict(
+        model=str(model),
+        checkpoint=str(model / CHECKPOINT_FILE),
+        out=str(out),
+        device="cpu",
+        overrides=ONE_STEP,
+        interval=0.2,
+        hash_every=1,
+        plots=False,
+    )
+    return SoakConfig(**(given | changes))
+
+
+def command_of(config: SoakConfig) -> list[str]:
+    """The command line of such a soak."""
+    command = [sys.executable, "-m", "echo_rt", "soak", "--quiet", "--no-plots", "--set", "denoising_steps=1000"]
+    for name in ("model", "checkpoint", "out", "device", "interval", "hash_every", "snapshot_every", "keep", "seed"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    command += ["--blocks", str(config.blocks), "--switch-every", str(config.switch_every)]
+    return command + [part for prompt in config.prompts for part in ("--prompt", prompt)]
+
+
+def hashes(folder: Path) -> dict[int, str]:
+    """Block -> hash, of blocks that were made twice the later one."""
+    return {block: made for line in intervals(folder) for block, made in line["hashes"]}
+
+
+def intervals(folder: Path) -> list[Line]:
+    return [line for line in read_lines(folder) if "blocks" in line]

@@ -1,0 +1,93 @@
+"""What a soak may be asked for, and that --out belongs to one of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from echo_rt.errors import ConfigError
+from echo_rt.soak.config import MANIFEST_FILE, Limits, SoakConfig, check_manifest, write_manifest
+
+
+def config(out: object = "out", **changes: Any) -> SoakConfig:
+    return SoakConfig(**{"model": "m", "out": str(out), "blocks": 10} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks": None}, "one of --blocks and --hours, got none"),
+        ({"hours": 1.0}, "one of --blocks and --hours, got both"),
+        ({"blocks": 0}, "blocks must be an integer of 1 or more, got 0"),
+        ({"keep": 0}, "keep must be an integer of 1 or more"),
+        ({"hash_every": True}, "hash_every must be an integer"),
+        ({"interval": 0.0}, "interval must be in 0..3600 seconds, got 0"),
+        ({"interval": 4000}, "interval must be in 0..3600 seconds, got 4000"),
+        ({"interval": float("nan")}, "interval must be a number"),
+        ({"prompts": ()}, "one or more prompts"),
+        ({"prompts": ("a", " ")}, "one or more prompts"),
+        ({"prompts": ("a", "b")}, "2 prompts and switch_every None"),
+        ({"switch_every": 3}, "1 prompts and switch_every 3"),
+        ({"seed": -1}, "seed"),
+        ({"memory": "none"}, "memory must be one of"),
+        ({"overrides": {"width": 3}}, "overrides"),
+    ],
+)
+def test_what_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"drift": -1.0}, {"latency_ratio": 0.5}, {"warmup_blocks": None}, {"host_slack": None}]
+)
+def test_limits_that_cannot_be(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        Limits(**changes)
+
+
+def test_auto_depends_on_the_device() -> None:
+    on_gpu, on_cpu = Limits().resolved("cuda"), Limits().resolved("cpu")
+    assert (on_gpu.latency_ratio, on_gpu.latency_zscore) == (1.05, 10.0)
+    assert (on_cpu.latency_ratio, on_cpu.latency_zscore) == (None, None)
+    assert Limits(latency_ratio=2.0).resolved("cpu").latency_ratio == 2.0
+    assert Limits(latency_ratio=None).resolved("cuda").latency_ratio is None
+
+
+def test_prompts_go_round() -> None:
+    soak = config(prompts=("a", "b", "c"), switch_every=4)
+    assert [soak.prompt_of(block) for block in (0, 3, 4, 8, 11, 12)] == [0, 0, 1, 2, 2, 0]
+    assert [block for block in range(10) if soak.switches_at(block)] == [4, 8]
+    assert not any(config().switches_at(block) for block in range(10))
+
+
+def test_the_same_soak_is_known_again(tmp_path: Path) -> None:
+    soak = config(tmp_path, overrides={"denoising_steps": (1000,)}, limits=Limits(drift=0.5))
+    assert not check_manifest(soak)
+    write_manifest(soak, "1")
+    assert check_manifest(soak)
+    # Who looks on may change.
+    assert check_manifest(config(tmp_path, overrides=soak.overrides, limits=soak.limits, serve=("", 1), plots=False))
+
+
+def test_another_soak_is_refused_with_what_differs(tmp_path: Path) -> None:
+    write_manifest(config(tmp_path), "1")
+    other = config(tmp_path, seed=3, limits=Limits(drift=0.5))
+    with pytest.raises(ConfigError, match=r"limits\.drift was None and is 0\.5; seed was 0 and is 3"):
+        check_manifest(other)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"config": 3}', "\x00\xff"])
+def test_a_manifest_that_is_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_FILE).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"soak\.json: expected the manifest of a soak"):
+        check_manifest(config(tmp_path))
+
+
+def test_the_manifest_can_be_read_by_a_person(tmp_path: Path) -> None:
+    write_manifest(config(tmp_path), "1.2")
+    there = json.loads((tmp_path / MANIFEST_FILE).read_text())
+    assert there["echo_rt"] == "1.2" and there["config"]["blocks"] == 10

@@ -1,0 +1,124 @@
+"""The journal: whole lines, whatever happened to the process that wrote them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from echo_rt.errors import OutputError, StreamError
+from echo_rt.soak.journal import JOURNAL_FILE, Journal, Past, read_lines
+
+
+def line(first: int, last: int, *, run: int = 1, made: str = "x") -> dict[str, Any]:
+    return {
+        "run": run,
+        "first_block": first,
+        "block": last,
+        "blocks": last - first + 1,
+        "frame": 12 * (last + 1) - 3,
+        "elapsed": 1.0 * (last + 1),
+        "hashes": [[block, f"{made}{block}"] for block in range(first, last + 1)],
+    }
+
+
+def write(folder: Path, *lines: dict[str, Any]) -> None:
+    journal = Journal(folder)
+    for entry in lines:
+        journal.append(entry)
+    journal.close()
+
+
+def test_lines_come_back(tmp_path: Path) -> None:
+    write(tmp_path, line(0, 4))
+    write(tmp_path, line(5, 9), {"run": 1, "end": "complete"})
+    assert [entry.get("first_block") for entry in read_lines(tmp_path)] == [0, 5, None]
+    assert list(read_lines(tmp_path / "nowhere")) == []
+
+
+def test_a_torn_last_line_is_cut_off_wherever_it_tore(tmp_path: Path) -> None:
+    write(tmp_path, line(0, 1), line(2, 400))  # the second is longer than a read from the end
+    path = tmp_path / JOURNAL_FILE
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    assert len(whole) - first > 4096
+    for end in (*range(first, len(whole), 97), len(whole) - 1):
+        path.write_bytes(whole[:end])
+        assert [entry["block"] for entry in read_lines(tmp_path)] == [1]
+        write(tmp_path, line(2, 2, run=2))
+        assert [entry["block"] for entry in read_lines(tmp_path)] == [1, 2]
+    for end in range(first):
+        path.write_bytes(whole[:end])
+        write(tmp_path)
+        assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("text", ["nonsense", "[]", "3", "{}", '{"run": 1'])
+def test_a_line_that_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / JOURNAL_FILE).write_text(json.dumps(line(0, 1)) + f"\n{text}\n")
+    with pytest.raises(StreamError, match="line 2: expected a line of a soak"):
+        list(read_lines(tmp_path))
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """Files that may not be longer than 2000 bytes: what a full disk does to one who writes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, small_files: None) -> None:
+    journal = Journal(tmp_path)
+    with pytest.raises(OutputError, match=r"soak\.jsonl: cannot write: File too large"):
+        for block in range(100):
+            journal.append(line(block, block))
+    journal.close()
+    text = (tmp_path / JOURNAL_FILE).read_bytes()
+    assert text.endswith(b"\n") and 1500 < len(text) <= 2000
+    assert [entry["block"] for entry in read_lines(tmp_path)] == list(range(text.count(b"\n")))
+
+
+def test_half_a_line_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path)
+    journal.append(line(0, 4))
+    real, room = os.write, [20]
+
+    def filling(descriptor: int, data: bytes) -> int:
+        if room[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = real(descriptor, data[: room[0]])
+        room[0] -= written
+        return written
+
+    with monkeypatch.context() as patch:
+        patch.setattr("echo_rt.soak.journal.os.write", filling)
+        with pytest.raises(OutputError, match="No space left on device"):
+            journal.append(line(5, 9))
+    assert (tmp_path / JOURNAL_FILE).read_bytes().count(b"\n") == 1
+    assert (tmp_path / JOURNAL_FILE).read_bytes().endswith(b"\n")
+    journal.append(line(5, 9))  # there is room again
+    journal.close()
+    assert [entry["block"] for entry in read_lines(tmp_path)] == [4, 9]
+
+
+def test_the_past_of_a_resume(tmp_path: Path) -> None:
+    assert (Past(tmp_path, 0).runs, Past(tmp_path, 0).hashes) == (0, {})
+    write(tmp_path, line(0, 4), line(5, 9), {"run": 1, "end": "failed"}, line(10, 11), line(10, 14, run=2, made="y"))
+    past = Past(tmp_path, 10)
+    assert (past.runs, past.frames, past.elapsed) == (2, 117, 10.0)
+    assert past.hashes == {block: f"y{block}" for block in range(10, 15)}
+    assert sorted(Past(tmp_path, 5).hashes) == list(range(5, 15))
+
+
+def test_a_snapshot_beyond_the_journal_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, line(0, 4))
+    with pytest.raises(StreamError, match="expected lines up to block 9, where the snapshot is; they end at 4"):
+        Past(tmp_path, 10)
