@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import VaeConfig
-from echo_rt.errors import StreamError
+from echo_rt.errors import PromptError, StreamError
 from echo_rt.executor import Executor
 from echo_rt.pipeline import Pipeline
-from echo_rt.prompts import PromptEncoder
+from echo_rt.prompts import PromptEncoder, check_prompt_embeds
 from echo_rt.rollout import Rollout
 from echo_rt.snapshot import Snapshot
 from echo_rt.steady import SteadyCheck
@@ -68,6 +68,13 @@ class Engine:
             if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
                 came = "nothing" if saved is None else f"{saved.dtype} {tuple(saved.shape)}"
                 raise StreamError(f"snapshot tensor {name}: expected {tensor.dtype} {tuple(tensor.shape)}, got {came}")
+
+        text = self.rollout.config.transformer
+        for block, embeds in snapshot.prompts.items():
+            try:
+                check_prompt_embeds(embeds, text.text_dim, text.text_len)
+            except PromptError as error:
+                raise StreamError(f"the snapshot's prompt for block {block}: {error}") from None
 
     def put_back(self, snapshot: Snapshot, seed: int) -> None:
         """The state of ``snapshot``, which :meth:`require_fit` has passed; noise from ``seed`` from here on."""

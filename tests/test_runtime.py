@@ -339,6 +339,8 @@ def test_odd_arguments_of_a_stream(small_model: Path) -> None:
         for block in (-2, 7):
             with pytest.raises(echo_rt.StreamError, match=f"contradicts itself: 3 latents decoded .* at block {block}"):
                 runtime.resume(dataclasses.replace(snapshot, block=block))
+        with pytest.raises(echo_rt.StreamError, match="the snapshot's prompt for block 9: "):
+            runtime.resume(dataclasses.replace(snapshot, prompts={9: dense[:, :-1]}))
 
 
 def test_the_callers_default_device_is_left_out_of_it(small_model: Path) -> None:

@@ -3,150 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echo_rt.cli.generate_request import Request, add_parser
 from echo_rt.cli.messages import describe, warn
-from echo_rt.cli.numbers import parse_length, parse_number, parse_size
-from echo_rt.cli.outputs import Named, check_outputs
 from echo_rt.cli.progress import ProgressReport
-from echo_rt.cli.prompts import TimedPrompt, parse_script
+from echo_rt.cli.prompts import TimedPrompt, first_block
 from echo_rt.cli.signals import StopNow, StopRequest
 from echo_rt.cli.streams import say
 from echo_rt.errors import ConfigError, OutputError, PromptError
-from echo_rt.options import DTYPE_NAMES, OVERRIDES, MemoryMode, check_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from echo_rt.cli.recorder import Recorder
+    from echo_rt.cli.resumption import Resumption
+    from echo_rt.cli.segment_recorder import Checkpoints, SegmentRecorder
     from echo_rt.runtime import Runtime
+    from echo_rt.stream import Stream
 
-_EPILOG = """
-A prompt that begins with a number and a colon takes over at that second of the video, at the first block from there:
-  echo-rt generate --model DIR --prompt "a red fox in the snow" --prompt "10:the fox dives into a lake" -o fox.mp4
-Without --frames and --seconds the video goes on until Ctrl-C or SIGTERM; what was made up to then is in the file.
-"""
-
-
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Declare the subcommand."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "generate",
-        help="make a video from prompts",
-        description="Make a video from one or more prompts and write it to an MP4 while it is made.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", type=Path, required=True, metavar="DIR", help="Wan2.1 folder, original or diffusers")
-    model.add_argument("--checkpoint", type=Path, metavar="FILE", help="generator weights, with or without a memory")
-    model.add_argument("--lora", type=Path, metavar="FILE", help="LoRA to merge into the generator")
-    model.add_argument("--ema", action=argparse.BooleanOptionalAction, help="use (or not) the averaged weights")
-    model.add_argument(
-        "--memory",
-        choices=[mode.value for mode in MemoryMode],
-        help="the memory's mode; default: evolve where the weights have a memory",
-    )
-    model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
-    model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    model.add_argument("--backend", help="who does the operations: torch (see echo-rt doctor)")
-
-    prompt = parser.add_argument_group("prompt")
-    prompt.add_argument(
-        "--prompt", action="append", default=[], metavar="[T:]TEXT", help="from second T (default 0) on"
-    )
-    prompt.add_argument(
-        "--prompt-embeds", action="append", default=[], metavar="[T:]FILE", help="saved embeddings instead of text"
-    )
-    prompt.add_argument(
-        "--save-prompt-embeds",
-        type=Path,
-        metavar="FILE",
-        help="keep the embeddings (safetensors); of several prompts as FILE with .0, .1, ... before the ending",
-    )
-    prompt.add_argument("--keep-text-encoder", action="store_true", help="leave the text encoder in memory")
-
-    video = parser.add_argument_group("video")
-    video.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mp4", help="the video")
-    length = video.add_mutually_exclusive_group()
-    length.add_argument("--frames", metavar="N", help="end after N frames")
-    length.add_argument("--seconds", metavar="S", help="end after S seconds of video")
-    video.add_argument("--size", metavar="WIDTHxHEIGHT", help="in pixels, such as 832x480")
-    video.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help=f"another fact of the rollout: {', '.join(OVERRIDES)} (a list as 1000,500)",
-    )
-    video.add_argument("--seed", default="0", metavar="N", help="same seed, same video (default 0)")
-    video.add_argument("--latents", type=Path, metavar="FILE.safetensors", help="also write the latents, whole blocks")
-    video.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="also write an overview picture")
-    parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
-    return parser
-
-
-class Request:
-    """The arguments, checked as far as that is possible without the model."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.script = parse_script(arguments.prompt, arguments.prompt_embeds)
-        self.seed = check_seed(parse_number("--seed", arguments.seed, int, "an integer of 0 or more"))
-        self.frames: int | None = parse_length("--frames", arguments.frames, int, "a number of frames of 1 or more")
-        self.seconds: float | None = parse_length("--seconds", arguments.seconds, float, "a number of seconds above 0")
-        self.width, self.height = parse_size(arguments.size)
-        self.overrides = self._overrides(arguments.set)
-        self.embeds_files = self._embeds_files(arguments.save_prompt_embeds)
-        self._check_outputs()
-
-    @staticmethod
-    def _overrides(texts: list[str]) -> dict[str, Any]:
-        overrides: dict[str, Any] = {}
-        for text in texts:
-            name, equals, value = text.partition("=")
-            if name not in OVERRIDES or not equals:
-                raise ConfigError(f"--set: expected NAME=VALUE with a NAME of {', '.join(OVERRIDES)}; got {text!r}")
-            try:
-                parsed = json.loads(f"[{value}]" if "," in value else value)
-            except ValueError:
-                raise ConfigError(f"--set: expected a number, a list of numbers, true or false; got {text!r}") from None
-            # One step is a list of one.
-            overrides[name] = [parsed] if name == "denoising_steps" and not isinstance(parsed, list) else parsed
-        return overrides
-
-    def _embeds_files(self, file: Path | None) -> list[Path]:
-        """A file for each prompt, or none at all."""
-        if file is None:
-            return []
-        if len(self.script) == 1:
-            return [file]
-        return [file.with_name(f"{file.stem}.{i}{file.suffix}") for i in range(len(self.script))]
-
-    def _check_outputs(self) -> None:
-        arguments = self.arguments
-        outputs = [
-            ("--output", arguments.output, ".mp4"),
-            ("--latents", arguments.latents, ".safetensors"),
-            ("--contact-sheet", arguments.contact_sheet, ".png"),
-            *(("--save-prompt-embeds", file, ".safetensors") for file in self.embeds_files),
-        ]
-        inputs = [
-            ("--model", arguments.model),
-            ("--checkpoint", arguments.checkpoint),
-            ("--lora", arguments.lora),
-            *(("--prompt-embeds", Path(prompt.file)) for prompt in self.script if prompt.file is not None),
-        ]
-        check_outputs(
-            [(Named(option, path), suffix) for option, path, suffix in outputs if path is not None],
-            [Named(option, path) for option, path in inputs if path is not None],
-        )
-
-    def frame_limit(self, fps: float) -> int | None:
-        """Frames of the video, None for no end."""
-        return self.frames if self.seconds is None else max(1, round(self.seconds * fps))
+__all__ = ["add_parser", "run"]
 
 
 def _load(request: Request) -> Runtime:
@@ -199,39 +75,66 @@ def _embed_prompts(runtime: Runtime, request: Request, from_files: dict[str, Ten
 
 
 class _Generation:
-    """One run over a stream: switches prompts when it is their time, records blocks, reports."""
+    """One run over a stream: says which prompt begins with which block, records blocks, reports.
+
+    ``resumed``: the stream that goes on where a snapshot was taken, None for a new one. ``checkpoints``: where
+    snapshots go, None without them.
+    """
 
     def __init__(
-        self, runtime: Runtime, request: Request, embeds: list[Tensor], recorder: Recorder, progress: ProgressReport
+        self,
+        runtime: Runtime,
+        request: Request,
+        embeds: list[Tensor],
+        recorder: Recorder | SegmentRecorder,
+        progress: ProgressReport,
+        *,
+        checkpoints: Checkpoints | None = None,
+        resumed: Stream | None = None,
     ) -> None:
         self._runtime, self._request = runtime, request
-        self._recorder, self._progress = recorder, progress
-        self._pending = list(zip(request.script, embeds, strict=True))
+        self._recorder, self._progress, self._checkpoints = recorder, progress, checkpoints
+        # Of several prompts that begin with one block, the last.
+        self._prompts = {
+            first_block(prompt.seconds, runtime): (prompt, tensor)
+            for prompt, tensor in zip(request.script, embeds, strict=True)
+        }
+        self._resumed = resumed
         self.shown: list[dict[str, Any]] = []
 
     def run(self, stop: StopRequest) -> None:
         """Make blocks until the video has its length or ``stop`` has a request."""
-        prompt, embeds = self._pending.pop(0)
-        self._note(prompt, 0)
-        with self._runtime.stream(prompt_embeds=embeds, seed=self._request.seed) as stream:
+        with self._begin() as stream:
+            shown: TimedPrompt | None = None
             while not self._recorder.full and stop.request is None:
-                due = self._due(stream.video_frames)
-                if due is not None:
-                    prompt, embeds = due
-                    stream.set_prompt(prompt_embeds=embeds)
+                prompt, _ = self._prompts[max(block for block in self._prompts if block <= stream.next_block)]
+                if prompt is not shown:
+                    shown = prompt
                     self._note(prompt, stream.video_frames)
+                if self._checkpoints is not None:
+                    self._checkpoints.before_block(stream)
                 with stop.after_block():
                     chunk = next(stream)
                 before = self._recorder.frames
                 self._recorder.write(chunk)
                 self._progress.block_done(self._recorder.frames - before, prompt.label)
+            # Not where the video ends amid a block: its other frames would be missing from one that goes on there.
+            if self._checkpoints is not None and self._recorder.frames == stream.video_frames:
+                self._checkpoints.after_last_block(stream)
 
-    def _due(self, frame: int) -> tuple[TimedPrompt, Tensor] | None:
-        """The prompt to switch to at a block that begins with ``frame``; of several due ones the last."""
-        due = None
-        while self._pending and self._pending[0][0].seconds * self._runtime.fps <= frame:
-            due = self._pending.pop(0)
-        return due
+    def _begin(self) -> Stream:
+        """The stream, told of every prompt ahead: so each begins with its block, however many are begun ahead."""
+        stream = self._resumed
+        if stream is None:
+            _, first = self._prompts[0]
+            stream = self._runtime.stream(prompt_embeds=first, seed=self._request.seed)
+            coming = {block: embeds for block, (_, embeds) in self._prompts.items() if block > 0}
+        else:
+            begun = stream.next_prompt_block
+            coming = {block: embeds for block, (_, embeds) in self._prompts.items() if block >= begun}
+        for block, embeds in coming.items():
+            stream.set_prompt(prompt_embeds=embeds, block=block)
+        return stream
 
     def _note(self, prompt: TimedPrompt, frame: int) -> None:
         what = {"text": prompt.text} if prompt.file is None else {"file": prompt.file}
@@ -242,37 +145,103 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     """Check, load, generate, finish the files; 0, or the exit code of the signal that ended it."""
     request = Request(arguments)
     with stop.interruptible():
+        resumption = _find_resumption(request, report)
         from_files = _read_embeds(request.script)
         runtime = _load(request)
     try:
         with stop.interruptible():
             embeds = _embed_prompts(runtime, request, from_files)
-        return _record(runtime, request, embeds, stop, report)
+        return _record(runtime, request, embeds, resumption, stop, report)
     finally:
         runtime.close()
 
 
-def _record(runtime: Runtime, request: Request, embeds: list[Tensor], stop: StopRequest, report: dict[str, Any]) -> int:
-    from echo_rt.cli.recorder import Recorder
+def _find_resumption(request: Request, report: dict[str, Any]) -> Resumption | None:
+    """What to go on from; None for a new video, which must have a place of its own."""
+    if request.segment_seconds is None:
+        return None
+    if request.arguments.resume is None:
+        from echo_rt.output.segments import check_free
 
+        check_free(request.output)
+        return None
+    from echo_rt.cli.resumption import Resumption
+
+    resumption = Resumption.find(request)
+    if resumption is None:
+        warn(report, f"{request.output} holds nothing to go on from: the video begins at its start")
+    return resumption
+
+
+def _open_recorder(
+    runtime: Runtime, request: Request, limit: int | None, resumption: Resumption | None, resumed: Stream | None
+) -> tuple[Recorder | SegmentRecorder, Checkpoints | None]:
+    """What the video is written to, and where its snapshots go if they are asked for."""
+    arguments = request.arguments
+    if request.segment_seconds is None:
+        from echo_rt.cli.recorder import Recorder
+
+        recorder = Recorder(
+            request.output,
+            arguments.latents,
+            arguments.contact_sheet,
+            frame_size=runtime.frame_size,
+            fps=runtime.fps,
+            latent_shape=runtime.config.latent_shape,
+            frame_limit=limit,
+            metadata={"seed": str(request.seed), "prompt": request.script[0].label},
+        )
+        return recorder, None
+    from echo_rt.cli.resumption import notes_of
+    from echo_rt.cli.segment_recorder import Checkpoints, SegmentRecorder
+    from echo_rt.output.segments import SegmentedWriter
+
+    first_frame, first_block = (0, None) if resumed is None else (resumed.video_frames, resumed.next_block)
+    if resumption is None:
+        writer = SegmentedWriter(
+            request.output,
+            *runtime.frame_size,
+            runtime.fps,
+            seconds=request.segment_seconds,
+            latent_shape=runtime.config.latent_shape if request.keeps_latents else None,
+            notes=notes_of(request),
+        )
+    else:
+        if limit is not None and first_frame > limit:
+            raise ConfigError(f"the video is to have {limit} frames, its newest snapshot is at frame {first_frame}")
+        writer = SegmentedWriter.resume(request.output, first_frame, seconds=request.segment_seconds)
+        writer.notes.update(notes_of(request))
+    try:
+        checkpoints = (
+            None
+            if request.snapshot_every is None
+            else Checkpoints(request.output, writer, request.snapshot_every, resumed_at=first_block)
+        )
+    except BaseException:
+        writer.close()
+        raise
+    return SegmentRecorder(writer, first_frame=first_frame, frame_limit=limit), checkpoints
+
+
+def _record(
+    runtime: Runtime,
+    request: Request,
+    embeds: list[Tensor],
+    resumption: Resumption | None,
+    stop: StopRequest,
+    report: dict[str, Any],
+) -> int:
     arguments = request.arguments
     limit = request.frame_limit(runtime.fps)
     for prompt in request.script:
         if limit is not None and prompt.seconds * runtime.fps >= limit:
             end = limit / runtime.fps
             warn(report, f"the prompt at {prompt.seconds:g} s comes after the end of the video at {end:g} s")
-    recorder = Recorder(
-        arguments.output,
-        arguments.latents,
-        arguments.contact_sheet,
-        frame_size=runtime.frame_size,
-        fps=runtime.fps,
-        latent_shape=runtime.config.latent_shape,
-        frame_limit=limit,
-        metadata={"seed": str(request.seed), "prompt": request.script[0].label},
-    )
-    progress = ProgressReport(limit, runtime.fps, quiet=arguments.quiet)
-    generation = _Generation(runtime, request, embeds, recorder, progress)
+    resumed = None if resumption is None else resumption.begin(runtime, request.script)
+    recorder, checkpoints = _open_recorder(runtime, request, limit, resumption, resumed)
+    begun_at = (0, 0) if resumed is None else (resumed.next_block, resumed.video_frames)
+    progress = ProgressReport(limit, runtime.fps, quiet=arguments.quiet, begun_at=begun_at)
+    generation = _Generation(runtime, request, embeds, recorder, progress, checkpoints=checkpoints, resumed=resumed)
     problem: BaseException | None = None
     try:
         generation.run(stop)
@@ -282,7 +251,7 @@ def _record(runtime: Runtime, request: Request, embeds: list[Tensor], stop: Stop
         problem = error
     elapsed = max(progress.elapsed, 1e-9)
     progress.close()
-    closing = recorder.close()
+    closing = recorder.close() + ([] if checkpoints is None else checkpoints.close())
     if problem is None and closing:
         problem = closing.pop(0)
     for further in closing:
@@ -290,6 +259,10 @@ def _record(runtime: Runtime, request: Request, embeds: list[Tensor], stop: Stop
 
     stopped = None if recorder.full else stop.request
     report.update(recorder.report())
+    if checkpoints is not None:
+        report["snapshots"] = checkpoints.report()
+    if resumed is not None:
+        report["resumed_at_frame"] = begun_at[1]
     report.update(
         blocks=progress.blocks,
         fps=round(progress.frames / elapsed, 3),

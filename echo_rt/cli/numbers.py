@@ -28,6 +28,16 @@ def parse_number(option: str, text: str, kind: type[int] | type[float], expected
     return value
 
 
+def parse_positive(option: str, text: str | None, kind: type[int] | type[float], expected: str) -> Any:
+    """``text`` as a finite number above 0; None where the option is not given. Raises ``ConfigError``."""
+    if text is None:
+        return None
+    value = parse_number(option, text, kind, expected)
+    if value == 0:
+        raise ConfigError(f"{option}: expected {expected}, got {_short(text)!r}")
+    return value
+
+
 def parse_length(option: str, text: str | None, kind: type[int] | type[float], expected: str) -> Any:
     """A length of the video, above 0; None where the option is not given. Raises ``ConfigError``."""
     if text is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo_rt.errors import ConfigError
+from echo_rt.errors import ConfigError, TargetError
 
 _WEIGHTS = ("--checkpoint", "--lora")  # options whose value may name several files
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -41,6 +41,27 @@ def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named])
         _check_no_input(output, inputs)
     for output, _ in outputs:
         check_writable(output.path)
+
+
+def check_folder(output: Named, inputs: Sequence[Named]) -> None:
+    """Check a folder to write into, which need not be there yet, against ``inputs``.
+
+    Raises ``ConfigError`` for one that lies in an input or has one in it, ``TargetError`` where there can be none.
+    """
+    _check_no_input(output, inputs)
+    for given in inputs:
+        if _real(output.path) in _real(given.path).parents:
+            raise ConfigError(
+                f"{output.option}: expected a folder apart from what is read, got {str(output.path)!r}, "
+                f"which holds {given.option} {given.path}"
+            )
+    try:
+        folder = _real(output.path)
+        if not folder.is_dir() and (folder.exists() or not folder.parent.is_dir()):
+            came = "a file" if folder.exists() else f"no folder {output.path.parent} to make it in"
+            raise TargetError(f"{output.path}: expected a folder to write into, got {came}")
+    except OSError as error:  # a name that no folder can have
+        raise TargetError(f"{output.path}: cannot be a folder: {error.strerror or error}") from None
 
 
 def _real(path: Path) -> Path:

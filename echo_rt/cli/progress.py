@@ -31,11 +31,15 @@ class ProgressReport:
         total_frames: frames of the whole video, None for one without an end.
         fps: frames of one second of video.
         quiet: count only.
+        begun_at: block and frame that this run goes on from; what is counted is made by this run.
     """
 
-    def __init__(self, total_frames: int | None, fps: float, *, quiet: bool = False) -> None:
+    def __init__(
+        self, total_frames: int | None, fps: float, *, quiet: bool = False, begun_at: tuple[int, int] = (0, 0)
+    ) -> None:
         self.total_frames = total_frames
         self.fps = fps
+        self._first_block, self._first_frame = begun_at
         self.frames = 0
         self.blocks = 0
         self._started = time.monotonic()
@@ -87,7 +91,8 @@ class ProgressReport:
         line = self._line(prompt)
         if self._bar is not None and self._task is not None:
             try:
-                self._bar.update(self._task, completed=self.frames, description=line, refresh=True)
+                reached = self._first_frame + self.frames
+                self._bar.update(self._task, completed=reached, description=line, refresh=True)
             except OSError:  # the terminal is gone, the video goes on
                 self._quiet = True
                 self.close()
@@ -97,15 +102,16 @@ class ProgressReport:
 
     def _line(self, prompt: str) -> str:
         total = "" if self.total_frames is None else f"/{self.total_frames}"
+        reached = self._first_frame + self.frames
         parts = [
-            f"block {self.blocks}",
-            f"{self.frames}{total} frames",
-            f"{clock(self.frames / self.fps)} of video",
+            f"block {self._first_block + self.blocks}",
+            f"{reached}{total} frames",
+            f"{clock(reached / self.fps)} of video",
             f"{self.rate:.1f} fps",
             f"{clock(self.elapsed)} elapsed",
         ]
         if self.total_frames is not None and self.rate > 0:
-            parts.append(f"{clock((self.total_frames - self.frames) / self.rate)} left")
+            parts.append(f"{clock((self.total_frames - reached) / self.rate)} left")
         return " · ".join([*parts, prompt])
 
     def close(self) -> None:

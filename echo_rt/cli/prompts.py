@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from echo_rt.errors import PromptError
+
+if TYPE_CHECKING:
+    from echo_rt.runtime import Runtime
 
 # "12:a lake", "7.5:a lake"; a sign is matched only to be refused.
 _TIMED = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*:(.*)", re.DOTALL)
 _SHOWN = 40
+_NEVER = 2.0**53  # frames: a prompt may come as late as one likes
 
 
 @dataclass(frozen=True)
@@ -68,3 +74,15 @@ def parse_script(texts: Sequence[str], files: Sequence[str]) -> list[TimedPrompt
                 f'give one a time of its own, such as --prompt "10:{later.label}"'
             )
     return script
+
+
+def first_block(seconds: float, runtime: Runtime) -> int:
+    """The number of the first block of ``runtime``'s videos that begins at ``seconds`` of video or later."""
+    frames_per_block = runtime.config.window.frames_per_block
+
+    def first_frame(block: int) -> int:
+        return runtime.vae_config.video_frames(block * frames_per_block)
+
+    frame = math.ceil(min(seconds * runtime.fps, _NEVER))
+    # Every block has a frame at least, so none further on is needed.
+    return bisect_left(range(frame), frame, key=first_frame)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
-from echo_rt.weights.tensors import Fact, TensorFile
+from echo_rt.weights.tensors import Fact, TensorFile, check_name
 
 _ZIP_MAGIC = b"PK\x03\x04"
 # How torch's unpickler words its refusal of anything that is not plain data.
@@ -42,6 +42,8 @@ def open_pickle(path: Path, head: bytes) -> TensorFile:
         _flatten(content, "", tensors, facts, path)
     except RecursionError as error:
         raise WeightsError(f"{path}: expected a dict of tensors, came dicts nested without end") from error
+    for name in tensors:
+        check_name(name, path)
     if not tensors:
         raise WeightsError(f"{path}: expected a dict of tensors, came one of {len(content)} entries without any tensor")
     return TensorFile(path, tensors, facts)
@@ -51,13 +53,14 @@ def _flatten(
     content: Mapping[object, object], prefix: str, tensors: dict[str, Tensor], facts: dict[str, Fact], path: Path
 ) -> None:
     for key, value in content.items():
-        name = f"{prefix}{key}"
+        # Anything can be a key, a tensor too; what it looks like would be pages.
+        name = f"{prefix}{key if isinstance(key, (str, int)) else f'<{type(key).__name__}>'}"
         if isinstance(value, Mapping):
             _flatten(value, f"{name}.", tensors, facts, path)
         elif isinstance(value, Tensor):
             if name in tensors:
-                raise WeightsError(f"{path}: expected {name} once, came twice in nested dicts")
-            tensors[name] = value
+                raise WeightsError(f"{path}: expected {check_name(name, path)} once, came twice in nested dicts")
+            tensors[name] = value.detach()
         elif isinstance(value, (int, float, str)):
             facts[name] = value
         # Lists and the like are optimizer settings: no weights, and of no use here.

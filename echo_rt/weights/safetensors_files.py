@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
-from echo_rt.weights.tensors import Fact, TensorFile
+from echo_rt.weights.tensors import Fact, TensorFile, check_name
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -54,7 +54,7 @@ def open_safetensors(path: Path) -> TensorFile:
     Errors: ``WeightsError`` for a file that is damaged, of another format, or without tensors.
     """
     file = _open(path)
-    holders = dict.fromkeys(file.keys(), file)
+    holders = {check_name(name, path): file for name in file.keys()}  # noqa: SIM118 - the opened file is no mapping
     if not holders:
         raise WeightsError(f"{path}: expected tensors, came a safetensors file with none")
     facts: dict[str, Fact] = dict(file.metadata() or {})
@@ -77,10 +77,11 @@ def open_sharded(index: Path, content: bytes) -> TensorFile:
             raise WeightsError(f"{index}: expected the shard {shard_name} beside the index, found none")
         file = _open(shard)
         for name in file.keys():  # noqa: SIM118 - the opened file is no mapping
+            check_name(name, shard)
             if weight_map.get(name) != shard_name:
                 raise WeightsError(f"{shard}: expected only tensors that {index.name} places here, came also {name}")
             holders[name] = file
-    missing = [name for name in weight_map if name not in holders]
+    missing = [check_name(name, index) for name in weight_map if name not in holders]
     if missing:
         raise WeightsError(
             f"{index}: expected {missing[0]} in {weight_map[missing[0]]}, which lacks it ({len(missing)} such tensors)"

@@ -12,12 +12,20 @@ from echo_rt.errors import WeightsError
 Fact = int | float | str
 
 _NAMED_IN_MESSAGES = 5
+_LONGEST_NAME = 256
 
 
 def first_names(names: Sequence[str]) -> str:
     """A list of names for a message: the first few, and how many more there are."""
     more = len(names) - _NAMED_IN_MESSAGES
     return ", ".join(names[:_NAMED_IN_MESSAGES]) + (f" and {more} more" if more > 0 else "")
+
+
+def check_name(name: str, path: Path) -> str:
+    """``name``, which messages will repeat; ``WeightsError`` for one of a length or of characters that no model has."""
+    if len(name) > _LONGEST_NAME or not name.isprintable():
+        raise WeightsError(f"{path}: expected names of tensors, came {name[:_LONGEST_NAME]!a}")
+    return name
 
 
 class TensorFile(Mapping[str, Tensor]):

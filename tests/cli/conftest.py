@@ -31,7 +31,12 @@ class FakeStream:
     video_frames: int = 0
     block: int = 0
     closed: bool = False
+    prompts: dict[int, Tensor] = field(default_factory=dict)
     prompts_of_blocks: list[float] = field(default_factory=list)
+
+    @property
+    def next_block(self) -> int:
+        return self.block
 
     def __enter__(self) -> FakeStream:
         return self
@@ -39,13 +44,14 @@ class FakeStream:
     def __exit__(self, *_: object) -> None:
         self.closed = True
 
-    def set_prompt(self, *, prompt_embeds: Tensor) -> None:
-        self.prompt = prompt_embeds
+    def set_prompt(self, *, prompt_embeds: Tensor, block: int) -> None:
+        self.prompts[block] = prompt_embeds
 
     def __next__(self) -> SimpleNamespace:
         if self.closed:
             raise StreamError("closed")
         self.before_block(self.block)
+        self.prompt = self.prompts.get(self.block, self.prompt)
         count = 12 if self.block else 9
         frames = torch.full((count, 48, 64, 3), (self.block * 10) % 250, dtype=torch.uint8)
         self.prompts_of_blocks.append(float(self.prompt[0, 0]))
@@ -60,7 +66,12 @@ class FakeRuntime:
     fps = 16
     frame_size = (64, 48)
     memory = MemoryMode.EVOLVE
-    config = SimpleNamespace(latent_shape=(16, 6, 8), transformer=SimpleNamespace(text_dim=TEXT_DIM, text_len=TEXT_LEN))
+    config = SimpleNamespace(
+        latent_shape=(16, 6, 8),
+        transformer=SimpleNamespace(text_dim=TEXT_DIM, text_len=TEXT_LEN),
+        window=SimpleNamespace(frames_per_block=3),
+    )
+    vae_config = SimpleNamespace(video_frames=lambda latents: max(0, 4 * latents - 3))
 
     def __init__(self) -> None:
         self.loaded_with: dict[str, Any] = {}

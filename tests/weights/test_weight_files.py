@@ -147,6 +147,24 @@ def test_names_that_collide(tmp_path: Path) -> None:
     assert "expected a.b once" in refusal(tmp_path / "model.pt")
 
 
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "x" * 300])
+def test_names_that_no_message_could_repeat(tmp_path: Path, name: str) -> None:
+    torch.save({name: torch.ones(1)}, tmp_path / "model.pt")
+    assert "expected names of tensors, came '" in refusal(tmp_path / "model.pt")
+    save_file({name: torch.ones(1)}, tmp_path / "model.safetensors")
+    assert "expected names of tensors, came '" in refusal(tmp_path / "model.safetensors")
+
+
+def test_keys_that_are_no_names(tmp_path: Path) -> None:
+    torch.save({(1, torch.ones(50)): torch.ones(1), 3: {"a": torch.ones(1)}}, tmp_path / "model.pt")
+    assert set(open_tensors(tmp_path / "model.pt")) == {"<tuple>", "3.a"}
+
+
+def test_weights_in_training_are_plain_numbers(tmp_path: Path) -> None:
+    torch.save({"a": torch.nn.Parameter(torch.ones(2))}, tmp_path / "model.pt")
+    assert not open_tensors(tmp_path / "model.pt")["a"].requires_grad
+
+
 def test_dict_inside_itself(tmp_path: Path) -> None:
     content: dict[str, object] = {"a": torch.ones(1)}
     content["self"] = content

@@ -1,0 +1,111 @@
+"""``generate --resume``: what is in the folder of a video that was cut off, and whether the command goes on with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from echo_rt.cli.generate_request import Request
+from echo_rt.cli.messages import one_line
+from echo_rt.cli.prompts import TimedPrompt, first_block
+from echo_rt.cli.segment_recorder import SNAPSHOT_FOLDER
+from echo_rt.errors import ConfigError, PromptError, TargetError
+from echo_rt.output.segment_index import RecordingIndex
+from echo_rt.output.segments import check_free
+from echo_rt.snapshot import Snapshot
+from echo_rt.snapshot_keeper import latest_snapshot, snapshot_files
+
+if TYPE_CHECKING:
+    from echo_rt.runtime import Runtime
+    from echo_rt.stream import Stream
+
+_SCRIPT = "script"
+
+
+def notes_of(request: Request) -> dict[str, Any]:
+    """What the index says about the request, for :meth:`Resumption.begin` after a kill."""
+    return {_SCRIPT: _facts(request.script), "seed": request.seed}
+
+
+def _facts(script: Sequence[TimedPrompt]) -> list[dict[str, Any]]:
+    return [
+        {"seconds": prompt.seconds, **({"file": prompt.file} if prompt.text is None else {"text": prompt.text})}
+        for prompt in script
+    ]
+
+
+def _begun(facts: object, blocks: int, runtime: Runtime) -> list[object]:
+    """Those of the prompts that begin with the first block or another of the first ``blocks``."""
+    return [
+        entry
+        for entry in (facts if isinstance(facts, list) else [])
+        if not isinstance(entry, dict)
+        or not isinstance(entry.get("seconds"), (int, float))
+        or entry["seconds"] <= 0
+        or first_block(entry["seconds"], runtime) < blocks
+    ]
+
+
+def _words(facts: list[object]) -> str:
+    return one_line(json.dumps(facts, ensure_ascii=False))
+
+
+@dataclass
+class Resumption:
+    """The recording and the newest whole snapshot of a folder; the latter until :meth:`begin` has used it."""
+
+    folder: Path
+    index: RecordingIndex
+    snapshot: Snapshot | None
+
+    @classmethod
+    def find(cls, request: Request) -> Resumption | None:
+        """What ``--resume`` goes on from, checked against the request; None where nothing has been made yet.
+
+        ``TargetError`` for a recording without a snapshot, ``SnapshotError`` where all are damaged, ``ConfigError``
+        for a request that contradicts what is recorded. All of it before the model is loaded.
+        """
+        folder = request.output
+        if not snapshot_files(folder / SNAPSHOT_FOLDER):
+            check_free(folder, advice=f"it has no {SNAPSHOT_FOLDER} to go on from (--snapshot-every makes them)")
+            return None
+        index = RecordingIndex.read(folder)
+        found = latest_snapshot(folder / SNAPSHOT_FOLDER)
+        if found is None:
+            raise TargetError(f"{folder / SNAPSHOT_FOLDER}: the snapshots have vanished")
+        _, snapshot = found
+        if snapshot.seed != request.seed:
+            raise ConfigError(f"--seed: the video was begun with {snapshot.seed}, got {request.seed}")
+        if request.keeps_latents != (index.latent_shape is not None):
+            raise ConfigError(f"--latents: the recording has {'none' if request.keeps_latents else 'some'} so far")
+        return cls(folder, index, snapshot)
+
+    def begin(self, runtime: Runtime, script: Sequence[TimedPrompt]) -> Stream:
+        """The stream that goes on, with none of the prompts that were to come: those are for ``script`` to say.
+
+        ``StreamError`` for a snapshot of another model; ``ConfigError`` unless the recording has the runtime's size
+        and rate; ``PromptError`` unless the prompts of all blocks begun so far are those of ``script``.
+        """
+        made = (*runtime.frame_size, Fraction(runtime.fps))
+        recorded = (self.index.width, self.index.height, self.index.fps)
+        if made != recorded:
+            raise ConfigError(
+                f"{self.folder}: the recording is {recorded[0]}x{recorded[1]} at {recorded[2]} fps, "
+                f"the model makes {made[0]}x{made[1]} at {made[2]}"
+            )
+        snapshot, self.snapshot = self.snapshot, None  # gigabytes, which a day of video has no use for
+        assert snapshot is not None, "begun twice"
+        begun = snapshot.next_block + len(snapshot.held)
+        before = _begun(self.index.notes.get(_SCRIPT), begun, runtime)
+        asked = _begun(_facts(script), begun, runtime)
+        if before != asked:
+            raise PromptError(
+                f"--prompt: what the first {begun} blocks show, which are made, cannot change: "
+                f"{_words(before)}; got {_words(asked)}"
+            )
+        return runtime.resume(dataclasses.replace(snapshot, prompts={}))

@@ -1,0 +1,303 @@
+"""``generate --segments --snapshot-every --resume``: a video that a kill cannot spoil.
+
+``ECHO_RT_KILLS``: how often the one test with real kills kills (6).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from echo_rt.output import segments
+from echo_rt.prompts import save_prompt_embeds
+from echo_rt.snapshot_keeper import snapshot_files
+
+PROMPT = ("--model", "folder", "--prompt", "1")
+KILLS = int(os.environ.get("ECHO_RT_KILLS", "6"))
+FRAMES = max(249, 90 * KILLS)
+LASTING = ("--segments", 2, "--snapshot-every", 2)  # a segment would have three blocks if no snapshot ended it
+
+
+@pytest.fixture(scope="module")
+def prompts(small_model, tmp_path_factory):
+    """Embeddings in files, which are quicker than prompts; the second begins with block 4."""
+    folder = tmp_path_factory.mktemp("prompts")
+    width = json.loads((small_model / "config.json").read_text())["text_dim"]
+    for number in (1, 2):
+        values = torch.randn(5, width, generator=torch.Generator().manual_seed(number))
+        save_prompt_embeds(folder / f"{number}.safetensors", values)
+    return ("--prompt-embeds", folder / "1.safetensors", "--prompt-embeds", f"2.5:{folder / '2.safetensors'}")
+
+
+@pytest.fixture(scope="module")
+def model(small_model, prompts):
+    checkpoint = small_model / "echo_infinity.pt"
+    return ("generate", "--model", small_model, "--checkpoint", checkpoint, "--device", "cpu", "--quiet", *prompts)
+
+
+@pytest.fixture(scope="module")
+def unbroken(model, tmp_path_factory):
+    """The latents of a video that is one file, made in one go without snapshots."""
+    from echo_rt.cli.main import main
+
+    folder = tmp_path_factory.mktemp("unbroken")
+    arguments = (*model, "-o", folder / "v.mp4", "--latents", folder / "l.safetensors", "--frames", FRAMES)
+    assert main([str(argument) for argument in arguments]) == 0
+    return load_file(folder / "l.safetensors")["latents"]
+
+
+def recorded(folder: Path) -> torch.Tensor:
+    return torch.cat([load_file(file)["latents"] for file in sorted(folder.glob("latents-*.safetensors"))])
+
+
+LIVES = """
+    import os, sys
+    import echo_rt.runtime, echo_rt.cli.resumption
+    from echo_rt.cli.main import main
+    # A process for each life, without importing everything once more.
+    while True:
+        life = os.fork()
+        if life == 0:
+            os._exit(main(sys.argv[1:]))
+        print(life, flush=True)
+        if os.waitpid(life, 0)[1] == 0:
+            break
+"""
+
+
+def test_killed_and_resumed_is_the_unbroken_video(model, tmp_path, unbroken, frame_count):
+    """One command, killed at random moments until it gets to the end: while it loads, generates, writes."""
+    folder = tmp_path / "day"
+    arguments = (*model, "--resume", folder, *LASTING, "--latents", "--frames", FRAMES, "--json")
+    command = [sys.executable, "-B", "-c", textwrap.dedent(LIVES), *map(str, arguments)]
+    dice, pieces = random.Random(4), 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as lives:
+        assert lives.stdout is not None and lives.stderr is not None
+        try:
+            for kill in range(KILLS):
+                life = int(lives.stdout.readline())
+                deadline = time.monotonic() + 60
+                # The first falls into the loading, the others where at least one more piece has been made.
+                while kill and len(list(folder.glob("video-*.mp4"))) <= pieces and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                time.sleep(dice.uniform(0, 0.4))
+                os.kill(life, signal.SIGKILL)
+                pieces = len(list(folder.glob("video-*.mp4")))
+            out, err = lives.communicate(timeout=120)
+        finally:
+            if lives.poll() is None:
+                os.killpg(lives.pid, signal.SIGKILL)
+    assert lives.returncode == 0 and "error" not in err, err
+    report = json.loads(out.splitlines()[-1])
+    assert (report["frames"], report["exit_reason"]) == (FRAMES, "complete")
+    assert 0 < report["resumed_at_frame"] < FRAMES, "too late a kill"
+    assert report["latent_frames"] == len(unbroken)
+    assert torch.equal(recorded(folder), unbroken)
+    assert frame_count(folder / "video.ffconcat") == FRAMES
+    assert sum(frame_count(file) for file in folder.glob("video-*.mp4")) == FRAMES
+    assert not list(folder.glob(".*.part")) and not list(folder.glob("snapshots/.*.part"))
+    assert len(snapshot_files(folder / "snapshots")) == 3
+
+
+def test_stopped_and_resumed(echo_rt, model, tmp_path, unbroken, monkeypatch, frame_count):
+    """Ctrl-C takes a snapshot of where the video is, so that nothing has to be made again."""
+    folder, count = tmp_path / "day", []
+    write = segments.SegmentedWriter.write
+
+    def stop_at_the_fourth(self, frames, latents):
+        count.append(len(frames))
+        if len(count) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        write(self, frames, latents)
+
+    monkeypatch.setattr(segments.SegmentedWriter, "write", stop_at_the_fourth)
+    lasting = ("--segments", 100, "--snapshot-every", 3, "--latents", "--frames", 90, "--json")
+    outcome = echo_rt(*model, "-o", folder, *lasting)
+    assert (outcome.code, outcome.json["exit_reason"]) == (130, "interrupted")
+    assert (outcome.json["frames"], outcome.json["segments"]) == (45, 2)
+    assert outcome.json["snapshots"] == {"written": 3, "skipped": 0}
+    assert outcome.json["files"] == {"video": str(folder / "video.ffconcat")}
+    outcome = echo_rt(*model, "--resume", folder, "-o", folder, *lasting)
+    assert outcome.code == 0, outcome.err
+    assert (outcome.json["resumed_at_frame"], outcome.json["blocks"], len(count)) == (45, 4, 8)
+    assert [shown["frame"] for shown in outcome.json["prompts"]] == [45]
+    assert torch.equal(recorded(folder), unbroken[:24])
+    assert frame_count(folder / "video.ffconcat") == outcome.json["frames"] == 90
+    # Complete, and the same again: the last block, which the end cut short, comes out the same.
+    again = echo_rt(*model, "--resume", folder, *lasting)
+    assert (again.code, again.json["frames"], again.json["exit_reason"]) == (0, 90, "complete")
+    # What is complete can be made longer.
+    longer = echo_rt(*model, "--resume", folder, *lasting, "--frames", 120)
+    assert longer.code == 0, longer.err
+    assert longer.json["resumed_at_frame"] >= 69
+    assert torch.equal(recorded(folder), unbroken[:33])
+
+
+@pytest.fixture(scope="module")
+def made(small_model, model, tmp_path_factory):
+    """A video with snapshots at blocks 2, 4 and 6, its end, at frames 21, 45 and 69."""
+    from echo_rt.cli.main import main
+
+    folder = tmp_path_factory.mktemp("made") / "day"
+    arguments = (*model, "-o", folder, *LASTING, "--latents", "--frames", 69)
+    assert main([str(argument) for argument in arguments]) == 0
+    return folder
+
+
+@pytest.fixture
+def day(made, tmp_path):
+    """A copy of it, for this test alone."""
+    return Path(shutil.copytree(made, tmp_path / "day"))
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.filterwarnings("default::RuntimeWarning")
+def test_a_damaged_snapshot_is_passed_over(echo_rt, model, day, unbroken):
+    newest, older, _ = snapshot_files(day / "snapshots")
+    newest.write_bytes(newest.read_bytes()[:-1])
+    outcome = echo_rt(*model, "--resume", day, *LASTING, "--latents", "--frames", 93, "--json")
+    assert outcome.code == 0, outcome.err
+    (warning,) = outcome.json["warnings"]
+    assert warning.startswith(f"passed over: {newest}: the snapshot is damaged")
+    assert outcome.json["resumed_at_frame"] == 45
+    assert torch.equal(recorded(day), unbroken[:24])
+    assert older in snapshot_files(day / "snapshots")
+
+
+@pytest.mark.filterwarnings("default::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        (None, ("--seed", 5), "--seed: the video was begun with 0, got 5"),
+        (None, ("--frames", 60), "the video is to have 60 frames, its newest snapshot is at frame 69"),
+        (None, ("--set", "sink_frames=6"), "the snapshot is of another model: sink_frames is 3 in the snapshot"),
+        ("size", (), "the recording is 64x32 at 16 fps, the model makes 32x32 at 16"),
+        ("script", (), "--prompt: what the first 6 blocks show, which are made, cannot change"),
+        ("latents", (), "--latents: the recording has none so far"),
+        ("snapshots", (), "it holds one of 69 frames; it has no snapshots to go on from (--snapshot-every makes them)"),
+        ("damage", (), "snapshots: expected a whole snapshot, came 3 damaged ones"),
+        ("segment", (), "video-00001.mp4: expected"),
+        ("index", (), "expected a recording in segments, found no recording.json"),
+    ],
+)
+def test_what_cannot_be_resumed_stays_as_it_is(echo_rt, model, day, change, arguments, message):
+    index = day / "recording.json"
+    if change == "script":
+        index.write_text(index.read_text().replace("1.safetensors", "3.safetensors"))
+    elif change == "size":
+        index.write_text(index.read_text().replace('"width": 32', '"width": 64'))
+    elif change == "latents":
+        facts = json.loads(index.read_text())
+        for segment in facts["segments"]:
+            segment.update(latents_file=None, latent_frames=0, latents_size=0)
+        index.write_text(json.dumps(facts | {"latent_shape": None}))
+    elif change == "snapshots":
+        shutil.rmtree(day / "snapshots")
+    elif change == "damage":
+        for file in snapshot_files(day / "snapshots"):
+            file.write_bytes(b"damage")
+    elif change == "segment":
+        (day / "video-00001.mp4").unlink()
+    elif change == "index":
+        index.unlink()
+    before = state(day)
+    outcome = echo_rt(*model, "--resume", day, *LASTING, "--latents", "--frames", 93, *arguments)
+    assert outcome.code == 2 and message in outcome.error
+    assert state(day) == before
+
+
+def test_a_new_video_has_a_place_of_its_own(echo_rt, fake_runtime, day):
+    before = state(day)
+    outcome = echo_rt("generate", *PROMPT, "-o", day, *LASTING)
+    assert outcome.code == 2 and "it holds one of 69 frames; resume that" in outcome.error
+    assert fake_runtime.loaded_with == {} and state(day) == before
+
+
+def test_segments_alone(echo_rt, fake_runtime, tmp_path, frame_count):
+    outcome = echo_rt("generate", *PROMPT, "-o", tmp_path / "day", "--segments", 1, "--frames", 60, "--json")
+    assert outcome.code == 0, outcome.err
+    assert sorted(file.name for file in (tmp_path / "day").iterdir()) == [
+        "recording.json",
+        "video-00000.mp4",
+        "video-00001.mp4",
+        "video-00002.mp4",
+        "video.ffconcat",
+    ]
+    assert (outcome.json["frames"], outcome.json["segments"], outcome.json["latent_frames"]) == (60, 3, 0)
+    assert "snapshots" not in outcome.json
+    assert frame_count(tmp_path / "day" / "video.ffconcat") == 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "expected -o OUT.mp4 (or --resume DIR), got neither"),
+        (("-o", "v.mp4", "--resume", "day", "--segments", 1), "--resume and -o: expected one folder, got 'day'"),
+        (("--resume", "day"), "--resume: expected --segments S with it"),
+        (("-o", "v.mp4", "--snapshot-every", 3), "--snapshot-every: expected --segments S with it"),
+        (("-o", "v.mp4", "--latents"), "--latents: expected FILE.safetensors"),
+        (("-o", "day", "--segments", 1, "--latents", "l.safetensors"), "--latents: expected no file with --segments"),
+        (("-o", "day", "--segments", 1, "--contact-sheet", "s.png"), "--contact-sheet: expected no --segments with it"),
+        (("-o", "v.mp4", "--segments", 1), "-o: expected the name of a folder with --segments, got 'v.mp4'"),
+        (("-o", "day", "--segments", 0), "--segments: expected seconds of video above 0, got '0'"),
+        (("-o", "day", "--segments", "x"), "--segments: expected seconds of video above 0, got 'x'"),
+        (("-o", "day", "--segments", 1, "--snapshot-every", 0), "--snapshot-every: expected a number of blocks of 1"),
+        (("-o", "day", "--segments", 1, "--snapshot-every", "1.5"), "--snapshot-every: expected a number of blocks"),
+        (("-o", "folder/day", "--segments", 1), "--output: expected a file apart from what is read, got 'folder/day'"),
+        (("-o", ".", "--segments", 1), "--output: expected a folder apart from what is read, got '.', which holds"),
+        (("-o", "absent/day", "--segments", 1), "expected a folder to write into, got no folder absent"),
+        (("-o", "file", "--segments", 1), "expected a folder to write into, got a file"),
+        (("-o", "x" * 300, "--segments", 1), "name too long"),
+        (("--resume", "own", "--segments", 1), "expected a folder without a recording, it holds video-00000.mp4"),
+    ],
+)
+def test_contradictions(echo_rt, fake_runtime, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").write_text("")
+    Path("own").mkdir()
+    Path("own/video-00000.mp4").write_text("of somebody else")
+    outcome = echo_rt("generate", *PROMPT, *arguments)
+    assert outcome.code == 2 and message.lower() in outcome.error.lower()
+    assert fake_runtime.loaded_with == {}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder", "own"]
+
+
+def test_a_snapshot_that_cannot_be_written_ends_the_video(echo_rt, model, tmp_path, monkeypatch, frame_count):
+    """At once where it is the first, which is waited for; later with the next that is due."""
+    from echo_rt.snapshot import Snapshot
+
+    save = Snapshot.save
+
+    def fail_after(good: int):
+        def act(self: Snapshot, path: Path) -> None:
+            if self.next_block > good:
+                save_file({"x": torch.zeros(1)}, tmp_path / "absent" / "x")
+            save(self, path)
+
+        return act
+
+    monkeypatch.setattr(Snapshot, "save", fail_after(2))
+    outcome = echo_rt(*model, "-o", tmp_path / "day", *LASTING, "--frames", 400, "--json")
+    assert outcome.code == 1 and "No such file" in outcome.error
+    assert 45 <= outcome.json["frames"] < 400 and outcome.json["exit_reason"] == "error"
+    assert outcome.json["snapshots"]["written"] == 2
+    assert frame_count(tmp_path / "day" / "video.ffconcat") == outcome.json["frames"]
