@@ -19,7 +19,7 @@ from typing import Protocol
 import nvtx
 import torch
 
-from echo_rt.errors import BackendError
+from echo_rt.errors import BackendError, StallError
 
 _DOMAIN = "echo_rt"  # of the NVTX ranges
 _POLL_SECONDS = 0.0005  # between two looks at a mark that is waited for with a bound
@@ -74,10 +74,13 @@ class Executor(Protocol):
         """A mark where ``lane`` is now; ``again`` is one that is no longer needed."""
 
     def settle(self) -> None:
-        """Hold the host until every lane is idle."""
+        """Hold the host until every lane is idle. :class:`StallError` where one is not, after :meth:`give_up`."""
+
+    def give_up(self, seconds: float) -> None:
+        """A lane may never be idle again: from now on :meth:`settle` waits for it no longer than that."""
 
     def close(self) -> None:
-        """Settle, then forget all stages and their graphs."""
+        """Settle, then forget all stages and their graphs; forgets them too where settling raises."""
 
 
 def stage_name(stage: Callable[..., None]) -> str:
@@ -128,6 +131,9 @@ class Immediate:
     def settle(self) -> None:
         return
 
+    def give_up(self, seconds: float) -> None:
+        return
+
     def close(self) -> None:
         return
 
@@ -168,6 +174,7 @@ class CudaExecutor:
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._marks: dict[Hashable, Mark] = {}
+        self._patience: float | None = None  # seconds to settle in, once a lane was given up
         self.replays = 0
         self.runs = 0
 
@@ -224,13 +231,25 @@ class CudaExecutor:
         return mark
 
     def settle(self) -> None:
+        if self._patience is not None:
+            deadline = time.monotonic() + self._patience
+            while not all(stream.query() for stream in self._streams.values()):
+                if time.monotonic() > deadline:
+                    raise StallError(f"{self._device} is still busy after {self._patience:g} s more")
+                time.sleep(_POLL_SECONDS)
         torch.cuda.synchronize(self._device)
+        self._patience = None
+
+    def give_up(self, seconds: float) -> None:
+        self._patience = seconds
 
     def close(self) -> None:
-        self.settle()
-        self._graphs.clear()
-        self._marks.clear()
-        self._seen.clear()
+        try:
+            self.settle()
+        finally:
+            self._graphs.clear()
+            self._marks.clear()
+            self._seen.clear()
 
 
 def make_executor(device: torch.device, graphs: bool | None = None) -> Executor:

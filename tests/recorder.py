@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from tape import Call, tensors_in
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from echo_rt.executor import Lane, Mark, stage_name
 
@@ -74,18 +74,6 @@ class Access:
         )
 
 
-@dataclass
-class _Call:
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    fresh: list[tuple[int, Tensor]]  # which outputs are new tensors, and these
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 class Recorder(TorchDispatchMode):
     """An executor (:class:`echo_rt.executor.Executor`), and, entered as a context, what sees every operation.
 
@@ -103,8 +91,8 @@ class Recorder(TorchDispatchMode):
         self._lane, self._stage = HOST, ""
         self._noted: dict[Hashable, Access] = {}  # by this run of this stage
         self._seen: set[Hashable] = set()
-        self._graphs: dict[Hashable, list[_Call]] = {}
-        self._capturing: list[_Call] | None = None
+        self._graphs: dict[Hashable, list[Call]] = {}
+        self._capturing: list[Call] | None = None
 
     def watch(self, buffers: Mapping[str, Tensor]) -> None:
         self._buffers = {tensor.untyped_storage().data_ptr(): name for name, tensor in buffers.items()}
@@ -126,7 +114,8 @@ class Recorder(TorchDispatchMode):
             if key in self._graphs:
                 self.replays += 1
                 for call in self._graphs[key]:
-                    self._replay(call)
+                    call.again()
+                    self._note(call)
             elif key in self._seen:
                 self._graphs[key] = self._capturing = []
                 try:
@@ -169,13 +158,7 @@ class Recorder(TorchDispatchMode):
     # ---------------------------------------------------------------- operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        inputs = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
-        fresh = [
-            (place, out) for place, out in enumerate(_tensors(result)) if out.untyped_storage().data_ptr() not in inputs
-        ]
-        call = _Call(func, tuple(args), dict(kwargs), fresh)
+        call, result = Call.run(func, args, kwargs or {})
         if self._capturing is not None:
             self._capturing.append(call)
         if not self._stage:
@@ -183,14 +166,7 @@ class Recorder(TorchDispatchMode):
         self._note(call)
         return result
 
-    def _replay(self, call: _Call) -> None:
-        with _disable_current_modes():
-            outputs = _tensors(call.function(*call.args, **call.kwargs))
-            for place, out in call.fresh:
-                out.copy_(outputs[place])
-        self._note(call)
-
-    def _note(self, call: _Call) -> None:
+    def _note(self, call: Call) -> None:
         """Keep the accesses to the buffers; an operation that only makes a view accesses nothing."""
         schema = call.function._schema
         written: list[Tensor] = [out for _, out in call.fresh]
@@ -198,7 +174,7 @@ class Recorder(TorchDispatchMode):
         for position, argument in enumerate(schema.arguments):
             value = call.args[position] if position < len(call.args) else call.kwargs.get(argument.name)
             writes = argument.alias_info is not None and argument.alias_info.is_write
-            (written if writes else read).extend(_tensors(value))
+            (written if writes else read).extend(tensors_in(value))
         views = any(out.alias_info is not None and not out.alias_info.is_write for out in schema.returns)
         if views:
             return
