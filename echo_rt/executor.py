@@ -162,6 +162,17 @@ class _Event:
         return milliseconds / 1000
 
 
+class _Seen(threading.local):
+    """The stages that the calling thread has run.
+
+    By thread, since libraries keep what they make for a shape (cuDNN its plans) by thread, and must not make it in a
+    capture. Not by the thread's number, which the next thread may be given.
+    """
+
+    def __init__(self) -> None:
+        self.stages: set[Hashable] = set()
+
+
 class CudaExecutor:
     """Lanes are CUDA streams; stages that come again are replayed as graphs, if ``graphs``."""
 
@@ -171,7 +182,7 @@ class CudaExecutor:
         self._streams = {lane: torch.cuda.Stream(device, priority=-1 if lane is Lane.DECODE else 0) for lane in Lane}
         # Graphs of one pool may share memory, which is safe for those that never run at the same time.
         self._pools = {lane: torch.cuda.graph_pool_handle() for lane in Lane}
-        self._seen: set[Hashable] = set()
+        self._seen = _Seen()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._marks: dict[Hashable, Mark] = {}
         self._patience: float | None = None  # seconds to settle in, once a lane was given up
@@ -194,14 +205,12 @@ class CudaExecutor:
                 stream.wait_event(mark.event)
         with torch.cuda.stream(stream), nvtx.annotate(stage_name(stage), domain=_DOMAIN):
             graph = self._graphs.get(key)
-            # Libraries keep what they make for a shape by thread (cuDNN's plans), and must not make it in a capture.
-            warm = (key, threading.get_ident())
-            if graph is None and self._graphs_wanted and warm in self._seen:
+            if graph is None and self._graphs_wanted and key in self._seen.stages:
                 graph = self._graphs[key] = self._capture(stage, facts, lane)
             elif graph is not None:
                 self.replays += 1
             if graph is None:
-                self._seen.add(warm)
+                self._seen.stages.add(key)
                 stage(*facts)
             else:
                 graph.replay()
@@ -249,7 +258,7 @@ class CudaExecutor:
         finally:
             self._graphs.clear()
             self._marks.clear()
-            self._seen.clear()
+            self._seen = _Seen()
 
 
 def make_executor(device: torch.device, graphs: bool | None = None) -> Executor:
