@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from timing import Timer
+
+from echo_rt.bench.timing import Timer
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import _checkout
-from environment import environment
-from tables import Column, write_results
 
+from echo_rt.bench.environment import environment
+from echo_rt.bench.tables import Column, write_results
 from echo_rt.errors import BackendError, EchoError
 from echo_rt.options import DTYPE_NAMES
 

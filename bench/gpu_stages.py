@@ -106,13 +106,23 @@ def _tests(options: Options) -> Iterator[Stage]:
 
 def _measurements(options: Options) -> Iterator[Stage]:
     common = ["--out", str(options.out), "--device", options.device, *(["--quick"] if options.quick else [])]
-    size = "small" if options.rehearsal else "released"
+    size = "tiny" if options.rehearsal else "released"
     kernels = (sys.executable, "bench/kernel_times.py", *common, "--size", size)
     yield Stage("kernels", kernels, **_limits(options, (180, 30), (45, 15)))
     golden = (sys.executable, "bench/golden.py", *common)
     if options.rehearsal and not options.quick:
         golden += ("--quick",)  # the large bundles take minutes on a host
     yield Stage("golden", golden, **_limits(options, (120, 20), (30, 8)))
+    if not options.quick:  # it fills the windows of several models, for which three minutes have no place
+        yield _block(options, size)
+
+
+def _block(options: Options, size: str) -> Stage:
+    # The chart is left out: a check leaves few files. bfloat16 in a rehearsal too: the memory's kernels ask for it.
+    where = ("--out", str(options.out), "--device", options.device, "--no-chart")
+    what = ("--size", size, "--backend", options.backend, "--dtype", "bfloat16")
+    what += ("--rounds", "1", "--blocks", "2") if options.rehearsal else ("--rounds", "2", "--blocks", "5")
+    return Stage("block", (sys.executable, "bench/block.py", *where, *what), limit=180, least=60)
 
 
 def sanitizer_command(program: str, tool: str) -> list[str]:

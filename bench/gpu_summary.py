@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tables import Column, write_results
+from echo_rt.bench.tables import Column, write_results
 
 _COLUMNS = (
     Column("name", "stage", text=True),
@@ -71,6 +71,19 @@ def _kernel_notes(results: Mapping[str, Any]) -> list[str]:
     return notes
 
 
+def _block_notes(results: Mapping[str, Any]) -> list[str]:
+    tables = results["tables"]
+    right = sum(row["bound"] is not None and row["idle"] is not None for row in tables["Variants"])
+    notes = [f"Block: {right} of {len(tables['Variants'])} variants right and timed ({results['clock']})."]
+    unmet = [f"{row['goal']}: {row['value']:.4g}" for row in tables.get("Goals", []) if row["verdict"] == "unmet"]
+    if "Goals" not in tables:
+        notes.append("Goals of a block: not judged.")
+    else:
+        met = sum(row["verdict"] == "met" for row in tables["Goals"])
+        notes.append(f"Goals of a block: {met} met, {len(unmet)} unmet" + "".join(f"; {goal}" for goal in unmet) + ".")
+    return notes
+
+
 def _golden_notes(results: Mapping[str, Any]) -> list[str]:
     rows = results["tables"]["Bundles"]
     bad = [f"{row['bundle']} ({row['backend']}, {row['dtype']})" for row in rows if not row["ok"]]
@@ -86,7 +99,7 @@ def write_summary(
 ) -> None:
     """Write summary.json and summary.md into ``out``; ``description`` is the plan, ``facts`` the machine."""
     ok, verdict = _verdict(description, outcomes)
-    kernels, golden = _read(out / "kernel_times.json"), _read(out / "golden.json")
+    kernels, block, golden = (_read(out / f"{name}.json") for name in ("kernel_times", "block", "golden"))
     notes = [verdict, f"{seconds:.0f} s of {description['budget_s']:.0f} s."]
     if description["device"] == "cpu":
         notes.append("A rehearsal on the CPU with emulated kernels: it shows that the check works, nothing of a GPU.")
@@ -96,6 +109,8 @@ def write_summary(
         notes.append("compute-sanitizer was left out by --no-sanitizer.")
     if kernels is not None:
         notes += _kernel_notes(kernels)
+    if block is not None:
+        notes += _block_notes(block)
     if golden is not None:
         notes += _golden_notes(golden)
     write_results(

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from agreement import BOUNDS, LIBRARY_BOUNDS, Agreement, compare, compare_calls, copies
 from ceilings import Ceiling, copy_rate
 from libraries import library_calls, result_of
-from model_sizes import BenchModel
 from op_inputs import Variant
-from timing import Timer, Times
 from work import Work, memory_update_work, work_of
 
+from echo_rt.bench.agreement import BOUNDS, LIBRARY_BOUNDS, Agreement, compare, compare_calls, copies
+from echo_rt.bench.model_sizes import BenchModel
+from echo_rt.bench.timing import Timer, Times
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.ops import Ops, load_ops
 from echo_rt.verify import BOUNDS as ROLLOUT_BOUNDS

@@ -15,13 +15,13 @@ from typing import Any
 import _checkout  # noqa: F401
 import torch
 from ceilings import Ceiling, measure_ceilings
-from environment import environment
 from kernel_rows import Row, Run, time_memory_update, time_variant
-from model_sizes import MODELS
 from op_inputs import OPS, variants
-from tables import Column, write_results
-from timing import DEVICE_CLOCK, timer_for
 
+from echo_rt.bench.environment import environment
+from echo_rt.bench.model_sizes import MODELS
+from echo_rt.bench.tables import Column, write_results
+from echo_rt.bench.timing import DEVICE_CLOCK, timer_for
 from echo_rt.device import DTYPES, parse_device
 from echo_rt.errors import ConfigError, EchoError
 from echo_rt.ops import BACKENDS, check_device, load_ops

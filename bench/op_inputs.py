@@ -10,8 +10,9 @@ from typing import Any
 
 import cases
 import torch
-from model_sizes import BenchModel, decoder_levels
 from torch import Tensor
+
+from echo_rt.bench.model_sizes import BenchModel, decoder_levels
 
 OPS = cases.OPS
 # Values of a latent frame for each of its tokens, in the shape that cases.py gives to noise and latents.
@@ -120,7 +121,8 @@ def _memory_layers(model: BenchModel) -> int:
 
 
 def _layer_norms(model: BenchModel) -> int:
-    return 3 * model.config.transformer.num_layers * passes(model)
+    # The context pass ends where its last layer has stored its keys.
+    return 3 * (model.config.transformer.num_layers * passes(model) - 1)
 
 
 _VARIANTS: dict[str, Callable[[BenchModel], list[Variant]]] = {

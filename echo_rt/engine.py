@@ -80,6 +80,7 @@ class Engine:
         """The state of ``snapshot``, which :meth:`require_fit` has passed; noise from ``seed`` from here on."""
         state = self.rollout.state
         self.pipeline.reset()
+        self.executor.settle()  # its zeros, in the decoder's lane, come before what is copied there from this one
         state.reset()
         self.rollout.set_seed(seed)
         with self.executor.apart():

@@ -138,7 +138,7 @@ class Immediate:
         return
 
 
-class _Event:
+class CudaMark:
     """A mark of a CUDA stream."""
 
     def __init__(self) -> None:
@@ -157,7 +157,7 @@ class _Event:
         return True
 
     def seconds_since(self, earlier: Mark) -> float:
-        assert isinstance(earlier, _Event)
+        assert isinstance(earlier, CudaMark)
         milliseconds: float = earlier.event.elapsed_time(self.event)
         return milliseconds / 1000
 
@@ -201,7 +201,7 @@ class CudaExecutor:
         stream = self._streams[lane]
         for mark in after:
             if mark is not None:
-                assert isinstance(mark, _Event)
+                assert isinstance(mark, CudaMark)
                 stream.wait_event(mark.event)
         with torch.cuda.stream(stream), nvtx.annotate(stage_name(stage), domain=_DOMAIN):
             graph = self._graphs.get(key)
@@ -234,8 +234,8 @@ class CudaExecutor:
             yield
 
     def mark(self, lane: Lane, again: Mark | None = None) -> Mark:
-        mark = _Event() if again is None else again
-        assert isinstance(mark, _Event)
+        mark = CudaMark() if again is None else again
+        assert isinstance(mark, CudaMark)
         mark.event.record(self._streams[lane])
         return mark
 

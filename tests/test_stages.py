@@ -160,5 +160,17 @@ def test_prompt_switches_between_replays(small_model: Path) -> None:
         assert recorder.races() == []
 
 
+def test_a_resumed_video_does_not_race(small_model: Path) -> None:
+    recorder = Recorder()
+    with executed_by(recorder), load(small_model, overrides=FEW_STEPS) as runtime, recorder:
+        recorder.watch(runtime._engine.pipeline.buffers())  # type: ignore[union-attr]
+        with runtime.stream(prompt_embeds=embeds(runtime)) as stream:
+            take(stream, 2)
+            snapshot = stream.snapshot()
+        with runtime.resume(snapshot) as stream:
+            take(stream, 2)
+    assert recorder.races() == []
+
+
 def test_stages_are_named_after_their_functions() -> None:
     assert stage_name(Rollout._begin) == "Rollout._begin"

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import _bench  # noqa: F401
 from nsys_sqlite import Activity, Range, Trace, read_trace
-from tables import Column, markdown
 
+from echo_rt.bench.tables import Column, markdown
 from echo_rt.errors import EchoError
 
 OUTSIDE = "(in no range)"

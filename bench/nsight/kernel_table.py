@@ -15,8 +15,8 @@ from typing import Any
 import _bench  # noqa: F401
 import ncu_csv
 from ncu_csv import Launch, read_launches
-from tables import Column, markdown
 
+from echo_rt.bench.tables import Column, markdown
 from echo_rt.errors import EchoError
 
 KERNEL_COLUMNS = (

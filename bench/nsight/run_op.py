@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import _bench  # noqa: F401
 import torch
-from model_sizes import MODELS
 from op_inputs import OPS, Variant, variants
 
+from echo_rt.bench.model_sizes import MODELS
 from echo_rt.device import DTYPES, parse_device
 from echo_rt.errors import ConfigError, EchoError
 from echo_rt.ops import BACKENDS, Ops, check_device, load_ops

@@ -9,16 +9,16 @@ from types import SimpleNamespace
 import kernel_times
 import pytest
 import torch
-from agreement import BOUNDS, LIBRARY_BOUNDS, Agreement, compare, compare_calls, copies, difference
 from ceilings import Ceiling, measure_ceilings
 from kernel_rows import Row, Run, time_variant
 from libraries import _reanchor_at_once, library_calls, result_of
-from model_sizes import SMALL
 from op_inputs import OPS, variants
-from timing import HostTimer
 from work import Work
 
 from echo_rt import reference
+from echo_rt.bench.agreement import BOUNDS, LIBRARY_BOUNDS, Agreement, compare, compare_calls, copies, difference
+from echo_rt.bench.model_sizes import TINY
+from echo_rt.bench.timing import HostTimer
 from echo_rt.ops import available_backends
 
 CPU = torch.device("cpu")
@@ -28,11 +28,11 @@ BACKEND = "emulated" if available_backends()["emulated"] == "available" else "to
 def run_of(ops: object, **changes: object) -> Run:
     ceilings = {unit: Ceiling("", 1.0, unit, 1.0, 1.0, "") for unit in ("GB/s", "TFLOP/s")}
     facts = {"judged": False, "compiled": False} | changes
-    return Run(CPU, torch.bfloat16, ops, SMALL, HostTimer(), 2, 0, ceilings, **facts)
+    return Run(CPU, torch.bfloat16, ops, TINY, HostTimer(), 2, 0, ceilings, **facts)
 
 
 def test_a_run_writes_valid_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--out", str(tmp_path), "--device", "cpu", "--size", "small", "--quick", "--backend", BACKEND]
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--size", "tiny", "--quick", "--backend", BACKEND]
     code = kernel_times.main([*arguments, "--op", "gated_residual_norm", "--op", "memory_update"])
     assert code == 0
     content = json.loads((tmp_path / "kernel_times.json").read_text(), parse_constant=pytest.fail)
@@ -60,7 +60,7 @@ def test_a_run_writes_valid_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_what_cannot_be_had(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
-    assert kernel_times.main(["--out", str(tmp_path), "--size", "small", "--device", "cpu", *arguments]) == 2
+    assert kernel_times.main(["--out", str(tmp_path), "--size", "tiny", "--device", "cpu", *arguments]) == 2
     assert words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -76,7 +76,7 @@ def test_a_wrong_kernel_is_no_result() -> None:
         raise RuntimeError("no such thing\nat all")
 
     ops = SimpleNamespace(name="emulated", modulated_layer_norm=nearly, gated_residual_norm=forgetful, flow_step=broken)
-    rows = {op: time_variant(run_of(ops), variants(op, SMALL)[0]) for op in vars(ops) if op != "name"}
+    rows = {op: time_variant(run_of(ops), variants(op, TINY)[0]) for op in vars(ops) if op != "name"}
     assert not any(row.ok for row in rows.values())
     for op in ("modulated_layer_norm", "gated_residual_norm"):
         assert "differs from the torch backend by" in rows[op].problems[0] and rows[op].verdict == "failed"
@@ -117,7 +117,7 @@ def test_ceilings_are_of_what_was_measured() -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_libraries_compute_what_the_operation_does(op: str) -> None:
-    for variant in variants(op, SMALL):
+    for variant in variants(op, TINY):
         args = variant.arguments(torch.bfloat16, CPU)
         theirs = copies(args)
         wanted = result_of(op, getattr(reference, op)(*theirs), theirs)
@@ -128,7 +128,7 @@ def test_libraries_compute_what_the_operation_does(op: str) -> None:
 
 
 def test_reanchoring_at_once_is_reanchoring() -> None:
-    for variant in variants("reanchor", SMALL):
+    for variant in variants("reanchor", TINY):
         args = variant.arguments(torch.float32, CPU)
         calls = [
             (function(*own), own) for function in (_reanchor_at_once, reference.reanchor) for own in [copies(args)]
@@ -151,7 +151,7 @@ def test_agreement() -> None:
 
 
 def test_inputs_are_drawn_on_the_device_and_are_the_same_each_time() -> None:
-    variant = variants("gated_residual_norm", SMALL)[0]
+    variant = variants("gated_residual_norm", TINY)[0]
     first, second = (variant.arguments(torch.float32, CPU) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if isinstance(a, torch.Tensor))
     assert float(first[0].std()) == pytest.approx(1.0, abs=0.05)

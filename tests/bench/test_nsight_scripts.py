@@ -79,7 +79,7 @@ def test_a_kernel_is_profiled_and_its_table_printed(tmp_path: Path) -> None:
     t = test_nsight_kernel
     (tmp_path / "raw.csv").write_text(t.report(t.HEADER, t.UNITS, *t.LAUNCHES), encoding="utf-8")
     variables = {"REPORT": str(tmp_path / "raw.csv"), "NOTES": str(tmp_path / "notes")}
-    on_cpu = ("--size", "small", "--device", "cpu", "--backend", "torch", "--launches", "1")
+    on_cpu = ("--size", "tiny", "--device", "cpu", "--backend", "torch", "--launches", "1")
     out = tmp_path / "out"
     done = run("kernel.sh", str(out), "flow_step", *on_cpu, path=tools(tmp_path / "bin", ncu=NCU), **variables)
     assert done.returncode == 0, done.stderr
@@ -143,7 +143,7 @@ def test_arguments_that_cannot_be_are_refused(
     import run_op
 
     main = {"run_op.py": run_op.main, "run_block.py": run_block.main}[script]
-    size = ["--size", "small"] if script == "run_op.py" else []
+    size = ["--size", "tiny"] if script == "run_op.py" else []
     assert main([*words, *size, "--device", "cpu", "--backend", "torch"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"{script}: ") and message in error and error.count("\n") == 1
@@ -153,5 +153,5 @@ def test_arguments_that_cannot_be_are_refused(
 def test_every_operation_can_be_run(capsys: pytest.CaptureFixture[str], op: str) -> None:
     import run_op
 
-    assert run_op.main([op, "--size", "small", "--device", "cpu", "--backend", "torch", "--launches", "1"]) == 0
+    assert run_op.main([op, "--size", "tiny", "--device", "cpu", "--backend", "torch", "--launches", "1"]) == 0
     assert capsys.readouterr().out.startswith(op)

@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import environment
 import pytest
-from environment import COMMIT_VARIABLE, gpu_slug, summary_line
-from tables import Column, markdown, write_results
 
+from echo_rt.bench import environment
+from echo_rt.bench.environment import COMMIT_VARIABLE, gpu_slug, summary_line
+from echo_rt.bench.tables import Column, markdown, write_results
 from echo_rt.errors import ConfigError, TargetError
 
 

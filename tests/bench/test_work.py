@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_sizes import RELEASED, SMALL, decoder_levels
 from op_inputs import OPS, variants
 from work import memory_update_work, work_of
 
+from echo_rt.bench.model_sizes import RELEASED, TINY, decoder_levels
 from echo_rt.errors import ConfigError
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "kernels.md").read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def test_levels_of_the_decoder() -> None:
     from echo_rt.ops import load_ops
     from echo_rt.weights.shapes import vae_decoder_shapes
 
-    weights = {name: torch.ones(shape) for name, shape in vae_decoder_shapes(SMALL.vae).items()}
+    weights = {name: torch.ones(shape) for name, shape in vae_decoder_shapes(TINY.vae).items()}
     calls: list[tuple[int, ...]] = []
 
     class Counted:
@@ -98,15 +98,15 @@ def test_levels_of_the_decoder() -> None:
             calls.append(tuple(x.shape))
             load_ops("torch").rms_silu_window(x, *rest)
 
-    decoder = VaeDecoder(SMALL.vae, weights, Counted(), device="cpu", dtype=torch.float32)
-    channels, height, width = SMALL.config.latent_shape
+    decoder = VaeDecoder(TINY.vae, weights, Counted(), device="cpu", dtype=torch.float32)
+    channels, height, width = TINY.config.latent_shape
     state = decoder.new_state(height, width, max_latents=1)
     for _ in range(2):  # the second latent is in the steady state
         calls.clear()
         decoder.decode(torch.zeros(1, channels, height, width), state)
     expected = [
         (level.frames, level.height, level.width, level.channels)
-        for level in decoder_levels(SMALL)
+        for level in decoder_levels(TINY)
         for _ in range(level.calls)
     ]
     assert sorted(calls) == sorted(expected)

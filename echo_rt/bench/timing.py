@@ -115,7 +115,8 @@ class DeviceTimer:
         self._cuda._sleep(_CALIBRATION_CYCLES)
         stop.record()
         self._cuda.synchronize()
-        return _CALIBRATION_CYCLES / (1e-3 * start.elapsed_time(stop))
+        seconds: float = 1e-3 * start.elapsed_time(stop)
+        return _CALIBRATION_CYCLES / seconds
 
 
 Timer = HostTimer | DeviceTimer

@@ -41,13 +41,13 @@ RELEASED = _model(
     VaeConfig(),
 )
 # The same shape of a model, small enough for kernels that run on the host one thread after the other.
-SMALL = _model(
-    "small",
+TINY = _model(
+    "tiny",
     (48, 32),
     TransformerConfig(dim=128, ffn_dim=256, freq_dim=32, num_heads=2, num_layers=2, text_dim=32, text_len=8),
     VaeConfig(base_dim=8),
 )
-MODELS = {model.name: model for model in (RELEASED, SMALL)}
+MODELS = {model.name: model for model in (RELEASED, TINY)}
 
 
 def decoder_levels(model: BenchModel) -> list[DecoderLevel]:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from environment import summary_line
-
+from echo_rt.bench.environment import summary_line
 from echo_rt.errors import ConfigError
 from echo_rt.output.part_file import write_whole
 
@@ -74,21 +73,13 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_results(
-    folder: Path,
-    name: str,
-    title: str,
-    header: Mapping[str, Any],
-    tables: Mapping[str, tuple[Sequence[Any], Sequence[Column]]],
-    notes: Sequence[str] = (),
-    page: bool = True,
-    **facts: Any,
-) -> str:
-    """Write ``name.json`` and ``name.md`` into ``folder``, each whole or not at all; returns the text of the latter.
+Tables = Mapping[str, tuple[Sequence[Any], Sequence[Column]]]
 
-    ``tables``: heading -> rows and columns. ``notes``: lines after the tables. ``facts``: further entries of the JSON.
-    ``page``: whether the text is a file of its own.
-    """
+
+def results(
+    title: str, header: Mapping[str, Any], tables: Tables, notes: Sequence[str] = (), **facts: Any
+) -> tuple[dict[str, Any], str]:
+    """The content of the JSON, and the page. The arguments are those of :func:`write_results`."""
     content = {
         "title": title,
         "environment": header,
@@ -101,9 +92,27 @@ def write_results(
         parts += [f"## {heading}\n", markdown(rows, columns)]
     if notes:
         parts.append("\n".join(f"- {note}" for note in notes) + "\n")
-    text = "\n".join(parts)
+    return finite(content), "\n".join(parts)
+
+
+def write_results(
+    folder: Path,
+    name: str,
+    title: str,
+    header: Mapping[str, Any],
+    tables: Tables,
+    notes: Sequence[str] = (),
+    page: bool = True,
+    **facts: Any,
+) -> str:
+    """Write ``name.json`` and ``name.md`` into ``folder``, each whole or not at all; returns the text of the latter.
+
+    ``tables``: heading -> rows and columns. ``notes``: lines after the tables. ``facts``: further entries of the JSON.
+    ``page``: whether the text is a file of its own.
+    """
+    content, text = results(title, header, tables, notes, **facts)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{name}.json", (json.dumps(finite(content), indent=1) + "\n").encode())
+    write_whole(folder / f"{name}.json", (json.dumps(content, indent=1) + "\n").encode())
     if page:
         write_whole(folder / f"{name}.md", text.encode())
     return text

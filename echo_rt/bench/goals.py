@@ -1,0 +1,82 @@
+"""The goals of a whole block, for one H200 in bfloat16, and what a run has to show for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Achieved:
+    """What goals look at; None where it was not measured."""
+
+    transformer_ms: float | None
+    decode_ms: float | None
+    fps: float | None
+    memory_cost: float | None
+    idle: float | None
+    spread: float | None
+    growth_bytes: int | None
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A goal and its verdict: ``met``, ``unmet``, or ``open`` where what it needs was not measured."""
+
+    goal: str
+    value: float | None
+    unit: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class _Rule:
+    goal: str
+    unit: str
+    value: Callable[[Achieved], float | None]
+    met: Callable[[float], bool]
+
+
+_RULES = (
+    _Rule("transformer, steady state: at most 250 ms a block", "ms", lambda a: a.transformer_ms, lambda v: v <= 250),
+    _Rule("VAE decode: at most 100 ms a block", "ms", lambda a: a.decode_ms, lambda v: v <= 100),
+    _Rule("end to end, frames on the host: at least 37 FPS", "FPS", lambda a: a.fps, lambda v: v >= 37),
+    _Rule(
+        "memory against no memory, same run: at most 10.6 % more time a block",
+        "%",
+        lambda a: None if a.memory_cost is None else 100 * a.memory_cost,
+        lambda v: v <= 10.6,
+    ),
+    _Rule(
+        "GPU idle inside a block: less than 2 %",
+        "%",
+        lambda a: None if a.idle is None else 100 * a.idle,
+        lambda v: v < 2,
+    ),
+    _Rule(
+        "block latency p99/p50: at most 1.05 (the goal speaks of an hour, the value is this run's)",
+        "",
+        lambda a: a.spread,
+        lambda v: v <= 1.05,
+    ),
+    _Rule(
+        "device memory in the steady state: constant to the byte", "bytes", lambda a: a.growth_bytes, lambda v: v == 0
+    ),
+    _Rule(
+        "peak of device memory without the text encoder: at most 12 GB",
+        "GB",
+        lambda a: None if a.peak_bytes is None else a.peak_bytes / 1e9,
+        lambda v: v <= 12,
+    ),
+)
+
+
+def judge(achieved: Achieved) -> list[Goal]:
+    """Every goal with its value and verdict."""
+    goals = []
+    for rule in _RULES:
+        value = rule.value(achieved)
+        verdict = "open" if value is None else "met" if rule.met(value) else "unmet"
+        goals.append(Goal(rule.goal, value, rule.unit, verdict))
+    return goals

@@ -1,0 +1,85 @@
+"""What is benchmarked: a model's sizes, and where its tensors come from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echo_rt.bench.model_sizes import RELEASED, BenchModel
+from echo_rt.bench.random_tensors import RandomTensors
+from echo_rt.config import ModelConfig, VaeConfig
+from echo_rt.runtime import Runtime
+from echo_rt.weights.folder import ModelFolder
+from echo_rt.weights.shapes import memory_shapes, transformer_shapes, vae_shapes
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes and tensors; ``memory`` is None where the weights have no memory encoder. ``source`` says what they are."""
+
+    source: str
+    config: ModelConfig
+    vae_config: VaeConfig
+    transformer: Mapping[str, Tensor]
+    memory: Mapping[str, Tensor] | None
+    vae: Mapping[str, Tensor]
+
+    @property
+    def released(self) -> bool:
+        """Whether these are the sizes that the goals speak of."""
+        return _sizes(self.config, self.vae_config) == _sizes(RELEASED.config, RELEASED.vae)
+
+    def without_memory(self) -> ModelConfig:
+        """The config of the same model with its memory left out."""
+        return dataclasses.replace(self.config, memory=None)
+
+
+def _sizes(config: ModelConfig, vae: VaeConfig) -> tuple[Any, ...]:
+    return config.transformer, config.window, config.sampler, config.latent_shape, config.memory_frames, vae
+
+
+def random_model(sizes: BenchModel, device: torch.device, seed: int) -> Model:
+    """A model of these sizes with random weights, which are drawn as they are asked for."""
+    return Model(
+        source=f"random weights at the {sizes.name} sizes, seed {seed}",
+        config=sizes.config,
+        vae_config=sizes.vae,
+        transformer=RandomTensors(transformer_shapes(sizes.config.transformer), device, seed),
+        memory=RandomTensors(memory_shapes(sizes.config), device, seed),
+        vae=RandomTensors(vae_shapes(sizes.vae), device, seed),
+    )
+
+
+class _Ingredients(Runtime):
+    """What ``from_pretrained`` would make a runtime of, with all its checks, and no runtime made of it."""
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        config: ModelConfig,
+        transformer_tensors: Mapping[str, Tensor],
+        memory_tensors: Mapping[str, Tensor] | None,
+        **rest: Any,
+    ) -> None:
+        self.folder, self.config = folder, config
+        self.transformer, self.encoder = transformer_tensors, memory_tensors
+
+
+def folder_model(model: str | Path, checkpoint: str | Path | None, device: torch.device) -> Model:
+    """The model of a folder, by the rules of :meth:`echo_rt.Runtime.from_pretrained`; its errors are that one's."""
+    found = _Ingredients.from_pretrained(model, checkpoint=checkpoint, device=device)
+    assert isinstance(found, _Ingredients)
+    return Model(
+        source=str(model) if checkpoint is None else f"{model} with {checkpoint}",
+        config=found.config,
+        vae_config=found.folder.vae_config(),
+        transformer=found.transformer,
+        memory=found.encoder,
+        vae=found.folder.vae_tensors(),
+    )

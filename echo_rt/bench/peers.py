@@ -1,0 +1,262 @@
+"""What others' own code takes for a part of the same work, where it is installed. Each says what is compared."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from echo_rt.bench.agreement import difference
+from echo_rt.bench.exactness import bound_of
+from echo_rt.bench.rig import Parts, Rig, Site
+from echo_rt.device import model_context
+from echo_rt.errors import BackendError, EchoError
+from echo_rt.noise import fill_normal, seed_words
+from echo_rt.options import MemoryMode
+from echo_rt.weights.keymaps import KeyMap, transformer_key_map, vae_key_map
+
+# Others round after every operation, where ours keeps some of them in one: their 16-bit results lie further off.
+_ROUNDINGS = 4
+
+
+# FlashDreams runs two times as it is before it captures its graph, and once more is a replay.
+_CALLS_TO_CAPTURE = 4
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``call`` does the work once; ``beside``: which of our figures (``decode``, ``pass``) it stands beside."""
+
+    name: str
+    what: str
+    beside: str
+    call: Callable[[], object]
+    error: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound  # NaN is not
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A peer that is not in the run, and why."""
+
+    name: str
+    why: str
+
+
+def find_peers(parts: Parts, prompt_embeds: Tensor, seed: int) -> tuple[list[Peer], list[Missing]]:
+    """The peers that are installed, with the weights of ``parts``; its backend is what they are held against.
+
+    Whatever another's code raises is the reason why it is not in the run; memory that is not there is not its fault.
+    """
+    peers: list[Peer] = []
+    missing: list[Missing] = []
+    for name, make in _MAKERS.items():
+        try:
+            with model_context(parts.site.device, parts.site.dtype):
+                peers.append(make(name, parts, prompt_embeds, seed))
+        except torch.OutOfMemoryError:
+            raise
+        except EchoError as error:
+            missing.append(Missing(name, str(error)))
+        except Exception as error:  # the finding, whatever it is
+            lines = str(error).splitlines() or [""]
+            missing.append(Missing(name, f"did not run: {type(error).__name__}: {lines[0]}"))
+    return peers, missing
+
+
+def _require(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise BackendError(f"{package} is not installed: pip install {package}")
+
+
+def _cast(module: Any, dtype: torch.dtype) -> None:
+    """As ``from_pretrained(torch_dtype=...)`` does: some parts stay float32."""
+    kept = set(module._keep_in_fp32_modules or ())
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(False)
+        if not kept & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _fill(module: nn.Module, tensors: Iterator[tuple[str, Tensor]], names: KeyMap) -> None:
+    """The weights of our model into another's; one that it lacks is a ``KeyError``."""
+    targets = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, tensor in tensors:
+        target = targets[names.to_other(name)]
+        target.copy_(tensor.reshape(target.shape))
+
+
+def _noise(site: Site, seed: int) -> Tensor:
+    """The noise of block 0 as a rollout draws it, ``[B, C, h, w]`` float32 on the device."""
+    config = site.model.config
+    noise = torch.empty(config.window.frames_per_block, *config.latent_shape, device="cpu")
+    fill_normal(noise, 0, 0, seed_words(seed))
+    return noise.to(site.device)
+
+
+def _decoder_tensors(site: Site) -> Iterator[tuple[str, Tensor]]:
+    for key in site.model.vae:
+        if key.startswith(("decoder.", "conv2.")):
+            yield key, site.model.vae[key]
+
+
+def _second_decode(parts: Parts, normalized: Tensor) -> Tensor:
+    """Ours, of the latents of a block that comes after the same latents: ``[F, H, W, 3]``."""
+    state = parts.decoder.new_state(*parts.site.model.config.latent_shape[1:], max_latents=1)
+    parts.decoder.decode(normalized, state)
+    return parts.decoder.decode(normalized, state)
+
+
+def _autoencoder(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Peer:
+    _require("diffusers")
+    diffusers: Any = importlib.import_module("diffusers")
+
+    site, config = parts.site, parts.site.model.vae_config
+    with torch.device(site.device):
+        vae: Any = diffusers.AutoencoderKLWan(
+            base_dim=config.base_dim,
+            z_dim=config.z_dim,
+            dim_mult=list(config.dim_mult),
+            num_res_blocks=config.num_res_blocks,
+            temperal_downsample=list(config.temporal_downsample),
+            latents_mean=list(config.latents_mean),
+            latents_std=list(config.latents_std),
+        )
+    _cast(vae, site.dtype)
+    _fill(vae, _decoder_tensors(site), vae_key_map(config))
+    mean, std = (torch.tensor(v, device=site.device) for v in (config.latents_mean, config.latents_std))
+    normalized = _noise(site, seed)
+    latents = (normalized * std[:, None, None] + mean[:, None, None]).transpose(0, 1)[None].to(site.dtype)
+    vae.clear_cache()
+
+    def decode(first: bool) -> Tensor:
+        x = vae.post_quant_conv(latents)
+        frames = []
+        for place in range(x.shape[2]):
+            starts = {"first_chunk": True} if first and place == 0 else {}
+            frames.append(vae.decoder(x[:, :, place : place + 1], feat_cache=vae._feat_map, feat_idx=[0], **starts))
+        return torch.cat(frames, 2)
+
+    decode(True)
+    error = difference(decode(False)[0].permute(1, 2, 3, 0).float(), _second_decode(parts, normalized).float())
+    what = (
+        f"its decoder, with the same weights, over the same {len(normalized)} latents in mid-stream, its own cache "
+        "kept from call to call; without the conversion to bytes, which ours does"
+    )
+    return Peer(name, what, "decode", lambda: decode(False), error, _ROUNDINGS * bound_of(site.dtype))
+
+
+def _transformer(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Peer:
+    _require("diffusers")
+    diffusers: Any = importlib.import_module("diffusers")
+
+    site, config = parts.site, parts.site.model.config
+    sizes = config.transformer
+    with torch.device(site.device):
+        model: Any = diffusers.WanTransformer3DModel(
+            patch_size=sizes.patch_size,
+            num_attention_heads=sizes.num_heads,
+            attention_head_dim=sizes.head_dim,
+            in_channels=sizes.in_channels,
+            out_channels=sizes.out_channels,
+            text_dim=sizes.text_dim,
+            freq_dim=sizes.freq_dim,
+            ffn_dim=sizes.ffn_dim,
+            num_layers=sizes.num_layers,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            eps=sizes.eps,
+        )
+    _cast(model, site.dtype)
+    _fill(model, iter(site.model.transformer.items()), transformer_key_map())
+    text = torch.zeros(1, sizes.text_len, sizes.text_dim, device=site.device, dtype=site.dtype)
+    text[0, : len(prompt_embeds)] = prompt_embeds
+    latents = _noise(site, seed).transpose(0, 1)[None].to(site.dtype)
+    timestep = torch.tensor([parts.schedule.timesteps[0]], device=site.device)
+
+    def forward() -> Tensor:
+        flow: Tensor = model(latents, timestep, text, return_dict=False)[0]
+        return flow
+
+    # A video's first block attends to itself alone, as this class always does.
+    flows: list[Tensor] = []
+
+    def keep(block: int, step: int, flow: Tensor) -> None:
+        if step == 0:
+            with rig.executor.apart():
+                flows.append(flow.to("cpu", torch.float32, copy=True))
+
+    rig = Rig(parts, MemoryMode.OFF, graphs=None, depth=1)
+    rig.start(prompt_embeds, seed)
+    rig.rollout.next_block(observe=keep)
+    rig.executor.settle()
+    rig.close()
+    error = difference(forward()[0].transpose(0, 1).float().cpu(), flows[0])
+    block = config.tokens_per_block
+    cache = config.ring_begin + config.window.local_frames * config.tokens_per_frame
+    what = (
+        f"one forward, with the same weights, over the {block} tokens of a block, which attend to themselves alone; "
+        f"beside it the mean of our passes, in which they attend to {cache} keys"
+    )
+    return Peer(name, what, "pass", forward, error, _ROUNDINGS * bound_of(site.dtype))
+
+
+def _flashdreams(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Peer:
+    _require("flashdreams")
+    module: Any = importlib.import_module("flashdreams.recipes.wan.autoencoder.vae")
+    site, config = parts.site, parts.site.model.vae_config
+    with tempfile.TemporaryDirectory() as folder:  # it takes weights from a file alone
+        path = Path(folder) / "vae.safetensors"
+        save_file({key: t.to("cpu", site.dtype).contiguous() for key, t in _decoder_tensors(site)}, path)
+        vae: Any = module.WanVAE(
+            str(path),
+            use_cuda_graph=site.device.type == "cuda",
+            use_compile=False,
+            enable_encoder=False,
+            base_dim=config.base_dim,
+            z_dim=config.z_dim,
+            dim_mult=config.dim_mult,
+            num_res_blocks=config.num_res_blocks,
+            temperal_downsample=config.temporal_downsample,
+            latent_mean=config.latents_mean,
+            latent_std=config.latents_std,
+        )
+        vae.to(site.device, site.dtype)
+    normalized = _noise(site, seed)
+    latents = normalized.transpose(0, 1)[None].to(site.dtype)
+    cache = vae.prepare_cache()
+
+    def decode() -> Tensor:
+        video: Tensor = vae.decode(latents, cache=cache)
+        return video
+
+    decode()
+    error = difference(decode()[0].permute(1, 2, 3, 0).float(), _second_decode(parts, normalized).clamp(-1, 1).float())
+    for _ in range(_CALLS_TO_CAPTURE):
+        decode()
+    what = (
+        f"the decoder of its Wan VAE, with the same weights, over the same {len(normalized)} latents in mid-stream "
+        "in one call, its own cache kept, its own graph replayed; without the conversion to bytes. Its transformer is "
+        "not driven here"
+    )
+    return Peer(name, what, "decode", decode, error, _ROUNDINGS * bound_of(site.dtype))
+
+
+_MAKERS = {
+    "diffusers AutoencoderKLWan": _autoencoder,
+    "diffusers WanTransformer3DModel": _transformer,
+    "FlashDreams": _flashdreams,
+}
+LEFT_OUT = tuple(Missing(name, "left out by --no-peers") for name in _MAKERS)

@@ -1,0 +1,266 @@
+"""A run as tables, as JSON and as bars."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from echo_rt.attention import Choice
+from echo_rt.bench import chart
+from echo_rt.bench.day import Figure, Measured, a_day
+from echo_rt.bench.figures import Sample, milliseconds
+from echo_rt.bench.goals import Achieved, Goal, judge
+from echo_rt.bench.notes import notes
+from echo_rt.bench.rows import (
+    FIGURE_COLUMNS,
+    GOAL_COLUMNS,
+    PART_COLUMNS,
+    PEER_COLUMNS,
+    VARIANT_COLUMNS,
+    PartRow,
+    PeerRow,
+    VariantRow,
+)
+from echo_rt.bench.run import Entry, Run
+from echo_rt.bench.tables import results, write_results
+from echo_rt.bench.timing import DEVICE_CLOCK
+
+NAME = "block"
+ALONE = "whole block, one at a time"
+_TRANSFORMER, _MEMORY, _DECODE = "transformer, all passes", "memory update", "VAE decode"
+
+
+class Report:
+    """What a run says, ready to be shown or written."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.ahead = run.request.lookahead
+        block = run.model.config.window.frames_per_block
+        self.frames_a_block = run.model.vae_config.video_frames(1 + block) - run.model.vae_config.video_frames(1)
+        self.is_result = run.clock == DEVICE_CLOCK
+        self.judged = self.is_result and run.model.released and run.dtype is torch.bfloat16
+        self.parts = self._part_rows()
+        self.variants = [self._variant_row(entry) for entry in run.entries]
+        self.peers = self._peer_rows()
+        self.goals = self._goals()
+        self.resources = self._resource_figures()
+        self.day = self._day()
+
+    @property
+    def whole(self) -> str:
+        """The name of the part that is a block in a stream."""
+        return f"whole block, {self.ahead} begun ahead" if self.ahead else ALONE
+
+    # ---------------------------------------------------------------- rows
+
+    def _samples(self, entry: Entry) -> dict[str, list[float]]:
+        """Seconds by part. Parts are told apart where no two blocks overlap."""
+        alone, ahead = entry.samples[0], entry.samples[self.ahead]
+        parts = {_TRANSFORMER: alone.transformer, _MEMORY: alone.memory, _DECODE: alone.decode, ALONE: alone.whole}
+        if not any(alone.memory):
+            del parts[_MEMORY]
+        return parts | {self.whole: ahead.whole}
+
+    def _part_rows(self) -> list[PartRow]:
+        seconds = {entry.variant.name: self._samples(entry) for entry in self.run.measured}
+        medians = {(v, part): milliseconds(s)[0] for v, parts in seconds.items() for part, s in parts.items()}
+        rows = []
+        for variant, parts in seconds.items():
+            for part, sample in parts.items():
+                median, p99 = milliseconds(sample)
+                torchs = medians.get(("torch", part))
+                ratio = None if torchs is None or variant == "torch" else torchs / median
+                fps = 1e3 * self.frames_a_block / median
+                rows.append(PartRow(variant, part, median, p99, fps, ratio, len(sample)))
+        return rows
+
+    def _variant_row(self, entry: Entry) -> VariantRow:
+        sample: Sample | None = None if entry.problem else entry.samples[self.ahead]
+        joules = None if sample is None else sample.joules_a_block
+        exact = entry.exactness
+        return VariantRow(
+            variant=entry.variant.name,
+            memory=entry.mode.value,
+            backend=entry.backend,
+            graphs=entry.variant.graphs and self.run.device.type == "cuda",
+            latents_error=None if exact is None else exact.latents,
+            frames_error=None if exact is None else exact.frames,
+            bound=None if exact is None else exact.bound,
+            idle=None if sample is None else sample.idle,
+            joules_a_frame=None if joules is None else joules / self.frames_a_block,
+            verdict=entry.problem or "right, measured",
+        )
+
+    def _peer_rows(self) -> list[PeerRow]:
+        first = self.run.measured[0].variant.name if self.run.measured else ""
+        passes = len(self.run.model.config.sampler.denoising_steps) + 1
+        ours = {
+            "decode": self._ms(first, _DECODE),
+            "pass": None if (whole := self._ms(first, _TRANSFORMER)) is None else whole / passes,
+        }
+        rows = []
+        for peer in self.run.peers:
+            own = ours[peer.beside]
+            if not peer.ok:
+                what = f"not timed, as it differs from ours by more than {peer.bound:.1e}; {peer.what}"
+                rows.append(PeerRow(peer.name, None, None, own, None, peer.error, what))
+                continue
+            median, p99 = milliseconds(self.run.peer_seconds[peer.name])
+            ratio = None if own is None else median / own
+            rows.append(PeerRow(peer.name, median, p99, own, ratio, peer.error, peer.what))
+        return rows + [PeerRow(each.name, None, None, None, None, None, each.why) for each in self.run.missing]
+
+    def _ms(self, variant: str, part: str) -> float | None:
+        return next((row.ms for row in self.parts if (row.variant, row.part) == (variant, part)), None)
+
+    # ---------------------------------------------------------------- goals
+
+    def _goals(self) -> list[Goal]:
+        """Judged are the released sizes on a GPU alone, with the memory evolving."""
+        if not self.judged:
+            return []
+        entry = next((entry for entry in self.run.measured if entry.variant.name == "evolve"), None)
+        whole = next((row for row in self.parts if (row.variant, row.part) == ("evolve", self.whole)), None)
+        without, resources = self._ms("off", self.whole), self.run.resources
+        of_evolve = self.run.entries[0].variant.name == "evolve"
+        return judge(
+            Achieved(
+                transformer_ms=self._ms("evolve", _TRANSFORMER),
+                decode_ms=self._ms("evolve", _DECODE),
+                fps=None if whole is None else whole.fps,
+                memory_cost=None if whole is None or without is None else whole.ms / without - 1,
+                idle=None if entry is None else entry.samples[self.ahead].idle,
+                spread=None if whole is None else whole.p99_ms / whole.ms,
+                growth_bytes=resources.growth if of_evolve else None,
+                peak_bytes=resources.peak if of_evolve else None,
+            )
+        )
+
+    # ---------------------------------------------------------------- resources
+
+    def _resource_figures(self) -> list[Figure]:
+        found, name = self.run.resources, self.run.entries[0].variant.name
+        alone, no_gpu = f"{name}, alone on the device", "there is no GPU"
+        of_torch = alone if self.run.device.type == "cuda" else no_gpu
+
+        def gigabytes(what: str, size: int | None, how: str) -> Figure:
+            return Figure(what, None if size is None else size / 1e9, "GB", how)
+
+        clock = "host clock, from a new video whose prompt is encoded; other blocks begun ahead are included"
+        return [
+            gigabytes("device memory, steady", found.device, of_torch),
+            Figure("its growth over some steady blocks", found.growth, "bytes", of_torch),
+            gigabytes("its peak, loading included", found.peak, of_torch),
+            gigabytes("held by torch's allocator", found.reserved, of_torch),
+            gigabytes("host memory of the process", found.host, alone),
+            Figure("time to the first frame, first video", found.first_frame_cold, "s", clock),
+            Figure("time to the first frame, later video", found.first_frame_warm, "s", clock),
+        ]
+
+    def _day(self) -> list[Figure]:
+        """By the first variant, as a stream runs."""
+        if not self.run.measured:
+            return []
+        sample, model = self.run.measured[0].samples[self.ahead], self.run.model
+        config, stride = model.config, model.vae_config.spatial_stride
+        channels, height, width = config.latent_shape
+        latents = config.window.frames_per_block * channels * height * width
+        resources = self.run.resources
+        return a_day(
+            Measured(
+                blocks=len(sample.whole),
+                seconds_a_block=sum(sample.whole) / len(sample.whole),
+                frames_a_block=self.frames_a_block,
+                frame_rate=model.vae_config.frame_rate,
+                joules_a_block=sample.joules_a_block,
+                frame_bytes=self.frames_a_block * 3 * height * width * stride**2,
+                latent_bytes=4 * latents,
+                snapshot_bytes=resources.snapshot,
+                host_bytes=resources.host,
+                device_bytes=resources.device,
+            )
+        )
+
+    # ---------------------------------------------------------------- showing
+
+    def _tables(self) -> dict[str, Any]:
+        tables: dict[str, Any] = {
+            "Block": (self.parts, PART_COLUMNS),
+            "Variants": (self.variants, VARIANT_COLUMNS),
+            "Peers": (self.peers, PEER_COLUMNS),
+            "Resources": (self.resources, FIGURE_COLUMNS),
+        }
+        if self.goals:
+            tables["Goals"] = (self.goals, GOAL_COLUMNS)
+        return tables | {"A day, extrapolated": (self.day, FIGURE_COLUMNS)}
+
+    def _facts(self) -> dict[str, Any]:
+        run = self.run
+        return {
+            "passed": run.passed,
+            "result": self.is_result,
+            "clock": run.clock if self.is_result else f"{run.clock}: no result",
+            "model": {"source": run.model.source, **run.model.config.to_flat()},
+            "dtype": str(run.dtype).removeprefix("torch."),
+            "attention": [_choice(choice) for choice in run.attention],
+            "lookahead": self.ahead,
+            "rounds": run.rounds,
+            "blocks": run.blocks,
+            "order": run.order,
+            "frames_per_block": self.frames_a_block,
+            "absent": run.absent,
+            "milliseconds": {
+                entry.variant.name: {part: [1e3 * s for s in v] for part, v in self._samples(entry).items()}
+                for entry in run.measured
+            },
+            "peer_milliseconds": {name: [1e3 * s for s in v] for name, v in run.peer_seconds.items()},
+            "resources": asdict(run.resources),
+        }
+
+    def content(self) -> tuple[dict[str, Any], str]:
+        """As one JSON object, and as a page."""
+        return results(
+            "A whole block",
+            self.run.header,
+            self._tables(),
+            notes(self.run, frames_a_block=self.frames_a_block, judged=self.judged),
+            **self._facts(),
+        )
+
+    def write(self, folder: Path, *, picture: bool) -> list[Path]:
+        """``block.json``, ``block.md`` and, if asked for, ``block.png``; raises ``OutputError``."""
+        write_results(
+            folder,
+            NAME,
+            "A whole block",
+            self.run.header,
+            self._tables(),
+            notes(self.run, frames_a_block=self.frames_a_block, judged=self.judged),
+            **self._facts(),
+        )
+        files = [folder / f"{NAME}.json", folder / f"{NAME}.md"]
+        if picture:
+            files.append(folder / f"{NAME}.png")
+            bars = [(row.variant, row.part, row.ms, row.p99_ms) for row in self.parts]
+            bars += [
+                (row.peer, "peer, of a part", row.ms, row.p99_ms)
+                for row in self.peers
+                if row.ms is not None and row.p99_ms is not None
+            ]
+            gpu = self.run.header["gpu"]
+            place = gpu["name"] if gpu else "CPU, host clock: no results"
+            chart.draw(files[-1], f"A whole block: {self.run.model.source}\n{place}", bars)
+        return files
+
+
+def _choice(choice: Choice) -> dict[str, Any]:
+    return {
+        "name": choice.attention.name,
+        "reason": choice.reason,
+        "milliseconds": dict(choice.timings),
+        "rejected": dict(choice.rejected),
+    }

@@ -1,0 +1,77 @@
+"""What a run is asked for, checked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from echo_rt.bench.model import Model, folder_model, random_model
+from echo_rt.bench.model_sizes import MODELS, RELEASED, TINY
+from echo_rt.errors import ConfigError
+from echo_rt.ops import BACKEND_VARIABLE
+from echo_rt.options import check_seed
+
+# Rounds, and blocks of a variant in each, by device.
+_ROUNDS = {"cuda": 5, "cpu": 2}
+_BLOCKS = {"cuda": 10, "cpu": 2}
+
+
+@dataclass(frozen=True)
+class Request:
+    """All of it optional. None means: released sizes on a GPU, tiny ones on a CPU; every variant; the kernels on a GPU.
+
+    ``rounds`` times ``blocks`` blocks of each variant are measured, at lookahead 0 and at ``lookahead``.
+    """
+
+    size: str | None = None
+    model: str | None = None
+    checkpoint: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    backend: str | None = None
+    attention: str | None = None
+    variants: tuple[str, ...] | None = None
+    rounds: int | None = None
+    blocks: int | None = None
+    lookahead: int = 1
+    peers: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("rounds", self.rounds, 1),
+            ("blocks", self.blocks, 1),
+            ("lookahead", self.lookahead, 0),
+        ):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value >= least):
+                raise ConfigError(f"{name} must be a whole number of {least} or more, got {value!r}")
+        if self.size is not None and self.size not in MODELS:
+            raise ConfigError(f"size must be one of {', '.join(MODELS)}; got {self.size!r}")
+        if self.model is not None and self.size is not None:
+            raise ConfigError("expected a size or a model folder, got both")
+        if self.checkpoint is not None and self.model is None:
+            raise ConfigError("a checkpoint needs the model folder that it belongs to")
+        check_seed(self.seed)
+
+    def counts(self, device: torch.device) -> tuple[int, int]:
+        """Rounds, and blocks in each."""
+        return self.rounds or _ROUNDS[device.type], self.blocks or _BLOCKS[device.type]
+
+    def backend_on(self, device: torch.device) -> str:
+        """The backend of all variants but ``torch``."""
+        default = "cuda" if device.type == "cuda" else "torch"
+        return self.backend or os.environ.get(BACKEND_VARIABLE) or default
+
+    def load(self, device: torch.device) -> Model:
+        """The model; :class:`ConfigError` for the released sizes on a CPU, and all errors of loading a folder."""
+        if self.model is not None:
+            return folder_model(self.model, self.checkpoint, device)
+        size = self.size or (RELEASED.name if device.type == "cuda" else TINY.name)
+        if size == RELEASED.name and device.type != "cuda":
+            raise ConfigError(
+                f"the {size} sizes need a GPU, as a block would take minutes on {str(device)!r}; use size {TINY.name!r}"
+            )
+        return random_model(MODELS[size], device, self.seed)

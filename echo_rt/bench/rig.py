@@ -1,0 +1,201 @@
+"""A model in one setting, live on its device: what runs is the rollout, decoder and lanes of :class:`echo_rt.Runtime`.
+
+Several rigs live side by side, so that they can be measured in turns; what they compute with is shared.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from echo_rt.attention import Choice, attentions, cache_file
+from echo_rt.bench.lanes import Span, WatchedExecutor, watched_executor
+from echo_rt.bench.model import Model
+from echo_rt.device import model_context
+from echo_rt.errors import ConfigError
+from echo_rt.model.memory import MemoryEncoder
+from echo_rt.model.sampler import Schedule
+from echo_rt.model.transformer import Transformer
+from echo_rt.model.vae_decoder import VaeDecoder
+from echo_rt.ops import Ops
+from echo_rt.options import MemoryMode
+from echo_rt.pipeline import Finished, Pipeline
+from echo_rt.rollout import Rollout
+
+_MOST_BLOCKS = 300  # a steady state that comes later is none that anyone waits for
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a model runs: its device and dtype, and the attention that was chosen or asked for."""
+
+    model: Model
+    device: torch.device
+    dtype: torch.dtype
+    over_cache: Choice
+    over_text: Choice
+
+    @classmethod
+    def choose(cls, model: Model, device: torch.device, dtype: torch.dtype, attention: str | None) -> Site:
+        """The errors are those of :func:`echo_rt.attention.attentions`."""
+        return cls(model, device, dtype, *attentions(model.config, device, dtype, attention, cache=cache_file()))
+
+
+class Parts:
+    """The weights on the device for one backend, held once however many rigs compute with them."""
+
+    def __init__(self, site: Site, ops: Ops) -> None:
+        self.site, self.ops = site, ops
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return Schedule(self.site.model.config.sampler, self.site.device)
+
+    @cached_property
+    def transformer(self) -> Transformer:
+        site = self.site
+        return Transformer(
+            site.model.config.transformer,
+            site.model.transformer,
+            self.schedule.timesteps,
+            self.ops,
+            site.over_text.attention,
+            device=site.device,
+            dtype=site.dtype,
+        )
+
+    @cached_property
+    def memory(self) -> MemoryEncoder:
+        site = self.site
+        assert site.model.memory is not None
+        return MemoryEncoder(site.model.config, site.model.memory, self.ops, device=site.device, dtype=site.dtype)
+
+    @cached_property
+    def decoder(self) -> VaeDecoder:
+        site = self.site
+        return VaeDecoder(site.model.vae_config, site.model.vae, self.ops, device=site.device, dtype=site.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A block on the host, and the spans of its stages; their times can be read once the rig has settled."""
+
+    made: Finished
+    spans: tuple[Span, ...]
+
+
+class Rig:
+    """One video that goes on and on; ``depth`` is how many blocks may be in flight."""
+
+    def __init__(self, parts: Parts, mode: MemoryMode, *, graphs: bool | None, depth: int) -> None:
+        site = parts.site
+        model, self._context = site.model, (site.device, site.dtype)
+        self.mode = mode
+        self._graphs = graphs is not False and site.device.type == "cuda"
+        self.executor: WatchedExecutor = watched_executor(site.device, graphs)
+        with model_context(*self._context):
+            config, encoder = model.without_memory(), None
+            if mode is not MemoryMode.OFF:
+                config, encoder = model.config, parts.memory
+            attention = site.over_cache.attention
+            self.rollout = Rollout(
+                config, parts.transformer, encoder, parts.schedule, parts.ops, attention, mode, self.executor
+            )
+            self.pipeline = Pipeline(
+                self.rollout,
+                parts.decoder,
+                model.vae_config,
+                parts.ops,
+                self.executor,
+                device=site.device,
+                depth=depth,
+            )
+        self._begun: deque[tuple[Span, ...]] = deque()
+        self.executor.settle()
+
+    def start(self, prompt_embeds: Tensor, seed: int) -> None:
+        """A new video."""
+        with model_context(*self._context):
+            self._forget()
+            self.rollout.start(prompt_embeds, seed)
+        self.executor.spans.clear()
+
+    def block(self, lookahead: int) -> Block:
+        """The next block, begun as early as ``lookahead`` allows: what ``Stream`` does when it is asked for one."""
+        with model_context(*self._context):
+            while self.pipeline.in_flight <= lookahead:
+                self.pipeline.begin()
+                self._begun.append(tuple(self.executor.spans))
+                self.executor.spans.clear()
+            made = self.pipeline.finish()
+            assert made is not None  # it was waited for without a bound
+            return Block(made, self._begun.popleft())
+
+    def in_flight_spans(self) -> list[Span]:
+        """Those of the blocks that were begun and not yet handed out."""
+        return [span for spans in self._begun for span in spans]
+
+    def drain(self) -> None:
+        """Finish what is in flight, and leave the device idle."""
+        with model_context(*self._context):
+            while self.pipeline.in_flight:
+                self.pipeline.finish()
+        self._begun.clear()
+        self.executor.settle()
+
+    def warm_up(self) -> None:
+        """On until the ids have saturated and, where graphs are captured, a block is nothing but replays.
+
+        :class:`ConfigError` for a model that does not come to that within a few hundred blocks.
+        """
+        for _ in range(_MOST_BLOCKS):
+            runs, replays = self.executor.runs, self.executor.replays
+            before = self.block(0).made.index - 1
+            saturated = before >= 0 and self.rollout.position(before).shift > 0
+            replayed = self.executor.runs - runs == self.executor.replays - replays
+            if saturated and (replayed or not self._graphs):
+                self.drain()
+                return
+        raise ConfigError(f"expected a steady state to measure, and there was none within {_MOST_BLOCKS} blocks")
+
+    def live_tensors(self) -> dict[str, Tensor]:
+        """All that makes the next block what it will be: the live tensors."""
+        rollout = {f"rollout.{name}": tensor for name, tensor in self.rollout.state.tensors().items()}
+        return rollout | {f"decoder.{k}": tensor for k, tensor in self.pipeline.decoder_state.tensors().items()}
+
+    def adopt(self, other: Rig, seed: int) -> None:
+        """Stand where ``other``, a rig of the same mode, stands: the next block of both is the same one."""
+        other.drain()
+        with model_context(*self._context):
+            self._forget()
+            self.rollout.state.reset()
+            for rig in (self, other):
+                rig.rollout.set_seed(seed)
+            theirs = other.live_tensors()
+            with self.executor.apart():
+                for name, tensor in self.live_tensors().items():
+                    tensor.copy_(theirs[name])
+        for fact in ("block", "memory_ready", "memory_updated"):
+            setattr(self.rollout.state, fact, getattr(other.rollout.state, fact))
+        self.pipeline.decoder_state.latents_seen = other.pipeline.decoder_state.latents_seen
+        self.executor.settle()
+        self.executor.spans.clear()
+        other.executor.spans.clear()
+
+    def _forget(self) -> None:
+        self.pipeline.reset()
+        self._begun.clear()
+        self.executor.settle()  # the decoder's lane clears its windows, which another lane may be about to fill
+
+    @property
+    def state_bytes(self) -> int:
+        """What a snapshot of it holds."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.live_tensors().values())
+
+    def close(self) -> None:
+        """Let go of lanes and graphs."""
+        self.executor.close()

@@ -1,0 +1,305 @@
+"""The run: every variant is made ready, held against the torch backend, and measured in turns with the others."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echo_rt.attention import Choice
+from echo_rt.bench.environment import environment
+from echo_rt.bench.exactness import Exactness, compare_block
+from echo_rt.bench.figures import Sample
+from echo_rt.bench.model import Model
+from echo_rt.bench.peers import LEFT_OUT, Missing, Peer, find_peers
+from echo_rt.bench.request import Request
+from echo_rt.bench.rig import Parts, Rig, Site
+from echo_rt.bench.timing import Timer, timer_for
+from echo_rt.bench.turns import take_turn
+from echo_rt.bench.variants import Variant, plan, turns_of
+from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
+from echo_rt.errors import BackendError
+from echo_rt.ops import check_device, load_ops
+from echo_rt.options import MemoryMode
+from echo_rt.soak.gpu import GpuHealth, gpu_health
+from echo_rt.soak.probes import host_memory
+
+_TORCH = "torch"
+_MEMORY_BLOCKS = 5  # over which the device's memory has to stay as it is
+_PROMPT_TOKENS = 77  # of random embeddings; how many there are changes no size
+
+
+@dataclass
+class Entry:
+    """A variant and what was found out about it; ``problem`` is empty where it was measured."""
+
+    variant: Variant
+    mode: MemoryMode
+    backend: str
+    rig: Rig | None = None
+    exactness: Exactness | None = None
+    problem: str = ""
+    samples: dict[int, Sample] = field(default_factory=dict)  # by lookahead
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of the first variant, alone on the device. Bytes: ``device`` in the steady state, how much that grew over some
+    blocks, the ``peak`` since before the weights were made, what torch holds ``reserved``; None on a CPU."""
+
+    host: int | None
+    device: int | None
+    growth: int | None
+    peak: int | None
+    reserved: int | None
+    first_frame_cold: float
+    first_frame_warm: float
+    snapshot: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a report is made of."""
+
+    request: Request
+    header: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    model: Model
+    attention: tuple[Choice, Choice]
+    clock: str
+    rounds: int
+    blocks: int
+    order: list[list[str]]
+    entries: list[Entry]
+    absent: dict[str, str]
+    peers: list[Peer]
+    peer_seconds: dict[str, list[float]]
+    missing: list[Missing]
+    resources: Resources
+
+    @property
+    def measured(self) -> list[Entry]:
+        return [entry for entry in self.entries if not entry.problem]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all of ours was right; a peer that differs is not timed, and is no fault of this run."""
+        return all(not entry.problem for entry in self.entries)
+
+
+def run(request: Request, say: Callable[[str], None] = lambda text: None) -> Run:
+    """Do what is asked for; ``say`` is told how far it has come.
+
+    Raises :class:`ConfigError` and :class:`BackendError` for what cannot be had, among it a GPU with too little memory.
+    """
+    device = parse_device(request.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the timer's events are recorded on the current one
+    dtype = parse_dtype(request.dtype, device)
+    ops = load_ops(request.backend_on(device))
+    check_device(ops, device)
+    model = request.load(device)
+    variants, absent = plan(
+        request.variants, has_memory=model.memory is not None, on_gpu=device.type == "cuda", backend=ops.name
+    )
+    warn_of_faulty_convolutions(device, dtype)
+    health = gpu_health(device)
+    try:
+        with _enough_memory(device):
+            site = Site.choose(model, device, dtype, request.attention)
+            parts = {ops.name: Parts(site, ops), _TORCH: Parts(site, load_ops(_TORCH))}
+            return _Runner(request, site, parts, ops.name, health, say).run(variants, absent)
+    finally:
+        if health is not None:
+            health.close()
+
+
+@contextlib.contextmanager
+def _enough_memory(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
+        raise BackendError(
+            f"{device} has too little memory for all variants at once: {free:.1f} of {total:.1f} GiB were free when "
+            "one more was to be made ready; name fewer with --variants, and leave out --peers"
+        ) from error
+
+
+class _Runner:
+    def __init__(
+        self,
+        request: Request,
+        site: Site,
+        parts: dict[str, Parts],
+        backend: str,
+        health: GpuHealth | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._request, self._site, self._parts, self._backend = request, site, parts, backend
+        self._health, self._say = health, say
+        self._on_gpu = site.device.type == "cuda"
+        self._rounds, self._blocks = request.counts(site.device)
+        self._lookaheads = sorted({0, request.lookahead})
+        config = site.model.config.transformer
+        generator = torch.Generator().manual_seed(request.seed)
+        tokens = min(_PROMPT_TOKENS, config.text_len)
+        self._prompt: Tensor = torch.randn(tokens, config.text_dim, generator=generator).to(site.device)
+
+    def run(self, variants: list[Variant], absent: dict[str, str]) -> Run:
+        base = MemoryMode.OFF if self._site.model.memory is None else MemoryMode.EVOLVE
+        entries = [Entry(v, v.mode or base, _TORCH if v.torch else self._backend) for v in variants]
+        self._say(f"{entries[0].variant.name}: alone on the device")
+        resources = self._alone(entries[0])
+        header = environment(str(self._site.device))  # now, while the clocks are those of a device at work
+        for entry in entries[1:]:
+            self._say(f"{entry.variant.name}: made ready")
+            self._make_ready(entry)
+        self._compare(entries)
+        peers, missing = self._find_peers()
+        order, peer_seconds, clock = self._measure(entries, peers)
+        for entry in entries:
+            self._release(entry)
+        choices = (self._site.over_cache, self._site.over_text)
+        return Run(
+            request=self._request,
+            header=header,
+            device=self._site.device,
+            dtype=self._site.dtype,
+            model=self._site.model,
+            attention=choices,
+            clock=clock,
+            rounds=self._rounds,
+            blocks=self._blocks,
+            order=order,
+            entries=entries,
+            absent=absent,
+            peers=peers,
+            peer_seconds=peer_seconds,
+            missing=missing,
+            resources=resources,
+        )
+
+    # ---------------------------------------------------------------- making ready
+
+    def _rig(self, mode: MemoryMode, backend: str, graphs: bool) -> Rig:
+        wanted = None if graphs or not self._on_gpu else False
+        return Rig(self._parts[backend], mode, graphs=wanted, depth=1 + self._request.lookahead)
+
+    def _first_frame(self, rig: Rig) -> float:
+        """Seconds from a new video, its prompt encoded, to its first frames on the host."""
+        begun = time.perf_counter()
+        rig.start(self._prompt, self._request.seed)
+        rig.block(self._request.lookahead)
+        seconds = time.perf_counter() - begun
+        rig.drain()
+        return seconds
+
+    def _make_ready(self, entry: Entry) -> Rig:
+        rig = entry.rig = self._rig(entry.mode, entry.backend, entry.variant.graphs)
+        rig.start(self._prompt, self._request.seed)
+        rig.warm_up()
+        return rig
+
+    def _alone(self, entry: Entry) -> Resources:
+        """The first variant made ready while nothing else is on the device, so that its memory can be told."""
+        device = self._site.device
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        rig = entry.rig = self._rig(entry.mode, entry.backend, entry.variant.graphs)
+        cold = self._first_frame(rig)
+        rig.warm_up()
+        allocated = []
+        for _ in range(_MEMORY_BLOCKS if self._on_gpu else 0):
+            rig.block(self._request.lookahead)
+            allocated.append(torch.cuda.memory_allocated(device))
+        rig.drain()
+        peak = torch.cuda.max_memory_allocated(device) if self._on_gpu else None
+        reserved = torch.cuda.memory_reserved(device) if self._on_gpu else None
+        warm = self._first_frame(rig)
+        rig.warm_up()
+        return Resources(
+            host=host_memory()["rss"],
+            device=allocated[-1] if allocated else None,
+            growth=max(allocated) - min(allocated) if allocated else None,
+            peak=peak,
+            reserved=reserved,
+            first_frame_cold=cold,
+            first_frame_warm=warm,
+            snapshot=rig.state_bytes,
+        )
+
+    def _compare(self, entries: list[Entry]) -> None:
+        """Each variant's block against that of the torch backend without graphs; what differs is not measured."""
+        for mode in dict.fromkeys(entry.mode for entry in entries):
+            reference = self._rig(mode, _TORCH, graphs=False)
+            reference.start(self._prompt, self._request.seed)
+            reference.warm_up()
+            for entry in entries:
+                if entry.mode is mode:
+                    assert entry.rig is not None
+                    entry.exactness = found = compare_block(entry.rig, reference, self._request.seed, self._site.dtype)
+                    if not found.ok:
+                        entry.problem = f"differs from the torch backend: {found}"
+                        self._release(entry)
+                    self._say(f"{entry.variant.name}: {entry.problem or 'as the torch backend'}")
+            reference.close()
+            del reference
+            self._collect()
+
+    def _find_peers(self) -> tuple[list[Peer], list[Missing]]:
+        if not self._request.peers:
+            return [], list(LEFT_OUT)
+        return find_peers(self._parts[self._backend], self._prompt, self._request.seed)
+
+    def _release(self, entry: Entry) -> None:
+        if entry.rig is not None:
+            entry.rig.close()
+            entry.rig = None
+        self._collect()
+
+    def _collect(self) -> None:
+        gc.collect()
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+
+    # ---------------------------------------------------------------- measuring
+
+    def _measure(self, entries: list[Entry], peers: list[Peer]) -> tuple[list[list[str]], dict[str, list[float]], str]:
+        rigs = {entry.variant.name: entry for entry in entries if not entry.problem}
+        right = {peer.name: peer for peer in peers if peer.ok}
+        seconds: dict[str, list[float]] = {name: [] for name in right}
+        timer = timer_for(self._site.device)
+        order = []
+        for number in range(self._rounds):
+            self._say(f"round {number + 1} of {self._rounds}")
+            order.append(turns_of(number, [*rigs, *right]))
+            for name in order[-1]:
+                if name in rigs:
+                    self._variant_turn(rigs[name])
+                else:
+                    seconds[name] += self._peer_turn(right[name], timer)
+        return order, seconds, timer.clock
+
+    def _variant_turn(self, entry: Entry) -> None:
+        assert entry.rig is not None
+        for lookahead in self._lookaheads:
+            sample = entry.samples.setdefault(lookahead, Sample())
+            take_turn(entry.rig, lookahead, self._blocks, sample, self._joules)
+
+    def _peer_turn(self, peer: Peer, timer: Timer) -> list[float]:
+        with model_context(self._site.device, self._site.dtype):
+            times = timer.measure(peer.call, self._blocks, warmup=1)
+        return [each / 1e6 for each in times.microseconds]
+
+    def _joules(self) -> float | None:
+        """The board's counter, which begins anywhere."""
+        read = None if self._health is None else self._health.read()["energy_mj"]
+        return None if read is None else read / 1e3

@@ -1,0 +1,67 @@
+"""The settings that are measured beside one another, and which of them a machine and a model can have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from echo_rt.errors import ConfigError
+from echo_rt.options import MemoryMode
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting. ``mode`` None: the memory evolves, where there is one; ``torch``: in place of the chosen backend."""
+
+    name: str
+    mode: MemoryMode | None = None
+    graphs: bool = True
+    torch: bool = False
+
+
+VARIANTS = (
+    Variant("evolve", MemoryMode.EVOLVE),
+    Variant("prior", MemoryMode.PRIOR),
+    Variant("off", MemoryMode.OFF),
+    Variant("no-graphs", graphs=False),
+    Variant("torch", torch=True),
+)
+NAMES = tuple(variant.name for variant in VARIANTS)
+
+
+def plan(
+    wanted: Sequence[str] | None, *, has_memory: bool, on_gpu: bool, backend: str
+) -> tuple[list[Variant], dict[str, str]]:
+    """The variants that can be measured, in a fixed order, and why each other one cannot.
+
+    ``wanted`` None means all; what is asked for by name and cannot be had is a :class:`ConfigError`, as is a name that
+    is unknown.
+    """
+    unknown = [name for name in wanted or () if name not in NAMES]
+    if unknown or (wanted is not None and not wanted):
+        raise ConfigError(f"variants are {', '.join(NAMES)}; got {', '.join(unknown) or 'none'}")
+    chosen: list[Variant] = []
+    absent: dict[str, str] = {}
+    for variant in VARIANTS:
+        obstacle = ""
+        if wanted is not None and variant.name not in wanted:
+            obstacle = "not asked for"
+        elif variant.mode not in (None, MemoryMode.OFF) and not has_memory:
+            obstacle = "the weights have no memory encoder"
+        elif not variant.graphs and not on_gpu:
+            obstacle = "there are no graphs on a CPU, so no variant has any"
+        elif variant.torch and backend == "torch":
+            obstacle = "the backend of all variants is torch already"
+        if not obstacle:
+            chosen.append(variant)
+        else:
+            absent[variant.name] = obstacle
+            if wanted is not None and variant.name in wanted:
+                raise ConfigError(f"variant {variant.name!r} cannot be measured: {obstacle}")
+    return chosen, absent
+
+
+def turns_of(round_number: int, contestants: Sequence[str]) -> list[str]:
+    """The order of a round: each is first in its turn, so that none always runs on a GPU that another has heated."""
+    first = round_number % len(contestants) if contestants else 0
+    return [*contestants[first:], *contestants[:first]]

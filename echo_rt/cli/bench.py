@@ -1,0 +1,105 @@
+"""``echo-rt bench``: how fast a whole block is, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from echo_rt.bench.model_sizes import MODELS
+from echo_rt.bench.variants import NAMES
+from echo_rt.cli.numbers import parse_number, parse_positive
+from echo_rt.cli.signals import StopRequest
+from echo_rt.cli.streams import complain, say
+from echo_rt.errors import TargetError
+from echo_rt.options import DTYPE_NAMES
+
+_EPILOG = """
+Nothing is downloaded: without --model the weights are random. On a GPU these are the released sizes (Wan2.1-T2V-1.3B at
+832x480), on a CPU tiny ones, whose times show that it works and are no results.
+Exit codes: 0 all variants were right and measured; 1 one differs from the torch backend; 2 a mistake in the request, or
+a GPU with too little memory.
+"""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Declare the subcommand."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "bench",
+        help="measure a whole block on this machine",
+        description="Measure a whole block in the steady state: transformer, memory update, VAE, frames on the host; "
+        "with the memory evolving, at its prior and off, against the torch backend and what else is installed.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--size", choices=MODELS, help="random weights at these sizes; default: released on a GPU")
+    model.add_argument("--model", metavar="DIR", help="a Wan2.1 folder instead, original or diffusers")
+    model.add_argument("--checkpoint", metavar="FILE", help="generator weights that go with it")
+    model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
+    model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    model.add_argument("--backend", help="who does the operations; default: cuda on a GPU, else torch")
+    model.add_argument("--attention", metavar="NAME", help="which attention; default: the fastest (see echo-rt doctor)")
+    model.add_argument("--seed", default="0", metavar="N", help="of weights, prompt and noise (default 0)")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--variants", metavar="NAME,...", help=f"only these of {', '.join(NAMES)}")
+    run.add_argument("--lookahead", default="1", metavar="N", help="blocks begun ahead in a stream (default 1)")
+    run.add_argument("--rounds", metavar="N", help="how often the variants take turns; default: 5 on a GPU, else 2")
+    run.add_argument("--blocks", metavar="N", help="measured blocks of each turn; default: 10 on a GPU, else 2")
+    run.add_argument(
+        "--peers", action=argparse.BooleanOptionalAction, default=True, help="others' code too, where installed"
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, metavar="DIR", help="write block.json, block.md and block.png there")
+    output.add_argument("--chart", action=argparse.BooleanOptionalAction, help="block.png; default: if possible")
+    return parser
+
+
+def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
+    """Measure, print and write; the exit code says whether all was right."""
+    expected = "an integer of 1 or more"
+    counts = {
+        name: parse_positive(f"--{name}", getattr(arguments, name), int, expected) for name in ("rounds", "blocks")
+    }
+    lookahead = parse_number("--lookahead", arguments.lookahead, int, "an integer of 0 or more")
+    seed = parse_number("--seed", arguments.seed, int, "an integer of 0 or more")
+    variants = None if arguments.variants is None else tuple(arguments.variants.split(","))
+    with stop.interruptible():
+        from echo_rt.bench import chart
+        from echo_rt.bench.report import Report
+        from echo_rt.bench.request import Request
+        from echo_rt.bench.run import run as run_bench
+
+        if arguments.chart and arguments.out is None:
+            raise TargetError("--chart: expected --out DIR, the folder to draw it into")
+        if arguments.chart:
+            chart.require_matplotlib()
+        _check_folder(arguments.out)
+        names = ("size", "model", "checkpoint", "device", "dtype", "backend", "attention", "peers")
+        facts = {name: getattr(arguments, name) for name in names}
+        request = Request(variants=variants, lookahead=lookahead, seed=seed, **counts, **facts)
+        found = Report(run_bench(request, say=lambda text: complain(f"echo-rt: {text}")))
+    content, page = found.content()
+    report.update(content)
+    if arguments.out is not None:
+        picture = chart.available() if arguments.chart is None else arguments.chart
+        files = found.write(arguments.out, picture=picture)
+        report["files"] = [str(path) for path in files]
+    if not arguments.json:
+        say(page, end="")
+    return 0 if found.run.passed else 1
+
+
+def _check_folder(out: Path | None) -> None:
+    """Raises ``TargetError`` now, and not after the run, where nothing can be written into ``out``."""
+    if out is None:
+        return
+    from echo_rt.output.part_file import check_writable, reason
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TargetError(f"{out}: cannot make the folder: {reason(error)}") from None
+    check_writable(out / "block.json")

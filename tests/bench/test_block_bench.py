@@ -1,0 +1,253 @@
+"""A whole block, measured on the CPU: what is compared, in which order, and the arithmetic of what is reported."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from echo_rt import reference
+from echo_rt.bench import request as request_module
+from echo_rt.bench import rig as rig_module
+from echo_rt.bench import run as run_module
+from echo_rt.bench.model_sizes import BenchModel
+from echo_rt.bench.report import ALONE, Report
+from echo_rt.bench.request import Request
+from echo_rt.bench.rig import Rig
+from echo_rt.bench.run import Run, run
+from echo_rt.bench.timing import DEVICE_CLOCK
+from echo_rt.bench.variants import turns_of
+from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig, WindowConfig
+from echo_rt.errors import BackendError, ConfigError
+from echo_rt.options import MemoryMode
+from echo_rt.tiny import CHECKPOINT_FILE, write_tiny_model
+
+ROUNDS, BLOCKS = 2, 2
+SMALLEST = BenchModel(
+    "tiny",
+    ModelConfig(
+        TransformerConfig(dim=128, ffn_dim=128, freq_dim=32, num_heads=2, num_layers=1, text_dim=16, text_len=4),
+        latent_height=2,
+        latent_width=2,
+        window=WindowConfig(local_frames=3, max_temporal_id=8),  # full, and saturated, after three blocks
+        memory=MemoryConfig(),
+    ),
+    VaeConfig(base_dim=4, num_res_blocks=1),
+)
+ASKED = {"device": "cpu", "dtype": "bfloat16", "backend": "emulated"}
+
+
+def _load(broken: bool) -> Any:
+    """Backends: ``emulated`` is the definition under that name, or one that goes wrong by a hundredth."""
+
+    def flow_step(x: Tensor, flow: Tensor, sigmas: Tensor, noise: Tensor | None) -> None:
+        reference.flow_step(x, flow, sigmas, noise)
+        x.mul_(1.1)
+
+    changes = {"flow_step": flow_step} if broken else {}
+    other = SimpleNamespace(**{**vars(reference), "name": "emulated", **changes})
+    return lambda backend: reference if backend == "torch" else other
+
+
+@pytest.fixture(scope="module")
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as context:
+        context.setitem(request_module.MODELS, "tiny", SMALLEST)
+        yield context
+
+
+@pytest.fixture(scope="module")
+def turns() -> list[tuple[Rig, int]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def measured(patch: pytest.MonkeyPatch, turns: list[tuple[Rig, int]]) -> Run:
+    take_turn = run_module.take_turn
+
+    def noted(rig: Rig, lookahead: int, *rest: Any) -> None:
+        turns.append((rig, lookahead))
+        take_turn(rig, lookahead, *rest)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(run_module, "load_ops", _load(broken=False))
+        context.setattr(run_module, "take_turn", noted)
+        return run(Request(variants=("evolve", "off", "torch"), rounds=ROUNDS, blocks=BLOCKS, **ASKED))
+
+
+@pytest.fixture(scope="module")
+def content(measured: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What is in block.json, read by a strict reader."""
+    folder = tmp_path_factory.mktemp("out")
+    files = Report(measured).write(folder / "new", picture=True)
+    assert sorted(path.name for path in (folder / "new").iterdir()) == sorted(path.name for path in files)
+    assert [path.name for path in files] == ["block.json", "block.md", "block.png"]
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+    page = files[1].read_text()
+    assert "a rehearsal, no results" in page and "A day, extrapolated" in page and "## Goals" not in page
+    found: dict[str, Any] = json.loads(files[0].read_text(), parse_constant=pytest.fail)
+    return found
+
+
+def test_rows_are_those_of_the_samples(content: dict[str, Any]) -> None:
+    rows = content["tables"]["Block"]
+    assert {row["variant"] for row in rows} == {"evolve", "off", "torch"} == set(content["milliseconds"])
+    assert content["frames_per_block"] == 12
+    for row in rows:
+        sample = content["milliseconds"][row["variant"]][row["part"]]
+        assert len(sample) == row["blocks"] == ROUNDS * BLOCKS and min(sample) > 0, row
+        assert row["ms"] == pytest.approx(statistics.median(sample)) and row["p99_ms"] == pytest.approx(max(sample))
+        assert row["fps"] == pytest.approx(12 / statistics.median(sample) * 1e3)
+        torchs = content["milliseconds"]["torch"][row["part"]]
+        ratio = None if row["variant"] == "torch" else pytest.approx(statistics.median(torchs) / row["ms"])
+        assert row["x_torch"] == ratio
+
+
+def test_every_part_of_a_block_is_there(content: dict[str, Any]) -> None:
+    parts = {variant: list(samples) for variant, samples in content["milliseconds"].items()}
+    whole = [ALONE, "whole block, 1 begun ahead"]
+    assert parts["evolve"] == parts["torch"] == ["transformer, all passes", "memory update", "VAE decode", *whole]
+    assert parts["off"] == ["transformer, all passes", "VAE decode", *whole]
+    for samples in content["milliseconds"].values():
+        # One at a time on one host: the whole is the sum of what happens in it, and a little.
+        pieces = zip(samples["transformer, all passes"], samples["VAE decode"], samples[ALONE], strict=True)
+        assert all(transformer + decode < block for transformer, decode, block in pieces)
+
+
+def test_what_was_measured_was_right_and_says_so(content: dict[str, Any]) -> None:
+    assert content["passed"] is True and content["result"] is False and "no result" in content["clock"]
+    rows = {row["variant"]: row for row in content["tables"]["Variants"]}
+    for row in rows.values():
+        assert (row["latents_error"], row["frames_error"], row["bound"]) == (0.0, 0.0, pytest.approx(0.03))
+        assert row["verdict"] == "right, measured" and 0 <= row["idle"] < 1 and row["joules_a_frame"] is None
+    assert [rows[name]["backend"] for name in ("evolve", "off", "torch")] == ["emulated", "emulated", "torch"]
+    assert [rows[name]["memory"] for name in ("evolve", "off", "torch")] == ["evolve", "off", "evolve"]
+    assert content["absent"] == {
+        "prior": "not asked for",
+        "no-graphs": "not asked for",
+    }
+
+
+def test_variants_take_turns(measured: Run, turns: list[tuple[Rig, int]], content: dict[str, Any]) -> None:
+    """In every round each variant has both its turns, and each is first once before one is first again."""
+    rounds = [turns[:6], turns[6:]]
+    rigs = [rounds[0][place][0] for place in (0, 2, 4)]
+    assert [rig.mode.value for rig in rigs] == ["evolve", "off", "evolve"]
+    assert rounds[0] == [(rig, lookahead) for rig in rigs for lookahead in (0, 1)]
+    assert rounds[1] == [(rig, lookahead) for rig in (rigs[1], rigs[2], rigs[0]) for lookahead in (0, 1)]
+    names = ["evolve", "off", "torch", *measured.peer_seconds]
+    assert content["order"] == [names, [*names[1:], names[0]]]
+    assert turns_of(5, ["a", "b", "c"]) == ["c", "a", "b"] and turns_of(3, []) == []
+
+
+def test_others_code_computes_the_same_and_is_named_where_it_is_not(content: dict[str, Any]) -> None:
+    rows = {row["peer"]: row for row in content["tables"]["Peers"]}
+    for name, beside in (("AutoencoderKLWan", "mid-stream"), ("WanTransformer3DModel", "attend to themselves alone")):
+        row = rows[f"diffusers {name}"]
+        assert 0 < row["error"] < 0.1 and beside in row["what"]
+        assert row["ratio"] == pytest.approx(row["ms"] / row["ours_ms"])
+        assert len(content["peer_milliseconds"][f"diffusers {name}"]) == ROUNDS * BLOCKS
+    transformer = next(row for row in content["tables"]["Block"] if row["part"] == "transformer, all passes")
+    assert rows["diffusers WanTransformer3DModel"]["ours_ms"] == pytest.approx(transformer["ms"] / 5)
+    assert rows["FlashDreams"]["ms"] is None and "flashdreams" in rows["FlashDreams"]["what"]
+
+
+def test_a_day_is_that_of_the_measured_blocks(content: dict[str, Any]) -> None:
+    day = {row["what"]: row for row in content["tables"]["A day, extrapolated"]}
+    sample = content["milliseconds"]["evolve"]["whole block, 1 begun ahead"]
+    blocks = 24 * 3600e3 / (sum(sample) / len(sample))
+    assert day["blocks"]["value"] == pytest.approx(blocks) and day["frames"]["value"] == pytest.approx(12 * blocks)
+    assert day["frames, as bytes"]["value"] == pytest.approx(blocks * 12 * 16 * 16 * 3 / 1e9)
+    assert day["latents"]["value"] == pytest.approx(blocks * 3 * 16 * 2 * 2 * 4 / 1e9)
+    assert day["energy of the GPU"]["value"] is None
+    assert "extrapolated from 4 measured blocks" in day["blocks"]["how"]
+
+
+def test_a_backend_that_is_wrong_is_not_timed(patch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(run_module, "load_ops", _load(broken=True))
+        found = run(Request(variants=("off", "torch"), rounds=1, blocks=1, peers=False, **ASKED), said.append)
+    assert not found.passed and [entry.variant.name for entry in found.measured] == ["torch"]
+    wrong, right = found.entries
+    assert wrong.exactness is not None and wrong.exactness.latents > wrong.exactness.bound and not wrong.samples
+    assert right.exactness is not None and right.exactness.ok
+    content, page = Report(found).content()
+    assert {row["variant"] for row in content["tables"]["Block"]} == {"torch"} and "differs from the torch" in page
+    assert any("off: differs" in line for line in said)
+    assert {row["what"] for row in content["tables"]["Peers"]} == {"left out by --no-peers"}
+
+
+def test_a_folder_is_measured_as_a_runtime_would_load_it(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "tiny", width=32, height=32)
+    facts = {"model": str(tmp_path / "tiny"), "device": "cpu"}
+    device = torch.device("cpu")
+    plain = Request(**facts).load(device)
+    assert plain.memory is None and not plain.released and plain.config.memory is None
+    whole = Request(checkpoint=str(tmp_path / "tiny" / CHECKPOINT_FILE), **facts).load(device)
+    assert whole.memory is not None and whole.config.memory_tokens == 3 * whole.config.tokens_per_frame
+    name = "blocks.0.self_attn.q.weight"
+    assert not torch.equal(plain.transformer[name].float(), whole.transformer[name].float())
+    with pytest.raises(ConfigError, match="variant 'evolve' cannot be measured: the weights have no memory encoder"):
+        run(Request(variants=("evolve",), **facts))
+
+
+def test_a_model_without_a_steady_state_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rig_module, "_MOST_BLOCKS", 2)
+    monkeypatch.setitem(request_module.MODELS, "tiny", SMALLEST)
+    with pytest.raises(ConfigError, match="a steady state to measure, and there was none within 2 blocks"):
+        run(Request(device="cpu", backend="torch", variants=("off",)))
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"size": "huge"}, "size must be one of released, tiny; got 'huge'"),
+        ({"size": "tiny", "model": "m"}, "a size or a model folder, got both"),
+        ({"checkpoint": "f"}, "a checkpoint needs the model folder"),
+        ({"rounds": 0}, "rounds must be a whole number of 1 or more, got 0"),
+        ({"blocks": 1.5}, "blocks must be a whole number of 1 or more, got 1.5"),
+        ({"lookahead": -1}, "lookahead must be a whole number of 0 or more, got -1"),
+        ({"seed": -1}, "seed"),
+        ({"device": "cpu", "size": "released"}, "the released sizes need a GPU, .* use size 'tiny'"),
+        ({"device": "cpu", "variants": ("prior", "fast")}, "variants are evolve, .*; got fast"),
+        ({"device": "cpu", "variants": ()}, "variants are evolve, .*; got none"),
+        ({"device": "cpu", "variants": ("no-graphs",)}, "cannot be measured: there are no graphs on a CPU"),
+        ({"device": "cpu", "variants": ("torch",)}, "cannot be measured: the backend of all variants is torch"),
+    ],
+)
+def test_requests_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], words: str) -> None:
+    monkeypatch.delenv("ECHO_RT_BACKEND", raising=False)
+    with pytest.raises(ConfigError, match=words) as error:
+        run(Request(**facts))
+    assert "\n" not in str(error.value)
+
+
+def test_a_gpu_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 8 * 2**30))
+    with (
+        pytest.raises(BackendError, match=r"1\.0 of 8\.0 GiB were free .* --variants"),
+        run_module._enough_memory(torch.device("cuda", 0)),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_is_measured_by_its_own_clock() -> None:
+    found = run(Request(size="tiny", device="cuda", backend="torch", rounds=2, blocks=3))
+    assert found.clock == DEVICE_CLOCK and found.passed
+    assert [entry.variant.name for entry in found.entries] == ["evolve", "prior", "off", "no-graphs"]
+    assert found.resources.growth == 0 and found.resources.peak is not None and found.resources.device is not None
+    assert found.resources.device <= found.resources.peak
+    for entry in found.entries:
+        for sample in entry.samples.values():
+            assert 0 <= sample.idle < 1 and len(sample.whole) == 6 and min(sample.whole) > 0
+            assert (min(sample.memory) > 0) is (entry.mode is MemoryMode.EVOLVE)

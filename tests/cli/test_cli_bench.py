@@ -1,0 +1,182 @@
+"""``echo-rt bench``: from arguments to a run, and from a run to files, JSON and an exit code."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import echo_rt.bench.run as run_module
+from echo_rt.bench import chart
+from echo_rt.bench import request as request_module
+from echo_rt.bench.model_sizes import BenchModel
+from echo_rt.bench.request import Request
+from echo_rt.bench.run import Run
+from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig, WindowConfig
+from echo_rt.errors import BackendError
+
+SMALLEST = BenchModel(
+    "tiny",
+    ModelConfig(
+        TransformerConfig(dim=24, ffn_dim=16, freq_dim=8, num_heads=2, num_layers=1, text_dim=8, text_len=4),
+        latent_height=2,
+        latent_width=2,
+        window=WindowConfig(local_frames=3, max_temporal_id=8),  # full, and saturated, after three blocks
+        memory=MemoryConfig(),
+    ),
+    VaeConfig(base_dim=2, num_res_blocks=1),
+)
+
+
+@pytest.fixture
+def call(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue("echo_rt")
+
+
+@pytest.fixture(scope="module")
+def smallest_run() -> Run:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(request_module.MODELS, "tiny", SMALLEST)
+        patch.delenv("ECHO_RT_BACKEND", raising=False)
+        return run_module.run(Request(device="cpu", variants=("off",), rounds=1, blocks=1, peers=False))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, smallest_run: Run) -> list[Request]:
+    """What was asked for; what is answered is the smallest run there is."""
+    requests: list[Request] = []
+
+    def run(request: Request, say: Any) -> Run:
+        say("round 1 of 1")
+        requests.append(request)
+        return smallest_run
+
+    monkeypatch.setattr(run_module, "run", run)
+    return requests
+
+
+def test_the_least_that_can_be_asked(call: Any, asked: list[Request]) -> None:
+    done = call("bench")
+    assert done.code == 0 and asked == [Request()]
+    assert done.out.startswith("# A whole block") and "| off " in done.out and "rehearsal" in done.out
+    assert done.err == "echo-rt: round 1 of 1\n"
+
+
+def test_all_that_can_be_asked(call: Any, asked: list[Request], tmp_path: Path) -> None:
+    text = (
+        "--model m --checkpoint c --dtype float16 --device cpu --backend torch --attention sdpa --seed 9 "
+        "--variants evolve,off --lookahead 2 --rounds 3 --blocks 4 --no-peers --no-chart"
+    )
+    done = call("bench", *shlex.split(text), "--out", tmp_path / "new" / "deep")
+    assert done.code == 0 and asked == [
+        Request(
+            model="m",
+            checkpoint="c",
+            device="cpu",
+            dtype="float16",
+            backend="torch",
+            attention="sdpa",
+            variants=("evolve", "off"),
+            rounds=3,
+            blocks=4,
+            lookahead=2,
+            peers=False,
+            seed=9,
+        )
+    ]
+    assert sorted(path.name for path in (tmp_path / "new" / "deep").iterdir()) == ["block.json", "block.md"]
+    assert (tmp_path / "new" / "deep" / "block.md").read_text() == done.out
+
+
+def test_json_is_what_the_file_has(call: Any, asked: list[Request], tmp_path: Path) -> None:
+    done = call("bench", "--size", "tiny", "--json", "--chart", "--out", tmp_path)
+    assert done.code == 0 and asked == [Request(size="tiny")]
+    written = json.loads((tmp_path / "block.json").read_text())
+    files = [str(tmp_path / f"block.{end}") for end in ("json", "md", "png")]
+    assert done.json == {**written, "files": files, "exit_code": 0}
+    assert written["passed"] is True and written["tables"]["Block"][0]["variant"] == "off"
+    assert (tmp_path / "block.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_variant_is_in_the_exit_code(
+    call: Any, asked: list[Request], smallest_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smallest_run.entries[0], "problem", "differs")
+    done = call("bench", "--json")
+    assert done.code == 1 and done.json["passed"] is False and done.json["exit_code"] == 1
+    assert done.json["tables"]["Block"] == [] and done.json["tables"]["A day, extrapolated"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--rounds 0", "--rounds: expected an integer of 1 or more, got '0'"),
+        ("--blocks many", "--blocks: expected an integer of 1 or more, got 'many'"),
+        ("--lookahead -1", "--lookahead: expected an integer of 0 or more, got '-1'"),
+        ("--seed x", "--seed: expected an integer of 0 or more, got 'x'"),
+        ("--size huge", "invalid choice: 'huge'"),
+        ("--size tiny --model m", "expected a size or a model folder, got both"),
+        ("--variants evolve,fast --device cpu", "variants are evolve, prior, off, no-graphs, torch; got fast"),
+        ("--size released --device cpu", "the released sizes need a GPU"),
+        ("--model /no/such/folder --device cpu", "/no/such/folder"),
+        ("--attention magic --device cpu", "magic"),
+        ("--backend magic --device cpu", "magic"),
+        ("--chart", "--chart: expected --out DIR"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(call: Any, arguments: str, words: str) -> None:
+    done = call("bench", *shlex.split(arguments.replace("--lookahead -1", "--lookahead=-1")))
+    assert done.code == 2 and words in done.error and done.out == ""
+
+
+def test_what_cannot_be_written_is_known_before_the_run(call: Any, asked: list[Request], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = call("bench", "--out", tmp_path / "file" / "deep")
+    assert done.code == 2 and "cannot make the folder" in done.error and not asked
+    (tmp_path / "block.json").mkdir()
+    done = call("bench", "--out", tmp_path)
+    assert done.code == 2 and "block.json" in done.error and not asked
+
+
+def test_without_matplotlib_a_chart_is_refused_and_the_rest_written(
+    call: Any, asked: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chart, "available", lambda: False)
+    done = call("bench", "--out", tmp_path, "--chart")
+    assert done.code == 2 and "pip install 'echo-rt[bench]'" in done.error and not asked
+    assert call("bench", "--out", tmp_path).code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["block.json", "block.md"]
+
+
+def test_a_run_that_fails_writes_nothing(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(request: Request, say: Any) -> Run:
+        raise BackendError("too little memory")
+
+    monkeypatch.setattr(run_module, "run", fail)
+    done = call("bench", "--out", tmp_path, "--json")
+    assert done.code == 2 and done.json == {"error": "too little memory", "exit_code": 2}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from echo_rt.cli.main import build_parser; build_parser(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_help_names_what_there_is(call: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        call("bench", "--help")
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "evolve, prior, off, no-graphs, torch" in out and "--lookahead" in out
+
+
+def test_the_script_of_a_checkout_is_the_command(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent.parent / "bench" / "block.py"
+    command = [sys.executable, str(script), "--device", "cpu", "--size", "released"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 2 and "the released sizes need a GPU" in done.stderr
