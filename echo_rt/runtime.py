@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -13,18 +14,18 @@ import torch
 from torch import Tensor
 
 from echo_rt.attention import attentions, cache_file
-from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig
 from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
 from echo_rt.engine import Engine
-from echo_rt.errors import ConfigError, StreamError
+from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.executor import make_executor
 from echo_rt.guard import Guard
+from echo_rt.loading import LoadedModel, load_model
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.transformer import Transformer
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops import check_device, load_ops
-from echo_rt.options import FOLDER_FACTS, RELEASED_SIZE, MemoryMode, check_overrides, check_seed, latent_size
+from echo_rt.options import MemoryMode, check_seed
 from echo_rt.pipeline import Pipeline
 from echo_rt.prompts import PromptEncoder
 from echo_rt.rollout import Rollout
@@ -32,38 +33,31 @@ from echo_rt.snapshot import Snapshot
 from echo_rt.steady import SteadyCheck
 from echo_rt.stream import Stream
 from echo_rt.weights.fingerprint import FingerprintedTensors
-from echo_rt.weights.folder import ModelFolder
-from echo_rt.weights.from_shapes import memory_facts
-from echo_rt.weights.generator import check_memory, load_generator
-from echo_rt.weights.lora import merge_lora
+
+_logger = logging.getLogger("echo_rt.runtime")
 
 
 class Runtime:
     """A model on a device, ready to stream. Make one with :meth:`from_pretrained`; close it to give memory back.
 
     ``config`` and ``vae_config`` say what it computes, ``attention`` and ``text_attention`` with which libraries and
-    why, ``frame_size`` the video's ``(width, height)`` in pixels and
-    ``fps`` its frames a second.
+    why, ``frame_size`` the video's ``(width, height)`` in pixels and ``fps`` its frames a second.
     """
 
     def __init__(
         self,
-        folder: ModelFolder,
-        config: ModelConfig,
-        transformer_tensors: Mapping[str, Tensor],
-        memory_tensors: Mapping[str, Tensor] | None,
+        loaded: LoadedModel,
         *,
         device: torch.device,
         dtype: torch.dtype,
-        mode: MemoryMode,
         backend: str | None,
         attention: str | None,
         graphs: bool | None,
         lookahead: int | None,
         check: bool,
         keep_text_encoder: bool,
-        sources: tuple[str, str],
     ) -> None:
+        folder, config, mode = loaded.folder, loaded.config, loaded.mode
         self.config, self.vae_config = config, folder.vae_config()
         self.device, self.dtype, self.memory = device, dtype, mode
         self._lock = threading.RLock()  # held while a stream comes to life, or the runtime to its end
@@ -81,8 +75,8 @@ class Runtime:
         weights = [
             FingerprintedTensors(part, f"{source} ({name})")
             for name, part, source in (
-                ("transformer", transformer_tensors, sources[0]),
-                ("memory encoder", memory_tensors or {}, sources[1]),
+                ("transformer", loaded.transformer, loaded.transformer_source),
+                ("memory encoder", loaded.memory or {}, loaded.memory_source),
                 ("VAE", folder.vae_tensors(), str(folder.path)),
             )
         ]
@@ -173,67 +167,30 @@ class Runtime:
             ConfigError: sizes, windows or options that the model cannot have.
             BackendError: a device or backend that is not there.
         """
-        if ema is not None and not isinstance(ema, bool):
-            raise ConfigError(f"ema must be True, False or None, got {ema!r}")
         place = parse_device(device)
         precision = parse_dtype(dtype, place)
         check_device(load_ops(backend), place)
-        if memory is not None:
-            memory = MemoryMode.parse(memory)
-        folder = ModelFolder.open(model)
-        transformer_config = folder.transformer_config()
-        defaults = check_overrides(folder.rollout_defaults(), f"{model}: echo_rt in config.json", FOLDER_FACTS)
-        facts = {**defaults, **check_overrides(overrides or {}, "overrides")}
-        width = facts.get("width", RELEASED_SIZE[0]) if width is None else width
-        height = facts.get("height", RELEASED_SIZE[1]) if height is None else height
-        latent_height, latent_width = latent_size(width, height, folder.vae_config(), transformer_config)
-
-        memory_tensors: Mapping[str, Tensor] | None = None
-        source = memory_source = str(model)
-        if checkpoint is None:
-            tensors = folder.transformer_tensors()
-        else:
-            generator = load_generator(checkpoint, transformer_config, ema=ema)
-            tensors, memory_tensors = generator.transformer, generator.memory
-            source = memory_source = str(checkpoint)
-        if lora is not None:
-            merged = merge_lora(tensors, lora, device=place)
-            tensors, source = merged.transformer, f"{source} with {lora}"
-            if merged.memory is not None:
-                memory_tensors, memory_source = merged.memory, str(lora)
-
-        mode = memory or (MemoryMode.OFF if memory_tensors is None else MemoryMode.EVOLVE)
-        if mode is MemoryMode.OFF:
-            memory_tensors = None
-        elif memory_tensors is None:
-            raise ConfigError(
-                f"memory mode {mode.value!r} needs a memory encoder, and {memory_source} has none; use 'off'"
-            )
-        flat = {
-            **facts,
-            **_transformer_facts(transformer_config),
-            "latent_height": latent_height,
-            "latent_width": latent_width,
-            "memory": None,
-        }
-        config = ModelConfig.from_flat(flat)
-        if memory_tensors is not None:
-            config = _with_memory(flat, config, memory_tensors, memory_source)
+        loaded = load_model(
+            model,
+            checkpoint=checkpoint,
+            lora=lora,
+            ema=ema,
+            device=place,
+            memory=memory,
+            width=width,
+            height=height,
+            overrides=overrides,
+        )
         return cls(
-            folder,
-            config,
-            tensors,
-            memory_tensors,
+            loaded,
             device=place,
             dtype=precision,
-            mode=mode,
             backend=backend,
             attention=attention,
             graphs=graphs,
             lookahead=lookahead,
             check=check,
             keep_text_encoder=keep_text_encoder,
-            sources=(source, memory_source),
         )
 
     # ---------------------------------------------------------------- facts
@@ -333,18 +290,26 @@ class Runtime:
     # ---------------------------------------------------------------- life
 
     def close(self) -> None:
-        """End the live stream and give every buffer back. Idempotent."""
+        """End the live stream and give every buffer back. Idempotent.
+
+        A device that is lost, or still busy with a block that a guard gave up, is no error here but a warning in the
+        log: closing is what follows an error, and must not be told in its place.
+        """
         with self._lock:
             live = self._live() if self._live is not None else None
             if live is not None:
                 live.close()
             engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.prompts.close()
+        if engine is None:
+            return
+        try:
             engine.executor.close()  # what is under way ends before its buffers go
+            engine.prompts.close()
             del engine
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        except (RuntimeError, StallError) as error:
+            _logger.warning("closing the runtime: %s", " ".join(str(error).split()))
 
     def __enter__(self) -> Runtime:
         return self
@@ -361,34 +326,3 @@ def _check_lookahead(lookahead: int | None, device: torch.device) -> int:
     if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 0:
         raise ConfigError(f"lookahead must be a number of blocks, 0 or more, got {lookahead!r}")
     return lookahead
-
-
-def _transformer_facts(config: TransformerConfig) -> dict[str, Any]:
-    """The transformer's own entries of a flat config; no override or default may change them."""
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
-
-
-def _with_memory(
-    flat: Mapping[str, Any], without: ModelConfig, tensors: Mapping[str, Tensor], source: str
-) -> ModelConfig:
-    """The config with the memory that ``tensors`` hold, checked against the video's size."""
-    facts = memory_facts(tensors, source)
-    memory = MemoryConfig(
-        # Not what the tokens would give: a memory of 3 small frames is not one of 2 larger ones.
-        frames=flat.get("memory_frames", MemoryConfig.frames),
-        layers=facts.layers,
-        normalize_k=facts.normalize_k,
-        # Of the two released recipes, the long one, whose keys are not normalized, rebuilds.
-        rebuild_on_prompt_switch=flat.get("rebuild_on_prompt_switch", not facts.normalize_k),
-        ffn_multiplier=facts.ffn_multiplier,
-    )
-    config = ModelConfig(
-        transformer=without.transformer,
-        latent_height=without.latent_height,
-        latent_width=without.latent_width,
-        window=without.window,
-        memory=memory,
-        sampler=without.sampler,
-    )
-    check_memory(tensors, config, source)
-    return config

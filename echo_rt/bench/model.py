@@ -14,8 +14,7 @@ from torch import Tensor
 from echo_rt.bench.model_sizes import RELEASED, BenchModel
 from echo_rt.bench.random_tensors import RandomTensors
 from echo_rt.config import ModelConfig, VaeConfig
-from echo_rt.runtime import Runtime
-from echo_rt.weights.folder import ModelFolder
+from echo_rt.loading import load_model
 from echo_rt.weights.shapes import memory_shapes, transformer_shapes, vae_shapes
 
 
@@ -56,30 +55,14 @@ def random_model(sizes: BenchModel, device: torch.device, seed: int) -> Model:
     )
 
 
-class _Ingredients(Runtime):
-    """What ``from_pretrained`` would make a runtime of, with all its checks, and no runtime made of it."""
-
-    def __init__(
-        self,
-        folder: ModelFolder,
-        config: ModelConfig,
-        transformer_tensors: Mapping[str, Tensor],
-        memory_tensors: Mapping[str, Tensor] | None,
-        **rest: Any,
-    ) -> None:
-        self.folder, self.config = folder, config
-        self.transformer, self.encoder = transformer_tensors, memory_tensors
-
-
 def folder_model(model: str | Path, checkpoint: str | Path | None, device: torch.device) -> Model:
     """The model of a folder, by the rules of :meth:`echo_rt.Runtime.from_pretrained`; its errors are that one's."""
-    found = _Ingredients.from_pretrained(model, checkpoint=checkpoint, device=device)
-    assert isinstance(found, _Ingredients)
+    found = load_model(model, checkpoint=checkpoint, device=device)
     return Model(
         source=str(model) if checkpoint is None else f"{model} with {checkpoint}",
         config=found.config,
         vae_config=found.folder.vae_config(),
         transformer=found.transformer,
-        memory=found.encoder,
+        memory=found.memory,
         vae=found.folder.vae_tensors(),
     )

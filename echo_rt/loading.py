@@ -1,0 +1,133 @@
+"""A model from disk: which tensors, and what config they and the caller's choices make together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig
+from echo_rt.errors import ConfigError
+from echo_rt.options import FOLDER_FACTS, RELEASED_SIZE, MemoryMode, check_overrides, latent_size
+from echo_rt.weights.folder import ModelFolder
+from echo_rt.weights.from_shapes import memory_facts
+from echo_rt.weights.generator import check_memory, load_generator
+from echo_rt.weights.lora import merge_lora
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """Tensors by their original names, on the host or mapped; ``memory`` is None where the mode needs none.
+
+    ``transformer_source`` and ``memory_source`` say where they are from.
+    """
+
+    folder: ModelFolder
+    config: ModelConfig
+    mode: MemoryMode
+    transformer: Mapping[str, Tensor]
+    memory: Mapping[str, Tensor] | None
+    transformer_source: str
+    memory_source: str
+
+
+def load_model(
+    model: str | Path,
+    *,
+    device: torch.device,
+    checkpoint: str | Path | None = None,
+    lora: str | Path | None = None,
+    ema: bool | None = None,
+    memory: str | MemoryMode | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> LoadedModel:
+    """What :meth:`echo_rt.Runtime.from_pretrained` makes a runtime of; it says what the arguments are and the errors.
+
+    ``device`` is where a LoRA is merged.
+    """
+    if ema is not None and not isinstance(ema, bool):
+        raise ConfigError(f"ema must be True, False or None, got {ema!r}")
+    wanted = None if memory is None else MemoryMode.parse(memory)
+    folder = ModelFolder.open(model)
+    transformer_config = folder.transformer_config()
+    defaults = check_overrides(folder.rollout_defaults(), f"{model}: echo_rt in config.json", FOLDER_FACTS)
+    facts = {**defaults, **check_overrides(overrides or {}, "overrides")}
+    width = facts.get("width", RELEASED_SIZE[0]) if width is None else width
+    height = facts.get("height", RELEASED_SIZE[1]) if height is None else height
+    latent_height, latent_width = latent_size(width, height, folder.vae_config(), transformer_config)
+
+    memory_tensors: Mapping[str, Tensor] | None = None
+    source = memory_source = str(model)
+    if checkpoint is None:
+        tensors = folder.transformer_tensors()
+    else:
+        generator = load_generator(checkpoint, transformer_config, ema=ema)
+        tensors, memory_tensors = generator.transformer, generator.memory
+        source = memory_source = str(checkpoint)
+    if lora is not None:
+        merged = merge_lora(tensors, lora, device=device)
+        tensors, source = merged.transformer, f"{source} with {lora}"
+        if merged.memory is not None:
+            memory_tensors, memory_source = merged.memory, str(lora)
+
+    mode = wanted or (MemoryMode.OFF if memory_tensors is None else MemoryMode.EVOLVE)
+    if mode is MemoryMode.OFF:
+        memory_tensors = None
+    elif memory_tensors is None:
+        raise ConfigError(f"memory mode {mode.value!r} needs a memory encoder, and {memory_source} has none; use 'off'")
+    flat = {
+        **facts,
+        **_transformer_facts(transformer_config),
+        "latent_height": latent_height,
+        "latent_width": latent_width,
+        "memory": None,
+    }
+    config = ModelConfig.from_flat(flat)
+    if memory_tensors is not None:
+        config = _with_memory(flat, config, memory_tensors, memory_source)
+    return LoadedModel(
+        folder=folder,
+        config=config,
+        mode=mode,
+        transformer=tensors,
+        memory=memory_tensors,
+        transformer_source=source,
+        memory_source=memory_source,
+    )
+
+
+def _transformer_facts(config: TransformerConfig) -> dict[str, Any]:
+    """The transformer's own entries of a flat config; no override or default may change them."""
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def _with_memory(
+    flat: Mapping[str, Any], without: ModelConfig, tensors: Mapping[str, Tensor], source: str
+) -> ModelConfig:
+    """The config with the memory that ``tensors`` hold, checked against the video's size."""
+    facts = memory_facts(tensors, source)
+    memory = MemoryConfig(
+        # Not what the tokens would give: a memory of 3 small frames is not one of 2 larger ones.
+        frames=flat.get("memory_frames", MemoryConfig.frames),
+        layers=facts.layers,
+        normalize_k=facts.normalize_k,
+        # Of the two released recipes, the long one, whose keys are not normalized, rebuilds.
+        rebuild_on_prompt_switch=flat.get("rebuild_on_prompt_switch", not facts.normalize_k),
+        ffn_multiplier=facts.ffn_multiplier,
+    )
+    config = ModelConfig(
+        transformer=without.transformer,
+        latent_height=without.latent_height,
+        latent_width=without.latent_width,
+        window=without.window,
+        memory=memory,
+        sampler=without.sampler,
+    )
+    check_memory(tensors, config, source)
+    return config
