@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.errors import BackendError, ConfigError
+from echo_rt.forks import require_cuda_usable
 from echo_rt.options import DTYPE_NAMES
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
@@ -26,6 +27,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     Raises :class:`BackendError` for a device that is not there, :class:`ConfigError` for a name torch does not know.
     """
     if device is None:
+        require_cuda_usable()  # or torch would say that there is no GPU, and the CPU be taken
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         parsed = torch.device(device)
@@ -33,6 +35,8 @@ def parse_device(device: str | torch.device | None) -> torch.device:
         raise ConfigError(f"device must be 'cpu', 'cuda' or 'cuda:N'; got {str(device)!r}") from None
     if parsed.type not in ("cpu", "cuda"):
         raise ConfigError(f"device must be 'cpu', 'cuda' or 'cuda:N'; got {str(device)!r}")
+    if parsed.type == "cuda":
+        require_cuda_usable()
     if parsed.type == "cuda" and not torch.cuda.is_available():
         built = "is built without CUDA" if torch.version.cuda is None else "finds no usable GPU"
         raise BackendError(f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) {built}")

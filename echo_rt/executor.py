@@ -196,7 +196,8 @@ class CudaExecutor:
         lane: Lane = Lane.MAIN,
         after: Sequence[Mark | None] = (),
     ) -> Mark:
-        key = (stage, facts)
+        # By the stage's owner, not by the bound method: that would hold the owner, which holds this executor.
+        key = (id(getattr(stage, "__self__", None)), getattr(stage, "__func__", stage), facts)
         self.runs += 1
         stream = self._streams[lane]
         for mark in after:

@@ -18,6 +18,8 @@ from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_fau
 from echo_rt.engine import Engine
 from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.executor import make_executor
+from echo_rt.failed_frames import frees_frames
+from echo_rt.forks import Home, note_loading
 from echo_rt.guard import Guard
 from echo_rt.loading import LoadedModel, load_model
 from echo_rt.model.memory import MemoryEncoder
@@ -62,6 +64,7 @@ class Runtime:
         self.device, self.dtype, self.memory = device, dtype, mode
         self._lock = threading.RLock()  # held while a stream comes to life, or the runtime to its end
         self._live: weakref.ref[Stream] | None = None
+        self._home = Home()
         ops = load_ops(backend)
         self.backend = ops.name
         if self.vae_config.z_dim != config.transformer.in_channels:
@@ -120,6 +123,7 @@ class Runtime:
         executor.settle()  # what was loaded on this thread's CUDA stream is there for any other
 
     @classmethod
+    @frees_frames
     def from_pretrained(
         cls,
         model: str | Path,
@@ -168,6 +172,7 @@ class Runtime:
             BackendError: a device or backend that is not there.
         """
         place = parse_device(device)
+        note_loading(place)
         precision = parse_dtype(dtype, place)
         check_device(load_ops(backend), place)
         loaded = load_model(
@@ -217,12 +222,14 @@ class Runtime:
         """Embeddings ``[length, text_dim]`` float32 of a prompt; :class:`PromptError` for an empty one."""
         return self.encode_prompts([prompt])[0]
 
+    @frees_frames
     def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
         """Embeddings of several prompts. The text encoder is loaded for this, and released after it unless kept."""
         return self._require_open().prompts.encode(prompts)
 
     # ---------------------------------------------------------------- streams
 
+    @frees_frames
     def stream(
         self,
         prompt: str | None = None,
@@ -250,6 +257,7 @@ class Runtime:
             self._require_free()
             return self._enliven(Stream.begin(self._require_open(), embeds, seed, guard))
 
+    @frees_frames
     def resume(self, snapshot: Snapshot, *, guard: Guard | None = None) -> Stream:
         """Go on, bit for bit on the same backend, where :meth:`Stream.snapshot` was taken.
 
@@ -267,6 +275,7 @@ class Runtime:
         return stream
 
     def _require_open(self) -> Engine:
+        self._home.require("runtime")
         engine = self._engine
         if engine is None:
             raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
@@ -295,6 +304,9 @@ class Runtime:
         A device that is lost, or still busy with a block that a guard gave up, is no error here but a warning in the
         log: closing is what follows an error, and must not be told in its place.
         """
+        if self._home.left:
+            self._engine = None  # a lock may be held by a thread that only the parent has
+            return
         with self._lock:
             live = self._live() if self._live is not None else None
             if live is not None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -16,8 +17,18 @@ from echo_rt.chunk import Chunk
 from echo_rt.device import model_context
 from echo_rt.engine import Engine
 from echo_rt.errors import ConfigError, StreamError
+from echo_rt.failed_frames import frees_frames
+from echo_rt.feed import Feed
+from echo_rt.forks import Home
 from echo_rt.guard import Guard
 from echo_rt.snapshot import Snapshot
+
+
+class Taker(Protocol):
+    """Who a block is made for."""
+
+    def deliver(self, chunk: Chunk) -> list[Chunk]:
+        """``chunk`` is there; what nobody waits for any more, ``chunk`` or more than it, the newest first."""
 
 
 class _Wanted:
@@ -28,11 +39,10 @@ class _Wanted:
         self._cancelled = False
         self._chunk: Chunk | None = None
 
-    def deliver(self, chunk: Chunk) -> bool:
-        """``chunk`` is there; False where nobody waits for it any more."""
+    def deliver(self, chunk: Chunk) -> list[Chunk]:
         with self._lock:
             self._chunk = chunk
-            return not self._cancelled
+            return [chunk] if self._cancelled else []
 
     def cancel(self) -> Chunk | None:
         """Nobody waits any more; the block, where it had been delivered."""
@@ -52,6 +62,7 @@ class Stream:
     def __init__(self, engine: Engine, blocks: Blocks) -> None:
         self._engine: Engine | None = engine
         self._blocks = blocks
+        self._home = Home()
         self._lock = threading.Lock()  # held while a block is made
         self._owner: int | None = None  # the thread that holds it
         self._closed = False
@@ -80,6 +91,9 @@ class Stream:
     def close(self) -> None:
         """End the video; waits for a block that is being made. Its runtime can then start another. Idempotent."""
         self._closed = True
+        if self._home.left:
+            self._let_go()  # without the lock, which a thread may hold that only the parent has
+            return
         if self.busy_in_this_thread:
             return  # from a signal handler amid a block of this very thread: the block's end lets go
         with self._lock:
@@ -115,6 +129,7 @@ class Stream:
     @contextmanager
     def _exclusive(self) -> Iterator[Engine | None]:
         """The engine, for one thread at a time; None once the stream is closed."""
+        self._home.require("stream")
         if self.busy_in_this_thread:
             raise StreamError("this thread is in the middle of a block of this stream")
         with self._lock:
@@ -157,6 +172,11 @@ class Stream:
         self._require_open()
         while (chunk := self._make_chunk()) is not None:
             yield chunk
+            del chunk  # it is not for us to keep while the next one is made
+
+    def feed(self, depth: int = 2, when_full: Literal["wait", "drop"] = "wait") -> Feed:
+        """Run on a thread of its own, so many blocks ahead of the consumer; see :class:`echo_rt.Feed`."""
+        return Feed(self, depth, when_full)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         """``async for``: blocks are made on a thread of their own; a cancelled wait loses none of them."""
@@ -168,18 +188,22 @@ class Stream:
                 chunk = await loop.run_in_executor(None, self._make_chunk, wanted)
             except asyncio.CancelledError:
                 if (made := wanted.cancel()) is not None:
-                    self._blocks.give_back(made)
+                    self._put_back([made])
                 raise
             if chunk is None:
                 return
             yield chunk
+            del chunk, wanted
 
     def _give_back(self, chunks: list[Chunk]) -> None:
-        """``chunks``, the last ones that were handed out, in their order, are the next ones again."""
-        with self._exclusive() as engine:
-            if engine is not None:
-                for chunk in reversed(chunks):
-                    self._blocks.give_back(chunk)
+        """``chunks``, the last ones that were handed out, the newest first, are the next ones again."""
+        with self._exclusive():
+            self._put_back(chunks)
+
+    def _put_back(self, chunks: list[Chunk]) -> None:
+        if not self._closed:
+            for chunk in chunks:
+                self._blocks.give_back(chunk)
 
     def __next__(self) -> Chunk:
         """The next block; :class:`StreamError` once the stream is closed or has failed."""
@@ -190,6 +214,7 @@ class Stream:
         return chunk
 
     def _require_open(self) -> None:
+        self._home.require("stream")
         if self._closed:
             raise StreamError("the stream is closed; start another with runtime.stream(...)")
 
@@ -197,13 +222,17 @@ class Stream:
         if self._failure is not None:
             raise StreamError(f"the stream cannot go on: {self._failure}; start or resume another")
 
-    def _make_chunk(self) -> Chunk | None:
+    @frees_frames
+    def _make_chunk(self, taker: Taker | None = None) -> Chunk | None:
         with self._exclusive() as engine:
             if engine is None:
                 return None
             self._require_whole()
             with self._whole_or_over(engine):
-                return self._blocks.next(engine)
+                chunk = self._blocks.next(engine)
+            if taker is not None:
+                self._put_back(taker.deliver(chunk))  # before anyone else can ask for the next one
+            return chunk
 
     @contextmanager
     def _whole_or_over(self, engine: Engine) -> Iterator[None]:
@@ -217,6 +246,7 @@ class Stream:
 
     # ---------------------------------------------------------------- prompts
 
+    @frees_frames
     def set_prompt(
         self, prompt: str | None = None, *, prompt_embeds: Tensor | None = None, block: int | None = None
     ) -> None:
@@ -253,6 +283,7 @@ class Stream:
             snapshot.save(path)
         return snapshot
 
+    @frees_frames
     def _snapshot(self) -> Snapshot:
         self._require_open()
         with self._exclusive() as engine:

@@ -1,0 +1,54 @@
+"""Writes the video as numbered PNG files, and goes on where it was when it is started again.
+
+    pip install pillow
+    python numbered_frames.py MODEL FOLDER --checkpoint FILE --prompt "a red fox in the snow" --frames 160
+
+Ctrl-C ends it after a whole block. Killed, it goes on from the state before, and makes the same frames again.
+"""
+
+import argparse
+import signal
+import threading
+from pathlib import Path
+
+from PIL import Image
+
+import echo_rt
+
+
+def begin(runtime: echo_rt.Runtime, state: Path, prompt: str) -> echo_rt.Stream:
+    """The video that ``state`` is of, or a new one where there is no such file."""
+    if state.exists():
+        return runtime.resume(echo_rt.Snapshot.load(state))
+    return runtime.stream(prompt)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--prompt", default="a red fox in the snow")
+    parser.add_argument("--frames", type=int, default=160, help="how many more, in whole blocks")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    state = options.folder / "state.safetensors"
+    ended = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: ended.set())
+
+    with (
+        echo_rt.Runtime.from_pretrained(options.model, checkpoint=options.checkpoint) as runtime,
+        begin(runtime, state, options.prompt) as stream,
+    ):
+        last = stream.video_frames + options.frames
+        for chunk in stream:
+            # The chunk knows its place in the video, so numbers go on by themselves after a resume.
+            for number, frame in enumerate(chunk.frames.numpy(), start=chunk.first_frame):
+                Image.fromarray(frame).save(options.folder / f"frame-{number:08d}.png")
+            if ended.is_set() or stream.video_frames >= last:
+                break
+        stream.snapshot(state)
+
+
+if __name__ == "__main__":
+    main()

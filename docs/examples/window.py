@@ -1,0 +1,66 @@
+"""Shows the stream in a window. Type another prompt below the picture and press Return to switch to it.
+
+    python window.py MODEL --checkpoint FILE --prompt "a red fox in the snow"
+
+Needs tkinter, which comes with Python (on Debian: apt-get install python3-tk).
+"""
+
+import argparse
+import threading
+import time
+import tkinter
+
+import echo_rt
+
+
+class Window:
+    """A picture and a line for prompts. Tk runs one thread, so nothing here may wait for a block."""
+
+    def __init__(self, feed: echo_rt.Feed, fps: int) -> None:
+        self.feed, self.seconds = feed, 1 / fps
+        self.root = tkinter.Tk()
+        self.root.title("echo-rt")
+        self.picture = tkinter.Label(self.root)
+        self.picture.pack()
+        self.line = tkinter.Entry(self.root)
+        self.line.pack(fill="x")
+        self.line.bind("<Return>", self.switch)
+        self.frames = iter(())  # of the block that is shown
+        self.due = time.monotonic()
+        self.root.after(0, self.show)
+
+    def show(self) -> None:
+        frame = next(self.frames, None)
+        if frame is None and (chunk := self.feed.poll()) is not None:
+            self.frames = iter(chunk.frames.numpy())
+            frame = next(self.frames)
+        if frame is not None:
+            height, width, _ = frame.shape
+            # Tk reads PPM, which is bytes behind a header. It keeps no reference to the image, so we must.
+            self.image = tkinter.PhotoImage(data=b"P6 %d %d 255 " % (width, height) + frame.tobytes())
+            self.picture.configure(image=self.image)
+        # From the time it was due, not from now: delays would add up. Unless we are late because no block was there.
+        self.due = max(self.due + self.seconds, time.monotonic())
+        self.root.after(round(1000 * (self.due - time.monotonic())), self.show)
+
+    def switch(self, event: object) -> None:
+        # Encoding a prompt takes seconds on a CPU, and the picture should go on meanwhile.
+        threading.Thread(target=self.feed.stream.set_prompt, args=[self.line.get()], daemon=True).start()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--prompt", default="a red fox in the snow")
+    options = parser.parse_args()
+    with (
+        echo_rt.Runtime.from_pretrained(options.model, checkpoint=options.checkpoint) as runtime,
+        runtime.stream(options.prompt) as stream,
+        echo_rt.Feed(stream) as feed,  # makes blocks on a thread of its own, two ahead at most
+    ):
+        Window(feed, runtime.fps).root.mainloop()
+
+
+if __name__ == "__main__":
+    main()

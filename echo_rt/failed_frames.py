@@ -1,0 +1,38 @@
+"""After a failure, only the traceback's lines are kept, not what the frames held: weights, buffers, half a block."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def frees_frames(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, whose failures for want of memory hold no memory themselves.
+
+    A caller closes a runtime and loads a smaller one where it is told that memory is short: in its ``except`` clause.
+    There the exception is alive, with every frame it came through, and each of them would keep its tensors. Torch says
+    ``RuntimeError`` for want of memory, in several ways and subclasses.
+    """
+
+    @functools.wraps(function)
+    def freeing(*arguments: P.args, **options: P.kwargs) -> R:
+        try:
+            return function(*arguments, **options)
+        except (RuntimeError, MemoryError) as error:
+            _clear(error)
+            del arguments, options  # this frame is one of them
+            raise
+
+    return freeing
+
+
+def _clear(error: BaseException) -> None:
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__

@@ -1,0 +1,333 @@
+"""The programs in docs/examples, run on the tiny model as a person would run them."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import json
+import os
+import re
+import runpy
+import signal
+import socket
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from streaming import OTHER, PROMPT, load, small_model_in, take, within
+
+import echo_rt
+from echo_rt.tiny import CHECKPOINT_FILE
+
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+LONG = 60.0  # seconds; only a deadlock takes that long
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model_in(tmp_path_factory)
+
+
+@pytest.fixture
+def run(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs an example in this process, on the CPU in float32."""
+    from_pretrained = echo_rt.Runtime.from_pretrained
+
+    def on_the_cpu(*arguments: Any, **options: Any) -> echo_rt.Runtime:
+        return from_pretrained(*arguments, **(options | {"device": "cpu"}))
+
+    monkeypatch.setattr(echo_rt.Runtime, "from_pretrained", on_the_cpu)
+
+    def run(name: str, *arguments: object, run_name: str = "__main__") -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        return runpy.run_path(str(EXAMPLES / name), run_name=run_name)
+
+    return run
+
+
+def plain(small_model: Path, blocks: int, switch: tuple[int, str] | None = None) -> torch.Tensor:
+    """The frames that the examples should show."""
+    with load(small_model) as runtime, runtime.stream(PROMPT) as stream:
+        if switch is not None:
+            stream.set_prompt(switch[1], block=switch[0])
+        return torch.cat([chunk.frames for chunk in take(stream, blocks)])
+
+
+def test_every_example_is_short_and_run_here() -> None:
+    names = {path.name for path in EXAMPLES.iterdir() if path.is_file()}
+    assert names == {"window.py", "server.py", "numbered_frames.py", "notebook.ipynb"}
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 80, path.name
+
+
+# ---------------------------------------------------------------- numbered frames
+
+
+def test_numbered_frames_go_on_where_they_were(run: Callable[..., Any], small_model: Path, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    signals = signal.getsignal(signal.SIGINT)
+    try:
+        for _ in range(2):
+            run(
+                *("numbered_frames.py", small_model, tmp_path / "out", "--frames", 9),
+                *("--checkpoint", small_model / CHECKPOINT_FILE, "--prompt", PROMPT),
+            )
+    finally:
+        signal.signal(signal.SIGINT, signals)
+    frames = plain(small_model, 2).numpy()
+    names = [f"frame-{number:08d}.png" for number in range(len(frames))]
+    assert sorted(os.listdir(tmp_path / "out")) == [*names, "state.safetensors"]
+    written = np.stack([np.asarray(image.open(tmp_path / "out" / name)) for name in names])
+    assert np.array_equal(written, frames)
+
+
+def test_ctrl_c_leaves_numbered_frames_that_go_on(run: Callable[..., Any], small_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("PIL.Image")
+    signals = signal.getsignal(signal.SIGINT)
+
+    def ctrl_c() -> None:
+        end = time.monotonic() + LONG
+        while not (tmp_path / "frame-00000009.png").exists() and time.monotonic() < end:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=ctrl_c, daemon=True).start()
+    try:
+        run("numbered_frames.py", small_model, tmp_path, "--frames", 1000000)
+    except KeyboardInterrupt:
+        pytest.fail("the block was not brought to its end")
+    finally:
+        signal.signal(signal.SIGINT, signals)
+    written = len(list(tmp_path.glob("frame-*.png")))
+    snapshot = echo_rt.Snapshot.load(tmp_path / "state.safetensors")
+    with echo_rt.Runtime.from_pretrained(small_model) as runtime, runtime.resume(snapshot) as stream:
+        assert stream.video_frames == written > 9
+
+
+# ---------------------------------------------------------------- notebook
+
+
+def test_the_notebook_runs_from_top_to_bottom(
+    run: Callable[..., Any], small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("PIL.Image")
+    notebook = json.loads((EXAMPLES / "notebook.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "tiny").symlink_to(small_model)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "code":
+                assert cell["outputs"] == [] and cell["execution_count"] is None, "saved with its outputs"
+                exec(compile("".join(cell["source"]), f"notebook.ipynb {cell['id']}", "exec"), names)
+    assert out.getvalue().startswith("block 0 frames from 0") and "from block 1" in out.getvalue()
+    one, other = names["ends"]
+    assert one.shape == other.shape and not torch.equal(one, other), "two prompts, one picture"
+    with pytest.raises(echo_rt.StreamError, match="closed"):
+        next(names["stream"])
+
+
+# ---------------------------------------------------------------- window
+
+
+class StandIn:
+    """Tk without a screen: what would be shown is kept, what was asked for later is done at once."""
+
+    def __init__(self, act: Callable[[StandIn], bool]) -> None:
+        self.act = act  # called between two pictures; False closes the window
+        self.shown: list[bytes] = []
+        self.later: list[Callable[[], None]] = []
+        self.bound: dict[str, Callable[[object], None]] = {}
+        self.typed = ""
+        self.thread = threading.current_thread()
+
+    def module(self) -> types.ModuleType:
+        tkinter = types.ModuleType("tkinter")
+        for name in ("Tk", "Label", "Entry"):
+            setattr(tkinter, name, lambda *_: self)
+        tkinter.PhotoImage = lambda data: data  # type: ignore[attr-defined]
+        return tkinter
+
+    def title(self, text: str) -> None:
+        assert text
+
+    def pack(self, **options: object) -> None:
+        pass
+
+    def bind(self, event: str, act: Callable[[object], None]) -> None:
+        self.bound[event] = act
+
+    def get(self) -> str:
+        return self.typed
+
+    def configure(self, image: bytes) -> None:
+        assert threading.current_thread() is self.thread, "Tk is for one thread"
+        self.shown.append(image)
+
+    def after(self, milliseconds: int, act: Callable[[], None]) -> None:
+        assert isinstance(milliseconds, int) and milliseconds >= 0
+        self.later.append(act)
+
+    def mainloop(self) -> None:
+        end = time.monotonic() + LONG
+        while self.act(self):
+            assert time.monotonic() < end, "no pictures"
+            time.sleep(0.001)
+            (act,) = self.later
+            self.later.clear()
+            act()
+
+
+def test_the_window_shows_every_frame_and_takes_prompts(
+    run: Callable[..., Any], small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+    set_prompt = echo_rt.Stream.set_prompt
+
+    def remembered(self: echo_rt.Stream, prompt: str) -> None:
+        set_prompt(self, prompt)
+        asked.append((prompt, self.next_prompt_block))
+
+    def act(window: StandIn) -> bool:
+        if len(window.shown) == 1 and not window.typed:
+            window.typed = OTHER
+            window.bound["<Return>"](None)
+        return len(window.shown) < 34 or not asked
+
+    window = StandIn(act)
+    program = "window.py", small_model, "--checkpoint", small_model / CHECKPOINT_FILE, "--prompt", PROMPT
+
+    def in_one_thread() -> None:
+        window.thread = threading.current_thread()
+        run(*program)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(echo_rt.Stream, "set_prompt", remembered)
+        patch.setitem(sys.modules, "tkinter", window.module())
+        within(2 * LONG, in_one_thread)
+    ((text, first_open),) = asked
+    assert text == OTHER
+    header = b"P6 32 32 255 "
+    assert all(image.startswith(header) for image in window.shown)
+    shown = [image.removeprefix(header) for image in window.shown]
+    blocks = 2 + len(shown) // 12
+    # The prompt reached the block that was open then, or the one after it, which was begun meanwhile.
+    candidates = [plain(small_model, blocks, (first_open - late, OTHER)) for late in (0, 1)]
+    assert any(shown == [frame.numpy().tobytes() for frame in video[: len(shown)]] for video in candidates)
+
+
+@pytest.mark.skipif(not os.environ.get("DISPLAY"), reason="no screen")
+def test_the_window_opens_on_a_screen(
+    run: Callable[..., Any], small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tkinter = pytest.importorskip("tkinter")
+    shown: list[str] = []
+    configure = tkinter.Label.configure
+
+    def watched(self: Any, **options: Any) -> None:
+        configure(self, **options)
+        self.update()
+        shown.append(f"{self.winfo_width()} {options['image'].width()}")
+        if len(shown) == 12:
+            self.winfo_toplevel().destroy()
+
+    monkeypatch.setattr(tkinter.Label, "configure", watched)
+    with contextlib.suppress(tkinter.TclError):  # the window is gone when the next picture is asked for
+        run("window.py", small_model, "--checkpoint", small_model / CHECKPOINT_FILE)
+    assert len(shown) == 12 and shown[-1].endswith(" 32")
+
+
+# ---------------------------------------------------------------- server
+
+
+@pytest.fixture
+def server(run: Callable[..., Any], small_model: Path) -> Iterator[int]:
+    """The example's server on a port of 127.0.0.1 that is free."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("PIL.Image")
+    uvicorn = pytest.importorskip("uvicorn")
+    names = run("server.py", run_name="server")
+    with load(small_model) as runtime, runtime.stream(PROMPT) as stream, socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        app = names["make_app"](stream, runtime.fps)
+        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=1, log_level="critical"))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        end = time.monotonic() + LONG
+        while not server.started and time.monotonic() < end:
+            time.sleep(0.01)
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join(LONG)
+        assert not thread.is_alive()
+        assert not [left for left in threading.enumerate() if left.name == "echo_rt feed"]
+        next(stream)  # the feed has given it back
+
+
+def ask(port: int, method: str, path: str, body: str | None = None) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)
+    try:
+        connection.request(method, path, body)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def pictures(port: int, count: int) -> list[bytes]:
+    """So many JPEGs from the server, as a browser would cut them."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)
+    try:
+        connection.request("GET", "/video")
+        answer = connection.getresponse()
+        assert answer.getheader("Content-Type") == "multipart/x-mixed-replace; boundary=frame"
+        found = []
+        for _ in range(count):
+            assert answer.readline() == b"--frame\r\n" and answer.readline() == b"Content-Type: image/jpeg\r\n"
+            length = re.fullmatch(rb"Content-Length: (\d+)\r\n", answer.readline())
+            assert length is not None and answer.readline() == b"\r\n"
+            found.append(answer.read(int(length[1])))
+            assert answer.readline() == b"\r\n"
+        return found
+    finally:
+        connection.close()
+
+
+def test_the_server_shows_the_stream_and_takes_prompts(server: int, small_model: Path) -> None:
+    from PIL import Image
+
+    status, page = ask(server, "GET", "/")
+    assert status == 200 and "<img src=video>" in page
+    viewers: list[list[bytes]] = []
+    threads = [threading.Thread(target=lambda: viewers.append(pictures(server, 5)), daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+        assert not thread.is_alive()
+    video = plain(small_model, 5).float().numpy()
+    for viewer in viewers:
+        for jpeg in viewer:
+            frame = np.asarray(Image.open(io.BytesIO(jpeg)), dtype=np.float32)
+            errors = np.abs(video - frame).mean(axis=(1, 2, 3))
+            # A JPEG of noise loses a little; of another frame, much more.
+            assert errors.min() < 0.6 * np.median(errors), (errors.min(), np.median(errors))
+    status, answer = ask(server, "POST", "/prompt", OTHER)
+    assert status == 200 and json.loads(answer)["from_block"] >= 1
+    status, answer = ask(server, "POST", "/prompt", "  ")
+    assert status == 422 and "empty" in json.loads(answer)["detail"]
+    assert len(pictures(server, 3)) == 3  # after a viewer has left, and after a bad prompt
