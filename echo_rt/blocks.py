@@ -159,6 +159,9 @@ class Blocks:
         bound = self._guard.block_seconds
         made = engine.pipeline.finish(bound)
         if made is None or (bound is not None and made.seconds > bound):
+            if made is None:
+                assert bound is not None
+                engine.executor.give_up(bound)  # or closing the runtime would wait for what may never end
             came = "is not there" if made is None else f"came after {made.seconds:.3g} s"
             raise StallError(f"block {block} {came}; the guard allows a block {bound:g} s")
         if (bad := _nonfinite(made)) is not None:
@@ -206,8 +209,9 @@ class Blocks:
         facts = {"found": bad, "rollbacks": self.rollbacks, "position": dataclasses.asdict(made.position)}
         try:
             files = self._guard.save_evidence(block, self._snapshot(engine), made.vitals, facts)
-        except OutputError as error:
-            return f"; no evidence: {error}"  # what has happened to the block matters more
+        except (OutputError, RuntimeError) as error:  # a full disk; a device that is lost, which torch says
+            # What has happened to the block matters more.
+            return f"; no evidence: {' '.join(str(error).split())}"
         return f"; evidence: {', '.join(map(str, files))}"
 
     def _refuse(self, engine: Engine, made: Finished, bad: str) -> None:

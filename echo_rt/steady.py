@@ -16,6 +16,10 @@ from echo_rt.errors import SteadyStateError
 from echo_rt.executor import Executor
 
 
+# What torch's message about a wait that was not to be has in every release.
+_TORCHS_WORD = "synchronizing"
+
+
 class SteadyCheck:
     """Watches blocks as they are begun; ``buffers`` gives the tensors whose addresses must never change."""
 
@@ -29,7 +33,7 @@ class SteadyCheck:
         """The work of beginning block ``index``; raises :class:`SteadyStateError` behind it."""
         runs, replays = self._executor.runs, self._executor.replays
         allocations = self._allocations()
-        with self._no_waiting():
+        with self._no_waiting(index):
             yield
         replayed = self._executor.runs - runs == self._executor.replays - replays
         made = self._allocations() - allocations
@@ -42,7 +46,7 @@ class SteadyCheck:
         self._steady = replayed
 
     @contextmanager
-    def _no_waiting(self) -> Iterator[None]:
+    def _no_waiting(self, index: int) -> Iterator[None]:
         """torch raises where the host waits for the device: in a block that ought to be all replays."""
         if self._device.type != "cuda" or not self._steady:
             yield
@@ -52,7 +56,9 @@ class SteadyCheck:
         try:
             yield
         except RuntimeError as error:
-            raise SteadyStateError(f"the steady state: {str(error).partition(chr(10))[0]}") from error
+            if _TORCHS_WORD not in str(error):
+                raise  # the device's own trouble
+            raise SteadyStateError(f"block {index}: expected no wait for {self._device}, got: {error}") from error
         finally:
             torch.cuda.set_sync_debug_mode(found)
 

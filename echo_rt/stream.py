@@ -241,7 +241,7 @@ class Stream:
             with model_context(engine.device, engine.dtype):
                 yield
         except BaseException as error:
-            self._failure = f"block {self.next_block} failed ({type(error).__name__}: {error})"
+            self._failure = f"block {self.next_block} failed ({type(error).__name__}: {' '.join(str(error).split())})"
             raise
 
     # ---------------------------------------------------------------- prompts

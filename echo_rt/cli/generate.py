@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from echo_rt.cli.recorder import Recorder
     from echo_rt.cli.resumption import Resumption
     from echo_rt.cli.segment_recorder import Checkpoints, SegmentRecorder
+    from echo_rt.guard import Guard
     from echo_rt.runtime import Runtime
     from echo_rt.stream import Stream
 
@@ -74,6 +75,17 @@ def _embed_prompts(runtime: Runtime, request: Request, from_files: dict[str, Ten
     return embeds
 
 
+def _guard(request: Request) -> Guard:
+    from echo_rt.guard import ROLL_BACK, STOP, Guard
+
+    arguments = request.arguments
+    return Guard(
+        policy=ROLL_BACK if arguments.roll_back else STOP,
+        evidence=arguments.evidence,
+        block_seconds=request.block_seconds,
+    )
+
+
 class _Generation:
     """One run over a stream: says which prompt begins with which block, records blocks, reports.
 
@@ -101,6 +113,7 @@ class _Generation:
         }
         self._resumed = resumed
         self.shown: list[dict[str, Any]] = []
+        self.rollbacks = 0
 
     def run(self, stop: StopRequest) -> None:
         """Make blocks until the video has its length or ``stop`` has a request."""
@@ -115,6 +128,7 @@ class _Generation:
                     self._checkpoints.before_block(stream)
                 with stop.after_block():
                     chunk = next(stream)
+                self.rollbacks = stream.rollbacks
                 before = self._recorder.frames
                 self._recorder.write(chunk)
                 self._progress.block_done(self._recorder.frames - before, prompt.label)
@@ -127,7 +141,7 @@ class _Generation:
         stream = self._resumed
         if stream is None:
             _, first = self._prompts[0]
-            stream = self._runtime.stream(prompt_embeds=first, seed=self._request.seed)
+            stream = self._runtime.stream(prompt_embeds=first, seed=self._request.seed, guard=_guard(self._request))
             coming = {block: embeds for block, (_, embeds) in self._prompts.items() if block > 0}
         else:
             begun = stream.next_prompt_block
@@ -237,7 +251,7 @@ def _record(
         if limit is not None and prompt.seconds * runtime.fps >= limit:
             end = limit / runtime.fps
             warn(report, f"the prompt at {prompt.seconds:g} s comes after the end of the video at {end:g} s")
-    resumed = None if resumption is None else resumption.begin(runtime, request.script)
+    resumed = None if resumption is None else resumption.begin(runtime, request.script, _guard(request))
     recorder, checkpoints = _open_recorder(runtime, request, limit, resumption, resumed)
     begun_at = (0, 0) if resumed is None else (resumed.next_block, resumed.video_frames)
     progress = ProgressReport(limit, runtime.fps, quiet=arguments.quiet, begun_at=begun_at)
@@ -263,6 +277,8 @@ def _record(
         report["snapshots"] = checkpoints.report()
     if resumed is not None:
         report["resumed_at_frame"] = begun_at[1]
+    if arguments.roll_back:
+        report["rollbacks"] = generation.rollbacks
     report.update(
         blocks=progress.blocks,
         fps=round(progress.frames / elapsed, 3),

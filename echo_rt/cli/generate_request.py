@@ -98,6 +98,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     lasting.add_argument(
         "--resume", type=Path, metavar="DIR", help="go on with the video in this folder, in place of -o"
     )
+    faults = parser.add_argument_group("faults")
+    faults.add_argument("--roll-back", action="store_true", help="go back to a good state at a NaN, instead of ending")
+    faults.add_argument("--evidence", type=Path, metavar="DIR", help="keep state and figures of a block with NaN there")
+    faults.add_argument("--block-seconds", metavar="S", help="end when a block takes longer; default: no bound")
     parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
     return parser
 
@@ -119,6 +123,9 @@ class Request:
         )
         self.snapshot_every: int | None = parse_positive(
             "--snapshot-every", arguments.snapshot_every, int, "a number of blocks of 1 or more"
+        )
+        self.block_seconds: float | None = parse_positive(
+            "--block-seconds", arguments.block_seconds, float, "a number of seconds above 0"
         )
         self.output = self._output()
         self._check_outputs()

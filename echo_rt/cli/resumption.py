@@ -21,15 +21,16 @@ from echo_rt.snapshot import Snapshot
 from echo_rt.snapshot_keeper import latest_snapshot, snapshot_files
 
 if TYPE_CHECKING:
+    from echo_rt.guard import Guard
     from echo_rt.runtime import Runtime
     from echo_rt.stream import Stream
 
-_SCRIPT = "script"
+_SCRIPT, _SEED = "script", "seed"
 
 
 def notes_of(request: Request) -> dict[str, Any]:
     """What the index says about the request, for :meth:`Resumption.begin` after a kill."""
-    return {_SCRIPT: _facts(request.script), "seed": request.seed}
+    return {_SCRIPT: _facts(request.script), _SEED: request.seed}
 
 
 def _facts(script: Sequence[TimedPrompt]) -> list[dict[str, Any]]:
@@ -79,13 +80,14 @@ class Resumption:
         if found is None:
             raise TargetError(f"{folder / SNAPSHOT_FOLDER}: the snapshots have vanished")
         _, snapshot = found
-        if snapshot.seed != request.seed:
-            raise ConfigError(f"--seed: the video was begun with {snapshot.seed}, got {request.seed}")
+        seed = index.notes.get(_SEED, snapshot.seed)  # that of the snapshot is another after a rollback
+        if seed != request.seed:
+            raise ConfigError(f"--seed: the video was begun with {seed}, got {request.seed}")
         if request.keeps_latents != (index.latent_shape is not None):
             raise ConfigError(f"--latents: the recording has {'none' if request.keeps_latents else 'some'} so far")
         return cls(folder, index, snapshot)
 
-    def begin(self, runtime: Runtime, script: Sequence[TimedPrompt]) -> Stream:
+    def begin(self, runtime: Runtime, script: Sequence[TimedPrompt], guard: Guard) -> Stream:
         """The stream that goes on, with none of the prompts that were to come: those are for ``script`` to say.
 
         ``StreamError`` for a snapshot of another model; ``ConfigError`` unless the recording has the runtime's size
@@ -108,4 +110,4 @@ class Resumption:
                 f"--prompt: what the first {begun} blocks show, which are made, cannot change: "
                 f"{_words(before)}; got {_words(asked)}"
             )
-        return runtime.resume(dataclasses.replace(snapshot, prompts={}))
+        return runtime.resume(dataclasses.replace(snapshot, prompts={}), guard=guard)

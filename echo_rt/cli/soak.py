@@ -10,7 +10,7 @@ from echo_rt.cli.numbers import parse_number, parse_positive, parse_size
 from echo_rt.cli.overrides import parse_overrides
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.streams import complain, say
-from echo_rt.errors import ConfigError
+from echo_rt.errors import ConfigError, OutputError
 from echo_rt.options import DTYPE_NAMES, OVERRIDES, MemoryMode
 from echo_rt.soak.config import Limits, SoakConfig
 
@@ -179,5 +179,9 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
         report["error"] = outcome.failure
         complain(f"echo-rt: error: {outcome.failure}")
     if not arguments.quiet and not arguments.json:
-        say(f"{outcome.summary}; {outcome.report}")
+        try:
+            say(f"{outcome.summary}; {outcome.report}")
+        except (OutputError, BrokenPipeError):
+            if outcome.exit_code == 0:
+                raise  # else the code says what is more than that nobody reads it: a terminal that was closed, say
     return outcome.exit_code

@@ -63,6 +63,8 @@ class BlockLoop:
         self._compared = 0
         window = 1 if keeper is None else (config.keep + 1) * (config.snapshot_every or 1) // config.hash_every + 2
         self._recent: deque[tuple[int, str]] = deque(maxlen=window)
+        self._rollbacks = 0
+        self._branched = -1  # the first block behind the last rollback: no snapshot of before leads to it
         self._checker: Checker | None = None
         self._began = time.monotonic()
 
@@ -88,7 +90,7 @@ class BlockLoop:
             self._began = time.monotonic()
             interval = self._interval(checker)
             self.finished = self._is_full(block)
-            while not self.finished and self._stop.request is None:
+            while not self.finished and self.failure is None and self._stop.request is None:
                 began = time.monotonic()
                 chunk = self._next(stream)
                 if chunk is None:
@@ -103,7 +105,7 @@ class BlockLoop:
                     self._take_snapshot(stream)
             if interval.blocks:
                 self._write(interval)
-            if self._stop.request is not None and self._keeper is not None and stream.failure is None:
+            if self._stop.request is not None and self._keeper is not None and self.failure is None:
                 # On request there is time for it, and nothing need be made again.
                 self._keeper.wait()
                 self._take_snapshot(stream)
@@ -150,6 +152,9 @@ class BlockLoop:
         # A switch is asked for while an earlier block is handed out, and felt by the one after it as well.
         near = range(chunk.index - 1, chunk.index + self._runtime.lookahead + 1)
         switching = any(self._config.switches_at(block) for block in near)
+        if rollbacks > self._rollbacks:
+            self._rollbacks, self._branched = rollbacks, chunk.index
+            self._recent.clear()
         made = interval.add(chunk, seconds, warm=self._warm, switching=switching, rollbacks=rollbacks)
         if made is not None:
             self._recent.append((chunk.index, made))
@@ -189,7 +194,14 @@ class BlockLoop:
         # Lines up to a snapshot are on the disk before it: whoever finds it finds them.
         self._journal.sync()
         began = time.monotonic()
-        if self._keeper.offer(stream.snapshot):
+        try:
+            taken = self._keeper.offer(stream.snapshot)
+        except Exception as error:
+            if stream.failure is None:
+                raise
+            self.failure = error  # a block that was begun ahead, and waited for to take the snapshot behind it
+            return
+        if taken:
             self._snapshot_taken = True
             self._stall = max(self._stall or 0.0, round(1e3 * (time.monotonic() - began), 3))
 
@@ -199,6 +211,8 @@ class BlockLoop:
         for file in snapshot_files(self._keeper.folder):
             snapshot = Snapshot.load(file)
             begin = snapshot.next_block
+            if begin <= self._branched:
+                return
             known = {block: made for block, made in self._recent if begin <= block <= begin + self._config.hash_every}
             if known:
                 self._remake(snapshot, known)
@@ -217,17 +231,20 @@ class BlockLoop:
                         self._replayed.append((block, known[block], made))
 
     def end_line(self, end: str, problem: BaseException | None) -> Line:
-        """The line of the journal that says how this process ended; ``problem``: what the stream, or a disk, raised."""
-        text = None if problem is None else " ".join(f"{type(problem).__name__}: {problem}".split())
+        """The line of the journal that says how this process ended; ``problem``: what else than the stream raised."""
         return {
             "run": self._run,
             "block": 0 if self._checker is None else self._checker.block,
             "end": end,
             "time": round(time.time(), 3),
             "elapsed": round(self._elapsed, 3),
-            "failure": text if self.failure is not None else None,
-            "problem": text if self.failure is None else None,
+            "failure": _told(self.failure),
+            "problem": _told(problem),
             "nonfinite_failure": isinstance(self.failure, NumericalError),
             "compared": self._compared,
             "mismatches": self._replayed,
         }
+
+
+def _told(error: BaseException | None) -> str | None:
+    return None if error is None else " ".join(f"{type(error).__name__}: {error}".split())

@@ -59,6 +59,7 @@ class Checker:
         off = (chunk.index + 1) * window.frames_per_block - 1 - stats.newest_temporal_id - stats.shift
         if rollbacks > self._rollbacks:
             self._rollbacks, self._shift, self._offset = rollbacks, 0, off
+            self._expected.clear()  # of a video with the noise of before
         wrong = None
         if chunk.index != self.block or chunk.first_frame != self.frame:
             expected = f"block {self.block} from frame {self.frame}"

@@ -106,12 +106,20 @@ class Past:
         self.frames = 0
         self.elapsed = 0.0
         self.hashes: dict[int, str] = {}
-        reached = 0
+        reached = rollbacks = 0
+        branched = False  # whether this process had gone back to a good state since: the snapshot leads elsewhere
         for line in read_lines(folder):
+            if line["run"] != self.runs:
+                rollbacks, branched = 0, False
             self.runs = line["run"]
             if "blocks" not in line:
                 continue
-            self.hashes |= {number: digest for number, digest in line["hashes"] if number >= block}
+            if line.get("rollbacks", 0) > rollbacks:
+                rollbacks = line["rollbacks"]
+                self.hashes = {number: made for number, made in self.hashes.items() if number < line["first_block"]}
+                branched = line["block"] >= block
+            if not branched:
+                self.hashes |= {number: digest for number, digest in line["hashes"] if number >= block}
             reached = max(reached, line["block"] + 1)
             if line["block"] + 1 == block:
                 # Of two lines that end here the later is the one that was gone on from.

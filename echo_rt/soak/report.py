@@ -44,12 +44,18 @@ class _Totals:
         return line
 
 
-def write_report(config: SoakConfig, verdicts: Sequence[Verdict], last: Line) -> Path:
+def device_name(device: torch.device) -> str:
+    """For the report. To be asked for before the soak: a GPU that is lost does not answer."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def write_report(config: SoakConfig, verdicts: Sequence[Verdict], last: Line, device: str = "CPU") -> Path:
     """Make the report of the journal in ``config.out``; ``last`` is its last line. Raises ``OutputError``."""
     totals = _Totals()
     curves = Curves.of(totals.see(line) for line in read_lines(config.folder))
     path = config.folder / REPORT_FILE
-    parts = [_head(last), _promises(verdicts), _figures(totals, last), _pictures(config, curves), _setting(config)]
+    parts = [_head(last), _promises(verdicts), _figures(totals, last), _pictures(config, curves)]
+    parts.append(_setting(config, device))
     write_whole(path, "\n".join(parts).encode())
     return path
 
@@ -63,6 +69,8 @@ def _head(last: Line) -> str:
     said = ""
     if last["failure"] is not None:
         said = f"\nThe stream failed before block {last['block']}: {last['failure']}\n"
+        if last["problem"] is not None:
+            said += f"\nAfter that: {last['problem']}\n"
     elif last["problem"] is not None:
         said = f"\nWhat ended it was not the stream: {last['problem']}\n"
     return f"# Soak: {last['end']} after {last['block']} blocks\n{said}"
@@ -114,10 +122,7 @@ def _pictures(config: SoakConfig, curves: Curves) -> str:
     return "## Plots\n\n" + "\n".join(f"![{title}]({name})\n" for title, name in drawn)
 
 
-def _setting(config: SoakConfig) -> str:
-    device = "CPU"
-    if torch.cuda.is_available() and config.device != "cpu":
-        device = torch.cuda.get_device_name()
+def _setting(config: SoakConfig, device: str) -> str:
     facts = json.dumps(config.facts(), indent=2)
     return (
         f"## Setting\n\necho-rt {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "

@@ -16,7 +16,7 @@ from echo_rt.output.part_file import reason
 from echo_rt.prompts import load_prompt_embeds, save_prompt_embeds
 from echo_rt.runtime import Runtime
 from echo_rt.snapshot_keeper import SnapshotKeeper, latest_snapshot
-from echo_rt.soak.blocks import BlockLoop
+from echo_rt.soak.blocks import EVIDENCE_FOLDER, BlockLoop
 from echo_rt.soak.config import MANIFEST_FILE, Limits, SoakConfig, check_manifest, write_manifest
 from echo_rt.soak.gpu import gpu_health
 from echo_rt.soak.journal import Journal, Line, Past, read_lines
@@ -24,7 +24,7 @@ from echo_rt.soak.outcome import Outcome
 from echo_rt.soak.plots import PICTURES, require_matplotlib
 from echo_rt.soak.prometheus import Exporter
 from echo_rt.soak.promises import Promises
-from echo_rt.soak.report import REPORT_FILE, write_report
+from echo_rt.soak.report import REPORT_FILE, device_name, write_report
 from echo_rt.soak.watch import NeverStop, Stop, Watcher
 
 SNAPSHOT_FOLDER = "snapshots"
@@ -42,7 +42,7 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
     if config.plots:
         require_matplotlib()
     device = parse_device(config.device)
-    limits = config.limits.resolved(device.type)
+    limits, name = config.limits.resolved(device.type), device_name(device)
     stop = stop or NeverStop()
     with contextlib.ExitStack() as cleanup:
         claim = FolderClaim(config.folder)
@@ -54,7 +54,7 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
         for last in read_lines(config.folder):
             promises.see(last)
         if last.get("end") == _COMPLETE:  # and only its report may be missing
-            return _conclude(config, promises, last, None)
+            return _conclude(config, name, promises, last, None)
         if config.serve is not None:
             exporter = Exporter(*config.serve)
             cleanup.callback(exporter.close)
@@ -68,7 +68,7 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
         cleanup.callback(journal.close)
         with stop.interruptible():
             embeds = _prompt_embeds(runtime, config)
-        return _soak(config, limits, runtime, embeds, journal, promises, stop, watchers, cleanup)
+        return _soak(config, limits, name, runtime, embeds, journal, promises, stop, watchers, cleanup)
 
 
 def _sweep(claim: FolderClaim) -> None:
@@ -76,6 +76,10 @@ def _sweep(claim: FolderClaim) -> None:
     try:
         for name in (MANIFEST_FILE, REPORT_FILE, _PROMPT_PREFIX, *PICTURES):
             claim.remove_parts(name)
+        if (claim.folder / EVIDENCE_FOLDER).is_dir():
+            evidence = FolderClaim(claim.folder / EVIDENCE_FOLDER)
+            evidence.remove_parts("")
+            evidence.release()
     except OSError as error:
         raise OutputError(f"{claim.folder}: cannot remove what a killed process left: {reason(error)}") from None
 
@@ -110,6 +114,7 @@ def _prompt_embeds(runtime: Runtime, config: SoakConfig) -> list[Tensor]:
 def _soak(
     config: SoakConfig,
     limits: Limits,
+    name: str,
     runtime: Runtime,
     embeds: Sequence[Tensor],
     journal: Journal,
@@ -131,28 +136,37 @@ def _soak(
     problem: BaseException | None = None
     try:
         loop.run(None if found is None else found[1])
-        if loop.finished and keeper is not None:
+        if loop.finished and loop.failure is None and keeper is not None:
             loop.replay()
     except Exception as error:  # raised again below, when there is a report
         problem = error
-    failure = loop.failure
+        if keeper is not None:
+            with contextlib.suppress(Exception):  # what a snapshot met meanwhile comes second
+                keeper.wait()
     request = stop.request
     end = _COMPLETE if loop.finished else "interrupted" if request is None else request.reason
-    line = loop.end_line("failed" if problem is not None or failure is not None else end, problem or failure)
-    # A disk that is full may not take these two either, and the first error says more.
-    with contextlib.suppress(*([OutputError] if problem is not None else [])):
-        promises.see(line)
+    first = loop.failure or problem  # what went wrong behind a stream that failed comes second
+    line = loop.end_line(end if first is None else "failed", problem)
+    promises.see(line)
+    try:
         journal.append(line)
         journal.sync()
-        outcome = _conclude(config, promises, line, None if loop.finished or request is None else request.exit_code)
-    if problem is not None:
+        outcome = _conclude(
+            config, name, promises, line, None if loop.finished or request is None else request.exit_code
+        )
+    except OutputError:
+        # A disk that is full may not take these two either, and the first error says more.
+        if first is None:
+            raise
+        raise first from None
+    if loop.failure is None and problem is not None:
         raise problem
     return outcome
 
 
-def _conclude(config: SoakConfig, promises: Promises, last: Line, signal_code: int | None) -> Outcome:
+def _conclude(config: SoakConfig, device_name: str, promises: Promises, last: Line, signal_code: int | None) -> Outcome:
     verdicts = promises.verdicts()
-    report = write_report(config, verdicts, last)
+    report = write_report(config, verdicts, last, device_name)
     return Outcome(
         end=last["end"],
         blocks=last["block"],

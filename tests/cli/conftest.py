@@ -31,6 +31,7 @@ class FakeStream:
     video_frames: int = 0
     block: int = 0
     closed: bool = False
+    rollbacks: int = 0
     prompts: dict[int, Tensor] = field(default_factory=dict)
     prompts_of_blocks: list[float] = field(default_factory=list)
 
@@ -90,7 +91,7 @@ class FakeRuntime:
         self.encoded += prompts
         return [torch.full((2, TEXT_DIM), float(prompt)) for prompt in prompts]
 
-    def stream(self, *, prompt_embeds: Tensor, seed: int) -> FakeStream:
+    def stream(self, *, prompt_embeds: Tensor, seed: int, guard: Any) -> FakeStream:
         self.streams.append(FakeStream(prompt_embeds, seed, lambda block: self.before_block(block)))
         return self.streams[-1]
 
