@@ -15,7 +15,6 @@ from torch import Tensor
 from echo_rt.errors import SteadyStateError
 from echo_rt.executor import Executor
 
-
 # What torch's message about a wait that was not to be has in every release.
 _TORCHS_WORD = "synchronizing"
 
