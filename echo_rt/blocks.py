@@ -58,6 +58,12 @@ class PromptSchedule:
                 del self._prompts[at]
             return embeds
 
+    def reopen(self, block: int, prompts: Mapping[int, Tensor]) -> None:
+        """``block`` and those after it begin once more; ``prompts``, which later ones had begun with, wait again."""
+        with self._lock:
+            self._first_open = block
+            self._prompts = {**prompts, **self._prompts}
+
     def pending(self) -> dict[int, Tensor]:
         """What has not begun yet."""
         with self._lock:
@@ -82,7 +88,7 @@ class Blocks:
         self._offset = 0
         self._failures = 0  # rollbacks since the last good block
         self._good: Snapshot | None = None
-        self._prompt_since: Tensor | None = None  # the last one that the good state does not know
+        self._prompts_since: dict[int, Tensor] = {}  # those that the good state does not know, by their blocks
         self._began = time.perf_counter()
 
     def start(self, engine: Engine, prompt_embeds: Tensor) -> None:
@@ -102,14 +108,21 @@ class Blocks:
     def next(self, engine: Engine) -> Chunk:
         """The next block, waited for; those behind it are begun."""
         while not self._held:
-            if self._good_state_due(engine):
-                self._finish_all(engine)
-                if self._held:
-                    break
-                self._good, self._prompt_since = self._snapshot(engine), None
-            while engine.pipeline.in_flight <= engine.lookahead:
+            due = self._good_state_due(engine)
+            if due and not engine.pipeline.in_flight:
+                due = False
+                if engine.finite():
+                    self._good, self._prompts_since = self._snapshot(engine), {}
+            while not due and engine.pipeline.in_flight <= engine.lookahead:
                 self._begin(engine)
             self._finish(engine)
+        return self._hand_out()
+
+    def left_over(self) -> Chunk | None:
+        """The next block, if it is finished already: whole, whatever became of the video."""
+        return self._hand_out() if self._held else None
+
+    def _hand_out(self) -> Chunk:
         chunk = self._held.popleft()
         self.next_block = chunk.index + 1
         return chunk
@@ -122,7 +135,8 @@ class Blocks:
     def forget(self) -> None:
         """Let go of what is kept for later: the video is over."""
         self._held.clear()
-        self._good = self._prompt_since = None
+        self._good = None
+        self._prompts_since = {}
 
     def snapshot(self, engine: Engine) -> Snapshot:
         """Everything needed to go on bit for bit behind the last block handed out."""
@@ -139,7 +153,7 @@ class Blocks:
         block = engine.rollout.state.block + 1 + self._offset
         prompt = self.prompts.begin(block)
         if prompt is not None:
-            self._prompt_since = prompt
+            self._prompts_since[block] = prompt
             engine.rollout.switch_prompt(prompt)
         if engine.check is None:
             engine.pipeline.begin()
@@ -208,7 +222,7 @@ class Blocks:
             return ""
         facts = {"found": bad, "rollbacks": self.rollbacks, "position": dataclasses.asdict(made.position)}
         try:
-            files = self._guard.save_evidence(block, self._snapshot(engine), made.vitals, facts)
+            files = self._guard.save_evidence(block, self._snapshot(engine), self._good, made.vitals, facts)
         except (OutputError, RuntimeError) as error:  # a full disk; a device that is lost, which torch says
             # What has happened to the block matters more.
             return f"; no evidence: {' '.join(str(error).split())}"
@@ -230,8 +244,11 @@ class Blocks:
         self._seed = (self._seed + _RESEED) % _SEEDS
         engine.put_back(good, self._seed)
         self._offset = block - (good.block + 1)
-        if self._prompt_since is not None:
-            engine.rollout.switch_prompt(self._prompt_since)
+        since = self._prompts_since
+        self._prompts_since = {at: embeds for at, embeds in since.items() if at <= block}
+        self.prompts.reopen(block, {at: embeds for at, embeds in since.items() if at > block})
+        if self._prompts_since:
+            engine.rollout.switch_prompt(self._prompts_since[max(self._prompts_since)])
         _logger.warning("%s; back to the state after block %d, with other noise%s", what, good.block, kept)
 
 

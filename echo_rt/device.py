@@ -58,6 +58,10 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
     raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {str(dtype)!r}")
 
 
+# Torch captures one graph at a time in a process, and waiting for the whole device or emptying its cache, which the
+# beginning of a capture does, spoils one that is under way, whichever thread it is in.
+capturing = threading.RLock()
+
 # Kernels read whole 16-byte pieces.
 _ALIGNMENT = 16
 

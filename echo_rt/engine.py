@@ -47,6 +47,12 @@ class Engine:
         with self.executor.apart():
             return {name: tensor.to("cpu", copy=True) for name, tensor in self.live_tensors().items()}
 
+    def finite(self) -> bool:
+        """Whether all that the next block depends on is finite; waits for it."""
+        with self.executor.apart():
+            ends = [torch.aminmax(t) for t in self.live_tensors().values() if t.is_floating_point()]
+            return all(bool(torch.isfinite(low) & torch.isfinite(high)) for low, high in ends)
+
     def require_fit(self, snapshot: Snapshot) -> None:
         """:class:`StreamError` for a snapshot of another model, or one that contradicts itself."""
         different = sorted(k for k in {*self.model, *snapshot.model} if self.model.get(k) != snapshot.model.get(k))
@@ -80,7 +86,6 @@ class Engine:
         """The state of ``snapshot``, which :meth:`require_fit` has passed; noise from ``seed`` from here on."""
         state = self.rollout.state
         self.pipeline.reset()
-        self.executor.settle()  # its zeros, in the decoder's lane, come before what is copied there from this one
         state.reset()
         self.rollout.set_seed(seed)
         with self.executor.apart():

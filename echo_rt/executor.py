@@ -19,6 +19,7 @@ from typing import Protocol
 import nvtx
 import torch
 
+from echo_rt.device import capturing
 from echo_rt.errors import BackendError, StallError
 
 _DOMAIN = "echo_rt"  # of the NVTX ranges
@@ -196,8 +197,8 @@ class CudaExecutor:
         lane: Lane = Lane.MAIN,
         after: Sequence[Mark | None] = (),
     ) -> Mark:
-        # By the stage's owner, not by the bound method: that would hold the owner, which holds this executor.
-        key = (id(getattr(stage, "__self__", None)), getattr(stage, "__func__", stage), facts)
+        # Not the bound method, which would hold its owner, all buffers with it, in a circle.
+        key = (getattr(stage, "__func__", stage), facts)
         self.runs += 1
         stream = self._streams[lane]
         for mark in after:
@@ -211,20 +212,28 @@ class CudaExecutor:
             elif graph is not None:
                 self.replays += 1
             if graph is None:
-                self._seen.stages.add(key)
                 stage(*facts)
+                self._seen.stages.add(key)
             else:
                 graph.replay()
         self._marks[key] = self.mark(lane, self._marks.get(key))
         return self._marks[key]
 
     def _capture(self, stage: Callable[..., None], facts: tuple[Hashable, ...], lane: Lane) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        # Thread-local: what other threads of the process do on the GPU meanwhile is their own affair.
-        with torch.cuda.graph(
-            graph, pool=self._pools[lane], stream=self._streams[lane], capture_error_mode="thread_local"
-        ):
-            stage(*facts)
+        graph, pool, stream = torch.cuda.CUDAGraph(), self._pools[lane], self._streams[lane]
+        failed: BaseException | None = None
+        try:
+            # Thread-local: other threads may allocate and launch meanwhile.
+            with capturing, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                try:
+                    stage(*facts)
+                except BaseException as error:
+                    failed = error
+                    raise
+        except BaseException as error:
+            if failed is not None and failed is not error:
+                raise failed from error  # that a capture was broken off says less than why
+            raise
         return graph
 
     @contextmanager
@@ -247,7 +256,9 @@ class CudaExecutor:
                 if time.monotonic() > deadline:
                     raise StallError(f"{self._device} is still busy after {self._patience:g} s more")
                 time.sleep(_POLL_SECONDS)
-        torch.cuda.synchronize(self._device)
+        # Not the device: another runtime's thread may be capturing on it.
+        for stream in (torch.cuda.current_stream(self._device), *self._streams.values()):
+            stream.synchronize()
         self._patience = None
 
     def give_up(self, seconds: float) -> None:
@@ -256,10 +267,17 @@ class CudaExecutor:
     def close(self) -> None:
         try:
             self.settle()
-        finally:
-            self._graphs.clear()
-            self._marks.clear()
-            self._seen = _Seen()
+        except StallError:
+            raise  # graphs that may be running are kept with the buffers they write to
+        except BaseException:
+            self._forget()  # a device that is lost runs nothing
+            raise
+        self._forget()
+
+    def _forget(self) -> None:
+        self._graphs.clear()
+        self._marks.clear()
+        self._seen = _Seen()
 
 
 def make_executor(device: torch.device, graphs: bool | None = None) -> Executor:

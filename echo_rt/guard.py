@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -30,9 +31,11 @@ class Guard:
             state and on from there with other noise: the video's numbering goes on, its content jumps back by up to
             ``keep_every`` blocks. ``stream.rollbacks`` counts.
         keep_every: blocks between two good states that ``roll_back`` keeps on the host; each copies the whole state.
+            The first is kept behind the blocks that are begun together; before it there is nothing to go back to.
         attempts: rollbacks in a row, without a good block between them, after which the stream stops all the same.
         evidence: a folder, made if it is not there, for the state and the figures of every such block, or None.
         block_seconds: the longest that a block may take, or the stream ends with :class:`StallError`; None: no bound.
+            On a CPU, which cannot be left while it computes, it is seen when the block is there.
     """
 
     policy: str = STOP
@@ -53,11 +56,14 @@ class Guard:
         if bound is not None and not (number and 0 < bound < math.inf):
             raise ConfigError(f"guard: block_seconds must be a positive number or None, got {bound!r}")
 
-    def save_evidence(self, block: int, snapshot: Snapshot, vitals: Vitals, facts: dict[str, Any]) -> list[Path]:
+    def save_evidence(
+        self, block: int, snapshot: Snapshot, before: Snapshot | None, vitals: Vitals, facts: dict[str, Any]
+    ) -> list[Path]:
         """Write what is known of ``block``; returns the files. Only where evidence is wanted.
 
         ``snapshot``: the state after it, or after the block that was begun behind it (``state_block`` says which).
-        Raises :class:`OutputError`.
+        ``before``: the last good state, where one is kept; resumed, it makes the block again. Raises
+        :class:`OutputError`.
         """
         assert self.evidence is not None
         folder = Path(self.evidence)
@@ -65,19 +71,28 @@ class Guard:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{folder}: cannot make the folder: {error.strerror}") from None
-        state, figures = folder / f"block-{block:08d}.safetensors", folder / f"block-{block:08d}.json"
+        # A block that goes wrong again, in this run or a later one, takes nothing from what is known of the first time.
+        stems = (f"block-{block:08d}{'' if time == 1 else f'-{time}'}" for time in itertools.count(1))
+        stem = next(stem for stem in stems if not (folder / f"{stem}.json").exists())
+        state, figures = folder / f"{stem}.safetensors", folder / f"{stem}.json"
+        files = [state, figures]
         snapshot.save(state)
+        if before is not None:
+            files.append(folder / f"{stem}-before.safetensors")
+            before.save(files[-1])
         told = {
             "block": block,
             "state": state.name,
             "state_block": snapshot.block + snapshot.offset,
+            "before": None if before is None else files[-1].name,
+            "before_block": None if before is None else before.block + before.offset,
             "seed": snapshot.seed,
             "echo_rt": __version__,
             "vitals": {name: _plain(value) for name, value in dataclasses.asdict(vitals).items()},
             **facts,
         }
         write_whole(figures, json.dumps(told, indent=2).encode() + b"\n")
-        return [state, figures]
+        return files
 
 
 def _plain(value: float | None) -> float | str | None:

@@ -121,7 +121,7 @@ class Pipeline:
         self._executor.settle()
         self._flying.clear()
         self._last_arrival = None
-        with self._executor.apart(Lane.DECODE):
+        with self._executor.apart():  # the lane in which a state is put back
             self.decoder_state.reset()
 
     def begin(self) -> None:

@@ -32,7 +32,8 @@ class PromptEncoder:
     def __init__(self, folder: ModelFolder, config: TransformerConfig, device: torch.device, *, keep: bool) -> None:
         self.keep = keep
         self._folder, self._config, self._device = folder, config, device
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler amid a prompt of its own thread may close
+        self._encoding = False
         self._encoder: TextEncoder | None = None
         self._closed = False
 
@@ -47,6 +48,7 @@ class PromptEncoder:
         with self._lock, model_context(self._device, torch.float32), self._device:
             if self._closed:
                 raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
+            self._encoding = True
             try:
                 if self._encoder is None:
                     self._encoder = TextEncoder(
@@ -58,7 +60,8 @@ class PromptEncoder:
                     )
                 return [self._encoder.encode(prompt).to("cpu", torch.float32) for prompt in prompts]
             finally:
-                if not self.keep:
+                self._encoding = False
+                if not self.keep or self._closed:
                     self._release()
 
     def resolve(self, prompt: str | None, prompt_embeds: Tensor | None) -> Tensor:
@@ -76,7 +79,8 @@ class PromptEncoder:
         """Release the encoder for good; waits for a prompt that is being encoded."""
         with self._lock:
             self._closed = True
-            self._release()
+            if not self._encoding:
+                self._release()
 
     def _release(self) -> None:
         if self._encoder is not None:

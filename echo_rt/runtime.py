@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.attention import attentions, cache_file
-from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
+from echo_rt.device import capturing, model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
 from echo_rt.engine import Engine
 from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.executor import make_executor
@@ -37,6 +37,9 @@ from echo_rt.stream import Stream
 from echo_rt.weights.fingerprint import FingerprintedTensors
 
 _logger = logging.getLogger("echo_rt.runtime")
+
+# Engines that a device did not let go of: it may write to their buffers still, so nobody else is given them.
+_abandoned: list[Engine] = []
 
 
 class Runtime:
@@ -120,6 +123,9 @@ class Runtime:
             lookahead=self.lookahead,
             check=SteadyCheck(executor, device, pipeline.buffers) if check else None,
         )
+        # Torch knows its buffers by the stream they were made on, and would lend them out amid a block of the lanes.
+        self._ending = weakref.finalize(self._engine, executor.settle)
+        self._ending.atexit = False
         executor.settle()  # what was loaded on this thread's CUDA stream is there for any other
 
     @classmethod
@@ -250,9 +256,11 @@ class Runtime:
             PromptError: neither or both given, an empty prompt, embeddings that do not fit.
         """
         check_seed(seed)
+        self._see_off()
         with self._lock:
             self._require_free()  # before a prompt is encoded, which takes long, and again after it
         embeds = self._require_open().prompts.resolve(prompt, prompt_embeds)
+        self._see_off()
         with self._lock:
             self._require_free()
             return self._enliven(Stream.begin(self._require_open(), embeds, seed, guard))
@@ -263,6 +271,7 @@ class Runtime:
 
         :class:`StreamError` for a snapshot of another model, or while another stream is live.
         """
+        self._see_off()
         with self._lock:
             self._require_free()
             return self._enliven(Stream.restore(self._require_open(), snapshot, guard))
@@ -280,6 +289,12 @@ class Runtime:
         if engine is None:
             raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
         return engine
+
+    def _see_off(self) -> None:
+        """Wait for the last block of a stream that is over; without the lock, which a handler amid it may want."""
+        live = self._live() if self._live is not None else None
+        if live is not None and (live.closed or live.failure is not None) and not live.busy_in_this_thread:
+            live.close()
 
     def _require_free(self) -> None:
         self._require_open()
@@ -305,22 +320,30 @@ class Runtime:
         log: closing is what follows an error, and must not be told in its place.
         """
         if self._home.left:
+            self._ending.detach()
             self._engine = None  # a lock may be held by a thread that only the parent has
             return
         with self._lock:
             live = self._live() if self._live is not None else None
-            if live is not None:
-                live.close()
             engine, self._engine = self._engine, None
+        amid_block = live is not None and live.busy_in_this_thread
+        if live is not None:
+            live.close()  # waits, but holds nothing that a signal's handler amid its block would wait for
         if engine is None:
             return
         try:
-            engine.executor.close()  # what is under way ends before its buffers go
             engine.prompts.close()
-            del engine
+            if amid_block:
+                return  # it is used on, until the block's end lets go of it
+            self._ending.detach()
+            engine.executor.close()  # what is under way ends before its buffers go
+            engine = None
             if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+                with capturing:
+                    torch.cuda.empty_cache()
         except (RuntimeError, StallError) as error:
+            if isinstance(error, StallError) and engine is not None:
+                _abandoned.append(engine)
             _logger.warning("closing the runtime: %s", " ".join(str(error).split()))
 
     def __enter__(self) -> Runtime:

@@ -112,7 +112,8 @@ class RolloutState:
         """Back to before the first block; the prompt's keys stay."""
         self.positions.zero_()
         self.positions[POSITION_FIELDS.index("block")] = -1
-        self.vitals.zero_()
+        for left in (self.vitals, self.kv, self.sink_k, self.ring_k, self.memory, self.memory_k, self.latents):
+            left.zero_()  # a video that ended in NaN leaves none to the next
         self.block = -1
         self.memory_ready = self.memory_updated = False
 

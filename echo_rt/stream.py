@@ -227,9 +227,11 @@ class Stream:
         with self._exclusive() as engine:
             if engine is None:
                 return None
-            self._require_whole()
-            with self._whole_or_over(engine):
-                chunk = self._blocks.next(engine)
+            chunk = self._blocks.left_over()
+            if chunk is None:
+                self._require_whole()
+                with self._whole_or_over(engine):
+                    chunk = self._blocks.next(engine)
             if taker is not None:
                 self._put_back(taker.deliver(chunk))  # before anyone else can ask for the next one
             return chunk

@@ -155,12 +155,16 @@ def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
         check_prompt_embeds(embeds, config.transformer.text_dim, config.transformer.text_len)
         return embeds
 
+    # What is given to the rollout is read in its lanes: it must outlive them.
     rollout.start(prompt(0))
+    bundle.executor.settle()
     for block in range(blocks):
         for number, at in enumerate(switches, start=1):
             if at == block:
                 rollout.switch_prompt(prompt(number))
+                bundle.executor.settle()
         latents = rollout.next_block(_noise(bundle, block, rollout.state.noise.shape), keep_flow)
+        bundle.executor.settle()
         with bundle.executor.apart():
             actual[f"latents.{block}"] = latents.to("cpu", copy=True)
             if rollout.state.memory_ready:

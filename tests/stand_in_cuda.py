@@ -42,6 +42,9 @@ def install(patch: pytest.MonkeyPatch) -> Log:
         def __init__(self, device: Any = None, priority: int = 0) -> None:
             self.priority = priority
 
+        def synchronize(self) -> None:
+            log.note("synchronize", self)
+
         def wait_event(self, event: Event) -> None:
             assert event.recorded, "waited for an event that was never recorded"
             log.note("wait_event", self, event)
@@ -108,7 +111,6 @@ def install(patch: pytest.MonkeyPatch) -> Log:
         "stream": on,
         "current_stream": lambda device=None: log.stream,
         "graph_pool_handle": lambda: object(),
-        "synchronize": lambda device=None: log.note("synchronize", device),
     }
     for name, stand_in in stand_ins.items():
         _takes_what_torch_takes(name, stand_in, getattr(torch.cuda, name))

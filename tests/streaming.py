@@ -91,6 +91,21 @@ def amid_blocks(stream: echo_rt.Stream, act: Callable[[int, int], Any], monkeypa
     monkeypatch.setattr(rollout, "_denoise", watched)
 
 
+def poison(
+    stream: echo_rt.Stream, patch: pytest.MonkeyPatch, at: set[int], times: int = 1, value: float = float("nan")
+) -> None:
+    """The next ``times`` times that a block of the state's number in ``at`` is made, a value of it is none."""
+    left = [times]
+    rollout = stream._engine.rollout  # type: ignore[union-attr]
+
+    def spoil(block: int, step: int) -> None:
+        if step == 0 and block in at and left[0]:
+            left[0] -= 1
+            rollout.state.x[0, 0, 0, 0] = value
+
+    amid_blocks(stream, spoil, patch)
+
+
 class Gate:
     """Holds a stream in the middle of its next block, until it is opened."""
 

@@ -131,25 +131,28 @@ def test_closing_does_not_wait_for_a_block_that_never_comes(
 
 def test_a_gpu_that_was_given_up_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The executor of GPUs, without one: its lanes are never idle, and then they are."""
-    synchronized: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
+    synchronized: list[str] = []
+    caller: Any = SimpleNamespace(synchronize=lambda: synchronized.append("caller"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: caller)
     executor, idle = object.__new__(CudaExecutor), [False]
     executor._device, executor._patience = torch.device("cuda", 0), None
     executor._graphs, executor._marks = {1: 1}, {1: 1}  # type: ignore[dict-item]
-    lane: Any = SimpleNamespace(query=lambda: idle[0])
+    lane: Any = SimpleNamespace(query=lambda: idle[0], synchronize=lambda: synchronized.append("lane"))
     executor._streams = {Lane.MAIN: lane}
     executor.settle()
-    assert len(synchronized) == 1, "without give_up it waits as ever"
+    assert synchronized == ["caller", "lane"], "without give_up it waits as ever"
     executor.give_up(0.05)
     with pytest.raises(StallError, match=r"cuda:0 is still busy after 0\.05 s more"):
         within(10, executor.settle)
     with pytest.raises(StallError):
         executor.close()
-    assert len(synchronized) == 1 and not (executor._graphs or executor._marks)
+    assert len(synchronized) == 2 and executor._graphs and executor._marks, "they may be running"
     threading.Timer(0.1, lambda: idle.__setitem__(0, True)).start()
     executor.give_up(10.0)
     executor.settle()
-    assert len(synchronized) == 2 and executor._patience is None
+    assert len(synchronized) == 4 and executor._patience is None
+    executor.close()
+    assert not (executor._graphs or executor._marks)
 
 
 # -------------------------------------------------------------------- consumers
@@ -257,7 +260,10 @@ def test_a_recording_goes_on_behind_a_rollback(
     assert found.offset > 0 and found.seed != 0
     assert torch.equal(recorded(tmp_path / "broken"), recorded(tmp_path / "whole"))
     assert torch.isfinite(recorded(tmp_path / "whole")).all() and len(recorded(tmp_path / "whole")) == 27
-    assert sorted(file.suffix for file in (tmp_path / "evidence").iterdir()) == [".json", ".safetensors"]
+    names = sorted(file.name for file in (tmp_path / "evidence").iterdir())
+    told = [f"block-00000005{time}{kind}" for time in ("", "-2") for kind in (".json", ".safetensors")]
+    before = [f"block-00000005{time}-before.safetensors" for time in ("", "-2")]
+    assert names == sorted(told + before), "of both times that the block went wrong"
     code, report, _ = call(capsys, *guarded, "--resume", folder, "--frames", frames(12), "--seed", found.seed)
     assert code == 2 and report["error"] == f"--seed: the video was begun with 0, got {found.seed}"
 

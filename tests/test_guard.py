@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from streaming import amid_blocks, embeds, load, same, small_model_in, take, video
+from streaming import amid_blocks, embeds, load, poison, same, small_model_in, take, video
 
 import echo_rt
 from echo_rt import ConfigError, Guard, NumericalError, Snapshot, StallError
@@ -27,21 +27,6 @@ def runtime(request: pytest.FixtureRequest, small_model: Path) -> echo_rt.Runtim
     """With and without a block that is begun ahead."""
     with load(small_model, lookahead=request.param, overrides=FEW_STEPS) as runtime:
         yield runtime
-
-
-def poison(
-    stream: echo_rt.Stream, patch: pytest.MonkeyPatch, at: set[int], times: int = 1, value: float = float("nan")
-) -> None:
-    """The next ``times`` times that a block of the state's number in ``at`` is made, a value of it is none."""
-    left = [times]
-    rollout = stream._engine.rollout  # type: ignore[union-attr]
-
-    def spoil(block: int, step: int) -> None:
-        if step == 0 and block in at and left[0]:
-            left[0] -= 1
-            rollout.state.x[0, 0, 0, 0] = value
-
-    amid_blocks(stream, spoil, patch)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

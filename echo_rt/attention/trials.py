@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.attention.kinds import Attention
+from echo_rt.device import capturing
 
 # Largest relative error of a query's output against float64: a few roundings of the dtype, far from one key too few.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -83,7 +84,7 @@ class Trials:
                 for _ in range(_WARM_UPS):
                     attention(q, k, v)
             # Other threads may be running models meanwhile.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with capturing, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 for _ in range(_CALLS_TIMED_TOGETHER):
                     attention(q, k, v)
 
