@@ -39,6 +39,7 @@ def _load(request: Request) -> Runtime:
         dtype=arguments.dtype,
         memory=arguments.memory,
         backend=arguments.backend,
+        attention=arguments.attention,
         width=request.width,
         height=request.height,
         keep_text_encoder=arguments.keep_text_encoder,

@@ -50,6 +50,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
     model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     model.add_argument("--backend", help="who does the operations: torch (see echo-rt doctor)")
+    model.add_argument("--attention", help="which library computes attention (see echo-rt doctor)")
 
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument(

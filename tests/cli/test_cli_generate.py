@@ -89,6 +89,7 @@ def test_a_very_long_prompt_is_cut_with_a_warning(echo_rt, arguments):
         (["--prompt", "1: &nbsp; "], "empty"),
         (["--device", "toaster"], "toaster"),
         (["--backend", "magic"], "magic"),
+        (["--attention", "magic"], "magic"),
         (["--seed", str(2**64)], "2^64-1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
