@@ -61,8 +61,8 @@ class Guard:
     ) -> list[Path]:
         """Write what is known of ``block``; returns the files. Only where evidence is wanted.
 
-        ``snapshot``: the state after it, or after the block that was begun behind it (``state_block`` says which).
-        ``before``: the last good state, where one is kept; resumed, it makes the block again. Raises
+        ``snapshot``: the state after it, or after the block that was begun behind it. ``before``: the last good state,
+        where one is kept; resumed, it makes the block again. The figures say which block each stands behind. Raises
         :class:`OutputError`.
         """
         assert self.evidence is not None
@@ -75,24 +75,26 @@ class Guard:
         stems = (f"block-{block:08d}{'' if time == 1 else f'-{time}'}" for time in itertools.count(1))
         stem = next(stem for stem in stems if not (folder / f"{stem}.json").exists())
         state, figures = folder / f"{stem}.safetensors", folder / f"{stem}.json"
-        files = [state, figures]
-        snapshot.save(state)
+        states = {state: snapshot}
         if before is not None:
-            files.append(folder / f"{stem}-before.safetensors")
-            before.save(files[-1])
+            states[folder / f"{stem}-before.safetensors"] = before
         told = {
             "block": block,
-            "state": state.name,
-            "state_block": snapshot.block + snapshot.offset,
-            "before": None if before is None else files[-1].name,
-            "before_block": None if before is None else before.block + before.offset,
+            "states": {file.name: kept.block + kept.offset for file, kept in states.items()},
             "seed": snapshot.seed,
             "echo_rt": __version__,
             "vitals": {name: _plain(value) for name, value in dataclasses.asdict(vitals).items()},
             **facts,
         }
-        write_whole(figures, json.dumps(told, indent=2).encode() + b"\n")
-        return files
+        try:
+            for file, kept in states.items():
+                kept.save(file)
+            write_whole(figures, json.dumps(told, indent=2).encode() + b"\n")
+        except OutputError:
+            for file in states:
+                file.unlink(missing_ok=True)  # all or nothing
+            raise
+        return [*states, figures]
 
 
 def _plain(value: float | None) -> float | str | None:

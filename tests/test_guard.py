@@ -45,10 +45,10 @@ def test_a_stream_stops_with_evidence(
     state, figures = (tmp_path / "evidence" / f"block-00000002.{kind}" for kind in ("safetensors", "json"))
     assert str(state) in str(e.value) and str(figures) in str(e.value)
     told = json.loads(figures.read_text())
-    assert told["block"] == 2 and told["state_block"] == 2 + runtime.lookahead and told["seed"] == 0
+    assert told["block"] == 2 and told["states"] == {state.name: 2 + runtime.lookahead} and told["seed"] == 0
     assert told["vitals"]["latent_nonfinite"] > 0 and told["found"] in str(e.value)
     spoiled = Snapshot.load(state)
-    assert spoiled.block == told["state_block"]
+    assert spoiled.block == 2 + runtime.lookahead
     assert not torch.isfinite(spoiled.tensors["rollout.latents"]).all()
     assert same(video(runtime, 2), expected), "the runtime goes on"
 

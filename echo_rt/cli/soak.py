@@ -80,6 +80,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         ("latency-ratio", "X", "p99/p50 of the block latency; auto: 1.05 on a GPU, off on a CPU"),
         ("latency-zscore", "Z", "from which a block is an outlier; auto: 10 on a GPU, off on a CPU"),
         ("outliers", "SHARE", "of blocks that may be outliers"),
+        ("snapshot-stall", "MS", "for which a snapshot may hold up the stream; auto: 2000 on a GPU, off on a CPU"),
         ("drift", "X", "standard deviations by which the latents' statistics may move"),
     ):
         default = getattr(Limits(), name.replace("-", "_"))

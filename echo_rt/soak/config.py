@@ -20,7 +20,7 @@ _LONGEST_INTERVAL = 3600.0  # what is gathered for a line is bounded by the leng
 
 # A limit, "auto" for the default of the device that the soak runs on, None for no promise.
 Limit = float | Literal["auto"] | None
-_ON_A_GPU = {"latency_ratio": 1.05, "latency_zscore": 10.0}
+_ON_A_GPU = {"latency_ratio": 1.05, "latency_zscore": 10.0, "snapshot_stall": 2000.0}
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Limits:
     which the host's may grow, judged once the growth exceeds ``host_slack`` bytes, which an allocator keeps anyway.
     ``latency_ratio``: p99 / p50 of the block latency. ``latency_zscore``: how many robust standard deviations a block
     may take longer than the ones before it; a share of ``outliers`` of all blocks may take longer than that.
-    ``drift``: how far the latents' mean and standard deviation may move from those after warm-up, in units of that
-    standard deviation. The two latency limits are "auto": on for a GPU, off for a CPU, which is shared.
+    ``snapshot_stall``: milliseconds for which a snapshot may hold up the stream. ``drift``: how far the latents' mean
+    and standard deviation may move from those after warm-up, in units of that standard deviation. What is judged by the
+    clock is "auto": on for a GPU, off for a CPU, which is shared.
     """
 
     warmup_blocks: int = 10
@@ -43,6 +44,7 @@ class Limits:
     latency_ratio: Limit = "auto"
     latency_zscore: Limit = "auto"
     outliers: float = 0.001
+    snapshot_stall: Limit = "auto"
     drift: float | None = None
 
     def __post_init__(self) -> None:

@@ -10,7 +10,14 @@ from echo_rt.soak.config import Limits
 from echo_rt.soak.journal import Line
 from echo_rt.soak.outcome import Status, Verdict
 from echo_rt.soak.promise import Promise
-from echo_rt.soak.promises_machine import DeviceMemory, GpuErrors, HostMemory, LatencyOutliers, LatencyRatio
+from echo_rt.soak.promises_machine import (
+    DeviceMemory,
+    GpuErrors,
+    HostMemory,
+    LatencyOutliers,
+    LatencyRatio,
+    SnapshotStall,
+)
 from echo_rt.soak.promises_video import Alive, Drift, Finite, Hashes, Positions
 
 
@@ -31,8 +38,8 @@ class Promises:
     """All of them, under ``limits`` that are resolved for the device."""
 
     def __init__(self, limits: Limits) -> None:
-        ratio, zscore = limits.latency_ratio, limits.latency_zscore
-        assert ratio != "auto" and zscore != "auto"
+        ratio, zscore, stall = limits.latency_ratio, limits.latency_zscore, limits.snapshot_stall
+        assert ratio != "auto" and zscore != "auto" and stall != "auto"
         self._all: list[Promise | _Left] = [
             Alive(),
             Finite(),
@@ -42,6 +49,7 @@ class Promises:
             _Left(HostMemory.name) if limits.host_slope is None else HostMemory(limits.host_slope, limits.host_slack),
             _Left(LatencyRatio.name) if ratio is None else LatencyRatio(ratio),
             _Left(LatencyOutliers.name) if zscore is None else LatencyOutliers(zscore, limits.outliers),
+            _Left(SnapshotStall.name) if stall is None else SnapshotStall(stall),
             _Left(Drift.name) if limits.drift is None else Drift(limits.drift),
             GpuErrors(),
         ]

@@ -180,6 +180,35 @@ class LatencyOutliers(Promise):
         return f"fewer than {_ENOUGH_BLOCKS} blocks to judge"
 
 
+class SnapshotStall(Promise):
+    """A snapshot holds up the stream for no longer than its state takes to the host."""
+
+    name = "snapshot stall"
+
+    def __init__(self, milliseconds: float) -> None:
+        super().__init__()
+        self._bound = milliseconds
+        self._longest: float | None = None
+
+    @property
+    def limit(self) -> str:
+        return f"at most {self._bound:g} ms"
+
+    def see(self, line: Line) -> None:
+        stall = (line.get("snapshots") or {}).get("stall")
+        if stall is None:
+            return
+        self._longest = max(self._longest or 0.0, stall)
+        if stall > self._bound:
+            self.breaks(f"before block {line['block'] + 1}: {stall:g} ms")
+
+    def evidence(self) -> str | None:
+        return None if self._longest is None else f"at most {self._longest:g} ms"
+
+    def unchecked(self) -> str:
+        return "no snapshot was taken"
+
+
 class GpuErrors(Promise):
     """No memory error of the GPU that its ECC could not correct."""
 

@@ -112,7 +112,9 @@ def test_the_device_is_where_the_planner_is(backend: str) -> None:
 # ---------------------------------------------------------------- blocks
 
 # The host's growth in the suite's short run is what an allocator settles at, not a leak of a block.
-LIMITS = Limits(latency_ratio=None, latency_zscore=None, drift=1.0, host_slope=2048.0, host_slack=8 * 2**20)
+LIMITS = Limits(
+    latency_ratio=None, latency_zscore=None, snapshot_stall=None, drift=1.0, host_slope=2048.0, host_slack=8 * 2**20
+)
 
 
 def soak_in_lives(model: Path, out: Path, blocks: int, lives: int) -> Outcome:

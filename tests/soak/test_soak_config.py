@@ -51,8 +51,8 @@ def test_limits_that_cannot_be(changes: dict[str, Any]) -> None:
 
 def test_auto_depends_on_the_device() -> None:
     on_gpu, on_cpu = Limits().resolved("cuda"), Limits().resolved("cpu")
-    assert (on_gpu.latency_ratio, on_gpu.latency_zscore) == (1.05, 10.0)
-    assert (on_cpu.latency_ratio, on_cpu.latency_zscore) == (None, None)
+    assert (on_gpu.latency_ratio, on_gpu.latency_zscore, on_gpu.snapshot_stall) == (1.05, 10.0, 2000.0)
+    assert (on_cpu.latency_ratio, on_cpu.latency_zscore, on_cpu.snapshot_stall) == (None, None, None)
     assert Limits(latency_ratio=2.0).resolved("cpu").latency_ratio == 2.0
     assert Limits(latency_ratio=None).resolved("cuda").latency_ratio is None
 

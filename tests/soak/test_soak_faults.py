@@ -181,7 +181,8 @@ def test_a_rollback_in_a_soak(smallest_model: Path, tmp_path: Path, monkeypatch:
     assert sorted(hashes(config.folder)) == list(range(12))
     assert intervals(config.folder)[-1]["rollbacks"] == 1
     assert "the stream went back 1 times" in outcome.report.read_text()
-    state, figures = sorted((config.folder / "evidence").iterdir(), reverse=True)
+    state, figures, before = sorted((config.folder / "evidence").iterdir(), reverse=True)
+    assert Snapshot.load(before).block < 9
     assert json.loads(figures.read_text())["block"] == 9 and Snapshot.load(state).block == 9
     newest = Snapshot.load(snapshot_files(config.folder / "snapshots")[0])
     assert newest.next_block == 12 and newest.offset > 0 and newest.seed != config.seed
@@ -219,7 +220,8 @@ def test_killed_and_rolled_back(
     second = {block: made for line in lines if line["run"] == 2 and "blocks" in line for block, made in line["hashes"]}
     assert second[6] == first[6] and second[8] != first[8], "there is nothing to tell apart"
     assert sum(line["compared"] for line in lines) >= 1
-    assert sorted(file.name for file in evidence.iterdir()) == ["block-00000007.json", "block-00000007.safetensors"]
+    names = [f"block-00000007{kind}" for kind in ("-before.safetensors", ".json", ".safetensors")]
+    assert sorted(file.name for file in evidence.iterdir()) == names
 
 
 def test_which_hashes_can_come_again(tmp_path: Path) -> None:
@@ -254,8 +256,11 @@ def test_kills_of_a_soak_that_rolls_back(lives: Lives, smallest_model: Path, tmp
         for file in snapshot_files(config.folder / "snapshots"):
             Snapshot.load(file)
         for file in (config.folder / "evidence").glob("block-*.json"):
-            assert json.loads(file.read_text())["state"] == file.with_suffix(".safetensors").name
-            Snapshot.load(file.with_suffix(".safetensors"))
+            told = json.loads(file.read_text())["states"]
+            assert file.with_suffix(".safetensors").name in told
+            for name, block in told.items():
+                kept = Snapshot.load(file.with_name(name))
+                assert kept.block + kept.offset == block
     lines = list(read_lines(config.folder))
     assert sorted(hashes(config.folder)) == list(range(len(hashes(config.folder))))
     assert not [line["mismatches"] for line in lines if line["mismatches"]]

@@ -13,8 +13,12 @@ from echo_rt.soak.latency import Histogram
 from echo_rt.soak.outcome import Outcome, Status, Verdict
 from echo_rt.soak.promises import Promises
 
-ALL = Limits(latency_ratio=1.05, latency_zscore=10.0, drift=0.1, host_slope=100.0, host_slack=2**20)
+ALL = Limits(
+    latency_ratio=1.05, latency_zscore=10.0, snapshot_stall=100.0, drift=0.1, host_slope=100.0, host_slack=2**20
+)
 MIB = 2**20
+
+CLOCK = ["latency p99/p50", "latency z-score", "snapshot stall"]
 
 
 def lines(count: int = 20, run: int = 1, first: int = 0) -> list[dict[str, Any]]:
@@ -33,6 +37,7 @@ def lines(count: int = 20, run: int = 1, first: int = 0) -> list[dict[str, Any]]
                 "blocks": 50,
                 "warm": number > 0,
                 "latency": {"bins": bins.to_json()},
+                "snapshots": {"written": 1, "skipped": 0, "stall": 4.0},
                 "zscore": {"max": 2.0, "block": begin, "judged": 50, "outliers": 0},
                 "position": {"shift": begin, "least_newest_id": 20, "most_newest_id": 20, "misplaced": []},
                 "latents": {"mean": 0.1, "std": 1.0},
@@ -65,16 +70,28 @@ def test_all_are_kept() -> None:
 
 def test_nothing_is_kept_of_no_block() -> None:
     verdicts = judge([])
-    assert len(verdicts) == 10
+    assert len(verdicts) == 11
     assert all(verdict.status is Status.UNCHECKED for verdict in verdicts.values())
 
 
 def test_what_was_not_asked_for_is_not_kept() -> None:
-    left = Limits(device_growth=None, host_slope=None, latency_ratio=None, latency_zscore=None, drift=None)
+    clock = {"latency_ratio": None, "latency_zscore": None, "snapshot_stall": None}
+    left = Limits(device_growth=None, host_slope=None, drift=None, **clock)
     verdicts = judge(lines(), left)
     unasked = [name for name, verdict in verdicts.items() if verdict.evidence == "not asked for"]
-    assert unasked == ["device memory", "host memory", "latency p99/p50", "latency z-score", "latent drift"]
+    assert unasked == ["device memory", "host memory", *CLOCK, "latent drift"]
     assert all(verdicts[name].status is Status.UNCHECKED for name in unasked)
+
+
+def test_a_snapshot_that_holds_up_the_stream() -> None:
+    made = lines()
+    made[3]["snapshots"]["stall"] = 99.9
+    assert judge(made)["snapshot stall"].evidence == "at most 99.9 ms"
+    made[6]["snapshots"]["stall"] = 100.5
+    assert broken(made) == {"snapshot stall": f"before block {made[6]['block'] + 1}: 100.5 ms"}
+    for line in made:
+        line["snapshots"] = None
+    assert judge(made)["snapshot stall"].status is Status.UNCHECKED
 
 
 def test_nan() -> None:
