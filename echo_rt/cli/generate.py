@@ -40,6 +40,7 @@ def _load(request: Request) -> Runtime:
         memory=arguments.memory,
         backend=arguments.backend,
         attention=arguments.attention,
+        lookahead=request.lookahead,
         width=request.width,
         height=request.height,
         keep_text_encoder=arguments.keep_text_encoder,

@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from echo_rt.cli.model_options import add_model_options, parse_lookahead
 from echo_rt.cli.numbers import parse_length, parse_number, parse_positive, parse_size
 from echo_rt.cli.outputs import Named, check_folder, check_outputs
 from echo_rt.cli.overrides import parse_overrides
 from echo_rt.cli.prompts import parse_script
 from echo_rt.errors import ConfigError
-from echo_rt.options import DTYPE_NAMES, OVERRIDES, MemoryMode, check_seed
+from echo_rt.options import OVERRIDES, check_seed
 
 _EPILOG = """
 A prompt that begins with a number and a colon takes over at that second of the video, at the first block from there:
@@ -37,20 +38,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", type=Path, required=True, metavar="DIR", help="Wan2.1 folder, original or diffusers")
-    model.add_argument("--checkpoint", type=Path, metavar="FILE", help="generator weights, with or without a memory")
-    model.add_argument("--lora", type=Path, metavar="FILE", help="LoRA to merge into the generator")
-    model.add_argument("--ema", action=argparse.BooleanOptionalAction, help="use (or not) the averaged weights")
-    model.add_argument(
-        "--memory",
-        choices=[mode.value for mode in MemoryMode],
-        help="the memory's mode; default: evolve where the weights have a memory",
-    )
-    model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
-    model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    model.add_argument("--backend", help="who does the operations: torch (see echo-rt doctor)")
-    model.add_argument("--attention", help="which library computes attention (see echo-rt doctor)")
+    add_model_options(parser)
 
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument(
@@ -116,6 +104,7 @@ class Request:
         self.seed = check_seed(parse_number("--seed", arguments.seed, int, "an integer of 0 or more"))
         self.frames: int | None = parse_length("--frames", arguments.frames, int, "a number of frames of 1 or more")
         self.seconds: float | None = parse_length("--seconds", arguments.seconds, float, "a number of seconds above 0")
+        self.lookahead = parse_lookahead(arguments.lookahead)
         self.width, self.height = parse_size(arguments.size)
         self.overrides = parse_overrides(arguments.set)
         self.embeds_files = self._embeds_files(arguments.save_prompt_embeds)

@@ -6,12 +6,13 @@ import argparse
 import dataclasses
 from typing import Any
 
+from echo_rt.cli.model_options import add_model_options, parse_lookahead
 from echo_rt.cli.numbers import parse_number, parse_positive, parse_size
 from echo_rt.cli.overrides import parse_overrides
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.streams import complain, say
 from echo_rt.errors import ConfigError, OutputError
-from echo_rt.options import DTYPE_NAMES, OVERRIDES, MemoryMode
+from echo_rt.options import OVERRIDES
 from echo_rt.soak.config import Limits, SoakConfig
 
 _EPILOG = """
@@ -33,15 +34,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, metavar="DIR", help="Wan2.1 folder, original or diffusers")
-    model.add_argument("--checkpoint", metavar="FILE", help="generator weights, with or without a memory")
-    model.add_argument("--memory", choices=[mode.value for mode in MemoryMode], help="the memory's mode")
-    model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
-    model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    model.add_argument("--backend", help="who does the operations (see echo-rt doctor)")
-    model.add_argument("--attention", help="which library computes attention (see echo-rt doctor)")
-    model.add_argument("--lookahead", metavar="N", help="blocks begun ahead; default: 1 on a GPU, 0 on a CPU")
+    model = add_model_options(parser)
     model.add_argument("--size", metavar="WIDTHxHEIGHT", help="in pixels, such as 832x480")
     model.add_argument(
         "--set",
@@ -94,10 +87,6 @@ def _count(option: str, text: str | None) -> int | None:
     return count
 
 
-def _lookahead(text: str | None) -> int | None:
-    return None if text is None else int(parse_number("--lookahead", text, int, "an integer of 0 or more"))
-
-
 def _limits(arguments: argparse.Namespace) -> Limits:
     given: dict[str, Any] = {}
     for field in dataclasses.fields(Limits):
@@ -133,17 +122,19 @@ def parse_config(arguments: argparse.Namespace) -> SoakConfig:
         "prompts": None if arguments.prompt is None else tuple(arguments.prompt),
     }
     return SoakConfig(
-        model=arguments.model,
+        model=str(arguments.model),
         out=arguments.out,
         blocks=_count("--blocks", arguments.blocks),
         hours=parse_positive("--hours", arguments.hours, float, "a number of hours above 0"),
-        checkpoint=arguments.checkpoint,
+        checkpoint=None if arguments.checkpoint is None else str(arguments.checkpoint),
+        lora=None if arguments.lora is None else str(arguments.lora),
+        ema=arguments.ema,
         memory=arguments.memory,
         device=arguments.device,
         dtype=arguments.dtype,
         backend=arguments.backend,
         attention=arguments.attention,
-        lookahead=_lookahead(arguments.lookahead),
+        lookahead=parse_lookahead(arguments.lookahead),
         width=width,
         height=height,
         overrides=parse_overrides(arguments.set),

@@ -80,6 +80,8 @@ class SoakConfig:
     blocks: int | None = None
     hours: float | None = None
     checkpoint: str | None = None
+    lora: str | None = None
+    ema: bool | None = None
     memory: str | None = None
     device: str | None = None
     dtype: str | None = None
@@ -150,7 +152,7 @@ class SoakConfig:
         for name in ("out", "serve", "plots"):  # where it lies and who looks on
             del facts[name]
         facts |= {f"limits.{name}": value for name, value in facts.pop("limits").items()}
-        for name in ("model", "checkpoint"):
+        for name in ("model", "checkpoint", "lora"):
             if facts[name] is not None:
                 facts[name] = str(Path(facts[name]).absolute())
         plain: dict[str, Any] = json.loads(json.dumps(facts))

@@ -88,6 +88,8 @@ def _load(config: SoakConfig, device: torch.device) -> Runtime:
     return Runtime.from_pretrained(
         config.model,
         checkpoint=config.checkpoint,
+        lora=config.lora,
+        ema=config.ema,
         device=device,
         dtype=config.dtype,
         memory=config.memory,

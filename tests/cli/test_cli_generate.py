@@ -90,6 +90,7 @@ def test_a_very_long_prompt_is_cut_with_a_warning(echo_rt, arguments):
         (["--device", "toaster"], "toaster"),
         (["--backend", "magic"], "magic"),
         (["--attention", "magic"], "magic"),
+        (["--lookahead", "-1"], "an integer of 0 or more"),
         (["--seed", str(2**64)], "2^64-1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -49,7 +49,7 @@ def test_everything_at_once(echo_rt, fake_runtime, tmp_path, frame_count):
 
 def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
     options = "--checkpoint c.pt --lora l.pt --no-ema --device cpu --dtype bfloat16 --memory prior --backend torch"
-    options += " --attention sdpa --size 128x96 --keep-text-encoder --frames 1 --quiet"
+    options += " --attention sdpa --lookahead 2 --size 128x96 --keep-text-encoder --frames 1 --quiet"
     outcome = echo_rt("generate", *PROMPT, "-o", tmp_path / "v.mp4", *options.split())
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
     assert fake_runtime.loaded_with == {
@@ -62,6 +62,7 @@ def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
         "memory": "prior",
         "backend": "torch",
         "attention": "sdpa",
+        "lookahead": 2,
         "width": 128,
         "height": 96,
         "keep_text_encoder": True,

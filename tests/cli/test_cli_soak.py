@@ -51,7 +51,8 @@ def test_the_least_that_can_be_asked(call: Any, asked: dict[str, Any]) -> None:
 
 def test_all_that_can_be_asked(call: Any, asked: dict[str, Any]) -> None:
     text = (
-        "--hours 24 --checkpoint c --memory prior --dtype float16 --device cpu --backend torch --size 832x480 "
+        "--hours 24 --checkpoint c --lora l --no-ema --memory prior --dtype float16 --device cpu --backend torch "
+        "--size 832x480 "
         "--set denoising_steps=1000,500 --set sink_frames=3 --prompt 'a fox' --prompt 'a lake' --switch-every 30 "
         "--seed 9 --snapshot-every 500 --keep 2 --interval 2.5 --hash-every 10 --port 0.0.0.0:9000 --no-plots --quiet "
         "--warmup-blocks 20 --device-growth 512 --host-slope off --host-slack 1e6 --latency-ratio 1.2 "
@@ -63,6 +64,8 @@ def test_all_that_can_be_asked(call: Any, asked: dict[str, Any]) -> None:
         out="o",
         hours=24.0,
         checkpoint="c",
+        lora="l",
+        ema=False,
         memory="prior",
         dtype="float16",
         device="cpu",

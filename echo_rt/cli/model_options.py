@@ -1,0 +1,35 @@
+"""Options that say which model runs, where and by what: the same for every command that loads one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from echo_rt.cli.numbers import parse_number
+from echo_rt.options import DTYPE_NAMES, MemoryMode
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> Any:
+    """Declare them in a group of their own, which is returned."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", type=Path, required=True, metavar="DIR", help="Wan2.1 folder, original or diffusers")
+    model.add_argument("--checkpoint", type=Path, metavar="FILE", help="generator weights, with or without a memory")
+    model.add_argument("--lora", type=Path, metavar="FILE", help="LoRA to merge into the generator")
+    model.add_argument("--ema", action=argparse.BooleanOptionalAction, help="use (or not) the averaged weights")
+    model.add_argument(
+        "--memory",
+        choices=[mode.value for mode in MemoryMode],
+        help="the memory's mode; default: evolve where the weights have a memory",
+    )
+    model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
+    model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    model.add_argument("--backend", help="who does the operations; default: torch (see echo-rt doctor)")
+    model.add_argument("--attention", metavar="NAME", help="which library computes attention (see echo-rt doctor)")
+    model.add_argument("--lookahead", metavar="N", help="blocks begun ahead; default: 1 on a GPU, 0 on a CPU")
+    return model
+
+
+def parse_lookahead(text: str | None) -> int | None:
+    """The number of ``--lookahead``; raises ``ConfigError``."""
+    return None if text is None else int(parse_number("--lookahead", text, int, "an integer of 0 or more"))
