@@ -1,4 +1,4 @@
-"""echo-rt: endless, real-time video from Wan2.1 with evolving memory.
+"""echo-rt: endless video from Wan2.1 with evolving memory.
 
 with echo_rt.Runtime.from_pretrained("Wan2.1-T2V-1.3B", checkpoint="echo_infinity.pt") as runtime:
     for chunk in runtime.stream("a red fox in the snow", seed=7):

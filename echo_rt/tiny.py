@@ -119,7 +119,7 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         if not _is_tiny(target / TRANSFORMER_CONFIG):
             raise TargetError(f"{target}: is not empty and holds no model written here; name another folder")
         if not overwrite:
-            raise TargetError(f"{target}: already holds a small random model; ask to overwrite it, or name another")
+            raise TargetError(f"{target}: already holds a small random model; --overwrite it, or name another")
         added = sorted(found - _FILES)
         if added:
             raise TargetError(f"{target}: not replaced, since {len(added)} files were added to it ({added[0]})")

@@ -10,6 +10,7 @@ A slow viewer misses frames, and holds up neither the others nor the stream.
 import asyncio
 import contextlib
 import io
+import signal
 import sys
 from collections.abc import AsyncIterator
 
@@ -26,8 +27,7 @@ def make_app(stream: echo_rt.Stream, fps: int) -> FastAPI:
 
     async def broadcast(feed: echo_rt.Feed) -> None:
         nonlocal newest
-        loop = asyncio.get_running_loop()
-        due = loop.time()
+        due = (loop := asyncio.get_running_loop()).time()
         async for chunk in feed:
             for frame in chunk.frames.numpy():
                 jpeg = io.BytesIO()
@@ -42,13 +42,13 @@ def make_app(stream: echo_rt.Stream, fps: int) -> FastAPI:
         while True:
             async with fresh:
                 await fresh.wait()
-                jpeg = newest
-            yield b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n" % (len(jpeg), jpeg)
+            yield b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n" % (len(newest), newest)
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        async with echo_rt.Feed(stream) as feed:
+        async with echo_rt.Feed(stream) as feed:  # one that fails ends the server: viewers would wait for ever
             task = asyncio.create_task(broadcast(feed))
+            task.add_done_callback(lambda done: done.cancelled() or signal.raise_signal(signal.SIGTERM))
             yield
             task.cancel()
 
@@ -74,7 +74,7 @@ def make_app(stream: echo_rt.Stream, fps: int) -> FastAPI:
 
 
 if __name__ == "__main__":
-    load = echo_rt.Runtime.from_pretrained
-    with load(sys.argv[1], checkpoint=sys.argv[2]) as runtime, runtime.stream("a red fox in the snow") as stream:
-        # Viewers never leave by themselves: without a bound, Ctrl-C would wait for them.
-        uvicorn.run(make_app(stream, runtime.fps), timeout_graceful_shutdown=1)
+    model, checkpoint = sys.argv[1:] or sys.exit(__doc__)
+    runtime = echo_rt.Runtime.from_pretrained(model, checkpoint=checkpoint)
+    with runtime, runtime.stream("a red fox in the snow") as stream:
+        uvicorn.run(make_app(stream, runtime.fps), timeout_graceful_shutdown=1)  # viewers never leave by themselves

@@ -12,8 +12,9 @@ from echo_rt.cli.numbers import parse_length, parse_number, parse_positive, pars
 from echo_rt.cli.outputs import Named, check_folder, check_outputs
 from echo_rt.cli.overrides import parse_overrides
 from echo_rt.cli.prompts import parse_script
-from echo_rt.errors import ConfigError
+from echo_rt.errors import ConfigError, TargetError
 from echo_rt.options import OVERRIDES, check_seed
+from echo_rt.soak.config import MANIFEST_FILE
 
 _EPILOG = """
 A prompt that begins with a number and a colon takes over at that second of the video, at the first block from there:
@@ -22,6 +23,8 @@ Without --frames and --seconds the video goes on until Ctrl-C or SIGTERM; what w
 A long one survives a power cut in pieces, with snapshots to go on from; after a kill, the same command with --resume:
   echo-rt generate --model DIR --prompt "a red fox" -o day --segments 10 --snapshot-every 100
   echo-rt generate --model DIR --prompt "a red fox" --resume day --segments 10 --snapshot-every 100
+Exit codes: 0 the video is done; 1 something failed on the way, what was made is kept; 2 a mistake in the request;
+129, 130, 143 the terminal was closed, Ctrl-C, SIGTERM.
 """
 
 
@@ -175,8 +178,14 @@ class Request:
         ]
         read = [Named(option, path) for option, path in inputs if path is not None]
         check_outputs([(Named(option, path), suffix) for option, path, suffix in outputs if path is not None], read)
+        if arguments.evidence is not None:
+            check_folder(Named("--evidence", arguments.evidence), read)
         if not whole:
             check_folder(Named("--resume" if arguments.resume is not None else "--output", self.output), read)
+            if (self.output / MANIFEST_FILE).exists():
+                raise TargetError(
+                    f"{self.output}: expected a folder for a recording, got that of a soak: {MANIFEST_FILE} is in it"
+                )
 
     @property
     def keeps_latents(self) -> bool:

@@ -30,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; imports nothing heavy."""
-    parser = _Parser(prog="echo-rt", description="Endless, real-time video from Wan2.1 with evolving memory.")
+    parser = _Parser(prog="echo-rt", description="Endless video from Wan2.1 with evolving memory.")
     parser.add_argument("--version", action="version", version=f"echo-rt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for module in (generate, soak, bench, verify, tiny, doctor):

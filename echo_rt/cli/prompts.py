@@ -66,7 +66,10 @@ def parse_script(texts: Sequence[str], files: Sequence[str]) -> list[TimedPrompt
         raise PromptError("expected at least one --prompt TEXT (or --prompt-embeds FILE), got none")
     script.sort(key=lambda prompt: prompt.seconds)
     if script[0].seconds > 0:
-        raise PromptError(f"no prompt for the start of the video: the first begins at {script[0].seconds:g} s")
+        raise PromptError(
+            f"no prompt for the start of the video: the first begins at {script[0].seconds:g} s "
+            '(a text that begins with a number and a colon is written "0:16:9 ...")'
+        )
     for earlier, later in pairwise(script):
         if earlier.seconds == later.seconds:
             raise PromptError(

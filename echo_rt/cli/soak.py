@@ -49,7 +49,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     length = run.add_mutually_exclusive_group(required=True)
     length.add_argument("--hours", metavar="H", help="end after H hours of streaming, all processes together")
     length.add_argument("--blocks", metavar="N", help="end after N blocks")
-    run.add_argument("--prompt", action="append", metavar="TEXT", help="give several to switch between them")
+    run.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="several to switch between; default: one of a fox"
+    )
     run.add_argument("--switch-every", metavar="N", help="blocks after which the next prompt takes over")
     run.add_argument("--seed", default="0", metavar="N", help="same seed, same video (default 0)")
     run.add_argument("--snapshot-every", metavar="N", help="blocks between two snapshots; default: none are taken")

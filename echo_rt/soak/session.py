@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from echo_rt.build_info import __version__
 from echo_rt.device import parse_device
-from echo_rt.errors import OutputError
+from echo_rt.errors import ConfigError, OutputError
 from echo_rt.output.folder_claim import FolderClaim
 from echo_rt.output.part_file import reason
+from echo_rt.output.segment_index import INDEX_FILE
 from echo_rt.prompts import load_prompt_embeds, save_prompt_embeds
 from echo_rt.runtime import Runtime
-from echo_rt.snapshot_keeper import SnapshotKeeper, latest_snapshot
+from echo_rt.snapshot_keeper import SnapshotKeeper, latest_snapshot, snapshot_files
 from echo_rt.soak.blocks import EVIDENCE_FOLDER, BlockLoop
 from echo_rt.soak.config import MANIFEST_FILE, Limits, SoakConfig, check_manifest, write_manifest
 from echo_rt.soak.gpu import gpu_health
@@ -48,6 +50,8 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
         claim = FolderClaim(config.folder)
         cleanup.callback(claim.release)
         begun = check_manifest(config)
+        if not begun:
+            _require_no_other(config.folder)
         _sweep(claim)
         promises = Promises(limits)
         last: Line = {}
@@ -82,6 +86,15 @@ def _sweep(claim: FolderClaim) -> None:
             evidence.release()
     except OSError as error:
         raise OutputError(f"{claim.folder}: cannot remove what a killed process left: {reason(error)}") from None
+
+
+def _require_no_other(folder: Path) -> None:
+    """:class:`ConfigError` for a folder in which something else than a soak has left what a soak would go on from."""
+    others = [folder / INDEX_FILE, *snapshot_files(folder / SNAPSHOT_FOLDER)]
+    for other in others:
+        if other.exists():
+            found = other.relative_to(folder)
+            raise ConfigError(f"{folder}: expected a folder of the soak's own, found {found} and no {MANIFEST_FILE}")
 
 
 def _load(config: SoakConfig, device: torch.device) -> Runtime:

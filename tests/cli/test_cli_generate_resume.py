@@ -301,3 +301,16 @@ def test_a_snapshot_that_cannot_be_written_ends_the_video(echo_rt, model, tmp_pa
     assert 45 <= outcome.json["frames"] < 400 and outcome.json["exit_reason"] == "error"
     assert outcome.json["snapshots"]["written"] == 2
     assert frame_count(tmp_path / "day" / "video.ffconcat") == outcome.json["frames"]
+
+
+def test_the_folder_of_a_soak_is_left_alone(echo_rt, fake_runtime, tmp_path):
+    (tmp_path / "soak.json").write_text("{}")
+    outcome = echo_rt("generate", *PROMPT, "-o", tmp_path, *LASTING)
+    assert outcome.code == 2 and "got that of a soak: soak.json is in it" in outcome.err
+    assert [file.name for file in tmp_path.iterdir()] == ["soak.json"]
+
+
+def test_evidence_goes_into_a_folder(echo_rt, fake_runtime, tmp_path):
+    (tmp_path / "file").touch()
+    outcome = echo_rt("generate", *PROMPT, "-o", tmp_path / "v.mp4", "--evidence", tmp_path / "file")
+    assert outcome.code == 2 and "expected a folder to write into, got a file" in outcome.err

@@ -311,3 +311,13 @@ def test_lines_are_json_that_everyone_reads(smallest_model: Path, tmp_path: Path
 
     for text in (tmp_path / "out" / JOURNAL_FILE).read_text().splitlines():
         json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("found", ["recording.json", "snapshots/block-0000000004.safetensors"])
+def test_what_is_not_a_soaks_is_left_alone(found: str, smallest_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "snapshots").mkdir()
+    (tmp_path / found).write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=f"expected a folder of the soak's own, found {found} and no soak.json"):
+        echo_rt.soak.run(soak_of(smallest_model, tmp_path, blocks=2))
+    assert sorted(tmp_path.rglob("*")) == before
