@@ -75,10 +75,10 @@ def test_numbered_frames_go_on_where_they_were(run: Callable[..., Any], small_mo
     image = pytest.importorskip("PIL.Image")
     signals = signal.getsignal(signal.SIGINT)
     try:
-        for _ in range(2):
+        for prompt in (("--prompt", PROMPT), ()):
             run(
-                *("numbered_frames.py", small_model, tmp_path / "out", "--frames", 9),
-                *("--checkpoint", small_model / CHECKPOINT_FILE, "--prompt", PROMPT),
+                *("numbered_frames.py", small_model, tmp_path / "out", "--frames", 9, "--keep-every", 1),
+                *("--checkpoint", small_model / CHECKPOINT_FILE, *prompt),
             )
     finally:
         signal.signal(signal.SIGINT, signals)

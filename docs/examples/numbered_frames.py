@@ -3,7 +3,8 @@
     pip install pillow
     python numbered_frames.py MODEL FOLDER --checkpoint FILE --prompt "a red fox in the snow" --frames 160
 
-Ctrl-C ends it after a whole block. Killed, it goes on from the state before, and makes the same frames again.
+Ctrl-C ends it after a whole block. Killed, it goes on from the last state that it kept, and makes the frames since then
+again, the same ones.
 """
 
 import argparse
@@ -16,11 +17,14 @@ from PIL import Image
 import echo_rt
 
 
-def begin(runtime: echo_rt.Runtime, state: Path, prompt: str) -> echo_rt.Stream:
-    """The video that ``state`` is of, or a new one where there is no such file."""
-    if state.exists():
-        return runtime.resume(echo_rt.Snapshot.load(state))
-    return runtime.stream(prompt)
+def begin(runtime: echo_rt.Runtime, state: Path, prompt: str | None) -> echo_rt.Stream:
+    """The video that ``state`` is of, which turns to ``prompt``; or a new one where there is no such file."""
+    if not state.exists():
+        return runtime.stream(prompt or "a red fox in the snow")
+    stream = runtime.resume(echo_rt.Snapshot.load(state))
+    if prompt is not None:
+        stream.set_prompt(prompt)
+    return stream
 
 
 def main() -> None:
@@ -28,8 +32,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--checkpoint")
-    parser.add_argument("--prompt", default="a red fox in the snow")
+    parser.add_argument("--prompt", help="what to show, or to turn to where the video goes on (default: a fox)")
     parser.add_argument("--frames", type=int, default=160, help="how many more, in whole blocks")
+    parser.add_argument("--keep-every", type=int, default=50, help="blocks between two states that are kept")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     state = options.folder / "state.safetensors"
@@ -45,6 +50,8 @@ def main() -> None:
             # The chunk knows its place in the video, so numbers go on by themselves after a resume.
             for number, frame in enumerate(chunk.frames.numpy(), start=chunk.first_frame):
                 Image.fromarray(frame).save(options.folder / f"frame-{number:08d}.png")
+            if (chunk.index + 1) % options.keep_every == 0:
+                stream.snapshot(state)
             if ended.is_set() or stream.video_frames >= last:
                 break
         stream.snapshot(state)
