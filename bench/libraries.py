@@ -25,7 +25,7 @@ _WRITTEN = {
     "gated_update": 5,
     "counter_noise": 0,
     "flow_step": 0,
-    "rms_silu_window": 2,
+    "rms_silu_window": 4,
     "frames_to_uint8": 1,
 }
 # Operations whose definition torch.compile makes one or two kernels of.
@@ -133,9 +133,15 @@ def _residual(args: Sequence[Any]) -> Tensor:
 
 
 def _window(args: Sequence[Any]) -> None:
-    x, gamma, window, past = args
+    x, bias, residual, gamma, window, history, keep = args
+    frames, past = x.shape[0], window.shape[0] - x.shape[0]
+    bias = bias.to(x.dtype)
+    x = x.add_(bias) if keep else x + bias
+    x = x if residual is None else x.add_(residual)
     normed = functional.rms_norm(x, x.shape[-1:], gamma.to(x.dtype))
-    torch.ops.aten.silu.out(normed, out=window[past : past + x.shape[0]])
+    window[:past].copy_(history)
+    torch.ops.aten.silu.out(normed, out=window[past:])
+    history.copy_(window[frames:])
 
 
 def _single(name: str, call: Callable[[Sequence[Any]], Any]) -> Callable[..., list[LibraryCall]]:
@@ -175,5 +181,5 @@ _CALLS: dict[str, Callable[[Sequence[Any], torch.device], list[LibraryCall]]] = 
     "gated_update": _gates,
     "modulated_layer_norm": _single("layer_norm", _modulated),
     "gated_residual_norm": _single("addcmul, layer_norm", _residual),
-    "rms_silu_window": _single("rms_norm, silu", _window),
+    "rms_silu_window": _single("add, rms_norm, silu, copy", _window),
 }

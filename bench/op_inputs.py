@@ -12,7 +12,7 @@ import cases
 import torch
 from torch import Tensor
 
-from echo_rt.bench.model_sizes import BenchModel, decoder_levels
+from echo_rt.bench.model_sizes import BenchModel, decoder_norms
 
 OPS = cases.OPS
 # Values of a latent frame for each of its tokens, in the shape that cases.py gives to noise and latents.
@@ -30,9 +30,11 @@ class Variant:
     without: tuple[int, ...] = ()
 
     def arguments(self, dtype: torch.dtype, device: torch.device) -> list[Any]:
-        """Fresh arguments; those at the places ``without`` are None."""
+        """Fresh arguments; those at the places ``without`` are None, or False where they are flags."""
         args = list(cases.MAKERS[self.op](self.sizes, _DeviceMaker(dtype, device)))
-        return [None if place in self.without else arg for place, arg in enumerate(args)]
+        for place in self.without:
+            args[place] = False if isinstance(args[place], bool) else None
+        return args
 
 
 class _DeviceMaker(cases.Maker):
@@ -97,11 +99,12 @@ def _of_latents(op: str, calls: Callable[[BenchModel], int]) -> Callable[[BenchM
 
 def _windows(model: BenchModel) -> list[Variant]:
     found = []
-    for level in decoder_levels(model):
-        name = f"{level.frames}x{level.height}x{level.width}x{level.channels}"
-        vae = (level.frames, level.height, level.width, level.channels)
-        calls = level.calls * model.config.window.frames_per_block
-        found.append(Variant("rms_silu_window", name, calls, dataclasses.replace(_sizes(model), vae=vae)))
+    for norm in decoder_norms(model):
+        vae = (norm.frames, norm.height, norm.width, norm.channels)
+        name = "x".join(map(str, vae)) + " residual" * norm.residual + " kept" * norm.keep
+        without = [place for place, given in ((2, norm.residual), (6, norm.keep)) if not given]
+        sizes = dataclasses.replace(_sizes(model), vae=vae)
+        found.append(Variant("rms_silu_window", name, norm.calls, sizes, tuple(without)))
     return found
 
 

@@ -80,8 +80,9 @@ def _flow_step(x: Tensor, flow: Tensor, sigmas: Tensor, noise: Tensor | None) ->
     return Work(2 * _size(x) + _size(flow, noise), 0, "memory")
 
 
-def _rms_silu_window(x: Tensor, *rest: Any) -> Work:
-    return Work(2 * _size(x), 0, "memory")
+def _rms_silu_window(x: Tensor, bias: Any, residual: Any, gamma: Any, window: Tensor, history: Any, keep: bool) -> Work:
+    # The history goes to the window, and the newest frames into it.
+    return Work((1 + keep) * _size(x) + _size(residual, window) + 2 * _size(history), 0, "memory")
 
 
 def _frames_to_uint8(video: Tensor, out: Tensor) -> Work:

@@ -38,7 +38,9 @@ TORCH_LIBRARY(echo_rt, m) {
   m.def("gated_residual_norm(Tensor(a!) x, Tensor y, Tensor? gate, Tensor shift, Tensor scale, float eps) -> Tensor");
   m.def("counter_noise(Tensor(a!) out, Tensor positions, Tensor seed, int step) -> ()");
   m.def("flow_step(Tensor(a!) x, Tensor flow, Tensor sigmas, Tensor? noise) -> ()");
-  m.def("rms_silu_window(Tensor x, Tensor gamma, Tensor(a!) window, int past) -> ()");
+  m.def(
+      "rms_silu_window(Tensor(a!) x, Tensor? bias, Tensor? residual, Tensor gamma, Tensor(b!) window, "
+      "Tensor(c!)? history, bool keep) -> ()");
   m.def("frames_to_uint8(Tensor video, Tensor(a!) out) -> ()");
 }
 

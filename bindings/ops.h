@@ -39,7 +39,8 @@ void counter_noise(const Tensor& out, const Tensor& positions, const Tensor& see
 
 void flow_step(const Tensor& x, const Tensor& flow, const Tensor& sigmas, const OptionalTensor& noise);
 
-void rms_silu_window(const Tensor& x, const Tensor& gamma, const Tensor& window, int64_t past);
+void rms_silu_window(const Tensor& x, const OptionalTensor& bias, const OptionalTensor& residual, const Tensor& gamma,
+                     const Tensor& window, const OptionalTensor& history, bool keep);
 
 void frames_to_uint8(const Tensor& video, const Tensor& out);
 

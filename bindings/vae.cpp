@@ -7,28 +7,40 @@
 
 namespace echo::bindings {
 
-void rms_silu_window(const Tensor& x, const Tensor& gamma, const Tensor& window, int64_t past) {
-  const Call call("rms_silu_window", {{"x", x}, {"gamma", gamma}, {"window", window}});
-  const ScalarType dtype = call.floating({"x", x});
-  call.dtype({"gamma", gamma}, at::kFloat);
-  call.dtype({"window", window}, x.scalar_type());
-  const auto [frames, height, width, channels] = call.sizes<4>({"x", x});
-  call.shape({"gamma", gamma}, {channels});
-  const auto [length, rows, columns, depth] = call.sizes<4>({"window", window});
-  call.shape({"window", window}, {length, height, width, channels});
-  call.require(past >= 0 && past + frames <= length, "past",
-               "0.." + std::to_string(length - frames) + " for " + std::to_string(frames) + " frames in a window of " +
-                   std::to_string(length),
-               past);
-  for (const Named& each : {Named("x", x), Named("gamma", gamma), Named("window", window)}) call.contiguous(each);
-  const Tensor written = window.narrow(0, past, frames);
+void rms_silu_window(const Tensor& x, const OptionalTensor& bias, const OptionalTensor& residual, const Tensor& gamma,
+                     const Tensor& window, const OptionalTensor& history, bool keep) {
+  const Named inputs[] = {{"x", x}, {"residual", residual}, {"window", window}, {"history", history}};
+  const Call call("rms_silu_window", {inputs[0], {"bias", bias}, inputs[1], {"gamma", gamma}, inputs[2], inputs[3]});
+  const ScalarType dtype = call.floating(inputs[0]);
+  for (const Named& each : inputs) call.dtype(each, x.scalar_type());
+  const auto [frames, height, width, channels] = call.sizes<4>(inputs[0]);
+  for (const Named& each : {Named("bias", bias), Named("gamma", gamma)}) {
+    call.dtype(each, at::kFloat);
+    call.shape(each, {channels});
+    call.contiguous(each);
+  }
+  call.shape(inputs[1], x.sizes());
+  const auto [length, rows, columns, depth] = call.sizes<4>(inputs[2]);
+  call.require(length >= frames, "window", "at least the " + std::to_string(frames) + " frames of x", length);
+  call.shape(inputs[2], {length, height, width, channels});
+  const int64_t past = length - frames;
+  call.shape(inputs[3], {past, height, width, channels});
+  for (const Named& each : inputs) call.contiguous(each);
+  call.disjoint(inputs[2], {inputs[0]});
+  if (history.has_value()) call.disjoint(inputs[3], {inputs[0], inputs[2]});
   RmsSiluWindowParams params;
-  params.x = x.const_data_ptr();
+  params.x = x.mutable_data_ptr();
+  params.bias = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
+  params.residual = residual.has_value() ? residual->const_data_ptr() : nullptr;
   params.gamma = gamma.const_data_ptr<float>();
-  params.window = written.mutable_data_ptr();
+  params.window = window.mutable_data_ptr();
+  params.history = history.has_value() ? history->mutable_data_ptr() : nullptr;
   params.dtype = dtype;
-  params.pixels = frames * height * width;
+  params.frames = frames;
+  params.frame_pixels = height * width;
   params.channels = channels;
+  params.past = past;
+  params.keep = keep;
   if (x.numel() != 0) call.done(launch_rms_silu_window(params, call.stream()));
 }
 

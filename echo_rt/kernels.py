@@ -127,8 +127,16 @@ class Kernels:
         _library.flow_step(x, flow, sigmas, noise)
 
     @staticmethod
-    def rms_silu_window(x: Tensor, gamma: Tensor, window: Tensor, past: int) -> None:
-        _library.rms_silu_window(x, gamma, window, past)
+    def rms_silu_window(
+        x: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        gamma: Tensor,
+        window: Tensor,
+        history: Tensor | None,
+        keep: bool,
+    ) -> None:
+        _library.rms_silu_window(x, bias, residual, gamma, window, history, keep)
 
     @staticmethod
     def frames_to_uint8(video: Tensor, out: Tensor) -> None:

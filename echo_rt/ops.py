@@ -139,8 +139,22 @@ class Ops(Protocol):
         """
 
     @staticmethod
-    def rms_silu_window(x: Tensor, gamma: Tensor, window: Tensor, past: int) -> None:
-        """``silu(x / max(‖x‖, 1e-12) · sqrt(C) · gamma)``, x ``[T, h, w, C]``, to ``window[past:past+T]`` (written)."""
+    def rms_silu_window(
+        x: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        gamma: Tensor,
+        window: Tensor,
+        history: Tensor | None,
+        keep: bool,
+    ) -> None:
+        """``v = x + bias + residual``, then ``silu(v / max(‖v‖, 1e-12) · sqrt(C) · gamma)`` after a window's past.
+
+        ``x [T, h, w, C]`` (written: becomes v, where ``keep``), ``residual`` alike; ``bias``, ``gamma`` float32 [C];
+        ``window [past + T, h, w, C]`` (written). With a ``history [past, h, w, C]`` (written) the window's past is
+        what it remembers, and it remembers the window's last ``past`` frames from then on; without one, the window's
+        past stays as it is.
+        """
 
     @staticmethod
     def frames_to_uint8(video: Tensor, out: Tensor) -> None:

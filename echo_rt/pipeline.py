@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from echo_rt.chunk import Vitals
 from echo_rt.config import VaeConfig
 from echo_rt.executor import Executor, Lane, Mark
-from echo_rt.model.vae_decoder import VaeDecoder
+from echo_rt.model.video_decoder import DecoderState, VideoDecoder
 from echo_rt.ops import Ops
 from echo_rt.rollout import Position, Rollout
 from echo_rt.state import VITALS
@@ -73,7 +74,7 @@ class Pipeline:
     def __init__(
         self,
         rollout: Rollout,
-        decoder: VaeDecoder,
+        decoder: VideoDecoder[Any],
         vae: VaeConfig,
         ops: Ops,
         executor: Executor,
@@ -84,9 +85,8 @@ class Pipeline:
         self.rollout, self.depth = rollout, depth
         self._decoder, self._vae, self._ops, self._executor = decoder, vae, ops, executor
         config = rollout.config
-        # One latent at a time: the windows grow by 3 GiB for each further one at 832x480 in bfloat16.
-        self.decoder_state = decoder.new_state(config.latent_height, config.latent_width, max_latents=1)
         block = config.window.frames_per_block
+        self.decoder_state: DecoderState = decoder.new_state(config.latent_height, config.latent_width, block)
         most = vae.video_frames(1 + block) - vae.video_frames(1)
         height, width = (size * vae.spatial_stride for size in (config.latent_height, config.latent_width))
         self._latents = torch.empty_like(rollout.state.x)
@@ -114,7 +114,7 @@ class Pipeline:
             for name, value in vars(holder).items()
             if isinstance(value, Tensor)
         }
-        return found | {f"window {name}": window.frames for name, window in self.decoder_state.windows.items()}
+        return found | {f"decoder {name}": tensor for name, tensor in self.decoder_state.buffers().items()}
 
     def reset(self) -> None:
         """Let go of what is in flight, and back to the start of a stream."""
@@ -201,8 +201,7 @@ class Pipeline:
         self._vitals[: len(VITALS)].copy_(state.vitals)
 
     def _decode(self, is_start: bool) -> None:
-        state = self.decoder_state
-        video = self._decoder.decode_next(self._latents, state.windows, state.max_latents, is_start=is_start)
+        video = self._decoder.decode_next(self._latents, self.decoder_state, is_start=is_start)
         self._ops.frames_to_uint8(video, self._frames[: len(video)])
         low, high = torch.aminmax(video)
         for value, name in ((low, "video_min"), (high, "video_max"), (_nonfinite(video), "video_nonfinite")):

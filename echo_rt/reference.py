@@ -186,10 +186,29 @@ def flow_step(x: Tensor, flow: Tensor, sigmas: Tensor, noise: Tensor | None) -> 
     x.copy_(denoised if noise is None else (1 - next_sigma) * denoised + next_sigma * noise.double())
 
 
-def rms_silu_window(x: Tensor, gamma: Tensor, window: Tensor, past: int) -> None:
-    length = x.float().norm(dim=-1, keepdim=True).clamp(min=_MIN_NORM)
-    normed = x.float() / length * (math.sqrt(x.shape[-1]) * gamma.float())
-    window[past : past + x.shape[0]] = torch.nn.functional.silu(normed)
+def rms_silu_window(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gamma: Tensor,
+    window: Tensor,
+    history: Tensor | None,
+    keep: bool,
+) -> None:
+    total = x.float()
+    for term in (bias, residual):
+        total = total if term is None else total + term
+    rounded = total.to(x.dtype)
+    if keep:
+        x.copy_(rounded)
+    total = rounded.float()
+    length = total.norm(dim=-1, keepdim=True).clamp(min=_MIN_NORM)
+    normed = total / length * (math.sqrt(x.shape[-1]) * gamma.float())
+    frames, past = len(x), len(window) - len(x)
+    window[past:] = torch.nn.functional.silu(normed)
+    if history is not None:
+        window[:past] = history
+        history.copy_(window[frames:])
 
 
 def frames_to_uint8(video: Tensor, out: Tensor) -> None:

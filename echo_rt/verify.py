@@ -180,7 +180,7 @@ def _vae(bundle: _Bundle) -> dict[str, Tensor]:
         latents = bundle.input("latents", rank=4)
         decoder = VaeDecoder(config, weights, bundle.ops, device=bundle.device, dtype=bundle.dtype)
         # One at a time after the first: what a stream does, and the hardest case for the history.
-        state = decoder.new_state(latents.shape[2], latents.shape[3], max_latents=1)
+        state = decoder.new_state(latents.shape[2], latents.shape[3], latents=1)
         actual["video"] = decoder.decode(latents, state).permute(0, 3, 1, 2).float().cpu()
     if "encoded" in bundle.expected:
         encoder = VaeEncoder(config, weights, device=bundle.device, dtype=bundle.dtype)

@@ -185,10 +185,11 @@ def _flow_step(s: Sizes, m: Maker) -> tuple[Any, ...]:
 
 
 def _rms_silu_window(s: Sizes, m: Maker) -> tuple[Any, ...]:
-    frames, height, width, channels = s.vae
-    past = 2
-    window = m.normal(past + frames + 1, height, width, channels)
-    return m.normal(*s.vae), 1 + m.normal(channels, dtype=torch.float32, scale=0.1), window, past
+    frames, *size = s.vae
+    past, channels = 2, size[-1]
+    bias, gamma = (m.normal(channels, dtype=torch.float32, scale=0.1) for _ in range(2))
+    x, residual, window, history = (m.normal(n, *size) for n in (frames, frames, past + frames, past))
+    return x, bias, residual, 1 + gamma, window, history, True
 
 
 def _frames_to_uint8(s: Sizes, m: Maker) -> tuple[Any, ...]:

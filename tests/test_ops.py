@@ -295,20 +295,54 @@ def test_flow_step(ops: Ops, dtype: torch.dtype, last: bool, count: int) -> None
 def test_rms_silu_window(ops: Ops, dtype: torch.dtype, channels: int, zeros: bool) -> None:
     args = case(ops, "rms_silu_window", Sizes(vae=(3, 5, 4, channels)), dtype)
     if zeros:
-        args[0].zero_()
-    x, gamma, _, past = as_float64(args)
-    before, theirs = args[2].clone(), copies(args)
+        for tensor in args[:3]:
+            tensor.zero_()
+    x, bias, residual, gamma, _, history, _ = as_float64(args)
+    past, theirs = len(history), copies(args)
+    remembered = args[5].clone()
     reference.rms_silu_window(*theirs)
-    normed = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12) * math.sqrt(x.shape[-1]) * gamma
+    total = x + bias + residual
+    normed = total / total.norm(dim=-1, keepdim=True).clamp(min=1e-12) * math.sqrt(channels) * gamma
     ops.rms_silu_window(*args)
-    written = slice(past, past + x.shape[0])
+    window = args[4]
     expected = normed * torch.sigmoid(normed)
     if zeros:
-        assert not args[2][written].any()
+        assert not window[past:].any()
     else:
-        assert_close(args[2][written], theirs[2][written], expected, BOUNDS[dtype])
-    before[written] = args[2][written]
-    assert_same(args[2], before)
+        assert_close(args[0], theirs[0], total, BOUNDS[dtype])
+        assert_close(window[past:], theirs[4][past:], expected, BOUNDS[dtype])
+    assert_same(window[:past], remembered)
+    assert_same(args[5], window[-past:])
+
+
+@DTYPES
+@pytest.mark.parametrize("given", ["nothing", "bias", "residual", "keep"])
+def test_rms_silu_window_of_fewer_terms(ops: Ops, dtype: torch.dtype, given: str) -> None:
+    args = case(ops, "rms_silu_window", Sizes(vae=(3, 5, 4, 96)), dtype)
+    args[1], args[2] = (args[i] if given == name else None for i, name in ((1, "bias"), (2, "residual")))
+    args[6] = given == "keep"
+    before, theirs = copies(args), copies(args)
+    reference.rms_silu_window(*theirs)
+    total = as_float64(args)[0] + sum(term for term in as_float64(args)[1:3] if term is not None)
+    ops.rms_silu_window(*args)
+    assert_same(args[0], before[0])  # not kept, or nothing to add
+    normed = total / total.norm(dim=-1, keepdim=True) * math.sqrt(96) * as_float64(args)[3]
+    assert_close(args[4][2:], theirs[4][2:], normed * torch.sigmoid(normed), BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+@pytest.mark.parametrize("past", [0, 1, 2, 3])
+def test_rms_silu_window_moves_any_past(ops: Ops, frames: int, past: int) -> None:
+    args = case(ops, "rms_silu_window", Sizes(vae=(frames, 5, 4, 96)), torch.bfloat16)
+    remembered = torch.randn(past, 5, 4, 96, device=args[0].device).to(torch.bfloat16)
+    args[4], args[5] = args[4].new_empty(past + frames, 5, 4, 96), remembered.clone()
+    alone = copies(args)
+    alone[4][:past], alone[5] = remembered, None
+    ops.rms_silu_window(*args)
+    ops.rms_silu_window(*alone)
+    assert_same(args[4][:past], remembered)
+    assert_same(args[5], args[4][frames:])
+    assert_same(args[4], alone[4])  # a window that has its past already
 
 
 @DTYPES

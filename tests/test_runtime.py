@@ -245,7 +245,7 @@ def big_tensors(runtime: echo_rt.Runtime) -> dict[str, weakref.ref[Tensor]]:
         "matrix": engine.rollout._transformer.layers[0].qkv.weight,
         "modulations": engine.rollout._transformer.modulations,
         "memory": engine.rollout._memory.query_init,  # type: ignore[union-attr]
-        "decoder": next(iter(engine.pipeline.decoder_state.windows.values())).frames,
+        "decoder": engine.pipeline.decoder_state.windows.room,
     }
     return {name: weakref.ref(tensor) for name, tensor in held.items()}
 

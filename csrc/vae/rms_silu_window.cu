@@ -1,8 +1,12 @@
-// window[i] = silu(x[i] / max(|x[i]|, 1e-12) · sqrt(channels) · gamma), for every pixel i; |.| over the channels.
-// x [pixels, channels] and window [at least pixels, channels] channels-last, gamma float32 [channels]; float32 inside.
+// window[past + i] = silu(v[i] / max(|v[i]|, 1e-12) · sqrt(channels) · gamma), for every pixel i; |.| over the
+// channels; v = x + bias + residual, rounded to the dtype, and kept in x where that is asked for. All tensors
+// channels-last, bias and gamma float32 [channels]; float32 inside.
+//
+// The window is shared by many convolutions, what one of them remembers is its history: the remembered frames go to the
+// front of the window, and the last frames of the window become the history, in the same pass.
 //
 // `lanes` neighbouring lanes of a warp take a pixel, so a warp takes 32 / lanes of them and no barrier is needed. A
-// pixel is read once, kept in registers and written once; gamma comes from the first-level cache.
+// pixel is read once, kept in registers and written once; gamma and bias come from the first-level cache.
 
 #include <cmath>
 
@@ -58,14 +62,67 @@ ECHO_DEVICE int pixel_channel(int chunk) {
   return (chunk * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * Shape::kWidth;
 }
 
+// Where a pixel lies. The grid's rows are the frames, so that none of it takes a division.
+struct Place {
+  int frame;       // of x
+  int64_t within;  // the frame
+  int64_t pixel;   // of x
+};
+
+ECHO_DEVICE Place place_of(int64_t within, const RmsSiluWindowParams& p) {
+  const int frame = static_cast<int>(blockIdx.y);
+  return {frame, within, frame * p.frame_pixels + within};
+}
+
+// Makes `value`, the window's new one at `place` and `channel`, the past's too. Of the frames at this place, each
+// thread moves those that are a whole number of steps of `frames` before its own: each is read before it is
+// overwritten, and no other thread touches it, however many frames are new.
+template <class Value, class T>
+ECHO_DEVICE void move_past(const Value& value, const Place& place, int64_t channel, const RmsSiluWindowParams& p) {
+  if (p.history == nullptr) return;
+  const int past = static_cast<int>(p.past), frames = static_cast<int>(p.frames);
+  for (int frame = (past + place.frame) % frames; frame < past; frame += frames) {
+    const int64_t here = (frame * p.frame_pixels + place.within) * p.channels + channel;
+    T* const remembered = static_cast<T*>(p.history) + here;
+    Value::load(remembered).store(static_cast<T*>(p.window) + here);
+    if (frame + frames < past) {
+      Value::load(remembered + p.frames * p.frame_pixels * p.channels).store(remembered);
+    } else {
+      value.store(remembered);
+    }
+  }
+}
+
+// x + bias + residual of one chunk, as floats, after it was rounded as it is kept.
+template <class Value, class T, int kWidth>
+ECHO_DEVICE void sum_terms(Value& value, float* floats, int64_t at, int64_t channel, const RmsSiluWindowParams& p) {
+  value.to_floats(floats);
+  if (p.bias == nullptr && p.residual == nullptr) return;
+  float term[kWidth];
+  if (p.bias != nullptr) {
+    Chunk<float, kWidth>::load(p.bias + channel).to_floats(term);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) floats[i] += term[i];
+  }
+  if (p.residual != nullptr) {
+    Value::load(static_cast<const T*>(p.residual) + at).to_floats(term);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) floats[i] += term[i];
+  }
+  value.from_floats(floats);
+  value.to_floats(floats);
+}
+
 template <class Shape>
 __global__ void __launch_bounds__(kThreads) rms_silu_window_kernel(RmsSiluWindowParams p, float root_channels) {
   using T = typename Shape::Element;
+  using Value = Chunk<T, Shape::kWidth>;
   const int lanes = blockDim.x, channels = static_cast<int>(p.channels);
-  // A lane past the last pixel goes with the last one, as all of a warp must meet in the sums; it stores nothing.
-  const int64_t own = int64_t{blockIdx.x} * blockDim.y + threadIdx.y, pixel = own < p.pixels ? own : p.pixels - 1;
-  const T* const x = static_cast<const T*>(p.x) + pixel * channels;
-  T* const out = static_cast<T*>(p.window) + pixel * channels;
+  // A lane past the frame's last pixel goes with that, as all of a warp must meet in the sums; it stores nothing.
+  const int64_t own = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  const Place place = place_of(own < p.frame_pixels ? own : p.frame_pixels - 1, p);
+  T* const x = static_cast<T*>(p.x) + place.pixel * channels;
+  T* const out = static_cast<T*>(p.window) + (p.past * p.frame_pixels + place.pixel) * channels;
 
   float values[Shape::kShare], squares = 0.0f;
 #pragma unroll
@@ -73,8 +130,10 @@ __global__ void __launch_bounds__(kThreads) rms_silu_window_kernel(RmsSiluWindow
     // Past the last channel, the first ones stand in and do not count.
     const int channel = pixel_channel<Shape>(c);
     const bool present = channel < channels;
+    const int from = present ? channel : 0;
     float* const part = values + c * Shape::kWidth;
-    Chunk<T, Shape::kWidth>::load(x + (present ? channel : 0)).to_floats(part);
+    Value value = Value::load(x + from);
+    sum_terms<Value, T, Shape::kWidth>(value, part, place.pixel * channels + from, from, p);
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < Shape::kWidth; ++i) sum += part[i] * part[i];
@@ -88,29 +147,48 @@ __global__ void __launch_bounds__(kThreads) rms_silu_window_kernel(RmsSiluWindow
 #pragma unroll
   for (int c = 0; c < Shape::kChunks; ++c) {
     const int channel = pixel_channel<Shape>(c);
-    if (own >= p.pixels || channel >= channels) continue;
+    if (own >= p.frame_pixels || channel >= channels) continue;
+    const float* const part = values + c * Shape::kWidth;
+    Value value;
+    if (p.keep) {
+      value.from_floats(part);
+      value.store(x + channel);
+    }
     float gamma[Shape::kWidth];
     Chunk<float, Shape::kWidth>::load(p.gamma + channel).to_floats(gamma);
 #pragma unroll
-    for (int i = 0; i < Shape::kWidth; ++i) gamma[i] = silu<T>(values[c * Shape::kWidth + i] * scale * gamma[i]);
-    Chunk<T, Shape::kWidth> chunk;
-    chunk.from_floats(gamma);
-    chunk.store(out + channel);
+    for (int i = 0; i < Shape::kWidth; ++i) gamma[i] = silu<T>(part[i] * scale * gamma[i]);
+    value.from_floats(gamma);
+    value.store(out + channel);
+    move_past<Value, T>(value, place, channel, p);
   }
 }
 
 // A warp a pixel of any width, which is read twice, as registers would not hold it. No released model has such.
 template <class T>
 __global__ void __launch_bounds__(kThreads) wide_rms_silu_window_kernel(RmsSiluWindowParams p, float root_channels) {
-  const int64_t pixel = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-  if (pixel >= p.pixels) return;  // a whole warp or none
-  const T* const x = static_cast<const T*>(p.x) + pixel * p.channels;
-  T* const out = static_cast<T*>(p.window) + pixel * p.channels;
+  using Value = Chunk<T, 1>;
+  const int64_t own = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  if (own >= p.frame_pixels) return;  // a whole warp or none
+  const Place place = place_of(own, p);
+  T* const x = static_cast<T*>(p.x) + place.pixel * p.channels;
+  T* const out = static_cast<T*>(p.window) + (p.past * p.frame_pixels + place.pixel) * p.channels;
+  const auto summed = [&](int64_t channel) {
+    Value value = Value::load(x + channel);
+    float sum;
+    sum_terms<Value, T, 1>(value, &sum, place.pixel * p.channels + channel, channel, p);
+    return sum;
+  };
   float squares = 0.0f;
-  for (int64_t i = threadIdx.x; i < p.channels; i += kWarpThreads) squares += to_float(x[i]) * to_float(x[i]);
+  for (int64_t i = threadIdx.x; i < p.channels; i += kWarpThreads) squares += summed(i) * summed(i);
   const float scale = inverse_norm(warp_sum(squares)) * root_channels;
   for (int64_t i = threadIdx.x; i < p.channels; i += kWarpThreads) {
-    out[i] = from_float<T>(silu<T>(to_float(x[i]) * scale * p.gamma[i]));
+    const float sum = summed(i);
+    if (p.keep) x[i] = from_float<T>(sum);
+    Value value;
+    value.words[0] = from_float<T>(silu<T>(sum * scale * p.gamma[i]));
+    value.store(out + i);
+    move_past<Value, T>(value, place, i, p);
   }
 }
 
@@ -118,7 +196,7 @@ __global__ void __launch_bounds__(kThreads) wide_rms_silu_window_kernel(RmsSiluW
 template <class Kernel>
 cudaError_t launch_pixels(Kernel kernel, int lanes, const RmsSiluWindowParams& p, cudaStream_t stream) {
   const dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(kThreads / lanes));
-  const dim3 grid(static_cast<unsigned>((p.pixels + block.y - 1) / block.y));
+  const dim3 grid(static_cast<unsigned>((p.frame_pixels + block.y - 1) / block.y), static_cast<unsigned>(p.frames));
   return launch(kernel, grid, block, 0, stream, p, std::sqrt(static_cast<float>(p.channels)));
 }
 
@@ -145,14 +223,16 @@ cudaError_t launch_whole(const RmsSiluWindowParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_rms_silu_window(const RmsSiluWindowParams& params, cudaStream_t stream) {
-  if (params.pixels == 0 || params.channels == 0) return cudaSuccess;
+  if (params.frames == 0 || params.frame_pixels == 0 || params.channels == 0) return cudaSuccess;
   return dispatch(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (params.channels > kMaxHeldChannels) {
       return launch_pixels(wide_rms_silu_window_kernel<T>, kWarpThreads, params, stream);
     }
-    const bool whole = vectors_fit<T>(params.x, params.channels) && vectors_fit<T>(params.window, params.channels) &&
-                       vectors_fit<float>(params.gamma, params.channels);
+    const auto fit = [&](const void* address) { return vectors_fit<T>(address, params.channels); };
+    const bool whole = fit(params.x) && fit(params.residual) && fit(params.window) && fit(params.history) &&
+                       vectors_fit<float>(params.gamma, params.channels) &&
+                       vectors_fit<float>(params.bias, params.channels);  // none, address 0, always fits
     if (whole) return launch_whole<T>(params, stream);
     using Narrow = PixelShape<T, 1, 2>;
     return pixel_lanes<Narrow>(params.channels) <= kWarpThreads ? launch_as<Narrow>(params, stream)

@@ -1,4 +1,4 @@
-// The VAE's channel norm and SiLU, written behind the past frames of the next convolution's window.
+// What lies between two convolutions of the VAE: bias, residual, channel norm and SiLU, into the next one's window.
 
 #pragma once
 
@@ -10,12 +10,18 @@
 namespace echo {
 
 struct RmsSiluWindowParams {
-  const void* x;       // [frames · height · width, channels], contiguous: channels-last pixels
-  const float* gamma;  // [channels]
-  void* window;        // [at least pixels, channels], contiguous, written: starts at the first NEW frame of the window
-  ScalarType dtype;    // of x, window
-  int64_t pixels;      // frames · height · width
+  void* x;               // [frames · frame_pixels, channels], contiguous: channels-last pixels; written where keep
+  const float* bias;     // [channels], or null
+  const void* residual;  // like x, or null
+  const float* gamma;    // [channels]
+  void* window;          // [(past + frames) · frame_pixels, channels], contiguous, written
+  void* history;         // [past · frame_pixels, channels], contiguous, written; null: the window has its past already
+  ScalarType dtype;      // of x, residual, window, history
+  int64_t frames;
+  int64_t frame_pixels;  // height · width
   int64_t channels;
+  int64_t past;
+  bool keep;  // x becomes x + bias + residual
 };
 
 // Any number of channels; up to 1024 a pixel is read once.

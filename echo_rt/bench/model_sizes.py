@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
 from echo_rt.options import RELEASED_SIZE, latent_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from echo_rt.ops import Ops
 
 
 @dataclass(frozen=True)
@@ -18,14 +26,16 @@ class BenchModel:
 
 
 @dataclass(frozen=True)
-class DecoderLevel:
-    """Calls of ``rms_silu_window`` that are alike: the frames of one latent, in the steady state of a stream."""
+class DecoderNorm:
+    """Calls of ``rms_silu_window`` that are alike: the shape of ``x``, what is added to it, whether the sum is kept."""
 
     frames: int
     height: int
     width: int
     channels: int
-    calls: int
+    residual: bool
+    keep: bool
+    calls: int = 0
 
 
 def _model(name: str, size: tuple[int, int], transformer: TransformerConfig, vae: VaeConfig) -> BenchModel:
@@ -50,22 +60,31 @@ TINY = _model(
 MODELS = {model.name: model for model in (RELEASED, TINY)}
 
 
-def decoder_levels(model: BenchModel) -> list[DecoderLevel]:
-    """The norms before the decoder's convolutions, grouped by size, from the lowest resolution to the highest.
+def decoder_norms(model: BenchModel) -> list[DecoderNorm]:
+    """The calls of ``rms_silu_window`` for a block in the steady state, grouped, from the lowest resolution up.
 
-    They are looked up in the decoder's own table of weights; the norm of the attention in its middle is another op.
+    The decoder itself is asked: it decodes tensors that have shapes and nothing else.
     """
+    import torch
+
+    from echo_rt.model.vae_decoder import VaeDecoder
     from echo_rt.weights.shapes import vae_decoder_shapes
 
-    shapes = vae_decoder_shapes(model.vae)
-    frames, height, width = 1, model.config.latent_height, model.config.latent_width
-    calls: dict[tuple[int, int, int, int], int] = {}
-    for name, shape in shapes.items():
-        if name.endswith(".time_conv.weight"):
-            frames *= 2
-        elif name.endswith(".resample.1.weight"):
-            height, width = 2 * height, 2 * width
-        elif name.endswith(".gamma") and not name.endswith(".norm.gamma"):
-            key = (frames, height, width, shape[0])
-            calls[key] = calls.get(key, 0) + 1
-    return [DecoderLevel(*key, count) for key, count in calls.items()]
+    calls: Counter[DecoderNorm] = Counter()
+
+    class Recorded:
+        name = "recorded"
+
+        @staticmethod
+        def rms_silu_window(
+            x: Tensor, bias: Any, residual: Any, gamma: Tensor, window: Any, history: Any, keep: bool
+        ) -> None:
+            frames, height, width, channels = x.shape
+            calls[DecoderNorm(frames, height, width, channels, residual is not None, keep)] += 1
+
+    weights = {name: torch.empty(shape, device="meta") for name, shape in vae_decoder_shapes(model.vae).items()}
+    decoder = VaeDecoder(model.vae, weights, cast("Ops", Recorded()), device="meta", dtype=torch.bfloat16)
+    latents = torch.empty(model.config.window.frames_per_block, *model.config.latent_shape, device="meta")
+    state = decoder.new_state(*model.config.latent_shape[1:], len(latents))
+    decoder.decode_next(latents, state, is_start=False)
+    return [dataclasses.replace(norm, calls=count) for norm, count in calls.items()]

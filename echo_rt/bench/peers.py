@@ -114,7 +114,7 @@ def _decoder_tensors(site: Site) -> Iterator[tuple[str, Tensor]]:
 
 def _second_decode(parts: Parts, normalized: Tensor) -> Tensor:
     """Ours, of the latents of a block that comes after the same latents: ``[F, H, W, 3]``."""
-    state = parts.decoder.new_state(*parts.site.model.config.latent_shape[1:], max_latents=1)
+    state = parts.decoder.new_state(*parts.site.model.config.latent_shape[1:], latents=1)
     parts.decoder.decode(normalized, state)
     return parts.decoder.decode(normalized, state)
 

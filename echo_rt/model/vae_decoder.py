@@ -1,4 +1,4 @@
-"""Latents to video, a few at a time and for ever: the causal decoder of Wan's VAE and the state of one stream.
+"""Latents to video, a few at a time and for ever: the causal decoder of Wan's VAE.
 
 Decoding latents one by one, in groups or all at once gives the same video. Sizes, in frames and pixels, for Wan:
 the first latent of a stream decodes to one frame, every later one to four.
@@ -6,7 +6,7 @@ the first latent of a stream decodes to one frame, every later one to four.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,51 +14,23 @@ from torch.nn import functional
 
 from echo_rt.config import VaeConfig
 from echo_rt.errors import ConfigError
-from echo_rt.model.vae_layers import (
-    CausalConv,
-    CausalWindow,
-    Middle,
-    NormConv,
-    ResidualBlock,
-    VaeWeights,
-    Windows,
-    spatial_conv,
-)
+from echo_rt.model.vae_decoder_state import LevelShape, VaeDecoderState, new_decoder_state
+from echo_rt.model.vae_layers import CausalConv, Middle, NormConv, ResidualBlock, Terms, VaeWeights, spatial_conv
+from echo_rt.model.vae_windows import Rows, Windows
 from echo_rt.ops import Ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
 _OWNER = "vae decoder"
 
 
-class VaeDecoderState:
-    """What the decoder remembers of one stream: a window for each causal convolution, allocated once.
-
-    ``latents_seen`` is the number of latents decoded since the start of the stream. Together with
-    :meth:`tensors` it is all that a stream needs to go on bit for bit: copy both into a fresh state of the same size.
-    """
-
-    def __init__(self, windows: Windows, latent_shape: tuple[int, int, int], max_latents: int) -> None:
-        self.windows = windows
-        self.latent_shape = latent_shape
-        self.max_latents = max_latents
-        self.latents_seen = 0
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The remembered frames ``[2, H, W, C]`` of each convolution, by its name in the weights; live views."""
-        return {name: window.history for name, window in self.windows.items()}
-
-    def reset(self) -> None:
-        """Back to the start of a stream, in place."""
-        for window in self.windows.values():
-            window.history.zero_()
-        self.latents_seen = 0
-
-
 class VaeDecoder:
     """The decoder; it has no state of its own, so one decoder serves any number of streams.
 
     ``tensors``: the VAE's weights under their original names; others among them are ignored. ``ops``: the operations
-    of a backend. Raises :class:`WeightsError` for a missing or misshapen tensor.
+    of a backend. ``tiles``: in how many bands of rows its streams decode the two highest resolutions, for GPUs with
+    little memory. Raises :class:`WeightsError` for a missing or misshapen tensor.
+
+    ``levels`` are the resolutions from the lowest to the highest, ``head`` is what makes pictures of the last one.
     """
 
     def __init__(
@@ -69,104 +41,157 @@ class VaeDecoder:
         *,
         device: torch.device | str,
         dtype: torch.dtype,
+        tiles: int = 1,
     ) -> None:
         weights = VaeWeights(tensors, vae_decoder_shapes(config), _OWNER, device=torch.device(device), dtype=dtype)
-        self.config = config
-        self._weights = weights
+        self.config, self.tiles = config, tiles
+        self.device, self.dtype = weights.device, dtype
         # Latents are a handful of channels: what touches them alone stays float32.
         self._latents_mean = torch.tensor(config.latents_mean, device=weights.device, dtype=torch.float32)
         self._latents_std = torch.tensor(config.latents_std, device=weights.device, dtype=torch.float32)
         self._unpack = weights.pointwise("conv2", torch.float32)
         self._input = CausalConv("decoder.conv1", weights)
         self._middle = Middle("decoder.middle", weights, ops)
-        self._levels: list[tuple[list[ResidualBlock], Upsample | None]] = []
+        self.levels: list[Level] = []
         index = 0
+        upsample: Upsample | None = None
         for _ in config.dim_mult:
             blocks = [
                 ResidualBlock(f"decoder.upsamples.{index + n}", weights, ops) for n in range(config.num_res_blocks + 1)
             ]
+            self.levels.append(Level(upsample, blocks))
             index += len(blocks)
             name = f"decoder.upsamples.{index}"
             upsample = Upsample(name, weights) if f"{name}.resample.1.weight" in weights else None
             index += upsample is not None
-            self._levels.append((blocks, upsample))
-        self._head = NormConv("decoder.head.0", "decoder.head.2", weights, ops)
+        self.head = NormConv("decoder.head.0", "decoder.head.2", weights, ops)
 
-    def new_state(self, latent_height: int, latent_width: int, max_latents: int) -> VaeDecoderState:
-        """The state of a new stream of latents of this size, which decodes up to ``max_latents`` in one go.
+    def new_state(
+        self, latent_height: int, latent_width: int, latents: int, *, frames_at_full: int | None = None
+    ) -> VaeDecoderState:
+        """The state of a new stream of latents of this size, of which up to ``latents`` are decoded in one go.
 
-        Every convolution has a window of ``max_latents``' worth of frames at its own resolution.
+        ``frames_at_full``: how many frames of full resolution are worked on at once; None for those of one latent, or
+        a single one where the decoder has ``tiles``.
         """
-        for name, value in (("height", latent_height), ("width", latent_width), ("max_latents", max_latents)):
+        if frames_at_full is None:
+            frames_at_full = self.config.temporal_stride if self.tiles == 1 else 1
+        for name, value in (
+            ("height of latents", latent_height),
+            ("width of latents", latent_width),
+            ("latents", latents),
+            ("frames_at_full", frames_at_full),
+            ("tiles", self.tiles),
+        ):
             if value < 1:
-                raise ConfigError(f"{_OWNER}: expected {name} of latents to be at least 1, got {value}")
-        windows: dict[str, CausalWindow] = {}
-        height, width, frames = latent_height, latent_width, max_latents
-
-        def add(convs: Sequence[CausalConv]) -> None:
-            for conv in convs:
-                windows[conv.name] = CausalWindow(conv.past, frames, height, width, conv.channels, self._weights)
-
-        # A stream may be decoded with or without inference mode; tensors born inside it could not be written outside.
-        with torch.inference_mode(False):
-            add([self._input, *self._middle.convs])
-            for blocks, upsample in self._levels:
-                for block in blocks:
-                    add(block.convs)
-                if upsample is not None:
-                    add(upsample.convs)
-                    height, width, frames = 2 * height, 2 * width, upsample.rate * frames
-            add([self._head.conv])
-        return VaeDecoderState(windows, (self.config.z_dim, latent_height, latent_width), max_latents)
+                raise ConfigError(f"{_OWNER}: expected {name} to be at least 1, got {value}")
+        lowest, *others = (level.shape for level in self.levels)
+        entry = LevelShape([self._input, *self._middle.convs], lowest.convs, lowest.enlarges, lowest.reach, lowest.rate)
+        return new_decoder_state(
+            [entry, *others],
+            self.head.conv,
+            (self.config.z_dim, latent_height, latent_width),
+            latents,
+            frames_at_full=frames_at_full,
+            tiles=self.tiles,
+            device=self.device,
+            dtype=self.dtype,
+        )
 
     @torch.no_grad()
     def decode(self, latents: Tensor, state: VaeDecoderState) -> Tensor:
         """The next ``latents [T, z, h, w]`` of a stream (normalized, any float dtype) as video ``[F, H, W, 3]``.
 
         The video has the decoder's dtype, is nominally in [-1, 1] and is not clamped. For Wan F is 4T, or 1 + 4(T-1)
-        at the start of a stream. More than ``max_latents`` are decoded in slices. Raises :class:`ConfigError` for
-        latents that are not of the state's size.
+        at the start of a stream. Any number of latents may come. Raises :class:`ConfigError` for latents that are not
+        of the state's size.
         """
         if latents.dim() != 4 or len(latents) < 1 or latents.shape[1:] != state.latent_shape:
             expected = ", ".join(str(size) for size in state.latent_shape)
             raise ConfigError(
                 f"{_OWNER}: expected latents [T >= 1, {expected}] (channels, height, width), got {list(latents.shape)}"
             )
-        video = self.decode_next(latents, state.windows, state.max_latents, is_start=state.latents_seen == 0)
+        video = self.decode_next(latents, state, is_start=state.latents_seen == 0)
         state.latents_seen += len(latents)
         return video
 
-    def decode_next(self, latents: Tensor, windows: Windows, max_latents: int, *, is_start: bool) -> Tensor:
+    def decode_next(self, latents: Tensor, state: VaeDecoderState, *, is_start: bool) -> Tensor:
         """:meth:`decode` without its checks and its count: all that it asks of the host are its arguments."""
-        if len(latents) <= max_latents:
-            return self._decode_slice(latents, windows, is_start)
         before = 0 if is_start else 1  # any later place in a stream has as many frames as the second
         frames = self.config.video_frames(before + len(latents)) - self.config.video_frames(before)
         stride = self.config.spatial_stride
         _, _, height, width = latents.shape
-        device, dtype = self._weights.device, self._weights.dtype
-        video = torch.empty(frames, height * stride, width * stride, 3, device=device, dtype=dtype)
-        done = 0
-        for first in range(0, len(latents), max_latents):
-            decoded = self._decode_slice(latents[first : first + max_latents], windows, is_start and first == 0)
-            video[done : done + len(decoded)] = decoded
-            done += len(decoded)
+        video = torch.empty(frames, height * stride, width * stride, 3, device=self.device, dtype=self.dtype)
+        z = latents.to(self.device, torch.float32).permute(0, 2, 3, 1)
+        z = functional.linear(z * self._latents_std + self._latents_mean, *self._unpack)
+        self._from_level(0, z, state, is_start, video)
         return video
 
-    def _decode_slice(self, latents: Tensor, windows: Windows, is_start: bool) -> Tensor:
-        """At most ``max_latents`` latents."""
-        z = latents.to(self._weights.device, torch.float32).permute(0, 2, 3, 1)
-        z = functional.linear(z * self._latents_std + self._latents_mean, *self._unpack)
-        window = windows[self._input.name]
-        window.write(z)
-        x = self._input(window, len(z))
-        x = self._middle(x, windows)
-        for blocks, upsample in self._levels:
-            for block in blocks:
-                x = block(x, windows)
-            if upsample is not None:
-                x = upsample(x, windows, is_start)
-        return self._head(x, windows)
+    def enter(self, z: Tensor, windows: Windows) -> Terms:
+        """What the lowest level is given, of de-normalized latents ``z [T, h, w, z_dim]``."""
+        return self._middle(self._input.of(z, windows), windows)
+
+    def _from_level(self, index: int, x: Tensor, state: VaeDecoderState, is_start: bool, video: Tensor) -> int:
+        """Takes ``x``, the input of a level, to the picture, as many frames at once as the level takes.
+
+        They are written to the front of ``video``; gives how many there are.
+        """
+        done = 0
+        most = state.frames_at_once[index]
+        for first in range(0, len(x), most):
+            part, is_first = x[first : first + most], is_start and first == 0
+            if state.bands is not None and index == state.bands.first:
+                done += self._in_bands(part, state, is_first, video[done:])
+                continue
+            terms = Terms(part) if index > 0 else self.enter(part, state.windows)
+            terms = self.levels[index](terms, state.windows, is_first)
+            if index + 1 < len(self.levels):
+                done += self._from_level(index + 1, terms.total(), state, is_first, video[done:])
+                continue
+            frames = self.head(terms, state.windows, keep=False).total()
+            video[done : done + len(frames)].copy_(frames)
+            done += len(frames)
+        return done
+
+    def _in_bands(self, x: Tensor, state: VaeDecoderState, is_start: bool, video: Tensor) -> int:
+        """The same from the first level of the bands on, a band of rows after the other."""
+        assert state.bands is not None
+        frames = 0
+        for entered in state.bands.bands:
+            terms, seen = Terms(x), Rows.around(0, x.shape[1], 0, x.shape[1])
+            for level, rows in zip(self.levels[state.bands.first :], entered, strict=False):
+                windows = state.band_windows(rows)
+                terms = level(Terms(terms.total()[:, rows.part_of(seen)].contiguous()), windows, is_start)
+                seen = rows.enlarged()
+            rows = entered[-1]
+            part = terms.total()[:, rows.part_of(seen)].contiguous()
+            picture = self.head(Terms(part), state.band_windows(rows), keep=False).total()
+            frames = len(picture)
+            video[:frames, rows.begin : rows.end].copy_(picture[:, rows.wanted])
+        return frames
+
+
+class Level:
+    """One resolution: where it is not the lowest, pictures are enlarged to it first; then come residual blocks."""
+
+    def __init__(self, upsample: Upsample | None, blocks: list[ResidualBlock]) -> None:
+        self.upsample, self.blocks = upsample, blocks
+
+    @property
+    def shape(self) -> LevelShape:
+        convs = [conv for block in self.blocks for conv in block.convs]
+        if self.upsample is None:
+            return LevelShape([], convs, enlarges=False, reach=0, rate=1)
+        upsample = self.upsample
+        return LevelShape(upsample.convs, convs, enlarges=True, reach=upsample.reach, rate=upsample.rate)
+
+    def __call__(self, terms: Terms, windows: Windows, is_start: bool) -> Terms:
+        if self.upsample is not None:
+            terms = self.upsample(terms.total(), windows, is_start)
+            windows = windows.enlarged()
+        for block in self.blocks:
+            terms = block(terms, windows)
+        return terms
 
 
 class Upsample:
@@ -175,6 +200,8 @@ class Upsample:
     The frame of a stream's first latent passes the ``time_conv`` by and leaves no trace in its window, so the second
     one finds zeros for a past.
     """
+
+    reach = 1  # rows that the 3x3 convolution sees above and below a pixel
 
     def __init__(self, name: str, weights: VaeWeights) -> None:
         has_time = f"{name}.time_conv.weight" in weights
@@ -190,23 +217,27 @@ class Upsample:
     def convs(self) -> list[CausalConv]:
         return [] if self._time is None else [self._time]
 
-    def __call__(self, x: Tensor, windows: Windows, is_start: bool) -> Tensor:
+    def __call__(self, x: Tensor, windows: Windows, is_start: bool) -> Terms:
         frames, height, width, channels = x.shape
         single = frames if self._time is None else int(is_start)
         grown = x.new_empty(single + self.rate * (frames - single), 2 * height, 2 * width, channels)
         if single:
-            _enlarge(x[:single, None], grown[:single])
+            _enlarge(x[:single, None], None, grown[:single])
         if self._time is not None and frames > single:
-            window = windows[self._time.name]
-            window.write(x[single:])
+            made = self._time.of(x[single:], windows)
             # The first half of the channels is the earlier frame of a pair.
-            pairs = self._time(window, frames - single).view(frames - single, height, width, self.rate, channels)
-            _enlarge(pairs.permute(0, 3, 1, 2, 4), grown[single:])
+            pairs = made.x.view(frames - single, height, width, self.rate, channels).permute(0, 3, 1, 2, 4)
+            bias = self._time.bias.view(self.rate, 1, 1, 1, 1, channels)
+            _enlarge(pairs, bias, grown[single:])
         return spatial_conv(grown, *self._space, padding=1)
 
 
-def _enlarge(source: Tensor, out: Tensor) -> None:
-    """``source [T, n, H, W, C]``, every pixel doubled each way, into ``out [T*n, 2H, 2W, C]`` in one copy."""
+def _enlarge(source: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``source [T, n, H, W, C]``, every pixel doubled each way, into ``out [T*n, 2H, 2W, C]`` in one pass."""
     frames, group, height, width, channels = source.shape
     pixels = out.view(frames, group, height, 2, width, 2, channels)
-    pixels.copy_(source[:, :, :, None, :, None, :].expand_as(pixels))
+    doubled = source[:, :, :, None, :, None, :].expand_as(pixels)
+    if bias is None:
+        pixels.copy_(doubled)
+    else:
+        torch.add(doubled, bias, out=pixels)

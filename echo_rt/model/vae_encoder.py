@@ -16,14 +16,14 @@ from echo_rt.config import VaeConfig
 from echo_rt.errors import ConfigError
 from echo_rt.model.vae_layers import (
     CausalConv,
-    CausalWindow,
     Middle,
     NormConv,
     ResidualBlock,
+    Terms,
     VaeWeights,
-    Windows,
     spatial_conv,
 )
+from echo_rt.model.vae_windows import StreamWindows, Windows, WindowSize
 from echo_rt.ops import load_ops
 from echo_rt.weights.shapes import vae_encoder_shapes
 
@@ -100,13 +100,13 @@ class VaeEncoder:
             latents[index] = self._encode_group(video[start : start + group], windows, is_start=False)
         return latents
 
-    def _new_windows(self, height: int, width: int) -> Windows:
-        windows: dict[str, CausalWindow] = {}
+    def _new_windows(self, height: int, width: int) -> StreamWindows:
+        sizes: list[WindowSize] = []
         frames = self.config.temporal_stride
 
         def add(convs: Sequence[CausalConv]) -> None:
             for conv in convs:
-                windows[conv.name] = CausalWindow(conv.past, frames, height, width, conv.channels, self._weights)
+                sizes.append(WindowSize(conv.name, conv.past, frames, height, height, width, conv.channels))
 
         add([self._input])
         for blocks, downsample in self._levels:
@@ -117,20 +117,18 @@ class VaeEncoder:
                 add(downsample.convs)
                 frames //= downsample.rate
         add([*self._middle.convs, self._head.conv])
-        return windows
+        return StreamWindows(sizes, device=self._weights.device, dtype=self._weights.dtype)
 
     def _encode_group(self, video: Tensor, windows: Windows, *, is_start: bool) -> Tensor:
         """One latent ``[z, h, w]`` of the first frame, or of one group of frames."""
-        window = windows[self._input.name]
-        window.write(video.permute(0, 2, 3, 1))
-        x = self._input(window, len(video))
+        x = self._input.of(video.permute(0, 2, 3, 1), windows)
         for blocks, downsample in self._levels:
             for block in blocks:
                 x = block(x, windows)
             if downsample is not None:
                 x = downsample(x, windows, is_start)
-        x = self._head(self._middle(x, windows), windows)
-        mean = functional.linear(x.float(), *self._pack)
+        x = self._head(self._middle(x, windows), windows, keep=False)
+        mean = functional.linear(x.total().float(), *self._pack)
         return ((mean - self._latents_mean) / self._latents_std).squeeze(0).permute(2, 0, 1)
 
 
@@ -154,14 +152,15 @@ class Downsample:
     def convs(self) -> list[CausalConv]:
         return [] if self._time is None else [self._time]
 
-    def __call__(self, x: Tensor, windows: Windows, is_start: bool) -> Tensor:
-        padded = functional.pad(x, (0, 0, 0, 1, 0, 1))  # one column on the right, one row at the bottom
+    def __call__(self, terms: Terms, windows: Windows, is_start: bool) -> Terms:
+        padded = functional.pad(terms.total(), (0, 0, 0, 1, 0, 1))  # one column on the right, one row at the bottom
         x = spatial_conv(padded, *self._space, stride=2)
         if self._time is None:
             return x
-        window = windows[self._time.name]
-        window.write(x)
-        if is_start:
-            window.advance(len(x))
-            return x
-        return self._time(window, len(x))
+        if not is_start:
+            return self._time.of(x.total(), windows)
+        first = x.total()
+        window = windows.open(self._time.name, len(first))
+        window.write(first)
+        windows.close(self._time.name, window)
+        return Terms(first)

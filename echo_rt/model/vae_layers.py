@@ -1,14 +1,18 @@
 """What the VAE's encoder and decoder are made of.
 
-Activations are channels-last ``[frames, height, width, channels]``, contiguous. Every convolution that looks back
-in time reads a :class:`CausalWindow`: the frames it still has to remember, followed by room for the new ones. What
-comes before it writes straight into that room, so history is never concatenated, padded or cloned.
+Activations are channels-last ``[frames, height, width, channels]``, contiguous. Every convolution that looks back in
+time reads a window (:mod:`echo_rt.model.vae_windows`): the frames it still has to remember, followed by the new ones.
+What comes before it writes straight into the window, so history is never concatenated, padded or cloned.
+
+A convolution leaves its bias, and a residual block its sum, to whoever reads the result next (:class:`Terms`): the
+kernel before the next convolution reads it anyway, and adding there saves passes over device memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +20,7 @@ from torch.nn import functional
 
 from echo_rt.device import placed
 from echo_rt.errors import WeightsError
+from echo_rt.model.vae_windows import Windows
 from echo_rt.ops import Ops
 from echo_rt.weights.shapes import Shapes
 
@@ -48,10 +53,11 @@ class VaeWeights:
         return name in self._tensors
 
     def convolution(self, name: str) -> tuple[Tensor, Tensor]:
-        """Weight, channels-last, and bias of a 2-D or 3-D convolution."""
+        """Weight, channels-last, of a 2-D or 3-D convolution, and its bias, which is always float32."""
         weight = self._tensors[f"{name}.weight"].to(self.device, self.dtype)
         layout = torch.channels_last_3d if weight.dim() == 5 else torch.channels_last
-        return weight.contiguous(memory_format=layout), self._tensors[f"{name}.bias"].to(self.device, self.dtype)
+        bias = placed(self._tensors[f"{name}.bias"], self.device, torch.float32)
+        return weight.contiguous(memory_format=layout), bias
 
     def pointwise(self, name: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Weight ``[out, in]`` and bias of a convolution whose kernel is a single point: a matrix product."""
@@ -64,36 +70,20 @@ class VaeWeights:
         return placed(self._tensors[f"{name}.gamma"].flatten(), self.device, torch.float32)
 
 
-class CausalWindow:
-    """Input of one causal convolution: ``frames [past + capacity, H, W, C]``, its first ``past`` frames remembered.
+@dataclass(frozen=True)
+class Terms:
+    """A sum that is still to be formed: ``x [T, H, W, C]`` plus a float32 ``bias [C]`` plus a ``residual`` like x."""
 
-    The memory never moves: kernels and captured graphs may keep its address.
-    """
+    x: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
 
-    def __init__(self, past: int, capacity: int, height: int, width: int, channels: int, like: VaeWeights) -> None:
-        self.past = past
-        self.frames = torch.zeros(past + capacity, height, width, channels, device=like.device, dtype=like.dtype)
-
-    @property
-    def history(self) -> Tensor:
-        """The remembered frames, ``[past, H, W, C]``, a view."""
-        return self.frames[: self.past]
-
-    def write(self, x: Tensor) -> None:
-        """Puts new frames ``[T, H, W, C]`` after the remembered ones."""
-        self.frames[self.past : self.past + len(x)].copy_(x)
-
-    def advance(self, new: int) -> None:
-        """Makes the last of ``past + new`` frames the remembered ones."""
-        if new >= self.past:
-            self.history.copy_(self.frames[new : new + self.past])
-            return
-        # Source and target overlap: frame by frame, each one is read before it is overwritten.
-        for frame in range(self.past):
-            self.frames[frame].copy_(self.frames[frame + new])
-
-
-Windows = Mapping[str, CausalWindow]
+    def total(self) -> Tensor:
+        """The sum, in place of ``x``."""
+        for term in (self.bias, self.residual):
+            if term is not None:
+                self.x.add_(term)
+        return self.x
 
 
 class CausalConv:
@@ -109,13 +99,25 @@ class CausalConv:
         self.past = self.weight.shape[2] - stride
         self.padding = (0, self.weight.shape[3] // 2, self.weight.shape[4] // 2)
 
-    def __call__(self, window: CausalWindow, new: int) -> Tensor:
-        """Convolves the ``new`` frames in ``window`` and moves it on; gives ``[new // stride, H, W, out]``."""
+    @property
+    def reach(self) -> int:
+        """How many rows above and below a pixel it sees."""
+        return self.padding[1]
+
+    def __call__(self, frames: Tensor) -> Terms:
+        """Convolves ``frames [past + T, H, W, C]`` to ``[T // stride, H, W, out]``."""
         # A view: channels-last frames are channels_last_3d memory, so no layout changes hands.
-        video = window.frames[: self.past + new].permute(3, 0, 1, 2).unsqueeze(0)
-        out = functional.conv3d(video, self.weight, self.bias, (self.stride, 1, 1), self.padding)
-        window.advance(new)
-        return out.squeeze(0).permute(1, 2, 3, 0).contiguous()
+        video = frames.permute(3, 0, 1, 2).unsqueeze(0)
+        out = functional.conv3d(video, self.weight, None, (self.stride, 1, 1), self.padding)
+        return Terms(out.squeeze(0).permute(1, 2, 3, 0).contiguous(), self.bias)
+
+    def of(self, x: Tensor, windows: Windows) -> Terms:
+        """Convolves the past and the new frames ``x [T, H, W, C]``, which no kernel has put in the window."""
+        window = windows.open(self.name, len(x))
+        window.write(x)
+        out = self(window.frames)
+        windows.close(self.name, window)
+        return out
 
 
 class NormConv:
@@ -126,10 +128,15 @@ class NormConv:
         self._gamma = weights.gamma(norm)
         self.conv = CausalConv(conv, weights)
 
-    def __call__(self, x: Tensor, windows: Windows) -> Tensor:
-        window = windows[self.conv.name]
-        self._ops.rms_silu_window(x, self._gamma, window.frames, window.past)
-        return self.conv(window, len(x))
+    def __call__(self, terms: Terms, windows: Windows, *, keep: bool) -> Terms:
+        """``keep``: form the sum of ``terms`` in place of its ``x``, for others to read."""
+        x, bias, residual = terms.x, terms.bias, terms.residual
+        window = windows.open(self.conv.name, len(x))
+        summed = keep and not (bias is None and residual is None)
+        self._ops.rms_silu_window(x, bias, residual, self._gamma, window.frames, window.history, summed)
+        out = self.conv(window.frames)
+        windows.close(self.conv.name, window)
+        return out
 
 
 class ResidualBlock:
@@ -145,9 +152,12 @@ class ResidualBlock:
     def convs(self) -> list[CausalConv]:
         return [self._first.conv, self._second.conv]
 
-    def __call__(self, x: Tensor, windows: Windows) -> Tensor:
-        out = self._second(self._first(x, windows), windows)
-        return out.add_(x if self._shortcut is None else functional.linear(x, *self._shortcut))
+    def __call__(self, terms: Terms, windows: Windows) -> Terms:
+        inner = self._first(terms, windows, keep=True)
+        x = terms.x
+        outer = self._second(inner, windows, keep=False)
+        residual = x if self._shortcut is None else functional.linear(x, *self._shortcut)
+        return Terms(outer.x, outer.bias, residual)
 
 
 class FrameAttention:
@@ -158,12 +168,13 @@ class FrameAttention:
         self._qkv = weights.pointwise(f"{name}.to_qkv")
         self._projection = weights.pointwise(f"{name}.proj")
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, terms: Terms) -> Terms:
+        x = terms.total()
         frames, height, width, channels = x.shape
         normed = rms_norm(x, self._gamma).view(frames, 1, height * width, channels)
         q, k, v = functional.linear(normed, *self._qkv).chunk(3, dim=-1)
         attended = functional.scaled_dot_product_attention(q, k, v)
-        return functional.linear(attended.reshape(x.shape), *self._projection).add_(x)
+        return Terms(functional.linear(attended.reshape(x.shape), *self._projection), residual=x)
 
 
 class Middle:
@@ -178,8 +189,8 @@ class Middle:
     def convs(self) -> list[CausalConv]:
         return self._before.convs + self._after.convs
 
-    def __call__(self, x: Tensor, windows: Windows) -> Tensor:
-        return self._after(self._attention(self._before(x, windows)), windows)
+    def __call__(self, terms: Terms, windows: Windows) -> Terms:
+        return self._after(self._attention(self._before(terms, windows)), windows)
 
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
@@ -190,7 +201,7 @@ def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     return normed.to(x.dtype)
 
 
-def spatial_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+def spatial_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> Terms:
     """A 2-D convolution of channels-last frames ``[T, H, W, C]``, frame by frame."""
-    out = functional.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding)
-    return out.permute(0, 2, 3, 1).contiguous()
+    out = functional.conv2d(x.permute(0, 3, 1, 2), weight, None, stride, padding)
+    return Terms(out.permute(0, 2, 3, 1).contiguous(), bias)

@@ -83,7 +83,7 @@ class Vae:
         return self
 
     def prepare_cache(self) -> Any:
-        return self.decoder.new_state(2, 2, max_latents=1)
+        return self.decoder.new_state(2, 2, latents=1)
 
     def decode(self, latents: Tensor, cache: Any) -> Tensor:
         self.calls += 1

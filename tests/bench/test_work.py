@@ -10,7 +10,7 @@ import torch
 from op_inputs import OPS, variants
 from work import memory_update_work, work_of
 
-from echo_rt.bench.model_sizes import RELEASED, TINY, decoder_levels
+from echo_rt.bench.model_sizes import RELEASED, decoder_norms
 from echo_rt.errors import ConfigError
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "kernels.md").read_text(encoding="utf-8")
@@ -75,41 +75,23 @@ def test_bytes_of_a_block() -> None:
 
 
 def test_levels_of_the_decoder() -> None:
-    by_pixels: dict[int, float] = {}
-    for level in decoder_levels(RELEASED):
-        blocks = level.calls * RELEASED.config.window.frames_per_block
-        moved = blocks * 2 * level.frames * level.height * level.width * level.channels * 2
-        by_pixels[level.height] = by_pixels.get(level.height, 0.0) + moved / 1e9
+    by_height: dict[int, float] = {}
+    for variant in variants("rms_silu_window", RELEASED):
+        moved = work_of(variant.op, variant.arguments(torch.bfloat16, META)).bytes
+        height = variant.sizes.vae[1]
+        by_height[height] = by_height.get(height, 0.0) + variant.calls * moved / 1e9
     documented = [float(cells[4].split()[0]) for cells in rows_of("Bytes of a call") if cells[4].endswith("GB")]
-    assert list(by_pixels.values()) == pytest.approx(documented, abs=0.0051)
-    # As many norms as the decoder itself has.
-    from echo_rt.model.vae_decoder import VaeDecoder
-    from echo_rt.ops import load_ops
-    from echo_rt.weights.shapes import vae_decoder_shapes
+    assert list(by_height.values()) == pytest.approx(documented, abs=0.0051)
 
-    weights = {name: torch.ones(shape) for name, shape in vae_decoder_shapes(TINY.vae).items()}
-    calls: list[tuple[int, ...]] = []
 
-    class Counted:
-        name = "torch"
-
-        @staticmethod
-        def rms_silu_window(x: torch.Tensor, *rest: object) -> None:
-            calls.append(tuple(x.shape))
-            load_ops("torch").rms_silu_window(x, *rest)
-
-    decoder = VaeDecoder(TINY.vae, weights, Counted(), device="cpu", dtype=torch.float32)
-    channels, height, width = TINY.config.latent_shape
-    state = decoder.new_state(height, width, max_latents=1)
-    for _ in range(2):  # the second latent is in the steady state
-        calls.clear()
-        decoder.decode(torch.zeros(1, channels, height, width), state)
-    expected = [
-        (level.frames, level.height, level.width, level.channels)
-        for level in decoder_levels(TINY)
-        for _ in range(level.calls)
-    ]
-    assert sorted(calls) == sorted(expected)
+def test_norms_are_those_of_the_decoder() -> None:
+    norms = decoder_norms(RELEASED)
+    levels = {norm.height: norm.frames for norm in norms}
+    assert levels == {60: 3, 120: 6, 240: 12, 480: 4}
+    # Two a residual block and one of the head; all but the head's first keep their sum, or have none to keep.
+    assert sum(norm.calls for norm in norms) == 2 * (2 + 3 + 3 + 3) + 3 * (2 * 3 + 1)
+    assert sum(norm.calls for norm in norms if norm.residual and not norm.keep) == 3
+    assert sum(norm.calls for norm in norms if norm.keep) == (2 + 3 + 3 + 3) + 3 * 3
 
 
 def test_the_memory_update_is_what_the_specification_counts() -> None:

@@ -269,12 +269,18 @@ cudaError_t rms_silu_window() {
   return for_types([](const Sizes& s, Tensors& t, ScalarType type) {
     for (const int64_t channels : {s.dim(), int64_t{1030}}) {
       echo::RmsSiluWindowParams p;
+      p.past = 2;
       p.x = t.zeros(type, s.rows() * channels);
+      p.bias = t.zeros<float>(channels);
+      p.residual = t.zeros(type, s.rows() * channels);
       p.gamma = t.zeros<float>(channels);
-      p.window = t.zeros(type, s.rows() * channels);
+      p.window = t.zeros(type, (p.past * s.tokens + s.rows()) * channels);
+      p.history = t.zeros(type, p.past * s.tokens * channels);
       p.dtype = type;
-      p.pixels = s.rows() + spare;
+      p.frames = s.frames;
+      p.frame_pixels = s.tokens + spare;
       p.channels = channels;
+      p.keep = true;
       if (const cudaError_t error = launch_rms_silu_window(p, nullptr); error != cudaSuccess) return error;
     }
     return cudaSuccess;

@@ -55,8 +55,8 @@ class Golden(Bundle):
         self.decoder = make_decoder(self.config, self.weights)
         self.at_once = self.decoder.decode(self.latents, self.state(len(self.latents)))
 
-    def state(self, max_latents: int) -> VaeDecoderState:
-        return self.decoder.new_state(*self.latents.shape[2:], max_latents)
+    def state(self, latents: int, frames_at_full: int | None = None) -> VaeDecoderState:
+        return self.decoder.new_state(*self.latents.shape[2:], latents, frames_at_full=frames_at_full)
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +86,24 @@ def test_naive_decoder_is_the_golden_one(golden: Golden) -> None:
     assert relative_error(video, golden.video[: len(video)]) < FLOAT32_ROUNDING
 
 
+@pytest.mark.parametrize("frames_at_full", [1, 4, 5, 28])
 @pytest.mark.parametrize(
-    ("groups", "max_latents"),
-    [((1,) * 7, 1), ((2, 2, 2, 1), 2), ((3, 3, 1), 3), ((5, 2), 5), ((1, 3, 2, 1), 3), ((2, 5), 3)],
+    ("groups", "latents"),
+    [((1,) * 7, 1), ((2, 2, 2, 1), 2), ((3, 3, 1), 3), ((5, 2), 5), ((1, 3, 2, 1), 3), ((2, 5), 3), ((7,), 7)],
     ids=str,
 )
-def test_grouping_does_not_show(golden: Golden, groups: tuple[int, ...], max_latents: int) -> None:
-    state = golden.state(max_latents)
+def test_grouping_does_not_show(golden: Golden, groups: tuple[int, ...], latents: int, frames_at_full: int) -> None:
+    state = golden.state(latents, frames_at_full)
     video = decode_in(groups, golden.latents, golden.decoder, state)
     assert state.latents_seen == 7
     assert relative_error(video, golden.at_once) < FLOAT32_ROUNDING
     assert relative_error(video, golden.video) < FLOAT32_ROUNDING
+
+
+def test_memory_hardly_grows_with_the_latents_of_a_call(golden: Golden) -> None:
+    one, block, many = (golden.decoder.new_state(12, 20, latents).nbytes for latents in (1, 3, 300))
+    assert one < block < many < 1.4 * one
+    assert golden.decoder.new_state(12, 20, 3, frames_at_full=12).nbytes > block
 
 
 @pytest.mark.parametrize("options", OTHER_CONFIGS.values(), ids=OTHER_CONFIGS.keys())
@@ -106,15 +113,15 @@ def test_other_configurations(options: dict[str, object]) -> None:
     expected = NaiveVae(config, weights).decode(latents).permute(0, 2, 3, 1)
     assert len(expected) == config.video_frames(len(latents))
     decoder = make_decoder(config, weights)
-    for groups, max_latents in (((6,), 6), ((1, 1, 2, 2), 2), ((2, 3, 1), 2)):
-        video = decode_in(groups, latents, decoder, decoder.new_state(3, 2, max_latents))
-        assert relative_error(video, expected) < FLOAT32_ROUNDING, (groups, max_latents)
+    for groups, most, full in (((6,), 6, 48), ((6,), 6, 1), ((1, 1, 2, 2), 2, None), ((2, 3, 1), 2, 2)):
+        video = decode_in(groups, latents, decoder, decoder.new_state(3, 2, most, frames_at_full=full))
+        assert relative_error(video, expected) < FLOAT32_ROUNDING, (groups, most, full)
 
 
 def test_frames_of_each_call() -> None:
     config = tiny_config(dim_mult=(1, 1, 1), temporal_downsample=(True, True), num_res_blocks=1)
     decoder = make_decoder(config, random_weights(vae_decoder_shapes(config)))
-    state = decoder.new_state(3, 2, max_latents=3)
+    state = decoder.new_state(3, 2, 3)
     counts = [len(decoder.decode(random_latents(config, n), state)) for n in (2, 1, 3, 4)]
     assert counts == [5, 4, 12, 16]
 
@@ -179,18 +186,19 @@ def test_state_is_the_two_past_frames_of_each_window(golden: Golden) -> None:
         if name.endswith(".weight") and len(shape) == 5 and shape[2] == 3
     }
     assert set(state.tensors()) == causal
-    for name, tensor in state.tensors().items():
+    for tensor in state.tensors().values():
         assert tensor.shape[0] == 2 and tensor.is_contiguous()
-        assert tensor.data_ptr() == state.windows[name].frames.data_ptr(), name
-    # The last convolution works at full resolution, on four frames for each latent.
-    assert state.windows["decoder.head.2"].frames.shape == (2 + 3 * 4, 48, 80, 8)
+    # The last convolution works at full resolution, on four frames at once.
+    assert state.tensors()["decoder.head.2"].shape == (2, 48, 80, 8)
+    # The resolution below takes all the frames of three latents at once, and its windows are the largest.
+    assert state.windows.room.numel() == (2 + 3 * 4) * 24 * 40 * 16
 
 
 def test_addresses_never_change(golden: Golden) -> None:
     state = golden.state(2)
 
     def addresses() -> dict[str, int]:
-        return {name: tensor.data_ptr() for name, tensor in state.tensors().items()}
+        return {name: tensor.data_ptr() for name, tensor in state.buffers().items()}
 
     before = addresses()
     for part in golden.latents.split([1, 3, 2, 1]):
@@ -227,10 +235,10 @@ def test_latents_of_another_size_are_refused(golden: Golden, shape: tuple[int, .
     assert state.latents_seen == 0
 
 
-@pytest.mark.parametrize("sizes", [(0, 10, 1), (6, 0, 1), (6, 10, 0)], ids=str)
-def test_an_empty_state_is_refused(golden: Golden, sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("sizes", [(0, 10, 1, 4), (6, 0, 1, 4), (6, 10, 0, 4), (6, 10, 1, 0)], ids=str)
+def test_an_empty_state_is_refused(golden: Golden, sizes: tuple[int, int, int, int]) -> None:
     with pytest.raises(ConfigError, match="at least 1, got 0"):
-        golden.decoder.new_state(*sizes)
+        golden.decoder.new_state(*sizes[:3], frames_at_full=sizes[3])
 
 
 def test_weights_are_checked(golden: Golden) -> None:

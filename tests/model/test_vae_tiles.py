@@ -1,0 +1,106 @@
+"""A decoder that takes the high resolutions in bands of rows makes the same video in less memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from closeness import relative_error
+from naive_vae import Bundle, random_weights, tiny_config
+from torch import Tensor
+
+from echo_rt.config import VaeConfig
+from echo_rt.errors import ConfigError
+from echo_rt.model.vae_decoder import VaeDecoder
+from echo_rt.ops import load_ops
+from echo_rt.weights.shapes import vae_decoder_shapes
+
+# Two summation orders of the same float32 convolutions.
+FLOAT32_ROUNDING = 1e-5
+
+
+def make_decoder(
+    config: VaeConfig, weights: dict[str, Tensor], tiles: int, dtype: torch.dtype = torch.float32
+) -> VaeDecoder:
+    return VaeDecoder(config, weights, load_ops("torch"), device="cpu", dtype=dtype, tiles=tiles)
+
+
+def decode(decoder: VaeDecoder, latents: Tensor, groups: tuple[int, ...], most: int) -> Tensor:
+    state = decoder.new_state(*latents.shape[2:], most)
+    return torch.cat([decoder.decode(part, state) for part in latents.split(list(groups))])
+
+
+@pytest.fixture(scope="module")
+def golden(golden_dir: Path) -> Bundle:
+    return Bundle(golden_dir / "vae")
+
+
+@pytest.mark.parametrize("groups", [(7,), (1, 3, 3), (2, 1, 1, 3)], ids=str)
+def test_golden_bundle_in_tiles(golden: Bundle, groups: tuple[int, ...]) -> None:
+    video = decode(make_decoder(golden.config, golden.weights, 2), golden.inputs["latents"], groups, 3)
+    expected = golden.expected["video"].permute(0, 2, 3, 1)
+    assert relative_error(video, expected) < FLOAT32_ROUNDING
+    # The two rows at the border are as good as any.
+    middle = expected.shape[1] // 2
+    border = slice(middle - 1, middle + 1)
+    assert relative_error(video[:, border], expected[:, border]) < FLOAT32_ROUNDING
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dim_mult": (1, 1, 2), "temporal_downsample": (True, False), "num_res_blocks": 1},
+        {"dim_mult": (1, 2, 2), "temporal_downsample": (False, True), "num_res_blocks": 1},
+        {"dim_mult": (1, 2), "temporal_downsample": (True,), "num_res_blocks": 1},
+        {"dim_mult": (1, 1, 1, 1), "temporal_downsample": (True, True, True), "num_res_blocks": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [14, 17])
+def test_any_number_of_tiles(options: dict[str, object], rows: int) -> None:
+    config = tiny_config(**options)
+    weights = random_weights(vae_decoder_shapes(config))
+    latents = torch.randn(5, config.z_dim, rows, 3, generator=torch.Generator().manual_seed(6))
+    expected = decode(make_decoder(config, weights, 1), latents, (5,), 5)
+    for tiles in (2, 3):
+        for groups in ((5,), (1, 2, 2)):
+            video = decode(make_decoder(config, weights, tiles), latents, groups, 2)
+            assert relative_error(video, expected) < FLOAT32_ROUNDING, (tiles, groups)
+            errors = [
+                relative_error(row, other) for row, other in zip(video.unbind(1), expected.unbind(1), strict=True)
+            ]
+            assert max(errors) < 10 * FLOAT32_ROUNDING
+
+
+def test_tiles_take_less_memory(golden: Bundle) -> None:
+    whole, tiled = (make_decoder(golden.config, golden.weights, tiles).new_state(60, 104, 3) for tiles in (1, 4))
+    remembered = sum(tensor.nbytes for tensor in whole.tensors().values())
+    assert sum(tensor.nbytes for tensor in tiled.tensors().values()) == remembered
+    assert tiled.nbytes - remembered < (whole.nbytes - remembered) / 2
+
+
+def test_a_snapshot_in_mid_stream_goes_on_with_other_tiles(golden: Bundle) -> None:
+    latents = golden.inputs["latents"]
+    one, two = (make_decoder(golden.config, golden.weights, tiles) for tiles in (1, 2))
+    state = two.new_state(*latents.shape[2:], 3)
+    first = two.decode(latents[:3], state)
+    other = one.new_state(*latents.shape[2:], 3)
+    for name, tensor in other.tensors().items():
+        tensor.copy_(state.tensors()[name])
+    other.latents_seen = state.latents_seen
+    video = torch.cat((first, one.decode(latents[3:], other)))
+    assert relative_error(video, golden.expected["video"].permute(0, 2, 3, 1)) < FLOAT32_ROUNDING
+
+
+@pytest.mark.parametrize(("tiles", "words"), [(0, "at least 1, got 0"), (3, "expected 1 to 2 for latents 6 rows high")])
+def test_tiles_that_there_are_no_rows_for(golden: Bundle, tiles: int, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_decoder(golden.config, golden.weights, tiles).new_state(6, 10, 1)
+
+
+def test_a_vae_of_one_resolution_has_no_tiles() -> None:
+    config = tiny_config(dim_mult=(2,), temporal_downsample=(), num_res_blocks=1)
+    decoder = make_decoder(config, random_weights(vae_decoder_shapes(config)), 2)
+    with pytest.raises(ConfigError, match="expected 1 for a VAE of one resolution, got 2"):
+        decoder.new_state(6, 10, 1)
