@@ -206,7 +206,7 @@ def main(argv: Sequence[str]) -> int:
     }
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        for stale in ("kernel_times", "block", "golden"):
+        for stale in ("kernel_times", "block", "savings", "golden"):
             for suffix in (".json", ".md"):
                 (options.out / f"{stale}{suffix}").unlink(missing_ok=True)
 

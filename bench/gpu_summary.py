@@ -84,6 +84,13 @@ def _block_notes(results: Mapping[str, Any]) -> list[str]:
     return notes
 
 
+def _savings_notes(results: Mapping[str, Any]) -> list[str]:
+    rows = results["tables"]["Savings"]
+    said = [f"{row['saving']}, {row['what']}: {row['share']:.2%} of a block" for row in rows if not row["problem"]]
+    wrong = [f"{row['saving']}, {row['what']}: {row['problem']}" for row in rows if row["problem"]]
+    return [f"Exact savings at best ({results['clock']}): " + "; ".join(said + wrong) + "."]
+
+
 def _golden_notes(results: Mapping[str, Any]) -> list[str]:
     rows = results["tables"]["Bundles"]
     bad = [f"{row['bundle']} ({row['backend']}, {row['dtype']})" for row in rows if not row["ok"]]
@@ -99,7 +106,8 @@ def write_summary(
 ) -> None:
     """Write summary.json and summary.md into ``out``; ``description`` is the plan, ``facts`` the machine."""
     ok, verdict = _verdict(description, outcomes)
-    kernels, block, golden = (_read(out / f"{name}.json") for name in ("kernel_times", "block", "golden"))
+    names = ("kernel_times", "block", "savings", "golden")
+    kernels, block, savings, golden = (_read(out / f"{name}.json") for name in names)
     notes = [verdict, f"{seconds:.0f} s of {description['budget_s']:.0f} s."]
     if description["device"] == "cpu":
         notes.append("A rehearsal on the CPU with emulated kernels: it shows that the check works, nothing of a GPU.")
@@ -111,6 +119,8 @@ def write_summary(
         notes += _kernel_notes(kernels)
     if block is not None:
         notes += _block_notes(block)
+    if savings is not None:
+        notes += _savings_notes(savings)
     if golden is not None:
         notes += _golden_notes(golden)
     write_results(
