@@ -85,10 +85,16 @@ def _block_notes(results: Mapping[str, Any]) -> list[str]:
 
 
 def _savings_notes(results: Mapping[str, Any]) -> list[str]:
+    """Of each saving the row that saves most."""
     rows = results["tables"]["Savings"]
-    said = [f"{row['saving']}, {row['what']}: {row['share']:.2%} of a block" for row in rows if not row["problem"]]
-    wrong = [f"{row['saving']}, {row['what']}: {row['problem']}" for row in rows if row["problem"]]
-    return [f"Exact savings at best ({results['clock']}): " + "; ".join(said + wrong) + "."]
+    notes = [f"Exact savings: {row['saving']}, {row['what']}: {row['problem']}." for row in rows if row["problem"]]
+    if not results["result"]:
+        return [*notes, "Exact savings: not judged."]
+    best: dict[str, Mapping[str, Any]] = {}
+    for row in sorted((row for row in rows if not row["problem"]), key=lambda row: row["share"]):
+        best[row["saving"]] = row
+    found = "; ".join(f"{saving} {row['share']:.2%} ({row['what']})" for saving, row in best.items())
+    return [*notes, f"Exact savings of a block, at best: {found}."]
 
 
 def _golden_notes(results: Mapping[str, Any]) -> list[str]:

@@ -142,8 +142,11 @@ def test_a_wrong_merge_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(wrong) == 3 and all("merged in by torch" in row.what and "off by" in row.problem for row in wrong)
     assert all(row.saved_ms is None for row in wrong) and not found.passed
     assert not [name for name in found.microseconds if "by torch" in name]
-    notes = _savings_notes({"clock": "c", "tables": {"Savings": [vars(row) for row in found.rows]}})
-    assert "off by" in notes[0] and "sum of its parts: " in notes[0]
+    results = {"result": True, "tables": {"Savings": [vars(row) for row in found.rows]}}
+    *wrong_notes, best = _savings_notes(results)
+    assert len(wrong_notes) == 3 and all("off by" in note for note in wrong_notes)
+    assert all(f"{saving} " in best for saving in (MERGED, COLLAPSED, CUT_SHORT))
+    assert _savings_notes({**results, "result": False})[-1] == "Exact savings: not judged."
 
 
 def test_what_cannot_be_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
