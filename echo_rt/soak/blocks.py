@@ -24,7 +24,6 @@ from echo_rt.soak.watch import Stop, Watcher
 from echo_rt.stream import Stream
 
 EVIDENCE_FOLDER = "evidence"
-_SECONDS_OF_AN_HOUR = 3600.0
 
 
 class BlockLoop:
@@ -89,14 +88,14 @@ class BlockLoop:
         with self._begin(snapshot) as stream:
             self._began = time.monotonic()
             interval = self._interval(checker)
-            self.finished = self._is_full(block)
+            self.finished = config.is_over(block, self._elapsed)
             while not self.finished and self.failure is None and self._stop.request is None:
                 began = time.monotonic()
                 chunk = self._next(stream)
                 if chunk is None:
                     break
                 self._count(interval, chunk, time.monotonic() - began, stream.rollbacks)
-                self.finished = self._is_full(checker.block)
+                self.finished = config.is_over(checker.block, self._elapsed)
                 due = config.snapshot_every is not None and checker.block % config.snapshot_every == 0
                 if due or self.finished or interval.seconds >= config.interval:
                     self._write(interval)
@@ -117,12 +116,6 @@ class BlockLoop:
             return self._runtime.resume(snapshot, guard=self._guard)
         first = self._embeds[self._config.prompt_of(0)]
         return self._runtime.stream(prompt_embeds=first, seed=self._config.seed, guard=self._guard)
-
-    def _is_full(self, block: int) -> bool:
-        if self._config.blocks is not None:
-            return block >= self._config.blocks
-        assert self._config.hours is not None
-        return self._elapsed >= self._config.hours * _SECONDS_OF_AN_HOUR
 
     def _interval(self, checker: Checker) -> Interval:
         zscore = self._limits.latency_zscore

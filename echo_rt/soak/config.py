@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from echo_rt.output.part_file import reason, write_whole
 
 MANIFEST_FILE = "soak.json"
 _FORMAT = 1
+_SECONDS_OF_AN_HOUR = 3600.0
 _LONGEST_INTERVAL = 3600.0  # what is gathered for a line is bounded by the length of its interval
 
 # A limit, "auto" for the default of the device that the soak runs on, None for no promise.
@@ -49,8 +51,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         _whole("warmup_blocks", self.warmup_blocks, least=0)
-        for name in ("device_growth", "host_slope", "host_slack", "outliers", "drift"):
-            _number(name, getattr(self, name), least=0.0, optional=name not in ("host_slack", "outliers"))
+        for name in ("device_growth", "host_slope", "host_slack", "drift"):
+            _number(name, getattr(self, name), least=0.0, optional=name != "host_slack")
+        _number("outliers", self.outliers, least=0.0, most=1.0)
         for name in _ON_A_GPU:
             value = getattr(self, name)
             if value != "auto":
@@ -118,15 +121,15 @@ class SoakConfig:
         _number("interval", self.interval, least=0.0)
         _number("block_seconds", self.block_seconds, least=0.0, optional=True)
         if not isinstance(self.roll_back, bool):
-            raise ConfigError(f"soak: roll_back must be true or false, got {self.roll_back!r}")
+            raise ConfigError(f"soak: --roll-back must be true or false, got {self.roll_back!r}")
         if not 0 < self.interval <= _LONGEST_INTERVAL:
-            raise ConfigError(f"soak: interval must be in 0..{_LONGEST_INTERVAL:g} seconds, got {self.interval:g}")
+            raise ConfigError(f"soak: --interval must be in 0..{_LONGEST_INTERVAL:g} seconds, got {self.interval:g}")
         if not self.prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in self.prompts):
-            raise ConfigError(f"soak: expected one or more prompts with text, got {list(self.prompts)!r}")
+            raise ConfigError(f"soak: --prompt: expected one or more with text, got {list(self.prompts)!r}")
         if (len(self.prompts) > 1) != (self.switch_every is not None):
             raise ConfigError(
-                "soak: several prompts and the number of blocks after which they switch belong together; "
-                f"got {len(self.prompts)} prompts and switch_every {self.switch_every}"
+                "soak: expected --switch-every N exactly where there are several --prompt; "
+                f"got {len(self.prompts)} of them and --switch-every {self.switch_every or 'left out'}"
             )
         check_seed(self.seed)
         check_overrides(self.overrides, "soak: overrides")
@@ -137,6 +140,13 @@ class SoakConfig:
     def folder(self) -> Path:
         """``out`` as a path."""
         return Path(self.out)
+
+    def is_over(self, block: int, elapsed: float) -> bool:
+        """Whether it has its length when ``block`` blocks were made in ``elapsed`` seconds."""
+        if self.blocks is not None:
+            return block >= self.blocks
+        assert self.hours is not None
+        return elapsed >= self.hours * _SECONDS_OF_AN_HOUR
 
     def prompt_of(self, block: int) -> int:
         """Which of the prompts ``block`` shows."""
@@ -159,17 +169,25 @@ class SoakConfig:
         return plain
 
 
-def check_manifest(config: SoakConfig) -> bool:
-    """Whether ``out`` holds the manifest of this very soak; False where it holds none.
+class Begun(Enum):
+    """What ``out`` holds of a soak: nothing; its manifest; that of the same soak, which was to end earlier."""
 
-    :class:`ConfigError` where it is of another soak, naming what differs, or cannot be read.
+    NOT = "not begun"
+    SAME = "begun"
+    SHORTER = "begun, shorter"
+
+
+def check_manifest(config: SoakConfig) -> Begun:
+    """What has been begun in ``out``.
+
+    :class:`ConfigError` where it is another soak, naming what differs, or cannot be read.
     """
     path = config.folder / MANIFEST_FILE
     facts = config.facts()
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        return False
+        return Begun.NOT
     except (OSError, UnicodeDecodeError) as error:
         problem = reason(error) if isinstance(error, OSError) else str(error)
         raise ConfigError(f"{path}: expected the manifest of a soak, cannot read it: {problem}") from None
@@ -178,10 +196,16 @@ def check_manifest(config: SoakConfig) -> bool:
         different = sorted(name for name in {*there, *facts} if there.get(name) != facts.get(name))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path}: expected the manifest of a soak, came something else; name another --out") from None
+    if different in (["blocks"], ["hours"]) and _exceeds(facts[different[0]], there.get(different[0])):
+        return Begun.SHORTER
     if different:
         listed = "; ".join(f"{n} was {there.get(n)!r} and is {facts.get(n)!r}" for n in different)
         raise ConfigError(f"{config.out}: holds another soak, name another --out: {listed}")
-    return True
+    return Begun.SAME
+
+
+def _exceeds(length: object, before: object) -> bool:
+    return isinstance(length, (int, float)) and isinstance(before, (int, float)) and length > before
 
 
 def write_manifest(config: SoakConfig, version: str) -> None:
@@ -190,14 +214,20 @@ def write_manifest(config: SoakConfig, version: str) -> None:
     write_whole(config.folder / MANIFEST_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def _option(name: str) -> str:
+    """As a user of the command line knows it."""
+    return f"--{name.replace('_', '-')}"
+
+
 def _whole(name: str, value: object, *, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"soak: {name} must be an integer of {least} or more, got {value!r}")
+        raise ConfigError(f"soak: {_option(name)} must be an integer of {least} or more, got {value!r}")
 
 
-def _number(name: str, value: object, *, least: float, optional: bool = False) -> None:
+def _number(name: str, value: object, *, least: float, most: float = math.inf, optional: bool = False) -> None:
     if value is None and optional:
         return
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or value < least:  # type: ignore[arg-type, operator]
-        raise ConfigError(f"soak: {name} must be a number of {least:g} or more, got {value!r}")
+    if not real or not math.isfinite(value) or not least <= value <= most:  # type: ignore[arg-type, operator]
+        expected = f"of {least:g} or more" if most == math.inf else f"in {least:g}..{most:g}"
+        raise ConfigError(f"soak: {_option(name)} must be a number {expected}, got {value!r}")

@@ -19,7 +19,7 @@ from echo_rt.prompts import load_prompt_embeds, save_prompt_embeds
 from echo_rt.runtime import Runtime
 from echo_rt.snapshot_keeper import SnapshotKeeper, latest_snapshot, snapshot_files
 from echo_rt.soak.blocks import EVIDENCE_FOLDER, BlockLoop
-from echo_rt.soak.config import MANIFEST_FILE, Limits, SoakConfig, check_manifest, write_manifest
+from echo_rt.soak.config import MANIFEST_FILE, Begun, Limits, SoakConfig, check_manifest, write_manifest
 from echo_rt.soak.gpu import gpu_health
 from echo_rt.soak.journal import Journal, Line, Past, read_lines
 from echo_rt.soak.outcome import Outcome
@@ -50,14 +50,15 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
         claim = FolderClaim(config.folder)
         cleanup.callback(claim.release)
         begun = check_manifest(config)
-        if not begun:
+        if begun is Begun.NOT:
             _require_no_other(config.folder)
         _sweep(claim)
         promises = Promises(limits)
         last: Line = {}
         for last in read_lines(config.folder):
             promises.see(last)
-        if last.get("end") == _COMPLETE:  # and only its report may be missing
+        # Only its report may be missing, unless it is to be longer now.
+        if last.get("end") == _COMPLETE and config.is_over(last["block"], last["elapsed"]):
             return _conclude(config, name, promises, last, None)
         if config.serve is not None:
             exporter = Exporter(*config.serve)
@@ -66,7 +67,7 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
         with stop.interruptible():
             runtime = _load(config, device)
         cleanup.callback(runtime.close)
-        if not begun:  # only now: a mistyped name of a model must not be what --out is bound to
+        if begun is not Begun.SAME:  # only now: a mistyped name of a model must not be what --out is bound to
             write_manifest(config, __version__)
         journal = Journal(config.folder)
         cleanup.callback(journal.close)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from echo_rt.errors import ConfigError
-from echo_rt.soak.config import MANIFEST_FILE, Limits, SoakConfig, check_manifest, write_manifest
+from echo_rt.soak.config import MANIFEST_FILE, Begun, Limits, SoakConfig, check_manifest, write_manifest
 
 
 def config(out: object = "out", **changes: Any) -> SoakConfig:
@@ -21,16 +21,16 @@ def config(out: object = "out", **changes: Any) -> SoakConfig:
     [
         ({"blocks": None}, "one of --blocks and --hours, got none"),
         ({"hours": 1.0}, "one of --blocks and --hours, got both"),
-        ({"blocks": 0}, "blocks must be an integer of 1 or more, got 0"),
-        ({"keep": 0}, "keep must be an integer of 1 or more"),
-        ({"hash_every": True}, "hash_every must be an integer"),
-        ({"interval": 0.0}, "interval must be in 0..3600 seconds, got 0"),
+        ({"blocks": 0}, "--blocks must be an integer of 1 or more, got 0"),
+        ({"keep": 0}, "--keep must be an integer of 1 or more"),
+        ({"hash_every": True}, "--hash-every must be an integer"),
+        ({"interval": 0.0}, "--interval must be in 0..3600 seconds, got 0"),
         ({"interval": 4000}, "interval must be in 0..3600 seconds, got 4000"),
         ({"interval": float("nan")}, "interval must be a number"),
-        ({"prompts": ()}, "one or more prompts"),
-        ({"prompts": ("a", " ")}, "one or more prompts"),
-        ({"prompts": ("a", "b")}, "2 prompts and switch_every None"),
-        ({"switch_every": 3}, "1 prompts and switch_every 3"),
+        ({"prompts": ()}, "--prompt: expected one or more with text"),
+        ({"prompts": ("a", " ")}, "--prompt: expected one or more with text"),
+        ({"prompts": ("a", "b")}, "got 2 of them and --switch-every left out"),
+        ({"switch_every": 3}, "got 1 of them and --switch-every 3"),
         ({"seed": -1}, "seed"),
         ({"memory": "none"}, "memory must be one of"),
         ({"overrides": {"width": 3}}, "overrides"),
@@ -42,10 +42,11 @@ def test_what_cannot_be(changes: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"drift": -1.0}, {"latency_ratio": 0.5}, {"warmup_blocks": None}, {"host_slack": None}]
+    "changes",
+    [{"drift": -1.0}, {"latency_ratio": 0.5}, {"warmup_blocks": None}, {"host_slack": None}, {"outliers": 1.01}],
 )
 def test_limits_that_cannot_be(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(changes))):
+    with pytest.raises(ConfigError, match=f"--{next(iter(changes))}".replace("_", "-")):
         Limits(**changes)
 
 
@@ -66,11 +67,22 @@ def test_prompts_go_round() -> None:
 
 def test_the_same_soak_is_known_again(tmp_path: Path) -> None:
     soak = config(tmp_path, overrides={"denoising_steps": (1000,)}, limits=Limits(drift=0.5))
-    assert not check_manifest(soak)
+    assert check_manifest(soak) is Begun.NOT
     write_manifest(soak, "1")
-    assert check_manifest(soak)
+    assert check_manifest(soak) is Begun.SAME
     # Who looks on may change.
-    assert check_manifest(config(tmp_path, overrides=soak.overrides, limits=soak.limits, serve=("", 1), plots=False))
+    others = config(tmp_path, overrides=soak.overrides, limits=soak.limits, serve=("", 1), plots=False)
+    assert check_manifest(others) is Begun.SAME
+
+
+def test_a_soak_may_become_longer(tmp_path: Path) -> None:
+    write_manifest(config(tmp_path, blocks=10), "1")
+    assert check_manifest(config(tmp_path, blocks=11)) is Begun.SHORTER
+    for change in ({"blocks": 9}, {"blocks": 11, "seed": 1}, {"blocks": None, "hours": 9.0}):
+        with pytest.raises(ConfigError, match=r"holds another soak, name another --out: .*blocks was 10"):
+            check_manifest(config(tmp_path, **change))
+    write_manifest(config(tmp_path, blocks=None, hours=2.0), "1")
+    assert check_manifest(config(tmp_path, blocks=None, hours=2.5)) is Begun.SHORTER
 
 
 def test_another_soak_is_refused_with_what_differs(tmp_path: Path) -> None:

@@ -273,6 +273,29 @@ def test_refusals_come_before_the_model(smallest_model: Path, tmp_path: Path, mo
     assert not (tmp_path / "drawn").exists()
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_finished_soak_is_extended(
+    killed: bool, smallest_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the process that was to extend it has only got as far as to say so."""
+    out, unbroken = tmp_path / "out", tmp_path / "unbroken"
+    settings = {"snapshot_every": 4, "prompts": PROMPTS, "switch_every": 3}
+    assert echo_rt.soak.run(soak_of(smallest_model, out, blocks=6, **settings)).end == "complete"
+    longer = soak_of(smallest_model, out, blocks=11, **settings)
+    if killed:
+        with monkeypatch.context() as patch:
+            patch.setattr("echo_rt.soak.session._soak", lambda *_: pytest.exit("killed"))
+            with pytest.raises(pytest.exit.Exception):
+                echo_rt.soak.run(longer)
+    outcome = echo_rt.soak.run(longer)
+    assert (outcome.end, outcome.blocks, outcome.exit_code) == ("complete", 11, 0)
+    assert intervals(out)[-1]["run"] == 2 and any(line.get("compared") for line in intervals(out))
+    echo_rt.soak.run(soak_of(smallest_model, unbroken, blocks=11, **settings))
+    assert hashes(out) == hashes(unbroken)
+    monkeypatch.setattr("echo_rt.soak.session.Runtime", None)
+    assert echo_rt.soak.run(longer).blocks == 11  # reported again, and nothing made
+
+
 def test_hours(smallest_model: Path, tmp_path: Path) -> None:
     outcome = echo_rt.soak.run(soak_of(smallest_model, tmp_path / "out", blocks=None, hours=0.5 / 3600))
     end = list(read_lines(tmp_path / "out"))[-1]
