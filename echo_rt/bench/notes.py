@@ -10,7 +10,7 @@ def notes(run: Run, *, frames_a_block: int, judged: bool) -> list[str]:
     """``judged``: whether goals are."""
     width, height = (size * run.model.vae_config.spatial_stride for size in run.model.config.latent_shape[:0:-1])
     on_gpu = run.clock == DEVICE_CLOCK
-    lines = [] if on_gpu else ["Times of the host clock on a CPU: a rehearsal, no results."]
+    lines = [] if on_gpu else ["Times of the host clock on a CPU: a rehearsal, no results, hence no rates and no day."]
     lines += [
         f"{run.model.source}; {width}x{height}, {str(run.dtype).removeprefix('torch.')}; steady state (window full, "
         f"ids saturated); {frames_a_block} video frames a block; every whole block has the VAE and the way of the "

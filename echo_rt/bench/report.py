@@ -74,7 +74,7 @@ class Report:
                 median, p99 = milliseconds(sample)
                 torchs = medians.get(("torch", part))
                 ratio = None if torchs is None or variant == "torch" else torchs / median
-                fps = 1e3 * self.frames_a_block / median
+                fps = 1e3 * self.frames_a_block / median if self.is_result else None
                 rows.append(PartRow(variant, part, median, p99, fps, ratio, len(sample)))
         return rows
 
@@ -162,8 +162,8 @@ class Report:
         ]
 
     def _day(self) -> list[Figure]:
-        """By the first variant, as a stream runs."""
-        if not self.run.measured:
+        """By the first variant, as a stream runs; nothing, where times are no results."""
+        if not self.run.measured or not self.is_result:
             return []
         sample, model = self.run.measured[0].samples[self.ahead], self.run.model
         config, stride = model.config, model.vae_config.spatial_stride
@@ -196,7 +196,9 @@ class Report:
         }
         if self.goals:
             tables["Goals"] = (self.goals, GOAL_COLUMNS)
-        return tables | {"A day, extrapolated": (self.day, FIGURE_COLUMNS)}
+        if self.day:
+            tables["A day, extrapolated"] = (self.day, FIGURE_COLUMNS)
+        return tables
 
     def _facts(self) -> dict[str, Any]:
         run = self.run

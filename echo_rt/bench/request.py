@@ -51,9 +51,9 @@ class Request:
         if self.size is not None and self.size not in MODELS:
             raise ConfigError(f"size must be one of {', '.join(MODELS)}; got {self.size!r}")
         if self.model is not None and self.size is not None:
-            raise ConfigError("expected a size or a model folder, got both")
+            raise ConfigError("--size and --model: expected one of them, got both")
         if self.checkpoint is not None and self.model is None:
-            raise ConfigError("a checkpoint needs the model folder that it belongs to")
+            raise ConfigError("--checkpoint: expected --model DIR with it, the folder that it belongs to, got none")
         check_seed(self.seed)
 
     def counts(self, device: torch.device) -> tuple[int, int]:
@@ -72,6 +72,6 @@ class Request:
         size = self.size or (RELEASED.name if device.type == "cuda" else TINY.name)
         if size == RELEASED.name and device.type != "cuda":
             raise ConfigError(
-                f"the {size} sizes need a GPU, as a block would take minutes on {str(device)!r}; use size {TINY.name!r}"
+                f"--size: the {size} sizes need a GPU, a block would take minutes on {str(device)!r}; use {TINY.name!r}"
             )
         return random_model(MODELS[size], device, self.seed)

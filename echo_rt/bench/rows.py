@@ -9,13 +9,16 @@ from echo_rt.bench.tables import Column
 
 @dataclass(frozen=True)
 class PartRow:
-    """A part of a block in one variant: milliseconds, video frames a second, and how many blocks were measured."""
+    """A part of a block in one variant: milliseconds, video frames a second, and how many blocks were measured.
+
+    A rehearsal has no rates: ``fps`` is None.
+    """
 
     variant: str
     part: str
     ms: float
     p99_ms: float
-    fps: float
+    fps: float | None
     x_torch: float | None
     blocks: int
 

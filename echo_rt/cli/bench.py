@@ -8,6 +8,7 @@ from typing import Any
 
 from echo_rt.bench.model_sizes import MODELS
 from echo_rt.bench.variants import NAMES
+from echo_rt.cli.model_options import parse_ahead
 from echo_rt.cli.numbers import parse_number, parse_positive
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.streams import complain, say
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     counts = {
         name: parse_positive(f"--{name}", getattr(arguments, name), int, expected) for name in ("rounds", "blocks")
     }
-    lookahead = parse_number("--lookahead", arguments.lookahead, int, "an integer of 0 or more")
+    lookahead = parse_ahead(arguments.lookahead)
     seed = parse_number("--seed", arguments.seed, int, "an integer of 0 or more")
     variants = None if arguments.variants is None else tuple(arguments.variants.split(","))
     with stop.interruptible():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_rt.cli.numbers import parse_number
+from echo_rt.errors import ConfigError
 from echo_rt.options import DTYPE_NAMES, MemoryMode
 
 
@@ -30,6 +31,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
     return model
 
 
+# Each holds frames in pinned memory, and a new prompt waits for all of them.
+_MOST_AHEAD = 100
+
+
 def parse_lookahead(text: str | None) -> int | None:
-    """The number of ``--lookahead``; raises ``ConfigError``."""
-    return None if text is None else int(parse_number("--lookahead", text, int, "an integer of 0 or more"))
+    """The number of ``--lookahead``, None where it is left out; raises ``ConfigError``."""
+    return None if text is None else parse_ahead(text)
+
+
+def parse_ahead(text: str) -> int:
+    """The number of a ``--lookahead`` that is there."""
+    expected = f"an integer in 0..{_MOST_AHEAD}"
+    ahead = int(parse_number("--lookahead", text, int, expected))
+    if ahead > _MOST_AHEAD:
+        raise ConfigError(f"--lookahead: expected {expected}, got {ahead}")
+    return ahead
