@@ -148,6 +148,7 @@ class StandIn:
     def __init__(self, act: Callable[[StandIn], bool]) -> None:
         self.act = act  # called between two pictures; False closes the window
         self.shown: list[bytes] = []
+        self.text = ""  # in place of a picture
         self.later: list[Callable[[], None]] = []
         self.bound: dict[str, Callable[[object], None]] = {}
         self.typed = ""
@@ -172,9 +173,12 @@ class StandIn:
     def get(self) -> str:
         return self.typed
 
-    def configure(self, image: bytes) -> None:
+    def configure(self, image: bytes | str, text: str = "") -> None:
         assert threading.current_thread() is self.thread, "Tk is for one thread"
-        self.shown.append(image)
+        if isinstance(image, bytes):
+            self.shown.append(image)
+        else:
+            self.text = text
 
     def after(self, milliseconds: int, act: Callable[[], None]) -> None:
         assert isinstance(milliseconds, int) and milliseconds >= 0
@@ -226,6 +230,20 @@ def test_the_window_shows_every_frame_and_takes_prompts(
     # The prompt reached the block that was open then, or the one after it, which was begun meanwhile.
     candidates = [plain(small_model, blocks, (first_open - late, OTHER)) for late in (0, 1)]
     assert any(shown == [frame.numpy().tobytes() for frame in video[: len(shown)]] for video in candidates)
+
+
+def test_the_window_says_how_the_stream_failed(
+    run: Callable[..., Any], small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(self: echo_rt.Feed) -> None:
+        raise echo_rt.StreamError("block 3: the device is lost")
+
+    window = StandIn(lambda window: True)
+    monkeypatch.setattr(echo_rt.Feed, "poll", lost)
+    monkeypatch.setitem(sys.modules, "tkinter", window.module())
+    with pytest.raises(echo_rt.StreamError):  # which Tk prints, and the window stays
+        run("window.py", small_model, "--checkpoint", small_model / CHECKPOINT_FILE)
+    assert window.text == "StreamError: block 3: the device is lost" and not window.shown and not window.later
 
 
 @pytest.mark.skipif(not os.environ.get("DISPLAY"), reason="no screen")

@@ -31,7 +31,12 @@ class Window:
 
     def show(self) -> None:
         frame = next(self.frames, None)
-        if frame is None and (chunk := self.feed.poll()) is not None:
+        try:
+            chunk = self.feed.poll() if frame is None else None
+        except Exception as error:  # the stream has failed: who looks at the window should know
+            self.picture.configure(text=f"{type(error).__name__}: {error}", image="")
+            raise  # Tk prints it, and shows nothing more
+        if chunk is not None:
             self.frames = iter(chunk.frames.numpy())
             frame = next(self.frames)
         if frame is not None:
