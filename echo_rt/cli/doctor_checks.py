@@ -38,6 +38,8 @@ _DEPENDENCIES = (
     ("rich", "rich", "progress and tables", True),
     ("pynvml", "nvidia-ml-py", "driver and memory of NVIDIA GPUs", False),
     ("nvtx", "nvtx", "named ranges in Nsight", False),
+    ("matplotlib", "matplotlib", "pictures of soak and bench", False),
+    ("prometheus_client", "prometheus-client", "figures of soak --port", False),
 )
 
 _BACKENDS = {

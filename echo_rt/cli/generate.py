@@ -185,7 +185,7 @@ def _find_resumption(request: Request, report: dict[str, Any]) -> Resumption | N
 
     resumption = Resumption.find(request)
     if resumption is None:
-        warn(report, f"{request.output} holds nothing to go on from: the video begins at its start")
+        warn(report, f"{request.output}: nothing there to go on from, a new video begins")
     return resumption
 
 

@@ -23,6 +23,7 @@ Without --frames and --seconds the video goes on until Ctrl-C or SIGTERM; what w
 A long one survives a power cut in pieces, with snapshots to go on from; after a kill, the same command with --resume:
   echo-rt generate --model DIR --prompt "a red fox" -o day --segments 10 --snapshot-every 100
   echo-rt generate --model DIR --prompt "a red fox" --resume day --segments 10 --snapshot-every 100
+With -o day as well it also begins a video that is not there yet: one command to start again and again.
 Exit codes: 0 the video is done; 1 something failed on the way, what was made is kept; 2 a mistake in the request;
 129, 130, 143 the terminal was closed, Ctrl-C, SIGTERM.
 """

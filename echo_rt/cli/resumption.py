@@ -68,10 +68,16 @@ class Resumption:
     def find(cls, request: Request) -> Resumption | None:
         """What ``--resume`` goes on from, checked against the request; None where nothing has been made yet.
 
-        ``TargetError`` for a recording without a snapshot, ``SnapshotError`` where all are damaged, ``ConfigError``
-        for a request that contradicts what is recorded. All of it before the model is loaded.
+        ``TargetError`` for a folder that is not there, unless ``-o`` names it as well (a command that is started again
+        and again says both), and for a recording without a snapshot; ``SnapshotError`` where all are damaged;
+        ``ConfigError`` for a request that contradicts what is recorded. All of it before the model is loaded.
         """
         folder = request.output
+        if request.arguments.output is None and not folder.exists():
+            raise TargetError(
+                f"--resume: {folder}: expected the folder of a video, came nothing there; "
+                "with -o naming it too, a new video begins there"
+            )
         if not snapshot_files(folder / SNAPSHOT_FOLDER):
             check_free(folder, advice=f"it has no {SNAPSHOT_FOLDER} to go on from (--snapshot-every makes them)")
             return None

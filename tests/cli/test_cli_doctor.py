@@ -34,7 +34,10 @@ def test_the_page_says_the_same(echo_rt):
     assert page.endswith("generate can run\n")
 
 
-@pytest.mark.parametrize(("module", "name", "code"), [("av", "av", 1), ("nvtx", "nvtx", 0), ("rich", "rich", 1)])
+@pytest.mark.parametrize(
+    ("module", "name", "code"),
+    [("av", "av", 1), ("nvtx", "nvtx", 0), ("rich", "rich", 1), ("matplotlib", "matplotlib", 0)],
+)
 def test_a_missing_package(echo_rt, monkeypatch, module, name, code):
     monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     outcome = echo_rt("doctor", "--json")

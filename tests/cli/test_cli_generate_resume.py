@@ -148,6 +148,18 @@ def test_stopped_and_resumed(echo_rt, model, tmp_path, unbroken, monkeypatch, fr
     assert torch.equal(recorded(folder), unbroken[:33])
 
 
+def test_a_folder_that_is_not_there(echo_rt, model, tmp_path):
+    """A mistyped one is an error; where ``-o`` names it too, the same command begins the video."""
+    folder = tmp_path / "dya"
+    lasting = ("--segments", 2, "--snapshot-every", 2, "--frames", 9, "--json")
+    outcome = echo_rt(*model, "--resume", folder, *lasting)
+    assert outcome.code == 2 and not folder.exists()
+    assert outcome.error.startswith(f"--resume: {folder}: expected the folder of a video, came nothing there; with -o")
+    outcome = echo_rt(*model, "--resume", folder, "-o", folder, *lasting)
+    assert (outcome.code, outcome.json["frames"]) == (0, 9), outcome.err
+    assert outcome.json["warnings"][0] == f"{folder}: nothing there to go on from, a new video begins"
+
+
 @pytest.fixture(scope="module")
 def made(small_model, model, tmp_path_factory):
     """A video with snapshots at blocks 2, 4 and 6, its end, at frames 21, 45 and 69."""
