@@ -7,6 +7,7 @@ the inner loop, and no test of the result can tell.
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -82,10 +83,16 @@ def table(usage: dict[tuple[str, str], Usage]) -> list[str]:
     return lines
 
 
-def main(logs: list[str]) -> int:
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].partition(":")[0])
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="what nvcc -Xptxas -v wrote")
     usage: dict[tuple[str, str], Usage] = {}
-    for log in logs:
-        usage |= parse(Path(log).read_text(encoding="utf-8"))
+    for log in parser.parse_args(argv).logs:
+        try:
+            usage |= parse(log.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            print(f"registers.py: {log}: expected a log of nvcc -Xptxas -v, cannot read it: {error}", file=sys.stderr)
+            return 2
     if not usage:
         print("registers.py: expected logs of nvcc -Xptxas -v, got none that names a kernel", file=sys.stderr)
         return 2

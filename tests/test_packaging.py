@@ -160,6 +160,10 @@ ptxas info    : Used 168 registers, used 1 barriers, 4096 bytes smem
         assert re.search(cell, done.stdout, re.MULTILINE), done.stdout
     log.write_text("nothing", encoding="utf-8")
     assert execute(sys.executable, "bench/registers.py", log).returncode == 2
+    done = execute(sys.executable, "bench/registers.py", tmp_path / "none")
+    assert done.returncode == 2 and "none: expected a log of nvcc" in done.stderr and "Traceback" not in done.stderr
+    done = execute(sys.executable, "bench/registers.py", "--help")
+    assert done.returncode == 0 and "LOG" in done.stdout
 
 
 def test_kernels_know_neither_torch_nor_python() -> None:
