@@ -1,0 +1,222 @@
+"""Latents to video by a tiny decoder, for previews: plain 2-D convolutions that see the frame before their own.
+
+The state of a stream is one frame for each of the blocks; all else is worked out anew from the latents. Activations
+are channels-last ``[frames, height, width, channels]``, contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from echo_rt.config import VaeConfig
+from echo_rt.errors import ConfigError
+from echo_rt.weights.tiny_vae import STEM, TinyVaeConfig, block_names, growth_name, outlet_name
+
+_OWNER = "tiny decoder"
+_LIMIT = 3.0  # latents are bent towards it, on either side
+
+Past = Mapping[str, Tensor]
+
+
+class TinyDecoderState:
+    """What the decoder remembers of one stream: the last frame ``[H, W, C]`` that each block was given.
+
+    ``latents_seen`` is the number of latents decoded since the start of the stream. Together with :meth:`tensors` it is
+    all that a stream needs to go on bit for bit: copy both into a fresh state of the same size.
+    """
+
+    def __init__(self, past: Past, latent_shape: tuple[int, int, int], max_latents: int) -> None:
+        self.past = past
+        self.latent_shape = latent_shape
+        self.max_latents = max_latents
+        self.latents_seen = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The remembered frames by the names of their blocks; live views."""
+        return dict(self.past)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Every tensor with a lasting address, by name."""
+        return self.tensors()
+
+    def reset(self) -> None:
+        """Back to the start of a stream, in place."""
+        for frame in self.past.values():
+            frame.zero_()
+        self.latents_seen = 0
+
+
+class TinyDecoder:
+    """The decoder; it has no state of its own, so one decoder serves any number of streams.
+
+    ``tensors``: all of :func:`echo_rt.weights.tiny_vae.tiny_decoder_shapes`. ``like``: the VAE whose latents these are.
+    """
+
+    def __init__(
+        self,
+        config: TinyVaeConfig,
+        tensors: Mapping[str, Tensor],
+        like: VaeConfig,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        weights = _Weights(tensors, torch.device(device), dtype)
+        self.config = config
+        self._weights = weights
+        # Latents are a handful of channels: what touches them alone stays float32.
+        self._statistics = (
+            None
+            if config.normalized
+            else [
+                torch.tensor(values, device=weights.device, dtype=torch.float32)
+                for values in (like.latents_std, like.latents_mean)
+            ]
+        )
+        self._stem = weights.convolution(STEM)
+        self._levels = [_Level(level, weights) for level in range(len(config.growth))]
+        # The file's colours are in [0, 1], a video's here in [-1, 1].
+        self._head = weights.convolution(config.head, scale=2.0, shift=-1.0)
+
+    def new_state(self, latent_height: int, latent_width: int, latents: int) -> TinyDecoderState:
+        """The state of a new stream of latents of this size, which decodes up to ``latents`` of them in one go."""
+        for name, value in (("height", latent_height), ("width", latent_width), ("number", latents)):
+            if value < 1:
+                raise ConfigError(f"{_OWNER}: expected {name} of latents to be at least 1, got {value}")
+        past: dict[str, Tensor] = {}
+        # A stream may be decoded with or without inference mode; tensors born inside it could not be written outside.
+        with torch.inference_mode(False):
+            for level, width in zip(self._levels, self.config.widths, strict=False):
+                rows, columns = latent_height << level.index, latent_width << level.index
+                for block in level.blocks:
+                    past[block.name] = torch.zeros(
+                        rows, columns, width, device=self._weights.device, dtype=self._weights.dtype
+                    )
+        return TinyDecoderState(past, (self.config.z_dim, latent_height, latent_width), latents)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, state: TinyDecoderState) -> Tensor:
+        """The next ``latents [T, z, h, w]`` of a stream (normalized, any float dtype) as video ``[F, H, W, 3]``.
+
+        The video has the decoder's dtype, is nominally in [-1, 1] and is not clamped. For Wan F is 4T, or 1 + 4(T-1)
+        at the start of a stream. Raises :class:`ConfigError` for latents that are not of the state's size.
+        """
+        if latents.dim() != 4 or len(latents) < 1 or latents.shape[1:] != state.latent_shape:
+            expected = ", ".join(str(size) for size in state.latent_shape)
+            raise ConfigError(
+                f"{_OWNER}: expected latents [T >= 1, {expected}] (channels, height, width), got {list(latents.shape)}"
+            )
+        parts = []
+        for part in latents.split(state.max_latents):
+            parts.append(self.decode_next(part, state, is_start=state.latents_seen == 0))
+            state.latents_seen += len(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def decode_next(self, latents: Tensor, state: TinyDecoderState, *, is_start: bool) -> Tensor:
+        """:meth:`decode` without its checks and its count: all that it asks of the host are its arguments."""
+        z = latents.to(self._weights.device, torch.float32).permute(0, 2, 3, 1)
+        if self._statistics is not None:
+            std, mean = self._statistics
+            z = z * std + mean
+        z = torch.tanh(z / _LIMIT) * _LIMIT
+        x = _conv(z.to(self._weights.dtype).contiguous(), *self._stem).relu_()
+        *coarse, finest = self._levels
+        for level in coarse:
+            x = level.enlarged(level.remembering(x, state.past))
+        x = finest.remembering(x, state.past)
+        return self._video(finest, x, skipped=self.config.temporal_stride - 1 if is_start else 0)
+
+    def _video(self, finest: _Level, x: Tensor, skipped: int) -> Tensor:
+        """The frames of the finest level as video, without the first ``skipped``.
+
+        Nothing is remembered from here on, and at full size memory counts: so frame by frame, and none in vain.
+        """
+        _, height, width, _ = x.shape
+        video = x.new_empty(len(x) * finest.growth - skipped, 2 * height, 2 * width, 3)
+        done = 0
+        for index in range(skipped // finest.growth, len(x)):
+            large = finest.enlarged(x[index : index + 1], skipped=max(0, skipped - index * finest.growth))
+            video[done : done + len(large)] = _conv(large.relu_(), *self._head)
+            done += len(large)
+        return video
+
+
+class _Weights:
+    """The tensors of a file, on their device, in the layouts that the layers want."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+        self._tensors = tensors
+        self.device, self.dtype = device, dtype
+
+    def convolution(self, name: str, scale: float = 1.0, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Weight, channels-last, and bias of a convolution whose output is multiplied and shifted."""
+        bias = self._tensors[f"{name}.bias"].float() * scale + shift
+        return self.kernel(name, scale), bias.to(self.device, self.dtype)
+
+    def kernel(self, name: str, scale: float = 1.0) -> Tensor:
+        """The weight of a convolution, channels-last."""
+        weight = self._tensors[f"{name}.weight"].float() * scale
+        return weight.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+
+
+class _Block:
+    """Three convolutions of each frame beside the one before it, added to the frame."""
+
+    def __init__(self, name: str, weights: _Weights) -> None:
+        self.name = name
+        self._convs = [weights.convolution(f"{name}.conv.{layer}") for layer in (0, 2, 4)]
+
+    def __call__(self, x: Tensor, past: Tensor) -> Tensor:
+        frames, height, width, channels = x.shape
+        pairs = x.new_empty(frames, height, width, 2 * channels)
+        pairs[..., :channels] = x
+        pairs[0, ..., channels:] = past
+        pairs[1:, ..., channels:] = x[:-1]
+        past.copy_(x[-1])
+        first, second, third = self._convs
+        out = _conv(_conv(_conv(pairs, *first).relu_(), *second).relu_(), *third)
+        return out.add_(x).relu_()
+
+
+class _Level:
+    """One resolution: its blocks, and the way to the next, which has twice the height and width."""
+
+    def __init__(self, index: int, weights: _Weights) -> None:
+        self.index = index
+        self.blocks = [_Block(name, weights) for name in block_names(index)]
+        self._growth = weights.kernel(growth_name(index)).flatten(1).contiguous()
+        self._outlet = weights.kernel(outlet_name(index))
+
+    @property
+    def growth(self) -> int:
+        """Frames that are made of one."""
+        rows, channels = self._growth.shape
+        return rows // channels
+
+    def remembering(self, x: Tensor, past: Past) -> Tensor:
+        """``x [T, H, W, C]`` through the blocks, whose past moves on by T frames."""
+        for block in self.blocks:
+            x = block(x, past[block.name])
+        return x
+
+    def enlarged(self, x: Tensor, skipped: int = 0) -> Tensor:
+        """``x [T, H, W, C]`` as ``[T * growth - skipped, 2H, 2W, C']``.
+
+        The published order is to enlarge and then to grow; this one is the same, pixel for pixel, for a quarter of the
+        work.
+        """
+        frames, height, width, channels = x.shape
+        grown = functional.linear(x, self._growth).view(frames, height, 1, width, 1, self.growth, channels)
+        large = x.new_empty(frames, self.growth, height, 2, width, 2, channels)
+        large.copy_(grown.permute(0, 5, 1, 2, 3, 4, 6).expand_as(large))
+        return _conv(large.view(frames * self.growth, 2 * height, 2 * width, channels)[skipped:], self._outlet)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A convolution of each frame that keeps its size."""
+    out = functional.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2)
+    return out.permute(0, 2, 3, 1).contiguous()

@@ -1,0 +1,200 @@
+"""Tiny decoders of Wan2.1's latents on disk: their files, what is in them, and which of the two kinds a file is.
+
+Both kinds are one architecture under one set of names and shapes, so that nothing inside a file tells them apart; yet
+one decodes latents as the transformer makes them and the other wants them de-normalized first, and taking one for the
+other shows as a bad picture, not as an error. So the kind is told by the file's name, and a name that says neither is
+refused.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from echo_rt.config import VaeConfig
+from echo_rt.errors import ConfigError, WeightsError
+from echo_rt.weights.files import check_tensors, open_tensors
+from echo_rt.weights.from_shapes import shape_of
+from echo_rt.weights.shapes import Shapes
+from echo_rt.weights.tensors import RenamedTensors
+
+WAN, TINY = "wan", "tiny"  # what ``vae=`` may say beside the path of a file
+
+_SUFFIXES = (".pth", ".safetensors")
+_ENCODER = "encoder."
+_WHAT = "a tiny video decoder"
+
+# The decoder is one flat list: a clamp, a convolution and a ReLU; then, for each level, the blocks, an enlargement,
+# a growth in time and a convolution to the next level's width; then a ReLU and the convolution to colours.
+_FIRST, _FIRST_LEVEL = 1, 3
+_BLOCKS = 3
+_LEVEL = _BLOCKS + 3
+
+
+@dataclass(frozen=True)
+class TinyVaeKind:
+    """``name`` is part of the name of its files; ``normalized``: whether it decodes latents as a transformer makes."""
+
+    name: str
+    project: str
+    normalized: bool
+
+
+TAEW = TinyVaeKind("taew2_1", "madebyollin's TAEHV", normalized=True)
+LIGHTTAEW = TinyVaeKind("lighttaew2_1", "LightX2V's Autoencoders", normalized=False)
+KINDS = (TAEW, LIGHTTAEW)
+
+
+@dataclass(frozen=True)
+class TinyVaeConfig:
+    """A tiny decoder: ``widths`` are the channels of its levels, coarse to fine, and at last those at full size.
+
+    ``growth``: frames that each level makes of one. Defaults are those of the released files.
+    """
+
+    z_dim: int = 16
+    widths: tuple[int, ...] = (256, 128, 64, 64)
+    growth: tuple[int, ...] = (1, 2, 2)
+    normalized: bool = True
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels of the video on a side of one latent pixel: every level doubles them."""
+        return 1 << len(self.growth)
+
+    @property
+    def temporal_stride(self) -> int:
+        """Video frames that one latent decodes to (of a stream's first, all but the last are left out)."""
+        return math.prod(self.growth)
+
+    @property
+    def head(self) -> str:
+        """Name of the convolution that makes colours."""
+        return f"decoder.{_FIRST_LEVEL + len(self.growth) * _LEVEL + 1}"
+
+
+STEM = f"decoder.{_FIRST}"  # the convolution that latents go through first
+
+
+def block_names(level: int) -> list[str]:
+    """The blocks of a level; each sees the frame before, beside its own."""
+    return [f"decoder.{_FIRST_LEVEL + level * _LEVEL + block}" for block in range(_BLOCKS)]
+
+
+def growth_name(level: int) -> str:
+    """What makes more frames of each of a level's."""
+    return f"decoder.{_FIRST_LEVEL + level * _LEVEL + _BLOCKS + 1}.conv"
+
+
+def outlet_name(level: int) -> str:
+    """The convolution, at twice the level's size, to the width of the next."""
+    return f"decoder.{_FIRST_LEVEL + level * _LEVEL + _BLOCKS + 2}"
+
+
+def tiny_decoder_shapes(config: TinyVaeConfig) -> Shapes:
+    """``decoder.*`` of a tiny decoder's file."""
+    shapes: Shapes = {
+        f"{STEM}.weight": (config.widths[0], config.z_dim, 3, 3),
+        f"{STEM}.bias": (config.widths[0],),
+    }
+    for level, growth in enumerate(config.growth):
+        width = config.widths[level]
+        for block in block_names(level):
+            for layer, channels in ((0, 2 * width), (2, width), (4, width)):
+                shapes[f"{block}.conv.{layer}.weight"] = (width, channels, 3, 3)
+                shapes[f"{block}.conv.{layer}.bias"] = (width,)
+        shapes[f"{growth_name(level)}.weight"] = (growth * width, width, 1, 1)
+        shapes[f"{outlet_name(level)}.weight"] = (config.widths[level + 1], width, 3, 3)
+    shapes[f"{config.head}.weight"] = (3, config.widths[-1], 3, 3)
+    shapes[f"{config.head}.bias"] = (3,)
+    return shapes
+
+
+@dataclass(frozen=True, eq=False)
+class TinyVae:
+    """An opened file: its kind, its sizes, and its decoder's tensors, mapped from disk."""
+
+    path: Path
+    kind: TinyVaeKind
+    config: TinyVaeConfig
+    tensors: Mapping[str, Tensor]
+
+
+def open_tiny_vae(vae: str | Path, folder: Path, like: VaeConfig) -> TinyVae:
+    """The tiny decoder that ``vae`` means: that of the model in ``folder``, or the path of a file.
+
+    ``like``: the VAE whose latents it decodes and whose video it makes. The file's encoder, where it has one, is left
+    alone. Errors: ``WeightsError`` for no file, one of neither kind, and missing, surplus or misshapen tensors;
+    ``ConfigError`` for a decoder of other latents, or of a video of another size or length.
+    """
+    path = _find(folder) if vae == TINY else Path(vae)
+    if vae != TINY and not os.path.exists(path):
+        raise WeightsError(
+            f"vae: expected {WAN!r}, {TINY!r} or the path of a tiny decoder's file, got {str(vae)!r}, and no such file"
+        )
+    kind = _kind_of(path)
+    file = open_tensors(path)
+    tensors = RenamedTensors(file, {name: name for name in file if not name.startswith(_ENCODER)})
+    config = _config_of(tensors, kind, str(path))
+    for what, came, expected in (
+        ("channels of a latent", config.z_dim, like.z_dim),
+        ("pixels on a side of a latent pixel", config.spatial_stride, like.spatial_stride),
+        ("frames of a latent", config.temporal_stride, like.temporal_stride),
+    ):
+        if came != expected:
+            raise ConfigError(f"{path}: the tiny decoder has {came} {what}, the model's own VAE {expected}")
+    check_tensors(tensors, tiny_decoder_shapes(config), str(path))
+    return TinyVae(path, kind, config, tensors)
+
+
+def _find(folder: Path) -> Path:
+    """The one tiny decoder in a model's folder."""
+    found = [path for kind in KINDS for suffix in _SUFFIXES if (path := folder / f"{kind.name}{suffix}").exists()]
+    if not found:
+        raise WeightsError(
+            f"{folder}: expected a tiny decoder, {_usual_files()}, found none of them: put one there, or give its path"
+        )
+    if len(found) > 1:
+        raise WeightsError(
+            f"{folder}: expected one tiny decoder, found {' and '.join(path.name for path in found)}: "
+            f"give the path of the one to use"
+        )
+    return found[0]
+
+
+def _usual_files() -> str:
+    return " or ".join(f"{kind.name}{{{','.join(_SUFFIXES)}}} (of {kind.project})" for kind in KINDS)
+
+
+def _kind_of(path: Path) -> TinyVaeKind:
+    # Each name is looked for as a whole: the shorter of the two is a part of the longer.
+    for kind in sorted(KINDS, key=lambda kind: -len(kind.name)):
+        if kind.name in path.name.lower():
+            return kind
+    raise WeightsError(
+        f"{path}: expected a name that says which tiny decoder it is, like {_usual_files()}; "
+        f"their tensors have the same names, but one wants normalized latents and the other does not"
+    )
+
+
+def _config_of(tensors: Mapping[str, Tensor], kind: TinyVaeKind, source: str) -> TinyVaeConfig:
+    """The sizes of the decoder in ``tensors``, as far as its convolutions say; the rest is for ``check_tensors``."""
+    width, z_dim = shape_of(tensors, f"{STEM}.weight", 4, source, _WHAT)[:2]
+    widths = [width]
+    growth: list[int] = []
+    while f"{outlet_name(len(growth))}.weight" in tensors:
+        level = len(growth)
+        rows = shape_of(tensors, f"{growth_name(level)}.weight", 4, source, _WHAT)[0]
+        if rows % widths[-1]:
+            raise WeightsError(
+                f"{source}: expected {_WHAT} with a multiple of {widths[-1]} rows in {growth_name(level)}.weight, "
+                f"came {rows}"
+            )
+        growth.append(rows // widths[-1])
+        widths.append(shape_of(tensors, f"{outlet_name(level)}.weight", 4, source, _WHAT)[0])
+    return TinyVaeConfig(z_dim=z_dim, widths=tuple(widths), growth=tuple(growth), normalized=kind.normalized)
