@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +13,20 @@ from torch import Tensor
 
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig
 from echo_rt.errors import ConfigError
-from echo_rt.options import FOLDER_FACTS, RELEASED_SIZE, MemoryMode, check_overrides, latent_size
+from echo_rt.options import FOLDER_FACTS, RELEASED_SIZE, TINY_VAE, WAN_VAE, MemoryMode, check_overrides, latent_size
 from echo_rt.weights.folder import ModelFolder
 from echo_rt.weights.from_shapes import memory_facts
 from echo_rt.weights.generator import check_memory, load_generator
 from echo_rt.weights.lora import merge_lora
+from echo_rt.weights.tiny_vae import TinyVae, open_tiny_vae
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """Tensors by their original names, on the host or mapped; ``memory`` is None where the mode needs none.
 
-    ``transformer_source`` and ``memory_source`` say where they are from.
+    ``tiny_vae`` is the decoder in place of the folder's own, None for that one. ``transformer_source`` and
+    ``memory_source`` say where tensors are from.
     """
 
     folder: ModelFolder
@@ -31,6 +34,7 @@ class LoadedModel:
     mode: MemoryMode
     transformer: Mapping[str, Tensor]
     memory: Mapping[str, Tensor] | None
+    tiny_vae: TinyVae | None
     transformer_source: str
     memory_source: str
 
@@ -43,6 +47,7 @@ def load_model(
     lora: str | Path | None = None,
     ema: bool | None = None,
     memory: str | MemoryMode | None = None,
+    vae: str | Path = WAN_VAE,
     width: int | None = None,
     height: int | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -53,6 +58,8 @@ def load_model(
     """
     if ema is not None and not isinstance(ema, bool):
         raise ConfigError(f"ema must be True, False or None, got {ema!r}")
+    if not isinstance(vae, (str, os.PathLike)):
+        raise ConfigError(f"vae must be {WAN_VAE!r}, {TINY_VAE!r} or a path, got {vae!r}")
     wanted = None if memory is None else MemoryMode.parse(memory)
     folder = ModelFolder.open(model)
     transformer_config = folder.transformer_config()
@@ -60,7 +67,9 @@ def load_model(
     facts = {**defaults, **check_overrides(overrides or {}, "overrides")}
     width = facts.get("width", RELEASED_SIZE[0]) if width is None else width
     height = facts.get("height", RELEASED_SIZE[1]) if height is None else height
-    latent_height, latent_width = latent_size(width, height, folder.vae_config(), transformer_config)
+    vae_config = folder.vae_config()
+    latent_height, latent_width = latent_size(width, height, vae_config, transformer_config)
+    tiny_vae = None if vae == WAN_VAE else open_tiny_vae(vae, folder.path, vae_config)
 
     memory_tensors: Mapping[str, Tensor] | None = None
     source = memory_source = str(model)
@@ -97,6 +106,7 @@ def load_model(
         mode=mode,
         transformer=tensors,
         memory=memory_tensors,
+        tiny_vae=tiny_vae,
         transformer_source=source,
         memory_source=memory_source,
     )

@@ -15,6 +15,9 @@ RELEASED_SIZE = (832, 480)
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
+# Which decoder makes the video: the model's own, or a tiny one beside it. A path says it as well.
+WAN_VAE, TINY_VAE = "wan", "tiny"
+
 # Facts of a rollout that a caller, or the object "echo_rt" in a model folder's config.json, may choose. The rest comes
 # from the weights.
 OVERRIDES = (

@@ -24,10 +24,12 @@ from echo_rt.guard import Guard
 from echo_rt.loading import LoadedModel, load_model
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
+from echo_rt.model.tiny_decoder import TinyDecoder
 from echo_rt.model.transformer import Transformer
 from echo_rt.model.vae_decoder import VaeDecoder
+from echo_rt.model.video_decoder import VideoDecoder
 from echo_rt.ops import check_device, load_ops
-from echo_rt.options import MemoryMode, check_seed
+from echo_rt.options import WAN_VAE, MemoryMode, check_seed
 from echo_rt.pipeline import Pipeline
 from echo_rt.prompts import PromptEncoder
 from echo_rt.rollout import Rollout
@@ -45,8 +47,9 @@ _abandoned: list[Engine] = []
 class Runtime:
     """A model on a device, ready to stream. Make one with :meth:`from_pretrained`; close it to give memory back.
 
-    ``config`` and ``vae_config`` say what it computes, ``attention`` and ``text_attention`` with which libraries and
-    why, ``frame_size`` the video's ``(width, height)`` in pixels and ``fps`` its frames a second.
+    ``config`` and ``vae_config`` say what it computes, ``vae`` who makes pictures of latents (``"wan"``, or the kind of
+    a tiny decoder), ``attention`` and ``text_attention`` with which libraries and why, ``frame_size`` the video's
+    ``(width, height)`` in pixels and ``fps`` its frames a second.
     """
 
     def __init__(
@@ -62,8 +65,9 @@ class Runtime:
         check: bool,
         keep_text_encoder: bool,
     ) -> None:
-        folder, config, mode = loaded.folder, loaded.config, loaded.mode
+        folder, config, mode, tiny_vae = loaded.folder, loaded.config, loaded.mode, loaded.tiny_vae
         self.config, self.vae_config = config, folder.vae_config()
+        self.vae = WAN_VAE if tiny_vae is None else tiny_vae.kind.name
         self.device, self.dtype, self.memory = device, dtype, mode
         self._lock = threading.RLock()  # held while a stream comes to life, or the runtime to its end
         self._live: weakref.ref[Stream] | None = None
@@ -83,7 +87,9 @@ class Runtime:
             for name, part, source in (
                 ("transformer", loaded.transformer, loaded.transformer_source),
                 ("memory encoder", loaded.memory or {}, loaded.memory_source),
-                ("VAE", folder.vae_tensors(), str(folder.path)),
+                ("VAE", folder.vae_tensors(), str(folder.path))
+                if tiny_vae is None
+                else ("tiny decoder", tiny_vae.tensors, str(tiny_vae.path)),
             )
         ]
         warn_of_faulty_convolutions(device, dtype)
@@ -100,7 +106,11 @@ class Runtime:
             encoder = (
                 None if config.memory is None else MemoryEncoder(config, weights[1], ops, device=device, dtype=dtype)
             )
-            decoder = VaeDecoder(self.vae_config, weights[2], ops, device=device, dtype=dtype)
+            decoder: VideoDecoder[Any]
+            if tiny_vae is None:
+                decoder = VaeDecoder(self.vae_config, weights[2], ops, device=device, dtype=dtype)
+            else:
+                decoder = TinyDecoder(tiny_vae.config, weights[2], self.vae_config, device=device, dtype=dtype)
             rollout = Rollout(config, transformer, encoder, schedule, ops, self.attention.attention, mode, executor)
             pipeline = Pipeline(
                 rollout, decoder, self.vae_config, ops, executor, device=device, depth=1 + self.lookahead
@@ -108,6 +118,7 @@ class Runtime:
         model = {
             **config.to_flat(),
             "memory_mode": mode.value,
+            "vae": self.vae,
             "dtype": str(dtype),
             "weights": [part.digest() for part in weights],
         }
@@ -140,6 +151,7 @@ class Runtime:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         memory: str | MemoryMode | None = None,
+        vae: str | Path = WAN_VAE,
         backend: str | None = None,
         attention: str | None = None,
         width: int | None = None,
@@ -160,6 +172,9 @@ class Runtime:
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for a GPU where there is one.
             dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None for bfloat16 on a GPU, float32 on a CPU.
             memory: ``"evolve"``, ``"prior"`` or ``"off"``; None for evolve where the weights have a memory encoder.
+            vae: who makes pictures of latents: ``"wan"``, the model's own VAE; for previews ``"tiny"``, the tiny
+                decoder in the model's folder (``taew2_1`` of TAEHV or ``lighttaew2_1`` of LightX2V, ``.pth`` or
+                ``.safetensors``), or the path of such a file.
             backend: which implementation of the operations; None for ``ECHO_RT_BACKEND``, or torch.
             width, height: of the video, in pixels; None for the model folder's own, or 832 and 480.
             attention: which library computes attention, by the names ``echo-rt doctor`` lists; None for the one that a
@@ -188,6 +203,7 @@ class Runtime:
             ema=ema,
             device=place,
             memory=memory,
+            vae=vae,
             width=width,
             height=height,
             overrides=overrides,

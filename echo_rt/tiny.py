@@ -24,6 +24,7 @@ from echo_rt.tiny_weights import (
     memory_tensors,
     nudged,
     text_encoder_tensors,
+    tiny_decoder_tensors,
     transformer_tensors,
     vae_tensors,
 )
@@ -35,8 +36,10 @@ from echo_rt.weights.layout_original import (
     VAE_FILE,
 )
 from echo_rt.weights.shapes import MEMORY_PREFIX
+from echo_rt.weights.tiny_vae import TAEW, TinyVaeConfig
 
 CHECKPOINT_FILE = "echo_infinity.pt"
+TINY_VAE_FILE = f"{TAEW.name}.pth"
 _TRANSFORMER_FILE = f"{TRANSFORMER_STEM}.safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _FILES = {
@@ -45,6 +48,7 @@ _FILES = {
     VAE_FILE,
     TEXT_ENCODER_FILE,
     CHECKPOINT_FILE,
+    TINY_VAE_FILE,
     *(f"{TOKENIZER_FOLDER}/{name}" for name in _TOKENIZER_FILES),
 }
 _MARK = "tiny_seed"  # in config.json, tells a folder that was written here from anyone else's
@@ -72,7 +76,8 @@ slowly quickly gently suddenly then while across around between above below behi
 def write_tiny_model(
     folder: str | Path, *, seed: int = 0, width: int = 128, height: int = 80, overwrite: bool = False
 ) -> None:
-    """Write the model: transformer, VAE, text encoder, tokenizer, and ``echo_infinity.pt`` with a memory encoder.
+    """Write the model: transformer, VAE, text encoder, tokenizer, ``echo_infinity.pt`` with a memory encoder, and a
+    tiny decoder for previews.
 
     Args:
         folder: what to make; its parents are made as needed. It appears whole or not at all.
@@ -168,6 +173,8 @@ def _write_parts(part: Path, config: ModelConfig, vae: VaeConfig, seed: int, wid
     }
     _save_pickle(part / CHECKPOINT_FILE, checkpoint)
     _save_pickle(part / VAE_FILE, _cast(vae_tensors(vae, draw), torch.float32))
+    tiny_decoder = TinyVaeConfig(vae.z_dim, widths=(16, 12, 8, 8))
+    _save_pickle(part / TINY_VAE_FILE, _cast(tiny_decoder_tensors(tiny_decoder, draw), torch.float16))
 
     text_encoder = TextEncoderConfig(
         vocab_size=1024, d_model=transformer.text_dim, d_attn=32, d_ff=64, num_heads=4, num_layers=2

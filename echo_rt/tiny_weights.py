@@ -24,6 +24,7 @@ from torch import Tensor
 
 from echo_rt.config import ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.weights.shapes import Shapes, memory_shapes, text_encoder_shapes, transformer_shapes, vae_shapes
+from echo_rt.weights.tiny_vae import TinyVaeConfig, tiny_decoder_shapes
 
 Tensors = dict[str, Tensor]
 
@@ -49,6 +50,7 @@ _BLUR = (0.25, 0.5, 0.25)
 _GRAIN = 0.15  # random part of each convolution
 _BRANCH = 0.5  # of a residual block
 _CONTRAST = 0.8
+_TINY_CONTRAST = 1.4  # of what leads from level to level: a ReLU and a blur take a part of it
 
 _GATE_BIAS = 2.0  # the memory's gate begins near "keep"
 
@@ -218,6 +220,29 @@ def _smoothed(draw: Draw, name: str, grain: Tensor) -> Tensor:
     smooth: Tensor = mix.view(out, channels, *(1,) * kernel.dim()) * kernel
     smooth += _GRAIN * mix.norm() / math.sqrt(out) * grain
     return smooth
+
+
+def tiny_decoder_tensors(config: TinyVaeConfig, draw: Draw) -> Tensors:
+    """A tiny decoder, blurring like the VAE's, though it makes other clouds of the same latents."""
+    tensors = _plain_all(draw, tiny_decoder_shapes(config))
+    for name, tensor in tensors.items():
+        out, channels = tensor.shape[:2] if tensor.dim() > 1 else (len(tensor), 1)
+        if name == f"{config.head}.bias":
+            tensor.fill_(0.5)  # colours are in [0, 1]
+        elif tensor.dim() == 1:
+            continue
+        elif tensor.shape[-1] == 1:  # the frames that one grows to are that one, nearly
+            keep = torch.eye(channels, dtype=torch.float64).repeat(out // channels, 1)
+            tensors[name] = keep[..., None, None] + _GRAIN * tensor
+        else:
+            mix = _sum_zero(draw(f"mix/tiny/{name}", out, channels) / math.sqrt(channels))
+            if ".conv." in name:
+                mix *= _BRANCH if ".conv.4." in name else 1.0
+            else:
+                mix = _TINY_CONTRAST * torch.linalg.qr(mix.T).Q.T
+            taps = torch.tensor(_BLUR, dtype=torch.float64)
+            tensors[name] = mix[..., None, None] * (taps[:, None] * taps) + _GRAIN * tensor
+    return tensors
 
 
 def _sum_zero(mix: Tensor) -> Tensor:

@@ -14,11 +14,13 @@ import torch
 from echo_rt.config import MemoryConfig, ModelConfig
 from echo_rt.errors import ConfigError, OutputError, PromptError
 from echo_rt.model.text import TextEncoder
+from echo_rt.model.tiny_decoder import TinyDecoder
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops import load_ops
-from echo_rt.tiny import CHECKPOINT_FILE, write_tiny_model
+from echo_rt.tiny import CHECKPOINT_FILE, TINY_VAE_FILE, write_tiny_model
 from echo_rt.weights.folder import ModelFolder
 from echo_rt.weights.generator import load_generator, memory_facts
+from echo_rt.weights.tiny_vae import open_tiny_vae
 
 SIZE = {"width": 48, "height": 32}
 
@@ -157,13 +159,29 @@ def test_decoder_makes_a_picture(tiny: Path) -> None:
     decoder = VaeDecoder(
         folder.vae_config(), folder.vae_tensors(), load_ops("torch"), device="cpu", dtype=torch.float32
     )
-    latents = torch.randn(8, 16, 6, 6, generator=torch.Generator().manual_seed(0)).cumsum(0)
-    latents = latents / latents.std()
-    video = decoder.decode(latents, decoder.new_state(6, 6, 8))[9:]
+    video = decoder.decode(_moving_latents(), decoder.new_state(6, 6, 8))[9:]
     assert 0.15 < float(video.std()) < 0.8
     assert float((video.abs() > 1).float().mean()) < 0.2
     step = float((video[1:] - video[:-1]).std())
     assert 0.01 * float(video.std()) < step < 0.5 * float(video.std())
+
+
+def test_tiny_decoder_makes_a_picture(tiny: Path) -> None:
+    """Of the same latents as above: another one."""
+    like = ModelFolder.open(tiny).vae_config()
+    vae = open_tiny_vae("tiny", tiny, like)
+    assert vae.path.name == TINY_VAE_FILE and all(tensor.dtype == torch.float16 for tensor in vae.tensors.values())
+    decoder = TinyDecoder(vae.config, vae.tensors, like, device="cpu", dtype=torch.float32)
+    video = decoder.decode(_moving_latents(), decoder.new_state(6, 6, 8))[9:]
+    assert 0.15 < float(video.std()) < 0.8
+    assert float((video.abs() > 1).float().mean()) < 0.2
+    step = float((video[1:] - video[:-1]).std())
+    assert 0.01 * float(video.std()) < step < 0.8 * float(video.std())
+
+
+def _moving_latents() -> torch.Tensor:
+    latents = torch.randn(8, 16, 6, 6, generator=torch.Generator().manual_seed(0)).cumsum(0)
+    return latents / latents.std()
 
 
 def test_config_names_the_seed(tiny: Path) -> None:

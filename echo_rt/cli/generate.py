@@ -38,6 +38,7 @@ def _load(request: Request) -> Runtime:
         device=arguments.device,
         dtype=arguments.dtype,
         memory=arguments.memory,
+        vae=arguments.vae,
         backend=arguments.backend,
         attention=arguments.attention,
         lookahead=request.lookahead,

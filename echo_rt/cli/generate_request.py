@@ -13,7 +13,7 @@ from echo_rt.cli.outputs import Named, check_folder, check_outputs
 from echo_rt.cli.overrides import parse_overrides
 from echo_rt.cli.prompts import parse_script
 from echo_rt.errors import ConfigError, TargetError
-from echo_rt.options import OVERRIDES, check_seed
+from echo_rt.options import OVERRIDES, TINY_VAE, WAN_VAE, check_seed
 from echo_rt.soak.config import MANIFEST_FILE
 
 _EPILOG = """
@@ -175,6 +175,7 @@ class Request:
             ("--model", arguments.model),
             ("--checkpoint", arguments.checkpoint),
             ("--lora", arguments.lora),
+            ("--vae", None if arguments.vae in (WAN_VAE, TINY_VAE) else Path(arguments.vae)),
             *(("--prompt-embeds", Path(prompt.file)) for prompt in self.script if prompt.file is not None),
         ]
         read = [Named(option, path) for option, path in inputs if path is not None]

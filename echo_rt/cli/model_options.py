@@ -8,7 +8,7 @@ from typing import Any
 
 from echo_rt.cli.numbers import parse_number
 from echo_rt.errors import ConfigError
-from echo_rt.options import DTYPE_NAMES, MemoryMode
+from echo_rt.options import DTYPE_NAMES, TINY_VAE, WAN_VAE, MemoryMode
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> Any:
@@ -22,6 +22,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
         "--memory",
         choices=[mode.value for mode in MemoryMode],
         help="the memory's mode; default: evolve where the weights have a memory",
+    )
+    model.add_argument(
+        "--vae",
+        default=WAN_VAE,
+        metavar=f"{WAN_VAE}|{TINY_VAE}|FILE",
+        help=f"who makes pictures of latents: the model's own VAE, or for previews the tiny decoder in its folder, or "
+        f"in FILE (default {WAN_VAE})",
     )
     model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
     model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")

@@ -132,6 +132,7 @@ def parse_config(arguments: argparse.Namespace) -> SoakConfig:
         lora=None if arguments.lora is None else str(arguments.lora),
         ema=arguments.ema,
         memory=arguments.memory,
+        vae=arguments.vae,
         device=arguments.device,
         dtype=arguments.dtype,
         backend=arguments.backend,

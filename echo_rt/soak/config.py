@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from echo_rt.errors import ConfigError
-from echo_rt.options import MemoryMode, check_overrides, check_seed
+from echo_rt.options import TINY_VAE, WAN_VAE, MemoryMode, check_overrides, check_seed
 from echo_rt.output.part_file import reason, write_whole
 
 MANIFEST_FILE = "soak.json"
@@ -86,6 +86,7 @@ class SoakConfig:
     lora: str | None = None
     ema: bool | None = None
     memory: str | None = None
+    vae: str = WAN_VAE
     device: str | None = None
     dtype: str | None = None
     backend: str | None = None
@@ -162,7 +163,8 @@ class SoakConfig:
         for name in ("out", "serve", "plots"):  # where it lies and who looks on
             del facts[name]
         facts |= {f"limits.{name}": value for name, value in facts.pop("limits").items()}
-        for name in ("model", "checkpoint", "lora"):
+        files = ["model", "checkpoint", "lora"] + ([] if self.vae in (WAN_VAE, TINY_VAE) else ["vae"])
+        for name in files:
             if facts[name] is not None:
                 facts[name] = str(Path(facts[name]).absolute())
         plain: dict[str, Any] = json.loads(json.dumps(facts))

@@ -107,6 +107,7 @@ def _load(config: SoakConfig, device: torch.device) -> Runtime:
         device=device,
         dtype=config.dtype,
         memory=config.memory,
+        vae=config.vae,
         backend=config.backend,
         attention=config.attention,
         lookahead=config.lookahead,

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from echo_rt.config import VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
+from echo_rt.options import TINY_VAE, WAN_VAE
 from echo_rt.weights.files import check_tensors, open_tensors
 from echo_rt.weights.from_shapes import shape_of
 from echo_rt.weights.shapes import Shapes
 from echo_rt.weights.tensors import RenamedTensors
-
-WAN, TINY = "wan", "tiny"  # what ``vae=`` may say beside the path of a file
 
 _SUFFIXES = (".pth", ".safetensors")
 _ENCODER = "encoder."
@@ -132,10 +131,11 @@ def open_tiny_vae(vae: str | Path, folder: Path, like: VaeConfig) -> TinyVae:
     alone. Errors: ``WeightsError`` for no file, one of neither kind, and missing, surplus or misshapen tensors;
     ``ConfigError`` for a decoder of other latents, or of a video of another size or length.
     """
-    path = _find(folder) if vae == TINY else Path(vae)
-    if vae != TINY and not os.path.exists(path):
+    path = _find(folder) if vae == TINY_VAE else Path(vae)
+    if not os.path.exists(path):
         raise WeightsError(
-            f"vae: expected {WAN!r}, {TINY!r} or the path of a tiny decoder's file, got {str(vae)!r}, and no such file"
+            f"vae: expected {WAN_VAE!r}, {TINY_VAE!r} or the path of a tiny decoder's file, "
+            f"got {str(vae)!r}, and no such file"
         )
     kind = _kind_of(path)
     file = open_tensors(path)

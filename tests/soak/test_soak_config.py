@@ -85,6 +85,17 @@ def test_a_soak_may_become_longer(tmp_path: Path) -> None:
     assert check_manifest(config(tmp_path, blocks=None, hours=2.5)) is Begun.SHORTER
 
 
+@pytest.mark.parametrize(("vae", "fact"), [("wan", "wan"), ("tiny", "tiny"), ("a/taew2_1.pth", "taew2_1.pth")])
+def test_files_are_known_by_their_whole_path(
+    vae: str, fact: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder may be called what a decoder is called."""
+    monkeypatch.chdir(tmp_path)
+    facts = config(model="tiny", checkpoint="wan", vae=vae).facts()
+    assert (facts["model"], facts["checkpoint"]) == (str(tmp_path / "tiny"), str(tmp_path / "wan"))
+    assert facts["vae"] == (fact if vae == fact else str(tmp_path / "a" / fact))
+
+
 def test_another_soak_is_refused_with_what_differs(tmp_path: Path) -> None:
     write_manifest(config(tmp_path), "1")
     other = config(tmp_path, seed=3, limits=Limits(drift=0.5))
