@@ -34,6 +34,21 @@ OVERRIDES = (
 # What a model folder may say beside them.
 FOLDER_FACTS = ("width", "height", "tiny_seed")
 
+# What every command that loads a model lets its user choose, by the names of Runtime.from_pretrained.
+MODEL_OPTIONS = (
+    "checkpoint",
+    "lora",
+    "ema",
+    "device",
+    "dtype",
+    "memory",
+    "vae",
+    "vae_tiles",
+    "backend",
+    "attention",
+    "lookahead",
+)
+
 _SEEDS = 2**64
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.attention import attentions, cache_file
+from echo_rt.decoding import DecoderOptions, make_decoder
 from echo_rt.device import capturing, model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
 from echo_rt.engine import Engine
 from echo_rt.errors import ConfigError, StallError, StreamError
@@ -24,10 +25,7 @@ from echo_rt.guard import Guard
 from echo_rt.loading import LoadedModel, load_model
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
-from echo_rt.model.tiny_decoder import TinyDecoder
 from echo_rt.model.transformer import Transformer
-from echo_rt.model.vae_decoder import VaeDecoder
-from echo_rt.model.video_decoder import VideoDecoder
 from echo_rt.ops import check_device, load_ops
 from echo_rt.options import WAN_VAE, MemoryMode, check_seed
 from echo_rt.pipeline import Pipeline
@@ -60,6 +58,7 @@ class Runtime:
         dtype: torch.dtype,
         backend: str | None,
         attention: str | None,
+        decoding: DecoderOptions,
         graphs: bool | None,
         lookahead: int | None,
         check: bool,
@@ -106,11 +105,7 @@ class Runtime:
             encoder = (
                 None if config.memory is None else MemoryEncoder(config, weights[1], ops, device=device, dtype=dtype)
             )
-            decoder: VideoDecoder[Any]
-            if tiny_vae is None:
-                decoder = VaeDecoder(self.vae_config, weights[2], ops, device=device, dtype=dtype)
-            else:
-                decoder = TinyDecoder(tiny_vae.config, weights[2], self.vae_config, device=device, dtype=dtype)
+            decoder = make_decoder(loaded, weights[2], ops, decoding, device=device, dtype=dtype)
             rollout = Rollout(config, transformer, encoder, schedule, ops, self.attention.attention, mode, executor)
             pipeline = Pipeline(
                 rollout, decoder, self.vae_config, ops, executor, device=device, depth=1 + self.lookahead
@@ -152,6 +147,7 @@ class Runtime:
         dtype: str | torch.dtype | None = None,
         memory: str | MemoryMode | None = None,
         vae: str | Path = WAN_VAE,
+        vae_tiles: int = 1,
         backend: str | None = None,
         attention: str | None = None,
         width: int | None = None,
@@ -175,6 +171,8 @@ class Runtime:
             vae: who makes pictures of latents: ``"wan"``, the model's own VAE; for previews ``"tiny"``, the tiny
                 decoder in the model's folder (``taew2_1`` of TAEHV or ``lighttaew2_1`` of LightX2V, ``.pth`` or
                 ``.safetensors``), or the path of such a file.
+            vae_tiles: in how many bands of rows the model's own VAE decodes its two highest resolutions: the same video
+                in less device memory and more time.
             backend: which implementation of the operations; None for ``ECHO_RT_BACKEND``, or torch.
             width, height: of the video, in pixels; None for the model folder's own, or 832 and 480.
             attention: which library computes attention, by the names ``echo-rt doctor`` lists; None for the one that a
@@ -195,6 +193,7 @@ class Runtime:
         place = parse_device(device)
         note_loading(place)
         precision = parse_dtype(dtype, place)
+        decoding = DecoderOptions(tiles=vae_tiles)
         check_device(load_ops(backend), place)
         loaded = load_model(
             model,
@@ -214,6 +213,7 @@ class Runtime:
             dtype=precision,
             backend=backend,
             attention=attention,
+            decoding=decoding,
             graphs=graphs,
             lookahead=lookahead,
             check=check,

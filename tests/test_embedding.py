@@ -22,6 +22,7 @@ from streaming import PROMPT, Gate, embeds, load, same, small_model_in, take, vi
 from torch import Tensor
 
 import echo_rt
+import echo_rt.decoding
 import echo_rt.model.text
 import echo_rt.prompts
 import echo_rt.rollout
@@ -354,7 +355,7 @@ def test_close_gives_every_byte_back(small_model: Path) -> None:
 PLACES: dict[str, tuple[object, str, int]] = {
     "load: transformer": (echo_rt.runtime, "Transformer", 0),
     "load: memory": (echo_rt.runtime, "MemoryEncoder", 0),
-    "load: decoder": (echo_rt.runtime, "VaeDecoder", 0),
+    "load: decoder": (echo_rt.decoding, "VaeDecoder", 0),
     "load: buffers": (echo_rt.rollout, "RolloutState", 0),
     "load: slots": (echo_rt.runtime, "Pipeline", 0),
     "start: text encoder": (echo_rt.prompts, "TextEncoder", 0),

@@ -32,16 +32,7 @@ def _load(request: Request) -> Runtime:
     arguments = request.arguments
     return Runtime.from_pretrained(
         arguments.model,
-        checkpoint=arguments.checkpoint,
-        lora=arguments.lora,
-        ema=arguments.ema,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        memory=arguments.memory,
-        vae=arguments.vae,
-        backend=arguments.backend,
-        attention=arguments.attention,
-        lookahead=request.lookahead,
+        **request.model_options,
         width=request.width,
         height=request.height,
         keep_text_encoder=arguments.keep_text_encoder,

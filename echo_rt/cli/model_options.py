@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from echo_rt.cli.numbers import parse_number
+from echo_rt.cli.numbers import parse_number, parse_positive
 from echo_rt.errors import ConfigError
-from echo_rt.options import DTYPE_NAMES, TINY_VAE, WAN_VAE, MemoryMode
+from echo_rt.options import DTYPE_NAMES, MODEL_OPTIONS, TINY_VAE, WAN_VAE, MemoryMode
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> Any:
@@ -35,7 +35,20 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
     model.add_argument("--backend", help="who does the operations; default: torch (see echo-rt doctor)")
     model.add_argument("--attention", metavar="NAME", help="which library computes attention (see echo-rt doctor)")
     model.add_argument("--lookahead", metavar="N", help="blocks begun ahead; default: 1 on a GPU, 0 on a CPU")
+    model.add_argument(
+        "--vae-tiles", metavar="N", help="decode in N bands of rows, for GPUs with little memory; default: 1"
+    )
     return model
+
+
+def parse_model_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What they say, by the names of ``Runtime.from_pretrained``; raises ``ConfigError``.
+
+    The model's folder is not among it, nor is what not every command takes.
+    """
+    tiles = parse_positive("--vae-tiles", arguments.vae_tiles, int, "a number of bands of 1 or more")
+    parsed = {"lookahead": parse_lookahead(arguments.lookahead), "vae_tiles": 1 if tiles is None else tiles}
+    return {name: parsed.get(name, getattr(arguments, name)) for name in MODEL_OPTIONS}
 
 
 # Each holds frames in pinned memory, and a new prompt waits for all of them.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
-from echo_rt.cli.model_options import add_model_options, parse_lookahead
+from echo_rt.cli.model_options import add_model_options, parse_model_options
 from echo_rt.cli.numbers import parse_number, parse_positive, parse_size
 from echo_rt.cli.overrides import parse_overrides
 from echo_rt.cli.signals import StopRequest
@@ -123,21 +124,15 @@ def parse_config(arguments: argparse.Namespace) -> SoakConfig:
         "interval": parse_positive("--interval", arguments.interval, float, "a number of seconds above 0"),
         "prompts": None if arguments.prompt is None else tuple(arguments.prompt),
     }
+    options: dict[str, Any] = {
+        name: str(value) if isinstance(value, Path) else value for name, value in parse_model_options(arguments).items()
+    }
     return SoakConfig(
         model=str(arguments.model),
         out=arguments.out,
         blocks=_count("--blocks", arguments.blocks),
         hours=parse_positive("--hours", arguments.hours, float, "a number of hours above 0"),
-        checkpoint=None if arguments.checkpoint is None else str(arguments.checkpoint),
-        lora=None if arguments.lora is None else str(arguments.lora),
-        ema=arguments.ema,
-        memory=arguments.memory,
-        vae=arguments.vae,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        backend=arguments.backend,
-        attention=arguments.attention,
-        lookahead=parse_lookahead(arguments.lookahead),
+        **options,
         width=width,
         height=height,
         overrides=parse_overrides(arguments.set),

@@ -87,6 +87,7 @@ class SoakConfig:
     ema: bool | None = None
     memory: str | None = None
     vae: str = WAN_VAE
+    vae_tiles: int = 1
     device: str | None = None
     dtype: str | None = None
     backend: str | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from echo_rt.build_info import __version__
 from echo_rt.device import parse_device
 from echo_rt.errors import ConfigError, OutputError
+from echo_rt.options import MODEL_OPTIONS
 from echo_rt.output.folder_claim import FolderClaim
 from echo_rt.output.part_file import reason
 from echo_rt.output.segment_index import INDEX_FILE
@@ -99,22 +100,8 @@ def _require_no_other(folder: Path) -> None:
 
 
 def _load(config: SoakConfig, device: torch.device) -> Runtime:
-    return Runtime.from_pretrained(
-        config.model,
-        checkpoint=config.checkpoint,
-        lora=config.lora,
-        ema=config.ema,
-        device=device,
-        dtype=config.dtype,
-        memory=config.memory,
-        vae=config.vae,
-        backend=config.backend,
-        attention=config.attention,
-        lookahead=config.lookahead,
-        width=config.width,
-        height=config.height,
-        overrides=config.overrides,
-    )
+    options = {name: getattr(config, name) for name in (*MODEL_OPTIONS, "width", "height", "overrides")}
+    return Runtime.from_pretrained(config.model, **options | {"device": device})
 
 
 def _prompt_embeds(runtime: Runtime, config: SoakConfig) -> list[Tensor]:

@@ -1,0 +1,85 @@
+"""How a stream's pictures are made is the user's choice: in bands of rows, where memory is scarce."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from streaming import load, small_model_in, video
+
+import echo_rt
+from echo_rt.cli.main import main
+from echo_rt.errors import ConfigError
+
+FEW_STEPS = {"denoising_steps": (1000, 500)}
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model_in(tmp_path_factory)
+
+
+def frames(folder: Path, **options: object) -> torch.Tensor:
+    with load(folder, width=32, height=96, memory="off", overrides=FEW_STEPS, **options) as runtime:
+        chunks = video(runtime, 3, seed=3)
+    return torch.cat([chunk.frames for chunk in chunks])
+
+
+def test_tiles_do_not_show(small_model: Path) -> None:
+    whole, tiled = frames(small_model), frames(small_model, vae_tiles=4)
+    # Sums in another order: a value that lies between two bytes may fall to either.
+    difference = (whole.int() - tiled.int()).abs()
+    assert int(difference.max()) <= 1 and float(difference.float().mean()) < 1e-3
+
+
+def test_tiles_take_less_memory(small_model: Path) -> None:
+    def room(tiles: int) -> int:
+        with load(small_model, width=32, height=96, memory="off", vae_tiles=tiles) as runtime:
+            return sum(tensor.nbytes for tensor in runtime._engine.pipeline.decoder_state.buffers().values())
+
+    assert room(4) < room(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"vae_tiles": 0}, "vae_tiles must be an integer of 1 or more, got 0"),
+        ({"vae_tiles": True}, "vae_tiles must be an integer of 1 or more, got True"),
+        ({"vae_tiles": 3}, "vae tiles: expected 1 to 1 for latents 4 rows high, got 3"),
+        ({"vae_tiles": 2, "vae": "tiny"}, "vae_tiles must be 1 for a tiny decoder"),
+    ],
+    ids=str,
+)
+def test_tiles_that_cannot_be(small_model: Path, options: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load(small_model, **options)
+
+
+def test_tiles_on_the_command_line(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[object] = []
+    original = echo_rt.Runtime.from_pretrained
+
+    def watched(*args: object, **options: object) -> echo_rt.Runtime:
+        asked.append(options["vae_tiles"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(echo_rt.Runtime, "from_pretrained", watched)
+    command = ["generate", "--model", str(small_model), "--device", "cpu", "--prompt", "a fox", "--frames", "9"]
+    command += [
+        "-o",
+        str(tmp_path / "video.mp4"),
+        "--size",
+        "32x96",
+        "--memory",
+        "off",
+        "--set",
+        "denoising_steps=1000",
+        "--quiet",
+    ]
+    assert main([*command, "--vae-tiles", "2"]) == 0
+    assert asked == [2]
+    assert main([*command, "--vae-tiles", "no"]) == 2
+    assert "--vae-tiles: expected a number of bands of 1 or more, got 'no'" in capsys.readouterr().err
