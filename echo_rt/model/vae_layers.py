@@ -106,8 +106,9 @@ class CausalConv:
 
     def __call__(self, frames: Tensor) -> Terms:
         """Convolves ``frames [past + T, H, W, C]`` to ``[T // stride, H, W, out]``."""
-        # A view: channels-last frames are channels_last_3d memory, so no layout changes hands.
-        video = frames.permute(3, 0, 1, 2).unsqueeze(0)
+        # A view: channels-last frames are channels_last_3d memory, so no layout changes hands. The batch comes first:
+        # torch tells the layout by the strides, and that of a batch of one counts too.
+        video = frames.unsqueeze(0).permute(0, 4, 1, 2, 3)
         out = functional.conv3d(video, self.weight, None, (self.stride, 1, 1), self.padding)
         return Terms(out.squeeze(0).permute(1, 2, 3, 0).contiguous(), self.bias)
 
