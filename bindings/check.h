@@ -16,6 +16,7 @@
 #include <string>
 
 #include "common/device.h"
+#include "common/row_width.h"
 #include "common/scalar.h"
 #if !defined(ECHO_RT_EMULATED)
 #include <c10/cuda/CUDAStream.h>
@@ -165,6 +166,15 @@ class Call {
 #else
     return c10::cuda::getCurrentCUDAStream(guard_.current_device().index());
 #endif
+  }
+
+  // The same for a kernel that keeps rows of `dim` channels in registers: what it refuses are rows that are too wide.
+  void done(cudaError_t status, const char* rows, int64_t dim) const {
+    require(status != cudaErrorInvalidValue || dim <= kWidestRow, rows,
+            "at most " + std::to_string(kWidestWholeRow) + " channels, or " + std::to_string(kWidestRow) +
+                " where not everything as wide as a row is made of aligned 16-byte pieces",
+            dim);
+    done(status);
   }
 
   void done(cudaError_t status) const {

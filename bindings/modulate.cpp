@@ -28,7 +28,7 @@ Tensor modulated_layer_norm(const Tensor& x, const Tensor& shift, const Tensor& 
   params.tokens = tokens;
   params.dim = dim;
   params.eps = static_cast<float>(eps);
-  if (out.numel() != 0) call.done(launch_modulated_layer_norm(params, call.stream()));
+  if (out.numel() != 0) call.done(launch_modulated_layer_norm(params, call.stream()), "x", dim);
   return out;
 }
 
@@ -57,7 +57,7 @@ Tensor gated_residual_norm(const Tensor& x, const Tensor& y, const OptionalTenso
   params.tokens = tokens;
   params.dim = dim;
   params.eps = static_cast<float>(eps);
-  if (out.numel() != 0) call.done(launch_gated_residual_norm(params, call.stream()));
+  if (out.numel() != 0) call.done(launch_gated_residual_norm(params, call.stream()), "x", dim);
   return out;
 }
 

@@ -79,7 +79,7 @@ Tensor qkv_norm_rope_store(const Tensor& qkv, const Tensor& norm_q, const Tensor
   params.spatial_pairs = spatial_pairs;
   params.raw_offset = raw_offset;
   params.eps = static_cast<float>(eps);
-  if (q.numel() != 0) call.done(launch_qkv_norm_rope_store(params, call.stream()));
+  if (q.numel() != 0) call.done(launch_qkv_norm_rope_store(params, call.stream()), "k_cache", dim);
   return q;
 }
 

@@ -229,6 +229,21 @@ def test_memory_bound_operations_take_tensors_that_start_anywhere(ops: Ops, op: 
             torch.testing.assert_close(actual, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+@pytest.mark.parametrize("op", ["qkv_norm_rope_store", "modulated_layer_norm", "gated_residual_norm"])
+def test_rows_that_no_block_of_threads_can_hold_are_refused(ops: Ops, op: str) -> None:
+    """Of whole 16-byte pieces up to 8192 channels, else up to 4096."""
+    name = "k_cache" if op == "qkv_norm_rope_store" else "x"
+    for heads, head_dim, fits in ((64, 128, True), (65, 128, False), (32, 126, True), (33, 126, False)):
+        sizes = Sizes(frames=1, tokens=1, heads=heads, head_dim=head_dim, local_frames=1, sink_frames=1)
+        args = make_case(op, sizes, torch.bfloat16, DEVICES[ops.name])
+        if not fits:
+            words = "expected at most 8192 channels, or 4096 where not everything .* 16-byte pieces"
+            with pytest.raises(ValueError, match=rf"^echo_rt\.{op}: {name}: {words}; got {sizes.dim}$"):
+                getattr(ops, op)(*args)
+        else:
+            assert getattr(ops, op)(*args).isfinite().all()
+
+
 def test_no_rows_are_no_work(ops: Ops) -> None:
     x, shift, scale, _ = make_case("modulated_layer_norm", SIZES, torch.bfloat16, DEVICES[ops.name])
     assert ops.modulated_layer_norm(x[:0], shift, scale, EPS).shape == (0, SIZES.dim)

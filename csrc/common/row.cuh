@@ -10,17 +10,13 @@
 
 #include "common/chunk.cuh"
 #include "common/reduce.cuh"
+#include "common/row_width.h"
 
 namespace echo {
 
 // ---- how rows are spread
 
-inline constexpr int kMaxRowThreads = 512;
 inline constexpr int kMaxRowWarps = kMaxRowThreads / kWarpThreads;
-// Channels that a thread holds. Eight are one 16-byte access of a 16-bit type; sixteen, for wide rows, are what fits
-// into registers beside three float32 vectors of the same length.
-inline constexpr int kUsualShare = 8;
-inline constexpr int kLargestShare = 16;
 
 // How one thread holds a row, at compile time: kChunks chunks of kWidth channels.
 template <class T, int kWidth_, int kChunks_>
@@ -36,10 +32,10 @@ struct RowShape {
 template <class T, int kOther, class LaunchAs>
 cudaError_t with_row_shape(int64_t dim, bool whole, LaunchAs&& launch_as) {
   constexpr int kWhole = kVectorBytes / static_cast<int>(sizeof(T));
-  const bool usual = dim <= kMaxRowThreads * kUsualShare;
+  const bool usual = dim <= kWidestRow;
   if (usual && !whole) return launch_as(RowShape<T, kOther, kUsualShare / kOther>{});
   if (usual) return launch_as(RowShape<T, kWhole, kUsualShare / kWhole>{});
-  if (!whole || dim > kMaxRowThreads * kLargestShare) return cudaErrorInvalidValue;
+  if (!whole || dim > kWidestWholeRow) return cudaErrorInvalidValue;
   return launch_as(RowShape<T, kWhole, kLargestShare / kWhole>{});
 }
 
