@@ -43,3 +43,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     write_tiny_model(folder, width=64, height=48)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest one that ``tiny`` writes: its blocks take a tenth of a second. Tests must not change it."""
+    from echo_rt.tiny import write_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "small"
+    write_tiny_model(folder, width=32, height=32)
+    return folder

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import echo_rt
-from echo_rt.tiny import CHECKPOINT_FILE, write_tiny_model
+from echo_rt.tiny import CHECKPOINT_FILE
 
 PROMPT, OTHER = "a red fox in the snow", "the fox dives into a lake"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -23,13 +23,6 @@ def require(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     return device
-
-
-def small_model_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 32x32 pixels; blocks of it take a tenth of a second."""
-    folder = tmp_path_factory.mktemp("models") / "small"
-    write_tiny_model(folder, width=32, height=32)
-    return folder
 
 
 def load(folder: Path, **options: Any) -> echo_rt.Runtime:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from streaming import amid_blocks, embeds, load, small_model_in, within
+from streaming import amid_blocks, embeds, load, within
 from torch import Tensor
 
 from echo_rt.errors import StreamError
@@ -19,11 +19,6 @@ from echo_rt.model.text import TextEncoder
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
 LONG = 20.0
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model_in(tmp_path_factory)
 
 
 def test_two_threads_close_a_runtime_one_of_them_amid_a_block(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from stand_in_cuda import Log, install
-from streaming import embeds, load, same, small_model_in, take, video
+from streaming import embeds, load, same, take, video
 
 import echo_rt
 from echo_rt.executor import CudaExecutor, Lane
@@ -22,11 +22,6 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
     yield install(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model_in(tmp_path_factory)
 
 
 class Counter:

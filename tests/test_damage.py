@@ -27,7 +27,7 @@ from damage import (
     with_valid_digest,
 )
 from safetensors.torch import save
-from streaming import embeds, load, small_model_in, take
+from streaming import embeds, load, take
 
 import echo_rt
 from echo_rt.config import TransformerConfig
@@ -55,8 +55,8 @@ def small_room() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[echo_rt.Runtime]:
-    with load(small_model_in(tmp_path_factory)) as made:
+def runtime(small_model: Path) -> Iterator[echo_rt.Runtime]:
+    with load(small_model) as made:
         yield made
 
 

@@ -8,21 +8,18 @@ import re
 from pathlib import Path
 
 import pytest
-from streaming import small_model_in
 
 import echo_rt
 
 DOC = Path(__file__).parent.parent / "docs" / "embedding.md"
 
 
-def test_the_code_runs_from_top_to_bottom(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_code_runs_from_top_to_bottom(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = DOC.read_text(encoding="utf-8")
     pieces = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(pieces) == text.count("```") // 2 == 7
     (tmp_path / "demo").mkdir()
-    (tmp_path / "demo" / "tiny").symlink_to(small_model_in(tmp_path_factory))
+    (tmp_path / "demo" / "tiny").symlink_to(small_model)
     monkeypatch.chdir(tmp_path)
     load = echo_rt.Runtime.from_pretrained
     monkeypatch.setattr(

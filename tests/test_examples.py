@@ -22,18 +22,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from streaming import OTHER, PROMPT, load, small_model_in, take, within
+from streaming import OTHER, PROMPT, load, take, within
 
 import echo_rt
 from echo_rt.tiny import CHECKPOINT_FILE
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 LONG = 60.0  # seconds; only a deadlock takes that long
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model_in(tmp_path_factory)
 
 
 @pytest.fixture

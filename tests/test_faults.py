@@ -17,7 +17,7 @@ import pytest
 import torch
 from faults import ILLEGAL, LostDevice, file_system_of, fill, nan_in
 from safetensors.torch import load_file
-from streaming import embeds, load, same, small_model_in, take, video, within
+from streaming import embeds, load, same, take, video, within
 
 import echo_rt
 from echo_rt import Guard, NumericalError, Snapshot, StallError, StreamError
@@ -27,11 +27,6 @@ from echo_rt.prompts import save_prompt_embeds
 from echo_rt.tiny import CHECKPOINT_FILE
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model_in(tmp_path_factory)
 
 
 @pytest.fixture(params=[0, 1])

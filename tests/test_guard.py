@@ -9,17 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from streaming import amid_blocks, embeds, load, poison, same, small_model_in, take, video
+from streaming import amid_blocks, embeds, load, poison, same, take, video
 
 import echo_rt
 from echo_rt import ConfigError, Guard, NumericalError, Snapshot, StallError
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model_in(tmp_path_factory)
 
 
 @pytest.fixture(scope="module", params=[0, 1])

@@ -6,18 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from streaming import embeds, load, same, small_model_in, take
+from streaming import embeds, load, same, take
 
 import echo_rt
 from echo_rt import BackendError, ConfigError, StreamError
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
 BLOCKS = 8
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model_in(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

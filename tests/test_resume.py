@@ -8,15 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from streaming import DEVICES, embeds, load, require, same, small_model_in, take, video
+from streaming import DEVICES, embeds, load, require, same, take, video
 
 import echo_rt
 from echo_rt.errors import StreamError
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model_in(tmp_path_factory)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from recorder import Recorder
-from streaming import embeds, load, poison, small_model_in, take
+from streaming import embeds, load, poison, take
 from torch import Tensor
 
 import echo_rt
@@ -16,11 +16,6 @@ from echo_rt import Guard, NumericalError
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
 LONG = 20.0
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model_in(tmp_path_factory)
 
 
 def test_a_prompt_begins_with_its_block_whatever_is_gone_back_from(

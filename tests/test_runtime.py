@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from streaming import PROMPT, embeds, load, same, small_model_in, take, video
+from streaming import PROMPT, embeds, load, same, take, video
 from torch import Tensor
 
 import echo_rt
@@ -23,11 +23,6 @@ from echo_rt.weights.folder import ModelFolder
 
 MEMORY = "query_memory_encoder."
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model_in(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

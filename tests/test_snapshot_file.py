@@ -18,16 +18,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from streaming import embeds, load, same, small_model_in, take
+from streaming import embeds, load, same, take
 
 import echo_rt
 from echo_rt.errors import OutputError, SnapshotError, StreamError
 from echo_rt.snapshot import Snapshot
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model_in(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from recorder import Recorder
-from streaming import embeds, load, same, small_model_in, take, video
+from streaming import embeds, load, same, take, video
 from torch import Tensor
 
 import echo_rt
@@ -30,11 +30,6 @@ WARM, BLOCKS = 11, 15
 # What may happen between stages once all are replayed: frames, latents and vitals on their way to the host, and from
 # there to whoever asked.
 BETWEEN_STAGES = {"slice", "copy_", "clone", "_local_scalar_dense", "detach", "alias"}
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model_in(tmp_path_factory)
 
 
 @contextmanager

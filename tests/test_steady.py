@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import amid_blocks, embeds, load, require, same, small_model_in, take, video
+from streaming import amid_blocks, embeds, load, require, same, take, video
 
 import echo_rt
 from echo_rt import SteadyStateError
@@ -15,11 +15,6 @@ from echo_rt.ops import available_backends
 from echo_rt.verify import verify_bundle
 
 MODES = ["evolve", "prior", "off"]
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model_in(tmp_path_factory)
 
 
 def test_a_block_that_moves_a_buffer_is_found(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from streaming import OTHER, PROMPT, Gate, amid_blocks, embeds, load, same, small_model_in, take, video, within
+from streaming import OTHER, PROMPT, Gate, amid_blocks, embeds, load, same, take, video, within
 from torch import Tensor
 
 import echo_rt
@@ -18,11 +18,6 @@ from echo_rt.model.text import TextEncoder
 from echo_rt.rollout import Rollout
 
 LONG = 30.0  # seconds; only a deadlock takes that long
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model_in(tmp_path_factory)
 
 
 @pytest.fixture

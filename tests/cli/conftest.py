@@ -148,13 +148,3 @@ def frame_count() -> Callable[[Path], int]:
             return sum(1 for _ in container.decode(video=0))
 
     return count
-
-
-@pytest.fixture(scope="session")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smallest model that ``tiny`` can be made to write: blocks of it take no time. Tests must not change it."""
-    from echo_rt.tiny import write_tiny_model
-
-    folder = tmp_path_factory.mktemp("models") / "small"
-    write_tiny_model(folder, width=32, height=32)
-    return folder

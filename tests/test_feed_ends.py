@@ -1,0 +1,180 @@
+"""How a feed ends: errors, closing from anywhere, the end of its process, forks."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from feeding import LONG, feed_threads, until
+from streaming import Gate, amid_blocks, embeds, load, same, video, within
+
+import echo_rt
+from echo_rt.errors import NumericalError, StreamError
+from echo_rt.tiny import CHECKPOINT_FILE
+
+
+@pytest.fixture(scope="module")
+def runtime(small_model: Path) -> Iterator[echo_rt.Runtime]:
+    with load(small_model) as runtime:
+        yield runtime
+
+
+@pytest.fixture(scope="module")
+def expected(runtime: echo_rt.Runtime) -> list[echo_rt.Chunk]:
+    return video(runtime, 6)
+
+
+@pytest.fixture
+def stream(runtime: echo_rt.Runtime) -> Iterator[echo_rt.Stream]:
+    with runtime.stream(prompt_embeds=embeds(runtime)) as stream:
+        yield stream
+
+
+# ---------------------------------------------------------------- errors and ends
+
+
+def test_an_error_comes_after_the_blocks_before_it(
+    runtime: echo_rt.Runtime,
+    stream: echo_rt.Stream,
+    expected: list[echo_rt.Chunk],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def poisoned(block: int, step: int) -> None:
+        if block == 2:
+            runtime._engine.rollout.state.x.fill_(float("nan"))  # type: ignore[union-attr]
+
+    with monkeypatch.context() as patch, echo_rt.Feed(stream, depth=4) as feed:
+        amid_blocks(stream, poisoned, patch)
+        until(lambda: stream.failure is not None)
+        made = [next(feed), next(feed)]
+        with pytest.raises(NumericalError, match="block 2: latent"):
+            next(feed)
+        for use in (lambda: next(feed), feed.poll, lambda: list(feed)):
+            with pytest.raises(StreamError, match="the stream cannot go on: block 2 failed"):
+                use()
+    assert same(made, expected[:2])
+    assert same(video(runtime, 2), expected[:2])
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_a_thread_that_dies_is_an_error_and_not_a_silence(
+    stream: echo_rt.Stream, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(block: int, step: int) -> None:
+        raise kind("pulled out")
+
+    with echo_rt.Feed(stream, depth=1) as feed:
+        next(feed)
+        amid_blocks(stream, die, monkeypatch)
+        with pytest.raises(StreamError, match=f"the feed's thread died of {kind.__name__}: pulled out"):
+            within(LONG, lambda: list(feed))
+    assert feed_threads() == []
+
+
+def test_closing_the_stream_or_the_runtime_ends_the_loop(small_model: Path) -> None:
+    with load(small_model) as runtime:
+        for close in ("stream", "runtime"):
+            stream = runtime.stream(prompt_embeds=embeds(runtime))
+            with echo_rt.Feed(stream) as feed:
+                next(feed)
+                (stream if close == "stream" else runtime).close()
+                # What was made before still comes, then the end.
+                assert within(LONG, lambda feed=feed: [chunk.index for chunk in feed])[:1] in ([], [1])
+                with pytest.raises(StreamError, match="the stream is closed"):
+                    feed.poll()
+
+
+def test_closing_from_another_thread_ends_a_wait(stream: echo_rt.Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(stream, monkeypatch)
+    feed = echo_rt.Feed(stream)
+    assert gate.reached.wait(LONG)
+    closer = threading.Timer(0.1, feed.close)
+    closer.start()
+    assert within(LONG, lambda: list(feed)) == []
+    assert closer.is_alive(), "close did not wait for the block"
+    gate.open()
+    closer.join(LONG)
+    feed.close()
+    assert next(stream).index == 0
+
+
+def test_a_failure_keeps_nothing_alive(small_model: Path) -> None:
+    runtime = load(small_model)
+    stream = runtime.stream(prompt_embeds=embeds(runtime))
+    kv = weakref.ref(runtime._engine.rollout.state.kv)  # type: ignore[union-attr]
+    rollout = weakref.ref(runtime._engine.rollout)  # type: ignore[union-attr]
+
+    def fail() -> None:
+        raise ValueError("broken")
+
+    gc.collect()
+    gc.disable()
+    try:
+        rollout().next_block = fail  # type: ignore[method-assign, union-attr]
+        feed = echo_rt.Feed(stream)
+        until(lambda feed=feed: feed._channel.over)
+        runtime.close()
+        del feed, stream  # the error was never asked for
+        until(lambda: feed_threads() == [])
+        assert kv() is None
+    finally:
+        gc.enable()
+
+
+# ---------------------------------------------------------------- processes
+
+
+PROGRAM = """
+    import sys, echo_rt, torch
+    runtime = echo_rt.Runtime.from_pretrained(sys.argv[1], checkpoint=sys.argv[2], device="cpu")
+    embeds = torch.zeros(1, runtime.config.transformer.text_dim)
+    feed = echo_rt.Feed(runtime.stream(prompt_embeds=embeds), when_full=sys.argv[3])
+    print(next(feed).index, flush=True)
+    if sys.argv[4] == "error":
+        raise ZeroDivisionError
+"""
+
+
+@pytest.mark.parametrize(("when_full", "end"), [("wait", "end"), ("drop", "error")])
+def test_a_program_may_end_while_its_feed_runs(small_model: Path, when_full: str, end: str) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", textwrap.dedent(PROGRAM), small_model, small_model / CHECKPOINT_FILE),
+            *(when_full, end),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=2 * LONG,
+        env={**os.environ, "PYTHONPATH": str(Path(echo_rt.__file__).parent.parent)},
+    )
+    assert done.stdout == "0\n"
+    if end == "end":
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert done.returncode == 1 and done.stderr.rstrip().endswith("ZeroDivisionError")
+
+
+def test_a_fork_has_no_thread_to_wait_for(stream: echo_rt.Stream) -> None:
+    with echo_rt.Feed(stream) as feed:
+        until(lambda: feed.waiting == 2)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                for use in (lambda: next(feed), feed.poll, lambda: list(feed)):
+                    with pytest.raises(StreamError, match="no thread in this process"):
+                        use()
+                feed.close()
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitpid(child, 0)[1] == 0
+        assert next(feed).index == 0
