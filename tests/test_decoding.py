@@ -6,18 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from streaming import load, small_model_in, video
+from streaming import load, video
 
 import echo_rt
 from echo_rt.cli.main import main
 from echo_rt.errors import ConfigError
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model_in(tmp_path_factory)
 
 
 def frames(folder: Path, **options: object) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from naive_tiny_vae import naive_decode
 from recorder import Recorder
 from safetensors.torch import save_file
-from streaming import DEVICES, embeds, load, require, same, small_model_in, take, video
+from streaming import DEVICES, embeds, load, require, same, take, video
 from torch import Tensor
 
 import echo_rt
@@ -19,11 +19,6 @@ from echo_rt.errors import ConfigError, StreamError, WeightsError
 from echo_rt.tiny import TINY_VAE_FILE
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model_in(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
