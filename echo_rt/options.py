@@ -14,6 +14,8 @@ from echo_rt.errors import ConfigError
 RELEASED_SIZE = (832, 480)
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
+# What the VAE decodes in; its own choice, beside the transformer's.
+VAE_DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 # Which decoder makes the video: the model's own, or a tiny one beside it. A path says it as well.
 WAN_VAE, TINY_VAE = "wan", "tiny"

@@ -1,7 +1,8 @@
 """Golden bundles: run one through the code that ``generate`` uses, and hold every tensor against the published one.
 
 A bundle is a folder with ``config.json`` (its ``kind`` says what it is), ``weights``, ``inputs`` and
-``expected.safetensors``. The error of a tensor is ``‖actual - expected‖ / ‖expected‖``.
+``expected.safetensors``. The error of a tensor is ``‖actual - expected‖ / ‖expected‖``. Of a VAE it is also told how
+the video looks when it is decoded in other precisions.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.text import TextEncoder
 from echo_rt.model.transformer import Transformer
-from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.model.vae_encoder import VaeEncoder
 from echo_rt.ops import Ops, check_device, load_ops
 from echo_rt.options import MemoryMode
 from echo_rt.output.part_file import write_whole
 from echo_rt.prompts import check_prompt_embeds
 from echo_rt.rollout import Rollout
+from echo_rt.verify_decoder import Decoding, Precision
 from echo_rt.weights.files import check_tensors, open_tensors
 from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.shapes import (
@@ -65,11 +66,12 @@ class Row:
 
 @dataclass(frozen=True)
 class BundleReport:
-    """All tensors of one bundle."""
+    """All tensors of one bundle, and of a VAE its video in lower precisions, for which there is no bound."""
 
     name: str
     kind: str
     rows: tuple[Row, ...]
+    precisions: tuple[Precision, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -172,17 +174,21 @@ def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
     return actual
 
 
-def _vae(bundle: _Bundle) -> dict[str, Tensor]:
+def _decoding(bundle: _Bundle) -> Decoding:
     config = VaeConfig.from_flat(bundle.config)
     weights = bundle.checked_weights(vae_shapes(config))
+    return Decoding(config, weights, bundle.ops, bundle.device, bundle.input("latents", rank=4))
+
+
+def _vae(bundle: _Bundle) -> dict[str, Tensor]:
+    config = VaeConfig.from_flat(bundle.config)
     actual: dict[str, Tensor] = {}
     if "video" in bundle.expected:
-        latents = bundle.input("latents", rank=4)
-        decoder = VaeDecoder(config, weights, bundle.ops, device=bundle.device, dtype=bundle.dtype)
-        # One at a time after the first: what a stream does, and the hardest case for the history.
-        state = decoder.new_state(latents.shape[2], latents.shape[3], latents=1)
-        actual["video"] = decoder.decode(latents, state).permute(0, 3, 1, 2).float().cpu()
+        decoding = _decoding(bundle)
+        # One at a time: the hardest case for the history.
+        actual["video"] = decoding.video(bundle.dtype, [1] * len(decoding.latents)).permute(0, 3, 1, 2)
     if "encoded" in bundle.expected:
+        weights = bundle.checked_weights(vae_shapes(config))
         encoder = VaeEncoder(config, weights, device=bundle.device, dtype=bundle.dtype)
         actual["encoded"] = encoder.encode(bundle.input("video", rank=4)).float().cpu()
     return actual
@@ -208,7 +214,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise WeightsError(f"{folder} is not a golden bundle: config.json cannot be read ({error.strerror})") from None
+        raise WeightsError(
+            f"{folder} is not a golden bundle (config.json cannot be read: {error.strerror}), nor a model with a VAE"
+        ) from None
     except ValueError as error:
         raise WeightsError(f"{path}: expected JSON, got {error}") from None
     if not isinstance(config, dict) or config.get("kind") not in KINDS:
@@ -217,7 +225,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """``‖actual - expected‖ / ‖expected‖``; infinite for another shape."""
     if actual.shape != expected.shape:
         return float("inf")
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
@@ -261,21 +270,24 @@ def verify_bundle(
         raise WeightsError(f"{folder}/config.json lacks {missing.args[0]!r}") from None
     finally:
         bundle.executor.close()
+    decoded = config["kind"] == "vae" and "video" in bundle.expected
+    precisions = _decoding(bundle).precisions() if decoded else ()
     name = folder.resolve().name
     if dump is not None:
-        _dump(Path(dump) / name, actual)
+        dump_tensors(Path(dump) / name, actual)
     rows = [
         Row(
             name=key,
-            error=_relative_error(actual[key], bundle.expected[key]) if key in actual else float("inf"),
+            error=relative_error(actual[key], bundle.expected[key]) if key in actual else float("inf"),
             bound=BOUNDS[bundle.dtype],
         )
         for key in bundle.expected
     ]
-    return BundleReport(name=name, kind=config["kind"], rows=tuple(rows))
+    return BundleReport(name=name, kind=config["kind"], rows=tuple(rows), precisions=precisions)
 
 
-def _dump(folder: Path, actual: dict[str, Tensor]) -> None:
+def dump_tensors(folder: Path, actual: dict[str, Tensor]) -> None:
+    """Keep what was computed as ``actual.safetensors`` in ``folder``, which is made as needed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,8 +1,9 @@
-"""``echo-rt verify``: golden bundles, run through the code that ``generate`` uses."""
+"""``echo-rt verify``: golden bundles, run through the code that ``generate`` uses, and the decoders of models."""
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declare the subcommand."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "verify",
-        help="hold golden bundles against this installation",
-        description="Run golden bundles and compare every tensor with the published implementation's. "
-        "Exit code 0 if all are within bounds, 1 if not, 2 if a bundle cannot be run; the others are run all the same.",
+        help="hold golden bundles, or a model's decoder, against this installation",
+        description="Run golden bundles and compare every tensor with the published implementation's; of a model's "
+        "folder, decode a few random latents in groups of several sizes, which must not show. Of both, show how other "
+        "precisions of the decoder look beside float32. "
+        "Exit code 0 if all are within bounds, 1 if not, 2 if a folder cannot be run; the others are run all the same.",
     )
-    parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="folder of a golden bundle")
+    parser.add_argument(
+        "bundles", nargs="+", type=Path, metavar="BUNDLE", help="folder of a golden bundle, or of a model"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="default: float32")
     parser.add_argument("--backend", help="who does the operations: torch (see echo-rt doctor)")
@@ -44,7 +49,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     for path in files:
         complain(f"echo-rt: {path}: a file, not the folder of a bundle; left out")
     if not folders:
-        raise ConfigError(f"expected the folder of a golden bundle, got the file {str(files[0])!r}")
+        raise ConfigError(f"expected the folder of a golden bundle or of a model, got the file {str(files[0])!r}")
     names = [path.resolve().name for path in folders]
     twice = next((name for name in names if names.count(name) > 1), None)
     if arguments.dump is not None and twice is not None:
@@ -53,8 +58,11 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
         try:
             with stop.interruptible():
                 from echo_rt.verify import verify_bundle
+                from echo_rt.verify_model import verify_model
+                from echo_rt.weights.folder import holds_vae
 
-                bundle = verify_bundle(
+                check = verify_model if holds_vae(path) else verify_bundle
+                bundle = check(
                     path, device=arguments.device, dtype=arguments.dtype, backend=arguments.backend, dump=arguments.dump
                 )
         except EchoError as error:
@@ -76,13 +84,27 @@ def _as_json(bundle: BundleReport) -> dict[str, Any]:
     tensors = [
         {
             "name": row.name,
-            "error": row.error if row.error < float("inf") else None,
+            "error": _number(row.error),
             "bound": row.bound,
             "ok": row.ok,
         }
         for row in bundle.rows
     ]
-    return {"name": bundle.name, "kind": bundle.kind, "passed": bundle.passed, "tensors": tensors}
+    precisions = [
+        {"dtype": each.dtype, "psnr": _number(each.quality.psnr), "ssim": _number(each.quality.ssim)}
+        for each in bundle.precisions
+    ]
+    return {
+        "name": bundle.name,
+        "kind": bundle.kind,
+        "passed": bundle.passed,
+        "tensors": tensors,
+        "precisions": precisions,
+    }
+
+
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _print(bundle: BundleReport) -> None:
@@ -103,5 +125,8 @@ def _print(bundle: BundleReport) -> None:
     console = Console(highlight=False)
     with console.capture() as captured:
         console.print(table)
+        for each in bundle.precisions:
+            ssim = "-" if each.quality.ssim is None else f"{each.quality.ssim:.5f}"
+            console.print(f"  video in {each.dtype} beside float32: PSNR {each.quality.psnr:.1f} dB, SSIM {ssim}")
         console.print(f"{escape(bundle.name)}: {state}, {good} of {len(bundle.rows)} tensors within bounds\n")
     say(captured.get(), end="")

@@ -143,6 +143,11 @@ class ModelFolder:
         return key_map.original_view(found, shapes)
 
 
+def holds_vae(folder: Path) -> bool:
+    """Whether there is a VAE of a model, in either layout, whatever else there is or lacks."""
+    return any((folder / mark).exists() for mark in (layout_original.VAE_FILE, layout_diffusers.VAE_CONFIG))
+
+
 def _without_tied_table(tensors: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
     """``tensors`` with a umT5's token table under one name only; anything else as it is."""
     if _TABLE_AGAIN not in tensors:

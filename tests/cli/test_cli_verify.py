@@ -21,6 +21,25 @@ def test_golden_bundles_pass(echo_rt, golden_dir, tmp_path):
     rows = {row["name"]: row for row in outcome.json["bundles"][1]["tensors"]}
     assert set(rows) == set(load_file(tmp_path / "vae" / "actual.safetensors")) == {"video", "encoded"}
     assert all(row["ok"] and row["error"] <= row["bound"] == 1e-4 for row in rows.values())
+    precisions = [bundle["precisions"] for bundle in outcome.json["bundles"]]
+    assert precisions[0] == [] and [each["dtype"] for each in precisions[1]] == ["bfloat16", "float16"]
+    assert all(each["psnr"] > 40 and 0.99 < each["ssim"] <= 1 for each in precisions[1])
+
+
+def test_a_model_beside_a_bundle(echo_rt, golden_dir, small_model, tmp_path):
+    outcome = echo_rt("verify", golden_dir / "vae", small_model, "--device", "cpu", "--dump", tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("video in bfloat16 beside float32: PSNR ") == 2
+    assert "video in mixed groups" in outcome.out and "small: passed, 5 of 5 tensors within bounds" in outcome.out
+    assert (tmp_path / "small" / "actual.safetensors").is_file() and (tmp_path / "vae").is_dir()
+
+
+def test_a_model_whose_groups_show_fails(echo_rt, small_model, monkeypatch):
+    monkeypatch.setattr("echo_rt.verify_model.relative_error", lambda one, other: float("nan"))
+    outcome = echo_rt("verify", small_model, "--device", "cpu", "--json")
+    assert outcome.code == 1 and outcome.json["passed"] is False
+    assert outcome.json["bundles"][0]["kind"] == "model"
+    assert {row["error"] for row in outcome.json["bundles"][0]["tensors"]} == {None}
 
 
 @pytest.fixture
