@@ -115,6 +115,8 @@ def _measurements(options: Options) -> Iterator[Stage]:
     yield Stage("golden", golden, **_limits(options, (120, 20), (30, 8)))
     if not options.quick:  # it fills the windows of several models, for which three minutes have no place
         yield _block(options, size)
+        vae = (sys.executable, "bench/vae.py", "--out", str(options.out), "--device", options.device, "--quick")
+        yield Stage("vae", vae, limit=120, least=45)
         savings = (sys.executable, "bench/savings.py", *common, *(["--quick"] if options.rehearsal else []))
         yield Stage("savings", savings, limit=120, least=40)
 

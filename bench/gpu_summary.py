@@ -97,6 +97,14 @@ def _savings_notes(results: Mapping[str, Any]) -> list[str]:
     return [*notes, f"Exact savings of a block, at best: {found}."]
 
 
+def _vae_notes(results: Mapping[str, Any]) -> list[str]:
+    rows = results["tables"]["Decoders"]
+    timed = {row["decoder"] for row in results["tables"]["Stages"]}
+    notes = [f"VAE: {len(timed)} of {len(rows)} decoders right and timed ({results['clock']})."]
+    notes += [f"Goal of the VAE {row['verdict']}: {row['goal']}" for row in results["tables"].get("Goals", [])]
+    return notes
+
+
 def _golden_notes(results: Mapping[str, Any]) -> list[str]:
     rows = results["tables"]["Bundles"]
     bad = [f"{row['bundle']} ({row['backend']}, {row['dtype']})" for row in rows if not row["ok"]]
@@ -114,6 +122,7 @@ def write_summary(
     ok, verdict = _verdict(description, outcomes)
     names = ("kernel_times", "block", "savings", "golden")
     kernels, block, savings, golden = (_read(out / f"{name}.json") for name in names)
+    vae = _read(out / "vae.json")
     notes = [verdict, f"{seconds:.0f} s of {description['budget_s']:.0f} s."]
     if description["device"] == "cpu":
         notes.append("A rehearsal on the CPU with emulated kernels: it shows that the check works, nothing of a GPU.")
@@ -127,6 +136,8 @@ def write_summary(
         notes += _block_notes(block)
     if savings is not None:
         notes += _savings_notes(savings)
+    if vae is not None:
+        notes += _vae_notes(vae)
     if golden is not None:
         notes += _golden_notes(golden)
     write_results(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from echo_rt.bench.agreement import difference
 from echo_rt.bench.exactness import bound_of
 from echo_rt.bench.rig import Parts, Rig, Site
+from echo_rt.config import VaeConfig
 from echo_rt.device import model_context
 from echo_rt.errors import BackendError, EchoError
 from echo_rt.noise import fill_normal, seed_words
@@ -24,7 +25,7 @@ from echo_rt.options import MemoryMode
 from echo_rt.weights.keymaps import KeyMap, transformer_key_map, vae_key_map
 
 # Others round after every operation, where ours keeps some of them in one: their 16-bit results lie further off.
-_ROUNDINGS = 4
+ROUNDINGS = 4
 
 
 # FlashDreams runs two times as it is before it captures its graph, and once more is a replay.
@@ -106,10 +107,10 @@ def _noise(site: Site, seed: int) -> Tensor:
     return noise.to(site.device)
 
 
-def _decoder_tensors(site: Site) -> Iterator[tuple[str, Tensor]]:
-    for key in site.model.vae:
+def _decoder_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for key in tensors:
         if key.startswith(("decoder.", "conv2.")):
-            yield key, site.model.vae[key]
+            yield key, tensors[key]
 
 
 def _second_decode(parts: Parts, normalized: Tensor) -> Tensor:
@@ -119,12 +120,12 @@ def _second_decode(parts: Parts, normalized: Tensor) -> Tensor:
     return parts.decoder.decode(normalized, state)
 
 
-def _autoencoder(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Peer:
+def wan_autoencoder(config: VaeConfig, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Any:
+    """diffusers' ``AutoencoderKLWan`` with our decoder's weights; :class:`BackendError` where it is not installed."""
     _require("diffusers")
     diffusers: Any = importlib.import_module("diffusers")
 
-    site, config = parts.site, parts.site.model.vae_config
-    with torch.device(site.device):
+    with torch.device(device):
         vae: Any = diffusers.AutoencoderKLWan(
             base_dim=config.base_dim,
             z_dim=config.z_dim,
@@ -134,12 +135,18 @@ def _autoencoder(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> P
             latents_mean=list(config.latents_mean),
             latents_std=list(config.latents_std),
         )
-    _cast(vae, site.dtype)
-    _fill(vae, _decoder_tensors(site), vae_key_map(config))
+    _cast(vae, dtype)
+    _fill(vae, _decoder_tensors(tensors), vae_key_map(config))
+    vae.clear_cache()
+    return vae
+
+
+def _autoencoder(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Peer:
+    site, config = parts.site, parts.site.model.vae_config
+    vae = wan_autoencoder(config, site.model.vae, site.device, site.dtype)
     mean, std = (torch.tensor(v, device=site.device) for v in (config.latents_mean, config.latents_std))
     normalized = _noise(site, seed)
     latents = (normalized * std[:, None, None] + mean[:, None, None]).transpose(0, 1)[None].to(site.dtype)
-    vae.clear_cache()
 
     def decode(first: bool) -> Tensor:
         x = vae.post_quant_conv(latents)
@@ -155,7 +162,7 @@ def _autoencoder(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> P
         f"its decoder, with the same weights, over the same {len(normalized)} latents in mid-stream, its own cache "
         "kept from call to call; without the conversion to bytes, which ours does"
     )
-    return Peer(name, what, "decode", lambda: decode(False), error, _ROUNDINGS * bound_of(site.dtype))
+    return Peer(name, what, "decode", lambda: decode(False), error, ROUNDINGS * bound_of(site.dtype))
 
 
 def _transformer(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Peer:
@@ -210,7 +217,7 @@ def _transformer(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> P
         f"one forward, with the same weights, over the {block} tokens of a block, which attend to themselves alone; "
         f"beside it the mean of our passes, in which they attend to {cache} keys"
     )
-    return Peer(name, what, "pass", forward, error, _ROUNDINGS * bound_of(site.dtype))
+    return Peer(name, what, "pass", forward, error, ROUNDINGS * bound_of(site.dtype))
 
 
 def _flashdreams(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Peer:
@@ -219,7 +226,7 @@ def _flashdreams(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> P
     site, config = parts.site, parts.site.model.vae_config
     with tempfile.TemporaryDirectory() as folder:  # it takes weights from a file alone
         path = Path(folder) / "vae.safetensors"
-        save_file({key: t.to("cpu", site.dtype).contiguous() for key, t in _decoder_tensors(site)}, path)
+        save_file({key: t.to("cpu", site.dtype).contiguous() for key, t in _decoder_tensors(site.model.vae)}, path)
         vae: Any = module.WanVAE(
             str(path),
             use_cuda_graph=site.device.type == "cuda",
@@ -251,7 +258,7 @@ def _flashdreams(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> P
         "in one call, its own cache kept, its own graph replayed; without the conversion to bytes. Its transformer is "
         "not driven here"
     )
-    return Peer(name, what, "decode", decode, error, _ROUNDINGS * bound_of(site.dtype))
+    return Peer(name, what, "decode", decode, error, ROUNDINGS * bound_of(site.dtype))
 
 
 _MAKERS = {
