@@ -103,6 +103,11 @@ class Pipeline:
         """Blocks begun and not finished."""
         return len(self._flying)
 
+    @property
+    def decoder_bytes(self) -> int:
+        """Of device memory that the decoder keeps for a stream between two blocks, with the room that it works in."""
+        return sum(tensor.nbytes for tensor in self.decoder_state.buffers().values())
+
     def buffers(self) -> dict[str, Tensor]:
         """Every tensor that outlives a block, by name: the rollout's, the decoder's, and those between them."""
         state = self.rollout.state

@@ -234,6 +234,11 @@ class Runtime:
         return self.vae_config.frame_rate
 
     @property
+    def decoder_bytes(self) -> int:
+        """Device memory, in bytes, that the video decoder keeps for a stream; :class:`StreamError` once closed."""
+        return self._require_open().pipeline.decoder_bytes
+
+    @property
     def text_encoder_loaded(self) -> bool:
         """Whether the text encoder is in memory at this moment."""
         return self._engine is not None and self._engine.prompts.loaded

@@ -156,6 +156,7 @@ class Report:
             Figure("its growth over some steady blocks", found.growth, "bytes", of_torch),
             gigabytes("its peak, loading included", found.peak, of_torch),
             gigabytes("held by torch's allocator", found.reserved, of_torch),
+            gigabytes("the decoder's memory of a stream", found.decoder, "counted by the decoder"),
             gigabytes("host memory of the process", found.host, alone),
             Figure("time to the first frame, first video", found.first_frame_cold, "s", clock),
             Figure("time to the first frame, later video", found.first_frame_warm, "s", clock),

@@ -51,7 +51,8 @@ class Entry:
 @dataclass(frozen=True)
 class Resources:
     """Of the first variant, alone on the device. Bytes: ``device`` in the steady state, how much that grew over some
-    blocks, the ``peak`` since before the weights were made, what torch holds ``reserved``; None on a CPU."""
+    blocks, the ``peak`` since before the weights were made, what torch holds ``reserved``; None on a CPU. ``decoder``:
+    what the decoder says that it keeps for a stream."""
 
     host: int | None
     device: int | None
@@ -61,6 +62,7 @@ class Resources:
     first_frame_cold: float
     first_frame_warm: float
     snapshot: int
+    decoder: int
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,7 @@ class _Runner:
             first_frame_cold=cold,
             first_frame_warm=warm,
             snapshot=rig.state_bytes,
+            decoder=rig.pipeline.decoder_bytes,
         )
 
     def _compare(self, entries: list[Entry]) -> None:
