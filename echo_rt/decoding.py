@@ -21,9 +21,10 @@ from echo_rt.ops import Ops
 class DecoderOptions:
     """What a user may choose of the decoder; checked when made.
 
-    ``tiles``: in how many bands of rows the VAE decodes its two highest resolutions.
+    ``dtype``: what it decodes in. ``tiles``: in how many bands of rows the VAE decodes its two highest resolutions.
     """
 
+    dtype: torch.dtype
     tiles: int = 1
 
     def __post_init__(self) -> None:
@@ -38,12 +39,11 @@ def make_decoder(
     options: DecoderOptions,
     *,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> VideoDecoder[Any]:
     """The decoder of a loaded model, of its ``tensors``; :class:`ConfigError` for options that it does not have."""
     vae = loaded.folder.vae_config()
     if loaded.tiny_vae is None:
-        return VaeDecoder(vae, tensors, ops, device=device, dtype=dtype, tiles=options.tiles)
+        return VaeDecoder(vae, tensors, ops, device=device, dtype=options.dtype, tiles=options.tiles)
     if options.tiles != 1:
         raise ConfigError(f"vae_tiles must be 1 for a tiny decoder, which needs little memory; got {options.tiles}")
-    return TinyDecoder(loaded.tiny_vae.config, tensors, vae, device=device, dtype=dtype)
+    return TinyDecoder(loaded.tiny_vae.config, tensors, vae, device=device, dtype=options.dtype)

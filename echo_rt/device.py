@@ -12,7 +12,7 @@ from torch import Tensor
 
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.forks import require_cuda_usable
-from echo_rt.options import DTYPE_NAMES
+from echo_rt.options import DTYPE_NAMES, VAE_DTYPE_NAMES
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
@@ -58,6 +58,16 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
     raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {str(dtype)!r}")
 
 
+def parse_vae_dtype(vae_dtype: str | torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
+    """What a video is decoded in beside a model in ``dtype``; None means the same. :class:`ConfigError` as above."""
+    if vae_dtype is None:
+        return dtype
+    for name in VAE_DTYPE_NAMES:
+        if vae_dtype in (name, DTYPES[name]):
+            return DTYPES[name]
+    raise ConfigError(f"vae_dtype must be one of {', '.join(VAE_DTYPE_NAMES)}; got {str(vae_dtype)!r}")
+
+
 # Torch captures one graph at a time in a process, and waiting for the whole device or emptying its cache, which the
 # beginning of a capture does, spoils one that is under way, whichever thread it is in.
 capturing = threading.RLock()
@@ -80,7 +90,7 @@ def warn_of_faulty_convolutions(device: torch.device, dtype: torch.dtype) -> Non
     if version in _CUDNN_FAULTY:
         warnings.warn(
             f"cuDNN {version} is known for faulty 16-bit 3-D convolutions, which the VAE consists of: "
-            f"use a torch with cuDNN {_CUDNN_FAULTY.stop} or newer, or dtype='float32'",
+            f"use a torch with cuDNN {_CUDNN_FAULTY.stop} or newer, or decode in float32 (vae_dtype)",
             stacklevel=3,
         )
 
@@ -119,10 +129,13 @@ _full_precision = _FullPrecision()
 
 
 @contextmanager
-def model_context(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """What a model computes in, whatever its caller has set: no gradients, no autocast, float32 that is float32."""
+def model_context(device: torch.device, *dtypes: torch.dtype) -> Iterator[None]:
+    """What a model computes in, whatever its caller has set: no gradients, no autocast, float32 that is float32.
+
+    ``dtypes``: of its parts, which need not be the same.
+    """
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        if device.type == "cuda" and dtype is torch.float32:
+        if device.type == "cuda" and torch.float32 in dtypes:
             with _full_precision():
                 yield
         else:

@@ -27,6 +27,7 @@ class Engine:
 
     device: torch.device
     dtype: torch.dtype
+    vae_dtype: torch.dtype
     rollout: Rollout
     pipeline: Pipeline
     executor: Executor

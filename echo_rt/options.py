@@ -43,6 +43,7 @@ MODEL_OPTIONS = (
     "ema",
     "device",
     "dtype",
+    "vae_dtype",
     "memory",
     "vae",
     "vae_tiles",

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from echo_rt.attention import attentions, cache_file
 from echo_rt.decoding import DecoderOptions, make_decoder
-from echo_rt.device import capturing, model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
+from echo_rt.device import (
+    capturing,
+    model_context,
+    parse_device,
+    parse_dtype,
+    parse_vae_dtype,
+    warn_of_faulty_convolutions,
+)
 from echo_rt.engine import Engine
 from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.executor import make_executor
@@ -45,9 +52,9 @@ _abandoned: list[Engine] = []
 class Runtime:
     """A model on a device, ready to stream. Make one with :meth:`from_pretrained`; close it to give memory back.
 
-    ``config`` and ``vae_config`` say what it computes, ``vae`` who makes pictures of latents (``"wan"``, or the kind of
-    a tiny decoder), ``attention`` and ``text_attention`` with which libraries and why, ``frame_size`` the video's
-    ``(width, height)`` in pixels and ``fps`` its frames a second.
+    ``config`` and ``vae_config`` say what it computes, ``dtype`` and ``vae_dtype`` how precisely, ``vae`` who makes
+    pictures of latents (``"wan"``, or the kind of a tiny decoder), ``attention`` and ``text_attention`` with which
+    libraries and why, ``frame_size`` the video's ``(width, height)`` in pixels and ``fps`` its frames a second.
     """
 
     def __init__(
@@ -67,7 +74,7 @@ class Runtime:
         folder, config, mode, tiny_vae = loaded.folder, loaded.config, loaded.mode, loaded.tiny_vae
         self.config, self.vae_config = config, folder.vae_config()
         self.vae = WAN_VAE if tiny_vae is None else tiny_vae.kind.name
-        self.device, self.dtype, self.memory = device, dtype, mode
+        self.device, self.dtype, self.vae_dtype, self.memory = device, dtype, decoding.dtype, mode
         self._lock = threading.RLock()  # held while a stream comes to life, or the runtime to its end
         self._live: weakref.ref[Stream] | None = None
         self._home = Home()
@@ -91,8 +98,8 @@ class Runtime:
                 else ("tiny decoder", tiny_vae.tensors, str(tiny_vae.path)),
             )
         ]
-        warn_of_faulty_convolutions(device, dtype)
-        with model_context(device, dtype):
+        warn_of_faulty_convolutions(device, decoding.dtype)
+        with model_context(device, dtype, decoding.dtype):
             transformer = Transformer(
                 config.transformer,
                 weights[0],
@@ -105,7 +112,7 @@ class Runtime:
             encoder = (
                 None if config.memory is None else MemoryEncoder(config, weights[1], ops, device=device, dtype=dtype)
             )
-            decoder = make_decoder(loaded, weights[2], ops, decoding, device=device, dtype=dtype)
+            decoder = make_decoder(loaded, weights[2], ops, decoding, device=device)
             rollout = Rollout(config, transformer, encoder, schedule, ops, self.attention.attention, mode, executor)
             pipeline = Pipeline(
                 rollout, decoder, self.vae_config, ops, executor, device=device, depth=1 + self.lookahead
@@ -115,11 +122,13 @@ class Runtime:
             "memory_mode": mode.value,
             "vae": self.vae,
             "dtype": str(dtype),
+            "vae_dtype": str(decoding.dtype),
             "weights": [part.digest() for part in weights],
         }
         self._engine: Engine | None = Engine(
             device=device,
             dtype=dtype,
+            vae_dtype=decoding.dtype,
             rollout=rollout,
             pipeline=pipeline,
             executor=executor,
@@ -145,6 +154,7 @@ class Runtime:
         ema: bool | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        vae_dtype: str | torch.dtype | None = None,
         memory: str | MemoryMode | None = None,
         vae: str | Path = WAN_VAE,
         vae_tiles: int = 1,
@@ -167,6 +177,7 @@ class Runtime:
             ema: True for the checkpoint's EMA weights, False for the plain ones, None for EMA where it has them.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for a GPU where there is one.
             dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None for bfloat16 on a GPU, float32 on a CPU.
+            vae_dtype: what the VAE decodes in, whatever the rest computes in; None for the same as ``dtype``.
             memory: ``"evolve"``, ``"prior"`` or ``"off"``; None for evolve where the weights have a memory encoder.
             vae: who makes pictures of latents: ``"wan"``, the model's own VAE; for previews ``"tiny"``, the tiny
                 decoder in the model's folder (``taew2_1`` of TAEHV or ``lighttaew2_1`` of LightX2V, ``.pth`` or
@@ -193,7 +204,7 @@ class Runtime:
         place = parse_device(device)
         note_loading(place)
         precision = parse_dtype(dtype, place)
-        decoding = DecoderOptions(tiles=vae_tiles)
+        decoding = DecoderOptions(parse_vae_dtype(vae_dtype, precision), tiles=vae_tiles)
         check_device(load_ops(backend), place)
         loaded = load_model(
             model,

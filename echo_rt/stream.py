@@ -74,7 +74,7 @@ class Stream:
     def begin(cls, engine: Engine, prompt_embeds: Tensor, seed: int, guard: Guard | None = None) -> Stream:
         """A new video in ``engine``'s buffers; the runtime makes sure that no other is live."""
         blocks = Blocks(engine, seed, guard or Guard())
-        with model_context(engine.device, engine.dtype):
+        with model_context(engine.device, engine.dtype, engine.vae_dtype):
             blocks.start(engine, prompt_embeds)
         return cls(engine, blocks)
 
@@ -84,7 +84,7 @@ class Stream:
         if not isinstance(snapshot, Snapshot):
             raise StreamError(f"expected a Snapshot of stream.snapshot(), got {type(snapshot).__name__}")
         blocks = Blocks(engine, snapshot.seed, guard or Guard())
-        with model_context(engine.device, engine.dtype):
+        with model_context(engine.device, engine.dtype, engine.vae_dtype):
             blocks.restore(engine, snapshot)
         return cls(engine, blocks)
 
@@ -240,7 +240,7 @@ class Stream:
     def _whole_or_over(self, engine: Engine) -> Iterator[None]:
         """Work on blocks: what goes wrong in it ends this video, as half a block is in the buffers; not the runtime."""
         try:
-            with model_context(engine.device, engine.dtype):
+            with model_context(engine.device, engine.dtype, engine.vae_dtype):
                 yield
         except BaseException as error:
             self._failure = f"block {self.next_block} failed ({type(error).__name__}: {' '.join(str(error).split())})"

@@ -143,12 +143,19 @@ def test_precision_is_put_back_by_the_last_of_two_threads(found: Switches, leave
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "exact"),
-    [(CUDA, torch.float32, True), (CUDA, torch.bfloat16, False), (torch.device("cpu"), torch.float32, False)],
+    ("device", "dtypes", "exact"),
+    [
+        (CUDA, [torch.float32], True),
+        (CUDA, [torch.bfloat16], False),
+        (CUDA, [torch.bfloat16, torch.float32], True),
+        (torch.device("cpu"), [torch.float32], False),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
-def test_only_float32_on_a_gpu_needs_it(found: Switches, device: torch.device, dtype: torch.dtype, exact: bool) -> None:
-    with model_context(device, dtype):
+def test_only_float32_on_a_gpu_needs_it(
+    found: Switches, device: torch.device, dtypes: list[torch.dtype], exact: bool
+) -> None:
+    with model_context(device, *dtypes):
         assert switches() == (INSIDE if exact else found)
     assert switches() == found
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from echo_rt.cli.numbers import parse_number, parse_positive
 from echo_rt.errors import ConfigError
-from echo_rt.options import DTYPE_NAMES, MODEL_OPTIONS, TINY_VAE, WAN_VAE, MemoryMode
+from echo_rt.options import DTYPE_NAMES, MODEL_OPTIONS, TINY_VAE, VAE_DTYPE_NAMES, WAN_VAE, MemoryMode
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> Any:
@@ -31,6 +31,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
         f"in FILE (default {WAN_VAE})",
     )
     model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
+    model.add_argument("--vae-dtype", choices=VAE_DTYPE_NAMES, help="what the VAE decodes in; default: as --dtype")
     model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     model.add_argument("--backend", help="who does the operations; default: torch (see echo-rt doctor)")
     model.add_argument("--attention", metavar="NAME", help="which library computes attention (see echo-rt doctor)")

@@ -44,7 +44,7 @@ class VaeEncoder:
         tensors: Mapping[str, Tensor],
         *,
         device: torch.device | str,
-        dtype: torch.dtype,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         weights = VaeWeights(tensors, vae_encoder_shapes(config), _OWNER, device=torch.device(device), dtype=dtype)
         ops = load_ops("torch")
