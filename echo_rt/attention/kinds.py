@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from echo_rt.errors import BackendError
+from echo_rt.trials.words import first_line, plain
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -103,11 +104,6 @@ class Kind:
             return None
 
 
-def plain(dtype: torch.dtype) -> str:
-    """As users write it."""
-    return str(dtype).removeprefix("torch.")
-
-
 # Their arguments after q, k, v: no bias, no log-sum-exp for a backward pass.
 def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return torch.ops.aten._scaled_dot_product_cudnn_attention.default(q, k, v, None, False)
@@ -146,11 +142,6 @@ def _library_kind(name: str, module: str, distribution: str, remedy: str) -> Kin
         return TokensFirst(name, function)
 
     return Kind(name, load, distribution=distribution)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what a library says, which goes into a message of one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 _ANY_DTYPE = (*_HALF, torch.float32)

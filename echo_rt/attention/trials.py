@@ -10,14 +10,9 @@ import torch
 from torch import Tensor
 
 from echo_rt.attention.kinds import Attention
-from echo_rt.device import capturing
-
-# Largest relative error of a query's output against float64: a few roundings of the dtype, far from one key too few.
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+from echo_rt.trials.stopwatch import current, stopwatch
 
 _CHECKED_QUERIES = 32
-_WARM_UPS = 3
-_CALLS_TIMED_TOGETHER = 4  # the time between two events includes the launch of the graph
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Trials:
     def error(self, attention: Attention) -> float:
         """The largest relative error among queries from first to last; infinite for an output of the wrong kind."""
         q, k, v = self._q, self._k, self._v
-        with _current(self._device):
+        with current(self._device):
             out = attention(q, k, v)
             if out.shape != (q.shape[0], q.shape[1] * q.shape[2]) or out.dtype != q.dtype:
                 return math.inf
@@ -71,35 +66,6 @@ class Trials:
         return float(errors.nan_to_num(nan=math.inf).max())
 
     def stopwatch(self, attention: Attention) -> Callable[[], float]:
-        """A function that runs ``attention`` and returns the milliseconds of a call on the device.
-
-        It runs as it will in the steady state, replayed from a CUDA graph, so that what cannot be captured fails
-        here, and what a library spends in Python does not count.
-        """
-        q, k, v, device = self._q, self._k, self._v, self._device
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        with _current(device):
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UPS):
-                    attention(q, k, v)
-            # Other threads may be running models meanwhile.
-            with capturing, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                for _ in range(_CALLS_TIMED_TOGETHER):
-                    attention(q, k, v)
-
-        def milliseconds() -> float:
-            with _current(device):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-                return float(start.elapsed_time(end)) / _CALLS_TIMED_TOGETHER
-
-        return milliseconds
-
-
-def _current(device: torch.device) -> torch.cuda.device:
-    """Libraries ask for the properties of the current GPU; on a CPU this changes nothing."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
+        """A function that runs ``attention`` as in the steady state and returns the milliseconds of a call."""
+        q, k, v = self._q, self._k, self._v
+        return stopwatch(lambda: attention(q, k, v), self._device)

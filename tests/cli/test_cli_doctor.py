@@ -166,8 +166,8 @@ def test_the_attention_that_was_chosen_and_why(monkeypatch, tmp_path):
 
     from echo_rt.attention import AttentionShapes
     from echo_rt.attention.kinds import KINDS
-    from echo_rt.attention.machine import machine_facts
     from echo_rt.attention.remembered import Case, Entry, remember
+    from echo_rt.trials.machine import machine_facts
 
     cache = tmp_path / "attention.json"
     facts = attention_facts(monkeypatch, {"sdpa-cudnn": "available"}, cache)

@@ -233,7 +233,7 @@ def changed_library(monkeypatch, gpu):
 
 
 def changed_driver(monkeypatch, gpu):
-    monkeypatch.setattr("echo_rt.attention.machine._driver", lambda: "999.9")
+    monkeypatch.setattr("echo_rt.trials.machine._driver", lambda: "999.9")
 
 
 @pytest.mark.parametrize("change", [changed_gpu, changed_torch, changed_cudnn, changed_library, changed_driver])

@@ -11,7 +11,8 @@ import torch
 
 from echo_rt.attention import AttentionShapes
 from echo_rt.attention.kinds import KINDS, HeadsFirst
-from echo_rt.attention.trials import TOLERANCES, Trials
+from echo_rt.attention.trials import Trials
+from echo_rt.trials.search import TOLERANCES
 
 CPU = torch.device("cpu")
 

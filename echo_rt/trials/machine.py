@@ -1,14 +1,22 @@
-"""All that a measurement of attention depends on: while it is the same, the outcome holds."""
+"""All that a measurement depends on: while it is the same, the outcome holds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from echo_rt.attention.kinds import Kind
 from echo_rt.build_info import __version__
+
+
+class Kind(Protocol):
+    """An implementation that may be chosen; ``version`` is None where that of torch or echo-rt says it all."""
+
+    @property
+    def name(self) -> str: ...
+
+    def version(self) -> str | None: ...
 
 
 def machine_facts(device: torch.device, kinds: Iterable[Kind]) -> dict[str, Any]:

@@ -1,0 +1,63 @@
+"""How long a computation takes on a GPU when it is replayed from a CUDA graph, as in the steady state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from echo_rt.device import capturing
+
+_WARM_UPS = 3
+_CALLS_TIMED_TOGETHER = 4  # the time between two events includes the launch of the graph
+
+
+class Bench:
+    """Where several computations are timed in turns: their graphs run in one stream, on the same memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+
+def stopwatch(
+    call: Callable[[], object],
+    device: torch.device,
+    *,
+    calls: int = _CALLS_TIMED_TOGETHER,
+    bench: Bench | None = None,
+) -> Callable[[], float]:
+    """A function that makes ``calls`` calls of ``call`` and returns the milliseconds of one on the device.
+
+    They are replayed from a CUDA graph, so that what cannot be captured fails here, and what a library spends in
+    Python does not count. ``bench``: shared by those that never run at the same time.
+    """
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream(device) if bench is None else bench.stream
+    capture = torch.cuda.graph if bench is None else partial(torch.cuda.graph, pool=bench.pool)
+    with current(device):
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                call()
+        # Other threads may be running models meanwhile.
+        with capturing, capture(graph, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(calls):
+                call()
+
+    def milliseconds() -> float:
+        with current(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end)) / calls
+
+    return milliseconds
+
+
+def current(device: torch.device) -> torch.cuda.device:
+    """Libraries ask for the properties of the current GPU; on a CPU this changes nothing."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
