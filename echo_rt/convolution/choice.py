@@ -1,0 +1,163 @@
+"""Which way each of the decoder's convolutions is computed, and why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from echo_rt.convolution.kinds import Kind
+from echo_rt.convolution.remembered import FILE
+from echo_rt.convolution.shapes import ConvolutionShape
+from echo_rt.convolution.trials import Trials
+from echo_rt.device import capturing, model_context
+from echo_rt.errors import BackendError
+from echo_rt.trials.search import Judge, Search, known_entries, summary
+
+_ROUNDS = 7
+
+# What kinds are tried on while there is no model.
+_PROBES = (
+    ConvolutionShape(frames=4, height=12, width=20, channels=32, out_channels=32, kernel=(3, 3, 3)),
+    ConvolutionShape(frames=2, height=6, width=10, channels=32, out_channels=16, kernel=(1, 3, 3), enlarge=True),
+)
+
+_logger = logging.getLogger("echo_rt.convolution")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kind and why it is this one.
+
+    ``timings``: milliseconds of a call of each kind that was timed; ``rejected``: what spoke against each other one.
+    """
+
+    kind: Kind
+    reason: str
+    timings: Mapping[str, float] = field(default_factory=dict)
+    rejected: Mapping[str, str] = field(default_factory=dict)
+
+
+MakeJudge = Callable[[ConvolutionShape, torch.device, torch.dtype], Judge[Kind]]
+
+
+def choose_convolutions(
+    requested: str | None,
+    shapes: Iterable[ConvolutionShape],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache: Path | None,
+    kinds: Sequence[Kind],
+    judge: MakeJudge = Trials,
+) -> dict[ConvolutionShape, Choice]:
+    """A way to compute each of ``shapes``: on a GPU the fastest of ``kinds``, on a CPU torch's own.
+
+    ``requested``: the name of the one to take wherever it works, or several with commas between, no two of them for
+    the same convolutions. What is fastest is measured once and remembered in the file ``cache`` (None: nowhere) until
+    the GPU, a library or the backend change. What computes something else is never chosen. Waits for the device.
+    Raises :class:`BackendError` for a name that is unknown or cannot be had here, and where nothing works.
+    """
+    wanted = _wanted(requested, kinds)
+    choices: dict[ConvolutionShape, Choice] = {}
+    found_use: set[str] = set()
+    obstacles: dict[str, str] = {}
+    with model_context(device, dtype):
+        for shape in dict.fromkeys(shapes):
+            family = _family(kinds, enlarges=shape.enlarge)
+            kind = next((kind for kind in family if kind.name in wanted), None)
+            obstacle = None if kind is None else kind.obstacle(device, dtype, shape)
+            search = _search(device, dtype, shape, family, judge)
+            if kind is not None and obstacle is None:
+                found_use.add(kind.name)
+                found = search.requested(kind.name)
+                choice = Choice(found.candidate, found.reason)
+            else:
+                choice = _usual(search, cache)
+                if kind is not None and obstacle is not None:
+                    obstacles[kind.name] = obstacle
+                    choice = Choice(
+                        choice.kind,
+                        f"{choice.reason}; not {kind.name}: {obstacle.partition('; ')[0]}",
+                        choice.timings,
+                        choice.rejected,
+                    )
+            choices[shape] = choice
+            if device.type == "cuda":
+                with capturing:
+                    torch.cuda.empty_cache()  # graphs have kept memory of the shape's own
+    for name in wanted:
+        if name in obstacles and name not in found_use:
+            raise BackendError(f"convolution {name!r} is not available: {obstacles[name]}")
+    for shape, choice in choices.items():
+        _logger.info("%s for %s: %s", choice.kind.name, shape, choice.reason)
+    return choices
+
+
+def _wanted(requested: str | None, kinds: Sequence[Kind]) -> list[str]:
+    names = [] if requested is None else [name.strip() for name in requested.split(",")]
+    known = list(dict.fromkeys(kind.name for kind in kinds))
+    for name in names:
+        if name not in known:
+            raise BackendError(f"convolution must be one of {', '.join(known)}; got {name!r}")
+    for enlarges in (False, True):
+        rivals = [kind.name for kind in _family(kinds, enlarges=enlarges) if kind.name in names]
+        if len(rivals) > 1:
+            raise BackendError(f"convolution {requested!r}: expected one of {' and '.join(rivals)}, got both")
+    return names
+
+
+def _family(kinds: Sequence[Kind], *, enlarges: bool) -> list[Kind]:
+    return [kind for kind in kinds if kind.enlarges == enlarges]
+
+
+def _search(
+    device: torch.device, dtype: torch.dtype, shape: ConvolutionShape, family: Sequence[Kind], judge: MakeJudge
+) -> Search[Kind, Kind, ConvolutionShape]:
+    def load(kind: Kind) -> Kind:
+        if obstacle := kind.obstacle(device, dtype, shape):
+            raise BackendError(obstacle)
+        return kind
+
+    def reserve(kind: Kind) -> str:
+        return kind.reserve
+
+    return Search(FILE, device, dtype, shape, family, load, reserve, partial(judge, shape, device, dtype), _ROUNDS)
+
+
+def _usual(search: Search[Kind, Kind, ConvolutionShape], cache: Path | None) -> Choice:
+    if search.device.type != "cuda":
+        return _torchs_own(search.kinds, search.device, search.dtype, search.shapes)
+    found = search.fastest(cache)
+    return Choice(found.candidate, found.reason, found.timings, found.rejected)
+
+
+def _torchs_own(family: Sequence[Kind], device: torch.device, dtype: torch.dtype, shape: ConvolutionShape) -> Choice:
+    kind = next(kind for kind in family if kind.obstacle(device, dtype, shape) is None)
+    return Choice(kind, f"torch's own on a {device.type.upper()}")
+
+
+def known_choices(device: torch.device, cache: Path | None, kinds: Sequence[Kind]) -> Iterator[tuple[str, str]]:
+    """What decoders on ``device`` are given as things are now, as far as is known unmeasured: name and reason."""
+    for probe in _PROBES:
+        family = _family(kinds, enlarges=probe.enlarge)
+        if device.type != "cuda":
+            choice = _torchs_own(family, device, torch.float32, probe)
+            yield choice.kind.name, choice.reason
+        elif cache is not None:
+            for entry in known_entries(FILE, cache, device, family):
+                yield entry.winner, f"for {entry.case.shapes} in {entry.case.dtype}, {summary(entry)}"
+
+
+def available_convolutions(device: torch.device, kinds: Sequence[Kind], judge: MakeJudge = Trials) -> dict[str, str]:
+    """Name of a kind -> ``"available"``, or ``"why it is not; what to do"``. Each one is run on ``device``."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    states: dict[str, str] = {}
+    with model_context(device, dtype):
+        for probe in _PROBES:
+            states |= _search(device, dtype, probe, _family(kinds, enlarges=probe.enlarge), judge).available()
+    return states

@@ -1,0 +1,88 @@
+"""The ways there are to compute the decoder's convolutions: what is known of each before it is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from echo_rt.convolution.causal import accumulated_products, library_convolution, searched_convolution
+from echo_rt.convolution.enlarging import enlarged_convolution, phase_convolution
+from echo_rt.convolution.kernel import NO_KERNEL, Kernel
+from echo_rt.convolution.prepared import Prepared
+from echo_rt.convolution.shapes import ConvolutionShape
+from echo_rt.ops import Ops
+from echo_rt.trials.words import plain
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _any_shape(shape: ConvolutionShape) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to compute a convolution.
+
+    ``prepare`` takes its weight ``[Co, C, kT, kH, kW]``, laid out in any way, and its bias ``[Co]``, both in the dtype
+    of the frames, once, and gives the function of the frames. ``enlarges``: for those that double every pixel first.
+    ``limit``: what it cannot do with a shape, or "". ``reserve``: why it is for where nothing else works, or "".
+    ``build``: what it depends on beside torch and echo-rt.
+    """
+
+    name: str
+    prepare: Callable[[Tensor, Tensor], Prepared]
+    enlarges: bool = False
+    devices: tuple[str, ...] = ("cuda", "cpu")
+    dtypes: tuple[torch.dtype, ...] = (*_HALF, torch.float32)
+    limit: Callable[[ConvolutionShape], str] = _any_shape
+    reserve: str = ""
+    build: str | None = None
+
+    def obstacle(self, device: torch.device, dtype: torch.dtype, shape: ConvolutionShape) -> str | None:
+        """Why it cannot compute ``shape`` and what can be done, as far as is known untried; None if it can."""
+        why = ""
+        if not self.devices:
+            why = NO_KERNEL
+        elif device.type not in self.devices:
+            why = f"it runs on {' and '.join(self.devices)}, the device is {device}"
+        elif dtype not in self.dtypes:
+            why = f"it computes in {' or '.join(map(plain, self.dtypes))}, the model's dtype is {plain(dtype)}"
+        elif limit := self.limit(shape):
+            why = f"{limit}, and this is {shape}"
+        everywhere = ("enlarged", "phases") if self.enlarges else ("conv3d", "three-products")
+        others = " or ".join(name for name in everywhere if name != self.name)
+        return f"{why}; choose {others}" if why else None
+
+    def version(self) -> str | None:
+        """What the outcome of a trial depends on beside the versions of torch and echo-rt."""
+        return self.build
+
+
+_SEARCHED_RESERVE = (
+    "cuDNN's search can end differently in each thread and process, and a resumed video with it; "
+    "ask for it by name where that does not matter"
+)
+
+
+def kinds(ops: Ops | None = None) -> tuple[Kind, ...]:
+    """All of them, those of torch first; what ``ops`` offers is that of its backend."""
+    kernel = Kernel.of(ops)
+    return (
+        Kind("conv3d", library_convolution),
+        Kind("three-products", accumulated_products),
+        Kind("conv3d-searched", searched_convolution, devices=("cuda",), dtypes=_HALF, reserve=_SEARCHED_RESERVE),
+        Kind("kernel", kernel.prepare, devices=kernel.devices, dtypes=_HALF, limit=kernel.limit, build=kernel.backend),
+        Kind("enlarged", enlarged_convolution, enlarges=True),
+        Kind("phases", phase_convolution, enlarges=True, limit=_phases_limit),
+    )
+
+
+def _phases_limit(shape: ConvolutionShape) -> str:
+    return "" if shape.kernel == (1, 3, 3) else "it takes kernels of 1x3x3"
+
+
+CONVOLUTION_NAMES = tuple(kind.name for kind in kinds())

@@ -1,0 +1,9 @@
+"""The file in which the outcome of measuring convolutions is remembered from one start to the next."""
+
+from __future__ import annotations
+
+from echo_rt.convolution.shapes import ConvolutionShape
+from echo_rt.trials.remembered import ChoicesFile
+
+FILE = ChoicesFile("convolution", ConvolutionShape.from_fields)
+cache_file = FILE.path

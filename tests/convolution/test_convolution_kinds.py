@@ -1,0 +1,202 @@
+"""The kinds of convolution: their numbers against float64 at odd sizes, in every dtype, laid out in any way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from closeness import relative_error
+from naive_convolution import inputs, naive
+
+from echo_rt.convolution import CONVOLUTION_NAMES, ConvolutionShape, Kind, kinds
+from echo_rt.convolution import causal as causal_module
+from echo_rt.device import capturing
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+KINDS = kinds()
+BY_NAME = {(kind.name, kind.enlarges): kind for kind in KINDS}
+# A few roundings of the sums; in float32 those of another order of them.
+BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
+
+# (frames, height, width, channels, out_channels, kernel)
+CAUSAL = [
+    (5, 7, 9, 6, 10, (3, 3, 3)),
+    (3, 1, 1, 1, 1, (3, 3, 3)),
+    (3, 2, 13, 5, 3, (3, 3, 3)),
+    (6, 5, 4, 8, 16, (3, 1, 1)),
+    (2, 6, 5, 4, 7, (1, 3, 3)),
+    (4, 3, 3, 3, 5, (2, 3, 1)),
+]
+ENLARGING = [(3, 5, 7, 6, 4), (1, 1, 1, 1, 1), (2, 1, 6, 8, 3), (1, 4, 1, 2, 5)]
+SHAPES = [ConvolutionShape(*case) for case in CAUSAL]
+SHAPES += [ConvolutionShape(*case, (1, 3, 3), enlarge=True) for case in ENLARGING]
+
+CASES = [
+    pytest.param(kind, shape, id=f"{kind.name} {shape}")
+    for kind in KINDS
+    for shape in SHAPES
+    if kind.enlarges == shape.enlarge and kind.obstacle(CPU, torch.float32, shape) is None
+]
+
+
+def test_every_torch_kind_is_tested():
+    assert {case.values[0].name for case in CASES} == {"conv3d", "three-products", "enlarged", "phases"}
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_numbers(kind: Kind, shape: ConvolutionShape, dtype: torch.dtype):
+    frames, weight, bias = tensors = inputs(shape, dtype)
+    before = [t.clone() for t in tensors]
+    out = kind.prepare(weight, bias)(frames)
+    assert out.shape == shape.out_size and out.dtype == dtype and out.is_contiguous()
+    assert relative_error(out, naive(*tensors, shape)) < BOUNDS[dtype]
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True)), "inputs stay as they are"
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_exact_in_float64(kind: Kind, shape: ConvolutionShape):
+    """The algebra without its roundings; what is merged once is merged in float32."""
+    tensors = tuple(t.double() for t in inputs(shape, torch.float32))
+    bound = 2e-7 if kind.name == "phases" else 1e-14
+    assert relative_error(kind.prepare(*tensors[1:])(tensors[0]), naive(*tensors, shape)) < bound
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_a_residual_is_added_and_left_alone(kind: Kind, shape: ConvolutionShape):
+    frames, weight, bias = inputs(shape, torch.float32)
+    residual = torch.randn(shape.out_size, generator=torch.Generator().manual_seed(1))
+    before, prepared = residual.clone(), kind.prepare(weight, bias)
+    assert torch.equal(prepared(frames, residual), prepared(frames) + residual) and torch.equal(residual, before)
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_any_layout_of_the_weight_and_a_part_of_a_buffer(kind: Kind, shape: ConvolutionShape):
+    frames, weight, bias = inputs(shape, torch.float32)
+    expected = kind.prepare(weight, bias)(frames)
+    for layout in (torch.channels_last_3d, torch.contiguous_format):
+        assert torch.equal(kind.prepare(weight.contiguous(memory_format=layout), bias)(frames), expected)
+    turned = weight.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+    assert torch.equal(kind.prepare(turned, bias)(frames), expected)
+    buffer = torch.full((shape.frames + 4, *frames.shape[1:]), float("nan"))
+    part = buffer[3 : 3 + shape.frames]
+    part.copy_(frames)
+    assert torch.equal(kind.prepare(weight, bias)(part), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.name}{' enlarging' * kind.enlarges}")
+def test_one_preparation_serves_any_number_of_frames(kind: Kind):
+    shapes = [shape for shape in SHAPES if shape.enlarge == kind.enlarges]
+    if kind.obstacle(CPU, torch.float32, shapes[0]) is not None:
+        pytest.skip("not on a CPU")
+    frames, weight, bias = inputs(shapes[0], torch.float32)
+    prepared = kind.prepare(weight, bias)
+    more = torch.cat([frames, frames.flip(0)])
+    past = shapes[0].kernel[0] - 1
+    assert relative_error(prepared(more)[: len(frames) - past], prepared(frames)) < 1e-6
+
+
+def test_the_sums_of_phases_are_rounded_once():
+    """With weights whose sums bfloat16 cannot tell from one another if each were rounded."""
+    shape = ConvolutionShape(1, 1, 1, 1, 1, (1, 3, 3), enlarge=True)
+    weight = torch.tensor([0, 0, 0, 0, 1.0, 2**-9, 0, 2**-9, 2**-9]).view(1, 1, 1, 3, 3).bfloat16()
+    out = BY_NAME["phases", True].prepare(weight, torch.zeros(1).bfloat16())(torch.ones(1, 1, 1, 1).bfloat16())
+    exact = naive(torch.ones(1, 1, 1, 1), weight, torch.zeros(1), shape)
+    assert exact.flatten()[0] == 1 + 3 * 2**-9
+    assert out.flatten()[0] == 1 + 2**-7, "and not 1, which is what is left if 2^-9 is added to 1 three times"
+
+
+# -- what is known before anything is tried ----------------------------------------------------------------------
+
+SHAPE, GROWING = SHAPES[0], SHAPES[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "said"),
+    [
+        ("conv3d-searched", CPU, torch.bfloat16, "it runs on cuda, the device is cpu"),
+        ("conv3d-searched", GPU, torch.float32, "it computes in bfloat16 or float16, the model's dtype is float32"),
+        (
+            "kernel",
+            GPU,
+            torch.bfloat16,
+            "it is an operation of the backends cuda and emulated, and this model's backend has none",
+        ),
+    ],
+)
+def test_obstacles(name, device, dtype, said):
+    obstacle = BY_NAME[name, False].obstacle(device, dtype, SHAPE)
+    assert obstacle == f"{said}; choose conv3d or three-products"
+
+
+def test_phases_are_for_three_by_three():
+    other = ConvolutionShape(1, 4, 4, 2, 2, (1, 5, 5), enlarge=True)
+    phases = BY_NAME["phases", True]
+    assert phases.obstacle(CPU, torch.float32, GROWING) is None
+    said = f"it takes kernels of 1x3x3, and this is {other}; choose enlarged"
+    assert phases.obstacle(CPU, torch.float32, other) == said
+
+
+def test_names():
+    assert CONVOLUTION_NAMES[:2] == ("conv3d", "three-products") and len(KINDS) == len(BY_NAME)
+    assert {kind.name for kind in KINDS if kind.reserve} == {"conv3d-searched"}, "what differs between processes"
+
+
+def test_a_shape_says_what_it_is():
+    assert str(ConvolutionShape(14, 480, 832, 96, 3, (3, 3, 3))) == (
+        "14 frames of 832x480, 96 to 3 channels, kernel 3x3x3"
+    )
+    assert str(GROWING).endswith("kernel 1x3x3 after enlarging")
+
+
+# -- what is asked of torch --------------------------------------------------------------------------------------
+
+
+class AskedOfTorch:
+    """Stands in for torch's convolution, records how it was asked, and whether captures were held back meanwhile."""
+
+    def __init__(self, real) -> None:
+        self.real = real
+        self.calls: list[dict[str, object]] = []
+
+    def default(self, *arguments):
+        names = ("benchmark", "deterministic", "cudnn_enabled", "allow_tf32")
+        self.calls.append(dict(zip(names, arguments[-4:], strict=True)) | {"held": capturing._is_owned()})
+        return self.real.default(*arguments)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> AskedOfTorch:
+    stand_in = AskedOfTorch(torch.ops.aten._convolution)
+    monkeypatch.setattr(torch.ops.aten, "_convolution", stand_in)
+    return stand_in
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name != "kernel"], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_the_switches_of_the_process_do_not_count(asked, kind, dtype):
+    shape = GROWING if kind.enlarges else SHAPE
+    frames, weight, bias = inputs(shape, dtype)
+    kind.prepare(weight, bias)(frames)
+    searched = kind.name == "conv3d-searched"
+    for call in asked.calls:
+        assert call["deterministic"] is True and call["benchmark"] is searched is call["held"]
+        if dtype is torch.float32:
+            assert call["allow_tf32"] is False, "or float32 is not float32"
+    assert asked.calls
+
+
+def test_a_searched_plan_is_kept_under_another_key(asked):
+    frames, weight, bias = inputs(SHAPE, torch.bfloat16)
+    for prepare in (causal_module.library_convolution, causal_module.searched_convolution):
+        prepare(weight, bias)(frames)
+    first, second = asked.calls
+    assert first["allow_tf32"] != second["allow_tf32"], "or torch would take the plan of the one for the other"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name != "kernel"], ids=lambda kind: kind.name)
+def test_no_layout_changes_hands(kind):
+    """On tensors without data, as a GPU's would be laid out: what comes out is the library's own output."""
+    shape = ConvolutionShape(4, 6, 8, 16, 32, (1, 3, 3) if kind.enlarges else (3, 3, 3), enlarge=kind.enlarges)
+    frames, weight, bias = (t.to("meta") for t in inputs(shape, torch.bfloat16))
+    out = kind.prepare(weight, bias)(frames)
+    assert (out.shape, out.dtype, out.is_contiguous()) == (shape.out_size, torch.bfloat16, True)

@@ -1,0 +1,237 @@
+"""What a trial makes of a convolution: right or wrong, and how long it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from naive_convolution import inputs, naive
+
+from echo_rt.convolution import ConvolutionShape, Kind, choose_convolutions, kinds
+from echo_rt.convolution.trials import Trials, exact_pixels
+from echo_rt.trials.search import TOLERANCES
+
+CPU = torch.device("cpu")
+CAUSAL = ConvolutionShape(5, 9, 11, 32, 24, (3, 3, 3))
+TO_RGB = ConvolutionShape(5, 9, 11, 24, 3, (3, 3, 3))
+GROWING = ConvolutionShape(2, 5, 7, 32, 16, (1, 3, 3), enlarge=True)
+SHAPES = [
+    CAUSAL,
+    TO_RGB,
+    GROWING,
+    ConvolutionShape(4, 6, 5, 16, 32, (3, 1, 1)),
+    ConvolutionShape(3, 1, 1, 1, 1, (3, 3, 3)),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_exact_pixels(shape):
+    frames, weight, bias = inputs(shape, torch.float32)
+    whole = naive(frames, weight, bias, shape)
+    points = tuple(axis.flatten() for axis in torch.meshgrid(*map(torch.arange, shape.out_size[:3]), indexing="ij"))
+    pixels = exact_pixels(frames, weight, bias, shape, points)
+    torch.testing.assert_close(pixels, whole.flatten(0, 2), rtol=0, atol=1e-13)
+
+
+def spoiled(shape: ConvolutionShape, change) -> Kind:
+    """The right result, in which ``change`` has done something."""
+    right = next(kind for kind in kinds() if kind.enlarges == shape.enlarge)
+
+    def prepare(weight, bias):
+        return lambda frames, residual=None: change(right.prepare, frames, weight, bias)
+
+    return Kind("spoiled", prepare, enlarges=shape.enlarge)
+
+
+def without_a_tap(prepare, frames, weight, bias):
+    weight = weight.clone()
+    weight[:, :, 0, -1, 0] = 0
+    return prepare(weight, bias)(frames)
+
+
+def in_place(where, value):
+    def change(prepare, frames, weight, bias):
+        out = prepare(weight, bias)(frames)
+        out[where] = value
+        return out
+
+    return change
+
+
+def wrapped_around(prepare, frames, weight, bias):
+    """Padded with the other side instead of zeros."""
+    wide = torch.cat([frames[:, :, -1:], frames, frames[:, :, :1]], dim=2)
+    out = prepare(weight, bias)(wide)
+    margin = (out.shape[2] - frames.shape[2] * (out.shape[2] // wide.shape[2])) // 2
+    return out[:, :, margin : out.shape[2] - margin].contiguous()
+
+
+WRONG = {
+    "a tap missing": without_a_tap,
+    "no bias": lambda prepare, frames, weight, bias: prepare(weight, torch.zeros_like(bias))(frames),
+    "the last row": in_place((slice(None), -1), 7.0),
+    "the first pixel": in_place((0, 0, 0), 7.0),
+    "the last pixel": in_place((-1, -1, -1), 7.0),
+    "the last frame": in_place(-1, 0.0),
+    "not a number in the last pixel": in_place((-1, -1, -1), math.nan),
+    "padded with the other side": wrapped_around,
+    "zero": lambda prepare, frames, weight, bias: prepare(weight, bias)(frames) * 0,
+    "another size": lambda prepare, frames, weight, bias: prepare(weight, bias)(frames)[:-1],
+    "another layout": lambda prepare, frames, weight, bias: (
+        prepare(weight, bias)(frames).permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+    ),
+    "another dtype": lambda prepare, frames, weight, bias: prepare(weight, bias)(frames).double(),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", [CAUSAL, TO_RGB, GROWING], ids=str)
+def test_the_trial_tells_right_from_wrong(dtype, shape):
+    trials = Trials(shape, CPU, dtype)
+    right = [kind for kind in kinds() if kind.enlarges == shape.enlarge and kind.obstacle(CPU, dtype, shape) is None]
+    assert len(right) == 2
+    for kind in right:
+        assert trials.error(kind) < TOLERANCES[dtype] / 2, kind.name
+    for what, change in WRONG.items():
+        assert trials.error(spoiled(shape, change)) > 2 * TOLERANCES[dtype], what
+
+
+def test_the_trial_does_not_disturb_the_callers_random_numbers():
+    state = torch.random.get_rng_state()
+    trials = Trials(CAUSAL, CPU, torch.float32)
+    trials.error(kinds()[0])
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+class FakeCuda:
+    """Streams, events and graphs that say in which order they were used and on what; a replay takes 6 ms."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.log: list[str] = []
+        self.captures: list[tuple[object, object]] = []
+        self.streams = 0
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                fake.log.append("record")
+
+            def synchronize(self) -> None:
+                fake.log.append("wait")
+
+            def elapsed_time(self, end: Event) -> float:
+                return 6.0
+
+        @contextlib.contextmanager
+        def graph(graph, *, pool, stream, capture_error_mode):
+            assert capture_error_mode == "thread_local"
+            fake.captures.append((pool, stream))
+            fake.log.append("begin")
+            yield
+            fake.log.append("end")
+
+        def stream(device):
+            fake.streams += 1
+            return SimpleNamespace(wait_stream=lambda other: None)
+
+        for name, value in {
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: fake.log.append("replay")),
+            "Event": Event,
+            "Stream": stream,
+            "graph_pool_handle": object,
+            "current_stream": lambda device: "caller",
+            "stream": lambda stream: contextlib.nullcontext(),
+            "graph": graph,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_kinds_are_timed_in_replay_on_the_same_memory(monkeypatch):
+    trials = Trials(ConvolutionShape(3, 2, 2, 2, 2, (3, 3, 3)), CPU, torch.float32)
+    cuda = FakeCuda(monkeypatch)
+    weights = []
+
+    def kind(name: str) -> Kind:
+        def prepare(weight, bias):
+            weights.append(name)
+            return lambda frames, residual=None: cuda.log.append(name)
+
+        return Kind(name, prepare)
+
+    watches = [trials.stopwatch(kind(name)) for name in ("a", "b")]
+    begin, end = cuda.log.index("begin"), cuda.log.index("end")
+    assert set(cuda.log[:begin]) == {"a"} and set(cuda.log[begin + 1 : end]) == {"a"}, "warmed up, then captured"
+    calls = end - begin - 1
+    assert weights == ["a", "b"], "prepared once"
+    assert cuda.captures[0] == cuda.captures[1] and cuda.streams == 1
+    cuda.log.clear()
+    assert [watch() for watch in watches] == [6.0 / calls] * 2
+    assert cuda.log == ["record", "replay", "record", "wait"] * 2, "nothing but replays"
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real_gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+ON_GPU = [kind for kind in kinds() if "cuda" in kind.devices]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("kind", "shape"), [(kind, shape) for kind in ON_GPU for shape in SHAPES if kind.enlarges == shape.enlarge]
+)
+def test_numbers_on_a_gpu(real_gpu, kind, shape):
+    for dtype in kind.dtypes:
+        frames, weight, bias = inputs(shape, dtype, real_gpu)
+        with torch.no_grad():
+            out = kind.prepare(weight, bias)(frames)
+        assert out.shape == shape.out_size and out.dtype == dtype and out.is_contiguous()
+        exact = naive(frames.cpu(), weight.cpu(), bias.cpu(), shape)
+        assert (out.cpu().double() - exact).norm() / exact.norm() < TOLERANCES[dtype]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ON_GPU, ids=lambda kind: kind.name)
+def test_a_captured_call_follows_its_inputs(real_gpu, kind):
+    shape = GROWING if kind.enlarges else CAUSAL
+    frames, weight, bias = inputs(shape, torch.bfloat16, real_gpu)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        prepared = kind.prepare(weight, bias)
+        prepared(frames)
+        with torch.cuda.graph(graph, stream=stream):
+            out = prepared(frames)
+    frames.copy_(frames.flip(0) * 0.5)
+    torch.cuda.synchronize()
+    graph.replay()
+    torch.cuda.synchronize()
+    exact = naive(frames.cpu(), weight.cpu(), bias.cpu(), shape)
+    assert (out.cpu().double() - exact).norm() / exact.norm() < TOLERANCES[torch.bfloat16]
+
+
+@pytest.mark.cuda
+def test_a_gpu_is_measured_and_remembered(real_gpu, tmp_path):
+    options = {
+        "device": real_gpu,
+        "dtype": torch.bfloat16,
+        "cache": tmp_path / "convolution.json",
+        "kinds": kinds(),
+    }
+    first, again = (choose_convolutions(None, [CAUSAL, GROWING], **options) for _ in range(2))
+    for shape, choice in first.items():
+        assert choice.timings and all(0 < time < 1000 for time in choice.timings.values())
+        assert choice.kind.name == min(choice.timings, key=choice.timings.get) == again[shape].kind.name
+        assert "remembered" in again[shape].reason and "remembered" not in choice.reason
+    assert "conv3d-searched" in first[CAUSAL].rejected
