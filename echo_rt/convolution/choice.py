@@ -79,7 +79,7 @@ def choose_convolutions(
             else:
                 choice = _usual(search, cache)
                 if kind is not None and obstacle is not None:
-                    obstacles[kind.name] = obstacle
+                    obstacles.setdefault(kind.name, obstacle)
                     choice = Choice(
                         choice.kind,
                         f"{choice.reason}; not {kind.name}: {obstacle.partition('; ')[0]}",
@@ -159,5 +159,7 @@ def available_convolutions(device: torch.device, kinds: Sequence[Kind], judge: M
     states: dict[str, str] = {}
     with model_context(device, dtype):
         for probe in _PROBES:
-            states |= _search(device, dtype, probe, _family(kinds, enlarges=probe.enlarge), judge).available()
+            search = _search(device, dtype, probe, _family(kinds, enlarges=probe.enlarge), judge)
+            for name, state in search.available().items():
+                states[f"{name} after enlarging" if name in states else name] = state
     return states

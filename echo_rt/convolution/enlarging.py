@@ -7,6 +7,7 @@ from torch import Tensor
 
 from echo_rt.convolution.library import added, convolve_pictures
 from echo_rt.convolution.prepared import Prepared
+from echo_rt.convolution.shapes import ConvolutionShape
 
 
 def enlarged_convolution(weight: Tensor, bias: Tensor) -> Prepared:
@@ -60,3 +61,8 @@ def _merged(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Even pixels see the one before and, twice, their own; odd ones, twice, their own and the one after."""
     before, middle, after = weight.unbind(axis)
     return torch.stack([before, middle + after], axis), torch.stack([before + middle, after], axis)
+
+
+def phases_limit(shape: ConvolutionShape) -> str:
+    """What cannot be done in phases with a shape, or ""."""
+    return "" if shape.kernel == (1, 3, 3) else "it takes kernels of 1x3x3"

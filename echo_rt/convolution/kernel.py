@@ -1,12 +1,15 @@
-"""The project's own convolution, as the operations of a backend offer it."""
+"""The project's own convolutions, as the operations of a backend offer them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from echo_rt.convolution.enlarging import phase_weights
+from echo_rt.convolution.library import added
 from echo_rt.convolution.prepared import Prepared
 from echo_rt.convolution.shapes import ConvolutionShape
 from echo_rt.ops import Ops
@@ -15,35 +18,58 @@ NO_KERNEL = "it is an operation of the backends cuda and emulated, and this mode
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """``causal_conv`` of a backend, or nothing: then ``devices`` is empty."""
+class Kernels:
+    """``causal_conv`` and ``upsample_conv`` of a backend; where it has none, ``devices`` is empty."""
 
-    op: Callable[..., Tensor] | None
-    backend: str | None
+    backend: str | None = None
+    causal_conv: Callable[..., None] | None = None
+    upsample_conv: Callable[..., None] | None = None
 
     @classmethod
-    def of(cls, ops: Ops | None) -> Kernel:
-        """What ``ops`` offers. The torch backend's is a definition, that of torch a better one of its speed."""
-        if ops is None or ops.name == "torch":
-            return cls(None, None)
-        op = getattr(ops, "causal_conv", None)
-        return cls(op, None if op is None else ops.name)
+    def of(cls, ops: Ops | None) -> Kernels:
+        """Those of ``ops``. The torch backend's are definitions: what torch does fast is a kind of its own."""
+        causal_conv, upsample_conv = (getattr(ops, name, None) for name in ("causal_conv", "upsample_conv"))
+        if ops is None or ops.name == "torch" or causal_conv is None or upsample_conv is None:
+            return cls()
+        return cls(ops.name, causal_conv, upsample_conv)
 
     @property
     def devices(self) -> tuple[str, ...]:
-        if self.op is None:
-            return ()
-        return ("cuda",) if self.backend == "cuda" else ("cpu",)
+        """The types of device it runs on."""
+        return {None: (), "cuda": ("cuda",)}.get(self.backend, ("cpu",))
 
-    def limit(self, shape: ConvolutionShape) -> str:
-        return ""
-
-    def prepare(self, weight: Tensor, bias: Tensor) -> Prepared:
-        op = self.op
-        assert op is not None, "asked for where there is an obstacle"
-        laid_out = weight.contiguous()
+    def causal(self, weight: Tensor, bias: Tensor) -> Prepared:
+        """One launch: the bias and the residual are added before the sum is rounded."""
+        op = self.causal_conv
+        assert op is not None, "an obstacle"
+        laid_out = weight.contiguous(memory_format=torch.channels_last_3d)
+        out_channels, past = len(weight), weight.shape[2] - 1
 
         def call(frames: Tensor, residual: Tensor | None = None, /) -> Tensor:
-            return op(frames, laid_out, bias, residual)
+            count, height, width, _ = frames.shape
+            out = frames.new_empty(count - past, height, width, out_channels)
+            op(frames, laid_out, bias, residual, out)
+            return out
 
         return call
+
+    def enlarging(self, weight: Tensor, bias: Tensor) -> Prepared:
+        """One launch: phases that are written where they belong."""
+        op = self.upsample_conv
+        assert op is not None, "an obstacle"
+        laid_out = torch.stack(phase_weights(weight)).permute(0, 1, 3, 4, 2).contiguous()
+        out_channels = len(weight)
+
+        def call(frames: Tensor, residual: Tensor | None = None, /) -> Tensor:
+            count, height, width, _ = frames.shape
+            out = frames.new_empty(count, 2 * height, 2 * width, out_channels)
+            op(frames, laid_out, bias, out)
+            return added(out, residual)
+
+        return call
+
+
+def causal_limit(shape: ConvolutionShape) -> str:
+    """What ``causal_conv`` cannot do with a shape, or ""."""
+    _, height, width = shape.kernel
+    return "" if height == width and height in (1, 3) else "it takes kernels of 1x1 and 3x3 pixels"

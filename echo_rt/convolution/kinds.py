@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from echo_rt.convolution.causal import accumulated_products, library_convolution, searched_convolution
-from echo_rt.convolution.enlarging import enlarged_convolution, phase_convolution
-from echo_rt.convolution.kernel import NO_KERNEL, Kernel
+from echo_rt.convolution.enlarging import enlarged_convolution, phase_convolution, phases_limit
+from echo_rt.convolution.kernel import NO_KERNEL, Kernels, causal_limit
 from echo_rt.convolution.prepared import Prepared
 from echo_rt.convolution.shapes import ConvolutionShape
 from echo_rt.ops import Ops
@@ -70,19 +71,17 @@ _SEARCHED_RESERVE = (
 
 def kinds(ops: Ops | None = None) -> tuple[Kind, ...]:
     """All of them, those of torch first; what ``ops`` offers is that of its backend."""
-    kernel = Kernel.of(ops)
+    own = Kernels.of(ops)
+    of_backend: dict[str, Any] = {"devices": own.devices, "dtypes": _HALF, "build": own.backend}
     return (
         Kind("conv3d", library_convolution),
         Kind("three-products", accumulated_products),
         Kind("conv3d-searched", searched_convolution, devices=("cuda",), dtypes=_HALF, reserve=_SEARCHED_RESERVE),
-        Kind("kernel", kernel.prepare, devices=kernel.devices, dtypes=_HALF, limit=kernel.limit, build=kernel.backend),
+        Kind("kernel", own.causal, limit=causal_limit, **of_backend),
         Kind("enlarged", enlarged_convolution, enlarges=True),
-        Kind("phases", phase_convolution, enlarges=True, limit=_phases_limit),
+        Kind("phases", phase_convolution, enlarges=True, limit=phases_limit),
+        Kind("kernel", own.enlarging, enlarges=True, limit=phases_limit, **of_backend),
     )
 
 
-def _phases_limit(shape: ConvolutionShape) -> str:
-    return "" if shape.kernel == (1, 3, 3) else "it takes kernels of 1x3x3"
-
-
-CONVOLUTION_NAMES = tuple(kind.name for kind in kinds())
+CONVOLUTION_NAMES = tuple(dict.fromkeys(kind.name for kind in kinds()))

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from closeness import relative_error
 from naive_convolution import inputs, naive
+from torch import Tensor
 
+from echo_rt import reference
 from echo_rt.convolution import CONVOLUTION_NAMES, ConvolutionShape, Kind, kinds
 from echo_rt.convolution import causal as causal_module
 from echo_rt.device import capturing
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-KINDS = kinds()
+
+
+class StandInOps:
+    """A backend's convolutions by their definition, which insist on the layouts that the schema names."""
+
+    name = "emulated"
+
+    @staticmethod
+    def causal_conv(window: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, out: Tensor) -> None:
+        assert weight.is_contiguous(memory_format=torch.channels_last_3d) and out.is_contiguous()
+        shape = ConvolutionShape(*window.shape, len(weight), tuple(weight.shape[2:]))
+        summed = naive(window, weight, bias, shape)
+        out.copy_(summed if residual is None else summed + residual)
+
+    @staticmethod
+    def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+        assert weight.is_contiguous() and out.is_contiguous()
+        around = torch.nn.functional.pad(x.double(), (0, 0, 1, 1, 1, 1))
+        summed = bias.double().expand(out.shape).clone()
+        for a, b, i, j in itertools.product(range(2), repeat=4):
+            seen = around[:, a + i : a + i + x.shape[1], b + j : b + j + x.shape[2]]
+            summed[:, a::2, b::2] += seen @ weight[2 * a + b, :, i, j].double().T
+        out.copy_(summed)
+
+
+KINDS = kinds(StandInOps())
 BY_NAME = {(kind.name, kind.enlarges): kind for kind in KINDS}
 # A few roundings of the sums; in float32 those of another order of them.
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
@@ -34,26 +63,27 @@ CASES = [
     pytest.param(kind, shape, id=f"{kind.name} {shape}")
     for kind in KINDS
     for shape in SHAPES
-    if kind.enlarges == shape.enlarge and kind.obstacle(CPU, torch.float32, shape) is None
+    if kind.enlarges == shape.enlarge and kind.obstacle(CPU, torch.bfloat16, shape) is None
 ]
 
 
-def test_every_torch_kind_is_tested():
-    assert {case.values[0].name for case in CASES} == {"conv3d", "three-products", "enlarged", "phases"}
+def test_what_is_tested():
+    tested = [(case.values[0].name, case.values[1].enlarge) for case in CASES]
+    assert set(tested) == set(BY_NAME) - {("conv3d-searched", False)}
 
 
 @pytest.mark.parametrize(("kind", "shape"), CASES)
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-def test_numbers(kind: Kind, shape: ConvolutionShape, dtype: torch.dtype):
-    frames, weight, bias = tensors = inputs(shape, dtype)
-    before = [t.clone() for t in tensors]
-    out = kind.prepare(weight, bias)(frames)
-    assert out.shape == shape.out_size and out.dtype == dtype and out.is_contiguous()
-    assert relative_error(out, naive(*tensors, shape)) < BOUNDS[dtype]
-    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True)), "inputs stay as they are"
+def test_numbers(kind: Kind, shape: ConvolutionShape):
+    for dtype in kind.dtypes:
+        frames, weight, bias = tensors = inputs(shape, dtype)
+        before = [t.clone() for t in tensors]
+        out = kind.prepare(weight, bias)(frames)
+        assert out.shape == shape.out_size and out.dtype == dtype and out.is_contiguous()
+        assert relative_error(out, naive(*tensors, shape)) < BOUNDS[dtype]
+        assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True)), "inputs stay as they are"
 
 
-@pytest.mark.parametrize(("kind", "shape"), CASES)
+@pytest.mark.parametrize(("kind", "shape"), [case for case in CASES if case.values[0].name != "kernel"])
 def test_exact_in_float64(kind: Kind, shape: ConvolutionShape):
     """The algebra without its roundings; what is merged once is merged in float32."""
     tensors = tuple(t.double() for t in inputs(shape, torch.float32))
@@ -63,36 +93,36 @@ def test_exact_in_float64(kind: Kind, shape: ConvolutionShape):
 
 @pytest.mark.parametrize(("kind", "shape"), CASES)
 def test_a_residual_is_added_and_left_alone(kind: Kind, shape: ConvolutionShape):
-    frames, weight, bias = inputs(shape, torch.float32)
-    residual = torch.randn(shape.out_size, generator=torch.Generator().manual_seed(1))
+    dtype = kind.dtypes[-1]
+    frames, weight, bias = inputs(shape, dtype)
+    residual = torch.randn(shape.out_size, generator=torch.Generator().manual_seed(1)).to(dtype)
     before, prepared = residual.clone(), kind.prepare(weight, bias)
-    assert torch.equal(prepared(frames, residual), prepared(frames) + residual) and torch.equal(residual, before)
+    exact = naive(frames, weight, bias, shape) + residual
+    assert relative_error(prepared(frames, residual), exact) < BOUNDS[dtype] and torch.equal(residual, before)
 
 
 @pytest.mark.parametrize(("kind", "shape"), CASES)
 def test_any_layout_of_the_weight_and_a_part_of_a_buffer(kind: Kind, shape: ConvolutionShape):
-    frames, weight, bias = inputs(shape, torch.float32)
+    frames, weight, bias = inputs(shape, kind.dtypes[-1])
     expected = kind.prepare(weight, bias)(frames)
     for layout in (torch.channels_last_3d, torch.contiguous_format):
         assert torch.equal(kind.prepare(weight.contiguous(memory_format=layout), bias)(frames), expected)
     turned = weight.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
     assert torch.equal(kind.prepare(turned, bias)(frames), expected)
-    buffer = torch.full((shape.frames + 4, *frames.shape[1:]), float("nan"))
+    buffer = torch.full((shape.frames + 4, *frames.shape[1:]), float("nan"), dtype=frames.dtype)
     part = buffer[3 : 3 + shape.frames]
     part.copy_(frames)
     assert torch.equal(kind.prepare(weight, bias)(part), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.name}{' enlarging' * kind.enlarges}")
-def test_one_preparation_serves_any_number_of_frames(kind: Kind):
-    shapes = [shape for shape in SHAPES if shape.enlarge == kind.enlarges]
-    if kind.obstacle(CPU, torch.float32, shapes[0]) is not None:
-        pytest.skip("not on a CPU")
-    frames, weight, bias = inputs(shapes[0], torch.float32)
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_one_preparation_serves_any_number_of_frames(kind: Kind, shape: ConvolutionShape):
+    frames, weight, bias = inputs(shape, kind.dtypes[-1])
     prepared = kind.prepare(weight, bias)
-    more = torch.cat([frames, frames.flip(0)])
-    past = shapes[0].kernel[0] - 1
-    assert relative_error(prepared(more)[: len(frames) - past], prepared(frames)) < 1e-6
+    begun = prepared(frames)
+    more = prepared(torch.cat([frames, frames.flip(0)]))
+    assert relative_error(more[: len(begun)], begun) < BOUNDS[frames.dtype]
+    assert len(more) == len(begun) + shape.frames
 
 
 def test_the_sums_of_phases_are_rounded_once():
@@ -119,13 +149,32 @@ SHAPE, GROWING = SHAPES[0], SHAPES[-1]
             "kernel",
             GPU,
             torch.bfloat16,
-            "it is an operation of the backends cuda and emulated, and this model's backend has none",
+            "it runs on cpu, the device is cuda:0",
         ),
     ],
 )
 def test_obstacles(name, device, dtype, said):
     obstacle = BY_NAME[name, False].obstacle(device, dtype, SHAPE)
     assert obstacle == f"{said}; choose conv3d or three-products"
+
+
+@pytest.mark.parametrize("ops", [None, reference], ids=["none", "torch"])
+def test_a_backend_without_kernels(ops):
+    for kind in kinds(ops):
+        if kind.name == "kernel":
+            obstacle = kind.obstacle(CPU, torch.bfloat16, GROWING if kind.enlarges else SHAPE)
+            others = "enlarged or phases" if kind.enlarges else "conv3d or three-products"
+            assert obstacle == (
+                "it is an operation of the backends cuda and emulated, and this model's backend has none; "
+                f"choose {others}"
+            )
+            assert kind.version() is None and kinds(StandInOps())[-1].version() == "emulated"
+
+
+def test_kernels_look_at_one_pixel_or_nine():
+    assert BY_NAME["kernel", False].obstacle(CPU, torch.bfloat16, SHAPES[5]) == (
+        f"it takes kernels of 1x1 and 3x3 pixels, and this is {SHAPES[5]}; choose conv3d or three-products"
+    )
 
 
 def test_phases_are_for_three_by_three():

@@ -12,6 +12,7 @@ from naive_convolution import inputs, naive
 
 from echo_rt.convolution import ConvolutionShape, Kind, choose_convolutions, kinds
 from echo_rt.convolution.trials import Trials, exact_pixels
+from echo_rt.ops import available_backends, load_ops
 from echo_rt.trials.search import TOLERANCES
 
 CPU = torch.device("cpu")
@@ -185,7 +186,8 @@ def real_gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-ON_GPU = [kind for kind in kinds() if "cuda" in kind.devices]
+KERNELS = load_ops("cuda") if available_backends()["cuda"] == "available" else None
+ON_GPU = [kind for kind in kinds(KERNELS) if "cuda" in kind.devices]
 
 
 @pytest.mark.cuda
@@ -227,7 +229,7 @@ def test_a_gpu_is_measured_and_remembered(real_gpu, tmp_path):
         "device": real_gpu,
         "dtype": torch.bfloat16,
         "cache": tmp_path / "convolution.json",
-        "kinds": kinds(),
+        "kinds": kinds(KERNELS),
     }
     first, again = (choose_convolutions(None, [CAUSAL, GROWING], **options) for _ in range(2))
     for shape, choice in first.items():
