@@ -7,46 +7,46 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from echo_rt.convolution.library import added, convolve, convolve_pictures
+from echo_rt.convolution.library import convolve, convolve_pictures
 from echo_rt.convolution.prepared import Prepared
 from echo_rt.device import capturing
 
 
-def library_convolution(weight: Tensor, bias: Tensor) -> Prepared:
+def library_convolution(weight: Tensor) -> Prepared:
     """One 3-D convolution, by the plan that cuDNN thinks best."""
-    return _whole(weight, bias, search=False)
+    return _whole(weight, search=False)
 
 
-def searched_convolution(weight: Tensor, bias: Tensor) -> Prepared:
+def searched_convolution(weight: Tensor) -> Prepared:
     """The same by the plan that cuDNN's search finds fastest, at the first call with new sizes in each thread."""
-    return _whole(weight, bias, search=True)
+    return _whole(weight, search=True)
 
 
-def _whole(weight: Tensor, bias: Tensor, *, search: bool) -> Prepared:
+def _whole(weight: Tensor, *, search: bool) -> Prepared:
     laid_out = weight.contiguous(memory_format=torch.channels_last_3d)
     padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
 
-    def call(frames: Tensor, residual: Tensor | None = None, /) -> Tensor:
+    def call(frames: Tensor, /) -> Tensor:
         # A view: channels-last frames are what torch calls channels_last_3d, so no layout changes hands.
         video = frames.permute(3, 0, 1, 2).unsqueeze(0)
         # A search would spoil what another thread is capturing.
         with capturing if search else nullcontext():
-            out = convolve(video, laid_out, bias, padding, search=search)
-        return added(out.squeeze(0).permute(1, 2, 3, 0).contiguous(), residual)
+            out = convolve(video, laid_out, padding, search=search)
+        return out.squeeze(0).permute(1, 2, 3, 0).contiguous()
 
     return call
 
 
-def accumulated_products(weight: Tensor, bias: Tensor) -> Prepared:
-    """A 2-D convolution for each frame that the kernel sees, one added to the other; rounded after each."""
+def accumulated_products(weight: Tensor) -> Prepared:
+    """A 2-D convolution for each frame that the kernel sees, one added to the other and rounded."""
     slices = [part.contiguous(memory_format=torch.channels_last) for part in weight.unbind(2)]
     padding = (weight.shape[3] // 2, weight.shape[4] // 2)
 
-    def call(frames: Tensor, residual: Tensor | None = None, /) -> Tensor:
+    def call(frames: Tensor, /) -> Tensor:
         new = len(frames) - len(slices) + 1
-        out = convolve_pictures(frames[:new], slices[0], bias, padding)
+        out = convolve_pictures(frames[:new], slices[0], padding)
         for first, part in enumerate(slices[1:], start=1):
-            out.add_(convolve_pictures(frames[first : first + new], part, None, padding))
-        return added(out, residual)
+            out.add_(convolve_pictures(frames[first : first + new], part, padding))
+        return out
 
     return call

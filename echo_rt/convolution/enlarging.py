@@ -5,27 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echo_rt.convolution.library import added, convolve_pictures
+from echo_rt.convolution.library import convolve_pictures
 from echo_rt.convolution.prepared import Prepared
 from echo_rt.convolution.shapes import ConvolutionShape
 
 
-def enlarged_convolution(weight: Tensor, bias: Tensor) -> Prepared:
+def enlarged_convolution(weight: Tensor) -> Prepared:
     """As it is written: the large pictures are made, then convolved."""
     laid_out = weight.squeeze(2).contiguous(memory_format=torch.channels_last)
     padding = (weight.shape[3] // 2, weight.shape[4] // 2)
 
-    def call(frames: Tensor, residual: Tensor | None = None, /) -> Tensor:
+    def call(frames: Tensor, /) -> Tensor:
         count, height, width, channels = frames.shape
         large = frames.new_empty(count, height, 2, width, 2, channels)
         large.copy_(frames[:, :, None, :, None, :].expand_as(large))
         pictures = large.view(count, 2 * height, 2 * width, channels)
-        return added(convolve_pictures(pictures, laid_out, bias, padding), residual)
+        return convolve_pictures(pictures, laid_out, padding)
 
     return call
 
 
-def phase_convolution(weight: Tensor, bias: Tensor) -> Prepared:
+def phase_convolution(weight: Tensor) -> Prepared:
     """The same without the large pictures, at four ninths of the products.
 
     Of the nine pixels that an output pixel sees, those that came of one small pixel are equal: their weights are added
@@ -35,18 +35,18 @@ def phase_convolution(weight: Tensor, bias: Tensor) -> Prepared:
     out_channels = len(weight)
     laid_out = torch.cat(phase_weights(weight)).contiguous(memory_format=torch.channels_last)
 
-    def call(frames: Tensor, residual: Tensor | None = None, /) -> Tensor:
+    def call(frames: Tensor, /) -> Tensor:
         count, height, width, _ = frames.shape
         # Pixel (i, j) sees the small pixels (i-1, j-1) to (i, j), so even pixels are found at i, odd ones at i + 1.
-        seen = convolve_pictures(frames, laid_out, None, (1, 1))
+        seen = convolve_pictures(frames, laid_out, (1, 1))
         frame, row, column, _ = seen.stride()
         phases = seen.as_strided(
             (count, height, 2, width, 2, out_channels),
             (frame, row, row + 2 * out_channels, column, column + out_channels, 1),
         )
         out = frames.new_empty(count, height, 2, width, 2, out_channels)
-        torch.add(phases, bias, out=out)
-        return added(out.view(count, 2 * height, 2 * width, out_channels), residual)
+        out.copy_(phases)
+        return out.view(count, 2 * height, 2 * width, out_channels)
 
     return call
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from echo_rt.convolution.enlarging import phase_weights
-from echo_rt.convolution.library import added
 from echo_rt.convolution.prepared import Prepared
 from echo_rt.convolution.shapes import ConvolutionShape
 from echo_rt.ops import Ops
@@ -38,33 +37,35 @@ class Kernels:
         """The types of device it runs on."""
         return {None: (), "cuda": ("cuda",)}.get(self.backend, ("cpu",))
 
-    def causal(self, weight: Tensor, bias: Tensor) -> Prepared:
-        """One launch: the bias and the residual are added before the sum is rounded."""
+    def causal(self, weight: Tensor) -> Prepared:
+        """All frames of the kernel in one sum, in one launch."""
         op = self.causal_conv
         assert op is not None, "an obstacle"
         laid_out = weight.contiguous(memory_format=torch.channels_last_3d)
         out_channels, past = len(weight), weight.shape[2] - 1
+        no_bias = weight.new_zeros(out_channels)
 
-        def call(frames: Tensor, residual: Tensor | None = None, /) -> Tensor:
+        def call(frames: Tensor, /) -> Tensor:
             count, height, width, _ = frames.shape
             out = frames.new_empty(count - past, height, width, out_channels)
-            op(frames, laid_out, bias, residual, out)
+            op(frames, laid_out, no_bias, None, out)
             return out
 
         return call
 
-    def enlarging(self, weight: Tensor, bias: Tensor) -> Prepared:
+    def enlarging(self, weight: Tensor) -> Prepared:
         """One launch: phases that are written where they belong."""
         op = self.upsample_conv
         assert op is not None, "an obstacle"
         laid_out = torch.stack(phase_weights(weight)).permute(0, 1, 3, 4, 2).contiguous()
         out_channels = len(weight)
+        no_bias = weight.new_zeros(out_channels)
 
-        def call(frames: Tensor, residual: Tensor | None = None, /) -> Tensor:
+        def call(frames: Tensor, /) -> Tensor:
             count, height, width, _ = frames.shape
             out = frames.new_empty(count, 2 * height, 2 * width, out_channels)
-            op(frames, laid_out, bias, out)
-            return added(out, residual)
+            op(frames, laid_out, no_bias, out)
+            return out
 
         return call
 

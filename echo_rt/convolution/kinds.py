@@ -28,14 +28,14 @@ def _any_shape(shape: ConvolutionShape) -> str:
 class Kind:
     """A way to compute a convolution.
 
-    ``prepare`` takes its weight ``[Co, C, kT, kH, kW]``, laid out in any way, and its bias ``[Co]``, both in the dtype
-    of the frames, once, and gives the function of the frames. ``enlarges``: for those that double every pixel first.
+    ``prepare`` takes its weight ``[Co, C, kT, kH, kW]``, laid out in any way, in the dtype of the frames, once, and
+    gives the function of the frames. ``enlarges``: for those that double every pixel first.
     ``limit``: what it cannot do with a shape, or "". ``reserve``: why it is for where nothing else works, or "".
     ``build``: what it depends on beside torch and echo-rt.
     """
 
     name: str
-    prepare: Callable[[Tensor, Tensor], Prepared]
+    prepare: Callable[[Tensor], Prepared]
     enlarges: bool = False
     devices: tuple[str, ...] = ("cuda", "cpu")
     dtypes: tuple[torch.dtype, ...] = (*_HALF, torch.float32)

@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 
-def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], *, search: bool = False
-) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, padding: tuple[int, ...], *, search: bool = False) -> Tensor:
     """``x [N, C, ...]`` with ``weight [Co, C, ...]``, stride 1, in the layout of the weight.
 
     ``search``: cuDNN times its plans, once for the sizes and the thread; in 16 bits only.
@@ -34,18 +32,13 @@ def convolve(
     # The caller's switch for TF32 is not asked: float32 is float32.
     allow_tf32 = x.dtype is not torch.float32 and not search
     out: Tensor = torch.ops.aten._convolution.default(
-        x, weight, bias, once, padding, once, False, [0] * dimensions, 1, search, True, True, allow_tf32
+        x, weight, None, once, padding, once, False, [0] * dimensions, 1, search, True, True, allow_tf32
     )
     return out
 
 
-def convolve_pictures(pictures: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
+def convolve_pictures(pictures: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
     """Frame by frame: ``pictures [T, H, W, C]`` to ``[T, H', W', Co]``; the weight is channels-last."""
     # A view: channels-last frames are what torch calls channels_last, so no layout changes hands.
-    out = convolve(pictures.permute(0, 3, 1, 2), weight, bias, padding)
+    out = convolve(pictures.permute(0, 3, 1, 2), weight, padding)
     return out.permute(0, 2, 3, 1).contiguous()
-
-
-def added(out: Tensor, residual: Tensor | None) -> Tensor:
-    """``out``, to which ``residual`` of the same shape, where there is one, was added in place."""
-    return out if residual is None else out.add_(residual)

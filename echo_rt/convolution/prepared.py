@@ -1,4 +1,4 @@
-"""What a kind of convolution makes of a weight and a bias."""
+"""What a kind of convolution makes of a weight."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 class Prepared(Protocol):
-    """A convolution with its weight and bias, for frames of any number and size.
+    """A convolution with its weight, for frames of any number and size. The bias is its reader's to add.
 
     It keeps nothing between calls, changes no input and never waits for the device once it has run in a thread, so that
     a thread that has called it with some sizes can capture it with these.
     """
 
-    def __call__(self, frames: Tensor, residual: Tensor | None = None, /) -> Tensor:
-        """Contiguous ``frames [past + T, H, W, C]`` -> contiguous ``[T, H, W, Co]``, plus ``residual`` of that shape.
+    def __call__(self, frames: Tensor, /) -> Tensor:
+        """Contiguous ``frames [past + T, H, W, C]`` -> contiguous ``[T, H, W, Co]``.
 
         Around a picture are zeros; in time there is no padding. A kind that enlarges gives ``[T, 2H, 2W, Co]``.
         """

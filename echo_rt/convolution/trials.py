@@ -19,7 +19,7 @@ _CALLS_TIMED_TOGETHER = 2
 
 
 def exact_pixels(
-    frames: Tensor, weight: Tensor, bias: Tensor, shape: ConvolutionShape, points: tuple[Tensor, Tensor, Tensor]
+    frames: Tensor, weight: Tensor, shape: ConvolutionShape, points: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
     """Some pixels of the result, ``[n, Co]`` in float64: at ``points``, their frames, rows and columns ``[n]`` each."""
     depth, tall, wide = shape.kernel
@@ -33,7 +33,7 @@ def exact_pixels(
     seen = frames[
         at_frame, at_row.clamp(0, height - 1) // scale, at_column.clamp(0, width - 1) // scale
     ].double() * inside.unsqueeze(-1)
-    return torch.einsum("ntyxc,octyx->no", seen, weight.double()) + bias.double()
+    return torch.einsum("ntyxc,octyx->no", seen, weight.double())
 
 
 def _offsets(size: int, like: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def _offsets(size: int, like: Tensor) -> Tensor:
 
 
 class Trials:
-    """Random frames, weight and bias of ``shape``."""
+    """Random frames and weight of ``shape``."""
 
     def __init__(self, shape: ConvolutionShape, device: torch.device, dtype: torch.dtype) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -53,7 +53,6 @@ class Trials:
         self._frames = normal(shape.frames, shape.height, shape.width, shape.channels)
         seen = shape.channels * math.prod(shape.kernel)
         self._weight = normal(shape.out_channels, shape.channels, *shape.kernel) / math.sqrt(seen)
-        self._bias = normal(shape.out_channels)
 
     @cached_property
     def _points(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,7 +71,7 @@ class Trials:
 
     @cached_property
     def _exact(self) -> Tensor:
-        return exact_pixels(self._frames, self._weight, self._bias, self._shape, self._points)
+        return exact_pixels(self._frames, self._weight, self._shape, self._points)
 
     @cached_property
     def _bench(self) -> Bench:
@@ -81,7 +80,7 @@ class Trials:
     def error(self, kind: Kind) -> float:
         """The largest error of a pixel beside what pixels are, over the whole picture; infinite for another output."""
         with current(self._device):
-            out = kind.prepare(self._weight, self._bias)(self._frames)
+            out = kind.prepare(self._weight)(self._frames)
             if out.shape != self._shape.out_size or out.dtype != self._frames.dtype or not out.is_contiguous():
                 return math.inf
             errors = (out[self._points].double() - self._exact).norm(dim=1)
@@ -92,5 +91,5 @@ class Trials:
 
     def stopwatch(self, kind: Kind) -> Callable[[], float]:
         """A function that computes the convolution as in the steady state and returns the milliseconds of a call."""
-        frames, prepared = self._frames, kind.prepare(self._weight, self._bias)
+        frames, prepared = self._frames, kind.prepare(self._weight)
         return stopwatch(lambda: prepared(frames), self._device, calls=_CALLS_TIMED_TOGETHER, bench=self._bench)

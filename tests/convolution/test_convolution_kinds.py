@@ -27,8 +27,8 @@ class StandInOps:
     def causal_conv(window: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, out: Tensor) -> None:
         assert weight.is_contiguous(memory_format=torch.channels_last_3d) and out.is_contiguous()
         shape = ConvolutionShape(*window.shape, len(weight), tuple(weight.shape[2:]))
-        summed = naive(window, weight, bias, shape)
-        out.copy_(summed if residual is None else summed + residual)
+        assert residual is None
+        out.copy_(naive(window, weight, shape) + bias)
 
     @staticmethod
     def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
@@ -75,9 +75,9 @@ def test_what_is_tested():
 @pytest.mark.parametrize(("kind", "shape"), CASES)
 def test_numbers(kind: Kind, shape: ConvolutionShape):
     for dtype in kind.dtypes:
-        frames, weight, bias = tensors = inputs(shape, dtype)
+        frames, weight = tensors = inputs(shape, dtype)
         before = [t.clone() for t in tensors]
-        out = kind.prepare(weight, bias)(frames)
+        out = kind.prepare(weight)(frames)
         assert out.shape == shape.out_size and out.dtype == dtype and out.is_contiguous()
         assert relative_error(out, naive(*tensors, shape)) < BOUNDS[dtype]
         assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True)), "inputs stay as they are"
@@ -92,33 +92,23 @@ def test_exact_in_float64(kind: Kind, shape: ConvolutionShape):
 
 
 @pytest.mark.parametrize(("kind", "shape"), CASES)
-def test_a_residual_is_added_and_left_alone(kind: Kind, shape: ConvolutionShape):
-    dtype = kind.dtypes[-1]
-    frames, weight, bias = inputs(shape, dtype)
-    residual = torch.randn(shape.out_size, generator=torch.Generator().manual_seed(1)).to(dtype)
-    before, prepared = residual.clone(), kind.prepare(weight, bias)
-    exact = naive(frames, weight, bias, shape) + residual
-    assert relative_error(prepared(frames, residual), exact) < BOUNDS[dtype] and torch.equal(residual, before)
-
-
-@pytest.mark.parametrize(("kind", "shape"), CASES)
 def test_any_layout_of_the_weight_and_a_part_of_a_buffer(kind: Kind, shape: ConvolutionShape):
-    frames, weight, bias = inputs(shape, kind.dtypes[-1])
-    expected = kind.prepare(weight, bias)(frames)
+    frames, weight = inputs(shape, kind.dtypes[-1])
+    expected = kind.prepare(weight)(frames)
     for layout in (torch.channels_last_3d, torch.contiguous_format):
-        assert torch.equal(kind.prepare(weight.contiguous(memory_format=layout), bias)(frames), expected)
+        assert torch.equal(kind.prepare(weight.contiguous(memory_format=layout))(frames), expected)
     turned = weight.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
-    assert torch.equal(kind.prepare(turned, bias)(frames), expected)
+    assert torch.equal(kind.prepare(turned)(frames), expected)
     buffer = torch.full((shape.frames + 4, *frames.shape[1:]), float("nan"), dtype=frames.dtype)
     part = buffer[3 : 3 + shape.frames]
     part.copy_(frames)
-    assert torch.equal(kind.prepare(weight, bias)(part), expected)
+    assert torch.equal(kind.prepare(weight)(part), expected)
 
 
 @pytest.mark.parametrize(("kind", "shape"), CASES)
 def test_one_preparation_serves_any_number_of_frames(kind: Kind, shape: ConvolutionShape):
-    frames, weight, bias = inputs(shape, kind.dtypes[-1])
-    prepared = kind.prepare(weight, bias)
+    frames, weight = inputs(shape, kind.dtypes[-1])
+    prepared = kind.prepare(weight)
     begun = prepared(frames)
     more = prepared(torch.cat([frames, frames.flip(0)]))
     assert relative_error(more[: len(begun)], begun) < BOUNDS[frames.dtype]
@@ -129,8 +119,8 @@ def test_the_sums_of_phases_are_rounded_once():
     """With weights whose sums bfloat16 cannot tell from one another if each were rounded."""
     shape = ConvolutionShape(1, 1, 1, 1, 1, (1, 3, 3), enlarge=True)
     weight = torch.tensor([0, 0, 0, 0, 1.0, 2**-9, 0, 2**-9, 2**-9]).view(1, 1, 1, 3, 3).bfloat16()
-    out = BY_NAME["phases", True].prepare(weight, torch.zeros(1).bfloat16())(torch.ones(1, 1, 1, 1).bfloat16())
-    exact = naive(torch.ones(1, 1, 1, 1), weight, torch.zeros(1), shape)
+    out = BY_NAME["phases", True].prepare(weight)(torch.ones(1, 1, 1, 1).bfloat16())
+    exact = naive(torch.ones(1, 1, 1, 1), weight, shape)
     assert exact.flatten()[0] == 1 + 3 * 2**-9
     assert out.flatten()[0] == 1 + 2**-7, "and not 1, which is what is left if 2^-9 is added to 1 three times"
 
@@ -224,8 +214,8 @@ def asked(monkeypatch) -> AskedOfTorch:
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_the_switches_of_the_process_do_not_count(asked, kind, dtype):
     shape = GROWING if kind.enlarges else SHAPE
-    frames, weight, bias = inputs(shape, dtype)
-    kind.prepare(weight, bias)(frames)
+    frames, weight = inputs(shape, dtype)
+    kind.prepare(weight)(frames)
     searched = kind.name == "conv3d-searched"
     for call in asked.calls:
         assert call["deterministic"] is True and call["benchmark"] is searched is call["held"]
@@ -235,9 +225,9 @@ def test_the_switches_of_the_process_do_not_count(asked, kind, dtype):
 
 
 def test_a_searched_plan_is_kept_under_another_key(asked):
-    frames, weight, bias = inputs(SHAPE, torch.bfloat16)
+    frames, weight = inputs(SHAPE, torch.bfloat16)
     for prepare in (causal_module.library_convolution, causal_module.searched_convolution):
-        prepare(weight, bias)(frames)
+        prepare(weight)(frames)
     first, second = asked.calls
     assert first["allow_tf32"] != second["allow_tf32"], "or torch would take the plan of the one for the other"
 
@@ -246,6 +236,6 @@ def test_a_searched_plan_is_kept_under_another_key(asked):
 def test_no_layout_changes_hands(kind):
     """On tensors without data, as a GPU's would be laid out: what comes out is the library's own output."""
     shape = ConvolutionShape(4, 6, 8, 16, 32, (1, 3, 3) if kind.enlarges else (3, 3, 3), enlarge=kind.enlarges)
-    frames, weight, bias = (t.to("meta") for t in inputs(shape, torch.bfloat16))
-    out = kind.prepare(weight, bias)(frames)
+    frames, weight = (t.to("meta") for t in inputs(shape, torch.bfloat16))
+    out = kind.prepare(weight)(frames)
     assert (out.shape, out.dtype, out.is_contiguous()) == (shape.out_size, torch.bfloat16, True)

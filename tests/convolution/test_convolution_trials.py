@@ -30,10 +30,10 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_exact_pixels(shape):
-    frames, weight, bias = inputs(shape, torch.float32)
-    whole = naive(frames, weight, bias, shape)
+    frames, weight = inputs(shape, torch.float32)
+    whole = naive(frames, weight, shape)
     points = tuple(axis.flatten() for axis in torch.meshgrid(*map(torch.arange, shape.out_size[:3]), indexing="ij"))
-    pixels = exact_pixels(frames, weight, bias, shape, points)
+    pixels = exact_pixels(frames, weight, shape, points)
     torch.testing.assert_close(pixels, whole.flatten(0, 2), rtol=0, atol=1e-13)
 
 
@@ -41,50 +41,50 @@ def spoiled(shape: ConvolutionShape, change) -> Kind:
     """The right result, in which ``change`` has done something."""
     right = next(kind for kind in kinds() if kind.enlarges == shape.enlarge)
 
-    def prepare(weight, bias):
-        return lambda frames, residual=None: change(right.prepare, frames, weight, bias)
+    def prepare(weight):
+        return lambda frames: change(right.prepare, frames, weight)
 
     return Kind("spoiled", prepare, enlarges=shape.enlarge)
 
 
-def without_a_tap(prepare, frames, weight, bias):
+def without_a_tap(prepare, frames, weight):
     weight = weight.clone()
     weight[:, :, 0, -1, 0] = 0
-    return prepare(weight, bias)(frames)
+    return prepare(weight)(frames)
 
 
 def in_place(where, value):
-    def change(prepare, frames, weight, bias):
-        out = prepare(weight, bias)(frames)
+    def change(prepare, frames, weight):
+        out = prepare(weight)(frames)
         out[where] = value
         return out
 
     return change
 
 
-def wrapped_around(prepare, frames, weight, bias):
+def wrapped_around(prepare, frames, weight):
     """Padded with the other side instead of zeros."""
     wide = torch.cat([frames[:, :, -1:], frames, frames[:, :, :1]], dim=2)
-    out = prepare(weight, bias)(wide)
+    out = prepare(weight)(wide)
     margin = (out.shape[2] - frames.shape[2] * (out.shape[2] // wide.shape[2])) // 2
     return out[:, :, margin : out.shape[2] - margin].contiguous()
 
 
 WRONG = {
     "a tap missing": without_a_tap,
-    "no bias": lambda prepare, frames, weight, bias: prepare(weight, torch.zeros_like(bias))(frames),
+    "channels mixed up": lambda prepare, frames, weight: prepare(weight.flip(0))(frames),
     "the last row": in_place((slice(None), -1), 7.0),
     "the first pixel": in_place((0, 0, 0), 7.0),
     "the last pixel": in_place((-1, -1, -1), 7.0),
     "the last frame": in_place(-1, 0.0),
     "not a number in the last pixel": in_place((-1, -1, -1), math.nan),
     "padded with the other side": wrapped_around,
-    "zero": lambda prepare, frames, weight, bias: prepare(weight, bias)(frames) * 0,
-    "another size": lambda prepare, frames, weight, bias: prepare(weight, bias)(frames)[:-1],
-    "another layout": lambda prepare, frames, weight, bias: (
-        prepare(weight, bias)(frames).permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+    "zero": lambda prepare, frames, weight: prepare(weight)(frames) * 0,
+    "another size": lambda prepare, frames, weight: prepare(weight)(frames)[:-1],
+    "another layout": lambda prepare, frames, weight: (
+        prepare(weight)(frames).permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
     ),
-    "another dtype": lambda prepare, frames, weight, bias: prepare(weight, bias)(frames).double(),
+    "another dtype": lambda prepare, frames, weight: prepare(weight)(frames).double(),
 }
 
 
@@ -159,9 +159,9 @@ def test_kinds_are_timed_in_replay_on_the_same_memory(monkeypatch):
     weights = []
 
     def kind(name: str) -> Kind:
-        def prepare(weight, bias):
+        def prepare(weight):
             weights.append(name)
-            return lambda frames, residual=None: cuda.log.append(name)
+            return lambda frames: cuda.log.append(name)
 
         return Kind(name, prepare)
 
@@ -196,11 +196,11 @@ ON_GPU = [kind for kind in kinds(KERNELS) if "cuda" in kind.devices]
 )
 def test_numbers_on_a_gpu(real_gpu, kind, shape):
     for dtype in kind.dtypes:
-        frames, weight, bias = inputs(shape, dtype, real_gpu)
+        frames, weight = inputs(shape, dtype, real_gpu)
         with torch.no_grad():
-            out = kind.prepare(weight, bias)(frames)
+            out = kind.prepare(weight)(frames)
         assert out.shape == shape.out_size and out.dtype == dtype and out.is_contiguous()
-        exact = naive(frames.cpu(), weight.cpu(), bias.cpu(), shape)
+        exact = naive(frames.cpu(), weight.cpu(), shape)
         assert (out.cpu().double() - exact).norm() / exact.norm() < TOLERANCES[dtype]
 
 
@@ -208,10 +208,10 @@ def test_numbers_on_a_gpu(real_gpu, kind, shape):
 @pytest.mark.parametrize("kind", ON_GPU, ids=lambda kind: kind.name)
 def test_a_captured_call_follows_its_inputs(real_gpu, kind):
     shape = GROWING if kind.enlarges else CAUSAL
-    frames, weight, bias = inputs(shape, torch.bfloat16, real_gpu)
+    frames, weight = inputs(shape, torch.bfloat16, real_gpu)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.stream(stream):
-        prepared = kind.prepare(weight, bias)
+        prepared = kind.prepare(weight)
         prepared(frames)
         with torch.cuda.graph(graph, stream=stream):
             out = prepared(frames)
@@ -219,7 +219,7 @@ def test_a_captured_call_follows_its_inputs(real_gpu, kind):
     torch.cuda.synchronize()
     graph.replay()
     torch.cuda.synchronize()
-    exact = naive(frames.cpu(), weight.cpu(), bias.cpu(), shape)
+    exact = naive(frames.cpu(), weight.cpu(), shape)
     assert (out.cpu().double() - exact).norm() / exact.norm() < TOLERANCES[torch.bfloat16]
 
 
