@@ -12,17 +12,17 @@ from echo_rt.convolution.prepared import Prepared
 from echo_rt.device import capturing
 
 
-def library_convolution(weight: Tensor) -> Prepared:
-    """One 3-D convolution, by the plan that cuDNN thinks best."""
-    return _whole(weight, search=False)
+def library_convolution(weight: Tensor, stride: int = 1) -> Prepared:
+    """One 3-D convolution, by the plan that cuDNN thinks best; ``stride`` is in time, for the encoder."""
+    return _whole(weight, stride, search=False)
 
 
 def searched_convolution(weight: Tensor) -> Prepared:
     """The same by the plan that cuDNN's search finds fastest, at the first call with new sizes in each thread."""
-    return _whole(weight, search=True)
+    return _whole(weight, 1, search=True)
 
 
-def _whole(weight: Tensor, *, search: bool) -> Prepared:
+def _whole(weight: Tensor, stride: int, *, search: bool) -> Prepared:
     laid_out = weight.contiguous(memory_format=torch.channels_last_3d)
     padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
 
@@ -31,7 +31,7 @@ def _whole(weight: Tensor, *, search: bool) -> Prepared:
         video = frames.permute(3, 0, 1, 2).unsqueeze(0)
         # A search would spoil what another thread is capturing.
         with capturing if search else nullcontext():
-            out = convolve(video, laid_out, padding, search=search)
+            out = convolve(video, laid_out, padding, stride=(stride, 1, 1), search=search)
         return out.squeeze(0).permute(1, 2, 3, 0).contiguous()
 
     return call

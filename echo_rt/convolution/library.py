@@ -22,17 +22,24 @@ import torch
 from torch import Tensor
 
 
-def convolve(x: Tensor, weight: Tensor, padding: tuple[int, ...], *, search: bool = False) -> Tensor:
-    """``x [N, C, ...]`` with ``weight [Co, C, ...]``, stride 1, in the layout of the weight.
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    padding: tuple[int, ...],
+    *,
+    stride: tuple[int, ...] | None = None,
+    search: bool = False,
+) -> Tensor:
+    """``x [N, C, ...]`` with ``weight [Co, C, ...]``, in the layout of the weight; ``stride`` None: 1 each way.
 
     ``search``: cuDNN times its plans, once for the sizes and the thread; in 16 bits only.
     """
     dimensions = len(padding)
-    once = [1] * dimensions
+    once = (1,) * dimensions
     # The caller's switch for TF32 is not asked: float32 is float32.
     allow_tf32 = x.dtype is not torch.float32 and not search
     out: Tensor = torch.ops.aten._convolution.default(
-        x, weight, None, once, padding, once, False, [0] * dimensions, 1, search, True, True, allow_tf32
+        x, weight, None, stride or once, padding, once, False, (0,) * dimensions, 1, search, True, True, allow_tf32
     )
     return out
 

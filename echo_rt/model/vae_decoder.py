@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from echo_rt.config import VaeConfig
+from echo_rt.convolution import ConvolutionShape, Kind
 from echo_rt.errors import ConfigError
-from echo_rt.model.vae_decoder_state import LevelShape, VaeDecoderState, new_decoder_state
-from echo_rt.model.vae_layers import CausalConv, Middle, NormConv, ResidualBlock, Terms, VaeWeights, spatial_conv
+from echo_rt.model.vae_decoder_state import DecodingPlan, LevelShape, VaeDecoderState, plan_decoding
+from echo_rt.model.vae_layers import CausalConv, EnlargingConv, Middle, NormConv, ResidualBlock, Terms, VaeWeights
 from echo_rt.model.vae_windows import Rows, Windows
 from echo_rt.ops import Ops
 from echo_rt.weights.shapes import vae_decoder_shapes
@@ -74,6 +75,26 @@ class VaeDecoder:
         ``frames_at_full``: how many frames of full resolution are worked on at once; None for those of one latent, or
         a single one where the decoder has ``tiles``.
         """
+        plan = self._plan(latent_height, latent_width, latents, frames_at_full)
+        return plan.new_state(device=self.device, dtype=self.dtype)
+
+    def convolution_shapes(self, latent_height: int, latent_width: int, latents: int) -> dict[str, ConvolutionShape]:
+        """Of each convolution, by its name in the weights, in the steady state of a stream of :meth:`new_state`."""
+        return dict(self._plan(latent_height, latent_width, latents, None).convolutions)
+
+    def use(self, kinds: Mapping[str, Kind]) -> None:
+        """From now on each convolution is computed by the kind under its name."""
+        for level in self._shapes():
+            for convolution in level.convolutions:
+                convolution.use(kinds[convolution.name])
+        self.head.conv.use(kinds[self.head.conv.name])
+
+    def _shapes(self) -> list[LevelShape]:
+        lowest, *others = (level.shape for level in self.levels)
+        entry = [self._input, *self._middle.convs]
+        return [LevelShape(entry, lowest.convs, lowest.enlarging, lowest.rate), *others]
+
+    def _plan(self, latent_height: int, latent_width: int, latents: int, frames_at_full: int | None) -> DecodingPlan:
         if frames_at_full is None:
             frames_at_full = self.config.temporal_stride if self.tiles == 1 else 1
         for name, value in (
@@ -85,17 +106,13 @@ class VaeDecoder:
         ):
             if value < 1:
                 raise ConfigError(f"{_OWNER}: expected {name} to be at least 1, got {value}")
-        lowest, *others = (level.shape for level in self.levels)
-        entry = LevelShape([self._input, *self._middle.convs], lowest.convs, lowest.enlarges, lowest.reach, lowest.rate)
-        return new_decoder_state(
-            [entry, *others],
+        return plan_decoding(
+            self._shapes(),
             self.head.conv,
             (self.config.z_dim, latent_height, latent_width),
             latents,
             frames_at_full=frames_at_full,
             tiles=self.tiles,
-            device=self.device,
-            dtype=self.dtype,
         )
 
     @torch.no_grad()
@@ -181,9 +198,8 @@ class Level:
     def shape(self) -> LevelShape:
         convs = [conv for block in self.blocks for conv in block.convs]
         if self.upsample is None:
-            return LevelShape([], convs, enlarges=False, reach=0, rate=1)
-        upsample = self.upsample
-        return LevelShape(upsample.convs, convs, enlarges=True, reach=upsample.reach, rate=upsample.rate)
+            return LevelShape([], convs, enlarging=None, rate=1)
+        return LevelShape(self.upsample.convs, convs, enlarging=self.upsample.space, rate=self.upsample.rate)
 
     def __call__(self, terms: Terms, windows: Windows, is_start: bool) -> Terms:
         if self.upsample is not None:
@@ -201,12 +217,10 @@ class Upsample:
     one finds zeros for a past.
     """
 
-    reach = 1  # rows that the 3x3 convolution sees above and below a pixel
-
     def __init__(self, name: str, weights: VaeWeights) -> None:
         has_time = f"{name}.time_conv.weight" in weights
         self._time = CausalConv(f"{name}.time_conv", weights) if has_time else None
-        self._space = weights.convolution(f"{name}.resample.1")
+        self.space = EnlargingConv(f"{name}.resample.1", weights)
 
     @property
     def rate(self) -> int:
@@ -219,25 +233,15 @@ class Upsample:
 
     def __call__(self, x: Tensor, windows: Windows, is_start: bool) -> Terms:
         frames, height, width, channels = x.shape
-        single = frames if self._time is None else int(is_start)
-        grown = x.new_empty(single + self.rate * (frames - single), 2 * height, 2 * width, channels)
-        if single:
-            _enlarge(x[:single, None], None, grown[:single])
-        if self._time is not None and frames > single:
-            made = self._time.of(x[single:], windows)
-            # The first half of the channels is the earlier frame of a pair.
-            pairs = made.x.view(frames - single, height, width, self.rate, channels).permute(0, 3, 1, 2, 4)
-            bias = self._time.bias.view(self.rate, 1, 1, 1, 1, channels)
-            _enlarge(pairs, bias, grown[single:])
-        return spatial_conv(grown, *self._space, padding=1)
-
-
-def _enlarge(source: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """``source [T, n, H, W, C]``, every pixel doubled each way, into ``out [T*n, 2H, 2W, C]`` in one pass."""
-    frames, group, height, width, channels = source.shape
-    pixels = out.view(frames, group, height, 2, width, 2, channels)
-    doubled = source[:, :, :, None, :, None, :].expand_as(pixels)
-    if bias is None:
-        pixels.copy_(doubled)
-    else:
-        torch.add(doubled, bias, out=pixels)
+        single = int(is_start)
+        if self._time is None or frames == single:
+            return self.space(x)
+        doubled = frames - single
+        small = x.new_empty(single + self.rate * doubled, height, width, channels)
+        small[:single].copy_(x[:single])
+        made = self._time.of(x[single:], windows)
+        # The first half of the channels is the earlier frame of a pair.
+        pairs = made.x.view(doubled, height, width, self.rate, channels).permute(0, 3, 1, 2, 4)
+        bias = self._time.bias.view(self.rate, 1, 1, channels)
+        torch.add(pairs, bias, out=small[single:].view(doubled, self.rate, height, width, channels))
+        return self.space(small)

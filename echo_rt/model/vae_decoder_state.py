@@ -8,14 +8,15 @@ in bands of rows, each with the rows around it that its pixels depend on (:class
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from echo_rt.convolution import ConvolutionShape
 from echo_rt.errors import ConfigError
-from echo_rt.model.vae_layers import CausalConv
+from echo_rt.model.vae_layers import CausalConv, EnlargingConv
 from echo_rt.model.vae_windows import BandWindows, Rows, StreamWindows, WindowSize
 
 
@@ -23,15 +24,19 @@ from echo_rt.model.vae_windows import BandWindows, Rows, StreamWindows, WindowSi
 class LevelShape:
     """What one resolution of the decoder is made of: ``entry`` are the convolutions before pictures are enlarged.
 
-    ``enlarges``: height and width are doubled between ``entry`` and ``convs``, by a convolution that sees ``reach``
-    rows; ``rate``: frames that come out for each one that goes in.
+    ``enlarging``: what doubles height and width between ``entry`` and ``convs``, if anything does; ``rate``: frames
+    that come out for each one that goes in.
     """
 
     entry: Sequence[CausalConv]
     convs: Sequence[CausalConv]
-    enlarges: bool
-    reach: int
+    enlarging: EnlargingConv | None
     rate: int
+
+    @property
+    def convolutions(self) -> list[CausalConv | EnlargingConv]:
+        """All of them, in the order in which they are computed."""
+        return [*self.entry, *([] if self.enlarging is None else [self.enlarging]), *self.convs]
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,34 @@ class VaeDecoderState:
         return BandWindows(self.windows, self.kept, rows)
 
 
-def new_decoder_state(
+@dataclass(frozen=True)
+class DecodingPlan:
+    """How a stream is decoded: ``sizes`` of its windows, ``frames_at_once`` of each level, ``margins`` of bands.
+
+    ``convolutions``: the most that each one is given at once, by its name in the weights.
+    """
+
+    latent_shape: tuple[int, int, int]
+    sizes: Sequence[WindowSize]
+    frames_at_once: tuple[int, ...]
+    bands: Bands | None
+    margins: Mapping[str, int]
+    convolutions: Mapping[str, ConvolutionShape]
+
+    def new_state(self, *, device: torch.device, dtype: torch.dtype) -> VaeDecoderState:
+        """What such a stream remembers, at its start."""
+        # A stream may be decoded with or without inference mode; tensors born inside it could not be written outside.
+        with torch.inference_mode(False):
+            windows = StreamWindows(self.sizes, device=device, dtype=dtype)
+            state = VaeDecoderState(windows, self.latent_shape, self.frames_at_once, self.bands)
+            for name, margin in self.margins.items():
+                past, _, *size = windows.histories[name].shape
+                if past and margin:
+                    state.kept[name] = torch.zeros(past, margin, *size, device=device, dtype=dtype)
+        return state
+
+
+def plan_decoding(
     levels: Sequence[LevelShape],
     head: CausalConv,
     latent_shape: tuple[int, int, int],
@@ -95,10 +127,8 @@ def new_decoder_state(
     *,
     frames_at_full: int,
     tiles: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> VaeDecoderState:
-    """The state for up to ``latents`` at a time, with ``frames_at_full`` frames of full resolution at once.
+) -> DecodingPlan:
+    """For up to ``latents`` at a time, with ``frames_at_full`` frames of full resolution at once.
 
     ``tiles``: how many bands of rows the two highest resolutions are decoded in. Raises :class:`ConfigError` for more
     than there are rows for.
@@ -108,12 +138,16 @@ def new_decoder_state(
     sizes: list[WindowSize] = []
     at_once: list[int] = []
     margins: dict[str, int] = {}
+    convolutions: dict[str, ConvolutionShape] = {}
     frames = latents
 
+    def tallest(at: Sequence[Rows] | None) -> int:
+        return height if at is None else max(rows.last - rows.first for rows in at)
+
     def add(convs: Sequence[CausalConv], at: Sequence[Rows] | None) -> None:
-        tallest = height if at is None else max(rows.last - rows.first for rows in at)
         for conv in convs:
-            sizes.append(WindowSize(conv.name, conv.past, frames, tallest, height, width, conv.channels))
+            convolutions[conv.name] = conv.shape(frames, tallest(at), width)
+            sizes.append(WindowSize(conv.name, conv.past, frames, tallest(at), height, width, conv.channels))
             if at is not None:
                 margins[conv.name] = max(rows.begin - rows.first for rows in at)
 
@@ -125,31 +159,27 @@ def new_decoder_state(
             at_once.append(frames)
         add(level.entry, rows)
         frames *= level.rate
-        if level.enlarges:
+        if level.enlarging is not None:
+            convolutions[level.enlarging.name] = level.enlarging.shape(frames, tallest(rows), width)
             height, width = 2 * height, 2 * width
             rows = None if rows is None else [each.enlarged() for each in rows]
         add(level.convs, rows)
     add([head], None if bands is None else [band[-1] for band in bands.bands])
-    # A stream may be decoded with or without inference mode; tensors born inside it could not be written outside.
-    with torch.inference_mode(False):
-        state = VaeDecoderState(StreamWindows(sizes, device=device, dtype=dtype), latent_shape, tuple(at_once), bands)
-        for name, margin in margins.items():
-            past, _, *size = state.windows.histories[name].shape
-            if past and margin:
-                state.kept[name] = torch.zeros(past, margin, *size, device=device, dtype=dtype)
-    return state
+    return DecodingPlan(latent_shape, sizes, tuple(at_once), bands, margins, convolutions)
 
 
 def _bands(levels: Sequence[LevelShape], head: CausalConv, latent_height: int, tiles: int) -> Bands:
     """Bands of the two highest resolutions, or of the highest one where it is the only one that enlarges."""
     first = max(1, len(levels) - 2)
-    height = latent_height * 2 ** sum(level.enlarges for level in levels[:first])
+    height = latent_height * 2 ** sum(level.enlarging is not None for level in levels[:first])
     if first == len(levels):
         raise ConfigError(f"vae tiles: expected 1 for a VAE of one resolution, got {tiles}")
     # From the picture back to where the bands begin: each level must see so many rows beyond those that are wanted.
     margins = [head.reach]
     for level in reversed(levels[first:]):
-        seen = margins[0] + sum(conv.reach for conv in level.convs) + level.reach
+        seen = margins[0] + sum(conv.reach for conv in level.convs)
+        if level.enlarging is not None:
+            seen += level.enlarging.reach
         margins.insert(0, -(-seen // 2))
     most = height // margins[0]
     if not 1 <= tiles <= most:

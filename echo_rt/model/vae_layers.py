@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from echo_rt.convolution import ConvolutionShape, Kind, enlarged_convolution, library_convolution
 from echo_rt.device import placed
 from echo_rt.errors import WeightsError
 from echo_rt.model.vae_windows import Windows
@@ -97,20 +98,26 @@ class CausalConv:
         self.weight, self.bias = weights.convolution(name)
         self.channels = self.weight.shape[1]
         self.past = self.weight.shape[2] - stride
-        self.padding = (0, self.weight.shape[3] // 2, self.weight.shape[4] // 2)
+        self._convolved = library_convolution(self.weight, stride)
 
     @property
     def reach(self) -> int:
         """How many rows above and below a pixel it sees."""
-        return self.padding[1]
+        return self.weight.shape[3] // 2
+
+    def shape(self, new: int, height: int, width: int) -> ConvolutionShape:
+        """Of a call with so many new frames of this size."""
+        out_channels, channels, *kernel = self.weight.shape
+        depth, tall, wide = kernel
+        return ConvolutionShape(self.past + new, height, width, channels, out_channels, (depth, tall, wide))
+
+    def use(self, kind: Kind) -> None:
+        """From now on computed by ``kind``."""
+        self._convolved = kind.prepare(self.weight)
 
     def __call__(self, frames: Tensor) -> Terms:
         """Convolves ``frames [past + T, H, W, C]`` to ``[T // stride, H, W, out]``."""
-        # A view: channels-last frames are channels_last_3d memory, so no layout changes hands. The batch comes first:
-        # torch tells the layout by the strides, and that of a batch of one counts too.
-        video = frames.unsqueeze(0).permute(0, 4, 1, 2, 3)
-        out = functional.conv3d(video, self.weight, None, (self.stride, 1, 1), self.padding)
-        return Terms(out.squeeze(0).permute(1, 2, 3, 0).contiguous(), self.bias)
+        return Terms(self._convolved(frames), self.bias)
 
     def of(self, x: Tensor, windows: Windows) -> Terms:
         """Convolves the past and the new frames ``x [T, H, W, C]``, which no kernel has put in the window."""
@@ -119,6 +126,34 @@ class CausalConv:
         out = self(window.frames)
         windows.close(self.name, window)
         return out
+
+
+class EnlargingConv:
+    """Doubles every pixel of a picture each way and convolves the result, frame by frame."""
+
+    def __init__(self, name: str, weights: VaeWeights) -> None:
+        self.name = name
+        weight, self.bias = weights.convolution(name)
+        self.weight = weight.unsqueeze(2)
+        self._convolved = enlarged_convolution(self.weight)
+
+    @property
+    def reach(self) -> int:
+        """How many rows above and below a pixel, when it is doubled, it sees."""
+        return self.weight.shape[3] // 2
+
+    def shape(self, frames: int, height: int, width: int) -> ConvolutionShape:
+        """Of a call with so many frames of this size, which is doubled."""
+        out_channels, channels, _, tall, wide = self.weight.shape
+        return ConvolutionShape(frames, height, width, channels, out_channels, (1, tall, wide), enlarge=True)
+
+    def use(self, kind: Kind) -> None:
+        """From now on computed by ``kind``."""
+        self._convolved = kind.prepare(self.weight)
+
+    def __call__(self, frames: Tensor) -> Terms:
+        """``frames [T, H, W, C]``, contiguous, to ``[T, 2H, 2W, out]``."""
+        return Terms(self._convolved(frames), self.bias)
 
 
 class NormConv:
@@ -202,7 +237,7 @@ def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     return normed.to(x.dtype)
 
 
-def spatial_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> Terms:
+def spatial_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Terms:
     """A 2-D convolution of channels-last frames ``[T, H, W, C]``, frame by frame."""
-    out = functional.conv2d(x.permute(0, 3, 1, 2), weight, None, stride, padding)
+    out = functional.conv2d(x.permute(0, 3, 1, 2), weight, None, stride)
     return Terms(out.permute(0, 2, 3, 1).contiguous(), bias)

@@ -1,0 +1,116 @@
+"""The decoder with each kind of convolution: the same video, and the shapes that it says are those that it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+
+import pytest
+import torch
+from closeness import relative_error
+from naive_vae import random_weights, tiny_config
+from torch import Tensor
+
+from echo_rt.convolution import Kind, kinds
+from echo_rt.model.vae_decoder import VaeDecoder
+from echo_rt.ops import load_ops
+from echo_rt.weights.shapes import vae_decoder_shapes
+
+CONFIG = tiny_config(dim_mult=(1, 1, 2), temporal_downsample=(True, False), num_res_blocks=1)
+WEIGHTS = random_weights(vae_decoder_shapes(CONFIG))
+BY_NAME = {(kind.name, kind.enlarges): kind for kind in kinds()}
+LATENTS = 3
+SIZE = (14, 5)  # of latents
+
+
+def decoder(tiles: int = 1, dtype: torch.dtype = torch.float32) -> VaeDecoder:
+    return VaeDecoder(CONFIG, WEIGHTS, load_ops("torch"), device="cpu", dtype=dtype, tiles=tiles)
+
+
+def latents() -> Tensor:
+    return torch.randn(2 * LATENTS, CONFIG.z_dim, *SIZE, generator=torch.Generator().manual_seed(6))
+
+
+def decode(model: VaeDecoder, groups: tuple[int, ...] = (LATENTS, LATENTS)) -> Tensor:
+    state = model.new_state(*SIZE, LATENTS)
+    return torch.cat([model.decode(part, state) for part in latents().split(list(groups))])
+
+
+def use(model: VaeDecoder, causal: Kind, enlarging: Kind) -> VaeDecoder:
+    shapes = model.convolution_shapes(*SIZE, LATENTS)
+    model.use({name: enlarging if shape.enlarge else causal for name, shape in shapes.items()})
+    return model
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize(
+    ("causal", "enlarging"), [("conv3d", "enlarged"), ("three-products", "enlarged"), ("conv3d", "phases")]
+)
+def test_the_video_is_the_same(causal: str, enlarging: str, tiles: int) -> None:
+    expected = decode(decoder())
+    video = decode(use(decoder(tiles), BY_NAME[causal, False], BY_NAME[enlarging, True]))
+    assert relative_error(video, expected) < 1e-5
+    if (causal, enlarging) != ("conv3d", "enlarged"):
+        assert not torch.equal(video, expected), "sums in another order are rounded otherwise"
+    elif tiles == 1:
+        assert torch.equal(video, expected), "this is the way that nobody chose"
+
+
+def test_in_bfloat16() -> None:
+    expected = decode(decoder())
+    video = decode(use(decoder(dtype=torch.bfloat16), BY_NAME["three-products", False], BY_NAME["phases", True]))
+    assert relative_error(video, expected) < 1.5e-2
+
+
+class Recorded:
+    """A kind that computes as another one and keeps the sizes of the frames that it is given, by its weight."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.seen: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+        self.kind = dataclasses.replace(kind, prepare=self._prepare)
+        self._real = kind
+
+    def _prepare(self, weight: Tensor):
+        prepared = self._real.prepare(weight)
+
+        def call(frames: Tensor) -> Tensor:
+            self.seen[weight.data_ptr()].append((*frames.shape, len(weight), *weight.shape[2:]))
+            return prepared(frames)
+
+        return call
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3])
+def test_the_shapes_are_those_of_the_steady_state(tiles: int) -> None:
+    model = decoder(tiles)
+    shapes = model.convolution_shapes(*SIZE, LATENTS)
+    recorded = {
+        name: Recorded(BY_NAME["enlarged" if shape.enlarge else "conv3d", shape.enlarge])
+        for name, shape in shapes.items()
+    }
+    model.use({name: each.kind for name, each in recorded.items()})
+    state = model.new_state(*SIZE, LATENTS)
+    first, second = latents().split(LATENTS)
+    model.decode(first, state)
+    for each in recorded.values():
+        each.seen.clear()
+    model.decode(second, state)
+    assert {name for name in vae_decoder_shapes(CONFIG) if name.endswith("weight")} >= {f"{n}.weight" for n in shapes}
+    for name, shape in shapes.items():
+        (calls,) = recorded[name].seen.values()
+        sizes = (shape.frames, shape.height, shape.width, shape.channels, shape.out_channels, *shape.kernel)
+        assert sizes in calls, name
+        assert all(call[0] <= shape.frames and call[1] <= shape.height for call in calls), name
+        if tiles == 1:
+            assert set(calls) == {sizes}, name
+
+
+def test_every_convolution_over_pictures_has_a_shape() -> None:
+    shapes = decoder().convolution_shapes(*SIZE, LATENTS)
+    over_pictures = {
+        name.removesuffix(".weight")
+        for name, size in vae_decoder_shapes(CONFIG).items()
+        if name.endswith("weight") and len(size) >= 4 and max(size[2:]) > 1
+    }
+    assert set(shapes) == over_pictures
+    assert sum(shape.enlarge for shape in shapes.values()) == 2
