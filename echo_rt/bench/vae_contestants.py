@@ -20,7 +20,7 @@ from echo_rt.bench.vae_published import PublishedDecoder
 from echo_rt.bench.vae_work import Frames, Stage
 from echo_rt.config import VaeConfig
 from echo_rt.model.vae_decoder import VaeDecoder
-from echo_rt.model.vae_layers import CausalConv, Terms, VaeWeights, spatial_conv
+from echo_rt.model.vae_layers import CausalConv, EnlargingConv, Terms, VaeWeights
 from echo_rt.ops import Ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
@@ -123,12 +123,12 @@ def convolutions_alone(setting: Setting, index: int, counts: list[int]) -> Calla
         for count in counts:
             frames = count * product.frames // stage.given.frames
             if product.is_causal:
-                conv = CausalConv(name, weights)
-                calls.append(partial(conv, random(Frames(conv.past + frames, *size))))
+                causal = CausalConv(name, weights)
+                calls.append(partial(causal, random(Frames(causal.past + frames, *size))))
             else:
-                calls.append(
-                    partial(spatial_conv, random(Frames(frames, *size)), *weights.convolution(name), padding=1)
-                )
+                height, width, channels = size
+                enlarging = EnlargingConv(name, weights)
+                calls.append(partial(enlarging, random(Frames(frames, height // 2, width // 2, channels))))
     return lambda: [call() for call in calls]
 
 

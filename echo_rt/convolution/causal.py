@@ -27,8 +27,9 @@ def _whole(weight: Tensor, stride: int, *, search: bool) -> Prepared:
     padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
 
     def call(frames: Tensor, /) -> Tensor:
-        # A view: channels-last frames are what torch calls channels_last_3d, so no layout changes hands.
-        video = frames.permute(3, 0, 1, 2).unsqueeze(0)
+        # A view: channels-last frames are what torch calls channels_last_3d, so no layout changes hands. The batch is
+        # put first: torch tells the layout by the strides, and that of a batch of one counts too.
+        video = frames.unsqueeze(0).permute(0, 4, 1, 2, 3)
         # A search would spoil what another thread is capturing.
         with capturing if search else nullcontext():
             out = convolve(video, laid_out, padding, stride=(stride, 1, 1), search=search)
