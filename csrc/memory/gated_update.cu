@@ -19,9 +19,9 @@
 #include "common/launch.h"
 #include "common/ptx.cuh"
 #include "common/scalar.h"
+#include "common/tile.cuh"
 #include "common/vec.cuh"
 #include "memory/gated_update.h"
-#include "memory/tile.cuh"
 
 namespace echo {
 namespace {

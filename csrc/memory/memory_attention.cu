@@ -18,10 +18,10 @@
 #include "common/launch.h"
 #include "common/ptx.cuh"
 #include "common/scalar.h"
+#include "common/tile.cuh"
 #include "common/vec.cuh"
 #include "memory/memory_attention.h"
 #include "memory/softmax_state.cuh"
-#include "memory/tile.cuh"
 
 namespace echo {
 namespace {
