@@ -104,6 +104,13 @@ class Call {
          "strides " + text(arg.tensor->strides()) + " of shape " + text(arg.tensor->sizes()));
   }
 
+  // Five dimensions, of which the second lies innermost.
+  void channels_last(Named arg) const {
+    if (arg.tensor->is_contiguous(at::MemoryFormat::ChannelsLast3d)) return;
+    fail(arg.name, "channels-last memory",
+         "strides " + text(arg.tensor->strides()) + " of shape " + text(arg.tensor->sizes()));
+  }
+
   // Everything behind the first dimension is dense; the answer is the first one's stride in elements.
   int64_t row_stride(Named arg) const {
     if (arg.tensor == nullptr) return 0;

@@ -42,6 +42,8 @@ TORCH_LIBRARY(echo_rt, m) {
       "rms_silu_window(Tensor(a!) x, Tensor? bias, Tensor? residual, Tensor gamma, Tensor(b!) window, "
       "Tensor(c!)? history, bool keep) -> ()");
   m.def("frames_to_uint8(Tensor video, Tensor(a!) out) -> ()");
+  m.def("causal_conv(Tensor window, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()");
+  m.def("upsample_conv(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(echo_rt, ECHO_RT_DISPATCH_KEY, m) {
@@ -58,6 +60,8 @@ TORCH_LIBRARY_IMPL(echo_rt, ECHO_RT_DISPATCH_KEY, m) {
   m.impl("flow_step", &flow_step);
   m.impl("rms_silu_window", &rms_silu_window);
   m.impl("frames_to_uint8", &frames_to_uint8);
+  m.impl("causal_conv", &causal_conv);
+  m.impl("upsample_conv", &upsample_conv);
 }
 
 // Importing the module is what registers the operations; beside that it says what it is.

@@ -142,12 +142,22 @@ class Kernels:
     def frames_to_uint8(video: Tensor, out: Tensor) -> None:
         _library.frames_to_uint8(video, out)
 
+    @staticmethod
+    def causal_conv(window: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+        _needs_tensor_cores("causal_conv", window, "torch's own convolution")
+        _library.causal_conv(window, weight, bias, residual, out)
 
-def _needs_tensor_cores(op: str, tensor: Tensor) -> None:
+    @staticmethod
+    def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        _needs_tensor_cores("upsample_conv", x, "torch's own convolution")
+        _library.upsample_conv(x, weight, bias, out)
+
+
+def _needs_tensor_cores(op: str, tensor: Tensor, instead: str = "memory off") -> None:
     if tensor.dtype == torch.float32:
         raise BackendError(
             f"backend {_ops.BACKEND!r}: {op} must be given bfloat16 or float16, got float32; "
-            "choose such a dtype, memory off, or the torch backend"
+            f"choose such a dtype, {instead}, or the torch backend"
         )
 
 
@@ -177,6 +187,8 @@ for _name in (
     "flow_step",
     "rms_silu_window",
     "frames_to_uint8",
+    "causal_conv",
+    "upsample_conv",
 ):
     torch.library.register_fake(f"echo_rt::{_name}", _fake_nothing)
 for _name in ("memory_attention", "modulated_layer_norm", "gated_residual_norm"):

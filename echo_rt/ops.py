@@ -160,6 +160,24 @@ class Ops(Protocol):
     def frames_to_uint8(video: Tensor, out: Tensor) -> None:
         """``video [F, h, w, 3]`` in [-1, 1] (clamped) to 0..255, rounded to nearest, into uint8 ``out`` (written)."""
 
+    @staticmethod
+    def causal_conv(window: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+        """``bias + residual`` + the convolution of ``window``, into ``out [T, h, w, Co]`` (written).
+
+        ``window [kT - 1 + T, h, w, C]``, past frames first; zeros are around it in space. ``weight [Co, C, kT, k, k]``
+        in torch.channels_last_3d memory, k = 1 or 3. ``bias`` float32 [Co]. ``residual`` has the shape of ``out``
+        and may be it. Frames of the three may lie apart.
+        """
+
+    @staticmethod
+    def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """A 3x3 convolution of ``x [T, h, w, C]`` made twice as large, into ``out [T, 2h, 2w, Co]`` (written).
+
+        Larger by nearest pixels. ``weight [4, Co, 2, 2, C]``, see :mod:`echo_rt.model.upsample_phases`; ``bias``
+        float32 [Co]. Pixel (2y + a, 2x + b) is the bias + the sum over i and j of ``weight[2a + b, :, i, j] @
+        x[t, y + a - 1 + i, x + b - 1 + j]``, with zeros around ``x``. Frames of both may lie apart.
+        """
+
 
 def available_backends() -> dict[str, str]:
     """Backend name -> ``"available"``, or why it is not and what to do about it.

@@ -213,3 +213,19 @@ def rms_silu_window(
 
 def frames_to_uint8(video: Tensor, out: Tensor) -> None:
     out.copy_(((video.float().clamp(-1, 1) + 1) * 127.5).round())
+
+
+def causal_conv(window: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    video = window.float().permute(3, 0, 1, 2)
+    around = (0, weight.shape[3] // 2, weight.shape[4] // 2)
+    summed = torch.nn.functional.conv3d(video, weight.float(), bias, padding=around).permute(1, 2, 3, 0)
+    out.copy_(summed if residual is None else summed + residual.float())
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    frames = x.float().permute(0, 3, 1, 2)
+    for phase, kernel in enumerate(weight.float().permute(0, 1, 4, 2, 3)):
+        row, column = divmod(phase, 2)
+        padded = torch.nn.functional.pad(frames, (1 - column, column, 1 - row, row))
+        pixels = torch.nn.functional.conv2d(padded, kernel, bias)
+        out[:, row::2, column::2] = pixels.permute(0, 2, 3, 1)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model's sizes as the operations see them; ``vae`` is (frames, height, width, channels)."""
+    """A model's sizes as the operations see them.
+
+    ``vae`` is (frames, height, width, channels); ``convolution`` channels that come out, and the kernel's frames, rows
+    and columns.
+    """
 
     frames: int = 3
     tokens: int = 6
@@ -26,6 +31,7 @@ class Sizes:
     local_frames: int = 9
     memory_frames: int = 3
     vae: tuple[int, int, int, int] = (3, 5, 4, 6)
+    convolution: tuple[int, int, int, int] = (7, 3, 3, 3)
 
     @property
     def dim(self) -> int:
@@ -197,6 +203,31 @@ def _frames_to_uint8(s: Sizes, m: Maker) -> tuple[Any, ...]:
     return m.normal(frames, height, width, 3), torch.empty(frames, height, width, 3, dtype=torch.uint8, device=m.device)
 
 
+def _causal_conv(s: Sizes, m: Maker) -> tuple[Any, ...]:
+    frames, height, width, channels = s.vae
+    out_channels, past_and_present, *_ = s.convolution
+    kernel = (channels, *s.convolution[1:])
+    weight = m.normal(out_channels, *kernel, scale=math.prod(kernel) ** -0.5)
+    return (
+        m.normal(past_and_present - 1 + frames, height, width, channels),
+        weight.contiguous(memory_format=torch.channels_last_3d),
+        m.normal(out_channels, dtype=torch.float32),
+        m.normal(frames, height, width, out_channels),
+        torch.empty(frames, height, width, out_channels, dtype=m.dtype, device=m.device),
+    )
+
+
+def _upsample_conv(s: Sizes, m: Maker) -> tuple[Any, ...]:
+    frames, height, width, channels = s.vae
+    out_channels = s.convolution[0]
+    return (
+        m.normal(*s.vae),
+        m.normal(4, out_channels, 2, 2, channels, scale=(4 * channels) ** -0.5),
+        m.normal(out_channels, dtype=torch.float32),
+        torch.empty(frames, 2 * height, 2 * width, out_channels, dtype=m.dtype, device=m.device),
+    )
+
+
 MAKERS: dict[str, Callable[[Sizes, Maker], tuple[Any, ...]]] = {
     "rope_table": _rope_table,
     "advance": _advance,
@@ -210,6 +241,8 @@ MAKERS: dict[str, Callable[[Sizes, Maker], tuple[Any, ...]]] = {
     "flow_step": _flow_step,
     "rms_silu_window": _rms_silu_window,
     "frames_to_uint8": _frames_to_uint8,
+    "causal_conv": _causal_conv,
+    "upsample_conv": _upsample_conv,
 }
 OPS = tuple(MAKERS)
 

@@ -125,6 +125,12 @@ def _strided(tensor: Tensor) -> Tensor:
     return torch.stack((tensor, tensor), -1)[..., 0]
 
 
+def _a_frame_apart(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors of its shape, of which the second begins with the second frame of the first."""
+    room = torch.cat((tensor, tensor[:1]))
+    return room[:-1], room[1:]
+
+
 # Operation, what is wrong, and the words: name, expected, got.
 REFUSED: dict[str, tuple[str, Change, str]] = {
     "noise-dtype": ("counter_noise", _set(0, Tensor.double), "out: expected dtype float32; got float64"),
@@ -194,6 +200,44 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
         lambda args: args.__setitem__(5, args[0]),
         "out: expected memory apart from that of old; got memory that they share",
     ),
+    "conv-weight-layout": (
+        "causal_conv",
+        _set(1, lambda t: t.contiguous()),
+        r"weight: expected channels-last memory; got strides \[162, 27, 9, 3, 1\]",
+    ),
+    "conv-weight": (
+        "causal_conv",
+        _set(1, lambda t: t[:, 1:]),
+        r"weight: expected shape \[7, 6, 3, 3, 3\]; got \[7, 5,",
+    ),
+    "conv-kernel": (
+        "causal_conv",
+        _set(1, lambda t: t[..., :2, :2]),
+        "weight: expected a kernel of 1 or 3 rows; got 2",
+    ),
+    "conv-square": ("causal_conv", _set(1, lambda t: t[..., :1]), "weight: expected as many columns as rows, 3; got 1"),
+    "conv-past": ("causal_conv", _set(0, lambda t: t[:1]), "window: expected at least 2 past frames; got 1"),
+    "conv-frames": (
+        "causal_conv",
+        _set(0, lambda t: t[:-1]),
+        r"residual: expected shape \[2, 5, 4, 7\]; got \[3, 5, 4, 7\]",
+    ),
+    "conv-dtype": ("causal_conv", _set(2, Tensor.half), "bias: expected dtype float32; got float16"),
+    "conv-residual": (
+        "causal_conv",
+        lambda args: args.__setitem__(slice(3, None), _a_frame_apart(args[3])),
+        "out: expected memory apart from that of residual; got memory that they share",
+    ),
+    "upsample-size": (
+        "upsample_conv",
+        _set(3, lambda t: t[:, 1:]),
+        r"out: expected shape \[3, 10, 8, 7\]; got \[3, 9,",
+    ),
+    "upsample-weight": (
+        "upsample_conv",
+        _set(1, lambda t: t[:3]),
+        r"weight: expected shape \[4, 7, 2, 2, 6\]; got \[3, 7,",
+    ),
 }
 
 
@@ -247,6 +291,8 @@ def test_rows_that_no_block_of_threads_can_hold_are_refused(ops: Ops, op: str) -
 def test_no_rows_are_no_work(ops: Ops) -> None:
     x, shift, scale, _ = make_case("modulated_layer_norm", SIZES, torch.bfloat16, DEVICES[ops.name])
     assert ops.modulated_layer_norm(x[:0], shift, scale, EPS).shape == (0, SIZES.dim)
+    window, weight, bias, residual, out = make_case("causal_conv", SIZES, torch.bfloat16, DEVICES[ops.name])
+    ops.causal_conv(window[: weight.shape[2] - 1], weight, bias, residual[:0], out[:0])
 
 
 def test_a_device_that_the_backend_is_not_for(ops: Ops) -> None:

@@ -19,8 +19,10 @@
 #include "qkv/qkv_norm_rope_store.h"
 #include "sampler/counter_noise.h"
 #include "sampler/flow_step.h"
+#include "vae/causal_conv.h"
 #include "vae/frames_to_uint8.h"
 #include "vae/rms_silu_window.h"
+#include "vae/upsample_conv.h"
 
 namespace {
 
@@ -299,6 +301,49 @@ cudaError_t frames_to_uint8() {
   });
 }
 
+// Whole chunks and none, many channels that come out and few, pixels of two patches.
+template <class Launch>
+cudaError_t convolution(int64_t scale, int64_t taps, Launch&& launch) {
+  struct {
+    int64_t height, width, channels, out_channels;
+    ScalarType type;
+  } const sizes[] = {
+      {3, 17, 8, 20, ScalarType::kBFloat16}, {2, 3, 40, 16, ScalarType::kFloat16}, {2, 3, 7, 5, ScalarType::kBFloat16}};
+  for (const auto& s : sizes) {
+    Tensors t;
+    echo::ConvolutionParams p;
+    p.frames = 2;
+    p.height = s.height;
+    p.width = s.width;
+    p.channels = s.channels;
+    p.out_channels = s.out_channels;
+    p.kernel_frames = scale == 1 ? 2 : 1;
+    p.x_frame_stride = s.height * s.width * s.channels;
+    p.residual_frame_stride = p.out_frame_stride = scale * scale * s.height * s.width * s.out_channels;
+    p.x = t.zeros(s.type, (p.frames + p.kernel_frames - 1) * p.x_frame_stride);
+    p.weight = t.zeros(s.type, scale * scale * s.out_channels * p.kernel_frames * taps * s.channels);
+    p.bias = t.zeros<float>(s.out_channels);
+    p.residual = scale == 1 ? t.zeros(s.type, p.frames * p.out_frame_stride) : nullptr;
+    p.out = t.zeros(s.type, p.frames * p.out_frame_stride);
+    p.dtype = s.type;
+    p.frames += spare;
+    if (const cudaError_t error = launch(p); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t causal_conv() {
+  for (const int64_t side : {1, 3}) {
+    const auto launch = [&](const echo::ConvolutionParams& p) { return launch_causal_conv(p, side, nullptr); };
+    if (const cudaError_t error = convolution(1, side * side, launch); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t upsample_conv() {
+  return convolution(2, 4, [](const echo::ConvolutionParams& p) { return launch_upsample_conv(p, nullptr); });
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -315,6 +360,8 @@ int main(int count, char** words) {
       {"flow_step", flow_step},
       {"rms_silu_window", rms_silu_window},
       {"frames_to_uint8", frames_to_uint8},
+      {"causal_conv", causal_conv},
+      {"upsample_conv", upsample_conv},
   };
   if (count < 2 || operations.count(words[1]) == 0) return 2;
   if (count > 2) spare = std::atoi(words[2]);

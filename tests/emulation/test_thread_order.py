@@ -24,7 +24,8 @@ from cases import OPS, Sizes, make_case
 from echo_rt.ops import load_ops
 
 ops, digests = load_ops("emulated"), {}
-for sizes in (Sizes(tokens=5, heads=1, head_dim=64), Sizes(tokens=7, heads=9, head_dim=64, vae=(1, 3, 5, 96))):
+shared = Sizes(tokens=7, heads=9, head_dim=64, vae=(1, 3, 17, 96), convolution=(20, 3, 3, 3))
+for sizes in (Sizes(tokens=5, heads=1, head_dim=64), shared):
     for op in OPS:
         args = make_case(op, sizes, torch.bfloat16)
         digest = hashlib.sha256()

@@ -1,0 +1,90 @@
+// The video decoder's convolutions for torch.
+
+#include "check.h"
+#include "ops.h"
+#include "vae/causal_conv.h"
+#include "vae/upsample_conv.h"
+
+namespace echo::bindings {
+
+void causal_conv(const Tensor& window, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                 const Tensor& out) {
+  const Call call("causal_conv",
+                  {{"window", window}, {"weight", weight}, {"bias", bias}, {"residual", residual}, {"out", out}});
+  const ScalarType dtype = call.half({"window", window});
+  for (const Named& each : {Named("weight", weight), Named("residual", residual), Named("out", out)}) {
+    call.dtype(each, window.scalar_type());
+  }
+  call.dtype({"bias", bias}, at::kFloat);
+  const auto [length, height, width, channels] = call.sizes<4>({"window", window});
+  const auto [out_channels, depth, kernel_frames, rows, columns] = call.sizes<5>({"weight", weight});
+  call.shape({"weight", weight}, {out_channels, channels, kernel_frames, rows, columns});
+  call.require(channels > 0, "window", "at least one channel", channels);
+  call.require(kernel_frames > 0, "weight", "a kernel of at least one frame", kernel_frames);
+  call.require(rows == 1 || rows == 3, "weight", "a kernel of 1 or 3 rows", rows);
+  call.require(columns == rows, "weight", "as many columns as rows, " + std::to_string(rows), columns);
+  const int64_t frames = length - kernel_frames + 1;
+  call.require(frames >= 0, "window", "at least " + std::to_string(kernel_frames - 1) + " past frames", length);
+  call.shape({"bias", bias}, {out_channels});
+  call.shape({"residual", residual}, {frames, height, width, out_channels});
+  call.shape({"out", out}, {frames, height, width, out_channels});
+  ConvolutionParams params;
+  params.x_frame_stride = call.row_stride({"window", window});
+  params.residual_frame_stride = call.row_stride({"residual", residual});
+  params.out_frame_stride = call.row_stride({"out", out});
+  call.channels_last({"weight", weight});
+  call.contiguous({"bias", bias});
+  call.disjoint({"out", out}, {{"window", window}});
+  // Each of its values is read by the thread that then writes its place: out may be the residual, and nothing between.
+  const bool in_place = residual.has_value() && residual->const_data_ptr() == out.const_data_ptr() &&
+                        params.residual_frame_stride == params.out_frame_stride;
+  if (residual.has_value() && !in_place) call.disjoint({"out", out}, {{"residual", residual}});
+  params.x = window.const_data_ptr();
+  params.weight = weight.const_data_ptr();
+  params.bias = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
+  params.residual = residual.has_value() ? residual->const_data_ptr() : nullptr;
+  params.out = out.mutable_data_ptr();
+  params.dtype = dtype;
+  params.frames = frames;
+  params.height = height;
+  params.width = width;
+  params.channels = channels;
+  params.out_channels = out_channels;
+  params.kernel_frames = kernel_frames;
+  if (out.numel() != 0) call.done(launch_causal_conv(params, rows, call.stream()));
+}
+
+void upsample_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& out) {
+  const Call call("upsample_conv", {{"x", x}, {"weight", weight}, {"bias", bias}, {"out", out}});
+  const ScalarType dtype = call.half({"x", x});
+  for (const Named& each : {Named("weight", weight), Named("out", out)}) call.dtype(each, x.scalar_type());
+  call.dtype({"bias", bias}, at::kFloat);
+  const auto [frames, height, width, channels] = call.sizes<4>({"x", x});
+  const auto [phases, out_channels, rows, columns, depth] = call.sizes<5>({"weight", weight});
+  call.shape({"weight", weight}, {4, out_channels, 2, 2, channels});
+  call.require(channels > 0, "x", "at least one channel", channels);
+  call.shape({"bias", bias}, {out_channels});
+  call.shape({"out", out}, {frames, 2 * height, 2 * width, out_channels});
+  ConvolutionParams params;
+  params.x_frame_stride = call.row_stride({"x", x});
+  params.residual_frame_stride = 0;
+  params.out_frame_stride = call.row_stride({"out", out});
+  call.contiguous({"weight", weight});
+  call.contiguous({"bias", bias});
+  call.disjoint({"out", out}, {{"x", x}});
+  params.x = x.const_data_ptr();
+  params.weight = weight.const_data_ptr();
+  params.bias = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
+  params.residual = nullptr;
+  params.out = out.mutable_data_ptr();
+  params.dtype = dtype;
+  params.frames = frames;
+  params.height = height;
+  params.width = width;
+  params.channels = channels;
+  params.out_channels = out_channels;
+  params.kernel_frames = 1;
+  if (out.numel() != 0) call.done(launch_upsample_conv(params, call.stream()));
+}
+
+}  // namespace echo::bindings
