@@ -25,6 +25,7 @@ from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes
 MEMORY_SHARE = 0.85
 LIBRARY_SHARE = 0.5
 MEMORY_UPDATE_US = 2000.0
+CONVOLUTION_TFLOPS = 400.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,9 @@ class Row:
             goals.append((f"{MEMORY_SHARE:.0%} of the copy rate", _reached(self.share, MEMORY_SHARE)))
         if self.op in ("memory_attention", "gated_update"):
             goals.append((f"{LIBRARY_SHARE:.0%} of the best library", _reached(self.library_ratio, LIBRARY_SHARE)))
+        if self.op in ("causal_conv", "upsample_conv"):
+            goals.append((f"{CONVOLUTION_TFLOPS:g} TFLOP/s", _reached(self.rate, CONVOLUTION_TFLOPS)))
+            goals.append(("no slower than the best library", _reached(self.library_ratio, 1.0)))
         if self.op == "memory_update":
             met = None if self.median_us is None else self.median_us <= MEMORY_UPDATE_US
             goals.append((f"at most {MEMORY_UPDATE_US / 1e3:g} ms", met))

@@ -27,6 +27,8 @@ _WRITTEN = {
     "flow_step": 0,
     "rms_silu_window": 4,
     "frames_to_uint8": 1,
+    "causal_conv": 4,
+    "upsample_conv": 3,
 }
 # Operations whose definition torch.compile makes one or two kernels of.
 _COMPILED = (
@@ -144,6 +146,38 @@ def _window(args: Sequence[Any]) -> None:
     history.copy_(window[frames:])
 
 
+def _searched(convolve: Callable[..., Tensor], *args: Any) -> Tensor:
+    """With the fastest algorithm that cuDNN finds: it searches at the first call of a shape."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, True
+    try:
+        return convolve(*args)
+    finally:
+        cudnn.benchmark = before
+
+
+def _conv3d(args: Sequence[Any]) -> Tensor:
+    window, weight, bias, residual, _ = args
+    video, around = window.permute(3, 0, 1, 2).unsqueeze(0), (0, weight.shape[3] // 2, weight.shape[4] // 2)
+    bias = None if bias is None else bias.to(window.dtype)
+    out = _searched(functional.conv3d, video, weight, bias, 1, around).squeeze(0).permute(1, 2, 3, 0)
+    return out if residual is None else out.add_(residual)
+
+
+def _enlarge_conv2d(args: Sequence[Any], device: torch.device) -> list[LibraryCall]:
+    """Enlarged and convolved with as many weights as there were before their phases were summed: not the same ones."""
+    x, phases, bias, _ = args
+    taps = phases.permute(1, 4, 0, 2, 3).flatten(2)[..., :9].unflatten(-1, (3, 3))
+    weight = taps.contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.to(x.dtype)
+
+    def call(args: Sequence[Any]) -> Tensor:
+        grown = functional.interpolate(args[0].permute(0, 3, 1, 2), scale_factor=2, mode="nearest")
+        return _searched(functional.conv2d, grown, weight, bias, 1, 1)
+
+    return [LibraryCall("interpolate, conv2d", call, whole=False)]
+
+
 def _single(name: str, call: Callable[[Sequence[Any]], Any]) -> Callable[..., list[LibraryCall]]:
     return lambda args, device: [LibraryCall(name, call)]
 
@@ -181,5 +215,7 @@ _CALLS: dict[str, Callable[[Sequence[Any], torch.device], list[LibraryCall]]] = 
     "gated_update": _gates,
     "modulated_layer_norm": _single("layer_norm", _modulated),
     "gated_residual_norm": _single("addcmul, layer_norm", _residual),
+    "causal_conv": _single("conv3d, channels-last", _conv3d),
+    "upsample_conv": _enlarge_conv2d,
     "rms_silu_window": _single("add, rms_norm, silu, copy", _window),
 }

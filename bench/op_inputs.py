@@ -12,7 +12,7 @@ import cases
 import torch
 from torch import Tensor
 
-from echo_rt.bench.model_sizes import BenchModel, decoder_norms
+from echo_rt.bench.model_sizes import BenchModel, decoder_convolutions, decoder_norms
 
 OPS = cases.OPS
 # Values of a latent frame for each of its tokens, in the shape that cases.py gives to noise and latents.
@@ -108,6 +108,26 @@ def _windows(model: BenchModel) -> list[Variant]:
     return found
 
 
+def _convolutions(op: str) -> Callable[[BenchModel], list[Variant]]:
+    """Without bias and residual, which the next norm adds: what the decoder asks of torch."""
+
+    def variants(model: BenchModel) -> list[Variant]:
+        found = []
+        for each in decoder_convolutions(model):
+            enlarged = each.kernel[1:] == (1, 3, 3)
+            if enlarged != (op == "upsample_conv"):
+                continue
+            shrunk = 2 if enlarged else 1
+            vae = (each.frames, each.height // shrunk, each.width // shrunk, each.channels)
+            out, *kernel = map(str, each.kernel)
+            name = f"{each.frames}x{each.height}x{each.width} {each.channels}-{out} {'x'.join(kernel)}"
+            sizes = dataclasses.replace(_sizes(model), vae=vae, convolution=each.kernel)
+            found.append(Variant(op, name, each.calls, sizes, (2,) if enlarged else (2, 3)))
+        return found
+
+    return variants
+
+
 def _video(model: BenchModel) -> list[Variant]:
     config, vae = model.config, model.vae
     frames = config.window.frames_per_block * vae.temporal_stride
@@ -140,6 +160,8 @@ _VARIANTS: dict[str, Callable[[BenchModel], list[Variant]]] = {
     "flow_step": _of_latents("flow_step", _steps),
     "rms_silu_window": _windows,
     "frames_to_uint8": _video,
+    "causal_conv": _convolutions("causal_conv"),
+    "upsample_conv": _convolutions("upsample_conv"),
 }
 
 

@@ -89,6 +89,16 @@ def _frames_to_uint8(video: Tensor, out: Tensor) -> Work:
     return Work(_size(video, out), 0, "memory")
 
 
+def _causal_conv(window: Tensor, weight: Tensor, bias: Any, residual: Tensor | None, out: Tensor) -> Work:
+    each = weight.numel() // weight.shape[0]
+    return Work(_size(window, weight, residual, out), 2 * out.numel() * each, "arithmetic")
+
+
+def _upsample_conv(x: Tensor, weight: Tensor, bias: Any, out: Tensor) -> Work:
+    each = weight.numel() // weight.shape[0] // weight.shape[1]
+    return Work(_size(x, weight, out), 2 * out.numel() * each, "arithmetic")
+
+
 _WORK: dict[str, Callable[..., Work]] = {
     "rope_table": _rope_table,
     "advance": _advance,
@@ -102,6 +112,8 @@ _WORK: dict[str, Callable[..., Work]] = {
     "flow_step": _flow_step,
     "rms_silu_window": _rms_silu_window,
     "frames_to_uint8": _frames_to_uint8,
+    "causal_conv": _causal_conv,
+    "upsample_conv": _upsample_conv,
 }
 
 

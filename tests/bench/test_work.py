@@ -94,6 +94,27 @@ def test_norms_are_those_of_the_decoder() -> None:
     assert sum(norm.calls for norm in norms if norm.keep) == (2 + 3 + 3 + 3) + 3 * 3
 
 
+def test_operations_of_the_convolutions() -> None:
+    documented, total = {}, 0.0
+    for pixels, channels, kernel, calls, each, block in (
+        row for row in rows_of("The decoder's convolutions") if re.fullmatch(r"\d+-\d+", row[1])
+    ):
+        documented[f"{pixels} {channels} {kernel}"] = (int(calls), float(each.split()[0]), float(block.split()[0]))
+    for op in ("causal_conv", "upsample_conv"):
+        for name, (calls, _, flops) in works(op).items():
+            assert documented.pop(name) == (
+                calls,
+                pytest.approx(flops / 1e9, abs=0.051),
+                pytest.approx(calls * flops / 1e12, abs=0.0051),
+            )
+            total += calls * flops / 1e12
+    assert not documented
+    assert f"{total:.1f} TFLOP in all" in PAGE
+    # What the specification counts, but for the pixels of the enlarged picture, and for what is no convolution there.
+    enlarged = sum(calls * flops for calls, _, flops in works("upsample_conv").values()) / 1e12
+    assert total + enlarged * (9 / 4 - 1) == pytest.approx(39.6, rel=0.03)
+
+
 def test_the_memory_update_is_what_the_specification_counts() -> None:
     work = memory_update_work(RELEASED.config, RELEASED.config.tokens_per_block, 2)
     assert work.flops / 1e12 == pytest.approx(0.84, abs=0.005)
