@@ -10,6 +10,7 @@ from closeness import relative_error
 from naive_vae import Bundle, random_weights, tiny_config
 from torch import Tensor
 
+from echo_rt.bench.model_sizes import RELEASED
 from echo_rt.config import VaeConfig
 from echo_rt.errors import ConfigError
 from echo_rt.model.vae_decoder import VaeDecoder
@@ -78,6 +79,37 @@ def test_tiles_take_less_memory(golden: Bundle) -> None:
     remembered = sum(tensor.nbytes for tensor in whole.tensors().values())
     assert sum(tensor.nbytes for tensor in tiled.tensors().values()) == remembered
     assert tiled.nbytes - remembered < (whole.nbytes - remembered) / 2
+
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "decoder.md"
+
+
+def test_counts_of_the_page() -> None:
+    rows = [line.strip("|").split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line[2:3].isdigit()]
+    weights = {name: torch.empty(shape, device="meta") for name, shape in vae_decoder_shapes(RELEASED.vae).items()}
+    for tiles, remembered, window, kept, together, twice in rows:
+        decoder = VaeDecoder(
+            RELEASED.vae, weights, load_ops("torch"), device="meta", dtype=torch.bfloat16, tiles=int(tiles)
+        )
+        state = decoder.new_state(*RELEASED.config.latent_shape[1:], RELEASED.config.window.frames_per_block)
+        counted = [
+            sum(tensor.nbytes for tensor in state.tensors().values()),
+            state.windows.room.nbytes,
+            sum(tensor.nbytes for tensor in state.kept.values()),
+            state.nbytes,
+        ]
+        for cell, count in zip((remembered, window, kept, together), counted, strict=True):
+            assert float(cell.split()[0] if cell.strip() else 0) == pytest.approx(count / 2**30, abs=0.0051)
+        if state.bands is not None:
+            levels = zip(*state.bands.bands, strict=True)
+            seen = [
+                sum(rows.last - rows.first for rows in level) / sum(rows.end - rows.begin for rows in level)
+                for level in levels
+            ]
+            assert [float(cell) for cell in twice.replace("%", "").split(",")] == pytest.approx(
+                [100 * (part - 1) for part in seen[:2]], abs=0.51
+            )
+    assert len(rows) == 3
 
 
 def test_a_snapshot_in_mid_stream_goes_on_with_other_tiles(golden: Bundle) -> None:
