@@ -30,6 +30,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--height", type=int, help="the same")
     parser.add_argument("--dtype", choices=VAE_DTYPE_NAMES, default="bfloat16", help="default: bfloat16")
     parser.add_argument("--backend", choices=BACKENDS, help="of ours; default: cuda on a GPU, else torch")
+    parser.add_argument("--convolution", metavar="NAME[,NAME]", help="of ours; default: what a trial finds fastest")
     parser.add_argument("--blocks", type=int, help="timed blocks of each")
     parser.add_argument("--quick", action="store_true", help="fewer blocks")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="others' code too")

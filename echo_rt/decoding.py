@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from echo_rt.convolution import Choice, ConvolutionShape, cache_file, choose_convolutions, kinds
 from echo_rt.errors import ConfigError
 from echo_rt.loading import LoadedModel
 from echo_rt.model.tiny_decoder import TinyDecoder
@@ -16,16 +18,21 @@ from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.model.video_decoder import VideoDecoder
 from echo_rt.ops import Ops
 
+Convolutions = Mapping[ConvolutionShape, Choice]
+"""How each of a decoder's convolutions is computed, and why; a tiny decoder has no choice."""
+
 
 @dataclass(frozen=True)
 class DecoderOptions:
     """What a user may choose of the decoder; checked when made.
 
     ``dtype``: what it decodes in. ``tiles``: in how many bands of rows the VAE decodes its two highest resolutions.
+    ``convolution``: the name of how its convolutions are computed, or of several ways; None for a trial.
     """
 
     dtype: torch.dtype
     tiles: int = 1
+    convolution: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.tiles, bool) or not isinstance(self.tiles, int) or self.tiles < 1:
@@ -39,11 +46,45 @@ def make_decoder(
     options: DecoderOptions,
     *,
     device: torch.device,
-) -> VideoDecoder[Any]:
-    """The decoder of a loaded model, of its ``tensors``; :class:`ConfigError` for options that it does not have."""
+) -> tuple[VideoDecoder[Any], Convolutions]:
+    """The decoder of a loaded model, of its ``tensors``, and how its convolutions are computed.
+
+    Raises :class:`ConfigError` for options that it does not have, :class:`BackendError` for a convolution that is not
+    to be had.
+    """
     vae = loaded.folder.vae_config()
     if loaded.tiny_vae is None:
-        return VaeDecoder(vae, tensors, ops, device=device, dtype=options.dtype, tiles=options.tiles)
+        decoder = VaeDecoder(vae, tensors, ops, device=device, dtype=options.dtype, tiles=options.tiles)
+        model = loaded.config
+        block = (model.window.frames_per_block, model.latent_height, model.latent_width)
+        return decoder, fit_convolutions(decoder, block, ops, options.convolution)
     if options.tiles != 1:
         raise ConfigError(f"vae_tiles must be 1 for a tiny decoder, which needs little memory; got {options.tiles}")
-    return TinyDecoder(loaded.tiny_vae.config, tensors, vae, device=device, dtype=options.dtype)
+    if options.convolution is not None:
+        raise ConfigError(
+            f"convolution must be left out for a tiny decoder, which has one way; got {options.convolution!r}"
+        )
+    return TinyDecoder(loaded.tiny_vae.config, tensors, vae, device=device, dtype=options.dtype), {}
+
+
+def fit_convolutions(
+    decoder: VaeDecoder, block: tuple[int, int, int], ops: Ops, requested: str | None = None
+) -> Convolutions:
+    """Has ``decoder`` compute each convolution in the way that :func:`choose_convolutions` finds.
+
+    ``block``: the latents of one call, and their height and width. The errors are those of that function.
+    """
+    latents, height, width = block
+    shapes = decoder.convolution_shapes(height, width, latents)
+    device, dtype = decoder.device, decoder.dtype
+    choices = choose_convolutions(
+        requested, shapes.values(), device=device, dtype=dtype, cache=cache_file(), kinds=kinds(ops)
+    )
+    decoder.use({name: choices[shape].kind for name, shape in shapes.items()})
+    return choices
+
+
+def convolutions_in_words(convolutions: Convolutions) -> str:
+    """How many of the shapes are computed in which way."""
+    counts = Counter(choice.kind.name for choice in convolutions.values())
+    return ", ".join(f"{name} for {count}" for name, count in counts.most_common()) + f" of {counts.total()} shapes"

@@ -49,6 +49,7 @@ MODEL_OPTIONS = (
     "vae_tiles",
     "backend",
     "attention",
+    "convolution",
     "lookahead",
 )
 

@@ -15,14 +15,7 @@ from torch import Tensor
 
 from echo_rt.attention import attentions, cache_file
 from echo_rt.decoding import DecoderOptions, make_decoder
-from echo_rt.device import (
-    capturing,
-    model_context,
-    parse_device,
-    parse_dtype,
-    parse_vae_dtype,
-    warn_of_faulty_convolutions,
-)
+from echo_rt.device import capturing, model_context, parse_device, parse_dtype, parse_vae_dtype
 from echo_rt.engine import Engine
 from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.executor import make_executor
@@ -54,7 +47,8 @@ class Runtime:
 
     ``config`` and ``vae_config`` say what it computes, ``dtype`` and ``vae_dtype`` how precisely, ``vae`` who makes
     pictures of latents (``"wan"``, or the kind of a tiny decoder), ``attention`` and ``text_attention`` with which
-    libraries and why, ``frame_size`` the video's ``(width, height)`` in pixels and ``fps`` its frames a second.
+    libraries and why, ``convolutions`` how each of the VAE's is computed and why, ``frame_size`` the video's
+    ``(width, height)`` in pixels and ``fps`` its frames a second.
     """
 
     def __init__(
@@ -98,7 +92,6 @@ class Runtime:
                 else ("tiny decoder", tiny_vae.tensors, str(tiny_vae.path)),
             )
         ]
-        warn_of_faulty_convolutions(device, decoding.dtype)
         with model_context(device, dtype, decoding.dtype):
             transformer = Transformer(
                 config.transformer,
@@ -112,7 +105,7 @@ class Runtime:
             encoder = (
                 None if config.memory is None else MemoryEncoder(config, weights[1], ops, device=device, dtype=dtype)
             )
-            decoder = make_decoder(loaded, weights[2], ops, decoding, device=device)
+            decoder, self.convolutions = make_decoder(loaded, weights[2], ops, decoding, device=device)
             rollout = Rollout(config, transformer, encoder, schedule, ops, self.attention.attention, mode, executor)
             pipeline = Pipeline(
                 rollout, decoder, self.vae_config, ops, executor, device=device, depth=1 + self.lookahead
@@ -160,6 +153,7 @@ class Runtime:
         vae_tiles: int = 1,
         backend: str | None = None,
         attention: str | None = None,
+        convolution: str | None = None,
         width: int | None = None,
         height: int | None = None,
         graphs: bool | None = None,
@@ -188,6 +182,9 @@ class Runtime:
             width, height: of the video, in pixels; None for the model folder's own, or 832 and 480.
             attention: which library computes attention, by the names ``echo-rt doctor`` lists; None for the one that a
                 trial on this model's shapes finds fastest, once for a GPU.
+            convolution: how the model's own VAE computes its convolutions wherever that works, by the names ``echo-rt
+                doctor`` lists; one for those over time and one for those that enlarge may be joined by a comma. None
+                for what a trial on their shapes finds fastest and right, once for a GPU.
             graphs: whether what repeats from block to block is captured and replayed; None for: on a GPU, yes.
             lookahead: how many blocks are begun before an earlier one is handed out, 0 or more: the device is busy
                 while a block is shown, and a prompt takes effect so much later; None for 1 on a GPU, 0 on a CPU.
@@ -204,7 +201,7 @@ class Runtime:
         place = parse_device(device)
         note_loading(place)
         precision = parse_dtype(dtype, place)
-        decoding = DecoderOptions(parse_vae_dtype(vae_dtype, precision), tiles=vae_tiles)
+        decoding = DecoderOptions(parse_vae_dtype(vae_dtype, precision), tiles=vae_tiles, convolution=convolution)
         check_device(load_ops(backend), place)
         loaded = load_model(
             model,

@@ -1,4 +1,4 @@
-"""How a stream's pictures are made is the user's choice: in bands of rows, where memory is scarce."""
+"""How a stream's pictures are made is the user's choice: in bands of rows, by other ways to compute convolutions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from streaming import load, video
 
 import echo_rt
 from echo_rt.cli.main import main
-from echo_rt.errors import ConfigError
+from echo_rt.errors import BackendError, ConfigError
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
 
@@ -48,6 +48,35 @@ def test_tiles_take_less_memory(small_model: Path) -> None:
 )
 def test_tiles_that_cannot_be(small_model: Path, options: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
+        load(small_model, **options)
+
+
+def test_convolutions_can_be_chosen(small_model: Path) -> None:
+    expected = frames(small_model)
+    with load(small_model, convolution="three-products,phases") as runtime:
+        chosen = {(choice.kind.name, shape.enlarge, choice.reason) for shape, choice in runtime.convolutions.items()}
+    assert chosen == {("three-products", False, "asked for by name"), ("phases", True, "asked for by name")}
+    with load(small_model) as runtime:
+        chosen = {(choice.kind.name, shape.enlarge, choice.reason) for shape, choice in runtime.convolutions.items()}
+    assert chosen == {("conv3d", False, "torch's own on a CPU"), ("enlarged", True, "torch's own on a CPU")}
+    difference = (frames(small_model, convolution="three-products,phases").int() - expected.int()).abs()
+    assert int(difference.max()) <= 1 and float(difference.float().mean()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"convolution": "magic"}, BackendError, "convolution must be one of conv3d, .*; got 'magic'"),
+        ({"convolution": "conv3d-searched"}, BackendError, "it runs on cuda, the device is cpu; choose conv3d or"),
+        ({"convolution": "kernel"}, BackendError, "this model's backend has none; choose"),
+        ({"convolution": "phases", "vae": "tiny"}, ConfigError, "convolution must be left out for a tiny decoder"),
+    ],
+    ids=str,
+)
+def test_convolutions_that_cannot_be(
+    small_model: Path, options: dict[str, object], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
         load(small_model, **options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from echo_rt.bench.run import Run
 from echo_rt.bench.timing import DEVICE_CLOCK
+from echo_rt.decoding import convolutions_in_words
 
 
 def notes(run: Run, *, frames_a_block: int, judged: bool) -> list[str]:
@@ -31,6 +32,7 @@ def notes(run: Run, *, frames_a_block: int, judged: bool) -> list[str]:
         f"Attention {what}: {choice.attention.name}, {choice.reason}."
         for what, choice in zip(("over the cache", "over the text"), run.attention, strict=True)
     ]
+    lines.append(f"Convolutions of the decoder: {convolutions_in_words(run.convolutions)}.")
     if not judged:
         lines.append("Goals are judged on a GPU alone, at the released sizes in bfloat16.")
     return lines + [f"Not measured: {name}: {why}." for name, why in run.absent.items()]

@@ -210,6 +210,10 @@ class Report:
             "model": {"source": run.model.source, **run.model.config.to_flat()},
             "dtype": str(run.dtype).removeprefix("torch."),
             "attention": [_choice(choice) for choice in run.attention],
+            "convolutions": {
+                str(shape): {"name": choice.kind.name, "reason": choice.reason}
+                for shape, choice in run.convolutions.items()
+            },
             "lookahead": self.ahead,
             "rounds": run.rounds,
             "blocks": run.blocks,

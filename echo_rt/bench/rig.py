@@ -15,6 +15,7 @@ from torch import Tensor
 from echo_rt.attention import Choice, attentions, cache_file
 from echo_rt.bench.lanes import Span, WatchedExecutor, watched_executor
 from echo_rt.bench.model import Model
+from echo_rt.decoding import Convolutions, fit_convolutions
 from echo_rt.device import model_context
 from echo_rt.errors import ConfigError
 from echo_rt.model.memory import MemoryEncoder
@@ -76,8 +77,19 @@ class Parts:
 
     @cached_property
     def decoder(self) -> VaeDecoder:
-        site = self.site
-        return VaeDecoder(site.model.vae_config, site.model.vae, self.ops, device=site.device, dtype=site.dtype)
+        return self._decoding[0]
+
+    @property
+    def convolutions(self) -> Convolutions:
+        """How those of the decoder are computed."""
+        return self._decoding[1]
+
+    @cached_property
+    def _decoding(self) -> tuple[VaeDecoder, Convolutions]:
+        site, config = self.site, self.site.model.config
+        decoder = VaeDecoder(site.model.vae_config, site.model.vae, self.ops, device=site.device, dtype=site.dtype)
+        block = (config.window.frames_per_block, config.latent_height, config.latent_width)
+        return decoder, fit_convolutions(decoder, block, self.ops)
 
 
 @dataclass(frozen=True, eq=False)

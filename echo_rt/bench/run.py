@@ -23,6 +23,7 @@ from echo_rt.bench.rig import Parts, Rig, Site
 from echo_rt.bench.timing import Timer, timer_for
 from echo_rt.bench.turns import take_turn
 from echo_rt.bench.variants import Variant, plan, turns_of
+from echo_rt.decoding import Convolutions
 from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
 from echo_rt.errors import BackendError
 from echo_rt.ops import check_device, load_ops
@@ -75,6 +76,7 @@ class Run:
     dtype: torch.dtype
     model: Model
     attention: tuple[Choice, Choice]
+    convolutions: Convolutions
     clock: str
     rounds: int
     blocks: int
@@ -177,6 +179,7 @@ class _Runner:
             dtype=self._site.dtype,
             model=self._site.model,
             attention=choices,
+            convolutions=self._parts[entries[0].backend].convolutions,
             clock=clock,
             rounds=self._rounds,
             blocks=self._blocks,
@@ -213,6 +216,8 @@ class _Runner:
     def _alone(self, entry: Entry) -> Resources:
         """The first variant made ready while nothing else is on the device, so that its memory can be told."""
         device = self._site.device
+        with model_context(device, self._site.dtype):
+            _ = self._parts[entry.backend].decoder  # a trial of its convolutions takes memory that no stream does
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         rig = entry.rig = self._rig(entry.mode, entry.backend, entry.variant.graphs)

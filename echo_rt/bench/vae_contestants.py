@@ -19,6 +19,8 @@ from echo_rt.bench.peers import wan_autoencoder
 from echo_rt.bench.vae_published import PublishedDecoder
 from echo_rt.bench.vae_work import Frames, Stage
 from echo_rt.config import VaeConfig
+from echo_rt.convolution import Kind
+from echo_rt.decoding import convolutions_in_words, fit_convolutions
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.model.vae_layers import CausalConv, EnlargingConv, Terms, VaeWeights
 from echo_rt.ops import Ops
@@ -29,7 +31,10 @@ OURS, PUBLISHED, DIFFUSERS = "echo-rt", "published structure, eager torch", "dif
 
 @dataclass(frozen=True)
 class Setting:
-    """What is decoded: normalized ``latents [T, z, h, w]`` float32 on the device, and the ``stages`` of that."""
+    """What is decoded: normalized ``latents [T, z, h, w]`` float32 on the device, and the ``stages`` of that.
+
+    ``convolution``: how ours computes its convolutions; None for a trial.
+    """
 
     config: VaeConfig
     tensors: Mapping[str, Tensor]
@@ -38,6 +43,7 @@ class Setting:
     dtype: torch.dtype
     latents: Tensor
     stages: list[Stage]
+    convolution: str | None = None
 
     def activation(self, size: Frames) -> Tensor:
         """Random ``[frames, height, width, channels]``."""
@@ -70,6 +76,9 @@ def ours(setting: Setting) -> Contestant:
     """:class:`VaeDecoder`, with a state for the latents of a block."""
     decoder = VaeDecoder(setting.config, setting.tensors, setting.ops, device=setting.device, dtype=setting.dtype)
     latents, _, height, width = setting.latents.shape
+    ways = fit_convolutions(decoder, (latents, height, width), setting.ops, setting.convolution)
+    shapes = decoder.convolution_shapes(height, width, latents)
+    kinds = {name: ways[shape].kind for name, shape in shapes.items()}
     state = decoder.new_state(height, width, latents)
     levels = len(decoder.levels)
 
@@ -95,11 +104,12 @@ def ours(setting: Setting) -> Contestant:
     def convolutions(index: int) -> Callable[[], object]:
         given = setting.stages[index].given.frames
         counts = [min(slices(index), given - at) for at in range(0, given, slices(index))]
-        return convolutions_alone(setting, index, counts)
+        return convolutions_alone(setting, index, counts, kinds)
 
     return Contestant(
         OURS,
-        f"the decoder of this package on the backend {setting.ops.name}, {latents} latents in one call",
+        f"the decoder of this package on the backend {setting.ops.name}, {latents} latents in one call; "
+        f"its convolutions: {convolutions_in_words(ways)}",
         lambda: decoder.decode(setting.latents, state),
         stage,
         lambda: state.nbytes,
@@ -107,7 +117,9 @@ def ours(setting: Setting) -> Contestant:
     )
 
 
-def convolutions_alone(setting: Setting, index: int, counts: list[int]) -> Callable[[], object]:
+def convolutions_alone(
+    setting: Setting, index: int, counts: list[int], kinds: Mapping[str, Kind]
+) -> Callable[[], object]:
     """The convolutions of a stage of ours, which takes so many frames after one another, and nothing between them."""
     stage = setting.stages[index]
     shapes = vae_decoder_shapes(setting.config)
@@ -119,16 +131,14 @@ def convolutions_alone(setting: Setting, index: int, counts: list[int]) -> Calla
         return inputs.setdefault(size, setting.activation(size))
 
     for product in stage.convolutions:
-        name, size = product.name.removesuffix(".weight"), (product.height, product.width, product.shape[1])
+        name = product.name.removesuffix(".weight")
+        conv = CausalConv(name, weights) if product.is_causal else EnlargingConv(name, weights)
+        conv.use(kinds[name])
+        past, scale = (conv.past, 1) if isinstance(conv, CausalConv) else (0, 2)
+        size = (product.height // scale, product.width // scale, product.shape[1])
         for count in counts:
             frames = count * product.frames // stage.given.frames
-            if product.is_causal:
-                causal = CausalConv(name, weights)
-                calls.append(partial(causal, random(Frames(causal.past + frames, *size))))
-            else:
-                height, width, channels = size
-                enlarging = EnlargingConv(name, weights)
-                calls.append(partial(enlarging, random(Frames(frames, height // 2, width // 2, channels))))
+            calls.append(partial(conv, random(Frames(past + frames, *size))))
     return lambda: [call() for call in calls]
 
 

@@ -43,6 +43,7 @@ class VaeRequest:
     device: str | None = None
     dtype: str | None = "bfloat16"
     backend: str | None = None
+    convolution: str | None = None
     blocks: int | None = None
     quick: bool = False
     peers: bool = True
@@ -142,6 +143,7 @@ def run(request: VaeRequest, say: Callable[[str], None] = lambda text: None) -> 
         dtype=dtype,
         latents=latents.to(device),
         stages=decoder_stages(config, rows, columns, len(latents)),
+        convolution=request.convolution,
     )
     warn_of_faulty_convolutions(device, dtype)
     expected = _expected(setting)

@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +22,8 @@ from echo_rt.errors import EchoError
 
 if TYPE_CHECKING:
     import torch
+
+    from echo_rt.convolution import Kind
 
 Status = Literal["ok", "absent", "missing"]  # absent: can be done without
 
@@ -62,7 +65,7 @@ class Fact:
 
 def gather() -> list[Fact]:
     """All facts, in the order in which to read them."""
-    checks = (_system, _echo_rt, _dependencies, _torch, _nvml, _compilers, _attention, _encoder)
+    checks = (_system, _echo_rt, _dependencies, _torch, _nvml, _compilers, _attention, _convolution, _encoder)
     return [fact for check in checks for fact in check()]
 
 
@@ -236,27 +239,49 @@ def _compilers() -> Iterator[Fact]:
 def _attention() -> Iterator[Fact]:
     """Which libraries of attention work on the best device, and which one a model would be given there."""
     try:
-        import torch
-
         from echo_rt.attention import available_attention
     except (ImportError, OSError):
         return
+    device = yield from _tried("attention", available_attention)
+    if device is not None:
+        yield from _chosen_attention(device)
+
+
+def _convolution() -> Iterator[Fact]:
+    """Which ways to compute the decoder's convolutions work on the best device, and which ones are chosen there."""
+    try:
+        from echo_rt.convolution import available_convolutions, kinds
+        from echo_rt.ops import available_backends, load_ops
+    except (ImportError, OSError):
+        return
+    every = [kinds(load_ops(name)) for name in ("torch", "cuda") if available_backends()[name] == "available"]
+    device = yield from _tried("convolution", lambda device: available_convolutions(device, every[-1]))
+    if device is not None:
+        yield from _chosen_convolutions(device, every)
+
+
+def _tried(
+    subject: str, available: Callable[[torch.device], dict[str, str]]
+) -> Generator[Fact, None, torch.device | None]:
+    """What works on the best device, which is returned if anything does."""
+    import torch
+
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
-        states = available_attention(device)
+        states = available(device)
     except Exception as error:  # of the driver: the GPU may be full, or in an error state
-        yield Fact("attention", f"on {device}", _first_line(error), "missing", "see nvidia-smi, and free the GPU")
-        return
+        yield Fact(subject, f"on {device}", _first_line(error), "missing", "see nvidia-smi, and free the GPU")
+        return None
     for name, state in states.items():
         why, _, advice = state.partition("; ")
         if state == "available":
-            yield Fact("attention", name, f"works on {device}")
+            yield Fact(subject, name, f"works on {device}")
         else:
-            yield Fact("attention", name, why, "absent", advice or "another one is used")
+            yield Fact(subject, name, why, "absent", advice or "another one is used")
     if "available" not in states.values():
-        yield Fact("attention", "any of them", f"none works on {device}", "missing", "install torch again")
-        return
-    yield from _chosen_attention(device)
+        yield Fact(subject, "any of them", f"none works on {device}", "missing", "install torch again")
+        return None
+    return device
 
 
 def _chosen_attention(device: torch.device) -> Iterator[Fact]:
@@ -271,6 +296,22 @@ def _chosen_attention(device: torch.device) -> Iterator[Fact]:
         yield Fact("attention", "chosen", "not measured yet", "absent", advice)
     elif cache and device.type == "cuda":
         yield Fact("attention", "remembered in", f"{cache} (without it, measured anew)")
+
+
+def _chosen_convolutions(device: torch.device, every: Sequence[Sequence[Kind]]) -> Iterator[Fact]:
+    """The decoder has dozens: how many of them are computed in which way."""
+    from echo_rt.convolution import cache_file, known_choices
+
+    cache, name = cache_file(), "convolutions chosen"
+    chosen = Counter(kind for kinds in every for kind, _ in known_choices(device, cache, kinds))
+    if device.type != "cuda":
+        yield Fact("convolution", name, f"{' and '.join(chosen)}: torch's own on a {device.type.upper()}")
+    elif not chosen:
+        advice = "it is measured when a model is loaded" + ("" if cache else "; to remember it, set ECHO_RT_CACHE_DIR")
+        yield Fact("convolution", name, "not measured yet", "absent", advice)
+    else:
+        shapes = ", ".join(f"{kind} for {count}" for kind, count in chosen.most_common())
+        yield Fact("convolution", name, f"{shapes} of {chosen.total()} shapes, as {cache} remembers")
 
 
 def _encoder() -> Iterator[Fact]:

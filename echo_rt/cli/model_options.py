@@ -35,6 +35,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
     model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     model.add_argument("--backend", help="who does the operations; default: torch (see echo-rt doctor)")
     model.add_argument("--attention", metavar="NAME", help="which library computes attention (see echo-rt doctor)")
+    model.add_argument(
+        "--convolution", metavar="NAME[,NAME]", help="how the VAE's convolutions are computed (see echo-rt doctor)"
+    )
     model.add_argument("--lookahead", metavar="N", help="blocks begun ahead; default: 1 on a GPU, 0 on a CPU")
     model.add_argument(
         "--vae-tiles", metavar="N", help="decode in N bands of rows, for GPUs with little memory; default: 1"

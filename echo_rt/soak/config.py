@@ -93,6 +93,7 @@ class SoakConfig:
     vae_dtype: str | None = None
     backend: str | None = None
     attention: str | None = None
+    convolution: str | None = None
     lookahead: int | None = None
     width: int | None = None
     height: int | None = None

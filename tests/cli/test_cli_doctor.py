@@ -199,3 +199,61 @@ def test_a_gpu_that_fails_is_a_finding(monkeypatch):
     monkeypatch.setattr(echo_rt.attention, "available_attention", full)
     (fact,) = doctor_checks._attention()
     assert (fact.status, fact.value) == ("missing", "CUDA error: out of memory")
+
+
+# -- convolutions ------------------------------------------------------------------------------------------------
+
+
+def test_convolutions_on_a_cpu(echo_rt):
+    facts = {fact["name"]: fact for fact in echo_rt("doctor", "--json").json["facts"] if fact["group"] == "convolution"}
+    assert facts["conv3d"]["value"] == facts["phases"]["value"] == "works on cpu"
+    assert facts["conv3d-searched"]["advice"] == "choose conv3d or three-products"
+    assert facts["convolutions chosen"]["value"] == "conv3d and enlarged: torch's own on a CPU"
+
+
+def test_the_convolutions_that_were_chosen(monkeypatch, tmp_path):
+    import torch
+
+    import echo_rt.convolution
+    from echo_rt.convolution import ConvolutionShape, kinds
+    from echo_rt.convolution.remembered import FILE
+    from echo_rt.trials.machine import machine_facts
+    from echo_rt.trials.remembered import Case, Entry
+
+    properties = SimpleNamespace(name="Imaginary 9000", major=9, minor=0)
+    cache = tmp_path / "convolution.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(echo_rt.convolution, "available_convolutions", lambda device, kinds: {"conv3d": "available"})
+    monkeypatch.setattr(echo_rt.convolution, "cache_file", lambda: cache)
+    monkeypatch.setattr("echo_rt.ops.available_backends", lambda: {"torch": "available", "cuda": "no"})
+
+    def chosen() -> doctor_checks.Fact:
+        return {fact.name: fact for fact in doctor_checks._convolution()}["convolutions chosen"]
+
+    assert (chosen().value, chosen().status) == ("not measured yet", "absent")
+    for width, winner, version in (
+        (4, "conv3d", None),
+        (5, "kernel", None),
+        (6, "kernel", None),
+        (7, "kernel", "other"),
+    ):
+        family = [kind for kind in kinds() if not kind.enlarges]
+        machine = machine_facts(torch.device("cuda", 0), family) | ({} if version is None else {"torch": version})
+        shape = ConvolutionShape(4, 4, width, 8, 8, (3, 3, 3))
+        FILE.remember(cache, Entry(Case(machine, "bfloat16", shape), winner, {winner: 0.5}, {}))
+    assert chosen().value == f"kernel for 2, conv3d for 1 of 3 shapes, as {cache} remembers", (
+        "not those of another torch"
+    )
+
+
+def test_a_gpu_that_fails_at_convolutions_is_a_finding(monkeypatch):
+    import echo_rt.convolution
+
+    def full(device, kinds):
+        raise RuntimeError("CUDA error: out of memory\nmore")
+
+    monkeypatch.setattr(echo_rt.convolution, "available_convolutions", full)
+    (fact,) = doctor_checks._convolution()
+    assert (fact.group, fact.status, fact.value) == ("convolution", "missing", "CUDA error: out of memory")

@@ -49,9 +49,9 @@ def test_everything_at_once(echo_rt, fake_runtime, tmp_path, frame_count):
 
 def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
     options = "--checkpoint c.pt --lora l.pt --no-ema --device cpu --dtype bfloat16 --memory prior --backend torch"
-    options += " --vae-dtype float32 --vae tiny --vae-tiles 3 --attention sdpa --lookahead 2 --size 128x96"
-    options += " --keep-text-encoder --frames 1"
-    outcome = echo_rt("generate", *PROMPT, "-o", tmp_path / "v.mp4", *options.split(), "--quiet")
+    options += " --vae-dtype float32 --vae tiny --vae-tiles 3 --attention sdpa --convolution phases --lookahead 2"
+    options += " --size 128x96 --keep-text-encoder --frames 1 --quiet"
+    outcome = echo_rt("generate", *PROMPT, "-o", tmp_path / "v.mp4", *options.split())
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
     assert fake_runtime.loaded_with == {
         "model": Path("folder"),
@@ -66,6 +66,7 @@ def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
         "vae_tiles": 3,
         "backend": "torch",
         "attention": "sdpa",
+        "convolution": "phases",
         "lookahead": 2,
         "width": 128,
         "height": 96,
