@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from streaming import DEVICES, embeds, load, require, same, small_model_in, take, video
+from streaming import DEVICES, embeds, load, require, same, take, video
 
 import echo_rt
 from echo_rt import stream as stream_module
@@ -18,11 +18,6 @@ from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.model.vae_encoder import VaeEncoder
 from echo_rt.ops import load_ops
 from echo_rt.weights.folder import ModelFolder
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model_in(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
