@@ -137,7 +137,8 @@ def _usual(search: Search[Kind, Kind, ConvolutionShape], cache: Path | None) -> 
 
 
 def _torchs_own(family: Sequence[Kind], device: torch.device, dtype: torch.dtype, shape: ConvolutionShape) -> Choice:
-    kind = next(kind for kind in family if kind.obstacle(device, dtype, shape) is None)
+    possible = [kind for kind in family if kind.obstacle(device, dtype, shape) is None]
+    kind = next((kind for kind in possible if dtype in kind.quick_on_cpu), possible[0])
     return Choice(kind, f"torch's own on a {device.type.upper()}")
 
 

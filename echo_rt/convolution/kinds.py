@@ -31,6 +31,7 @@ class Kind:
     ``prepare`` takes its weight ``[Co, C, kT, kH, kW]``, laid out in any way, in the dtype of the frames, once, and
     gives the function of the frames. ``enlarges``: for those that double every pixel first.
     ``limit``: what it cannot do with a shape, or "". ``reserve``: why it is for where nothing else works, or "".
+    ``quick_on_cpu``: dtypes in which it is the quickest of its family there, where nothing is tried.
     ``build``: what it depends on beside torch and echo-rt.
     """
 
@@ -41,6 +42,7 @@ class Kind:
     dtypes: tuple[torch.dtype, ...] = (*_HALF, torch.float32)
     limit: Callable[[ConvolutionShape], str] = _any_shape
     reserve: str = ""
+    quick_on_cpu: tuple[torch.dtype, ...] = ()
     build: str | None = None
 
     def obstacle(self, device: torch.device, dtype: torch.dtype, shape: ConvolutionShape) -> str | None:
@@ -75,7 +77,8 @@ def kinds(ops: Ops | None = None) -> tuple[Kind, ...]:
     of_backend: dict[str, Any] = {"devices": own.devices, "dtypes": _HALF, "build": own.backend}
     return (
         Kind("conv3d", library_convolution),
-        Kind("three-products", accumulated_products),
+        # In float32 torch's 3-D convolution takes a path of its own on a CPU, which is several times as long.
+        Kind("three-products", accumulated_products, quick_on_cpu=(torch.float32,)),
         Kind("conv3d-searched", searched_convolution, devices=("cuda",), dtypes=_HALF, reserve=_SEARCHED_RESERVE),
         Kind("kernel", own.causal, limit=causal_limit, **of_backend),
         Kind("enlarged", enlarged_convolution, enlarges=True),

@@ -208,7 +208,7 @@ def test_convolutions_on_a_cpu(echo_rt):
     facts = {fact["name"]: fact for fact in echo_rt("doctor", "--json").json["facts"] if fact["group"] == "convolution"}
     assert facts["conv3d"]["value"] == facts["phases"]["value"] == "works on cpu"
     assert facts["conv3d-searched"]["advice"] == "choose conv3d or three-products"
-    assert facts["convolutions chosen"]["value"] == "conv3d and enlarged: torch's own on a CPU"
+    assert facts["convolutions chosen"]["value"] == "three-products and enlarged: torch's own on a CPU"
 
 
 def test_the_convolutions_that_were_chosen(monkeypatch, tmp_path):

@@ -208,8 +208,8 @@ def test_on_a_cpu(cache):
     def on_cpu(requested):
         return names(choose(judge, [CAUSAL, GROWING], kinds(), requested, cache, torch.float32, CPU))
 
-    assert on_cpu(None) == ["conv3d", "enlarged"]
-    assert on_cpu("phases") == ["conv3d", "phases"]
+    assert on_cpu(None) == ["three-products", "enlarged"]
+    assert on_cpu("phases") == ["three-products", "phases"]
     assert on_cpu("three-products,enlarged") == ["three-products", "enlarged"]
     for name in ("conv3d-searched", "kernel"):
         with pytest.raises(
@@ -297,6 +297,6 @@ def test_what_is_available():
 
 def test_what_is_known_on_a_cpu():
     assert list(known_choices(CPU, None, kinds())) == [
-        ("conv3d", "torch's own on a CPU"),
+        ("three-products", "torch's own on a CPU"),
         ("enlarged", "torch's own on a CPU"),
     ]
