@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -61,7 +61,7 @@ class Contestant:
 
     ``stage``: of a stage's number, what does that stage alone; ``convolutions``: what does its convolutions alone,
     where that can be had. Their input is made when they are asked for, and held as long as they are.
-    ``state_bytes``: what is remembered of a stream, counted.
+    ``state_bytes``: what is remembered of a stream, counted. ``kinds``: how each convolution is computed, by its name.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Contestant:
     stage: Callable[[int], Callable[[], object]]
     state_bytes: Callable[[], int]
     convolutions: Callable[[int], Callable[[], object]] | None = None
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
 
 def ours(setting: Setting) -> Contestant:
@@ -114,6 +115,7 @@ def ours(setting: Setting) -> Contestant:
         stage,
         lambda: state.nbytes,
         convolutions,
+        {name: kind.name for name, kind in kinds.items()},
     )
 
 

@@ -31,6 +31,7 @@ _CONVOLUTIONS = (
     Column("ms", "ms a block", ".2f"),
     Column("tflops", "TFLOP/s", ".4g"),
     Column("share", "of the stage's time", ".0%"),
+    Column("kinds", "computed by", text=True),
 )
 _DECODERS = (
     Column("decoder", "decoder", text=True),
@@ -86,7 +87,9 @@ def _convolution_rows(run: VaeRun) -> Iterator[dict[str, Any]]:
     stages = [times.median / 1e3 for times in ours.stages]
     rows = list(zip(names, counts, flops, alone, stages, strict=True))
     rows.append((WHOLE, sum(counts), sum(flops), sum(alone), ours.whole.median / 1e3))
-    for name, count, work, ms, of in rows:
+    by_stage = [[ours.kinds[product.name.removesuffix(".weight")] for product in s.convolutions] for s in run.stages]
+    by_stage.append([kind for used in by_stage for kind in used])
+    for (name, count, work, ms, of), used in zip(rows, by_stage, strict=True):
         yield {
             "stage": name,
             "calls": count,
@@ -94,6 +97,7 @@ def _convolution_rows(run: VaeRun) -> Iterator[dict[str, Any]]:
             "ms": ms,
             "tflops": work / 1e9 / ms,
             "share": ms / of,
+            "kinds": ", ".join(f"{used.count(kind)} {kind}" for kind in dict.fromkeys(used)),
         }
 
 
@@ -134,14 +138,15 @@ def notes(run: VaeRun) -> list[str]:
     lines += [
         f"Random weights at the {run.size} sizes; {width}x{height}; a block of {run.latents} latents in mid-stream, "
         f"{run.stages[-1].given.frames} frames; {dtype}; backend {run.backend} for ours.",
-        f"{run.blocks} calls of each; clock: {run.clock}. Launches are not in a time, and no graph is replayed.",
+        f"{run.blocks} calls of each, median and 99th percentile; clock: {run.clock}. Launches are not in a time, and "
+        "no graph is replayed.",
         "A stage is a resolution: what enlarges pictures to it and the blocks that follow; the lowest has the first "
         "convolution and the middle as well. Each is run alone over random activations of a block, so the stages need "
         "not add up to the whole.",
         "TFLOP are counted from the shapes of the weights, twice the multiply-adds, for all decoders the same, however "
         "many of them one does.",
         "Convolutions: those of ours that look at more than a point, alone, on the same shapes and in the same slices; "
-        "the last line is their sum beside the whole.",
+        "doubling pixels is part of the one that does it. The last line is their sum beside the whole.",
         f"Error: relative, of the block's video, against the {PUBLISHED} in float32. What differs is not timed.",
         "State: bytes that a decoder says it keeps of a stream between two blocks, with room that it works in. Steady "
         "and peak are the allocator's, weights in both; the video that is handed out in the peak.",

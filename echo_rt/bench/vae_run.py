@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,9 @@ _COUNTS = {("cuda", False): (30, 3), ("cuda", True): (10, 2), ("cpu", False): (5
 @dataclass(frozen=True)
 class VaeRequest:
     """None means: the released sizes on a GPU and tiny ones on a CPU, the video's size that goes with them, bfloat16,
-    the kernels on a GPU, and as many blocks as ``quick`` allows. ``peers``: others' code too."""
+    the kernels on a GPU, for each convolution the fastest way, and as many blocks as ``quick`` allows. ``peers``:
+    others' code too.
+    """
 
     size: str | None = None
     width: int | None = None
@@ -71,6 +73,7 @@ class Measured:
     whole: Times | None = None
     stages: list[Times] = field(default_factory=list)
     convolutions: list[Times] = field(default_factory=list)
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -200,7 +203,7 @@ def _measure(name: str, setting: Setting, expected: Tensor, timer: Timer, blocks
     del video
     # Random weights are less kind than those that the golden bundles' bounds are for; others round more often.
     bound = bound_of(setting.dtype) * (1 if name == OURS else ROUNDINGS)
-    measured = Measured(contestant.name, contestant.what, error, bound, memory)
+    measured = Measured(contestant.name, contestant.what, error, bound, memory, kinds=contestant.kinds)
     if not measured.ok:
         return measured
     measured.whole = timer.measure(contestant.block, blocks, warmup)

@@ -137,6 +137,7 @@ def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [row["stage"] for row in content["tables"]["Stages"]] == 3 * stages
     assert [row["stage"] for row in content["tables"]["Convolutions"]] == stages
     assert sum(row["calls"] for row in content["tables"]["Convolutions"][:-1]) == 32 + 3
+    assert content["tables"]["Convolutions"][-1]["kinds"] == "32 conv3d, 3 enlarged"
     assert content["tables"]["Decoders"][0]["steady_bytes"] is None
     assert (tmp_path / "vae.md").read_text() in capsys.readouterr().out
 
@@ -193,6 +194,14 @@ def test_what_cannot_be_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert not (tmp_path / "none").exists()
 
 
+def test_convolutions_as_asked() -> None:
+    found = run(VaeRequest(**SMALLEST, peers=False, convolution="three-products,phases")).find(OURS)
+    assert found is not None and set(found.kinds.values()) == {"three-products", "phases"}
+    assert found.kinds["decoder.head.2"] == "three-products"
+    with pytest.raises(BackendError, match="convolution must be one of"):
+        run(VaeRequest(**SMALLEST, convolution="magic"))
+
+
 # ---- what it says of a GPU
 
 
@@ -204,7 +213,8 @@ def gpu_run(ours_ms: float, diffusers_ms: float | None, **changes: Any) -> VaeRu
         times = Times((1e3 * ms,), DEVICE_CLOCK)
         part = Times((1e3 * ms / 5,), DEVICE_CLOCK)
         alone = [Times((800 * ms / 5,), DEVICE_CLOCK)] * len(stages) if name == OURS else []
-        return Measured(name, "", 0.0, 1.0, Memory(10, 20, 30), times, [part] * len(stages), alone)
+        kinds = {p.name.removesuffix(".weight"): "kernel" for stage in stages for p in stage.convolutions}
+        return Measured(name, "", 0.0, 1.0, Memory(10, 20, 30), times, [part] * len(stages), alone, kinds)
 
     found = [measured(OURS, ours_ms)] + ([] if diffusers_ms is None else [measured(DIFFUSERS, diffusers_ms)])
     header = {"gpu": {"name": "G", "driver": "1"}, "host": {}, "date": "d", "commit": "c", "torch": "2"}
