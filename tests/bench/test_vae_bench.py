@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gpu_summary
 import pytest
 import torch
 import vae as script
@@ -249,6 +250,9 @@ def test_goals(tmp_path: Path) -> None:
     assert whole["share"] == pytest.approx(0.8) and whole["ms"] == pytest.approx(80)
     assert content["tables"]["Stages"][-1]["ours_ratio"] == 2.5
     assert content["tables"]["Decoders"][0]["peak_bytes"] == 30
+    told = gpu_summary._vae_notes(content)
+    assert told[0] == f"VAE: 2 of 2 decoders right and timed ({DEVICE_CLOCK})."
+    assert told[1:] == [f"Goal of the VAE met: {goal.goal}" for goal in goals(fast)]
 
 
 @pytest.mark.parametrize(
