@@ -101,7 +101,9 @@ def _vae_notes(results: Mapping[str, Any]) -> list[str]:
     rows = results["tables"]["Decoders"]
     timed = {row["decoder"] for row in results["tables"]["Stages"]}
     notes = [f"VAE: {len(timed)} of {len(rows)} decoders right and timed ({results['clock']})."]
-    notes += [f"Goal of the VAE {row['verdict']}: {row['goal']}" for row in results["tables"].get("Goals", [])]
+    for row in results["tables"].get("Goals", []):
+        value = "" if row["value"] is None else f": {row['value']:.4g} {row['unit']}"
+        notes.append(f"Goal of the VAE {row['verdict']}: {row['goal']}{value}.")
     return notes
 
 

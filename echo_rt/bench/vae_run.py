@@ -21,7 +21,7 @@ from echo_rt.bench.vae_contestants import DIFFUSERS, OURS, PUBLISHED, Contestant
 from echo_rt.bench.vae_published import PublishedDecoder
 from echo_rt.bench.vae_work import Stage, decoder_stages
 from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
-from echo_rt.errors import ConfigError, EchoError
+from echo_rt.errors import BackendError, ConfigError, EchoError
 from echo_rt.noise import fill_normal, seed_words
 from echo_rt.ops import check_device, load_ops
 from echo_rt.options import latent_size
@@ -116,7 +116,8 @@ class VaeRun:
 def run(request: VaeRequest, say: Callable[[str], None] = lambda text: None) -> VaeRun:
     """Do what is asked for; ``say`` is told how far it has come.
 
-    Raises :class:`ConfigError` and :class:`BackendError` for what cannot be had.
+    Raises :class:`ConfigError` and :class:`BackendError` for what cannot be had, among it a GPU with too little memory
+    for ours, or for the float32 that all is held against.
     """
     device = parse_device(request.device)
     if device.type == "cuda":
@@ -149,24 +150,25 @@ def run(request: VaeRequest, say: Callable[[str], None] = lambda text: None) -> 
         convolution=request.convolution,
     )
     warn_of_faulty_convolutions(device, dtype)
-    expected = _expected(setting)
     timer = timer_for(device)
     found: list[Measured] = []
     missing: list[Missing] = []
-    with model_context(device, dtype):
+    try:
+        expected = _expected(setting)
         for name in list(_MAKERS) if request.peers else [OURS, PUBLISHED]:
             say(name)
-            try:
-                found.append(_measure(name, setting, expected, timer, blocks, warmup))
-            except EchoError as error:
-                if name == OURS:
-                    raise
-                missing.append(Missing(name, str(error)))
-            except Exception as error:  # what another's code raises is the finding
-                if name != DIFFUSERS or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                first = (str(error).splitlines() or [""])[0]
-                missing.append(Missing(name, f"did not run: {type(error).__name__}: {first}"))
+            with model_context(device, dtype):
+                try:
+                    found.append(_measure(name, setting, expected, timer, blocks, warmup))
+                except Exception as error:
+                    if name != DIFFUSERS:
+                        raise
+                    missing.append(Missing(name, _why(error)))  # what another's code raises is the finding
+    except torch.OutOfMemoryError as error:
+        raise BackendError(
+            f"{device} has too little memory for a video of {width}x{height}: {str(error).splitlines()[0]}; "
+            "name a smaller one with --width and --height"
+        ) from error
     return VaeRun(
         request=request,
         header=environment(str(device)),
@@ -181,6 +183,12 @@ def run(request: VaeRequest, say: Callable[[str], None] = lambda text: None) -> 
         measured=found,
         missing=missing,
     )
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, EchoError):
+        return str(error)
+    return f"did not run: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _expected(setting: Setting) -> Tensor:
