@@ -55,6 +55,11 @@ def _milliseconds(times: Times) -> tuple[float, float]:
     return times.median / 1e3, times.p99 / 1e3
 
 
+def _rate(run: VaeRun, flops: int, ms: float) -> float | None:
+    """TFLOP/s; of a rehearsal there is none."""
+    return flops / 1e9 / ms if run.clock == DEVICE_CLOCK else None
+
+
 def _stage_rows(run: VaeRun) -> Iterator[dict[str, Any]]:
     ours = run.find(OURS)
     whole = sum(stage.flops for stage in run.stages)
@@ -71,7 +76,7 @@ def _stage_rows(run: VaeRun) -> Iterator[dict[str, Any]]:
                 "tflop": flops / 1e12,
                 "ms": ms,
                 "p99_ms": p99,
-                "tflops": flops / 1e9 / ms,
+                "tflops": _rate(run, flops, ms),
                 "ours_ratio": None if own is None else times.median / own[place].median,
             }
 
@@ -95,7 +100,7 @@ def _convolution_rows(run: VaeRun) -> Iterator[dict[str, Any]]:
             "calls": count,
             "tflop": work / 1e12,
             "ms": ms,
-            "tflops": work / 1e9 / ms,
+            "tflops": _rate(run, work, ms),
             "share": ms / of,
             "kinds": ", ".join(f"{used.count(kind)} {kind}" for kind in dict.fromkeys(used)),
         }

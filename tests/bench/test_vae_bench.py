@@ -138,6 +138,7 @@ def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [row["stage"] for row in content["tables"]["Stages"]] == 3 * stages
     assert [row["stage"] for row in content["tables"]["Convolutions"]] == stages
     assert sum(row["calls"] for row in content["tables"]["Convolutions"][:-1]) == 32 + 3
+    assert {row["tflops"] for row in content["tables"]["Stages"] + content["tables"]["Convolutions"]} == {None}
     assert content["tables"]["Convolutions"][-1]["kinds"] == "32 conv3d, 3 enlarged"
     assert content["tables"]["Decoders"][0]["steady_bytes"] is None
     assert (tmp_path / "vae.md").read_text() in capsys.readouterr().out
@@ -257,6 +258,7 @@ def test_goals(tmp_path: Path) -> None:
     assert "## Goals" in text and "832x480" in text
     content = json.loads((tmp_path / "vae.json").read_text())
     whole = content["tables"]["Convolutions"][-1]
+    assert whole["tflops"] == pytest.approx(505, abs=1) and content["tables"]["Stages"][5]["tflops"] > 406
     assert whole["share"] == pytest.approx(0.8) and whole["ms"] == pytest.approx(80)
     assert content["tables"]["Stages"][-1]["ours_ratio"] == 2.5
     assert content["tables"]["Decoders"][0]["peak_bytes"] == 30
