@@ -238,6 +238,11 @@ def frames(blocks: int) -> int:
     return 9 + 12 * (blocks - 1)
 
 
+def begun_or_not(folder: Path) -> list[object]:
+    """The options by which one command begins a video and goes on with it."""
+    return ["-o", folder, "--resume", folder]
+
+
 def test_a_recording_goes_on_behind_a_rollback(
     command: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,7 +253,7 @@ def test_a_recording_goes_on_behind_a_rollback(
         with monkeypatch.context() as patch:
             nan_in(patch, 5)
             for length in lengths:
-                code, report, _ = call(capsys, *guarded, "--resume", folder, "--frames", frames(length))
+                code, report, _ = call(capsys, *guarded, *begun_or_not(folder), "--frames", frames(length))
                 assert (code, report["frames"], report["exit_reason"]) == (0, frames(length), "complete")
                 assert report["rollbacks"] == (length == lengths[0])
     found = Snapshot.load(tmp_path / "broken" / "snapshots" / "block-0000000009.safetensors")
@@ -293,7 +298,7 @@ def test_a_disk_fills_up_under_a_recording(
 ) -> None:
     from echo_rt.cli.progress import ProgressReport
 
-    lasting = [*command, "--snapshot-every", 2, "--resume", small_disk / "day", "--frames", frames(12)]
+    lasting = [*command, "--snapshot-every", 2, *begun_or_not(small_disk / "day"), "--frames", frames(12)]
     count = ProgressReport.block_done
 
     def filling(report: ProgressReport, *arguments: Any) -> None:

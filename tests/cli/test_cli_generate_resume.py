@@ -80,7 +80,7 @@ LIVES = """
 def test_killed_and_resumed_is_the_unbroken_video(model, tmp_path, unbroken, frame_count):
     """One command, killed at random moments until it gets to the end: while it loads, generates, writes."""
     folder = tmp_path / "day"
-    arguments = (*model, "--resume", folder, *LASTING, "--latents", "--frames", FRAMES, "--json")
+    arguments = (*model, "-o", folder, "--resume", folder, *LASTING, "--latents", "--frames", FRAMES, "--json")
     command = [sys.executable, "-B", "-c", textwrap.dedent(LIVES), *map(str, arguments)]
     dice, pieces = random.Random(4), 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
