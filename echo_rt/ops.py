@@ -173,7 +173,7 @@ class Ops(Protocol):
     def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """A 3x3 convolution of ``x [T, h, w, C]`` made twice as large, into ``out [T, 2h, 2w, Co]`` (written).
 
-        Larger by nearest pixels. ``weight [4, Co, 2, 2, C]``, see :mod:`echo_rt.model.upsample_phases`; ``bias``
+        Larger by nearest pixels. ``weight [4, Co, 2, 2, C]``, see :mod:`echo_rt.convolution.phases`; ``bias``
         float32 [Co]. Pixel (2y + a, 2x + b) is the bias + the sum over i and j of ``weight[2a + b, :, i, j] @
         x[t, y + a - 1 + i, x + b - 1 + j]``, with zeros around ``x``. Frames of both may lie apart.
         """

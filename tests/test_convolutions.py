@@ -10,7 +10,7 @@ from op_checks import BOUNDS, assert_close, assert_same, case
 from torch.nn import functional
 
 from echo_rt import reference
-from echo_rt.model.upsample_phases import phase_weights
+from echo_rt.convolution.phases import phase_weights
 from echo_rt.ops import Ops, available_backends, load_ops
 
 BACKENDS = [name for name, status in available_backends().items() if status == "available"]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.convolution.library import convolve_pictures
+from echo_rt.convolution.phases import phase_weights
 from echo_rt.convolution.prepared import Prepared
 from echo_rt.convolution.shapes import ConvolutionShape
 
@@ -28,12 +29,11 @@ def enlarged_convolution(weight: Tensor) -> Prepared:
 def phase_convolution(weight: Tensor) -> Prepared:
     """The same without the large pictures, at four ninths of the products.
 
-    Of the nine pixels that an output pixel sees, those that came of one small pixel are equal: their weights are added
-    once, in float32, and each of the four kinds of output pixel (even or odd, each way) sees 2x2 small pixels. One
-    convolution gives the four as channels, one copy puts them in their places.
+    See :mod:`echo_rt.convolution.phases`. One convolution gives the four phases as channels, one copy puts them in
+    their places.
     """
     out_channels = len(weight)
-    laid_out = torch.cat(phase_weights(weight)).contiguous(memory_format=torch.channels_last)
+    laid_out = phase_weights(weight.squeeze(2)).flatten(0, 1).permute(0, 3, 1, 2)  # channels-last
 
     def call(frames: Tensor, /) -> Tensor:
         count, height, width, _ = frames.shape
@@ -49,18 +49,6 @@ def phase_convolution(weight: Tensor) -> Prepared:
         return out.view(count, 2 * height, 2 * width, out_channels)
 
     return call
-
-
-def phase_weights(weight: Tensor) -> list[Tensor]:
-    """Of ``[Co, C, 1, 3, 3]`` the ``[Co, C, 2, 2]`` of output pixels in even rows and columns, even and odd, ..."""
-    by_row = _merged(weight.squeeze(2).float(), 2)
-    return [phase.to(weight.dtype) for rows in by_row for phase in _merged(rows, 3)]
-
-
-def _merged(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Even pixels see the one before and, twice, their own; odd ones, twice, their own and the one after."""
-    before, middle, after = weight.unbind(axis)
-    return torch.stack([before, middle + after], axis), torch.stack([before + middle, after], axis)
 
 
 def phases_limit(shape: ConvolutionShape) -> str:

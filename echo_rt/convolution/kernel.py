@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from echo_rt.convolution.enlarging import phase_weights
+from echo_rt.convolution.phases import phase_weights
 from echo_rt.convolution.prepared import Prepared
 from echo_rt.convolution.shapes import ConvolutionShape
 from echo_rt.ops import Ops
@@ -18,53 +17,50 @@ NO_KERNEL = "it is an operation of the backends cuda and emulated, and this mode
 
 @dataclass(frozen=True)
 class Kernels:
-    """``causal_conv`` and ``upsample_conv`` of a backend; where it has none, ``devices`` is empty."""
+    """``causal_conv`` and ``upsample_conv`` of a backend, or None where it has no kernels."""
 
-    backend: str | None = None
-    causal_conv: Callable[..., None] | None = None
-    upsample_conv: Callable[..., None] | None = None
+    ops: Ops | None
 
     @classmethod
     def of(cls, ops: Ops | None) -> Kernels:
         """Those of ``ops``. The torch backend's are definitions: what torch does fast is a kind of its own."""
-        causal_conv, upsample_conv = (getattr(ops, name, None) for name in ("causal_conv", "upsample_conv"))
-        if ops is None or ops.name == "torch" or causal_conv is None or upsample_conv is None:
-            return cls()
-        return cls(ops.name, causal_conv, upsample_conv)
+        return cls(None if ops is None or ops.name == "torch" else ops)
+
+    @property
+    def backend(self) -> str | None:
+        """The backend's name."""
+        return None if self.ops is None else self.ops.name
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The types of device it runs on."""
+        """The types of device it runs on; none without kernels."""
         return {None: (), "cuda": ("cuda",)}.get(self.backend, ("cpu",))
 
     def causal(self, weight: Tensor) -> Prepared:
         """All frames of the kernel in one sum, in one launch."""
-        op = self.causal_conv
-        assert op is not None, "an obstacle"
+        ops = self.ops
+        assert ops is not None, "an obstacle"
         laid_out = weight.contiguous(memory_format=torch.channels_last_3d)
         out_channels, past = len(weight), weight.shape[2] - 1
-        no_bias = weight.new_zeros(out_channels)
 
         def call(frames: Tensor, /) -> Tensor:
             count, height, width, _ = frames.shape
             out = frames.new_empty(count - past, height, width, out_channels)
-            op(frames, laid_out, no_bias, None, out)
+            ops.causal_conv(frames, laid_out, None, None, out)
             return out
 
         return call
 
     def enlarging(self, weight: Tensor) -> Prepared:
-        """One launch: phases that are written where they belong."""
-        op = self.upsample_conv
-        assert op is not None, "an obstacle"
-        laid_out = torch.stack(phase_weights(weight)).permute(0, 1, 3, 4, 2).contiguous()
-        out_channels = len(weight)
-        no_bias = weight.new_zeros(out_channels)
+        """The phases, each written where it belongs, in one launch."""
+        ops = self.ops
+        assert ops is not None, "an obstacle"
+        laid_out, out_channels = phase_weights(weight.squeeze(2)), len(weight)
 
         def call(frames: Tensor, /) -> Tensor:
             count, height, width, _ = frames.shape
             out = frames.new_empty(count, 2 * height, 2 * width, out_channels)
-            op(frames, laid_out, no_bias, out)
+            ops.upsample_conv(frames, laid_out, None, out)
             return out
 
         return call

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from echo_rt.convolution import Kind, kinds
 from echo_rt.model.vae_decoder import VaeDecoder
-from echo_rt.ops import load_ops
+from echo_rt.ops import available_backends, load_ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
 CONFIG = tiny_config(dim_mult=(1, 1, 2), temporal_downsample=(True, False), num_res_blocks=1)
@@ -56,9 +56,15 @@ def test_the_video_is_the_same(causal: str, enlarging: str, tiles: int) -> None:
         assert torch.equal(video, expected), "this is the way that nobody chose"
 
 
-def test_in_bfloat16() -> None:
+@pytest.mark.parametrize(("causal", "enlarging"), [("three-products", "phases"), ("kernel", "kernel")])
+def test_in_bfloat16(causal: str, enlarging: str) -> None:
+    if causal == "kernel" and available_backends()["emulated"] != "available":
+        pytest.skip("this build has the kernels for the GPU instead")
+    by_name = {
+        (kind.name, kind.enlarges): kind for kind in kinds(load_ops("emulated" if causal == "kernel" else "torch"))
+    }
     expected = decode(decoder())
-    video = decode(use(decoder(dtype=torch.bfloat16), BY_NAME["three-products", False], BY_NAME["phases", True]))
+    video = decode(use(decoder(dtype=torch.bfloat16), by_name[causal, False], by_name[enlarging, True]))
     assert relative_error(video, expected) < 1.5e-2
 
 
