@@ -93,7 +93,9 @@ def content(measured: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     assert files[2].read_bytes().startswith(b"\x89PNG")
     page = files[1].read_text()
     assert "a rehearsal, no results" in page and "A day" not in page and "## Goals" not in page
+    assert "Convolutions of the decoder: conv3d for " in page
     found: dict[str, Any] = json.loads(files[0].read_text(), parse_constant=pytest.fail)
+    assert {way["name"] for way in found["convolutions"].values()} == {"conv3d", "enlarged"}
     return found
 
 

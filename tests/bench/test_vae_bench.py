@@ -28,6 +28,7 @@ from echo_rt.bench.vae_run import Measured, Memory, VaeRequest, VaeRun, run
 from echo_rt.bench.vae_work import HEAD, decoder_stages
 from echo_rt.config import VaeConfig
 from echo_rt.errors import BackendError, ConfigError
+from echo_rt.model.vae_layers import EnlargingConv
 from echo_rt.ops import load_ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
@@ -142,6 +143,19 @@ def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert content["tables"]["Convolutions"][-1]["kinds"] == "32 conv3d, 3 enlarged"
     assert content["tables"]["Decoders"][0]["steady_bytes"] is None
     assert (tmp_path / "vae.md").read_text() in capsys.readouterr().out
+
+
+def test_the_convolutions_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+    original = EnlargingConv.use
+    monkeypatch.setattr(EnlargingConv, "use", lambda conv, kind: (used.append(kind.name), original(conv, kind))[1])
+    found = run(VaeRequest(**SMALLEST, convolution="three-products,phases", peers=False))
+    assert found.passed and set(used) == {"phases"}
+    assert "its convolutions: three-products for" in found.measured[0].what and "phases for" in found.measured[0].what
+    # By the decoder once for each of three, and again where convolutions are timed alone.
+    assert len(used) == 3 + 3
+    with pytest.raises(BackendError, match="convolution must be one of"):
+        run(VaeRequest(**SMALLEST, convolution="magic", peers=False))
 
 
 def test_what_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
