@@ -16,7 +16,7 @@ from echo_rt.convolution.shapes import ConvolutionShape
 from echo_rt.convolution.trials import Trials
 from echo_rt.device import capturing, model_context
 from echo_rt.errors import BackendError
-from echo_rt.trials.search import Judge, Search, known_entries, summary
+from echo_rt.trials.search import Found, Judge, Search, known_entries, summary
 
 _ROUNDS = 7
 
@@ -62,40 +62,47 @@ def choose_convolutions(
     the GPU, a library or the backend change. What computes something else is never chosen. Waits for the device.
     Raises :class:`BackendError` for a name that is unknown or cannot be had here, and where nothing works.
     """
+    shapes = list(dict.fromkeys(shapes))
     wanted = _wanted(requested, kinds)
+    for name in wanted:
+        _require_use(name, shapes, kinds, device, dtype)
     choices: dict[ConvolutionShape, Choice] = {}
-    found_use: set[str] = set()
-    obstacles: dict[str, str] = {}
     with model_context(device, dtype):
-        for shape in dict.fromkeys(shapes):
+        for shape in shapes:
             family = _family(kinds, enlarges=shape.enlarge)
-            kind = next((kind for kind in family if kind.name in wanted), None)
-            obstacle = None if kind is None else kind.obstacle(device, dtype, shape)
             search = _search(device, dtype, shape, family, judge)
-            if kind is not None and obstacle is None:
-                found_use.add(kind.name)
-                found = search.requested(kind.name)
-                choice = Choice(found.candidate, found.reason)
-            else:
-                choice = _usual(search, cache)
-                if kind is not None and obstacle is not None:
-                    obstacles.setdefault(kind.name, obstacle)
-                    choice = Choice(
-                        choice.kind,
-                        f"{choice.reason}; not {kind.name}: {obstacle.partition('; ')[0]}",
-                        choice.timings,
-                        choice.rejected,
-                    )
-            choices[shape] = choice
+            choices[shape] = _choice(search, next((kind for kind in family if kind.name in wanted), None), cache)
+            _logger.info("%s for %s: %s", choices[shape].kind.name, shape, choices[shape].reason)
             if device.type == "cuda":
                 with capturing:
                     torch.cuda.empty_cache()  # graphs have kept memory of the shape's own
-    for name in wanted:
-        if name in obstacles and name not in found_use:
-            raise BackendError(f"convolution {name!r} is not available: {obstacles[name]}")
-    for shape, choice in choices.items():
-        _logger.info("%s for %s: %s", choice.kind.name, shape, choice.reason)
     return choices
+
+
+def _require_use(
+    name: str, shapes: Sequence[ConvolutionShape], kinds: Sequence[Kind], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raises :class:`BackendError` where what was asked for works for none of ``shapes`` that it could be for."""
+    obstacles = [
+        kind.obstacle(device, dtype, shape)
+        for shape in shapes
+        for kind in _family(kinds, enlarges=shape.enlarge)
+        if kind.name == name
+    ]
+    if obstacles and all(obstacles):
+        raise BackendError(f"convolution {name!r} is not available: {obstacles[0]}")
+
+
+def _choice(search: Search[Kind, Kind, ConvolutionShape], wanted: Kind | None, cache: Path | None) -> Choice:
+    obstacle = None if wanted is None else wanted.obstacle(search.device, search.dtype, search.shapes)
+    if wanted is not None and obstacle is None:
+        found = search.requested(wanted.name)
+    elif search.device.type == "cuda":
+        found = search.fastest(cache)
+    else:
+        found = Found(*_torchs_own(search.kinds, search.device, search.dtype, search.shapes), {}, {})
+    not_that = f"; not {wanted.name}: {obstacle.partition('; ')[0]}" if wanted and obstacle else ""
+    return Choice(found.candidate, found.reason + not_that, found.timings, found.rejected)
 
 
 def _wanted(requested: str | None, kinds: Sequence[Kind]) -> list[str]:
@@ -129,17 +136,13 @@ def _search(
     return Search(FILE, device, dtype, shape, family, load, reserve, partial(judge, shape, device, dtype), _ROUNDS)
 
 
-def _usual(search: Search[Kind, Kind, ConvolutionShape], cache: Path | None) -> Choice:
-    if search.device.type != "cuda":
-        return _torchs_own(search.kinds, search.device, search.dtype, search.shapes)
-    found = search.fastest(cache)
-    return Choice(found.candidate, found.reason, found.timings, found.rejected)
-
-
-def _torchs_own(family: Sequence[Kind], device: torch.device, dtype: torch.dtype, shape: ConvolutionShape) -> Choice:
+def _torchs_own(
+    family: Sequence[Kind], device: torch.device, dtype: torch.dtype, shape: ConvolutionShape
+) -> tuple[Kind, str]:
+    """The one that is known to be quick, else the first that works; and why it is taken."""
     possible = [kind for kind in family if kind.obstacle(device, dtype, shape) is None]
     kind = next((kind for kind in possible if dtype in kind.quick_on_cpu), possible[0])
-    return Choice(kind, f"torch's own on a {device.type.upper()}")
+    return kind, f"torch's own on a {device.type.upper()}"
 
 
 def known_choices(device: torch.device, cache: Path | None, kinds: Sequence[Kind]) -> Iterator[tuple[str, str]]:
@@ -147,8 +150,8 @@ def known_choices(device: torch.device, cache: Path | None, kinds: Sequence[Kind
     for probe in _PROBES:
         family = _family(kinds, enlarges=probe.enlarge)
         if device.type != "cuda":
-            choice = _torchs_own(family, device, torch.float32, probe)
-            yield choice.kind.name, choice.reason
+            kind, reason = _torchs_own(family, device, torch.float32, probe)
+            yield kind.name, reason
         elif cache is not None:
             for entry in known_entries(FILE, cache, device, family):
                 yield entry.winner, f"for {entry.case.shapes} in {entry.case.dtype}, {summary(entry)}"

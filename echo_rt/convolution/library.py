@@ -1,5 +1,7 @@
 """Convolutions by torch, with what it usually takes from switches of the whole process given for each call.
 
+Whether there is cuDNN at all remains its user's to say (``torch.backends.cudnn.enabled``).
+
 What torch does with cuDNN's plans (aten/src/ATen/native/cudnn/Conv_v8.cpp), which decides whether a video can be made
 again bit for bit:
 
@@ -38,9 +40,9 @@ def convolve(
     once = (1,) * dimensions
     # The caller's switch for TF32 is not asked: float32 is float32.
     allow_tf32 = x.dtype is not torch.float32 and not search
-    out: Tensor = torch.ops.aten._convolution.default(
-        x, weight, None, stride or once, padding, once, False, (0,) * dimensions, 1, search, True, True, allow_tf32
-    )
+    geometry = (stride or once, padding, once, False, (0,) * dimensions, 1)  # then dilation, and what is not transposed
+    switches = (search, True, torch.backends.cudnn.enabled, allow_tf32)  # the second: deterministic
+    out: Tensor = torch.ops.aten._convolution.default(x, weight, None, *geometry, *switches)
     return out
 
 

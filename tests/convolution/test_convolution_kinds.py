@@ -193,13 +193,18 @@ def asked(monkeypatch) -> AskedOfTorch:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name != "kernel"], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-def test_the_switches_of_the_process_do_not_count(asked, kind, dtype):
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_switches_of_the_process_do_not_count(asked, kind, dtype, enabled, monkeypatch):
+    settings = {"benchmark": True, "deterministic": False, "allow_tf32": True, "enabled": enabled}
+    for name, value in settings.items():
+        monkeypatch.setattr(torch.backends.cudnn, name, value)
     shape = GROWING if kind.enlarges else SHAPE
     frames, weight = inputs(shape, dtype)
     kind.prepare(weight)(frames)
     searched = kind.name == "conv3d-searched"
     for call in asked.calls:
         assert call["deterministic"] is True and call["benchmark"] is searched is call["held"]
+        assert call["cudnn_enabled"] is enabled, "which alone remains its user's"
         if dtype is torch.float32:
             assert call["allow_tf32"] is False, "or float32 is not float32"
     assert asked.calls

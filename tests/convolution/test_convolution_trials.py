@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -221,6 +222,24 @@ def test_a_captured_call_follows_its_inputs(real_gpu, kind):
     torch.cuda.synchronize()
     exact = naive(frames.cpu(), weight.cpu(), shape)
     assert (out.cpu().double() - exact).norm() / exact.norm() < TOLERANCES[torch.bfloat16]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("searched_first", [False, True])
+def test_every_thread_computes_the_same_bits_whatever_was_searched_before(real_gpu, searched_first):
+    frames, weight = inputs(CAUSAL, torch.bfloat16, real_gpu)
+    by_name = {kind.name: kind for kind in ON_GPU if not kind.enlarges}
+
+    def in_a_thread(*names: str) -> torch.Tensor:
+        def computed() -> torch.Tensor:
+            with torch.no_grad():
+                return [by_name[name].prepare(weight)(frames) for name in names][-1].cpu()
+
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(computed).result()
+
+    names = ("conv3d-searched", "conv3d") if searched_first else ("conv3d", "conv3d-searched", "conv3d")
+    assert torch.equal(in_a_thread(*names), in_a_thread("conv3d"))
 
 
 @pytest.mark.cuda
