@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from naive_convolution import inputs, naive
 
 from echo_rt.convolution import ConvolutionShape, Kind, choose_convolutions, kinds
 from echo_rt.convolution.trials import Trials, exact_pixels
+from echo_rt.errors import BackendError
 from echo_rt.ops import available_backends, load_ops
 from echo_rt.trials.search import TOLERANCES
 
@@ -175,6 +177,43 @@ def test_kinds_are_timed_in_replay_on_the_same_memory(monkeypatch):
     cuda.log.clear()
     assert [watch() for watch in watches] == [6.0 / calls] * 2
     assert cuda.log == ["record", "replay", "record", "wait"] * 2, "nothing but replays"
+
+
+def faulty(kind: Kind) -> Kind:
+    """As some releases of cuDNN are said to be: wrong where the picture is large, here in its last frame."""
+
+    def prepare(weight):
+        right = kind.prepare(weight)
+        return lambda frames: torch.cat([right(frames)[:-1], right(frames)[-1:].roll(1, dims=2)])
+
+    return dataclasses.replace(kind, prepare=prepare)
+
+
+def test_a_faulty_library_is_found_out_and_not_remembered(monkeypatch, tmp_path):
+    """All but the GPU: real tensors, kinds, checks and file."""
+    FakeCuda(monkeypatch)
+    properties = SimpleNamespace(name="Imaginary 9000", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    def chosen(every, requested=None):
+        return choose_convolutions(
+            requested,
+            [CAUSAL, GROWING],
+            device=torch.device("cuda", 0),
+            dtype=torch.bfloat16,
+            cache=tmp_path / "convolution.json",
+            kinds=every,
+            judge=lambda shape, device, dtype: Trials(shape, CPU, dtype),
+        )
+
+    every = [faulty(kind) if kind.name == "conv3d" else kind for kind in kinds()]
+    with pytest.raises(BackendError, match="convolution 'conv3d' is not available: its result is wrong"):
+        chosen(every, "conv3d")
+    first, again = chosen(every), chosen(every)
+    assert first[CAUSAL].kind.name == again[CAUSAL].kind.name == "three-products"
+    assert "its result is wrong" in first[CAUSAL].rejected["conv3d"] and "conv3d-searched" in first[CAUSAL].rejected
+    assert set(first[GROWING].timings) == {"enlarged", "phases"} and "remembered" in again[GROWING].reason
+    assert '"convolution": "conv3d"' not in (tmp_path / "convolution.json").read_text()
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------
