@@ -113,16 +113,18 @@ def _convolutions(op: str) -> Callable[[BenchModel], list[Variant]]:
 
     def variants(model: BenchModel) -> list[Variant]:
         found = []
-        for each in decoder_convolutions(model):
-            enlarged = each.kernel[1:] == (1, 3, 3)
-            if enlarged != (op == "upsample_conv"):
+        for shape, calls in decoder_convolutions(model).items():
+            if shape.enlarge != (op == "upsample_conv"):
                 continue
-            shrunk = 2 if enlarged else 1
-            vae = (each.frames, each.height // shrunk, each.width // shrunk, each.channels)
-            out, *kernel = map(str, each.kernel)
-            name = f"{each.frames}x{each.height}x{each.width} {each.channels}-{out} {'x'.join(kernel)}"
-            sizes = dataclasses.replace(_sizes(model), vae=vae, convolution=each.kernel)
-            found.append(Variant(op, name, each.calls, sizes, (2,) if enlarged else (2, 3)))
+            frames, height, width, channels = shape.out_size
+            kernel = "x".join(map(str, shape.kernel))
+            sizes = dataclasses.replace(
+                _sizes(model),
+                vae=(frames, shape.height, shape.width, shape.channels),
+                convolution=(channels, *shape.kernel),
+            )
+            name = f"{frames}x{height}x{width} {shape.channels}-{channels} {kernel}"
+            found.append(Variant(op, name, calls, sizes, (2,) if shape.enlarge else (2, 3)))
         return found
 
     return variants

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +16,7 @@ from echo_rt.options import RELEASED_SIZE, latent_size
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from echo_rt.convolution import ConvolutionShape
     from echo_rt.ops import Ops
 
 
@@ -40,21 +42,6 @@ class DecoderNorm:
     calls: int = 0
 
 
-@dataclass(frozen=True)
-class DecoderConvolution:
-    """Convolutions that are alike: what comes out, channels that go in; ``kernel`` channels out, frames, rows, columns.
-
-    Where the kernel is 1x3x3, the picture that goes in has just been enlarged twofold.
-    """
-
-    frames: int
-    height: int
-    width: int
-    channels: int
-    kernel: tuple[int, ...]
-    calls: int = 0
-
-
 def _model(name: str, size: tuple[int, int], transformer: TransformerConfig, vae: VaeConfig) -> BenchModel:
     height, width = latent_size(*size, vae, transformer)
     return BenchModel(name, ModelConfig(transformer, height, width, memory=MemoryConfig()), vae)
@@ -77,10 +64,18 @@ TINY = _model(
 MODELS = {model.name: model for model in (RELEASED, TINY)}
 
 
-def _decode(model: BenchModel, rms_silu_window: Callable[..., None]) -> None:
-    """A block in the steady state, by the decoder itself, of tensors that have shapes and nothing else."""
+def _decode(
+    model: BenchModel,
+    rms_silu_window: Callable[..., None],
+    convolve: Callable[[ConvolutionShape, Tensor], Tensor] | None = None,
+) -> None:
+    """A block in the steady state, by the decoder itself, of tensors that have shapes and nothing else.
+
+    ``convolve``: what computes the decoder's convolutions of their frames; torch where it is None.
+    """
     import torch
 
+    from echo_rt.convolution import Kind
     from echo_rt.model.vae_decoder import VaeDecoder
     from echo_rt.weights.shapes import vae_decoder_shapes
 
@@ -88,8 +83,16 @@ def _decode(model: BenchModel, rms_silu_window: Callable[..., None]) -> None:
     weights = {name: torch.empty(shape, device="meta") for name, shape in vae_decoder_shapes(model.vae).items()}
     decoder = VaeDecoder(model.vae, weights, cast("Ops", ops), device="meta", dtype=torch.bfloat16)
     latents = torch.empty(model.config.window.frames_per_block, *model.config.latent_shape, device="meta")
-    state = decoder.new_state(*model.config.latent_shape[1:], len(latents))
-    decoder.decode_next(latents, state, is_start=False)
+    block = (*model.config.latent_shape[1:], len(latents))
+    if convolve is not None:
+        shapes = decoder.convolution_shapes(*block)
+        ways = {name: partial(convolve, shape) for name, shape in shapes.items()}
+        decoder.use({name: Kind("recorded", partial(_of_any_weight, way)) for name, way in ways.items()})
+    decoder.decode_next(latents, decoder.new_state(*block), is_start=False)
+
+
+def _of_any_weight(convolve: Callable[[Tensor], Tensor], weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return convolve
 
 
 def decoder_norms(model: BenchModel) -> list[DecoderNorm]:
@@ -104,24 +107,14 @@ def decoder_norms(model: BenchModel) -> list[DecoderNorm]:
     return [dataclasses.replace(norm, calls=count) for norm, count in calls.items()]
 
 
-def decoder_convolutions(model: BenchModel) -> list[DecoderConvolution]:
-    """The convolutions for a block in the steady state, grouped, from the lowest resolution up."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
+def decoder_convolutions(model: BenchModel) -> Counter[ConvolutionShape]:
+    """The convolutions for a block in the steady state, and how often, from the lowest resolution up."""
+    calls: Counter[ConvolutionShape] = Counter()
 
-    calls: Counter[DecoderConvolution] = Counter()
+    def record(shape: ConvolutionShape, frames: Tensor) -> Tensor:
+        shape = dataclasses.replace(shape, frames=len(frames))
+        calls[shape] += 1
+        return frames.new_empty(shape.out_size)
 
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            if func is torch.ops.aten.convolution.default:
-                channels, *kernel = args[1].shape[1:]
-                # One video [1, C, T, H, W], or frames [T, C, H, W] that a 2-D kernel takes one by one.
-                frames, (height, width) = out.shape[2] if len(kernel) == 3 else len(out), out.shape[-2:]
-                kernel = [1, *kernel][-3:]
-                calls[DecoderConvolution(frames, height, width, channels, (out.shape[1], *kernel))] += 1
-            return out
-
-    with Recorder():  # type: ignore[no-untyped-call]
-        _decode(model, lambda *arguments: None)
-    return [dataclasses.replace(convolution, calls=count) for convolution, count in calls.items()]
+    _decode(model, lambda *arguments: None, record)
+    return calls
