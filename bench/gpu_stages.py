@@ -15,7 +15,7 @@ from _checkout import ROOT
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Wall seconds for everything; a caller who has ten minutes, or three, needs some of them to start and to collect.
 BUDGETS = {False: 570.0, True: 170.0}
-_OP_TESTS = ("tests/test_ops.py", "tests/test_kernels.py", "tests/test_verify.py")
+_OP_TESTS = ("tests/test_ops.py", "tests/test_kernels.py", "tests/test_convolutions.py", "tests/test_verify.py")
 _SANITIZER_EXIT = 86
 
 
@@ -144,7 +144,7 @@ def _sanitizers(options: Options) -> Iterator[Stage]:
     control = (sys.executable, "bench/sanitizer_control.py")
     yield Stage("sanitizer_control", control, absent=absent, **_limits(options, (60, 20), (30, 10)))
     # Every kernel, in one type and at sizes that end in time: instrumented code is many times slower.
-    sizes = "(small or head-128 or flow_step or window or uint8 or conv and odd)" if options.quick else "not wide"
+    sizes = "(small or head-128 or flow_step or window or uint8 or conv and whole)" if options.quick else "not wide"
     chosen = f"{options.backend} and (bfloat16 and {sizes} or advance or rope_table or noise)"
     for tool in SANITIZERS[:2] if options.quick else SANITIZERS:
         tests = _pytest("tests/test_ops.py", "-k", chosen, workers=False)

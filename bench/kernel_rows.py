@@ -49,6 +49,12 @@ class Run:
     def time(self, call: Callable[[], object]) -> Times:
         return self.timer.measure(call, self.iterations, self.warmup)
 
+    def of_definition(self, work: Work) -> Run:
+        """For the torch backend: its products are float32 and may take many times as long, so a few calls must do."""
+        if work.limit != "arithmetic":
+            return self
+        return dataclasses.replace(self, iterations=max(1, self.iterations // 10), warmup=self.warmup // 10)
+
 
 @dataclass
 class Row:
@@ -155,7 +161,7 @@ def time_variant(run: Run, variant: Variant) -> Row:
         row.take(run.time(lambda: call(*args)), work, run.ceilings)
         assert row.median_us is not None
         if run.ops.name != "torch":
-            row.torch_us = run.time(lambda: torchs(*args)).median
+            row.torch_us = run.of_definition(work).time(lambda: torchs(*args)).median
             row.torch_ratio = row.torch_us / row.median_us
         if row.library_us is not None:
             row.library_ratio = row.library_us / row.median_us
