@@ -11,6 +11,7 @@ from streaming import load, video
 import echo_rt
 from echo_rt.cli.main import main
 from echo_rt.errors import BackendError, ConfigError
+from echo_rt.model.vae_layers import CausalConv, EnlargingConv
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
 
@@ -51,11 +52,16 @@ def test_tiles_that_cannot_be(small_model: Path, options: dict[str, object], wor
         load(small_model, **options)
 
 
-def test_convolutions_can_be_chosen(small_model: Path) -> None:
+def test_convolutions_can_be_chosen(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = frames(small_model)
+    used: set[str] = set()
+    for layer in (CausalConv, EnlargingConv):
+        original = layer.use
+        monkeypatch.setattr(layer, "use", lambda conv, kind, use=original: (used.add(kind.name), use(conv, kind)))
     with load(small_model, convolution="three-products,phases") as runtime:
         chosen = {(choice.kind.name, shape.enlarge, choice.reason) for shape, choice in runtime.convolutions.items()}
     assert chosen == {("three-products", False, "asked for by name"), ("phases", True, "asked for by name")}
+    assert used == {"three-products", "phases"}, "and not only said"
     with load(small_model) as runtime:
         chosen = {(choice.kind.name, shape.enlarge, choice.reason) for shape, choice in runtime.convolutions.items()}
     assert chosen == {("conv3d", False, "torch's own on a CPU"), ("enlarged", True, "torch's own on a CPU")}
