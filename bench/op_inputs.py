@@ -61,6 +61,7 @@ def _sizes(model: BenchModel) -> cases.Sizes:
         sink_frames=window.sink_frames,
         local_frames=window.local_frames,
         memory_frames=config.memory_frames,
+        ffn_dim=transformer.ffn_dim,
     )
 
 
@@ -150,6 +151,15 @@ def _layer_norms(model: BenchModel) -> int:
     return 3 * (model.config.transformer.num_layers * passes(model) - 1)
 
 
+def _quantized_norms(model: BenchModel) -> int:
+    # What the head reads stays in 16 bits, in every pass but the context pass, which has none.
+    return _layer_norms(model) - (passes(model) - 1)
+
+
+def _feed_forwards(model: BenchModel) -> int:
+    return model.config.transformer.num_layers * passes(model) - 1
+
+
 _VARIANTS: dict[str, Callable[[BenchModel], list[Variant]]] = {
     "advance": _one("advance", lambda model: 1),
     "qkv_norm_rope_store": _qkv,
@@ -158,6 +168,9 @@ _VARIANTS: dict[str, Callable[[BenchModel], list[Variant]]] = {
     "gated_update": _one("gated_update", lambda model: 1),
     "modulated_layer_norm": _one("modulated_layer_norm", passes),
     "gated_residual_norm": _one("gated_residual_norm", _layer_norms),
+    "modulated_layer_norm_quantize": _one("modulated_layer_norm_quantize", passes),
+    "gated_residual_norm_quantize": _one("gated_residual_norm_quantize", _quantized_norms),
+    "gelu_quantize": _one("gelu_quantize", _feed_forwards),
     "counter_noise": _of_latents("counter_noise", _steps),
     "flow_step": _of_latents("flow_step", _steps),
     "rms_silu_window": _windows,

@@ -72,6 +72,20 @@ def _gated_residual_norm(x: Tensor, y: Tensor, *rest: Any) -> Work:
     return Work(4 * _size(x), 0, "memory")
 
 
+def _modulated_layer_norm_quantize(x: Tensor, *rest: Any) -> Work:
+    *_, out, out_scale, _ = rest
+    return Work(_size(x, out, out_scale), 0, "memory")
+
+
+def _gated_residual_norm_quantize(x: Tensor, *rest: Any) -> Work:
+    *_, out, out_scale, _ = rest
+    return Work(3 * _size(x) + _size(out, out_scale), 0, "memory")
+
+
+def _gelu_quantize(x: Tensor, out: Tensor, out_scale: Tensor) -> Work:
+    return Work(_size(x, out, out_scale), 0, "memory")
+
+
 def _counter_noise(out: Tensor, *rest: Any) -> Work:
     return Work(_size(out), 0, "neither")
 
@@ -108,6 +122,9 @@ _WORK: dict[str, Callable[..., Work]] = {
     "gated_update": _gated_update,
     "modulated_layer_norm": _modulated_layer_norm,
     "gated_residual_norm": _gated_residual_norm,
+    "modulated_layer_norm_quantize": _modulated_layer_norm_quantize,
+    "gated_residual_norm_quantize": _gated_residual_norm_quantize,
+    "gelu_quantize": _gelu_quantize,
     "counter_noise": _counter_noise,
     "flow_step": _flow_step,
     "rms_silu_window": _rms_silu_window,

@@ -176,9 +176,9 @@ class Call {
   }
 
   // The same for a kernel that keeps rows of `dim` channels in registers: what it refuses are rows that are too wide.
-  void done(cudaError_t status, const char* rows, int64_t dim) const {
+  void done(cudaError_t status, const char* rows, int64_t dim, int64_t widest = kWidestWholeRow) const {
     require(status != cudaErrorInvalidValue || dim <= kWidestRow, rows,
-            "at most " + std::to_string(kWidestWholeRow) + " channels, or " + std::to_string(kWidestRow) +
+            "at most " + std::to_string(widest) + " channels, or " + std::to_string(kWidestRow) +
                 " where not everything as wide as a row is made of aligned 16-byte pieces",
             dim);
     done(status);
@@ -200,6 +200,8 @@ class Call {
         return "float16";
       case at::kBFloat16:
         return "bfloat16";
+      case at::kFloat8_e4m3fn:
+        return "float8_e4m3fn";
       case at::kByte:
         return "uint8";
       case at::kInt:

@@ -36,6 +36,13 @@ TORCH_LIBRARY(echo_rt, m) {
       "float eps) -> ()");
   m.def("modulated_layer_norm(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor");
   m.def("gated_residual_norm(Tensor(a!) x, Tensor y, Tensor? gate, Tensor shift, Tensor scale, float eps) -> Tensor");
+  m.def(
+      "modulated_layer_norm_quantize(Tensor x, Tensor shift, Tensor scale, Tensor(a!) out, Tensor(b!) out_scale, "
+      "float eps) -> ()");
+  m.def(
+      "gated_residual_norm_quantize(Tensor(a!) x, Tensor y, Tensor? gate, Tensor shift, Tensor scale, Tensor(b!) out, "
+      "Tensor(c!) out_scale, float eps) -> ()");
+  m.def("gelu_quantize(Tensor x, Tensor(a!) out, Tensor(b!) out_scale) -> ()");
   m.def("counter_noise(Tensor(a!) out, Tensor positions, Tensor seed, int step) -> ()");
   m.def("flow_step(Tensor(a!) x, Tensor flow, Tensor sigmas, Tensor? noise) -> ()");
   m.def(
@@ -56,6 +63,9 @@ TORCH_LIBRARY_IMPL(echo_rt, ECHO_RT_DISPATCH_KEY, m) {
   m.impl("gated_update", &gated_update);
   m.impl("modulated_layer_norm", &modulated_layer_norm);
   m.impl("gated_residual_norm", &gated_residual_norm);
+  m.impl("modulated_layer_norm_quantize", &modulated_layer_norm_quantize);
+  m.impl("gated_residual_norm_quantize", &gated_residual_norm_quantize);
+  m.impl("gelu_quantize", &gelu_quantize);
   m.impl("counter_noise", &counter_noise);
   m.impl("flow_step", &flow_step);
   m.impl("rms_silu_window", &rms_silu_window);

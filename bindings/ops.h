@@ -35,6 +35,14 @@ Tensor modulated_layer_norm(const Tensor& x, const Tensor& shift, const Tensor& 
 Tensor gated_residual_norm(const Tensor& x, const Tensor& y, const OptionalTensor& gate, const Tensor& shift,
                            const Tensor& scale, double eps);
 
+void modulated_layer_norm_quantize(const Tensor& x, const Tensor& shift, const Tensor& scale, const Tensor& out,
+                                   const Tensor& out_scale, double eps);
+
+void gated_residual_norm_quantize(const Tensor& x, const Tensor& y, const OptionalTensor& gate, const Tensor& shift,
+                                  const Tensor& scale, const Tensor& out, const Tensor& out_scale, double eps);
+
+void gelu_quantize(const Tensor& x, const Tensor& out, const Tensor& out_scale);
+
 void counter_noise(const Tensor& out, const Tensor& positions, const Tensor& seed, int64_t step);
 
 void flow_step(const Tensor& x, const Tensor& flow, const Tensor& sigmas, const OptionalTensor& noise);

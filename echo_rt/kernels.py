@@ -119,6 +119,29 @@ class Kernels:
         return out
 
     @staticmethod
+    def modulated_layer_norm_quantize(
+        x: Tensor, shift: Tensor, scale: Tensor, out: Tensor, out_scale: Tensor, eps: float
+    ) -> None:
+        _library.modulated_layer_norm_quantize(x, shift, scale, out, out_scale, eps)
+
+    @staticmethod
+    def gated_residual_norm_quantize(
+        x: Tensor,
+        y: Tensor,
+        gate: Tensor | None,
+        shift: Tensor,
+        scale: Tensor,
+        out: Tensor,
+        out_scale: Tensor,
+        eps: float,
+    ) -> None:
+        _library.gated_residual_norm_quantize(x, y, gate, shift, scale, out, out_scale, eps)
+
+    @staticmethod
+    def gelu_quantize(x: Tensor, out: Tensor, out_scale: Tensor) -> None:
+        _library.gelu_quantize(x, out, out_scale)
+
+    @staticmethod
     def counter_noise(out: Tensor, positions: Tensor, seed: Tensor, step: int) -> None:
         _library.counter_noise(out, positions, seed, step)
 
@@ -183,6 +206,9 @@ for _name in (
     "advance",
     "reanchor",
     "gated_update",
+    "modulated_layer_norm_quantize",
+    "gated_residual_norm_quantize",
+    "gelu_quantize",
     "counter_noise",
     "flow_step",
     "rms_silu_window",

@@ -124,6 +124,32 @@ class Ops(Protocol):
         """``x += gate · y`` (written; no gate: 1), then returns ``LayerNorm(x) · scale + shift [n, dim]``."""
 
     @staticmethod
+    def modulated_layer_norm_quantize(
+        x: Tensor, shift: Tensor, scale: Tensor, out: Tensor, out_scale: Tensor, eps: float
+    ) -> None:
+        """:meth:`modulated_layer_norm` as float8: ``out`` e4m3fn ``[n, dim]``, ``out_scale`` float32 [n] (written).
+
+        A row's scale is its largest magnitude / 448, and ``out · out_scale`` its value: see :mod:`echo_rt.float8`.
+        """
+
+    @staticmethod
+    def gated_residual_norm_quantize(
+        x: Tensor,
+        y: Tensor,
+        gate: Tensor | None,
+        shift: Tensor,
+        scale: Tensor,
+        out: Tensor,
+        out_scale: Tensor,
+        eps: float,
+    ) -> None:
+        """:meth:`gated_residual_norm` as float8: ``x [n, dim]``, ``out`` e4m3fn, ``out_scale`` [n] (written)."""
+
+    @staticmethod
+    def gelu_quantize(x: Tensor, out: Tensor, out_scale: Tensor) -> None:
+        """``GELU(x [n, any])`` by its tanh formula, as float8: ``out`` e4m3fn, ``out_scale`` float32 [n] (written)."""
+
+    @staticmethod
     def counter_noise(out: Tensor, positions: Tensor, seed: Tensor, step: int) -> None:
         """Standard normal noise of denoising step ``step`` of the block in ``positions``, into ``out`` (written).
 

@@ -1,6 +1,7 @@
 """Every operation of echo-rt in plain torch: the definition that kernels are held against, and the ``torch`` backend.
 
-Knows torch, and of this package the counter-based generator (:mod:`echo_rt.noise`) alone. All arithmetic inside an
+Knows torch, and of this package the counter-based generator (:mod:`echo_rt.noise`) and the definition of float8 rows
+(:mod:`echo_rt.float8`) alone. All arithmetic inside an
 operation is float32 (angles, noise and the sampler's step: float64); results are rounded once, to the dtype of the
 tensor that receives them. Signatures and shapes are documented on :class:`echo_rt.ops.Ops`.
 
@@ -14,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from echo_rt.float8 import quantize_rows
 from echo_rt.noise import fill_normal
 
 name = "torch"
@@ -47,6 +49,17 @@ def _rotate(x: Tensor, temporal: Tensor, spatial: Tensor) -> Tensor:
 
 def _layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return torch.nn.functional.layer_norm(x.float(), x.shape[-1:], eps=eps) * scale + shift
+
+
+def _add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> None:
+    update = y.float() if gate is None else y.float() * gate
+    x.copy_(x.float() + update)
+
+
+def _store_quantized(rows: Tensor, out: Tensor, out_scale: Tensor) -> None:
+    values, scales = quantize_rows(rows)
+    out.copy_(values)
+    out_scale.copy_(scales)
 
 
 def rope_table(frames: Tensor, inverse_frequencies: Tensor, out: Tensor) -> None:
@@ -171,9 +184,32 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) ->
 
 
 def gated_residual_norm(x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    update = y.float() if gate is None else y.float() * gate
-    x.copy_(x.float() + update)
+    _add_gated(x, y, gate)
     return _layer_norm(x, shift, scale, eps).to(x.dtype)
+
+
+def modulated_layer_norm_quantize(
+    x: Tensor, shift: Tensor, scale: Tensor, out: Tensor, out_scale: Tensor, eps: float
+) -> None:
+    _store_quantized(_layer_norm(x, shift, scale, eps), out, out_scale)
+
+
+def gated_residual_norm_quantize(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    out_scale: Tensor,
+    eps: float,
+) -> None:
+    _add_gated(x, y, gate)
+    _store_quantized(_layer_norm(x, shift, scale, eps), out, out_scale)
+
+
+def gelu_quantize(x: Tensor, out: Tensor, out_scale: Tensor) -> None:
+    _store_quantized(torch.nn.functional.gelu(x.float(), approximate="tanh"), out, out_scale)
 
 
 def counter_noise(out: Tensor, positions: Tensor, seed: Tensor, step: int) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from echo_rt.float8 import FLOAT8
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -32,6 +34,7 @@ class Sizes:
     memory_frames: int = 3
     vae: tuple[int, int, int, int] = (3, 5, 4, 6)
     convolution: tuple[int, int, int, int] = (7, 3, 3, 3)
+    ffn_dim: int = 40
 
     @property
     def dim(self) -> int:
@@ -53,7 +56,9 @@ class Sizes:
 # Odd on purpose: nothing is a power of two, and one size has a single token, head or frame.
 SIZES = {
     "small": Sizes(),
-    "odd": Sizes(frames=1, tokens=7, heads=3, head_dim=14, layers=3, sink_frames=1, local_frames=5, memory_frames=1),
+    "odd": Sizes(
+        frames=1, tokens=7, heads=3, head_dim=14, layers=3, sink_frames=1, local_frames=5, memory_frames=1, ffn_dim=131
+    ),
     # Wan's own width: rows that several warps share, and whole 16-byte pieces.
     "wide": Sizes(
         frames=2,
@@ -65,6 +70,7 @@ SIZES = {
         local_frames=4,
         memory_frames=2,
         vae=(1, 2, 3, 96),
+        ffn_dim=8960,
     ),
     "one": Sizes(frames=2, tokens=1, heads=1, head_dim=64, layers=1, sink_frames=2, memory_frames=2, local_frames=2),
 }
@@ -177,6 +183,25 @@ def _gated_residual_norm(s: Sizes, m: Maker) -> tuple[Any, ...]:
     return m.normal(n, s.dim), m.normal(n, s.dim), gate, _vector(s, m, 0), _vector(s, m, 1), EPS
 
 
+def _quantized(rows: int, width: int, m: Maker) -> tuple[Tensor, Tensor]:
+    return torch.empty(rows, width, dtype=FLOAT8, device=m.device), torch.empty(rows, device=m.device)
+
+
+def _modulated_layer_norm_quantize(s: Sizes, m: Maker) -> tuple[Any, ...]:
+    *inputs, eps = _modulated_layer_norm(s, m)
+    return *inputs, *_quantized(s.frames * s.tokens, s.dim, m), eps
+
+
+def _gated_residual_norm_quantize(s: Sizes, m: Maker) -> tuple[Any, ...]:
+    *inputs, eps = _gated_residual_norm(s, m)
+    return *inputs, *_quantized(s.frames * s.tokens, s.dim, m), eps
+
+
+def _gelu_quantize(s: Sizes, m: Maker) -> tuple[Any, ...]:
+    n = s.frames * s.tokens
+    return m.normal(n, s.ffn_dim), *_quantized(n, s.ffn_dim, m)
+
+
 def _counter_noise(s: Sizes, m: Maker) -> tuple[Any, ...]:
     out = torch.empty(s.frames, 4, 2, 2 * s.tokens, device=m.device)
     # A block and a seed of which both words count.
@@ -237,6 +262,9 @@ MAKERS: dict[str, Callable[[Sizes, Maker], tuple[Any, ...]]] = {
     "gated_update": _gated_update,
     "modulated_layer_norm": _modulated_layer_norm,
     "gated_residual_norm": _gated_residual_norm,
+    "modulated_layer_norm_quantize": _modulated_layer_norm_quantize,
+    "gated_residual_norm_quantize": _gated_residual_norm_quantize,
+    "gelu_quantize": _gelu_quantize,
     "counter_noise": _counter_noise,
     "flow_step": _flow_step,
     "rms_silu_window": _rms_silu_window,

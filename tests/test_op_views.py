@@ -23,6 +23,9 @@ ROWS_APART = {
     "gated_update": {"old", "candidate", "gate_weight", "out"},
     "modulated_layer_norm": {"x"},
     "gated_residual_norm": {"x", "y"},
+    "modulated_layer_norm_quantize": {"x"},
+    "gated_residual_norm_quantize": {"x", "y"},
+    "gelu_quantize": {"x"},
     "causal_conv": {"window", "residual", "out"},
     "upsample_conv": {"x", "out"},
 }

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "common/device.h"
+#include "common/float8.h"
 #include "common/scalar.h"
 
 #if defined(ECHO_RT_EMULATED)
@@ -107,6 +108,19 @@ ECHO_DEVICE void load_matrix_x2_transposed(uint32_t (&fragment)[2], const void* 
                : "=r"(fragment[0]), "=r"(fragment[1])
                : "r"(detail::shared_address(row))
                : "memory");
+#endif
+}
+
+// ---- float8
+
+// Two neighbours as e4m3, the first in the low byte: to nearest, ties to even, beyond 448 to 448; a NaN stays one.
+ECHO_DEVICE uint32_t pack_float8(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t both;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
+  return both;
+#else
+  return float8_bits(low) | float8_bits(high) << 8;
 #endif
 }
 

@@ -28,15 +28,16 @@ struct RowShape {
 };
 
 // Calls launch_as(RowShape{}) with the shape for rows of dim channels. `whole` says that they are made of aligned
-// 16-byte chunks, and may then have up to 8192 channels; kOther is the width of a chunk where they are not, up to 4096.
-template <class T, int kOther, class LaunchAs>
+// 16-byte chunks, and may then have up to 512 · kLargest channels; kOther is the width of a chunk where they are not,
+// up to 4096.
+template <class T, int kOther, int kLargest = kLargestShare, class LaunchAs>
 cudaError_t with_row_shape(int64_t dim, bool whole, LaunchAs&& launch_as) {
   constexpr int kWhole = kVectorBytes / static_cast<int>(sizeof(T));
   const bool usual = dim <= kWidestRow;
   if (usual && !whole) return launch_as(RowShape<T, kOther, kUsualShare / kOther>{});
   if (usual) return launch_as(RowShape<T, kWhole, kUsualShare / kWhole>{});
-  if (!whole || dim > kWidestWholeRow) return cudaErrorInvalidValue;
-  return launch_as(RowShape<T, kWhole, kLargestShare / kWhole>{});
+  if (!whole || dim > kMaxRowThreads * kLargest) return cudaErrorInvalidValue;
+  return launch_as(RowShape<T, kWhole, kLargest / kWhole>{});
 }
 
 // Threads of the block that takes one row, whole warps. A block a row: 192 threads for 1536 channels, of which a

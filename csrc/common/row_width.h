@@ -12,9 +12,12 @@ inline constexpr int kMaxRowThreads = 512;
 // into registers beside three float32 vectors of the same length.
 inline constexpr int kUsualShare = 8;
 inline constexpr int kLargestShare = 16;
+// Where there is nothing beside them but their maximum.
+inline constexpr int kGeluShare = 24;
 
 // Of rows that are made of aligned 16-byte chunks, and of those that are not.
 inline constexpr int64_t kWidestWholeRow = kMaxRowThreads * kLargestShare;
+inline constexpr int64_t kWidestGeluRow = kMaxRowThreads * kGeluShare;
 inline constexpr int64_t kWidestRow = kMaxRowThreads * kUsualShare;
 
 }  // namespace echo

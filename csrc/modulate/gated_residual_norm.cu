@@ -1,6 +1,6 @@
 // x += gate · y (in place; no gate: 1), then out = LayerNorm(x) · scale + shift.
 // x, y and out [tokens, dim]; gate, scale and shift float32 [dim]; float32 inside. What is normed is the sum as it was
-// rounded into x.
+// rounded into x. out is rounded to x's type, or quantized to float8, token by token, from the float32 result.
 //
 // A block takes one row: x and y are read once, x and out are written once; the norm runs on registers in between.
 
@@ -11,7 +11,7 @@
 namespace echo {
 namespace {
 
-template <class Shape>
+template <class Shape, bool kFloat8>
 __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<Shape>)
     gated_residual_norm_kernel(GatedResidualNormParams p) {
   using T = typename Shape::Element;
@@ -44,18 +44,18 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<Shape>)
 
   row.to_floats(values);
   layer_norm<Shape>(values, dim, p.eps, scratch);
-  store_modulated<Shape>(values, p.scale, p.shift, dim, static_cast<T*>(p.out) + token * p.dim);
+  store_modulated<Shape, kFloat8>(values, p.scale, p.shift, dim, p.out, p.out_scale, token);
 }
 
 template <class T>
 cudaError_t launch_as(const GatedResidualNormParams& p, cudaStream_t stream) {
-  const bool whole = vectors_fit<T>(p.x, p.x_stride) && vectors_fit<T>(p.y, p.y_stride) &&
-                     vectors_fit<T>(p.out, p.dim) && vectors_fit<float>(p.scale, p.dim) &&
-                     vectors_fit<float>(p.shift, p.dim) && vectors_fit<float>(p.gate, p.dim);
+  const bool whole = norm_rows_fit<T>(p) && vectors_fit<T>(p.y, p.y_stride) && vectors_fit<float>(p.gate, p.dim);
   return with_row_shape<T, 1>(p.dim, whole, [&](auto shape) {
     using Shape = decltype(shape);
+    const auto kernel =
+        p.out_scale == nullptr ? gated_residual_norm_kernel<Shape, false> : gated_residual_norm_kernel<Shape, true>;
     const dim3 grid(static_cast<unsigned>(p.tokens)), block(row_threads<Shape>(p.dim));
-    return launch(gated_residual_norm_kernel<Shape>, grid, block, 0, stream, p);
+    return launch(kernel, grid, block, 0, stream, p);
   });
 }
 

@@ -10,13 +10,14 @@
 namespace echo {
 
 struct GatedResidualNormParams {
-  void* x;             // [tokens, dim], read and written
-  const void* y;       // [tokens, dim]
-  const float* gate;   // [dim], or null: 1
-  const float* shift;  // [dim]
-  const float* scale;  // [dim], the 1 + included
-  void* out;           // [tokens, dim], contiguous, written
-  ScalarType dtype;    // of x, y, out
+  void* x;                     // [tokens, dim], read and written
+  const void* y;               // [tokens, dim]
+  const float* gate;           // [dim], or null: 1
+  const float* shift;          // [dim]
+  const float* scale;          // [dim], the 1 + included
+  void* out;                   // [tokens, dim], contiguous, written
+  float* out_scale = nullptr;  // [tokens], written: out is float8 with these scales; or null: out is of dtype
+  ScalarType dtype;            // of x, y
   int64_t tokens;
   int64_t dim;
   int64_t x_stride;  // elements from token to token

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "common/row.cuh"
+#include "common/row_float8.cuh"
 
 namespace echo {
 
@@ -38,10 +38,11 @@ ECHO_DEVICE void layer_norm(float (&values)[Shape::kShare], int dim, float eps, 
   for (int i = 0; i < Shape::kShare; ++i) values[i] *= inverse;
 }
 
-// out = values · scale + shift, rounded to the element type.
-template <class Shape>
-ECHO_DEVICE void store_modulated(const float (&values)[Shape::kShare], const float* scale, const float* shift, int dim,
-                                 typename Shape::Element* out) {
+// values · scale + shift, to row `token` of out [tokens, dim]: rounded to the element type, or to float8 with the row's
+// scale in out_scale [tokens].
+template <class Shape, bool kFloat8>
+ECHO_DEVICE void store_modulated(float (&values)[Shape::kShare], const float* scale, const float* shift, int dim,
+                                 void* out, float* out_scale, int64_t token) {
 #pragma unroll
   for (int c = 0; c < Shape::kChunks; ++c) {
     const int channel = row_channel<Shape>(c);
@@ -50,11 +51,28 @@ ECHO_DEVICE void store_modulated(const float (&values)[Shape::kShare], const flo
     Chunk<float, Shape::kWidth>::load(scale + channel).to_floats(by);
     Chunk<float, Shape::kWidth>::load(shift + channel).to_floats(plus);
 #pragma unroll
-    for (int i = 0; i < Shape::kWidth; ++i) by[i] = values[c * Shape::kWidth + i] * by[i] + plus[i];
-    Chunk<typename Shape::Element, Shape::kWidth> chunk;
-    chunk.from_floats(by);
-    chunk.store(out + channel);
+    for (int i = 0; i < Shape::kWidth; ++i) {
+      values[c * Shape::kWidth + i] = values[c * Shape::kWidth + i] * by[i] + plus[i];
+    }
+    if constexpr (!kFloat8) {
+      using T = typename Shape::Element;
+      Chunk<T, Shape::kWidth> chunk;
+      chunk.from_floats(values + c * Shape::kWidth);
+      chunk.store(static_cast<T*>(out) + token * dim + channel);
+    }
   }
+  if constexpr (kFloat8) {
+    ECHO_SHARED(RowMaximum, largest);
+    quantize_row<Shape>(values, dim, largest, static_cast<uint8_t*>(out) + token * dim, out_scale + token);
+  }
+}
+
+// Whether rows of T, and those that come out, are made of whole chunks.
+template <class T, class Params>
+bool norm_rows_fit(const Params& p) {
+  const bool out = p.out_scale == nullptr ? vectors_fit<T>(p.out, p.dim) : float8_chunks_fit<T>(p.out, p.dim);
+  return out && vectors_fit<T>(p.x, p.x_stride) && vectors_fit<float>(p.scale, p.dim) &&
+         vectors_fit<float>(p.shift, p.dim);
 }
 
 }  // namespace echo

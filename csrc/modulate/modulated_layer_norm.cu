@@ -1,4 +1,5 @@
-// out = LayerNorm(x) · scale + shift, x and out [tokens, dim], scale and shift float32 [dim]; float32 inside.
+// out = LayerNorm(x) · scale + shift, x and out [tokens, dim], scale and shift float32 [dim]; float32 inside. Rounded
+// to x's type, or quantized to float8, token by token, from the float32 result.
 //
 // A block takes one row: x is read once, stays in registers through both sums, and is written once.
 
@@ -9,7 +10,7 @@
 namespace echo {
 namespace {
 
-template <class Shape>
+template <class Shape, bool kFloat8>
 __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<Shape>)
     modulated_layer_norm_kernel(ModulatedLayerNormParams p) {
   using T = typename Shape::Element;
@@ -22,17 +23,17 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<Shape>)
   float values[Shape::kShare];
   row.to_floats(values);
   layer_norm<Shape>(values, dim, p.eps, scratch);
-  store_modulated<Shape>(values, p.scale, p.shift, dim, static_cast<T*>(p.out) + token * p.dim);
+  store_modulated<Shape, kFloat8>(values, p.scale, p.shift, dim, p.out, p.out_scale, token);
 }
 
 template <class T>
 cudaError_t launch_as(const ModulatedLayerNormParams& p, cudaStream_t stream) {
-  const bool whole = vectors_fit<T>(p.x, p.x_stride) && vectors_fit<T>(p.out, p.dim) &&
-                     vectors_fit<float>(p.scale, p.dim) && vectors_fit<float>(p.shift, p.dim);
-  return with_row_shape<T, 1>(p.dim, whole, [&](auto shape) {
+  return with_row_shape<T, 1>(p.dim, norm_rows_fit<T>(p), [&](auto shape) {
     using Shape = decltype(shape);
+    const auto kernel =
+        p.out_scale == nullptr ? modulated_layer_norm_kernel<Shape, false> : modulated_layer_norm_kernel<Shape, true>;
     const dim3 grid(static_cast<unsigned>(p.tokens)), block(row_threads<Shape>(p.dim));
-    return launch(modulated_layer_norm_kernel<Shape>, grid, block, 0, stream, p);
+    return launch(kernel, grid, block, 0, stream, p);
   });
 }
 

@@ -10,11 +10,12 @@
 namespace echo {
 
 struct ModulatedLayerNormParams {
-  const void* x;       // [tokens, dim]
-  const float* shift;  // [dim]
-  const float* scale;  // [dim], the 1 + included
-  void* out;           // [tokens, dim], contiguous, written
-  ScalarType dtype;    // of x, out
+  const void* x;               // [tokens, dim]
+  const float* shift;          // [dim]
+  const float* scale;          // [dim], the 1 + included
+  void* out;                   // [tokens, dim], contiguous, written
+  float* out_scale = nullptr;  // [tokens], written: out is float8 with these scales; or null: out is of dtype
+  ScalarType dtype;            // of x
   int64_t tokens;
   int64_t dim;
   int64_t x_stride;  // elements from token to token

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "common/ptx.cuh"
 #include "kernels.h"
 
 namespace {
@@ -166,6 +167,21 @@ Outcome conversions(const Arguments& arguments) {
   return outcome(cudaSuccess, out);
 }
 
+// The float8 that every bfloat16 rounds to, and float32 bits i · step; each beside its negative in one pair.
+Outcome float8_conversions(const Arguments& arguments) {
+  std::vector<uint32_t> out;
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    const float value = echo::emulation::float_of(bits << 16);
+    out.push_back(echo::pack_float8(value, -value));
+  }
+  const auto step = static_cast<uint32_t>(arguments.at(0));
+  for (uint64_t bits = 0; bits < (uint64_t{1} << 32); bits += step) {
+    const float value = echo::emulation::float_of(static_cast<uint32_t>(bits));
+    out.push_back(echo::pack_float8(value, -value));
+  }
+  return outcome(cudaSuccess, out);
+}
+
 // Launches on two host threads at once, each its own kernel.
 Outcome two_host_threads(const Arguments&) {
   Outcome first, second;
@@ -208,6 +224,7 @@ int main(int count, char** words) {
       {"mistake", mistake},
       {"speed", speed},
       {"conversions", conversions},
+      {"float8_conversions", float8_conversions},
       {"two_host_threads", two_host_threads},
   };
   if (count < 2 || cases.count(words[1]) == 0) return 2;

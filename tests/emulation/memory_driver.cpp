@@ -15,6 +15,7 @@
 #include "memory/gated_update.h"
 #include "memory/memory_attention.h"
 #include "modulate/gated_residual_norm.h"
+#include "modulate/gelu_quantize.h"
 #include "modulate/modulated_layer_norm.h"
 #include "qkv/qkv_norm_rope_store.h"
 #include "sampler/counter_noise.h"
@@ -208,13 +209,14 @@ cudaError_t gated_update() {
   });
 }
 
-cudaError_t modulated_layer_norm() {
-  return for_types([](const Sizes& s, Tensors& t, ScalarType type) {
+cudaError_t modulated_layer_norm_as(bool quantize) {
+  return for_types([=](const Sizes& s, Tensors& t, ScalarType type) {
     echo::ModulatedLayerNormParams p;
     p.x = t.zeros(type, s.rows() * s.dim());
     p.shift = t.zeros<float>(s.dim());
     p.scale = t.zeros<float>(s.dim());
-    p.out = t.zeros(type, s.rows() * s.dim());
+    p.out = quantize ? t.zeros<uint8_t>(s.rows() * s.dim()) : t.zeros(type, s.rows() * s.dim());
+    if (quantize) p.out_scale = t.zeros<float>(s.rows());
     p.dtype = type;
     p.tokens = s.rows() + spare;
     p.dim = p.x_stride = s.dim();
@@ -223,20 +225,40 @@ cudaError_t modulated_layer_norm() {
   });
 }
 
-cudaError_t gated_residual_norm() {
-  return for_types([](const Sizes& s, Tensors& t, ScalarType type) {
+cudaError_t modulated_layer_norm() { return modulated_layer_norm_as(false); }
+cudaError_t modulated_layer_norm_quantize() { return modulated_layer_norm_as(true); }
+
+cudaError_t gated_residual_norm_as(bool quantize) {
+  return for_types([=](const Sizes& s, Tensors& t, ScalarType type) {
     echo::GatedResidualNormParams p;
     p.x = t.zeros(type, s.rows() * s.dim());
     p.y = t.zeros(type, s.rows() * s.dim());
     p.gate = t.zeros<float>(s.dim());
     p.shift = t.zeros<float>(s.dim());
     p.scale = t.zeros<float>(s.dim());
-    p.out = t.zeros(type, s.rows() * s.dim());
+    p.out = quantize ? t.zeros<uint8_t>(s.rows() * s.dim()) : t.zeros(type, s.rows() * s.dim());
+    if (quantize) p.out_scale = t.zeros<float>(s.rows());
     p.dtype = type;
     p.tokens = s.rows() + spare;
     p.dim = p.x_stride = p.y_stride = s.dim();
     p.eps = 1e-6f;
     return launch_gated_residual_norm(p, nullptr);
+  });
+}
+
+cudaError_t gated_residual_norm() { return gated_residual_norm_as(false); }
+cudaError_t gated_residual_norm_quantize() { return gated_residual_norm_as(true); }
+
+cudaError_t gelu_quantize() {
+  return for_types([](const Sizes& s, Tensors& t, ScalarType type) {
+    echo::GeluQuantizeParams p;
+    p.x = t.zeros(type, s.rows() * s.dim());
+    p.out = t.zeros<uint8_t>(s.rows() * s.dim());
+    p.out_scale = t.zeros<float>(s.rows());
+    p.dtype = type;
+    p.tokens = s.rows() + spare;
+    p.dim = p.x_stride = s.dim();
+    return launch_gelu_quantize(p, nullptr);
   });
 }
 
@@ -356,6 +378,9 @@ int main(int count, char** words) {
       {"gated_update", gated_update},
       {"modulated_layer_norm", modulated_layer_norm},
       {"gated_residual_norm", gated_residual_norm},
+      {"modulated_layer_norm_quantize", modulated_layer_norm_quantize},
+      {"gated_residual_norm_quantize", gated_residual_norm_quantize},
+      {"gelu_quantize", gelu_quantize},
       {"counter_noise", counter_noise},
       {"flow_step", flow_step},
       {"rms_silu_window", rms_silu_window},
