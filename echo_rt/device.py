@@ -11,10 +11,16 @@ import torch
 from torch import Tensor
 
 from echo_rt.errors import BackendError, ConfigError
+from echo_rt.float8 import FLOAT8, require_products
 from echo_rt.forks import require_cuda_usable
 from echo_rt.options import DTYPE_NAMES, VAE_DTYPE_NAMES
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
+# A model's dtype by name. float8 is that of its large products; what it otherwise computes in is working_dtype().
+_MODEL_DTYPES: dict[str, torch.dtype] = {
+    name: FLOAT8 if name == "float8" else getattr(torch, name) for name in DTYPE_NAMES
+}
+# Those that tensors are computed in.
+DTYPES = {name: dtype for name, dtype in _MODEL_DTYPES.items() if dtype != FLOAT8}
 
 # Versions of cuDNN, as numbers, whose 16-bit 3-D convolutions are wrong, or avoided by torch at a high price
 # (pytorch issues 163539, 163581, 166643).
@@ -49,19 +55,34 @@ def parse_device(device: str | torch.device | None) -> torch.device:
 
 
 def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The model's dtype; None means bfloat16 on a GPU and float32 on a CPU. :class:`ConfigError` names the choices."""
+    """The model's dtype; None means bfloat16 on a GPU and float32 on a CPU.
+
+    :class:`ConfigError` names the choices; :class:`BackendError` for float8 on a GPU that does not multiply it.
+    """
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    for name, known in DTYPES.items():
+    for name, known in _MODEL_DTYPES.items():
         if dtype in (name, known):
+            if known == FLOAT8:
+                require_products(device)
             return known
-    raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {str(dtype)!r}")
+    raise ConfigError(f"dtype must be one of {', '.join(DTYPE_NAMES)}; got {str(dtype)!r}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a user calls a model's ``dtype``."""
+    return next(name for name, known in _MODEL_DTYPES.items() if known == dtype)
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a model of ``dtype`` keeps its state in and computes all in that is not a float8 product."""
+    return torch.bfloat16 if dtype == FLOAT8 else dtype
 
 
 def parse_vae_dtype(vae_dtype: str | torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
     """What a video is decoded in beside a model in ``dtype``; None means the same. :class:`ConfigError` as above."""
     if vae_dtype is None:
-        return dtype
+        return working_dtype(dtype)
     for name in VAE_DTYPE_NAMES:
         if vae_dtype in (name, DTYPES[name]):
             return DTYPES[name]

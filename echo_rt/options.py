@@ -13,7 +13,7 @@ from echo_rt.errors import ConfigError
 # Width and height of the released recipe's video, in pixels: what a stock Wan folder is used with.
 RELEASED_SIZE = (832, 480)
 
-DTYPE_NAMES = ("float32", "bfloat16", "float16")
+DTYPE_NAMES = ("float32", "bfloat16", "float16", "float8")
 # What the VAE decodes in; its own choice, beside the transformer's.
 VAE_DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
@@ -43,6 +43,7 @@ MODEL_OPTIONS = (
     "ema",
     "device",
     "dtype",
+    "float8_except",
     "vae_dtype",
     "memory",
     "vae",

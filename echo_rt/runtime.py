@@ -15,11 +15,12 @@ from torch import Tensor
 
 from echo_rt.attention import attentions, cache_file
 from echo_rt.decoding import DecoderOptions, make_decoder
-from echo_rt.device import capturing, model_context, parse_device, parse_dtype, parse_vae_dtype
+from echo_rt.device import capturing, model_context, parse_device, parse_dtype, parse_vae_dtype, working_dtype
 from echo_rt.engine import Engine
 from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.executor import make_executor
 from echo_rt.failed_frames import frees_frames
+from echo_rt.float8 import FLOAT8
 from echo_rt.forks import Home, note_loading
 from echo_rt.guard import Guard
 from echo_rt.loading import LoadedModel, load_model
@@ -64,6 +65,7 @@ class Runtime:
         lookahead: int | None,
         check: bool,
         keep_text_encoder: bool,
+        float8_except: Sequence[str] = (),
     ) -> None:
         folder, config, mode, tiny_vae = loaded.folder, loaded.config, loaded.mode, loaded.tiny_vae
         self.config, self.vae_config = config, folder.vae_config()
@@ -80,7 +82,8 @@ class Runtime:
             )
         executor = make_executor(device, graphs)
         self.lookahead = _check_lookahead(lookahead, device)
-        self.attention, self.text_attention = attentions(config, device, dtype, attention, cache=cache_file())
+        working = working_dtype(dtype)
+        self.attention, self.text_attention = attentions(config, device, working, attention, cache=cache_file())
         schedule = Schedule(config.sampler, device)
         weights = [
             FingerprintedTensors(part, f"{source} ({name})")
@@ -92,7 +95,7 @@ class Runtime:
                 else ("tiny decoder", tiny_vae.tensors, str(tiny_vae.path)),
             )
         ]
-        with model_context(device, dtype, decoding.dtype):
+        with model_context(device, working, decoding.dtype):
             transformer = Transformer(
                 config.transformer,
                 weights[0],
@@ -101,9 +104,10 @@ class Runtime:
                 self.text_attention.attention,
                 device=device,
                 dtype=dtype,
+                float8_except=float8_except,
             )
             encoder = (
-                None if config.memory is None else MemoryEncoder(config, weights[1], ops, device=device, dtype=dtype)
+                None if config.memory is None else MemoryEncoder(config, weights[1], ops, device=device, dtype=working)
             )
             decoder, self.convolutions = make_decoder(loaded, weights[2], ops, decoding, device=device)
             rollout = Rollout(config, transformer, encoder, schedule, ops, self.attention.attention, mode, executor)
@@ -118,9 +122,11 @@ class Runtime:
             "vae_dtype": str(decoding.dtype),
             "weights": [part.digest() for part in weights],
         }
+        if dtype == FLOAT8:
+            model["float8_except"] = sorted(transformer.kept_from_float8)
         self._engine: Engine | None = Engine(
             device=device,
-            dtype=dtype,
+            dtype=working,
             vae_dtype=decoding.dtype,
             rollout=rollout,
             pipeline=pipeline,
@@ -161,6 +167,7 @@ class Runtime:
         check: bool = False,
         keep_text_encoder: bool = False,
         overrides: Mapping[str, Any] | None = None,
+        float8_except: Sequence[str] = (),
     ) -> Runtime:
         """Load a model from disk; nothing is ever downloaded.
 
@@ -170,8 +177,9 @@ class Runtime:
             lora: a LoRA merged into the transformer; it may carry the memory encoder.
             ema: True for the checkpoint's EMA weights, False for the plain ones, None for EMA where it has them.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for a GPU where there is one.
-            dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None for bfloat16 on a GPU, float32 on a CPU.
-            vae_dtype: what the VAE decodes in, whatever the rest computes in; None for the same as ``dtype``.
+            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"float8"`` for the transformer's large products in
+                float8 and all else in bfloat16; None for bfloat16 on a GPU, float32 on a CPU.
+            vae_dtype: what the VAE decodes in, whatever the rest computes in; None for the same (float8: bfloat16).
             memory: ``"evolve"``, ``"prior"`` or ``"off"``; None for evolve where the weights have a memory encoder.
             vae: who makes pictures of latents: ``"wan"``, the model's own VAE; for previews ``"tiny"``, the tiny
                 decoder in the model's folder (``taew2_1`` of TAEHV or ``lighttaew2_1`` of LightX2V, ``.pth`` or
@@ -192,6 +200,8 @@ class Runtime:
                 no buffer (:class:`SteadyStateError`); for debugging, and for this process's torch as a whole.
             keep_text_encoder: keep the text encoder loaded between prompts.
             overrides: other facts of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`.
+            float8_except: layers that stay in bfloat16 in dtype float8, as patterns of their weights' names such as
+                ``"blocks.0.*"`` or ``"*.ffn.2"``; one that matches none is an error.
 
         Raises:
             WeightsError: files that are missing, damaged, or of another model.
@@ -226,6 +236,7 @@ class Runtime:
             lookahead=lookahead,
             check=check,
             keep_text_encoder=keep_text_encoder,
+            float8_except=float8_except,
         )
 
     # ---------------------------------------------------------------- facts

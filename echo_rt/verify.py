@@ -8,7 +8,7 @@ the video looks when it is decoded in other precisions.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from echo_rt.attention import attentions
 from echo_rt.config import ModelConfig, TextEncoderConfig, VaeConfig
-from echo_rt.device import model_context, parse_device, parse_dtype
+from echo_rt.device import model_context, parse_device, parse_dtype, working_dtype
 from echo_rt.errors import EchoError, WeightsError
 from echo_rt.executor import Executor, make_executor
+from echo_rt.float8 import FLOAT8
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.text import TextEncoder
@@ -45,7 +46,8 @@ from echo_rt.weights.shapes import (
 )
 
 # Largest error allowed in each dtype. float16 has eight times bfloat16's precision; its bound is tighter to match.
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+# float8 is that of a rollout's linear layers: where there are none, bfloat16's bound holds.
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2, torch.float16: 2e-3, FLOAT8: 6e-2}
 
 Tensors = Mapping[str, Tensor]
 
@@ -89,6 +91,7 @@ class _Bundle:
     ops: Ops
     executor: Executor
     source: str
+    float8_except: Sequence[str]
 
     def checked_weights(self, shapes: Shapes) -> Tensors:
         source = f"{self.source}/weights.safetensors"
@@ -122,7 +125,8 @@ def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
     memory = {MEMORY_PREFIX + name: shape for name, shape in memory_shapes(config).items()}
     weights = bundle.checked_weights(transformer_shapes(config.transformer) | memory)
     schedule = Schedule(config.sampler, bundle.device)
-    over_cache, over_text = attentions(config, bundle.device, bundle.dtype, cache=None)
+    dtype = working_dtype(bundle.dtype)
+    over_cache, over_text = attentions(config, bundle.device, dtype, cache=None)
     transformer = Transformer(
         config.transformer,
         weights,
@@ -131,11 +135,12 @@ def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
         over_text.attention,
         device=bundle.device,
         dtype=bundle.dtype,
+        float8_except=bundle.float8_except,
     )
     encoder = None
     if config.memory is not None:
         own = {name: weights[MEMORY_PREFIX + name] for name in memory_shapes(config)}
-        encoder = MemoryEncoder(config, own, bundle.ops, device=bundle.device, dtype=bundle.dtype)
+        encoder = MemoryEncoder(config, own, bundle.ops, device=bundle.device, dtype=dtype)
     mode = MemoryMode.OFF if encoder is None else MemoryMode.EVOLVE
     rollout = Rollout(config, transformer, encoder, schedule, bundle.ops, over_cache.attention, mode, bundle.executor)
     blocks, switches = bundle.config["num_blocks"], bundle.config.get("prompt_switch_blocks", [])
@@ -240,28 +245,34 @@ def verify_bundle(
     backend: str | None = None,
     dump: str | Path | None = None,
     graphs: bool | None = None,
+    float8_except: Sequence[str] = (),
 ) -> BundleReport:
     """Run the bundle in folder ``path`` and compare every expected tensor.
 
     ``dump``: a folder; all computed tensors go to ``<dump>/<bundle name>/actual.safetensors``. Expected tensors that
     were not computed count as infinitely wrong. ``graphs``: whether what repeats is captured and replayed (None: on a
-    GPU, yes). Raises :class:`EchoError` where the bundle cannot be run at all.
+    GPU, yes). ``float8_except``: layers of a rollout that stay in bfloat16 in dtype float8, as patterns. Raises
+    :class:`EchoError` where the bundle cannot be run at all.
     """
     folder = Path(path)
     config = _read_config(folder)
     place = parse_device(device)
     ops = load_ops(backend)
     check_device(ops, place)
+    precision = parse_dtype(dtype, place)
+    if config["kind"] != "rollout":
+        precision = working_dtype(precision)
     bundle = _Bundle(
         config=config,
         weights=open_tensors(folder / "weights.safetensors"),
         inputs=open_tensors(folder / "inputs.safetensors"),
         expected=open_tensors(folder / "expected.safetensors"),
         device=place,
-        dtype=parse_dtype(dtype, place),
+        dtype=precision,
         ops=ops,
         executor=make_executor(place, graphs),
         source=str(folder),
+        float8_except=float8_except,
     )
     try:
         with model_context(bundle.device, bundle.dtype):

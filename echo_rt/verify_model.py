@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from echo_rt.device import parse_device, parse_dtype
+from echo_rt.device import parse_device, parse_dtype, working_dtype
 from echo_rt.ops import check_device, load_ops
 from echo_rt.verify import BOUNDS, BundleReport, Row, dump_tensors, relative_error
 from echo_rt.verify_decoder import folder_decoding
@@ -31,7 +31,7 @@ def verify_model(
     ``<dump>/<folder's name>/actual.safetensors``. Raises :class:`EchoError` where the VAE cannot be run at all.
     """
     folder, place = Path(path), parse_device(device)
-    ops, precision = load_ops(backend), parse_dtype(dtype, place)
+    ops, precision = load_ops(backend), working_dtype(parse_dtype(dtype, place))
     check_device(ops, place)
     decoding = folder_decoding(folder, ops, place)
     at_once, grouped = decoding.in_groups(precision)

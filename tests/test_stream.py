@@ -303,7 +303,7 @@ BAD_OPTIONS = [
         r"expected a memory of 3 frames x 4 tokens .* another video size",
     ),
     ({"memory": "always"}, ConfigError, r"evolve, prior, off; got 'always'"),
-    ({"dtype": "float8"}, ConfigError, r"float32, bfloat16, float16; got 'float8'"),
+    ({"dtype": "int8"}, ConfigError, r"float32, bfloat16, float16, float8; got 'int8'"),
     ({"device": "tpu"}, ConfigError, r"'cpu', 'cuda' or 'cuda:N'; got 'tpu'"),
     ({"overrides": {"sink": 3}}, ConfigError, r"overrides may name frames_per_block, .*; got sink"),
     ({"overrides": {"width": 64}}, ConfigError, r"got width"),

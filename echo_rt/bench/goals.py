@@ -1,4 +1,4 @@
-"""The goals of a whole block, for one H200 in bfloat16, and what a run has to show for them."""
+"""The goals of a whole block, for one H200 in bfloat16 or float8, and what a run has to show for them."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ class _Rule:
     met: Callable[[float], bool]
 
 
+_FLOAT8_RULE = _Rule(
+    "end to end with linear layers in float8: at least 60 FPS", "FPS", lambda a: a.fps, lambda v: v >= 60
+)
 _RULES = (
     _Rule("transformer, steady state: at most 250 ms a block", "ms", lambda a: a.transformer_ms, lambda v: v <= 250),
     _Rule("VAE decode: at most 100 ms a block", "ms", lambda a: a.decode_ms, lambda v: v <= 100),
@@ -72,10 +75,10 @@ _RULES = (
 )
 
 
-def judge(achieved: Achieved) -> list[Goal]:
-    """Every goal with its value and verdict."""
+def judge(achieved: Achieved, *, float8: bool = False) -> list[Goal]:
+    """Every goal with its value and verdict; ``float8``: that of the float8 linear layers too."""
     goals = []
-    for rule in _RULES:
+    for rule in (*_RULES, _FLOAT8_RULE) if float8 else _RULES:
         value = rule.value(achieved)
         verdict = "open" if value is None else "met" if rule.met(value) else "unmet"
         goals.append(Goal(rule.goal, value, rule.unit, verdict))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from echo_rt.bench.run import Run
 from echo_rt.bench.timing import DEVICE_CLOCK
 from echo_rt.decoding import convolutions_in_words
+from echo_rt.device import dtype_name
 
 
 def notes(run: Run, *, frames_a_block: int, judged: bool) -> list[str]:
@@ -13,7 +14,7 @@ def notes(run: Run, *, frames_a_block: int, judged: bool) -> list[str]:
     on_gpu = run.clock == DEVICE_CLOCK
     lines = [] if on_gpu else ["Times of the host clock on a CPU: a rehearsal, no results, hence no rates and no day."]
     lines += [
-        f"{run.model.source}; {width}x{height}, {str(run.dtype).removeprefix('torch.')}; steady state (window full, "
+        f"{run.model.source}; {width}x{height}, {dtype_name(run.dtype)}; steady state (window full, "
         f"ids saturated); {frames_a_block} video frames a block; every whole block has the VAE and the way of the "
         "frames to the host in it; the text encoder is left out.",
         f"Clock: {'the GPU events around every stage' if on_gpu else 'of the host'}. {run.rounds} rounds in which the "
@@ -34,5 +35,5 @@ def notes(run: Run, *, frames_a_block: int, judged: bool) -> list[str]:
     ]
     lines.append(f"Convolutions of the decoder: {convolutions_in_words(run.convolutions)}.")
     if not judged:
-        lines.append("Goals are judged on a GPU alone, at the released sizes in bfloat16.")
+        lines.append("Goals are judged on a GPU alone, at the released sizes in bfloat16 or float8.")
     return lines + [f"Not measured: {name}: {why}." for name, why in run.absent.items()]

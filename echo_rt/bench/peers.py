@@ -217,7 +217,7 @@ def _transformer(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> P
         f"one forward, with the same weights, over the {block} tokens of a block, which attend to themselves alone; "
         f"beside it the mean of our passes, in which they attend to {cache} keys"
     )
-    return Peer(name, what, "pass", forward, error, ROUNDINGS * bound_of(site.dtype))
+    return Peer(name, what, "pass", forward, error, ROUNDINGS * bound_of(site.model_dtype))
 
 
 def _flashdreams(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Peer:

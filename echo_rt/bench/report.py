@@ -27,6 +27,8 @@ from echo_rt.bench.rows import (
 from echo_rt.bench.run import Entry, Run
 from echo_rt.bench.tables import results, write_results
 from echo_rt.bench.timing import DEVICE_CLOCK
+from echo_rt.device import dtype_name
+from echo_rt.float8 import FLOAT8
 
 NAME = "block"
 ALONE = "whole block, one at a time"
@@ -42,7 +44,7 @@ class Report:
         block = run.model.config.window.frames_per_block
         self.frames_a_block = run.model.vae_config.video_frames(1 + block) - run.model.vae_config.video_frames(1)
         self.is_result = run.clock == DEVICE_CLOCK
-        self.judged = self.is_result and run.model.released and run.dtype is torch.bfloat16
+        self.judged = self.is_result and run.model.released and run.dtype in (torch.bfloat16, FLOAT8)
         self.parts = self._part_rows()
         self.variants = [self._variant_row(entry) for entry in run.entries]
         self.peers = self._peer_rows()
@@ -137,7 +139,8 @@ class Report:
                 spread=None if whole is None else whole.p99_ms / whole.ms,
                 growth_bytes=resources.growth if of_evolve else None,
                 peak_bytes=resources.peak if of_evolve else None,
-            )
+            ),
+            float8=self.run.dtype == FLOAT8,
         )
 
     # ---------------------------------------------------------------- resources
@@ -208,7 +211,8 @@ class Report:
             "result": self.is_result,
             "clock": run.clock if self.is_result else f"{run.clock}: no result",
             "model": {"source": run.model.source, **run.model.config.to_flat()},
-            "dtype": str(run.dtype).removeprefix("torch."),
+            "dtype": dtype_name(run.dtype),
+            "float8_except": list(run.request.float8_except),
             "attention": [_choice(choice) for choice in run.attention],
             "convolutions": {
                 str(shape): {"name": choice.kind.name, "reason": choice.reason}

@@ -30,6 +30,7 @@ class Request:
     checkpoint: str | None = None
     device: str | None = None
     dtype: str | None = None
+    float8_except: tuple[str, ...] = ()
     backend: str | None = None
     attention: str | None = None
     variants: tuple[str, ...] | None = None

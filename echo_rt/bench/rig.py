@@ -16,7 +16,7 @@ from echo_rt.attention import Choice, attentions, cache_file
 from echo_rt.bench.lanes import Span, WatchedExecutor, watched_executor
 from echo_rt.bench.model import Model
 from echo_rt.decoding import Convolutions, fit_convolutions
-from echo_rt.device import model_context
+from echo_rt.device import model_context, working_dtype
 from echo_rt.errors import ConfigError
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
@@ -32,18 +32,34 @@ _MOST_BLOCKS = 300  # a steady state that comes later is none that anyone waits 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a model runs: its device and dtype, and the attention that was chosen or asked for."""
+    """Where a model runs: its device, the dtype that was asked for, and the attention that was chosen or asked for.
+
+    ``dtype`` is what all is in that is not a float8 product; ``float8_except`` as in :meth:`Runtime.from_pretrained`.
+    """
 
     model: Model
     device: torch.device
-    dtype: torch.dtype
+    model_dtype: torch.dtype
+    float8_except: tuple[str, ...]
     over_cache: Choice
     over_text: Choice
 
     @classmethod
-    def choose(cls, model: Model, device: torch.device, dtype: torch.dtype, attention: str | None) -> Site:
+    def choose(
+        cls,
+        model: Model,
+        device: torch.device,
+        dtype: torch.dtype,
+        attention: str | None,
+        float8_except: tuple[str, ...] = (),
+    ) -> Site:
         """The errors are those of :func:`echo_rt.attention.attentions`."""
-        return cls(model, device, dtype, *attentions(model.config, device, dtype, attention, cache=cache_file()))
+        choices = attentions(model.config, device, working_dtype(dtype), attention, cache=cache_file())
+        return cls(model, device, dtype, float8_except, *choices)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return working_dtype(self.model_dtype)
 
 
 class Parts:
@@ -66,7 +82,8 @@ class Parts:
             self.ops,
             site.over_text.attention,
             device=site.device,
-            dtype=site.dtype,
+            dtype=site.model_dtype,
+            float8_except=site.float8_except,
         )
 
     @cached_property

@@ -24,7 +24,7 @@ from echo_rt.bench.timing import Timer, timer_for
 from echo_rt.bench.turns import take_turn
 from echo_rt.bench.variants import Variant, plan, turns_of
 from echo_rt.decoding import Convolutions
-from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
+from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions, working_dtype
 from echo_rt.errors import BackendError
 from echo_rt.ops import check_device, load_ops
 from echo_rt.options import MemoryMode
@@ -113,11 +113,11 @@ def run(request: Request, say: Callable[[str], None] = lambda text: None) -> Run
     variants, absent = plan(
         request.variants, has_memory=model.memory is not None, on_gpu=device.type == "cuda", backend=ops.name
     )
-    warn_of_faulty_convolutions(device, dtype)
+    warn_of_faulty_convolutions(device, working_dtype(dtype))
     health = gpu_health(device)
     try:
         with _enough_memory(device):
-            site = Site.choose(model, device, dtype, request.attention)
+            site = Site.choose(model, device, dtype, request.attention, request.float8_except)
             parts = {ops.name: Parts(site, ops), _TORCH: Parts(site, load_ops(_TORCH))}
             return _Runner(request, site, parts, ops.name, health, say).run(variants, absent)
     finally:
@@ -176,7 +176,7 @@ class _Runner:
             request=self._request,
             header=header,
             device=self._site.device,
-            dtype=self._site.dtype,
+            dtype=self._site.model_dtype,
             model=self._site.model,
             attention=choices,
             convolutions=self._parts[entries[0].backend].convolutions,
@@ -253,7 +253,9 @@ class _Runner:
             for entry in entries:
                 if entry.mode is mode:
                     assert entry.rig is not None
-                    entry.exactness = found = compare_block(entry.rig, reference, self._request.seed, self._site.dtype)
+                    entry.exactness = found = compare_block(
+                        entry.rig, reference, self._request.seed, self._site.model_dtype
+                    )
                     if not found.ok:
                         entry.problem = f"differs from the torch backend: {found}"
                         self._release(entry)

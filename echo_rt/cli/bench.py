@@ -8,7 +8,7 @@ from typing import Any
 
 from echo_rt.bench.model_sizes import MODELS
 from echo_rt.bench.variants import NAMES
-from echo_rt.cli.model_options import parse_ahead
+from echo_rt.cli.model_options import add_float8_except, parse_ahead
 from echo_rt.cli.numbers import parse_number, parse_positive
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.streams import complain, say
@@ -38,6 +38,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     model.add_argument("--model", metavar="DIR", help="a Wan2.1 folder instead, original or diffusers")
     model.add_argument("--checkpoint", metavar="FILE", help="generator weights that go with it")
     model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
+    add_float8_except(model)
     model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     model.add_argument("--backend", help="who does the operations; default: cuda on a GPU, else torch")
     model.add_argument("--attention", metavar="NAME", help="which attention; default: the fastest (see echo-rt doctor)")
@@ -80,6 +81,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
         _check_folder(arguments.out)
         names = ("size", "model", "checkpoint", "device", "dtype", "backend", "attention", "peers")
         facts = {name: getattr(arguments, name) for name in names}
+        facts["float8_except"] = tuple(arguments.float8_except)
         request = Request(variants=variants, lookahead=lookahead, seed=seed, **counts, **facts)
         found = Report(run_bench(request, say=lambda text: complain(f"echo-rt: {text}")))
     content, page = found.content()

@@ -32,6 +32,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
     )
     model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
     model.add_argument("--vae-dtype", choices=VAE_DTYPE_NAMES, help="what the VAE decodes in; default: as --dtype")
+    add_float8_except(model)
     model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     model.add_argument("--backend", help="who does the operations; default: torch (see echo-rt doctor)")
     model.add_argument("--attention", metavar="NAME", help="which library computes attention (see echo-rt doctor)")
@@ -51,8 +52,23 @@ def parse_model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     The model's folder is not among it, nor is what not every command takes.
     """
     tiles = parse_positive("--vae-tiles", arguments.vae_tiles, int, "a number of bands of 1 or more")
-    parsed = {"lookahead": parse_lookahead(arguments.lookahead), "vae_tiles": 1 if tiles is None else tiles}
+    parsed = {
+        "lookahead": parse_lookahead(arguments.lookahead),
+        "vae_tiles": 1 if tiles is None else tiles,
+        "float8_except": tuple(arguments.float8_except),
+    }
     return {name: parsed.get(name, getattr(arguments, name)) for name in MODEL_OPTIONS}
+
+
+def add_float8_except(parser: Any) -> None:
+    """Declare which layers stay out of ``--dtype float8``."""
+    parser.add_argument(
+        "--float8-except",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="with --dtype float8: layers that stay in bfloat16, such as 'blocks.0.*' or '*.ffn.2'; may be repeated",
+    )
 
 
 # Each holds frames in pinned memory, and a new prompt waits for all of them.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_rt.cli.messages import describe
+from echo_rt.cli.model_options import add_float8_except
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.streams import complain, say
 from echo_rt.errors import ConfigError, EchoError
@@ -32,6 +33,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="default: float32")
+    add_float8_except(parser)
     parser.add_argument("--backend", help="who does the operations: torch (see echo-rt doctor)")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="keep what was computed in DIR/BUNDLE/")
     return parser
@@ -61,10 +63,11 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
                 from echo_rt.verify_model import verify_model
                 from echo_rt.weights.folder import holds_vae
 
-                check = verify_model if holds_vae(path) else verify_bundle
-                bundle = check(
-                    path, device=arguments.device, dtype=arguments.dtype, backend=arguments.backend, dump=arguments.dump
-                )
+                facts = {name: getattr(arguments, name) for name in ("device", "dtype", "backend", "dump")}
+                if holds_vae(path):
+                    bundle = verify_model(path, **facts)
+                else:
+                    bundle = verify_bundle(path, float8_except=arguments.float8_except, **facts)
         except EchoError as error:
             text, code = describe(error)
             worst = max(worst, code)

@@ -6,49 +6,39 @@ they are rotated is the rollout's business (:mod:`echo_rt.rollout`), not the tra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, rms_norm, silu
+from torch.nn.functional import rms_norm, silu
 
 from echo_rt.attention import Attention
 from echo_rt.config import TransformerConfig
-from echo_rt.device import placed
+from echo_rt.device import placed, working_dtype
+from echo_rt.model.linear import Float8Linear, Linear, Product, gelu_tanh, kept_from_float8
 from echo_rt.ops import Ops
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A matrix product's weight ``[out, in]`` and bias ``[out]``."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True)
 class LayerWeights:
-    """One transformer block. Norm weights are float32, matrices the model's dtype."""
+    """One transformer block. Norm weights are float32, matrices the model's dtype; of float8, what can be had in it."""
 
-    qkv: Linear
+    qkv: Product
     norm_q: Tensor
     norm_k: Tensor
     self_out: Linear
     cross_norm_scale: Tensor
     cross_norm_shift: Tensor
-    cross_q: Linear
+    cross_q: Product
     cross_norm_q: Tensor
     cross_k: Linear
     cross_norm_k: Tensor
     cross_v: Linear
     cross_out: Linear
-    ffn_in: Linear
-    ffn_out: Linear
+    ffn_in: Product
+    ffn_out: Product
 
 
 class KeyValueCache(Protocol):
@@ -65,15 +55,16 @@ class KeyValueCache(Protocol):
 _SINUSOID_BASE = 10000.0
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return gelu(x, approximate="tanh")
-
-
 class _Loader:
-    """Hands out tensors by their original names, on the model's device and in its dtype."""
+    """Hands out tensors by their original names, on the model's device and in its dtype.
 
-    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-        self._tensors, self._device, self._dtype = tensors, device, dtype
+    ``kept`` names the products of :meth:`product` that are not quantized.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, kept: frozenset[str]
+    ) -> None:
+        self._tensors, self._device, self._dtype, self._kept = tensors, device, dtype, kept
 
     def matrix(self, name: str) -> Tensor:
         return self._tensors[name].to(self._device, self._dtype)
@@ -89,6 +80,14 @@ class _Loader:
             return Linear(weights[0], biases[0])
         return Linear(torch.cat(weights), torch.cat(biases))
 
+    def product(self, *names: str) -> Product:
+        """The same, in float8 but for what is kept from it: quantized from the stored values, not from rounded ones."""
+        if not self._kept.isdisjoint(names):
+            return self.linear(*names)
+        weights = [self.vector(f"{name}.weight") for name in names]
+        biases = [self.matrix(f"{name}.bias") for name in names]
+        return Float8Linear.quantize(torch.cat(weights), torch.cat(biases))
+
     def linear_float32(self, name: str) -> Linear:
         return Linear(self.vector(f"{name}.weight"), self.vector(f"{name}.bias"))
 
@@ -96,20 +95,20 @@ class _Loader:
         block = f"blocks.{index}"
         own, cross = f"{block}.self_attn", f"{block}.cross_attn"
         return LayerWeights(
-            qkv=self.linear(f"{own}.q", f"{own}.k", f"{own}.v"),
+            qkv=self.product(f"{own}.q", f"{own}.k", f"{own}.v"),
             norm_q=self.vector(f"{own}.norm_q.weight"),
             norm_k=self.vector(f"{own}.norm_k.weight"),
             self_out=self.linear(f"{own}.o"),
             cross_norm_scale=self.vector(f"{block}.norm3.weight"),
             cross_norm_shift=self.vector(f"{block}.norm3.bias"),
-            cross_q=self.linear(f"{cross}.q"),
+            cross_q=self.product(f"{cross}.q"),
             cross_norm_q=self.matrix(f"{cross}.norm_q.weight"),
             cross_k=self.linear(f"{cross}.k"),
             cross_norm_k=self.matrix(f"{cross}.norm_k.weight"),
             cross_v=self.linear(f"{cross}.v"),
             cross_out=self.linear(f"{cross}.o"),
-            ffn_in=self.linear(f"{block}.ffn.0"),
-            ffn_out=self.linear(f"{block}.ffn.2"),
+            ffn_in=self.product(f"{block}.ffn.0"),
+            ffn_out=self.product(f"{block}.ffn.2"),
         )
 
 
@@ -119,6 +118,9 @@ class Transformer:
     ``timesteps`` are all that will ever be used: the modulation of every layer is computed for each of them here,
     once (``modulations [timesteps, layers, 6, dim]`` and ``head_modulations [timesteps, 2, dim]``, float32, the
     ``1 +`` of the scales included).
+
+    In dtype float8 the products that :data:`echo_rt.model.linear.FLOAT8_PRODUCTS` names are, but for those that a
+    pattern of ``float8_except`` matches; everything else is in bfloat16, and so is :attr:`dtype`.
     """
 
     def __init__(
@@ -131,10 +133,12 @@ class Transformer:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        float8_except: Sequence[str] = (),
     ) -> None:
-        self.config, self.device, self.dtype = config, device, dtype
+        self.config, self.device, self.dtype = config, device, working_dtype(dtype)
         self._ops, self._attention = ops, attention
-        load = _Loader(tensors, device, dtype)
+        self.kept_from_float8 = kept_from_float8(config.num_layers, dtype, float8_except)
+        load = _Loader(tensors, device, self.dtype, self.kept_from_float8)
         self.layers = [load.layer(index) for index in range(config.num_layers)]
         patch_weight = load.matrix("patch_embedding.weight").flatten(1)
         self._patch = Linear(patch_weight, load.matrix("patch_embedding.bias"))
@@ -164,7 +168,7 @@ class Transformer:
         """
         text = torch.zeros(self.config.text_len, self.config.text_dim, device=self.device, dtype=self.dtype)
         text[: prompt_embeds.shape[0]] = prompt_embeds
-        text = self._text_out(_gelu_tanh(self._text_in(text)))
+        text = self._text_out(gelu_tanh(self._text_in(text)))
         width = text_kv.shape[-2:]
         for layer, (keys, values) in zip(self.layers, text_kv, strict=True):
             normed = rms_norm(layer.cross_k(text), (self.config.dim,), layer.cross_norm_k, self.config.eps)
@@ -176,7 +180,7 @@ class Transformer:
         x, y = self._enter(latents, timestep)
         for index in range(len(self.layers)):
             y = self._layer(index, x, y, timestep, text_kv[index], cache)
-        return self._unpatchify(self._head(y), latents)
+        return self._unpatchify(y, latents)
 
     def store_keys(self, latents: Tensor, timestep: int, text_kv: Tensor, cache: KeyValueCache) -> None:
         """A pass for the sake of its keys and values: the last layer ends where they are stored."""
@@ -184,29 +188,32 @@ class Transformer:
         last = len(self.layers) - 1
         for index in range(last):
             y = self._layer(index, x, y, timestep, text_kv[index], cache)
-        cache.store(last, self.layers[last], self.layers[last].qkv(y))
+        cache.store(last, self.layers[last], y)
 
     def _enter(self, latents: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
-        """The residual ``[n, dim]`` and its modulated norm, the first layer's input."""
+        """The residual ``[n, dim]`` and the first layer's queries, keys and values ``[n, 3·dim]``."""
         x = self._patch(self._patchify(latents.to(self.dtype)))
         shift, scale = self.modulations[timestep, 0, :2]
-        return x, self._ops.modulated_layer_norm(x, shift, scale, self.config.eps)
+        return x, self.layers[0].qkv.after_norm(self._ops, x, shift, scale, self.config.eps)
 
-    def _layer(self, index: int, x: Tensor, y: Tensor, timestep: int, text_kv: Tensor, cache: KeyValueCache) -> Tensor:
-        """One layer on the residual ``x`` (written) and its modulated norm ``y``; the norm for what follows it."""
+    def _layer(
+        self, index: int, x: Tensor, qkv: Tensor, timestep: int, text_kv: Tensor, cache: KeyValueCache
+    ) -> Tensor:
+        """One layer on the residual ``x`` (written) and its ``qkv``; the next layer's, or what the head makes."""
         eps, ops, layer = self.config.eps, self._ops, self.layers[index]
         m = self.modulations[timestep, index]
-        y = layer.self_out(cache.attend(index, cache.store(index, layer, layer.qkv(y))))
-        y = ops.gated_residual_norm(x, y, m[2], layer.cross_norm_shift, layer.cross_norm_scale, eps)
-        y = self._cross_attention(layer, y, text_kv)
-        y = ops.gated_residual_norm(x, y, None, m[3], m[4], eps)
-        y = layer.ffn_out(_gelu_tanh(layer.ffn_in(y)))
+        y = layer.self_out(cache.attend(index, cache.store(index, layer, qkv)))
+        q = layer.cross_q.after_residual_norm(ops, x, y, m[2], layer.cross_norm_shift, layer.cross_norm_scale, eps)
+        y = self._cross_attention(layer, q, text_kv)
+        y = layer.ffn_in.after_residual_norm(ops, x, y, None, m[3], m[4], eps)
+        y = layer.ffn_out.after_gelu(ops, y)
         last = index + 1 == len(self.layers)
         shift, scale = self.head_modulations[timestep] if last else self.modulations[timestep, index + 1, :2]
-        return ops.gated_residual_norm(x, y, m[5], shift, scale, eps)
+        following: Product = self._head if last else self.layers[index + 1].qkv
+        return following.after_residual_norm(ops, x, y, m[5], shift, scale, eps)
 
-    def _cross_attention(self, layer: LayerWeights, y: Tensor, text_kv: Tensor) -> Tensor:
-        q = rms_norm(layer.cross_q(y), (self.config.dim,), layer.cross_norm_q, self.config.eps)
+    def _cross_attention(self, layer: LayerWeights, q: Tensor, text_kv: Tensor) -> Tensor:
+        q = rms_norm(q, (self.config.dim,), layer.cross_norm_q, self.config.eps)
         return layer.cross_out(self._attention(q.unflatten(-1, text_kv.shape[-2:]), text_kv[0], text_kv[1]))
 
     def _patchify(self, latents: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ class SoakConfig:
     vae_tiles: int = 1
     device: str | None = None
     dtype: str | None = None
+    float8_except: tuple[str, ...] = ()
     vae_dtype: str | None = None
     backend: str | None = None
     attention: str | None = None

@@ -166,6 +166,9 @@ def test_goals_are_met_to_the_edge_and_unmet_beyond_it() -> None:
     assert [goal.verdict for goal in judge(bad)] == ["unmet"] * 8
     assert [goal.value for goal in judge(bad)][:5] == pytest.approx([250.1, 100.1, 36.9, 10.7, 2.0])
     assert {goal.verdict for goal in judge(Achieved(*[None] * 8))} == {"open"}
+    own = judge(replace(GOOD, fps=59.9), float8=True)
+    assert [goal.verdict for goal in own] == ["met"] * 8 + ["unmet"] and "60 FPS" in own[-1].goal
+    assert judge(replace(GOOD, fps=60.0), float8=True)[-1].verdict == "met"
 
 
 def test_random_tensors_depend_on_name_and_seed_alone() -> None:

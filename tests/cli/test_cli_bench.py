@@ -69,7 +69,8 @@ def test_the_least_that_can_be_asked(call: Any, asked: list[Request]) -> None:
 
 def test_all_that_can_be_asked(call: Any, asked: list[Request], tmp_path: Path) -> None:
     text = (
-        "--model m --checkpoint c --dtype float16 --device cpu --backend torch --attention sdpa --seed 9 "
+        "--model m --checkpoint c --dtype float8 --float8-except *.ffn.2 --device cpu --backend torch "
+        "--attention sdpa --seed 9 "
         "--variants evolve,off --lookahead 2 --rounds 3 --blocks 4 --no-peers --no-chart"
     )
     done = call("bench", *shlex.split(text), "--out", tmp_path / "new" / "deep")
@@ -78,7 +79,8 @@ def test_all_that_can_be_asked(call: Any, asked: list[Request], tmp_path: Path) 
             model="m",
             checkpoint="c",
             device="cpu",
-            dtype="float16",
+            dtype="float8",
+            float8_except=("*.ffn.2",),
             backend="torch",
             attention="sdpa",
             variants=("evolve", "off"),

@@ -51,7 +51,8 @@ def test_the_least_that_can_be_asked(call: Any, asked: dict[str, Any]) -> None:
 
 def test_all_that_can_be_asked(call: Any, asked: dict[str, Any]) -> None:
     text = (
-        "--hours 24 --checkpoint c --lora l --no-ema --memory prior --dtype float16 --device cpu --backend torch "
+        "--hours 24 --checkpoint c --lora l --no-ema --memory prior --dtype float8 --float8-except a "
+        "--float8-except b --device cpu --backend torch "
         "--size 832x480 "
         "--set denoising_steps=1000,500 --set sink_frames=3 --prompt 'a fox' --prompt 'a lake' --switch-every 30 "
         "--seed 9 --snapshot-every 500 --keep 2 --interval 2.5 --hash-every 10 --port 0.0.0.0:9000 --no-plots --quiet "
@@ -69,7 +70,8 @@ def test_all_that_can_be_asked(call: Any, asked: dict[str, Any]) -> None:
         ema=False,
         memory="prior",
         vae="tiny",
-        dtype="float16",
+        dtype="float8",
+        float8_except=("a", "b"),
         vae_dtype="float32",
         device="cpu",
         backend="torch",

@@ -43,6 +43,20 @@ def test_a_model_whose_groups_show_fails(echo_rt, small_model, monkeypatch):
     assert {row["error"] for row in outcome.json["bundles"][0]["tensors"]} == {None}
 
 
+def test_float8_has_a_bound_of_its_own(echo_rt, golden_dir, tmp_path):
+    """Only where there are float8 products: a VAE is held to bfloat16's bound."""
+    call = ("verify", "--device", "cpu", "--dtype", "float8", "--json")
+    outcome = echo_rt(*call, golden_dir / "rollout_small", golden_dir / "vae")
+    assert outcome.code == 0, outcome.err
+    bounds = [{row["bound"] for row in bundle["tensors"]} for bundle in outcome.json["bundles"]]
+    assert bounds == [{6e-2}, {1.5e-2}]
+    errors = [row["error"] for row in outcome.json["bundles"][0]["tensors"]]
+    kept = echo_rt(*call, golden_dir / "rollout_small", "--float8-except", "*")
+    assert max(row["error"] for row in kept.json["bundles"][0]["tensors"]) < 1.5e-2 < max(errors)
+    refused = echo_rt(*call, golden_dir / "rollout_small", "--float8-except", "blocks.7.*")
+    assert refused.code == 2 and "'blocks.7.*' matches no layer" in refused.err
+
+
 @pytest.fixture
 def wrong_bundle(golden_dir, tmp_path):
     """A bundle that expects something else."""

@@ -1,0 +1,133 @@
+"""The products of a transformer's layers, each together with the operation that makes its input.
+
+A product in float8 reads rows that were quantized by the kernel that had them in registers anyway, so what a product
+needs and what comes before it are one thing: :class:`Linear` and :class:`Float8Linear` are told what to do with ``x``,
+and a layer is written once for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear
+
+from echo_rt.device import dtype_name
+from echo_rt.errors import ConfigError
+from echo_rt.float8 import FLOAT8, product, quantize_rows
+from echo_rt.ops import Ops
+
+# The products of a layer that read what a kernel of ours writes, by the names of their weights. Those of one line are
+# one product. The output projections of both attentions read what a library wrote: quantizing that were another pass.
+FLOAT8_PRODUCTS = (
+    ("self_attn.q", "self_attn.k", "self_attn.v"),
+    ("cross_attn.q",),
+    ("ffn.0",),
+    ("ffn.2",),
+)
+
+
+class Product(Protocol):
+    """``input @ weight.T + bias`` of what an operation makes of ``x [n, in]``; arguments as in :class:`Ops`."""
+
+    def after_norm(self, ops: Ops, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor: ...
+
+    def after_residual_norm(
+        self, ops: Ops, x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+    ) -> Tensor: ...
+
+    def after_gelu(self, ops: Ops, x: Tensor) -> Tensor: ...
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh formula, in ``x``'s dtype."""
+    return gelu(x, approximate="tanh")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix product's weight ``[out, in]`` and bias ``[out]``."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+    def after_norm(self, ops: Ops, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+        return self(ops.modulated_layer_norm(x, shift, scale, eps))
+
+    def after_residual_norm(
+        self, ops: Ops, x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+    ) -> Tensor:
+        return self(ops.gated_residual_norm(x, y, gate, shift, scale, eps))
+
+    def after_gelu(self, ops: Ops, x: Tensor) -> Tensor:
+        return self(gelu_tanh(x))
+
+
+@dataclass(frozen=True)
+class Float8Linear:
+    """The same in float8: weight e4m3fn ``[out, in]``, a float32 scale for each output, bias in the results' dtype."""
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor
+
+    @classmethod
+    def quantize(cls, weight: Tensor, bias: Tensor) -> Float8Linear:
+        """Of a float32 ``weight``."""
+        return cls(*quantize_rows(weight), bias)
+
+    def after_norm(self, ops: Ops, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+        values, scales = _rows_like(x)
+        ops.modulated_layer_norm_quantize(x, shift, scale, values, scales, eps)
+        return self._of(values, scales)
+
+    def after_residual_norm(
+        self, ops: Ops, x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+    ) -> Tensor:
+        values, scales = _rows_like(x)
+        ops.gated_residual_norm_quantize(x, y, gate, shift, scale, values, scales, eps)
+        return self._of(values, scales)
+
+    def after_gelu(self, ops: Ops, x: Tensor) -> Tensor:
+        values, scales = _rows_like(x)
+        ops.gelu_quantize(x, values, scales)
+        return self._of(values, scales)
+
+    def _of(self, values: Tensor, scales: Tensor) -> Tensor:
+        return product(values, scales, self.weight, self.scales, self.bias)
+
+
+def _rows_like(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the float8 rows of ``x [n, any]`` and their scales [n]."""
+    values = torch.empty(x.shape, dtype=FLOAT8, device=x.device)
+    return values, torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+
+
+def kept_from_float8(layers: int, dtype: torch.dtype, patterns: Sequence[str]) -> frozenset[str]:
+    """Names such as ``blocks.0.ffn.2`` of the products that could be float8 and are not, as ``patterns`` say.
+
+    A product of several projections is kept as a whole. All of them where ``dtype`` is not float8. Raises
+    :class:`ConfigError` for patterns without float8, and for one that matches nothing.
+    """
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"float8_except must be a sequence of patterns like '*.ffn.2', got {patterns!r}")
+    products = [[f"blocks.{index}.{name}" for name in names] for index in range(layers) for names in FLOAT8_PRODUCTS]
+    if dtype != FLOAT8:
+        if patterns:
+            raise ConfigError(f"float8_except is for dtype 'float8', and the dtype is {dtype_name(dtype)!r}")
+        return frozenset(name for names in products for name in names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for names in products for name in names):
+            able = ", ".join(f"blocks.N.{name}" for names in FLOAT8_PRODUCTS for name in names)
+            raise ConfigError(
+                f"float8_except: {pattern!r} matches no layer that can be float8: {able}, N in 0..{layers - 1}"
+            )
+    kept = [names for names in products if any(fnmatchcase(name, p) for name in names for p in patterns)]
+    return frozenset(name for names in kept for name in names)

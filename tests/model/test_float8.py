@@ -1,0 +1,160 @@
+"""Float8 rows, their product, and which layers of a transformer are multiplied so."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from closeness import relative_error
+from torch import Tensor
+
+from echo_rt.device import dtype_name, parse_dtype, working_dtype
+from echo_rt.errors import BackendError, ConfigError
+from echo_rt.float8 import FLOAT8, FLOAT8_MAX, on_tensor_cores, product, quantize_rows
+from echo_rt.model.linear import Float8Linear, Linear, Product, kept_from_float8
+from echo_rt.ops import available_backends, load_ops
+
+BACKENDS = [name for name, status in available_backends().items() if status == "available"]
+CPU = torch.device("cpu")
+# Two rows of rounding to three bits of mantissa, at random: 2^-4 / sqrt(3) each for the worst mantissa.
+FLOAT8_PRODUCT = 5e-2
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- rows
+
+
+def test_every_value_is_the_nearest_one() -> None:
+    rows = torch.cat((normal(50, 64), 1e-3 * normal(50, 64, seed=1) ** 5, 1e20 * normal(2, 64, seed=2)))
+    values, scales = quantize_rows(rows)
+    assert values.dtype == FLOAT8 and scales.shape == (102,)
+    torch.testing.assert_close(scales, rows.abs().amax(1) / FLOAT8_MAX, rtol=1e-6, atol=0)
+    finite = torch.arange(256, dtype=torch.uint8).view(FLOAT8).double()
+    finite = finite[finite.isfinite()]
+    wanted = rows.double() / scales.double()[:, None]
+    least = (finite - wanted[..., None]).abs().amin(-1)
+    assert ((values.double() - wanted).abs() <= least * (1 + 1e-5) + 1e-5 * wanted.abs()).all()
+    assert (values.float().abs().amax(1) == FLOAT8_MAX).all(), "the range is not used"
+
+
+def test_rows_of_zeros_and_rows_that_are_not_finite() -> None:
+    rows = normal(5, 32)
+    rows[0], rows[1, 3], rows[2, 4], rows[3] = 0, math.nan, math.inf, 1e-42
+    values, scales = quantize_rows(rows)
+    for row in (0, 3):
+        assert not values[row].float().any() and scales[row] > 0 and scales[row].reciprocal().isfinite()
+    out = product(values, scales, *quantize_rows(normal(16, 32, seed=1)), torch.zeros(16, dtype=torch.bfloat16))
+    assert out[1].isnan().all() and out[2].isnan().all(), "a product hides what is not finite"
+    assert out[[0, 3, 4]].isfinite().all() and not out[0].any()
+
+
+# ---- products
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda" and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)):
+        pytest.skip("no GPU that multiplies float8")
+    return torch.device(request.param)
+
+
+@pytest.mark.parametrize(("into", "out"), [(64, 48), (24, 7)], ids=["whole", "odd"])
+def test_a_product_is_that_of_the_numbers(device: torch.device, into: int, out: int) -> None:
+    x, weight = (quantize_rows(normal(rows, into, seed=rows).to(device)) for rows in (5, out))
+    bias = normal(out, seed=2).to(device, torch.bfloat16)
+    numbers = [values.double() * scales.double()[:, None] for values, scales in (x, weight)]
+    expected = numbers[0] @ numbers[1].T + bias.double()
+    actual = product(*x, *weight, bias)
+    assert actual.dtype == torch.bfloat16
+    assert relative_error(actual, expected) < 3e-3  # one rounding
+
+
+def test_the_call_of_the_library_is_one_that_it_takes() -> None:
+    """Its arguments are the same on a GPU, but for what a CPU's version may not have."""
+    x, weight = quantize_rows(normal(5, 64)), quantize_rows(normal(48, 64, seed=1))
+    bias = normal(48, seed=2).bfloat16()
+    try:
+        actual = on_tensor_cores(*x, *weight, bias)
+    except RuntimeError as error:
+        pytest.skip(f"this torch has no scales of rows on a CPU: {error}")
+    assert relative_error(actual, product(*x, *weight, bias).double()) < 3e-3
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda"])
+def test_both_kinds_of_product_do_the_same_with_what_comes_before(backend: str) -> None:
+    ops = load_ops(backend)
+    weight, bias = normal(48, 64) / 8, normal(48, seed=1).bfloat16()
+    kinds: tuple[Product, ...] = (Linear(weight.bfloat16(), bias), Float8Linear.quantize(weight, bias))
+    x, y, gate = normal(7, 64, seed=2).bfloat16(), normal(7, 64, seed=3).bfloat16(), normal(64, seed=4)
+    shift, scale = normal(64, seed=5), 1 + normal(64, seed=6)
+    sums = [x.clone(), x.clone()]
+    results = [
+        [
+            kind.after_norm(ops, x, shift, scale, 1e-6),
+            kind.after_residual_norm(ops, sums[index], y, gate, shift, scale, 1e-6),
+            kind.after_residual_norm(ops, x.clone(), y, None, shift, scale, 1e-6),
+            kind.after_gelu(ops, x),
+        ]
+        for index, kind in enumerate(kinds)
+    ]
+    assert torch.equal(*sums) and not torch.equal(sums[0], x)
+    for plain, quantized in zip(*results, strict=True):
+        assert quantized.dtype == torch.bfloat16
+        assert 1e-3 < relative_error(quantized, plain.double()) < FLOAT8_PRODUCT
+
+
+# ---- which layers
+
+
+def test_layers_are_kept_by_name() -> None:
+    assert kept_from_float8(2, FLOAT8, ()) == frozenset()
+    assert kept_from_float8(2, FLOAT8, ("*.ffn.2",)) == {"blocks.0.ffn.2", "blocks.1.ffn.2"}
+    own = {f"blocks.1.self_attn.{name}" for name in "qkv"}
+    assert kept_from_float8(2, FLOAT8, ["blocks.1.self_attn.k"]) == own  # one product
+    others = {f"blocks.1.{name}" for name in ("cross_attn.q", "ffn.0", "ffn.2")}
+    assert kept_from_float8(2, FLOAT8, ("blocks.1.*",)) == own | others
+    assert len(kept_from_float8(2, FLOAT8, ("*",))) == len(kept_from_float8(2, torch.bfloat16, ())) == 12
+
+
+@pytest.mark.parametrize(
+    ("dtype", "patterns", "words"),
+    [
+        (FLOAT8, ("*.ffn.0", "blocks.2.*"), r"'blocks\.2\.\*' matches no layer .* blocks\.N\.ffn\.2, N in 0\.\.1$"),
+        (FLOAT8, ("*.self_attn.o",), r"'\*\.self_attn\.o' matches no layer"),  # it is in bfloat16 anyway
+        (FLOAT8, ("",), "'' matches no layer"),
+        (FLOAT8, "*.ffn.2", r"a sequence of patterns like '\*\.ffn\.2', got '\*\.ffn\.2'"),
+        (FLOAT8, (3,), r"a sequence of patterns .* got \(3,\)"),
+        (torch.bfloat16, ("*.ffn.2",), "for dtype 'float8', and the dtype is 'bfloat16'"),
+    ],
+)
+def test_patterns_that_keep_nothing_are_refused(dtype: torch.dtype, patterns: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        kept_from_float8(2, dtype, patterns)
+
+
+# ---- the dtype
+
+
+def test_float8_is_a_dtype_that_works_in_bfloat16() -> None:
+    assert parse_dtype("float8", CPU) == parse_dtype(FLOAT8, CPU) == FLOAT8
+    assert working_dtype(FLOAT8) == torch.bfloat16 and working_dtype(torch.float16) == torch.float16
+    assert [dtype_name(parse_dtype(name, CPU)) for name in ("float8", "float32")] == ["float8", "float32"]
+
+
+@pytest.mark.parametrize(("capability", "able"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_a_gpu_without_float8_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], able: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda:1")
+    assert parse_dtype("bfloat16", gpu) == torch.bfloat16
+    if able:
+        assert parse_dtype("float8", gpu) == FLOAT8
+        return
+    own = "sm_{}{}".format(*capability)
+    with pytest.raises(BackendError, match=rf"needs a GPU .* sm_89 or newer .* cuda:1 is {own}; choose"):
+        parse_dtype("float8", gpu)
