@@ -33,9 +33,9 @@ constexpr int kNarrowColumns = 16;
 constexpr int kDepth = 32;
 constexpr int kChunksDeep = kDepth / kChunk;
 constexpr int kApart = kThreads / kChunksDeep;  // of the pixels, or rows of weights, whose chunks one thread copies
-// Tiles of weights in shared memory: the one in use and two under way. A tile feeds 192 mma of each block, 600 clocks
-// where two blocks take turns, so two tiles ahead are well beyond the journey from L2.
-constexpr int kStages = 3;
+// Tiles of weights in shared memory: the one in use and three under way. A tile feeds 192 mma of its block, 600 clocks
+// where two blocks take turns, so that L2 has some 1800 clocks to bring one.
+constexpr int kStages = 4;
 constexpr int kTilesAhead = kStages - 1;
 
 template <typename T, int kSize>
@@ -71,10 +71,11 @@ struct Shared {
     float sums[kWarps][kFragment][kColumns + 8];  // at the end; rows 8 banks apart let a store meet all 32 banks
   };
 };
-// Two blocks of the 3x3 fit an SM of 164 KB or more, one the 100 KB of sm_86, sm_89 and sm_120.
-static_assert(sizeof(Shared<uint16_t, 3, kWideColumns>) <= 64 * 1024);
-static_assert(sizeof(Shared<uint16_t, 2, kWideColumns>) <= 64 * 1024);
-static_assert(sizeof(Shared<uint16_t, 1, kWideColumns>) <= 80 * 1024);
+// Two blocks of 3x3 and 2x2 taps fit an SM of 164 KB, of one tap one of 228; one block fits the 100 KB of sm_86, sm_89
+// and sm_120.
+static_assert(sizeof(Shared<uint16_t, 3, kWideColumns>) <= 80 * 1024);
+static_assert(sizeof(Shared<uint16_t, 2, kWideColumns>) <= 80 * 1024);
+static_assert(sizeof(Shared<uint16_t, 1, kWideColumns>) <= 99 * 1024);
 
 // What a block computes: kSide x kSide pixels of the picture x, of which out has one phase, and some channels of them.
 struct Place {
