@@ -13,29 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_rt.attention import attentions, cache_file
-from echo_rt.decoding import DecoderOptions, make_decoder
-from echo_rt.device import capturing, model_context, parse_device, parse_dtype, parse_vae_dtype, working_dtype
+from echo_rt.assembly import Options, assemble
+from echo_rt.decoding import DecoderOptions
+from echo_rt.device import capturing, parse_device, parse_dtype, parse_vae_dtype
 from echo_rt.engine import Engine
-from echo_rt.errors import ConfigError, StallError, StreamError
-from echo_rt.executor import make_executor
+from echo_rt.errors import StallError, StreamError
 from echo_rt.failed_frames import frees_frames
-from echo_rt.float8 import FLOAT8
 from echo_rt.forks import Home, note_loading
 from echo_rt.guard import Guard
 from echo_rt.loading import LoadedModel, load_model
-from echo_rt.model.memory import MemoryEncoder
-from echo_rt.model.sampler import Schedule
-from echo_rt.model.transformer import Transformer
 from echo_rt.ops import check_device, load_ops
 from echo_rt.options import WAN_VAE, MemoryMode, check_seed
-from echo_rt.pipeline import Pipeline
-from echo_rt.prompts import PromptEncoder
-from echo_rt.rollout import Rollout
 from echo_rt.snapshot import Snapshot
-from echo_rt.steady import SteadyCheck
 from echo_rt.stream import Stream
-from echo_rt.weights.fingerprint import FingerprintedTensors
 
 _logger = logging.getLogger("echo_rt.runtime")
 
@@ -52,95 +42,21 @@ class Runtime:
     ``(width, height)`` in pixels and ``fps`` its frames a second.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        backend: str | None,
-        attention: str | None,
-        decoding: DecoderOptions,
-        graphs: bool | None,
-        lookahead: int | None,
-        check: bool,
-        keep_text_encoder: bool,
-        float8_except: Sequence[str] = (),
-    ) -> None:
-        folder, config, mode, tiny_vae = loaded.folder, loaded.config, loaded.mode, loaded.tiny_vae
-        self.config, self.vae_config = config, folder.vae_config()
-        self.vae = WAN_VAE if tiny_vae is None else tiny_vae.kind.name
-        self.device, self.dtype, self.vae_dtype, self.memory = device, dtype, decoding.dtype, mode
+    def __init__(self, loaded: LoadedModel, options: Options) -> None:
         self._lock = threading.RLock()  # held while a stream comes to life, or the runtime to its end
         self._live: weakref.ref[Stream] | None = None
         self._home = Home()
-        ops = load_ops(backend)
-        self.backend = ops.name
-        if self.vae_config.z_dim != config.transformer.in_channels:
-            raise ConfigError(
-                f"the VAE has {self.vae_config.z_dim} latent channels, the transformer {config.transformer.in_channels}"
-            )
-        executor = make_executor(device, graphs)
-        self.lookahead = _check_lookahead(lookahead, device)
-        working = working_dtype(dtype)
-        self.attention, self.text_attention = attentions(config, device, working, attention, cache=cache_file())
-        schedule = Schedule(config.sampler, device)
-        weights = [
-            FingerprintedTensors(part, f"{source} ({name})")
-            for name, part, source in (
-                ("transformer", loaded.transformer, loaded.transformer_source),
-                ("memory encoder", loaded.memory or {}, loaded.memory_source),
-                ("VAE", folder.vae_tensors(), str(folder.path))
-                if tiny_vae is None
-                else ("tiny decoder", tiny_vae.tensors, str(tiny_vae.path)),
-            )
-        ]
-        with model_context(device, working, decoding.dtype):
-            transformer = Transformer(
-                config.transformer,
-                weights[0],
-                schedule.timesteps,
-                ops,
-                self.text_attention.attention,
-                device=device,
-                dtype=dtype,
-                float8_except=float8_except,
-            )
-            encoder = (
-                None if config.memory is None else MemoryEncoder(config, weights[1], ops, device=device, dtype=working)
-            )
-            decoder, self.convolutions = make_decoder(loaded, weights[2], ops, decoding, device=device)
-            rollout = Rollout(config, transformer, encoder, schedule, ops, self.attention.attention, mode, executor)
-            pipeline = Pipeline(
-                rollout, decoder, self.vae_config, ops, executor, device=device, depth=1 + self.lookahead
-            )
-        model = {
-            **config.to_flat(),
-            "memory_mode": mode.value,
-            "vae": self.vae,
-            "dtype": str(dtype),
-            "vae_dtype": str(decoding.dtype),
-            "weights": [part.digest() for part in weights],
-        }
-        if dtype == FLOAT8:
-            model["float8_except"] = sorted(transformer.kept_from_float8)
-        self._engine: Engine | None = Engine(
-            device=device,
-            dtype=working,
-            vae_dtype=decoding.dtype,
-            rollout=rollout,
-            pipeline=pipeline,
-            executor=executor,
-            vae=self.vae_config,
-            model=model,
-            prompts=PromptEncoder(folder, config.transformer, device, keep=keep_text_encoder),
-            lookahead=self.lookahead,
-            check=SteadyCheck(executor, device, pipeline.buffers) if check else None,
-        )
+        made = assemble(loaded, options)
+        engine = made.engine
+        self.config, self.vae_config, self.memory = loaded.config, engine.vae, loaded.mode
+        self.device, self.dtype, self.vae_dtype = options.device, options.dtype, engine.vae_dtype
+        self.backend, self.vae, self.lookahead = made.backend, made.vae, engine.lookahead
+        self.attention, self.text_attention, self.convolutions = made.attention, made.text_attention, made.convolutions
+        self._engine: Engine | None = engine
         # Torch knows its buffers by the stream they were made on, and would lend them out amid a block of the lanes.
-        self._ending = weakref.finalize(self._engine, executor.settle)
+        self._ending = weakref.finalize(engine, engine.executor.settle)
         self._ending.atexit = False
-        executor.settle()  # what was loaded on this thread's CUDA stream is there for any other
+        engine.executor.settle()  # what was loaded on this thread's CUDA stream is there for any other
 
     @classmethod
     @frees_frames
@@ -225,19 +141,19 @@ class Runtime:
             height=height,
             overrides=overrides,
         )
-        return cls(
-            loaded,
+        options = Options(
             device=place,
             dtype=precision,
+            decoding=decoding,
             backend=backend,
             attention=attention,
-            decoding=decoding,
             graphs=graphs,
             lookahead=lookahead,
             check=check,
             keep_text_encoder=keep_text_encoder,
             float8_except=float8_except,
         )
+        return cls(loaded, options)
 
     # ---------------------------------------------------------------- facts
 
@@ -393,11 +309,3 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _check_lookahead(lookahead: int | None, device: torch.device) -> int:
-    if lookahead is None:
-        return 1 if device.type == "cuda" else 0  # on a CPU there is nothing to be busy beside
-    if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 0:
-        raise ConfigError(f"lookahead must be a number of blocks, 0 or more, got {lookahead!r}")
-    return lookahead

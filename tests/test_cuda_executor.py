@@ -135,7 +135,7 @@ def test_a_video_through_it(small_model: Path, log: Log, lookahead: int, monkeyp
         executors.append(CudaExecutor(device, graphs=True))
         return executors[0]
 
-    monkeypatch.setattr("echo_rt.runtime.make_executor", make)
+    monkeypatch.setattr("echo_rt.assembly.make_executor", make)
     with load(small_model, overrides=FEW_STEPS, lookahead=lookahead, check=True) as runtime:
         log.buffers = runtime._engine.pipeline.buffers  # type: ignore[union-attr]
         assert same(film(runtime), expected)

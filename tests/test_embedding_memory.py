@@ -14,10 +14,10 @@ from streaming import PROMPT, embeds, load, same, take, video
 from torch import Tensor
 
 import echo_rt
+import echo_rt.assembly
 import echo_rt.decoding
 import echo_rt.prompts
 import echo_rt.rollout
-import echo_rt.runtime
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.transformer import Transformer
 from echo_rt.model.vae_decoder import VaeDecoder
@@ -77,11 +77,11 @@ def test_close_gives_every_byte_back(small_model: Path) -> None:
 
 # What runs out of memory where: the attribute that is replaced, and how often it still works.
 PLACES: dict[str, tuple[object, str, int]] = {
-    "load: transformer": (echo_rt.runtime, "Transformer", 0),
-    "load: memory": (echo_rt.runtime, "MemoryEncoder", 0),
+    "load: transformer": (echo_rt.assembly, "Transformer", 0),
+    "load: memory": (echo_rt.assembly, "MemoryEncoder", 0),
     "load: decoder": (echo_rt.decoding, "VaeDecoder", 0),
     "load: buffers": (echo_rt.rollout, "RolloutState", 0),
-    "load: slots": (echo_rt.runtime, "Pipeline", 0),
+    "load: slots": (echo_rt.assembly, "Pipeline", 0),
     "start: text encoder": (echo_rt.prompts, "TextEncoder", 0),
     "start: text keys": (Transformer, "encode_text", 0),
     "block: attention": (Transformer, "flow", 9),

@@ -36,7 +36,7 @@ BETWEEN_STAGES = {"slice", "copy_", "clone", "_local_scalar_dense", "detach", "a
 def executed_by(executor: Executor) -> Iterator[None]:
     """Runtimes that are loaded meanwhile are given ``executor``."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("echo_rt.runtime.make_executor", lambda device, graphs: executor)
+        patch.setattr("echo_rt.assembly.make_executor", lambda device, graphs: executor)
         yield
 
 

@@ -1,0 +1,132 @@
+"""From what was loaded, and what its user chose, to an engine that is ready to stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from echo_rt.attention import Choice, attentions, cache_file
+from echo_rt.decoding import Convolutions, DecoderOptions, make_decoder
+from echo_rt.device import model_context, working_dtype
+from echo_rt.engine import Engine
+from echo_rt.errors import ConfigError
+from echo_rt.executor import make_executor
+from echo_rt.float8 import FLOAT8
+from echo_rt.loading import LoadedModel
+from echo_rt.model.memory import MemoryEncoder
+from echo_rt.model.sampler import Schedule
+from echo_rt.model.transformer import Transformer
+from echo_rt.ops import load_ops
+from echo_rt.options import WAN_VAE
+from echo_rt.pipeline import Pipeline
+from echo_rt.prompts import PromptEncoder
+from echo_rt.rollout import Rollout
+from echo_rt.steady import SteadyCheck
+from echo_rt.weights.fingerprint import FingerprintedTensors
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user chose of how a model runs, as :meth:`echo_rt.Runtime.from_pretrained` explains it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    decoding: DecoderOptions
+    backend: str | None
+    attention: str | None
+    graphs: bool | None
+    lookahead: int | None
+    check: bool
+    keep_text_encoder: bool
+    float8_except: Sequence[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Assembly:
+    """An engine, and what was chosen on the way to it: the decoder's name, libraries and kernels, and why these."""
+
+    engine: Engine
+    backend: str
+    vae: str
+    attention: Choice
+    text_attention: Choice
+    convolutions: Convolutions
+
+
+def assemble(loaded: LoadedModel, options: Options) -> Assembly:
+    """Weights go to the device, buffers are made. Raises :class:`ConfigError` and :class:`BackendError`."""
+    folder, config, tiny_vae = loaded.folder, loaded.config, loaded.tiny_vae
+    device, dtype, working = options.device, options.dtype, working_dtype(options.dtype)
+    vae_config = folder.vae_config()
+    vae = WAN_VAE if tiny_vae is None else tiny_vae.kind.name
+    ops = load_ops(options.backend)
+    if vae_config.z_dim != config.transformer.in_channels:
+        raise ConfigError(
+            f"the VAE has {vae_config.z_dim} latent channels, the transformer {config.transformer.in_channels}"
+        )
+    executor = make_executor(device, options.graphs)
+    lookahead = _check_lookahead(options.lookahead, device)
+    attention, text_attention = attentions(config, device, working, options.attention, cache=cache_file())
+    schedule = Schedule(config.sampler, device)
+    transformer_weights, memory_weights, vae_weights = (
+        FingerprintedTensors(part, f"{source} ({name})")
+        for name, part, source in (
+            ("transformer", loaded.transformer, loaded.transformer_source),
+            ("memory encoder", loaded.memory or {}, loaded.memory_source),
+            ("VAE", folder.vae_tensors(), str(folder.path))
+            if tiny_vae is None
+            else ("tiny decoder", tiny_vae.tensors, str(tiny_vae.path)),
+        )
+    )
+    with model_context(device, working, options.decoding.dtype):
+        transformer = Transformer(
+            config.transformer,
+            transformer_weights,
+            schedule.timesteps,
+            ops,
+            text_attention.attention,
+            device=device,
+            dtype=dtype,
+            float8_except=options.float8_except,
+        )
+        encoder = None
+        if config.memory is not None:
+            encoder = MemoryEncoder(config, memory_weights, ops, device=device, dtype=working)
+        decoder, convolutions = make_decoder(loaded, vae_weights, ops, options.decoding, device=device)
+        rollout = Rollout(config, transformer, encoder, schedule, ops, attention.attention, loaded.mode, executor)
+        pipeline = Pipeline(rollout, decoder, vae_config, ops, executor, device=device, depth=1 + lookahead)
+    # A snapshot goes on with the same model alone: all that its video depends on, beside seed and prompts.
+    model = {
+        **config.to_flat(),
+        "memory_mode": loaded.mode.value,
+        "vae": vae,
+        "dtype": str(dtype),
+        "vae_dtype": str(options.decoding.dtype),
+        "weights": [part.digest() for part in (transformer_weights, memory_weights, vae_weights)],
+    }
+    if dtype == FLOAT8:
+        model["float8_except"] = sorted(transformer.kept_from_float8)
+    engine = Engine(
+        device=device,
+        dtype=working,
+        vae_dtype=options.decoding.dtype,
+        rollout=rollout,
+        pipeline=pipeline,
+        executor=executor,
+        vae=vae_config,
+        model=model,
+        prompts=PromptEncoder(folder, config.transformer, device, keep=options.keep_text_encoder),
+        lookahead=lookahead,
+        check=SteadyCheck(executor, device, pipeline.buffers) if options.check else None,
+    )
+    return Assembly(engine, ops.name, vae, attention, text_attention, convolutions)
+
+
+def _check_lookahead(lookahead: int | None, device: torch.device) -> int:
+    if lookahead is None:
+        return 1 if device.type == "cuda" else 0  # on a CPU there is nothing to be busy beside
+    if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 0:
+        raise ConfigError(f"lookahead must be a number of blocks, 0 or more, got {lookahead!r}")
+    return lookahead
