@@ -47,7 +47,9 @@ constexpr int pixel_lanes(int64_t channels) {
 template <class T>
 ECHO_DEVICE float silu(float x) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    return x / (1.0f + expf(-x));
+    // Two units in the last place. An exact division has a path that is a call, and registers would be spilled around
+    // it.
+    return __fdividef(x, 1.0f + expf(-x));
   } else {
     constexpr float kLog2E = 1.44269504f;
     return __fdividef(x, 1.0f + exp2_approximate(-kLog2E * x));
