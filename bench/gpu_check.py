@@ -21,7 +21,7 @@ from typing import Any
 
 from _checkout import ROOT
 from gpu_stages import BUDGETS, Options, Stage, plan, stage_environment
-from gpu_summary import Outcome, write_summary
+from gpu_summary import FLOAT8_FOLDER, Outcome, write_summary
 
 from echo_rt.errors import EchoError
 
@@ -206,7 +206,7 @@ def main(argv: Sequence[str]) -> int:
     }
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        for stale in ("kernel_times", "block", "savings", "golden"):
+        for stale in ("kernel_times", "block", "vae", "savings", "golden", f"{FLOAT8_FOLDER}/block"):
             for suffix in (".json", ".md"):
                 (options.out / f"{stale}{suffix}").unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from _checkout import ROOT
+from gpu_summary import FLOAT8_FOLDER
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Wall seconds for everything; a caller who has ten minutes, or three, needs some of them to start and to collect.
@@ -119,14 +120,18 @@ def _measurements(options: Options) -> Iterator[Stage]:
         yield Stage("vae", vae, limit=120, least=45)
         savings = (sys.executable, "bench/savings.py", *common, *(["--quick"] if options.rehearsal else []))
         yield Stage("savings", savings, limit=120, least=40)
+        yield _block(options, size, float8=True)
 
 
-def _block(options: Options, size: str) -> Stage:
+def _block(options: Options, size: str, *, float8: bool = False) -> Stage:
+    name, out, dtype = (
+        ("block_float8", options.out / FLOAT8_FOLDER, "float8") if float8 else ("block", options.out, "bfloat16")
+    )
     # The chart is left out: a check leaves few files. bfloat16 in a rehearsal too: the memory's kernels ask for it.
-    where = ("--out", str(options.out), "--device", options.device, "--no-chart")
-    what = ("--size", size, "--backend", options.backend, "--dtype", "bfloat16")
+    where = ("--out", str(out), "--device", options.device, "--no-chart")
+    what = ("--size", size, "--backend", options.backend, "--dtype", dtype)
     what += ("--rounds", "1", "--blocks", "2") if options.rehearsal else ("--rounds", "2", "--blocks", "5")
-    return Stage("block", (sys.executable, "bench/block.py", *where, *what), limit=180, least=60)
+    return Stage(name, (sys.executable, "bench/block.py", *where, *what), limit=180, least=60)
 
 
 def sanitizer_command(program: str, tool: str) -> list[str]:

@@ -11,6 +11,9 @@ from typing import Any
 
 from echo_rt.bench.tables import Column, write_results
 
+# What a whole block takes with float8 linear layers lies in a folder of its own, beside that of bfloat16.
+FLOAT8_FOLDER = "float8"
+
 _COLUMNS = (
     Column("name", "stage", text=True),
     Column("state", "state", text=True),
@@ -136,6 +139,8 @@ def write_summary(
         notes += _kernel_notes(kernels)
     if block is not None:
         notes += _block_notes(block)
+    if (float8 := _read(out / FLOAT8_FOLDER / "block.json")) is not None:
+        notes += [f"In float8: {note}" for note in _block_notes(float8)]
     if savings is not None:
         notes += _savings_notes(savings)
     if vae is not None:

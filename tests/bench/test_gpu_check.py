@@ -134,7 +134,7 @@ def test_the_plan_of_a_gpu_fits_its_budget(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(gpu_stages, "find_program", lambda name: f"/toolkit/{name}")
     stages = {s.name: s for s in plan(Options(tmp_path, quick=quick))}
     expected = {"build", "doctor", "op_tests", "gpu_tests", "kernels", "golden", "sanitizer_control"}
-    expected |= set(SANITIZERS[: 2 if quick else 4]) | (set() if quick else {"block", "vae", "savings"})
+    expected |= set(SANITIZERS[: 2 if quick else 4]) | (set() if quick else {"block", "vae", "savings", "block_float8"})
     assert set(stages) == expected
     assert sum(s.least for s in stages.values()) < gpu_stages.BUDGETS[quick] <= (180 if quick else 600)
     assert stages["build"].environment["ECHO_RT_BUILD"] == "cuda"
