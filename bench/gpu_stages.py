@@ -124,9 +124,8 @@ def _measurements(options: Options) -> Iterator[Stage]:
 
 
 def _block(options: Options, size: str, *, float8: bool = False) -> Stage:
-    name, out, dtype = (
-        ("block_float8", options.out / FLOAT8_FOLDER, "float8") if float8 else ("block", options.out, "bfloat16")
-    )
+    name, dtype = ("block_float8", "float8") if float8 else ("block", "bfloat16")
+    out = options.out / FLOAT8_FOLDER if float8 else options.out
     # The chart is left out: a check leaves few files. bfloat16 in a rehearsal too: the memory's kernels ask for it.
     where = ("--out", str(out), "--device", options.device, "--no-chart")
     what = ("--size", size, "--backend", options.backend, "--dtype", dtype)
