@@ -104,7 +104,7 @@ def test_flashdreams_is_driven_where_it_is_installed(parts: Parts, install: Call
     install(Vae)
     found, missing = find_peers(parts, torch.zeros(1, 8), 0)
     assert missing == [] and [peer.name for peer in found] == ["FlashDreams"]
-    assert found[0].ok and found[0].error < 1e-6 and found[0].beside == "decode" and "mid-stream" in found[0].what
+    assert found[0].ok and found[0].error < 2e-6 and found[0].beside == "decode" and "mid-stream" in found[0].what
     video = found[0].call()
     assert isinstance(video, Tensor) and video.shape == (1, 3, 12, 16, 16)
 
