@@ -73,7 +73,7 @@ class VaeDecoder:
         """The state of a new stream of latents of this size, of which up to ``latents`` are decoded in one go.
 
         ``frames_at_full``: how many frames of full resolution are worked on at once; None for those of one latent, or
-        a single one where the decoder has ``tiles``.
+        a single one where the decoder has ``tiles``. What one frame becomes on its way is not taken apart, however.
         """
         plan = self._plan(latent_height, latent_width, latents, frames_at_full)
         return plan.new_state(device=self.device, dtype=self.dtype)

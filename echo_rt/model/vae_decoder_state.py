@@ -8,6 +8,7 @@ in bands of rows, each with the rows around it that its pixels depend on (:class
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -153,9 +154,11 @@ def plan_decoding(
 
     for index, level in enumerate(levels):
         rows = None if bands is None or index < bands.first else [band[index - bands.first] for band in bands.bands]
-        if bands is None or index <= bands.first:  # a band goes through the levels in one piece of time
-            limit = frames_at_full * 2 ** (2 * (len(levels) - 1 - index))
-            frames = min(frames, max(1, limit // level.rate))
+        if bands is None or index <= bands.first:
+            limit = frames_at_full * 2 ** (2 * (len(levels) - 1 - index)) // level.rate
+            if bands is not None and index == bands.first:  # nothing is taken apart from here on
+                limit = frames_at_full // math.prod(each.rate for each in levels[index:])
+            frames = min(frames, max(1, limit))
             at_once.append(frames)
         add(level.entry, rows)
         frames *= level.rate

@@ -81,6 +81,18 @@ def test_tiles_take_less_memory(golden: Bundle) -> None:
     assert tiled.nbytes - remembered < (whole.nbytes - remembered) / 2
 
 
+@pytest.mark.parametrize(
+    ("downsample", "frames"), [((False, True, True), 2), ((True, True, False), 4), ((False, False, True), 1)], ids=str
+)
+def test_a_band_is_of_one_frame_and_what_is_made_of_it(downsample: tuple[bool, ...], frames: int) -> None:
+    """Where time doubles within the two highest resolutions, one frame that enters them becomes several."""
+    config = tiny_config(dim_mult=(1, 1, 1, 1), temporal_downsample=downsample, num_res_blocks=1)
+    decoder = make_decoder(config, random_weights(vae_decoder_shapes(config)), 2)
+    for latents in (1, 3):
+        head = decoder.convolution_shapes(14, 3, latents)["decoder.head.2"]
+        assert head.out_size[0] == frames
+
+
 PAGE = Path(__file__).parent.parent.parent / "docs" / "decoder.md"
 
 
