@@ -137,6 +137,48 @@ def test_a_snapshot_in_mid_stream_goes_on_with_other_tiles(golden: Bundle) -> No
     assert relative_error(video, golden.expected["video"].permute(0, 2, 3, 1)) < FLOAT32_ROUNDING
 
 
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_only_what_a_snapshot_keeps_outlives_a_call(golden: Bundle, tiles: int) -> None:
+    latents = golden.inputs["latents"]
+    decoder = make_decoder(golden.config, golden.weights, tiles)
+    expected = decode(decoder, latents, (1, 3, 3), 3)
+    state = decoder.new_state(*latents.shape[2:], 3)
+    kept = {tensor.data_ptr() for tensor in state.tensors().values()}
+    scratch = [tensor for tensor in state.buffers().values() if tensor.data_ptr() not in kept]
+    assert len(scratch) > (tiles - 1) * 10
+    parts = []
+    for part in latents.split([1, 3, 3]):
+        for tensor in scratch:
+            tensor.fill_(torch.nan)
+        parts.append(decoder.decode(part, state))
+    assert torch.equal(torch.cat(parts), expected)
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_a_nan_shows_and_is_gone_with_what_was_remembered(golden: Bundle, tiles: int) -> None:
+    latents = golden.inputs["latents"]
+    decoder = make_decoder(golden.config, golden.weights, tiles)
+    state = decoder.new_state(*latents.shape[2:], 3)
+    expected = decoder.decode(latents[:3], state)
+    saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    following = decoder.decode(latents[3:6], state)
+    sick = latents[3:6].clone()
+    sick[1, 0, -1, -1] = torch.nan
+
+    for name, tensor in state.tensors().items():
+        tensor.copy_(saved[name])
+    video = decoder.decode(sick, state)
+    assert not video[:4].isnan().any() and video[4:].isnan().any((1, 2, 3)).all()
+    assert any(tensor.isnan().any() for tensor in state.tensors().values())
+    for name, tensor in state.tensors().items():
+        tensor.copy_(saved[name])
+    assert torch.equal(decoder.decode(latents[3:6], state), following)
+
+    decoder.decode(sick, state)
+    state.reset()
+    assert torch.equal(decoder.decode(latents[:3], state), expected)
+
+
 @pytest.mark.parametrize(("tiles", "words"), [(0, "at least 1, got 0"), (3, "expected 1 to 2 for latents 6 rows high")])
 def test_tiles_that_there_are_no_rows_for(golden: Bundle, tiles: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
