@@ -37,6 +37,10 @@ class DecoderOptions:
     def __post_init__(self) -> None:
         if isinstance(self.tiles, bool) or not isinstance(self.tiles, int) or self.tiles < 1:
             raise ConfigError(f"vae_tiles must be an integer of 1 or more, got {self.tiles!r}")
+        if not isinstance(self.convolution, str | None):
+            raise ConfigError(
+                f"convolution must be text, names with commas between, or left out; got {self.convolution!r}"
+            )
 
 
 def make_decoder(

@@ -74,6 +74,7 @@ def test_convolutions_can_be_chosen(small_model: Path, monkeypatch: pytest.Monke
     [
         ({"convolution": "magic"}, BackendError, "convolution must be one of conv3d, .*; got 'magic'"),
         ({"convolution": "conv3d-searched"}, BackendError, "it runs on cuda, the device is cpu; choose conv3d or"),
+        ({"convolution": ("phases",)}, ConfigError, r"convolution must be text, .* got \('phases',\)"),
         ({"convolution": "kernel"}, BackendError, "this model's backend has none; choose"),
         ({"convolution": "phases", "vae": "tiny"}, ConfigError, "convolution must be left out for a tiny decoder"),
     ],
