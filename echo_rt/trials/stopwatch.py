@@ -20,6 +20,10 @@ class Bench:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
+    def capture_failed(self) -> None:
+        """Torch may believe for ever that the pool is being captured into, and refuse the next capture."""
+        self.pool = torch.cuda.graph_pool_handle()
+
 
 def stopwatch(
     call: Callable[[], object],
@@ -38,13 +42,19 @@ def stopwatch(
     capture = torch.cuda.graph if bench is None else partial(torch.cuda.graph, pool=bench.pool)
     with current(device):
         stream.wait_stream(torch.cuda.current_stream(device))
+        # Around the capture too: where that fails, torch leaves its stream the current one.
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
                 call()
-        # Other threads may be running models meanwhile.
-        with capturing, capture(graph, stream=stream, capture_error_mode="thread_local"):
-            for _ in range(calls):
-                call()
+            try:
+                # Other threads may be running models meanwhile.
+                with capturing, capture(graph, stream=stream, capture_error_mode="thread_local"):
+                    for _ in range(calls):
+                        call()
+            except BaseException:
+                if bench is not None:
+                    bench.capture_failed()
+                raise
 
     def milliseconds() -> float:
         with current(device):

@@ -179,6 +179,37 @@ def test_kinds_are_timed_in_replay_on_the_same_memory(monkeypatch):
     assert cuda.log == ["record", "replay", "record", "wait"] * 2, "nothing but replays"
 
 
+def test_a_capture_that_fails_spoils_no_other(monkeypatch):
+    """As torch has it: then the stream stays that of the capture, and the pool counts as being captured into."""
+    cuda = FakeCuda(monkeypatch)
+    current = ["caller"]
+
+    @contextlib.contextmanager
+    def on(entered):
+        before, current[0] = current[0], entered
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextlib.contextmanager
+    def graph(graph, *, pool, stream, capture_error_mode):
+        assert pool not in [pool for pool, _ in cuda.captures], "already recording to it"
+        cuda.captures.append((pool, stream))
+        current[0] = stream
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    trials = Trials(ConvolutionShape(3, 2, 2, 2, 2, (3, 3, 3)), CPU, torch.float32)
+    for name in ("a", "b"):
+        with pytest.raises(RuntimeError, match="during capture"):
+            trials.stopwatch(Kind(name, lambda weight: lambda frames: None))
+        assert current == ["caller"]
+    assert len(cuda.captures) == 2
+
+
 def faulty(kind: Kind) -> Kind:
     """As some releases of cuDNN are said to be: wrong where the picture is large, here in its last frame."""
 
