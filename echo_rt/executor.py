@@ -231,6 +231,8 @@ class CudaExecutor:
                     failed = error
                     raise
         except BaseException as error:
+            # Torch may believe for ever that the pool is being captured into, and refuse the next capture.
+            self._pools[lane] = torch.cuda.graph_pool_handle()
             if failed is not None and failed is not error:
                 raise failed from error  # that a capture was broken off says less than why
             raise
