@@ -442,6 +442,17 @@ def test_rms_silu_window_moves_any_past(ops: Ops, frames: int, past: int) -> Non
 
 
 @DTYPES
+@pytest.mark.parametrize("channels", [6, 96, 1500])  # one way through the kernel each
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rms_silu_window_hides_no_nan(ops: Ops, dtype: torch.dtype, channels: int, value: float) -> None:
+    args = case(ops, "rms_silu_window", Sizes(vae=(3, 5, 4, channels)), dtype)
+    args[2][1, 2, 3, channels - 1] = value
+    ops.rms_silu_window(*args)
+    sick = args[4][2:].isnan().any(-1)
+    assert sick[1, 2, 3] and int(sick.sum()) == 1
+
+
+@DTYPES
 @pytest.mark.parametrize("frame", [(3, 5, 4), (1, 1, 1), (2, 16, 16), (1, 37, 41)], ids=str)
 def test_frames_to_uint8(ops: Ops, dtype: torch.dtype, frame: tuple[int, int, int]) -> None:
     video, out = case(ops, "frames_to_uint8", Sizes(vae=(*frame, 3)), dtype)
