@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from echo_rt.convolution import ConvolutionShape, Kind, enlarged_convolution, library_convolution
+from echo_rt.convolution.library import convolve
 from echo_rt.device import placed
 from echo_rt.errors import WeightsError
 from echo_rt.model.vae_windows import Windows
@@ -239,5 +240,5 @@ def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
 
 def spatial_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Terms:
     """A 2-D convolution of channels-last frames ``[T, H, W, C]``, frame by frame."""
-    out = functional.conv2d(x.permute(0, 3, 1, 2), weight, None, stride)
+    out = convolve(x.permute(0, 3, 1, 2), weight, (0, 0), stride=(stride, stride))
     return Terms(out.permute(0, 2, 3, 1).contiguous(), bias)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from closeness import relative_error
 from naive_vae import Bundle, NaiveVae, random_weights, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.model.vae_encoder import VaeEncoder
@@ -78,6 +80,23 @@ def test_encoding_leaves_nothing_behind(bundle: Bundle) -> None:
     first = encoder.encode(video)
     encoder.encode(-video)
     assert torch.equal(encoder.encode(video), first)
+
+
+def test_float32_is_asked_for_whatever_the_process_has_set(bundle: Bundle) -> None:
+    """On a GPU a convolution that leaves it to torch's switches is rounded to TF32."""
+    allowed: list[bool] = []
+
+    class Watcher(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.overloadpacket.__name__
+            if "conv" in name:
+                allowed.append(args[-1] if name == "_convolution" else True)
+            return func(*args, **(kwargs or {}))
+
+    encoder = make_encoder(bundle)
+    with Watcher():
+        encoder.encode(bundle.inputs["video"][:5])
+    assert len(allowed) > 40 and not any(allowed)
 
 
 @pytest.mark.parametrize("frames", [2, 4, 8])
