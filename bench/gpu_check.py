@@ -173,6 +173,13 @@ def _preflight(device: str) -> dict[str, Any] | str:
     return facts
 
 
+def _advice(reason: str, device: str) -> str:
+    """What to do about a check that cannot begin, as the end of a sentence."""
+    if reason.startswith("ModuleNotFoundError"):
+        return f" in {sys.executable}; PYTHON names one that has it"
+    return "" if device == "cpu" else "; --device cpu rehearses without a GPU"
+
+
 def _stopped(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
@@ -190,7 +197,7 @@ def main(argv: Sequence[str]) -> int:
     begun = time.monotonic()
     facts = _preflight(options.device)
     if isinstance(facts, str):
-        print(f"gpu.sh: {facts}; --device cpu rehearses without a GPU", file=sys.stderr)
+        print(f"gpu.sh: {facts}{_advice(facts, options.device)}", file=sys.stderr)
         return 2
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stopped)

@@ -258,9 +258,18 @@ def test_a_check_that_is_interrupted_leaves_a_summary(tmp_path: Path) -> None:
 def test_without_a_gpu_it_says_so_at_once(tmp_path: Path) -> None:
     done = script(str(tmp_path / "out"))
     assert done.returncode == 2 and "no GPU" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.stderr.endswith("--device cpu rehearses without a GPU\n")
     assert not (tmp_path / "out").exists()
 
 
 def test_unknown_stages_are_refused(tmp_path: Path) -> None:
     done = script(str(tmp_path / "out"), "--stages", "build,dance")
     assert done.returncode == 2 and "got dance" in done.stderr
+
+
+def test_without_torch_it_says_how_to_name_a_python_that_has_it(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
+    done = script(str(tmp_path / "out"), "--device", "cpu", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"No module named 'torch' in {sys.executable}; PYTHON names one that has it" in done.stderr
+    assert "--device cpu rehearses" not in done.stderr and not (tmp_path / "out").exists()
