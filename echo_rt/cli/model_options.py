@@ -51,6 +51,8 @@ def parse_model_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
     The model's folder is not among it, nor is what not every command takes.
     """
+    if not arguments.vae:  # as a path it would be the folder one is in
+        raise ConfigError(f"--vae: expected {WAN_VAE}, {TINY_VAE} or the path of a tiny decoder's file, got ''")
     tiles = parse_positive("--vae-tiles", arguments.vae_tiles, int, "a number of bands of 1 or more")
     parsed = {
         "lookahead": parse_lookahead(arguments.lookahead),

@@ -41,6 +41,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
     """Verify every bundle and print its tensors; 0 if all are within bounds, 1 if not, or the worst error's code."""
+    if arguments.float8_except and arguments.dtype != "float8":
+        raise ConfigError(f"--float8-except: expected --dtype float8 with it, got {arguments.dtype}")
     report["passed"] = False  # until the last one is through
     entries: list[dict[str, Any]] = []
     report["bundles"] = entries

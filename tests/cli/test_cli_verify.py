@@ -57,6 +57,14 @@ def test_float8_has_a_bound_of_its_own(echo_rt, golden_dir, tmp_path):
     assert refused.code == 2 and "'blocks.7.*' matches no layer" in refused.err
 
 
+@pytest.mark.parametrize("dtype", [[], ["--dtype", "bfloat16"]], ids=["default", "bfloat16"])
+def test_layers_kept_from_float8_need_float8(echo_rt, golden_dir, dtype):
+    """Whatever is verified: a decoder has no such layers, and would not miss them."""
+    outcome = echo_rt("verify", golden_dir / "text_encoder", "--float8-except", "*.ffn.2", *dtype)
+    got = dtype[-1] if dtype else "float32"
+    assert outcome.code == 2 and outcome.error.endswith(f"--float8-except: expected --dtype float8 with it, got {got}")
+
+
 @pytest.fixture
 def wrong_bundle(golden_dir, tmp_path):
     """A bundle that expects something else."""
