@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,9 +66,10 @@ class Engine:
         different = sorted(k for k in {*self.model, *snapshot.model} if self.model.get(k) != snapshot.model.get(k))
         if different:
             key = different[0]
+            theirs, own = (reprlib.repr(model.get(key)) for model in (snapshot.model, self.model))  # lists may be long
             raise StreamError(
-                f"the snapshot is of another model: {key} is {snapshot.model.get(key)!r} in the snapshot and "
-                f"{self.model.get(key)!r} here ({len(different)} differences: {', '.join(different)})"
+                f"the snapshot is of another model: {key} is {theirs} in the snapshot and {own} here "
+                f"({len(different)} differences: {', '.join(different)})"
             )
         frames = (snapshot.block + 1) * self.rollout.config.window.frames_per_block
         whole = snapshot.block >= -1 and frames == snapshot.latents_decoded and snapshot.offset >= 0

@@ -132,6 +132,11 @@ def test_another_model_is_refused_by_what_differs(small_model: Path, snapshot: S
     with load(small_model, overrides={"local_frames": 6}) as other, pytest.raises(StreamError) as caught:
         other.resume(loaded)
     assert "local_frames is 9 in the snapshot and 6 here (1 differences: local_frames)" in str(caught.value)
+    loaded.model["local_frames"] = [f"blocks.{i}.ffn.2" for i in range(180)]  # long as a list of layers can be
+    with load(small_model, overrides={"local_frames": 6}) as other, pytest.raises(StreamError) as caught:
+        other.resume(loaded)
+    assert "local_frames is ['blocks.0.ffn.2'," in str(caught.value) and len(str(caught.value)) < 300
+    loaded.model["local_frames"] = 9
     loaded.model["weights"][1] = "0" * 64  # type: ignore[index]
     with load(small_model) as same_size, pytest.raises(StreamError, match="another model: weights is"):
         same_size.resume(loaded)
