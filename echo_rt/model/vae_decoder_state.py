@@ -176,7 +176,7 @@ def _bands(levels: Sequence[LevelShape], head: CausalConv, latent_height: int, t
     first = max(1, len(levels) - 2)
     height = latent_height * 2 ** sum(level.enlarging is not None for level in levels[:first])
     if first == len(levels):
-        raise ConfigError(f"vae tiles: expected 1 for a VAE of one resolution, got {tiles}")
+        raise ConfigError(f"vae_tiles: expected 1 for a VAE of one resolution, got {tiles}")
     # From the picture back to where the bands begin: each level must see so many rows beyond those that are wanted.
     margins = [head.reach]
     for level in reversed(levels[first:]):
@@ -186,7 +186,7 @@ def _bands(levels: Sequence[LevelShape], head: CausalConv, latent_height: int, t
         margins.insert(0, -(-seen // 2))
     most = height // margins[0]
     if not 1 <= tiles <= most:
-        raise ConfigError(f"vae tiles: expected 1 to {max(1, most)} for latents {latent_height} rows high, got {tiles}")
+        raise ConfigError(f"vae_tiles: expected 1 to {max(1, most)} for latents {latent_height} rows high, got {tiles}")
     bands = []
     for index in range(tiles):
         begin, end = (height * at // tiles for at in (index, index + 1))
