@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from closeness import relative_error
 from naive_vae import Bundle, NaiveVae, random_weights, tiny_config
 from torch import Tensor
+from torch.nn import functional
 
 from echo_rt.config import VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.model.vae_decoder import VaeDecoder, VaeDecoderState
+from echo_rt.model.vae_layers import rms_norm
 from echo_rt.ops import load_ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
@@ -240,6 +243,39 @@ def test_latents_of_another_size_are_refused(golden: Golden, shape: tuple[int, .
 def test_an_empty_state_is_refused(golden: Golden, sizes: tuple[int, int, int, int]) -> None:
     with pytest.raises(ConfigError, match="at least 1, got 0"):
         golden.decoder.new_state(*sizes[:3], frames_at_full=sizes[3])
+
+
+def test_what_is_added_and_scaled_by_keeps_its_precision() -> None:
+    """Biases and gammas are a few numbers, and whatever adds them or scales by them does so in float32."""
+    passed: dict[str, list[Tensor]] = {"bias": [], "gamma": []}
+    torchs = load_ops("torch")
+
+    class Watched:
+        name = torchs.name
+
+        def rms_silu_window(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any) -> None:
+            passed["bias"] += [] if bias is None else [bias]
+            passed["gamma"].append(rest[0])
+            torchs.rms_silu_window(x, bias, residual, *rest)
+
+    config = tiny_config(dim_mult=(1, 1), temporal_downsample=(True,), num_res_blocks=1)
+    weights = random_weights(vae_decoder_shapes(config))
+    decoder = VaeDecoder(config, weights, Watched(), device="cpu", dtype=torch.bfloat16)  # type: ignore[arg-type]
+    decoder.decode(random_latents(config, 2), decoder.new_state(3, 2, 2))
+    known = {tuple(tensor.flatten().tolist()) for tensor in weights.values()}
+    for tensors in passed.values():
+        assert len(tensors) > 10
+        assert all(tuple(tensor.tolist()) in known for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_norm_before_the_attention(dtype: torch.dtype) -> None:
+    x = (1e-3 + torch.rand(5, 384, generator=torch.Generator().manual_seed(3))).to(dtype)
+    x[0], gamma = 0, torch.linspace(0.5, 1.5, 384)
+    expected = functional.normalize(x.double(), dim=-1) * 384**0.5 * gamma.double()
+    normed = rms_norm(x, gamma)
+    assert not normed[0].any(), "nothing has no direction"
+    assert relative_error(normed, expected.to(dtype)) < 1e-4  # of the few that fall to the other side of a rounding
 
 
 def test_weights_are_checked(golden: Golden) -> None:
