@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from streaming import amid_blocks, embeds, load, poison, same, take, video
 
 import echo_rt
 from echo_rt import ConfigError, Guard, NumericalError, Snapshot, StallError
+from echo_rt.model.vae_decoder import VaeDecoder
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
 
@@ -46,6 +48,24 @@ def test_a_stream_stops_with_evidence(
     assert spoiled.block == 2 + runtime.lookahead
     assert not torch.isfinite(spoiled.tensors["rollout.latents"]).all()
     assert same(video(runtime, 2), expected), "the runtime goes on"
+
+
+def test_a_single_value_of_the_pictures_is_found(runtime: echo_rt.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a decoder's numbers run over, the latents are as they should be."""
+    decode, calls = VaeDecoder.decode_next, [0]
+
+    def spoilt(decoder: VaeDecoder, *arguments: Any, is_start: bool) -> torch.Tensor:
+        made = decode(decoder, *arguments, is_start=is_start)
+        calls[0] += 1
+        if calls[0] == 2:
+            made[-1, -1, -1, -1] = float("nan")
+        return made
+
+    monkeypatch.setattr(VaeDecoder, "decode_next", spoilt)
+    with runtime.stream(prompt_embeds=embeds(runtime)) as stream:
+        take(stream, 1)
+        with pytest.raises(NumericalError, match=r"block 1: decoded video: 1 of \d+ values"):
+            next(stream)
 
 
 def test_a_stream_goes_back_and_on(
