@@ -58,7 +58,7 @@ def load_model(
     """
     if ema is not None and not isinstance(ema, bool):
         raise ConfigError(f"ema must be True, False or None, got {ema!r}")
-    if not isinstance(vae, (str, os.PathLike)):
+    if not isinstance(vae, (str, os.PathLike)) or not os.fspath(vae):  # an empty path is the folder one is in
         raise ConfigError(f"vae must be {WAN_VAE!r}, {TINY_VAE!r} or a path, got {vae!r}")
     wanted = None if memory is None else MemoryMode.parse(memory)
     folder = ModelFolder.open(model)

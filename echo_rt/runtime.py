@@ -117,7 +117,8 @@ class Runtime:
             keep_text_encoder: keep the text encoder loaded between prompts.
             overrides: other facts of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`.
             float8_except: layers that stay in bfloat16 in dtype float8, as patterns of their weights' names such as
-                ``"blocks.0.*"`` or ``"*.ffn.2"``; one that matches none is an error.
+                ``"blocks.0.*"`` or ``"*.ffn.2"``; one that matches none is an error. The projections q, k and v of
+                self-attention are one product: to keep one of them is to keep all three.
 
         Raises:
             WeightsError: files that are missing, damaged, or of another model.

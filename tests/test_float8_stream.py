@@ -94,6 +94,9 @@ def test_what_is_refused_at_load(small_model: Path, monkeypatch: pytest.MonkeyPa
         float8(small_model, float8_except=["blocks.9.*"])
     with pytest.raises(ConfigError, match="for dtype 'float8', and the dtype is 'float32'"):
         float8(small_model, dtype="float32", float8_except=["*"])
+    for patterns in ("*.ffn.2", None, iter(["*.ffn.2"]), [2]):
+        with pytest.raises(ConfigError, match="float8_except must be a sequence of patterns"):
+            float8(small_model, float8_except=patterns)
     monkeypatch.setattr("echo_rt.runtime.parse_device", lambda device: torch.device("cuda:0"))
     monkeypatch.setattr("echo_rt.runtime.note_loading", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))

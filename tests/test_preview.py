@@ -158,3 +158,5 @@ def test_what_it_is_decoded_in(small_model: Path, runtime: echo_rt.Runtime, plai
 def test_a_decoder_that_is_no_name(small_model: Path) -> None:
     with pytest.raises(ConfigError, match="vae must be 'wan', 'tiny' or a path, got 3"):
         load(small_model, vae=3)
+    with pytest.raises(ConfigError, match="vae must be 'wan', 'tiny' or a path, got ''"):
+        load(small_model, vae="")

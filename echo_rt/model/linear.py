@@ -116,7 +116,8 @@ def kept_from_float8(layers: int, dtype: torch.dtype, patterns: Sequence[str]) -
     A product of several projections is kept as a whole. All of them where ``dtype`` is not float8. Raises
     :class:`ConfigError` for patterns without float8, and for one that matches nothing.
     """
-    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+    listed = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+    if not listed or not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(f"float8_except must be a sequence of patterns like '*.ffn.2', got {patterns!r}")
     products = [[f"blocks.{index}.{name}" for name in names] for index in range(layers) for names in FLOAT8_PRODUCTS]
     if dtype != FLOAT8:
