@@ -19,7 +19,7 @@ from pathlib import Path
 import _checkout
 
 from echo_rt.bench.environment import environment
-from echo_rt.bench.tables import Column, write_results
+from echo_rt.bench.tables import Column, check_results_folder, write_results
 from echo_rt.errors import BackendError, EchoError
 from echo_rt.options import DTYPE_NAMES
 
@@ -117,6 +117,7 @@ def main(argv: Sequence[str]) -> int:
         return write_results(arguments.out, "golden", "Golden bundles", header, table, page=False, passed=passed)
 
     try:
+        check_results_folder(arguments.out)
         for bundle in bundles:
             for backend in backends:
                 for dtype in arguments.dtype or DTYPE_NAMES:

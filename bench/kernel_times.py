@@ -20,7 +20,7 @@ from op_inputs import OPS, variants
 
 from echo_rt.bench.environment import environment
 from echo_rt.bench.model_sizes import MODELS
-from echo_rt.bench.tables import Column, write_results
+from echo_rt.bench.tables import Column, check_results_folder, write_results
 from echo_rt.bench.timing import DEVICE_CLOCK, timer_for
 from echo_rt.device import DTYPES, parse_device
 from echo_rt.errors import ConfigError, EchoError
@@ -108,6 +108,7 @@ def _notes(run: Run, rows: list[Row]) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     arguments = _arguments(argv)
     try:
+        check_results_folder(arguments.out)
         run = _run(arguments)
     except EchoError as error:
         print(f"kernel_times.py: {error}", file=sys.stderr)

@@ -19,7 +19,7 @@ from echo_rt.bench.model_sizes import MODELS, RELEASED
 from echo_rt.bench.request import Request
 from echo_rt.bench.savings import COLUMNS, Effort, counted_rows, measure, write
 from echo_rt.bench.savings_counts import H200, Counts, Limits
-from echo_rt.bench.tables import markdown
+from echo_rt.bench.tables import check_results_folder, markdown
 from echo_rt.bench.timing import Timer, timer_for
 from echo_rt.device import DTYPES, parse_device, parse_dtype
 from echo_rt.errors import EchoError
@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
         print(markdown(rows, [column for column in COLUMNS if column.key not in ("counted_ms", "problem")]), end="")
         return 0
     try:
+        check_results_folder(arguments.out)
         device = parse_device(arguments.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # events are recorded on the current one

@@ -14,6 +14,7 @@ from pathlib import Path
 import _checkout  # noqa: F401
 
 from echo_rt.bench.model_sizes import MODELS
+from echo_rt.bench.tables import check_results_folder
 from echo_rt.bench.vae_report import write
 from echo_rt.bench.vae_run import VaeRequest, run
 from echo_rt.errors import EchoError
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = vars(_arguments(argv))
     out = arguments.pop("out")
     try:
+        check_results_folder(out)
         found = run(VaeRequest(**arguments), say=lambda text: print(text, file=sys.stderr, flush=True))
         print(write(found, out))
     except EchoError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_rt.bench.environment import summary_line
-from echo_rt.errors import ConfigError
+from echo_rt.errors import ConfigError, TargetError
 from echo_rt.output.part_file import write_whole
 
 
@@ -93,6 +93,13 @@ def results(
     if notes:
         parts.append("\n".join(f"- {note}" for note in notes) + "\n")
     return finite(content), "\n".join(parts)
+
+
+def check_results_folder(folder: Path) -> None:
+    """Raises ``TargetError`` now, and not after the run, where ``folder`` cannot be one; makes nothing."""
+    whole = folder.absolute()
+    if not next(place for place in (whole, *whole.parents) if place.exists()).is_dir():
+        raise TargetError(f"{folder}: expected a folder for results, got a file in its place")
 
 
 def write_results(

@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import golden
+import kernel_times
 import pytest
 import savings as script
 import torch
+import vae
 from gpu_summary import _savings_notes
 
 from echo_rt.attention.kinds import KINDS
@@ -152,3 +155,23 @@ def test_a_wrong_merge_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["--out", str(tmp_path), "--device", "cpu", "--size", "released"]) == 2
     assert "the released sizes need a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("bench", "measuring"),
+    [(script, "measure_ceilings"), (vae, "run"), (golden, "verify"), (kernel_times, "_run")],
+    ids=["savings", "vae", "golden", "kernel_times"],
+)
+def test_what_cannot_be_written_is_known_before_anything_is_measured(
+    bench: Any, measuring: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(*arguments: object, **options: object) -> None:
+        raise AssertionError("measured all the same")
+
+    monkeypatch.setattr(bench, measuring, measured)
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "deep"):
+        assert bench.main(["--out", str(out), "--device", "cpu", "--quick"]) == 2
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 1 and f"{out}: expected a folder for results, got a file in its place" in told[0]
+    assert (tmp_path / "file").read_text() == "mine"
