@@ -65,6 +65,9 @@ def test_convolutions_can_be_chosen(small_model: Path, monkeypatch: pytest.Monke
     with load(small_model) as runtime:
         chosen = {(choice.kind.name, shape.enlarge, choice.reason) for shape, choice in runtime.convolutions.items()}
     assert chosen == {("three-products", False, "torch's own on a CPU"), ("enlarged", True, "torch's own on a CPU")}
+    with load(small_model, vae_dtype="bfloat16") as runtime:
+        kinds = {choice.kind.name for choice in runtime.convolutions.values()}
+    assert kinds == {"conv3d", "enlarged"}, "what is quick is so in the dtype that is decoded in"
     difference = (frames(small_model, convolution="conv3d,phases").int() - expected.int()).abs()
     assert int(difference.max()) <= 1 and float(difference.float().mean()) < 1e-3
 

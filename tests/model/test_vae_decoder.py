@@ -137,6 +137,15 @@ def test_latents_of_any_dtype(golden: Golden, dtype: torch.dtype) -> None:
     assert torch.equal(video, golden.decoder.decode(latents.float(), golden.state(2)))
 
 
+def test_latents_are_not_rounded_before_they_are_unpacked(golden: Golden) -> None:
+    decoder = make_decoder(golden.config, golden.weights, torch.bfloat16)
+    latents = golden.latents[:2] + 1e-3 * golden.latents[2:4]  # not such as bfloat16 has
+    video, rounded = (
+        decoder.decode(given, decoder.new_state(*latents.shape[2:], 2)) for given in (latents, latents.bfloat16())
+    )
+    assert not torch.equal(video, rounded)
+
+
 def test_a_long_stream_has_no_seam() -> None:
     config = tiny_config(dim_mult=(1, 1), temporal_downsample=(True,), num_res_blocks=1)
     decoder = make_decoder(config, random_weights(vae_decoder_shapes(config)))
