@@ -146,6 +146,12 @@ def test_latents_are_not_rounded_before_they_are_unpacked(golden: Golden) -> Non
     assert not torch.equal(video, rounded)
 
 
+def test_no_gradients_are_kept(golden: Golden) -> None:
+    state = golden.state(2)
+    video = golden.decoder.decode(golden.latents[:2].clone().requires_grad_(), state)
+    assert not video.requires_grad and not any(tensor.requires_grad for tensor in state.buffers().values())
+
+
 def test_a_long_stream_has_no_seam() -> None:
     config = tiny_config(dim_mult=(1, 1), temporal_downsample=(True,), num_res_blocks=1)
     decoder = make_decoder(config, random_weights(vae_decoder_shapes(config)))
