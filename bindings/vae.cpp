@@ -28,6 +28,8 @@ void rms_silu_window(const Tensor& x, const OptionalTensor& bias, const Optional
   for (const Named& each : inputs) call.contiguous(each);
   call.disjoint(inputs[2], {inputs[0]});
   if (history.has_value()) call.disjoint(inputs[3], {inputs[0], inputs[2]});
+  if (residual.has_value()) call.disjoint(inputs[2], {inputs[1]});
+  if (residual.has_value() && history.has_value()) call.disjoint(inputs[3], {inputs[1]});
   RmsSiluWindowParams params;
   params.x = x.mutable_data_ptr();
   params.bias = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;

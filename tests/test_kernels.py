@@ -166,6 +166,11 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
     ),
     "bytes": ("frames_to_uint8", _set(1, Tensor.float), "out: expected dtype uint8; got float32"),
     "window": ("rms_silu_window", _set(4, lambda t: t[:2]), "window: expected at least the 3 frames of x; got 2"),
+    "window-of-residual": (
+        "rms_silu_window",
+        lambda args: args.__setitem__(2, args[4][:3]),
+        "window: expected memory apart from that of residual; got memory that they share",
+    ),
     "history": (
         "rms_silu_window",
         _set(5, lambda t: t[:1]),
