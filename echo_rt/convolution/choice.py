@@ -165,5 +165,6 @@ def available_convolutions(device: torch.device, kinds: Sequence[Kind], judge: M
         for probe in _PROBES:
             search = _search(device, dtype, probe, _family(kinds, enlarges=probe.enlarge), judge)
             for name, state in search.available().items():
-                states[f"{name} after enlarging" if name in states else name] = state
+                # One name of two families, said once where the same holds for both.
+                states[name if states.get(name, state) == state else f"{name} (enlarging)"] = state
     return states

@@ -6,6 +6,7 @@ Nothing is copied: safetensors and torch's zip format are mapped, and a tensor's
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -72,6 +73,9 @@ def read_head(path: Path) -> bytes:
     Errors: ``WeightsError`` for a missing, unreadable or empty file, a folder, or a git-lfs pointer.
     """
     try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to open a pipe is to wait for whoever fills it
+            raise WeightsError(f"{path}: expected a file, came a pipe or a device")
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
     except FileNotFoundError:

@@ -286,6 +286,10 @@ def test_what_is_available():
     assert states["c"].startswith("it runs on cpu, the device is cuda:0; choose conv3d")
     assert "no kernel image; choose another" in states["grow"]
     assert {case[2] for case in judge.asked} == {torch.bfloat16}, "the dtype that models have on a GPU"
+    twins = (kind("a"), kind("a", enlarges=True), kind("b", devices=("cpu",)), kind("b", enlarges=True))
+    both = available_convolutions(GPU, twins, FakeJudge())
+    assert list(both) == ["a", "b", "b (enlarging)"]
+    assert both["b"] != both["b (enlarging)"] == "available"
     on_cpu = available_convolutions(CPU, kinds())
     assert [name for name, state in on_cpu.items() if state == "available"] == [
         "conv3d",
