@@ -97,7 +97,11 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "decoder.md"
 
 
 def test_counts_of_the_page() -> None:
-    rows = [line.strip("|").split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line[2:3].isdigit()]
+    rows = [
+        line.strip("|").split("|")
+        for line in PAGE.read_text(encoding="utf-8").splitlines()
+        if line[:2] == "| " and line[2].isdigit()
+    ]
     weights = {name: torch.empty(shape, device="meta") for name, shape in vae_decoder_shapes(RELEASED.vae).items()}
     for tiles, remembered, window, kept, together, twice in rows:
         decoder = VaeDecoder(
