@@ -9,7 +9,6 @@ import sys
 import textwrap
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,24 +18,6 @@ from streaming import Gate, amid_blocks, embeds, load, same, video, within
 import echo_rt
 from echo_rt.errors import NumericalError, StreamError
 from echo_rt.tiny import CHECKPOINT_FILE
-
-
-@pytest.fixture(scope="module")
-def runtime(small_model: Path) -> Iterator[echo_rt.Runtime]:
-    with load(small_model) as runtime:
-        yield runtime
-
-
-@pytest.fixture(scope="module")
-def expected(runtime: echo_rt.Runtime) -> list[echo_rt.Chunk]:
-    return video(runtime, 6)
-
-
-@pytest.fixture
-def stream(runtime: echo_rt.Runtime) -> Iterator[echo_rt.Stream]:
-    with runtime.stream(prompt_embeds=embeds(runtime)) as stream:
-        yield stream
-
 
 # ---------------------------------------------------------------- errors and ends
 

@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from feeding import LONG
-from streaming import Gate, amid_blocks, embeds, load, same, video, within
+from streaming import Gate, amid_blocks, same, within
 
 import echo_rt
-
-
-@pytest.fixture(scope="module")
-def runtime(small_model: Path) -> Iterator[echo_rt.Runtime]:
-    with load(small_model) as runtime:
-        yield runtime
-
-
-@pytest.fixture(scope="module")
-def expected(runtime: echo_rt.Runtime) -> list[echo_rt.Chunk]:
-    return video(runtime, 6)
-
-
-@pytest.fixture
-def stream(runtime: echo_rt.Runtime) -> Iterator[echo_rt.Stream]:
-    with runtime.stream(prompt_embeds=embeds(runtime)) as stream:
-        yield stream
 
 
 def test_async_for_and_cancelled_waits(stream: echo_rt.Stream, expected: list[echo_rt.Chunk]) -> None:

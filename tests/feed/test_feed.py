@@ -5,33 +5,13 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from feeding import LONG, feed_threads, until
-from streaming import Gate, embeds, load, same, take, video, within
+from streaming import Gate, embeds, same, take, within
 
 import echo_rt
 from echo_rt.errors import ConfigError, StreamError
-
-
-@pytest.fixture(scope="module")
-def runtime(small_model: Path) -> Iterator[echo_rt.Runtime]:
-    with load(small_model) as runtime:
-        yield runtime
-
-
-@pytest.fixture(scope="module")
-def expected(runtime: echo_rt.Runtime) -> list[echo_rt.Chunk]:
-    return video(runtime, 6)
-
-
-@pytest.fixture
-def stream(runtime: echo_rt.Runtime) -> Iterator[echo_rt.Stream]:
-    with runtime.stream(prompt_embeds=embeds(runtime)) as stream:
-        yield stream
-
 
 # ---------------------------------------------------------------- pace
 
