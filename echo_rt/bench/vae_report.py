@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_rt.bench.goals import Goal
+from echo_rt.bench.rows import GOAL_COLUMNS
 from echo_rt.bench.tables import Column, write_results
 from echo_rt.bench.timing import DEVICE_CLOCK, Times
 from echo_rt.bench.vae_contestants import DIFFUSERS, OURS, PUBLISHED
@@ -41,12 +42,6 @@ _DECODERS = (
     Column("steady_mb", "steady (MB)", ".1f"),
     Column("peak_mb", "peak (MB)", ".1f"),
     Column("what", "", text=True),
-)
-_GOALS = (
-    Column("goal", "goal", text=True),
-    Column("value", "value", ".2f"),
-    Column("unit", "", text=True),
-    Column("verdict", "verdict", text=True),
 )
 _MOST_MS, _LEAST_TFLOPS, _LEAST_RATIO = 100, 400, 2.5
 
@@ -169,7 +164,7 @@ def write(run: VaeRun, folder: Path) -> str:
         "Decoders": ([_decoder_row(each) for each in run.measured], _DECODERS),
     }
     if run.judged:
-        tables["Goals"] = (goals(run), _GOALS)
+        tables["Goals"] = (goals(run), GOAL_COLUMNS)
     return write_results(
         folder,
         "vae",
