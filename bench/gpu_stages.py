@@ -16,7 +16,9 @@ from gpu_summary import FLOAT8_FOLDER
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Wall seconds for everything; a caller who has ten minutes, or three, needs some of them to start and to collect.
 BUDGETS = {False: 570.0, True: 170.0}
-_OP_TESTS = ("tests/test_ops.py", "tests/test_kernels.py", "tests/test_convolutions.py", "tests/test_verify.py")
+# Every operation against its formula; the sanitizers run these too.
+_FORMULA_TESTS = ("tests/test_ops.py", "tests/test_ops_float8.py")
+_OP_TESTS = (*_FORMULA_TESTS, "tests/test_kernels.py", "tests/test_convolutions.py", "tests/test_verify.py")
 _SANITIZER_EXIT = 86
 
 
@@ -151,7 +153,7 @@ def _sanitizers(options: Options) -> Iterator[Stage]:
     sizes = "(small or head-128 or flow_step or window or uint8 or conv and whole)" if options.quick else "not wide"
     chosen = f"{options.backend} and (bfloat16 and {sizes} or advance or rope_table or noise)"
     for tool in SANITIZERS[:2] if options.quick else SANITIZERS:
-        tests = _pytest("tests/test_ops.py", "-k", chosen, workers=False)
+        tests = _pytest(*_FORMULA_TESTS, "-k", chosen, workers=False)
         command = (*sanitizer_command(program or "compute-sanitizer", tool), *tests)
         summary = "RACECHECK SUMMARY: 0 hazards" if tool == "racecheck" else "ERROR SUMMARY: 0 errors"
         yield Stage(

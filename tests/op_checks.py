@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from cases import EPS, Sizes, make_case
+from cases import EPS, SIZES, Sizes, make_case
 from closeness import relative_error
 from torch import Tensor
 
-from echo_rt.ops import Ops
+from echo_rt.ops import Ops, available_backends
+
+BACKENDS = [name for name, status in available_backends().items() if status == "available"]
 
 # Rounding of the result to the dtype, and of the float32 arithmetic before it: no backend may be further off.
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+DTYPES = pytest.mark.parametrize("dtype", BOUNDS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+ALL_SIZES = pytest.mark.parametrize("size", SIZES)
 # Chance in torch's own error: another order of summation rounds other elements up and down.
 SLACK = 0.1
 

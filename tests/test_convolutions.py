@@ -6,14 +6,13 @@ import pytest
 import torch
 from cases import Sizes
 from closeness import relative_error
-from op_checks import BOUNDS, assert_close, assert_same, case
+from op_checks import BACKENDS, BOUNDS, assert_close, assert_same, case
 from torch.nn import functional
 
 from echo_rt import reference
 from echo_rt.convolution.phases import phase_weights
-from echo_rt.ops import Ops, available_backends, load_ops
+from echo_rt.ops import Ops, load_ops
 
-BACKENDS = [name for name, status in available_backends().items() if status == "available"]
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 
 
