@@ -48,7 +48,7 @@ def facts(chunks: list[echo_rt.Chunk]) -> list[tuple[int, int, int, int, bool]]:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_pending_prompt_is_part_of_the_snapshot(small_model: Path, device: str) -> None:
-    with load(small_model, device=require(device)) as runtime:
+    with load(small_model, device=require(device), lookahead=0) as runtime:
         with runtime.stream(prompt_embeds=embeds(runtime), seed=2) as stream:
             before = take(stream, 6)
             stream.set_prompt(prompt_embeds=embeds(runtime, 1))
@@ -87,7 +87,7 @@ def test_dtype_is_part_of_what_a_snapshot_fits(small_model: Path) -> None:
 def test_a_stream_is_its_rollout(small_model: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block for block the latents of a bare rollout that switches prompts just once for each ``set_prompt``."""
     switches = {0: 1, 5: 2, 8: 3}
-    with load(small_model, device=require(device)) as runtime:
+    with load(small_model, device=require(device), lookahead=0) as runtime:
         assert runtime._engine is not None
         rollout = runtime._engine.rollout
         rollout.start(embeds(runtime), seed=4)
