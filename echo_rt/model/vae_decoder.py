@@ -244,4 +244,5 @@ class Upsample:
         pairs = made.x.view(doubled, height, width, self.rate, channels).permute(0, 3, 1, 2, 4)
         bias = self._time.bias.view(self.rate, 1, 1, channels)
         torch.add(pairs, bias, out=small[single:].view(doubled, self.rate, height, width, channels))
+        del made, pairs  # before the enlarged frames ask for memory
         return self.space(small)

@@ -1,9 +1,10 @@
 """What the VAE's decoder remembers of one stream, and how much of the stream it takes on at once.
 
 The higher the resolution, the fewer frames are worked on at once: the low resolutions take a whole block, which fills
-the GPU; the full one takes a latent's frames, which fill it too. So memory hardly grows with the number of latents
-decoded in one go, and nothing is computed twice. Where memory is scarcer still, the two highest resolutions are decoded
-in bands of rows, each with the rows around it that its pixels depend on (:class:`Bands`).
+the GPU; the full one takes a latent's frames at most, which fill it too, and no other works on more bytes than these.
+So memory does not grow with the number of latents decoded in one go, and nothing is computed twice. Where memory is
+scarcer still, the two highest resolutions are decoded in bands of rows, each with the rows around it that its pixels
+depend on (:class:`Bands`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,16 @@ class LevelShape:
     convs: Sequence[CausalConv]
     enlarging: EnlargingConv | None
     rate: int
+
+    @property
+    def channels(self) -> int:
+        """Of its pictures."""
+        return self.convs[-1].channels
+
+    @property
+    def numbers_a_pixel(self) -> int:
+        """What it makes of each pixel that it is given."""
+        return self.rate * (1 if self.enlarging is None else 4) * self.channels
 
     @property
     def convolutions(self) -> list[CausalConv | EnlargingConv]:
@@ -141,6 +152,9 @@ def plan_decoding(
     margins: dict[str, int] = {}
     convolutions: dict[str, ConvolutionShape] = {}
     frames = latents
+    enlarged = 2 ** sum(level.enlarging is not None for level in levels)
+    # What one convolution hands to the next is nowhere larger than at full resolution.
+    numbers_at_once = frames_at_full * (height * enlarged) * (width * enlarged) * levels[-1].channels
 
     def tallest(at: Sequence[Rows] | None) -> int:
         return height if at is None else max(rows.last - rows.first for rows in at)
@@ -155,10 +169,11 @@ def plan_decoding(
     for index, level in enumerate(levels):
         rows = None if bands is None or index < bands.first else [band[index - bands.first] for band in bands.bands]
         if bands is None or index <= bands.first:
-            limit = frames_at_full * 2 ** (2 * (len(levels) - 1 - index)) // level.rate
+            limit = numbers_at_once // (height * width * level.numbers_a_pixel)
             if bands is not None and index == bands.first:  # nothing is taken apart from here on
                 limit = frames_at_full // math.prod(each.rate for each in levels[index:])
-            frames = min(frames, max(1, limit))
+            slices = math.ceil(frames / max(1, limit))
+            frames = math.ceil(frames / slices)  # slices of one size
             at_once.append(frames)
         add(level.entry, rows)
         frames *= level.rate

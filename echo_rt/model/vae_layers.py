@@ -72,9 +72,12 @@ class VaeWeights:
         return placed(self._tensors[f"{name}.gamma"].flatten(), self.device, torch.float32)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Terms:
-    """A sum that is still to be formed: ``x [T, H, W, C]`` plus a float32 ``bias [C]`` plus a ``residual`` like x."""
+    """A sum that is still to be formed: ``x [T, H, W, C]`` plus a float32 ``bias [C]`` plus a ``residual`` like x.
+
+    It lets go of each part as soon as nobody reads it any more: at full resolution one is hundreds of megabytes.
+    """
 
     x: Tensor
     bias: Tensor | None = None
@@ -85,7 +88,17 @@ class Terms:
         for term in (self.bias, self.residual):
             if term is not None:
                 self.x.add_(term)
+        self.formed()
         return self.x
+
+    def formed(self) -> None:
+        """``x`` is the sum now."""
+        self.bias = self.residual = None
+
+    def spent(self) -> None:
+        """Nobody needs the sum any more."""
+        self.formed()
+        self.x = self.x.new_empty(0)
 
 
 class CausalConv:
@@ -166,11 +179,16 @@ class NormConv:
         self.conv = CausalConv(conv, weights)
 
     def __call__(self, terms: Terms, windows: Windows, *, keep: bool) -> Terms:
-        """``keep``: form the sum of ``terms`` in place of its ``x``, for others to read."""
-        x, bias, residual = terms.x, terms.bias, terms.residual
-        window = windows.open(self.conv.name, len(x))
-        summed = keep and not (bias is None and residual is None)
-        self._ops.rms_silu_window(x, bias, residual, self._gamma, window.frames, window.history, summed)
+        """``keep``: form the sum of ``terms`` in place of its ``x``, for others to read; else ``terms`` is spent."""
+        window = windows.open(self.conv.name, len(terms.x))
+        summed = keep and not (terms.bias is None and terms.residual is None)
+        self._ops.rms_silu_window(
+            terms.x, terms.bias, terms.residual, self._gamma, window.frames, window.history, summed
+        )
+        if keep:
+            terms.formed()
+        else:
+            terms.spent()  # before the convolution asks for memory
         out = self.conv(window.frames)
         windows.close(self.conv.name, window)
         return out
