@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,39 @@ def parse_vae_dtype(vae_dtype: str | torch.dtype | None, dtype: torch.dtype) -> 
 # Torch captures one graph at a time in a process, and waiting for the whole device or emptying its cache, which the
 # beginning of a capture does, spoils one that is under way, whichever thread it is in.
 capturing = threading.RLock()
+
+
+def capture(
+    graph: torch.cuda.CUDAGraph, work: Callable[[], object], *, stream: torch.cuda.Stream, pool: Any | None = None
+) -> None:
+    """Has ``graph`` capture what ``work`` launches on ``stream``, in memory of ``pool``, or of its own.
+
+    Raises what ``work`` raised, whatever torch then says of a capture that was broken off. After a failure torch may
+    believe for ever that ``pool`` is being captured into, and refuse the next capture: its owner needs another one.
+    """
+    failed: BaseException | None = None
+    try:
+        # Thread-local: other threads may allocate and launch meanwhile.
+        with capturing, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            try:
+                work()
+            except BaseException as error:
+                failed = error
+                raise
+    except BaseException as error:
+        if failed is not None and failed is not error:
+            raise failed from error
+        raise
+    finally:
+        failed = None  # its traceback holds this frame, and all memory of the frames below
+
+
+def give_memory_back(device: torch.device) -> None:
+    """To the GPU, what torch holds and nobody uses: another library, or a graph, cannot be given it otherwise."""
+    if device.type == "cuda":
+        with capturing:
+            torch.cuda.empty_cache()
+
 
 # Kernels read whole 16-byte pieces.
 _ALIGNMENT = 16

@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from typing import Protocol
 
 import nvtx
 import torch
 
-from echo_rt.device import capturing
+from echo_rt.device import capture
 from echo_rt.errors import BackendError, StallError
 
 _DOMAIN = "echo_rt"  # of the NVTX ranges
@@ -220,21 +221,11 @@ class CudaExecutor:
         return self._marks[key]
 
     def _capture(self, stage: Callable[..., None], facts: tuple[Hashable, ...], lane: Lane) -> torch.cuda.CUDAGraph:
-        graph, pool, stream = torch.cuda.CUDAGraph(), self._pools[lane], self._streams[lane]
-        failed: BaseException | None = None
+        graph = torch.cuda.CUDAGraph()
         try:
-            # Thread-local: other threads may allocate and launch meanwhile.
-            with capturing, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                try:
-                    stage(*facts)
-                except BaseException as error:
-                    failed = error
-                    raise
-        except BaseException as error:
-            # Torch may believe for ever that the pool is being captured into, and refuse the next capture.
+            capture(graph, partial(stage, *facts), stream=self._streams[lane], pool=self._pools[lane])
+        except BaseException:
             self._pools[lane] = torch.cuda.graph_pool_handle()
-            if failed is not None and failed is not error:
-                raise failed from error  # that a capture was broken off says less than why
             raise
         return graph
 

@@ -24,14 +24,15 @@ def frees_frames(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*arguments, **options)
         except (RuntimeError, MemoryError) as error:
-            _clear(error)
+            free(error)
             del arguments, options  # this frame is one of them
             raise
 
     return freeing
 
 
-def _clear(error: BaseException) -> None:
+def free(error: BaseException) -> None:
+    """What the frames behind ``error`` hold, as far as they are over."""
     seen: BaseException | None = error
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)

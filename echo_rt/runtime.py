@@ -15,7 +15,7 @@ from torch import Tensor
 
 from echo_rt.assembly import Options, assemble
 from echo_rt.decoding import DecoderOptions
-from echo_rt.device import capturing, parse_device, parse_dtype, parse_vae_dtype
+from echo_rt.device import give_memory_back, parse_device, parse_dtype, parse_vae_dtype
 from echo_rt.engine import Engine
 from echo_rt.errors import StallError, StreamError
 from echo_rt.failed_frames import frees_frames
@@ -295,9 +295,7 @@ class Runtime:
             self._ending.detach()
             engine.executor.close()  # what is under way ends before its buffers go
             engine = None
-            if self.device.type == "cuda":
-                with capturing:
-                    torch.cuda.empty_cache()
+            give_memory_back(self.device)
         except (RuntimeError, StallError) as error:
             if isinstance(error, StallError) and engine is not None:
                 _abandoned.append(engine)

@@ -54,8 +54,10 @@ def choose_attention(
     """The attention named ``requested``; None: on a GPU the fastest for ``shapes``, on a CPU torch's own.
 
     What is fastest is measured once and remembered in the file ``cache`` (None: nowhere) until the GPU, a library or
-    the shapes change. A kind that computes something else than attention is never chosen. Waits for the device.
-    Raises :class:`BackendError` for a name that is unknown or cannot be had here, and where nothing works.
+    the shapes change. A kind that computes something else than attention is never chosen; one that runs out of memory
+    is left out, and what is found without it is not remembered. Waits for the device.
+    Raises :class:`BackendError` for a name that is unknown or cannot be had here, and where nothing works; where that
+    is for want of memory, ``torch.OutOfMemoryError``.
     """
     search = _search(device, dtype, shapes, kinds, judge)
     with model_context(device, dtype):

@@ -14,7 +14,7 @@ from echo_rt.convolution.kinds import Kind
 from echo_rt.convolution.remembered import FILE
 from echo_rt.convolution.shapes import ConvolutionShape
 from echo_rt.convolution.trials import Trials
-from echo_rt.device import capturing, model_context
+from echo_rt.device import give_memory_back, model_context
 from echo_rt.errors import BackendError
 from echo_rt.trials.search import Found, Judge, Search, known_entries, summary
 
@@ -59,8 +59,10 @@ def choose_convolutions(
 
     ``requested``: the name of the one to take wherever it works, or several with commas between, no two of them for
     the same convolutions. What is fastest is measured once and remembered in the file ``cache`` (None: nowhere) until
-    the GPU, a library or the backend change. What computes something else is never chosen. Waits for the device.
-    Raises :class:`BackendError` for a name that is unknown or cannot be had here, and where nothing works.
+    the GPU, a library or the backend change. What computes something else is never chosen; what runs out of memory is
+    left out, and the outcome not remembered. Waits for the device.
+    Raises :class:`BackendError` for a name that is unknown or cannot be had here, and where nothing works; where that
+    is for want of memory, ``torch.OutOfMemoryError``.
     """
     shapes = list(dict.fromkeys(shapes))
     wanted = _wanted(requested, kinds)
@@ -73,9 +75,7 @@ def choose_convolutions(
             search = _search(device, dtype, shape, family, judge)
             choices[shape] = _choice(search, next((kind for kind in family if kind.name in wanted), None), cache)
             _logger.info("%s for %s: %s", choices[shape].kind.name, shape, choices[shape].reason)
-            if device.type == "cuda":
-                with capturing:
-                    torch.cuda.empty_cache()  # graphs have kept memory of the shape's own
+            give_memory_back(device)  # graphs have kept memory of the shape's own
     return choices
 
 

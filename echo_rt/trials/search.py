@@ -11,7 +11,9 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from echo_rt.device import give_memory_back
 from echo_rt.errors import BackendError
+from echo_rt.failed_frames import free
 from echo_rt.trials.machine import Kind, machine_facts
 from echo_rt.trials.remembered import Case, ChoicesFile, Entry, Shapes
 from echo_rt.trials.words import first_line, plain
@@ -53,6 +55,16 @@ class _WrongResultError(BackendError):
     """A library that computes something else."""
 
 
+class _NoMemoryError(BackendError):
+    """A library that found too little memory, which says more of what else was there than of the library."""
+
+
+def _is_shortage(problem: Exception) -> bool:
+    # What libraries beside torch's allocator say is of no type of its own.
+    signs = ("out of memory", "ALLOC_FAILED")
+    return isinstance(problem, torch.OutOfMemoryError) or any(sign in str(problem) for sign in signs)
+
+
 @dataclass(frozen=True)
 class Search(Generic[AnyKind, Candidate, Shapes]):
     """For one of ``kinds`` that computes ``shapes`` on ``device`` in ``dtype``.
@@ -77,7 +89,7 @@ class Search(Generic[AnyKind, Candidate, Shapes]):
         return self.file.subject
 
     def requested(self, name: str) -> Found[Candidate]:
-        """The kind of this name; on a GPU it is checked. Raises :class:`BackendError`."""
+        """The kind of this name, on a GPU checked. :class:`BackendError`, or torch's own for want of memory."""
         by_name = {kind.name: kind for kind in self.kinds}
         if name not in by_name:
             raise BackendError(f"{self.subject} must be one of {', '.join(by_name)}; got {name!r}")
@@ -85,21 +97,26 @@ class Search(Generic[AnyKind, Candidate, Shapes]):
             candidate = self.load(by_name[name])
             if self.device.type == "cuda":
                 self.check(self.judge(), candidate)
+        except _NoMemoryError as error:
+            raise torch.OutOfMemoryError(f"{self.subject} {name!r}: {error}") from None
         except BackendError as error:
             raise BackendError(f"{self.subject} {name!r} is not available: {error}") from error
         return Found(candidate, "asked for by name", {}, {})
 
     def fastest(self, cache: Path | None) -> Found[Candidate]:
-        """The one that ``cache`` remembers, or that a measurement finds. :class:`BackendError` if none works."""
+        """The one that ``cache`` remembers, or that a measurement finds. :class:`BackendError` if none works.
+
+        ``torch.OutOfMemoryError`` where with more memory one might: then a smaller model may be loaded.
+        """
         case = Case(machine_facts(self.device, self.kinds), plain(self.dtype), self.shapes)
         known = self.file.recall(cache, case) if cache is not None else None
         if known is not None and (candidate := self._load_again(known.winner)) is not None:
             reason = f"{summary(known)} (remembered in {cache})"
             return Found(candidate, reason, known.milliseconds, known.rejected)
-        candidates, milliseconds, rejected = self._measure()
+        candidates, milliseconds, rejected, lasts = self._measure()
         winner = min(milliseconds, key=milliseconds.__getitem__)
         entry = Entry(case, winner, milliseconds, rejected)
-        if cache is not None:
+        if cache is not None and lasts:
             self.file.remember(cache, entry)
         return Found(candidates[winner], summary(entry), milliseconds, rejected)
 
@@ -120,9 +137,9 @@ class Search(Generic[AnyKind, Candidate, Shapes]):
         case = f"{self.shapes} in {plain(self.dtype)}"
         try:
             error = judge.error(candidate)
-        except torch.OutOfMemoryError:
-            raise  # says nothing of the library
         except Exception as problem:  # whatever a library raises is the finding
+            if _is_shortage(problem):
+                raise self._no_memory(problem) from None
             raise BackendError(f"it does not compute {case}: {first_line(problem)}; choose another") from problem
         bound = TOLERANCES[self.dtype]
         if error > bound:
@@ -137,8 +154,17 @@ class Search(Generic[AnyKind, Candidate, Shapes]):
             self._warn("%s was the fastest and is no longer there (%s): measured anew", name, error)
             return None
 
-    def _measure(self) -> tuple[dict[str, Candidate], dict[str, float], dict[str, str]]:
-        """What can be used, the median milliseconds of each, and what spoke against the others.
+    def _no_memory(self, shortage: Exception) -> _NoMemoryError:
+        """What is said of a candidate for which memory did not suffice; what it had taken is there for the next."""
+        free(shortage)
+        give_memory_back(self.device)
+        return _NoMemoryError(
+            f"it runs out of memory for {self.shapes} in {plain(self.dtype)}: {first_line(shortage)}; free some, or "
+            "choose another"
+        )
+
+    def _measure(self) -> tuple[dict[str, Candidate], dict[str, float], dict[str, str], bool]:
+        """What can be used, the median milliseconds of each, what spoke against the others, and whether that lasts.
 
         Taken in turns: a clock that changes, or another's load, then meets all of them.
         """
@@ -146,29 +172,40 @@ class Search(Generic[AnyKind, Candidate, Shapes]):
         candidates: dict[str, Candidate] = {}
         stopwatches: dict[str, Callable[[], float]] = {}
         rejected: dict[str, str] = {}
+        lasts = True
         for kind in sorted(self.kinds, key=lambda kind: bool(self.reserve(kind))):
             if stopwatches and (why := self.reserve(kind)):
                 rejected[kind.name] = why
                 continue
             try:
-                candidate = self.load(kind)
-                self.check(judge, candidate)
-                stopwatches[kind.name] = judge.stopwatch(candidate)
-                candidates[kind.name] = candidate
-            except torch.OutOfMemoryError:
-                raise
+                candidates[kind.name], stopwatches[kind.name] = self._tried(judge, kind)
             except BackendError as error:
                 rejected[kind.name] = str(error)
                 if isinstance(error, _WrongResultError):
                     self._warn("%s is not used: %s", kind.name, error)
-            except Exception as problem:  # only the stopwatch is left
-                rejected[kind.name] = f"it cannot be captured in a CUDA graph: {first_line(problem)}; choose another"
+                elif isinstance(error, _NoMemoryError):
+                    lasts = False
+                    self._warn("%s is not used: %s; %s is measured anew next time", kind.name, error, self.subject)
         if not stopwatches:
             reasons = ". ".join(f"{name}: {why}" for name, why in rejected.items())
-            raise BackendError(f"no {self.subject} works on {self.device} for {self.shapes}. {reasons}")
+            kind_of_error = BackendError if lasts else torch.OutOfMemoryError
+            raise kind_of_error(f"no {self.subject} works on {self.device} for {self.shapes}. {reasons}")
         rounds = [{name: watch() for name, watch in stopwatches.items()} for _ in range(self.rounds)]
         milliseconds = {name: statistics.median(times[name] for times in rounds) for name in stopwatches}
-        return candidates, milliseconds, rejected
+        return candidates, milliseconds, rejected, lasts
+
+    def _tried(self, judge: Judge[Candidate], kind: AnyKind) -> tuple[Candidate, Callable[[], float]]:
+        """What is made of ``kind``, and its stopwatch; :class:`BackendError` says why there is none."""
+        candidate = self.load(kind)
+        self.check(judge, candidate)
+        try:
+            return candidate, judge.stopwatch(candidate)
+        except Exception as problem:
+            if _is_shortage(problem):
+                raise self._no_memory(problem) from None
+            raise BackendError(
+                f"it cannot be captured in a CUDA graph: {first_line(problem)}; choose another"
+            ) from problem
 
     def _warn(self, message: str, *values: object) -> None:
         logging.getLogger(f"echo_rt.{self.subject}").warning(message, *values)

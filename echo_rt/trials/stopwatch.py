@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
-from echo_rt.device import capturing
+from echo_rt.device import capture
 
 _WARM_UPS = 3
 _CALLS_TIMED_TOGETHER = 4  # the time between two events includes the launch of the graph
@@ -21,7 +20,7 @@ class Bench:
         self.pool = torch.cuda.graph_pool_handle()
 
     def capture_failed(self) -> None:
-        """Torch may believe for ever that the pool is being captured into, and refuse the next capture."""
+        """See :func:`echo_rt.device.capture`."""
         self.pool = torch.cuda.graph_pool_handle()
 
 
@@ -37,9 +36,13 @@ def stopwatch(
     They are replayed from a CUDA graph, so that what cannot be captured fails here, and what a library spends in
     Python does not count. ``bench``: shared by those that never run at the same time.
     """
+
+    def calls_together() -> None:
+        for _ in range(calls):
+            call()
+
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(device) if bench is None else bench.stream
-    capture = torch.cuda.graph if bench is None else partial(torch.cuda.graph, pool=bench.pool)
     with current(device):
         stream.wait_stream(torch.cuda.current_stream(device))
         # Around the capture too: where that fails, torch leaves its stream the current one.
@@ -47,10 +50,7 @@ def stopwatch(
             for _ in range(_WARM_UPS):
                 call()
             try:
-                # Other threads may be running models meanwhile.
-                with capturing, capture(graph, stream=stream, capture_error_mode="thread_local"):
-                    for _ in range(calls):
-                        call()
+                capture(graph, calls_together, stream=stream, pool=None if bench is None else bench.pool)
             except BaseException:
                 if bench is not None:
                     bench.capture_failed()

@@ -144,11 +144,22 @@ def test_what_differs_between_processes_is_for_where_nothing_else_works():
     assert names(choose(FakeJudge({"a": 0.1}, errors={"b": 1.0}), [CAUSAL], both)) == ["a"]
 
 
-def test_a_full_gpu_is_no_fault_of_a_kind():
-    judge = FakeJudge({"a": 1.0, "b": 1.0}, errors={"a": torch.OutOfMemoryError("full")})
-    for requested in (None, "a"):
-        with pytest.raises(torch.OutOfMemoryError):
-            choose(judge, [CAUSAL], requested=requested)
+def test_what_runs_out_of_memory_is_left_out_for_the_shape_where_it_does(cache, caplog):
+    """And only there is the outcome not remembered."""
+    judge = FakeJudge({"a": 1.0, "b": 2.0}, errors={("a", WIDER): torch.OutOfMemoryError("full")})
+    choices = choose(judge, [CAUSAL, WIDER], cache=cache)
+    assert names(choices) == ["a", "b"]
+    assert choices[WIDER].rejected["a"].startswith(f"it runs out of memory for {WIDER} in bfloat16: full")
+    assert "a is not used: it runs out of memory" in caplog.text
+    again = FakeJudge({"a": 1.0, "b": 2.0})
+    assert names(choose(again, [CAUSAL, WIDER], cache=cache)) == ["a", "a"]
+    assert [shape for shape, *_ in again.asked] == [WIDER]
+
+
+def test_a_way_asked_for_by_name_that_runs_out_of_memory():
+    judge = FakeJudge({"b": 1.0}, errors={"a": torch.OutOfMemoryError("full")})
+    with pytest.raises(torch.OutOfMemoryError, match=r"convolution 'a': it runs out of memory for .*: full"):
+        choose(judge, [CAUSAL], requested="a")
 
 
 # -- by name -----------------------------------------------------------------------------------------------------

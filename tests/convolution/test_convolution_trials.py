@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -208,6 +210,56 @@ def test_a_capture_that_fails_spoils_no_other(monkeypatch):
             trials.stopwatch(Kind(name, lambda weight: lambda frames: None))
         assert current == ["caller"]
     assert len(cuda.captures) == 2
+
+
+def test_a_capture_that_memory_does_not_suffice_for(monkeypatch):
+    """It is said so, although the capture's end fails too; what was taken is free, and the next one is captured."""
+    cuda = FakeCuda(monkeypatch)
+    taken: list[weakref.ref] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="", major=9, minor=0))
+
+    @contextlib.contextmanager
+    def graph(graph, *, pool, stream, capture_error_mode):
+        assert pool not in [pool for pool, _ in cuda.captures], "already recording to it"
+        cuda.log.append("begin")
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            cuda.captures.append((pool, stream))
+            raise RuntimeError("operation failed due to a previous error during capture") from None
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+
+    def hungry(weight):
+        def call(frames):
+            if "begin" in cuda.log:
+                memory = torch.empty(1)
+                taken.append(weakref.ref(memory))
+                raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+            return kinds()[0].prepare(weight)(frames)
+
+        return call
+
+    def well_fed(weight):
+        cuda.log.append(f"free: {[memory() for memory in taken]}")
+        return kinds()[0].prepare(weight)
+
+    gc.disable()
+    try:
+        choices = choose_convolutions(
+            None,
+            [CAUSAL],
+            device=torch.device("cuda", 0),
+            dtype=torch.bfloat16,
+            cache=None,
+            kinds=[Kind("hungry", hungry), Kind("well-fed", well_fed)],
+            judge=lambda shape, device, dtype: Trials(shape, CPU, dtype),
+        )
+    finally:
+        gc.enable()
+    assert choices[CAUSAL].kind.name == "well-fed"
+    assert choices[CAUSAL].rejected["hungry"].endswith("Tried to allocate 2.00 GiB; free some, or choose another")
+    assert "free: [None]" in cuda.log and len(taken) == 1
 
 
 def faulty(kind: Kind) -> Kind:

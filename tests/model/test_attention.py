@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -66,8 +68,13 @@ class FakeJudge:
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
     """What this module asks of a GPU, apart from the work itself."""
-    properties = SimpleNamespace(name="Imaginary 9000", major=9, minor=0)
+    properties = SimpleNamespace(name="Imaginary 9000", major=9, minor=0, emptied=0)
+
+    def empty() -> None:
+        properties.emptied += 1
+
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty)
     return properties
 
 
@@ -129,12 +136,69 @@ def test_where_nothing_works_everything_is_said():
         choose(judge, [absent("a", "it is gone"), kind("b")])
 
 
-def test_a_full_gpu_is_no_fault_of_a_library():
-    for judge in (FakeJudge({"a": 1.0}, errors={"a": torch.OutOfMemoryError("full")}), FakeJudge({"a": 1.0})):
-        if not judge.errors:
-            judge.stopwatch = lambda attention: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
-        with pytest.raises(torch.OutOfMemoryError):
-            choose(judge, [kind("a")])
+class Hungry(FakeJudge):
+    """Some kinds run out of memory, when they are checked or when they are captured; whether what they took is gone."""
+
+    def __init__(self, times, *, checked=(), captured=()):
+        super().__init__(times)
+        self.hungry = {"error": checked, "stopwatch": captured}
+        self.taken: list[weakref.ref] = []
+        self.held: list[bool] = []
+
+    def _take(self, where: str, name: str) -> None:
+        self.held.append(any(taken() is not None for taken in self.taken))
+        if name in self.hungry[where]:
+            memory = torch.empty(1)
+            self.taken.append(weakref.ref(memory))
+            shortage = torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate 2.00 GiB by {name}\nmore")
+            raise shortage  # by its name it is held by its own frame, as a library's may be
+
+    def error(self, attention) -> float:
+        self._take("error", attention.name)
+        return super().error(attention)
+
+    def stopwatch(self, attention) -> Callable[[], float]:
+        self._take("stopwatch", attention.name)
+        return super().stopwatch(attention)
+
+
+def test_what_runs_out_of_memory_is_left_out_and_its_memory_is_there_for_the_next(cache, caplog, gpu):
+    judge = Hungry({"c": 1.0, "b": 0.1}, checked=["a"], captured=["b"])
+    gc.disable()
+    try:
+        choice = choose(judge, [kind("a"), kind("b"), kind("c")], cache)
+    finally:
+        gc.enable()
+    assert choice.attention.name == "c" and list(choice.timings) == ["c"]
+    for name in "ab":
+        assert choice.rejected[name].startswith(
+            "it runs out of memory for 6 queries, 10 keys, 2 heads of 8 in bfloat16"
+        )
+        assert f"2.00 GiB by {name}; free some, or choose another" in choice.rejected[name]
+        assert f"{name} is not used: {choice.rejected[name]}" in caplog.text
+    assert len(judge.taken) == 2 and not any(judge.held) and gpu.emptied == 2
+    assert not cache.exists(), "another time there may be more memory"
+    assert (
+        choose(FakeJudge({"a": 2.0, "b": 0.1, "c": 1.0}), [kind("a"), kind("b"), kind("c")], cache).attention.name
+        == "b"
+    )
+
+
+@pytest.mark.parametrize("words", ["CUDA error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])
+def test_libraries_have_words_of_their_own_for_it(cache, words):
+    judge = FakeJudge({"a": 2.0}, errors={"b": RuntimeError(words)})
+    choice = choose(judge, [kind("a"), kind("b")], cache)
+    assert choice.rejected["b"].startswith("it runs out of memory") and not cache.exists()
+
+
+def test_no_memory_for_any_is_an_error_that_says_so():
+    """Of the kind at which a caller loads something smaller."""
+    judge, shortage = Hungry({}, checked=["a"], captured=["b"]), torch.OutOfMemoryError
+    with pytest.raises(shortage, match=r"no attention works on cuda:0.* a: it runs out of memory.* b: it runs out"):
+        choose(judge, [kind("a"), kind("b")])
+    with pytest.raises(shortage, match=r"attention 'a': it runs out of memory .*2\.00 GiB by a"):
+        choose(judge, [kind("a"), kind("b")], requested="a")
+    assert available_attention(GPU, [kind("a"), kind("b")], judge)["a"].startswith("it runs out of memory")
 
 
 def test_one_that_holds_all_scores_is_for_where_nothing_else_works():

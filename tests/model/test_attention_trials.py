@@ -90,8 +90,8 @@ class FakeCuda:
                 return end.time - self.time
 
         @contextlib.contextmanager
-        def graph(graph, *, stream, capture_error_mode):
-            assert capture_error_mode == "thread_local"
+        def graph(graph, *, pool, stream, capture_error_mode):
+            assert pool is None and capture_error_mode == "thread_local"
             fake.log.append("begin")
             yield
             fake.log.append("end")
