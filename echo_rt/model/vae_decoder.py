@@ -83,7 +83,7 @@ class VaeDecoder:
         return dict(self._plan(latent_height, latent_width, latents, None).convolutions)
 
     def use(self, kinds: Mapping[str, Kind]) -> None:
-        """From now on each convolution is computed by the kind under its name."""
+        """From now on each convolution is computed by the kind under its name. Once: it is all that they keep."""
         for level in self._shapes():
             for convolution in level.convolutions:
                 convolution.use(kinds[convolution.name])

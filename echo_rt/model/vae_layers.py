@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from echo_rt.convolution import ConvolutionShape, Kind, enlarged_convolution, library_convolution
+from echo_rt.convolution import ConvolutionShape, Kind, Prepared, enlarged_convolution, library_convolution
 from echo_rt.convolution.library import convolve
 from echo_rt.device import placed
 from echo_rt.errors import WeightsError
@@ -101,7 +101,32 @@ class Terms:
         self.x = self.x.new_empty(0)
 
 
-class CausalConv:
+class _Convolution:
+    """A convolution by torch, until it is given a way of its own; ``weight [Co, C, kT, kH, kW]``, channels-last.
+
+    Of the weight only what the way has made of it is kept: for most of them that is a copy in another layout.
+    """
+
+    def __init__(self, weight: Tensor, prepared: Prepared) -> None:
+        self._weight: Tensor | None = weight
+        self._convolved = prepared
+        self.out_channels, self.channels, *kernel = weight.shape
+        depth, tall, wide = kernel
+        self.kernel = (depth, tall, wide)
+
+    @property
+    def reach(self) -> int:
+        """How many rows above and below a pixel it sees; of an enlarged picture where it enlarges."""
+        return self.kernel[1] // 2
+
+    def use(self, kind: Kind) -> None:
+        """From now on computed by ``kind``. Once: the weight is let go of."""
+        assert self._weight is not None, "its way was chosen before"
+        self._convolved = kind.prepare(self._weight)
+        self._weight = None
+
+
+class CausalConv(_Convolution):
     """A 3-D convolution that sees, beside the new frames, only what came before them.
 
     It remembers ``kernel - stride`` frames: 2 for the 3x3x3 ones, 1 for the encoder's, which halves time.
@@ -109,25 +134,13 @@ class CausalConv:
 
     def __init__(self, name: str, weights: VaeWeights, stride: int = 1) -> None:
         self.name, self.stride = name, stride
-        self.weight, self.bias = weights.convolution(name)
-        self.channels = self.weight.shape[1]
-        self.past = self.weight.shape[2] - stride
-        self._convolved = library_convolution(self.weight, stride)
-
-    @property
-    def reach(self) -> int:
-        """How many rows above and below a pixel it sees."""
-        return self.weight.shape[3] // 2
+        weight, self.bias = weights.convolution(name)
+        super().__init__(weight, library_convolution(weight, stride))
+        self.past = self.kernel[0] - stride
 
     def shape(self, new: int, height: int, width: int) -> ConvolutionShape:
         """Of a call with so many new frames of this size."""
-        out_channels, channels, *kernel = self.weight.shape
-        depth, tall, wide = kernel
-        return ConvolutionShape(self.past + new, height, width, channels, out_channels, (depth, tall, wide))
-
-    def use(self, kind: Kind) -> None:
-        """From now on computed by ``kind``."""
-        self._convolved = kind.prepare(self.weight)
+        return ConvolutionShape(self.past + new, height, width, self.channels, self.out_channels, self.kernel)
 
     def __call__(self, frames: Tensor) -> Terms:
         """Convolves ``frames [past + T, H, W, C]`` to ``[T // stride, H, W, out]``."""
@@ -142,28 +155,18 @@ class CausalConv:
         return out
 
 
-class EnlargingConv:
+class EnlargingConv(_Convolution):
     """Doubles every pixel of a picture each way and convolves the result, frame by frame."""
 
     def __init__(self, name: str, weights: VaeWeights) -> None:
         self.name = name
         weight, self.bias = weights.convolution(name)
-        self.weight = weight.unsqueeze(2)
-        self._convolved = enlarged_convolution(self.weight)
-
-    @property
-    def reach(self) -> int:
-        """How many rows above and below a pixel, when it is doubled, it sees."""
-        return self.weight.shape[3] // 2
+        weight = weight.unsqueeze(2)
+        super().__init__(weight, enlarged_convolution(weight))
 
     def shape(self, frames: int, height: int, width: int) -> ConvolutionShape:
         """Of a call with so many frames of this size, which is doubled."""
-        out_channels, channels, _, tall, wide = self.weight.shape
-        return ConvolutionShape(frames, height, width, channels, out_channels, (1, tall, wide), enlarge=True)
-
-    def use(self, kind: Kind) -> None:
-        """From now on computed by ``kind``."""
-        self._convolved = kind.prepare(self.weight)
+        return ConvolutionShape(frames, height, width, self.channels, self.out_channels, self.kernel, enlarge=True)
 
     def __call__(self, frames: Tensor) -> Terms:
         """``frames [T, H, W, C]``, contiguous, to ``[T, 2H, 2W, out]``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from types import FunctionType, ModuleType
 
 import pytest
 import torch
@@ -66,6 +67,50 @@ def test_in_bfloat16(causal: str, enlarging: str) -> None:
     expected = decode(decoder())
     video = decode(use(decoder(dtype=torch.bfloat16), by_name[causal, False], by_name[enlarging, True]))
     assert relative_error(video, expected) < 1.5e-2
+
+
+def held(something: object, seen: set[int] | None = None) -> dict[int, int]:
+    """Bytes of the storages of all tensors that it leads to, by address: its attributes, what functions enclose."""
+    seen = set() if seen is None else seen
+    if id(something) in seen:
+        return {}
+    seen.add(id(something))
+    if isinstance(something, Tensor):
+        storage = something.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()}
+    inside: list[object] = []
+    if isinstance(something, dict):
+        inside += something.values()
+    elif isinstance(something, (list, tuple)):
+        inside += something
+    elif isinstance(something, FunctionType):
+        inside += [cell.cell_contents for cell in something.__closure__ or ()]
+    elif hasattr(something, "__dict__") and not isinstance(something, (type, ModuleType)):
+        inside += vars(something).values()
+    found: dict[int, int] = {}
+    for part in inside:
+        found |= held(part, seen)
+    return found
+
+
+@pytest.mark.parametrize("causal", ["conv3d", "three-products", "kernel"])
+@pytest.mark.parametrize("enlarging", ["enlarged", "phases", "kernel"])
+def test_only_what_is_computed_with_is_kept(causal: str, enlarging: str) -> None:
+    by_name = BY_NAME
+    if "kernel" in (causal, enlarging):
+        if available_backends()["emulated"] != "available":
+            pytest.skip("this build has the kernels for the GPU instead")
+        by_name = {(kind.name, kind.enlarges): kind for kind in kinds(load_ops("emulated"))}
+    model = decoder()
+    before = sum(held(model).values())
+    use(model, by_name[causal, False], by_name[enlarging, True])
+    tap = sum(
+        WEIGHTS[f"{name}.weight"][..., 0, 0].numel() * model.dtype.itemsize
+        for name, shape in model.convolution_shapes(*SIZE, LATENTS).items()
+        if shape.enlarge
+    )
+    more = 0 if enlarging == "enlarged" else 4 * 4 - 9  # four phases of 2x2 taps in place of 3x3
+    assert tap > 0 and sum(held(model).values()) == before + more * tap
 
 
 class Recorded:
