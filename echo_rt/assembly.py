@@ -59,7 +59,7 @@ def assemble(loaded: LoadedModel, options: Options) -> Assembly:
     """Weights go to the device, buffers are made. Raises :class:`ConfigError` and :class:`BackendError`."""
     folder, config, tiny_vae = loaded.folder, loaded.config, loaded.tiny_vae
     device, dtype, working = options.device, options.dtype, working_dtype(options.dtype)
-    vae_config = folder.vae_config()
+    vae_config = loaded.vae
     vae = WAN_VAE if tiny_vae is None else tiny_vae.kind.name
     ops = load_ops(options.backend)
     if vae_config.z_dim != config.transformer.in_channels:

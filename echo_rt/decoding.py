@@ -56,7 +56,7 @@ def make_decoder(
     Raises :class:`ConfigError` for options that it does not have, :class:`BackendError` for a convolution that is not
     to be had.
     """
-    vae = loaded.folder.vae_config()
+    vae = loaded.vae
     if loaded.tiny_vae is None:
         decoder = VaeDecoder(vae, tensors, ops, device=device, dtype=options.dtype, tiles=options.tiles)
         model = loaded.config

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig
+from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError
 from echo_rt.options import FOLDER_FACTS, RELEASED_SIZE, TINY_VAE, WAN_VAE, MemoryMode, check_overrides, latent_size
 from echo_rt.weights.folder import ModelFolder
@@ -25,12 +25,13 @@ from echo_rt.weights.tiny_vae import TinyVae, open_tiny_vae
 class LoadedModel:
     """Tensors by their original names, on the host or mapped; ``memory`` is None where the mode needs none.
 
-    ``tiny_vae`` is the decoder in place of the folder's own, None for that one. ``transformer_source`` and
-    ``memory_source`` say where tensors are from.
+    ``vae`` is the VAE whose latents these are; ``tiny_vae`` the decoder in place of the folder's own, which is then not
+    looked at, None for that one. ``transformer_source`` and ``memory_source`` say where tensors are from.
     """
 
     folder: ModelFolder
     config: ModelConfig
+    vae: VaeConfig
     mode: MemoryMode
     transformer: Mapping[str, Tensor]
     memory: Mapping[str, Tensor] | None
@@ -67,7 +68,7 @@ def load_model(
     facts = {**defaults, **check_overrides(overrides or {}, "overrides")}
     width = facts.get("width", RELEASED_SIZE[0]) if width is None else width
     height = facts.get("height", RELEASED_SIZE[1]) if height is None else height
-    vae_config = folder.vae_config()
+    vae_config = folder.vae_config() if vae == WAN_VAE else folder.latents_config()
     latent_height, latent_width = latent_size(width, height, vae_config, transformer_config)
     tiny_vae = None if vae == WAN_VAE else open_tiny_vae(vae, folder.path, vae_config)
 
@@ -103,6 +104,7 @@ def load_model(
     return LoadedModel(
         folder=folder,
         config=config,
+        vae=vae_config,
         mode=mode,
         transformer=tensors,
         memory=memory_tensors,

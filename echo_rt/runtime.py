@@ -99,7 +99,7 @@ class Runtime:
             memory: ``"evolve"``, ``"prior"`` or ``"off"``; None for evolve where the weights have a memory encoder.
             vae: who makes pictures of latents: ``"wan"``, the model's own VAE; for previews ``"tiny"``, the tiny
                 decoder in the model's folder (``taew2_1`` of TAEHV or ``lighttaew2_1`` of LightX2V, ``.pth`` or
-                ``.safetensors``), or the path of such a file.
+                ``.safetensors``), or the path of such a file; the model's own VAE need not be there then.
             vae_tiles: in how many bands of rows the model's own VAE decodes its two highest resolutions: the same video
                 in less device memory and more time.
             backend: which implementation of the operations; None for ``ECHO_RT_BACKEND``, or torch.

@@ -17,6 +17,7 @@ from torch import Tensor
 import echo_rt
 from echo_rt.errors import ConfigError, StreamError, WeightsError
 from echo_rt.tiny import TINY_VAE_FILE
+from echo_rt.weights.layout_original import VAE_FILE
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
 
@@ -134,6 +135,20 @@ def test_a_model_without_a_tiny_decoder(small_model: Path, tmp_path: Path) -> No
         load(folder, vae="tiny")
     with load(folder, vae=small_model / TINY_VAE_FILE) as runtime:
         assert runtime.vae == "taew2_1"
+
+
+def test_the_vae_itself_need_not_be_there(small_model: Path, tmp_path: Path, plain: list[echo_rt.Chunk]) -> None:
+    """Nor whole: its file is not looked at. Whoever asks for it is told that it is missing."""
+    folder = tmp_path / "model"
+    shutil.copytree(small_model, folder, ignore=shutil.ignore_patterns(VAE_FILE))
+    for content in (None, b"cut off"):
+        if content is not None:
+            (folder / VAE_FILE).write_bytes(content)
+        with load(folder, checkpoint=small_model / "echo_infinity.pt", vae="tiny") as runtime:
+            assert same(video(runtime, 2, seed=3), plain[:2])
+    (folder / VAE_FILE).unlink()
+    with pytest.raises(WeightsError, match=rf"{VAE_FILE}: expected a file, found none"):
+        load(folder)
 
 
 def test_weights_that_are_not_numbers(small_model: Path, tmp_path: Path) -> None:

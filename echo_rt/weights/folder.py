@@ -47,6 +47,7 @@ class _Layout(Protocol):
     def transformer_config(self) -> TransformerConfig: ...
     def rollout_defaults(self) -> dict[str, Any]: ...
     def vae_config(self) -> VaeConfig: ...
+    def latents_config(self) -> VaeConfig: ...
     def text_encoder_config(self) -> TextEncoderConfig: ...
 
 
@@ -108,6 +109,13 @@ class ModelFolder:
     def vae_config(self) -> VaeConfig:
         """Sizes of the VAE; in the original layout from the shapes of its tensors."""
         return self._layout.vae_config()
+
+    def latents_config(self) -> VaeConfig:
+        """What another decoder of its latents has to know of the VAE, which need not be there; no weights are read.
+
+        Wan2.1's, where no config says otherwise.
+        """
+        return self._layout.latents_config()
 
     def vae_tensors(self) -> Mapping[str, Tensor]:
         """The whole VAE, encoder and decoder."""

@@ -88,6 +88,9 @@ class DiffusersLayout:
             fields["temporal_downsample"] = config["temperal_downsample"]
         return build(VaeConfig, path, base_dim=base_dim, z_dim=z_dim, **fields)
 
+    def latents_config(self) -> VaeConfig:
+        return self.vae_config() if (self._folder / VAE_CONFIG).exists() else VaeConfig()
+
     def text_encoder_config(self) -> TextEncoderConfig:
         config, path = self._read(TEXT_ENCODER_CONFIG, _TEXT_ENCODER)
         expect(config, path, _TEXT_ENCODER, model_type=("umt5",), feed_forward_proj=("gated-gelu",))

@@ -56,6 +56,9 @@ class OriginalLayout:
     def vae_config(self) -> VaeConfig:
         return vae_config_of(open_tensors(self.vae), str(self.vae))
 
+    def latents_config(self) -> VaeConfig:
+        return VaeConfig()
+
     def text_encoder_config(self) -> TextEncoderConfig:
         return text_encoder_config_of(open_tensors(self.text_encoder), str(self.text_encoder))
 

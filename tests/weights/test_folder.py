@@ -295,6 +295,19 @@ def test_token_table_under_two_names(folders: Callable[[str], Path]) -> None:
     assert_same(ModelFolder.open(path).text_encoder_tensors(), text_encoder())
 
 
+def test_what_another_decoder_of_the_latents_has_to_know(folders: Callable[[str], Path]) -> None:
+    """Without the VAE, and without a look at its weights; only diffusers' folder has a config that may say it."""
+    original, diffusers = folders("original"), folders("diffusers")
+    (original / "Wan2.1_VAE.pth").write_bytes(b"cut off")
+    assert ModelFolder.open(original).latents_config() == VaeConfig()
+    edit(diffusers / "vae" / "config.json", latents_mean=[0.5] * VAE.z_dim)
+    for weights in (diffusers / "vae").glob("diffusion*"):
+        weights.unlink()
+    assert ModelFolder.open(diffusers).latents_config() == dataclasses.replace(VAE, latents_mean=(0.5,) * VAE.z_dim)
+    shutil.rmtree(diffusers / "vae")
+    assert ModelFolder.open(diffusers).latents_config() == VaeConfig()
+
+
 def test_folders_that_the_libraries_write(tmp_path: Path) -> None:
     """Configs and weights as diffusers and transformers save them, sharded."""
     diffusers = pytest.importorskip("diffusers")
