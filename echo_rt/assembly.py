@@ -23,6 +23,7 @@ from echo_rt.options import WAN_VAE
 from echo_rt.pipeline import Pipeline
 from echo_rt.prompts import PromptEncoder
 from echo_rt.rollout import Rollout
+from echo_rt.snapshot_fit import WEIGHTS
 from echo_rt.steady import SteadyCheck
 from echo_rt.weights.fingerprint import FingerprintedTensors
 
@@ -104,7 +105,7 @@ def assemble(loaded: LoadedModel, options: Options) -> Assembly:
         "vae": vae,
         "dtype": str(dtype),
         "vae_dtype": str(options.decoding.dtype),
-        "weights": [part.digest() for part in (transformer_weights, memory_weights, vae_weights)],
+        WEIGHTS: [part.digest() for part in (transformer_weights, memory_weights, vae_weights)],
     }
     if dtype == FLOAT8:
         model["float8_except"] = sorted(transformer.kept_from_float8)

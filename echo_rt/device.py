@@ -70,9 +70,9 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
     raise ConfigError(f"dtype must be one of {', '.join(DTYPE_NAMES)}; got {str(dtype)!r}")
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """What a user calls a model's ``dtype``."""
-    return next(name for name, known in _MODEL_DTYPES.items() if known == dtype)
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """What a user calls a model's ``dtype``, itself or as torch writes it; as it is where no model has it."""
+    return next((name for name, known in _MODEL_DTYPES.items() if str(known) == str(dtype)), str(dtype))
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,9 @@ from echo_rt.pipeline import Pipeline
 from echo_rt.prompts import PromptEncoder, check_prompt_embeds
 from echo_rt.rollout import Rollout
 from echo_rt.snapshot import Snapshot
+from echo_rt.snapshot_fit import difference
 from echo_rt.steady import SteadyCheck
+from echo_rt.trials.words import plain
 
 _ROLLOUT, _DECODER = "rollout.", "decoder."
 
@@ -63,14 +64,8 @@ class Engine:
 
     def require_fit(self, snapshot: Snapshot) -> None:
         """:class:`StreamError` for a snapshot of another model, or one that contradicts itself."""
-        different = sorted(k for k in {*self.model, *snapshot.model} if self.model.get(k) != snapshot.model.get(k))
-        if different:
-            key = different[0]
-            theirs, own = (reprlib.repr(model.get(key)) for model in (snapshot.model, self.model))  # lists may be long
-            raise StreamError(
-                f"the snapshot is of another model: {key} is {theirs} in the snapshot and {own} here "
-                f"({len(different)} differences: {', '.join(different)})"
-            )
+        if different := difference(snapshot.model, self.model, self.vae.spatial_stride):
+            raise StreamError(f"the snapshot is of another model: {different}")
         frames = (snapshot.block + 1) * self.rollout.config.window.frames_per_block
         whole = snapshot.block >= -1 and frames == snapshot.latents_decoded and snapshot.offset >= 0
         if not whole or snapshot.next_block < 0:
@@ -81,8 +76,10 @@ class Engine:
         for name, tensor in self.live_tensors().items():
             saved = snapshot.tensors.get(name)
             if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-                came = "nothing" if saved is None else f"{saved.dtype} {tuple(saved.shape)}"
-                raise StreamError(f"snapshot tensor {name}: expected {tensor.dtype} {tuple(tensor.shape)}, got {came}")
+                expected, came = (
+                    "nothing" if t is None else f"{plain(t.dtype)} {list(t.shape)}" for t in (tensor, saved)
+                )
+                raise StreamError(f"snapshot tensor {name}: expected {expected}, got {came}")
 
         text = self.rollout.config.transformer
         for block, embeds in snapshot.prompts.items():

@@ -28,6 +28,7 @@ from echo_rt.errors import ConfigError, OutputError, SnapshotError
 from echo_rt.options import check_seed
 from echo_rt.output.part_file import PartFile, reason
 from echo_rt.snapshot import Snapshot
+from echo_rt.trials.words import plain
 
 T = TypeVar("T")
 
@@ -102,7 +103,7 @@ def _tensors_of(snapshot: Snapshot, path: str | Path) -> dict[str, Tensor]:
         named |= {f"{_HELD}{number}.frames": chunk.frames, f"{_HELD}{number}.latents": chunk.latents}
     for name, tensor in named.items():
         if tensor.dtype not in _CODES:
-            raise SnapshotError(f"{path}: {name} is {tensor.dtype}, which a snapshot's file cannot hold")
+            raise SnapshotError(f"{path}: {name} is {plain(tensor.dtype)}, which a snapshot's file cannot hold")
     return dict(sorted(named.items(), key=lambda item: (-item[1].element_size(), item[0])))
 
 
@@ -293,7 +294,7 @@ def _prompts(tensors: dict[str, Tensor], path: str | Path) -> dict[int, Tensor]:
         if not (block.isascii() and block.isdecimal() and len(block) < _LONGEST_NUMBER):
             raise _damaged(path, f"{name!r:.80} names no block")
         if embeds.dim() != 2 or not embeds.is_floating_point():
-            raise _damaged(path, f"its prompt for block {block} is {embeds.dtype} {list(embeds.shape)}")
+            raise _damaged(path, f"its prompt for block {block} is {plain(embeds.dtype)} {list(embeds.shape)}")
         prompts[int(block)] = embeds
     return prompts
 

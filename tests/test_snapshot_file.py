@@ -131,15 +131,54 @@ def test_another_model_is_refused_by_what_differs(small_model: Path, snapshot: S
     loaded = Snapshot.load(tmp_path / "s.safetensors")
     with load(small_model, overrides={"local_frames": 6}) as other, pytest.raises(StreamError) as caught:
         other.resume(loaded)
-    assert "local_frames is 9 in the snapshot and 6 here (1 differences: local_frames)" in str(caught.value)
+    assert str(caught.value).endswith("of another model: local_frames is 9 in the snapshot and 6 here")
     loaded.model["local_frames"] = [f"blocks.{i}.ffn.2" for i in range(180)]  # long as a list of layers can be
     with load(small_model, overrides={"local_frames": 6}) as other, pytest.raises(StreamError) as caught:
         other.resume(loaded)
     assert "local_frames is ['blocks.0.ffn.2'," in str(caught.value) and len(str(caught.value)) < 300
-    loaded.model["local_frames"] = 9
-    loaded.model["weights"][1] = "0" * 64  # type: ignore[index]
-    with load(small_model) as same_size, pytest.raises(StreamError, match="another model: weights is"):
-        same_size.resume(loaded)
+
+
+def test_what_differs_is_named_as_its_user_names_it(small_model: Path, snapshot: Snapshot) -> None:
+    """Options by their names, dtypes as they are asked for, weights by the part of the model; no hash is shown."""
+
+    def refusal(runtime: echo_rt.Runtime, **facts: Any) -> str:
+        with pytest.raises(StreamError) as caught:
+            runtime.resume(dataclasses.replace(snapshot, model={**snapshot.model, **facts}))
+        message = str(caught.value)
+        assert "torch." not in message and "latent_" not in message and "0000" not in message and len(message) < 600
+        return message.removeprefix("the snapshot is of another model: ")
+
+    digests, memory = snapshot.model["weights"], snapshot.model["memory"]
+    other = "0" * 64
+    with load(small_model) as runtime:
+        for part, words in (
+            (
+                0,
+                "the weights of the transformer are not those of the snapshot, look at the model's folder, checkpoint,",
+            ),
+            (1, "the weights of the memory encoder are not those of the snapshot, look at checkpoint, lora"),
+            (2, "the weights of the video decoder are not those of the snapshot, look at the model's folder, vae"),
+        ):
+            changed = [other if index == part else digest for index, digest in enumerate(digests)]
+            assert refusal(runtime, weights=changed).startswith(words)
+            with_dtype = refusal(runtime, weights=changed, dtype="torch.float8_e4m3fn", float8_except=[])
+            assert with_dtype.startswith(
+                "dtype is 'float8' in the snapshot and 'float32' here; also different: float8_e"
+            )
+            assert with_dtype.endswith(words.split(" are ")[0].removeprefix("the "))
+        assert refusal(runtime, weights=[other] * 3).endswith("decoder") and refusal(runtime, weights="x")
+        assert refusal(runtime, latent_width=6) == "width is 48 in the snapshot and 32 here"
+        assert (
+            refusal(runtime, vae_dtype="torch.float16") == "vae_dtype is 'float16' in the snapshot and 'float32' here"
+        )
+        assert refusal(runtime, memory={**memory, "frames": 1}) == "memory_frames is 1 in the snapshot and 3 here"
+        assert refusal(runtime, memory={**memory, "layers": 1}).startswith("layers of the memory encoder is 1 in")
+        without = refusal(runtime, memory=None, memory_mode="off", weights=[*digests[:1], other, digests[2]])
+        assert without.startswith("memory is 'off' in the snapshot and 'evolve' here; also different: ")
+        assert refusal(runtime, memory=None).startswith("ffn_multiplier of the memory encoder is not there in the snap")
+        everything = {name: "?" for name in snapshot.model}
+        with pytest.raises(StreamError, match=r"dtype is '\?' in .*; also different: vae_dtype, vae, .* and \d+ more$"):
+            runtime.resume(dataclasses.replace(snapshot, model=everything))
 
 
 # ---------------------------------------------------------------- other files

@@ -66,7 +66,7 @@ def test_a_snapshot_of_another_precision_is_refused(small_model: Path, mixed: ec
         take(stream, 1)
         snapshot = stream.snapshot()
     with load(small_model, dtype="bfloat16") as other:
-        words = r"vae_dtype is 'torch\.float32' in the snapshot and 'torch\.bfloat16' here \(1 differences: vae_dtype\)"
+        words = "vae_dtype is 'float32' in the snapshot and 'bfloat16' here$"
         with pytest.raises(StreamError, match=words):
             other.resume(snapshot)
 
