@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +24,17 @@ from echo_rt.pipeline import Pipeline
 from echo_rt.prompts import PromptEncoder
 from echo_rt.rollout import Rollout
 from echo_rt.snapshot_fit import WEIGHTS
+from echo_rt.snapshot_ways import ATTENTION, TEXT_ATTENTION, WAYS, Ways
 from echo_rt.steady import SteadyCheck
 from echo_rt.weights.fingerprint import FingerprintedTensors
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user chose of how a model runs, as :meth:`echo_rt.Runtime.from_pretrained` explains it."""
+    """What a user chose of how a model runs, as :meth:`echo_rt.Runtime.from_pretrained` explains it.
+
+    ``like``: the ways of the snapshot to go on with, by their labels.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -42,6 +46,7 @@ class Options:
     check: bool
     keep_text_encoder: bool
     float8_except: Sequence[str]
+    like: Mapping[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +74,10 @@ def assemble(loaded: LoadedModel, options: Options) -> Assembly:
         )
     executor = make_executor(device, options.graphs)
     lookahead = _check_lookahead(options.lookahead, device)
-    attention, text_attention = attentions(config, device, working, options.attention, cache=cache_file())
+    prescribed = (options.like.get(ATTENTION), options.like.get(TEXT_ATTENTION))
+    attention, text_attention = attentions(
+        config, device, working, options.attention, cache=cache_file(), prescribed=prescribed
+    )
     schedule = Schedule(config.sampler, device)
     transformer_weights, memory_weights, vae_weights = (
         FingerprintedTensors(part, f"{source} ({name})")
@@ -95,9 +103,12 @@ def assemble(loaded: LoadedModel, options: Options) -> Assembly:
         encoder = None
         if config.memory is not None:
             encoder = MemoryEncoder(config, memory_weights, ops, device=device, dtype=working)
-        decoder, convolutions = make_decoder(loaded, vae_weights, ops, options.decoding, device=device)
+        decoder, convolutions = make_decoder(
+            loaded, vae_weights, ops, options.decoding, device=device, prescribed=options.like
+        )
         rollout = Rollout(config, transformer, encoder, schedule, ops, attention.attention, loaded.mode, executor)
         pipeline = Pipeline(rollout, decoder, vae_config, ops, executor, device=device, depth=1 + lookahead)
+    ways = Ways.chosen(attention, text_attention, convolutions)
     # A snapshot goes on with the same model alone: all that its video depends on, beside seed and prompts.
     model = {
         **config.to_flat(),
@@ -105,6 +116,7 @@ def assemble(loaded: LoadedModel, options: Options) -> Assembly:
         "vae": vae,
         "dtype": str(dtype),
         "vae_dtype": str(options.decoding.dtype),
+        WAYS: dict(ways.names),
         WEIGHTS: [part.digest() for part in (transformer_weights, memory_weights, vae_weights)],
     }
     if dtype == FLOAT8:
@@ -118,6 +130,7 @@ def assemble(loaded: LoadedModel, options: Options) -> Assembly:
         executor=executor,
         vae=vae_config,
         model=model,
+        ways=ways,
         prompts=PromptEncoder(folder, config.transformer, device, keep=options.keep_text_encoder),
         lookahead=lookahead,
         check=SteadyCheck(executor, device, pipeline.buffers) if options.check else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from echo_rt.model.tiny_decoder import TinyDecoder
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.model.video_decoder import VideoDecoder
 from echo_rt.ops import Ops
+from echo_rt.snapshot_ways import convolution_label
 
 Convolutions = Mapping[ConvolutionShape, Choice]
 """How each of a decoder's convolutions is computed, and why; a tiny decoder has no choice."""
@@ -50,9 +52,11 @@ def make_decoder(
     options: DecoderOptions,
     *,
     device: torch.device,
+    prescribed: Mapping[str, str],
 ) -> tuple[VideoDecoder[Any], Convolutions]:
     """The decoder of a loaded model, of its ``tensors``, and how its convolutions are computed.
 
+    ``prescribed``: the ways of the snapshot to go on with, as :mod:`echo_rt.snapshot_ways` describes them.
     Raises :class:`ConfigError` for options that it does not have, :class:`BackendError` for a convolution that is not
     to be had.
     """
@@ -61,7 +65,7 @@ def make_decoder(
         decoder = VaeDecoder(vae, tensors, ops, device=device, dtype=options.dtype, tiles=options.tiles)
         model = loaded.config
         block = (model.window.frames_per_block, model.latent_height, model.latent_width)
-        return decoder, fit_convolutions(decoder, block, ops, options.convolution)
+        return decoder, fit_convolutions(decoder, block, ops, options.convolution, prescribed)
     if options.tiles != 1:
         raise ConfigError(f"vae_tiles must be 1 for a tiny decoder, which needs little memory; got {options.tiles}")
     if options.convolution is not None:
@@ -72,17 +76,29 @@ def make_decoder(
 
 
 def fit_convolutions(
-    decoder: VaeDecoder, block: tuple[int, int, int], ops: Ops, requested: str | None = None
+    decoder: VaeDecoder,
+    block: tuple[int, int, int],
+    ops: Ops,
+    requested: str | None = None,
+    prescribed: Mapping[str, str] = MappingProxyType({}),
 ) -> Convolutions:
     """Has ``decoder`` compute each convolution in the way that :func:`choose_convolutions` finds.
 
-    ``block``: the latents of one call, and their height and width. The errors are those of that function.
+    ``block``: the latents of one call, and their height and width; ``prescribed``: as above. The errors are those of
+    that function.
     """
     latents, height, width = block
     shapes = decoder.convolution_shapes(height, width, latents)
     device, dtype = decoder.device, decoder.dtype
+    labels = {shape: convolution_label(shape) for shape in shapes.values()}
     choices = choose_convolutions(
-        requested, shapes.values(), device=device, dtype=dtype, cache=cache_file(), kinds=kinds(ops)
+        requested,
+        shapes.values(),
+        device=device,
+        dtype=dtype,
+        cache=cache_file(),
+        kinds=kinds(ops),
+        prescribed={shape: prescribed[label] for shape, label in labels.items() if label in prescribed},
     )
     decoder.use({name: choices[shape].kind for name, shape in shapes.items()})
     return choices

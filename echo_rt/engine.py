@@ -17,6 +17,7 @@ from echo_rt.prompts import PromptEncoder, check_prompt_embeds
 from echo_rt.rollout import Rollout
 from echo_rt.snapshot import Snapshot
 from echo_rt.snapshot_fit import difference
+from echo_rt.snapshot_ways import Ways
 from echo_rt.steady import SteadyCheck
 from echo_rt.trials.words import plain
 
@@ -35,6 +36,7 @@ class Engine:
     executor: Executor
     vae: VaeConfig
     model: Mapping[str, Any]
+    ways: Ways
     prompts: PromptEncoder
     lookahead: int
     check: SteadyCheck | None
@@ -63,9 +65,11 @@ class Engine:
             return all(bool(torch.isfinite(low) & torch.isfinite(high)) for low, high in ends)
 
     def require_fit(self, snapshot: Snapshot) -> None:
-        """:class:`StreamError` for a snapshot of another model, or one that contradicts itself."""
+        """:class:`StreamError` for a snapshot of another model, one computed otherwise, or one that is not whole."""
         if different := difference(snapshot.model, self.model, self.vae.spatial_stride):
             raise StreamError(f"the snapshot is of another model: {different}")
+        if conflict := self.ways.conflict(snapshot.model):
+            raise StreamError(f"the snapshot cannot go on here bit for bit: {conflict}")
         frames = (snapshot.block + 1) * self.rollout.config.window.frames_per_block
         whole = snapshot.block >= -1 and frames == snapshot.latents_decoded and snapshot.offset >= 0
         if not whole or snapshot.next_block < 0:

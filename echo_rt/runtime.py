@@ -17,7 +17,7 @@ from echo_rt.assembly import Options, assemble
 from echo_rt.decoding import DecoderOptions
 from echo_rt.device import give_memory_back, parse_device, parse_dtype, parse_vae_dtype
 from echo_rt.engine import Engine
-from echo_rt.errors import StallError, StreamError
+from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.failed_frames import frees_frames
 from echo_rt.forks import Home, note_loading
 from echo_rt.guard import Guard
@@ -25,6 +25,7 @@ from echo_rt.loading import LoadedModel, load_model
 from echo_rt.ops import check_device, load_ops
 from echo_rt.options import WAN_VAE, MemoryMode, check_seed
 from echo_rt.snapshot import Snapshot
+from echo_rt.snapshot_ways import ways_of
 from echo_rt.stream import Stream
 
 _logger = logging.getLogger("echo_rt.runtime")
@@ -84,6 +85,7 @@ class Runtime:
         keep_text_encoder: bool = False,
         overrides: Mapping[str, Any] | None = None,
         float8_except: Sequence[str] = (),
+        like: Snapshot | None = None,
     ) -> Runtime:
         """Load a model from disk; nothing is ever downloaded.
 
@@ -119,12 +121,16 @@ class Runtime:
             float8_except: layers that stay in bfloat16 in dtype float8, as patterns of their weights' names such as
                 ``"blocks.0.*"`` or ``"*.ffn.2"``; one that matches none is an error. The projections q, k and v of
                 self-attention are one product: to keep one of them is to keep all three.
+            like: a snapshot to go on with: attention and convolutions that are not asked for by name are computed as
+                its video's were, whatever a trial would find.
 
         Raises:
             WeightsError: files that are missing, damaged, or of another model.
             ConfigError: sizes, windows or options that the model cannot have.
             BackendError: a device or backend that is not there.
         """
+        if not isinstance(like, Snapshot | None):
+            raise ConfigError(f"like must be a Snapshot or None, got {type(like).__name__}")
         place = parse_device(device)
         note_loading(place)
         precision = parse_dtype(dtype, place)
@@ -153,6 +159,7 @@ class Runtime:
             check=check,
             keep_text_encoder=keep_text_encoder,
             float8_except=float8_except,
+            like={} if like is None else ways_of(like.model),
         )
         return cls(loaded, options)
 
@@ -226,7 +233,8 @@ class Runtime:
     def resume(self, snapshot: Snapshot, *, guard: Guard | None = None) -> Stream:
         """Go on, bit for bit on the same backend, where :meth:`Stream.snapshot` was taken.
 
-        :class:`StreamError` for a snapshot of another model, or while another stream is live.
+        :class:`StreamError` for a snapshot of another model, one whose video was computed in other ways than this
+        runtime's user asked for or its trials found (``like``), or while another stream is live.
         """
         self._see_off()
         with self._lock:

@@ -16,7 +16,8 @@ from echo_rt.chunk import Chunk
 class Snapshot:
     """Everything a stream needs to go on bit for bit, on the host. Made by :meth:`Stream.snapshot`; can be pickled.
 
-    ``model`` describes the runtime it fits (plain JSON types): a runtime that differs in any entry refuses it.
+    ``model`` describes the runtime it fits (plain JSON types): a runtime that differs in any entry refuses it, but for
+    the ways of computing that its user asked for by name.
     ``prompts``: those that were set and not yet switched to, by the block that begins with them.
     ``held``: blocks that were made and not yet handed out; a resumed stream hands them out first.
     ``offset``: how far the video's block numbers are ahead of the state's ``block``, after rollbacks.

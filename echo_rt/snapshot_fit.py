@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from echo_rt.device import dtype_name
+from echo_rt.snapshot_ways import WAYS
 
 WEIGHTS = "weights"
 # Whose digests stand there, in this order, and by which options a user says what they are read from.
@@ -64,6 +65,6 @@ def _in_words(model: Mapping[str, Any], stride: int) -> dict[str, Any]:
             words[name] = dtype_name(value)
         elif name == WEIGHTS and isinstance(value, list) and len(value) == len(_PARTS):
             words |= zip(_OPTIONS_OF_PARTS, value, strict=True)
-        else:
+        elif name != WAYS:  # which are no part of what a model is
             words[name] = value
     return words

@@ -17,7 +17,7 @@ from echo_rt.attention.trials import AttentionShapes, Trials
 from echo_rt.config import ModelConfig
 from echo_rt.device import model_context
 from echo_rt.errors import BackendError
-from echo_rt.trials.search import Judge, Search, known_entries, summary
+from echo_rt.trials.search import Found, Judge, Search, known_entries, summary
 
 # What a kind is tried on while there is no model; the head size is that of all of Wan's.
 _PROBE = AttentionShapes(queries=64, keys=200, heads=2, head_dim=128)
@@ -29,13 +29,15 @@ _logger = logging.getLogger("echo_rt.attention")
 class Choice:
     """The attention and why it is this one.
 
-    ``timings``: milliseconds of a call of each kind that was timed; ``rejected``: what spoke against each other one.
+    ``timings``: milliseconds of a call of each kind that was timed; ``rejected``: what spoke against each other one;
+    ``by_name``: whether it was asked for.
     """
 
     attention: Attention
     reason: str
     timings: Mapping[str, float] = field(default_factory=dict)
     rejected: Mapping[str, str] = field(default_factory=dict)
+    by_name: bool = False
 
 
 MakeJudge = Callable[[AttentionShapes, torch.device, torch.dtype], Judge[Attention]]
@@ -48,10 +50,13 @@ def choose_attention(
     dtype: torch.dtype,
     shapes: AttentionShapes,
     cache: Path | None,
+    prescribed: str | None = None,
     kinds: Sequence[Kind] = KINDS,
     judge: MakeJudge = Trials,
 ) -> Choice:
-    """The attention named ``requested``; None: on a GPU the fastest for ``shapes``, on a CPU torch's own.
+    """The attention named ``requested``, else that of the snapshot to go on with, ``prescribed``.
+
+    None of both: on a GPU the fastest for ``shapes``, on a CPU torch's own.
 
     What is fastest is measured once and remembered in the file ``cache`` (None: nowhere) until the GPU, a library or
     the shapes change. A kind that computes something else than attention is never chosen; one that runs out of memory
@@ -61,11 +66,15 @@ def choose_attention(
     """
     search = _search(device, dtype, shapes, kinds, judge)
     with model_context(device, dtype):
-        if requested is None and device.type != "cuda":
-            choice = _torchs_own(device, kinds)
+        if requested is not None:
+            found = search.requested(requested)
+        elif prescribed is not None:
+            found = search.prescribed(prescribed)
+        elif device.type == "cuda":
+            found = search.fastest(cache)
         else:
-            found = search.fastest(cache) if requested is None else search.requested(requested)
-            choice = Choice(found.candidate, found.reason, found.timings, found.rejected)
+            found = _torchs_own(device, kinds)
+    choice = Choice(found.candidate, found.reason, found.timings, found.rejected, by_name=requested is not None)
     _logger.info("%s for %s: %s", choice.attention.name, shapes, choice.reason)
     return choice
 
@@ -77,6 +86,7 @@ def attentions(
     requested: str | None = None,
     *,
     cache: Path | None,
+    prescribed: tuple[str | None, str | None] = (None, None),
 ) -> tuple[Choice, Choice]:
     """The attention of a model over its KV buffer, as full as it gets, and over the text."""
     transformer = config.transformer
@@ -88,15 +98,15 @@ def attentions(
     )
     over_text = dataclasses.replace(over_cache, keys=transformer.text_len)
     first, second = (
-        choose_attention(requested, device=device, dtype=dtype, shapes=shapes, cache=cache)
-        for shapes in (over_cache, over_text)
+        choose_attention(requested, device=device, dtype=dtype, shapes=shapes, cache=cache, prescribed=name)
+        for shapes, name in zip((over_cache, over_text), prescribed, strict=True)
     )
     return first, second
 
 
-def _torchs_own(device: torch.device, kinds: Sequence[Kind]) -> Choice:
+def _torchs_own(device: torch.device, kinds: Sequence[Kind]) -> Found[Attention]:
     kind = next(kind for kind in kinds if kind.fused and device.type in kind.devices)
-    return Choice(kind.load(), f"torch's own on a {device.type.upper()}")
+    return Found(kind.load(), f"torch's own on a {device.type.upper()}", {}, {})
 
 
 def _search(
@@ -118,8 +128,8 @@ def _reserve(kind: Kind) -> str:
 def known_choices(device: torch.device, cache: Path | None, kinds: Sequence[Kind] = KINDS) -> Iterator[tuple[str, str]]:
     """What models on ``device`` are given as things are now, as far as is known without measuring: name and reason."""
     if device.type != "cuda":
-        choice = _torchs_own(device, kinds)
-        yield choice.attention.name, choice.reason
+        found = _torchs_own(device, kinds)
+        yield found.candidate.name, found.reason
     elif cache is not None:
         for entry in known_entries(FILE, cache, device, kinds):
             yield entry.winner, f"for {entry.case.shapes} in {entry.case.dtype}, {summary(entry)}"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["add_parser", "run"]
 
 
-def _load(request: Request) -> Runtime:
+def _load(request: Request, resumption: Resumption | None) -> Runtime:
     from echo_rt.runtime import Runtime
 
     arguments = request.arguments
@@ -37,6 +37,7 @@ def _load(request: Request) -> Runtime:
         height=request.height,
         keep_text_encoder=arguments.keep_text_encoder,
         overrides=request.overrides,
+        like=None if resumption is None else resumption.snapshot,
     )
 
 
@@ -155,7 +156,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     with stop.interruptible():
         resumption = _find_resumption(request, report)
         from_files = _read_embeds(request.script)
-        runtime = _load(request)
+        runtime = _load(request, resumption)
     try:
         with stop.interruptible():
             embeds = _embed_prompts(runtime, request, from_files)

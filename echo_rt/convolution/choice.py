@@ -33,13 +33,15 @@ _logger = logging.getLogger("echo_rt.convolution")
 class Choice:
     """The kind and why it is this one.
 
-    ``timings``: milliseconds of a call of each kind that was timed; ``rejected``: what spoke against each other one.
+    ``timings``: milliseconds of a call of each kind that was timed; ``rejected``: what spoke against each other one;
+    ``by_name``: whether it was asked for.
     """
 
     kind: Kind
     reason: str
     timings: Mapping[str, float] = field(default_factory=dict)
     rejected: Mapping[str, str] = field(default_factory=dict)
+    by_name: bool = False
 
 
 MakeJudge = Callable[[ConvolutionShape, torch.device, torch.dtype], Judge[Kind]]
@@ -53,14 +55,16 @@ def choose_convolutions(
     dtype: torch.dtype,
     cache: Path | None,
     kinds: Sequence[Kind],
+    prescribed: Mapping[ConvolutionShape, str] | None = None,
     judge: MakeJudge = Trials,
 ) -> dict[ConvolutionShape, Choice]:
     """A way to compute each of ``shapes``: on a GPU the fastest of ``kinds``, on a CPU torch's own.
 
     ``requested``: the name of the one to take wherever it works, or several with commas between, no two of them for
-    the same convolutions. What is fastest is measured once and remembered in the file ``cache`` (None: nowhere) until
-    the GPU, a library or the backend change. What computes something else is never chosen; what runs out of memory is
-    left out, and the outcome not remembered. Waits for the device.
+    the same convolutions. ``prescribed``: the names, where none is asked for, of the snapshot to go on with, as far as
+    it has these shapes. What is fastest is measured once and remembered in the file ``cache`` (None: nowhere) until the
+    GPU, a library or the backend change. What computes something else is never chosen; what runs out of memory is left
+    out, and the outcome not remembered. Waits for the device.
     Raises :class:`BackendError` for a name that is unknown or cannot be had here, and where nothing works; where that
     is for want of memory, ``torch.OutOfMemoryError``.
     """
@@ -73,7 +77,8 @@ def choose_convolutions(
         for shape in shapes:
             family = _family(kinds, enlarges=shape.enlarge)
             search = _search(device, dtype, shape, family, judge)
-            choices[shape] = _choice(search, next((kind for kind in family if kind.name in wanted), None), cache)
+            named = next((kind for kind in family if kind.name in wanted), None)
+            choices[shape] = _choice(search, named, (prescribed or {}).get(shape), cache)
             _logger.info("%s for %s: %s", choices[shape].kind.name, shape, choices[shape].reason)
             give_memory_back(device)  # graphs have kept memory of the shape's own
     return choices
@@ -93,16 +98,21 @@ def _require_use(
         raise BackendError(f"convolution {name!r} is not available: {obstacles[0]}")
 
 
-def _choice(search: Search[Kind, Kind, ConvolutionShape], wanted: Kind | None, cache: Path | None) -> Choice:
+def _choice(
+    search: Search[Kind, Kind, ConvolutionShape], wanted: Kind | None, prescribed: str | None, cache: Path | None
+) -> Choice:
     obstacle = None if wanted is None else wanted.obstacle(search.device, search.dtype, search.shapes)
+    by_name = wanted is not None and obstacle is None
     if wanted is not None and obstacle is None:
         found = search.requested(wanted.name)
+    elif prescribed is not None:
+        found = search.prescribed(prescribed)
     elif search.device.type == "cuda":
         found = search.fastest(cache)
     else:
         found = Found(*_torchs_own(search.kinds, search.device, search.dtype, search.shapes), {}, {})
     not_that = f"; not {wanted.name}: {obstacle.partition('; ')[0]}" if wanted and obstacle else ""
-    return Choice(found.candidate, found.reason + not_that, found.timings, found.rejected)
+    return Choice(found.candidate, found.reason + not_that, found.timings, found.rejected, by_name=by_name)
 
 
 def _wanted(requested: str | None, kinds: Sequence[Kind]) -> list[str]:

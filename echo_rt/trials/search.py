@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,6 +103,16 @@ class Search(Generic[AnyKind, Candidate, Shapes]):
         except BackendError as error:
             raise BackendError(f"{self.subject} {name!r} is not available: {error}") from error
         return Found(candidate, "asked for by name", {}, {})
+
+    def prescribed(self, name: str) -> Found[Candidate]:
+        """The kind of this name, by which the video of a snapshot was made. Raises :class:`BackendError`."""
+        try:
+            found = self.requested(name)
+        except BackendError as error:
+            raise BackendError(
+                f"{error}. The snapshot's video was made with it; ask for another by name to go on, rounded otherwise"
+            ) from error
+        return dataclasses.replace(found, reason="as in the snapshot")
 
     def fastest(self, cache: Path | None) -> Found[Candidate]:
         """The one that ``cache`` remembers, or that a measurement finds. :class:`BackendError` if none works.

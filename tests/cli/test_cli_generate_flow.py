@@ -74,6 +74,7 @@ def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
         "height": 96,
         "keep_text_encoder": True,
         "overrides": {},
+        "like": None,
     }
 
 

@@ -194,6 +194,19 @@ def test_a_damaged_snapshot_is_passed_over(echo_rt, model, day, unbroken):
     assert older in snapshot_files(day / "snapshots")
 
 
+def test_it_goes_on_by_what_its_snapshot_names(echo_rt, model, tmp_path, unbroken):
+    """Whatever a trial, or here the CPU's default, would choose now."""
+    ways, until = ("--attention", "sdpa-math"), ("--latents", "--json", "--frames")
+    lasting = ("--segments", 2, "--snapshot-every", 2)
+    whole = echo_rt(*model, "-o", tmp_path / "whole", *lasting, *ways, *until, 45)
+    begun = echo_rt(*model, "-o", tmp_path / "day", *lasting, *ways, *until, 21)
+    resumed = echo_rt(*model, "--resume", tmp_path / "day", *lasting, *until, 45)
+    assert whole.code == begun.code == resumed.code == 0, resumed.err
+    assert resumed.json["resumed_at_frame"] == 21
+    assert torch.equal(recorded(tmp_path / "day"), recorded(tmp_path / "whole"))
+    assert not torch.equal(recorded(tmp_path / "day"), unbroken[:12])
+
+
 @pytest.mark.filterwarnings("default::RuntimeWarning")
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),

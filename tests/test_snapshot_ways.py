@@ -1,0 +1,153 @@
+"""By what a snapshot's video was computed: it goes on by the same or not at all, unless its user asks for others."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streaming import embeds, load, require, same, take
+
+import echo_rt
+from echo_rt.errors import BackendError, ConfigError, StreamError
+from echo_rt.snapshot import Snapshot
+from echo_rt.snapshot_ways import WAYS, ways_of
+
+# None of which a CPU is given by itself in float32.
+OTHER_WAYS = {"attention": "sdpa-math", "convolution": "conv3d,phases"}
+
+
+def begun(folder: Path, path: Path | None = None, **options: Any) -> tuple[Snapshot, list[echo_rt.Chunk]]:
+    """A snapshot after five blocks, and the next three."""
+    with load(folder, **options) as runtime, runtime.stream(prompt_embeds=embeds(runtime), seed=4) as stream:
+        take(stream, 5)
+        snapshot = stream.snapshot(path)
+        return snapshot, take(stream, 3)
+
+
+@pytest.fixture(scope="module")
+def other(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Snapshot, list[echo_rt.Chunk]]:
+    """Of a video that was computed in other ways than a trial finds here, and read from its file."""
+    path = tmp_path_factory.mktemp("other") / "s.safetensors"
+    _, further = begun(small_model, path, **OTHER_WAYS)
+    return Snapshot.load(path), further
+
+
+def test_a_snapshot_names_every_way(other: tuple[Snapshot, list[echo_rt.Chunk]]) -> None:
+    ways = other[0].model[WAYS]
+    assert ways["attention"] == ways["attention to the text"] == "sdpa-math"
+    convolutions = {label: name for label, name in ways.items() if label.startswith("convolution of ")}
+    assert len(convolutions) == len(ways) - 2 and set(convolutions.values()) == {"conv3d", "phases"}
+    assert all(name == "phases" for label, name in convolutions.items() if label.endswith("after enlarging"))
+
+
+def test_a_runtime_like_a_snapshot_goes_on_bit_for_bit(
+    small_model: Path, other: tuple[Snapshot, list[echo_rt.Chunk]]
+) -> None:
+    snapshot, expected = other
+    with load(small_model, like=snapshot) as runtime:
+        assert runtime.attention.reason == runtime.text_attention.reason == "as in the snapshot"
+        assert {choice.reason for choice in runtime.convolutions.values()} == {"as in the snapshot"}
+        with runtime.resume(snapshot) as stream:
+            assert same(take(stream, 3), expected)
+            assert stream.snapshot().model == snapshot.model
+
+
+def test_one_that_computes_otherwise_refuses(small_model: Path, other: tuple[Snapshot, list[echo_rt.Chunk]]) -> None:
+    """For the attention, and for a single convolution."""
+    snapshot, _ = other
+    with load(small_model) as runtime:
+        with pytest.raises(StreamError) as caught:
+            runtime.resume(snapshot)
+        assert "made with attention by sdpa-math, here it is by sdpa and" in str(caught.value)
+        assert "load the runtime with like=snapshot" in str(caught.value) and "\n" not in str(caught.value)
+        with runtime.stream(prompt_embeds=embeds(runtime)) as stream:
+            own = stream.snapshot()
+        label = next(label for label in own.model[WAYS] if label.startswith("convolution of "))
+        changed = dataclasses.replace(own, model={**own.model, WAYS: {**own.model[WAYS], label: "conv3d"}})
+        with pytest.raises(StreamError, match=r"made with convolution of .* by conv3d, here it is by three-products"):
+            runtime.resume(changed)
+        runtime.resume(own).close()
+
+
+def test_who_asks_by_name_goes_on_by_that(small_model: Path, other: tuple[Snapshot, list[echo_rt.Chunk]]) -> None:
+    snapshot, expected = other
+    asked = {"attention": "sdpa", "convolution": "three-products"}
+    with (
+        load(small_model, **asked) as runtime,
+        pytest.raises(StreamError, match="after enlarging by phases, here it is"),
+    ):
+        runtime.resume(snapshot)  # the enlarging ones were not asked for
+    with load(small_model, **asked, like=snapshot) as runtime:
+        kinds = {(shape.enlarge, choice.kind.name) for shape, choice in runtime.convolutions.items()}
+        assert runtime.attention.attention.name == "sdpa" and kinds == {(False, "three-products"), (True, "phases")}
+        with runtime.resume(snapshot) as stream:
+            made = take(stream, 3)
+    assert not same(made, expected), "rounded otherwise"
+    assert all((a.latents - b.latents).norm() < 1e-2 * b.latents.norm() for a, b in zip(made, expected, strict=True))
+
+
+@pytest.mark.parametrize("ways", [None, "x", {"attention": 3}])
+def test_snapshots_of_before_ways_were_kept(small_model: Path, ways: object) -> None:
+    """Nothing is known of them, so nothing is held against them."""
+    snapshot, expected = begun(small_model)
+    model = {name: fact for name, fact in snapshot.model.items() if name != WAYS}
+    old = dataclasses.replace(snapshot, model=model if ways is None else {**model, WAYS: ways})
+    assert ways_of(old.model) == {}
+    with load(small_model, like=old) as runtime, runtime.resume(old) as stream:
+        assert same(take(stream, 3), expected)
+
+
+def test_shapes_that_a_snapshot_does_not_have(small_model: Path) -> None:
+    """As those of another number of bands are: nothing is known of them, so they are computed as ever."""
+    snapshot, expected = begun(small_model)
+    ways = {
+        f"{label}0" if label.startswith("convolution") else label: name
+        for label, name in ways_of(snapshot.model).items()
+    }
+    foreign = dataclasses.replace(snapshot, model={**snapshot.model, WAYS: ways})
+    with load(small_model, like=foreign) as runtime, runtime.resume(foreign) as stream:
+        assert {choice.reason for choice in runtime.convolutions.values()} == {"torch's own on a CPU"}
+        assert same(take(stream, 3), expected)
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "why"),
+    [
+        ("attention", "sdpa-cudnn", "it runs on cuda"),
+        ("attention", "x", "attention must be one of"),
+        ("convolution", "kernel", "it is an operation of the backends"),
+        ("convolution", "phases", "convolution must be one of conv3d, three-products"),
+    ],
+)
+def test_a_way_that_is_not_to_be_had(
+    small_model: Path, other: tuple[Snapshot, list[echo_rt.Chunk]], option: str, name: str, why: str
+) -> None:
+    label = next(label for label in other[0].model[WAYS] if label.startswith(option))
+    like = dataclasses.replace(other[0], model={WAYS: {label: name}})
+    with pytest.raises(BackendError) as caught:
+        load(small_model, like=like)
+    assert why in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).endswith("made with it; ask for another by name to go on, rounded otherwise")
+
+
+def test_like_what(small_model: Path) -> None:
+    with pytest.raises(ConfigError, match="like must be a Snapshot or None, got str"):
+        load(small_model, like="s.safetensors")
+
+
+@pytest.mark.cuda
+def test_what_a_trial_finds_later_does_not_matter(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The file that remembers is gone, and whatever the next trials find, the video is the same."""
+    device = require("cuda")
+    monkeypatch.setenv("ECHO_RT_CACHE_DIR", str(tmp_path / "first"))
+    snapshot, expected = begun(small_model, device=device, dtype="bfloat16")
+    for cache in ("second", "third"):
+        monkeypatch.setenv("ECHO_RT_CACHE_DIR", str(tmp_path / cache))
+        with load(small_model, device=device, dtype="bfloat16", like=snapshot) as runtime:
+            assert runtime.attention.timings == {}, "nothing is timed"
+            with runtime.resume(snapshot) as stream:
+                assert same(take(stream, 3), expected)
