@@ -79,19 +79,31 @@ class Resumption:
                 "with -o naming it too, a new video begins there"
             )
         if not snapshot_files(folder / SNAPSHOT_FOLDER):
-            check_free(folder, advice=f"it has no {SNAPSHOT_FOLDER} to go on from (--snapshot-every makes them)")
+            check_free(
+                folder,
+                expected=f"{SNAPSHOT_FOLDER} to go on from (--snapshot-every makes them)",
+                advice="that stays as it is, the same video begins anew in another folder (-o)",
+            )
+            if RecordingIndex.path(folder).exists():  # of a process that was killed before it had made anything
+                cls._require_same(RecordingIndex.read(folder), request)
             return None
         index = RecordingIndex.read(folder)
         found = latest_snapshot(folder / SNAPSHOT_FOLDER)
         if found is None:
             raise TargetError(f"{folder / SNAPSHOT_FOLDER}: the snapshots have vanished")
         _, snapshot = found
-        seed = index.notes.get(_SEED, snapshot.seed)  # that of the snapshot is another after a rollback
+        index.notes.setdefault(_SEED, snapshot.seed)  # which is another after a rollback
+        cls._require_same(index, request)
+        return cls(folder, index, snapshot)
+
+    @staticmethod
+    def _require_same(index: RecordingIndex, request: Request) -> None:
+        """:class:`ConfigError` for a request of another video, or of another recording of it, than was begun."""
+        seed = index.notes.get(_SEED, request.seed)
         if seed != request.seed:
             raise ConfigError(f"--seed: the video was begun with {seed}, got {request.seed}")
         if request.keeps_latents != (index.latent_shape is not None):
             raise ConfigError(f"--latents: the recording has {'none' if request.keeps_latents else 'some'} so far")
-        return cls(folder, index, snapshot)
 
     def begin(self, runtime: Runtime, script: Sequence[TimedPrompt], guard: Guard) -> Stream:
         """The stream that goes on, with none of the prompts that were to come: those are for ``script`` to say.

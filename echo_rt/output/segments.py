@@ -28,7 +28,11 @@ _VIDEO, _LATENTS = "video-", "latents-"
 _PIECE = re.compile(r"video-\d{5,}\.mp4|latents-\d{5,}\.safetensors")
 
 
-def check_free(folder: str | Path, advice: str = "resume that, or name another folder") -> None:
+def check_free(
+    folder: str | Path,
+    expected: str = "a folder without a recording",
+    advice: str = "resume that, or name another folder",
+) -> None:
     """Raise ``TargetError`` where ``folder`` holds a recording with frames, or pieces whose index is gone."""
     try:
         pieces = sorted(file.name for file in Path(folder).iterdir() if _PIECE.fullmatch(file.name))
@@ -38,8 +42,8 @@ def check_free(folder: str | Path, advice: str = "resume that, or name another f
         raise TargetError(f"{folder}: cannot be a folder to write into: {reason(error)}") from None
     frames = RecordingIndex.read(folder).frames if RecordingIndex.path(folder).exists() else None
     if frames or (frames is None and pieces):
-        came = f"one of {frames} frames" if frames else pieces[0]
-        raise TargetError(f"{folder}: expected a folder without a recording, it holds {came}; {advice}")
+        came = f"a recording of {frames} frames" if frames else pieces[0]
+        raise TargetError(f"{folder}: expected {expected}, it holds {came}; {advice}")
 
 
 class SegmentedWriter(Closing):

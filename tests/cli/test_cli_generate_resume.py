@@ -160,6 +160,43 @@ def test_a_folder_that_is_not_there(echo_rt, model, tmp_path):
     assert outcome.json["warnings"][0] == f"{folder}: nothing there to go on from, a new video begins"
 
 
+KILLED_AMID_ITS_FIRST_SNAPSHOT = """
+    import os, signal, sys
+    from echo_rt.cli.main import main
+    from echo_rt.output.part_file import PartFile
+    append = PartFile.append
+
+    def torn(self, data):
+        append(self, data)
+        if self.path.name.startswith("block-"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    PartFile.append = torn
+    main(sys.argv[1:])
+"""
+
+
+def test_killed_before_it_has_made_anything(echo_rt, model, tmp_path, unbroken):
+    """It begins anew, as the same video: a request of another one is refused here too."""
+    folder = tmp_path / "day"
+    lasting = (*LASTING, "--latents", "--frames", 21)
+    command = [sys.executable, "-B", "-c", textwrap.dedent(KILLED_AMID_ITS_FIRST_SNAPSHOT)]
+    killed = subprocess.run([*command, *map(str, (*model, "-o", folder, *lasting))], timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(folder.glob("snapshots/.block-*.part")) and not snapshot_files(folder / "snapshots")
+    before = state(folder)
+    for other, message in (
+        (("--seed", 5, "--latents"), "--seed: the video was begun with 0, got 5"),
+        ((), "--latents: the recording has some so far"),
+    ):
+        outcome = echo_rt(*model, "--resume", folder, *LASTING, "--frames", 21, *other)
+        assert outcome.code == 2 and message in outcome.error and state(folder) == before
+    outcome = echo_rt(*model, "--resume", folder, *lasting, "--json")
+    assert (outcome.code, outcome.json["frames"]) == (0, 21), outcome.err
+    assert outcome.json["warnings"][0] == f"{folder}: nothing there to go on from, a new video begins"
+    assert torch.equal(recorded(folder), unbroken[:6]) and not list(folder.glob("snapshots/.block-*.part"))
+
+
 @pytest.fixture(scope="module")
 def made(small_model, model, tmp_path_factory):
     """A video with snapshots at blocks 2, 4 and 6, its end, at frames 21, 45 and 69."""
@@ -217,7 +254,11 @@ def test_it_goes_on_by_what_its_snapshot_names(echo_rt, model, tmp_path, unbroke
         ("size", (), "the recording is 64x32 at 16 fps, the model makes 32x32 at 16"),
         ("script", (), "--prompt: what the first 6 blocks show, which are made, cannot change"),
         ("latents", (), "--latents: the recording has none so far"),
-        ("snapshots", (), "it holds one of 69 frames; it has no snapshots to go on from (--snapshot-every makes them)"),
+        (
+            "snapshots",
+            (),
+            "expected snapshots to go on from (--snapshot-every makes them), it holds a recording of 69 f",
+        ),
         ("damage", (), "snapshots: expected a whole snapshot, came 3 damaged ones"),
         ("segment", (), "video-00001.mp4: expected"),
         ("index", (), "expected a recording in segments, found no recording.json"),
@@ -252,58 +293,8 @@ def test_what_cannot_be_resumed_stays_as_it_is(echo_rt, model, day, change, argu
 def test_a_new_video_has_a_place_of_its_own(echo_rt, fake_runtime, day):
     before = state(day)
     outcome = echo_rt("generate", *PROMPT, "-o", day, *LASTING)
-    assert outcome.code == 2 and "it holds one of 69 frames; resume that" in outcome.error
+    assert outcome.code == 2 and "it holds a recording of 69 frames; resume that" in outcome.error
     assert fake_runtime.loaded_with == {} and state(day) == before
-
-
-def test_segments_alone(echo_rt, fake_runtime, tmp_path, frame_count):
-    outcome = echo_rt("generate", *PROMPT, "-o", tmp_path / "day", "--segments", 1, "--frames", 60, "--json")
-    assert outcome.code == 0, outcome.err
-    assert sorted(file.name for file in (tmp_path / "day").iterdir()) == [
-        "recording.json",
-        "video-00000.mp4",
-        "video-00001.mp4",
-        "video-00002.mp4",
-        "video.ffconcat",
-    ]
-    assert (outcome.json["frames"], outcome.json["segments"], outcome.json["latent_frames"]) == (60, 3, 0)
-    assert "snapshots" not in outcome.json
-    assert frame_count(tmp_path / "day" / "video.ffconcat") == 60
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "expected -o OUT.mp4 (or --resume DIR), got neither"),
-        (("-o", "v.mp4", "--resume", "day", "--segments", 1), "--resume and -o: expected one folder, got 'day'"),
-        (("--resume", "day"), "--resume: expected --segments S with it"),
-        (("-o", "v.mp4", "--snapshot-every", 3), "--snapshot-every: expected --segments S with it"),
-        (("-o", "v.mp4", "--latents"), "--latents: expected FILE.safetensors"),
-        (("-o", "day", "--segments", 1, "--latents", "l.safetensors"), "--latents: expected no file with --segments"),
-        (("-o", "day", "--segments", 1, "--contact-sheet", "s.png"), "--contact-sheet: expected no --segments with it"),
-        (("-o", "v.mp4", "--segments", 1), "-o: expected the name of a folder with --segments, got 'v.mp4'"),
-        (("-o", "day", "--segments", 0), "--segments: expected seconds of video above 0, got '0'"),
-        (("-o", "day", "--segments", "x"), "--segments: expected seconds of video above 0, got 'x'"),
-        (("-o", "day", "--segments", 1, "--snapshot-every", 0), "--snapshot-every: expected a number of blocks of 1"),
-        (("-o", "day", "--segments", 1, "--snapshot-every", "1.5"), "--snapshot-every: expected a number of blocks"),
-        (("-o", "folder/day", "--segments", 1), "--output: expected a file apart from what is read, got 'folder/day'"),
-        (("-o", ".", "--segments", 1), "--output: expected a folder apart from what is read, got '.', which holds"),
-        (("-o", "absent/day", "--segments", 1), "expected a folder to write into, got no folder absent"),
-        (("-o", "file", "--segments", 1), "expected a folder to write into, got a file"),
-        (("-o", "x" * 300, "--segments", 1), "name too long"),
-        (("--resume", "own", "--segments", 1), "expected a folder without a recording, it holds video-00000.mp4"),
-    ],
-)
-def test_contradictions(echo_rt, fake_runtime, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    Path("folder").mkdir()
-    Path("file").write_text("")
-    Path("own").mkdir()
-    Path("own/video-00000.mp4").write_text("of somebody else")
-    outcome = echo_rt("generate", *PROMPT, *arguments)
-    assert outcome.code == 2 and message.lower() in outcome.error.lower()
-    assert fake_runtime.loaded_with == {}
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder", "own"]
 
 
 def test_a_snapshot_that_cannot_be_written_ends_the_video(echo_rt, model, tmp_path, monkeypatch, frame_count):
@@ -326,16 +317,3 @@ def test_a_snapshot_that_cannot_be_written_ends_the_video(echo_rt, model, tmp_pa
     assert 45 <= outcome.json["frames"] < 400 and outcome.json["exit_reason"] == "error"
     assert outcome.json["snapshots"]["written"] == 2
     assert frame_count(tmp_path / "day" / "video.ffconcat") == outcome.json["frames"]
-
-
-def test_the_folder_of_a_soak_is_left_alone(echo_rt, fake_runtime, tmp_path):
-    (tmp_path / "soak.json").write_text("{}")
-    outcome = echo_rt("generate", *PROMPT, "-o", tmp_path, *LASTING)
-    assert outcome.code == 2 and "got that of a soak: soak.json is in it" in outcome.err
-    assert [file.name for file in tmp_path.iterdir()] == ["soak.json"]
-
-
-def test_evidence_goes_into_a_folder(echo_rt, fake_runtime, tmp_path):
-    (tmp_path / "file").touch()
-    outcome = echo_rt("generate", *PROMPT, "-o", tmp_path / "v.mp4", "--evidence", tmp_path / "file")
-    assert outcome.code == 2 and "expected a folder to write into, got a file" in outcome.err

@@ -190,7 +190,7 @@ def test_what_cannot_be_gone_on_with(tmp_path: Path, frames: NDArray[np.uint8]) 
     for frame, reached in ((40, 33), (20, 0), (1000, 69)):
         with pytest.raises(TargetError, match=f"at frame {frame}: the recording has 69 frames.* at frame {reached}$"):
             SegmentedWriter.resume(folder, frame, seconds=1)
-    with pytest.raises(TargetError, match="it holds one of 69 frames; resume that, or name another folder"):
+    with pytest.raises(TargetError, match="it holds a recording of 69 frames; resume that, or name another folder"):
         make(folder)
     with pytest.raises(ConfigError, match="more than 0 seconds"):
         SegmentedWriter.resume(folder, 33, seconds=0)
