@@ -59,7 +59,12 @@ def load_model(
     """
     if ema is not None and not isinstance(ema, bool):
         raise ConfigError(f"ema must be True, False or None, got {ema!r}")
-    if not isinstance(vae, (str, os.PathLike)) or not os.fspath(vae):  # an empty path is the folder one is in
+    for name, path in (("checkpoint", checkpoint), ("lora", lora)):
+        if path is not None and not _is_path(path):
+            raise ConfigError(f"{name} must be a path or None, got {path!r}")
+    if ema is not None and checkpoint is None:
+        raise ConfigError(f"ema says which weights of a checkpoint to take: expected a checkpoint beside ema={ema}")
+    if not _is_path(vae):
         raise ConfigError(f"vae must be {WAN_VAE!r}, {TINY_VAE!r} or a path, got {vae!r}")
     wanted = None if memory is None else MemoryMode.parse(memory)
     folder = ModelFolder.open(model)
@@ -112,6 +117,10 @@ def load_model(
         transformer_source=source,
         memory_source=memory_source,
     )
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, (str, os.PathLike)) and bool(os.fspath(value))  # an empty one is the folder one is in
 
 
 def _transformer_facts(config: TransformerConfig) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def check_overrides(overrides: Mapping[str, Any], source: str, also: tuple[str, 
     """``overrides`` as a dict; :class:`ConfigError` for a name that is not in :data:`OVERRIDES` or ``also``."""
     if not isinstance(overrides, Mapping):
         raise ConfigError(f"{source} must be a mapping of names to values, got {overrides!r}")
-    unknown = sorted(set(overrides) - {*OVERRIDES, *also})
+    unknown = sorted(map(str, set(overrides) - {*OVERRIDES, *also}))
     if unknown:
         raise ConfigError(f"{source} may name {', '.join((*also, *OVERRIDES))}; got {', '.join(unknown)}")
     return dict(overrides)

@@ -93,7 +93,8 @@ class Runtime:
             model: a folder with Wan2.1-T2V-1.3B in the original or the diffusers layout.
             checkpoint: generator weights (Echo-Infinity, Self-Forcing, ...) that replace the folder's transformer.
             lora: a LoRA merged into the transformer; it may carry the memory encoder.
-            ema: True for the checkpoint's EMA weights, False for the plain ones, None for EMA where it has them.
+            ema: True for the checkpoint's EMA weights, False for the plain ones, None for EMA where it has them; of no
+                checkpoint neither can be asked for.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for a GPU where there is one.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"float8"`` for the transformer's large products in
                 float8 and all else in bfloat16; None for bfloat16 on a GPU, float32 on a CPU.

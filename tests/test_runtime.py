@@ -17,7 +17,7 @@ from streaming import PROMPT, embeds, load, same, take, video
 from torch import Tensor
 
 import echo_rt
-from echo_rt.errors import ConfigError
+from echo_rt.errors import BackendError, ConfigError
 from echo_rt.tiny import CHECKPOINT_FILE
 from echo_rt.weights.folder import ModelFolder
 
@@ -297,6 +297,12 @@ def test_a_closed_stream_holds_nothing(small_model: Path) -> None:
     ("options", "kind", "words"),
     [
         ({"ema": "yes"}, ConfigError, "ema must be True, False or None, got 'yes'"),
+        ({"ema": True, "checkpoint": None}, ConfigError, "expected a checkpoint beside ema=True"),
+        ({"ema": False, "checkpoint": None}, ConfigError, "expected a checkpoint beside ema=False"),
+        ({"checkpoint": 3}, ConfigError, "checkpoint must be a path or None, got 3"),
+        ({"lora": ""}, ConfigError, "lora must be a path or None, got ''"),
+        ({"attention": ["sdpa"]}, BackendError, r"attention must be one of .*; got \['sdpa'\]"),
+        ({"overrides": {3: 1}}, ConfigError, "overrides may name .*; got 3$"),
         ({"overrides": [1]}, ConfigError, r"overrides must be a mapping of names to values, got \[1\]"),
         ({"device": (1,)}, ConfigError, "device must be 'cpu', 'cuda' or 'cuda:N'"),
     ],

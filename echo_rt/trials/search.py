@@ -92,7 +92,7 @@ class Search(Generic[AnyKind, Candidate, Shapes]):
     def requested(self, name: str) -> Found[Candidate]:
         """The kind of this name, on a GPU checked. :class:`BackendError`, or torch's own for want of memory."""
         by_name = {kind.name: kind for kind in self.kinds}
-        if name not in by_name:
+        if not isinstance(name, str) or name not in by_name:
             raise BackendError(f"{self.subject} must be one of {', '.join(by_name)}; got {name!r}")
         try:
             candidate = self.load(by_name[name])
