@@ -33,7 +33,12 @@ def frees_frames(function: Callable[P, R]) -> Callable[P, R]:
 
 def free(error: BaseException) -> None:
     """What the frames behind ``error`` hold, as far as they are over."""
-    seen: BaseException | None = error
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen = seen.__cause__ or seen.__context__
+    behind: list[BaseException | None] = [error]
+    seen: list[BaseException] = []
+    while behind:
+        one = behind.pop()
+        if one is None or any(one is other for other in seen):  # which libraries can chain into a ring
+            continue
+        seen.append(one)
+        traceback.clear_frames(one.__traceback__)
+        behind += [one.__cause__, one.__context__]
