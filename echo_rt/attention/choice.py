@@ -15,7 +15,7 @@ from echo_rt.attention.kinds import KINDS, Attention, Kind
 from echo_rt.attention.remembered import FILE
 from echo_rt.attention.trials import AttentionShapes, Trials
 from echo_rt.config import ModelConfig
-from echo_rt.device import model_context
+from echo_rt.device import give_memory_back, model_context
 from echo_rt.errors import BackendError
 from echo_rt.trials.search import Found, Judge, Search, known_entries, summary
 
@@ -74,6 +74,7 @@ def choose_attention(
             found = search.fastest(cache)
         else:
             found = _torchs_own(device, kinds)
+    give_memory_back(device)  # graphs have kept memory of the trial's own
     choice = Choice(found.candidate, found.reason, found.timings, found.rejected, by_name=requested is not None)
     _logger.info("%s for %s: %s", choice.attention.name, shapes, choice.reason)
     return choice

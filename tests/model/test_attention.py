@@ -93,6 +93,12 @@ def test_the_fastest_is_chosen_and_the_reason_says_so(caplog):
     assert choice.reason in caplog.text and str(SHAPES) in caplog.text
 
 
+def test_the_memory_of_a_trial_is_given_back(gpu):
+    """That of its graphs is nobody else's to use until then, and a decoder without convolutions gives none back."""
+    choose(FakeJudge({"a": 1.0}), [kind("a")])
+    assert gpu.emptied == 1
+
+
 def test_medians_count_and_all_are_timed_in_turns():
     judge = FakeJudge({"steady": 1.0, "erratic": [0.1, 3.0, 3.0]})
     assert choose(judge, [kind("steady"), kind("erratic")]).attention.name == "steady"
@@ -176,7 +182,7 @@ def test_what_runs_out_of_memory_is_left_out_and_its_memory_is_there_for_the_nex
         )
         assert f"2.00 GiB by {name}; free some, or choose another" in choice.rejected[name]
         assert f"{name} is not used: {choice.rejected[name]}" in caplog.text
-    assert len(judge.taken) == 2 and not any(judge.held) and gpu.emptied == 2
+    assert len(judge.taken) == 2 and not any(judge.held) and gpu.emptied == 3
     assert not cache.exists(), "another time there may be more memory"
     assert (
         choose(FakeJudge({"a": 2.0, "b": 0.1, "c": 1.0}), [kind("a"), kind("b"), kind("c")], cache).attention.name
