@@ -7,23 +7,25 @@ import traceback
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from echo_rt.errors import EchoError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def frees_frames(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, whose failures for want of memory hold no memory themselves.
+    """``function``, whose failures hold no memory.
 
-    A caller closes a runtime and loads a smaller one where it is told that memory is short: in its ``except`` clause.
-    There the exception is alive, with every frame it came through, and each of them would keep its tensors. Torch says
-    ``RuntimeError`` for want of memory, in several ways and subclasses.
+    A caller loads a smaller model where it is told that memory is short, or another one where it is told that this one
+    cannot be: in its ``except`` clause. There the exception is alive, with every frame it came through, and each of
+    them would keep its tensors. Torch says ``RuntimeError`` for want of memory, in several ways and subclasses.
     """
 
     @functools.wraps(function)
     def freeing(*arguments: P.args, **options: P.kwargs) -> R:
         try:
             return function(*arguments, **options)
-        except (RuntimeError, MemoryError) as error:
+        except (EchoError, RuntimeError, MemoryError) as error:
             free(error)
             del arguments, options  # this frame is one of them
             raise

@@ -18,6 +18,7 @@ import echo_rt.assembly
 import echo_rt.decoding
 import echo_rt.prompts
 import echo_rt.rollout
+from echo_rt.errors import EchoError
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.transformer import Transformer
 from echo_rt.model.vae_decoder import VaeDecoder
@@ -139,6 +140,20 @@ def test_when_memory_runs_out_a_smaller_model_can_be_loaded(
             assert live_bytes() == before
         else:
             raise AssertionError("memory did not run out")
+
+
+@pytest.mark.usefixtures("everything_cached")
+@pytest.mark.parametrize("options", [{"convolution": "kernel"}, {"lookahead": -1}, {"vae_tiles": 1000}], ids=str)
+def test_a_model_that_is_refused_holds_nothing(small_model: Path, options: dict[str, Any]) -> None:
+    """Or the next one, loaded with other options in the ``except`` clause, has half the device to fit into."""
+    with no_collector():
+        before = live_bytes()
+        try:
+            load(small_model, **options)
+        except EchoError:
+            assert live_bytes() == before
+        else:
+            raise AssertionError("it was not refused")
 
 
 @pytest.mark.usefixtures("everything_cached")
