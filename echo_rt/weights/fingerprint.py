@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,14 @@ from echo_rt.errors import WeightsError
 
 # Values of each tensor that count: a merged LoRA or another training step changes the first ones of a matrix too.
 _VALUES = 64
+
+
+@runtime_checkable
+class ComputedTensors(Protocol):
+    """Tensors of which some are made of others when they are asked for."""
+
+    def origins(self, name: str) -> list[Tensor]:
+        """All that tensor ``name`` is made of; itself where it is there as it is."""
 
 
 class FingerprintedTensors(Mapping[str, Tensor]):
@@ -31,8 +40,10 @@ class FingerprintedTensors(Mapping[str, Tensor]):
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise WeightsError(f"{self._source}: {bad} of {tensor.numel()} values of {name} are NaN or infinite")
-        sample = tensor.flatten()[:_VALUES].to("cpu", torch.float32).contiguous()
-        self._seen[name] = sample.numpy().tobytes()
+        # What is computed at load may be rounded otherwise elsewhere: then it is told by what it is computed of.
+        origins = self._tensors.origins(name) if isinstance(self._tensors, ComputedTensors) else [tensor]
+        samples = [origin.flatten()[:_VALUES].to("cpu", torch.float32).contiguous() for origin in origins]
+        self._seen[name] = b"".join(sample.numpy().tobytes() for sample in samples)
         return tensor
 
     def __contains__(self, name: object) -> bool:

@@ -74,6 +74,16 @@ class _MergedTensors(Mapping[str, Tensor]):
         )
         return torch.addmm(wide, up, down, alpha=change.scale).to(weight.dtype)
 
+    def origins(self, name: str) -> list[Tensor]:
+        """What the tensor is made of: the weight of before, and the change's factors and scale where it has one."""
+        change = self._changes.get(name)
+        factors = (
+            []
+            if change is None
+            else [self._lora[change.down], self._lora[change.up], torch.tensor(change.scale, device="cpu")]
+        )
+        return [self._base[name], *factors]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from echo_rt.errors import WeightsError
 from echo_rt.weights import merge_lora
+from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.shapes import MEMORY_PREFIX, transformer_shapes
 
 RANK = 4
@@ -152,6 +153,33 @@ def test_merged_on_the_device_asked_for(lora: Path) -> None:
     merged = merge_lora(transformer(), lora, device="meta").transformer
     on_meta = [name for name, tensor in merged.items() if tensor.is_meta]
     assert on_meta == [f"{MODULES[0]}.weight"]
+
+
+def test_the_same_files_have_the_same_fingerprint_however_they_are_rounded(
+    lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another GPU, or by another release of its libraries; a snapshot's model is known by it."""
+
+    def digest(tensors: Mapping[str, Tensor]) -> str:
+        read = FingerprintedTensors(tensors, "here")
+        for name in read:
+            read[name]
+        return read.digest()
+
+    base = transformer()
+    merged = merge_lora(base, saved(lora, factors())).transformer
+    first, unmerged = digest(merged), digest(base)
+    with monkeypatch.context() as patch:
+        addmm = torch.addmm
+        patch.setattr(torch, "addmm", lambda *tensors, **options: addmm(*tensors, **options) * (1 + 1e-6))
+        assert digest(merged) == first != unmerged
+    others = [factors() | {"alpha": torch.tensor(2.0)}, factors(MODULES[1:])]
+    for name in (f"{MODULES[0]}.lora_A.weight", f"{MODULES[0]}.lora_B.weight"):
+        others.append(factors() | {name: factors()[name] * 2})
+    digests = [digest(merge_lora(base, saved(lora, other)).transformer) for other in others]
+    changed = base | {f"{MODULES[0]}.weight": base[f"{MODULES[0]}.weight"] + 1}
+    digests.append(digest(merge_lora(changed, saved(lora, factors())).transformer))
+    assert len({first, unmerged, *digests}) == 2 + len(digests)
 
 
 def test_base_is_left_as_it_was(lora: Path) -> None:
