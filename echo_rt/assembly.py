@@ -89,7 +89,8 @@ def assemble(loaded: LoadedModel, options: Options) -> Assembly:
             else ("tiny decoder", tiny_vae.tensors, str(tiny_vae.path)),
         )
     )
-    with model_context(device, working, options.decoding.dtype):
+    # float32 whatever the model's dtype: a LoRA is merged in it, and what comes out must not depend on the caller.
+    with model_context(device, working, options.decoding.dtype, torch.float32):
         transformer = Transformer(
             config.transformer,
             transformer_weights,

@@ -1,0 +1,65 @@
+"""Arguments that a runtime or a stream cannot have: each is refused in one line of a kind that a caller can act on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from streaming import load
+
+import echo_rt
+from echo_rt.errors import BackendError, ConfigError
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"ema": "yes"}, ConfigError, "ema must be True, False or None, got 'yes'"),
+        ({"ema": True, "checkpoint": None}, ConfigError, "expected a checkpoint beside ema=True"),
+        ({"ema": False, "checkpoint": None}, ConfigError, "expected a checkpoint beside ema=False"),
+        ({"checkpoint": 3}, ConfigError, "checkpoint must be a path or None, got 3"),
+        ({"lora": ""}, ConfigError, "lora must be a path or None, got ''"),
+        ({"attention": ["sdpa"]}, BackendError, r"attention must be one of .*; got \['sdpa'\]"),
+        ({"overrides": {3: 1}}, ConfigError, "overrides may name .*; got 3$"),
+        ({"overrides": [1]}, ConfigError, r"overrides must be a mapping of names to values, got \[1\]"),
+        ({"device": (1,)}, ConfigError, "device must be 'cpu', 'cuda' or 'cuda:N'"),
+    ],
+    ids=str,
+)
+def test_odd_options(small_model: Path, options: dict[str, object], kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        load(small_model, **options)
+
+
+def test_no_folder_at_all() -> None:
+    with pytest.raises(echo_rt.WeightsError, match="expected the path of a folder"):
+        echo_rt.Runtime.from_pretrained(None)  # type: ignore[arg-type]
+
+
+def test_odd_arguments_of_a_stream(small_model: Path) -> None:
+    with load(small_model) as runtime:
+        width = runtime.config.transformer.text_dim
+        dense = torch.zeros(2, width)
+        for wrong, words in (
+            (dense.to_sparse(), "must be dense"),
+            (dense.to("meta"), "must be dense"),
+            (dense.to(torch.float8_e4m3fn), "16, 32 or 64 bits"),
+        ):
+            with pytest.raises(echo_rt.PromptError, match=words):
+                runtime.stream(prompt_embeds=wrong)
+        with pytest.raises(echo_rt.PromptError, match="empty"):
+            runtime.stream("\u200b")
+        with pytest.raises(echo_rt.StreamError, match=r"expected a Snapshot .*, got str"):
+            runtime.resume("x")  # type: ignore[arg-type]
+        with runtime.stream(prompt_embeds=dense, seed=np.int64(3)) as stream:  # type: ignore[arg-type]
+            next(stream)
+            snapshot = stream.snapshot()
+        assert snapshot.seed == 3
+        for block in (-2, 7):
+            with pytest.raises(echo_rt.StreamError, match=f"contradicts itself: 3 latents decoded .* at block {block}"):
+                runtime.resume(dataclasses.replace(snapshot, block=block))
+        with pytest.raises(echo_rt.StreamError, match="the snapshot's prompt for block 9: "):
+            runtime.resume(dataclasses.replace(snapshot, prompts={9: dense[:, :-1]}))
