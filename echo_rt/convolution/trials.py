@@ -58,12 +58,13 @@ class Trials:
     def _points(self) -> tuple[Tensor, Tensor, Tensor]:
         """Frames, rows and columns of the pixels to check: all corners, and from first to last of each by itself."""
         sizes = self._shape.out_size[:3]
-        corners = torch.tensor(list(itertools.product(*((0, size - 1) for size in sizes)))).T
-        shuffled = torch.Generator().manual_seed(0)
+        cpu = torch.device("cpu")  # and not what the caller has made its default
+        corners = torch.tensor(list(itertools.product(*((0, size - 1) for size in sizes))), device=cpu).T
+        shuffled = torch.Generator(cpu).manual_seed(0)
         spread = [
-            torch.linspace(0, size - 1, _CHECKED_PIXELS)
+            torch.linspace(0, size - 1, _CHECKED_PIXELS, device=cpu)
             .round()
-            .long()[torch.randperm(_CHECKED_PIXELS, generator=shuffled)]
+            .long()[torch.randperm(_CHECKED_PIXELS, generator=shuffled, device=cpu)]
             for size in sizes
         ]
         frame, row, column = (torch.cat(both).to(self._device) for both in zip(corners, spread, strict=True))

@@ -112,6 +112,15 @@ def test_the_trial_does_not_disturb_the_callers_random_numbers():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_the_callers_default_device_is_left_out_of_it():
+    """Or every kind would be said to fail, where a program has put its own tensors on the GPU."""
+    torch.set_default_device("meta")
+    try:
+        assert Trials(CAUSAL, CPU, torch.float32).error(kinds()[0]) < TOLERANCES[torch.float32]
+    finally:
+        torch.set_default_device(None)
+
+
 class FakeCuda:
     """Streams, events and graphs that say in which order they were used and on what; a replay takes 6 ms."""
 

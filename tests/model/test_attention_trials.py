@@ -63,6 +63,15 @@ def test_the_trial_does_not_disturb_the_callers_random_numbers():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_the_callers_default_device_is_left_out_of_it():
+    trials = Trials(AttentionShapes(queries=7, keys=9, heads=1, head_dim=8), CPU, torch.float32)
+    torch.set_default_device("meta")
+    try:
+        assert trials.error(HeadsFirst("right", right)) < TOLERANCES[torch.float32]
+    finally:
+        torch.set_default_device(None)
+
+
 class FakeCuda:
     """Streams, events and graphs that only say in which order they were used; a replay takes 6 ms."""
 
