@@ -14,6 +14,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+import stat
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
@@ -158,6 +160,8 @@ def load_snapshot(path: str | Path) -> Snapshot:
     another format, or of a version that this one does not read. Nothing in a file is ever executed.
     """
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # to open one is to wait for whoever fills it
+            raise SnapshotError(f"{path}: expected a snapshot, came a pipe")
         with open(path, "rb", buffering=0) as file:
             return _read(file, path)
     except OSError as error:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from streaming import embeds, load, same, take
+from streaming import embeds, load, same, take, within
 
 import echo_rt
 from echo_rt.errors import OutputError, SnapshotError, StreamError
@@ -208,6 +208,9 @@ def test_files_that_are_no_snapshots(tmp_path: Path) -> None:
     path.mkdir()
     assert "Is a directory" in refusal(path)
     path.rmdir()
+    os.mkfifo(path)
+    assert "came a pipe" in within(10, lambda: refusal(path))
+    path.unlink()
     save_file({"a": torch.ones(3)}, path)
     assert "came a file of tensors with no 'echo-rt snapshot'" in refusal(path)
     torch.save({"a": torch.ones(3)}, path)
