@@ -230,6 +230,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def has_float8_layers(path: str | Path) -> bool:
+    """Whether dtype float8 is about the bundle in folder ``path``; :class:`WeightsError` where there is none."""
+    return bool(_read_config(Path(path))["kind"] == "rollout")
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """``‖actual - expected‖ / ‖expected‖``; infinite for another shape."""
     if actual.shape != expected.shape:

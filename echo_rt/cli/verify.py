@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,8 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     twice = next((name for name in names if names.count(name) > 1), None)
     if arguments.dump is not None and twice is not None:
         raise ConfigError(f"--dump: expected bundles of different names, got two called {twice!r}")
+    with stop.interruptible():
+        _check_patterns(arguments.float8_except, folders)
     for path in folders:
         try:
             with stop.interruptible():
@@ -82,6 +85,30 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
             _print(bundle)
     report["passed"] = worst == 0
     return worst
+
+
+def _check_patterns(patterns: Sequence[str], folders: Sequence[Path]) -> None:
+    """Raises ``ConfigError`` for ``--float8-except`` where nothing has layers that could be float8.
+
+    Whether a pattern matches those of a rollout is seen when that is run.
+    """
+    if not patterns:
+        return
+    from echo_rt.model.linear import float8_layers
+    from echo_rt.verify import has_float8_layers
+    from echo_rt.weights.folder import holds_vae
+
+    for path in folders:
+        try:
+            if not holds_vae(path) and has_float8_layers(path):
+                return
+        except EchoError:
+            return  # when its turn comes, it is refused for what it is
+    named = ", ".join(map(repr, patterns))
+    raise ConfigError(
+        f"--float8-except: {named} matches no layer of what is verified: only bundles of a rollout have layers "
+        f"that can be float8, {float8_layers()}"
+    )
 
 
 def _as_json(bundle: BundleReport) -> dict[str, Any]:

@@ -110,6 +110,11 @@ def _rows_like(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
 
 
+def float8_layers() -> str:
+    """What can be float8, by name, as a message says it."""
+    return ", ".join(f"blocks.N.{name}" for names in FLOAT8_PRODUCTS for name in names)
+
+
 def kept_from_float8(layers: int, dtype: torch.dtype, patterns: Sequence[str]) -> frozenset[str]:
     """Names such as ``blocks.0.ffn.2`` of the products that could be float8 and are not, as ``patterns`` say.
 
@@ -126,9 +131,9 @@ def kept_from_float8(layers: int, dtype: torch.dtype, patterns: Sequence[str]) -
         return frozenset(name for names in products for name in names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for names in products for name in names):
-            able = ", ".join(f"blocks.N.{name}" for names in FLOAT8_PRODUCTS for name in names)
             raise ConfigError(
-                f"float8_except: {pattern!r} matches no layer that can be float8: {able}, N in 0..{layers - 1}"
+                f"float8_except: {pattern!r} matches no layer that can be float8: "
+                f"{float8_layers()}, N in 0..{layers - 1}"
             )
     kept = [names for names in products if any(fnmatchcase(name, p) for name in names for p in patterns)]
     return frozenset(name for names in kept for name in names)

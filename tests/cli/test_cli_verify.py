@@ -65,6 +65,20 @@ def test_layers_kept_from_float8_need_float8(echo_rt, golden_dir, dtype):
     assert outcome.code == 2 and outcome.error.endswith(f"--float8-except: expected --dtype float8 with it, got {got}")
 
 
+def test_layers_kept_from_float8_must_be_there(echo_rt, golden_dir, small_model, tmp_path):
+    """One rollout among the bundles has them; a folder that is none is refused as such."""
+    call = ("verify", "--device", "cpu", "--dtype", "float8", "--float8-except", "nomatch")
+    decoders = (golden_dir / "vae", golden_dir / "text_encoder", small_model)
+    outcome = echo_rt(*call, *decoders, "--float8-except", "*.ffn.2")
+    assert outcome.code == 2 and outcome.out == ""
+    assert "--float8-except: 'nomatch', '*.ffn.2' matches no layer" in outcome.error
+    assert "blocks.N.self_attn.q, " in outcome.error and outcome.error.endswith("blocks.N.ffn.2")
+    outcome = echo_rt(*call, golden_dir / "text_encoder", golden_dir / "rollout_small")
+    assert outcome.code == 2 and "text_encoder: passed" in outcome.out and "N in 0..1" in outcome.error
+    outcome = echo_rt(*call, golden_dir / "text_encoder", tmp_path)
+    assert outcome.code == 2 and "is not a golden bundle" in outcome.error
+
+
 @pytest.fixture
 def wrong_bundle(golden_dir, tmp_path):
     """A bundle that expects something else."""
