@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from echo_rt.cli.model_options import add_model_options, parse_model_options
+from echo_rt.cli.model_options import add_model_options, model_files, parse_model_options
 from echo_rt.cli.numbers import parse_length, parse_number, parse_positive, parse_size
 from echo_rt.cli.outputs import Named, check_folder, check_outputs
 from echo_rt.cli.overrides import parse_overrides
 from echo_rt.cli.prompts import parse_script
 from echo_rt.errors import ConfigError, TargetError
-from echo_rt.options import OVERRIDES, TINY_VAE, WAN_VAE, check_seed
+from echo_rt.options import OVERRIDES, check_seed
 from echo_rt.soak.config import MANIFEST_FILE
 
 _EPILOG = """
@@ -171,14 +171,8 @@ class Request:
             ("--contact-sheet", arguments.contact_sheet, ".png"),
             *(("--save-prompt-embeds", file, ".safetensors") for file in self.embeds_files),
         ]
-        inputs = [
-            ("--model", arguments.model),
-            ("--checkpoint", arguments.checkpoint),
-            ("--lora", arguments.lora),
-            ("--vae", None if arguments.vae in (WAN_VAE, TINY_VAE) else Path(arguments.vae)),
-            *(("--prompt-embeds", Path(prompt.file)) for prompt in self.script if prompt.file is not None),
-        ]
-        read = [Named(option, path) for option, path in inputs if path is not None]
+        embeds = [Named("--prompt-embeds", Path(prompt.file)) for prompt in self.script if prompt.file is not None]
+        read = [*model_files(arguments), *embeds]
         check_outputs([(Named(option, path), suffix) for option, path, suffix in outputs if path is not None], read)
         if arguments.evidence is not None:
             check_folder(Named("--evidence", arguments.evidence), read)

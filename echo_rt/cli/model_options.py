@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_rt.cli.numbers import parse_number, parse_positive
+from echo_rt.cli.outputs import Named
 from echo_rt.errors import ConfigError
 from echo_rt.options import DTYPE_NAMES, MODEL_OPTIONS, TINY_VAE, VAE_DTYPE_NAMES, WAN_VAE, MemoryMode
 
@@ -60,6 +61,13 @@ def parse_model_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "float8_except": tuple(arguments.float8_except),
     }
     return {name: parsed.get(name, getattr(arguments, name)) for name in MODEL_OPTIONS}
+
+
+def model_files(arguments: argparse.Namespace) -> list[Named]:
+    """What the model is read from, for ``check_outputs`` and ``check_folder``."""
+    vae = None if arguments.vae in (WAN_VAE, TINY_VAE) else Path(arguments.vae)
+    named = [(f"--{name}", getattr(arguments, name)) for name in ("model", "checkpoint", "lora")]
+    return [Named(option, path) for option, path in (*named, ("--vae", vae)) if path is not None]
 
 
 def add_float8_except(parser: Any) -> None:

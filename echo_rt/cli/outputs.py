@@ -1,4 +1,4 @@
-"""The files that ``generate`` is to write, checked before any work: names, places, what they would replace."""
+"""The files that a command is to write, checked before any work: names, places, what they would replace."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named])
         if output.path.suffix.lower() != suffix:
             raise ConfigError(f"{output.option}: expected a name that ends in {suffix}, got {str(output.path)!r}")
     for output, _ in outputs:
-        _check_no_input(output, inputs)
+        _check_no_input(output, inputs, "file")
     for output, _ in outputs:
         check_writable(output.path)
 
@@ -48,7 +48,7 @@ def check_folder(output: Named, inputs: Sequence[Named]) -> None:
 
     Raises ``ConfigError`` for one that lies in an input or has one in it, ``TargetError`` where there can be none.
     """
-    _check_no_input(output, inputs)
+    _check_no_input(output, inputs, "folder")
     for given in inputs:
         if _real(output.path) in _real(given.path).parents:
             raise ConfigError(
@@ -69,7 +69,7 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _check_no_input(output: Named, inputs: Iterable[Named]) -> None:
+def _check_no_input(output: Named, inputs: Iterable[Named], kind: str) -> None:
     # Views of one place: the name itself may lie in a model folder and be a link that leads out of it.
     places = {_real(output.path), Path(os.path.abspath(output.path)), _real(output.path.parent) / output.path.name}
     for given in inputs:
@@ -78,7 +78,7 @@ def _check_no_input(output: Named, inputs: Iterable[Named]) -> None:
             given.option in _WEIGHTS and any(_is_part_of(place, given.path) for place in places)
         ):
             raise ConfigError(
-                f"{output.option}: expected a file apart from what is read, got {str(output.path)!r}, "
+                f"{output.option}: expected a {kind} apart from what is read, got {str(output.path)!r}, "
                 f"which belongs to {given.option} {given.path}"
             )
 

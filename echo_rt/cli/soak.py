@@ -7,8 +7,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from echo_rt.cli.model_options import add_model_options, parse_model_options
+from echo_rt.cli.model_options import add_model_options, model_files, parse_model_options
 from echo_rt.cli.numbers import parse_number, parse_positive, parse_size
+from echo_rt.cli.outputs import Named, check_folder
 from echo_rt.cli.overrides import parse_overrides
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.streams import complain, say
@@ -116,7 +117,7 @@ def _address(text: str | None) -> tuple[str, int] | None:
 
 
 def parse_config(arguments: argparse.Namespace) -> SoakConfig:
-    """The soak that the arguments ask for; raises ``ConfigError``."""
+    """The soak that the arguments ask for; raises ``ConfigError``, ``TargetError`` for a place where none can be."""
     width, height = parse_size(arguments.size)
     given = {
         "keep": _count("--keep", arguments.keep),
@@ -127,6 +128,7 @@ def parse_config(arguments: argparse.Namespace) -> SoakConfig:
     options: dict[str, Any] = {
         name: str(value) if isinstance(value, Path) else value for name, value in parse_model_options(arguments).items()
     }
+    check_folder(Named("--out", Path(arguments.out)), model_files(arguments))
     return SoakConfig(
         model=str(arguments.model),
         out=arguments.out,

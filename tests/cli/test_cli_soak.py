@@ -130,6 +130,26 @@ def test_mistakes(text: str, message: str, call: Any, asked: dict[str, Any]) -> 
     assert done.code == 2 and message in done.error and "config" not in asked
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("model", "--out: expected a folder apart from what is read, got 'model', which belongs to --model model"),
+        ("model/day", "got 'model/day', which belongs to --model model"),
+        (".", "--out: expected a folder apart from what is read, got '.', which holds --model model"),
+        ("vae.pth", "got 'vae.pth', which belongs to --vae vae.pth"),
+        ("absent/day", "absent/day: expected a folder to write into, got no folder absent to make it in"),
+    ],
+)
+def test_a_place_that_is_not_the_soaks_own(
+    out: str, message: str, call: Any, asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    done = call("soak", "--model", "model", "--vae", "vae.pth", "--blocks", 7, "--out", out)
+    assert done.code == 2 and message in done.error and "config" not in asked
+    assert list(tmp_path.rglob("*")) == [tmp_path / "model"]
+
+
 def test_a_broken_promise(call: Any, asked: dict[str, Any]) -> None:
     asked["outcome"] = Outcome("complete", 7, [Verdict("hashes", Status.BROKEN, "same", "block 3")], Path("r"))
     done = call(*REQUIRED, "--blocks", 7, "--json")
