@@ -23,7 +23,9 @@ from _checkout import ROOT
 from gpu_stages import BUDGETS, Options, Stage, plan, stage_environment
 from gpu_summary import FLOAT8_FOLDER, Outcome, write_summary
 
+from echo_rt.bench.tables import check_results_folder
 from echo_rt.errors import EchoError
+from echo_rt.output.part_file import reason
 
 # What is kept of a stage's output, at each end: a loop of warnings must not bury the other stages.
 _KEPT = 2**19
@@ -194,6 +196,11 @@ def main(argv: Sequence[str]) -> int:
     if unknown:
         print(f"gpu.sh: --stages may name {', '.join(names)}; got {', '.join(unknown)}", file=sys.stderr)
         return 2
+    try:
+        check_results_folder(options.out)
+    except EchoError as error:
+        print(f"gpu.sh: {error}", file=sys.stderr)
+        return 2
     begun = time.monotonic()
     facts = _preflight(options.device)
     if isinstance(facts, str):
@@ -223,8 +230,11 @@ def main(argv: Sequence[str]) -> int:
         save([])
         outcomes = check(stages, options.out, begun + budget, save)
         print(f"\n{(options.out / 'summary.md').read_text(encoding='utf-8')}")
-    except (EchoError, OSError) as error:
+    except EchoError as error:
         print(f"gpu.sh: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"gpu.sh: {error.filename or options.out}: cannot write: {reason(error)}", file=sys.stderr)
         return 2
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 

@@ -262,6 +262,16 @@ def test_without_a_gpu_it_says_so_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_is_no_folder_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    done = script(str(tmp_path / "file"), "--device", "cpu", "--stages", "memcheck")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.endswith("file: expected a folder for results, got a file in its place\n")
+    assert (tmp_path / "file").read_text() == "mine"
+    done = script("/proc/none", "--device", "cpu", "--stages", "memcheck")
+    assert done.returncode == 2 and done.stderr == "gpu.sh: /proc/none: cannot write: No such file or directory\n"
+
+
 def test_unknown_stages_are_refused(tmp_path: Path) -> None:
     done = script(str(tmp_path / "out"), "--stages", "build,dance")
     assert done.returncode == 2 and "got dance" in done.stderr
