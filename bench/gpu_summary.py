@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_rt.bench.tables import Column, write_results
+from echo_rt.wording import counted
 
 # What a whole block takes with float8 linear layers lies in a folder of its own, beside that of bfloat16.
 FLOAT8_FOLDER = "float8"
@@ -58,7 +59,7 @@ def _verdict(description: Mapping[str, Any], outcomes: Sequence[Outcome]) -> tup
     bad += [f"{name} not reached" for name in unrun]
     if bad:
         return False, f"NOT OK: {', '.join(bad)}"
-    return True, f"ok: all {len(done)} stages passed"
+    return True, f"ok: {'all ' if len(done) > 1 else ''}{counted(len(done), 'stage')} passed"
 
 
 def _kernel_notes(results: Mapping[str, Any]) -> list[str]:

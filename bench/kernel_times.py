@@ -25,6 +25,7 @@ from echo_rt.bench.timing import DEVICE_CLOCK, timer_for
 from echo_rt.device import DTYPES, parse_device
 from echo_rt.errors import ConfigError, EchoError
 from echo_rt.ops import BACKENDS, check_device, load_ops
+from echo_rt.wording import counted
 
 MEMORY_UPDATE = "memory_update"
 # Timed calls and calls before them: quick or not, by device.
@@ -91,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> Run:
 
 def _notes(run: Run, rows: list[Row]) -> list[str]:
     notes = [
-        f"{run.iterations} calls each after {run.warmup}; clock: {run.timer.clock}; backend {run.ops.name}, "
+        f"{counted(run.iterations, 'call')} each after {run.warmup}; clock: {run.timer.clock}; backend {run.ops.name}, "
         f"{str(run.dtype).removeprefix('torch.')}, sizes: {run.model.name}.",
     ]
     if not run.judged:

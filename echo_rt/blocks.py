@@ -18,6 +18,7 @@ from echo_rt.guard import ROLL_BACK, Guard
 from echo_rt.options import check_seed
 from echo_rt.pipeline import Finished
 from echo_rt.snapshot import Snapshot
+from echo_rt.wording import counted
 
 _logger = logging.getLogger("echo_rt.guard")
 
@@ -235,7 +236,7 @@ class Blocks:
         again = guard.policy == ROLL_BACK and self._good is not None and self._failures < guard.attempts
         kept = self._keep_evidence(engine, block, made, bad)
         if not again:
-            tried = f", after {self._failures} rollbacks in a row" if self._failures else ""
+            tried = f", after {counted(self._failures, 'rollback')} in a row" if self._failures else ""
             raise NumericalError(f"{what}{tried}{kept}")
         good = self._good
         assert good is not None

@@ -37,6 +37,7 @@ from echo_rt.weights.layout_original import (
 )
 from echo_rt.weights.shapes import MEMORY_PREFIX
 from echo_rt.weights.tiny_vae import TAEW, TinyVaeConfig
+from echo_rt.wording import counted
 
 CHECKPOINT_FILE = "echo_infinity.pt"
 TINY_VAE_FILE = f"{TAEW.name}.pth"
@@ -127,7 +128,8 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
             raise TargetError(f"{target}: already holds a small random model; --overwrite it, or name another")
         added = sorted(found - _FILES)
         if added:
-            raise TargetError(f"{target}: not replaced, since {len(added)} files were added to it ({added[0]})")
+            others = counted(len(added), "other file")
+            raise TargetError(f"{target}: not replaced, since it holds {others} ({added[0]})")
     except OSError as error:
         raise TargetError(f"{target}: cannot write the model: {error.strerror or error}") from error
 

@@ -92,7 +92,7 @@ def test_overwrite_only_what_was_written_here(tmp_path: Path) -> None:
     after = digests(folder)
     assert after.keys() == before.keys() and after != before
     (folder / "film.mp4").write_bytes(b"mine")
-    with pytest.raises(OutputError, match=r"1 files were added to it \(film\.mp4\)"):
+    with pytest.raises(OutputError, match=r"since it holds 1 other file \(film\.mp4\)"):
         write_tiny_model(folder, overwrite=True, **SIZE)
     assert digests(folder).items() > after.items()
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]

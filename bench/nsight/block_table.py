@@ -17,6 +17,7 @@ from nsys_sqlite import Activity, Range, Trace, read_trace
 
 from echo_rt.bench.tables import Column, markdown
 from echo_rt.errors import EchoError
+from echo_rt.wording import counted
 
 OUTSIDE = "(in no range)"
 Key = TypeVar("Key")
@@ -163,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
     print(markdown(range_rows(trace), RANGE_COLUMNS))
     print(markdown(kernels[: arguments.top], KERNEL_COLUMNS), end="")
     if len(kernels) > arguments.top:
-        print(f"\n{len(kernels) - arguments.top} more kernels are not listed.")
+        print(f"\nNot listed: {counted(len(kernels) - arguments.top, 'more kernel')}.")
     return 0
 
 

@@ -21,6 +21,7 @@ from echo_rt.errors import ConfigError, EchoError
 from echo_rt.ops import BACKENDS
 from echo_rt.options import DTYPE_NAMES
 from echo_rt.tiny import CHECKPOINT_FILE, write_tiny_model
+from echo_rt.wording import counted
 
 
 @contextlib.contextmanager
@@ -82,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     except EchoError as error:
         print(f"run_block.py: {error}", file=sys.stderr)
         return 2
-    print(f"{arguments.blocks} blocks, the last of them block {last}, on {arguments.device}")
+    print(f"{counted(arguments.blocks, 'block')}, the last of them block {last}, on {arguments.device}")
     return 0
 
 

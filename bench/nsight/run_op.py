@@ -17,6 +17,7 @@ from echo_rt.bench.model_sizes import MODELS
 from echo_rt.device import DTYPES, parse_device
 from echo_rt.errors import ConfigError, EchoError
 from echo_rt.ops import BACKENDS, Ops, check_device, load_ops
+from echo_rt.wording import counted
 
 
 def choose(op: str, model: str, call: str | None) -> Variant:
@@ -69,7 +70,8 @@ def main(argv: Sequence[str]) -> int:
     except EchoError as error:
         print(f"run_op.py: {error}", file=sys.stderr)
         return 2
-    print(f"{variant.op} {variant.name}".rstrip() + f": {arguments.launches} calls, backend {ops.name}, {device}")
+    calls = counted(arguments.launches, "call")
+    print(f"{variant.op} {variant.name}".rstrip() + f": {calls}, backend {ops.name}, {device}")
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from echo_rt.wording import counted
+
 _DAY = 24 * 3600.0
 _JOULES_A_KWH = 3.6e6
 SNAPSHOT_SECONDS = 3600.0  # between two snapshots
@@ -39,10 +41,10 @@ def a_day(run: Measured) -> list[Figure]:
     """24 hours at the mean pace of ``run``, each figure with how it comes about."""
     blocks = _DAY / run.seconds_a_block
     frames = blocks * run.frames_a_block
-    by = f"extrapolated from {run.blocks} measured blocks"
+    by = f"extrapolated from {counted(run.blocks, 'measured block')}"
     energy = None if run.joules_a_block is None else blocks * run.joules_a_block / _JOULES_A_KWH
     snapshots = _DAY / SNAPSHOT_SECONDS
-    resident = f"measured after {run.blocks} blocks, taken to stay"
+    resident = f"measured after {counted(run.blocks, 'block')}, taken to stay"
     return [
         Figure("blocks", blocks, "", by),
         Figure("frames", frames, "", by),

@@ -6,6 +6,7 @@ from echo_rt.bench.run import Run
 from echo_rt.bench.timing import DEVICE_CLOCK
 from echo_rt.decoding import convolutions_in_words
 from echo_rt.device import dtype_name
+from echo_rt.wording import counted
 
 
 def notes(run: Run, *, frames_a_block: int, judged: bool) -> list[str]:
@@ -17,9 +18,9 @@ def notes(run: Run, *, frames_a_block: int, judged: bool) -> list[str]:
         f"{run.model.source}; {width}x{height}, {dtype_name(run.dtype)}; steady state (window full, "
         f"ids saturated); {frames_a_block} video frames a block; every whole block has the VAE and the way of the "
         "frames to the host in it; the text encoder is left out.",
-        f"Clock: {'the GPU events around every stage' if on_gpu else 'of the host'}. {run.rounds} rounds in which the "
-        f"variants take turns, {run.blocks} blocks each: in a turn blocks are made one at a time, then with others "
-        "begun ahead.",
+        f"Clock: {'the GPU events around every stage' if on_gpu else 'of the host'}. {counted(run.rounds, 'round')} in "
+        f"which the variants take turns, {counted(run.blocks, 'block')} each: in a turn blocks are made one at a time, "
+        "then with others begun ahead.",
         "Transformer, memory update and VAE decode are those of blocks made one at a time, which share the device with "
         "no other block; the memory update runs beside the first pass.",
         "A whole block is the time between two arrivals on the host.",

@@ -21,6 +21,7 @@ from echo_rt.bench.variants import turns_of
 from echo_rt.device import model_context, parse_dtype, warn_of_faulty_convolutions
 from echo_rt.ops import check_device, load_ops
 from echo_rt.options import MemoryMode
+from echo_rt.wording import counted
 
 NAME = "savings"
 COLUMNS = (
@@ -180,8 +181,8 @@ def _notes(facts: dict[str, Any], effort: Effort, limits: Limits, block_ms: floa
         f"{facts['attention'][1]}. Clock: {facts['clock']}.",
         f"A whole block, made one at a time: {block_ms:.3f} ms, its transformer {transformer_ms:.3f} ms (medians of "
         f"{effort.rounds * effort.blocks}); shares are of the former.",
-        f"All take turns, in each of {effort.rounds} rounds {effort.calls} calls each; a call is what a pass does of "
-        "its kind, and is scaled to a block.",
+        f"All take turns, in each of {counted(effort.rounds, 'round')} {counted(effort.calls, 'call')} each; a call is "
+        "what a pass does of its kind, and is scaled to a block.",
         "Upper bounds: what a saving would cost elsewhere (docs/savings.md) is not in them.",
         f"Counted: at {limits.flops / 1e12:.4g} TFLOP/s and {limits.bytes / 1e12:.4g} TB/s, both measured in this run, "
         f"with {limits.multiprocessors} multiprocessors; kernels beginning and ending are not counted.",

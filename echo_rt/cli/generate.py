@@ -12,6 +12,7 @@ from echo_rt.cli.prompts import TimedPrompt, first_block
 from echo_rt.cli.signals import StopNow, StopRequest
 from echo_rt.cli.streams import say
 from echo_rt.errors import ConfigError, OutputError, PromptError
+from echo_rt.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -217,7 +218,8 @@ def _open_recorder(
         )
     else:
         if limit is not None and first_frame > limit:
-            raise ConfigError(f"the video is to have {limit} frames, its newest snapshot is at frame {first_frame}")
+            wanted = counted(limit, "frame")
+            raise ConfigError(f"the video is to have {wanted}, its newest snapshot is at frame {first_frame}")
         writer = SegmentedWriter.resume(request.output, first_frame, seconds=request.segment_seconds)
         writer.notes.update(notes_of(request))
     try:
@@ -297,7 +299,8 @@ def _summary(report: dict[str, Any]) -> str:
     if "video" not in report["files"]:
         return "no video was written" if report["blocks"] else "no frame was made; no video was written"
     width, height = report["size"]
+    frames = counted(report["frames"], "frame")
     return (
-        f"{report['files']['video']}: {report['frames']} frames, {report['seconds']:.1f} s of {width}x{height} "
+        f"{report['files']['video']}: {frames}, {report['seconds']:.1f} s of {width}x{height} "
         f"at {report['video_fps']:g} fps, made at {report['fps']:.1f} fps ({report['exit_reason']})"
     )

@@ -13,6 +13,7 @@ from echo_rt.cli.streams import complain
 from echo_rt.soak.config import SoakConfig
 from echo_rt.soak.journal import Line
 from echo_rt.soak.outcome import Status, Verdict
+from echo_rt.wording import counted
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -27,7 +28,7 @@ def rows(line: Line) -> list[tuple[str, str]]:
     latency, place, device, gpu = line["latency"], line["position"], line["device"], line["gpu"]
     host, state, latents, video = line["host"]["rss"], line["memory_state"], line["latents"], line["video"]
     shown = [
-        ("video", f"{clock(line['video_seconds'])} ({line['frame']} frames)"),
+        ("video", f"{clock(line['video_seconds'])} ({counted(line['frame'], 'frame')})"),
         ("rate", f"{line['fps']:.1f} fps"),
         ("latency", f"p50 {_number(latency['p50'])}  p99 {_number(latency['p99'])}  max {_number(latency['max'])} ms"),
         ("host memory", "unknown" if host is None else f"{host / _MEBIBYTE:.1f} MiB"),

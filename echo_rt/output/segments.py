@@ -19,6 +19,7 @@ from echo_rt.output.latents import LatentsWriter
 from echo_rt.output.part_file import Closing, reason, write_whole
 from echo_rt.output.segment_index import RecordingIndex, Segment
 from echo_rt.output.video import VideoWriter
+from echo_rt.wording import counted
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -42,7 +43,7 @@ def check_free(
         raise TargetError(f"{folder}: cannot be a folder to write into: {reason(error)}") from None
     frames = RecordingIndex.read(folder).frames if RecordingIndex.path(folder).exists() else None
     if frames or (frames is None and pieces):
-        came = f"a recording of {frames} frames" if frames else pieces[0]
+        came = f"a recording of {counted(frames, 'frame')}" if frames else pieces[0]
         raise TargetError(f"{folder}: expected {expected}, it holds {came}; {advice}")
 
 
@@ -110,7 +111,7 @@ class SegmentedWriter(Closing):
             reached = kept[-1].end_frame if kept else 0
             if reached != at_frame:
                 raise TargetError(
-                    f"{folder}: cannot go on at frame {at_frame}: the recording has {index.frames} frames, "
+                    f"{folder}: cannot go on at frame {at_frame}: the recording has {counted(index.frames, 'frame')}, "
                     f"and the segment boundary before is at frame {reached}"
                 )
             index.check_files(folder, kept)

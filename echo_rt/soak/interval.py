@@ -12,6 +12,7 @@ from echo_rt.chunk import Chunk
 from echo_rt.config import ModelConfig
 from echo_rt.soak.journal import Line
 from echo_rt.soak.latency import Histogram, Outliers
+from echo_rt.wording import counted
 
 _DIGEST_BYTES = 16
 
@@ -69,7 +70,8 @@ class Checker:
         elif stats.shift < self._shift:
             wrong = f"the shift went back from {self._shift} to {stats.shift}"
         elif off != self._offset:
-            wrong = f"id {stats.newest_temporal_id} and shift {stats.shift} are {off - self._offset} frames behind"
+            behind = counted(off - self._offset, "frame")
+            wrong = f"id {stats.newest_temporal_id} and shift {stats.shift} are {behind} behind"
         self.block, self.frame = chunk.index + 1, chunk.first_frame + chunk.frames.shape[0]
         self._shift = stats.shift
         return wrong

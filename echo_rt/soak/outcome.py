@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from echo_rt.wording import counted
+
 EXIT_BROKEN = 3  # a promise was broken
 EXIT_FAILED = 4  # the stream failed
 
@@ -58,6 +60,6 @@ class Outcome:
         counts = {status: sum(v.status is status for v in self.verdicts) for status in Status}
         said = ", ".join(f"{count} {status.value}" for status, count in counts.items())
         broken = [verdict for verdict in self.verdicts if verdict.status is Status.BROKEN]
-        return f"{self.end} after {self.blocks} blocks; promises: {said}" + "".join(
+        return f"{self.end} after {counted(self.blocks, 'block')}; promises: {said}" + "".join(
             f"; {verdict.promise}: {verdict.evidence}" for verdict in broken
         )

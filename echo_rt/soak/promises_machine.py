@@ -6,6 +6,7 @@ from echo_rt.soak.journal import Line
 from echo_rt.soak.latency import Histogram
 from echo_rt.soak.outcome import Status, Verdict
 from echo_rt.soak.promise import Promise
+from echo_rt.wording import counted
 
 # Fewer blocks than this say nothing of a slope or of a 99th percentile.
 _ENOUGH_BLOCKS = 100
@@ -43,7 +44,9 @@ class DeviceMemory(Promise):
                 self.breaks(f"block {line['block']}: {name} {count} bytes, {off:+} since warm-up")
 
     def evidence(self) -> str | None:
-        return f"at most {self._furthest} bytes off in {self._lines} intervals" if self._lines else None
+        if not self._lines:
+            return None
+        return f"at most {counted(self._furthest, 'byte')} off in {counted(self._lines, 'interval')}"
 
     def unchecked(self) -> str:
         return "no GPU, or fewer than two intervals after warm-up"
@@ -232,7 +235,7 @@ class GpuErrors(Promise):
             self.breaks(f"block {line['block']}: {count - self._first[1]} more")
 
     def evidence(self) -> str | None:
-        return f"none in {self._lines} intervals" if self._lines else None
+        return f"none in {counted(self._lines, 'interval')}" if self._lines else None
 
     def unchecked(self) -> str:
         return "no GPU, or one that does not count"

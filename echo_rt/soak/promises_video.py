@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from echo_rt.soak.journal import Line
 from echo_rt.soak.promise import Promise
+from echo_rt.wording import counted
 
 
 class Alive(Promise):
@@ -22,7 +23,7 @@ class Alive(Promise):
             self.breaks(f"block {line['block']}: {line['failure']}")
 
     def evidence(self) -> str | None:
-        return f"{self._blocks} blocks were made" if self._blocks else None
+        return f"made: {counted(self._blocks, 'block')}" if self._blocks else None
 
 
 class Finite(Promise):
@@ -42,13 +43,13 @@ class Finite(Promise):
             return
         self._blocks += line["blocks"]
         if line["rollbacks"]:
-            self.breaks(f"block {line['block']} or before: the stream went back {line['rollbacks']} times")
+            self.breaks(f"block {line['block']} or before: the stream went back {counted(line['rollbacks'], 'time')}")
         found = line["nonfinite"]
         if found["block"] is not None:
             self.breaks(f"block {found['block']}: {found['latent']} in latents, {found['video']} in the video")
 
     def evidence(self) -> str | None:
-        return f"none in {self._blocks} blocks" if self._blocks else None
+        return f"none in {counted(self._blocks, 'block')}" if self._blocks else None
 
 
 class Positions(Promise):
@@ -93,7 +94,7 @@ class Hashes(Promise):
             self.breaks(f"block {block}: was {before}, came {now}")
 
     def evidence(self) -> str | None:
-        return f"{self._compared} blocks were made again, with the same hash" if self._compared else None
+        return f"{counted(self._compared, 'block')} made again, with the same hash" if self._compared else None
 
     def unchecked(self) -> str:
         return "no hashed block was made twice (a resume or a snapshot before a hashed block is needed)"

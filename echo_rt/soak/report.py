@@ -17,6 +17,7 @@ from echo_rt.soak.curves import Curves
 from echo_rt.soak.journal import JOURNAL_FILE, Line, read_lines
 from echo_rt.soak.latency import Histogram
 from echo_rt.soak.outcome import Verdict
+from echo_rt.wording import counted
 
 REPORT_FILE = "report.md"
 
@@ -73,7 +74,7 @@ def _head(last: Line) -> str:
             said += f"\nAfter that: {last['problem']}\n"
     elif last["problem"] is not None:
         said = f"\nWhat ended it was not the stream: {last['problem']}\n"
-    return f"# Soak: {last['end']} after {last['block']} blocks\n{said}"
+    return f"# Soak: {last['end']} after {counted(last['block'], 'block')}\n{said}"
 
 
 def _promises(verdicts: Sequence[Verdict]) -> str:

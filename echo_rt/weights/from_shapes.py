@@ -12,12 +12,13 @@ from torch import Tensor
 
 from echo_rt.config import TextEncoderConfig, VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
+from echo_rt.wording import counted
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, source: str, what: str) -> tuple[int, ...]:
     """Shape of a tensor that ``what`` must have; ``WeightsError`` where it is missing, of another rank or empty."""
     if name not in tensors:
-        raise WeightsError(f"{source}: expected {what}, found no {name} among its {len(tensors)} tensors")
+        raise WeightsError(f"{source}: expected {what}, found no {name} among its {counted(len(tensors), 'tensor')}")
     shape = tuple(tensors[name].shape)
     if len(shape) != dims or 0 in shape:
         raise WeightsError(f"{source}: expected {what} with a {dims}-dimensional {name}, came shape {list(shape)}")

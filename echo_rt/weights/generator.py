@@ -18,6 +18,7 @@ from echo_rt.weights.files import check_tensors, open_tensors
 from echo_rt.weights.from_shapes import count_layers, memory_facts, shape_of
 from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes
 from echo_rt.weights.tensors import RenamedTensors, TensorFile, rename, without_wrappers
+from echo_rt.wording import counted
 
 GENERATOR, GENERATOR_EMA = "generator", "generator_ema"
 LORA_SECTION = "generator_lora"
@@ -80,8 +81,9 @@ def check_memory(tensors: Mapping[str, Tensor], config: ModelConfig, source: str
     if facts.memory_tokens != frames * per_frame:
         size = f"{config.latent_width}x{config.latent_height}"
         raise WeightsError(
-            f"{source}: expected a memory of {frames} frames x {per_frame} tokens = {frames * per_frame} tokens "
-            f"for latents of {size}, came one of {facts.memory_tokens} tokens, made for another video size"
+            f"{source}: expected a memory of {counted(frames, 'frame')} x {counted(per_frame, 'token')} = "
+            f"{frames * per_frame} tokens for latents of {size}, came one of {counted(facts.memory_tokens, 'token')}, "
+            "made for another video size"
         )
     check_tensors(tensors, memory_shapes(config), source)
 
@@ -129,12 +131,13 @@ def _check_same_model(tensors: Mapping[str, Tensor], config: TransformerConfig, 
     if "patch_embedding.weight" not in tensors:
         some = ", ".join(sorted(tensors)[:3]) or "none"
         raise WeightsError(
-            f"{source}: expected a Wan transformer with patch_embedding.weight, came {len(tensors)} tensors ({some})"
+            f"{source}: expected a Wan transformer with patch_embedding.weight, "
+            f"came {counted(len(tensors), 'tensor')} ({some})"
         )
     dim = shape_of(tensors, "patch_embedding.weight", 5, source, "a Wan transformer")[0]
     layers = count_layers(tensors, "blocks.")
     if (dim, layers) != (config.dim, config.num_layers):
         raise WeightsError(
-            f"{source}: expected a transformer {config.dim} wide with {config.num_layers} blocks, "
+            f"{source}: expected a transformer {config.dim} wide with {counted(config.num_layers, 'block')}, "
             f"came one {dim} wide with {layers}: the checkpoint of another model"
         )

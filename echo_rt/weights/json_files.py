@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.weights.files import read_head
+from echo_rt.wording import type_of
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: expected {what}, came no JSON ({' '.join(str(error).split())})") from error
     if not isinstance(parsed, dict):
-        raise WeightsError(f"{path}: expected {what} as a JSON object, came a {type(parsed).__name__}")
+        raise WeightsError(f"{path}: expected {what} as a JSON object, came {type_of(parsed)}")
     return parsed
 
 
@@ -68,5 +69,5 @@ def read_defaults(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The object ``echo_rt`` of a transformer's config: how its video is rolled out; empty where there is none."""
     defaults = config.get(_DEFAULTS_KEY, {})
     if not isinstance(defaults, dict):
-        raise WeightsError(f'{path}: expected "{_DEFAULTS_KEY}" to be an object, came a {type(defaults).__name__}')
+        raise WeightsError(f'{path}: expected "{_DEFAULTS_KEY}" to be an object, came {type_of(defaults)}')
     return dict(defaults)

@@ -19,6 +19,7 @@ from echo_rt.weights.files import open_tensors
 from echo_rt.weights.generator import LORA_SECTION, split_memory
 from echo_rt.weights.shapes import MEMORY_PREFIX
 from echo_rt.weights.tensors import Fact, RenamedTensors, TensorFile, first_names, without_wrappers
+from echo_rt.wording import counted
 
 # PEFT puts the adapter's name, mostly "default", between the factor and "weight", or leaves it out.
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.[^.]+)?\.weight")
@@ -113,7 +114,8 @@ def merge_lora(
     lora, memory = _split(file)
     pairs, alphas = _sort(lora, source)
     if not pairs:
-        raise WeightsError(f"{source}: expected a LoRA (lora_A and lora_B), came {len(file)} tensors without any")
+        came = counted(len(file), "tensor")
+        raise WeightsError(f"{source}: expected a LoRA (lora_A and lora_B), came {came} without any")
     alphas = _alphas_in(file.facts, source) | alphas
     unpaired = [name for pair in pairs.values() if len(pair) == 1 for name in pair.values()]
     _refuse(unpaired, f"{source}: expected lora_A and lora_B in pairs", "without a partner")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from echo_rt.errors import WeightsError
 from echo_rt.weights.tensors import Fact, TensorFile, check_name
+from echo_rt.wording import counted, type_of
 
 _ZIP_MAGIC = b"PK\x03\x04"
 # How torch's unpickler words its refusal of anything that is not plain data.
@@ -35,7 +36,7 @@ def open_pickle(path: Path, head: bytes) -> TensorFile:
     except Exception as error:  # unpickling damaged bytes fails with whatever those bytes lead to
         raise WeightsError(f"{path}: expected a torch file of tensors, {_reason(error)}") from error
     if not isinstance(content, Mapping):
-        raise WeightsError(f"{path}: expected a dict of tensors, came a {type(content).__name__}")
+        raise WeightsError(f"{path}: expected a dict of tensors, came {type_of(content)}")
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Fact] = {}
     try:
@@ -45,7 +46,8 @@ def open_pickle(path: Path, head: bytes) -> TensorFile:
     for name in tensors:
         check_name(name, path)
     if not tensors:
-        raise WeightsError(f"{path}: expected a dict of tensors, came one of {len(content)} entries without any tensor")
+        entries = counted(len(content), "entry", "entries")
+        raise WeightsError(f"{path}: expected a dict of tensors, came one of {entries} without any tensor")
     return TensorFile(path, tensors, facts)
 
 

@@ -181,4 +181,4 @@ def test_the_tables_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert block_table.main([str(write(tmp_path / "block.sqlite")), "--top", "1"]) == 0
     out = capsys.readouterr().out
     assert "| Rollout._denoise " in out and "| gemm " in out and "(in no range)" in out
-    assert "[memcpy]" not in out and "2 more kernels are not listed." in out
+    assert "[memcpy]" not in out and "Not listed: 2 more kernels." in out

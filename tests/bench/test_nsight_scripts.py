@@ -83,7 +83,7 @@ def test_a_kernel_is_profiled_and_its_table_printed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run("kernel.sh", str(out), "flow_step", *on_cpu, path=tools(tmp_path / "bin", ncu=NCU), **variables)
     assert done.returncode == 0, done.stderr
-    assert "flow_step: 1 calls, backend torch, cpu" in done.stderr
+    assert "flow_step: 1 call, backend torch, cpu" in done.stderr
     assert "| step_kernel<float> " in done.stdout
     assert (out / "flow_step.md").read_text(encoding="utf-8") == done.stdout
     assert {path.name for path in out.iterdir()} == {"flow_step.csv", "flow_step.md", "flow_step.ncu-rep"}
@@ -111,7 +111,7 @@ def test_blocks_are_profiled_and_their_table_printed(tmp_path: Path, tiny_model:
     out = tmp_path / "out"
     done = run("block.sh", str(out), *model, *on_cpu, path=tools(tmp_path / "bin", nsys=NSYS), **variables)
     assert done.returncode == 0, done.stderr
-    assert "1 blocks, the last of them block" in done.stderr
+    assert "1 block, the last of them block" in done.stderr
     assert "| Rollout._denoise " in done.stdout
     assert {path.name for path in out.iterdir()} == {"block.md", "block.nsys-rep", "block.sqlite"}
     notes = (tmp_path / "notes").read_text(encoding="utf-8").splitlines()

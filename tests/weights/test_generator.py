@@ -167,7 +167,7 @@ def test_checkpoint_of_another_model(checkpoint: Path) -> None:
     saved(checkpoint, {"generator": keys(random_tensors(transformer_shapes(deep)))})
     assert "24 wide with 2 blocks, came one 24 wide with 3" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
     saved(checkpoint, {"encoder.conv1.weight": torch.ones(2)})
-    assert "came 1 tensors (encoder.conv1.weight)" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
+    assert "came 1 tensor (encoder.conv1.weight)" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
     saved(checkpoint, {"patch_embedding.weight": torch.tensor(1.0)})
     assert "5-dimensional patch_embedding.weight" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
 

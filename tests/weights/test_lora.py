@@ -250,7 +250,7 @@ def test_memory_encoder_in_safetensors(tmp_path: Path) -> None:
         # What is no LoRA.
         (lambda t: t | {"blocks.0.norm3.weight": torch.ones(24)}, "1 of something else: blocks.0.norm3.weight"),
         (lambda t: t | {f"{MODULES[0]}.lora_A.second.weight": torch.ones(RANK, 24)}, "expected one adapter"),
-        (lambda t: {"step": torch.ones(1)}, "expected a LoRA (lora_A and lora_B), came 1 tensors without any"),
+        (lambda t: {"step": torch.ones(1)}, "expected a LoRA (lora_A and lora_B), came 1 tensor without any"),
         (lambda t: transformer(), "expected a LoRA"),
         # Alphas.
         (lambda t: t | {"alpha": torch.tensor(0.0)}, "expected alpha to be a number above 0, came 0.0"),

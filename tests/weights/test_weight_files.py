@@ -135,7 +135,7 @@ def test_folders_without_one_answer(tmp_path: Path) -> None:
     [
         ([1, 2], "a list"),
         (torch.ones(3), "a Tensor"),
-        (7, "a int"),
+        (7, "an int"),
         ({}, "without any tensor"),
         ({"step": 3, "config": {"dim": 4}}, "without any tensor"),
     ],
