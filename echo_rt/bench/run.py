@@ -26,7 +26,8 @@ from echo_rt.bench.variants import Variant, plan, turns_of
 from echo_rt.decoding import Convolutions
 from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions, working_dtype
 from echo_rt.errors import BackendError
-from echo_rt.ops import check_device, load_ops
+from echo_rt.model.linear import kept_from_float8
+from echo_rt.ops import Ops, check_device, check_memory, load_ops
 from echo_rt.options import MemoryMode
 from echo_rt.soak.gpu import GpuHealth, gpu_health
 from echo_rt.soak.probes import host_memory
@@ -113,6 +114,7 @@ def run(request: Request, say: Callable[[str], None] = lambda text: None) -> Run
     variants, absent = plan(
         request.variants, has_memory=model.memory is not None, on_gpu=device.type == "cuda", backend=ops.name
     )
+    _check_precision(request, model, dtype, ops, variants)
     warn_of_faulty_convolutions(device, working_dtype(dtype))
     health = gpu_health(device)
     try:
@@ -123,6 +125,18 @@ def run(request: Request, say: Callable[[str], None] = lambda text: None) -> Run
     finally:
         if health is not None:
             health.close()
+
+
+def _check_precision(request: Request, model: Model, dtype: torch.dtype, ops: Ops, variants: list[Variant]) -> None:
+    """What making a variant ready would raise for its dtype, before anything has been tried or made."""
+    transformer = model.config.transformer
+    kept_from_float8(transformer.num_layers, dtype, request.float8_except)
+    if any(not variant.torch and _mode(variant, model) is MemoryMode.EVOLVE for variant in variants):
+        check_memory(ops, working_dtype(dtype), transformer.head_dim)
+
+
+def _mode(variant: Variant, model: Model) -> MemoryMode:
+    return variant.mode or (MemoryMode.OFF if model.memory is None else MemoryMode.EVOLVE)
 
 
 @contextlib.contextmanager
@@ -158,8 +172,8 @@ class _Runner:
         self._prompt: Tensor = torch.randn(tokens, config.text_dim, generator=generator).to(site.device)
 
     def run(self, variants: list[Variant], absent: dict[str, str]) -> Run:
-        base = MemoryMode.OFF if self._site.model.memory is None else MemoryMode.EVOLVE
-        entries = [Entry(v, v.mode or base, _TORCH if v.torch else self._backend) for v in variants]
+        model = self._site.model
+        entries = [Entry(v, _mode(v, model), _TORCH if v.torch else self._backend) for v in variants]
         self._say(f"{entries[0].variant.name}: alone on the device")
         resources = self._alone(entries[0])
         header = environment(str(self._site.device))  # now, while the clocks are those of a device at work

@@ -245,6 +245,27 @@ def test_requests_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, facts: dic
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"dtype": "float8", "float8_except": ("none",)}, "'none' matches no layer that can be float8"),
+        ({"float8_except": ("*.ffn.2",)}, "float8_except is for dtype 'float8', and the dtype is 'float32'"),
+        ({"dtype": "float32", "backend": "emulated", "variants": ("off", "evolve")}, "updates the memory in bfloat16"),
+    ],
+)
+def test_what_no_variant_can_compute_in_is_told_before_any_is_made(
+    patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], words: str
+) -> None:
+    def begin(*_: object) -> None:
+        pytest.fail("a trial of attention, or a model, would take minutes on a GPU")
+
+    monkeypatch.delenv("ECHO_RT_BACKEND", raising=False)
+    monkeypatch.setattr(run_module, "load_ops", _load(broken=False))
+    monkeypatch.setattr(run_module.Site, "choose", begin)
+    with pytest.raises((ConfigError, BackendError), match=words):
+        run(Request(device="cpu", **facts))
+
+
 def test_a_gpu_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 8 * 2**30))
     with (
