@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import _checkout
+import torch
 
 from echo_rt.bench.environment import environment
 from echo_rt.bench.tables import Column, check_results_folder, write_results
@@ -24,6 +25,8 @@ from echo_rt.errors import BackendError, EchoError
 from echo_rt.options import DTYPE_NAMES
 
 GOLDEN_VARIABLE = "ECHO_RT_GOLDEN"
+# From which on tensor cores multiply float8; written here too, so that a refusal elsewhere does not explain itself.
+_FLOAT8_CAPABILITY = (8, 9)
 COLUMNS = (
     Column("bundle", "bundle", text=True),
     Column("backend", "backend", text=True),
@@ -68,10 +71,17 @@ def find_bundles(small: bool) -> list[Path]:
     return list(found.values())
 
 
-def is_refused(bundle: Path, backend: str, dtype: str) -> bool:
-    """Whether the kernels must refuse it: they update a memory on tensor cores, which have no float32."""
+def refusal(bundle: Path, device: str, backend: str, dtype: str) -> str:
+    """Why it must be refused here, "" where it must run: by the kernels' tensor cores, or by those of the GPU."""
     flat = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
-    return backend != "torch" and dtype == "float32" and flat.get("memory") is not None
+    if backend != "torch" and dtype == "float32" and flat.get("memory") is not None:
+        return "kernels update a memory in 16 bits"
+    if dtype == "float8" and device.startswith("cuda"):
+        found = torch.cuda.get_device_capability(device)
+        if found < _FLOAT8_CAPABILITY:
+            needed, own = ("{}.{}".format(*capability) for capability in (_FLOAT8_CAPABILITY, found))
+            return f"float8 needs compute capability {needed}, this GPU has {own}"
+    return ""
 
 
 def verify(bundle: Path, device: str, backend: str, dtype: str) -> Result:
@@ -79,7 +89,7 @@ def verify(bundle: Path, device: str, backend: str, dtype: str) -> Result:
     from echo_rt.verify import verify_bundle
 
     begun = time.monotonic()
-    refused = is_refused(bundle, backend, dtype)
+    reason = refusal(bundle, device, backend, dtype)
 
     def result(ok: bool, note: str) -> Result:
         return Result(bundle.name, backend, dtype, ok, 0, 0, None, None, time.monotonic() - begun, note)
@@ -87,11 +97,11 @@ def verify(bundle: Path, device: str, backend: str, dtype: str) -> Result:
     try:
         report = verify_bundle(bundle, device=device, dtype=dtype, backend=backend)
     except BackendError as error:
-        return result(refused, "refused, as it must be" if refused else str(error))
+        return result(bool(reason), f"refused, as it must be: {reason}" if reason else str(error))
     except (EchoError, RuntimeError) as error:  # the latter is how torch and its drivers fail
         return result(False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    if refused:
-        return result(False, "expected a refusal of float32, it ran")
+    if reason:
+        return result(False, f"expected a refusal of {dtype} ({reason}), it ran")
     # A NaN is further off than anything.
     worst = max(report.rows, key=lambda row: row.error / row.bound if row.error == row.error else float("inf"))
     good = sum(row.ok for row in report.rows)

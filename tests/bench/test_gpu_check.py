@@ -15,7 +15,7 @@ import pytest
 import sanitizer_control
 import torch
 from cases import OPS
-from golden import find_bundles, is_refused, verify
+from golden import find_bundles, refusal, verify
 from gpu_check import append_log, check, judge, run_stage, share_of_budget, tests_line
 from gpu_stages import SANITIZERS, Options, Stage, plan, stage_environment
 from gpu_summary import Outcome, write_summary
@@ -200,9 +200,10 @@ def test_a_bundle_that_is_off_is_seen(golden_dir: Path, tmp_path: Path, monkeypa
     import shutil
 
     assert verify(golden_dir / "vae", "cpu", "torch", "float32").ok
-    assert is_refused(golden_dir / "rollout_small", "emulated", "float32")
-    assert not is_refused(golden_dir / "rollout_small", "emulated", "bfloat16")
-    assert not is_refused(golden_dir / "vae", "cuda", "float32")
+    assert refusal(golden_dir / "rollout_small", "cpu", "emulated", "float32")
+    assert not refusal(golden_dir / "rollout_small", "cpu", "emulated", "bfloat16")
+    assert not refusal(golden_dir / "vae", "cuda", "cuda", "float32")
+    assert not refusal(golden_dir / "rollout_small", "cpu", "emulated", "float8")
     bundle = tmp_path / "elsewhere" / "vae"
     shutil.copytree(golden_dir / "vae", bundle)
     (bundle / "config.json").write_text((bundle / "config.json").read_text() + "\n")
@@ -211,6 +212,25 @@ def test_a_bundle_that_is_off_is_seen(golden_dir: Path, tmp_path: Path, monkeypa
     assert bundle in find_bundles(small=False) and bundle not in find_bundles(small=True)
     result = verify(bundle, "cpu", "torch", "float32")
     assert not result.ok and "weights.safetensors" in result.note
+
+
+@pytest.mark.parametrize(("capability", "old"), [((8, 6), True), ((8, 9), False)])
+def test_a_gpu_that_does_not_multiply_float8_must_refuse_it(
+    golden_dir: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], old: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    bundle, reason = golden_dir / "text_encoder", "float8 needs compute capability 8.9, this GPU has 8.6"
+    assert refusal(bundle, "cuda:0", "torch", "float8") == (reason if old else "")
+    assert refusal(bundle, "cuda:0", "torch", "bfloat16") == ""
+    if old:
+        result = verify(bundle, "cuda:0", "torch", "float8")
+        assert result.ok and result.note == f"refused, as it must be: {reason}"
+        monkeypatch.setattr("echo_rt.device.require_products", lambda device: None)
+        monkeypatch.setattr("echo_rt.verify.parse_device", lambda device: torch.device("cpu"))
+        result = verify(bundle, "cuda:0", "torch", "float8")
+        assert not result.ok and result.note == f"expected a refusal of float8 ({reason}), it ran"
 
 
 # ---- the script itself
