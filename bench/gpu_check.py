@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from _checkout import ROOT
-from gpu_stages import BUDGETS, Options, Stage, plan, stage_environment
+from gpu_stages import BUDGETS, Options, Stage, beyond_gpu, plan, stage_environment
 from gpu_summary import FLOAT8_FOLDER, Outcome, write_summary
 
 from echo_rt.bench.tables import check_results_folder
@@ -209,7 +209,8 @@ def main(argv: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stopped)
     budget = arguments.budget or BUDGETS[options.quick]
-    stages = [stage for stage in stages if stage.name in chosen]
+    without = {} if arguments.stages else beyond_gpu(facts["gpu"])
+    stages = [stage for stage in stages if stage.name in chosen and stage.name not in without]
     description = {
         "device": options.device,
         "quick": options.quick,
@@ -217,6 +218,7 @@ def main(argv: Sequence[str]) -> int:
         "budget_s": budget,
         "planned": [stage.name for stage in stages],
         "left_out": [name for name in names if name not in chosen],
+        "without": without,
     }
     try:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from _checkout import ROOT
 from gpu_summary import FLOAT8_FOLDER
@@ -20,6 +21,8 @@ BUDGETS = {False: 570.0, True: 170.0}
 _FORMULA_TESTS = ("tests/test_ops.py", "tests/test_ops_float8.py")
 _OP_TESTS = (*_FORMULA_TESTS, "tests/test_kernels.py", "tests/test_convolutions.py", "tests/test_verify.py")
 _SANITIZER_EXIT = 86
+# From which on tensor cores multiply float8.
+_FLOAT8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,14 @@ def plan(options: Options) -> list[Stage]:
     if options.sanitizer:
         stages += _sanitizers(options)
     return stages
+
+
+def beyond_gpu(gpu: Mapping[str, Any] | None) -> dict[str, str]:
+    """Stages that this ``gpu`` of the machine's facts cannot have, each with the reason; none in a rehearsal."""
+    if gpu is None or tuple(map(int, gpu["capability"].split("."))) >= _FLOAT8_CAPABILITY:
+        return {}
+    needed = ".".join(map(str, _FLOAT8_CAPABILITY))
+    return {"block_float8": f"float8 needs compute capability {needed}, this GPU has {gpu['capability']}"}
 
 
 def _limits(options: Options, full: tuple[float, float], quick: tuple[float, float]) -> dict[str, float]:

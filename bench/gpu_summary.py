@@ -134,6 +134,7 @@ def write_summary(
         notes.append("A rehearsal on the CPU with emulated kernels: it shows that the check works, nothing of a GPU.")
     if description["left_out"]:
         notes.append(f"Not a whole check: left out by --stages were {', '.join(description['left_out'])}.")
+    notes += [f"Not part of the check here: {name}, as {why}." for name, why in description["without"].items()]
     if not description["sanitizer"]:
         notes.append("compute-sanitizer was left out by --no-sanitizer.")
     if kernels is not None:

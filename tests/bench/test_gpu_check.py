@@ -17,7 +17,7 @@ import torch
 from cases import OPS
 from golden import find_bundles, refusal, verify
 from gpu_check import append_log, check, judge, run_stage, share_of_budget, tests_line
-from gpu_stages import SANITIZERS, Options, Stage, plan, stage_environment
+from gpu_stages import SANITIZERS, Options, Stage, beyond_gpu, plan, stage_environment
 from gpu_summary import Outcome, write_summary
 
 ROOT = Path(__file__).parent.parent.parent
@@ -31,7 +31,8 @@ def stage(name: str, code: str, **changes: object) -> Stage:
 
 def described(stages: list[Stage], **changes: object) -> dict[str, object]:
     names = [s.name for s in stages]
-    plain = {"device": "cuda", "quick": False, "sanitizer": True, "budget_s": 60.0, "planned": names, "left_out": []}
+    plain = {"device": "cuda", "quick": False, "sanitizer": True, "budget_s": 60.0}
+    plain |= {"planned": names, "left_out": [], "without": {}}
     return plain | changes
 
 
@@ -185,6 +186,15 @@ def test_tests_are_selected_that_exist(tmp_path: Path) -> None:
     # The signature of an operation is tested under its name too.
     collected = [line for line in done.stdout.splitlines() if "::test_" in line and "signatures" not in line]
     assert [op for op in OPS if not any(f"::test_{op}" in line for line in collected)] == []
+
+
+def test_a_gpu_is_not_asked_for_what_it_cannot_have(tmp_path: Path) -> None:
+    assert beyond_gpu(None) == beyond_gpu({"capability": "8.9"}) == beyond_gpu({"capability": "12.0"}) == {}
+    without = beyond_gpu({"capability": "8.6"})
+    assert set(without) <= {s.name for s in plan(Options(tmp_path))}
+    write_summary(tmp_path, FACTS, described([], without=without), [], 1.0)
+    expected = "block_float8, as float8 needs compute capability 8.9, this GPU has 8.6."
+    assert expected in (tmp_path / "summary.md").read_text()
 
 
 def test_what_pytest_counted() -> None:
