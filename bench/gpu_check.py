@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from _checkout import ROOT
-from gpu_stages import BUDGETS, Options, Stage, beyond_gpu, plan, stage_environment
+from gpu_stages import BUDGETS, REHEARSAL_BUDGET, Options, Stage, beyond_gpu, plan, stage_environment
 from gpu_summary import FLOAT8_FOLDER, Outcome, write_summary
 
 from echo_rt.bench.tables import check_results_folder
@@ -31,6 +31,7 @@ from echo_rt.output.part_file import reason
 _KEPT = 2**19
 _TAIL_LINES = 15
 _GRACE = 5.0
+_LONGEST = 7 * 24 * 3600
 
 
 def share_of_budget(stages: Sequence[Stage], remaining: float) -> float:
@@ -148,6 +149,16 @@ def check(stages: Sequence[Stage], out: Path, deadline: float, save: Callable[[l
     return outcomes
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= _LONGEST:  # NaN is not
+        raise argparse.ArgumentTypeError(f"expected seconds above 0 and up to {_LONGEST}, got {text!r}")
+    return seconds
+
+
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu.sh", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="DIR", help="folder for results and logs; made where it is not there")
@@ -155,7 +166,13 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, of small sizes")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out of the plan")
     parser.add_argument("--stages", metavar="NAME,...", help="only these; the summary says so")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="wall time for everything")
+    parser.add_argument(
+        "--budget",
+        type=_seconds,
+        metavar="SECONDS",
+        help=f"wall time for everything, and with more of it for each stage; default: {BUDGETS[False]:.0f}, with "
+        f"--quick {BUDGETS[True]:.0f}, in a rehearsal {REHEARSAL_BUDGET:.0f}",
+    )
     return parser.parse_args(argv)
 
 
@@ -188,7 +205,8 @@ def _stopped(number: int, frame: object) -> None:
 
 def main(argv: Sequence[str]) -> int:
     arguments = _arguments(argv)
-    options = Options(arguments.out.resolve(), arguments.device, arguments.quick, not arguments.no_sanitizer)
+    out, sanitizer = arguments.out.resolve(), not arguments.no_sanitizer
+    options = Options(out, arguments.device, arguments.quick, sanitizer, arguments.budget)
     stages = plan(options)
     names = [stage.name for stage in stages]
     chosen = arguments.stages.split(",") if arguments.stages else names
@@ -208,14 +226,13 @@ def main(argv: Sequence[str]) -> int:
         return 2
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stopped)
-    budget = arguments.budget or BUDGETS[options.quick]
     without = {} if arguments.stages else beyond_gpu(facts["gpu"])
     stages = [stage for stage in stages if stage.name in chosen and stage.name not in without]
     description = {
         "device": options.device,
         "quick": options.quick,
         "sanitizer": options.sanitizer,
-        "budget_s": budget,
+        "budget_s": options.budget,
         "planned": [stage.name for stage in stages],
         "left_out": [name for name in names if name not in chosen],
         "without": without,
@@ -230,7 +247,7 @@ def main(argv: Sequence[str]) -> int:
             write_summary(options.out, facts, description, outcomes, time.monotonic() - begun)
 
         save([])
-        outcomes = check(stages, options.out, begun + budget, save)
+        outcomes = check(stages, options.out, begun + options.budget, save)
         print(f"\n{(options.out / 'summary.md').read_text(encoding='utf-8')}")
     except EchoError as error:
         print(f"gpu.sh: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from gpu_summary import FLOAT8_FOLDER
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Wall seconds for everything; a caller who has ten minutes, or three, needs some of them to start and to collect.
 BUDGETS = {False: 570.0, True: 170.0}
+# A rehearsal is on nobody's time, and the cores that build for it may be busy.
+REHEARSAL_BUDGET = 3600.0
 # Every operation against its formula; the sanitizers run these too.
 _FORMULA_TESTS = ("tests/test_ops.py", "tests/test_ops_float8.py")
 _OP_TESTS = (*_FORMULA_TESTS, "tests/test_kernels.py", "tests/test_convolutions.py", "tests/test_verify.py")
@@ -29,8 +31,8 @@ _FLOAT8_CAPABILITY = (8, 9)
 class Stage:
     """One command. It passes with exit code 0, if its output has ``proof`` and has not ``refuted`` (expressions).
 
-    ``limit``: seconds it may take; ``least``: seconds under which there is no use in starting it. ``absent``: why it
-    cannot run here; it is then not ok.
+    ``limit``: seconds it may take of :data:`BUDGETS`, of a larger budget as many times more; ``least``: seconds under
+    which there is no use in starting it. ``absent``: why it cannot run here; it is then not ok.
     """
 
     name: str
@@ -51,6 +53,12 @@ class Options:
     device: str = "cuda"
     quick: bool = False
     sanitizer: bool = True
+    budget_s: float | None = None  # None: as the device and ``quick`` have it
+
+    @property
+    def budget(self) -> float:
+        """Wall seconds for everything."""
+        return self.budget_s or (REHEARSAL_BUDGET if self.rehearsal else BUDGETS[self.quick])
 
     @property
     def rehearsal(self) -> bool:
@@ -66,7 +74,8 @@ def plan(options: Options) -> list[Stage]:
     stages = [*_basics(options), *_tests(options), *_measurements(options)]
     if options.sanitizer:
         stages += _sanitizers(options)
-    return stages
+    more = max(1.0, options.budget / BUDGETS[options.quick])
+    return [replace(stage, limit=more * stage.limit) for stage in stages]
 
 
 def beyond_gpu(gpu: Mapping[str, Any] | None) -> dict[str, str]:

@@ -150,6 +150,22 @@ def test_the_plan_of_a_gpu_fits_its_budget(monkeypatch: pytest.MonkeyPatch, tmp_
     assert judge(stages["doctor"], 0, "  - backend cuda      no\n", 1, 1)[0] == "failed"
 
 
+@pytest.mark.parametrize("quick", [False, True], ids=["full", "quick"])
+def test_limits_grow_with_the_budget(tmp_path: Path, quick: bool) -> None:
+    """A rehearsal builds on busy cores as long as it takes: it is on nobody's time."""
+
+    def limits(**changes: object) -> dict[str, float]:
+        options = Options(tmp_path, quick=quick, **changes)  # type: ignore[arg-type]
+        return {s.name: s.limit for s in plan(options)}
+
+    whole = gpu_stages.BUDGETS[quick]
+    assert limits(budget_s=2 * whole) == {name: 2 * limit for name, limit in limits().items()}
+    assert limits(budget_s=whole / 2) == limits(), "what there is of it is divided anyway"
+    rehearsal = limits(device="cpu")
+    assert rehearsal["build"] == pytest.approx(limits()["build"] * 3600 / whole) and rehearsal["build"] > 1800
+    assert Options(tmp_path, "cpu", quick).budget == 3600 and Options(tmp_path, "cpu", quick, True, 60).budget == 60
+
+
 def test_an_absent_sanitizer_is_not_ok_unless_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_stages, "find_program", lambda name: None)
     stages = {s.name: s for s in plan(Options(tmp_path))}
@@ -300,6 +316,13 @@ def test_a_place_that_is_no_folder_is_told_in_one_line(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
     done = script("/proc/none", "--device", "cpu", "--stages", "memcheck")
     assert done.returncode == 2 and done.stderr == "gpu.sh: /proc/none: cannot write: No such file or directory\n"
+
+
+@pytest.mark.parametrize("seconds", ["0", "nan", "inf", "-5", "ten"])
+def test_a_budget_that_cannot_be(tmp_path: Path, seconds: str) -> None:
+    done = script(str(tmp_path / "out"), f"--budget={seconds}")
+    expected = f"--budget: expected seconds above 0 and up to 604800, got '{seconds}'"
+    assert done.returncode == 2 and expected in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_unknown_stages_are_refused(tmp_path: Path) -> None:
