@@ -10,6 +10,7 @@ from echo_rt.bench.model_sizes import MODELS
 from echo_rt.bench.variants import NAMES
 from echo_rt.cli.model_options import add_float8_except, parse_ahead
 from echo_rt.cli.numbers import parse_number, parse_positive
+from echo_rt.cli.paths import parse_path
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.streams import complain, say
 from echo_rt.errors import TargetError
@@ -54,7 +55,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
 
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, metavar="DIR", help="write block.json, block.md and block.png there")
+    output.add_argument("--out", type=parse_path, metavar="DIR", help="write block.json, block.md and block.png there")
     output.add_argument("--chart", action=argparse.BooleanOptionalAction, help="block.png; default: if possible")
     return parser
 

@@ -11,6 +11,7 @@ from echo_rt.cli.model_options import add_model_options, model_files, parse_mode
 from echo_rt.cli.numbers import parse_length, parse_number, parse_positive, parse_size
 from echo_rt.cli.outputs import Named, check_folder, check_outputs
 from echo_rt.cli.overrides import parse_overrides
+from echo_rt.cli.paths import parse_path
 from echo_rt.cli.prompts import parse_script
 from echo_rt.errors import ConfigError, TargetError
 from echo_rt.options import OVERRIDES, check_seed
@@ -53,14 +54,16 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     prompt.add_argument(
         "--save-prompt-embeds",
-        type=Path,
+        type=parse_path,
         metavar="FILE",
         help="keep the embeddings (safetensors); of several prompts as FILE with .0, .1, ... before the ending",
     )
     prompt.add_argument("--keep-text-encoder", action="store_true", help="leave the text encoder in memory")
 
     video = parser.add_argument_group("video")
-    video.add_argument("-o", "--output", type=Path, metavar="OUT.mp4", help="the video; with --segments its folder")
+    video.add_argument(
+        "-o", "--output", type=parse_path, metavar="OUT.mp4", help="the video; with --segments its folder"
+    )
     length = video.add_mutually_exclusive_group()
     length.add_argument("--frames", metavar="N", help="end after N frames")
     length.add_argument("--seconds", metavar="S", help="end after S seconds of video")
@@ -75,13 +78,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     video.add_argument("--seed", default="0", metavar="N", help="same seed, same video (default 0)")
     video.add_argument(
         "--latents",
-        type=Path,
+        type=parse_path,
         nargs="?",
         const=BESIDE_SEGMENTS,
         metavar="FILE.safetensors",
         help="also write the latents, whole blocks; with --segments no FILE: they go beside the pieces",
     )
-    video.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="also write an overview picture")
+    video.add_argument("--contact-sheet", type=parse_path, metavar="FILE.png", help="also write an overview picture")
 
     lasting = parser.add_argument_group("long videos")
     lasting.add_argument("--segments", metavar="S", help="write pieces of S seconds and a list of them into a folder")
@@ -89,11 +92,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--snapshot-every", metavar="N", help="keep what is needed to go on after a kill, every N blocks, in the folder"
     )
     lasting.add_argument(
-        "--resume", type=Path, metavar="DIR", help="go on with the video in this folder, in place of -o"
+        "--resume", type=parse_path, metavar="DIR", help="go on with the video in this folder, in place of -o"
     )
     faults = parser.add_argument_group("faults")
     faults.add_argument("--roll-back", action="store_true", help="go back to a good state at a NaN, instead of ending")
-    faults.add_argument("--evidence", type=Path, metavar="DIR", help="keep state and figures of a block with NaN there")
+    faults.add_argument(
+        "--evidence", type=parse_path, metavar="DIR", help="keep state and figures of a block with NaN there"
+    )
     faults.add_argument("--block-seconds", metavar="S", help="end when a block takes longer; default: no bound")
     parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
     return parser
@@ -128,7 +133,7 @@ class Request:
         """A file for each prompt, or none at all."""
         if file is None:
             return []
-        if len(self.script) == 1:
+        if len(self.script) == 1 or not file.suffix:  # the latter is refused as it is
             return [file]
         return [file.with_name(f"{file.stem}.{i}{file.suffix}") for i in range(len(self.script))]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from echo_rt.cli.numbers import parse_number, parse_positive
 from echo_rt.cli.outputs import Named
+from echo_rt.cli.paths import parse_path
 from echo_rt.errors import ConfigError
 from echo_rt.options import DTYPE_NAMES, MODEL_OPTIONS, TINY_VAE, VAE_DTYPE_NAMES, WAN_VAE, MemoryMode
 
@@ -15,9 +16,13 @@ from echo_rt.options import DTYPE_NAMES, MODEL_OPTIONS, TINY_VAE, VAE_DTYPE_NAME
 def add_model_options(parser: argparse.ArgumentParser) -> Any:
     """Declare them in a group of their own, which is returned."""
     model = parser.add_argument_group("model")
-    model.add_argument("--model", type=Path, required=True, metavar="DIR", help="Wan2.1 folder, original or diffusers")
-    model.add_argument("--checkpoint", type=Path, metavar="FILE", help="generator weights, with or without a memory")
-    model.add_argument("--lora", type=Path, metavar="FILE", help="LoRA to merge into the generator")
+    model.add_argument(
+        "--model", type=parse_path, required=True, metavar="DIR", help="Wan2.1 folder, original or diffusers"
+    )
+    model.add_argument(
+        "--checkpoint", type=parse_path, metavar="FILE", help="generator weights, with or without a memory"
+    )
+    model.add_argument("--lora", type=parse_path, metavar="FILE", help="LoRA to merge into the generator")
     model.add_argument("--ema", action=argparse.BooleanOptionalAction, help="use (or not) the averaged weights")
     model.add_argument(
         "--memory",

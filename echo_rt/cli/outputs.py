@@ -36,7 +36,8 @@ def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named])
         if other != output.option:
             raise ConfigError(f"{other} and {output.option}: expected two files, got {str(output.path)!r} for both")
         if output.path.suffix.lower() != suffix:
-            raise ConfigError(f"{output.option}: expected a name that ends in {suffix}, got {str(output.path)!r}")
+            expected = f"before {suffix}" if output.path.name.lower() == suffix else f"that ends in {suffix}"
+            raise ConfigError(f"{output.option}: expected a name {expected}, got {str(output.path)!r}")
     for output, _ in outputs:
         _check_no_input(output, inputs, "file")
     for output, _ in outputs:

@@ -11,6 +11,7 @@ from echo_rt.cli.model_options import add_model_options, model_files, parse_mode
 from echo_rt.cli.numbers import parse_number, parse_positive, parse_size
 from echo_rt.cli.outputs import Named, check_folder
 from echo_rt.cli.overrides import parse_overrides
+from echo_rt.cli.paths import parse_path
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.streams import complain, say
 from echo_rt.errors import ConfigError, OutputError
@@ -47,7 +48,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
 
     run = parser.add_argument_group("run")
-    run.add_argument("--out", required=True, metavar="DIR", help="figures, snapshots, report; what to go on with")
+    run.add_argument(
+        "--out", type=parse_path, required=True, metavar="DIR", help="figures, snapshots, report; what to go on with"
+    )
     length = run.add_mutually_exclusive_group(required=True)
     length.add_argument("--hours", metavar="H", help="end after H hours of streaming, all processes together")
     length.add_argument("--blocks", metavar="N", help="end after N blocks")
@@ -128,10 +131,10 @@ def parse_config(arguments: argparse.Namespace) -> SoakConfig:
     options: dict[str, Any] = {
         name: str(value) if isinstance(value, Path) else value for name, value in parse_model_options(arguments).items()
     }
-    check_folder(Named("--out", Path(arguments.out)), model_files(arguments))
+    check_folder(Named("--out", arguments.out), model_files(arguments))
     return SoakConfig(
         model=str(arguments.model),
-        out=arguments.out,
+        out=str(arguments.out),
         blocks=_count("--blocks", arguments.blocks),
         hours=parse_positive("--hours", arguments.hours, float, "a number of hours above 0"),
         **options,

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from echo_rt.cli.paths import parse_path
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.streams import say
 from echo_rt.errors import ConfigError
@@ -20,7 +21,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         description="Write a complete, small, random model folder in the original layout. Its videos are coloured "
         "noise in motion: it shows that everything runs, not what a trained model makes.",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder to make")
+    parser.add_argument("folder", type=parse_path, metavar="DIR", help="the folder to make")
     parser.add_argument("--seed", default="0", metavar="N", help="of the random weights (default 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote there")
     return parser

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from echo_rt.cli.messages import describe
 from echo_rt.cli.model_options import add_float8_except
+from echo_rt.cli.paths import parse_path
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.streams import complain, say
 from echo_rt.errors import ConfigError, EchoError
@@ -30,13 +31,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "Exit code 0 if all are within bounds, 1 if not, 2 if a folder cannot be run; the others are run all the same.",
     )
     parser.add_argument(
-        "bundles", nargs="+", type=Path, metavar="BUNDLE", help="folder of a golden bundle, or of a model"
+        "bundles", nargs="+", type=parse_path, metavar="BUNDLE", help="folder of a golden bundle, or of a model"
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="default: float32")
     add_float8_except(parser)
     parser.add_argument("--backend", help="who does the operations: torch (see echo-rt doctor)")
-    parser.add_argument("--dump", type=Path, metavar="DIR", help="keep what was computed in DIR/BUNDLE/")
+    parser.add_argument("--dump", type=parse_path, metavar="DIR", help="keep what was computed in DIR/BUNDLE/")
     return parser
 
 

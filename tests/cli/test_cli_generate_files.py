@@ -65,6 +65,27 @@ def test_an_output_that_is_an_input(echo_rt, fake_runtime, tmp_path, monkeypatch
     assert Path("c.safetensors").read_bytes() == b"weights"
 
 
+@pytest.mark.parametrize("option", ["--model", "--checkpoint", "--lora", "--latents", "--evidence", "--output"])
+def test_an_empty_path_is_not_the_folder_one_is_in(echo_rt, fake_runtime, option):
+    """As of a shell's variable that is not set."""
+    outcome = echo_rt("generate", *PROMPT, "-o", "v.mp4", f"{option}=")
+    assert outcome.code == 2 and f"{option}: expected a path, got ''" in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "expected"),
+    [
+        ("--output", ".mp4", "a name before .mp4, got '.mp4'"),
+        ("--contact-sheet", ".PNG", "a name before .png, got '.PNG'"),
+        ("--save-prompt-embeds", ".safetensors", "a name before .safetensors, got '.safetensors'"),
+        ("--save-prompt-embeds", "/", "a name that ends in .safetensors, got '/'"),
+    ],
+)
+def test_a_name_that_is_an_ending_alone(echo_rt, fake_runtime, option, name, expected):
+    outcome = echo_rt("generate", *PROMPT, "--prompt", "9:2", "-o", "v.mp4", option, name)
+    assert outcome.code == 2 and f"{option}: expected {expected}" in outcome.error and fake_runtime.loaded_with == {}
+
+
 def test_a_link_in_the_model_folder_is_followed(echo_rt, fake_runtime, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
