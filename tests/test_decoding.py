@@ -42,7 +42,7 @@ def test_tiles_take_less_memory(small_model: Path) -> None:
     [
         ({"vae_tiles": 0}, "vae_tiles must be an integer of 1 or more, got 0"),
         ({"vae_tiles": True}, "vae_tiles must be an integer of 1 or more, got True"),
-        ({"vae_tiles": 3}, "vae_tiles: expected 1 to 1 for latents 4 rows high, got 3"),
+        ({"vae_tiles": 3}, "vae_tiles: expected 1 for latents 4 rows high, got 3"),
         ({"vae_tiles": 2, "vae": "tiny"}, "vae_tiles must be 1 for a tiny decoder"),
     ],
     ids=str,

@@ -35,6 +35,8 @@ def notes(run: Run, *, frames_a_block: int, judged: bool) -> list[str]:
         for what, choice in zip(("over the cache", "over the text"), run.attention, strict=True)
     ]
     lines.append(f"Convolutions of the decoder: {convolutions_in_words(run.convolutions)}.")
+    if run.request.vae_tiles > 1:
+        lines.append(f"The decoder works in {run.request.vae_tiles} bands of rows, that of the torch variant in one.")
     if not judged:
         lines.append("Goals are judged on a GPU alone, at the released sizes in bfloat16 or float8.")
     return lines + [f"Not measured: {name}: {why}." for name, why in run.absent.items()]

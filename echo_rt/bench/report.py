@@ -218,6 +218,7 @@ class Report:
                 str(shape): {"name": choice.kind.name, "reason": choice.reason}
                 for shape, choice in run.convolutions.items()
             },
+            "vae_tiles": run.request.vae_tiles,
             "lookahead": self.ahead,
             "rounds": run.rounds,
             "blocks": run.blocks,

@@ -28,11 +28,15 @@ class Request:
     size: str | None = None
     model: str | None = None
     checkpoint: str | None = None
+    lora: str | None = None
+    ema: bool | None = None
     device: str | None = None
     dtype: str | None = None
     float8_except: tuple[str, ...] = ()
     backend: str | None = None
     attention: str | None = None
+    convolution: str | None = None
+    vae_tiles: int = 1
     variants: tuple[str, ...] | None = None
     rounds: int | None = None
     blocks: int | None = None
@@ -44,6 +48,7 @@ class Request:
         for name, value, least in (
             ("rounds", self.rounds, 1),
             ("blocks", self.blocks, 1),
+            ("vae_tiles", self.vae_tiles, 1),
             ("lookahead", self.lookahead, 0),
         ):
             whole = isinstance(value, int) and not isinstance(value, bool)
@@ -53,8 +58,9 @@ class Request:
             raise ConfigError(f"size must be one of {', '.join(MODELS)}; got {self.size!r}")
         if self.model is not None and self.size is not None:
             raise ConfigError("--size and --model: expected one of them, got both")
-        if self.checkpoint is not None and self.model is None:
-            raise ConfigError("--checkpoint: expected --model DIR with it, the folder that it belongs to, got none")
+        for option in ("checkpoint", "lora", "ema"):
+            if getattr(self, option) is not None and self.model is None:
+                raise ConfigError(f"--{option}: expected --model DIR with it, the folder that it belongs to, got none")
         check_seed(self.seed)
 
     def counts(self, device: torch.device) -> tuple[int, int]:
@@ -69,7 +75,7 @@ class Request:
     def load(self, device: torch.device) -> Model:
         """The model; :class:`ConfigError` for the released sizes on a CPU, and all errors of loading a folder."""
         if self.model is not None:
-            return folder_model(self.model, self.checkpoint, device)
+            return folder_model(self.model, self.checkpoint, device, lora=self.lora, ema=self.ema)
         size = self.size or (RELEASED.name if device.type == "cuda" else TINY.name)
         if size == RELEASED.name and device.type != "cuda":
             raise ConfigError(

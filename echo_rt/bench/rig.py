@@ -63,10 +63,13 @@ class Site:
 
 
 class Parts:
-    """The weights on the device for one backend, held once however many rigs compute with them."""
+    """The weights on the device for one backend, held once however many rigs compute with them.
 
-    def __init__(self, site: Site, ops: Ops) -> None:
-        self.site, self.ops = site, ops
+    ``convolution``: how the decoder's are computed, None for a trial; ``tiles``: in how many bands of rows it decodes.
+    """
+
+    def __init__(self, site: Site, ops: Ops, convolution: str | None = None, tiles: int = 1) -> None:
+        self.site, self.ops, self._convolution, self._tiles = site, ops, convolution, tiles
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -104,9 +107,16 @@ class Parts:
     @cached_property
     def _decoding(self) -> tuple[VaeDecoder, Convolutions]:
         site, config = self.site, self.site.model.config
-        decoder = VaeDecoder(site.model.vae_config, site.model.vae, self.ops, device=site.device, dtype=site.dtype)
+        decoder = VaeDecoder(
+            site.model.vae_config,
+            site.model.vae,
+            self.ops,
+            device=site.device,
+            dtype=site.dtype,
+            tiles=self._tiles,
+        )
         block = (config.window.frames_per_block, config.latent_height, config.latent_width)
-        return decoder, fit_convolutions(decoder, block, self.ops)
+        return decoder, fit_convolutions(decoder, block, self.ops, self._convolution)
 
 
 @dataclass(frozen=True, eq=False)

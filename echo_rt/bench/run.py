@@ -120,7 +120,9 @@ def run(request: Request, say: Callable[[str], None] = lambda text: None) -> Run
     try:
         with _enough_memory(device):
             site = Site.choose(model, device, dtype, request.attention, request.float8_except)
-            parts = {ops.name: Parts(site, ops), _TORCH: Parts(site, load_ops(_TORCH))}
+            # What was asked of the decoder is not asked of the backend that it is held against, where that is another.
+            parts = {_TORCH: Parts(site, load_ops(_TORCH))}
+            parts[ops.name] = Parts(site, ops, request.convolution, request.vae_tiles)
             return _Runner(request, site, parts, ops.name, health, say).run(variants, absent)
     finally:
         if health is not None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from echo_rt.bench.model_sizes import MODELS
 from echo_rt.bench.variants import NAMES
-from echo_rt.cli.model_options import add_float8_except, parse_ahead
+from echo_rt.cli.model_options import add_float8_except, parse_ahead, parse_tiles
 from echo_rt.cli.numbers import parse_number, parse_positive
+from echo_rt.cli.outputs import Named
 from echo_rt.cli.paths import parse_path
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.streams import complain, say
@@ -24,6 +25,9 @@ a GPU with too little memory.
 """
 
 
+_FILES = ("model", "checkpoint", "lora")
+
+
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declare the subcommand."""
     parser: argparse.ArgumentParser = commands.add_parser(
@@ -36,13 +40,19 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     model = parser.add_argument_group("model")
     model.add_argument("--size", choices=MODELS, help="random weights at these sizes; default: released on a GPU")
-    model.add_argument("--model", metavar="DIR", help="a Wan2.1 folder instead, original or diffusers")
-    model.add_argument("--checkpoint", metavar="FILE", help="generator weights that go with it")
+    model.add_argument("--model", type=parse_path, metavar="DIR", help="a Wan2.1 folder instead, original or diffusers")
+    model.add_argument("--checkpoint", type=parse_path, metavar="FILE", help="generator weights that go with it")
+    model.add_argument("--lora", type=parse_path, metavar="FILE", help="LoRA to merge into the generator")
+    model.add_argument("--ema", action=argparse.BooleanOptionalAction, help="use (or not) the averaged weights")
     model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
     add_float8_except(model)
     model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     model.add_argument("--backend", help="who does the operations; default: cuda on a GPU, else torch")
     model.add_argument("--attention", metavar="NAME", help="which attention; default: the fastest (see echo-rt doctor)")
+    model.add_argument(
+        "--convolution", metavar="NAME[,NAME]", help="how the VAE's convolutions are computed (see echo-rt doctor)"
+    )
+    model.add_argument("--vae-tiles", metavar="N", help="decode in N bands of rows; default: 1")
     model.add_argument("--seed", default="0", metavar="N", help="of weights, prompt and noise (default 0)")
 
     run = parser.add_argument_group("run")
@@ -67,6 +77,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
         name: parse_positive(f"--{name}", getattr(arguments, name), int, expected) for name in ("rounds", "blocks")
     }
     lookahead = parse_ahead(arguments.lookahead)
+    tiles = parse_tiles(arguments.vae_tiles)
     seed = parse_number("--seed", arguments.seed, int, "an integer of 0 or more")
     variants = None if arguments.variants is None else tuple(arguments.variants.split(","))
     with stop.interruptible():
@@ -80,9 +91,11 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
         if arguments.chart:
             chart.require_matplotlib()
         _check_folder(arguments.out)
-        names = ("size", "model", "checkpoint", "device", "dtype", "backend", "attention", "peers")
-        facts = {name: getattr(arguments, name) for name in names}
-        facts["float8_except"] = tuple(arguments.float8_except)
+        read = [Named(f"--{name}", path) for name in _FILES if (path := getattr(arguments, name)) is not None]
+        names = ("size", "ema", "device", "dtype", "backend", "attention", "convolution", "peers")
+        facts: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+        facts |= {given.option.removeprefix("--"): str(given.path) for given in read}
+        facts |= {"float8_except": tuple(arguments.float8_except), "vae_tiles": tiles}
         request = Request(variants=variants, lookahead=lookahead, seed=seed, **counts, **facts)
         found = Report(run_bench(request, say=lambda text: complain(f"echo-rt: {text}")))
     content, page = found.content()

@@ -59,10 +59,9 @@ def parse_model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     if not arguments.vae:  # as a path it would be the folder one is in
         raise ConfigError(f"--vae: expected {WAN_VAE}, {TINY_VAE} or the path of a tiny decoder's file, got ''")
-    tiles = parse_positive("--vae-tiles", arguments.vae_tiles, int, "a number of bands of 1 or more")
     parsed = {
         "lookahead": parse_lookahead(arguments.lookahead),
-        "vae_tiles": 1 if tiles is None else tiles,
+        "vae_tiles": parse_tiles(arguments.vae_tiles),
         "float8_except": tuple(arguments.float8_except),
     }
     return {name: parsed.get(name, getattr(arguments, name)) for name in MODEL_OPTIONS}
@@ -84,6 +83,11 @@ def add_float8_except(parser: Any) -> None:
         metavar="PATTERN",
         help="with --dtype float8: layers that stay in bfloat16, such as 'blocks.0.*' or '*.ffn.2'; may be repeated",
     )
+
+
+def parse_tiles(text: str | None) -> int:
+    """The number of ``--vae-tiles``, 1 where it is left out; raises ``ConfigError``."""
+    return parse_positive("--vae-tiles", text, int, "a number of bands of 1 or more") or 1
 
 
 # Each holds frames in pinned memory, and a new prompt waits for all of them.

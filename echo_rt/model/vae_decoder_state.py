@@ -201,7 +201,8 @@ def _bands(levels: Sequence[LevelShape], head: CausalConv, latent_height: int, t
         margins.insert(0, -(-seen // 2))
     most = height // margins[0]
     if not 1 <= tiles <= most:
-        raise ConfigError(f"vae_tiles: expected 1 to {max(1, most)} for latents {latent_height} rows high, got {tiles}")
+        able = f"1 to {most}" if most > 1 else "1"
+        raise ConfigError(f"vae_tiles: expected {able} for latents {latent_height} rows high, got {tiles}")
     bands = []
     for index in range(tiles):
         begin, end = (height * at // tiles for at in (index, index + 1))

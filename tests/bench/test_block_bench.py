@@ -21,7 +21,7 @@ from echo_rt.bench import run as run_module
 from echo_rt.bench.model_sizes import BenchModel
 from echo_rt.bench.report import ALONE, Report
 from echo_rt.bench.request import Request
-from echo_rt.bench.rig import Rig
+from echo_rt.bench.rig import Parts, Rig
 from echo_rt.bench.run import Run, run
 from echo_rt.bench.timing import DEVICE_CLOCK
 from echo_rt.bench.variants import turns_of
@@ -212,6 +212,29 @@ def test_a_folder_is_measured_as_a_runtime_would_load_it(tmp_path: Path) -> None
     assert not torch.equal(plain.transformer[name].float(), whole.transformer[name].float())
     with pytest.raises(ConfigError, match="variant 'evolve' cannot be measured: the weights have no memory encoder"):
         run(Request(variants=("evolve",), **facts))
+
+
+def test_what_is_asked_of_the_decoder_is_not_asked_of_what_it_is_held_against(
+    patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Parts] = []
+
+    class Kept(Parts):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            made.append(self)
+
+    monkeypatch.setattr(run_module, "load_ops", _load(broken=False))
+    monkeypatch.setattr(run_module, "Parts", Kept)
+    higher = replace(SMALLEST, config=replace(SMALLEST.config, latent_height=6))  # bands need some rows
+    monkeypatch.setitem(request_module.MODELS, "tiny", higher)
+    asked = {"convolution": "three-products,phases", "vae_tiles": 2, "variants": ("off",), "rounds": 1, "blocks": 1}
+    found = run(Request(**asked, **ASKED, peers=False))
+    named = {parts.ops.name: {choice.kind.name for choice in parts.convolutions.values()} for parts in made}
+    assert found.passed and named == {"torch": {"conv3d", "enlarged"}, "emulated": {"three-products", "phases"}}
+    assert {parts.ops.name: parts.decoder.tiles for parts in made} == {"torch": 1, "emulated": 2}
+    assert "bands of rows" in Report(found).content()[1]
+    assert {choice.kind.name for choice in found.convolutions.values()} == named["emulated"]
 
 
 def test_a_model_without_a_steady_state_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,8 @@ def test_the_least_that_can_be_asked(call: Any, asked: list[Request]) -> None:
 
 def test_all_that_can_be_asked(call: Any, asked: list[Request], tmp_path: Path) -> None:
     text = (
-        "--model m --checkpoint c --dtype float8 --float8-except *.ffn.2 --device cpu --backend torch "
+        "--model m --checkpoint c --lora l --no-ema --convolution conv3d,phases --vae-tiles 2 "
+        "--dtype float8 --float8-except *.ffn.2 --device cpu --backend torch "
         "--attention sdpa --seed 9 "
         "--variants evolve,off --lookahead 2 --rounds 3 --blocks 4 --no-peers --no-chart"
     )
@@ -78,6 +79,10 @@ def test_all_that_can_be_asked(call: Any, asked: list[Request], tmp_path: Path) 
         Request(
             model="m",
             checkpoint="c",
+            lora="l",
+            ema=False,
+            convolution="conv3d,phases",
+            vae_tiles=2,
             device="cpu",
             dtype="float8",
             float8_except=("*.ffn.2",),
@@ -130,6 +135,11 @@ def test_a_wrong_variant_is_in_the_exit_code(
         ("--size released --device cpu", "--size: the released sizes need a GPU"),
         ("--lookahead 101", "--lookahead: expected an integer in 0..100, got 101"),
         ("--checkpoint f", "--checkpoint: expected --model DIR with it"),
+        ("--lora f", "--lora: expected --model DIR with it"),
+        ("--no-ema", "--ema: expected --model DIR with it"),
+        ("--convolution magic --device cpu", "convolution must be one of conv3d, "),
+        ("--vae-tiles 0", "--vae-tiles: expected a number of bands of 1 or more, got '0'"),
+        ("--vae-tiles 99 --device cpu", "vae_tiles: expected 1 for latents 4 rows high, got 99"),
         ("--model /no/such/folder --device cpu", "/no/such/folder"),
         ("--attention magic --device cpu", "magic"),
         ("--backend magic --device cpu", "magic"),
