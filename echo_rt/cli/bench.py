@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from echo_rt.bench.model_sizes import MODELS
 from echo_rt.bench.variants import NAMES
 from echo_rt.cli.model_options import add_float8_except, parse_ahead, parse_tiles
 from echo_rt.cli.numbers import parse_number, parse_positive
-from echo_rt.cli.outputs import Named
+from echo_rt.cli.outputs import Named, check_apart
 from echo_rt.cli.paths import parse_path
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.streams import complain, say
@@ -90,8 +91,8 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
             raise TargetError("--chart: expected --out DIR, the folder to draw it into")
         if arguments.chart:
             chart.require_matplotlib()
-        _check_folder(arguments.out)
         read = [Named(f"--{name}", path) for name in _FILES if (path := getattr(arguments, name)) is not None]
+        _check_folder(arguments.out, read)
         names = ("size", "ema", "device", "dtype", "backend", "attention", "convolution", "peers")
         facts: dict[str, Any] = {name: getattr(arguments, name) for name in names}
         facts |= {given.option.removeprefix("--"): str(given.path) for given in read}
@@ -109,10 +110,14 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     return 0 if found.run.passed else 1
 
 
-def _check_folder(out: Path | None) -> None:
-    """Raises ``TargetError`` now, and not after the run, where nothing can be written into ``out``."""
+def _check_folder(out: Path | None, read: Sequence[Named]) -> None:
+    """Raises ``TargetError`` now, and not after the run, where nothing can be written into ``out``.
+
+    ``ConfigError`` where that is not apart from what is ``read``.
+    """
     if out is None:
         return
+    check_apart(Named("--out", out), read)
     from echo_rt.output.part_file import check_writable, reason
 
     try:

@@ -49,7 +49,7 @@ def check_folder(output: Named, inputs: Sequence[Named]) -> None:
 
     Raises ``ConfigError`` for one that lies in an input or has one in it, ``TargetError`` where there can be none.
     """
-    _check_no_input(output, inputs, "folder")
+    check_apart(output, inputs)
     for given in inputs:
         if _real(output.path) in _real(given.path).parents:
             raise ConfigError(
@@ -63,6 +63,11 @@ def check_folder(output: Named, inputs: Sequence[Named]) -> None:
             raise TargetError(f"{output.path}: expected a folder to write into, got {came}")
     except OSError as error:  # a name that no folder can have
         raise TargetError(f"{output.path}: cannot be a folder: {error.strerror or error}") from None
+
+
+def check_apart(output: Named, inputs: Sequence[Named]) -> None:
+    """Raises ``ConfigError`` for a folder to write into that lies in an input."""
+    _check_no_input(output, inputs, "folder")
 
 
 def _real(path: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from echo_rt.cli.messages import describe
 from echo_rt.cli.model_options import add_float8_except
+from echo_rt.cli.outputs import Named, check_apart
 from echo_rt.cli.paths import parse_path
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.streams import complain, say
@@ -60,6 +61,9 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     twice = next((name for name in names if names.count(name) > 1), None)
     if arguments.dump is not None and twice is not None:
         raise ConfigError(f"--dump: expected bundles of different names, got two called {twice!r}")
+    if arguments.dump is not None:
+        for path, name in zip(folders, names, strict=True):
+            check_apart(Named("--dump", arguments.dump / name), [Named("the bundle", path)])
     with stop.interruptible():
         _check_patterns(arguments.float8_except, folders)
     for path in folders:

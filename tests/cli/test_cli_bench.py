@@ -160,6 +160,14 @@ def test_what_cannot_be_written_is_known_before_the_run(call: Any, asked: list[R
     assert done.code == 2 and "block.json" in done.error and not asked
 
 
+def test_results_lie_apart_from_the_model(call: Any, asked: list[Request], tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for out in (tmp_path / "model", tmp_path / "model" / "new"):
+        done = call("bench", "--model", tmp_path / "model", "--out", out)
+        assert done.code == 2 and "--out: expected a folder apart from what is read" in done.error and not asked
+    assert list(tmp_path.rglob("*")) == [tmp_path / "model"]
+
+
 def test_without_matplotlib_a_chart_is_refused_and_the_rest_written(
     call: Any, asked: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

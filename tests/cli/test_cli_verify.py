@@ -148,6 +148,15 @@ def test_dump_of_two_bundles_of_one_name(echo_rt, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dump_into_the_bundle_itself(echo_rt, golden_dir, tmp_path):
+    shutil.copytree(golden_dir / "vae", tmp_path / "vae")
+    before = sorted((tmp_path / "vae").iterdir())
+    for dump in (tmp_path, tmp_path / "vae"):
+        outcome = echo_rt("verify", tmp_path / "vae", "--dump", dump)
+        assert outcome.code == 2 and "--dump: expected a folder apart from what is read" in outcome.error
+    assert sorted((tmp_path / "vae").iterdir()) == before
+
+
 def test_a_file_beside_the_bundles_is_left_out(echo_rt, golden_dir, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("about the bundles")
