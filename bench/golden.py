@@ -21,7 +21,9 @@ import torch
 
 from echo_rt.bench.environment import environment
 from echo_rt.bench.tables import Column, check_results_folder, write_results
+from echo_rt.device import parse_device
 from echo_rt.errors import BackendError, EchoError
+from echo_rt.ops import BACKENDS
 from echo_rt.options import DTYPE_NAMES
 
 GOLDEN_VARIABLE = "ECHO_RT_GOLDEN"
@@ -113,22 +115,24 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; default: cuda")
-    parser.add_argument("--backend", action="append", help="may be repeated; default: torch, and the device's kernels")
+    parser.add_argument(
+        "--backend", action="append", choices=BACKENDS, help="may be repeated; default: torch, and the device's kernels"
+    )
     parser.add_argument("--dtype", action="append", choices=DTYPE_NAMES, help="may be repeated; default: all")
     parser.add_argument("--quick", action="store_true", help="only the small bundles in tests/golden")
     arguments = parser.parse_args(argv)
     backends = arguments.backend or ["torch", "emulated" if arguments.device == "cpu" else "cuda"]
-    bundles = find_bundles(arguments.quick)
-    header = environment(arguments.device)
     results: list[Result] = []
 
     def save(passed: bool) -> str:
         table = {"Bundles": (results, COLUMNS)}
-        return write_results(arguments.out, "golden", "Golden bundles", header, table, page=False, passed=passed)
+        return write_results(arguments.out, "golden", "Golden bundles", facts, table, page=False, passed=passed)
 
     try:
         check_results_folder(arguments.out)
-        for bundle in bundles:
+        parse_device(arguments.device)  # or every bundle would tell that there is no such device
+        facts = environment(arguments.device)
+        for bundle in find_bundles(arguments.quick):
             for backend in backends:
                 for dtype in arguments.dtype or DTYPE_NAMES:
                     results.append(verify(bundle, arguments.device, backend, dtype))

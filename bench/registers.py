@@ -91,7 +91,8 @@ def main(argv: list[str]) -> int:
         try:
             usage |= parse(log.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            print(f"registers.py: {log}: expected a log of nvcc -Xptxas -v, cannot read it: {error}", file=sys.stderr)
+            why = error.strerror if isinstance(error, OSError) else error
+            print(f"registers.py: {log}: expected a log of nvcc -Xptxas -v, cannot read it: {why}", file=sys.stderr)
             return 2
     if not usage:
         print("registers.py: expected logs of nvcc -Xptxas -v, got none that names a kernel", file=sys.stderr)

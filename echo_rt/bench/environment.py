@@ -164,6 +164,14 @@ def main(arguments: list[str]) -> int:
         built = "is built without CUDA" if torch.version.cuda is None else "sees no usable one"
         print(f"no GPU: torch {torch.__version__} {built}", file=sys.stderr)
         return 2
+    from echo_rt.device import parse_device
+    from echo_rt.errors import EchoError
+
+    try:
+        parse_device(device)
+    except EchoError as error:
+        print(f"environment.py: {error}", file=sys.stderr)
+        return 2
     print(json.dumps(environment(device), indent=2))
     return 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from echo_rt.bench.environment import summary_line
 from echo_rt.errors import ConfigError, TargetError
-from echo_rt.output.part_file import write_whole
+from echo_rt.output.part_file import reason, write_whole
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,14 @@ def results(
 def check_results_folder(folder: Path) -> None:
     """Raises ``TargetError`` now, and not after the run, where ``folder`` cannot be one; makes nothing."""
     whole = folder.absolute()
-    if not next(place for place in (whole, *whole.parents) if place.exists()).is_dir():
+    try:
+        there = next(place for place in (whole, *whole.parents) if place.exists())
+    except OSError as error:  # a name that no folder can have
+        raise TargetError(f"{folder}: cannot be a folder: {reason(error)}") from None
+    if not there.is_dir():
         raise TargetError(f"{folder}: expected a folder for results, got a file in its place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise TargetError(f"{folder}: cannot be written into: {there} is write-protected")
 
 
 def write_results(
@@ -118,7 +125,10 @@ def write_results(
     ``page``: whether the text is a file of its own.
     """
     content, text = results(title, header, tables, notes, **facts)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TargetError(f"{folder}: cannot make the folder: {reason(error)}") from None
     write_whole(folder / f"{name}.json", (json.dumps(content, indent=1) + "\n").encode())
     if page:
         write_whole(folder / f"{name}.md", text.encode())

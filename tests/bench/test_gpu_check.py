@@ -259,6 +259,25 @@ def test_a_gpu_that_does_not_multiply_float8_must_refuse_it(
         assert not result.ok and result.note == f"expected a refusal of float8 ({reason}), it ran"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["golden.py", "--device", "gpu"], "golden.py: device must be 'cpu', 'cuda' or 'cuda:N'; got 'gpu'"),
+        (["golden.py", "--device", "cuda:99"], "golden.py: device 'cuda:99' was asked for, but "),
+        (["golden.py", "--out", "x" * 300], "x: cannot be a folder: File name too long"),
+        (["environment.py", "--device", "gpu"], "environment.py: device must be 'cpu', 'cuda' or 'cuda:N'; got 'gpu'"),
+        (["registers.py", "absent"], "absent: expected a log of nvcc -Xptxas -v, cannot read it: No such file or dir"),
+    ],
+)
+def test_mistakes_of_the_other_scripts_are_told_in_one_line(tmp_path: Path, arguments: list[str], words: str) -> None:
+    name, *given = arguments
+    given = ["--out", "out", *given] if name == "golden.py" else given
+    command = [sys.executable, str(ROOT / "bench" / name), *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
 # ---- the script itself
 
 
