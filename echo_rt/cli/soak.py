@@ -16,7 +16,7 @@ from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.streams import complain, say
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.options import OVERRIDES
-from echo_rt.soak.config import Limits, SoakConfig
+from echo_rt.soak.config import AUTO_LIMITS, NEVER_OFF, Limits, SoakConfig
 
 _EPILOG = """
 The same command with the same --out goes on where a killed one stopped, at its newest snapshot.
@@ -101,11 +101,15 @@ def _limits(arguments: argparse.Namespace) -> Limits:
         if text is None:
             continue
         option = f"--{field.name.replace('_', '-')}"
-        if text == "off" or text == "auto":
-            given[field.name] = None if text == "off" else text
-        else:
-            kind = int if field.name == "warmup_blocks" else float
-            given[field.name] = parse_number(option, text, kind, "a number of 0 or more, or 'off'")
+        words: dict[str, str | None] = {} if field.name in NEVER_OFF else {"off": None}
+        if field.name in AUTO_LIMITS:
+            words["auto"] = "auto"
+        if text in words:
+            given[field.name] = words[text]
+            continue
+        kind, number = (int, "an integer") if field.name == "warmup_blocks" else (float, "a number")
+        expected = ", or ".join([f"{number} of 0 or more", *map(repr, words)])
+        given[field.name] = parse_number(option, text, kind, expected)
     return Limits(**given)
 
 

@@ -23,6 +23,9 @@ _LONGEST_INTERVAL = 3600.0  # what is gathered for a line is bounded by the leng
 # A limit, "auto" for the default of the device that the soak runs on, None for no promise.
 Limit = float | Literal["auto"] | None
 _ON_A_GPU = {"latency_ratio": 1.05, "latency_zscore": 10.0, "snapshot_stall": 2000.0}
+# Of Limits: those that can be "auto", and those that are part of other promises and cannot be off.
+AUTO_LIMITS = tuple(_ON_A_GPU)
+NEVER_OFF = ("warmup_blocks", "host_slack", "outliers")
 
 
 @dataclass(frozen=True)
