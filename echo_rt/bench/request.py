@@ -58,9 +58,11 @@ class Request:
             raise ConfigError(f"size must be one of {', '.join(MODELS)}; got {self.size!r}")
         if self.model is not None and self.size is not None:
             raise ConfigError("--size and --model: expected one of them, got both")
-        for option in ("checkpoint", "lora", "ema"):
+        for option in ("checkpoint", "lora"):
             if getattr(self, option) is not None and self.model is None:
                 raise ConfigError(f"--{option}: expected --model DIR with it, the folder that it belongs to, got none")
+        if self.ema is not None and self.checkpoint is None:
+            raise ConfigError("--ema: expected --checkpoint FILE with it, among whose weights it chooses, got none")
         check_seed(self.seed)
 
     def counts(self, device: torch.device) -> tuple[int, int]:

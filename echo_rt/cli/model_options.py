@@ -59,6 +59,8 @@ def parse_model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     if not arguments.vae:  # as a path it would be the folder one is in
         raise ConfigError(f"--vae: expected {WAN_VAE}, {TINY_VAE} or the path of a tiny decoder's file, got ''")
+    if arguments.ema is not None and arguments.checkpoint is None:
+        raise ConfigError("--ema: expected --checkpoint FILE with it, among whose weights it chooses, got none")
     parsed = {
         "lookahead": parse_lookahead(arguments.lookahead),
         "vae_tiles": parse_tiles(arguments.vae_tiles),
