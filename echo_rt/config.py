@@ -33,8 +33,11 @@ def _require_number(
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and smallest <= value <= largest and not (inside and value in (smallest, largest)):  # type: ignore[operator]
         return
-    between = f"between {smallest:g} and {largest:g}" if inside else f"in {smallest:g}..{largest:g}"
-    raise ConfigError(f"{owner}: {name} must be a number {between}, got {value!r}")
+    if inside and largest == math.inf:
+        where = f"above {smallest:g}, and finite"
+    else:
+        where = f"between {smallest:g} and {largest:g}" if inside else f"in {smallest:g}..{largest:g}"
+    raise ConfigError(f"{owner}: {name} must be a number {where}, got {value!r}")
 
 
 def _known_fields(cls: type, source: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ BAD = [
     ({"denoising_steps": [250, 500]}, ["[250, 500]"]),
     ({"denoising_steps": [1001]}, ["1..1000", "[1001]"]),
     ({"denoising_steps": [500, 0]}, ["[500, 0]"]),
-    ({"timestep_shift": 0}, ["timestep_shift", "0"]),
+    ({"timestep_shift": 0}, ["timestep_shift", "above 0", "got 0"]),
     ({"context_timestep": 1001}, ["context_timestep", "1001"]),
     ({"memory": MEMORY | {"layers": 0}}, ["layers", "0"]),
     ({"memory": MEMORY | {"rebuild_on_prompt_switch": 3}}, ["rebuild_on_prompt_switch", "3"]),

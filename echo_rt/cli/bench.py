@@ -118,8 +118,10 @@ def _check_folder(out: Path | None, read: Sequence[Named]) -> None:
     if out is None:
         return
     check_apart(Named("--out", out), read)
+    from echo_rt.bench.tables import check_results_folder
     from echo_rt.output.part_file import check_writable, reason
 
+    check_results_folder(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -218,8 +218,11 @@ def _open_recorder(
         )
     else:
         if limit is not None and first_frame > limit:
-            wanted = counted(limit, "frame")
-            raise ConfigError(f"the video is to have {wanted}, its newest snapshot is at frame {first_frame}")
+            asked = "--seconds" if request.frames is None else "--frames"
+            raise ConfigError(
+                f"{asked}: expected a video of {counted(first_frame, 'frame')} or more, where its newest snapshot is, "
+                f"got one of {limit}"
+            )
         writer = SegmentedWriter.resume(request.output, first_frame, seconds=request.segment_seconds)
         writer.notes.update(notes_of(request))
     try:

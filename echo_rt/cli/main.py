@@ -25,6 +25,8 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**{**options, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += "; one that begins with - is written --option=VALUE"
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 

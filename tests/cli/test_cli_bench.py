@@ -136,7 +136,7 @@ def test_a_wrong_variant_is_in_the_exit_code(
         ("--lookahead 101", "--lookahead: expected an integer in 0..100, got 101"),
         ("--checkpoint f", "--checkpoint: expected --model DIR with it"),
         ("--lora f", "--lora: expected --model DIR with it"),
-        ("--no-ema", "--ema: expected --model DIR with it"),
+        ("--no-ema", "--ema: expected --checkpoint FILE with it"),
         ("--convolution magic --device cpu", "convolution must be one of conv3d, "),
         ("--vae-tiles 0", "--vae-tiles: expected a number of bands of 1 or more, got '0'"),
         ("--vae-tiles 99 --device cpu", "vae_tiles: expected 1 for latents 4 rows high, got 99"),
@@ -154,7 +154,7 @@ def test_mistakes_are_told_in_one_line(call: Any, arguments: str, words: str) ->
 def test_what_cannot_be_written_is_known_before_the_run(call: Any, asked: list[Request], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = call("bench", "--out", tmp_path / "file" / "deep")
-    assert done.code == 2 and "cannot make the folder" in done.error and not asked
+    assert done.code == 2 and "got a file in its place" in done.error and not asked
     (tmp_path / "block.json").mkdir()
     done = call("bench", "--out", tmp_path)
     assert done.code == 2 and "block.json" in done.error and not asked

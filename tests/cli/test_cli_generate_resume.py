@@ -249,7 +249,7 @@ def test_it_goes_on_by_what_its_snapshot_names(echo_rt, model, tmp_path, unbroke
     ("change", "arguments", "message"),
     [
         (None, ("--seed", 5), "--seed: the video was begun with 0, got 5"),
-        (None, ("--frames", 60), "the video is to have 60 frames, its newest snapshot is at frame 69"),
+        (None, ("--frames", 60), "--frames: expected a video of 69 frames or more, where its newest"),
         (None, ("--set", "sink_frames=6"), "the snapshot is of another model: sink_frames is 3 in the snapshot"),
         ("size", (), "the recording is 64x32 at 16 fps, the model makes 32x32 at 16"),
         ("script", (), "--prompt: what the first 6 blocks show, which are made, cannot change"),

@@ -49,6 +49,7 @@ def test_version_as_a_module():
         (["generate", "--model", "m", "-o", "o.mp4", "--memory", "maybe"], "maybe"),
         (["generate", "--model", "m", "-o", "o.mp4", "--dtype", "int8"], "int8"),
         (["generate", "--model", "m", "-o", "o.mp4", "--prom", "a fox"], "--prom"),
+        (["generate", "--model", "m", "-o", "o.mp4", "--prompt", "-fox"], "begins with - is written --option=VALUE"),
         (["verify"], "BUNDLE"),
         (["tiny"], "DIR"),
     ],

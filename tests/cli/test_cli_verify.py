@@ -148,6 +148,12 @@ def test_dump_of_two_bundles_of_one_name(echo_rt, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dump_into_a_file_is_refused_before_anything_is_run(echo_rt, golden_dir, tmp_path):
+    (tmp_path / "file").touch()
+    outcome = echo_rt("verify", golden_dir / "vae", "--dump", tmp_path / "file")
+    assert outcome.code == 2 and outcome.out == "" and "got a file in its place" in outcome.error
+
+
 def test_a_dump_into_the_bundle_itself(echo_rt, golden_dir, tmp_path):
     shutil.copytree(golden_dir / "vae", tmp_path / "vae")
     before = sorted((tmp_path / "vae").iterdir())
