@@ -265,6 +265,15 @@ def test_the_window_opens_on_a_screen(
 # ---------------------------------------------------------------- server
 
 
+@pytest.mark.parametrize("arguments", [(), ("model",), ("model", "checkpoint", "more")])
+def test_the_server_says_what_it_needs(run: Callable[..., Any], arguments: tuple[str, ...]) -> None:
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("PIL.Image")
+    with pytest.raises(SystemExit, match=r"python server\.py MODEL CHECKPOINT"):
+        run("server.py", *arguments)
+
+
 @pytest.fixture
 def server(run: Callable[..., Any], small_model: Path) -> Iterator[int]:
     """The example's server on a port of 127.0.0.1 that is free."""
