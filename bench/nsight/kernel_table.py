@@ -105,7 +105,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         text = arguments.report.read_text(encoding="utf-8")
         launches = read_launches(text.splitlines(), arguments.report.name)
-    except (OSError, UnicodeDecodeError, EchoError) as error:
+    except OSError as error:
+        print(f"kernel_table.py: {arguments.report}: cannot be read: {error.strerror}", file=sys.stderr)
+        return 2
+    except (UnicodeDecodeError, EchoError) as error:
         print(f"kernel_table.py: {error}", file=sys.stderr)
         return 2
     print(markdown(kernel_rows(launches), KERNEL_COLUMNS))

@@ -32,13 +32,13 @@ def run_of(ops: object, **changes: object) -> Run:
 
 
 def test_a_run_writes_valid_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--out", str(tmp_path), "--device", "cpu", "--size", "tiny", "--quick", "--backend", BACKEND]
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--quick", "--backend", BACKEND]
     code = kernel_times.main([*arguments, "--op", "gated_residual_norm", "--op", "memory_update"])
     assert code == 0
     content = json.loads((tmp_path / "kernel_times.json").read_text(), parse_constant=pytest.fail)
     norm, update = content["tables"]["Kernels"]
     assert (norm["op"], update["op"]) == ("gated_residual_norm", "memory_update")
-    assert content["passed"] and content["clock"] == HostTimer.clock
+    assert content["passed"] and content["clock"] == HostTimer.clock and "sizes: tiny" in content["notes"][0]
     for row in (norm, update):
         assert 0 < row["median_us"] <= row["p99_us"] and row["error"] <= row["error_bound"]
         assert row["verdict"] == "not judged" and not row["problems"]
