@@ -259,7 +259,8 @@ def load_ops(backend: str | None = None) -> Ops:
 
     Raises :class:`BackendError` for a backend that is unknown or not there: there is no fallback.
     """
-    backend = backend or os.environ.get(BACKEND_VARIABLE) or "torch"
+    if backend is None:
+        backend = os.environ.get(BACKEND_VARIABLE) or "torch"
     if backend not in BACKENDS:
         raise BackendError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     status = available_backends()[backend]

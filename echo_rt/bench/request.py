@@ -71,8 +71,9 @@ class Request:
 
     def backend_on(self, device: torch.device) -> str:
         """The backend of all variants but ``torch``."""
-        default = "cuda" if device.type == "cuda" else "torch"
-        return self.backend or os.environ.get(BACKEND_VARIABLE) or default
+        if self.backend is not None:
+            return self.backend
+        return os.environ.get(BACKEND_VARIABLE) or ("cuda" if device.type == "cuda" else "torch")
 
     def load(self, device: torch.device) -> Model:
         """The model; :class:`ConfigError` for the released sizes on a CPU, and all errors of loading a folder."""

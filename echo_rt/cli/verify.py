@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     report["bundles"] = entries
     worst = 0
     # A bundle is a folder; `verify golden/*` also names the README beside them.
-    files = [path for path in arguments.bundles if path.is_file()]
+    files = [path for path in arguments.bundles if os.path.isfile(path)]  # pathlib raises for too long a name
     folders = [path for path in arguments.bundles if path not in files]
     for path in files:
         complain(f"echo-rt: {path}: a file, not the folder of a bundle; left out")

@@ -153,7 +153,8 @@ class ModelFolder:
 
 def holds_vae(folder: Path) -> bool:
     """Whether there is a VAE of a model, in either layout, whatever else there is or lacks."""
-    return any((folder / mark).exists() for mark in (layout_original.VAE_FILE, layout_diffusers.VAE_CONFIG))
+    # os.path answers False where a path cannot exist at all (too long a name); pathlib raises.
+    return any(os.path.exists(folder / mark) for mark in (layout_original.VAE_FILE, layout_diffusers.VAE_CONFIG))
 
 
 def _without_tied_table(tensors: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:

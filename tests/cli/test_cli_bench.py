@@ -143,6 +143,7 @@ def test_a_wrong_variant_is_in_the_exit_code(
         ("--model /no/such/folder --device cpu", "/no/such/folder"),
         ("--attention magic --device cpu", "magic"),
         ("--backend magic --device cpu", "magic"),
+        ("--backend= --device cpu", "backend must be one of torch, emulated, cuda; got ''"),
         ("--chart", "--chart: expected --out DIR"),
     ],
 )

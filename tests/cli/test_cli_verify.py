@@ -138,6 +138,10 @@ def test_not_passed_when_it_does_not_come_to_its_end(echo_rt, golden_dir, monkey
 def test_other_mistakes(echo_rt, golden_dir):
     outcome = echo_rt("verify", golden_dir / "vae", "--backend", "magic")
     assert outcome.code == 2 and "magic" in outcome.error
+    outcome = echo_rt("verify", golden_dir / "vae", "--backend=")
+    assert outcome.code == 2 and "backend must be one of torch, emulated, cuda; got ''" in outcome.error
+    outcome = echo_rt("verify", "x" * 300)
+    assert outcome.code == 2 and "is not a golden bundle (config.json cannot be read: File name too" in outcome.error
     outcome = echo_rt("verify", golden_dir / "vae", "--device", "toaster")
     assert outcome.code == 2 and "toaster" in outcome.error
 
