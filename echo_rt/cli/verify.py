@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +165,8 @@ def _print(bundle: BundleReport) -> None:
         table.add_row(escape(row.name), f"{row.error:.2e}", f"{row.bound:.1e}", verdict)
     good = sum(row.ok for row in bundle.rows)
     state = "[green]passed[/]" if bundle.passed else "[red]failed[/]"
-    console = Console(highlight=False)
+    # Standard output is say's to write to, and rich would write nothing there, which a full disk may refuse as well.
+    console = Console(file=io.StringIO(), force_terminal=sys.stdout.isatty() or None, highlight=False)
     with console.capture() as captured:
         console.print(table)
         for each in bundle.precisions:
