@@ -21,6 +21,7 @@ import torch
 
 from echo_rt.bench.environment import environment
 from echo_rt.bench.tables import Column, check_results_folder, write_results
+from echo_rt.cli.paths import parse_path
 from echo_rt.device import parse_device
 from echo_rt.errors import BackendError, EchoError
 from echo_rt.ops import BACKENDS
@@ -113,7 +114,7 @@ def verify(bundle: Path, device: str, backend: str, dtype: str) -> Result:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; default: cuda")
     parser.add_argument(
         "--backend", action="append", choices=BACKENDS, help="may be repeated; default: torch, and the device's kernels"

@@ -24,6 +24,7 @@ from gpu_stages import BUDGETS, REHEARSAL_BUDGET, Options, Stage, beyond_gpu, pl
 from gpu_summary import FLOAT8_FOLDER, Outcome, write_summary
 
 from echo_rt.bench.tables import check_results_folder
+from echo_rt.cli.paths import parse_path
 from echo_rt.errors import EchoError
 from echo_rt.output.part_file import reason
 
@@ -129,7 +130,7 @@ def check(stages: Sequence[Stage], out: Path, deadline: float, save: Callable[[l
         if stage.absent:
             outcome = Outcome(stage.name, "not run", 0.0, 0.0, None, stage.absent)
         elif limit == 0.0:
-            why = f"{remaining:.0f} s are left, it needs {stage.least:.0f} at least"
+            why = f"{max(0.0, remaining):.0f} s are left, it needs {stage.least:.0f} at least"
             outcome = Outcome(stage.name, "skipped", 0.0, 0.0, None, why)
         else:
             begun = time.monotonic()
@@ -161,7 +162,9 @@ def _seconds(text: str) -> float:
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu.sh", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="DIR", help="folder for results and logs; made where it is not there")
+    parser.add_argument(
+        "out", type=parse_path, metavar="DIR", help="folder for results and logs; made where it is not there"
+    )
     parser.add_argument("--quick", action="store_true", help="three minutes instead of ten")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, of small sizes")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out of the plan")
@@ -212,7 +215,7 @@ def main(argv: Sequence[str]) -> int:
     chosen = arguments.stages.split(",") if arguments.stages else names
     unknown = [name for name in chosen if name not in names]
     if unknown:
-        print(f"gpu.sh: --stages may name {', '.join(names)}; got {', '.join(unknown)}", file=sys.stderr)
+        print(f"gpu.sh: --stages may name {', '.join(names)}; got {', '.join(map(repr, unknown))}", file=sys.stderr)
         return 2
     try:
         check_results_folder(options.out)
@@ -253,7 +256,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"gpu.sh: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"gpu.sh: {error.filename or options.out}: cannot write: {reason(error)}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""  # a pipe has no name
+        print(f"gpu.sh: {where}cannot write: {reason(error)}", file=sys.stderr)
         return 2
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 

@@ -22,6 +22,7 @@ from echo_rt.bench.environment import environment
 from echo_rt.bench.model_sizes import MODELS, RELEASED, TINY
 from echo_rt.bench.tables import Column, check_results_folder, write_results
 from echo_rt.bench.timing import DEVICE_CLOCK, timer_for
+from echo_rt.cli.paths import parse_path
 from echo_rt.device import DTYPES, parse_device
 from echo_rt.errors import ConfigError, EchoError
 from echo_rt.ops import BACKENDS, check_device, load_ops
@@ -59,7 +60,7 @@ CEILING_COLUMNS = (
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; default: cuda")
     parser.add_argument("--size", choices=MODELS, help="default: released on a GPU, tiny on a CPU")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import _checkout  # noqa: F401
 import torch
@@ -21,6 +20,7 @@ from echo_rt.bench.savings import COLUMNS, Effort, counted_rows, measure, write
 from echo_rt.bench.savings_counts import H200, Counts, Limits
 from echo_rt.bench.tables import check_results_folder, markdown
 from echo_rt.bench.timing import Timer, timer_for
+from echo_rt.cli.paths import parse_path
 from echo_rt.device import DTYPES, parse_device, parse_dtype
 from echo_rt.errors import EchoError
 
@@ -38,7 +38,7 @@ _CEILING_CALLS = {"cuda": 20, "cpu": 3}
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, metavar="DIR", help="folder for the results")
+    what.add_argument("--out", type=parse_path, metavar="DIR", help="folder for the results")
     what.add_argument("--counts", action="store_true", help="print the counts alone")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (a rehearsal); default: cuda")
     parser.add_argument("--size", choices=MODELS, help="default: released on a GPU, tiny on a CPU")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import _checkout  # noqa: F401
 
@@ -17,6 +16,7 @@ from echo_rt.bench.model_sizes import MODELS
 from echo_rt.bench.tables import check_results_folder
 from echo_rt.bench.vae_report import write
 from echo_rt.bench.vae_run import VaeRequest, run
+from echo_rt.cli.paths import parse_path
 from echo_rt.errors import EchoError
 from echo_rt.ops import BACKENDS
 from echo_rt.options import VAE_DTYPE_NAMES
@@ -24,7 +24,7 @@ from echo_rt.options import VAE_DTYPE_NAMES
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; default: cuda")
     parser.add_argument("--size", choices=MODELS, help="default: released on a GPU, tiny on a CPU")
     parser.add_argument("--width", type=int, help="of the video, in pixels; default: that of the size")

@@ -39,7 +39,8 @@ def plan(
     """
     unknown = [name for name in wanted or () if name not in NAMES]
     if unknown or (wanted is not None and not wanted):
-        raise ConfigError(f"--variants: expected some of {', '.join(NAMES)}; got {', '.join(unknown) or 'none'}")
+        came = ", ".join(name or "''" for name in unknown) or "none"
+        raise ConfigError(f"--variants: expected some of {', '.join(NAMES)}; got {came}")
     chosen: list[Variant] = []
     absent: dict[str, str] = {}
     for variant in VARIANTS:

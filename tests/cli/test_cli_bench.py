@@ -132,6 +132,7 @@ def test_a_wrong_variant_is_in_the_exit_code(
             "--variants evolve,fast --device cpu",
             "--variants: expected some of evolve, prior, off, no-graphs, torch; got fast",
         ),
+        ("--variants evolve, --device cpu", "torch; got ''"),
         ("--size released --device cpu", "--size: the released sizes need a GPU"),
         ("--lookahead 101", "--lookahead: expected an integer in 0..100, got 101"),
         ("--checkpoint f", "--checkpoint: expected --model DIR with it"),
