@@ -19,7 +19,7 @@ from echo_rt.snapshot import Snapshot
 from echo_rt.snapshot_fit import difference
 from echo_rt.snapshot_ways import Ways
 from echo_rt.steady import SteadyCheck
-from echo_rt.trials.words import plain
+from echo_rt.wording import plain
 
 _ROLLOUT, _DECODER = "rollout.", "decoder."
 

@@ -30,7 +30,7 @@ from echo_rt.errors import ConfigError, OutputError, SnapshotError
 from echo_rt.options import check_seed
 from echo_rt.output.part_file import PartFile, reason
 from echo_rt.snapshot import Snapshot
-from echo_rt.trials.words import plain
+from echo_rt.wording import plain
 
 T = TypeVar("T")
 

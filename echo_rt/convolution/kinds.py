@@ -15,7 +15,7 @@ from echo_rt.convolution.kernel import NO_KERNEL, Kernels, causal_limit
 from echo_rt.convolution.prepared import Prepared
 from echo_rt.convolution.shapes import ConvolutionShape
 from echo_rt.ops import Ops
-from echo_rt.trials.words import plain
+from echo_rt.wording import plain
 
 _HALF = (torch.bfloat16, torch.float16)
 

@@ -17,7 +17,7 @@ from echo_rt.errors import BackendError
 from echo_rt.failed_frames import free
 from echo_rt.trials.machine import Kind, machine_facts
 from echo_rt.trials.remembered import Case, ChoicesFile, Entry, Shapes
-from echo_rt.trials.words import first_line, plain
+from echo_rt.wording import first_line, plain
 
 # Largest relative error of an output against float64: a few roundings of the dtype, far from one term too few.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
