@@ -87,7 +87,7 @@ def counted_rows(counts: Counts, lengths: tuple[int, ...]) -> list[Row]:
         return Row(saving, what, now, then, now - then, (now - then) / counts.transformer, now - then)
 
     merged = {f"product {name}": counts.merged_product(name) for name in PRODUCTS}
-    merged |= {"attention to the text": counts.merged_cross_attention(), "norms and GELU": counts.merged_rest()}
+    merged |= {"attention to the text": counts.merged_cross_attention(), "norms": counts.merged_rest()}
     rows = [row(MERGED, what, count.now, count.then) for what, count in merged.items()]
     for real in lengths:
         for outside, what in ((False, f"{real} + 1 keys, in a kernel"), (True, f"{real} keys, merged outside")):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, rms_norm
+from torch.nn.functional import rms_norm
 
 from echo_rt.bench.agreement import difference
 from echo_rt.bench.exactness import bound_of
@@ -114,7 +114,7 @@ class Probes:
     def _merged_rest(self) -> Comparison:
         """One set of modulations for both halves: two would take kernels that look up which half a row is of."""
         ops, eps = self._parts.ops, self._config.transformer.eps
-        x, y, wide = self._residual, self._inputs[self._config.transformer.dim], self._inputs[max(self._inputs)]
+        x, y = self._residual, self._inputs[self._config.transformer.dim]
         modulations = self._parts.transformer.modulations[0]
 
         def work(rows: slice) -> None:
@@ -122,10 +122,9 @@ class Probes:
                 ops.gated_residual_norm(x[rows], y[rows], m[2], layer.cross_norm_shift, layer.cross_norm_scale, eps)
                 rms_norm(y[rows], y.shape[1:], layer.cross_norm_q, eps)
                 ops.gated_residual_norm(x[rows], y[rows], None, m[3], m[4], eps)
-                gelu(wide[rows], approximate="tanh")
                 ops.gated_residual_norm(x[rows], y[rows], m[5], m[0], m[1], eps)
 
-        return Comparison(MERGED, "norms and GELU", *self._halves(work), 1, self._counts.merged_rest())
+        return Comparison(MERGED, "norms", *self._halves(work), 1, self._counts.merged_rest())
 
     def _collapsed(self, real: int) -> Sequence[Comparison]:
         q, n = self._q[: self._tokens], self._text

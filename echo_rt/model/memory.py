@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, rms_norm
+from torch.nn.functional import linear, rms_norm
 
 from echo_rt.config import ModelConfig
 from echo_rt.device import placed
+from echo_rt.model.linear import linear_gelu
 from echo_rt.ops import Ops
 
 # Tokens that the gate's mean is taken over, about.
@@ -80,9 +81,8 @@ class MemoryEncoder:
         for layer in self._layers:
             q = linear(self._norm(s, layer.norm1), *layer.q)
             s = s + linear(self._ops.memory_attention(q, layer.norm_q, k, v, self._eps), *layer.o)
-            hidden = gelu(linear(self._norm(s, layer.norm2), *layer.ffn_in), approximate="tanh")
-            s = s + linear(hidden, *layer.ffn_out)
-        candidate = linear(gelu(linear(s, *self._connector_in), approximate="tanh"), *self._connector_out)
+            s = s + linear(linear_gelu(self._norm(s, layer.norm2), *layer.ffn_in), *layer.ffn_out)
+        candidate = linear(linear_gelu(s, *self._connector_in), *self._connector_out)
         self._ops.gated_update(state, candidate, self._connector_norm, *self._gate, out, self._eps)
         self._sample_gate(state, candidate, gate_mean)
 

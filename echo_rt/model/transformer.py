@@ -17,7 +17,7 @@ from torch.nn.functional import rms_norm, silu
 from echo_rt.attention import Attention
 from echo_rt.config import TransformerConfig
 from echo_rt.device import placed, working_dtype
-from echo_rt.model.linear import Float8Linear, Linear, Product, gelu_tanh, kept_from_float8
+from echo_rt.model.linear import Float8Linear, Linear, Product, feed_forward, kept_from_float8
 from echo_rt.ops import Ops
 
 
@@ -168,7 +168,7 @@ class Transformer:
         """
         text = torch.zeros(self.config.text_len, self.config.text_dim, device=self.device, dtype=self.dtype)
         text[: prompt_embeds.shape[0]] = prompt_embeds
-        text = self._text_out(gelu_tanh(self._text_in(text)))
+        text = self._text_out(self._text_in.then_gelu(text))
         width = text_kv.shape[-2:]
         for layer, (keys, values) in zip(self.layers, text_kv, strict=True):
             normed = rms_norm(layer.cross_k(text), (self.config.dim,), layer.cross_norm_k, self.config.eps)
@@ -205,8 +205,7 @@ class Transformer:
         y = layer.self_out(cache.attend(index, cache.store(index, layer, qkv)))
         q = layer.cross_q.after_residual_norm(ops, x, y, m[2], layer.cross_norm_shift, layer.cross_norm_scale, eps)
         y = self._cross_attention(layer, q, text_kv)
-        y = layer.ffn_in.after_residual_norm(ops, x, y, None, m[3], m[4], eps)
-        y = layer.ffn_out.after_gelu(ops, y)
+        y = feed_forward(ops, layer.ffn_in, layer.ffn_out, x, y, m[3], m[4], eps)
         last = index + 1 == len(self.layers)
         shift, scale = self.head_modulations[timestep] if last else self.modulations[timestep, index + 1, :2]
         following: Product = self._head if last else self.layers[index + 1].qkv

@@ -23,7 +23,7 @@ from echo_rt.bench.savings_probes import COLLAPSED, CUT_SHORT, MERGED, log_sum_e
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "savings.md"
 COUNTS = Counts(RELEASED.config, H200)
-ALL = [f"product {name}" for name in PRODUCTS] + ["attention to the text", "norms and GELU"]
+ALL = [f"product {name}" for name in PRODUCTS] + ["attention to the text", "norms"]
 
 # ---- counts
 

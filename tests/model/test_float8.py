@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 from closeness import relative_error
+from streaming import DEVICES, require
 from torch import Tensor
+from torch.nn.functional import gelu, linear
 
 from echo_rt.device import dtype_name, parse_dtype, working_dtype
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.float8 import FLOAT8, FLOAT8_MAX, on_tensor_cores, product, quantize_rows
-from echo_rt.model.linear import Float8Linear, Linear, Product, kept_from_float8
+from echo_rt.model.linear import Float8Linear, Linear, Product, feed_forward, kept_from_float8, linear_gelu
 from echo_rt.ops import available_backends, load_ops
 
 BACKENDS = [name for name, status in available_backends().items() if status == "available"]
@@ -105,6 +107,38 @@ def test_both_kinds_of_product_do_the_same_with_what_comes_before(backend: str) 
     for plain, quantized in zip(*results, strict=True):
         assert quantized.dtype == torch.bfloat16
         assert 1e-3 < relative_error(quantized, plain.double()) < FLOAT8_PRODUCT
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gelu_that_is_part_of_a_product(device: str) -> None:
+    """By the tanh formula on every device: that with erf is off by some 3e-4 of these numbers."""
+    require(device)
+    x, weight, bias = normal(40, 64), normal(48, 64, seed=1) / 8, normal(48, seed=2)
+    exact = gelu(linear(x.double(), weight.double(), bias.double()), approximate="tanh")
+    made = linear_gelu(x.to(device), weight.to(device), bias.to(device))
+    assert relative_error(made.cpu(), exact) < 1e-5
+    halves = [tensor.to(device, torch.bfloat16) for tensor in (x, weight, bias)]
+    assert relative_error(linear_gelu(*halves).cpu(), exact) < 1e-2
+
+
+@pytest.mark.parametrize("kept", [(True, True), (True, False), (False, True), (False, False)])
+def test_a_feed_forward_of_either_kind(kept: tuple[bool, bool]) -> None:
+    ops = load_ops("torch")
+    weights = [normal(96, 64) / 8, normal(64, 96, seed=1) / 8]
+    biases = [normal(96, seed=2).bfloat16(), normal(64, seed=3).bfloat16()]
+    into, out = (
+        Linear(weight.bfloat16(), bias) if plain else Float8Linear.quantize(weight, bias)
+        for weight, bias, plain in zip(weights, biases, kept, strict=True)
+    )
+    x, y = normal(7, 64, seed=4).bfloat16(), normal(7, 64, seed=5).bfloat16()
+    shift, scale = normal(64, seed=6), 1 + normal(64, seed=7)
+    summed = x.clone()
+    made = feed_forward(ops, into, out, summed, y, shift, scale, 1e-6)
+    normed = ops.gated_residual_norm(x, y, None, shift, scale, 1e-6)
+    assert torch.equal(summed, x)
+    hidden = gelu(linear(normed.double(), weights[0].double(), biases[0].double()), approximate="tanh")
+    exact = linear(hidden, weights[1].double(), biases[1].double())
+    assert relative_error(made, exact) < (1e-2 if all(kept) else FLOAT8_PRODUCT)
 
 
 # ---- which layers
