@@ -22,11 +22,11 @@ GENCODE := $(foreach arch,$(call listed,csrc/architectures.txt),-gencode arch=co
 # A torch that is there already, with its CUDA, is used; nothing replaces it.
 HAS_TORCH := -c 'import sys, torch; sys.exit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10))' 2>/dev/null
 
-.PHONY: help install demo test lint format kernels bench clean
+.PHONY: help install demo test test-virtual-gpu lint format kernels bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 	@echo
 	@echo "  PYTHON=$(PYTHON)  interpreter that the environment is made of; its torch is used if it has one >= 2.10"
 	@echo "  VENV=$(VENV)  where the environment lies; one that is there already is used as it is"
@@ -41,6 +41,10 @@ demo: $(DEMO)/demo.mp4 ## a 20-second video with a prompt switch, from a tiny ra
 
 test: $(VENV)/.developed kernels ## every test; kernels are compiled where nvcc is
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --benchmark-disable $(PYTEST_ARGS)
+
+test-virtual-gpu: ## the tests for GPUs, without one; PYTHON must have a torch with CUDA, and what the tests need
+	PYTHONPATH=tests $(PYTHON) -m virtual_gpu.build
+	PYTHONPATH=tests OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m virtual_gpu.run -m pytest -m cuda $(PYTEST_ARGS)
 
 lint: $(VENV)/.developed ## what the formatters and checkers object to
 	$(BIN)/ruff check .

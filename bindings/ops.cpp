@@ -17,7 +17,14 @@
 #define ECHO_RT_DISPATCH_KEY CUDA
 #endif
 
-TORCH_LIBRARY(echo_rt, m) {
+// Two builds in one process need two names: tests/virtual_gpu loads the emulated kernels beside those for CUDA.
+#if !defined(ECHO_RT_NAMESPACE)
+#define ECHO_RT_NAMESPACE echo_rt
+#endif
+// TORCH_LIBRARY takes its argument by the letter; through a macro, its value.
+#define ECHO_RT_LIBRARY(name, module) TORCH_LIBRARY(name, module)
+
+ECHO_RT_LIBRARY(ECHO_RT_NAMESPACE, m) {
   m.def("rope_table(Tensor frames, Tensor inverse_frequencies, Tensor(a!) out) -> ()");
   m.def(
       "advance(Tensor(a!) positions, int frames_per_block, int sink_frames, int local_frames, int memory_frames, "
@@ -53,7 +60,7 @@ TORCH_LIBRARY(echo_rt, m) {
   m.def("upsample_conv(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(echo_rt, ECHO_RT_DISPATCH_KEY, m) {
+TORCH_LIBRARY_IMPL(ECHO_RT_NAMESPACE, ECHO_RT_DISPATCH_KEY, m) {
   using namespace echo::bindings;
   m.impl("rope_table", &rope_table);
   m.impl("advance", &advance);

@@ -1,0 +1,81 @@
+// The one virtual GPU of the process, and what is told of its wrong use.
+
+#include "machine.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+
+namespace virtual_gpu {
+namespace {
+
+thread_local cudaError_t last_error = cudaSuccess;
+
+std::vector<std::string>& all_complaints() {
+  static auto* list = new std::vector<std::string>;
+  return *list;
+}
+
+std::map<std::string, long>& all_counts() {
+  static auto* counts = new std::map<std::string, long>;
+  return *counts;
+}
+
+}  // namespace
+
+Machine& machine() {
+  static auto* one = new Machine;
+  return *one;
+}
+
+Stream& stream_of(const Lock&, cudaStream_t handle) {
+  if (handle == nullptr || handle == cudaStreamLegacy) return machine().legacy;
+  auto* stream = reinterpret_cast<Stream*>(handle);
+  if (machine().streams.count(stream) == 0) give_up("a stream that is not there, or a stream per thread, was used");
+  return *stream;
+}
+
+Event& event_of(const Lock&, cudaEvent_t handle) {
+  auto* event = reinterpret_cast<Event*>(handle);
+  if (machine().events.count(event) == 0) give_up("an event that is not there was used");
+  return *event;
+}
+
+void complain(const Lock&, const std::string& what) {
+  all_complaints().push_back(what);
+  if (std::getenv("ECHO_RT_VIRTUAL_GPU_TRACE") != nullptr) std::fprintf(stderr, "virtual GPU: %s\n", what.c_str());
+}
+
+void give_up(const std::string& what) {
+  std::fprintf(stderr, "virtual GPU: %s\n", what.c_str());
+  std::abort();
+}
+
+std::vector<std::string>& complaints(const Lock&) { return all_complaints(); }
+
+void count(const Lock&, const std::string& what, long many) { all_counts()[what] += many; }
+
+long counted(const Lock&, const std::string& what) {
+  auto found = all_counts().find(what);
+  return found == all_counts().end() ? 0 : found->second;
+}
+
+void forget_reports(const Lock&) {
+  all_complaints().clear();
+  all_counts().clear();
+}
+
+cudaError_t failed(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+}  // namespace virtual_gpu
+
+VIRTUAL_GPU_API cudaError_t cudaGetLastError() {
+  cudaError_t error = virtual_gpu::last_error;
+  virtual_gpu::last_error = cudaSuccess;
+  return error;
+}
+
+VIRTUAL_GPU_API cudaError_t cudaPeekAtLastError() { return virtual_gpu::last_error; }

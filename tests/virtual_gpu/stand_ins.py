@@ -1,0 +1,119 @@
+"""What operators of libraries compute that have no counterpart on the CPU: attention, convolution, float8 products.
+
+Each is a pair: how to compute the result, and the shapes of what is returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """In float32, ``[batch, heads, tokens, channels]``; whichever kinds the caller allows."""
+    out, _ = torch.ops.aten._scaled_dot_product_attention_math(q.float(), k.float(), v.float(), scale=scale)
+    return out.to(q.dtype)
+
+
+def _attended(q: Tensor) -> Tensor:
+    """What attention returns lies as ``[batch, tokens, heads, channels]``."""
+    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float | None = None) -> tuple[Tensor]:
+    return (_attention(q, k, v, scale),)
+
+
+def _flash_shape(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> tuple[Any, ...]:
+    none = torch.empty(0, device="meta")
+    log_sum = torch.empty(q.shape[:3], dtype=torch.float32, device="meta")
+    return _attended(q), log_sum, none, none, q.shape[2], k.shape[2], none, none, none
+
+
+def _biased(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, log_sum: bool, *rest: Any, scale: float | None = None
+) -> tuple[Tensor]:
+    if bias is not None:
+        raise NotImplementedError("attention with a bias on the virtual GPU")
+    return (_attention(q, k, v, scale),)
+
+
+def _efficient_shape(q: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, ...]:
+    none = torch.empty(0, device="meta")
+    return _attended(q), none, none, none
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *_: Any,
+) -> Tensor:
+    """In float32: the CPU's sums in 16 bits are not those of cuDNN."""
+    arguments = (None, stride, padding, dilation, False, [0] * len(stride), groups)
+    return torch.ops.aten.convolution(x.float().contiguous(), weight.float().contiguous(), *arguments).to(x.dtype)
+
+
+def _convolution_shape(
+    x: Tensor,
+    weight: Tensor,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *_: Any,
+) -> Tensor:
+    out = torch.ops.aten.convolution(x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups)
+    last = torch.channels_last_3d if x.dim() == 5 else torch.channels_last
+    is_last = any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, weight))
+    memory_format = last if is_last else torch.contiguous_format
+    return torch.empty(out.shape, dtype=x.dtype, device="meta", memory_format=memory_format)
+
+
+def _scaled_product(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    scale_result: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
+) -> Tensor:
+    out = (a.float() @ b.float()) * scale_a * scale_b
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(out_dtype or a.dtype)
+
+
+def _scaled_product_shape(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    scale_result: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
+) -> Tensor:
+    """What cuBLAS asks of a product scaled by rows: a row-major, b column-major, a scale for each row and column."""
+    if a.stride(1) != 1 or b.stride(0) != 1:
+        raise RuntimeError(f"_scaled_mm needs rows of a and columns of b in one piece; got {a.stride()}, {b.stride()}")
+    if scale_a.shape != (a.shape[0], 1) or scale_b.shape != (1, b.shape[1]):
+        raise RuntimeError(f"_scaled_mm needs a scale for each row; got {tuple(scale_a.shape)}, {tuple(scale_b.shape)}")
+    return torch.empty(a.shape[0], b.shape[1], dtype=out_dtype or a.dtype, device="meta")
+
+
+STAND_INS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "aten::_scaled_dot_product_flash_attention": (_flash, _flash_shape),
+    "aten::_scaled_dot_product_cudnn_attention": (_biased, _flash_shape),
+    "aten::_scaled_dot_product_efficient_attention": (_biased, _efficient_shape),
+    "aten::cudnn_convolution": (_convolution, _convolution_shape),
+    "aten::_scaled_mm": (_scaled_product, _scaled_product_shape),
+}
