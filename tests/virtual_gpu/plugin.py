@@ -6,12 +6,14 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch  # noqa: F401 - at the end of its import, modules of this package are imported: it comes before them
 
 from virtual_gpu.device import device
 from virtual_gpu.names import POLICY, SEED
 
 # Tests of what only a GPU has.
 ONLY_ON_A_GPU = {
+    "tests/bench/test_block_bench.py::test_a_gpu_is_measured_by_its_own_clock": "NVML knows nothing of it",
     "tests/bench/test_timing.py::test_a_gpu_is_timed": "its clock is the host's",
     "tests/soak/test_soak_gpu.py::test_on_a_gpu": "NVML knows nothing of it",
 }

@@ -2,6 +2,7 @@
 
 #include "machine.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -31,7 +32,10 @@ Machine& machine() {
 Stream& stream_of(const Lock&, cudaStream_t handle) {
   if (handle == nullptr || handle == cudaStreamLegacy) return machine().legacy;
   auto* stream = reinterpret_cast<Stream*>(handle);
-  if (machine().streams.count(stream) == 0) give_up("a stream that is not there, or a stream per thread, was used");
+  const auto& streams = machine().streams;
+  if (std::find(streams.begin(), streams.end(), stream) == streams.end()) {
+    give_up("a stream that is not there, or a stream per thread, was used");
+  }
   return *stream;
 }
 

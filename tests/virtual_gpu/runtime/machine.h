@@ -92,9 +92,9 @@ struct Event {
 
 struct Machine {
   std::mutex mutex;
-  std::condition_variable moved;  // an item was done
-  Stream legacy;                  // CUDA's default stream
-  std::set<Stream*> streams{&legacy};
+  std::condition_variable moved;          // an item was done
+  Stream legacy;                          // CUDA's default stream
+  std::vector<Stream*> streams{&legacy};  // in the order of their making: a seed's order is the same again
   std::set<Event*> events;
   std::set<std::shared_ptr<Capture>> captures;
   cudaError_t fault = cudaSuccess;  // once there is one, every call returns it, as on a GPU

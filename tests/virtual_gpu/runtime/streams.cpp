@@ -1,5 +1,7 @@
 // Streams, and functions of the host in their queues.
 
+#include <algorithm>
+
 #include "capture.h"
 #include "engine.h"
 
@@ -14,7 +16,7 @@ VIRTUAL_GPU_API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* handle, u
   }
   auto* stream = new Stream;
   stream->priority = priority;
-  machine().streams.insert(stream);
+  machine().streams.push_back(stream);
   *handle = reinterpret_cast<cudaStream_t>(stream);
   return cudaSuccess;
 }
@@ -24,7 +26,8 @@ VIRTUAL_GPU_API cudaError_t cudaStreamDestroy(cudaStream_t handle) {
   Stream& stream = stream_of(lock, handle);
   cudaError_t error = wait_for(std::move(lock), stream);
   lock = hold();
-  machine().streams.erase(&stream);
+  auto& streams = machine().streams;
+  streams.erase(std::find(streams.begin(), streams.end(), &stream));
   delete &stream;
   return error;
 }
