@@ -37,7 +37,6 @@ _WAITING = {
     "_unique",
     "_unique2",
     "bincount",
-    "equal",
     "masked_select",
     "nonzero",
     "repeat_interleave",
@@ -75,9 +74,10 @@ class Operator:
         self.written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
         self.draws = "generator" in self.order
         self.is_out = op._overloadname.endswith("out")
+        self.returns = bool(returns)
         returns_tensors = any("Tensor" in str(value.type) for value in returns)
         base = self.name.split("::")[1]
-        self.waits = base in _WAITING or (bool(returns) and not returns_tensors)
+        self.waits = base in _WAITING or (self.returns and not returns_tensors)
         self.indexes = base == "index"
         self.makes_new = returns_tensors and not all(value.alias_info is not None for value in returns)
 
@@ -101,7 +101,9 @@ class Operator:
         if self.is_out and any(isinstance(out, Tensor) and out.numel() == 0 for out in outs):
             self._resize(args, kwargs, outs)
         submit(self.name, self.compute, args, kwargs)
-        return outs[0] if len(outs) == 1 else tuple(outs) or None
+        if not self.returns:
+            return None
+        return outs[0] if len(outs) == 1 else tuple(outs)
 
     def _resize(self, args: Any, kwargs: Any, outs: Sequence[Tensor]) -> None:
         """Empty results of ``out=`` get their shape."""
@@ -135,9 +137,10 @@ def _is_mask(index: Tensor | None) -> bool:
 def override(op: torch._ops.OpOverload, function: Callable[..., Any], *, with_keyset: bool = False) -> None:
     """``function`` in the place of the kernel for CUDA. With ``with_keyset``, the dispatcher's keys come first."""
     namespace, _, name = op._schema.name.partition("::")
-    library = _libraries.setdefault(namespace, torch.library.Library(namespace, "IMPL"))
+    if namespace not in _libraries:
+        _libraries[namespace] = torch.library.Library(namespace, "IMPL")
     name += f".{op._schema.overload_name}" if op._schema.overload_name else ""
-    library.impl(name, function, "CUDA", with_keyset=with_keyset, allow_override=True)
+    _libraries[namespace].impl(name, function, "CUDA", with_keyset=with_keyset, allow_override=True)
 
 
 def _overload(full_name: str) -> torch._ops.OpOverload | None:
@@ -162,7 +165,7 @@ def override_all() -> int:
         op = _overload(name)
         if op is None or _is_view(op):
             continue
-        compute, shape = STAND_INS.get(name, (op.overloadpacket, op.overloadpacket))
+        compute, shape = STAND_INS.get(name, (op, op))
         override(op, Operator(op, compute, shape).__call__)
         overridden += 1
     _override_copy(torch.ops.aten.copy_.default)  # one kernel for all devices

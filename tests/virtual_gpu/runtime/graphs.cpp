@@ -1,6 +1,6 @@
 // Graphs: what was captured, put into a stream again at each launch, in an order that its own dependencies allow.
 
-#include <algorithm>
+#include <iterator>
 
 #include "engine.h"
 
@@ -9,30 +9,34 @@ using namespace virtual_gpu;
 namespace {
 
 // Which of the nodes that could come next does: what a capture left open is open in its replay.
-size_t pick(const Lock& lock, const std::vector<size_t>& ready) {
+size_t pick(const Lock& lock, const std::set<size_t>& ready) {
   switch (policy(lock)) {
     case Policy::kEager:
-      return 0;  // as captured
+      return *ready.begin();  // as captured
     case Policy::kLazy:
-      return ready.size() - 1;  // what was captured last, and so everything else as late as may be
+      return *ready.rbegin();  // what was captured last, and so all else as late as may be
     default:
-      return chance(lock, ready.size());
+      return *std::next(ready.begin(), static_cast<long>(chance(lock, ready.size())));
   }
 }
 
 std::vector<Item> in_some_order(const Lock& lock, const Graph& graph) {
+  std::vector<size_t> missing(graph.nodes.size());  // how many of those before it are not in the order yet
+  std::vector<std::vector<size_t>> later(graph.nodes.size());
+  std::set<size_t> ready;
+  for (size_t index = 0; index < graph.nodes.size(); index++) {
+    missing[index] = graph.nodes[index].after.size();
+    for (size_t before : graph.nodes[index].after) later[before].push_back(index);
+    if (missing[index] == 0) ready.insert(index);
+  }
   std::vector<Item> items;
-  std::vector<bool> done(graph.nodes.size());
-  while (items.size() < graph.nodes.size()) {
-    std::vector<size_t> ready;
-    for (size_t index = 0; index < graph.nodes.size(); index++) {
-      const auto& after = graph.nodes[index].after;
-      bool free = std::all_of(after.begin(), after.end(), [&](size_t before) { return done[before]; });
-      if (!done[index] && free) ready.push_back(index);
-    }
-    size_t next = ready[pick(lock, ready)];
-    done[next] = true;
+  while (!ready.empty()) {
+    size_t next = pick(lock, ready);
+    ready.erase(next);
     items.push_back(graph.nodes[next].item);
+    for (size_t index : later[next]) {
+      if (--missing[index] == 0) ready.insert(index);
+    }
   }
   return items;
 }
