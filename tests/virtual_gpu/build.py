@@ -16,19 +16,21 @@ from virtual_gpu.run import environment
 
 HERE = Path(__file__).resolve().parent
 TORCH = (2, 10)
+CUDA = "13"  # whose runtime library this one replaces: the names of its functions change with the major version
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden", "-pthread"]
 
 
 def cuda_home() -> Path:
     """Where nvcc is. What is missing is said in one line."""
-    needed = f"the virtual GPU needs a torch >= {TORCH[0]}.{TORCH[1]} with CUDA, and nvcc"
+    needed = f"the virtual GPU needs a torch >= {TORCH[0]}.{TORCH[1]} with CUDA {CUDA}, and nvcc"
     try:
         import torch
         from torch.utils.cpp_extension import CUDA_HOME
     except ImportError:
         sys.exit(f"{needed}; {sys.executable} has no torch")
-    if torch.version.cuda is None or tuple(int(n) for n in torch.__version__.split(".")[:2]) < TORCH:
+    version = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    if version < TORCH or (torch.version.cuda or "").partition(".")[0] != CUDA:
         sys.exit(f"{needed}; {sys.executable} has torch {torch.__version__}")
     if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").is_file():
         sys.exit(f"{needed}; set CUDA_HOME or put nvcc on the PATH")

@@ -50,12 +50,23 @@ def copy_and_wait() -> int:
     return call("cudaMemcpy", target, source, ctypes.c_size_t(1), 4)
 
 
+def allocate_pinned() -> int:
+    address = ctypes.c_void_p()
+    error = call("cudaHostAlloc", ctypes.byref(address), ctypes.c_size_t(16), 0)
+    if address:
+        assert call("cudaFreeHost", address) == SUCCESS
+    return error
+
+
 # Any of these may wait for the device, which does not run what is captured.
 UNSAFE: dict[str, Callable[[], int]] = {
     "cudaMalloc": allocate,
+    "cudaHostAlloc": allocate_pinned,
     "cudaMemcpy": copy_and_wait,
     "cudaStreamSynchronize": lambda: call("cudaStreamSynchronize", None),
     "cudaStreamQuery": lambda: call("cudaStreamQuery", None),
+    "cudaEventSynchronize": lambda: call("cudaEventSynchronize", new_event()),
+    "cudaEventQuery": lambda: call("cudaEventQuery", new_event()),
 }
 
 

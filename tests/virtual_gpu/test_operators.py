@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from virtual_gpu.conftest import Told
 from virtual_gpu.device import Device
 from virtual_gpu.names import ROOT
 from virtual_gpu.plugin import ONLY_ON_A_GPU
+from virtual_gpu.runtime_calls import SUCCESS, call
 
 on_the_virtual_gpu = pytest.mark.cuda
 
@@ -79,6 +81,13 @@ def test_a_kernel_that_nothing_computes_is_an_error(told: Told) -> None:
 
 
 @on_the_virtual_gpu
+def test_a_call_that_is_not_virtual_is_an_error(gpu: Device) -> None:
+    """It gets to CUDA's own library, which finds no driver."""
+    x = torch.zeros(1, device="cuda")
+    assert call("cudaMemset", ctypes.c_void_p(x.data_ptr()), 0, ctypes.c_size_t(4)) != SUCCESS
+
+
+@on_the_virtual_gpu
 def test_the_kernels_of_echo_rt_are_launched_and_computed(gpu: Device) -> None:
     from echo_rt.ops import load_ops
 
@@ -105,4 +114,4 @@ def test_a_torch_without_cuda_is_refused_in_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert f"torch {torch.__version__}" in line and "with CUDA, and nvcc" in line
+    assert f"torch {torch.__version__}" in line and "with CUDA 13, and nvcc" in line
