@@ -165,7 +165,8 @@ def override_all() -> int:
         op = _overload(name)
         if op is None or _is_view(op):
             continue
-        compute, shape = STAND_INS.get(name, (op, op))
+        # Not the overload: a number that the dispatcher had made a tensor of comes to Python as a number again.
+        compute, shape = STAND_INS.get(name, (op.overloadpacket, op.overloadpacket))
         override(op, Operator(op, compute, shape).__call__)
         overridden += 1
     _override_copy(torch.ops.aten.copy_.default)  # one kernel for all devices

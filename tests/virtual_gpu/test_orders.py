@@ -92,6 +92,17 @@ def test_pinned_memory_read_too_early_is_seen(gpu: Device) -> None:
     assert target.sum().item() == SIZE
 
 
+def test_work_may_run_before_anybody_waits(gpu: Device) -> None:
+    found = set()
+    for seed in SEEDS:
+        gpu.choose_policy("random", seed)
+        target = torch.zeros(SIZE, pin_memory=True)
+        target.copy_(torch.ones(SIZE, device="cuda"), non_blocking=True)
+        found.add(target.sum().item())
+        torch.cuda.synchronize()
+    assert found == {0, SIZE}
+
+
 def test_pinned_memory_written_too_early_is_seen(gpu: Device) -> None:
     gpu.choose_policy("lazy")
     source = torch.ones(SIZE, pin_memory=True)
@@ -101,10 +112,11 @@ def test_pinned_memory_written_too_early_is_seen(gpu: Device) -> None:
 
 
 def test_other_memory_of_the_host_is_copied_at_once(policy: str) -> None:
-    source = torch.ones(SIZE)
+    source, target = torch.ones(SIZE), torch.zeros(SIZE)
     copied = source.to("cuda", non_blocking=True)
     source.fill_(2)
-    assert copied.sum().item() == SIZE
+    target.copy_(copied, non_blocking=True)
+    assert target.sum().item() == SIZE
 
 
 @pytest.mark.parametrize("recorded", [True, False])
