@@ -10,7 +10,7 @@ import pytest
 from virtual_gpu.device import Device, device
 from virtual_gpu.names import POLICY, SEED, active
 
-Told = Callable[[], list[str]]
+Told = Callable[[], list[str]]  # takes what was complained of since it was last called
 
 
 @pytest.fixture
@@ -24,11 +24,4 @@ def gpu() -> Iterator[Device]:
 
 @pytest.fixture
 def told(gpu: Device) -> Told:
-    """Takes what was complained of since it was last called."""
-
-    def take() -> list[str]:
-        complaints = gpu.complaints()
-        gpu.forget_reports()
-        return complaints
-
-    return take
+    return gpu.take_complaints

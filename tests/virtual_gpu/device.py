@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import itertools
 import os
@@ -35,7 +36,7 @@ class Device:
         self._library.virtual_gpu_launches_are_computed_beside.argtypes = [ctypes.c_bool]
         self._library.virtual_gpu_choose_policy.argtypes = [ctypes.c_char_p, ctypes.c_uint]
         self._library.virtual_gpu_choose_policy.restype = ctypes.c_bool
-        self._library.virtual_gpu_count.restype = ctypes.c_long
+        self._library.virtual_gpu_launches.restype = ctypes.c_long
         self._library.virtual_gpu_complaints.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
         self._library.virtual_gpu_complaints.restype = ctypes.c_size_t
         self._numbers = itertools.count(1)
@@ -43,6 +44,8 @@ class Device:
         # Kept: the library has their addresses alone.
         self._callbacks = (_COMPUTE(self._compute), _FORGET(self._forget))
         self._library.virtual_gpu_set_worker(*self._callbacks)
+        # Nothing may be left to compute when the interpreter is gone: the rest now, and what comes still at once.
+        atexit.register(self.choose_policy, "eager")
 
     def submit(self, name: str, work: Callable[[], None], memory: Iterable[Tensor]) -> None:
         """Put ``work`` into the current stream, or into the graph it is captured into.
@@ -72,19 +75,18 @@ class Device:
         if not self._library.virtual_gpu_choose_policy(name.encode(), seed):
             raise ValueError(f"the policy must be eager, lazy or random; got {name!r}")
 
-    def count(self, what: str) -> int:
-        """How often something was done since the last :meth:`forget_reports`."""
-        return int(self._library.virtual_gpu_count(what.encode()))
+    @property
+    def launches(self) -> int:
+        """How many kernels were launched so far, as nvcc compiled them."""
+        return int(self._library.virtual_gpu_launches())
 
-    def complaints(self) -> list[str]:
-        """What was used wrongly since the last :meth:`forget_reports`, in the order of the calls."""
+    def take_complaints(self) -> list[str]:
+        """What was used wrongly since this was last asked, in the order of the calls."""
         length = self._library.virtual_gpu_complaints(None, 0)
         text = ctypes.create_string_buffer(length + 1)
         self._library.virtual_gpu_complaints(text, len(text))
+        self._library.virtual_gpu_forget_complaints()
         return text.value.decode().splitlines()
-
-    def forget_reports(self) -> None:
-        self._library.virtual_gpu_forget_reports()
 
     def _compute(self, number: int) -> int:
         try:

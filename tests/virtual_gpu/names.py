@@ -10,10 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build" / "virtual_gpu"
 RUNTIME = BUILD / "libvirtual_gpu.so"
 
-# Environment: when work runs, the seed of a random order, and the bytes of device memory. The library reads the last.
+# Environment: when work runs, and the seed of a random order.
 POLICY = "ECHO_RT_VIRTUAL_GPU_POLICY"
 SEED = "ECHO_RT_VIRTUAL_GPU_SEED"
-BYTES = "ECHO_RT_VIRTUAL_GPU_BYTES"
 POLICIES = ("random", "lazy", "eager")
 
 # What the emulated kernels register their operators as, beside those for CUDA.

@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def nothing_is_used_wrongly() -> Iterator[None]:
     """A test may expect an error of CUDA. That a wrong use stays unnoticed, nobody expects: it takes the complaints."""
-    device().forget_reports()
+    device().take_complaints()
     yield
-    complaints = device().complaints()
+    complaints = device().take_complaints()
     assert not complaints, complaints

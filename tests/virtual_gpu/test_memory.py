@@ -56,7 +56,7 @@ for _ in range(2):
         torch.cuda.synchronize()
     except torch.AcceleratorError as error:
         print(str(error).splitlines()[0])
-print(*device().complaints(), sep="\\n")
+print(*device().take_complaints(), sep="\\n")
 """
     )
     error = "CUDA error: an illegal memory access was encountered"

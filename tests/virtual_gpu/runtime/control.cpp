@@ -52,21 +52,22 @@ VIRTUAL_GPU_API bool virtual_gpu_choose_policy(const char* name, unsigned seed) 
   return true;
 }
 
-VIRTUAL_GPU_API long virtual_gpu_count(const char* name) {
+// Of kernels, since the start.
+VIRTUAL_GPU_API long virtual_gpu_launches() {
   Lock lock = hold();
-  return counted(lock, name);
+  return machine().launches;
 }
 
 // All complaints, a line each, into `text`. The result is their length, which may be more than fits.
 VIRTUAL_GPU_API size_t virtual_gpu_complaints(char* text, size_t bytes) {
   Lock lock = hold();
   std::string all;
-  for (const std::string& complaint : complaints(lock)) all += complaint + "\n";
+  for (const std::string& complaint : machine().complaints) all += complaint + "\n";
   if (all.size() < bytes) std::memcpy(text, all.c_str(), all.size() + 1);
   return all.size();
 }
 
-VIRTUAL_GPU_API void virtual_gpu_forget_reports() {
+VIRTUAL_GPU_API void virtual_gpu_forget_complaints() {
   Lock lock = hold();
-  forget_reports(lock);
+  machine().complaints.clear();
 }

@@ -54,7 +54,6 @@ VIRTUAL_GPU_API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t b
     if (to_pageable || from_pageable) {
       // A replay would find the memory of back then, if it is there at all.
       if (cudaError_t error = refuse_if_capturing(lock, stream, "a copy of memory that is not pinned")) return error;
-      count(lock, "pageable copies");
     }
   }
   Item item = from_pageable ? copying_staged(to, from, bytes) : copying(to, from, bytes);

@@ -71,7 +71,7 @@ cudaError_t launch_kernel(const void* kernel, const Launch& launch) {
   {
     Lock lock = hold();
     if (cudaError_t error = check(lock, kernel, launch)) return error;
-    count(lock, "kernel launches");
+    machine().launches++;
     item.name = name_of(lock, kernel);
     if (!computed_beside) {
       complain(lock, "nothing computes what is launched: " + item.name);

@@ -5,22 +5,11 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <map>
 
 namespace virtual_gpu {
 namespace {
 
 thread_local cudaError_t last_error = cudaSuccess;
-
-std::vector<std::string>& all_complaints() {
-  static auto* list = new std::vector<std::string>;
-  return *list;
-}
-
-std::map<std::string, long>& all_counts() {
-  static auto* counts = new std::map<std::string, long>;
-  return *counts;
-}
 
 }  // namespace
 
@@ -46,27 +35,13 @@ Event& event_of(const Lock&, cudaEvent_t handle) {
 }
 
 void complain(const Lock&, const std::string& what) {
-  all_complaints().push_back(what);
+  machine().complaints.push_back(what);
   if (std::getenv("ECHO_RT_VIRTUAL_GPU_TRACE") != nullptr) std::fprintf(stderr, "virtual GPU: %s\n", what.c_str());
 }
 
 void give_up(const std::string& what) {
   std::fprintf(stderr, "virtual GPU: %s\n", what.c_str());
   std::abort();
-}
-
-std::vector<std::string>& complaints(const Lock&) { return all_complaints(); }
-
-void count(const Lock&, const std::string& what, long many) { all_counts()[what] += many; }
-
-long counted(const Lock&, const std::string& what) {
-  auto found = all_counts().find(what);
-  return found == all_counts().end() ? 0 : found->second;
-}
-
-void forget_reports(const Lock&) {
-  all_complaints().clear();
-  all_counts().clear();
 }
 
 cudaError_t failed(cudaError_t error) {

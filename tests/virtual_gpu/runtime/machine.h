@@ -97,6 +97,8 @@ struct Machine {
   std::vector<Stream*> streams{&legacy};  // in the order of their making: a seed's order is the same again
   std::set<Event*> events;
   std::set<std::shared_ptr<Capture>> captures;
+  std::vector<std::string> complaints;
+  long launches = 0;                // of kernels
   cudaError_t fault = cudaSuccess;  // once there is one, every call returns it, as on a GPU
 };
 
@@ -114,12 +116,6 @@ Event& event_of(const Lock&, cudaEvent_t handle);
 // A call that CUDA refuses, or whose result it leaves open, is also remembered in words, for tests to look at.
 void complain(const Lock&, const std::string& what);
 [[noreturn]] void give_up(const std::string& what);
-std::vector<std::string>& complaints(const Lock&);
-
-// Counts events by name, for tests.
-void count(const Lock&, const std::string& what, long many = 1);
-long counted(const Lock&, const std::string& what);
-void forget_reports(const Lock&);
 
 // Notes an error where cudaGetLastError finds it, and returns it.
 cudaError_t failed(cudaError_t error);

@@ -59,7 +59,6 @@ VIRTUAL_GPU_API cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 
 VIRTUAL_GPU_API cudaError_t cudaDeviceSynchronize() {
   Lock lock = hold();
-  count(lock, "cudaDeviceSynchronize");
   if (cudaError_t error = refuse_amid_any_capture(lock, "cudaDeviceSynchronize")) return error;
   return wait_for_all(std::move(lock));
 }
