@@ -48,8 +48,10 @@ def _go_on(spec: ModuleSpec, then: Callable[[], object]) -> None:
 
 
 def _torch_is_there() -> None:
+    from virtual_gpu.device import device
     from virtual_gpu.operators import override_all
 
+    device()  # made here, while there is one thread
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
         override_all()

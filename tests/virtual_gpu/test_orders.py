@@ -170,3 +170,23 @@ def test_branches_of_a_graph_have_no_order(gpu: Device) -> None:
         gpu.choose_policy(policy, seed)
         found.setdefault(policy, set()).add(replayed())
     assert found == {"eager": {4.0}, "lazy": {3.0}, "random": {3.0, 4.0}}
+
+
+def test_who_waits_for_an_event_waits_for_the_record_of_then(gpu: Device, pair: Pair) -> None:
+    """Recorded again, elsewhere, the event says nothing of the first place."""
+    for policy, seed in [("lazy", 0), *(("random", seed) for seed in SEEDS)]:
+        gpu.choose_policy(policy, seed)
+        shared = torch.zeros(SIZE, device="cuda")
+        torch.cuda.synchronize()
+        writer, reader = pair
+        event = torch.cuda.Event()
+        with torch.cuda.stream(writer):
+            shared.fill_(1)
+            event.record()
+        reader.wait_event(event)
+        event.record(torch.cuda.current_stream())  # nothing is before it there
+        event.synchronize()
+        with torch.cuda.stream(reader):
+            read = shared * 1
+        reader.synchronize()
+        assert read.sum().item() == SIZE

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdio>
-#include <cstdlib>
 #include <random>
 
 #include "interpreter.h"
@@ -28,7 +26,7 @@ double milliseconds() {
   return std::chrono::duration<double, std::milli>(since).count();
 }
 
-bool blocked(const Item& item) { return item.kind == Item::Kind::kWait && item.progress->passed < item.ticket; }
+bool blocked(const Item& item) { return item.kind == Item::Kind::kWait && !item.record->passed; }
 
 bool ready(const Stream& stream) { return !stream.running && !stream.queue.empty() && !blocked(stream.queue.front()); }
 
@@ -40,36 +38,31 @@ std::vector<Stream*> ready_streams() {
   return found;
 }
 
-bool holds_record(const Stream& stream, const Item& wait) {
+bool will_pass(const Stream& stream, const Record& record) {
   return std::any_of(stream.queue.begin(), stream.queue.end(), [&](const Item& item) {
-    return item.kind == Item::Kind::kRecord && item.progress == wait.progress && item.ticket >= wait.ticket;
+    return item.kind == Item::Kind::kRecord && item.record.get() == &record;
   });
 }
+
+Stream* leading_to(const Record& record);
 
 // The stream whose next item brings `stream` nearer to its end; null where that item is running already.
 Stream* leading_to(Stream& stream) {
   if (stream.running || stream.queue.empty()) return nullptr;
   const Item& next = stream.queue.front();
-  if (!blocked(next)) return &stream;
-  for (Stream* other : machine().streams) {
-    if (holds_record(*other, next)) return leading_to(*other);
-  }
-  return nullptr;
+  return blocked(next) ? leading_to(*next.record) : &stream;
 }
 
-Stream* leading_to(const Progress& progress) {
+Stream* leading_to(const Record& record) {
   for (Stream* stream : machine().streams) {
-    for (const Item& item : stream->queue) {
-      if (item.kind == Item::Kind::kRecord && item.progress.get() == &progress) return leading_to(*stream);
-    }
+    if (will_pass(*stream, record)) return leading_to(*stream);
   }
   return nullptr;
 }
 
 // Work runs as it would on a device: whole, and only where the memory it was given is still there.
 void run(Lock& lock, Item& item) {
-  if (std::getenv("ECHO_RT_VIRTUAL_GPU_TRACE") != nullptr)
-    std::fprintf(stderr, "virtual GPU: run %s\n", item.name.c_str());
+  trace("run " + item.name);
   bool lost = machine().fault != cudaSuccess;
   if (!lost && !all_allocated(lock, item.memory)) {
     complain(lock, item.name + " uses memory that was freed");
@@ -90,8 +83,8 @@ void run(Lock& lock, Item& item) {
 
 void pass(const Item& mark) {
   if (mark.kind != Item::Kind::kRecord) return;
-  mark.progress->passed = std::max(mark.progress->passed, mark.ticket);
-  mark.progress->milliseconds = milliseconds();
+  mark.record->passed = true;
+  mark.record->milliseconds = milliseconds();
 }
 
 void step(Lock& lock, Stream& stream) {
@@ -249,9 +242,8 @@ cudaError_t wait_for(Lock lock, Stream& stream) {
   return drain(std::move(lock), [&] { return idle(stream); }, [&] { return leading_to(stream); });
 }
 
-cudaError_t wait_for(Lock lock, std::shared_ptr<Progress> progress, uint64_t ticket) {
-  auto done = [=] { return progress->passed >= ticket; };
-  return drain(std::move(lock), done, [=] { return leading_to(*progress); });
+cudaError_t wait_for(Lock lock, std::shared_ptr<Record> record) {
+  return drain(std::move(lock), [=] { return record->passed; }, [=] { return leading_to(*record); });
 }
 
 void go_on_beside(const Lock& lock) {

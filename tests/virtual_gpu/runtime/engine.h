@@ -31,7 +31,7 @@ void enqueue_mark(const Lock&, Stream& stream, Item mark);
 // interpreter lock. The result is the device's fault, if it has one.
 cudaError_t wait_for_all(Lock lock);
 cudaError_t wait_for(Lock lock, Stream& stream);
-cudaError_t wait_for(Lock lock, std::shared_ptr<Progress> progress, uint64_t ticket);
+cudaError_t wait_for(Lock lock, std::shared_ptr<Record> record);
 
 // Lets the device go on beside the caller, who is only asking. Nothing runs on the caller's thread: torch asks while it
 // holds its allocator's lock, which the thread that holds the interpreter may be waiting for.

@@ -16,7 +16,7 @@ VIRTUAL_GPU_API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* handle, unsign
 
 VIRTUAL_GPU_API cudaError_t cudaEventCreate(cudaEvent_t* handle) { return cudaEventCreateWithFlags(handle, 0); }
 
-// What waits for it goes on waiting: it keeps the event's progress.
+// What waits for it goes on waiting: it keeps the record.
 VIRTUAL_GPU_API cudaError_t cudaEventDestroy(cudaEvent_t handle) {
   Lock lock = hold();
   Event& event = event_of(lock, handle);
@@ -39,8 +39,7 @@ VIRTUAL_GPU_API cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStr
   Item item;
   item.kind = Item::Kind::kRecord;
   item.name = "record";
-  item.progress = event.progress;
-  item.ticket = ++event.progress->recorded;
+  item.record = event.record = std::make_shared<Record>();
   enqueue_mark(lock, stream, std::move(item));
   return cudaSuccess;
 }
@@ -54,7 +53,7 @@ VIRTUAL_GPU_API cudaError_t cudaStreamWaitEvent(cudaStream_t stream_handle, cuda
   Stream& stream = stream_of(lock, stream_handle);
   Event& event = event_of(lock, handle);
   // An event that was never recorded has nothing before it.
-  if (event.capture == nullptr && event.progress->recorded == 0) return cudaSuccess;
+  if (event.capture == nullptr && event.record == nullptr) return cudaSuccess;
   if (stream.capture != nullptr && flags != cudaEventWaitDefault) {
     complain(lock, "a capture waits for an external event");
     return failed(cudaErrorNotSupported);
@@ -63,8 +62,7 @@ VIRTUAL_GPU_API cudaError_t cudaStreamWaitEvent(cudaStream_t stream_handle, cuda
   Item item;
   item.kind = Item::Kind::kWait;
   item.name = "wait";
-  item.progress = event.progress;
-  item.ticket = event.progress->recorded;
+  item.record = event.record;
   enqueue_mark(lock, stream, std::move(item));
   return cudaSuccess;
 }
@@ -75,7 +73,7 @@ VIRTUAL_GPU_API cudaError_t cudaEventQuery(cudaEvent_t handle) {
   if (cudaError_t error = refuse_captured(lock, event, "cudaEventQuery")) return error;
   if (cudaError_t error = refuse_if_unsafe(lock, "cudaEventQuery")) return error;
   if (machine().fault != cudaSuccess) return failed(machine().fault);
-  if (event.progress->passed >= event.progress->recorded) return cudaSuccess;
+  if (event.record == nullptr || event.record->passed) return cudaSuccess;
   go_on_beside(lock);
   return cudaErrorNotReady;
 }
@@ -85,21 +83,21 @@ VIRTUAL_GPU_API cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   Event& event = event_of(lock, handle);
   if (cudaError_t error = refuse_captured(lock, event, "cudaEventSynchronize")) return error;
   if (cudaError_t error = refuse_if_unsafe(lock, "cudaEventSynchronize")) return error;
-  auto progress = event.progress;
-  return wait_for(std::move(lock), progress, progress->recorded);
+  if (event.record == nullptr) return cudaSuccess;
+  return wait_for(std::move(lock), event.record);
 }
 
 VIRTUAL_GPU_API cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t first, cudaEvent_t second) {
   Lock lock = hold();
   for (cudaEvent_t handle : {first, second}) {
     const Event& event = event_of(lock, handle);
-    if (event.progress->recorded > 0 && event.capture == nullptr && !(event.flags & cudaEventDisableTiming)) continue;
+    if (event.record != nullptr && event.capture == nullptr && !(event.flags & cudaEventDisableTiming)) continue;
     complain(lock, "the time is asked of an event that has none");
     return failed(cudaErrorInvalidResourceHandle);
   }
-  const Progress& before = *event_of(lock, first).progress;
-  const Progress& after = *event_of(lock, second).progress;
-  if (before.passed < before.recorded || after.passed < after.recorded) return failed(cudaErrorNotReady);
+  const Record& before = *event_of(lock, first).record;
+  const Record& after = *event_of(lock, second).record;
+  if (!before.passed || !after.passed) return failed(cudaErrorNotReady);
   *milliseconds = static_cast<float>(after.milliseconds - before.milliseconds);
   return cudaSuccess;
 }

@@ -34,9 +34,14 @@ Event& event_of(const Lock&, cudaEvent_t handle) {
   return *event;
 }
 
+void trace(const std::string& what) {
+  static const bool wanted = std::getenv("ECHO_RT_VIRTUAL_GPU_TRACE") != nullptr;
+  if (wanted) std::fprintf(stderr, "virtual GPU: %s\n", what.c_str());
+}
+
 void complain(const Lock&, const std::string& what) {
   machine().complaints.push_back(what);
-  if (std::getenv("ECHO_RT_VIRTUAL_GPU_TRACE") != nullptr) std::fprintf(stderr, "virtual GPU: %s\n", what.c_str());
+  trace(what);
 }
 
 void give_up(const std::string& what) {

@@ -33,11 +33,10 @@ struct Range {
   size_t bytes;
 };
 
-// How far the records of one event have come: the n-th record of it passes n. Waits for an event keep this alive.
-struct Progress {
-  uint64_t recorded = 0;
-  uint64_t passed = 0;
-  double milliseconds = 0;  // when the last one passed
+// One record of an event. An event that is recorded again has another: who waits already waits for the one before.
+struct Record {
+  bool passed = false;
+  double milliseconds = 0;  // when
 };
 
 struct Item {
@@ -47,8 +46,7 @@ struct Item {
   std::string name;
   Work work;
   std::vector<Range> memory;
-  std::shared_ptr<Progress> progress;  // of a record or a wait
-  uint64_t ticket = 0;                 // which of the event's records
+  std::shared_ptr<Record> record;  // what a record passes, or a wait needs
 };
 
 // An item of a graph, with the indices of those that it comes after.
@@ -85,7 +83,7 @@ struct Stream {
 
 struct Event {
   unsigned flags = 0;
-  std::shared_ptr<Progress> progress = std::make_shared<Progress>();
+  std::shared_ptr<Record> record;    // the last one, if there is one
   std::shared_ptr<Capture> capture;  // the one it was last recorded in
   std::set<size_t> latest;           // what came before it there
 };
@@ -112,6 +110,9 @@ Stream& stream_of(const Lock&, cudaStream_t handle);
 Event& event_of(const Lock&, cudaEvent_t handle);
 
 // ---- what is told of wrong use
+
+// On the terminal, if ECHO_RT_VIRTUAL_GPU_TRACE is set.
+void trace(const std::string& what);
 
 // A call that CUDA refuses, or whose result it leaves open, is also remembered in words, for tests to look at.
 void complain(const Lock&, const std::string& what);
