@@ -138,22 +138,21 @@ cudaError_t drain(Lock lock, const std::function<bool()>& done, const std::funct
   return failed(fault);
 }
 
-bool all_idle() {
-  const auto& streams = machine().streams;
-  return std::all_of(streams.begin(), streams.end(), [](const Stream* stream) { return idle(*stream); });
-}
-
-Stream* any_unfinished() {
-  for (Stream* stream : machine().streams) {
-    if (Stream* leading = leading_to(*stream)) return leading;
-  }
-  return nullptr;
+// A place behind all that is in the queue by now: what comes later is not waited for.
+std::shared_ptr<Record> mark_end(const Lock& lock, Stream& stream) {
+  Item end;
+  end.kind = Item::Kind::kRecord;
+  end.name = "end";
+  end.record = std::make_shared<Record>();
+  auto record = end.record;
+  enqueue_mark(lock, stream, std::move(end));
+  return record;
 }
 
 void take_a_turn(Lock lock) {
   if (inside_an_item || chosen == Policy::kLazy) return;
   if (chosen == Policy::kEager) {
-    drain(std::move(lock), all_idle, any_unfinished);
+    wait_for_all(std::move(lock));
     return;
   }
   size_t many = chance(lock, kMostByChance + 1);
@@ -236,10 +235,20 @@ void enqueue_mark(const Lock&, Stream& stream, Item mark) {
   }
 }
 
-cudaError_t wait_for_all(Lock lock) { return drain(std::move(lock), all_idle, any_unfinished); }
+cudaError_t wait_for_all(Lock lock) {
+  std::vector<std::shared_ptr<Record>> ends;
+  for (Stream* stream : machine().streams) {
+    if (!idle(*stream)) ends.push_back(mark_end(lock, *stream));
+  }
+  cudaError_t fault = failed(machine().fault);
+  lock.unlock();
+  for (auto& end : ends) fault = wait_for(hold(), std::move(end));
+  return fault;
+}
 
 cudaError_t wait_for(Lock lock, Stream& stream) {
-  return drain(std::move(lock), [&] { return idle(stream); }, [&] { return leading_to(stream); });
+  auto end = mark_end(lock, stream);
+  return wait_for(std::move(lock), std::move(end));
 }
 
 cudaError_t wait_for(Lock lock, std::shared_ptr<Record> record) {

@@ -27,8 +27,8 @@ void enqueue(Lock lock, Stream& stream, std::vector<Item> items);
 // Appends a record or a wait. No work runs for it on the caller's thread (see go_on_beside).
 void enqueue_mark(const Lock&, Stream& stream, Item mark);
 
-// Block until all, one stream, or one record of an event is through. The lock is released, and so is Python's
-// interpreter lock. The result is the device's fault, if it has one.
+// Block until all that was asked of the device, or of one stream, is done, or one record of an event is passed. The
+// lock is released, and so is Python's interpreter lock. The result is the device's fault, if it has one.
 cudaError_t wait_for_all(Lock lock);
 cudaError_t wait_for(Lock lock, Stream& stream);
 cudaError_t wait_for(Lock lock, std::shared_ptr<Record> record);
