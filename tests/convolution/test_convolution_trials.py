@@ -342,6 +342,7 @@ def test_a_captured_call_follows_its_inputs(real_gpu, kind):
     shape = GROWING if kind.enlarges else CAUSAL
     frames, weight = inputs(shape, torch.bfloat16, real_gpu)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes the inputs
     with torch.no_grad(), torch.cuda.stream(stream):
         prepared = kind.prepare(weight)
         prepared(frames)
