@@ -1,4 +1,4 @@
-"""What operators of libraries compute that have no counterpart on the CPU: attention, convolution, float8 products.
+"""What operators of libraries compute that are others on the CPU, or not there: attention, convolutions, products.
 
 Each is a pair: how to compute the result, and the shapes of what is returned.
 """
@@ -110,10 +110,19 @@ def _scaled_product_shape(
     return torch.empty(a.shape[0], b.shape[1], dtype=out_dtype or a.dtype, device="meta")
 
 
+def _activated_product(
+    bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1, use_gelu: bool = False
+) -> Tensor:
+    """GELU by its tanh formula, as cuBLAS has it; the CPU's operator has the one with erf."""
+    out = torch.addmm(bias, a, b, beta=beta, alpha=alpha)
+    return torch.nn.functional.gelu(out, approximate="tanh") if use_gelu else torch.relu(out)
+
+
 STAND_INS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "aten::_scaled_dot_product_flash_attention": (_flash, _flash_shape),
     "aten::_scaled_dot_product_cudnn_attention": (_biased, _flash_shape),
     "aten::_scaled_dot_product_efficient_attention": (_biased, _efficient_shape),
     "aten::cudnn_convolution": (_convolution, _convolution_shape),
+    "aten::_addmm_activation": (_activated_product, _activated_product),
     "aten::_scaled_mm": (_scaled_product, _scaled_product_shape),
 }
