@@ -5,8 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import echo_rt  # imports torch, which not every test has
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))  # lets every test import closeness, naive_rollout, ... by name
@@ -53,3 +57,20 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "small"
     write_tiny_model(folder, width=32, height=32)
     return folder
+
+
+@pytest.fixture(scope="module")
+def runtime(small_model: Path) -> Iterator[echo_rt.Runtime]:
+    """The smallest model; modules that need another define a fixture of this name."""
+    from streaming import load
+
+    with load(small_model) as runtime:
+        yield runtime
+
+
+@pytest.fixture(scope="module")
+def expected(runtime: echo_rt.Runtime) -> list[echo_rt.Chunk]:
+    """The beginning of its video, taken from a stream without more ado."""
+    from streaming import video
+
+    return video(runtime, 6)

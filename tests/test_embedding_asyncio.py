@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,17 +13,6 @@ from streaming import Gate, embeds, load, same, take, video
 import echo_rt
 
 LONG = 60.0  # seconds; only a deadlock takes that long
-
-
-@pytest.fixture(scope="module")
-def runtime(small_model: Path) -> Iterator[echo_rt.Runtime]:
-    with load(small_model) as runtime:
-        yield runtime
-
-
-@pytest.fixture(scope="module")
-def expected(runtime: echo_rt.Runtime) -> list[echo_rt.Chunk]:
-    return video(runtime, 6)
 
 
 def test_async_for(runtime: echo_rt.Runtime, expected: list[echo_rt.Chunk]) -> None:

@@ -24,17 +24,6 @@ from echo_rt.model.transformer import Transformer
 from echo_rt.model.vae_decoder import VaeDecoder
 
 
-@pytest.fixture(scope="module")
-def runtime(small_model: Path) -> Iterator[echo_rt.Runtime]:
-    with load(small_model) as runtime:
-        yield runtime
-
-
-@pytest.fixture(scope="module")
-def expected(runtime: echo_rt.Runtime) -> list[echo_rt.Chunk]:
-    return video(runtime, 6)
-
-
 def live_bytes() -> int:
     """Bytes of all tensors that are alive, reachable or not."""
     kinds = (Tensor, torch.nn.Parameter)

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from streaming import embeds, load, same, take, video, within
 
 import echo_rt
 
 LONG = 60.0  # seconds; only a deadlock takes that long
-
-
-@pytest.fixture(scope="module")
-def runtime(small_model: Path) -> Iterator[echo_rt.Runtime]:
-    with load(small_model) as runtime:
-        yield runtime
-
-
-@pytest.fixture(scope="module")
-def expected(runtime: echo_rt.Runtime) -> list[echo_rt.Chunk]:
-    return video(runtime, 6)
 
 
 def test_threads_that_share_a_stream_get_each_block_once(

@@ -24,12 +24,6 @@ MEMORY = "query_memory_encoder."
 Tensors = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module")
-def runtime(small_model: Path) -> Iterator[echo_rt.Runtime]:
-    with load(small_model) as runtime:
-        yield runtime
-
-
 def checkpoint_of(folder: Path) -> tuple[Tensors, Tensors]:
     """The checkpoint's averaged transformer and memory encoder, under bare names."""
     content = torch.load(folder / CHECKPOINT_FILE, weights_only=True)["generator_ema"]
