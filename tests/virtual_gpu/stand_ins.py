@@ -93,7 +93,14 @@ def _scaled_product(
 
 
 def _scaled_product_shape(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *_: Any, out_dtype: torch.dtype | None = None, **__: Any
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    scale_result: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
 ) -> Tensor:
     """What cuBLAS asks of a product scaled by rows: a row-major, b column-major, a scale for each row and column."""
     if a.stride(1) != 1 or b.stride(0) != 1:
