@@ -18,6 +18,7 @@ from pathlib import Path
 
 import _checkout
 import torch
+from gpu_stages import FLOAT8_CAPABILITY
 
 from echo_rt.bench.environment import environment
 from echo_rt.bench.tables import Column, check_results_folder, write_results
@@ -28,8 +29,6 @@ from echo_rt.ops import BACKENDS
 from echo_rt.options import DTYPE_NAMES
 
 GOLDEN_VARIABLE = "ECHO_RT_GOLDEN"
-# From which on tensor cores multiply float8; written here too, so that a refusal elsewhere does not explain itself.
-_FLOAT8_CAPABILITY = (8, 9)
 COLUMNS = (
     Column("bundle", "bundle", text=True),
     Column("backend", "backend", text=True),
@@ -81,8 +80,8 @@ def refusal(bundle: Path, device: str, backend: str, dtype: str) -> str:
         return "kernels update a memory in 16 bits"
     if dtype == "float8" and device.startswith("cuda"):
         found = torch.cuda.get_device_capability(device)
-        if found < _FLOAT8_CAPABILITY:
-            needed, own = ("{}.{}".format(*capability) for capability in (_FLOAT8_CAPABILITY, found))
+        if found < FLOAT8_CAPABILITY:
+            needed, own = ("{}.{}".format(*capability) for capability in (FLOAT8_CAPABILITY, found))
             return f"float8 needs compute capability {needed}, this GPU has {own}"
     return ""
 
