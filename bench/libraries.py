@@ -36,6 +36,7 @@ _WRITTEN = {
 # Operations whose definition torch.compile makes one or two kernels of.
 _COMPILED = (
     "qkv_norm_rope_store",
+    "merge_attention",
     "gated_update",
     "modulated_layer_norm",
     "gated_residual_norm",

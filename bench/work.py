@@ -50,6 +50,10 @@ def _qkv_norm_rope_store(qkv: Tensor, *rest: Any) -> Work:
     return Work((4 * tokens + stored * write_index.shape[0]) * row, 0, "memory")
 
 
+def _merge_attention(outputs: Tensor, logsumexps: Tensor) -> Work:
+    return Work(_size(outputs, outputs[0], logsumexps), 0, "memory")
+
+
 def _reanchor(kv: Tensor, temporal: Tensor, spatial: Tensor, sink_k: Any, memory_k: Any, memory_v: Any, _: int) -> Work:
     sink = 2 * _size(sink_k)
     memory = (1 + kv.shape[0]) * _size(memory_k, memory_v)
@@ -117,6 +121,7 @@ _WORK: dict[str, Callable[..., Work]] = {
     "rope_table": _rope_table,
     "advance": _advance,
     "qkv_norm_rope_store": _qkv_norm_rope_store,
+    "merge_attention": _merge_attention,
     "reanchor": _reanchor,
     "memory_attention": _memory_attention,
     "gated_update": _gated_update,

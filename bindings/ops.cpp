@@ -34,6 +34,7 @@ ECHO_RT_LIBRARY(ECHO_RT_NAMESPACE, m) {
       "qkv_norm_rope_store(Tensor qkv, Tensor norm_q, Tensor norm_k, Tensor temporal, Tensor spatial, "
       "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor write_index, Tensor(c!)? raw_k, int raw_offset, float eps) "
       "-> Tensor");
+  m.def("merge_attention(Tensor outputs, Tensor logsumexps) -> Tensor");
   m.def(
       "reanchor(Tensor(a!) kv, Tensor temporal_anchor, Tensor spatial, Tensor? sink_k, Tensor? memory_k, "
       "Tensor? memory_v, int memory_tokens) -> ()");
@@ -65,6 +66,7 @@ TORCH_LIBRARY_IMPL(ECHO_RT_NAMESPACE, ECHO_RT_DISPATCH_KEY, m) {
   m.impl("rope_table", &rope_table);
   m.impl("advance", &advance);
   m.impl("qkv_norm_rope_store", &qkv_norm_rope_store);
+  m.impl("merge_attention", &merge_attention);
   m.impl("reanchor", &reanchor);
   m.impl("memory_attention", &memory_attention);
   m.impl("gated_update", &gated_update);

@@ -25,6 +25,8 @@ Tensor qkv_norm_rope_store(const Tensor& qkv, const Tensor& norm_q, const Tensor
                            const Tensor& spatial, const Tensor& k_cache, const Tensor& v_cache,
                            const Tensor& write_index, const OptionalTensor& raw_k, int64_t raw_offset, double eps);
 
+Tensor merge_attention(const Tensor& outputs, const Tensor& logsumexps);
+
 Tensor memory_attention(const Tensor& q, const Tensor& norm_q, const Tensor& k, const Tensor& v, double eps);
 
 void gated_update(const Tensor& old, const Tensor& candidate, const Tensor& norm, const Tensor& gate_weight,

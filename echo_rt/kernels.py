@@ -73,6 +73,11 @@ class Kernels:
         return q
 
     @staticmethod
+    def merge_attention(outputs: Tensor, logsumexps: Tensor) -> Tensor:
+        out: Tensor = _library.merge_attention(outputs, logsumexps)
+        return out
+
+    @staticmethod
     def reanchor(
         kv: Tensor,
         temporal_anchor: Tensor,
@@ -201,6 +206,11 @@ def _fake_queries(*arguments: Tensor | float | None) -> Tensor:
     return qkv.new_empty(qkv.shape[0], *k_cache.shape[1:])
 
 
+def _fake_merged(outputs: Tensor, logsumexps: Tensor) -> Tensor:
+    _, tokens, heads, head_dim = outputs.shape
+    return outputs.new_empty(tokens, heads * head_dim)
+
+
 for _name in (
     "rope_table",
     "advance",
@@ -220,3 +230,4 @@ for _name in (
 for _name in ("memory_attention", "modulated_layer_norm", "gated_residual_norm"):
     torch.library.register_fake(f"echo_rt::{_name}", _fake_like_first)
 torch.library.register_fake("echo_rt::qkv_norm_rope_store", _fake_queries)
+torch.library.register_fake("echo_rt::merge_attention", _fake_merged)

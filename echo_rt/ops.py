@@ -79,6 +79,14 @@ class Ops(Protocol):
         """
 
     @staticmethod
+    def merge_attention(outputs: Tensor, logsumexps: Tensor) -> Tensor:
+        """Attention to all keys, ``[n, H·d]``, from attention to two, three or four pieces of them.
+
+        ``outputs [pieces, n, H, d]``; ``logsumexps`` float32 ``[pieces, H, n]``: the natural logarithm of the sum of
+        the exponentials of the scaled scores. A piece weighs as much as its part of the whole sum.
+        """
+
+    @staticmethod
     def reanchor(
         kv: Tensor,
         temporal_anchor: Tensor,

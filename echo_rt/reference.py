@@ -133,6 +133,11 @@ def qkv_norm_rope_store(
     return _rotate(q, temporal, spatial).to(qkv.dtype)
 
 
+def merge_attention(outputs: Tensor, logsumexps: Tensor) -> Tensor:
+    weights = logsumexps.softmax(0).transpose(1, 2).unsqueeze(-1)
+    return (weights * outputs.float()).sum(0).flatten(1).to(outputs.dtype)
+
+
 def reanchor(
     kv: Tensor,
     temporal_anchor: Tensor,

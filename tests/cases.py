@@ -132,6 +132,11 @@ def _qkv_norm_rope_store(s: Sizes, m: Maker) -> tuple[Any, ...]:
     )
 
 
+def _merge_attention(s: Sizes, m: Maker) -> tuple[Any, ...]:
+    pieces, n = 2, s.frames * s.tokens
+    return m.normal(pieces, n, s.heads, s.head_dim), m.normal(pieces, s.heads, n, dtype=torch.float32, scale=3)
+
+
 def _reanchor(s: Sizes, m: Maker) -> tuple[Any, ...]:
     memory = s.memory_frames * s.tokens
     return (
@@ -257,6 +262,7 @@ MAKERS: dict[str, Callable[[Sizes, Maker], tuple[Any, ...]]] = {
     "rope_table": _rope_table,
     "advance": _advance,
     "qkv_norm_rope_store": _qkv_norm_rope_store,
+    "merge_attention": _merge_attention,
     "reanchor": _reanchor,
     "memory_attention": _memory_attention,
     "gated_update": _gated_update,

@@ -19,6 +19,7 @@ KERNEL_SIZES = Sizes(tokens=5, heads=2, head_dim=64)
 # Arguments whose rows may lie apart, as slices of a product and of the cache do.
 ROWS_APART = {
     "qkv_norm_rope_store": {"qkv", "k_cache", "v_cache", "raw_k"},
+    "merge_attention": {"outputs"},
     "memory_attention": {"q", "k", "v"},
     "gated_update": {"old", "candidate", "gate_weight", "out"},
     "modulated_layer_norm": {"x"},

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import OPS, SIZES, Sizes
+from closeness import relative_error
 from naive_noise import naive_noise
 from op_checks import (
     ALL_SIZES,
@@ -176,6 +177,45 @@ def test_reanchor(ops: Ops, dtype: torch.dtype, size: str, given: str) -> None:
         if memory_v is not None:
             expected[layer, 1, :memory_tokens] = memory_v
     assert_same(kv, expected)
+
+
+@DTYPES
+@ALL_SIZES
+@pytest.mark.parametrize("pieces", [2, 3, 4])
+def test_merge_attention(ops: Ops, dtype: torch.dtype, size: str, pieces: int) -> None:
+    """Of pieces of other lengths, one of which has nearly all the weight."""
+    s = SIZES[size]
+    outputs, _ = case(ops, "merge_attention", s, dtype)
+    n, generator = outputs.shape[1], torch.Generator().manual_seed(pieces)
+    parts = torch.randn(2, pieces, 9, s.heads, s.head_dim, generator=generator)
+    lengths = [9, 4, 1, 7][:pieces]
+    q = torch.randn(n, s.heads, s.head_dim, generator=generator)
+    scores = [torch.einsum("nhd,mhd->hnm", q, k[:m]) for k, m in zip(parts[0], lengths, strict=True)]
+    logsumexps = torch.stack([piece.logsumexp(-1) for piece in scores]).to(outputs.device)
+    attended = [
+        torch.einsum("hnm,mhd->nhd", piece.softmax(-1), v[:m])
+        for piece, v, m in zip(scores, parts[1], lengths, strict=True)
+    ]
+    outputs = torch.stack(attended).to(outputs)
+    weights = logsumexps.double().softmax(0).transpose(1, 2)[..., None]
+    expected = (weights * outputs.double()).sum(0).flatten(1)
+    actual = ops.merge_attention(outputs, logsumexps)
+    assert actual.dtype == dtype
+    assert_close(actual, reference.merge_attention(outputs, logsumexps), expected, BOUNDS[dtype])
+    values = torch.cat([v[:m] for v, m in zip(parts[1], lengths, strict=True)])
+    whole = torch.einsum("hnm,mhd->nhd", torch.cat(scores, -1).softmax(-1), values).flatten(1)
+    assert relative_error(actual.cpu(), whole) < 2 * BOUNDS[dtype]  # what all of this is for
+
+
+@pytest.mark.parametrize("size", ["small", "wide"])  # one way through the kernel each
+def test_merge_attention_of_pieces_far_apart(ops: Ops, size: str) -> None:
+    """A piece without weight counts for nothing, and sums that no exponential holds are no infinity; NaN is seen."""
+    outputs, logsumexps = case(ops, "merge_attention", SIZES[size], torch.bfloat16)
+    logsumexps[0], logsumexps[1] = -300.0, 300.0
+    assert_same(ops.merge_attention(outputs, logsumexps), outputs[1].flatten(1))
+    logsumexps[1, -1, -1] = math.nan
+    sick = ops.merge_attention(outputs, logsumexps).isnan().unflatten(1, outputs.shape[2:])
+    assert sick[-1, -1].all() and int(sick.sum()) == outputs.shape[-1]
 
 
 def float32_is_refused(ops: Ops, op: str, args: list[Any]) -> bool:

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/merge_attention.h"
 #include "kv_ring/advance.h"
 #include "kv_ring/reanchor.h"
 #include "kv_ring/rope_table.h"
@@ -249,6 +250,22 @@ cudaError_t gated_residual_norm_as(bool quantize) {
 cudaError_t gated_residual_norm() { return gated_residual_norm_as(false); }
 cudaError_t gated_residual_norm_quantize() { return gated_residual_norm_as(true); }
 
+cudaError_t merge_attention() {
+  return for_types([](const Sizes& s, Tensors& t, ScalarType type) {
+    echo::MergeAttentionParams p;
+    p.pieces = 3;
+    p.outputs_stride = s.rows() * s.dim();
+    p.outputs = t.zeros(type, p.pieces * p.outputs_stride);
+    p.logsumexps = t.zeros<float>(p.pieces * s.heads * s.rows());
+    p.out = t.zeros(type, s.rows() * s.dim());
+    p.dtype = type;
+    p.tokens = s.rows() + spare;
+    p.heads = s.heads;
+    p.head_dim = s.head_dim;
+    return launch_merge_attention(p, nullptr);
+  });
+}
+
 cudaError_t gelu_quantize() {
   return for_types([](const Sizes& s, Tensors& t, ScalarType type) {
     echo::GeluQuantizeParams p;
@@ -381,6 +398,7 @@ int main(int count, char** words) {
       {"modulated_layer_norm_quantize", modulated_layer_norm_quantize},
       {"gated_residual_norm_quantize", gated_residual_norm_quantize},
       {"gelu_quantize", gelu_quantize},
+      {"merge_attention", merge_attention},
       {"counter_noise", counter_noise},
       {"flow_step", flow_step},
       {"rms_silu_window", rms_silu_window},
