@@ -76,7 +76,7 @@ def assemble(loaded: LoadedModel, options: Options) -> Assembly:
     lookahead = _check_lookahead(options.lookahead, device)
     prescribed = (options.like.get(ATTENTION), options.like.get(TEXT_ATTENTION))
     attention, text_attention = attentions(
-        config, device, working, options.attention, cache=cache_file(), prescribed=prescribed
+        config, device, working, ops, options.attention, cache=cache_file(), prescribed=prescribed
     )
     schedule = Schedule(config.sampler, device)
     transformer_weights, memory_weights, vae_weights = (

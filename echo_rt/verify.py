@@ -126,7 +126,7 @@ def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
     weights = bundle.checked_weights(transformer_shapes(config.transformer) | memory)
     schedule = Schedule(config.sampler, bundle.device)
     dtype = working_dtype(bundle.dtype)
-    over_cache, over_text = attentions(config, bundle.device, dtype, cache=None)
+    over_cache, over_text = attentions(config, bundle.device, dtype, bundle.ops, cache=None)
     transformer = Transformer(
         config.transformer,
         weights,

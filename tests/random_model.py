@@ -84,7 +84,7 @@ def build_rollout(
     """A rollout of echo_rt over those weights."""
     config, ops, place = ModelConfig.from_flat(flat), load_ops(backend), torch.device(device)
     schedule = Schedule(config.sampler, place)
-    self_attention, text_attention = attentions(config, place, dtype, cache=None)
+    self_attention, text_attention = attentions(config, place, dtype, ops, cache=None)
     transformer = Transformer(
         config.transformer, weights, schedule.timesteps, ops, text_attention.attention, device=place, dtype=dtype
     )

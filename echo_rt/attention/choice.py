@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 
 from echo_rt.attention.kinds import KINDS, Attention, Kind
+from echo_rt.attention.pieces import in_pieces
 from echo_rt.attention.remembered import FILE
 from echo_rt.attention.trials import AttentionShapes, Trials
 from echo_rt.config import ModelConfig
 from echo_rt.device import give_memory_back, model_context
 from echo_rt.errors import BackendError
+from echo_rt.ops import Ops
 from echo_rt.trials.search import Found, Judge, Search, known_entries, summary
 
 # What a kind is tried on while there is no model; the head size is that of all of Wan's.
@@ -38,6 +40,11 @@ class Choice:
     timings: Mapping[str, float] = field(default_factory=dict)
     rejected: Mapping[str, str] = field(default_factory=dict)
     by_name: bool = False
+
+
+def kinds(ops: Ops) -> tuple[Kind, ...]:
+    """All that a model with these operations may be given."""
+    return (*KINDS, *in_pieces(ops))
 
 
 MakeJudge = Callable[[AttentionShapes, torch.device, torch.dtype], Judge[Attention]]
@@ -84,6 +91,7 @@ def attentions(
     config: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
+    ops: Ops,
     requested: str | None = None,
     *,
     cache: Path | None,
@@ -99,7 +107,15 @@ def attentions(
     )
     over_text = dataclasses.replace(over_cache, keys=transformer.text_len)
     first, second = (
-        choose_attention(requested, device=device, dtype=dtype, shapes=shapes, cache=cache, prescribed=name)
+        choose_attention(
+            requested,
+            device=device,
+            dtype=dtype,
+            shapes=shapes,
+            cache=cache,
+            prescribed=name,
+            kinds=kinds(ops),
+        )
         for shapes, name in zip((over_cache, over_text), prescribed, strict=True)
     )
     return first, second
@@ -118,10 +134,13 @@ def _search(
             raise BackendError(obstacle)
         return kind.load()
 
-    return Search(FILE, device, dtype, shapes, kinds, load, _reserve, partial(judge, shapes, device, dtype))
+    reserve = partial(_reserve, shapes)
+    return Search(FILE, device, dtype, shapes, kinds, load, reserve, partial(judge, shapes, device, dtype))
 
 
-def _reserve(kind: Kind) -> str:
+def _reserve(shapes: AttentionShapes, kind: Kind) -> str:
+    if shapes.keys % kind.pieces:
+        return f"{shapes.keys} keys cannot be cut into {kind.pieces} equal pieces"
     # Scores take gigabytes, and it is slow wherever another works.
     return "" if kind.fused else "it holds all scores in memory: for where nothing else works"
 

@@ -72,6 +72,7 @@ class Kind:
 
     ``load`` returns it, or raises :class:`BackendError` that says why it is not there and how to get it. ``fused``:
     it never holds the whole matrix of scores. ``distribution``: the package it comes in, where that is not torch.
+    ``pieces``: into how many it cuts the keys, ``merged_by``: the backend that merges what came of them.
     """
 
     name: str
@@ -80,6 +81,8 @@ class Kind:
     dtypes: tuple[torch.dtype, ...] = _HALF
     fused: bool = True
     distribution: str | None = None
+    pieces: int = 1
+    merged_by: str | None = None
 
     def obstacle(self, device: torch.device, dtype: torch.dtype) -> str:
         """Why it cannot be had on ``device`` in ``dtype`` and what can be done, as far as is known untried; or ""."""
@@ -95,9 +98,9 @@ class Kind:
         return ""
 
     def version(self) -> str | None:
-        """The version of its package, or None where that is torch, or not installed."""
+        """What of it may change: its package's version, or who merges. None where torch's or echo-rt's says it all."""
         if self.distribution is None:
-            return None
+            return self.merged_by
         try:
             return importlib.metadata.version(self.distribution)
         except importlib.metadata.PackageNotFoundError:
@@ -165,4 +168,3 @@ KINDS = (
         "flash-attn-4", "flash_attn.cute", "flash-attn-4", "for Hopper and newer GPUs: pip install flash-attn-4"
     ),
 )
-ATTENTION_NAMES = tuple(kind.name for kind in KINDS)

@@ -50,11 +50,12 @@ class Site:
         model: Model,
         device: torch.device,
         dtype: torch.dtype,
+        ops: Ops,
         attention: str | None,
         float8_except: tuple[str, ...] = (),
     ) -> Site:
         """The errors are those of :func:`echo_rt.attention.attentions`."""
-        choices = attentions(model.config, device, working_dtype(dtype), attention, cache=cache_file())
+        choices = attentions(model.config, device, working_dtype(dtype), ops, attention, cache=cache_file())
         return cls(model, device, dtype, float8_except, *choices)
 
     @property

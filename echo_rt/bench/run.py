@@ -119,7 +119,7 @@ def run(request: Request, say: Callable[[str], None] = lambda text: None) -> Run
     health = gpu_health(device)
     try:
         with _enough_memory(device):
-            site = Site.choose(model, device, dtype, request.attention, request.float8_except)
+            site = Site.choose(model, device, dtype, ops, request.attention, request.float8_except)
             # What was asked of the decoder is not asked of the backend that it is held against, where that is another.
             parts = {_TORCH: Parts(site, load_ops(_TORCH))}
             parts[ops.name] = Parts(site, ops, request.convolution, request.vae_tiles)

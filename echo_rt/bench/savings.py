@@ -1,4 +1,4 @@
-"""What each exact saving of docs/savings.md gives at best, measured beside its count and beside a whole block."""
+"""What each saving of docs/savings.md gives at best, measured beside its count and beside a whole block."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from echo_rt.attention.pieces import PIECES
 from echo_rt.bench.environment import environment
 from echo_rt.bench.figures import Sample, milliseconds
 from echo_rt.bench.request import Request
@@ -34,6 +35,7 @@ COLUMNS = (
     Column("counted_ms", "counted, ms", ".3f"),
     Column("problem", "", text=True),
 )
+_IN_PIECES = "attention in pieces"
 _BLOCK = "a whole block"
 _WITHOUT, _WITH = "without", "with"
 _PROMPT_TOKENS = 77  # how many there are changes no size
@@ -94,7 +96,11 @@ def counted_rows(counts: Counts, lengths: tuple[int, ...]) -> list[Row]:
             count = counts.collapsed(real, merged_outside=outside)
             rows.append(row(COLLAPSED, what, count.now, count.then))
     short = counts.cut_short()
-    return [*rows, row(CUT_SHORT, "last layer behind its keys", short.now, short.then)]
+    rows.append(row(CUT_SHORT, "last layer behind its keys", short.now, short.then))
+    for pieces in PIECES:
+        count = counts.in_pieces(pieces)
+        rows.append(row(_IN_PIECES, f"{pieces} pieces of the keys", count.now, count.then))
+    return rows
 
 
 def measure(request: Request, device: torch.device, timer: Timer, limits: Limits, effort: Effort) -> Measured:
@@ -107,7 +113,7 @@ def measure(request: Request, device: torch.device, timer: Timer, limits: Limits
     check_device(ops, device)
     model = request.load(device)
     warn_of_faulty_convolutions(device, dtype)
-    site = Site.choose(model, device, dtype, request.attention)
+    site = Site.choose(model, device, dtype, ops, request.attention)
     parts, counts = Parts(site, ops), Counts(model.config, limits)
     rig = Rig(parts, MemoryMode.EVOLVE, graphs=None, depth=1)
     try:

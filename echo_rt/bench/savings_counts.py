@@ -1,7 +1,7 @@
-"""What the exact savings of docs/savings.md can give at best: counted from sizes, measured by nobody.
+"""What the savings of docs/savings.md can give at best: counted from sizes, measured by nobody.
 
 Times are work over ceilings. A matrix product is counted in waves: its output is cut into tiles, each multiprocessor
-computes one at a time, and a last wave that is not full takes as long as a full one.
+computes one at a time, and a last wave that is not full takes as long as a full one. So is attention.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Counts:
         return len(self._config.sampler.denoising_steps) + 1
 
     @property
-    def cross_attentions(self) -> int:
-        """Of a block; the last layer of the context pass has none."""
+    def attentions(self) -> int:
+        """Of a block, over the cache and over the text alike; the last layer of the context pass has none."""
         return self.passes * self._layers - 1
 
     def merged_layers(self, product: str) -> int:
@@ -95,7 +95,8 @@ class Counts:
 
     def merged_cross_attention(self) -> Count:
         """In all layers but the last: attention to the text, for which both halves have the same keys."""
-        apart, together = (self._attention_waves(rows) for rows in (self._tokens, 2 * self._tokens))
+        text = self._config.transformer.text_len
+        apart, together = (self._attention_waves(rows, text) for rows in (self._tokens, 2 * self._tokens))
         return Count((self._layers - 1) * 2 * apart, (self._layers - 1) * together)
 
     def merged_rest(self) -> Count:
@@ -117,7 +118,7 @@ class Counts:
         then = self._attention(real if merged_outside else real + 1)
         if merged_outside:
             then += 1e3 * 3 * self._tokens * self._dim * _ELEMENT / self._limits.bytes
-        return Count(self.cross_attentions * now, self.cross_attentions * then)
+        return Count(self.attentions * now, self.attentions * then)
 
     # ---------------------------------------------------------------- a context pass that ends early
 
@@ -128,6 +129,16 @@ class Counts:
         ]
         text = self._config.transformer.text_len
         return Count(sum(rest) + self._milliseconds(self._attention_flops(self.keys)) + self._attention(text), 0.0)
+
+    # ---------------------------------------------------------------- attention in pieces
+
+    def in_pieces(self, pieces: int) -> Count:
+        """Attention over the cache, in ``pieces`` of the keys: more tiles, and copies of the queries and merging."""
+        row = self._tokens * self._dim * _ELEMENT
+        copied, merged = (1 + pieces) * row, (pieces + 1) * row
+        now = self._attention_waves(self._tokens, self.keys)
+        then = self._attention_waves(self._tokens, self.keys, pieces) + 1e3 * (copied + merged) / self._limits.bytes
+        return Count(self.attentions * now, self.attentions * then)
 
     # ---------------------------------------------------------------- parts
 
@@ -155,8 +166,8 @@ class Counts:
             self._waves(-(-rows // high) * -(-columns // wide), 2 * high * wide * inner) for high, wide in _TILES
         )
 
-    def _attention_waves(self, rows: int) -> float:
-        """To the text, in waves over heads and pieces of the queries."""
+    def _attention_waves(self, rows: int, keys: int, pieces: int = 1) -> float:
+        """Milliseconds of one call: a tile for each head, each piece of the keys and some of the queries."""
         transformer = self._config.transformer
-        tiles = -(-rows // _ATTENTION_ROWS) * transformer.num_heads
-        return self._waves(tiles, 4 * _ATTENTION_ROWS * transformer.text_len * transformer.head_dim)
+        tiles = -(-rows // _ATTENTION_ROWS) * transformer.num_heads * pieces
+        return self._waves(tiles, 4 * _ATTENTION_ROWS * keys // pieces * transformer.head_dim)

@@ -128,7 +128,7 @@ class Probes:
 
     def _collapsed(self, real: int) -> Sequence[Comparison]:
         q, n = self._q[: self._tokens], self._text
-        times = self._counts.cross_attentions / len(self._layers)
+        times = self._counts.attentions / len(self._layers)
         padding = n - real
         # The sums cost a kernel nothing to hand out, and their values do not change a time: one layer's serve all.
         lse = log_sum_exp(q, self._text_kv[0, 0, :real])

@@ -23,7 +23,7 @@ from echo_rt.errors import EchoError
 if TYPE_CHECKING:
     import torch
 
-    from echo_rt.convolution import Kind
+    from echo_rt import attention, convolution
 
 Status = Literal["ok", "absent", "missing"]  # absent: can be done without
 
@@ -239,25 +239,34 @@ def _compilers() -> Iterator[Fact]:
 def _attention() -> Iterator[Fact]:
     """Which libraries of attention work on the best device, and which one a model would be given there."""
     try:
-        from echo_rt.attention import available_attention
+        from echo_rt.attention import available_attention, kinds
+        from echo_rt.ops import load_ops
     except (ImportError, OSError):
         return
-    device = yield from _tried("attention", available_attention)
+    every = [kinds(load_ops(name)) for name in _gpu_backends()]
+    device = yield from _tried("attention", lambda device: available_attention(device, every[-1]))
     if device is not None:
-        yield from _chosen_attention(device)
+        yield from _chosen_attention(device, every)
 
 
 def _convolution() -> Iterator[Fact]:
     """Which ways to compute the decoder's convolutions work on the best device, and which ones are chosen there."""
     try:
         from echo_rt.convolution import available_convolutions, kinds
-        from echo_rt.ops import available_backends, load_ops
+        from echo_rt.ops import load_ops
     except (ImportError, OSError):
         return
-    every = [kinds(load_ops(name)) for name in ("torch", "cuda") if available_backends()[name] == "available"]
+    every = [kinds(load_ops(name)) for name in _gpu_backends()]
     device = yield from _tried("convolution", lambda device: available_convolutions(device, every[-1]))
     if device is not None:
         yield from _chosen_convolutions(device, every)
+
+
+def _gpu_backends() -> list[str]:
+    """Those that models on a GPU may have; what is chosen for a model depends on its own."""
+    from echo_rt.ops import available_backends
+
+    return [name for name in ("torch", "cuda") if available_backends()[name] == "available"]
 
 
 def _tried(
@@ -284,11 +293,11 @@ def _tried(
     return device
 
 
-def _chosen_attention(device: torch.device) -> Iterator[Fact]:
+def _chosen_attention(device: torch.device, every: Sequence[Sequence[attention.Kind]]) -> Iterator[Fact]:
     from echo_rt.attention import cache_file, known_choices
 
     cache = cache_file()
-    chosen = list(known_choices(device, cache))
+    chosen = dict.fromkeys(choice for kinds in every for choice in known_choices(device, cache, kinds))
     for name, reason in chosen:
         yield Fact("attention", "chosen", f"{name}: {reason}")
     if not chosen:
@@ -298,7 +307,7 @@ def _chosen_attention(device: torch.device) -> Iterator[Fact]:
         yield Fact("attention", "remembered in", f"{cache} (without it, measured anew)")
 
 
-def _chosen_convolutions(device: torch.device, every: Sequence[Sequence[Kind]]) -> Iterator[Fact]:
+def _chosen_convolutions(device: torch.device, every: Sequence[Sequence[convolution.Kind]]) -> Iterator[Fact]:
     """The decoder has dozens: how many of them are computed in which way."""
     from echo_rt.convolution import cache_file, known_choices
 

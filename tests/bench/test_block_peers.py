@@ -37,7 +37,7 @@ SIZES = BenchModel(
 
 @pytest.fixture(scope="module")
 def parts() -> Parts:
-    site = Site.choose(random_model(SIZES, CPU, 0), CPU, FLOAT32, None)
+    site = Site.choose(random_model(SIZES, CPU, 0), CPU, FLOAT32, reference, None)  # type: ignore[arg-type]
     return Parts(site, reference)  # type: ignore[arg-type]
 
 

@@ -33,7 +33,7 @@ def test_the_transformers_count_is_the_sum_of_its_products() -> None:
     of_a_token = 2 * (6 * dim * dim + 2 * dim * wide)
     flops = 5 * layers * tokens * (of_a_token + 4 * dim * (keys + 512))
     assert COUNTS.transformer == pytest.approx(1e3 * flops / H200.flops)
-    assert COUNTS.keys == keys and COUNTS.cross_attentions == 5 * layers - 1
+    assert COUNTS.keys == keys and COUNTS.attentions == 5 * layers - 1
 
 
 def test_only_whole_waves_are_counted() -> None:
@@ -57,16 +57,27 @@ def test_collapsed_attention_is_bound_by_its_bytes_where_keys_are_few() -> None:
     assert slow.saved / slow.now == pytest.approx(1 - 32 / 512)  # where arithmetic alone decides
 
 
+def test_attention_in_pieces_fills_its_last_wave() -> None:
+    """37 tiles of queries for each of 12 heads: 4 waves of 132, 7 of half the keys, 11 of a third, 14 of a quarter."""
+    wave, row = 1e3 * 132 * 4 * 128 * 23400 * 128 / H200.flops, 1e3 * 4680 * 1536 * 2 / H200.bytes
+    for pieces, waves in ((2, 7), (3, 11), (4, 14)):
+        count = COUNTS.in_pieces(pieces)
+        assert count.now == pytest.approx(149 * 4 * wave)
+        assert count.then == pytest.approx(149 * (waves / pieces * wave + 2 * (pieces + 1) * row))
+
+
 def test_the_page_has_the_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["--counts"]) == 0
     page = DOCS.read_text()
     assert capsys.readouterr().out in page
     merged = sum(COUNTS.merged_product(name).saved for name in PRODUCTS) + COUNTS.merged_cross_attention().saved
     wasted = sum(map(COUNTS.wasted, PRODUCTS))
+    halves = COUNTS.in_pieces(2).saved
     for figure in (
         f"{COUNTS.transformer:.1f} ms at that rate",
         f"{merged:.2f} ms of a block: {merged / COUNTS.transformer:.1%}".replace("%", " %"),
         f"{wasted:.1f} ms, {wasted / COUNTS.transformer:.1%}".replace("%", " %"),
+        f"{halves:.1f} ms less of a block: {halves / COUNTS.transformer:.1%}".replace("%", " %"),
         f"one pass later, {COUNTS.transformer / COUNTS.passes:.0f} ms",
     ):
         assert figure in page, figure

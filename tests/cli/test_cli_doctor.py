@@ -133,16 +133,18 @@ def attention_facts(monkeypatch, states: dict[str, str], cache=None) -> dict[str
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(echo_rt.attention, "available_attention", lambda device: states)
+    monkeypatch.setattr(echo_rt.attention, "available_attention", lambda device, kinds: states)
     monkeypatch.setattr(echo_rt.attention, "cache_file", lambda: cache)
     return {fact.name: fact for fact in doctor_checks._attention()}
 
 
 def test_attention_on_a_cpu(echo_rt):
-    from echo_rt.attention import ATTENTION_NAMES
+    from echo_rt.attention import kinds
+    from echo_rt.ops import load_ops
 
     facts = facts_of(echo_rt("doctor", "--json"))
-    assert {name for name, fact in facts.items() if fact["group"] == "attention"} == {*ATTENTION_NAMES, "chosen"}
+    names = {kind.name for kind in kinds(load_ops("torch"))}
+    assert {name for name, fact in facts.items() if fact["group"] == "attention"} == {*names, "chosen"}
     assert facts["sdpa"]["value"] == "works on cpu"
     assert facts["chosen"]["value"] == "sdpa: torch's own on a CPU"
     assert facts["flash-attn-2"]["status"] == "absent" and "choose sdpa" in facts["flash-attn-2"]["advice"]
@@ -164,16 +166,16 @@ def test_attention_that_is_not_there_comes_with_its_remedy(monkeypatch):
 def test_the_attention_that_was_chosen_and_why(monkeypatch, tmp_path):
     import torch
 
-    from echo_rt.attention import AttentionShapes
-    from echo_rt.attention.kinds import KINDS
+    from echo_rt.attention import AttentionShapes, kinds
     from echo_rt.attention.remembered import Case, Entry, remember
+    from echo_rt.ops import load_ops
     from echo_rt.trials.machine import machine_facts
 
     cache = tmp_path / "attention.json"
     facts = attention_facts(monkeypatch, {"sdpa-cudnn": "available"}, cache)
     assert (facts["chosen"].value, facts["chosen"].status) == ("not measured yet", "absent")
     assert "when a model is loaded" in facts["chosen"].advice and "ECHO_RT_CACHE_DIR" not in facts["chosen"].advice
-    machine = machine_facts(torch.device("cuda", 0), KINDS)
+    machine = machine_facts(torch.device("cuda", 0), kinds(load_ops("torch")))
     shapes = AttentionShapes(queries=5, keys=7, heads=2, head_dim=8)
     for known, winner in ((machine, "sdpa-cudnn"), ({**machine, "torch": "1.0"}, "sdpa-flash")):
         remember(cache, Entry(Case(known, "bfloat16", shapes), winner, {"sdpa-cudnn": 0.25, "sdpa-flash": 0.5}, {}))
@@ -193,7 +195,7 @@ def test_no_attention_at_all(monkeypatch):
 def test_a_gpu_that_fails_is_a_finding(monkeypatch):
     import echo_rt.attention
 
-    def full(device):
+    def full(device, kinds):
         raise RuntimeError("CUDA error: out of memory\nmore")
 
     monkeypatch.setattr(echo_rt.attention, "available_attention", full)

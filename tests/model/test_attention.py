@@ -13,10 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from echo_rt.attention import ATTENTION_NAMES, AttentionShapes, available_attention, choose_attention, known_choices
+from echo_rt.attention import AttentionShapes, available_attention, choose_attention, kinds, known_choices
 from echo_rt.attention.kinds import HeadsFirst, Kind
 from echo_rt.errors import BackendError
+from echo_rt.ops import load_ops
 
+EVERY = kinds(load_ops("torch"))
 SHAPES = AttentionShapes(queries=6, keys=10, heads=2, head_dim=8)
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -249,11 +251,11 @@ def test_on_a_cpu():
         ("sdpa-math", choose_attention("sdpa-math", device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None)),
     ):
         assert choice.attention.name == name
-    for name in set(ATTENTION_NAMES) - {"sdpa", "sdpa-math"}:
+    for name in {kind.name for kind in EVERY} - {"sdpa", "sdpa-math"}:
         with pytest.raises(
             BackendError, match=f"attention '{name}' is not available: it runs on cuda, the device is cpu"
         ):
-            choose_attention(name, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None)
+            choose_attention(name, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None, kinds=EVERY)
 
 
 def test_on_a_gpu_torchs_cpu_kind_names_the_others():
@@ -347,6 +349,6 @@ def test_what_is_available():
     assert states["a"] == "available" and states["d"] == "gone; get it"
     assert "no kernel image; choose another" in states["b"] and "its result is wrong" in states["c"]
     assert judge.asked[0][2] == torch.bfloat16, "the dtype that models have on a GPU"
-    on_cpu = available_attention(CPU)
+    on_cpu = available_attention(CPU, EVERY)
     assert [name for name, state in on_cpu.items() if state == "available"] == ["sdpa", "sdpa-math"]
-    assert tuple(on_cpu) == ATTENTION_NAMES
+    assert list(on_cpu) == [kind.name for kind in EVERY]

@@ -8,7 +8,8 @@ import pytest
 from soaking import hashes, soak_of
 
 import echo_rt.soak
-from echo_rt.attention import choice, kinds
+from echo_rt.attention import choice
+from echo_rt.attention.kinds import KINDS
 from echo_rt.trials.search import Found
 
 
@@ -17,7 +18,7 @@ def test_another_choice_changes_no_block(smallest_model: Path, tmp_path: Path, m
     echo_rt.soak.run(whole)
     out = tmp_path / "out"
     assert echo_rt.soak.run(soak_of(smallest_model, out, blocks=6, snapshot_every=3)).exit_code == 0
-    (other,) = (kind for kind in kinds.KINDS if kind.name == "sdpa-math")
+    (other,) = (kind for kind in KINDS if kind.name == "sdpa-math")
     monkeypatch.setattr(choice, "_torchs_own", lambda device, kinds: Found(other.load(), "another", {}, {}))
     outcome = echo_rt.soak.run(soak_of(smallest_model, out, blocks=12, snapshot_every=3))
     assert (outcome.exit_code, outcome.blocks, outcome.failure) == (0, 12, None)

@@ -18,13 +18,19 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return out.to(q.dtype)
 
 
+def _sums(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    """Log-sum-exps of the scores, float32 ``[batch, heads, tokens]``."""
+    scores = q.float() @ k.float().transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
+    return scores.logsumexp(-1)
+
+
 def _attended(q: Tensor) -> Tensor:
     """What attention returns lies as ``[batch, tokens, heads, channels]``."""
     return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float | None = None) -> tuple[Tensor]:
-    return (_attention(q, k, v, scale),)
+def _flash(q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    return _attention(q, k, v, scale), _sums(q, k, scale)
 
 
 def _flash_shape(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> tuple[Any, ...]:
@@ -33,11 +39,25 @@ def _flash_shape(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> t
     return _attended(q), log_sum, none, none, q.shape[2], k.shape[2], none, none, none
 
 
-def _biased(
+def _cudnn(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, log_sum: bool, *rest: Any, scale: float | None = None
-) -> tuple[Tensor]:
+) -> tuple[Tensor, ...]:
     if bias is not None:
         raise NotImplementedError("attention with a bias on the virtual GPU")
+    out = _attention(q, k, v, scale)
+    return (out, _sums(q, k, scale).unsqueeze(-1)) if log_sum else (out,)
+
+
+def _cudnn_shape(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> tuple[Any, ...]:
+    out, sums, *others = _flash_shape(q, k, v)
+    return out, sums.unsqueeze(-1), *others
+
+
+def _efficient(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, log_sum: bool, *rest: Any, scale: float | None = None
+) -> tuple[Tensor]:
+    if bias is not None or log_sum:
+        raise NotImplementedError("attention with a bias, or that returns its sums, on the virtual GPU")
     return (_attention(q, k, v, scale),)
 
 
@@ -120,8 +140,8 @@ def _activated_product(
 
 STAND_INS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "aten::_scaled_dot_product_flash_attention": (_flash, _flash_shape),
-    "aten::_scaled_dot_product_cudnn_attention": (_biased, _flash_shape),
-    "aten::_scaled_dot_product_efficient_attention": (_biased, _efficient_shape),
+    "aten::_scaled_dot_product_cudnn_attention": (_cudnn, _cudnn_shape),
+    "aten::_scaled_dot_product_efficient_attention": (_efficient, _efficient_shape),
     "aten::cudnn_convolution": (_convolution, _convolution_shape),
     "aten::_addmm_activation": (_activated_product, _activated_product),
     "aten::_scaled_mm": (_scaled_product, _scaled_product_shape),
