@@ -22,7 +22,7 @@ FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fv
 
 
 def cuda_home() -> Path:
-    """Where nvcc is. What is missing is said in one line."""
+    """Where nvcc is, with CUDA's headers. What is missing is said in one line."""
     needed = f"the virtual GPU needs a torch >= {TORCH[0]}.{TORCH[1]} with CUDA {CUDA}, and nvcc"
     try:
         import torch
@@ -34,6 +34,8 @@ def cuda_home() -> Path:
         sys.exit(f"{needed}; {sys.executable} has torch {torch.__version__}")
     if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").is_file():
         sys.exit(f"{needed}; set CUDA_HOME or put nvcc on the PATH")
+    if not (Path(CUDA_HOME) / "include" / "cuda_runtime_api.h").is_file():
+        sys.exit(f"{needed} with CUDA's headers, which {CUDA_HOME} has not; set CUDA_HOME")
     return Path(CUDA_HOME)
 
 
