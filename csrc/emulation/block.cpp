@@ -124,6 +124,9 @@ void Engine::run_thread() {
   if (!self.copies.empty()) {
     end_block(std::to_string(self.copies.size()) + " asynchronous copies were issued and never waited for");
   }
+  if (!self.products.empty()) {
+    end_block(std::to_string(self.products.size()) + " products of a warpgroup were issued and never waited for");
+  }
   self.ended = true;
   ++ended_;
   Thread* next = next_thread();
@@ -280,6 +283,10 @@ void Engine::start_block() {
     thread.ended = false;
     thread.copies.clear();
     thread.group_ends.clear();
+    thread.writes_unfenced = thread.products_begun = false;
+    thread.products.clear();
+    thread.product_ends.clear();
+    thread.sums.clear();
   }
   wake_block();
 }

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -38,7 +39,16 @@ struct Site {
   int line;
 };
 
-enum class Operation : uint8_t { kNone, kSyncThreads, kSyncWarp, kShuffle, kVote, kLoadMatrix, kMultiply };
+enum class Operation : uint8_t {
+  kNone,
+  kSyncThreads,
+  kSyncWarp,
+  kShuffle,
+  kVote,
+  kLoadMatrix,
+  kMultiply,
+  kWarpgroupMultiply
+};
 
 // What a lane brings to a collective, and then what it takes from it.
 struct alignas(16) Deposit {
@@ -61,12 +71,34 @@ struct Warp {
   uint32_t lanes = 0;
   Thread* threads[kWarpSize] = {};
   std::vector<Meeting*> open, spare;
+  std::vector<float> operand;  // of a warpgroup's product, widened: here, as an error leaves whoever works on it
 };
 
 // A cp.async that was issued: it happens when it is waited for.
 struct PendingCopy {
   void* to;
   const void* from;
+};
+
+// An operand of a warpgroup's product in shared memory: see common/warpgroup.cuh.
+struct Operand {
+  const unsigned char* start = nullptr;
+  int depth_stride = 0, row_stride = 0;
+};
+
+// Accumulators that products of a warpgroup are added to: their values until they come home.
+struct SumsInFlight {
+  float* home;
+  std::vector<float> values;
+};
+
+// A product of a warpgroup that was issued: it happens when it is waited for.
+struct PendingProduct {
+  SumsInFlight* sums;
+  int columns, first_row;
+  Operand a, b;
+  Site site;
+  void (*run)(Meeting&);
 };
 
 struct Thread {
@@ -79,6 +111,11 @@ struct Thread {
   bool ended = false;
   std::vector<PendingCopy> copies;
   std::vector<size_t> group_ends;
+  // Of the warpgroup's products: copies that they could not see yet, whether any may be issued, those that were.
+  bool writes_unfenced = false, products_begun = false;
+  std::vector<PendingProduct> products;
+  std::vector<size_t> product_ends;
+  std::vector<std::unique_ptr<SumsInFlight>> sums;
 };
 
 // One for each ECHO_SHARED of each instantiation: its address is the allocation's key.

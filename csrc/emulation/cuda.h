@@ -10,6 +10,7 @@
 #include "emulation/tensor_core.h"
 #include "emulation/types.h"
 #include "emulation/warp.h"
+#include "emulation/warpgroup.h"
 
 #define threadIdx (::echo::emulation::thread_index())
 #define blockIdx (::echo::emulation::block_index())

@@ -38,6 +38,8 @@ inline const char* name_of(Operation operation) {
       return "ldmatrix";
     case Operation::kMultiply:
       return "mma";
+    case Operation::kWarpgroupMultiply:
+      return "wgmma";
     case Operation::kNone:
       break;
   }

@@ -113,6 +113,7 @@ void wait_copies(size_t allowed) {
   Thread& self = *current_thread;
   if (self.group_ends.size() <= allowed) return;
   const size_t groups = self.group_ends.size() - allowed, finished = self.group_ends[groups - 1];
+  if (finished > 0) self.writes_unfenced = true;
   for (size_t i = 0; i < finished; ++i) {
     const PendingCopy& copy = self.copies[i];
     if (copy.from == nullptr) {

@@ -45,20 +45,14 @@ struct Numbers {
   }
 };
 
-// Relative error in float64, and how many results are not finite. Arguments: half?, m, n, k, fault.
-template <class T>
-Outcome product_of(ScalarType dtype, int m, int n, int k, Fault fault) {
-  Numbers numbers;
-  std::vector<T> a(static_cast<size_t>(m) * k), b(static_cast<size_t>(k) * n);
-  for (T& value : a) value = echo::from_float<T>(numbers.next());
-  for (T& value : b) value = echo::from_float<T>(numbers.next());
-  std::vector<float> c(static_cast<size_t>(m) * n, NAN);
-  const cudaError_t error = echo::test::launch_product({a.data(), b.data(), c.data(), m, n, k, dtype, fault}, nullptr);
+// Of c [m, n], whose elements are sums of k terms: relative error in float64, and how many are not finite.
+template <class Term>
+std::vector<double> error_of(const std::vector<float>& c, int m, int n, int k, Term&& term) {
   double difference = 0, norm = 0, broken = 0;
   for (int i = 0; i < m; ++i) {
     for (int j = 0; j < n; ++j) {
       double expected = 0;
-      for (int l = 0; l < k; ++l) expected += double{echo::to_float(a[i * k + l])} * echo::to_float(b[l * n + j]);
+      for (int l = 0; l < k; ++l) expected += term(i, j, l);
       const double actual = c[i * n + j];
       norm += expected * expected;
       if (std::isfinite(actual)) {
@@ -68,7 +62,21 @@ Outcome product_of(ScalarType dtype, int m, int n, int k, Fault fault) {
       }
     }
   }
-  return outcome<double>(error, {std::sqrt(difference / norm), broken});
+  return {std::sqrt(difference / norm), broken};
+}
+
+// What error_of says. Arguments: half?, m, n, k, fault.
+template <class T>
+Outcome product_of(ScalarType dtype, int m, int n, int k, Fault fault) {
+  Numbers numbers;
+  std::vector<T> a(static_cast<size_t>(m) * k), b(static_cast<size_t>(k) * n);
+  for (T& value : a) value = echo::from_float<T>(numbers.next());
+  for (T& value : b) value = echo::from_float<T>(numbers.next());
+  std::vector<float> c(static_cast<size_t>(m) * n, NAN);
+  const cudaError_t error = echo::test::launch_product({a.data(), b.data(), c.data(), m, n, k, dtype, fault}, nullptr);
+  return outcome<double>(error, error_of(c, m, n, k, [&](int i, int j, int l) {
+                           return double{echo::to_float(a[i * k + l])} * echo::to_float(b[l * n + j]);
+                         }));
 }
 
 Outcome product(const Arguments& arguments) {
@@ -76,6 +84,28 @@ Outcome product(const Arguments& arguments) {
   const auto fault = static_cast<Fault>(arguments.at(4));
   return arguments.at(0) != 0 ? product_of<__half>(ScalarType::kFloat16, m, n, k, fault)
                               : product_of<__nv_bfloat16>(ScalarType::kBFloat16, m, n, k, fault);
+}
+
+// The same of a warpgroup: [64, k] by [96, k]. Arguments: half?, k, fault.
+template <class T>
+Outcome warpgroup_product_of(ScalarType dtype, int k, Fault fault) {
+  constexpr int m = 64, n = 96;
+  Numbers numbers;
+  std::vector<T> a(static_cast<size_t>(m) * k), b(static_cast<size_t>(n) * k);
+  for (T& value : a) value = echo::from_float<T>(numbers.next());
+  for (T& value : b) value = echo::from_float<T>(numbers.next());
+  std::vector<float> c(static_cast<size_t>(m) * n, NAN);
+  const echo::test::ProductParams params{a.data(), b.data(), c.data(), m, n, k, dtype, fault};
+  const cudaError_t error = echo::test::launch_warpgroup_product(params, nullptr);
+  return outcome<double>(error, error_of(c, m, n, k, [&](int i, int j, int l) {
+                           return double{echo::to_float(a[i * k + l])} * echo::to_float(b[j * k + l]);
+                         }));
+}
+
+Outcome warpgroup_product(const Arguments& arguments) {
+  const auto fault = static_cast<Fault>(arguments.at(2));
+  return arguments.at(0) != 0 ? warpgroup_product_of<__half>(ScalarType::kFloat16, arguments.at(1), fault)
+                              : warpgroup_product_of<__nv_bfloat16>(ScalarType::kBFloat16, arguments.at(1), fault);
 }
 
 // How many of 3 x 128 elements are wrong. Arguments: rounds, fault.
@@ -216,6 +246,7 @@ Outcome speed(const Arguments& arguments) {
 int main(int count, char** words) {
   const std::map<std::string, Outcome (*)(const Arguments&)> cases = {
       {"product", product},
+      {"warpgroup_product", warpgroup_product},
       {"reverse", reverse},
       {"swap_neighbours", swap_neighbours},
       {"sums", sums},

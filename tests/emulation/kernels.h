@@ -1,5 +1,5 @@
-// Kernels that exercise the emulation, right ones and such with a planted mistake. Implemented in kernels.cu, which is
-// a device source like any other: nvcc compiles it too.
+// Kernels that exercise the emulation, right ones and such with a planted mistake. Implemented in kernels.cu and
+// warpgroup.cu, which are device sources like any other: nvcc compiles them too.
 
 #pragma once
 
@@ -12,7 +12,7 @@ namespace echo::test {
 
 enum class Fault {
   kNone,
-  kNoWait,           // of an asynchronous copy
+  kNoWait,           // of an asynchronous copy, or product
   kNoBarrier,        // between writing and reading shared memory
   kNoSecondBarrier,  // between reading shared memory and writing it again
   kNoSyncWarp,
@@ -26,6 +26,9 @@ enum class Fault {
   kTwoShuffles,       // one in each arm of an if
   kMixedBarriers,     // one warp in __syncwarp of all lanes, half of it elsewhere
   kForgottenCopies,
+  kForgottenProducts,
+  kNoFence,  // between copies and a warpgroup's products
+  kNoBegin,  // of such products
   kMisaligned,
   kDynamicTooLarge,  // more asked than launched with
   kStaticTooLarge,
@@ -41,6 +44,10 @@ struct ProductParams {
   Fault fault = Fault::kNone;
 };
 cudaError_t launch_product(const ProductParams& params, cudaStream_t stream);
+
+// C [64, 96] = A [64, k] · B [96, k]^T by one warpgroup, k a multiple of 16. Faults: kNoWait, kNoBarrier,
+// kNoSecondBarrier, kForgottenProducts, kNoFence, kNoBegin.
+cudaError_t launch_warpgroup_product(const ProductParams& params, cudaStream_t stream);
 
 // Turns each row of [blocks, 128] around, `rounds` times, through shared memory.
 cudaError_t launch_reverse(float* rows, int blocks, int rounds, Fault fault, cudaStream_t stream);

@@ -19,7 +19,7 @@ from host_compiler import CSRC, SANITIZERS, build, require_sanitizers
 from echo_rt.float8 import FLOAT8, FLOAT8_MAX
 
 HERE = Path(__file__).parent
-KERNELS = (HERE / "kernels.cu", HERE / "driver.cpp")
+KERNELS = (HERE / "kernels.cu", HERE / "warpgroup.cu", HERE / "driver.cpp")
 
 SEEDS = range(8)
 # Names of `enum class Fault`, in order.
@@ -82,6 +82,38 @@ def test_tile_product_agrees_with_float64(run: Driver, half: bool, m: int, n: in
         error, broken = succeeded(run("product", half, m, n, k, fault("None"), seed=seed))
         assert error < 3e-7, (seed, error)
         assert broken == 0
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("k", [16, 48])
+def test_a_warpgroups_product_agrees_with_float64(run: Driver, half: bool, k: int) -> None:
+    for seed in SEEDS:
+        error, broken = succeeded(run("warpgroup_product", half, k, fault("None"), seed=seed))
+        assert error < 3e-7, (seed, error)
+        assert broken == 0
+
+
+def test_sums_that_are_not_waited_for_are_not_there(run: Driver) -> None:
+    assert succeeded(run("warpgroup_product", False, 16, fault("NoWait")))[1] == 64 * 96
+
+
+@pytest.mark.parametrize("name", ["NoBarrier", "NoSecondBarrier"])
+def test_a_barrier_that_a_warpgroups_product_lacks_is_seen(run: Driver, name: str) -> None:
+    outcomes = [run("warpgroup_product", False, 48, fault(name), seed=seed) for seed in SEEDS]
+    assert any(outcome.error == 0 and (outcome.values[0] > 1e-3 or outcome.values[1] > 0) for outcome in outcomes)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NoFence", "wgmma behind copies to shared memory, without fence.proxy.async between"),
+        ("NoBegin", "wgmma without wgmma.fence before it"),
+        ("ForgottenProducts", "1 products of a warpgroup were issued and never waited for"),
+    ],
+)
+def test_what_a_warpgroups_product_needs(run: Driver, name: str, message: str) -> None:
+    outcome = run("warpgroup_product", False, 16, fault(name))
+    assert outcome.error == 719 and message in outcome.message
 
 
 def test_fragments_lie_where_the_manual_puts_them(run: Driver) -> None:
@@ -284,14 +316,14 @@ def test_a_sanitizer_stops_at_the_access_outside_shared_memory(sanitized: Path, 
 
 
 def test_assembly_stands_in_two_files_only() -> None:
-    """PTX in ptx.cuh, the host's change of stacks in fiber.cpp."""
+    """PTX in ptx.cuh and warpgroup.cuh, the host's change of stacks in fiber.cpp."""
     sources = [path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh", ".cu", ".cpp"}]
     with_assembly = {
         path.relative_to(CSRC).as_posix()
         for path in sources
         if re.search(r"^[^/\n]*\b(__)?asm(__)?\b", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    assert with_assembly == {"common/ptx.cuh", "emulation/fiber.cpp"}
+    assert with_assembly == {"common/ptx.cuh", "common/warpgroup.cuh", "emulation/fiber.cpp"}
 
 
 def test_kernels_neither_allocate_nor_wait_nor_keep_state() -> None:
