@@ -111,7 +111,7 @@ class Row:
             goals.append((f"{MEMORY_SHARE:.0%} of the copy rate", _reached(self.share, MEMORY_SHARE)))
         if self.op in ("memory_attention", "gated_update"):
             goals.append((f"{LIBRARY_SHARE:.0%} of the best library", _reached(self.library_ratio, LIBRARY_SHARE)))
-        if self.op in ("causal_conv", "upsample_conv"):
+        if self.op in ("causal_conv", "causal_conv_hopper", "upsample_conv"):
             goals.append((f"{CONVOLUTION_TFLOPS:g} TFLOP/s", _reached(self.rate, CONVOLUTION_TFLOPS)))
             goals.append(("no slower than the best library", _reached(self.library_ratio, 1.0)))
         if self.op == "memory_update":

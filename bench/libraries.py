@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from echo_rt import reference
+from echo_rt.convolution.hopper import untiled
 
 # Which argument holds the result of an operation that returns nothing.
 _WRITTEN = {
@@ -31,6 +32,7 @@ _WRITTEN = {
     "rms_silu_window": 4,
     "frames_to_uint8": 1,
     "causal_conv": 4,
+    "causal_conv_hopper": 2,
     "upsample_conv": 3,
 }
 # Operations whose definition torch.compile makes one or two kernels of.
@@ -171,6 +173,17 @@ def _conv3d(args: Sequence[Any]) -> Tensor:
     return out if residual is None else out.add_(residual)
 
 
+def _conv3d_of_tiles(args: Sequence[Any], device: torch.device) -> list[LibraryCall]:
+    """The same with the weight as it was before it was cut."""
+    weight = untiled(args[1]).contiguous(memory_format=torch.channels_last_3d)
+
+    def call(args: Sequence[Any]) -> Tensor:
+        window, _, out = args
+        return _conv3d((window, weight, None, None, out))
+
+    return [LibraryCall("conv3d, channels-last", call)]
+
+
 def _enlarge_conv2d(args: Sequence[Any], device: torch.device) -> list[LibraryCall]:
     """Enlarged and convolved with as many weights as there were before their phases were summed: not the same ones."""
     x, phases, bias, _ = args
@@ -223,6 +236,7 @@ _CALLS: dict[str, Callable[[Sequence[Any], torch.device], list[LibraryCall]]] = 
     "modulated_layer_norm": _single("layer_norm", _modulated),
     "gated_residual_norm": _single("addcmul, layer_norm", _residual),
     "causal_conv": _single("conv3d, channels-last", _conv3d),
+    "causal_conv_hopper": _conv3d_of_tiles,
     "upsample_conv": _enlarge_conv2d,
     "rms_silu_window": _single("add, rms_norm, silu, copy", _window),
 }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.bench.model_sizes import BenchModel, decoder_convolutions, decoder_norms
+from echo_rt.convolution.hopper import hopper_limit
 
 OPS = cases.OPS
 # Values of a latent frame for each of its tokens, in the shape that cases.py gives to noise and latents.
@@ -109,13 +110,17 @@ def _windows(model: BenchModel) -> list[Variant]:
     return found
 
 
+# Arguments of convolutions that are left out.
+_ADDED = {"causal_conv": (2, 3), "causal_conv_hopper": (), "upsample_conv": (2,)}
+
+
 def _convolutions(op: str) -> Callable[[BenchModel], list[Variant]]:
     """Without bias and residual, which the next norm adds: what the decoder asks of torch."""
 
     def variants(model: BenchModel) -> list[Variant]:
         found = []
         for shape, calls in decoder_convolutions(model).items():
-            if shape.enlarge != (op == "upsample_conv"):
+            if shape.enlarge != (op == "upsample_conv") or (op == "causal_conv_hopper" and hopper_limit(shape)):
                 continue
             frames, height, width, channels = shape.out_size
             kernel = "x".join(map(str, shape.kernel))
@@ -125,7 +130,7 @@ def _convolutions(op: str) -> Callable[[BenchModel], list[Variant]]:
                 convolution=(channels, *shape.kernel),
             )
             name = f"{frames}x{height}x{width} {shape.channels}-{channels} {kernel}"
-            found.append(Variant(op, name, calls, sizes, (2,) if shape.enlarge else (2, 3)))
+            found.append(Variant(op, name, calls, sizes, _ADDED[op]))
         return found
 
     return variants
@@ -176,6 +181,7 @@ _VARIANTS: dict[str, Callable[[BenchModel], list[Variant]]] = {
     "rms_silu_window": _windows,
     "frames_to_uint8": _video,
     "causal_conv": _convolutions("causal_conv"),
+    "causal_conv_hopper": _convolutions("causal_conv_hopper"),
     "upsample_conv": _convolutions("upsample_conv"),
 }
 

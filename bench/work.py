@@ -112,6 +112,10 @@ def _causal_conv(window: Tensor, weight: Tensor, bias: Any, residual: Tensor | N
     return Work(_size(window, weight, residual, out), 2 * out.numel() * each, "arithmetic")
 
 
+def _causal_conv_hopper(window: Tensor, weight: Tensor, out: Tensor) -> Work:
+    return Work(_size(window, weight, out), 2 * out.numel() * (weight.numel() // out.shape[-1]), "arithmetic")
+
+
 def _upsample_conv(x: Tensor, weight: Tensor, bias: Any, out: Tensor) -> Work:
     each = weight.numel() // weight.shape[0] // weight.shape[1]
     return Work(_size(x, weight, out), 2 * out.numel() * each, "arithmetic")
@@ -135,6 +139,7 @@ _WORK: dict[str, Callable[..., Work]] = {
     "rms_silu_window": _rms_silu_window,
     "frames_to_uint8": _frames_to_uint8,
     "causal_conv": _causal_conv,
+    "causal_conv_hopper": _causal_conv_hopper,
     "upsample_conv": _upsample_conv,
 }
 

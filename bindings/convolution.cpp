@@ -3,6 +3,7 @@
 #include "check.h"
 #include "ops.h"
 #include "vae/causal_conv.h"
+#include "vae/causal_conv_hopper.h"
 #include "vae/upsample_conv.h"
 
 namespace echo::bindings {
@@ -52,6 +53,43 @@ void causal_conv(const Tensor& window, const Tensor& weight, const OptionalTenso
   params.out_channels = out_channels;
   params.kernel_frames = kernel_frames;
   if (out.numel() != 0) call.done(launch_causal_conv(params, rows, call.stream()));
+}
+
+void causal_conv_hopper(const Tensor& window, const Tensor& weight, const Tensor& out) {
+  using namespace hopper;
+  const Call call("causal_conv_hopper", {{"window", window}, {"weight", weight}, {"out", out}});
+  int64_t capability = 0;
+  call.done(compute_capability(capability));
+  call.require(capability == kCapability, "window", "a GPU of compute capability " + std::to_string(kCapability),
+               capability);
+  const ScalarType dtype = call.half({"window", window});
+  for (const Named& each : {Named("weight", weight), Named("out", out)}) call.dtype(each, window.scalar_type());
+  const auto [length, height, width, channels] = call.sizes<4>({"window", window});
+  const auto [tiles, kernel_frames, depths, taps, chunks, columns, values] = call.sizes<7>({"weight", weight});
+  call.require(channels > 0 && channels % kDepth == 0, "window", "a multiple of 32 channels", channels);
+  call.shape({"weight", weight}, {tiles, kernel_frames, channels / kDepth, kTaps, kDepth / kChunk, kColumns, kChunk});
+  call.require(kernel_frames > 0, "weight", "a kernel of at least one frame", kernel_frames);
+  const int64_t frames = length - kernel_frames + 1, out_channels = tiles * kColumns;
+  call.require(frames >= 0, "window", "at least " + std::to_string(kernel_frames - 1) + " past frames", length);
+  call.shape({"out", out}, {frames, height, width, out_channels});
+  call.contiguous({"weight", weight});
+  call.aligned({"weight", weight});
+  for (const Named& each : {Named("window", window), Named("out", out)}) call.aligned_rows(each);
+  call.disjoint({"out", out}, {{"window", window}});
+  ConvolutionParams params = {};
+  params.x_frame_stride = call.row_stride({"window", window});
+  params.out_frame_stride = call.row_stride({"out", out});
+  params.x = window.const_data_ptr();
+  params.weight = weight.const_data_ptr();
+  params.out = out.mutable_data_ptr();
+  params.dtype = dtype;
+  params.frames = frames;
+  params.height = height;
+  params.width = width;
+  params.channels = channels;
+  params.out_channels = out_channels;
+  params.kernel_frames = kernel_frames;
+  if (out.numel() != 0) call.done(launch_causal_conv_hopper(params, call.stream()));
 }
 
 void upsample_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& out) {

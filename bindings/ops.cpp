@@ -58,6 +58,7 @@ ECHO_RT_LIBRARY(ECHO_RT_NAMESPACE, m) {
       "Tensor(c!)? history, bool keep) -> ()");
   m.def("frames_to_uint8(Tensor video, Tensor(a!) out) -> ()");
   m.def("causal_conv(Tensor window, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()");
+  m.def("causal_conv_hopper(Tensor window, Tensor weight, Tensor(a!) out) -> ()");
   m.def("upsample_conv(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
 }
 
@@ -80,6 +81,7 @@ TORCH_LIBRARY_IMPL(ECHO_RT_NAMESPACE, ECHO_RT_DISPATCH_KEY, m) {
   m.impl("rms_silu_window", &rms_silu_window);
   m.impl("frames_to_uint8", &frames_to_uint8);
   m.impl("causal_conv", &causal_conv);
+  m.impl("causal_conv_hopper", &causal_conv_hopper);
   m.impl("upsample_conv", &upsample_conv);
 }
 

@@ -57,6 +57,8 @@ void frames_to_uint8(const Tensor& video, const Tensor& out);
 void causal_conv(const Tensor& window, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
                  const Tensor& out);
 
+void causal_conv_hopper(const Tensor& window, const Tensor& weight, const Tensor& out);
+
 void upsample_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& out);
 
 }  // namespace echo::bindings

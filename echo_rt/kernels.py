@@ -176,6 +176,11 @@ class Kernels:
         _library.causal_conv(window, weight, bias, residual, out)
 
     @staticmethod
+    def causal_conv_hopper(window: Tensor, weight: Tensor, out: Tensor) -> None:
+        _needs_tensor_cores("causal_conv_hopper", window, "torch's own convolution")
+        _library.causal_conv_hopper(window, weight, out)
+
+    @staticmethod
     def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         _needs_tensor_cores("upsample_conv", x, "torch's own convolution")
         _library.upsample_conv(x, weight, bias, out)
@@ -224,6 +229,7 @@ for _name in (
     "rms_silu_window",
     "frames_to_uint8",
     "causal_conv",
+    "causal_conv_hopper",
     "upsample_conv",
 ):
     torch.library.register_fake(f"echo_rt::{_name}", _fake_nothing)

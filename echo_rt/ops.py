@@ -204,6 +204,14 @@ class Ops(Protocol):
         """
 
     @staticmethod
+    def causal_conv_hopper(window: Tensor, weight: Tensor, out: Tensor) -> None:
+        """:meth:`causal_conv` of 3x3 pixels without bias and residual, on matrix products that Hopper alone has.
+
+        ``weight [Co / 96, kT, C / 32, 9, 4, 96, 8]``: see :mod:`echo_rt.convolution.hopper`. ``out [T, h, w, Co]``
+        (written).
+        """
+
+    @staticmethod
     def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """A 3x3 convolution of ``x [T, h, w, C]`` made twice as large, into ``out [T, 2h, 2w, Co]`` (written).
 

@@ -263,6 +263,11 @@ def causal_conv(window: Tensor, weight: Tensor, bias: Tensor | None, residual: T
     out.copy_(summed if residual is None else summed + residual.float())
 
 
+def causal_conv_hopper(window: Tensor, weight: Tensor, out: Tensor) -> None:
+    kernel = weight.permute(0, 5, 2, 4, 6, 1, 3).flatten(2, 4).flatten(0, 1).unflatten(-1, (3, 3))
+    causal_conv(window, kernel, None, None, out)
+
+
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     frames = x.float().permute(0, 3, 1, 2)
     for phase, kernel in enumerate(weight.float().permute(0, 1, 4, 2, 3)):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from echo_rt.convolution.hopper import COLUMNS, DEPTH, tiled
 from echo_rt.float8 import FLOAT8
 
 
@@ -247,6 +248,19 @@ def _causal_conv(s: Sizes, m: Maker) -> tuple[Any, ...]:
     )
 
 
+def _causal_conv_hopper(s: Sizes, m: Maker) -> tuple[Any, ...]:
+    """Channels in whole tiles of its weight; where there are not enough for one, one goes in and two come out."""
+    frames, height, width, wanted = s.vae
+    channels, out_channels = max(1, wanted // DEPTH) * DEPTH, (s.convolution[0] // COLUMNS or 2) * COLUMNS
+    kernel_frames = s.convolution[1]
+    weight = m.normal(out_channels, channels, kernel_frames, 3, 3, scale=(9 * kernel_frames * channels) ** -0.5)
+    return (
+        m.normal(kernel_frames - 1 + frames, height, width, channels),
+        tiled(weight),
+        torch.empty(frames, height, width, out_channels, dtype=m.dtype, device=m.device),
+    )
+
+
 def _upsample_conv(s: Sizes, m: Maker) -> tuple[Any, ...]:
     frames, height, width, channels = s.vae
     out_channels = s.convolution[0]
@@ -276,6 +290,7 @@ MAKERS: dict[str, Callable[[Sizes, Maker], tuple[Any, ...]]] = {
     "rms_silu_window": _rms_silu_window,
     "frames_to_uint8": _frames_to_uint8,
     "causal_conv": _causal_conv,
+    "causal_conv_hopper": _causal_conv_hopper,
     "upsample_conv": _upsample_conv,
 }
 OPS = tuple(MAKERS)

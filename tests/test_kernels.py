@@ -247,6 +247,22 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
         lambda args: args.__setitem__(slice(3, None), _a_frame_apart(args[3])),
         "out: expected memory apart from that of residual; got memory that they share",
     ),
+    "hopper-channels": (
+        "causal_conv_hopper",
+        _set(0, lambda t: t[..., :24].contiguous()),
+        "window: expected a multiple of 32 channels; got 24",
+    ),
+    "hopper-weight": (
+        "causal_conv_hopper",
+        _set(1, lambda t: t[:, :, :, :8]),
+        r"weight: expected shape \[2, 3, 1, 9, 4, 96, 8\]; got \[2, 3, 1, 8,",
+    ),
+    "hopper-past": ("causal_conv_hopper", _set(0, lambda t: t[:1]), "window: expected at least 2 past frames; got 1"),
+    "hopper-out": (
+        "causal_conv_hopper",
+        _set(2, lambda t: t[1:]),
+        r"out: expected shape \[3, 5, 4, 192\]; got \[2, 5, 4, 192\]",
+    ),
     "upsample-size": (
         "upsample_conv",
         _set(3, lambda t: t[:, 1:]),

@@ -28,6 +28,7 @@ ROWS_APART = {
     "gated_residual_norm_quantize": {"x", "y"},
     "gelu_quantize": {"x"},
     "causal_conv": {"window", "residual", "out"},
+    "causal_conv_hopper": {"window", "out"},
     "upsample_conv": {"x", "out"},
 }
 

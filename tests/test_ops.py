@@ -458,6 +458,39 @@ def test_causal_conv(ops: Ops, dtype: torch.dtype, size: str, added: bool) -> No
     assert_close(args[4], theirs[4], expected, BOUNDS[dtype])
 
 
+# More than a block's pixels and fewer, one frame of the kernel and three, several slabs and tiles of channels.
+HOPPER_SIZES = {
+    "one": ((1, 1, 1, 32), (96, 1)),
+    "patches": ((1, 17, 34, 32), (96, 1)),
+    "slabs": ((2, 5, 7, 96), (96, 3)),
+    "tiles": ((1, 9, 3, 64), (192, 2)),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("size", HOPPER_SIZES)
+def test_causal_conv_hopper(ops: Ops, dtype: torch.dtype, size: str) -> None:
+    vae, (out_channels, kernel_frames) = HOPPER_SIZES[size]
+    args = case(ops, "causal_conv_hopper", Sizes(vae=vae, convolution=(out_channels, kernel_frames, 3, 3)), dtype)
+    args[0], args[2] = (torch.stack((arg, arg), 1)[:, 0] for arg in (args[0], args[2]))  # frames among others
+    args[2].fill_(math.nan)
+    if float32_is_refused(ops, "causal_conv_hopper", args):
+        return
+    window, weight, out = as_float64(args)
+    tiles, _, slabs, _, chunks, columns, values = weight.shape
+    padded, expected = torch.nn.functional.pad(window, (0, 0, 1, 1, 1, 1)), torch.zeros_like(out)
+    for tile, k, slab, tap, chunk in itertools.product(*map(range, (tiles, kernel_frames, slabs, 9, chunks))):
+        i, j = divmod(tap, 3)
+        channel, (frames, height, width, _) = (slab * chunks + chunk) * values, out.shape
+        seen = padded[k : k + frames, i : i + height, j : j + width, channel : channel + values]
+        made = slice(tile * columns, (tile + 1) * columns)
+        expected[..., made] += seen @ weight[tile, k, slab, tap, chunk].T
+    theirs = copies(args)
+    reference.causal_conv_hopper(*theirs)
+    ops.causal_conv_hopper(*args)
+    assert_close(args[2], theirs[2], expected, BOUNDS[dtype])
+
+
 @DTYPES
 @ALL_CONVOLUTIONS
 def test_upsample_conv(ops: Ops, dtype: torch.dtype, size: str) -> None:

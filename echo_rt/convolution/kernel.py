@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from echo_rt.convolution.hopper import tiled
 from echo_rt.convolution.phases import phase_weights
 from echo_rt.convolution.prepared import Prepared
 from echo_rt.convolution.shapes import ConvolutionShape
@@ -47,6 +48,20 @@ class Kernels:
             count, height, width, _ = frames.shape
             out = frames.new_empty(count - past, height, width, out_channels)
             ops.causal_conv(frames, laid_out, None, None, out)
+            return out
+
+        return call
+
+    def causal_hopper(self, weight: Tensor) -> Prepared:
+        """The same on the matrix products that Hopper alone has."""
+        ops = self.ops
+        assert ops is not None, "an obstacle"
+        laid_out, out_channels, past = tiled(weight), len(weight), weight.shape[2] - 1
+
+        def call(frames: Tensor, /) -> Tensor:
+            count, height, width, _ = frames.shape
+            out = frames.new_empty(count - past, height, width, out_channels)
+            ops.causal_conv_hopper(frames, laid_out, out)
             return out
 
         return call

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from echo_rt.convolution.causal import accumulated_products, library_convolution, searched_convolution
 from echo_rt.convolution.enlarging import enlarged_convolution, phase_convolution, phases_limit
+from echo_rt.convolution.hopper import CAPABILITY, hopper_limit
 from echo_rt.convolution.kernel import NO_KERNEL, Kernels, causal_limit
 from echo_rt.convolution.prepared import Prepared
 from echo_rt.convolution.shapes import ConvolutionShape
@@ -32,6 +33,7 @@ class Kind:
     gives the function of the frames. ``enlarges``: for those that double every pixel first.
     ``limit``: what it cannot do with a shape, or "". ``reserve``: why it is for where nothing else works, or "".
     ``quick_on_cpu``: dtypes in which it is the quickest of its family there, where nothing is tried.
+    ``capability``: the compute capability that a GPU must have, where any will not do.
     ``build``: what it depends on beside torch and echo-rt.
     """
 
@@ -43,6 +45,7 @@ class Kind:
     limit: Callable[[ConvolutionShape], str] = _any_shape
     reserve: str = ""
     quick_on_cpu: tuple[torch.dtype, ...] = ()
+    capability: tuple[int, int] | None = None
     build: str | None = None
 
     def obstacle(self, device: torch.device, dtype: torch.dtype, shape: ConvolutionShape) -> str | None:
@@ -56,6 +59,10 @@ class Kind:
             why = f"it computes in {' or '.join(map(plain, self.dtypes))}, the model's dtype is {plain(dtype)}"
         elif limit := self.limit(shape):
             why = f"{limit}, and this is {shape}"
+        elif self.capability and device.type == "cuda":
+            found = torch.cuda.get_device_capability(device)
+            needed, there = (f"{major}.{minor}" for major, minor in (self.capability, found))
+            why = "" if found == self.capability else f"it needs compute capability {needed}, this GPU has {there}"
         everywhere = ("enlarged", "phases") if self.enlarges else ("conv3d", "three-products")
         others = " or ".join(name for name in everywhere if name != self.name)
         return f"{why}; choose {others}" if why else None
@@ -81,6 +88,7 @@ def kinds(ops: Ops | None = None) -> tuple[Kind, ...]:
         Kind("three-products", accumulated_products, quick_on_cpu=(torch.float32,)),
         Kind("conv3d-searched", searched_convolution, devices=("cuda",), dtypes=_HALF, reserve=_SEARCHED_RESERVE),
         Kind("kernel", own.causal, limit=causal_limit, **of_backend),
+        Kind("kernel-hopper", own.causal_hopper, limit=hopper_limit, capability=CAPABILITY, **of_backend),
         Kind("enlarged", enlarged_convolution, enlarges=True),
         Kind("phases", phase_convolution, enlarges=True, limit=phases_limit),
         Kind("kernel", own.enlarging, enlarges=True, limit=phases_limit, **of_backend),

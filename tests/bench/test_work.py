@@ -115,6 +115,14 @@ def test_operations_of_the_convolutions() -> None:
     assert total + enlarged * (9 / 4 - 1) == pytest.approx(39.6, rel=0.03)
 
 
+def test_hopper_takes_all_but_the_narrow_ones_and_those_in_time() -> None:
+    """By far the most of the decoder's arithmetic, in the same calls."""
+    ordinary, hopper = works("causal_conv"), works("causal_conv_hopper")
+    assert hopper == {name: ordinary[name] for name in hopper}
+    share = sum(calls * flops for calls, _, flops in hopper.values()) / 1e12
+    assert share == pytest.approx(36.67, abs=0.01)
+
+
 def test_the_memory_update_is_what_the_specification_counts() -> None:
     work = memory_update_work(RELEASED.config, RELEASED.config.tokens_per_block, 2)
     assert work.flops / 1e12 == pytest.approx(0.84, abs=0.005)

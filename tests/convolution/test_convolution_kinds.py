@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from closeness import relative_error
@@ -10,6 +12,7 @@ from naive_convolution import inputs, naive
 from echo_rt import reference
 from echo_rt.convolution import CONVOLUTION_NAMES, ConvolutionShape, Kind, kinds
 from echo_rt.convolution import causal as causal_module
+from echo_rt.convolution.hopper import tiled, untiled
 from echo_rt.device import capturing
 from echo_rt.ops import available_backends, load_ops
 
@@ -20,6 +23,13 @@ EMULATED = available_backends()["emulated"] == "available"  # where there is a b
 OPS = load_ops("emulated") if EMULATED else None
 KINDS = kinds(OPS)
 BY_NAME = {(kind.name, kind.enlarges): kind for kind in KINDS}
+
+
+def is_kernel(kind: Kind) -> bool:
+    """One of our own."""
+    return kind.name.startswith("kernel")
+
+
 # A few roundings of the sums; in float32 those of another order of them.
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 
@@ -31,6 +41,7 @@ CAUSAL = [
     (6, 5, 4, 8, 16, (3, 1, 1)),
     (2, 6, 5, 4, 7, (1, 3, 3)),
     (4, 3, 3, 3, 5, (2, 3, 1)),
+    (3, 4, 5, 32, 96, (3, 3, 3)),
 ]
 ENLARGING = [(3, 5, 7, 6, 4), (1, 1, 1, 1, 1), (2, 1, 6, 8, 3), (1, 4, 1, 2, 5)]
 SHAPES = [ConvolutionShape(*case) for case in CAUSAL]
@@ -46,7 +57,7 @@ CASES = [
 
 def test_what_is_tested():
     tested = [(case.values[0].name, case.values[1].enlarge) for case in CASES]
-    not_here = {("conv3d-searched", False)} | (set() if EMULATED else {("kernel", False), ("kernel", True)})
+    not_here = {("conv3d-searched", False)} | (set() if EMULATED else {k for k in BY_NAME if is_kernel(BY_NAME[k])})
     assert set(tested) == set(BY_NAME) - not_here
 
 
@@ -61,7 +72,7 @@ def test_numbers(kind: Kind, shape: ConvolutionShape):
         assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True)), "inputs stay as they are"
 
 
-@pytest.mark.parametrize(("kind", "shape"), [case for case in CASES if case.values[0].name != "kernel"])
+@pytest.mark.parametrize(("kind", "shape"), [case for case in CASES if not is_kernel(case.values[0])])
 def test_exact_in_float64(kind: Kind, shape: ConvolutionShape):
     """The algebra without its roundings."""
     tensors = tuple(t.double() for t in inputs(shape, torch.float32))
@@ -122,7 +133,7 @@ def test_obstacles(name, device, dtype, said):
 @pytest.mark.parametrize("ops", [None, reference], ids=["none", "torch"])
 def test_a_backend_without_kernels(ops):
     for kind in kinds(ops):
-        if kind.name == "kernel":
+        if is_kernel(kind):
             obstacle = kind.obstacle(CPU, torch.bfloat16, GROWING if kind.enlarges else SHAPE)
             others = "enlarged or phases" if kind.enlarges else "conv3d or three-products"
             assert obstacle == (
@@ -146,6 +157,34 @@ def test_kernels_look_at_one_pixel_or_nine():
     assert BY_NAME["kernel", False].obstacle(CPU, torch.bfloat16, SHAPES[5]) == (
         f"it takes kernels of 1x1 and 3x3 pixels, and this is {SHAPES[5]}; choose conv3d or three-products"
     )
+
+
+@pytest.mark.skipif(not EMULATED, reason="this build has the kernels for the GPU instead")
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        (SHAPES[3], "it takes kernels of 3x3 pixels"),
+        (SHAPE, "it takes multiples of 32 channels and makes multiples of 96"),
+    ],
+)
+def test_hoppers_kernel_is_cut_for_the_decoders_widths(shape, said):
+    obstacle = BY_NAME["kernel-hopper", False].obstacle(CPU, torch.bfloat16, shape)
+    assert obstacle == f"{said}, and this is {shape}; choose conv3d or three-products"
+
+
+def test_hoppers_kernel_is_for_hopper(monkeypatch):
+    (kind,) = (kind for kind in kinds(SimpleNamespace(name="cuda")) if kind.name == "kernel-hopper")
+    there = (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: there)
+    assert kind.obstacle(GPU, torch.bfloat16, SHAPES[6]) is None
+    there = (10, 0)
+    said = "it needs compute capability 9.0, this GPU has 10.0; choose conv3d or three-products"
+    assert kind.obstacle(GPU, torch.bfloat16, SHAPES[6]) == said
+
+
+def test_a_tiled_weight_is_the_weight():
+    weight = torch.randn(192, 64, 2, 3, 3)
+    assert tiled(weight).shape == (2, 2, 2, 9, 4, 96, 8) and torch.equal(untiled(tiled(weight)), weight)
 
 
 def test_phases_are_for_three_by_three():
@@ -191,7 +230,7 @@ def asked(monkeypatch) -> AskedOfTorch:
     return stand_in
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name != "kernel"], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not is_kernel(kind)], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_switches_of_the_process_do_not_count(asked, kind, dtype, enabled, monkeypatch):
@@ -218,7 +257,7 @@ def test_a_searched_plan_is_kept_under_another_key(asked):
     assert first["allow_tf32"] != second["allow_tf32"], "or torch would take the plan of the one for the other"
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name != "kernel"], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not is_kernel(kind)], ids=lambda kind: kind.name)
 def test_no_layout_changes_hands(kind):
     """On tensors without data, as a GPU's would be laid out: what comes out is the library's own output."""
     shape = ConvolutionShape(4, 6, 8, 16, 32, (1, 3, 3) if kind.enlarges else (3, 3, 3), enlarge=kind.enlarges)

@@ -22,6 +22,7 @@
 #include "sampler/counter_noise.h"
 #include "sampler/flow_step.h"
 #include "vae/causal_conv.h"
+#include "vae/causal_conv_hopper.h"
 #include "vae/frames_to_uint8.h"
 #include "vae/rms_silu_window.h"
 #include "vae/upsample_conv.h"
@@ -379,6 +380,25 @@ cudaError_t causal_conv() {
   return cudaSuccess;
 }
 
+cudaError_t causal_conv_hopper() {
+  namespace hopper = echo::hopper;
+  for (const ScalarType type : {ScalarType::kBFloat16, ScalarType::kFloat16}) {
+    Tensors t;
+    echo::ConvolutionParams p = {};
+    p.frames = 2, p.height = 17, p.width = 5, p.kernel_frames = 3;
+    p.channels = hopper::kDepth, p.out_channels = hopper::kColumns;
+    p.x_frame_stride = p.height * p.width * p.channels;
+    p.out_frame_stride = p.height * p.width * p.out_channels;
+    p.x = t.zeros(type, (p.frames + p.kernel_frames - 1) * p.x_frame_stride);
+    p.weight = t.zeros(type, p.out_channels * p.kernel_frames * hopper::kTaps * p.channels);
+    p.out = t.zeros(type, p.frames * p.out_frame_stride);
+    p.dtype = type;
+    p.frames += spare;
+    if (const cudaError_t error = launch_causal_conv_hopper(p, nullptr); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
 cudaError_t upsample_conv() {
   return convolution(2, 4, [](const echo::ConvolutionParams& p) { return launch_upsample_conv(p, nullptr); });
 }
@@ -404,6 +424,7 @@ int main(int count, char** words) {
       {"rms_silu_window", rms_silu_window},
       {"frames_to_uint8", frames_to_uint8},
       {"causal_conv", causal_conv},
+      {"causal_conv_hopper", causal_conv_hopper},
       {"upsample_conv", upsample_conv},
   };
   if (count < 2 || operations.count(words[1]) == 0) return 2;
