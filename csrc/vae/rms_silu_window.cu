@@ -19,8 +19,8 @@
 namespace echo {
 namespace {
 
-// 64 pixels of 96 channels, 12 KiB. A multiprocessor runs five such blocks at once (48 registers a thread), 60 KiB of
-// pixels on their way. Reckoned, not measured: no GPU has run this yet.
+// 64 pixels of 96 channels, 12 KiB. A multiprocessor runs four such blocks at once (64 registers a thread), 48 KiB of
+// pixels on their way, and as much of residuals. Reckoned, not measured: no GPU has run this yet.
 constexpr int kThreads = 256;
 constexpr int64_t kMaxHeldChannels = 1024;  // what a warp keeps of a pixel in registers
 constexpr float kMaxInverseNorm = 1e12f;
@@ -32,7 +32,13 @@ struct PixelShape {
   static constexpr int kWidth = kWidth_;
   static constexpr int kChunks = kChunks_;
   static constexpr int kShare = kWidth * kChunks;
+  static constexpr int kBatch = kChunks % 4 == 0 ? 4 : kChunks;  // chunks that are on their way at once
 };
+
+// For __launch_bounds__: blocks of a multiprocessor, or 0 for what the compiler thinks best. Three chunks of float32 it
+// would fit into registers for five blocks, and spill.
+template <class Shape>
+inline constexpr int kBlocks = sizeof(typename Shape::Element) == sizeof(float) && Shape::kChunks == 3 ? 4 : 0;
 
 // The fewest lanes that hold all channels. More than a warp says that the shape does not fit.
 template <class Shape>
@@ -76,28 +82,48 @@ ECHO_DEVICE Place place_of(int64_t within, const RmsSiluWindowParams& p) {
   return {frame, within, frame * p.frame_pixels + within};
 }
 
-// Makes `value`, the window's new one at `place` and `channel`, the past's too. Of the frames at this place, each
+// Makes `values`, the window's new ones at `place` and `channels`, the past's too. Of the frames at this place, each
 // thread moves those that are a whole number of steps of `frames` before its own: each is read before it is
-// overwritten, and no other thread touches it, however many frames are new.
-template <class Value, class T>
-ECHO_DEVICE void move_past(const Value& value, const Place& place, int64_t channel, const RmsSiluWindowParams& p) {
+// overwritten, and no other thread touches it, however many frames are new. All chunks of a frame are under way before
+// one is waited for. A chunk at or past p.channels is none.
+template <class T, class Value, int kChunks>
+ECHO_DEVICE void move_past(const Value (&values)[kChunks], const int (&channels)[kChunks], const Place& place,
+                           const RmsSiluWindowParams& p) {
   if (p.history == nullptr) return;
   const int past = static_cast<int>(p.past), frames = static_cast<int>(p.frames);
+  const int end = static_cast<int>(p.channels);
+  const auto load = [&](Value(&into)[kChunks], const T* from) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      if (channels[c] < end) into[c] = Value::load(from + channels[c]);
+    }
+  };
+  const auto store = [&](const Value(&all)[kChunks], T* to) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      if (channels[c] < end) all[c].store(to + channels[c]);
+    }
+  };
   for (int frame = (past + place.frame) % frames; frame < past; frame += frames) {
-    const int64_t here = (frame * p.frame_pixels + place.within) * p.channels + channel;
+    const int64_t here = (frame * p.frame_pixels + place.within) * p.channels;
     T* const remembered = static_cast<T*>(p.history) + here;
-    Value::load(remembered).store(static_cast<T*>(p.window) + here);
+    Value moved[kChunks];
+    load(moved, remembered);
+    store(moved, static_cast<T*>(p.window) + here);
     if (frame + frames < past) {
-      Value::load(remembered + p.frames * p.frame_pixels * p.channels).store(remembered);
+      load(moved, remembered + p.frames * p.frame_pixels * p.channels);
+      store(moved, remembered);
     } else {
-      value.store(remembered);
+      store(values, remembered);
     }
   }
 }
 
-// x + bias + residual of one chunk, as floats, after it was rounded as it is kept.
-template <class Value, class T, int kWidth>
-ECHO_DEVICE void sum_terms(Value& value, float* floats, int64_t at, int64_t channel, const RmsSiluWindowParams& p) {
+// x + bias + residual of one chunk, as floats, after it was rounded as it is kept. `residual` counts where there is
+// one.
+template <class Value, int kWidth>
+ECHO_DEVICE void sum_terms(Value value, const Value& residual, float* floats, int channel,
+                           const RmsSiluWindowParams& p) {
   value.to_floats(floats);
   if (p.bias == nullptr && p.residual == nullptr) return;
   float term[kWidth];
@@ -107,7 +133,7 @@ ECHO_DEVICE void sum_terms(Value& value, float* floats, int64_t at, int64_t chan
     for (int i = 0; i < kWidth; ++i) floats[i] += term[i];
   }
   if (p.residual != nullptr) {
-    Value::load(static_cast<const T*>(p.residual) + at).to_floats(term);
+    residual.to_floats(term);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) floats[i] += term[i];
   }
@@ -116,7 +142,8 @@ ECHO_DEVICE void sum_terms(Value& value, float* floats, int64_t at, int64_t chan
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(kThreads) rms_silu_window_kernel(RmsSiluWindowParams p, float root_channels) {
+__global__ void __launch_bounds__(kThreads, kBlocks<Shape>)
+    rms_silu_window_kernel(RmsSiluWindowParams p, float root_channels) {
   using T = typename Shape::Element;
   using Value = Chunk<T, Shape::kWidth>;
   const int lanes = blockDim.x, channels = static_cast<int>(p.channels);
@@ -126,43 +153,61 @@ __global__ void __launch_bounds__(kThreads) rms_silu_window_kernel(RmsSiluWindow
   T* const x = static_cast<T*>(p.x) + place.pixel * channels;
   T* const out = static_cast<T*>(p.window) + (p.past * p.frame_pixels + place.pixel) * channels;
 
+  const auto channel_of = [](int c) { return pixel_channel<Shape>(c); };
+  // Past the last channel, the first ones stand in and do not count.
+  const auto from = [&](int c) { return channel_of(c) < channels ? channel_of(c) : 0; };
+
+  // Of a batch, all that comes from memory sets out before anything is waited for.
   float values[Shape::kShare], squares = 0.0f;
 #pragma unroll
-  for (int c = 0; c < Shape::kChunks; ++c) {
-    // Past the last channel, the first ones stand in and do not count.
-    const int channel = pixel_channel<Shape>(c);
-    const bool present = channel < channels;
-    const int from = present ? channel : 0;
-    float* const part = values + c * Shape::kWidth;
-    Value value = Value::load(x + from);
-    sum_terms<Value, T, Shape::kWidth>(value, part, place.pixel * channels + from, from, p);
-    float sum = 0.0f;
+  for (int first = 0; first < Shape::kChunks; first += Shape::kBatch) {
+    Value terms[Shape::kBatch], residual[Shape::kBatch];
 #pragma unroll
-    for (int i = 0; i < Shape::kWidth; ++i) sum += part[i] * part[i];
-    squares += present ? sum : 0.0f;
+    for (int i = 0; i < Shape::kBatch; ++i) terms[i] = Value::load(x + from(first + i));
+    if (p.residual != nullptr) {
+#pragma unroll
+      for (int i = 0; i < Shape::kBatch; ++i) {
+        residual[i] = Value::load(static_cast<const T*>(p.residual) + place.pixel * channels + from(first + i));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Shape::kBatch; ++i) {
+      float* const part = values + (first + i) * Shape::kWidth;
+      sum_terms<Value, Shape::kWidth>(terms[i], residual[i], part, from(first + i), p);
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < Shape::kWidth; ++j) sum += part[j] * part[j];
+      squares += channel_of(first + i) < channels ? sum : 0.0f;
+    }
   }
   for (int distance = lanes / 2; distance > 0; distance /= 2) {
     squares += __shfl_xor_sync(kAllLanes, squares, distance);
   }
   const float scale = inverse_norm(squares) * root_channels;
 
+  if (own >= p.frame_pixels) return;  // no lane waits for another from here on
 #pragma unroll
-  for (int c = 0; c < Shape::kChunks; ++c) {
-    const int channel = pixel_channel<Shape>(c);
-    if (own >= p.frame_pixels || channel >= channels) continue;
-    const float* const part = values + c * Shape::kWidth;
-    Value value;
-    if (p.keep) {
-      value.from_floats(part);
-      value.store(x + channel);
+  for (int first = 0; first < Shape::kChunks; first += Shape::kBatch) {
+    Value results[Shape::kBatch];
+    int channel[Shape::kBatch];
+#pragma unroll
+    for (int i = 0; i < Shape::kBatch; ++i) {
+      channel[i] = channel_of(first + i);
+      if (channel[i] >= channels) continue;
+      const float* const part = values + (first + i) * Shape::kWidth;
+      Value& value = results[i];
+      if (p.keep) {
+        value.from_floats(part);
+        value.store(x + channel[i]);
+      }
+      float gamma[Shape::kWidth];
+      Chunk<float, Shape::kWidth>::load(p.gamma + channel[i]).to_floats(gamma);
+#pragma unroll
+      for (int j = 0; j < Shape::kWidth; ++j) gamma[j] = silu<T>(part[j] * scale * gamma[j]);
+      value.from_floats(gamma);
+      value.store(out + channel[i]);
     }
-    float gamma[Shape::kWidth];
-    Chunk<float, Shape::kWidth>::load(p.gamma + channel).to_floats(gamma);
-#pragma unroll
-    for (int i = 0; i < Shape::kWidth; ++i) gamma[i] = silu<T>(part[i] * scale * gamma[i]);
-    value.from_floats(gamma);
-    value.store(out + channel);
-    move_past<Value, T>(value, place, channel, p);
+    move_past<T>(results, channel, place, p);
   }
 }
 
@@ -175,22 +220,25 @@ __global__ void __launch_bounds__(kThreads) wide_rms_silu_window_kernel(RmsSiluW
   const Place place = place_of(own, p);
   T* const x = static_cast<T*>(p.x) + place.pixel * p.channels;
   T* const out = static_cast<T*>(p.window) + (p.past * p.frame_pixels + place.pixel) * p.channels;
-  const auto summed = [&](int64_t channel) {
-    Value value = Value::load(x + channel);
+  const auto summed = [&](int channel) {
+    Value residual = {};
+    if (p.residual != nullptr) {
+      residual = Value::load(static_cast<const T*>(p.residual) + place.pixel * p.channels + channel);
+    }
     float sum;
-    sum_terms<Value, T, 1>(value, &sum, place.pixel * p.channels + channel, channel, p);
+    sum_terms<Value, 1>(Value::load(x + channel), residual, &sum, channel, p);
     return sum;
   };
   float squares = 0.0f;
-  for (int64_t i = threadIdx.x; i < p.channels; i += kWarpThreads) squares += summed(i) * summed(i);
+  for (int i = threadIdx.x; i < p.channels; i += kWarpThreads) squares += summed(i) * summed(i);
   const float scale = inverse_norm(warp_sum(squares)) * root_channels;
-  for (int64_t i = threadIdx.x; i < p.channels; i += kWarpThreads) {
+  for (int i = threadIdx.x; i < p.channels; i += kWarpThreads) {
     const float sum = summed(i);
     if (p.keep) x[i] = from_float<T>(sum);
-    Value value;
-    value.words[0] = from_float<T>(silu<T>(sum * scale * p.gamma[i]));
-    value.store(out + i);
-    move_past<Value, T>(value, place, i, p);
+    Value value[1];
+    value[0].words[0] = from_float<T>(silu<T>(sum * scale * p.gamma[i]));
+    value[0].store(out + i);
+    move_past<T>(value, {i}, place, p);
   }
 }
 
