@@ -168,7 +168,9 @@ __global__ void __launch_bounds__(kThreads, 2) convolution_kernel(const Convolut
       mover.copy_patch(ahead, ring.patches[held == 0 ? SharedT::kPatches - 1 : held - 1], tap * kShare,
                        min((tap + 1) * kShare, kCopies));
       const bool next = tap + kTilesAhead >= SharedT::kTaps;
-      mover.copy_weights(next ? ahead : slab, SharedT::kTaps == 1 ? 0 : tap + kTilesAhead - (next ? SharedT::kTaps : 0),
+      // By number: a reference to one of the two would put both into local memory.
+      const Slab of = {next ? ahead.frame : slab.frame, next ? ahead.channel : slab.channel};
+      mover.copy_weights(of, SharedT::kTaps == 1 ? 0 : tap + kTilesAhead - (next ? SharedT::kTaps : 0),
                          ring.weights[stage == 0 ? kStages - 1 : stage - 1]);
       commit_copies();
       multiply<T, SharedT>(ring.patches[held], ring.weights[stage], warp_row, tap, sums);
