@@ -7,7 +7,7 @@
 //
 // Counts, none measured, for 3x3 taps and 96 channels that come out: a slab is 20.7 KB of patch and 55.3 KB of weights
 // for 14.2 MFLOP, 186 FLOP a byte from L2: 2.1 TB/s at 400 TFLOP/s. From shared memory a warp takes 5 KB of fragments
-// for 196,608 multiply-adds, 77 FLOP a byte: 5.2 TB/s at 400 TFLOP/s, of the 30 that 132 SMs have at 1.755 GHz. Blocks
+// for 98,304 multiply-adds, 38 FLOP a byte: 10.4 TB/s at 400 TFLOP/s, of the 30 that 132 SMs have at 1.755 GHz. Blocks
 // run in the order channels, phases, frames, patches: those that run together share their pixels, and the frames that
 // they have in common, in L2. docs/kernels.md has the decoder's operations, level by level.
 

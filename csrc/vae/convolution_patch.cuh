@@ -33,8 +33,8 @@ constexpr int kNarrowColumns = 16;
 constexpr int kDepth = 32;
 constexpr int kChunksDeep = kDepth / kChunk;
 constexpr int kApart = kThreads / kChunksDeep;  // of the pixels, or rows of weights, whose chunks one thread copies
-// Tiles of weights in shared memory: the one in use and three under way. A tile feeds 192 mma of its block, 600 clocks
-// where two blocks take turns, so that L2 has some 1800 clocks to bring one.
+// Tiles of weights in shared memory: the one in use and three under way. A tile feeds 384 mma of its block, 1200 clocks
+// where two blocks take turns, so that L2 has some 3600 clocks to bring one.
 constexpr int kStages = 4;
 constexpr int kTilesAhead = kStages - 1;
 
