@@ -22,18 +22,24 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   (void)stream;
   return emulation::launch(kernel, grid, block, dynamic_shared_bytes, std::forward<Arguments>(arguments)...);
 #else
+  // What is refused is told by what is returned. CUDA would remember it too, and whoever next asks for the last error,
+  // as torch does behind each of its own launches, would take it for theirs.
+  const auto told = [](cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();
+    return error;
+  };
   if (dynamic_shared_bytes > kDefaultDynamicSharedBytes) {
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(dynamic_shared_bytes));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return told(error);
   }
   cudaLaunchConfig_t configuration = {};
   configuration.gridDim = grid;
   configuration.blockDim = block;
   configuration.dynamicSmemBytes = dynamic_shared_bytes;
   configuration.stream = stream;
-  return cudaLaunchKernelEx(&configuration, kernel, std::forward<Arguments>(arguments)...);
+  return told(cudaLaunchKernelEx(&configuration, kernel, std::forward<Arguments>(arguments)...));
 #endif
 }
 
