@@ -20,25 +20,23 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<Shape>)
   const int64_t token = blockIdx.x;
   T* x = static_cast<T*>(p.x) + token * p.x_stride;
 
+  // All that comes from memory sets out before anything is waited for.
   RowShare<Shape> row, update;
+  RowShare<Shape, float> gate;
   row.load(x, dim);
   update.load(static_cast<const T*>(p.y) + token * p.y_stride, dim);
-  float values[Shape::kShare];
+  if (p.gate != nullptr) gate.load(p.gate, dim);
+  float values[Shape::kShare], added[Shape::kShare];
+  update.to_floats(added);
+  if (p.gate != nullptr) {
+    float by[Shape::kShare];
+    gate.to_floats(by);
+#pragma unroll
+    for (int i = 0; i < Shape::kShare; ++i) added[i] *= by[i];
+  }
   row.to_floats(values);
 #pragma unroll
-  for (int c = 0; c < Shape::kChunks; ++c) {
-    const int channel = row_channel<Shape>(c);
-    if (channel >= dim) continue;
-    float added[Shape::kWidth], gate[Shape::kWidth];
-    update.chunks[c].to_floats(added);
-    if (p.gate != nullptr) {
-      Chunk<float, Shape::kWidth>::load(p.gate + channel).to_floats(gate);
-#pragma unroll
-      for (int i = 0; i < Shape::kWidth; ++i) added[i] *= gate[i];
-    }
-#pragma unroll
-    for (int i = 0; i < Shape::kWidth; ++i) values[c * Shape::kWidth + i] += added[i];
-  }
+  for (int i = 0; i < Shape::kShare; ++i) values[i] += added[i];
   row.from_floats(values);
   row.store(x, dim);
 
