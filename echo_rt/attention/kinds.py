@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from echo_rt.attention.products import Products
 from echo_rt.errors import BackendError
 from echo_rt.wording import first_line, plain
 
@@ -71,7 +72,7 @@ class Kind:
     """What is known of an attention before it is tried.
 
     ``load`` returns it, or raises :class:`BackendError` that says why it is not there and how to get it. ``fused``:
-    it never holds the whole matrix of scores. ``distribution``: the package it comes in, where that is not torch.
+    it never holds all scores where they are many. ``distribution``: the package it comes in, where that is not torch.
     ``pieces``: into how many it cuts the keys, ``merged_by``: the backend that merges what came of them.
     """
 
@@ -155,6 +156,7 @@ KINDS = (
     _torch_kind("sdpa-flash", _flash),
     _torch_kind("sdpa-efficient", _efficient, dtypes=_ANY_DTYPE),
     _torch_kind("sdpa", scaled_dot_product_attention, devices=("cpu",), dtypes=_ANY_DTYPE),
+    Kind("products", Products, devices=("cuda", "cpu"), dtypes=_ANY_DTYPE),
     _torch_kind("sdpa-math", _math, devices=("cuda", "cpu"), dtypes=_ANY_DTYPE, fused=False),
     _library_kind("flash-attn-2", "flash_attn", "flash-attn", "pip install --no-build-isolation flash-attn"),
     _library_kind(

@@ -11,8 +11,9 @@ import pytest
 import torch
 from closeness import relative_error
 
-from echo_rt.attention import AttentionShapes, choose_attention
+from echo_rt.attention import AttentionShapes, choose_attention, products
 from echo_rt.attention.kinds import KINDS, Kind
+from echo_rt.attention.products import Products
 from echo_rt.attention.trials import exact_attention
 from echo_rt.errors import BackendError
 from echo_rt.trials.search import TOLERANCES
@@ -23,7 +24,7 @@ ON_CPU = [kind for kind in KINDS if "cpu" in kind.devices]
 GPU = torch.device("cuda", 0)
 
 # Odd counts, one key, more keys than queries and fewer, an odd number of heads.
-CASES = [(5, 17, 3, 16), (1, 1, 1, 8), (33, 7, 2, 20), (64, 130, 1, 128), (2, 257, 5, 12)]
+CASES = [(5, 17, 3, 16), (1, 1, 1, 8), (33, 7, 2, 20), (64, 130, 1, 128), (2, 257, 5, 12), (43, 71, 1, 384)]
 
 
 def inputs(n: int, m: int, heads: int, d: int, dtype=torch.float32, device="cpu"):
@@ -197,6 +198,80 @@ def test_versions_are_those_of_the_packages(monkeypatch):
     }
 
 
+# -- by products -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10, 43, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_slices_of_queries_do_not_show(rows, dtype, monkeypatch):
+    q, k, v = inputs(43, 71, 2, 20, dtype)
+    slices = []
+    original = products._scores
+    monkeypatch.setattr(products, "_scores", lambda q, *rest: (slices.append(len(q)), original(q, *rest)))
+    monkeypatch.setattr(products, "_SCORES_BYTES", rows * 71 * 4)
+    assert relative_error(Products()(q, k, v), formula(q, k, v)) < (1e-6 if dtype == torch.float32 else 3e-3)
+    assert sum(slices) == 2 * 43 and max(slices) <= rows and len(set(slices)) <= 2
+    assert len(slices) == 2 * math.ceil(43 / min(rows, 43)), "no more of them than have to be"
+
+
+def test_a_slice_takes_no_more_than_its_share(monkeypatch):
+    """A frame of 1280x720 and the KV buffer at 832x480: slices of one size, but for the rounding."""
+    for queries, keys in ((90 * 160, 90 * 160), (4680, 21 * 1560)):
+        rows = products._rows_at_once(queries, keys)
+        slices = math.ceil(queries / rows)
+        assert 4 * rows * keys <= products._SCORES_BYTES < 4 * keys * queries / (slices - 1)
+        assert queries - (slices - 1) * rows > rows - slices
+    assert products._rows_at_once(17, products._SCORES_BYTES) == 1, "a row is not taken apart"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_large_scores_are_no_nan(dtype):
+    q, k, v = inputs(9, 30, 2, 16, dtype)
+    out = Products()(q * 2000, k * 2000, v)
+    assert out.isfinite().all() and relative_error(out, formula(q * 2000, k * 2000, v)) < TOLERANCES[dtype]
+    same = Products()(q * 0 + 2000, k * 0 - 2000, v)
+    assert relative_error(same, v.double().mean(0).flatten().expand(9, -1)) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_are_not_rounded(dtype):
+    """One key has about the weight of 4000 others together, which it loses or gains by its score's last bits."""
+    q, k, v = torch.linspace(1.51, 2.63, 16).view(1, 1, 16), torch.zeros(4001, 1, 16), torch.zeros(4001, 1, 16)
+    k[0] = v[0] = 1
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    exact = formula(q, k, v)
+    assert exact.min() > 0.4 and exact.max() < 0.6
+    assert relative_error(Products()(q, k, v), exact) < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+def test_memory_that_nothing_has_written_is_not_read(monkeypatch):
+    original = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **named: original(*args, **named).fill_(math.nan))
+    q, k, v = inputs(5, 17, 3, 16)
+    assert relative_error(Products()(q, k, v), formula(q, k, v)) < 1e-6
+
+
+def test_the_product_of_a_gpu_is_given_what_it_declares():
+    """Played on the CPU, where torch has none: the dispatcher checks what the operator is called with."""
+    calls = []
+
+    def product(added, a, b, out_dtype, *, beta, alpha, out):
+        calls.append((out_dtype, beta, alpha))
+        assert a.dtype == b.dtype == torch.bfloat16 and added.shape == out.shape
+        return out.copy_(alpha * (a.float() @ b.float()))
+
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl("baddbmm.dtype_out", product, "CPU")
+        q, k, _ = inputs(5, 17, 3, 16, torch.bfloat16)
+        made, expected = torch.full((2, 5, 17), math.nan)
+        products._scores_of_half(q[:, 1], k[:, 1], 0.25, made)
+    finally:
+        library._destroy()
+    products._scores(q[:, 1], k[:, 1], 0.25, expected)
+    assert torch.allclose(made, expected, rtol=1e-6) and calls == [(torch.float32, 0, 0.25)]
+
+
 # -- on a GPU ----------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +291,7 @@ def loaded_or_skip(kind: Kind, device: torch.device):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "cuda" in kind.devices], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("case", [(64, 200, 2, 128), (75, 333, 3, 128), (1, 1, 1, 128)], ids=str)
+@pytest.mark.parametrize("case", [(64, 200, 2, 128), (75, 333, 3, 128), (1, 1, 1, 128), (91, 91, 1, 384)], ids=str)
 def test_numbers_on_a_gpu(real_gpu, kind, case):
     attention = loaded_or_skip(kind, real_gpu)
     for dtype in kind.dtypes:

@@ -138,11 +138,31 @@ def _activated_product(
     return torch.nn.functional.gelu(out, approximate="tanh") if use_gelu else torch.relu(out)
 
 
+def _wide_products(
+    added: Tensor,
+    a: Tensor,
+    b: Tensor,
+    out_dtype: torch.dtype,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Tensor,
+) -> Tensor:
+    """Of 16-bit matrices, with a result that is not rounded to 16 bits; a factor of 0 means that nothing is read."""
+    sums = alpha * (a.to(out_dtype) @ b.to(out_dtype))
+    return out.copy_(sums + beta * added if beta else sums)
+
+
+def _wide_products_shape(added: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, **named: Any) -> Tensor:
+    return torch.empty(len(a), a.shape[1], b.shape[2], dtype=out_dtype, device="meta")
+
+
 STAND_INS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "aten::_scaled_dot_product_flash_attention": (_flash, _flash_shape),
     "aten::_scaled_dot_product_cudnn_attention": (_cudnn, _cudnn_shape),
     "aten::_scaled_dot_product_efficient_attention": (_efficient, _efficient_shape),
     "aten::cudnn_convolution": (_convolution, _convolution_shape),
     "aten::_addmm_activation": (_activated_product, _activated_product),
+    "aten::baddbmm.dtype_out": (_wide_products, _wide_products_shape),
     "aten::_scaled_mm": (_scaled_product, _scaled_product_shape),
 }
