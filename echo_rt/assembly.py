@@ -58,6 +58,7 @@ class Assembly:
     vae: str
     attention: Choice
     text_attention: Choice
+    vae_attention: Choice | None
     convolutions: Convolutions
 
 
@@ -104,12 +105,18 @@ def assemble(loaded: LoadedModel, options: Options) -> Assembly:
         encoder = None
         if config.memory is not None:
             encoder = MemoryEncoder(config, memory_weights, ops, device=device, dtype=working)
-        decoder, convolutions = make_decoder(
-            loaded, vae_weights, ops, options.decoding, device=device, prescribed=options.like
+        decoder, vae_attention, convolutions = make_decoder(
+            loaded,
+            vae_weights,
+            ops,
+            options.decoding,
+            device=device,
+            attention_name=options.attention,
+            prescribed=options.like,
         )
         rollout = Rollout(config, transformer, encoder, schedule, ops, attention.attention, loaded.mode, executor)
         pipeline = Pipeline(rollout, decoder, vae_config, ops, executor, device=device, depth=1 + lookahead)
-    ways = Ways.chosen(attention, text_attention, convolutions)
+    ways = Ways.chosen(attention, text_attention, vae_attention, convolutions)
     # A snapshot goes on with the same model alone: all that its video depends on, beside seed and prompts.
     model = {
         **config.to_flat(),
@@ -136,7 +143,7 @@ def assemble(loaded: LoadedModel, options: Options) -> Assembly:
         lookahead=lookahead,
         check=SteadyCheck(executor, device, pipeline.buffers) if options.check else None,
     )
-    return Assembly(engine, ops.name, vae, attention, text_attention, convolutions)
+    return Assembly(engine, ops.name, vae, attention, text_attention, vae_attention, convolutions)
 
 
 def _check_lookahead(lookahead: int | None, device: torch.device) -> int:

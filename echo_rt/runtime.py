@@ -39,8 +39,8 @@ class Runtime:
 
     ``config`` and ``vae_config`` say what it computes, ``dtype`` and ``vae_dtype`` how precisely, ``vae`` who makes
     pictures of latents (``"wan"``, or the kind of a tiny decoder), ``attention`` and ``text_attention`` with which
-    libraries and why, ``convolutions`` how each of the VAE's is computed and why, ``frame_size`` the video's
-    ``(width, height)`` in pixels and ``fps`` its frames a second.
+    libraries and why, ``vae_attention`` and ``convolutions`` how the VAE's are computed and why (a tiny decoder has
+    None and none), ``frame_size`` the video's ``(width, height)`` in pixels and ``fps`` its frames a second.
     """
 
     def __init__(self, loaded: LoadedModel, options: Options) -> None:
@@ -52,7 +52,8 @@ class Runtime:
         self.config, self.vae_config, self.memory = loaded.config, engine.vae, loaded.mode
         self.device, self.dtype, self.vae_dtype = options.device, options.dtype, engine.vae_dtype
         self.backend, self.vae, self.lookahead = made.backend, made.vae, engine.lookahead
-        self.attention, self.text_attention, self.convolutions = made.attention, made.text_attention, made.convolutions
+        self.attention, self.text_attention = made.attention, made.text_attention
+        self.vae_attention, self.convolutions = made.vae_attention, made.convolutions
         self._engine: Engine | None = engine
         # Torch knows its buffers by the stream they were made on, and would lend them out amid a block of the lanes.
         self._ending = weakref.finalize(engine, engine.executor.settle)
@@ -108,7 +109,8 @@ class Runtime:
             backend: which implementation of the operations; None for ``ECHO_RT_BACKEND``, or torch.
             width, height: of the video, in pixels; None for the model folder's own, or 832 and 480.
             attention: which library computes attention, by the names ``echo-rt doctor`` lists; None for the one that a
-                trial on this model's shapes finds fastest, once for a GPU.
+                trial on this model's shapes finds fastest, once for a GPU. The VAE's attention too, where the library
+                has heads of its size and its dtype, and the one that a trial finds elsewhere.
             convolution: how the model's own VAE computes its convolutions wherever that works, by the names ``echo-rt
                 doctor`` lists; one for those over time and one for those that enlarge may be joined by a comma. None
                 for what a trial on their shapes finds fastest and right, once for a GPU.

@@ -13,7 +13,7 @@ from typing import Any
 from echo_rt import attention, convolution
 
 WAYS = "computed_by"  # the fact of a model: names of kinds by labels
-ATTENTION, TEXT_ATTENTION = "attention", "attention to the text"
+ATTENTION, TEXT_ATTENTION, VAE_ATTENTION = "attention", "attention to the text", "attention of the VAE"
 
 
 def convolution_label(shape: convolution.ConvolutionShape) -> str:
@@ -40,10 +40,14 @@ class Ways:
         cls,
         over_cache: attention.Choice,
         over_text: attention.Choice,
+        of_vae: attention.Choice | None,
         convolutions: Mapping[convolution.ConvolutionShape, convolution.Choice],
     ) -> Ways:
+        """Those of the transformer, and of a decoder that has a choice."""
         names, asked = {}, []
-        for label, choice in ((ATTENTION, over_cache), (TEXT_ATTENTION, over_text)):
+        for label, choice in ((ATTENTION, over_cache), (TEXT_ATTENTION, over_text), (VAE_ATTENTION, of_vae)):
+            if choice is None:
+                continue
             names[label] = choice.attention.name
             asked += [label] * choice.by_name
         for shape, way in convolutions.items():

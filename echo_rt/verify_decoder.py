@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import VaeConfig
-from echo_rt.decoding import fit_convolutions
+from echo_rt.decoding import fit_decoder
 from echo_rt.device import DTYPES, model_context
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.noise import fill_normal, seed_words
@@ -56,7 +56,7 @@ class Decoding:
         with model_context(self.device, dtype):
             _, _, height, width = self.latents.shape
             decoder = VaeDecoder(self.config, self.tensors, self.ops, device=self.device, dtype=dtype)
-            fit_convolutions(decoder, (max(groups), height, width), self.ops)  # those that a stream would have
+            fit_decoder(decoder, (max(groups), height, width), self.ops)  # as a stream's would be
             state = decoder.new_state(height, width, max(groups))
             parts = [decoder.decode(part, state) for part in self.latents.split(list(groups))]
             return torch.cat(parts).float().cpu()

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from streaming import load, video
+from streaming import load, require, video
 
 import echo_rt
 from echo_rt.cli.main import main
 from echo_rt.errors import BackendError, ConfigError
+from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.model.vae_layers import CausalConv, EnlargingConv
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
@@ -70,6 +71,30 @@ def test_convolutions_can_be_chosen(small_model: Path, monkeypatch: pytest.Monke
     assert kinds == {"conv3d", "enlarged"}, "what is quick is so in the dtype that is decoded in"
     difference = (frames(small_model, convolution="conv3d,phases").int() - expected.int()).abs()
     assert int(difference.max()) <= 1 and float(difference.float().mean()) < 1e-3
+
+
+def test_an_attention_that_is_asked_for_is_the_decoders_too(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(small_model) as runtime:
+        assert runtime.vae_attention is not None
+        assert (runtime.vae_attention.attention.name, runtime.vae_attention.by_name) == ("sdpa", False)
+    used: list[str] = []
+    original = VaeDecoder.attend_by
+    monkeypatch.setattr(
+        VaeDecoder, "attend_by", lambda vae, attention: (used.append(attention.name), original(vae, attention))
+    )
+    difference = (frames(small_model, attention="products").int() - frames(small_model).int()).abs()
+    assert used == ["products", "sdpa"], "and not only said"
+    assert int(difference.max()) <= 1 and float(difference.float().mean()) < 1e-3
+
+
+@pytest.mark.cuda
+def test_a_library_that_the_decoder_cannot_have_is_the_transformers(small_model: Path) -> None:
+    options = {"device": require("cuda"), "dtype": "bfloat16", "vae_dtype": "float32"}
+    with load(small_model, attention="sdpa-flash", **options) as runtime:
+        assert runtime.attention.attention.name == "sdpa-flash"
+        assert runtime.vae_attention is not None and not runtime.vae_attention.by_name
+        assert "; not sdpa-flash: it computes in bfloat16 or float16" in runtime.vae_attention.reason
+        assert len(video(runtime, 2, seed=3)) == 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from streaming import embeds, load, require, same, take
 import echo_rt
 from echo_rt.errors import BackendError, ConfigError, StreamError
 from echo_rt.snapshot import Snapshot
-from echo_rt.snapshot_ways import WAYS, ways_of
+from echo_rt.snapshot_ways import VAE_ATTENTION, WAYS, ways_of
 
 # None of which a CPU is given by itself in float32.
 OTHER_WAYS = {"attention": "sdpa-math", "convolution": "conv3d,phases"}
@@ -36,9 +36,9 @@ def other(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 def test_a_snapshot_names_every_way(other: tuple[Snapshot, list[echo_rt.Chunk]]) -> None:
     ways = other[0].model[WAYS]
-    assert ways["attention"] == ways["attention to the text"] == "sdpa-math"
+    assert ways["attention"] == ways["attention to the text"] == ways["attention of the VAE"] == "sdpa-math"
     convolutions = {label: name for label, name in ways.items() if label.startswith("convolution of ")}
-    assert len(convolutions) == len(ways) - 2 and set(convolutions.values()) == {"conv3d", "phases"}
+    assert len(convolutions) == len(ways) - 3 and set(convolutions.values()) == {"conv3d", "phases"}
     assert all(name == "phases" for label, name in convolutions.items() if label.endswith("after enlarging"))
 
 
@@ -47,7 +47,9 @@ def test_a_runtime_like_a_snapshot_goes_on_bit_for_bit(
 ) -> None:
     snapshot, expected = other
     with load(small_model, like=snapshot) as runtime:
-        assert runtime.attention.reason == runtime.text_attention.reason == "as in the snapshot"
+        choices = (runtime.attention, runtime.text_attention, runtime.vae_attention)
+        assert {choice.reason for choice in choices if choice is not None} == {"as in the snapshot"}
+        assert runtime.vae_attention is not None and runtime.vae_attention.attention.name == "sdpa-math"
         assert {choice.reason for choice in runtime.convolutions.values()} == {"as in the snapshot"}
         with runtime.resume(snapshot) as stream:
             assert same(take(stream, 3), expected)
@@ -67,6 +69,9 @@ def test_one_that_computes_otherwise_refuses(small_model: Path, other: tuple[Sna
         label = next(label for label in own.model[WAYS] if label.startswith("convolution of "))
         changed = dataclasses.replace(own, model={**own.model, WAYS: {**own.model[WAYS], label: "conv3d"}})
         with pytest.raises(StreamError, match=r"made with convolution of .* by conv3d, here it is by three-products"):
+            runtime.resume(changed)
+        changed = dataclasses.replace(own, model={**own.model, WAYS: {**own.model[WAYS], VAE_ATTENTION: "products"}})
+        with pytest.raises(StreamError, match="made with attention of the VAE by products, here it is by sdpa"):
             runtime.resume(changed)
         runtime.resume(own).close()
 
@@ -99,6 +104,25 @@ def test_snapshots_of_before_ways_were_kept(small_model: Path, ways: object) -> 
         assert same(take(stream, 3), expected)
 
 
+def test_snapshots_of_before_the_attention_of_the_vae_was_chosen(small_model: Path) -> None:
+    """It was torch's own, as it is on a CPU; nothing is held against another one."""
+    snapshot, expected = begun(small_model)
+    ways = {label: name for label, name in ways_of(snapshot.model).items() if label != VAE_ATTENTION}
+    old = dataclasses.replace(snapshot, model={**snapshot.model, WAYS: ways})
+    with load(small_model, like=old) as runtime, runtime.resume(old) as stream:
+        assert runtime.vae_attention is not None and runtime.vae_attention.reason == "torch's own on a CPU"
+        assert same(take(stream, 3), expected)
+    with load(small_model, attention="products", like=old) as runtime:
+        runtime.resume(old).close()
+
+
+def test_a_tiny_decoder_has_no_attention(small_model: Path) -> None:
+    snapshot, expected = begun(small_model, vae="tiny", attention="products")
+    assert ways_of(snapshot.model) == {"attention": "products", "attention to the text": "products"}
+    with load(small_model, vae="tiny", like=snapshot) as runtime, runtime.resume(snapshot) as stream:
+        assert runtime.vae_attention is None and same(take(stream, 3), expected)
+
+
 def test_shapes_that_a_snapshot_does_not_have(small_model: Path) -> None:
     """As those of another number of bands are: nothing is known of them, so they are computed as ever."""
     snapshot, expected = begun(small_model)
@@ -117,6 +141,7 @@ def test_shapes_that_a_snapshot_does_not_have(small_model: Path) -> None:
     [
         ("attention", "sdpa-cudnn", "it runs on cuda"),
         ("attention", "x", "attention must be one of"),
+        ("attention of the VAE", "sdpa-cudnn", "it runs on cuda"),
         ("convolution", "kernel", "it is an operation of the backends"),
         ("convolution", "phases", "convolution must be one of conv3d, three-products"),
     ],

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from echo_rt import verify_decoder
-from echo_rt.decoding import fit_convolutions
+from echo_rt.decoding import fit_decoder
 from echo_rt.errors import WeightsError
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops import Ops, load_ops
@@ -84,14 +84,14 @@ def few_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few_pixels")
 def test_a_model_is_decoded_as_a_stream_is(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the convolutions that are found for so many latents in a call; and the latents are drawn from a seed."""
+    """In the ways that are found for so many latents in a call; and the latents are drawn from a seed."""
     blocks: set[tuple[int, ...]] = set()
 
     def note(decoder: VaeDecoder, block: tuple[int, int, int], ops: Ops) -> None:
         blocks.add(block)
-        fit_convolutions(decoder, block, ops)
+        fit_decoder(decoder, block, ops)
 
-    monkeypatch.setattr(verify_decoder, "fit_convolutions", note)
+    monkeypatch.setattr(verify_decoder, "fit_decoder", note)
     reports = [verify_model(tiny_model, device="cpu", backend="torch") for _ in range(2)]
     assert blocks == {(latents, 2, 2) for latents in (1, 2, 3, 5, 11)}
     assert reports[0] == reports[1] and reports[0].passed

@@ -4,7 +4,15 @@ A model is given its attention when it is loaded, as it is given its operations:
 is installed, on the model's own shapes, and remembers the outcome in a file.
 """
 
-from echo_rt.attention.choice import Choice, attentions, available_attention, choose_attention, kinds, known_choices
+from echo_rt.attention.choice import (
+    Choice,
+    attentions,
+    available_attention,
+    choose_attention,
+    kinds,
+    known_choices,
+    untried_attention,
+)
 from echo_rt.attention.kinds import Attention, Kind
 from echo_rt.attention.remembered import cache_file
 from echo_rt.attention.trials import AttentionShapes
@@ -20,4 +28,5 @@ __all__ = [
     "choose_attention",
     "kinds",
     "known_choices",
+    "untried_attention",
 ]

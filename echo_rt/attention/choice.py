@@ -13,6 +13,7 @@ import torch
 
 from echo_rt.attention.kinds import KINDS, Attention, Kind
 from echo_rt.attention.pieces import in_pieces
+from echo_rt.attention.products import Products
 from echo_rt.attention.remembered import FILE
 from echo_rt.attention.trials import AttentionShapes, Trials
 from echo_rt.config import ModelConfig
@@ -58,12 +59,14 @@ def choose_attention(
     shapes: AttentionShapes,
     cache: Path | None,
     prescribed: str | None = None,
+    if_able: bool = False,
     kinds: Sequence[Kind] = KINDS,
     judge: MakeJudge = Trials,
 ) -> Choice:
     """The attention named ``requested``, else that of the snapshot to go on with, ``prescribed``.
 
-    None of both: on a GPU the fastest for ``shapes``, on a CPU torch's own.
+    None of both: on a GPU the fastest for ``shapes``, on a CPU torch's own. With ``if_able`` a kind that was asked for
+    and does not compute these shapes is no error: it is as if nothing had been asked for, and the reason says why.
 
     What is fastest is measured once and remembered in the file ``cache`` (None: nowhere) until the GPU, a library or
     the shapes change. A kind that computes something else than attention is never chosen; one that runs out of memory
@@ -73,8 +76,9 @@ def choose_attention(
     """
     search = _search(device, dtype, shapes, kinds, judge)
     with model_context(device, dtype):
-        if requested is not None:
-            found = search.requested(requested)
+        asked = _asked_for(search, requested, if_able=if_able)
+        if isinstance(asked, Found):
+            found = asked
         elif prescribed is not None:
             found = search.prescribed(prescribed)
         elif device.type == "cuda":
@@ -82,7 +86,9 @@ def choose_attention(
         else:
             found = _torchs_own(device, kinds)
     give_memory_back(device)  # graphs have kept memory of the trial's own
-    choice = Choice(found.candidate, found.reason, found.timings, found.rejected, by_name=requested is not None)
+    by_name = isinstance(asked, Found)
+    reason = f"{found.reason}; not {requested}: {asked}" if isinstance(asked, str) else found.reason
+    choice = Choice(found.candidate, reason, found.timings, found.rejected, by_name=by_name)
     _logger.info("%s for %s: %s", choice.attention.name, shapes, choice.reason)
     return choice
 
@@ -121,6 +127,20 @@ def attentions(
     return first, second
 
 
+def untried_attention(device: torch.device) -> Attention:
+    """What computes heads of any size on ``device``, right and without a trial: torch's own on a CPU."""
+    return _torchs_own(device, KINDS).candidate if device.type == "cpu" else Products()
+
+
+def _asked_for(
+    search: Search[Kind, Attention, AttentionShapes], requested: str | None, *, if_able: bool
+) -> Found[Attention] | str | None:
+    """What was asked for, why it is not to be had where it need not be, or None."""
+    if requested is None:
+        return None
+    return search.requested_if_able(requested) if if_able else search.requested(requested)
+
+
 def _torchs_own(device: torch.device, kinds: Sequence[Kind]) -> Found[Attention]:
     kind = next(kind for kind in kinds if kind.fused and device.type in kind.devices)
     return Found(kind.load(), f"torch's own on a {device.type.upper()}", {}, {})
@@ -141,7 +161,7 @@ def _search(
 def _reserve(shapes: AttentionShapes, kind: Kind) -> str:
     if shapes.keys % kind.pieces:
         return f"{shapes.keys} keys cannot be cut into {kind.pieces} equal pieces"
-    # Scores take gigabytes, and it is slow wherever another works.
+    # Scores take gigabytes, and it is slow wherever another works: for heads of any size there are the products.
     return "" if kind.fused else "it holds all scores in memory: for where nothing else works"
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from echo_rt.attention.kinds import Attention
 from echo_rt.trials.stopwatch import current, stopwatch
+from echo_rt.wording import counted
 
 _CHECKED_QUERIES = 32
 
@@ -25,7 +26,7 @@ class AttentionShapes:
     head_dim: int
 
     def __str__(self) -> str:
-        return f"{self.queries} queries, {self.keys} keys, {self.heads} heads of {self.head_dim}"
+        return f"{self.queries} queries, {self.keys} keys, {counted(self.heads, 'head')} of {self.head_dim}"
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

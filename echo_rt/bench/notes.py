@@ -32,7 +32,7 @@ def notes(run: Run, *, frames_a_block: int, judged: bool) -> list[str]:
     ]
     lines += [
         f"Attention {what}: {choice.attention.name}, {choice.reason}."
-        for what, choice in zip(("over the cache", "over the text"), run.attention, strict=True)
+        for what, choice in zip(("over the cache", "over the text", "of the decoder"), run.attention, strict=True)
     ]
     lines.append(f"Convolutions of the decoder: {convolutions_in_words(run.convolutions)}.")
     if run.request.vae_tiles > 1:

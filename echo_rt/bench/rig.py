@@ -15,7 +15,7 @@ from torch import Tensor
 from echo_rt.attention import Choice, attentions, cache_file
 from echo_rt.bench.lanes import Span, WatchedExecutor, watched_executor
 from echo_rt.bench.model import Model
-from echo_rt.decoding import Convolutions, fit_convolutions
+from echo_rt.decoding import Convolutions, fit_decoder
 from echo_rt.device import model_context, working_dtype
 from echo_rt.errors import ConfigError
 from echo_rt.model.memory import MemoryEncoder
@@ -34,13 +34,15 @@ _MOST_BLOCKS = 300  # a steady state that comes later is none that anyone waits 
 class Site:
     """Where a model runs: its device, the dtype that was asked for, and the attention that was chosen or asked for.
 
-    ``dtype`` is what all is in that is not a float8 product; ``float8_except`` as in :meth:`Runtime.from_pretrained`.
+    ``dtype`` is what all is in that is not a float8 product; ``float8_except`` as in :meth:`Runtime.from_pretrained`;
+    ``attention``: the name that was asked for, if any.
     """
 
     model: Model
     device: torch.device
     model_dtype: torch.dtype
     float8_except: tuple[str, ...]
+    attention: str | None
     over_cache: Choice
     over_text: Choice
 
@@ -56,7 +58,7 @@ class Site:
     ) -> Site:
         """The errors are those of :func:`echo_rt.attention.attentions`."""
         choices = attentions(model.config, device, working_dtype(dtype), ops, attention, cache=cache_file())
-        return cls(model, device, dtype, float8_except, *choices)
+        return cls(model, device, dtype, float8_except, attention, *choices)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,12 +103,17 @@ class Parts:
         return self._decoding[0]
 
     @property
-    def convolutions(self) -> Convolutions:
-        """How those of the decoder are computed."""
+    def vae_attention(self) -> Choice:
+        """How the decoder's is computed."""
         return self._decoding[1]
 
+    @property
+    def convolutions(self) -> Convolutions:
+        """How those of the decoder are computed."""
+        return self._decoding[2]
+
     @cached_property
-    def _decoding(self) -> tuple[VaeDecoder, Convolutions]:
+    def _decoding(self) -> tuple[VaeDecoder, Choice, Convolutions]:
         site, config = self.site, self.site.model.config
         decoder = VaeDecoder(
             site.model.vae_config,
@@ -117,7 +124,7 @@ class Parts:
             tiles=self._tiles,
         )
         block = (config.window.frames_per_block, config.latent_height, config.latent_width)
-        return decoder, fit_convolutions(decoder, block, self.ops, self._convolution)
+        return decoder, *fit_decoder(decoder, block, self.ops, self._convolution, site.attention)
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,7 +76,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     model: Model
-    attention: tuple[Choice, Choice]
+    attention: tuple[Choice, Choice, Choice]
     convolutions: Convolutions
     clock: str
     rounds: int
@@ -187,15 +187,15 @@ class _Runner:
         order, peer_seconds, clock = self._measure(entries, peers)
         for entry in entries:
             self._release(entry)
-        choices = (self._site.over_cache, self._site.over_text)
+        parts = self._parts[entries[0].backend]
         return Run(
             request=self._request,
             header=header,
             device=self._site.device,
             dtype=self._site.model_dtype,
             model=self._site.model,
-            attention=choices,
-            convolutions=self._parts[entries[0].backend].convolutions,
+            attention=(self._site.over_cache, self._site.over_text, parts.vae_attention),
+            convolutions=parts.convolutions,
             clock=clock,
             rounds=self._rounds,
             blocks=self._blocks,

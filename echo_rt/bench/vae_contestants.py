@@ -20,7 +20,7 @@ from echo_rt.bench.vae_published import PublishedDecoder
 from echo_rt.bench.vae_work import Frames, Stage
 from echo_rt.config import VaeConfig
 from echo_rt.convolution import Kind
-from echo_rt.decoding import convolutions_in_words, fit_convolutions
+from echo_rt.decoding import convolutions_in_words, fit_decoder
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.model.vae_layers import CausalConv, EnlargingConv, Terms, VaeWeights
 from echo_rt.ops import Ops
@@ -77,7 +77,7 @@ def ours(setting: Setting) -> Contestant:
     """:class:`VaeDecoder`, with a state for the latents of a block."""
     decoder = VaeDecoder(setting.config, setting.tensors, setting.ops, device=setting.device, dtype=setting.dtype)
     latents, _, height, width = setting.latents.shape
-    ways = fit_convolutions(decoder, (latents, height, width), setting.ops, setting.convolution)
+    attention, ways = fit_decoder(decoder, (latents, height, width), setting.ops, setting.convolution)
     shapes = decoder.convolution_shapes(height, width, latents)
     kinds = {name: ways[shape].kind for name, shape in shapes.items()}
     state = decoder.new_state(height, width, latents)
@@ -110,7 +110,7 @@ def ours(setting: Setting) -> Contestant:
     return Contestant(
         OURS,
         f"the decoder of this package on the backend {setting.ops.name}, {latents} latents in one call; "
-        f"its convolutions: {convolutions_in_words(ways)}",
+        f"its attention: {attention.attention.name}; its convolutions: {convolutions_in_words(ways)}",
         lambda: decoder.decode(setting.latents, state),
         stage,
         lambda: state.nbytes,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from echo_rt.attention import Attention, AttentionShapes
 from echo_rt.config import VaeConfig
 from echo_rt.convolution import ConvolutionShape, Kind
 from echo_rt.errors import ConfigError
@@ -81,6 +82,14 @@ class VaeDecoder:
     def convolution_shapes(self, latent_height: int, latent_width: int, latents: int) -> dict[str, ConvolutionShape]:
         """Of each convolution, by its name in the weights, in the steady state of a stream of :meth:`new_state`."""
         return dict(self._plan(latent_height, latent_width, latents, None).convolutions)
+
+    def attention_shapes(self, latent_height: int, latent_width: int) -> AttentionShapes:
+        """Of the attention among the pixels of a frame, in a stream of latents of this size."""
+        return self._middle.attention.shapes(latent_height, latent_width)
+
+    def attend_by(self, attention: Attention) -> None:
+        """From now on the pixels of a frame attend to each other by ``attention``."""
+        self._middle.attention.compute = attention
 
     def use(self, kinds: Mapping[str, Kind]) -> None:
         """From now on each convolution is computed by the kind under its name. Once: it is all that they keep."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from echo_rt.attention import Attention, AttentionShapes, untried_attention
 from echo_rt.convolution import ConvolutionShape, Kind, Prepared, enlarged_convolution, library_convolution
 from echo_rt.convolution.library import convolve
 from echo_rt.device import placed
@@ -219,20 +220,30 @@ class ResidualBlock:
 
 
 class FrameAttention:
-    """Single-head attention among the pixels of each frame, added to its input; it has no memory of other frames."""
+    """Single-head attention among the pixels of each frame, added to its input; it has no memory of other frames.
+
+    ``compute`` is what works where nobody has chosen, until it is replaced.
+    """
 
     def __init__(self, name: str, weights: VaeWeights) -> None:
         self._gamma = weights.gamma(f"{name}.norm")
         self._qkv = weights.pointwise(f"{name}.to_qkv")
         self._projection = weights.pointwise(f"{name}.proj")
+        self.compute: Attention = untried_attention(weights.device)
+
+    def shapes(self, height: int, width: int) -> AttentionShapes:
+        """Of a call of ``compute``: a frame of this size."""
+        pixels = height * width
+        return AttentionShapes(queries=pixels, keys=pixels, heads=1, head_dim=self._gamma.numel())
 
     def __call__(self, terms: Terms) -> Terms:
         x = terms.total()
         frames, height, width, channels = x.shape
-        normed = rms_norm(x, self._gamma).view(frames, 1, height * width, channels)
-        q, k, v = functional.linear(normed, *self._qkv).chunk(3, dim=-1)
-        attended = functional.scaled_dot_product_attention(q, k, v)
-        return Terms(functional.linear(attended.reshape(x.shape), *self._projection), residual=x)
+        normed = rms_norm(x, self._gamma).view(frames, height * width, channels)
+        qkv = functional.linear(normed, *self._qkv).unflatten(-1, (3, 1, channels))
+        # Frame by frame: pixels of two frames do not see each other, and the scores of one are many already.
+        attended = torch.stack([self.compute(*frame.unbind(1)) for frame in qkv])
+        return Terms(functional.linear(attended.view(x.shape), *self._projection), residual=x)
 
 
 class Middle:
@@ -240,7 +251,7 @@ class Middle:
 
     def __init__(self, name: str, weights: VaeWeights, ops: Ops) -> None:
         self._before = ResidualBlock(f"{name}.0", weights, ops)
-        self._attention = FrameAttention(f"{name}.1", weights)
+        self.attention = FrameAttention(f"{name}.1", weights)
         self._after = ResidualBlock(f"{name}.2", weights, ops)
 
     @property
@@ -248,7 +259,7 @@ class Middle:
         return self._before.convs + self._after.convs
 
     def __call__(self, terms: Terms, windows: Windows) -> Terms:
-        return self._after(self._attention(self._before(terms, windows)), windows)
+        return self._after(self.attention(self._before(terms, windows)), windows)
 
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:

@@ -91,18 +91,19 @@ class Search(Generic[AnyKind, Candidate, Shapes]):
 
     def requested(self, name: str) -> Found[Candidate]:
         """The kind of this name, on a GPU checked. :class:`BackendError`, or torch's own for want of memory."""
-        by_name = {kind.name: kind for kind in self.kinds}
-        if not isinstance(name, str) or name not in by_name:
-            raise BackendError(f"{self.subject} must be one of {', '.join(by_name)}; got {name!r}")
+        kind = self._named(name)
         try:
-            candidate = self.load(by_name[name])
-            if self.device.type == "cuda":
-                self.check(self.judge(), candidate)
-        except _NoMemoryError as error:
-            raise torch.OutOfMemoryError(f"{self.subject} {name!r}: {error}") from None
+            return self._checked(kind)
         except BackendError as error:
             raise BackendError(f"{self.subject} {name!r} is not available: {error}") from error
-        return Found(candidate, "asked for by name", {}, {})
+
+    def requested_if_able(self, name: str) -> Found[Candidate] | str:
+        """The same where it computes the shapes; elsewhere why it does not. The errors: an unknown name, no memory."""
+        kind = self._named(name)
+        try:
+            return self._checked(kind)
+        except BackendError as error:
+            return str(error).partition("; ")[0]
 
     def prescribed(self, name: str) -> Found[Candidate]:
         """The kind of this name, by which the video of a snapshot was made. Raises :class:`BackendError`."""
@@ -157,6 +158,22 @@ class Search(Generic[AnyKind, Candidate, Shapes]):
             raise _WrongResultError(
                 f"its result is wrong for {case}, by {error:.2g} where {bound:.2g} is the most; choose another"
             )
+
+    def _named(self, name: str) -> AnyKind:
+        by_name = {kind.name: kind for kind in self.kinds}
+        if not isinstance(name, str) or name not in by_name:
+            raise BackendError(f"{self.subject} must be one of {', '.join(by_name)}; got {name!r}")
+        return by_name[name]
+
+    def _checked(self, kind: AnyKind) -> Found[Candidate]:
+        """``kind``, asked for by name; :class:`BackendError` has no more than the reason and the remedy."""
+        try:
+            candidate = self.load(kind)
+            if self.device.type == "cuda":
+                self.check(self.judge(), candidate)
+        except _NoMemoryError as error:
+            raise torch.OutOfMemoryError(f"{self.subject} {kind.name!r}: {error}") from None
+        return Found(candidate, "asked for by name", {}, {})
 
     def _load_again(self, name: str) -> Candidate | None:
         try:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from echo_rt.attention import AttentionShapes, available_attention, choose_attention, kinds, known_choices
-from echo_rt.attention.kinds import HeadsFirst, Kind
+from echo_rt.attention.kinds import KINDS, HeadsFirst, Kind
 from echo_rt.errors import BackendError
 from echo_rt.ops import load_ops
 
@@ -243,6 +243,55 @@ def test_a_name_that_cannot_be_had(requested, dtype, said):
             judge, [kind("a"), absent("gone", "it is not installed; pip install it"), kind("b")], None, requested, dtype
         )
     assert "\n" not in str(caught.value)
+
+
+def able(judge, requested, prescribed=None, kinds=("a", "b", "c")):
+    kinds = [kind(name) if isinstance(name, str) else name for name in kinds]
+    return choose_attention(
+        requested,
+        device=GPU,
+        dtype=torch.bfloat16,
+        shapes=SHAPES,
+        cache=None,
+        prescribed=prescribed,
+        if_able=True,
+        kinds=kinds,
+        judge=judge,
+    )
+
+
+def test_a_name_that_need_not_be_had_is_taken_where_it_can_be():
+    judge = FakeJudge({"a": 2.0, "b": 0.5, "c": 1.0}, errors={"a": RuntimeError("head dimension at most 4; got 8")})
+    choice = able(judge, "c")
+    assert (choice.attention.name, choice.reason, choice.by_name) == ("c", "asked for by name", True)
+    choice = able(judge, "a")
+    assert (choice.attention.name, choice.by_name) == ("b", False)
+    assert choice.reason.startswith("fastest on Imaginary 9000: b 0.500 ms, ")
+    assert choice.reason.endswith(
+        "; not a: it does not compute 6 queries, 10 keys, 2 heads of 8 in bfloat16: head dimension at most 4"
+    )
+    choice = able(judge, "a", prescribed="c")
+    assert choice.attention.name == "c" and choice.reason.startswith("as in the snapshot; not a: ")
+    choice = able(judge, "gone", kinds=["b", absent("gone", "it is not installed; pip install it")])
+    assert choice.attention.name == "b" and choice.reason.endswith("; not gone: it is not installed")
+
+
+def test_a_name_that_need_not_be_had_has_to_be_one():
+    with pytest.raises(BackendError, match="attention must be one of a, b, c; got 'd'"):
+        able(FakeJudge({"a": 1.0}), "d")
+    judge = FakeJudge({"b": 1.0}, errors={"a": torch.OutOfMemoryError("2.00 GiB")})
+    with pytest.raises(torch.OutOfMemoryError, match="attention 'a': it runs out of memory"):
+        able(judge, "a")  # with more it might: that is for its user to say
+
+
+def test_heads_that_no_library_has():
+    """As those of the VAE: what is left is tried, the products among it, and all scores at once are not."""
+    too_large = RuntimeError("only supports head dimension at most 256")
+    judge = FakeJudge({"sdpa-efficient": 3.0, "products": 0.7, "sdpa-math": 0.1}, errors={"sdpa-flash": too_large})
+    judge.errors["sdpa-cudnn"] = too_large
+    choice = choose(judge, KINDS, shapes=AttentionShapes(queries=60, keys=60, heads=1, head_dim=384))
+    assert choice.attention.name == "products" and set(choice.timings) == {"sdpa-efficient", "products"}
+    assert "at most 256" in choice.rejected["sdpa-flash"] and "all scores" in choice.rejected["sdpa-math"]
 
 
 def test_on_a_cpu():

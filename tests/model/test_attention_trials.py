@@ -128,3 +128,8 @@ def test_a_call_is_warmed_up_captured_and_timed_in_replay(monkeypatch):
     cuda.log.clear()
     assert watch() == 6.0 / captured and watch() == 6.0 / captured
     assert cuda.log == ["replay", "wait"] * 2, "nothing but replays"
+
+
+def test_shapes_in_words():
+    assert str(AttentionShapes(6240, 6240, 1, 384)) == "6240 queries, 6240 keys, 1 head of 384"
+    assert str(AttentionShapes(5, 7, 2, 8)) == "5 queries, 7 keys, 2 heads of 8"
