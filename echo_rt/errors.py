@@ -33,6 +33,10 @@ class SnapshotError(StreamError):
     """A snapshot file that is missing, damaged, or written by a version that this one cannot read."""
 
 
+class SnapshotVersionError(SnapshotError):
+    """A snapshot file that is whole, and of a format that another version of echo-rt writes."""
+
+
 class StallError(EchoError):
     """A block that took longer than its stream's guard allows."""
 

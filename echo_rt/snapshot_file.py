@@ -2,7 +2,8 @@
 
 What a reader of other programs sees: the tensors under ``state.*``, ``prompt.N`` and ``held.N.*``, and in the
 metadata the format and its version, the version of echo-rt, all other facts as one JSON object, and ``sha256``: the
-digest of the whole file, itself taken as zeros.
+digest of the whole file, itself taken as zeros. Format, version and digest are what files of every version have, so a
+file of another one can be told from a damaged one.
 
 Files are read by hand and not mapped: what is used is then what was checked, and a file that shrinks meanwhile ends in
 an error and not in a bus error. The tensors are allocated only when the file is known to be long enough to hold them.
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from echo_rt.build_info import __version__
 from echo_rt.chunk import Chunk, ChunkStats
-from echo_rt.errors import ConfigError, OutputError, SnapshotError
+from echo_rt.errors import ConfigError, OutputError, SnapshotError, SnapshotVersionError
 from echo_rt.options import check_seed
 from echo_rt.output.part_file import PartFile, reason
 from echo_rt.snapshot import Snapshot
@@ -41,6 +42,7 @@ _LONGEST_HEADER = 2**24  # names and shapes of some hundred tensors are a thousa
 _ZEROS = "0" * 64
 _MOST_DIMENSIONS = 16
 _LONGEST_NUMBER = 20  # digits
+_PIECE = 2**20  # bytes of another version's file in memory at once
 
 _DTYPES = {
     "F64": torch.float64,
@@ -156,8 +158,9 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 def load_snapshot(path: str | Path) -> Snapshot:
     """The snapshot in ``path``, all of it on the host.
 
-    Raises :class:`SnapshotError`, in one line, for a file that is missing, damaged (in a single bit, or cut short), of
-    another format, or of a version that this one does not read. Nothing in a file is ever executed.
+    Raises :class:`SnapshotError`, in one line, for a file that is missing, damaged (in a single bit, or cut short), or
+    of another format; :class:`SnapshotVersionError` for a whole one of a version that this one does not read. Nothing
+    in a file is ever executed.
     """
     try:
         if stat.S_ISFIFO(os.stat(path).st_mode):  # to open one is to wait for whoever fills it
@@ -179,12 +182,20 @@ def _read(file: FileIO, path: str | Path) -> Snapshot:
         raise _damaged(path, f"its header is {length} bytes long, more than {_LONGEST_HEADER}")
     text = _take(file, length, path)
     header, metadata = _parse(text, path)
-    layout = _layout(header, size - _LENGTH_BYTES - length, path)
-
     claimed = metadata.get("sha256", "")
     if len(claimed) != len(_ZEROS) or text.count(claimed.encode()) != 1:
         raise _damaged(path, "it has no checksum")
     digest = hashlib.sha256(start + text.replace(claimed.encode(), _ZEROS.encode()))
+    if metadata.get("version") != str(VERSION):
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+        _require_digest(digest.hexdigest(), claimed, path)
+        raise SnapshotVersionError(
+            f"{path}: expected a snapshot of version {VERSION}, came a whole one of version "
+            f"{metadata.get('version')!s:.20}, written by echo-rt {metadata.get('echo_rt')!s:.20}; "
+            f"this is echo-rt {__version__}"
+        )
+    layout = _layout(header, size - _LENGTH_BYTES - length, path)
     tensors: dict[str, Tensor] = {}
     for name, (dtype, shape) in layout.items():
         try:
@@ -195,13 +206,17 @@ def _read(file: FileIO, path: str | Path) -> Snapshot:
         _fill(file, view, path)
         digest.update(view)
         tensors[name] = tensor
-    if digest.hexdigest() != claimed:
-        raise _damaged(path, "its checksum is not that of its contents")
+    _require_digest(digest.hexdigest(), claimed, path)
     return _rebuild(metadata.get("facts", ""), tensors, path)
 
 
 def _damaged(path: str | Path, what: str) -> SnapshotError:
     return SnapshotError(f"{path}: the snapshot is damaged: {what}")
+
+
+def _require_digest(digest: str, claimed: str, path: str | Path) -> None:
+    if digest != claimed:
+        raise _damaged(path, "its checksum is not that of its contents")
 
 
 def _fill(file: FileIO, view: memoryview, path: str | Path) -> None:
@@ -230,18 +245,13 @@ def _json(text: str | bytes, path: str | Path) -> dict[str, Any]:
 
 
 def _parse(text: bytes, path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The header's entries and, apart from them, its metadata: those of a snapshot that this version reads."""
+    """The header's entries and, apart from them, its metadata: those of a snapshot."""
     header = _json(text, path)
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         metadata = {}
     if metadata.get("format") != FORMAT:
         raise SnapshotError(f"{path}: expected a snapshot, came a file of tensors with no {FORMAT!r} in its metadata")
-    if metadata.get("version") != str(VERSION):
-        raise SnapshotError(
-            f"{path}: expected a snapshot of version {VERSION}, came one of version {metadata.get('version')!s:.20}, "
-            f"written by echo-rt {metadata.get('echo_rt')!s:.20}; this is echo-rt {__version__}"
-        )
     return header, metadata
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from echo_rt.errors import ConfigError, OutputError, SnapshotError, StreamError
+from echo_rt.errors import ConfigError, OutputError, SnapshotError, SnapshotVersionError, StreamError
 from echo_rt.output.folder_claim import FolderClaim
 from echo_rt.output.part_file import Closing, reason
 from echo_rt.snapshot import Snapshot
@@ -36,13 +36,16 @@ def snapshot_files(folder: str | Path) -> list[Path]:
 def latest_snapshot(folder: str | Path) -> tuple[Path, Snapshot] | None:
     """The newest whole snapshot in ``folder`` and its file; None where the folder holds none at all.
 
-    Damaged ones are passed over, each with a warning that names it. :class:`SnapshotError` where all of them are:
-    what to do then is for a person to say.
+    Damaged ones are passed over, each with a warning that names it. What only a person can decide is an error:
+    :class:`SnapshotError` where all are damaged, :class:`SnapshotVersionError` where the newest whole one is of another
+    version: to go on from an older one would in time remove it.
     """
     files = snapshot_files(folder)
     for file in files:
         try:
             return file, Snapshot.load(file)
+        except SnapshotVersionError:
+            raise
         except SnapshotError as error:
             warnings.warn(f"passed over: {error}", RuntimeWarning, stacklevel=2)
     if files:

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from damage import as_of_another_version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from streaming import embeds, load, same, take, within
 
 import echo_rt
-from echo_rt.errors import OutputError, SnapshotError, StreamError
+from echo_rt.errors import OutputError, SnapshotError, SnapshotVersionError, StreamError
 from echo_rt.snapshot import Snapshot
 
 
@@ -188,6 +189,7 @@ def refusal(path: Path) -> str:
     with pytest.raises(SnapshotError) as caught:
         Snapshot.load(path)
     message = str(caught.value)
+    assert not isinstance(caught.value, SnapshotVersionError)
     assert str(path) in message and "\n" not in message and len(message) < 600
     return message
 
@@ -244,11 +246,30 @@ def test_pickled_code_never_runs(tmp_path: Path) -> None:
 def test_versions(snapshot: Snapshot, tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     snapshot.save(path)
-    edit_header(path, lambda header: header["__metadata__"].update(version="2", echo_rt="9.1"))
-    assert refusal(path).endswith(
-        f"expected a snapshot of version 1, came one of version 2, written by echo-rt 9.1; "
+    as_of_another_version(path)
+    with pytest.raises(SnapshotVersionError) as caught:
+        Snapshot.load(path)
+    assert str(caught.value) == (
+        f"{path}: expected a snapshot of version 1, came a whole one of version 2, written by echo-rt 9.1; "
         f"this is echo-rt {echo_rt.__version__}"
     )
+
+
+def test_a_damaged_file_is_of_no_other_version(snapshot: Snapshot, tmp_path: Path) -> None:
+    """Neither where the damage is in the number of the version, nor where it is in another version's file."""
+    path = tmp_path / "s.safetensors"
+    snapshot.save(path)
+    content = path.read_bytes()
+    for damage in (content.replace(b'"version":"1"', b'"version":"3"'), content.replace(b'"sha256"', b'"sha257"')):
+        assert damage != content
+        path.write_bytes(damage)
+        assert "the snapshot is damaged" in refusal(path)
+    path.write_bytes(content)
+    as_of_another_version(path)
+    content = path.read_bytes()
+    for damage in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+        path.write_bytes(damage)
+        assert "the snapshot is damaged" in refusal(path)
 
 
 def test_every_bit_counts(snapshot: Snapshot, tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from damage import as_of_another_version
 
-from echo_rt.errors import ConfigError, OutputError, SnapshotError, StreamError, TargetError
+from echo_rt.errors import ConfigError, OutputError, SnapshotError, SnapshotVersionError, StreamError, TargetError
 from echo_rt.snapshot import Snapshot
 from echo_rt.snapshot_keeper import SnapshotKeeper, latest_snapshot, snapshot_files
 
@@ -91,6 +93,27 @@ def test_damaged_ones_are_passed_over_and_named(keeper: SnapshotKeeper, tmp_path
         pytest.raises(SnapshotError, match="expected a whole snapshot, came 2 damaged ones"),
     ):
         latest_snapshot(tmp_path / "s")
+
+
+def test_those_of_another_version_are_no_damaged_ones(keeper: SnapshotKeeper, tmp_path: Path) -> None:
+    """A newest file that only another echo-rt reads is whole: to go on from the one before would in time remove it."""
+    for block in (1, 2):
+        put(keeper, block)
+    newest, older = snapshot_files(tmp_path / "s")
+    as_of_another_version(newest)
+    with warnings.catch_warnings(), pytest.raises(SnapshotVersionError, match=f"{newest}: .* whole one of version 2"):
+        warnings.simplefilter("error")
+        latest_snapshot(tmp_path / "s")
+    newest.write_bytes(newest.read_bytes()[:-1])
+    as_of_another_version(older)
+    with (
+        pytest.warns(RuntimeWarning, match=f"passed over: {newest}: the snapshot is damaged"),
+        pytest.raises(SnapshotVersionError, match=f"{older}: "),
+    ):
+        latest_snapshot(tmp_path / "s")
+    put(keeper, 3)
+    found = latest_snapshot(tmp_path / "s")
+    assert found is not None and found[1].next_block == 3, "what is older than one that can be read does not matter"
 
 
 def test_the_stream_does_not_wait(keeper: SnapshotKeeper, monkeypatch: pytest.MonkeyPatch) -> None:

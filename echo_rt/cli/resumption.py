@@ -69,7 +69,7 @@ class Resumption:
         """What ``--resume`` goes on from, checked against the request; None where nothing has been made yet.
 
         ``TargetError`` for a folder that is not there, unless ``-o`` names it as well (a command that is started again
-        and again says both), and for a recording without a snapshot; ``SnapshotError`` where all are damaged;
+        and again says both), and for a recording without a snapshot; ``SnapshotError`` where none can be used;
         ``ConfigError`` for a request that contradicts what is recorded. All of it before the model is loaded.
         """
         folder = request.output
