@@ -2,8 +2,8 @@
 
 Knows torch, and of this package the counter-based generator (:mod:`echo_rt.noise`) and the definition of float8 rows
 (:mod:`echo_rt.float8`) alone. All arithmetic inside an
-operation is float32 (angles, noise and the sampler's step: float64); results are rounded once, to the dtype of the
-tensor that receives them. Signatures and shapes are documented on :class:`echo_rt.ops.Ops`.
+operation is float32 (angles, noise, the sampler's step and the gate's product: float64); results are rounded once, to
+the dtype of the tensor that receives them. Signatures and shapes are documented on :class:`echo_rt.ops.Ops`.
 
 No operation here reads a tensor's value on the host, so a CUDA graph can capture each of them.
 """
@@ -179,8 +179,9 @@ def gated_update(
 ) -> None:
     dim = old.shape[-1]
     normed = _rms_norm(candidate, norm, eps)
-    kept, taken = gate_weight.float().split(dim, dim=-1)
-    gate = torch.sigmoid(old.float() @ kept.T + normed @ taken.T + gate_bias.float())
+    # float64: on a GPU a process can have its float32 products rounded to TF32, in a model of 16 bits too.
+    kept, taken = gate_weight.double().split(dim, dim=-1)
+    gate = torch.sigmoid(old.double() @ kept.T + normed.double() @ taken.T + gate_bias.double()).float()
     out.copy_(gate * old.float() + (1 - gate) * normed)
 
 

@@ -1,13 +1,18 @@
-"""Devices and dtypes by name, and the process-wide settings that a model changes while it computes."""
+"""Devices and dtypes by name, and the process-wide settings that a model changes while it computes, or lets be."""
 
 from __future__ import annotations
 
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from streaming import embeds, load
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import echo_rt.device
 from echo_rt.device import _FullPrecision, model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
@@ -170,6 +175,38 @@ def test_a_model_computes_without_gradients_autocast_or_inference_mode() -> None
             x = torch.ones(2, 2)
             assert (x @ x).dtype is torch.float32 and not x.is_inference()
         assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+
+
+class _Float32Products(TorchDispatchMode):
+    """Notes every operation that multiplies matrices of float32, or convolves them.
+
+    Not attention: torch's for a GPU makes float32 of three products in TF32, whatever is allowed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        multiplies = func.overloadpacket in flop_registry and "attention" not in str(func)
+        if multiplies and any(isinstance(arg, torch.Tensor) and arg.dtype is torch.float32 for arg in args):
+            self.seen.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_no_product_of_a_rollout_in_16_bits_is_left_to_the_process(small_model: Path, dtype: str) -> None:
+    """Such a model does not turn TF32 off, which would be for all the process: so nothing in it may heed that."""
+    with load(small_model, dtype=dtype) as runtime, _Float32Products() as products:
+        rollout = runtime._engine.rollout  # type: ignore[union-attr]
+        with torch.no_grad():
+            rollout.start(embeds(runtime))
+            for _ in range(6):
+                rollout.next_block()
+            assert rollout.state.memory_updated
+            rollout.switch_prompt(embeds(runtime, 1))
+            rollout.next_block()
+    assert bool(products.seen) == (dtype == "float32"), set(products.seen)
 
 
 def test_all_of_a_process_share_the_switches() -> None:
