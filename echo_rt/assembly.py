@@ -23,6 +23,7 @@ from echo_rt.options import WAN_VAE
 from echo_rt.pipeline import Pipeline
 from echo_rt.prompts import PromptEncoder
 from echo_rt.rollout import Rollout
+from echo_rt.room import require_room
 from echo_rt.snapshot_fit import WEIGHTS
 from echo_rt.snapshot_ways import ATTENTION, TEXT_ATTENTION, WAYS, Ways
 from echo_rt.steady import SteadyCheck
@@ -75,6 +76,15 @@ def assemble(loaded: LoadedModel, options: Options) -> Assembly:
         )
     executor = make_executor(device, options.graphs)
     lookahead = _check_lookahead(options.lookahead, device)
+    require_room(
+        config,
+        vae_config,
+        None if tiny_vae is None else tiny_vae.config,
+        options.decoding,
+        device=device,
+        dtype=working,
+        depth=1 + lookahead,
+    )
     prescribed = (options.like.get(ATTENTION), options.like.get(TEXT_ATTENTION))
     attention, text_attention = attentions(
         config, device, working, ops, options.attention, cache=cache_file(), prescribed=prescribed

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.chunk import Vitals
-from echo_rt.config import VaeConfig
+from echo_rt.config import ModelConfig, VaeConfig
 from echo_rt.executor import Executor, Lane, Mark
 from echo_rt.model.video_decoder import DecoderState, VideoDecoder
 from echo_rt.ops import Ops
@@ -38,6 +38,12 @@ class Finished:
     seconds: float
     position: Position
     memory_attended: bool
+
+
+def frames_shape(config: ModelConfig, vae: VaeConfig) -> tuple[int, int, int, int]:
+    """Of a block's video as bytes, ``[frames, height, width, 3]``: the first block of a video has fewer frames."""
+    frames = vae.video_frames(1 + config.window.frames_per_block) - vae.video_frames(1)
+    return frames, config.latent_height * vae.spatial_stride, config.latent_width * vae.spatial_stride, 3
 
 
 class _Slot:
@@ -87,10 +93,8 @@ class Pipeline:
         config = rollout.config
         block = config.window.frames_per_block
         self.decoder_state: DecoderState = decoder.new_state(config.latent_height, config.latent_width, block)
-        most = vae.video_frames(1 + block) - vae.video_frames(1)
-        height, width = (size * vae.spatial_stride for size in (config.latent_height, config.latent_width))
         self._latents = torch.empty_like(rollout.state.x)
-        self._frames = torch.empty(most, height, width, 3, dtype=torch.uint8, device=device)
+        self._frames = torch.empty(frames_shape(config, vae), dtype=torch.uint8, device=device)
         self._vitals = torch.zeros(len(VITALS) + len(_VIDEO_VITALS), dtype=torch.float32, device=device)
         self._slots = [
             _Slot(self._frames, self._latents, len(self._vitals), device.type == "cuda") for _ in range(depth)

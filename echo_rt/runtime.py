@@ -129,7 +129,7 @@ class Runtime:
 
         Raises:
             WeightsError: files that are missing, damaged, or of another model.
-            ConfigError: sizes, windows or options that the model cannot have.
+            ConfigError: sizes, windows or options that the model cannot have, or the machine no memory for.
             BackendError: a device or backend that is not there.
         """
         if not isinstance(like, Snapshot | None):

@@ -61,48 +61,69 @@ class RopeTables:
 VITALS = ("latent_mean", "latent_std", "latent_nonfinite", "memory_norm", "gate_mean")
 
 
+Sizes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def state_sizes(config: ModelConfig, dtype: torch.dtype) -> Sizes:
+    """Shape and dtype of each tensor of a rollout in ``dtype``, but for the tables of its angles; all begin as zero."""
+    window, transformer = config.window, config.transformer
+    heads = (transformer.num_heads, transformer.head_dim)
+    layers, tokens = transformer.num_layers, config.tokens_per_frame
+    rows = (config.memory_frames + window.cached_frames) * tokens
+    x = (window.frames_per_block, *config.latent_shape)
+    memory = (config.memory_tokens, transformer.dim)
+    evicted = (config.tokens_per_block, *heads)
+    return {
+        "kv": ((layers, 2, rows, *heads), dtype),
+        "sink_k": ((layers, window.sink_frames * tokens, *heads), dtype),  # before rotation
+        "ring_k": ((window.local_frames * tokens, *heads), dtype),  # the last layer's, before rotation
+        "text_kv": ((layers, 2, transformer.text_len, *heads), dtype),
+        "memory": (memory, dtype),
+        "memory_k": ((config.memory_tokens, *heads), dtype),  # before rotation
+        "memory_v": ((config.memory_tokens, *heads), dtype),
+        "staged_memory": (memory, dtype),
+        # What the last layer is about to overwrite, set aside: the memory looks at it beside the first pass.
+        "evicted_k": (evicted, dtype),  # before rotation
+        "evicted_v": (evicted, dtype),
+        "latents": ((window.cached_frames, *config.latent_shape), torch.float32),  # clean, by frame % length
+        "x": (x, torch.float32),
+        "noise": ((len(config.sampler.denoising_steps), *x), torch.float32),
+        "flow": (x, dtype),
+        "seed": ((2,), torch.int64),  # its low and its high 32 bits
+        "positions": ((len(POSITION_FIELDS),), torch.int64),
+        "write_index": ((config.tokens_per_block,), torch.int64),
+        "ring_rows": ((config.tokens_per_block,), torch.int64),  # the same rows, counted from the ring's first
+        "latent_rows": ((window.frames_per_block,), torch.int64),  # of ``latents``, that the block occupies
+        "vitals": ((len(VITALS),), torch.float32),
+    }
+
+
 class RolloutState:
     """The tensors of one rollout, and the host's mirror of the facts it needs to order the work.
 
     ``block``: the last block generated (-1: none); ``memory_ready``: the memory has been updated (or is a prior's)
     since the start or the last rebuild, so it is attended to wherever its ids fit; ``memory_updated``: the vitals hold
-    the gate of an update.
+    the gate of an update. :func:`state_sizes` says what the tensors are.
     """
 
     def __init__(self, config: ModelConfig, ops: Ops, *, device: torch.device, dtype: torch.dtype) -> None:
-        window, transformer = config.window, config.transformer
-        heads = (transformer.num_heads, transformer.head_dim)
-        layers, tokens = transformer.num_layers, config.tokens_per_frame
-        rows = (config.memory_frames + window.cached_frames) * tokens
+        sizes = state_sizes(config, dtype)
 
-        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(shape, device=device, dtype=dtype)
+        def zeros(name: str) -> Tensor:
+            shape, kind = sizes[name]
+            return torch.zeros(shape, device=device, dtype=kind)
 
         self.layout = ring_layout(config)
-        self.kv = zeros(layers, 2, rows, *heads)
-        self.sink_k = zeros(layers, window.sink_frames * tokens, *heads)  # before rotation
-        self.ring_k = zeros(window.local_frames * tokens, *heads)  # the last layer's, before rotation
-        self.text_kv = zeros(layers, 2, transformer.text_len, *heads)
-        self.memory = zeros(config.memory_tokens, transformer.dim)
-        self.memory_k = zeros(config.memory_tokens, *heads)  # before rotation
-        self.memory_v = torch.zeros_like(self.memory_k)
-        self.staged_memory = torch.zeros_like(self.memory)
-        # What the last layer is about to overwrite, set aside: the memory looks at it beside the first pass.
-        self.evicted_k = zeros(config.tokens_per_block, *heads)  # before rotation
-        self.evicted_v = torch.zeros_like(self.evicted_k)
-        self.latents = zeros(
-            window.cached_frames, *config.latent_shape, dtype=torch.float32
-        )  # clean, by frame % length
-        self.x = zeros(window.frames_per_block, *config.latent_shape, dtype=torch.float32)
-        self.noise = zeros(len(config.sampler.denoising_steps), *self.x.shape, dtype=torch.float32)
-        self.flow = torch.zeros_like(self.x, dtype=dtype)
-        self.seed = zeros(2, dtype=torch.int64)  # its low and its high 32 bits
-        self.positions = zeros(len(POSITION_FIELDS), dtype=torch.int64)
-        self.write_index = zeros(config.tokens_per_block, dtype=torch.int64)
-        self.ring_rows = torch.zeros_like(self.write_index)  # the same rows, counted from the ring's first
-        self.frame_offsets = torch.arange(window.frames_per_block, device=device)
-        self.latent_rows = torch.zeros_like(self.frame_offsets)  # of ``latents``, that the block occupies
-        self.vitals = zeros(len(VITALS), dtype=torch.float32)
+        self.kv, self.text_kv = zeros("kv"), zeros("text_kv")
+        self.sink_k, self.ring_k = zeros("sink_k"), zeros("ring_k")
+        self.memory, self.staged_memory = zeros("memory"), zeros("staged_memory")
+        self.memory_k, self.memory_v = zeros("memory_k"), zeros("memory_v")
+        self.evicted_k, self.evicted_v = zeros("evicted_k"), zeros("evicted_v")
+        self.latents, self.x, self.noise, self.flow = zeros("latents"), zeros("x"), zeros("noise"), zeros("flow")
+        self.seed, self.positions, self.vitals = zeros("seed"), zeros("positions"), zeros("vitals")
+        self.write_index, self.ring_rows = zeros("write_index"), zeros("ring_rows")
+        self.latent_rows = zeros("latent_rows")
+        self.frame_offsets = torch.arange(config.window.frames_per_block, device=device)
         self.rope = RopeTables(config, ops, device)
         self.block = -1
         self.memory_ready = self.memory_updated = False
