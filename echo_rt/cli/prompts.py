@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # "12:a lake", "7.5:a lake"; a sign is matched only to be refused.
 _TIMED = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*:(.*)", re.DOTALL)
+_ESCAPED = 'a text that begins with a number and a colon is written "0:16:9 ..."'
 _SHOWN = 40
 _NEVER = 2.0**53  # frames: a prompt may come as late as one likes
 
@@ -67,8 +68,7 @@ def parse_script(texts: Sequence[str], files: Sequence[str]) -> list[TimedPrompt
     script.sort(key=lambda prompt: prompt.seconds)
     if script[0].seconds > 0:
         raise PromptError(
-            f"no prompt for the start of the video: the first begins at {script[0].seconds:g} s "
-            '(a text that begins with a number and a colon is written "0:16:9 ...")'
+            f"no prompt for the start of the video: the first begins at {script[0].seconds:g} s ({_ESCAPED})"
         )
     for earlier, later in pairwise(script):
         if earlier.seconds == later.seconds:
@@ -77,6 +77,23 @@ def parse_script(texts: Sequence[str], files: Sequence[str]) -> list[TimedPrompt
                 f'give one a time of its own, such as --prompt "10:{later.label}"'
             )
     return script
+
+
+def parse_untimed(texts: Sequence[str]) -> tuple[str, ...]:
+    """The prompts of a ``--prompt`` that takes no times: the same texts as for :func:`parse_script`.
+
+    Raises ``PromptError`` for one with a time, and for an empty one.
+    """
+    prompts = []
+    for argument in texts:
+        seconds, text = _split(argument, "--prompt")
+        if seconds > 0:
+            raise PromptError(
+                f"--prompt {argument!r}: expected a text without a time, as --switch-every says when prompts change "
+                f"({_ESCAPED})"
+            )
+        prompts.append(text)
+    return tuple(prompts)
 
 
 def first_block(seconds: float, runtime: Runtime) -> int:

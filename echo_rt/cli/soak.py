@@ -12,6 +12,7 @@ from echo_rt.cli.numbers import parse_number, parse_positive, parse_size
 from echo_rt.cli.outputs import Named, check_folder
 from echo_rt.cli.overrides import parse_overrides
 from echo_rt.cli.paths import parse_path
+from echo_rt.cli.prompts import parse_untimed
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.streams import complain, say
 from echo_rt.errors import ConfigError, OutputError
@@ -55,7 +56,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     length.add_argument("--hours", metavar="H", help="end after H hours of streaming, all processes together")
     length.add_argument("--blocks", metavar="N", help="end after N blocks")
     run.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="several to switch between; default: one of a fox"
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="several to switch between, without times (see --switch-every); default: one of a fox",
     )
     run.add_argument("--switch-every", metavar="N", help="blocks after which the next prompt takes over")
     run.add_argument("--seed", default="0", metavar="N", help="same seed, same video (default 0)")
@@ -130,7 +134,7 @@ def parse_config(arguments: argparse.Namespace) -> SoakConfig:
         "keep": _count("--keep", arguments.keep),
         "hash_every": _count("--hash-every", arguments.hash_every),
         "interval": parse_positive("--interval", arguments.interval, float, "a number of seconds above 0"),
-        "prompts": None if arguments.prompt is None else tuple(arguments.prompt),
+        "prompts": None if arguments.prompt is None else parse_untimed(arguments.prompt),
     }
     options: dict[str, Any] = {
         name: str(value) if isinstance(value, Path) else value for name, value in parse_model_options(arguments).items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from echo_rt.cli.prompts import TimedPrompt, parse_script
+from echo_rt.cli.prompts import TimedPrompt, parse_script, parse_untimed
 from echo_rt.errors import PromptError
 
 
@@ -53,6 +53,28 @@ def test_what_is_a_time(argument, seconds, text):
 def test_mistakes(texts, files, message):
     with pytest.raises(PromptError, match=message):
         parse_script(texts, files)
+
+
+@pytest.mark.parametrize(
+    "argument", ["a fox", "0:a clock", "0:10:30 on a clock", " 3 foxes ", "a fox: the film", "nan:x", "two\nlines"]
+)
+def test_a_text_without_a_time_is_the_same_text_everywhere(argument):
+    assert parse_untimed([argument]) == (parse_script([argument], [])[0].text,)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("10:a lake", "--prompt '10:a lake': expected a text without a time, as --switch-every says when"),
+        (".5:a lake", 'is written "0:16:9'),
+        ("-1:a", "at 0 seconds or later"),
+        (" ", "expected a prompt, got nothing"),
+        ("0:", "expected a prompt, got nothing"),
+    ],
+)
+def test_a_time_where_none_is_taken(argument, message):
+    with pytest.raises(PromptError, match=message):
+        parse_untimed(["a fox", argument])
 
 
 def test_a_long_prompt_is_named_briefly():

@@ -113,6 +113,7 @@ def test_all_that_can_be_asked(call: Any, asked: dict[str, Any]) -> None:
         ("--hours 0", "--hours: expected a number of hours above 0, got '0'"),
         ("--blocks 1.5", "--blocks: expected an integer of 1 or more, got '1.5'"),
         ("--blocks 9 --interval nan", "--interval: expected a number of seconds above 0"),
+        ("--blocks 9 --prompt a --prompt 10:b --switch-every 3", "--prompt '10:b': expected a text without a time"),
         ("--blocks 9 --switch-every 3", "exactly where there are several --prompt; got 1 of them and --switch-every 3"),
         ("--blocks 9 --port 70000", "--port: expected a port in 1..65535, got 70000"),
         ("--blocks 9 --port x", "--port: expected PORT or ADDRESS:PORT, got 'x'"),
