@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -24,6 +25,23 @@ from echo_rt.soak.watch import Stop, Watcher
 from echo_rt.stream import Stream
 
 EVIDENCE_FOLDER = "evidence"
+
+
+@dataclass
+class Start:
+    """What a process goes on from: None for the beginning of the video, and once the stream has it."""
+
+    snapshot: Snapshot | None
+
+    @property
+    def block(self) -> int:
+        """The first block of the process."""
+        return 0 if self.snapshot is None else self.snapshot.next_block
+
+    def take(self) -> Snapshot | None:
+        """Whoever takes it is the only one to hold it: gigabytes, which a day of video has no use for."""
+        snapshot, self.snapshot = self.snapshot, None
+        return snapshot
 
 
 class BlockLoop:
@@ -71,24 +89,24 @@ class BlockLoop:
     def _elapsed(self) -> float:
         return self._past.elapsed + time.monotonic() - self._began
 
-    def run(self, snapshot: Snapshot | None) -> None:
-        """Go on from ``snapshot``, or begin, until the soak has its length, is stopped, or fails.
+    def run(self, start: Start) -> None:
+        """Go on from ``start``, whose snapshot is taken, until the soak has its length, is stopped, or fails.
 
         Raises ``OutputError`` where the journal or a snapshot cannot be written.
         """
-        config, block = self._config, 0 if snapshot is None else snapshot.next_block
+        config = self._config
         checker = self._checker = Checker(
             self._runtime.config,
             self._past.hashes,
-            block=block,
+            block=start.block,
             frame=self._past.frames,
             hash_every=config.hash_every,
-            offset=0 if snapshot is None else snapshot.offset,
+            offset=0 if start.snapshot is None else start.snapshot.offset,
         )
-        with self._begin(snapshot) as stream:
+        with self._begin(start.take()) as stream:
             self._began = time.monotonic()
             interval = self._interval(checker)
-            self.finished = config.is_over(block, self._elapsed)
+            self.finished = config.is_over(checker.block, self._elapsed)
             while not self.finished and self.failure is None and self._stop.request is None:
                 began = time.monotonic()
                 chunk = self._next(stream)

@@ -20,7 +20,7 @@ from echo_rt.prompts import load_prompt_embeds, save_prompt_embeds
 from echo_rt.runtime import Runtime
 from echo_rt.snapshot import Snapshot
 from echo_rt.snapshot_keeper import SnapshotKeeper, latest_snapshot, snapshot_files
-from echo_rt.soak.blocks import EVIDENCE_FOLDER, BlockLoop
+from echo_rt.soak.blocks import EVIDENCE_FOLDER, BlockLoop, Start
 from echo_rt.soak.config import MANIFEST_FILE, Begun, Limits, SoakConfig, check_manifest, write_manifest
 from echo_rt.soak.gpu import gpu_health
 from echo_rt.soak.journal import Journal, Line, Past, read_lines
@@ -66,10 +66,9 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
             exporter = Exporter(*config.serve)
             cleanup.callback(exporter.close)
             watchers = [*watchers, exporter]
-        found = latest_snapshot(config.folder / SNAPSHOT_FOLDER)
-        snapshot = None if found is None else found[1]
+        start = _start(config)
         with stop.interruptible():
-            runtime = _load(config, device, snapshot)
+            runtime = _load(config, device, start.snapshot)
         cleanup.callback(runtime.close)
         if begun is not Begun.SAME:  # only now: a mistyped name of a model must not be what --out is bound to
             write_manifest(config, __version__)
@@ -77,7 +76,7 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
         cleanup.callback(journal.close)
         with stop.interruptible():
             embeds = _prompt_embeds(runtime, config)
-        return _soak(config, limits, name, runtime, embeds, snapshot, journal, promises, stop, watchers, cleanup)
+        return _soak(config, limits, name, runtime, embeds, start, journal, promises, stop, watchers, cleanup)
 
 
 def _sweep(claim: FolderClaim) -> None:
@@ -102,6 +101,11 @@ def _require_no_other(folder: Path) -> None:
             raise ConfigError(f"{folder}: expected a folder of the soak's own, found {found} and no {MANIFEST_FILE}")
 
 
+def _start(config: SoakConfig) -> Start:
+    found = latest_snapshot(config.folder / SNAPSHOT_FOLDER)
+    return Start(None if found is None else found[1])
+
+
 def _load(config: SoakConfig, device: torch.device, like: Snapshot | None) -> Runtime:
     options = {name: getattr(config, name) for name in (*MODEL_OPTIONS, "width", "height", "overrides")}
     return Runtime.from_pretrained(config.model, **options | {"device": device, "like": like})
@@ -124,14 +128,14 @@ def _soak(
     name: str,
     runtime: Runtime,
     embeds: Sequence[Tensor],
-    snapshot: Snapshot | None,
+    start: Start,
     journal: Journal,
     promises: Promises,
     stop: Stop,
     watchers: Sequence[Watcher],
     cleanup: contextlib.ExitStack,
 ) -> Outcome:
-    past = Past(config.folder, 0 if snapshot is None else snapshot.next_block)
+    past = Past(config.folder, start.block)
     keeper = None
     if config.snapshot_every is not None:
         keeper = SnapshotKeeper(config.folder / SNAPSHOT_FOLDER, keep=config.keep)
@@ -142,7 +146,7 @@ def _soak(
     loop = BlockLoop(config, limits, runtime, embeds, journal, promises, past, keeper, health, stop, watchers)
     problem: BaseException | None = None
     try:
-        loop.run(snapshot)
+        loop.run(start)
         if loop.finished and loop.failure is None and keeper is not None:
             loop.replay()
     except Exception as error:  # raised again below, when there is a report

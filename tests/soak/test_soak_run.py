@@ -6,6 +6,7 @@ import json
 import socket
 import sys
 import urllib.request
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,10 +18,12 @@ import pytest
 from soaking import PROMPTS, hashes, intervals, soak_of
 
 import echo_rt.soak
+import echo_rt.soak.session
 from echo_rt.chunk import Chunk
 from echo_rt.errors import BackendError, ConfigError, NumericalError, OutputError, TargetError, WeightsError
 from echo_rt.output.folder_claim import FolderClaim
 from echo_rt.pipeline import Finished, Pipeline
+from echo_rt.snapshot import Snapshot
 from echo_rt.soak.journal import JOURNAL_FILE, Journal, read_lines
 from echo_rt.soak.outcome import Outcome, Status
 from echo_rt.stream import Stream
@@ -145,6 +148,35 @@ def test_a_snapshot_is_seen_to_stall(smallest_model: Path, tmp_path: Path) -> No
     echo_rt.soak.run(soak_of(smallest_model, tmp_path / "out", blocks=6, snapshot_every=2, interval=3600.0))
     stalls = [line["snapshots"]["stall"] for line in intervals(tmp_path / "out")]
     assert stalls[0] is None and all(0 < stall < 1000 for stall in stalls[1:])
+
+
+def test_the_snapshot_it_goes_on_from_is_let_go(
+    smallest_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is as large as the state itself, on the host, and the run that begins with it may take a day."""
+    config = soak_of(smallest_model, tmp_path / "out", blocks=8, snapshot_every=3)
+    stop = StopAt(4)
+    echo_rt.soak.run(config, stop=stop, watchers=[stop])
+    found: list[weakref.ref[Any]] = []
+    held: list[int] = []
+    latest = echo_rt.soak.session.latest_snapshot
+
+    def noted(folder: Path) -> tuple[Path, Snapshot] | None:
+        newest = latest(folder)
+        assert newest is not None
+        largest = max(newest[1].tensors.values(), key=lambda tensor: tensor.nbytes)
+        found.extend(weakref.ref(each) for each in (newest[1], largest))
+        return newest
+
+    class Look:
+        def block_done(self, block: int, frames: int, seconds: float) -> None:
+            held.append(sum(each() is not None for each in found))
+
+        def line_done(self, line: object, verdicts: object) -> None: ...
+
+    monkeypatch.setattr(echo_rt.soak.session, "latest_snapshot", noted)
+    assert echo_rt.soak.run(config, watchers=[Look()]).exit_code == 0
+    assert len(found) == 2 and held == [0] * (8 - 5)
 
 
 def test_without_snapshots_it_begins_again_and_compares(smallest_model: Path, tmp_path: Path) -> None:
