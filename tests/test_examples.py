@@ -60,7 +60,31 @@ def test_every_example_is_short_and_run_here() -> None:
     names = {path.name for path in EXAMPLES.iterdir() if path.is_file()}
     assert names == {"window.py", "server.py", "numbered_frames.py", "notebook.ipynb"}
     for path in EXAMPLES.glob("*.py"):
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 80, path.name
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 85, path.name
+
+
+@pytest.mark.parametrize(
+    ("name", "packages"),
+    [("window.py", ()), ("numbered_frames.py", ("PIL",)), ("server.py", ("PIL", "fastapi", "uvicorn"))],
+)
+def test_what_they_cannot_load_is_told_in_a_line(
+    run: Callable[..., Any],
+    name: str,
+    packages: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for package in packages:
+        pytest.importorskip(package)
+    monkeypatch.setitem(sys.modules, "tkinter", types.ModuleType("tkinter"))
+    more = {"numbered_frames.py": [tmp_path / "frames"], "server.py": ["checkpoint.pt"]}.get(name, [])
+    with pytest.raises(SystemExit) as ended:
+        run(name, tmp_path / "absent", *more)
+    assert ended.value.code == 2
+    expected = f"{name}: error: {tmp_path / 'absent'}: expected a folder with a Wan2.1 model, came nothing there\n"
+    assert capsys.readouterr().err == expected
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- numbered frames
@@ -236,7 +260,7 @@ def test_the_window_says_how_the_stream_failed(
     window = StandIn(lambda window: True)
     monkeypatch.setattr(echo_rt.Feed, "poll", lost)
     monkeypatch.setitem(sys.modules, "tkinter", window.module())
-    with pytest.raises(echo_rt.StreamError):  # which Tk prints, and the window stays
+    with pytest.raises(SystemExit):  # here alone: Tk prints the error, and the window stays
         run("window.py", small_model, "--checkpoint", small_model / CHECKPOINT_FILE)
     assert window.text == "StreamError: block 3: the device is lost" and not window.shown and not window.later
 

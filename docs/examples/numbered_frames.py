@@ -9,6 +9,7 @@ again, the same ones.
 
 import argparse
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -36,7 +37,6 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=160, help="how many more, in whole blocks")
     parser.add_argument("--keep-every", type=int, default=50, help="blocks between two states that are kept")
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
     state = options.folder / "state.safetensors"
     ended = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: ended.set())
@@ -45,6 +45,7 @@ def main() -> None:
         echo_rt.Runtime.from_pretrained(options.model, checkpoint=options.checkpoint) as runtime,
         begin(runtime, state, options.prompt) as stream,
     ):
+        options.folder.mkdir(parents=True, exist_ok=True)
         last = stream.video_frames + options.frames
         for chunk in stream:
             # The chunk knows its place in the video, so numbers go on by themselves after a resume.
@@ -58,4 +59,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except echo_rt.EchoError as error:  # one line that says what was expected and what came
+        print(f"numbered_frames.py: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

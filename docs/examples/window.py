@@ -6,6 +6,7 @@ Needs tkinter, which comes with Python (on Debian: apt-get install python3-tk).
 """
 
 import argparse
+import sys
 import threading
 import time
 import tkinter
@@ -68,4 +69,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except echo_rt.EchoError as error:  # one line that says what was expected and what came
+        print(f"window.py: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
