@@ -217,10 +217,11 @@ def _open_recorder(
             notes=notes_of(request),
         )
     else:
-        if limit is not None and first_frame > limit:
+        recorded = resumption.index.frames
+        if limit is not None and recorded > limit:  # what is behind the snapshot is made again, not thrown away
             asked = "--seconds" if request.frames is None else "--frames"
             raise ConfigError(
-                f"{asked}: expected a video of {counted(first_frame, 'frame')} or more, where its newest snapshot is, "
+                f"{asked}: expected a video of {counted(recorded, 'frame')} or more, which are recorded, "
                 f"got one of {limit}"
             )
         writer = SegmentedWriter.resume(request.output, first_frame, seconds=request.segment_seconds)

@@ -19,6 +19,7 @@ from echo_rt.output.segment_index import RecordingIndex
 from echo_rt.output.segments import check_free
 from echo_rt.snapshot import Snapshot
 from echo_rt.snapshot_keeper import latest_snapshot, snapshot_files
+from echo_rt.wording import counted
 
 if TYPE_CHECKING:
     from echo_rt.guard import Guard
@@ -125,7 +126,7 @@ class Resumption:
         asked = _begun(_facts(script), begun, runtime)
         if before != asked:
             raise PromptError(
-                f"--prompt: what the first {begun} blocks show, which are made, cannot change: "
+                f"--prompt: expected the prompts of what is made, {counted(begun, 'block')}: "
                 f"{_words(before)}; got {_words(asked)}"
             )
         return runtime.resume(dataclasses.replace(snapshot, prompts={}), guard=guard)

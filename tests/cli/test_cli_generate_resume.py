@@ -249,10 +249,11 @@ def test_it_goes_on_by_what_its_snapshot_names(echo_rt, model, tmp_path, unbroke
     ("change", "arguments", "message"),
     [
         (None, ("--seed", 5), "--seed: the video was begun with 0, got 5"),
-        (None, ("--frames", 60), "--frames: expected a video of 69 frames or more, where its newest"),
+        (None, ("--frames", 60), "--frames: expected a video of 69 frames or more, which are recorded, got one of 60"),
+        ("newest", ("--frames", 60), "--frames: expected a video of 69 frames or more, which are recorded"),
         (None, ("--set", "sink_frames=6"), "the snapshot is of another model: sink_frames is 3 in the snapshot"),
         ("size", (), "the recording is 64x32 at 16 fps, the model makes 32x32 at 16"),
-        ("script", (), "--prompt: what the first 6 blocks show, which are made, cannot change"),
+        ("script", (), "--prompt: expected the prompts of what is made, 6 blocks: "),
         ("latents", (), "--latents: the recording has none so far"),
         (
             "snapshots",
@@ -277,6 +278,8 @@ def test_what_cannot_be_resumed_stays_as_it_is(echo_rt, model, day, change, argu
         index.write_text(json.dumps(facts | {"latent_shape": None}))
     elif change == "snapshots":
         shutil.rmtree(day / "snapshots")
+    elif change == "newest":
+        snapshot_files(day / "snapshots")[0].unlink()
     elif change == "damage":
         for file in snapshot_files(day / "snapshots"):
             file.write_bytes(b"damage")
