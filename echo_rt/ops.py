@@ -275,13 +275,15 @@ def load_ops(backend: str | None = None) -> Ops:
 
     Raises :class:`BackendError` for a backend that is unknown or not there: there is no fallback.
     """
+    named_by = "backend"
     if backend is None:
+        named_by = BACKEND_VARIABLE
         backend = os.environ.get(BACKEND_VARIABLE) or "torch"
     if backend not in BACKENDS:
-        raise BackendError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        raise BackendError(f"{named_by} must be one of {', '.join(BACKENDS)}; got {backend!r}")
     status = available_backends()[backend]
     if status != "available":
-        raise BackendError(f"backend {backend!r} is not available: {status}")
+        raise BackendError(f"{named_by} {backend!r} is not available: {status}")
     if backend == "torch":
         from echo_rt import reference
 

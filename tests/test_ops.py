@@ -518,5 +518,8 @@ def test_backends_are_chosen_by_name_and_never_replaced(monkeypatch: pytest.Monk
             with pytest.raises(BackendError, match=f"'{name}' is not available"):
                 load_ops(name)
             monkeypatch.setenv(BACKEND_VARIABLE, name)
-            with pytest.raises(BackendError, match=f"'{name}' is not available"):
+            with pytest.raises(BackendError, match=f"{BACKEND_VARIABLE} '{name}' is not available"):
                 load_ops()
+    monkeypatch.setenv(BACKEND_VARIABLE, "opencl")
+    with pytest.raises(BackendError, match=f"{BACKEND_VARIABLE} must be one of torch, emulated, cuda; got 'opencl'"):
+        load_ops()

@@ -108,15 +108,20 @@ def _echo_rt() -> Iterator[Fact]:
         value = f"{built.compiler}, C++{built.cxx_standard}, {cuda}"
         yield Fact("echo-rt", "compiled part", value, "ok" if built.is_current else "absent", advice)
     try:
-        from echo_rt.ops import available_backends
+        from echo_rt.ops import BACKEND_VARIABLE, available_backends
     except (ImportError, OSError) as error:
         yield Fact("echo-rt", "backends", _first_line(error), "missing", "install what is missing below")
         return
-    for name, state in available_backends().items():
+    backends = available_backends()
+    for name, state in backends.items():
         if state == "available":
             yield Fact("echo-rt", f"backend {name}", f"available ({_BACKENDS[name]})")
         else:
             yield Fact("echo-rt", f"backend {name}", "no", "missing" if name == "torch" else "absent", state)
+    if chosen := os.environ.get(BACKEND_VARIABLE):
+        works = backends.get(chosen) == "available"
+        advice = "" if works else f"no backend that can be had: set it to another of {', '.join(backends)}, or unset it"
+        yield Fact("echo-rt", BACKEND_VARIABLE, chosen, "ok" if works else "missing", advice)
 
 
 def _dependencies() -> Iterator[Fact]:

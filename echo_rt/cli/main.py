@@ -30,11 +30,21 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
+class _Command(_Parser):
+    """A subcommand's parser. Of what it does not know argparse would tell the whole command line's page of help."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; imports nothing heavy."""
     parser = _Parser(prog="echo-rt", description="Endless video from Wan2.1 with evolving memory.")
     parser.add_argument("--version", action="version", version=f"echo-rt {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Command)
     for module in (generate, soak, bench, verify, tiny, doctor):
         command = module.add_parser(commands)
         command.set_defaults(run=module.run)

@@ -17,6 +17,8 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if name not in OVERRIDES or not equals:
             raise ConfigError(f"--set: expected NAME=VALUE with a NAME of {', '.join(OVERRIDES)}; got {text!r}")
+        if name in overrides:
+            raise ConfigError(f"--set: expected each NAME once, got {name} again with {text!r}")
         try:
             parsed = json.loads(f"[{value}]" if "," in value else value)
         except ValueError:

@@ -139,6 +139,8 @@ def parse_config(arguments: argparse.Namespace) -> SoakConfig:
     options: dict[str, Any] = {
         name: str(value) if isinstance(value, Path) else value for name, value in parse_model_options(arguments).items()
     }
+    if arguments.keep is not None and arguments.snapshot_every is None:
+        raise ConfigError("--keep: expected --snapshot-every N with it, whose snapshots it counts, got none")
     check_folder(Named("--out", arguments.out), model_files(arguments))
     return SoakConfig(
         model=str(arguments.model),

@@ -94,7 +94,9 @@ class VideoWriter(Closing):
             context.open()
         except (av.FFmpegError, ValueError) as error:
             self._part.discard()
-            raise OutputError(f"{path}: the H.264 encoder (libx264) of PyAV cannot be opened: {error}") from None
+            raise OutputError(
+                f"{path}: the H.264 encoder (libx264) of PyAV cannot be opened for {width}x{height} pixels: {error}"
+            ) from None
 
     @property
     def in_place(self) -> bool:

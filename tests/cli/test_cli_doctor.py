@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from echo_rt.cli import doctor_checks
-from echo_rt.ops import available_backends
+from echo_rt.ops import BACKEND_VARIABLE, available_backends
 
 
 def facts_of(outcome) -> dict[str, dict[str, str]]:
@@ -32,6 +32,19 @@ def test_the_page_says_the_same(echo_rt):
     for fact in echo_rt("doctor", "--json").json["facts"]:
         assert fact["name"] in page
     assert page.endswith("generate can run\n")
+
+
+@pytest.mark.parametrize(("chosen", "code"), [("torch", 0), ("opencl", 1), ("", 0)])
+def test_the_backend_of_the_environment(echo_rt, monkeypatch, chosen, code):
+    """generate takes it where no other is named, and ends where it is not to be had."""
+    monkeypatch.setenv(BACKEND_VARIABLE, chosen)
+    outcome = echo_rt("doctor", "--json")
+    assert outcome.code == code
+    found = facts_of(outcome).get(BACKEND_VARIABLE)
+    assert (found is not None) == bool(chosen)
+    if found is not None:
+        assert (found["value"], found["status"] == "ok") == (chosen, code == 0)
+        assert ("unset it" in found["advice"]) == bool(code)
 
 
 @pytest.mark.parametrize(

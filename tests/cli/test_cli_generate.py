@@ -244,6 +244,13 @@ def test_set_changes_the_rollout(echo_rt, arguments, tmp_path):
     assert not torch.equal(load_file(latents)["latents"], before)
 
 
+def test_set_names_a_fact_once(echo_rt, arguments):
+    """Of two values one would be left out without a word."""
+    outcome = echo_rt(*arguments, "--prompt", "a red fox", "--set", "local_frames=6", "--set", "local_frames=9")
+    assert outcome.code == 2
+    assert "--set: expected each NAME once, got local_frames again with 'local_frames=9'" in outcome.error
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

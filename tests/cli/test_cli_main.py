@@ -50,6 +50,8 @@ def test_version_as_a_module():
         (["generate", "--model", "m", "-o", "o.mp4", "--dtype", "int8"], "int8"),
         (["generate", "--model", "m", "-o", "o.mp4", "--prom", "a fox"], "--prom"),
         (["generate", "--model", "m", "-o", "o.mp4", "--prompt", "-fox"], "begins with - is written --option=VALUE"),
+        (["generate", "--model", "m", "--qualty", "3"], "arguments: --qualty 3 (see echo-rt generate --help)"),
+        (["doctor", "me"], "unrecognized arguments: me (see echo-rt doctor --help)"),
         (["verify"], "BUNDLE"),
         (["tiny"], "DIR"),
     ],
