@@ -195,17 +195,15 @@ class _Float32Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_no_product_of_a_rollout_in_16_bits_is_left_to_the_process(small_model: Path, dtype: str) -> None:
+def test_no_product_of_a_video_in_16_bits_is_left_to_the_process(small_model: Path, dtype: str) -> None:
     """Such a model does not turn TF32 off, which would be for all the process: so nothing in it may heed that."""
-    with load(small_model, dtype=dtype) as runtime, _Float32Products() as products:
-        rollout = runtime._engine.rollout  # type: ignore[union-attr]
-        with torch.no_grad():
-            rollout.start(embeds(runtime))
-            for _ in range(6):
-                rollout.next_block()
-            assert rollout.state.memory_updated
-            rollout.switch_prompt(embeds(runtime, 1))
-            rollout.next_block()
+    products = _Float32Products()
+    with load(small_model, dtype=dtype) as runtime, products, runtime.stream(prompt_embeds=embeds(runtime)) as stream:
+        for _ in range(6):
+            chunk = next(stream)
+        assert chunk.stats.memory_attended
+        stream.set_prompt(prompt_embeds=embeds(runtime, 1))
+        next(stream)
     assert bool(products.seen) == (dtype == "float32"), set(products.seen)
 
 

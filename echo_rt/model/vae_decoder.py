@@ -51,7 +51,8 @@ class VaeDecoder:
         # Latents are a handful of channels: what touches them alone stays float32.
         self._latents_mean = torch.tensor(config.latents_mean, device=weights.device, dtype=torch.float32)
         self._latents_std = torch.tensor(config.latents_std, device=weights.device, dtype=torch.float32)
-        self._unpack = weights.pointwise("conv2", torch.float32)
+        # float64: a process can have its float32 products rounded to TF32, for a decoder of 16 bits too.
+        self._unpack = weights.pointwise("conv2", torch.float64)
         self._input = CausalConv("decoder.conv1", weights)
         self._middle = Middle("decoder.middle", weights, ops)
         self.levels: list[Level] = []
@@ -149,7 +150,7 @@ class VaeDecoder:
         _, _, height, width = latents.shape
         video = torch.empty(frames, height * stride, width * stride, 3, device=self.device, dtype=self.dtype)
         z = latents.to(self.device, torch.float32).permute(0, 2, 3, 1)
-        z = functional.linear(z * self._latents_std + self._latents_mean, *self._unpack)
+        z = functional.linear((z * self._latents_std + self._latents_mean).double(), *self._unpack).float()
         self._from_level(0, z, state, is_start, video)
         return video
 
