@@ -1,8 +1,8 @@
 """What each kernel takes of a multiprocessor, from ptxas' own words: ``python bench/registers.py LOG...``.
 
 A LOG is what ``nvcc -Xptxas -v`` wrote. Prints a line for each kernel, with its registers, shared memory and spills on
-every architecture, and fails where one spills: what does not fit into registers goes to memory and back in
-the inner loop, and no test of the result can tell.
+every architecture. It fails for what goes to memory and back in an inner loop, and for products of a warpgroup that
+wait for one another: no test of the result can tell.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ COMPILING = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
+# What ptxas says where it puts waits between products of a warpgroup, or cannot let them run side by side.
+SERIALIZED = re.compile(r"\(C75\d\d\).* in function '(\S+)'")
+# The library's sine of a float64 reduces huge angles by way of an array.
+WITH_STACK = ("advance_kernel", "rope_table_kernel")
 HEADING = "kernel: registers of a thread (!: bytes it spills)"
 
 
@@ -83,13 +87,29 @@ def table(usage: dict[tuple[str, str], Usage]) -> list[str]:
     return lines
 
 
+def complaints(usage: dict[tuple[str, str], Usage], serialized: set[str]) -> list[str]:
+    """What is wrong, a line each; ``serialized``: mangled kernels whose products of a warpgroup wait."""
+    names = readable(sorted({kernel for kernel, _ in usage} | serialized))
+    spilling = {names[kernel] for (kernel, _), used in usage.items() if used.spilled}
+    stacked = {names[kernel] for (kernel, _), used in usage.items() if used.stack and not used.spilled}
+    stacked = {name for name in stacked if not name.startswith(WITH_STACK)}
+    return [
+        *(f"{name} spills registers: it needs smaller tiles or looser launch bounds" for name in sorted(spilling)),
+        *(f"{name} has variables in memory: which one of several is meant must be known" for name in sorted(stacked)),
+        *(f"{names[kernel]}: products of a warpgroup wait for one another" for kernel in sorted(serialized)),
+    ]
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].partition(":")[0])
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="what nvcc -Xptxas -v wrote")
     usage: dict[tuple[str, str], Usage] = {}
+    serialized: set[str] = set()
     for log in parser.parse_args(argv).logs:
         try:
-            usage |= parse(log.read_text(encoding="utf-8"))
+            text = log.read_text(encoding="utf-8")
+            usage |= parse(text)
+            serialized |= set(SERIALIZED.findall(text))
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             print(f"registers.py: {log}: expected a log of nvcc -Xptxas -v, cannot read it: {why}", file=sys.stderr)
@@ -98,10 +118,10 @@ def main(argv: list[str]) -> int:
         print("registers.py: expected logs of nvcc -Xptxas -v, got none that names a kernel", file=sys.stderr)
         return 2
     print("\n".join(table(usage)))
-    spilling = readable(sorted({kernel for (kernel, _), used in usage.items() if used.spilled}))
-    for name in spilling.values():
-        print(f"{name} spills registers: it needs smaller tiles or looser launch bounds", file=sys.stderr)
-    return 1 if spilling else 0
+    wrong = complaints(usage, serialized)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_a_command_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_what_no_longer_fits_is_skipped_and_not_ok(tmp_path: Path) -> None:
-    outcomes = run_all(tmp_path, [stage("first", "pass"), stage("late", "pass", least=50.0)], budget=10.0)
+    outcomes = run_all(tmp_path, [stage("first", "pass", least=8.0), stage("late", "pass", least=50.0)], budget=10.0)
     assert outcomes["first"].ok
     assert outcomes["late"].state == "skipped" and not outcomes["late"].ok and "needs 50" in outcomes["late"].why
 
