@@ -108,11 +108,11 @@ def _pump(stream: Stream, channel: _Channel) -> None:
     try:
         while channel.room() and stream._make_chunk(channel) is not None:
             pass  # the channel has it
-        stream._give_back(channel.left_over())
     except BaseException as caught:
         error = caught
         traceback.clear_frames(error.__traceback__)  # some hold the channel, which is to hold the error
     finally:
+        stream._give_back(channel.left_over())
         channel.finish(error)
         _running.pop(threading.current_thread(), None)
         del stream, channel, error  # this frame is one of them
@@ -280,6 +280,7 @@ class Feed:
             self._channel.stop()
             if threading.current_thread() is not self._thread:
                 self._thread.join()
+                self.stream._give_back(self._channel.left_over())  # of a thread that had ended before
 
     def __enter__(self) -> Feed:
         return self

@@ -197,8 +197,9 @@ class Stream:
 
     def _give_back(self, chunks: list[Chunk]) -> None:
         """``chunks``, the last ones that were handed out, the newest first, are the next ones again."""
-        with self._exclusive():
-            self._put_back(chunks)
+        if chunks and not self._home.left:
+            with self._exclusive():
+                self._put_back(chunks)
 
     def _put_back(self, chunks: list[Chunk]) -> None:
         if not self._closed:

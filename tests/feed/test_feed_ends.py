@@ -45,6 +45,36 @@ def test_an_error_comes_after_the_blocks_before_it(
     assert same(video(runtime, 2), expected[:2])
 
 
+@pytest.mark.parametrize("closed", ["behind the failure", "amid it"])
+def test_blocks_made_before_an_error_outlive_a_closed_feed(
+    stream: echo_rt.Stream, expected: list[echo_rt.Chunk], closed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    amid, closing = threading.Event(), threading.Event()
+
+    def fail(block: int, step: int) -> None:
+        if block == 2:
+            amid.set()
+            assert closing.wait(LONG)
+            raise ValueError("broken")
+
+    amid_blocks(stream, fail, monkeypatch)
+    feed = echo_rt.Feed(stream, depth=4)
+    assert amid.wait(LONG) and feed.waiting == 2
+    if closed == "amid it":
+        closer = threading.Thread(target=feed.close, daemon=True)
+        closer.start()
+        until(lambda: feed.closed)
+        closing.set()
+        closer.join(LONG)
+    else:
+        closing.set()
+        until(lambda: stream.failure is not None)
+        feed.close()
+    assert same([next(stream), next(stream)], expected[:2])
+    with pytest.raises(StreamError, match="block 2 failed"):
+        next(stream)
+
+
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
 def test_a_thread_that_dies_is_an_error_and_not_a_silence(
     stream: echo_rt.Stream, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
