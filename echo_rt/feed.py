@@ -135,7 +135,7 @@ def _forget(stream: Stream, channel: _Channel) -> None:
     """The end of a feed that nobody holds. It may come in any thread, amid anything: so it waits for nothing."""
     channel.stop()
     # A block that is being made takes the others along when it is done; else nobody may come before them.
-    if stream._lock.acquire(blocking=False):
+    if not stream.busy_in_this_thread and stream._lock.acquire(blocking=False):
         try:
             stream._put_back(channel.left_over())
         finally:

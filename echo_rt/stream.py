@@ -63,7 +63,8 @@ class Stream:
         self._engine: Engine | None = engine
         self._blocks = blocks
         self._home = Home()
-        self._lock = threading.Lock()  # held while a block is made
+        # Held while a block is made. Reentrant: a signal's handler may close while its own thread takes or leaves it.
+        self._lock = threading.RLock()
         self._owner: int | None = None  # the thread that holds it
         self._closed = False
         self._failure: str | None = None

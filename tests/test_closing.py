@@ -42,6 +42,33 @@ def test_two_threads_close_a_runtime_one_of_them_amid_a_block(
     assert not closer.is_alive()
 
 
+@pytest.mark.parametrize("moment", ["__enter__", "__exit__"])
+def test_closing_while_this_thread_takes_or_leaves_the_stream(small_model: Path, moment: str) -> None:
+    """A signal may come between two steps of Python, where a block is not begun yet, or over."""
+    runtime = load(small_model, overrides=FEW_STEPS)
+    stream: Any = runtime.stream(prompt_embeds=embeds(runtime))
+    held = stream._lock
+
+    class Interrupted:
+        def __enter__(self) -> None:
+            held.acquire()
+            self._close("__enter__")
+
+        def __exit__(self, *error: object) -> None:
+            self._close("__exit__")
+            held.release()
+
+        def _close(self, now: str) -> None:
+            if now == moment and not stream.closed:
+                stream.close()
+
+    stream._lock = Interrupted()
+    # A block that was over when the signal came still comes.
+    assert within(LONG, lambda: [chunk.index for chunk in stream]) == ([] if moment == "__enter__" else [0])
+    assert stream.closed and stream._engine is None
+    runtime.stream(prompt_embeds=embeds(runtime)).close()
+
+
 def test_a_stream_asked_for_and_a_runtime_closed_amid_the_last_ones_block(
     small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
