@@ -24,7 +24,14 @@ from echo_rt.bench.timing import Timer, timer_for
 from echo_rt.bench.turns import take_turn
 from echo_rt.bench.variants import Variant, plan, turns_of
 from echo_rt.decoding import Convolutions
-from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions, working_dtype
+from echo_rt.device import (
+    give_memory_back,
+    model_context,
+    parse_device,
+    parse_dtype,
+    warn_of_faulty_convolutions,
+    working_dtype,
+)
 from echo_rt.errors import BackendError
 from echo_rt.model.linear import kept_from_float8
 from echo_rt.ops import Ops, check_device, check_memory, load_ops
@@ -293,8 +300,7 @@ class _Runner:
 
     def _collect(self) -> None:
         gc.collect()
-        if self._on_gpu:
-            torch.cuda.empty_cache()
+        give_memory_back(self._site.device)
 
     # ---------------------------------------------------------------- measuring
 

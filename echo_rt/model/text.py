@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from echo_rt.config import TextEncoderConfig
+from echo_rt.device import give_memory_back
 from echo_rt.errors import PromptError, StreamError, WeightsError
 from echo_rt.weights.files import check_tensors
 from echo_rt.weights.keymaps import umt5_to_transformers
@@ -201,8 +202,7 @@ class TextEncoder:
         """Drops the weights and gives their memory back; the encoder cannot be used any more."""
         self._model = self._tokenizer = None
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_memory_back(self.device)
 
     def __enter__(self) -> TextEncoder:
         return self

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from closeness import relative_error
 from safetensors.torch import load_file, save_file
 
 from echo_rt.config import TextEncoderConfig
+from echo_rt.device import capturing
 from echo_rt.errors import OutputError, PromptError, StreamError, WeightsError
 from echo_rt.model.text import TextEncoder, clean_prompt
 from echo_rt.prompts import check_prompt_embeds, load_prompt_embeds, save_prompt_embeds
@@ -194,6 +197,29 @@ def test_closed(folder: ModelFolder) -> None:
         encoder.encode("a fox")
     with pytest.raises(StreamError, match="closed"):
         encoder.encode_ids(torch.ones(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long))
+
+
+def test_memory_is_given_back_only_where_nobody_captures(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may be capturing a graph while a prompt is encoded, and emptying torch's cache would spoil it."""
+    emptied: list[bool] = []
+
+    def empty_cache() -> None:
+        free = capturing.acquire(blocking=False)
+        emptied.append(free)
+        if free:
+            capturing.release()
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # which takes longer than we wait
+    encoder = make_encoder(folder)
+    encoder.device = torch.device("cuda")
+    closer = threading.Thread(target=encoder.close, daemon=True)
+    with capturing:
+        closer.start()
+        closer.join(0.5)
+        assert not emptied
+    closer.join(20)
+    assert emptied == [True]
 
 
 def test_import_is_light() -> None:
