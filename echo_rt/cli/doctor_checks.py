@@ -39,8 +39,8 @@ _DEPENDENCIES = (
     ("ftfy", "ftfy", "cleaning prompts as in training", True),
     ("av", "av", "PyAV: H.264, MP4 and PNG", True),
     ("rich", "rich", "progress and tables", True),
+    ("nvtx", "nvtx", "named ranges in Nsight", True),
     ("pynvml", "nvidia-ml-py", "driver and memory of NVIDIA GPUs", False),
-    ("nvtx", "nvtx", "named ranges in Nsight", False),
     ("matplotlib", "matplotlib", "pictures of soak and bench", False),
     ("prometheus_client", "prometheus-client", "figures of soak --port", False),
 )

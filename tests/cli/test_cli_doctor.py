@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -49,7 +50,7 @@ def test_the_backend_of_the_environment(echo_rt, monkeypatch, chosen, code):
 
 @pytest.mark.parametrize(
     ("module", "name", "code"),
-    [("av", "av", 1), ("nvtx", "nvtx", 0), ("rich", "rich", 1), ("matplotlib", "matplotlib", 0)],
+    [("av", "av", 1), ("nvtx", "nvtx", 1), ("rich", "rich", 1), ("matplotlib", "matplotlib", 0)],
 )
 def test_a_missing_package(echo_rt, monkeypatch, module, name, code):
     monkeypatch.setitem(sys.modules, module, None)  # importing it fails
@@ -61,6 +62,12 @@ def test_a_missing_package(echo_rt, monkeypatch, module, name, code):
     page = echo_rt("doctor")
     assert page.code == code, "the page needs none of the packages"
     assert page.out.splitlines()[-1] == (f"generate cannot run: {name}" if code else "generate can run")
+
+
+@pytest.mark.parametrize("module", [module for module, _, _, required in doctor_checks._DEPENDENCIES if not required])
+def test_generate_needs_no_other_package(module):
+    program = f"import sys; sys.modules[{module!r}] = None; import echo_rt.cli.recorder, echo_rt.runtime"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_broken_package_says_why(echo_rt, monkeypatch):
