@@ -20,12 +20,14 @@ _BOARD, _PARTITION = "GPU-", "MIG-"
 class GpuHealth:
     """Temperature, clocks, power, energy and ECC counters of one GPU; a figure that it does not have is None.
 
-    Raises :class:`BackendError` where the driver does not answer, or does not know the device.
+    Raises :class:`BackendError` where the driver does not answer, does not know the device, or cannot be asked.
     """
 
     def __init__(self, device: torch.device) -> None:
-        import pynvml
-
+        try:
+            import pynvml
+        except ImportError:
+            raise BackendError(f"{device}: its health needs nvidia-ml-py: pip install nvidia-ml-py") from None
         self._nvml: Any = pynvml
         self._open = False
         try:

@@ -93,6 +93,12 @@ def test_a_driver_that_does_not_know_the_device(nvml: FakeNvml) -> None:
         assert gpu_health(torch.device("cuda", 0)) is None
 
 
+def test_without_the_binding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # importing it fails
+    with pytest.warns(RuntimeWarning, match="needs nvidia-ml-py.*; its figures are left out"):
+        assert gpu_health(torch.device("cuda", 0)) is None
+
+
 def test_a_part_of_a_board(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
