@@ -40,12 +40,17 @@ class Recorder:
         self.frame_limit = frame_limit
         self.frames = 0
         self._writers: list[VideoWriter | LatentsWriter | ContactSheet] = []
+        self._latents: LatentsWriter | None = None
+        self._sheet: ContactSheet | None = None
         try:
             self._video = VideoWriter(video, *frame_size, fps)
             self._writers.append(self._video)
-            self._latents = LatentsWriter(latents, latent_shape, metadata=metadata) if latents else None
-            self._sheet = ContactSheet(contact_sheet, fps=fps) if contact_sheet else None
-            self._writers += [writer for writer in (self._latents, self._sheet) if writer is not None]
+            if latents is not None:
+                self._latents = LatentsWriter(latents, latent_shape, metadata=metadata)
+                self._writers.append(self._latents)
+            if contact_sheet is not None:
+                self._sheet = ContactSheet(contact_sheet, fps=fps)
+                self._writers.append(self._sheet)
         except BaseException:
             self.close()
             raise

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from echo_rt.errors import NumericalError
+from echo_rt.cli.recorder import Recorder
+from echo_rt.errors import NumericalError, TargetError
 
 PROMPT = ("--model", "folder", "--prompt", "1")
 
@@ -204,3 +205,18 @@ def test_a_name_that_no_file_can_have(echo_rt, fake_runtime, tmp_path, monkeypat
     else:
         expected = "cannot read prompt embeddings" if option == "--prompt-embeds" else "name too long"
         assert outcome.code == 2 and expected in outcome.error
+
+
+def test_a_file_that_cannot_be_begun_leaves_no_other(tmp_path):
+    with pytest.raises(TargetError, match="no folder"):
+        Recorder(
+            tmp_path / "v.mp4",
+            tmp_path / "l.safetensors",
+            tmp_path / "absent" / "s.png",
+            frame_size=(16, 16),
+            fps=16,
+            latent_shape=(4, 2, 2),
+            frame_limit=None,
+            metadata={},
+        )
+    assert files(tmp_path) == []
