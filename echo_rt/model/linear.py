@@ -48,16 +48,6 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return gelu(x, approximate="tanh")
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """:func:`gelu_tanh` of ``x [n, in] @ weight.T + bias``.
-
-    On a GPU cuBLASLt applies it to the sums before it writes them, which saves reading and writing them once more.
-    """
-    if x.is_cuda:
-        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-    return gelu_tanh(linear(x, weight, bias))  # the operator above has GELU's other formula on a CPU
-
-
 @dataclass(frozen=True)
 class Linear:
     """A matrix product's weight ``[out, in]`` and bias ``[out]``."""
@@ -80,8 +70,13 @@ class Linear:
         return self(gelu_tanh(x))
 
     def then_gelu(self, x: Tensor) -> Tensor:
-        """GELU of the product of ``x [n, in]``."""
-        return linear_gelu(x, self.weight, self.bias)
+        """:func:`gelu_tanh` of the product of ``x [n, in]``.
+
+        On a GPU cuBLASLt applies it to the sums before it writes them, which saves reading and writing them once more.
+        """
+        if x.is_cuda:
+            return torch._addmm_activation(self.bias, x, self.weight.t(), use_gelu=True)
+        return gelu_tanh(self(x))  # the operator above has GELU's other formula on a CPU
 
 
 @dataclass(frozen=True)

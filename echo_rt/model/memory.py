@@ -11,7 +11,7 @@ from torch.nn.functional import linear, rms_norm
 
 from echo_rt.config import ModelConfig
 from echo_rt.device import placed
-from echo_rt.model.linear import linear_gelu
+from echo_rt.model.linear import Linear
 from echo_rt.ops import Ops
 
 # Tokens that the gate's mean is taken over, about.
@@ -21,12 +21,12 @@ _GATE_SAMPLE = 128
 @dataclass(frozen=True)
 class _EncoderLayer:
     norm1: Tensor
-    q: tuple[Tensor, Tensor]
+    q: Linear
     norm_q: Tensor
-    o: tuple[Tensor, Tensor]
+    o: Linear
     norm2: Tensor
-    ffn_in: tuple[Tensor, Tensor]
-    ffn_out: tuple[Tensor, Tensor]
+    ffn_in: Linear
+    ffn_out: Linear
 
 
 class MemoryEncoder:
@@ -49,26 +49,26 @@ class MemoryEncoder:
         def matrix(name: str) -> Tensor:
             return placed(tensors[name], device, dtype)
 
-        def pair(name: str) -> tuple[Tensor, Tensor]:
-            return matrix(f"{name}.weight"), matrix(f"{name}.bias")
+        def product(name: str) -> Linear:
+            return Linear(matrix(f"{name}.weight"), matrix(f"{name}.bias"))
 
         self.query_init = matrix("query_init")[0]
         self._layers = [
             _EncoderLayer(
                 norm1=matrix(f"layers.{i}.norm1.weight"),
-                q=pair(f"layers.{i}.q"),
+                q=product(f"layers.{i}.q"),
                 norm_q=placed(tensors[f"layers.{i}.norm_q.weight"], device, torch.float32),
-                o=pair(f"layers.{i}.o"),
+                o=product(f"layers.{i}.o"),
                 norm2=matrix(f"layers.{i}.norm2.weight"),
-                ffn_in=pair(f"layers.{i}.ffn.0"),
-                ffn_out=pair(f"layers.{i}.ffn.2"),
+                ffn_in=product(f"layers.{i}.ffn.0"),
+                ffn_out=product(f"layers.{i}.ffn.2"),
             )
             for i in range(config.memory.layers)
         ]
-        self._connector_in, self._connector_out = pair("connector_proj.0"), pair("connector_proj.2")
+        self._connector_in, self._connector_out = product("connector_proj.0"), product("connector_proj.2")
         self._connector_norm = placed(tensors["connector_proj.3.weight"], device, torch.float32)
-        self._gate = pair("gate_linear")
-        self._to_k, self._to_v = pair("to_k"), pair("to_v")
+        self._gate = product("gate_linear")
+        self._to_k, self._to_v = product("to_k"), product("to_v")
         self._norm_k_out = matrix("norm_k_out.weight") if config.memory.normalize_k else None
 
     def update(self, state: Tensor, k: Tensor, v: Tensor, out: Tensor, gate_mean: Tensor) -> None:
@@ -79,27 +79,28 @@ class MemoryEncoder:
         """
         s = state
         for layer in self._layers:
-            q = linear(self._norm(s, layer.norm1), *layer.q)
-            s = s + linear(self._ops.memory_attention(q, layer.norm_q, k, v, self._eps), *layer.o)
-            s = s + linear(linear_gelu(self._norm(s, layer.norm2), *layer.ffn_in), *layer.ffn_out)
-        candidate = linear(linear_gelu(s, *self._connector_in), *self._connector_out)
-        self._ops.gated_update(state, candidate, self._connector_norm, *self._gate, out, self._eps)
+            q = layer.q(self._norm(s, layer.norm1))
+            s = s + layer.o(self._ops.memory_attention(q, layer.norm_q, k, v, self._eps))
+            s = s + layer.ffn_out(layer.ffn_in.then_gelu(self._norm(s, layer.norm2)))
+        candidate = self._connector_out(self._connector_in.then_gelu(s))
+        gate = self._gate
+        self._ops.gated_update(state, candidate, self._connector_norm, gate.weight, gate.bias, out, self._eps)
         self._sample_gate(state, candidate, gate_mean)
 
     def _sample_gate(self, state: Tensor, candidate: Tensor, gate_mean: Tensor) -> None:
         # The kernel keeps the gate to itself, and all of it would be much to write; evenly spaced tokens tell as much.
         stride = -(-state.shape[0] // _GATE_SAMPLE)
-        old, weight = state[::stride], self._gate[0]
+        old, weight = state[::stride], self._gate.weight
         new = rms_norm(candidate[::stride].float(), (self._dim,), self._connector_norm, self._eps).to(old.dtype)
-        gate = linear(old, weight[:, : self._dim], self._gate[1]) + linear(new, weight[:, self._dim :])
+        gate = linear(old, weight[:, : self._dim], self._gate.bias) + linear(new, weight[:, self._dim :])
         gate_mean.copy_(gate.float().sigmoid().mean())
 
     def keys_values(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """The memory's unrotated keys and its values, ``[M, H, d]`` each, one pair for all layers."""
-        k = linear(state, *self._to_k)
+        k = self._to_k(state)
         if self._norm_k_out is not None:
             k = self._norm(k, self._norm_k_out)
-        return k.unflatten(-1, self._heads), linear(state, *self._to_v).unflatten(-1, self._heads)
+        return k.unflatten(-1, self._heads), self._to_v(state).unflatten(-1, self._heads)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, (self._dim,), weight, self._eps)

@@ -14,7 +14,7 @@ from torch.nn.functional import gelu, linear
 from echo_rt.device import dtype_name, parse_dtype, working_dtype
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.float8 import FLOAT8, FLOAT8_MAX, on_tensor_cores, product, quantize_rows
-from echo_rt.model.linear import Float8Linear, Linear, Product, feed_forward, kept_from_float8, linear_gelu
+from echo_rt.model.linear import Float8Linear, Linear, Product, feed_forward, kept_from_float8
 from echo_rt.ops import available_backends, load_ops
 
 BACKENDS = [name for name, status in available_backends().items() if status == "available"]
@@ -115,10 +115,10 @@ def test_gelu_that_is_part_of_a_product(device: str) -> None:
     require(device)
     x, weight, bias = normal(40, 64), normal(48, 64, seed=1) / 8, normal(48, seed=2)
     exact = gelu(linear(x.double(), weight.double(), bias.double()), approximate="tanh")
-    made = linear_gelu(x.to(device), weight.to(device), bias.to(device))
+    made = Linear(weight.to(device), bias.to(device)).then_gelu(x.to(device))
     assert relative_error(made.cpu(), exact) < 1e-5
-    halves = [tensor.to(device, torch.bfloat16) for tensor in (x, weight, bias)]
-    assert relative_error(linear_gelu(*halves).cpu(), exact) < 1e-2
+    x, weight, bias = (tensor.to(device, torch.bfloat16) for tensor in (x, weight, bias))
+    assert relative_error(Linear(weight, bias).then_gelu(x).cpu(), exact) < 1e-2
 
 
 @pytest.mark.parametrize("kept", [(True, True), (True, False), (False, True), (False, False)])
