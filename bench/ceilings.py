@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from echo_rt.bench.timing import Timer
+from echo_rt.wording import plain
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def product_rate(
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     times = timer.measure(lambda: torch.mm(a, b, out=out), iterations, warmup)
-    name = f"product {str(dtype).removeprefix('torch.')}"
+    name = f"product {plain(dtype)}"
     how = f"torch.mm of two {side} x {side} matrices of normal values"
     return Ceiling(name, 2 * side**3 / times.median / 1e6, "TFLOP/s", times.median, times.p99, how)
 

@@ -27,6 +27,7 @@ from echo_rt.device import parse_device
 from echo_rt.errors import BackendError, EchoError
 from echo_rt.ops import BACKENDS
 from echo_rt.options import DTYPE_NAMES
+from echo_rt.wording import with_type
 
 GOLDEN_VARIABLE = "ECHO_RT_GOLDEN"
 COLUMNS = (
@@ -101,7 +102,7 @@ def verify(bundle: Path, device: str, backend: str, dtype: str) -> Result:
     except BackendError as error:
         return result(bool(reason), f"refused, as it must be: {reason}" if reason else str(error))
     except (EchoError, RuntimeError) as error:  # the latter is how torch and its drivers fail
-        return result(False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return result(False, with_type(error))
     if reason:
         return result(False, f"expected a refusal of {dtype} ({reason}), it ran")
     # A NaN is further off than anything.

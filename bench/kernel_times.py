@@ -26,7 +26,7 @@ from echo_rt.cli.paths import parse_path
 from echo_rt.device import DTYPES, parse_device
 from echo_rt.errors import ConfigError, EchoError
 from echo_rt.ops import BACKENDS, check_device, load_ops
-from echo_rt.wording import counted
+from echo_rt.wording import counted, plain
 
 MEMORY_UPDATE = "memory_update"
 # Timed calls and calls before them: quick or not, by device.
@@ -96,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> Run:
 def _notes(run: Run, rows: list[Row]) -> list[str]:
     notes = [
         f"{counted(run.iterations, 'call')} each after {run.warmup}; clock: {run.timer.clock}; backend {run.ops.name}, "
-        f"{str(run.dtype).removeprefix('torch.')}, sizes: {run.model.name}.",
+        f"{plain(run.dtype)}, sizes: {run.model.name}.",
     ]
     if not run.judged:
         notes.append("A rehearsal: goals are judged on a GPU at the released sizes alone.")
@@ -154,7 +154,7 @@ def _save(out: Path, run: Run, header: dict[str, Any], rows: list[Row], passed: 
         warmup=run.warmup,
         clock=run.timer.clock,
         backend=run.ops.name,
-        dtype=str(run.dtype).removeprefix("torch."),
+        dtype=plain(run.dtype),
         model=run.model.config.to_flat(),
     )
 

@@ -18,7 +18,7 @@ from echo_rt.guard import ROLL_BACK, Guard
 from echo_rt.options import check_seed
 from echo_rt.pipeline import Finished
 from echo_rt.snapshot import Snapshot
-from echo_rt.wording import counted
+from echo_rt.wording import counted, one_line
 
 _logger = logging.getLogger("echo_rt.guard")
 
@@ -226,7 +226,7 @@ class Blocks:
             files = self._guard.save_evidence(block, self._snapshot(engine), self._good, made.vitals, facts)
         except (OutputError, RuntimeError) as error:  # a full disk; a device that is lost, which torch says
             # What has happened to the block matters more.
-            return f"; no evidence: {' '.join(str(error).split())}"
+            return f"; no evidence: {one_line(error)}"
         return f"; evidence: {', '.join(map(str, files))}"
 
     def _refuse(self, engine: Engine, made: Finished, bad: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from echo_rt.build_info import __version__
 from echo_rt.errors import BackendError
+from echo_rt.wording import plain
 
 BACKENDS = ("torch", "emulated", "cuda")
 # Entries of the device-side position record that advance() writes.
@@ -305,7 +306,7 @@ def check_memory(ops: Ops, dtype: torch.dtype, head_dim: int) -> None:
     if dtype == torch.float32 or head_dim not in HEAD_SIZES:
         raise BackendError(
             f"backend {ops.name!r} updates the memory in bfloat16 or float16 with heads of {HEAD_SIZES}, "
-            f"got {str(dtype).removeprefix('torch.')} and {head_dim}; "
+            f"got {plain(dtype)} and {head_dim}; "
             "choose memory 'prior' or 'off', or backend 'torch'"
         )
 

@@ -27,6 +27,7 @@ from echo_rt.options import WAN_VAE, MemoryMode, check_seed
 from echo_rt.snapshot import Snapshot
 from echo_rt.snapshot_ways import ways_of
 from echo_rt.stream import Stream
+from echo_rt.wording import one_line
 
 _logger = logging.getLogger("echo_rt.runtime")
 
@@ -310,7 +311,7 @@ class Runtime:
         except (RuntimeError, StallError) as error:
             if isinstance(error, StallError) and engine is not None:
                 _abandoned.append(engine)
-            _logger.warning("closing the runtime: %s", " ".join(str(error).split()))
+            _logger.warning("closing the runtime: %s", one_line(error))
 
     def __enter__(self) -> Runtime:
         return self

@@ -114,10 +114,10 @@ def _tensors_of(snapshot: Snapshot, path: str | Path) -> dict[str, Tensor]:
 def _facts_of(snapshot: Snapshot, path: str | Path) -> dict[str, Any]:
     model = dict(snapshot.model)
     try:
-        plain = json.loads(json.dumps(model)) == model
+        survives = json.loads(json.dumps(model)) == model
     except (TypeError, ValueError):
-        plain = False
-    if not plain:
+        survives = False
+    if not survives:
         raise SnapshotError(f"{path}: the facts of the model are not plain JSON and would come back as others")
     held = [
         {"index": c.index, "first_frame": c.first_frame, "stats": dataclasses.asdict(c.stats)} for c in snapshot.held

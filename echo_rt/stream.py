@@ -22,6 +22,7 @@ from echo_rt.feed import Feed
 from echo_rt.forks import Home
 from echo_rt.guard import Guard
 from echo_rt.snapshot import Snapshot
+from echo_rt.wording import one_line
 
 
 class Taker(Protocol):
@@ -245,7 +246,7 @@ class Stream:
             with model_context(engine.device, engine.dtype, engine.vae_dtype):
                 yield
         except BaseException as error:
-            self._failure = f"block {self.next_block} failed ({type(error).__name__}: {' '.join(str(error).split())})"
+            self._failure = f"block {self.next_block} failed ({type(error).__name__}: {one_line(error)})"
             raise
 
     # ---------------------------------------------------------------- prompts

@@ -24,6 +24,16 @@ def plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what a library says."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def first_line(said: object) -> str:
+    """The first line of what a library says, in an error or a warning; of nothing its type."""
+    return next((line.strip() for line in str(said).splitlines() if line.strip()), type(said).__name__)
+
+
+def with_type(error: BaseException) -> str:
+    """The type of an error, which says more than some of them do, and its first line."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def one_line(text: object) -> str:
+    """``text`` without line breaks and runs of blanks."""
+    return " ".join(str(text).split())

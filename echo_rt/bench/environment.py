@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from echo_rt.wording import first_line
+
 # Where the package lies: a checkout, or a folder of installed packages.
 ROOT = Path(__file__).resolve().parents[2]
 # Names the commit where the sources travel without their history: any text, "dirty" in it where that is so.
@@ -91,7 +93,7 @@ def _kernels(missing: list[str]) -> dict[str, str] | None:
     try:
         import echo_rt._ops as library
     except ImportError as error:
-        missing.append(f"kernels: {str(error).splitlines()[0]}")
+        missing.append(f"kernels: {first_line(error)}")
         return None
     return {"backend": library.BACKEND, "architectures": library.CUDA_ARCHS, "version": library.VERSION}
 

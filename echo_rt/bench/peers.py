@@ -23,6 +23,7 @@ from echo_rt.errors import BackendError, EchoError
 from echo_rt.noise import fill_normal, seed_words
 from echo_rt.options import MemoryMode
 from echo_rt.weights.keymaps import KeyMap, transformer_key_map, vae_key_map
+from echo_rt.wording import with_type
 
 # Others round after every operation, where ours keeps some of them in one: their 16-bit results lie further off.
 ROUNDINGS = 4
@@ -55,6 +56,11 @@ class Missing:
     name: str
     why: str
 
+    @classmethod
+    def because(cls, name: str, error: Exception) -> Missing:
+        """One that raised ``error``."""
+        return cls(name, str(error) if isinstance(error, EchoError) else f"did not run: {with_type(error)}")
+
 
 def find_peers(parts: Parts, prompt_embeds: Tensor, seed: int) -> tuple[list[Peer], list[Missing]]:
     """The peers that are installed, with the weights of ``parts``; its backend is what they are held against.
@@ -69,11 +75,8 @@ def find_peers(parts: Parts, prompt_embeds: Tensor, seed: int) -> tuple[list[Pee
                 peers.append(make(name, parts, prompt_embeds, seed))
         except torch.OutOfMemoryError:
             raise
-        except EchoError as error:
-            missing.append(Missing(name, str(error)))
         except Exception as error:  # the finding, whatever it is
-            lines = str(error).splitlines() or [""]
-            missing.append(Missing(name, f"did not run: {type(error).__name__}: {lines[0]}"))
+            missing.append(Missing.because(name, error))
     return peers, missing
 
 

@@ -22,7 +22,7 @@ from echo_rt.bench.variants import turns_of
 from echo_rt.device import model_context, parse_dtype, warn_of_faulty_convolutions
 from echo_rt.ops import check_device, load_ops
 from echo_rt.options import MemoryMode
-from echo_rt.wording import counted
+from echo_rt.wording import counted, plain
 
 NAME = "savings"
 COLUMNS = (
@@ -133,7 +133,7 @@ def measure(request: Request, device: torch.device, timer: Timer, limits: Limits
     facts = {
         "clock": timer.clock,
         "model": {"source": model.source, **model.config.to_flat()},
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": plain(dtype),
         "backend": ops.name,
         "attention": [site.over_cache.attention.name, site.over_text.attention.name],
         "limits": {"flops": limits.flops, "bytes": limits.bytes, "multiprocessors": limits.multiprocessors},

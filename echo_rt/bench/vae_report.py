@@ -12,7 +12,7 @@ from echo_rt.bench.tables import Column, write_results
 from echo_rt.bench.timing import DEVICE_CLOCK, Times
 from echo_rt.bench.vae_contestants import DIFFUSERS, OURS, PUBLISHED
 from echo_rt.bench.vae_run import Measured, VaeRun
-from echo_rt.wording import counted
+from echo_rt.wording import counted, plain
 
 WHOLE = "whole"
 TITLE = "VAE decoder"
@@ -134,11 +134,11 @@ def goals(run: VaeRun) -> list[Goal]:
 def notes(run: VaeRun) -> list[str]:
     """How the figures were come by."""
     width, height = run.frames
-    dtype = str(run.dtype).removeprefix("torch.")
     lines = [] if run.clock == DEVICE_CLOCK else ["Times of the host clock on a CPU: a rehearsal, no results."]
     lines += [
         f"Random weights at the {run.size} sizes; {width}x{height}; a block of {counted(run.latents, 'latent')} in "
-        f"mid-stream, {counted(run.stages[-1].given.frames, 'frame')}; {dtype}; backend {run.backend} for ours.",
+        f"mid-stream, {counted(run.stages[-1].given.frames, 'frame')}; {plain(run.dtype)}; backend {run.backend} for "
+        "ours.",
         f"{counted(run.blocks, 'call')} of each, median and 99th percentile; clock: {run.clock}. Launches are not in a "
         "time, and no graph is replayed.",
         "A stage is a resolution: what enlarges pictures to it and the blocks that follow; the lowest has the first "

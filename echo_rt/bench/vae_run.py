@@ -21,11 +21,12 @@ from echo_rt.bench.vae_contestants import DIFFUSERS, OURS, PUBLISHED, Contestant
 from echo_rt.bench.vae_published import PublishedDecoder
 from echo_rt.bench.vae_work import Stage, decoder_stages
 from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
-from echo_rt.errors import BackendError, ConfigError, EchoError
+from echo_rt.errors import BackendError, ConfigError
 from echo_rt.noise import fill_normal, seed_words
 from echo_rt.ops import check_device, load_ops
 from echo_rt.options import latent_size
 from echo_rt.weights.shapes import vae_shapes
+from echo_rt.wording import first_line
 
 _MAKERS: dict[str, Callable[[Setting], Contestant]] = {OURS: ours, PUBLISHED: published, DIFFUSERS: diffusers}
 # Timed blocks and those before them: quick or not, by device.
@@ -163,10 +164,10 @@ def run(request: VaeRequest, say: Callable[[str], None] = lambda text: None) -> 
                 except Exception as error:
                     if name != DIFFUSERS:
                         raise
-                    missing.append(Missing(name, _why(error)))  # what another's code raises is the finding
+                    missing.append(Missing.because(name, error))  # what another's code raises is the finding
     except torch.OutOfMemoryError as error:
         raise BackendError(
-            f"{device} has too little memory for a video of {width}x{height}: {str(error).splitlines()[0]}; "
+            f"{device} has too little memory for a video of {width}x{height}: {first_line(error)}; "
             "name a smaller one with --width and --height"
         ) from error
     return VaeRun(
@@ -183,12 +184,6 @@ def run(request: VaeRequest, say: Callable[[str], None] = lambda text: None) -> 
         measured=found,
         missing=missing,
     )
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, EchoError):
-        return str(error)
-    return f"did not run: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _expected(setting: Setting) -> Tensor:

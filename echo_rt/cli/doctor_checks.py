@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from echo_rt.build_info import __version__, build_info
 from echo_rt.errors import EchoError
+from echo_rt.wording import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -69,10 +70,6 @@ def gather() -> list[Fact]:
     return [fact for check in checks for fact in check()]
 
 
-def _first_line(text: object) -> str:
-    return next((line.strip() for line in str(text).splitlines() if line.strip()), type(text).__name__)
-
-
 def _system() -> Iterator[Fact]:
     python_ok = sys.version_info >= _OLDEST_PYTHON
     oldest = ".".join(map(str, _OLDEST_PYTHON))
@@ -101,7 +98,7 @@ def _echo_rt() -> Iterator[Fact]:
         built = build_info()
     except EchoError as error:
         advice = "generate needs it: install a C++ compiler, then echo-rt again (pip install .)"
-        yield Fact("echo-rt", "compiled part", _first_line(error), "missing", advice)
+        yield Fact("echo-rt", "compiled part", first_line(error), "missing", advice)
     else:
         cuda = f"CUDA for {', '.join(built.cuda_archs)}" if built.cuda_archs else "no CUDA kernels"
         advice = "" if built.is_current else f"it is of version {built.version}: install again"
@@ -110,7 +107,7 @@ def _echo_rt() -> Iterator[Fact]:
     try:
         from echo_rt.ops import BACKEND_VARIABLE, available_backends
     except (ImportError, OSError) as error:
-        yield Fact("echo-rt", "backends", _first_line(error), "missing", "install what is missing below")
+        yield Fact("echo-rt", "backends", first_line(error), "missing", "install what is missing below")
         return
     backends = available_backends()
     for name, state in backends.items():
@@ -132,7 +129,7 @@ def _dependencies() -> Iterator[Fact]:
                 warnings.simplefilter("ignore")
                 importlib.import_module(module)
         except Exception as error:  # a broken installation can raise anything
-            problem = "not installed" if isinstance(error, ModuleNotFoundError) else _first_line(error)
+            problem = "not installed" if isinstance(error, ModuleNotFoundError) else first_line(error)
         try:
             version = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
@@ -187,7 +184,7 @@ def _cudnn() -> Iterator[Fact]:
         warnings.simplefilter("always")
         warn_of_faulty_convolutions(torch.device("cuda"), torch.bfloat16)
     if said:
-        yield Fact("GPU", "cuDNN", version, "absent", _first_line(said[0].message))
+        yield Fact("GPU", "cuDNN", version, "absent", first_line(said[0].message))
     else:
         yield Fact("GPU", "cuDNN", version)
 
@@ -201,7 +198,7 @@ def _nvml() -> Iterator[Fact]:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        yield Fact("GPU", "NVIDIA driver", _first_line(error), "absent", "needed only for a GPU: install the driver")
+        yield Fact("GPU", "NVIDIA driver", first_line(error), "absent", "needed only for a GPU: install the driver")
         return
     try:
         yield Fact("GPU", "NVIDIA driver", _text(pynvml.nvmlSystemGetDriverVersion()))
@@ -211,7 +208,7 @@ def _nvml() -> Iterator[Fact]:
             value = f"{_text(pynvml.nvmlDeviceGetName(handle))}, {memory.free / 2**30:.0f} GiB of memory free"
             yield Fact("GPU", f"board {index}", value)
     except pynvml.NVMLError as error:
-        yield Fact("GPU", "boards", _first_line(error), "absent", "the driver does not answer: see nvidia-smi")
+        yield Fact("GPU", "boards", first_line(error), "absent", "the driver does not answer: see nvidia-smi")
     finally:
         pynvml.nvmlShutdown()
 
@@ -235,7 +232,7 @@ def _compilers() -> Iterator[Fact]:
         try:
             output = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20).stdout
         except (OSError, subprocess.SubprocessError) as error:
-            yield Fact("build tools", name, f"{program}: {_first_line(error)}", "absent", advice)
+            yield Fact("build tools", name, f"{program}: {first_line(error)}", "absent", advice)
             continue
         lines = [text.strip() for text in output.splitlines() if line in text]
         yield Fact("build tools", name, lines[0] if lines else program)
@@ -284,7 +281,7 @@ def _tried(
     try:
         states = available(device)
     except Exception as error:  # of the driver: the GPU may be full, or in an error state
-        yield Fact(subject, f"on {device}", _first_line(error), "missing", "see nvidia-smi, and free the GPU")
+        yield Fact(subject, f"on {device}", first_line(error), "missing", "see nvidia-smi, and free the GPU")
         return None
     for name, state in states.items():
         why, _, advice = state.partition("; ")
@@ -342,7 +339,7 @@ def _encoder() -> Iterator[Fact]:
         frame.pts = 0
         packets = [*encoder.encode(frame), *encoder.encode(None)]
     except (av.FFmpegError, ValueError) as error:
-        yield Fact("video", name, _first_line(error), "missing", advice)
+        yield Fact("video", name, first_line(error), "missing", advice)
         return
     libraries = ", ".join(
         f"{key} {'.'.join(map(str, av.library_versions[key]))}" for key in ("libavcodec", "libavformat")

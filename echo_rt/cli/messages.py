@@ -7,6 +7,7 @@ from typing import Any
 
 from echo_rt.cli.streams import complain
 from echo_rt.errors import EchoError
+from echo_rt.wording import one_line
 
 DEBUG_VARIABLE = "ECHO_RT_DEBUG"
 
@@ -18,11 +19,6 @@ _NO_MEMORY = (
     "ALLOC_FAILED",
     "Storage size calculation overflowed",
 )
-
-
-def one_line(text: object) -> str:
-    """``text`` without line breaks and runs of blanks."""
-    return " ".join(str(text).split())
 
 
 def _is_no_memory(error: Exception) -> bool:

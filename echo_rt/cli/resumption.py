@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_rt.cli.generate_request import Request
-from echo_rt.cli.messages import one_line
 from echo_rt.cli.prompts import TimedPrompt, first_block
 from echo_rt.cli.segment_recorder import SNAPSHOT_FOLDER
 from echo_rt.errors import ConfigError, PromptError, TargetError
@@ -19,7 +18,7 @@ from echo_rt.output.segment_index import RecordingIndex
 from echo_rt.output.segments import check_free
 from echo_rt.snapshot import Snapshot
 from echo_rt.snapshot_keeper import latest_snapshot, snapshot_files
-from echo_rt.wording import counted
+from echo_rt.wording import counted, one_line
 
 if TYPE_CHECKING:
     from echo_rt.guard import Guard

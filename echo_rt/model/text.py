@@ -26,6 +26,7 @@ from echo_rt.errors import PromptError, StreamError, WeightsError
 from echo_rt.weights.files import check_tensors
 from echo_rt.weights.keymaps import umt5_to_transformers
 from echo_rt.weights.shapes import text_encoder_shapes
+from echo_rt.wording import first_line
 
 _PROBE = "a"  # any text: what comes after its tokens is what the tokenizer appends
 
@@ -102,8 +103,7 @@ def _load_tokenizer(folder: Path, vocab_size: int) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises anything from OSError to bare Exception for a damaged file
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise WeightsError(f"{folder}: no tokenizer can be loaded from here: {reason}") from error
+        raise WeightsError(f"{folder}: no tokenizer can be loaded from here: {first_line(error)}") from error
     if len(tokenizer) > vocab_size:
         raise WeightsError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the text encoder's table only {vocab_size}"

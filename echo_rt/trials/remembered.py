@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from echo_rt.errors import OutputError
 from echo_rt.output.part_file import reason, write_whole
+from echo_rt.wording import one_line
 
 CACHE_VARIABLE = "ECHO_RT_CACHE_DIR"
 
@@ -91,7 +92,7 @@ class ChoicesFile(Generic[Shapes]):
                 "%s is damaged (%s: %s): %s is measured anew",
                 path,
                 type(error).__name__,
-                " ".join(str(error).split()),
+                one_line(error),
                 self.subject,
             )
         return []

@@ -18,6 +18,7 @@ from echo_rt.weights.pickle_files import open_pickle
 from echo_rt.weights.safetensors_files import INDEX_SUFFIX, open_safetensors, open_sharded
 from echo_rt.weights.shapes import Shapes
 from echo_rt.weights.tensors import TensorFile, first_names
+from echo_rt.wording import plain
 
 _SAFETENSORS = ".safetensors"
 _PICKLES = (".pt", ".pth")
@@ -106,7 +107,7 @@ def check_tensors(found: Mapping[str, Tensor], expected: Shapes, source: str) ->
         if tuple(tensor.shape) != shape:
             misshapen.append(f"{name} is {list(tensor.shape)} for {list(shape)}")
         elif tensor.dtype not in _FLOATS or tensor.layout != torch.strided or tensor.is_meta:
-            mistyped.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}")
+            mistyped.append(f"{name} is {plain(tensor.dtype)}")
     faults = [
         f"{len(names)} {fault} ({first_names(names)})"
         for fault, names in (

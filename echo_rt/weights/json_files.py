@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.weights.files import read_head
-from echo_rt.wording import type_of
+from echo_rt.wording import one_line, type_of
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     try:
         parsed = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: expected {what}, came no JSON ({' '.join(str(error).split())})") from error
+        raise WeightsError(f"{path}: expected {what}, came no JSON ({one_line(error)})") from error
     if not isinstance(parsed, dict):
         raise WeightsError(f"{path}: expected {what} as a JSON object, came {type_of(parsed)}")
     return parsed

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from echo_rt.errors import WeightsError
 from echo_rt.weights.tensors import Fact, TensorFile, check_name
-from echo_rt.wording import counted, type_of
+from echo_rt.wording import counted, one_line, type_of
 
 _ZIP_MAGIC = b"PK\x03\x04"
 # How torch's unpickler words its refusal of anything that is not plain data.
@@ -70,7 +70,7 @@ def _flatten(
 
 def _reason(error: Exception) -> str:
     """One line on why torch would not load a file; its own messages run over pages and advise to trust the file."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if "weights_only" in text or "Weights only" in text:
         refused = _REFUSED_GLOBAL.search(text)
         if refused:

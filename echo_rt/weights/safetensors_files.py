@@ -12,6 +12,7 @@ from torch import Tensor
 
 from echo_rt.errors import WeightsError
 from echo_rt.weights.tensors import Fact, TensorFile, check_name
+from echo_rt.wording import one_line
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -44,8 +45,9 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise WeightsError(f"{path}: expected a safetensors file, came a damaged or other one ({reason})") from error
+        raise WeightsError(
+            f"{path}: expected a safetensors file, came a damaged or other one ({one_line(error)})"
+        ) from error
 
 
 def open_safetensors(path: Path) -> TensorFile:
