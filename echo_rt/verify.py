@@ -52,6 +52,11 @@ BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2, torch.float16: 2e-3, FLOA
 Tensors = Mapping[str, Tensor]
 
 
+def bound_between(dtype: torch.dtype) -> float:
+    """The largest error between two results in ``dtype``: both are rounded, where of a bundle one side alone is."""
+    return 2 * BOUNDS[dtype]
+
+
 @dataclass(frozen=True)
 class Row:
     """One tensor of a bundle: its relative error and the bound that holds in the dtype it was computed in."""

@@ -9,11 +9,8 @@ from torch import Tensor
 
 from echo_rt.device import parse_device, parse_dtype, working_dtype
 from echo_rt.ops import check_device, load_ops
-from echo_rt.verify import BOUNDS, BundleReport, Row, dump_tensors, relative_error
+from echo_rt.verify import BundleReport, Row, bound_between, dump_tensors, relative_error
 from echo_rt.verify_decoder import folder_decoding
-
-# Both sides are rounded, where a golden bundle is rounded on one side alone.
-_SIDES = 2
 
 
 def verify_model(
@@ -35,7 +32,7 @@ def verify_model(
     check_device(ops, place)
     decoding = folder_decoding(folder, ops, place)
     at_once, grouped = decoding.in_groups(precision)
-    bound = _SIDES * BOUNDS[precision]
+    bound = bound_between(precision)
     rows = [Row(f"video {name}", _worst_frame(video, at_once), bound) for name, video in grouped.items()]
     name = folder.resolve().name
     if dump is not None:

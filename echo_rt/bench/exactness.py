@@ -8,10 +8,7 @@ import torch
 
 from echo_rt.bench.agreement import difference
 from echo_rt.bench.rig import Rig
-from echo_rt.verify import BOUNDS
-
-# Both sides are rounded, where a golden bundle is rounded on one side alone.
-_SIDES = 2
+from echo_rt.verify import bound_between
 
 
 @dataclass(frozen=True)
@@ -27,11 +24,6 @@ class Exactness:
         return self.latents <= self.bound and self.frames <= self.bound  # NaN is not
 
 
-def bound_of(dtype: torch.dtype) -> float:
-    """The largest error between two roundings of one result."""
-    return _SIDES * BOUNDS[dtype]
-
-
 def compare_block(rig: Rig, reference: Rig, seed: int, dtype: torch.dtype) -> Exactness:
     """The same steady block by both, memory update included where there is one, from what ``reference`` has come to."""
     rig.adopt(reference, seed)
@@ -41,5 +33,5 @@ def compare_block(rig: Rig, reference: Rig, seed: int, dtype: torch.dtype) -> Ex
     return Exactness(
         difference(ours.latents, theirs.latents),
         difference(ours.frames.float(), theirs.frames.float()),
-        bound_of(dtype),
+        bound_between(dtype),
     )

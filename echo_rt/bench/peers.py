@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from echo_rt.bench.agreement import difference
-from echo_rt.bench.exactness import bound_of
 from echo_rt.bench.rig import Parts, Rig, Site
 from echo_rt.config import VaeConfig
 from echo_rt.device import model_context
 from echo_rt.errors import BackendError, EchoError
 from echo_rt.noise import fill_normal, seed_words
 from echo_rt.options import MemoryMode
+from echo_rt.verify import bound_between
 from echo_rt.weights.keymaps import KeyMap, transformer_key_map, vae_key_map
 from echo_rt.wording import with_type
 
@@ -165,7 +165,7 @@ def _autoencoder(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> P
         f"its decoder, with the same weights, over the same {len(normalized)} latents in mid-stream, its own cache "
         "kept from call to call; without the conversion to bytes, which ours does"
     )
-    return Peer(name, what, "decode", lambda: decode(False), error, ROUNDINGS * bound_of(site.dtype))
+    return Peer(name, what, "decode", lambda: decode(False), error, ROUNDINGS * bound_between(site.dtype))
 
 
 def _transformer(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Peer:
@@ -220,7 +220,7 @@ def _transformer(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> P
         f"one forward, with the same weights, over the {block} tokens of a block, which attend to themselves alone; "
         f"beside it the mean of our passes, in which they attend to {cache} keys"
     )
-    return Peer(name, what, "pass", forward, error, ROUNDINGS * bound_of(site.model_dtype))
+    return Peer(name, what, "pass", forward, error, ROUNDINGS * bound_between(site.model_dtype))
 
 
 def _flashdreams(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Peer:
@@ -261,7 +261,7 @@ def _flashdreams(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> P
         "in one call, its own cache kept, its own graph replayed; without the conversion to bytes. Its transformer is "
         "not driven here"
     )
-    return Peer(name, what, "decode", decode, error, ROUNDINGS * bound_of(site.dtype))
+    return Peer(name, what, "decode", decode, error, ROUNDINGS * bound_between(site.dtype))
 
 
 _MAKERS = {

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from echo_rt.bench.agreement import difference
-from echo_rt.bench.exactness import bound_of
 from echo_rt.bench.rig import Parts, Rig
 from echo_rt.bench.savings_counts import PRODUCTS, Count, Counts
 from echo_rt.kv_cache import BlockCache, Span
+from echo_rt.verify import bound_between
 
 MERGED, COLLAPSED, CUT_SHORT = "merged context and first pass", "collapsed padding", "context pass cut short"
 # Real keys of a text, as parts of its length.
@@ -147,7 +147,7 @@ class Probes:
 
         k, v = self._text_kv[0].clone()
         k[real:], v[real:] = k[-1].clone(), v[-1].clone()
-        error, bound = difference(merged(k, v), self._attention(q, k, v)), bound_of(self._dtype)
+        error, bound = difference(merged(k, v), self._attention(q, k, v)), bound_between(self._dtype)
         problem = "" if error <= bound else f"off by {error:.1e}, {bound:.1e} is the most"
         return [
             Comparison(

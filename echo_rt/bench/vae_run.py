@@ -12,7 +12,6 @@ from torch import Tensor
 from echo_rt.bench.agreement import difference
 from echo_rt.bench.device_bytes import DeviceBytes
 from echo_rt.bench.environment import environment
-from echo_rt.bench.exactness import bound_of
 from echo_rt.bench.model_sizes import MODELS, RELEASED, TINY
 from echo_rt.bench.peers import ROUNDINGS, Missing
 from echo_rt.bench.random_tensors import RandomTensors
@@ -25,6 +24,7 @@ from echo_rt.errors import BackendError, ConfigError
 from echo_rt.noise import fill_normal, seed_words
 from echo_rt.ops import check_device, load_ops
 from echo_rt.options import latent_size
+from echo_rt.verify import bound_between
 from echo_rt.weights.shapes import vae_shapes
 from echo_rt.wording import first_line
 
@@ -205,7 +205,7 @@ def _measure(name: str, setting: Setting, expected: Tensor, timer: Timer, blocks
     error = difference(video.float().cpu(), expected)
     del video
     # Random weights are less kind than those that the golden bundles' bounds are for; others round more often.
-    bound = bound_of(setting.dtype) * (1 if name == OURS else ROUNDINGS)
+    bound = bound_between(setting.dtype) * (1 if name == OURS else ROUNDINGS)
     measured = Measured(contestant.name, contestant.what, error, bound, memory, kinds=contestant.kinds)
     if not measured.ok:
         return measured
