@@ -21,8 +21,6 @@ from echo_rt.snapshot_ways import Ways
 from echo_rt.steady import SteadyCheck
 from echo_rt.wording import plain
 
-_ROLLOUT, _DECODER = "rollout.", "decoder."
-
 
 @dataclass(frozen=True, eq=False)
 class Engine:
@@ -41,18 +39,13 @@ class Engine:
     lookahead: int
     check: SteadyCheck | None
 
-    def live_tensors(self) -> dict[str, Tensor]:
-        """Every tensor that a video's next block depends on, by name: the live ones, not copies."""
-        named = {_ROLLOUT + name: tensor for name, tensor in self.rollout.state.tensors().items()}
-        return named | {_DECODER + name: tensor for name, tensor in self.pipeline.decoder_state.tensors().items()}
-
     def read(self) -> dict[str, Tensor]:
-        """Copies of :meth:`live_tensors` on the host, once all that was asked for is done."""
+        """Copies of the pipeline's live tensors on the host, once all that was asked for is done."""
         pinned = self.device.type == "cuda"  # several times as fast as memory that may be paged out
         self.executor.settle()
         copies: dict[str, Tensor] = {}
         with self.executor.apart():
-            for name, tensor in self.live_tensors().items():
+            for name, tensor in self.pipeline.live_tensors().items():
                 copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
                 copies[name].copy_(tensor, non_blocking=True)
         self.executor.settle()
@@ -61,7 +54,7 @@ class Engine:
     def finite(self) -> bool:
         """Whether all that the next block depends on is finite; waits for it."""
         with self.executor.apart():
-            ends = [torch.aminmax(t) for t in self.live_tensors().values() if t.is_floating_point()]
+            ends = [torch.aminmax(t) for t in self.pipeline.live_tensors().values() if t.is_floating_point()]
             return all(bool(torch.isfinite(low) & torch.isfinite(high)) for low, high in ends)
 
     def require_fit(self, snapshot: Snapshot) -> None:
@@ -77,7 +70,7 @@ class Engine:
                 f"the snapshot contradicts itself: {snapshot.latents_decoded} latents decoded and {len(snapshot.held)} "
                 f"blocks held at block {snapshot.block}, {snapshot.offset} behind the video's"
             )
-        for name, tensor in self.live_tensors().items():
+        for name, tensor in self.pipeline.live_tensors().items():
             saved = snapshot.tensors.get(name)
             if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
                 expected, came = (
@@ -99,7 +92,7 @@ class Engine:
         state.reset()
         self.rollout.set_seed(seed)
         with self.executor.apart():
-            for name, tensor in self.live_tensors().items():
+            for name, tensor in self.pipeline.live_tensors().items():
                 tensor.copy_(snapshot.tensors[name])
         self.executor.settle()  # the snapshot may be let go of
         state.block = snapshot.block

@@ -125,6 +125,11 @@ class Pipeline:
         }
         return found | {f"decoder {name}": tensor for name, tensor in self.decoder_state.buffers().items()}
 
+    def live_tensors(self) -> dict[str, Tensor]:
+        """Every tensor that the next block depends on, by the name that a snapshot has it under; not copies."""
+        named = {f"rollout.{name}": tensor for name, tensor in self.rollout.state.tensors().items()}
+        return named | {f"decoder.{name}": tensor for name, tensor in self.decoder_state.tensors().items()}
+
     def reset(self) -> None:
         """Let go of what is in flight, and back to the start of a stream."""
         self._executor.settle()

@@ -209,11 +209,6 @@ class Rig:
                 return
         raise ConfigError(f"expected a steady state to measure, and there was none within {_MOST_BLOCKS} blocks")
 
-    def live_tensors(self) -> dict[str, Tensor]:
-        """All that makes the next block what it will be: the live tensors."""
-        rollout = {f"rollout.{name}": tensor for name, tensor in self.rollout.state.tensors().items()}
-        return rollout | {f"decoder.{k}": tensor for k, tensor in self.pipeline.decoder_state.tensors().items()}
-
     def adopt(self, other: Rig, seed: int) -> None:
         """Stand where ``other``, a rig of the same mode, stands: the next block of both is the same one."""
         other.drain()
@@ -222,9 +217,9 @@ class Rig:
             self.rollout.state.reset()
             for rig in (self, other):
                 rig.rollout.set_seed(seed)
-            theirs = other.live_tensors()
+            theirs = other.pipeline.live_tensors()
             with self.executor.apart():
-                for name, tensor in self.live_tensors().items():
+                for name, tensor in self.pipeline.live_tensors().items():
                     tensor.copy_(theirs[name])
         for fact in ("block", "memory_ready", "memory_updated"):
             setattr(self.rollout.state, fact, getattr(other.rollout.state, fact))
@@ -241,7 +236,7 @@ class Rig:
     @property
     def state_bytes(self) -> int:
         """What a snapshot of it holds."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.live_tensors().values())
+        return sum(tensor.nbytes for tensor in self.pipeline.live_tensors().values())
 
     def close(self) -> None:
         """Let go of lanes and graphs."""
