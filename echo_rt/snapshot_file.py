@@ -27,9 +27,9 @@ from torch import Tensor
 
 from echo_rt.build_info import __version__
 from echo_rt.chunk import Chunk, ChunkStats
-from echo_rt.errors import ConfigError, OutputError, SnapshotError, SnapshotVersionError
+from echo_rt.errors import ConfigError, SnapshotError, SnapshotVersionError
 from echo_rt.options import check_seed
-from echo_rt.output.part_file import PartFile, reason
+from echo_rt.output.part_file import reason, whole_file
 from echo_rt.snapshot import Snapshot
 from echo_rt.wording import plain
 
@@ -81,8 +81,7 @@ def save_snapshot(snapshot: Snapshot, path: str | Path) -> None:
     """
     tensors = _tensors_of(snapshot, path)
     header = _header(tensors, _facts_of(snapshot, path))
-    part = PartFile(path)
-    try:
+    with whole_file(path) as part:
         digest = hashlib.sha256(header)
         part.append(header)
         for tensor in tensors.values():
@@ -90,13 +89,6 @@ def save_snapshot(snapshot: Snapshot, path: str | Path) -> None:
             digest.update(data)
             part.append(data)
         part.overwrite(header.index(_ZEROS.encode()), digest.hexdigest().encode())
-    except OSError as error:
-        part.discard()
-        raise OutputError(f"{path}: cannot write: {reason(error)}") from None
-    except BaseException:
-        part.discard()
-        raise
-    part.commit()
 
 
 def _tensors_of(snapshot: Snapshot, path: str | Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import errno
 import os
 import secrets
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -127,11 +128,15 @@ def check_writable(path: str | Path) -> None:
     PartFile(path).discard()
 
 
-def write_whole(path: str | Path, data: bytes) -> None:
-    """Write a small file in one go, atomically; raises ``OutputError``."""
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[PartFile]:
+    """A file to write in one go: under its name at the end of the ``with``, or not at all where that raises.
+
+    Raises ``OutputError``, in place of an ``OSError`` too that comes from within.
+    """
     part = PartFile(path)
     try:
-        part.append(data)
+        yield part
     except OSError as error:
         part.discard()
         raise OutputError(f"{path}: cannot write: {reason(error)}") from None
@@ -139,6 +144,12 @@ def write_whole(path: str | Path, data: bytes) -> None:
         part.discard()
         raise
     part.commit()
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Write a small file, atomically; raises ``OutputError``."""
+    with whole_file(path) as part:
+        part.append(data)
 
 
 class Closing(ABC):
