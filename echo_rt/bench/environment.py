@@ -64,12 +64,6 @@ def commit(missing: list[str]) -> str | None:
         return None
 
 
-def gpu_slug(header: dict[str, Any]) -> str:
-    """A word for the GPU (or ``cpu``), as names of result folders have it."""
-    name = "cpu" if header["gpu"] is None else header["gpu"]["name"]
-    return re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
-
-
 def summary_line(header: dict[str, Any]) -> str:
     """The header in one line, for the top of a table."""
     gpu = header["gpu"]
@@ -128,7 +122,7 @@ def _gpu(device: str, missing: list[str]) -> dict[str, Any]:
         return facts
     try:
         pynvml.nvmlInit()
-        facts["driver"] = _text(pynvml.nvmlSystemGetDriverVersion())
+        facts["driver"] = pynvml.nvmlSystemGetDriverVersion()
         # torch's numbers count what CUDA_VISIBLE_DEVICES leaves; the identity is the same for both.
         board = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
     except pynvml.NVMLError as error:
@@ -149,11 +143,6 @@ def _gpu(device: str, missing: list[str]) -> dict[str, Any]:
             missing.append(f"{name}: {error}")
     pynvml.nvmlShutdown()
     return facts
-
-
-def _text(value: str | bytes) -> str:
-    """Older releases of the binding answer in bytes."""
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def main(arguments: list[str]) -> int:

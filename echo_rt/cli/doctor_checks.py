@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from echo_rt.build_info import __version__, build_info
 from echo_rt.errors import EchoError
@@ -201,21 +201,16 @@ def _nvml() -> Iterator[Fact]:
         yield Fact("GPU", "NVIDIA driver", first_line(error), "absent", "needed only for a GPU: install the driver")
         return
     try:
-        yield Fact("GPU", "NVIDIA driver", _text(pynvml.nvmlSystemGetDriverVersion()))
+        yield Fact("GPU", "NVIDIA driver", pynvml.nvmlSystemGetDriverVersion())
         for index in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            value = f"{_text(pynvml.nvmlDeviceGetName(handle))}, {memory.free / 2**30:.0f} GiB of memory free"
+            value = f"{pynvml.nvmlDeviceGetName(handle)}, {memory.free / 2**30:.0f} GiB of memory free"
             yield Fact("GPU", f"board {index}", value)
     except pynvml.NVMLError as error:
         yield Fact("GPU", "boards", first_line(error), "absent", "the driver does not answer: see nvidia-smi")
     finally:
         pynvml.nvmlShutdown()
-
-
-def _text(value: Any) -> str:
-    """Older releases of the binding answer in bytes."""
-    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _compilers() -> Iterator[Fact]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from echo_rt.bench import environment
-from echo_rt.bench.environment import COMMIT_VARIABLE, gpu_slug, summary_line
+from echo_rt.bench.environment import COMMIT_VARIABLE, summary_line
 from echo_rt.bench.tables import Column, markdown, write_results
 from echo_rt.errors import ConfigError, TargetError
 
@@ -75,9 +75,3 @@ def test_a_header_says_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch, tm
     assert "commit unknown" in summary_line(facts)
     monkeypatch.setenv(COMMIT_VARIABLE, "abc123+dirty")
     assert header()["commit"] == "abc123+dirty" and "abc123+dirty" in summary_line(header())
-
-
-def test_the_name_of_a_result_folder() -> None:
-    assert gpu_slug({"gpu": None}) == "cpu"
-    assert gpu_slug({"gpu": {"name": "NVIDIA H200"}}) == "h200"
-    assert gpu_slug({"gpu": {"name": "NVIDIA GeForce RTX 4090"}}) == "geforce-rtx-4090"
