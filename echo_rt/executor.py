@@ -82,7 +82,7 @@ class Executor(Protocol):
         """A lane may never be idle again: from now on :meth:`settle` waits for it no longer than that."""
 
     def close(self) -> None:
-        """Settle, then forget all stages and their graphs; forgets them too where settling raises."""
+        """Settle, then forget all stages and their graphs: of a lost device too, but not of one that is busy."""
 
 
 def stage_name(stage: Callable[..., None]) -> str:
