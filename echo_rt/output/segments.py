@@ -229,7 +229,11 @@ class SegmentedWriter(Closing):
             preset=self._preset,
         )
         if index.latent_shape is not None:
-            self._latents = LatentsWriter(self.folder / f"{_LATENTS}{number:05}.safetensors", index.latent_shape)
+            try:
+                self._latents = LatentsWriter(self.folder / f"{_LATENTS}{number:05}.safetensors", index.latent_shape)
+            except BaseException:
+                self.cut()  # or a later block would go into a segment without latents, which the index cannot have
+                raise
         return self._video
 
     def _publish(self) -> None:

@@ -295,6 +295,21 @@ def test_a_full_disk_keeps_what_fits(
     assert_whole(tmp_path / "r", unbroken)
 
 
+def test_a_segment_that_cannot_be_begun_whole_is_not_begun(
+    tmp_path: Path, frames: NDArray[np.uint8], unbroken: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OutputError("No space left on device")
+
+    writer = make(tmp_path / "r")
+    with monkeypatch.context() as patch, pytest.raises(OutputError):
+        patch.setattr("echo_rt.output.segments.LatentsWriter", full)
+        feed(writer, frames, range(1))
+    with writer:
+        feed(writer, frames, range(len(BLOCKS)))
+    assert_whole(tmp_path / "r", unbroken)
+
+
 def test_a_folder_that_vanishes(tmp_path: Path, frames: NDArray[np.uint8]) -> None:
     writer = make(tmp_path / "r")
     feed(writer, frames, range(3))
