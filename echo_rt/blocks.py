@@ -13,7 +13,7 @@ from torch import Tensor
 
 from echo_rt.chunk import Chunk, ChunkStats
 from echo_rt.engine import Engine
-from echo_rt.errors import NumericalError, OutputError, StallError, StreamError
+from echo_rt.errors import ConfigError, NumericalError, OutputError, StallError, StreamError
 from echo_rt.guard import ROLL_BACK, Guard
 from echo_rt.options import check_seed
 from echo_rt.pipeline import Finished
@@ -77,9 +77,11 @@ class Blocks:
     After a rollback they are ahead of the state's own by ``offset``: the state goes back, the video goes on.
     """
 
-    def __init__(self, engine: Engine, seed: int, guard: Guard) -> None:
+    def __init__(self, engine: Engine, seed: int, guard: Guard | None) -> None:
+        if not isinstance(guard, Guard | None):
+            raise ConfigError(f"guard must be a Guard or None, got {guard!r}")
         self._vae, self._frames_per_block = engine.vae, engine.rollout.config.window.frames_per_block
-        self._guard = guard
+        self._guard = guard or Guard()
         self._seed = check_seed(seed)
         self.prompts = PromptSchedule()
         self.next_block = 0

@@ -44,6 +44,8 @@ class PromptEncoder:
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """Embeddings ``[length, text_dim]`` of each prompt; :class:`PromptError` for an empty one."""
+        if isinstance(prompts, str):  # whose items are prompts of one letter
+            raise PromptError(f"expected a sequence of prompts, got one text: {prompts!r:.40}")
         # The library makes tensors where the caller's default device says; that is ours meanwhile.
         with self._lock, model_context(self._device, torch.float32), self._device:
             if self._closed:

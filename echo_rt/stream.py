@@ -75,7 +75,7 @@ class Stream:
     @classmethod
     def begin(cls, engine: Engine, prompt_embeds: Tensor, seed: int, guard: Guard | None = None) -> Stream:
         """A new video in ``engine``'s buffers; the runtime makes sure that no other is live."""
-        blocks = Blocks(engine, seed, guard or Guard())
+        blocks = Blocks(engine, seed, guard)
         with model_context(engine.device, engine.dtype, engine.vae_dtype):
             blocks.start(engine, prompt_embeds)
         return cls(engine, blocks)
@@ -85,7 +85,7 @@ class Stream:
         """The video of ``snapshot``, at the block it was taken at; :class:`StreamError` if it is another model's."""
         if not isinstance(snapshot, Snapshot):
             raise StreamError(f"expected a Snapshot of stream.snapshot(), got {type(snapshot).__name__}")
-        blocks = Blocks(engine, snapshot.seed, guard or Guard())
+        blocks = Blocks(engine, snapshot.seed, guard)
         with model_context(engine.device, engine.dtype, engine.vae_dtype):
             blocks.restore(engine, snapshot)
         return cls(engine, blocks)

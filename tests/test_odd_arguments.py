@@ -52,6 +52,10 @@ def test_odd_arguments_of_a_stream(small_model: Path) -> None:
                 runtime.stream(prompt_embeds=wrong)
         with pytest.raises(echo_rt.PromptError, match="empty"):
             runtime.stream("\u200b")
+        with pytest.raises(echo_rt.PromptError, match="expected a sequence of prompts, got one text: 'a fox'"):
+            runtime.encode_prompts("a fox")
+        with pytest.raises(ConfigError, match="guard must be a Guard or None, got 'stop'"):
+            runtime.stream(prompt_embeds=dense, guard="stop")  # type: ignore[arg-type]
         with pytest.raises(echo_rt.StreamError, match=r"expected a Snapshot .*, got str"):
             runtime.resume("x")  # type: ignore[arg-type]
         with runtime.stream(prompt_embeds=dense, seed=np.int64(3)) as stream:  # type: ignore[arg-type]
