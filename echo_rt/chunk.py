@@ -29,7 +29,7 @@ class Vitals:
 
 @dataclass(frozen=True)
 class ChunkStats:
-    """How a block was made. Seconds are wall-clock, transfers to the host included.
+    """How a block was made. Seconds are the device's, which may have other blocks too; decoding ends on the host.
 
     ``newest_temporal_id`` is the RoPE id of the block's last frame: it never exceeds the model's maximum.
     ``memory_attended``: whether the block's last pass attended to the memory (its first may have come too early).
