@@ -282,6 +282,11 @@ class ModelConfig:
         return self.memory_tokens + self.window.sink_frames * self.tokens_per_frame
 
     @property
+    def cached_tokens(self) -> int:
+        """The rows of a KV buffer, which are what a block attends to once the window is full."""
+        return self.ring_begin + self.window.local_frames * self.tokens_per_frame
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape of one latent frame: channels, height, width."""
         return self.transformer.in_channels, self.latent_height, self.latent_width

@@ -69,12 +69,11 @@ def state_sizes(config: ModelConfig, dtype: torch.dtype) -> Sizes:
     window, transformer = config.window, config.transformer
     heads = (transformer.num_heads, transformer.head_dim)
     layers, tokens = transformer.num_layers, config.tokens_per_frame
-    rows = (config.memory_frames + window.cached_frames) * tokens
     x = (window.frames_per_block, *config.latent_shape)
     memory = (config.memory_tokens, transformer.dim)
     evicted = (config.tokens_per_block, *heads)
     return {
-        "kv": ((layers, 2, rows, *heads), dtype),
+        "kv": ((layers, 2, config.cached_tokens, *heads), dtype),
         "sink_k": ((layers, window.sink_frames * tokens, *heads), dtype),  # before rotation
         "ring_k": ((window.local_frames * tokens, *heads), dtype),  # the last layer's, before rotation
         "text_kv": ((layers, 2, transformer.text_len, *heads), dtype),

@@ -215,10 +215,9 @@ def _transformer(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> P
     rig.close()
     error = difference(forward()[0].transpose(0, 1).float().cpu(), flows[0])
     block = config.tokens_per_block
-    cache = config.ring_begin + config.window.local_frames * config.tokens_per_frame
     what = (
         f"one forward, with the same weights, over the {block} tokens of a block, which attend to themselves alone; "
-        f"beside it the mean of our passes, in which they attend to {cache} keys"
+        f"beside it the mean of our passes, in which they attend to {config.cached_tokens} keys"
     )
     return Peer(name, what, "pass", forward, error, ROUNDINGS * bound_between(site.model_dtype))
 

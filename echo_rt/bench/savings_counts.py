@@ -51,7 +51,7 @@ class Counts:
         self._config, self._limits = config, limits
         self._tokens, self._dim = config.tokens_per_block, config.transformer.dim
         self._layers = config.transformer.num_layers
-        self.keys = config.ring_begin + config.window.local_frames * config.tokens_per_frame
+        self.keys = config.cached_tokens
 
     @property
     def passes(self) -> int:
