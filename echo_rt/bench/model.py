@@ -13,9 +13,11 @@ from torch import Tensor
 
 from echo_rt.bench.model_sizes import RELEASED, BenchModel
 from echo_rt.bench.random_tensors import RandomTensors
-from echo_rt.config import ModelConfig, VaeConfig
+from echo_rt.config import ModelConfig, TransformerConfig, VaeConfig
 from echo_rt.loading import load_model
 from echo_rt.weights.shapes import memory_shapes, transformer_shapes, vae_shapes
+
+_PROMPT_TOKENS = 77  # of random embeddings; how many there are changes no size
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,12 @@ class Model:
 
 def _sizes(config: ModelConfig, vae: VaeConfig) -> tuple[Any, ...]:
     return config.transformer, config.window, config.sampler, config.latent_shape, config.memory_frames, vae
+
+
+def random_prompt(config: TransformerConfig, device: torch.device, seed: int) -> Tensor:
+    """Embeddings ``[length, text_dim]`` of no prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(min(_PROMPT_TOKENS, config.text_len), config.text_dim, generator=generator).to(device)
 
 
 def random_model(sizes: BenchModel, device: torch.device, seed: int) -> Model:

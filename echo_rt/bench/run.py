@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from echo_rt.attention import Choice
 from echo_rt.bench.environment import environment
 from echo_rt.bench.exactness import Exactness, compare_block
 from echo_rt.bench.figures import Sample
-from echo_rt.bench.model import Model
+from echo_rt.bench.model import Model, random_prompt
 from echo_rt.bench.peers import LEFT_OUT, Missing, Peer, find_peers
 from echo_rt.bench.request import Request
 from echo_rt.bench.rig import Parts, Rig, Site
@@ -41,7 +40,6 @@ from echo_rt.soak.probes import host_memory
 
 _TORCH = "torch"
 _MEMORY_BLOCKS = 5  # over which the device's memory has to stay as it is
-_PROMPT_TOKENS = 77  # of random embeddings; how many there are changes no size
 
 
 @dataclass
@@ -175,10 +173,7 @@ class _Runner:
         self._on_gpu = site.device.type == "cuda"
         self._rounds, self._blocks = request.counts(site.device)
         self._lookaheads = sorted({0, request.lookahead})
-        config = site.model.config.transformer
-        generator = torch.Generator().manual_seed(request.seed)
-        tokens = min(_PROMPT_TOKENS, config.text_len)
-        self._prompt: Tensor = torch.randn(tokens, config.text_dim, generator=generator).to(site.device)
+        self._prompt = random_prompt(site.model.config.transformer, site.device, request.seed)
 
     def run(self, variants: list[Variant], absent: dict[str, str]) -> Run:
         model = self._site.model

@@ -11,6 +11,7 @@ import torch
 from echo_rt.attention.pieces import PIECES
 from echo_rt.bench.environment import environment
 from echo_rt.bench.figures import Sample, milliseconds
+from echo_rt.bench.model import random_prompt
 from echo_rt.bench.request import Request
 from echo_rt.bench.rig import Parts, Rig, Site
 from echo_rt.bench.savings_counts import PRODUCTS, Counts, Limits
@@ -38,7 +39,6 @@ COLUMNS = (
 _IN_PIECES = "attention in pieces"
 _BLOCK = "a whole block"
 _WITHOUT, _WITH = "without", "with"
-_PROMPT_TOKENS = 77  # how many there are changes no size
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,7 @@ def measure(request: Request, device: torch.device, timer: Timer, limits: Limits
     parts, counts = Parts(site, ops), Counts(model.config, limits)
     rig = Rig(parts, MemoryMode.EVOLVE, graphs=None, depth=1)
     try:
-        generator = torch.Generator().manual_seed(request.seed)
-        text = model.config.transformer
-        prompt = torch.randn(min(_PROMPT_TOKENS, text.text_len), text.text_dim, generator=generator)
-        rig.start(prompt.to(device), request.seed)
+        rig.start(random_prompt(model.config.transformer, device, request.seed), request.seed)
         rig.warm_up()
         header = environment(str(device))  # now, while the clocks are those of a device at work
         with model_context(device, dtype):
