@@ -233,27 +233,23 @@ class Report:
             "resources": asdict(run.resources),
         }
 
+    def _arguments(self) -> dict[str, Any]:
+        """For :mod:`echo_rt.bench.tables`."""
+        return {
+            "title": "A whole block",
+            "header": self.run.header,
+            "tables": self._tables(),
+            "notes": notes(self.run, frames_a_block=self.frames_a_block, judged=self.judged),
+            **self._facts(),
+        }
+
     def content(self) -> tuple[dict[str, Any], str]:
         """As one JSON object, and as a page."""
-        return results(
-            "A whole block",
-            self.run.header,
-            self._tables(),
-            notes(self.run, frames_a_block=self.frames_a_block, judged=self.judged),
-            **self._facts(),
-        )
+        return results(**self._arguments())
 
     def write(self, folder: Path, *, picture: bool) -> list[Path]:
         """``block.json``, ``block.md`` and, if asked for, ``block.png``; raises ``OutputError``."""
-        write_results(
-            folder,
-            NAME,
-            "A whole block",
-            self.run.header,
-            self._tables(),
-            notes(self.run, frames_a_block=self.frames_a_block, judged=self.judged),
-            **self._facts(),
-        )
+        write_results(folder, NAME, **self._arguments())
         files = [folder / f"{NAME}.json", folder / f"{NAME}.md"]
         if picture:
             files.append(folder / f"{NAME}.png")
