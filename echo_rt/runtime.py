@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -224,14 +225,11 @@ class Runtime:
             PromptError: neither or both given, an empty prompt, embeddings that do not fit.
         """
         check_seed(seed)
-        self._see_off()
-        with self._lock:
-            self._require_free()  # before a prompt is encoded, which takes long, and again after it
+        with self._free():
+            pass  # before a prompt is encoded, which takes long, and again after it
         embeds = self._require_open().prompts.resolve(prompt, prompt_embeds)
-        self._see_off()
-        with self._lock:
-            self._require_free()
-            return self._enliven(Stream.begin(self._require_open(), embeds, seed, guard))
+        with self._free() as engine:
+            return self._enliven(Stream.begin(engine, embeds, seed, guard))
 
     @frees_frames
     def resume(self, snapshot: Snapshot, *, guard: Guard | None = None) -> Stream:
@@ -240,10 +238,8 @@ class Runtime:
         :class:`StreamError` for a snapshot of another model, one whose video was computed in other ways than this
         runtime's user asked for or its trials found (``like``), or while another stream is live.
         """
-        self._see_off()
-        with self._lock:
-            self._require_free()
-            return self._enliven(Stream.restore(self._require_open(), snapshot, guard))
+        with self._free() as engine:
+            return self._enliven(Stream.restore(engine, snapshot, guard))
 
     def _enliven(self, stream: Stream) -> Stream:
         if self._engine is None:  # closed meanwhile, by a signal handler of this thread
@@ -259,26 +255,32 @@ class Runtime:
             raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
         return engine
 
-    def _see_off(self) -> None:
-        """Wait for the last block of a stream that is over; without the lock, which a handler amid it may want."""
-        live = self._live() if self._live is not None else None
-        if live is not None and (live.closed or live.failure is not None) and not live.busy_in_this_thread:
-            live.close()
+    @contextmanager
+    def _free(self) -> Iterator[Engine]:
+        """The engine, with the lock, while no stream is live; :class:`StreamError` where one is."""
+        while True:
+            with self._lock:
+                engine = self._require_open()
+                last = self._last()
+                if last is None:
+                    yield engine
+                    return
+            # A failed one may be out of everyone's reach, held by a traceback; of a closed one a last block may still
+            # be under way in the buffers. It is waited for without the lock, which a handler amid that block may want.
+            last.close()
 
-    def _require_free(self) -> None:
-        self._require_open()
+    def _last(self) -> Stream | None:
+        """A stream that is over and has not let go of the buffers; :class:`StreamError` for one that is live."""
         live = self._live() if self._live is not None else None
-        if live is None:
-            return
+        if live is None or live.gone:
+            return None
         if not live.closed and live.failure is None:
             raise StreamError(
                 f"this runtime has a live stream, at block {live.next_block}; close it first, or load another runtime"
             )
         if live.busy_in_this_thread:
             raise StreamError("this thread is in the middle of a block of the runtime's stream; let it end first")
-        # A failed one may be out of everyone's reach, held by a traceback; of a closed one a last block may still be
-        # under way in the buffers, and this waits for it.
-        live.close()
+        return live
 
     # ---------------------------------------------------------------- life
 

@@ -111,6 +111,11 @@ class Stream:
         return self._closed
 
     @property
+    def gone(self) -> bool:
+        """Whether it has let go of the runtime's buffers: closed, and no block of it under way."""
+        return self._engine is None
+
+    @property
     def busy_in_this_thread(self) -> bool:
         """Whether the calling thread is in the middle of a block of this stream, as a signal handler can be."""
         return self._owner == threading.get_ident()

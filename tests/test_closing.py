@@ -98,6 +98,40 @@ def test_a_stream_asked_for_and_a_runtime_closed_amid_the_last_ones_block(
     assert not asker.is_alive() and "the runtime is closed" in str(refused[0])
 
 
+def test_a_stream_that_is_closed_just_as_another_is_asked_for(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for its last block must not hold what closing the runtime amid that block asks for."""
+    runtime: Any = load(small_model, overrides=FEW_STEPS)
+    stream = runtime.stream(prompt_embeds=embeds(runtime))
+    prompt = embeds(runtime)
+    asker = threading.Thread(target=lambda: runtime.stream(prompt_embeds=prompt), daemon=True)
+    closer = threading.Thread(target=stream.close, daemon=True)
+    require_open, asked = runtime._require_open, threading.Event()
+
+    def closed_meanwhile() -> Any:
+        if threading.current_thread() is asker and not closer.ident:
+            closer.start()
+            while not stream.closed:
+                closer.join(0.01)
+            asked.set()
+        return require_open()
+
+    def handler(block: int, step: int) -> None:
+        if not asker.ident:
+            asker.start()
+            assert asked.wait(LONG)
+            asker.join(0.3)
+            runtime.close()
+
+    monkeypatch.setattr(runtime, "_require_open", closed_meanwhile)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # the asker is refused: the runtime is closed
+    amid_blocks(stream, handler, monkeypatch)
+    within(LONG, lambda: list(stream))
+    asker.join(LONG)
+    assert not asker.is_alive()
+
+
 def test_what_is_under_way_ends_before_a_forgotten_runtime_gives_its_memory_back(
     small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
