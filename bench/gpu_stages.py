@@ -170,7 +170,11 @@ def _sanitizers(options: Options) -> Iterator[Stage]:
     control = (sys.executable, "bench/sanitizer_control.py")
     yield Stage("sanitizer_control", control, absent=absent, **_limits(options, (60, 20), (30, 10)))
     # Every kernel, in one type and at sizes that end in time: instrumented code is many times slower.
-    sizes = "(small or head-128 or flow_step or window or uint8 or conv and (whole or patches))" if options.quick else "not wide"
+    sizes = (
+        "(small or head-128 or flow_step or window or uint8 or conv and (whole or patches))"
+        if options.quick
+        else "not wide"
+    )
     chosen = f"{options.backend} and (bfloat16 and {sizes} or advance or rope_table or noise)"
     for tool in SANITIZERS[:2] if options.quick else SANITIZERS:
         tests = _pytest(*_FORMULA_TESTS, "-k", chosen, workers=False)

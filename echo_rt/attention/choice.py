@@ -107,7 +107,7 @@ def attentions(
     transformer = config.transformer
     over_cache = AttentionShapes(
         queries=config.tokens_per_block,
-        keys=config.ring_begin + config.window.local_frames * config.tokens_per_frame,
+        keys=config.cached_tokens,
         heads=transformer.num_heads,
         head_dim=transformer.head_dim,
     )
