@@ -90,18 +90,21 @@ def test_what_they_cannot_load_is_told_in_a_line(
 # ---------------------------------------------------------------- numbered frames
 
 
-def test_numbered_frames_go_on_where_they_were(run: Callable[..., Any], small_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("turn", [None, (1, OTHER)], ids=["the same command", "another prompt"])
+def test_numbered_frames_go_on_where_they_were(
+    run: Callable[..., Any], small_model: Path, tmp_path: Path, turn: tuple[int, str] | None
+) -> None:
     image = pytest.importorskip("PIL.Image")
     signals = signal.getsignal(signal.SIGINT)
     try:
-        for prompt in (("--prompt", PROMPT), ()):
+        for more in ((), () if turn is None else ("--turn-to", turn[1])):
             run(
                 *("numbered_frames.py", small_model, tmp_path / "out", "--frames", 9, "--keep-every", 1),
-                *("--checkpoint", small_model / CHECKPOINT_FILE, *prompt),
+                *("--checkpoint", small_model / CHECKPOINT_FILE, "--prompt", PROMPT, *more),
             )
     finally:
         signal.signal(signal.SIGINT, signals)
-    frames = plain(small_model, 2).numpy()
+    frames = plain(small_model, 2, turn).numpy()
     names = [f"frame-{number:08d}.png" for number in range(len(frames))]
     assert sorted(os.listdir(tmp_path / "out")) == [*names, "state.safetensors"]
     written = np.stack([np.asarray(image.open(tmp_path / "out" / name)) for name in names])

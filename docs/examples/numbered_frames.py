@@ -3,8 +3,8 @@
     pip install pillow
     python numbered_frames.py MODEL FOLDER --checkpoint FILE --prompt "a red fox in the snow" --frames 160
 
-Ctrl-C ends it after a whole block. Killed, it goes on from the last state that it kept, and makes the frames since then
-again, the same ones.
+Ctrl-C ends it after a whole block. Killed, the same command goes on from the last state that was kept, and makes the
+frames since then again, the same ones. --turn-to is for going on with another prompt.
 """
 
 import argparse
@@ -18,13 +18,13 @@ from PIL import Image
 import echo_rt
 
 
-def begin(runtime: echo_rt.Runtime, state: Path, prompt: str | None) -> echo_rt.Stream:
-    """The video that ``state`` is of, which turns to ``prompt``; or a new one where there is no such file."""
+def begin(runtime: echo_rt.Runtime, state: Path, prompt: str, turn_to: str | None) -> echo_rt.Stream:
+    """The video that ``state`` is of, which turns to ``turn_to``; or one of ``prompt`` where there is no such file."""
     if not state.exists():
-        return runtime.stream(prompt or "a red fox in the snow")
+        return runtime.stream(prompt)
     stream = runtime.resume(echo_rt.Snapshot.load(state))
-    if prompt is not None:
-        stream.set_prompt(prompt)
+    if turn_to is not None:
+        stream.set_prompt(turn_to)
     return stream
 
 
@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--checkpoint")
-    parser.add_argument("--prompt", help="what to show, or to turn to where the video goes on (default: a fox)")
+    parser.add_argument("--prompt", default="a red fox in the snow", help="what a video begins with")
+    parser.add_argument("--turn-to", metavar="PROMPT", help="what one that goes on turns to")
     parser.add_argument("--frames", type=int, default=160, help="how many more, in whole blocks")
     parser.add_argument("--keep-every", type=int, default=50, help="blocks between two states that are kept")
     options = parser.parse_args()
@@ -43,7 +44,7 @@ def main() -> None:
 
     with (
         echo_rt.Runtime.from_pretrained(options.model, checkpoint=options.checkpoint) as runtime,
-        begin(runtime, state, options.prompt) as stream,
+        begin(runtime, state, options.prompt, options.turn_to) as stream,
     ):
         options.folder.mkdir(parents=True, exist_ok=True)
         last = stream.video_frames + options.frames
