@@ -115,7 +115,7 @@ _ADDED = {"causal_conv": (2, 3), "causal_conv_hopper": (), "upsample_conv": (2,)
 
 
 def _convolutions(op: str) -> Callable[[BenchModel], list[Variant]]:
-    """Without bias and residual, which the next norm adds: what the decoder asks of torch."""
+    """Without bias and residual, which the next norm adds: what the decoder asks of torch. One where it has none."""
 
     def variants(model: BenchModel) -> list[Variant]:
         found = []
@@ -131,7 +131,7 @@ def _convolutions(op: str) -> Callable[[BenchModel], list[Variant]]:
             )
             name = f"{frames}x{height}x{width} {shape.channels}-{channels} {kernel}"
             found.append(Variant(op, name, calls, sizes, _ADDED[op]))
-        return found
+        return found or _one(op, lambda model: 0)(model)
 
     return variants
 

@@ -23,7 +23,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return emulation::launch(kernel, grid, block, dynamic_shared_bytes, std::forward<Arguments>(arguments)...);
 #else
   // What is refused is told by what is returned. CUDA would remember it too, and whoever next asks for the last error,
-  // as torch does behind each of its own launches, would take it for theirs.
+  // as libraries do behind each of their own launches, would take it for theirs.
   const auto told = [](cudaError_t error) {
     if (error != cudaSuccess) cudaGetLastError();
     return error;

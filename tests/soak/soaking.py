@@ -53,11 +53,13 @@ def soak_of(model: Path, out: Path, **changes: Any) -> SoakConfig:
 
 
 def command_of(config: SoakConfig) -> list[str]:
-    """The command line of such a soak."""
+    """The command line of such a soak, without the options that it leaves out."""
     command = [sys.executable, "-m", "echo_rt", "soak", "--quiet", "--no-plots", "--set", "denoising_steps=1000"]
-    for name in ("model", "checkpoint", "out", "device", "interval", "hash_every", "snapshot_every", "keep", "seed"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
-    command += ["--blocks", str(config.blocks), "--switch-every", str(config.switch_every)]
+    places = ("model", "checkpoint", "out", "device")
+    counts = ("interval", "hash_every", "snapshot_every", "seed", "blocks", "switch_every")
+    for name in (*places, *counts, *(["keep"] if config.snapshot_every else [])):
+        if getattr(config, name) is not None:
+            command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     return command + [part for prompt in config.prompts for part in ("--prompt", prompt)]
 
 

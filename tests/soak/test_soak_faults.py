@@ -56,11 +56,8 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
 
 
 def arguments(config: SoakConfig, *more: str) -> list[str]:
-    """The command line of such a soak, without the options that it leaves out."""
+    """The command and the options of such a soak."""
     made = command_of(config)
-    while "None" in made:
-        at = made.index("None")
-        del made[at - 1 : at + 1]
     return [*made[made.index("soak") :], *more]
 
 
