@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from virtual_gpu.device import alias, device
 
 _SEEDS_APART = 1_000_003  # a prime
 _SEEDS = 2**63
+_CLOCK = 1e9  # cycles a second
 
 
 def held(value: Any) -> Any:
@@ -46,8 +48,14 @@ def submit(name: str, compute: Callable[..., Any], args: Any, kwargs: Any, made:
     args, kwargs = pytree.tree_map(held, (args, kwargs))
 
     def work() -> None:
-        results = tensors_of(compute(*args, **kwargs))
-        for target, result in zip(targets, results, strict=False):
-            target.copy_(result)
+        with torch.inference_mode():  # in which the caller may be, whose tensors nothing else may write
+            results = tensors_of(compute(*args, **kwargs))
+            for target, result in zip(targets, results, strict=False):
+                target.copy_(result)
 
     device().submit(name, work, [*tensors_of((args, kwargs)), *targets])
+
+
+def pause(cycles: int) -> None:
+    """Keeps the current stream busy for as many cycles."""
+    submit("pause", time.sleep, (cycles / _CLOCK,), {})

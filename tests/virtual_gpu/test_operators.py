@@ -77,7 +77,7 @@ def test_random_numbers_are_of_the_seed_and_of_the_device(gpu: Device, policy: s
 @on_the_virtual_gpu
 def test_a_kernel_that_nothing_computes_is_an_error(told: Told) -> None:
     with pytest.raises(torch.AcceleratorError, match="no kernel image is available"):
-        torch.cuda._sleep(1)
+        torch._C._cuda_sleep(1)  # of which torch.cuda._sleep is another name elsewhere
     assert told()[0].startswith("nothing computes what is launched: ")
 
 
@@ -116,3 +116,13 @@ def test_a_torch_without_cuda_is_refused_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert f"torch {torch.__version__}" in line and "with CUDA 13, and nvcc" in line
+
+
+@on_the_virtual_gpu
+def test_a_pause_keeps_its_stream_busy() -> None:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    torch.cuda._sleep(20_000_000)
+    stop.record()
+    stop.synchronize()
+    assert start.elapsed_time(stop) >= 20
