@@ -23,7 +23,7 @@ SHARED = re.compile(r"(\d+) bytes smem")
 # What ptxas says where it puts waits between products of a warpgroup, or cannot let them run side by side.
 SERIALIZED = re.compile(r"\(C75\d\d\).* in function '(\S+)'")
 # The library's sine of a float64 reduces huge angles by way of an array.
-WITH_STACK = ("advance_kernel", "rope_table_kernel")
+WITH_STACK = ("advance_kernel", "counter_noise_kernel", "rope_table_kernel")
 HEADING = "kernel: registers of a thread (!: bytes it spills)"
 
 
