@@ -8,6 +8,29 @@
 
 namespace echo::bindings {
 
+namespace {
+
+// Without bias and residual. x is a window or a picture to be enlarged, out has `frames` frames.
+ConvolutionParams convolution_of(const Call& call, ScalarType dtype, Named x, const Tensor& weight, const Tensor& out,
+                                 int64_t frames, int64_t out_channels, int64_t kernel_frames) {
+  ConvolutionParams params = {};
+  params.x_frame_stride = call.row_stride(x);
+  params.out_frame_stride = call.row_stride({"out", out});
+  params.x = x.tensor->const_data_ptr();
+  params.weight = weight.const_data_ptr();
+  params.out = out.mutable_data_ptr();
+  params.dtype = dtype;
+  params.frames = frames;
+  params.height = x.tensor->size(1);
+  params.width = x.tensor->size(2);
+  params.channels = x.tensor->size(3);
+  params.out_channels = out_channels;
+  params.kernel_frames = kernel_frames;
+  return params;
+}
+
+}  // namespace
+
 void causal_conv(const Tensor& window, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
                  const Tensor& out) {
   const Call call("causal_conv",
@@ -29,10 +52,9 @@ void causal_conv(const Tensor& window, const Tensor& weight, const OptionalTenso
   call.shape({"bias", bias}, {out_channels});
   call.shape({"residual", residual}, {frames, height, width, out_channels});
   call.shape({"out", out}, {frames, height, width, out_channels});
-  ConvolutionParams params;
-  params.x_frame_stride = call.row_stride({"window", window});
+  ConvolutionParams params =
+      convolution_of(call, dtype, {"window", window}, weight, out, frames, out_channels, kernel_frames);
   params.residual_frame_stride = call.row_stride({"residual", residual});
-  params.out_frame_stride = call.row_stride({"out", out});
   call.channels_last({"weight", weight});
   call.contiguous({"bias", bias});
   call.disjoint({"out", out}, {{"window", window}});
@@ -40,18 +62,8 @@ void causal_conv(const Tensor& window, const Tensor& weight, const OptionalTenso
   const bool in_place = residual.has_value() && residual->const_data_ptr() == out.const_data_ptr() &&
                         params.residual_frame_stride == params.out_frame_stride;
   if (residual.has_value() && !in_place) call.disjoint({"out", out}, {{"residual", residual}});
-  params.x = window.const_data_ptr();
-  params.weight = weight.const_data_ptr();
   params.bias = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
   params.residual = residual.has_value() ? residual->const_data_ptr() : nullptr;
-  params.out = out.mutable_data_ptr();
-  params.dtype = dtype;
-  params.frames = frames;
-  params.height = height;
-  params.width = width;
-  params.channels = channels;
-  params.out_channels = out_channels;
-  params.kernel_frames = kernel_frames;
   if (out.numel() != 0) call.done(launch_causal_conv(params, rows, call.stream()));
 }
 
@@ -66,7 +78,8 @@ void causal_conv_hopper(const Tensor& window, const Tensor& weight, const Tensor
   for (const Named& each : {Named("weight", weight), Named("out", out)}) call.dtype(each, window.scalar_type());
   const auto [length, height, width, channels] = call.sizes<4>({"window", window});
   const auto [tiles, kernel_frames, depths, taps, chunks, columns, values] = call.sizes<7>({"weight", weight});
-  call.require(channels > 0 && channels % kDepth == 0, "window", "a multiple of 32 channels", channels);
+  call.require(channels > 0 && channels % kDepth == 0, "window",
+               "a multiple of " + std::to_string(kDepth) + " channels", channels);
   call.shape({"weight", weight}, {tiles, kernel_frames, channels / kDepth, kTaps, kDepth / kChunk, kColumns, kChunk});
   call.require(kernel_frames > 0, "weight", "a kernel of at least one frame", kernel_frames);
   const int64_t frames = length - kernel_frames + 1, out_channels = tiles * kColumns;
@@ -76,19 +89,8 @@ void causal_conv_hopper(const Tensor& window, const Tensor& weight, const Tensor
   call.aligned({"weight", weight});
   for (const Named& each : {Named("window", window), Named("out", out)}) call.aligned_rows(each);
   call.disjoint({"out", out}, {{"window", window}});
-  ConvolutionParams params = {};
-  params.x_frame_stride = call.row_stride({"window", window});
-  params.out_frame_stride = call.row_stride({"out", out});
-  params.x = window.const_data_ptr();
-  params.weight = weight.const_data_ptr();
-  params.out = out.mutable_data_ptr();
-  params.dtype = dtype;
-  params.frames = frames;
-  params.height = height;
-  params.width = width;
-  params.channels = channels;
-  params.out_channels = out_channels;
-  params.kernel_frames = kernel_frames;
+  const ConvolutionParams params =
+      convolution_of(call, dtype, {"window", window}, weight, out, frames, out_channels, kernel_frames);
   if (out.numel() != 0) call.done(launch_causal_conv_hopper(params, call.stream()));
 }
 
@@ -103,25 +105,11 @@ void upsample_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   call.require(channels > 0, "x", "at least one channel", channels);
   call.shape({"bias", bias}, {out_channels});
   call.shape({"out", out}, {frames, 2 * height, 2 * width, out_channels});
-  ConvolutionParams params;
-  params.x_frame_stride = call.row_stride({"x", x});
-  params.residual_frame_stride = 0;
-  params.out_frame_stride = call.row_stride({"out", out});
   call.contiguous({"weight", weight});
   call.contiguous({"bias", bias});
   call.disjoint({"out", out}, {{"x", x}});
-  params.x = x.const_data_ptr();
-  params.weight = weight.const_data_ptr();
+  ConvolutionParams params = convolution_of(call, dtype, {"x", x}, weight, out, frames, out_channels, 1);
   params.bias = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
-  params.residual = nullptr;
-  params.out = out.mutable_data_ptr();
-  params.dtype = dtype;
-  params.frames = frames;
-  params.height = height;
-  params.width = width;
-  params.channels = channels;
-  params.out_channels = out_channels;
-  params.kernel_frames = 1;
   if (out.numel() != 0) call.done(launch_upsample_conv(params, call.stream()));
 }
 
