@@ -119,7 +119,7 @@ def test_a_torch_without_cuda_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 @on_the_virtual_gpu
-def test_a_pause_keeps_its_stream_busy() -> None:
+def test_a_pause_keeps_its_stream_busy(gpu: Device) -> None:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     torch.cuda._sleep(20_000_000)
