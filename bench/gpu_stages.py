@@ -20,7 +20,7 @@ BUDGETS = {False: 570.0, True: 170.0}
 # A rehearsal is on nobody's time, and the cores that build for it may be busy.
 REHEARSAL_BUDGET = 3600.0
 # Every operation against its formula; the sanitizers run these too.
-_FORMULA_TESTS = ("tests/test_ops.py", "tests/test_ops_float8.py")
+_FORMULA_TESTS = ("tests/test_ops.py", "tests/test_ops_convolution.py", "tests/test_ops_float8.py")
 _OP_TESTS = (*_FORMULA_TESTS, "tests/test_kernels.py", "tests/test_convolutions.py", "tests/test_verify.py")
 _SANITIZER_EXIT = 86
 # From which on tensor cores multiply float8. Not asked of echo_rt: a refusal there must not explain itself.

@@ -10,6 +10,7 @@ from cases import EPS, SIZES, Sizes, make_case
 from closeness import relative_error
 from torch import Tensor
 
+from echo_rt.errors import BackendError
 from echo_rt.ops import Ops, available_backends
 
 BACKENDS = [name for name, status in available_backends().items() if status == "available"]
@@ -43,6 +44,15 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
     wrong = (actual.contiguous().view(torch.uint8) != expected.contiguous().view(torch.uint8)).nonzero()
     assert not len(wrong), f"{len(wrong)} bytes differ, the first at {wrong[0].tolist()} (last: byte in the row)"
+
+
+def float32_is_refused(ops: Ops, op: str, args: list[Any]) -> bool:
+    """Whether this is a backend on tensor cores and the arguments are float32; then the refusal is checked."""
+    if ops.name == "torch" or args[0].dtype != torch.float32:
+        return False
+    with pytest.raises(BackendError, match=f"{op} must be given bfloat16 or float16, got float32"):
+        getattr(ops, op)(*args)
+    return True
 
 
 def spread(x: Tensor) -> Tensor:
