@@ -18,7 +18,6 @@ from pathlib import Path
 
 import _checkout
 import torch
-from gpu_stages import FLOAT8_CAPABILITY
 
 from echo_rt.bench.environment import environment
 from echo_rt.bench.tables import Column, check_results_folder, write_results
@@ -29,6 +28,8 @@ from echo_rt.ops import BACKENDS
 from echo_rt.options import DTYPE_NAMES
 from echo_rt.wording import with_type
 
+# From which on tensor cores multiply float8. Not asked of echo_rt: a refusal there must not explain itself.
+FLOAT8_CAPABILITY = (8, 9)
 GOLDEN_VARIABLE = "ECHO_RT_GOLDEN"
 COLUMNS = (
     Column("bundle", "bundle", text=True),
@@ -138,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
                 for dtype in arguments.dtype or DTYPE_NAMES:
                     results.append(verify(bundle, arguments.device, backend, dtype))
                     print(f"{bundle.name}, {backend}, {dtype}: {'ok' if results[-1].ok else 'OFF'}", flush=True)
-            save(False)  # not all have run
+                    save(False)  # the time may run out
         passed = bool(results) and all(result.ok for result in results)
         print(save(passed))
     except EchoError as error:

@@ -43,7 +43,11 @@ def main(argv: Sequence[str]) -> int:
     out = arguments.pop("out")
     try:
         check_results_folder(out)
-        found = run(VaeRequest(**arguments), say=lambda text: print(text, file=sys.stderr, flush=True))
+        found = run(
+            VaeRequest(**arguments),
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+            save=lambda run: write(run, out),  # the time may run out
+        )
         print(write(found, out))
     except EchoError as error:
         print(f"vae.py: {error}", file=sys.stderr)

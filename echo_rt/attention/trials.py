@@ -40,7 +40,7 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Trials:
-    """Random q, k, v of ``shapes``, with k and v laid out as in the KV buffer."""
+    """Random ``q``, ``k`` and ``v`` of ``shapes``, with k and v laid out as in the KV buffer."""
 
     def __init__(self, shapes: AttentionShapes, device: torch.device, dtype: torch.dtype) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -49,12 +49,12 @@ class Trials:
             return torch.randn(*shape, shapes.heads, shapes.head_dim, generator=generator, device=device, dtype=dtype)
 
         self._device = device
-        self._q = normal(shapes.queries)
-        self._k, self._v = normal(2, shapes.keys)
+        self.q = normal(shapes.queries)
+        self.k, self.v = normal(2, shapes.keys)
 
     def error(self, attention: Attention) -> float:
         """The largest relative error among queries from first to last; infinite for an output of the wrong kind."""
-        q, k, v = self._q, self._k, self._v
+        q, k, v = self.q, self.k, self.v
         with current(self._device):
             out = attention(q, k, v)
             if out.shape != (q.shape[0], q.shape[1] * q.shape[2]) or out.dtype != q.dtype:
@@ -68,5 +68,5 @@ class Trials:
 
     def stopwatch(self, attention: Attention) -> Callable[[], float]:
         """A function that runs ``attention`` as in the steady state and returns the milliseconds of a call."""
-        q, k, v = self._q, self._k, self._v
+        q, k, v = self.q, self.k, self.v
         return stopwatch(lambda: attention(q, k, v), self._device)

@@ -148,7 +148,9 @@ def _gpu(device: str, missing: list[str]) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Print what this machine is, as the header of every benchmark.")
     parser.add_argument("--device", default="cuda", help="default: cuda")
-    device = parser.parse_args(arguments).device
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write environment.json there, too")
+    options = parser.parse_args(arguments)
+    device = options.device
     import torch
 
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -163,7 +165,10 @@ def main(arguments: list[str]) -> int:
     except EchoError as error:
         print(f"environment.py: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(environment(device), indent=2))
+    text = json.dumps(environment(device), indent=2)
+    print(text)
+    if options.out is not None:
+        (options.out / "environment.json").write_text(f"{text}\n", encoding="utf-8")
     return 0
 
 

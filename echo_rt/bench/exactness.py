@@ -25,8 +25,8 @@ class Exactness:
 
 
 def compare_block(rig: Rig, reference: Rig, seed: int, dtype: torch.dtype) -> Exactness:
-    """The same steady block by both, memory update included where there is one, from what ``reference`` has come to."""
-    rig.adopt(reference, seed)
+    """The same steady block by both, memory update included where there is one, from what ``rig`` has come to."""
+    reference.adopt(rig, seed)
     ours, theirs = rig.block(0).made, reference.block(0).made
     rig.drain()
     reference.drain()

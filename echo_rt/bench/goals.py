@@ -10,9 +10,7 @@ from dataclasses import dataclass
 class Achieved:
     """What goals look at; None where it was not measured."""
 
-    transformer_ms: float | None
-    decode_ms: float | None
-    fps: float | None
+    block_ms: float | None
     memory_cost: float | None
     idle: float | None
     spread: float | None
@@ -39,12 +37,11 @@ class _Rule:
 
 
 _FLOAT8_RULE = _Rule(
-    "end to end with linear layers in float8: at least 60 FPS", "FPS", lambda a: a.fps, lambda v: v >= 60
+    "whole block with float8 products: at most 270 ms (44 FPS)", "ms", lambda a: a.block_ms, lambda v: v <= 270
 )
 _RULES = (
-    _Rule("transformer, steady state: at most 250 ms a block", "ms", lambda a: a.transformer_ms, lambda v: v <= 250),
-    _Rule("VAE decode: at most 100 ms a block", "ms", lambda a: a.decode_ms, lambda v: v <= 100),
-    _Rule("end to end, frames on the host: at least 37 FPS", "FPS", lambda a: a.fps, lambda v: v >= 37),
+    _Rule("whole block, at first: at most 400 ms (30 FPS)", "ms", lambda a: a.block_ms, lambda v: v <= 400),
+    _Rule("whole block, then: at most 324 ms (37 FPS)", "ms", lambda a: a.block_ms, lambda v: v <= 324),
     _Rule(
         "memory against no memory, same run: at most 10.6 % more time a block",
         "%",

@@ -14,6 +14,8 @@ def notes(run: Run, *, frames_a_block: int, judged: bool) -> list[str]:
     width, height = (size * run.model.vae_config.spatial_stride for size in run.model.config.latent_shape[:0:-1])
     on_gpu = run.clock == DEVICE_CLOCK
     lines = [] if on_gpu else ["Times of the host clock on a CPU: a rehearsal, no results, hence no rates and no day."]
+    if not run.complete:
+        lines.append("Not complete: the run had not ended when this was written.")
     lines += [
         f"{run.model.source}; {width}x{height}, {dtype_name(run.dtype)}; steady state (window full, "
         f"ids saturated); {frames_a_block} video frames a block; every whole block has the VAE and the way of the "
@@ -27,8 +29,8 @@ def notes(run: Run, *, frames_a_block: int, judged: bool) -> list[str]:
         "Idle: of the time between the arrivals of the first and the last block of a turn, the share in which no lane "
         "was in a stage, with blocks begun ahead. Gaps between the kernels of one stage count as work: a trace shows "
         "those (bench/nsight).",
-        "x torch: the time of the torch variant over that of this one. Errors: relative, of one steady block that "
-        "begins where the torch backend without graphs stood.",
+        "x torch: the time of the torch variant over that of this one. Errors: relative, of one steady block, against "
+        "the torch backend without graphs, which begins it from the same state.",
     ]
     lines += [
         f"Attention {what}: {choice.attention.name}, {choice.reason}."

@@ -81,7 +81,7 @@ class Report:
         return rows
 
     def _variant_row(self, entry: Entry) -> VariantRow:
-        sample: Sample | None = None if entry.problem else entry.samples[self.ahead]
+        sample: Sample | None = entry.samples.get(self.ahead) if not entry.problem else None
         joules = None if sample is None else sample.joules_a_block
         exact = entry.exactness
         return VariantRow(
@@ -94,7 +94,7 @@ class Report:
             bound=None if exact is None else exact.bound,
             idle=None if sample is None else sample.idle,
             joules_a_frame=None if joules is None else joules / self.frames_a_block,
-            verdict=entry.problem or "right, measured",
+            verdict=entry.problem or _verdict(entry),
         )
 
     def _peer_rows(self) -> list[PeerRow]:
@@ -131,9 +131,7 @@ class Report:
         of_evolve = self.run.entries[0].variant.name == "evolve"
         return judge(
             Achieved(
-                transformer_ms=self._ms("evolve", _TRANSFORMER),
-                decode_ms=self._ms("evolve", _DECODE),
-                fps=None if whole is None else whole.fps,
+                block_ms=None if whole is None else whole.ms,
                 memory_cost=None if whole is None or without is None else whole.ms / without - 1,
                 idle=None if entry is None else entry.samples[self.ahead].idle,
                 spread=None if whole is None else whole.p99_ms / whole.ms,
@@ -208,6 +206,7 @@ class Report:
         run = self.run
         return {
             "passed": run.passed,
+            "complete": run.complete,
             "result": self.is_result,
             "clock": run.clock if self.is_result else f"{run.clock}: no result",
             "model": {"source": run.model.source, **run.model.config.to_flat()},
@@ -263,6 +262,11 @@ class Report:
             place = gpu["name"] if gpu else "CPU, host clock: no results"
             chart.draw(files[-1], f"A whole block: {self.run.model.source}\n{place}", bars)
         return files
+
+
+def _verdict(entry: Entry) -> str:
+    right = "not yet held against torch" if entry.exactness is None else "right"
+    return f"{right}, {'measured' if entry.samples else 'not yet measured'}"
 
 
 def _choice(choice: Choice) -> dict[str, Any]:

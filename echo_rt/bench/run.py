@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -93,19 +94,24 @@ class Run:
     peer_seconds: dict[str, list[float]]
     missing: list[Missing]
     resources: Resources
+    complete: bool
 
     @property
     def measured(self) -> list[Entry]:
-        return [entry for entry in self.entries if not entry.problem]
+        return [entry for entry in self.entries if entry.samples and not entry.problem]
 
     @property
     def passed(self) -> bool:
-        """Whether all of ours was right; a peer that differs is not timed, and is no fault of this run."""
-        return all(not entry.problem for entry in self.entries)
+        """Whether all was done and right; a peer that differs is not timed, and is no fault of this run."""
+        return self.complete and all(not entry.problem for entry in self.entries)
 
 
-def run(request: Request, say: Callable[[str], None] = lambda text: None) -> Run:
-    """Do what is asked for; ``say`` is told how far it has come.
+def run(
+    request: Request,
+    say: Callable[[str], None] = lambda text: None,
+    save: Callable[[Run], object] = lambda run: None,
+) -> Run:
+    """Do what is asked for. ``say`` is told how far it has come, ``save`` given what there is whenever more is known.
 
     Raises :class:`ConfigError` and :class:`BackendError` for what cannot be had, among it a GPU with too little memory.
     """
@@ -128,7 +134,7 @@ def run(request: Request, say: Callable[[str], None] = lambda text: None) -> Run
             # What was asked of the decoder is not asked of the backend that it is held against, where that is another.
             parts = {_TORCH: Parts(site, load_ops(_TORCH))}
             parts[ops.name] = Parts(site, ops, request.convolution, request.vae_tiles)
-            return _Runner(request, site, parts, ops.name, health, say).run(variants, absent)
+            return _Runner(request, site, parts, ops.name, health, say, save).run(variants, absent)
     finally:
         if health is not None:
             health.close()
@@ -167,9 +173,10 @@ class _Runner:
         backend: str,
         health: GpuHealth | None,
         say: Callable[[str], None],
+        save: Callable[[Run], object],
     ) -> None:
         self._request, self._site, self._parts, self._backend = request, site, parts, backend
-        self._health, self._say = health, say
+        self._health, self._say, self._save = health, say, save
         self._on_gpu = site.device.type == "cuda"
         self._rounds, self._blocks = request.counts(site.device)
         self._lookaheads = sorted({0, request.lookahead})
@@ -178,37 +185,46 @@ class _Runner:
     def run(self, variants: list[Variant], absent: dict[str, str]) -> Run:
         model = self._site.model
         entries = [Entry(v, _mode(v, model), _TORCH if v.torch else self._backend) for v in variants]
-        self._say(f"{entries[0].variant.name}: alone on the device")
-        resources = self._alone(entries[0])
-        header = environment(str(self._site.device))  # now, while the clocks are those of a device at work
+        first, timer = entries[0], timer_for(self._site.device)
+        self._say(f"{first.variant.name}: alone on the device")
+        resources = self._alone(first)
+        parts = self._parts[first.backend]
+        found = Run(
+            request=self._request,
+            header=environment(str(self._site.device)),  # now, while the clocks are those of a device at work
+            device=self._site.device,
+            dtype=self._site.model_dtype,
+            model=model,
+            attention=(self._site.over_cache, self._site.over_text, parts.vae_attention),
+            convolutions=parts.convolutions,
+            clock=timer.clock,
+            rounds=self._rounds,
+            blocks=self._blocks,
+            order=[],
+            entries=entries,
+            absent=absent,
+            peers=[],
+            peer_seconds={},
+            missing=[],
+            resources=resources,
+            complete=False,
+        )
+        # The first number there is: should the time run out while the others are made ready, it has been told.
+        self._variant_turn(first)
+        self._save(found)
         for entry in entries[1:]:
             self._say(f"{entry.variant.name}: made ready")
             self._make_ready(entry)
         self._compare(entries)
+        self._save(found)
         peers, missing = self._find_peers()
-        order, peer_seconds, clock = self._measure(entries, peers)
+        found = dataclasses.replace(found, peers=peers, missing=missing)
+        for order, seconds in self._measure(entries, peers, timer):
+            found = dataclasses.replace(found, order=order, peer_seconds=seconds)
+            self._save(found)
         for entry in entries:
             self._release(entry)
-        parts = self._parts[entries[0].backend]
-        return Run(
-            request=self._request,
-            header=header,
-            device=self._site.device,
-            dtype=self._site.model_dtype,
-            model=self._site.model,
-            attention=(self._site.over_cache, self._site.over_text, parts.vae_attention),
-            convolutions=parts.convolutions,
-            clock=clock,
-            rounds=self._rounds,
-            blocks=self._blocks,
-            order=order,
-            entries=entries,
-            absent=absent,
-            peers=peers,
-            peer_seconds=peer_seconds,
-            missing=missing,
-            resources=resources,
-        )
+        return dataclasses.replace(found, complete=True)
 
     # ---------------------------------------------------------------- making ready
 
@@ -263,11 +279,9 @@ class _Runner:
         )
 
     def _compare(self, entries: list[Entry]) -> None:
-        """Each variant's block against that of the torch backend without graphs; what differs is not measured."""
+        """Each variant's next block against that of the torch backend without graphs; what differs is not measured."""
         for mode in dict.fromkeys(entry.mode for entry in entries):
             reference = self._rig(mode, _TORCH, graphs=False)
-            reference.start(self._prompt, self._request.seed)
-            reference.warm_up()
             for entry in entries:
                 if entry.mode is mode:
                     assert entry.rig is not None
@@ -299,13 +313,20 @@ class _Runner:
 
     # ---------------------------------------------------------------- measuring
 
-    def _measure(self, entries: list[Entry], peers: list[Peer]) -> tuple[list[list[str]], dict[str, list[float]], str]:
+    def _measure(
+        self, entries: list[Entry], peers: list[Peer], timer: Timer
+    ) -> Iterator[tuple[list[list[str]], dict[str, list[float]]]]:
+        """The order of the turns and the seconds of the peers, after each round."""
         rigs = {entry.variant.name: entry for entry in entries if not entry.problem}
         right = {peer.name: peer for peer in peers if peer.ok}
         seconds: dict[str, list[float]] = {name: [] for name in right}
-        timer = timer_for(self._site.device)
-        order = []
-        for number in range(self._rounds):
+        order: list[list[str]] = []
+        if [*rigs, *right] == [entries[0].variant.name]:
+            order.append([*rigs])  # its first turn was as any other
+            yield order, seconds
+        else:
+            entries[0].samples = {}  # what was measured alone is not what takes turns with the others
+        for number in range(len(order), self._rounds):
             self._say(f"round {number + 1} of {self._rounds}")
             order.append(turns_of(number, [*rigs, *right]))
             for name in order[-1]:
@@ -313,7 +334,7 @@ class _Runner:
                     self._variant_turn(rigs[name])
                 else:
                     seconds[name] += self._peer_turn(right[name], timer)
-        return order, seconds, timer.clock
+            yield order, seconds
 
     def _variant_turn(self, entry: Entry) -> None:
         assert entry.rig is not None

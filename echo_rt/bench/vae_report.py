@@ -174,6 +174,7 @@ def write(run: VaeRun, folder: Path) -> str:
         tables,
         notes(run),
         passed=run.passed,
+        complete=run.complete,
         clock=run.clock,
         judged=run.judged,
         times_us={

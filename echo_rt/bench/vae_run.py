@@ -97,6 +97,7 @@ class VaeRun:
     stages: list[Stage]
     measured: list[Measured]
     missing: list[Missing]
+    complete: bool
 
     @property
     def judged(self) -> bool:
@@ -106,16 +107,20 @@ class VaeRun:
 
     @property
     def passed(self) -> bool:
-        """Whether ours was right and timed; another's result is no fault of this run."""
-        return any(each.name == OURS and each.whole is not None for each in self.measured)
+        """Whether all was tried, and ours was right and timed; another's result is no fault of this run."""
+        return self.complete and any(each.name == OURS and each.whole is not None for each in self.measured)
 
     def find(self, name: str) -> Measured | None:
         """What was measured of that decoder; None where it is not in the run."""
         return next((each for each in self.measured if each.name == name and each.whole is not None), None)
 
 
-def run(request: VaeRequest, say: Callable[[str], None] = lambda text: None) -> VaeRun:
-    """Do what is asked for; ``say`` is told how far it has come.
+def run(
+    request: VaeRequest,
+    say: Callable[[str], None] = lambda text: None,
+    save: Callable[[VaeRun], object] = lambda run: None,
+) -> VaeRun:
+    """Do what is asked for. ``say`` is told how far it has come, ``save`` given what there is after each decoder.
 
     Raises :class:`ConfigError` and :class:`BackendError` for what cannot be had, among it a GPU with too little memory
     for ours, or for the float32 that all is held against.
@@ -154,6 +159,24 @@ def run(request: VaeRequest, say: Callable[[str], None] = lambda text: None) -> 
     timer = timer_for(device)
     found: list[Measured] = []
     missing: list[Missing] = []
+
+    def so_far(complete: bool) -> VaeRun:
+        return VaeRun(
+            request=request,
+            header=environment(str(device)),
+            size=size,
+            frames=(width, height),
+            latents=len(latents),
+            dtype=dtype,
+            backend=ops.name,
+            clock=timer.clock,
+            blocks=blocks,
+            stages=setting.stages,
+            measured=found,
+            missing=missing,
+            complete=complete,
+        )
+
     try:
         expected = _expected(setting)
         for name in list(_MAKERS) if request.peers else [OURS, PUBLISHED]:
@@ -165,25 +188,13 @@ def run(request: VaeRequest, say: Callable[[str], None] = lambda text: None) -> 
                     if name != DIFFUSERS:
                         raise
                     missing.append(Missing.because(name, error))  # what another's code raises is the finding
+            save(so_far(complete=False))
     except torch.OutOfMemoryError as error:
         raise BackendError(
             f"{device} has too little memory for a video of {width}x{height}: {first_line(error)}; "
             "name a smaller one with --width and --height"
         ) from error
-    return VaeRun(
-        request=request,
-        header=environment(str(device)),
-        size=size,
-        frames=(width, height),
-        latents=len(latents),
-        dtype=dtype,
-        backend=ops.name,
-        clock=timer.clock,
-        blocks=blocks,
-        stages=setting.stages,
-        measured=found,
-        missing=missing,
-    )
+    return so_far(complete=True)
 
 
 def _expected(setting: Setting) -> Tensor:

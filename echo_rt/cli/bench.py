@@ -85,6 +85,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
         from echo_rt.bench import chart
         from echo_rt.bench.report import Report
         from echo_rt.bench.request import Request
+        from echo_rt.bench.run import Run
         from echo_rt.bench.run import run as run_bench
 
         if arguments.chart and arguments.out is None:
@@ -98,7 +99,12 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
         facts |= {given.option.removeprefix("--"): str(given.path) for given in read}
         facts |= {"float8_except": tuple(arguments.float8_except), "vae_tiles": tiles}
         request = Request(variants=variants, lookahead=lookahead, seed=seed, **counts, **facts)
-        found = Report(run_bench(request, say=lambda text: complain(f"echo-rt: {text}")))
+
+        def save(run: Run) -> None:  # the time may run out
+            if arguments.out is not None:
+                Report(run).write(arguments.out, picture=False)
+
+        found = Report(run_bench(request, say=lambda text: complain(f"echo-rt: {text}"), save=save))
     content, page = found.content()
     report.update(content)
     if arguments.out is not None:

@@ -70,7 +70,13 @@ def turns() -> list[tuple[Rig, int]]:
 
 
 @pytest.fixture(scope="module")
-def measured(patch: pytest.MonkeyPatch, turns: list[tuple[Rig, int]]) -> Run:
+def saved() -> list[tuple[dict[str, Any], str]]:
+    """What was there to be written whenever more was known."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def measured(patch: pytest.MonkeyPatch, turns: list[tuple[Rig, int]], saved: list[tuple[dict[str, Any], str]]) -> Run:
     take_turn = run_module.take_turn
 
     def noted(rig: Rig, lookahead: int, *rest: Any) -> None:
@@ -80,7 +86,8 @@ def measured(patch: pytest.MonkeyPatch, turns: list[tuple[Rig, int]]) -> Run:
     with pytest.MonkeyPatch.context() as context:
         context.setattr(run_module, "load_ops", _load(broken=False))
         context.setattr(run_module, "take_turn", noted)
-        return run(Request(variants=("evolve", "off", "torch"), rounds=ROUNDS, blocks=BLOCKS, **ASKED))
+        request = Request(variants=("evolve", "off", "torch"), rounds=ROUNDS, blocks=BLOCKS, **ASKED)
+        return run(request, save=lambda found: saved.append(Report(found).content()))
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +151,23 @@ def test_what_was_measured_was_right_and_says_so(content: dict[str, Any]) -> Non
     }
 
 
+def test_what_is_known_is_saved_at_once(measured: Run, saved: list[tuple[dict[str, Any], str]]) -> None:
+    """A run that is killed has told its first number, and that it is one."""
+    verdicts = [[row["verdict"] for row in content["tables"]["Variants"]] for content, _ in saved]
+    unknown, unmeasured = "not yet held against torch, not yet measured", "right, not yet measured"
+    assert verdicts[0] == ["not yet held against torch, measured", unknown, unknown]
+    assert verdicts[1] == ["right, measured", unmeasured, unmeasured]
+    assert verdicts[2:] == [["right, measured"] * 3] * ROUNDS
+    assert {row["variant"] for row in saved[0][0]["tables"]["Block"]} == {"evolve"}
+    for content, page in saved:
+        assert content["complete"] is content["passed"] is False and "Not complete" in page
+    assert measured.complete and "Not complete" not in Report(measured).content()[1]
+
+
 def test_variants_take_turns(measured: Run, turns: list[tuple[Rig, int]], content: dict[str, Any]) -> None:
     """In every round each variant has both its turns, and each is first once before one is first again."""
-    rounds = [turns[:6], turns[6:]]
+    alone, *rounds = turns[:2], turns[2:8], turns[8:]
+    assert [rig for rig, _ in alone] == [turns[2][0]] * 2  # the first number there is
     rigs = [rounds[0][place][0] for place in (0, 2, 4)]
     assert [rig.mode.value for rig in rigs] == ["evolve", "off", "evolve"]
     assert rounds[0] == [(rig, lookahead) for rig in rigs for lookahead in (0, 1)]

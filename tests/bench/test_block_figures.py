@@ -157,18 +157,19 @@ def test_a_day_by_hand() -> None:
     assert unmeasured["device memory"].value is None
 
 
-GOOD = Achieved(250.0, 100.0, 37.0, 0.106, 0.019, 1.05, 0, 12 * 10**9)
+GOOD = Achieved(324.0, 0.106, 0.019, 1.05, 0, 12 * 10**9)
 
 
 def test_goals_are_met_to_the_edge_and_unmet_beyond_it() -> None:
     assert {goal.verdict for goal in judge(GOOD)} == {"met"}
-    bad = Achieved(250.1, 100.1, 36.9, 0.107, 0.02, 1.051, 1, 12 * 10**9 + 1)
-    assert [goal.verdict for goal in judge(bad)] == ["unmet"] * 8
-    assert [goal.value for goal in judge(bad)][:5] == pytest.approx([250.1, 100.1, 36.9, 10.7, 2.0])
-    assert {goal.verdict for goal in judge(Achieved(*[None] * 8))} == {"open"}
-    own = judge(replace(GOOD, fps=59.9), float8=True)
-    assert [goal.verdict for goal in own] == ["met"] * 8 + ["unmet"] and "60 FPS" in own[-1].goal
-    assert judge(replace(GOOD, fps=60.0), float8=True)[-1].verdict == "met"
+    bad = Achieved(400.1, 0.107, 0.02, 1.051, 1, 12 * 10**9 + 1)
+    assert [goal.verdict for goal in judge(bad)] == ["unmet"] * 7
+    assert [goal.value for goal in judge(bad)][:4] == pytest.approx([400.1, 400.1, 10.7, 2.0])
+    assert [goal.verdict for goal in judge(replace(GOOD, block_ms=324.1))][:2] == ["met", "unmet"]
+    assert {goal.verdict for goal in judge(Achieved(*[None] * 6))} == {"open"}
+    own = judge(replace(GOOD, block_ms=270.1), float8=True)
+    assert [goal.verdict for goal in own] == ["met"] * 7 + ["unmet"] and "float8" in own[-1].goal
+    assert judge(replace(GOOD, block_ms=270.0), float8=True)[-1].verdict == "met"
 
 
 def test_random_tensors_depend_on_name_and_seed_alone() -> None:

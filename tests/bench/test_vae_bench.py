@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gpu_summary
 import pytest
 import torch
 import vae as script
@@ -258,6 +257,7 @@ def gpu_run(ours_ms: float, diffusers_ms: float | None, **changes: Any) -> VaeRu
         "stages": stages,
         "measured": found,
         "missing": [],
+        "complete": True,
     }
     return VaeRun(**{**facts, **changes})
 
@@ -276,9 +276,6 @@ def test_goals(tmp_path: Path) -> None:
     assert whole["share"] == pytest.approx(0.8) and whole["ms"] == pytest.approx(80)
     assert content["tables"]["Stages"][-1]["ours_ratio"] == 2.5
     assert content["tables"]["Decoders"][0]["peak_bytes"] == 30
-    told = gpu_summary._vae_notes(content)
-    assert told[0] == f"VAE: 2 of 2 decoders right and timed ({DEVICE_CLOCK})."
-    assert told[1] == "Goal of the VAE met: VAE decode: at most 100 ms a block: 100 ms." and len(told) == 4
 
 
 @pytest.mark.parametrize(

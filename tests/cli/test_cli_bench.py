@@ -51,7 +51,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, smallest_run: Run) -> list[Request]:
     """What was asked for; what is answered is the smallest run there is."""
     requests: list[Request] = []
 
-    def run(request: Request, say: Any) -> Run:
+    def run(request: Request, say: Any, save: Any) -> Run:
         say("round 1 of 1")
         requests.append(request)
         return smallest_run
@@ -181,7 +181,7 @@ def test_without_matplotlib_a_chart_is_refused_and_the_rest_written(
 
 
 def test_a_run_that_fails_writes_nothing(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(request: Request, say: Any) -> Run:
+    def fail(request: Request, say: Any, save: Any) -> Run:
         raise BackendError("too little memory")
 
     monkeypatch.setattr(run_module, "run", fail)

@@ -1,0 +1,159 @@
+"""A block of the steady state, kernel by kernel: ``python bench/block_profile.py --out DIR``.
+
+torch's profiler listens to a few replayed blocks at the released sizes with random weights. ``idle`` is the share of
+the time from the first kernel to the last in which no kernel ran, gaps inside the graphs included. On a CPU the tiny
+model's operators stand in place of kernels. Exit code 0 if kernels were seen, 1 if not, 2 for wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import _checkout
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from echo_rt.bench.environment import environment
+from echo_rt.bench.model import random_prompt
+from echo_rt.bench.model_sizes import MODELS
+from echo_rt.bench.request import Request
+from echo_rt.bench.rig import Parts, Rig, Site
+from echo_rt.bench.tables import Column, check_results_folder, write_results
+from echo_rt.cli.paths import parse_path
+from echo_rt.device import parse_device, parse_dtype
+from echo_rt.errors import EchoError
+from echo_rt.ops import BACKENDS, check_device, load_ops
+from echo_rt.options import DTYPE_NAMES, MemoryMode
+from echo_rt.wording import counted
+
+sys.path.insert(0, str(_checkout.ROOT / "bench" / "nsight"))
+from kernel_names import short_name
+
+COLUMNS = (
+    Column("kernel", "kernel", text=True),
+    Column("calls", "calls a block", "g"),
+    Column("us", "µs a block", ".1f"),
+    Column("share", "of all kernels", ".1%"),
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A kernel's run: name, begin and end in microseconds."""
+
+    name: str
+    begin: float
+    end: float
+
+
+def busy(spans: Iterable[Span]) -> float:
+    """Microseconds in which at least one of ``spans`` ran."""
+    total, until = 0.0, float("-inf")
+    for span in sorted(spans, key=lambda span: span.begin):
+        total += max(0.0, span.end - max(span.begin, until))
+        until = max(until, span.end)
+    return total
+
+
+def table(spans: Sequence[Span], blocks: int) -> list[dict[str, object]]:
+    """Kernels by their names, the one that takes most time first."""
+    times: dict[str, list[float]] = {}
+    for span in spans:
+        times.setdefault(short_name(span.name), []).append(span.end - span.begin)
+    whole = sum(map(sum, times.values()))
+    rows = [
+        {"kernel": name, "calls": len(each) / blocks, "us": sum(each) / blocks, "share": sum(each) / whole}
+        for name, each in times.items()
+    ]
+    return sorted(rows, key=lambda row: row["us"], reverse=True)
+
+
+def record(rig: Rig, blocks: int, lookahead: int, on_gpu: bool) -> list[Span]:
+    """What ran while ``rig``, idle before and after, made ``blocks`` blocks and ``lookahead`` more begun ahead."""
+    activity, place = (ProfilerActivity.CUDA, DeviceType.CUDA) if on_gpu else (ProfilerActivity.CPU, DeviceType.CPU)
+    with profile(activities=[activity]) as profiler:
+        for _ in range(blocks):
+            rig.block(lookahead)
+        rig.drain()
+    return [
+        Span(event.name, event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        # On a CPU an operator's children are within it, and would count twice.
+        if event.device_type == place and (on_gpu or event.cpu_parent is None)
+    ]
+
+
+def run(arguments: argparse.Namespace) -> tuple[bool, str]:
+    """Make the block, listen and write; whether kernels were seen, and the page."""
+    device = parse_device(arguments.device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dtype = parse_dtype(arguments.dtype, device)
+    request = Request(size=arguments.size, device=str(device), backend=arguments.backend, seed=0)
+    ops = load_ops(request.backend_on(device))
+    check_device(ops, device)
+    model = request.load(device)
+    parts = Parts(Site.choose(model, device, dtype, ops, None), ops)
+    rig = Rig(parts, MemoryMode(arguments.memory), graphs=None if arguments.graphs else False, depth=2)
+    try:
+        rig.start(random_prompt(model.config.transformer, device, 0), 0)
+        rig.warm_up()
+        spans = record(rig, arguments.blocks, request.lookahead, on_gpu)
+    finally:
+        rig.close()
+    made = arguments.blocks + request.lookahead
+    if not spans:
+        return False, "the profiler saw no kernel"
+    begin, end = min(span.begin for span in spans), max(span.end for span in spans)
+    idle = 1 - busy(spans) / (end - begin)
+    notes = [
+        f"{counted(made, 'block')}; {model.source}; backend {ops.name}; memory {arguments.memory}; "
+        f"{'graphs' if arguments.graphs and on_gpu else 'no graphs'}.",
+        f"Idle: {idle:.2%} of {end - begin:.0f} µs.",
+    ]
+    if not on_gpu:
+        notes.append("A rehearsal on the CPU: operators in place of kernels.")
+    tables = {"Kernels": (table(spans, made), COLUMNS)}
+    text = write_results(
+        arguments.out,
+        "block_profile",
+        "A replayed block, kernel by kernel",
+        environment(str(device)),
+        tables,
+        notes,
+        idle=idle if on_gpu else None,
+        kernels_a_block=len(spans) / made,
+    )
+    return True, text
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; default: cuda")
+    parser.add_argument("--size", choices=MODELS, help="default: released on a GPU, tiny on a CPU")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--backend", choices=BACKENDS, help="default: cuda on a GPU, torch on a CPU")
+    parser.add_argument(
+        "--memory", choices=[mode.value for mode in MemoryMode], default="evolve", help="default: evolve"
+    )
+    parser.add_argument("--blocks", type=int, default=3, help="profiled blocks; default: 3")
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay what repeats")
+    arguments = parser.parse_args(argv)
+    try:
+        check_results_folder(arguments.out)
+        seen, text = run(arguments)
+    except EchoError as error:
+        print(f"block_profile.py: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return 0 if seen else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
