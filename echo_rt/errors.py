@@ -6,6 +6,11 @@ The command line prints it without a traceback and exits with ``exit_code``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from echo_rt.wording import first_line
+
 
 class EchoError(Exception):
     """Base of all deliberate errors; ``exit_code`` is what the command line exits with."""
@@ -50,7 +55,7 @@ class SteadyStateError(EchoError):
 
 
 class BackendError(EchoError):
-    """A backend or device that was asked for and is not there."""
+    """A backend, device or package that is needed and is not there, or graphs that cannot be captured."""
 
 
 class OutputError(EchoError):
@@ -69,3 +74,13 @@ class NumericalError(EchoError):
     """NaN or infinity where numbers should be."""
 
     exit_code = 1
+
+
+@contextmanager
+def needing(package: str, purpose: str) -> Iterator[None]:
+    """Guard an import: where ``package`` cannot be had, :class:`BackendError` names it and what it is for."""
+    try:
+        yield
+    except ImportError as error:
+        cause = first_line(error)
+        raise BackendError(f"{purpose} needs the package {package}: {cause} (pip install {package})") from None

@@ -308,6 +308,7 @@ def test_a_gpu_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:.*needs nvidia-ml-py:RuntimeWarning")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_gpu_is_measured_by_its_own_clock() -> None:
     found = run(Request(size="tiny", device="cuda", backend="torch", rounds=2, blocks=3))
