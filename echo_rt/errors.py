@@ -55,7 +55,24 @@ class SteadyStateError(EchoError):
 
 
 class BackendError(EchoError):
-    """A backend, device or package that is needed and is not there, or graphs that cannot be captured."""
+    """A backend, device or package that is needed and is not there."""
+
+
+class CaptureError(BackendError):
+    """A stage that cannot be captured as a CUDA graph; a runtime with ``graphs=False`` makes the same video.
+
+    ``stage``: its name; ``cause``: the first line of what was raised amid the capture.
+    """
+
+    def __init__(self, stage: str, cause: str) -> None:
+        super().__init__(stage, cause)
+        self.stage, self.cause = stage, cause
+
+    def __str__(self) -> str:
+        return (
+            f"{self.stage} cannot be captured as a CUDA graph: {self.cause}; "
+            "graphs=False (on the command line --no-graphs) makes the same video without graphs"
+        )
 
 
 class OutputError(EchoError):

@@ -21,7 +21,8 @@ from typing import Protocol
 import torch
 
 from echo_rt.device import capture
-from echo_rt.errors import BackendError, StallError
+from echo_rt.errors import BackendError, CaptureError, EchoError, StallError
+from echo_rt.wording import first_line
 
 _logger = logging.getLogger("echo_rt.executor")
 _DOMAIN = "echo_rt"  # of the NVTX ranges
@@ -66,7 +67,8 @@ class Executor(Protocol):
     ) -> Mark:
         """``stage(*facts)`` on ``lane``, once the lane has passed ``after`` (None: nothing to wait for).
 
-        The mark is the stage's end; running the same stage again moves it.
+        The mark is the stage's end; running the same stage again moves it. :class:`CaptureError` where a graph is
+        wanted of it and there can be none.
         """
 
     @contextmanager
@@ -236,9 +238,11 @@ class CudaExecutor:
         graph = torch.cuda.CUDAGraph()
         try:
             capture(graph, partial(stage, *facts), stream=self._streams[lane], pool=self._pools[lane])
-        except BaseException:
+        except BaseException as error:
             self._pools[lane] = torch.cuda.graph_pool_handle()
-            raise
+            if not isinstance(error, Exception) or isinstance(error, (EchoError, torch.OutOfMemoryError)):
+                raise  # which say what is the matter, with graphs or without
+            raise CaptureError(stage_name(stage), first_line(error)) from error
         return graph
 
     @contextmanager

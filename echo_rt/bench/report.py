@@ -88,13 +88,14 @@ class Report:
             variant=entry.variant.name,
             memory=entry.mode.value,
             backend=entry.backend,
-            graphs=entry.variant.graphs and self.run.device.type == "cuda",
+            graphs=entry.graphs and self.run.device.type == "cuda",
+            graphs_failed=entry.graphs_failed or None,
             latents_error=None if exact is None else exact.latents,
             frames_error=None if exact is None else exact.frames,
             bound=None if exact is None else exact.bound,
             idle=None if sample is None else sample.idle,
             joules_a_frame=None if joules is None else joules / self.frames_a_block,
-            verdict=entry.problem or "right, measured",
+            verdict=entry.problem or f"right, measured{' without graphs, which failed' if entry.graphs_failed else ''}",
         )
 
     def _peer_rows(self) -> list[PeerRow]:

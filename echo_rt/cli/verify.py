@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_rt.cli.messages import describe
-from echo_rt.cli.model_options import add_float8_except
+from echo_rt.cli.model_options import add_float8_except, add_no_graphs
 from echo_rt.cli.outputs import Named, check_apart
 from echo_rt.cli.paths import parse_path
 from echo_rt.cli.signals import StopRequest
@@ -39,6 +39,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="default: float32")
     add_float8_except(parser)
     parser.add_argument("--backend", help="who does the operations: torch (see echo-rt doctor)")
+    add_no_graphs(parser)
     parser.add_argument("--dump", type=parse_path, metavar="DIR", help="keep what was computed in DIR/BUNDLE/")
     return parser
 
@@ -81,7 +82,9 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
                 if holds_vae(path):
                     bundle = verify_model(path, **facts)
                 else:
-                    bundle = verify_bundle(path, float8_except=arguments.float8_except, **facts)
+                    bundle = verify_bundle(
+                        path, float8_except=arguments.float8_except, graphs=arguments.graphs, **facts
+                    )
         except EchoError as error:
             text, code = describe(error)
             worst = max(worst, code)
