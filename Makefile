@@ -33,6 +33,7 @@ help: ## list the targets
 	@echo "  TORCH=$(TORCH)  what is installed where there is no torch >= 2.10"
 	@echo "  JOBS=$(JOBS)  kernels that nvcc compiles side by side; MAX_JOBS is the same for what install compiles"
 	@echo "  ECHO_RT_BUILD  cuda, emulated or none: what install makes of the kernels; unset, what torch and nvcc allow"
+	@echo "  ECHO_RT_CUDA_ARCHS  such as 90a or 80,90a: what install compiles for; unset, the GPUs seen, or all if none is"
 
 install: $(VENV)/.installed ## echo-rt, compiled, in an environment of its own
 

@@ -1,7 +1,8 @@
 """Compiles echo_rt._C, and echo_rt._ops where torch is there; everything else about the package is in pyproject.toml.
 
 The kernels in echo_rt._ops are compiled by nvcc where torch has CUDA and nvcc is there, and otherwise by the host's
-compiler against csrc/emulation. ECHO_RT_BUILD=cuda, emulated or none demands one of the three.
+compiler against csrc/emulation. ECHO_RT_BUILD=cuda, emulated or none demands one of the three; ECHO_RT_CUDA_ARCHS="80
+90a" demands architectures in place of those of the GPUs seen.
 """
 
 from __future__ import annotations
@@ -83,7 +84,19 @@ def number(architecture: str) -> int:
     return int(re.sub(r"\D", "", architecture))
 
 
-def cuda_architectures() -> list[str]:
+def demanded_architectures() -> list[str]:
+    """Those that ECHO_RT_CUDA_ARCHS names, between spaces or commas; none where it is not set."""
+    text = os.environ.get("ECHO_RT_CUDA_ARCHS")
+    if text is None:
+        return []
+    names = text.replace(",", " ").split()
+    every = [words[0] for words in listed(ARCHITECTURES)]
+    if not names or not set(names) <= set(every):
+        raise SystemExit(f"ECHO_RT_CUDA_ARCHS must name some of {', '.join(every)} ({ARCHITECTURES}); got {text!r}")
+    return sorted(set(names), key=number)
+
+
+def seen_architectures() -> list[str]:
     """The listed architecture that runs on the GPUs here; all listed ones where there is no GPU."""
     every = [words[0] for words in listed(ARCHITECTURES)]
     chosen = []
@@ -98,7 +111,8 @@ def cuda_architectures() -> list[str]:
 
 
 BUILD = chosen_build()
-CUDA_ARCHS = cuda_architectures() if BUILD == "cuda" else []
+DEMANDED = demanded_architectures()  # checked whatever is built, or a mistake would show on the next machine only
+CUDA_ARCHS = (DEMANDED or seen_architectures()) if BUILD == "cuda" else []
 MACROS = [("ECHO_RT_VERSION", f'"{version()}"'), ("ECHO_RT_CUDA_ARCHS", f'"{" ".join(CUDA_ARCHS)}"')]
 
 

@@ -25,7 +25,7 @@ from echo_rt.bench.rig import Parts, Rig, Site
 from echo_rt.bench.tables import Column, check_results_folder, write_results
 from echo_rt.cli.paths import parse_path
 from echo_rt.device import parse_device, parse_dtype
-from echo_rt.errors import EchoError
+from echo_rt.errors import CaptureError, EchoError
 from echo_rt.ops import BACKENDS, check_device, load_ops
 from echo_rt.options import DTYPE_NAMES, MemoryMode
 from echo_rt.wording import counted
@@ -88,7 +88,7 @@ def record(rig: Rig, blocks: int, lookahead: int, on_gpu: bool) -> list[Span]:
 
 
 def run(arguments: argparse.Namespace) -> tuple[bool, str]:
-    """Make the block, listen and write; whether kernels were seen, and the page."""
+    """Make the block, listen and write; whether kernels were seen, of graphs where asked for, and the page."""
     device = parse_device(arguments.device)
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -99,13 +99,23 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     check_device(ops, device)
     model = request.load(device)
     parts = Parts(Site.choose(model, device, dtype, ops, None), ops)
-    rig = Rig(parts, MemoryMode(arguments.memory), graphs=None if arguments.graphs else False, depth=2)
+
+    def listen(graphs: bool) -> list[Span]:
+        rig = Rig(parts, MemoryMode(arguments.memory), graphs=None if graphs else False, depth=1 + request.lookahead)
+        try:
+            rig.start(random_prompt(model.config.transformer, device, 0), 0)
+            rig.warm_up()
+            return record(rig, arguments.blocks, request.lookahead, on_gpu)
+        finally:
+            rig.close()
+
+    failed = ""
     try:
-        rig.start(random_prompt(model.config.transformer, device, 0), 0)
-        rig.warm_up()
-        spans = record(rig, arguments.blocks, request.lookahead, on_gpu)
-    finally:
-        rig.close()
+        spans = listen(arguments.graphs)
+    except CaptureError as error:
+        failed = f"graphs failed in {error.stage}: {error.cause}"
+    if failed:  # the error is gone, and what its frames held with it
+        spans = listen(graphs=False)
     made = arguments.blocks + request.lookahead
     if not spans:
         return False, "the profiler saw no kernel"
@@ -113,7 +123,7 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     idle = 1 - busy(spans) / (end - begin)
     notes = [
         f"{counted(made, 'block')}; {model.source}; backend {ops.name}; memory {arguments.memory}; "
-        f"{'graphs' if arguments.graphs and on_gpu else 'no graphs'}.",
+        f"{'graphs' if arguments.graphs and on_gpu and not failed else failed or 'no graphs'}.",
         f"Idle: {idle:.2%} of {end - begin:.0f} µs.",
     ]
     if not on_gpu:
@@ -126,10 +136,11 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
         environment(str(device)),
         tables,
         notes,
+        passed=not failed,
         idle=idle if on_gpu else None,
         kernels_a_block=len(spans) / made,
     )
-    return True, text
+    return not failed, text
 
 
 def main(argv: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from echo_rt.chunk import Chunk, ChunkStats, Vitals
     from echo_rt.errors import (
         BackendError,
+        CaptureError,
         ConfigError,
         EchoError,
         NumericalError,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackendError",
+    "CaptureError",
     "Chunk",
     "ChunkStats",
     "ConfigError",

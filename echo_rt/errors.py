@@ -6,6 +6,11 @@ The command line prints it without a traceback and exits with ``exit_code``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from echo_rt.wording import first_line
+
 
 class EchoError(Exception):
     """Base of all deliberate errors; ``exit_code`` is what the command line exits with."""
@@ -50,7 +55,24 @@ class SteadyStateError(EchoError):
 
 
 class BackendError(EchoError):
-    """A backend or device that was asked for and is not there."""
+    """A backend, device or package that is needed and is not there."""
+
+
+class CaptureError(BackendError):
+    """A stage that cannot be captured as a CUDA graph; a runtime with ``graphs=False`` makes the same video.
+
+    ``stage``: its name; ``cause``: the first line of what was raised amid the capture.
+    """
+
+    def __init__(self, stage: str, cause: str) -> None:
+        super().__init__(stage, cause)
+        self.stage, self.cause = stage, cause
+
+    def __str__(self) -> str:
+        return (
+            f"{self.stage} cannot be captured as a CUDA graph: {self.cause}; "
+            "graphs=False (on the command line --no-graphs) makes the same video without graphs"
+        )
 
 
 class OutputError(EchoError):
@@ -69,3 +91,13 @@ class NumericalError(EchoError):
     """NaN or infinity where numbers should be."""
 
     exit_code = 1
+
+
+@contextmanager
+def needing(package: str, purpose: str) -> Iterator[None]:
+    """Guard an import: where ``package`` cannot be had, :class:`BackendError` names it and what it is for."""
+    try:
+        yield
+    except ImportError as error:
+        cause = first_line(error)
+        raise BackendError(f"{purpose} needs the package {package}: {cause} (pip install {package})") from None

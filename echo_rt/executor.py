@@ -9,20 +9,22 @@ What comes once in a video, like the filling of the window, is therefore never w
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from typing import Protocol
 
-import nvtx
 import torch
 
 from echo_rt.device import capture
-from echo_rt.errors import BackendError, StallError
+from echo_rt.errors import BackendError, CaptureError, EchoError, StallError
+from echo_rt.wording import first_line
 
+_logger = logging.getLogger("echo_rt.executor")
 _DOMAIN = "echo_rt"  # of the NVTX ranges
 _POLL_SECONDS = 0.0005  # between two looks at a mark that is waited for with a bound
 
@@ -65,7 +67,8 @@ class Executor(Protocol):
     ) -> Mark:
         """``stage(*facts)`` on ``lane``, once the lane has passed ``after`` (None: nothing to wait for).
 
-        The mark is the stage's end; running the same stage again moves it.
+        The mark is the stage's end; running the same stage again moves it. :class:`CaptureError` where a graph is
+        wanted of it and there can be none.
         """
 
     @contextmanager
@@ -88,6 +91,17 @@ class Executor(Protocol):
 def stage_name(stage: Callable[..., None]) -> str:
     """What a profiler shows for a stage: the function's own name."""
     return stage.__qualname__
+
+
+@cache
+def _ranges() -> Callable[[str], AbstractContextManager[None]]:
+    """What makes the NVTX range of a stage; without the package there are none, which the log says once."""
+    try:
+        import nvtx
+    except ImportError as error:
+        _logger.warning("a profiler will see no names of stages: NVTX ranges need the package nvtx (%s)", error)
+        return lambda name: nullcontext()
+    return lambda name: nvtx.annotate(name, domain=_DOMAIN)
 
 
 class _Instant:
@@ -119,7 +133,7 @@ class Immediate:
         after: Sequence[Mark | None] = (),
     ) -> Mark:
         self.runs += 1
-        with nvtx.annotate(stage_name(stage), domain=_DOMAIN):
+        with _ranges()(stage_name(stage)):
             stage(*facts)
         return _Instant()
 
@@ -206,7 +220,7 @@ class CudaExecutor:
             if mark is not None:
                 assert isinstance(mark, CudaMark)
                 stream.wait_event(mark.event)
-        with torch.cuda.stream(stream), nvtx.annotate(stage_name(stage), domain=_DOMAIN):
+        with torch.cuda.stream(stream), _ranges()(stage_name(stage)):
             graph = self._graphs.get(key)
             if graph is None and self._graphs_wanted and key in self._seen.stages:
                 graph = self._graphs[key] = self._capture(stage, facts, lane)
@@ -224,9 +238,11 @@ class CudaExecutor:
         graph = torch.cuda.CUDAGraph()
         try:
             capture(graph, partial(stage, *facts), stream=self._streams[lane], pool=self._pools[lane])
-        except BaseException:
+        except BaseException as error:
             self._pools[lane] = torch.cuda.graph_pool_handle()
-            raise
+            if not isinstance(error, Exception) or isinstance(error, (EchoError, torch.OutOfMemoryError)):
+                raise  # which say what is the matter, with graphs or without
+            raise CaptureError(stage_name(stage), first_line(error)) from error
         return graph
 
     @contextmanager

@@ -51,6 +51,7 @@ MODEL_OPTIONS = (
     "backend",
     "attention",
     "convolution",
+    "graphs",
     "lookahead",
 )
 

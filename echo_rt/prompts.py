@@ -14,7 +14,7 @@ from torch import Tensor
 from echo_rt.config import TransformerConfig
 from echo_rt.device import model_context
 from echo_rt.errors import PromptError, StreamError
-from echo_rt.model.text import TextEncoder
+from echo_rt.model.text import TextEncoder, clean_prompt
 from echo_rt.output.part_file import write_whole
 from echo_rt.weights.folder import ModelFolder
 
@@ -50,6 +50,8 @@ class PromptEncoder:
         with self._lock, model_context(self._device, torch.float32), self._device:
             if self._closed:
                 raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
+            for prompt in prompts:
+                clean_prompt(prompt)  # one that cannot be, or a missing package, is found before the encoder is read
             self._encoding = True
             try:
                 if self._encoder is None:

@@ -116,7 +116,8 @@ class Runtime:
             convolution: how the model's own VAE computes its convolutions wherever that works, by the names ``echo-rt
                 doctor`` lists; one for those over time and one for those that enlarge may be joined by a comma. None
                 for what a trial on their shapes finds fastest and right, once for a GPU.
-            graphs: whether what repeats from block to block is captured and replayed; None for: on a GPU, yes.
+            graphs: whether what repeats from block to block is captured and replayed as CUDA graphs; None for: on a
+                GPU, yes. A stage that cannot be captured ends its stream with :class:`CaptureError`.
             lookahead: how many blocks are begun before an earlier one is handed out, 0 or more: the device is busy
                 while a block is shown, and a prompt takes effect so much later; None for 1 on a GPU, 0 on a CPU.
             check: assert on every block that the steady state allocates nothing, never waits for the device and moves

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import MemoryConfig, ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from echo_rt.errors import OutputError, TargetError
+from echo_rt.errors import OutputError, TargetError, needing
 from echo_rt.options import check_seed, latent_size
 from echo_rt.tiny_weights import (
     Draw,
@@ -87,7 +87,7 @@ def write_tiny_model(
         overwrite: replace a folder that this function wrote and that nothing was added to.
 
     Errors: ``ConfigError`` for a seed or size that cannot be; ``OutputError`` for a folder that is in the way or
-    cannot be written.
+    cannot be written; ``BackendError`` without tokenizers.
     """
     check_seed(seed)
     vae = VaeConfig(base_dim=4)
@@ -217,7 +217,8 @@ def _save_pickle(path: Path, content: Mapping[str, Any]) -> None:
 
 def _write_tokenizer(folder: Path, vocab_size: int, text_len: int) -> None:
     """A byte-level BPE, which spells any text, that ends a prompt with ``</s>``."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    with needing("tokenizers", "the tiny model's tokenizer"):
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

@@ -18,6 +18,8 @@ import torch
 from tape import Tape
 from torch import Tensor
 
+from echo_rt import executor
+
 
 class Log:
     """What was asked of the device, in order."""
@@ -117,6 +119,23 @@ def install(patch: pytest.MonkeyPatch) -> Log:
         patch.setattr(torch.cuda, name, stand_in)
     assert log.stream is caller
     return log
+
+
+def refuse_capture(
+    patch: pytest.MonkeyPatch, stage: str, amid: Callable[[], object] | None = None, cause: str = "not now"
+) -> None:
+    """From now on a capture of ``stage``, here or on a GPU, fails: by what ``amid`` does in it, or with ``cause``."""
+    capture = executor.capture
+
+    def refused() -> None:
+        if amid is not None:
+            amid()
+        raise RuntimeError(cause)
+
+    def capture_most(graph: Any, work: Any, **how: Any) -> None:
+        capture(graph, refused if work.func.__qualname__ == stage else work, **how)
+
+    patch.setattr(executor, "capture", capture_most)
 
 
 def _takes_what_torch_takes(name: str, stand_in: Any, real: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from stand_in_cuda import Log, install
+from stand_in_cuda import Log, install, refuse_capture
 from streaming import embeds, load, same, take, video
 
 import echo_rt
+from echo_rt import BackendError, CaptureError, NumericalError
 from echo_rt.executor import CudaExecutor, Lane
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
@@ -74,20 +76,68 @@ def test_a_thread_captures_only_what_it_has_run(log: Log) -> None:
 
 def test_a_capture_that_fails_leaves_no_graph(log: Log) -> None:
     executor = CudaExecutor(CPU, graphs=True)
-    outcomes = iter([None, RuntimeError("operation not permitted when stream is capturing"), None, None])
+    outcomes = iter([None, RuntimeError("operation not permitted\n(capture.cpp:7)"), None, None])
 
     def stage() -> None:
         if (outcome := next(outcomes)) is not None:
             raise outcome
 
     executor.run(stage)
-    with pytest.raises(RuntimeError, match="not permitted"):
+    with pytest.raises(BackendError) as failure:
         executor.run(stage)
+    assert isinstance(failure.value, CaptureError) and isinstance(failure.value.__cause__, RuntimeError)
+    assert (failure.value.stage, failure.value.cause) == (stage.__qualname__, "operation not permitted")
+    for words in (stage.__qualname__, "operation not permitted;", "graphs=False", "--no-graphs"):
+        assert words in str(failure.value) and "\n" not in str(failure.value)
+    assert str(pickle.loads(pickle.dumps(failure.value))) == str(failure.value)
     assert log.count("replay") == 0
     executor.run(stage)
     assert log.count("replay") == 1
     failed, good = (call[3] for call in log.calls if call[0] == "capture")
     assert failed is not good, "torch may believe for ever that the first pool is being captured into"
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("short"), NumericalError("NaN"), KeyboardInterrupt()], ids=repr
+)
+def test_what_has_nothing_to_do_with_graphs_is_raised_as_it_is(log: Log, error: BaseException) -> None:
+    executor = CudaExecutor(CPU, graphs=True)
+    outcomes = iter([None, error])
+
+    def stage() -> None:
+        if (outcome := next(outcomes)) is not None:
+            raise outcome
+
+    executor.run(stage)
+    with pytest.raises(type(error)) as failure:
+        executor.run(stage)
+    assert failure.value is error and not executor._graphs
+
+
+@pytest.mark.parametrize("stage", ["Rollout._denoise", "Rollout._update_memory", "Pipeline._decode"])
+def test_a_video_whose_stage_cannot_be_captured(
+    stage: str, small_model: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stream ends with the stage's name; without graphs the same video is made, in the same process."""
+    monkeypatch.setattr(
+        "echo_rt.assembly.make_executor", lambda device, graphs: CudaExecutor(device, graphs=graphs is not False)
+    )
+    refuse_capture(monkeypatch, stage)
+    with load(small_model, overrides=FEW_STEPS) as runtime:
+        log.buffers = runtime._engine.pipeline.buffers  # type: ignore[union-attr]
+        with (
+            pytest.raises(CaptureError, match=f"{stage} cannot be captured as a CUDA graph: not now; graphs=False"),
+            runtime.stream(prompt_embeds=embeds(runtime)) as stream,
+        ):
+            take(stream, 20)
+        assert stream.failure is not None and stage in stream.failure
+    captured = log.count("capture")
+    with load(small_model, overrides=FEW_STEPS, graphs=False) as runtime:
+        without = video(runtime, 8)
+    assert captured and log.count("capture") == captured
+    monkeypatch.undo()
+    with load(small_model, overrides=FEW_STEPS) as runtime:
+        assert same(without, video(runtime, 8))
 
 
 def test_lanes_wait_for_marks_and_have_pools_of_their_own(log: Log) -> None:

@@ -146,6 +146,55 @@ def test_a_build_that_cannot_be_is_refused(build: str, words: str) -> None:
     assert words in done.stderr
 
 
+CHOOSE = """
+import runpy, sys
+import torch
+from setuptools import Extension
+from torch.utils import cpp_extension
+torch.version.cuda, gpus = "13.0", {gpus}
+torch.cuda.device_count, torch.cuda.get_device_capability = lambda: len(gpus), lambda index: gpus[index]
+cpp_extension.CUDAExtension = lambda name, sources, **options: print(options["extra_compile_args"]["nvcc"])
+sys.argv[1:] = ["--version"]
+print(*runpy.run_path("setup.py")["CUDA_ARCHS"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("demanded", "gpus", "chosen"),
+    [
+        (None, [], "80 86 89 90a 100 120"),
+        (None, [(9, 0), (8, 7), (9, 0)], "86 90a"),
+        ("90a", [(8, 0)], "90a"),
+        ("90a, 80 90a", [], "80 90a"),
+    ],
+)
+def test_the_architectures_that_are_compiled_for(
+    demanded: str | None,
+    gpus: list[tuple[int, int]],
+    chosen: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("ECHO_RT_CUDA_ARCHS", raising=False)
+    (tmp_path / "nvcc").touch(mode=0o755)
+    variables = {} if demanded is None else {"ECHO_RT_CUDA_ARCHS": demanded}
+    path = os.pathsep.join((str(tmp_path), os.environ["PATH"]))
+    done = execute(sys.executable, "-c", CHOOSE.format(gpus=gpus), ECHO_RT_BUILD="cuda", PATH=path, **variables)
+    assert done.returncode == 0, done.stderr
+    *_, flags, _, found = done.stdout.splitlines()
+    assert found == chosen
+    assert re.findall(r"arch=compute_(\w+),code=sm_\1'", flags) == chosen.split()
+
+
+@pytest.mark.parametrize("demanded", ["90a 90", ""])
+def test_architectures_that_cannot_be_are_refused(demanded: str) -> None:
+    done = execute(sys.executable, "setup.py", "--version", ECHO_RT_BUILD="none", ECHO_RT_CUDA_ARCHS=demanded)
+    words = (
+        f"must name some of {', '.join(listed('csrc/architectures.txt'))} (csrc/architectures.txt); got {demanded!r}"
+    )
+    assert done.returncode != 0 and done.stderr == f"ECHO_RT_CUDA_ARCHS {words}\n"
+
+
 def test_a_kernel_that_spills_fails_the_check(tmp_path: Path) -> None:
     log = tmp_path / "log"
     text = """ptxas info    : Compiling entry function '_Z4scanILi8EEvPf' for 'sm_90a'

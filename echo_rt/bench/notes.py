@@ -39,6 +39,11 @@ def notes(run: Run, *, frames_a_block: int, judged: bool) -> list[str]:
     lines.append(f"Convolutions of the decoder: {convolutions_in_words(run.convolutions)}.")
     if run.request.vae_tiles > 1:
         lines.append(f"The decoder works in {run.request.vae_tiles} bands of rows, that of the torch variant in one.")
+    lines += [
+        f"GRAPHS FAILED in variant {entry.variant.name}, whose times are without them: {entry.graphs_failed}."
+        for entry in run.entries
+        if entry.graphs_failed
+    ]
     if not judged:
         lines.append("Goals are judged on a GPU alone, at the released sizes in bfloat16 or float8.")
     return lines + [f"Not measured: {name}: {why}." for name, why in run.absent.items()]

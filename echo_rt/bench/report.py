@@ -88,7 +88,8 @@ class Report:
             variant=entry.variant.name,
             memory=entry.mode.value,
             backend=entry.backend,
-            graphs=entry.variant.graphs and self.run.device.type == "cuda",
+            graphs=entry.graphs and self.run.device.type == "cuda",
+            graphs_failed=entry.graphs_failed or None,
             latents_error=None if exact is None else exact.latents,
             frames_error=None if exact is None else exact.frames,
             bound=None if exact is None else exact.bound,
@@ -266,7 +267,8 @@ class Report:
 
 def _verdict(entry: Entry) -> str:
     right = "not yet held against torch" if entry.exactness is None else "right"
-    return f"{right}, {'measured' if entry.samples else 'not yet measured'}"
+    graphs = " without graphs, which failed" if entry.graphs_failed else ""
+    return f"{right}, {'measured' if entry.samples else 'not yet measured'}{graphs}"
 
 
 def _choice(choice: Choice) -> dict[str, Any]:

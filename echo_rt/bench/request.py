@@ -20,7 +20,8 @@ _BLOCKS = {"cuda": 10, "cpu": 2}
 
 @dataclass(frozen=True)
 class Request:
-    """All of it optional. None means: released sizes on a GPU, tiny ones on a CPU; every variant; the kernels on a GPU.
+    """All of it optional. None means: released sizes on a GPU, tiny ones on a CPU; every variant; kernels and graphs on
+    a GPU.
 
     ``rounds`` times ``blocks`` blocks of each variant are measured, at lookahead 0 and at ``lookahead``.
     """
@@ -37,6 +38,7 @@ class Request:
     attention: str | None = None
     convolution: str | None = None
     vae_tiles: int = 1
+    graphs: bool | None = None
     variants: tuple[str, ...] | None = None
     rounds: int | None = None
     blocks: int | None = None

@@ -25,12 +25,17 @@ class PartRow:
 
 @dataclass(frozen=True)
 class VariantRow:
-    """What holds for a variant as a whole; shares and joules are those with blocks begun ahead."""
+    """What holds for a variant as a whole; shares and joules are those with blocks begun ahead.
+
+    ``graphs_failed``: the stage that could not be captured and why, where the variant was measured without graphs for
+    it.
+    """
 
     variant: str
     memory: str
     backend: str
     graphs: bool
+    graphs_failed: str | None
     latents_error: float | None
     frames_error: float | None
     bound: float | None

@@ -8,7 +8,8 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,12 +33,14 @@ from echo_rt.device import (
     warn_of_faulty_convolutions,
     working_dtype,
 )
-from echo_rt.errors import BackendError
+from echo_rt.errors import BackendError, CaptureError
 from echo_rt.model.linear import kept_from_float8
 from echo_rt.ops import Ops, check_device, check_memory, load_ops
 from echo_rt.options import MemoryMode
 from echo_rt.soak.gpu import GpuHealth, gpu_health
 from echo_rt.soak.probes import host_memory
+
+T = TypeVar("T")
 
 _TORCH = "torch"
 _MEMORY_BLOCKS = 5  # over which the device's memory has to stay as it is
@@ -45,11 +48,17 @@ _MEMORY_BLOCKS = 5  # over which the device's memory has to stay as it is
 
 @dataclass
 class Entry:
-    """A variant and what was found out about it; ``problem`` is empty where it was measured."""
+    """A variant and what was found out about it; ``problem`` is empty where it was measured.
+
+    ``graphs``: whether it runs with them where there are any; ``graphs_failed``: the stage that cannot be captured and
+    why, where that is the reason why it runs without.
+    """
 
     variant: Variant
     mode: MemoryMode
     backend: str
+    graphs: bool
+    graphs_failed: str = ""
     rig: Rig | None = None
     exactness: Exactness | None = None
     problem: str = ""
@@ -102,8 +111,8 @@ class Run:
 
     @property
     def passed(self) -> bool:
-        """Whether all was done and right; a peer that differs is not timed, and is no fault of this run."""
-        return self.complete and all(not entry.problem for entry in self.entries)
+        """Whether all was done, right, and had its graphs; a peer that differs is not timed, and is no fault here."""
+        return self.complete and not any(entry.problem or entry.graphs_failed for entry in self.entries)
 
 
 def run(
@@ -122,8 +131,11 @@ def run(
     ops = load_ops(request.backend_on(device))
     check_device(ops, device)
     model = request.load(device)
+    no_graphs = "--no-graphs was given" if request.graphs is False else ""
+    if device.type != "cuda":
+        no_graphs = "there are no graphs on a CPU"
     variants, absent = plan(
-        request.variants, has_memory=model.memory is not None, on_gpu=device.type == "cuda", backend=ops.name
+        request.variants, has_memory=model.memory is not None, no_graphs=no_graphs, backend=ops.name
     )
     _check_precision(request, model, dtype, ops, variants)
     warn_of_faulty_convolutions(device, working_dtype(dtype))
@@ -184,10 +196,13 @@ class _Runner:
 
     def run(self, variants: list[Variant], absent: dict[str, str]) -> Run:
         model = self._site.model
-        entries = [Entry(v, _mode(v, model), _TORCH if v.torch else self._backend) for v in variants]
+        wanted = self._request.graphs is not False
+        entries = [
+            Entry(v, _mode(v, model), _TORCH if v.torch else self._backend, wanted and v.graphs) for v in variants
+        ]
         first, timer = entries[0], timer_for(self._site.device)
         self._say(f"{first.variant.name}: alone on the device")
-        resources = self._alone(first)
+        resources = self._or_without_graphs(first, self._alone)
         parts = self._parts[first.backend]
         found = Run(
             request=self._request,
@@ -210,11 +225,11 @@ class _Runner:
             complete=False,
         )
         # The first number there is: should the time run out while the others are made ready, it has been told.
-        self._variant_turn(first)
+        self._or_without_graphs(first, self._variant_turn)
         self._save(found)
         for entry in entries[1:]:
             self._say(f"{entry.variant.name}: made ready")
-            self._make_ready(entry)
+            self._or_without_graphs(entry, self._ready)
         self._compare(entries)
         self._save(found)
         peers, missing = self._find_peers()
@@ -228,9 +243,20 @@ class _Runner:
 
     # ---------------------------------------------------------------- making ready
 
+    def _or_without_graphs(self, entry: Entry, work: Callable[[Entry], T]) -> T:
+        """``work(entry)``; again without graphs, which is noted, where a stage of it cannot be captured."""
+        try:
+            return work(entry)
+        except CaptureError as error:
+            entry.graphs, entry.graphs_failed = False, f"{error.stage}: {error.cause}"
+        # The error is gone, and what its frames held with it.
+        self._say(f"{entry.variant.name}: graphs failed in {entry.graphs_failed}; once more without")
+        self._release(entry)
+        entry.samples.clear()
+        return work(entry)
+
     def _rig(self, mode: MemoryMode, backend: str, graphs: bool) -> Rig:
-        wanted = None if graphs or not self._on_gpu else False
-        return Rig(self._parts[backend], mode, graphs=wanted, depth=1 + self._request.lookahead)
+        return Rig(self._parts[backend], mode, graphs=None if graphs else False, depth=1 + self._request.lookahead)
 
     def _first_frame(self, rig: Rig) -> float:
         """Seconds from a new video, its prompt encoded, to its first frames on the host."""
@@ -241,11 +267,13 @@ class _Runner:
         rig.drain()
         return seconds
 
-    def _make_ready(self, entry: Entry) -> Rig:
-        rig = entry.rig = self._rig(entry.mode, entry.backend, entry.variant.graphs)
-        rig.start(self._prompt, self._request.seed)
-        rig.warm_up()
-        return rig
+    def _ready(self, entry: Entry) -> Rig:
+        """The rig of ``entry`` in the steady state, made if there is none."""
+        if entry.rig is None:
+            entry.rig = self._rig(entry.mode, entry.backend, entry.graphs)
+            entry.rig.start(self._prompt, self._request.seed)
+            entry.rig.warm_up()
+        return entry.rig
 
     def _alone(self, entry: Entry) -> Resources:
         """The first variant made ready while nothing else is on the device, so that its memory can be told."""
@@ -254,7 +282,7 @@ class _Runner:
             _ = self._parts[entry.backend].decoder  # a trial of its convolutions takes memory that no stream does
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        rig = entry.rig = self._rig(entry.mode, entry.backend, entry.variant.graphs)
+        rig = entry.rig = self._rig(entry.mode, entry.backend, entry.graphs)
         cold = self._first_frame(rig)
         rig.warm_up()
         allocated = []
@@ -284,10 +312,7 @@ class _Runner:
             reference = self._rig(mode, _TORCH, graphs=False)
             for entry in entries:
                 if entry.mode is mode:
-                    assert entry.rig is not None
-                    entry.exactness = found = compare_block(
-                        entry.rig, reference, self._request.seed, self._site.model_dtype
-                    )
+                    entry.exactness = found = self._or_without_graphs(entry, partial(self._held_against, reference))
                     if not found.ok:
                         entry.problem = f"differs from the torch backend: {found}"
                         self._release(entry)
@@ -295,6 +320,9 @@ class _Runner:
             reference.close()
             del reference
             self._collect()
+
+    def _held_against(self, reference: Rig, entry: Entry) -> Exactness:
+        return compare_block(self._ready(entry), reference, self._request.seed, self._site.model_dtype)
 
     def _find_peers(self) -> tuple[list[Peer], list[Missing]]:
         if not self._request.peers:
@@ -331,16 +359,16 @@ class _Runner:
             order.append(turns_of(number, [*rigs, *right]))
             for name in order[-1]:
                 if name in rigs:
-                    self._variant_turn(rigs[name])
+                    self._or_without_graphs(rigs[name], self._variant_turn)
                 else:
                     seconds[name] += self._peer_turn(right[name], timer)
             yield order, seconds
 
     def _variant_turn(self, entry: Entry) -> None:
-        assert entry.rig is not None
+        rig = self._ready(entry)
         for lookahead in self._lookaheads:
             sample = entry.samples.setdefault(lookahead, Sample())
-            take_turn(entry.rig, lookahead, self._blocks, sample, self._joules)
+            take_turn(rig, lookahead, self._blocks, sample, self._joules)
 
     def _peer_turn(self, peer: Peer, timer: Timer) -> list[float]:
         with model_context(self._site.device, self._site.dtype):

@@ -30,12 +30,12 @@ NAMES = tuple(variant.name for variant in VARIANTS)
 
 
 def plan(
-    wanted: Sequence[str] | None, *, has_memory: bool, on_gpu: bool, backend: str
+    wanted: Sequence[str] | None, *, has_memory: bool, no_graphs: str, backend: str
 ) -> tuple[list[Variant], dict[str, str]]:
     """The variants that can be measured, in a fixed order, and why each other one cannot.
 
-    ``wanted`` None means all; what is asked for by name and cannot be had is a :class:`ConfigError`, as is a name that
-    is unknown.
+    ``wanted`` None means all; ``no_graphs``: why there are no graphs, empty where there are. What is asked for by name
+    and cannot be had is a :class:`ConfigError`, as is a name that is unknown.
     """
     unknown = [name for name in wanted or () if name not in NAMES]
     if unknown or (wanted is not None and not wanted):
@@ -49,8 +49,8 @@ def plan(
             obstacle = "not asked for"
         elif variant.mode not in (None, MemoryMode.OFF) and not has_memory:
             obstacle = "the weights have no memory encoder"
-        elif not variant.graphs and not on_gpu:
-            obstacle = "there are no graphs on a CPU, so no variant has any"
+        elif not variant.graphs and no_graphs:
+            obstacle = f"{no_graphs}, so no variant has any"
         elif variant.torch and backend == "torch":
             obstacle = "the backend of all variants is torch already"
         if not obstacle:

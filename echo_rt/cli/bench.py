@@ -9,7 +9,7 @@ from typing import Any
 
 from echo_rt.bench.model_sizes import MODELS
 from echo_rt.bench.variants import NAMES
-from echo_rt.cli.model_options import add_float8_except, parse_ahead, parse_tiles
+from echo_rt.cli.model_options import add_float8_except, add_no_graphs, parse_ahead, parse_tiles
 from echo_rt.cli.numbers import parse_number, parse_positive
 from echo_rt.cli.outputs import Named, check_apart
 from echo_rt.cli.paths import parse_path
@@ -21,8 +21,9 @@ from echo_rt.options import DTYPE_NAMES
 _EPILOG = """
 Nothing is downloaded: without --model the weights are random. On a GPU these are the released sizes (Wan2.1-T2V-1.3B at
 832x480), on a CPU tiny ones, whose times show that it works and are no results.
-Exit codes: 0 all variants were right and measured; 1 one differs from the torch backend; 2 a mistake in the request, or
-a GPU with too little memory.
+Exit codes: 0 all variants were right and measured; 1 one differs from the torch backend, or a stage of it could not be
+captured as a CUDA graph, and it was measured without graphs; 2 a mistake in the request, or a GPU with too little
+memory.
 """
 
 
@@ -54,6 +55,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--convolution", metavar="NAME[,NAME]", help="how the VAE's convolutions are computed (see echo-rt doctor)"
     )
     model.add_argument("--vae-tiles", metavar="N", help="decode in N bands of rows; default: 1")
+    add_no_graphs(model)
     model.add_argument("--seed", default="0", metavar="N", help="of weights, prompt and noise (default 0)")
 
     run = parser.add_argument_group("run")
@@ -94,7 +96,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
             chart.require_matplotlib()
         read = [Named(f"--{name}", path) for name in _FILES if (path := getattr(arguments, name)) is not None]
         _check_folder(arguments.out, read)
-        names = ("size", "ema", "device", "dtype", "backend", "attention", "convolution", "peers")
+        names = ("size", "ema", "device", "dtype", "backend", "attention", "convolution", "graphs", "peers")
         facts: dict[str, Any] = {name: getattr(arguments, name) for name in names}
         facts |= {given.option.removeprefix("--"): str(given.path) for given in read}
         facts |= {"float8_except": tuple(arguments.float8_except), "vae_tiles": tiles}

@@ -155,6 +155,9 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     """Check, load, generate, finish the files; 0, or the exit code of the signal that ended it."""
     request = Request(arguments)
     with stop.interruptible():
+        from echo_rt.output.video import load_av
+
+        load_av()  # or it would be missed when the model has been loaded
         resumption = _find_resumption(request, report)
         from_files = _read_embeds(request.script)
         runtime = _load(request, resumption)

@@ -45,6 +45,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
     model.add_argument(
         "--convolution", metavar="NAME[,NAME]", help="how the VAE's convolutions are computed (see echo-rt doctor)"
     )
+    add_no_graphs(model)
     model.add_argument("--lookahead", metavar="N", help="blocks begun ahead; default: 1 on a GPU, 0 on a CPU")
     model.add_argument(
         "--vae-tiles", metavar="N", help="decode in N bands of rows, for GPUs with little memory; default: 1"
@@ -84,6 +85,17 @@ def add_float8_except(parser: Any) -> None:
         default=[],
         metavar="PATTERN",
         help="with --dtype float8: layers that stay in bfloat16, such as 'blocks.0.*' or '*.ffn.2'; may be repeated",
+    )
+
+
+def add_no_graphs(parser: Any) -> None:
+    """Declare ``--no-graphs``: ``graphs`` is False with it, else None."""
+    parser.add_argument(
+        "--no-graphs",
+        dest="graphs",
+        action="store_const",
+        const=False,
+        help="do not replay what repeats as CUDA graphs: the same video, slower; on a CPU there are none anyway",
     )
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from echo_rt.cli.streams import complain
+from echo_rt.cli.streams import can_draw, complain
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -48,7 +47,7 @@ class ProgressReport:
         self._next_line = self._started
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        if not quiet and sys.stderr.isatty():
+        if not quiet and can_draw():
             self._open_bar()
 
     def _open_bar(self) -> None:

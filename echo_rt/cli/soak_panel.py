@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from echo_rt.cli.progress import clock
-from echo_rt.cli.streams import complain
+from echo_rt.cli.streams import can_draw, complain
 from echo_rt.soak.config import SoakConfig
 from echo_rt.soak.journal import Line
 from echo_rt.soak.outcome import Status, Verdict
@@ -62,7 +61,7 @@ class Panel:
         self._verdicts: Sequence[Verdict] = ()
         self._next_drawing = 0.0
         self._live: Live | None = None
-        if not quiet and sys.stderr.isatty():
+        if not quiet and can_draw():
             from rich.console import Console
             from rich.live import Live
 

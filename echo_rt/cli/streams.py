@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from importlib.util import find_spec
 from typing import TextIO
 
 from echo_rt.errors import OutputError
@@ -50,6 +51,14 @@ def complain(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except OSError:
         return  # there is no one to tell; release() sees to what is left in the buffer
+
+
+def can_draw() -> bool:
+    """Whether standard error can show what is drawn anew: it is a terminal, and rich is installed.
+
+    Where not, the same is told in plain lines.
+    """
+    return sys.stderr.isatty() and find_spec("rich") is not None
 
 
 def release() -> None:

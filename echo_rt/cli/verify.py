@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_rt.cli.messages import describe
-from echo_rt.cli.model_options import add_float8_except
+from echo_rt.cli.model_options import add_float8_except, add_no_graphs
 from echo_rt.cli.outputs import Named, check_apart
 from echo_rt.cli.paths import parse_path
 from echo_rt.cli.signals import StopRequest
@@ -41,6 +39,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="default: float32")
     add_float8_except(parser)
     parser.add_argument("--backend", help="who does the operations: torch (see echo-rt doctor)")
+    add_no_graphs(parser)
     parser.add_argument("--dump", type=parse_path, metavar="DIR", help="keep what was computed in DIR/BUNDLE/")
     return parser
 
@@ -83,7 +82,9 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
                 if holds_vae(path):
                     bundle = verify_model(path, **facts)
                 else:
-                    bundle = verify_bundle(path, float8_except=arguments.float8_except, **facts)
+                    bundle = verify_bundle(
+                        path, float8_except=arguments.float8_except, graphs=arguments.graphs, **facts
+                    )
         except EchoError as error:
             text, code = describe(error)
             worst = max(worst, code)
@@ -151,26 +152,12 @@ def _number(value: float | None) -> float | None:
 
 
 def _print(bundle: BundleReport) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2), title=f"{escape(bundle.name)} ({bundle.kind})", title_justify="left")
-    table.add_column("tensor", no_wrap=True)
-    for column in ("error", "bound"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    wide = max(len(name) for name in ("tensor", *(row.name for row in bundle.rows)))
+    lines = [f"{bundle.name} ({bundle.kind})", f"  {'tensor':<{wide}}  {'error':>8}  {'bound':>8}"]
     for row in bundle.rows:
-        verdict = "[green]ok[/]" if row.ok else "[red]off[/]"
-        table.add_row(escape(row.name), f"{row.error:.2e}", f"{row.bound:.1e}", verdict)
-    good = sum(row.ok for row in bundle.rows)
-    state = "[green]passed[/]" if bundle.passed else "[red]failed[/]"
-    # Standard output is say's to write to, and rich would write nothing there, which a full disk may refuse as well.
-    console = Console(file=io.StringIO(), force_terminal=sys.stdout.isatty() or None, highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-        for each in bundle.precisions:
-            ssim = "-" if each.quality.ssim is None else f"{each.quality.ssim:.5f}"
-            console.print(f"  video in {each.dtype} beside float32: PSNR {each.quality.psnr:.1f} dB, SSIM {ssim}")
-        console.print(f"{escape(bundle.name)}: {state}, {good} of {len(bundle.rows)} tensors within bounds\n")
-    say(captured.get(), end="")
+        lines.append(f"  {row.name:<{wide}}  {row.error:8.2e}  {row.bound:8.1e}  {'ok' if row.ok else 'off'}")
+    for each in bundle.precisions:
+        ssim = "-" if each.quality.ssim is None else f"{each.quality.ssim:.5f}"
+        lines.append(f"  video in {each.dtype} beside float32: PSNR {each.quality.psnr:.1f} dB, SSIM {ssim}")
+    good, state = sum(row.ok for row in bundle.rows), "passed" if bundle.passed else "failed"
+    say("\n".join([*lines, f"{bundle.name}: {state}, {good} of {len(bundle.rows)} tensors within bounds\n"]))

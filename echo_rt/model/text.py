@@ -16,13 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import ftfy
 import torch
 from torch import Tensor, nn
 
 from echo_rt.config import TextEncoderConfig
 from echo_rt.device import give_memory_back
-from echo_rt.errors import PromptError, StreamError, WeightsError
+from echo_rt.errors import PromptError, StreamError, WeightsError, needing
 from echo_rt.weights.files import check_tensors
 from echo_rt.weights.keymaps import umt5_to_transformers
 from echo_rt.weights.shapes import text_encoder_shapes
@@ -34,8 +33,10 @@ _PROBE = "a"  # any text: what comes after its tokens is what the tokenizer appe
 def clean_prompt(text: str) -> str:
     """The prompt as Wan's models were trained to see it: mended Unicode, no HTML entities, single spaces.
 
-    Errors: ``PromptError`` when ``text`` is not a string or nothing is left of it.
+    Errors: ``PromptError`` when ``text`` is not a string or nothing is left of it; ``BackendError`` without ftfy.
     """
+    with needing("ftfy", "cleaning a prompt"):
+        import ftfy
     if not isinstance(text, str):
         raise PromptError(f"a prompt must be a string, got {type(text).__name__}")
     mended = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -61,7 +62,8 @@ def _build_umt5(
     config: TextEncoderConfig, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> Any:
     """The library's encoder with ``tensors`` (original names) as its weights, nothing initialized in between."""
-    from transformers import UMT5Config, UMT5EncoderModel
+    with needing("transformers", "the text encoder"):
+        from transformers import UMT5Config, UMT5EncoderModel
 
     options: dict[str, Any] = {
         "vocab_size": config.vocab_size,
@@ -98,8 +100,8 @@ def _load_tokenizer(folder: Path, vocab_size: int) -> Any:
     if not folder.is_dir():
         # The library would take the name of a folder that does not exist for that of a model on the network.
         raise WeightsError(f"{folder}: expected the tokenizer's folder, found none")
-    from transformers import AutoTokenizer
-
+    with needing("transformers", "the tokenizer"):
+        from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises anything from OSError to bare Exception for a damaged file
@@ -125,7 +127,8 @@ class TextEncoder:
         device: where the encoder runs.
         dtype: the widest type in which weights are kept; the arithmetic and the results are float32.
 
-    Errors: ``WeightsError`` for tensors that do not fit or a tokenizer that cannot be used.
+    Errors: ``WeightsError`` for tensors that do not fit or a tokenizer that cannot be used; ``BackendError`` without
+    transformers.
     """
 
     def __init__(

@@ -6,11 +6,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import av
 import numpy as np
 
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.output.part_file import Closing, check_writable, write_whole
+from echo_rt.output.video import load_av
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -75,6 +75,7 @@ class ContactSheet(Closing):
                 f"{path}: a contact sheet needs columns of 1 or more, an even limit, pictures of 8 pixels or more "
                 f"and an fps above 0, got {columns}, {limit}, {picture_width} and {fps}"
             )
+        self._av = load_av()
         check_writable(path)
         self.path = Path(path)
         self.fps = fps
@@ -114,9 +115,10 @@ class ContactSheet(Closing):
 
     def _shrink(self, image: Image) -> Image:
         height = max(1, round(image.shape[0] * self.picture_width / image.shape[1]))
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         small = frame.reformat(self.picture_width, height, "rgb24", interpolation="AREA")
-        return small.to_ndarray().astype(np.uint8, copy=False)
+        picture: Image = small.to_ndarray().astype(np.uint8, copy=False)
+        return picture
 
     def _compose(self) -> Image:
         height, width, _ = self._pictures[0].shape
@@ -134,11 +136,11 @@ class ContactSheet(Closing):
 
     def _encode(self, sheet: Image) -> bytes:
         try:
-            encoder = av.CodecContext.create("png", "w")
+            encoder = self._av.CodecContext.create("png", "w")
             encoder.height, encoder.width = sheet.shape[:2]
             encoder.pix_fmt, encoder.framerate = "rgb24", Fraction(1)
-            frame = av.VideoFrame.from_ndarray(sheet, format="rgb24")
+            frame = self._av.VideoFrame.from_ndarray(sheet, format="rgb24")
             frame.pts = 0
             return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
-        except av.FFmpegError as error:
+        except self._av.FFmpegError as error:
             raise OutputError(f"{self.path}: the PNG encoder failed: {error}") from None

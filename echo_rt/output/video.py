@@ -10,22 +10,28 @@ from __future__ import annotations
 import io
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
-from av.video.reformatter import ColorRange
 
-from echo_rt.errors import ConfigError, OutputError
+from echo_rt.errors import ConfigError, OutputError, needing
 from echo_rt.output.part_file import Closing, PartFile, reason
 
 if TYPE_CHECKING:
+    import av
     from numpy.typing import ArrayLike
 
 # delay_moov: the header waits for the first fragment, so that it can say where B-frames put the start of the video.
 _MOVFLAGS = "frag_keyframe+delay_moov+default_base_moof"
 # The number that H.264 and FFmpeg give to BT.709, for primaries, transfer and matrix alike.
 _BT709 = 1
+
+
+def load_av() -> Any:
+    """PyAV's module, which what is written with FFmpeg needs; :class:`BackendError` where it is not installed."""
+    with needing("av", "writing a video or a picture"):
+        import av.video.reformatter
+    return av
 
 
 class _Sink:
@@ -54,7 +60,8 @@ class VideoWriter(Closing):
         gop_seconds: longest stretch between two key frames, which is also what a crash loses at most,
             besides the frames that the encoder still looks ahead at.
 
-    Raises ``ConfigError`` for a size that cannot be encoded and ``OutputError`` when the file cannot be written.
+    Raises ``ConfigError`` for a size that cannot be encoded, ``OutputError`` when the file cannot be written and
+    ``BackendError`` without PyAV.
     After an ``OutputError`` :meth:`close` still puts the frames that reached the disk in place, playable.
     """
 
@@ -81,6 +88,7 @@ class VideoWriter(Closing):
         self._muxed = 0
         self._failed = False
         self._closed = False
+        self._av = av = load_av()
         self._sink = _Sink()
         self._part = PartFile(path)
         try:
@@ -90,7 +98,7 @@ class VideoWriter(Closing):
             context = self._stream.codec_context
             context.options = {"crf": str(crf), "preset": preset, "g": str(max(1, round(self.fps * gop_seconds)))}
             context.color_primaries = context.color_trc = context.colorspace = _BT709
-            context.color_range = ColorRange.MPEG
+            context.color_range = av.video.reformatter.ColorRange.MPEG
             context.open()
         except (av.FFmpegError, ValueError) as error:
             self._part.discard()
@@ -116,13 +124,13 @@ class VideoWriter(Closing):
             )
         try:
             for image in array:
-                frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+                frame = self._av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
                     format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
                 )
                 frame.pts, frame.time_base = self.frames_encoded, 1 / self.fps
                 self._mux(self._stream.encode(frame))
                 self.frames_encoded += 1
-        except av.FFmpegError as error:
+        except self._av.FFmpegError as error:
             self._failed = True
             raise OutputError(f"{self.path}: the H.264 encoder failed: {error}") from None
 
@@ -150,7 +158,7 @@ class VideoWriter(Closing):
         try:
             self._mux(self._stream.encode(None))
             self._container.close()
-        except av.FFmpegError as error:
+        except self._av.FFmpegError as error:
             self._failed = True
             raise OutputError(f"{self.path}: the H.264 encoder failed: {error}") from None
         self._drain(self._muxed)

@@ -98,6 +98,7 @@ class SoakConfig:
     backend: str | None = None
     attention: str | None = None
     convolution: str | None = None
+    graphs: bool | None = None
     lookahead: int | None = None
     width: int | None = None
     height: int | None = None

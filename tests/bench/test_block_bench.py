@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from stand_in_cuda import refuse_capture
 from torch import Tensor
 
 from echo_rt import reference
@@ -24,9 +25,9 @@ from echo_rt.bench.request import Request
 from echo_rt.bench.rig import Parts, Rig
 from echo_rt.bench.run import Run, run
 from echo_rt.bench.timing import DEVICE_CLOCK
-from echo_rt.bench.variants import turns_of
+from echo_rt.bench.variants import plan, turns_of
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig, WindowConfig
-from echo_rt.errors import BackendError, ConfigError
+from echo_rt.errors import BackendError, CaptureError, ConfigError
 from echo_rt.options import MemoryMode
 from echo_rt.tiny import CHECKPOINT_FILE, write_tiny_model
 
@@ -42,6 +43,7 @@ SMALLEST = BenchModel(
     ),
     VaeConfig(base_dim=4, num_res_blocks=1),
 )
+ASKED_OF_TORCH = {"device": "cpu", "dtype": "bfloat16", "backend": "torch"}
 ASKED = {"device": "cpu", "dtype": "bfloat16", "backend": "emulated"}
 
 
@@ -221,6 +223,49 @@ def test_a_backend_that_is_wrong_is_not_timed(patch: pytest.MonkeyPatch) -> None
     assert {row["what"] for row in content["tables"]["Peers"]} == {"left out by --no-peers"}
 
 
+@pytest.mark.parametrize("at", ["_alone", "_ready", "_held_against", "_variant_turn"])
+def test_where_graphs_fail_the_variant_is_measured_without(
+    at: str, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the capture was. The numbers are there, and so is what happened, in the exit code too."""
+    work, name = getattr(run_module._Runner, at), "evolve" if at == "_alone" else "off"
+
+    def fail(*given: Any) -> Any:
+        if given[-1].variant.name == name and given[-1].graphs:
+            raise CaptureError("Rollout._denoise", "not now")
+        return work(*given)
+
+    made: list[tuple[MemoryMode, bool | None]] = []
+
+    class Noted(Rig):
+        def __init__(self, parts: Parts, mode: MemoryMode, *, graphs: bool | None, depth: int) -> None:
+            made.append((mode, graphs))
+            super().__init__(parts, mode, graphs=graphs, depth=depth)
+
+    said: list[str] = []
+    monkeypatch.setattr(run_module, "Rig", Noted)
+    monkeypatch.setattr(run_module._Runner, at, fail)
+    found = run(Request(variants=("evolve", "off"), rounds=1, blocks=1, peers=False, **ASKED_OF_TORCH), said.append)
+    content, page = Report(found).content()
+    assert len(found.measured) == 2 and found.passed is False is content["passed"]
+    failed = {row["variant"]: row["graphs_failed"] for row in content["tables"]["Variants"]}
+    assert failed == {"evolve": None, "off": None} | {name: "Rollout._denoise: not now"}
+    assert f"GRAPHS FAILED in variant {name}, whose times are without them: Rollout._denoise: not now." in page
+    assert page.count("measured without graphs, which failed") == 1
+    assert any(f"{name}: graphs failed in Rollout._denoise: not now" in line for line in said)
+    mode = next(entry.mode for entry in found.entries if entry.variant.name == name)
+    assert (mode, False) in made
+    assert {len(sample.whole) for entry in found.entries for sample in entry.samples.values()} == {1}
+
+
+def test_no_graphs_is_for_all_variants(patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run(Request(variants=("off",), rounds=1, blocks=1, peers=False, graphs=False, **ASKED_OF_TORCH))
+    assert found.passed and [entry.graphs for entry in found.entries] == [False]
+    chosen, absent = plan(None, has_memory=True, no_graphs="--no-graphs was given", backend="torch")
+    assert [variant.name for variant in chosen] == ["evolve", "prior", "off"]
+    assert absent["no-graphs"] == "--no-graphs was given, so no variant has any"
+
+
 def test_a_folder_is_measured_as_a_runtime_would_load_it(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "tiny", width=32, height=32)
     facts = {"model": str(tmp_path / "tiny"), "device": "cpu"}
@@ -329,6 +374,7 @@ def test_a_gpu_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:.*needs nvidia-ml-py:RuntimeWarning")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_gpu_is_measured_by_its_own_clock() -> None:
     found = run(Request(size="tiny", device="cuda", backend="torch", rounds=2, blocks=3))
@@ -340,3 +386,15 @@ def test_a_gpu_is_measured_by_its_own_clock() -> None:
         for sample in entry.samples.values():
             assert 0 <= sample.idle < 1 and len(sample.whole) == 6 and min(sample.whole) > 0
             assert (min(sample.memory) > 0) is (entry.mode is MemoryMode.EVOLVE)
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:.*needs nvidia-ml-py:RuntimeWarning")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_whose_graphs_fail_is_measured_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what CUDA forbids amid a capture; the process can go on, another variant with graphs among it."""
+    refuse_capture(monkeypatch, "Rollout._update_memory", amid=lambda: torch.cuda.current_stream().synchronize())
+    found = run(Request(size="tiny", device="cuda", backend="torch", variants=("evolve", "off"), rounds=1, blocks=2))
+    assert not found.passed and len(found.measured) == 2
+    assert {entry.variant.name: entry.graphs for entry in found.entries} == {"evolve": False, "off": True}
+    assert "Rollout._update_memory: " in found.entries[0].graphs_failed

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import av
 import pytest
 import torch
 from torch import Tensor
@@ -142,6 +141,8 @@ def echo_rt(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 @pytest.fixture
 def frame_count() -> Callable[[Path], int]:
     """How many frames of a video can be decoded."""
+
+    av = pytest.importorskip("av")
 
     def count(path: Path) -> int:
         with av.open(str(path)) as container:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -50,7 +51,7 @@ def test_the_backend_of_the_environment(echo_rt, monkeypatch, chosen, code):
 
 @pytest.mark.parametrize(
     ("module", "name", "code"),
-    [("av", "av", 1), ("nvtx", "nvtx", 1), ("rich", "rich", 1), ("matplotlib", "matplotlib", 0)],
+    [("av", "av", 1), ("nvtx", "nvtx", 0), ("rich", "rich", 0), ("matplotlib", "matplotlib", 0)],
 )
 def test_a_missing_package(echo_rt, monkeypatch, module, name, code):
     monkeypatch.setitem(sys.modules, module, None)  # importing it fails
@@ -64,10 +65,52 @@ def test_a_missing_package(echo_rt, monkeypatch, module, name, code):
     assert page.out.splitlines()[-1] == (f"generate cannot run: {name}" if code else "generate can run")
 
 
-@pytest.mark.parametrize("module", [module for module, _, _, required in doctor_checks._DEPENDENCIES if not required])
-def test_generate_needs_no_other_package(module):
-    program = f"import sys; sys.modules[{module!r}] = None; import echo_rt.cli.recorder, echo_rt.runtime"
-    subprocess.run([sys.executable, "-c", program], check=True)
+STREAM = """
+import echo_rt, torch
+with echo_rt.Runtime.from_pretrained(model, device="cpu") as runtime:
+    with runtime.stream(prompt_embeds=torch.zeros(5, runtime.config.transformer.text_dim)) as stream:
+        assert [next(stream).index for _ in range(2)] == [0, 1]
+    try:
+        runtime.stream("a red fox")
+    except echo_rt.BackendError as error:
+        assert "cleaning a prompt needs the package ftfy" in str(error), error
+    else:
+        raise AssertionError("who cleaned the prompt?")
+"""
+COMMAND = "from echo_rt.cli.main import main; assert main({}) == {}"
+COLLECT = """
+import pytest
+assert pytest.main(["--collect-only", "-q", "-m", "cuda", "-p", "no:cacheprovider", tests]) == 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (STREAM, "NVTX ranges need"),
+        (COMMAND.format('["verify", "--device", "cpu", tests + "/golden/rollout_small"]', 0), "NVTX ranges need"),
+        (COMMAND.format('["generate", "--model", model, "--prompt", "a fox", "-o", "fox.mp4"]', 2), "the package av:"),
+        (COLLECT, ""),
+    ],
+    ids=["stream", "verify", "generate", "tests for GPUs are collected"],
+)
+def test_torch_numpy_and_safetensors_alone(program, said, small_model, golden_dir, tmp_path):
+    """A GPU machine may have no other package; what needs one names it when it is used, in one line."""
+    absent = {module for module, *_ in doctor_checks._DEPENDENCIES} - {"torch", "numpy", "safetensors"}
+    absent |= {"tokenizers", "diffusers", "accelerate", "fastapi", "uvicorn", "PIL", "wcwidth"}
+    absent |= {"pytest_benchmark", "xdist", "einops"}
+    before = f"import sys; sys.modules.update(dict.fromkeys({absent!r}))\n"  # importing one of them fails
+    before += f"model, tests = {str(small_model)!r}, {str(golden_dir.parent)!r}\n"
+    done = subprocess.run(
+        [sys.executable, "-c", before + program],
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == bool(said), done.stderr
+    assert said in done.stderr
 
 
 def test_a_broken_package_says_why(echo_rt, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -45,6 +44,8 @@ class Video:
     """A decoded video and what its container says. ``luma``: [n, height, width]."""
 
     def __init__(self, path: Path) -> None:
+        import av
+
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             self.size = (stream.codec_context.width, stream.codec_context.height)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import av
 import numpy as np
 import pytest
 
 from echo_rt.errors import ConfigError
 from echo_rt.output.contact_sheet import ContactSheet
+
+av = pytest.importorskip("av")
 
 
 def flat(first: int, count: int) -> np.ndarray:

@@ -9,7 +9,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -20,6 +19,8 @@ from echo_rt.output.part_file import PartFile
 from echo_rt.output.segment_index import RecordingIndex
 from echo_rt.output.segments import SegmentedWriter, check_free
 from echo_rt.output.video import VideoWriter
+
+av = pytest.importorskip("av")
 
 SIZE = (64, 48)
 BLOCKS = [9, *[12] * 7]  # as Wan's decoder gives them

@@ -140,6 +140,7 @@ def test_the_hosts_memory_is_this_processes() -> None:
 def test_on_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
+    pytest.importorskip("pynvml")
     device = torch.device("cuda", 0)
     held = torch.ones(2**20, device=device)
     memory = device_memory(device)
