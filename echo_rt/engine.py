@@ -54,7 +54,9 @@ class Engine:
     def finite(self) -> bool:
         """Whether all that the next block depends on is finite; waits for it."""
         with self.executor.apart():
-            ends = [torch.aminmax(t) for t in self.pipeline.live_tensors().values() if t.is_floating_point()]
+            # Without a memory some are empty.
+            values = [t for t in self.pipeline.live_tensors().values() if t.is_floating_point() and t.numel()]
+            ends = [torch.aminmax(t) for t in values]
             return all(bool(torch.isfinite(low) & torch.isfinite(high)) for low, high in ends)
 
     def require_fit(self, snapshot: Snapshot) -> None:

@@ -53,6 +53,15 @@ def test_a_prompt_begins_with_its_block_whatever_is_gone_back_from(
         assert begun[6] == [False, False] and begun[7] == [True, True]
 
 
+@pytest.mark.parametrize("memory", ["evolve", "prior", "off"])
+def test_it_goes_back_in_every_memory_mode(small_model: Path, monkeypatch: pytest.MonkeyPatch, memory: str) -> None:
+    with load(small_model, overrides=FEW_STEPS, memory=memory) as runtime:
+        stream = runtime.stream(prompt_embeds=embeds(runtime), guard=Guard("roll_back", keep_every=2))
+        poison(stream, monkeypatch, {5})
+        assert [chunk.index for chunk in take(stream, 8)] == list(range(8))
+        assert stream.rollbacks == 1
+
+
 def test_a_good_state_is_good(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The context pass alone went wrong: the block is whole, the keys it leaves behind are not."""
     with load(small_model, overrides=FEW_STEPS) as runtime:
