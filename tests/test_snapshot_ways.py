@@ -12,7 +12,7 @@ from streaming import embeds, load, require, same, take
 import echo_rt
 from echo_rt.errors import BackendError, ConfigError, StreamError
 from echo_rt.snapshot import Snapshot
-from echo_rt.snapshot_ways import VAE_ATTENTION, WAYS, ways_of
+from echo_rt.snapshot_ways import BACKEND, VAE_ATTENTION, WAYS, ways_of
 
 # None of which a CPU is given by itself in float32.
 OTHER_WAYS = {"attention": "sdpa-math", "convolution": "conv3d,phases"}
@@ -36,9 +36,10 @@ def other(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 def test_a_snapshot_names_every_way(other: tuple[Snapshot, list[echo_rt.Chunk]]) -> None:
     ways = other[0].model[WAYS]
+    assert ways["backend"] == "torch"
     assert ways["attention"] == ways["attention to the text"] == ways["attention of the VAE"] == "sdpa-math"
     convolutions = {label: name for label, name in ways.items() if label.startswith("convolution of ")}
-    assert len(convolutions) == len(ways) - 3 and set(convolutions.values()) == {"conv3d", "phases"}
+    assert len(convolutions) == len(ways) - 4 and set(convolutions.values()) == {"conv3d", "phases"}
     assert all(name == "phases" for label, name in convolutions.items() if label.endswith("after enlarging"))
 
 
@@ -62,16 +63,16 @@ def test_one_that_computes_otherwise_refuses(small_model: Path, other: tuple[Sna
     with load(small_model) as runtime:
         with pytest.raises(StreamError) as caught:
             runtime.resume(snapshot)
-        assert "made with attention by sdpa-math, here it is by sdpa and" in str(caught.value)
+        assert "attention was sdpa-math for its video and is sdpa here" in str(caught.value)
         assert "load the runtime with like=snapshot" in str(caught.value) and "\n" not in str(caught.value)
         with runtime.stream(prompt_embeds=embeds(runtime)) as stream:
             own = stream.snapshot()
         label = next(label for label in own.model[WAYS] if label.startswith("convolution of "))
         changed = dataclasses.replace(own, model={**own.model, WAYS: {**own.model[WAYS], label: "conv3d"}})
-        with pytest.raises(StreamError, match=r"made with convolution of .* by conv3d, here it is by three-products"):
+        with pytest.raises(StreamError, match=r"convolution of .* was conv3d for its video and is three-products here"):
             runtime.resume(changed)
         changed = dataclasses.replace(own, model={**own.model, WAYS: {**own.model[WAYS], VAE_ATTENTION: "products"}})
-        with pytest.raises(StreamError, match="made with attention of the VAE by products, here it is by sdpa"):
+        with pytest.raises(StreamError, match="attention of the VAE was products for its video and is sdpa here"):
             runtime.resume(changed)
         runtime.resume(own).close()
 
@@ -81,7 +82,7 @@ def test_who_asks_by_name_goes_on_by_that(small_model: Path, other: tuple[Snapsh
     asked = {"attention": "sdpa", "convolution": "three-products"}
     with (
         load(small_model, **asked) as runtime,
-        pytest.raises(StreamError, match="after enlarging by phases, here it is"),
+        pytest.raises(StreamError, match="after enlarging was phases for its video"),
     ):
         runtime.resume(snapshot)  # the enlarging ones were not asked for
     with load(small_model, **asked, like=snapshot) as runtime:
@@ -99,7 +100,7 @@ def test_snapshots_of_before_ways_were_kept(small_model: Path, ways: object) -> 
     snapshot, expected = begun(small_model)
     model = {name: fact for name, fact in snapshot.model.items() if name != WAYS}
     old = dataclasses.replace(snapshot, model=model if ways is None else {**model, WAYS: ways})
-    assert ways_of(old.model) == {}
+    assert ways_of(old.model) == {BACKEND: "torch"}
     with load(small_model, like=old) as runtime, runtime.resume(old) as stream:
         assert same(take(stream, 3), expected)
 
@@ -118,7 +119,8 @@ def test_snapshots_of_before_the_attention_of_the_vae_was_chosen(small_model: Pa
 
 def test_a_tiny_decoder_has_no_attention(small_model: Path) -> None:
     snapshot, expected = begun(small_model, vae="tiny", attention="products")
-    assert ways_of(snapshot.model) == {"attention": "products", "attention to the text": "products"}
+    ways = {"backend": "torch", "attention": "products", "attention to the text": "products"}
+    assert ways_of(snapshot.model) == ways
     with load(small_model, vae="tiny", like=snapshot) as runtime, runtime.resume(snapshot) as stream:
         assert runtime.vae_attention is None and same(take(stream, 3), expected)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_rt.cli.messages import describe
-from echo_rt.cli.model_options import add_float8_except
+from echo_rt.cli.model_options import BACKEND_HELP, add_float8_except
 from echo_rt.cli.outputs import Named, check_apart
 from echo_rt.cli.paths import parse_path
 from echo_rt.cli.signals import StopRequest
@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="default: float32")
     add_float8_except(parser)
-    parser.add_argument("--backend", help="who does the operations: torch (see echo-rt doctor)")
+    parser.add_argument("--backend", help=BACKEND_HELP)
     parser.add_argument("--dump", type=parse_path, metavar="DIR", help="keep what was computed in DIR/BUNDLE/")
     return parser
 
@@ -140,6 +140,8 @@ def _as_json(bundle: BundleReport) -> dict[str, Any]:
     return {
         "name": bundle.name,
         "kind": bundle.kind,
+        "backend": bundle.backend.name,
+        "backend_reason": bundle.backend.reason,
         "passed": bundle.passed,
         "tensors": tensors,
         "precisions": precisions,
@@ -169,6 +171,7 @@ def _print(bundle: BundleReport) -> None:
     console = Console(file=io.StringIO(), force_terminal=sys.stdout.isatty() or None, highlight=False)
     with console.capture() as captured:
         console.print(table)
+        console.print(f"  backend {bundle.backend.name}: {escape(bundle.backend.reason)}", soft_wrap=True)
         for each in bundle.precisions:
             ssim = "-" if each.quality.ssim is None else f"{each.quality.ssim:.5f}"
             console.print(f"  video in {each.dtype} beside float32: PSNR {each.quality.psnr:.1f} dB, SSIM {ssim}")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from echo_rt import ops as ops_module
 from echo_rt import reference
 from echo_rt.bench import request as request_module
 from echo_rt.bench import rig as rig_module
@@ -78,7 +79,7 @@ def measured(patch: pytest.MonkeyPatch, turns: list[tuple[Rig, int]]) -> Run:
         take_turn(rig, lookahead, *rest)
 
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(run_module, "load_ops", _load(broken=False))
+        context.setattr(ops_module, "load_ops", _load(broken=False))
         context.setattr(run_module, "take_turn", noted)
         return run(Request(variants=("evolve", "off", "torch"), rounds=ROUNDS, blocks=BLOCKS, **ASKED))
 
@@ -188,7 +189,7 @@ def test_a_day_is_that_of_the_measured_blocks(as_on_a_gpu: dict[str, Any]) -> No
 def test_a_backend_that_is_wrong_is_not_timed(patch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(run_module, "load_ops", _load(broken=True))
+        context.setattr(ops_module, "load_ops", _load(broken=True))
         found = run(Request(variants=("off", "torch"), rounds=1, blocks=1, peers=False, **ASKED), said.append)
     assert not found.passed and [entry.variant.name for entry in found.measured] == ["torch"]
     wrong, right = found.entries
@@ -224,7 +225,7 @@ def test_what_is_asked_of_the_decoder_is_not_asked_of_what_it_is_held_against(
             super().__init__(*given)
             made.append(self)
 
-    monkeypatch.setattr(run_module, "load_ops", _load(broken=False))
+    monkeypatch.setattr(ops_module, "load_ops", _load(broken=False))
     monkeypatch.setattr(run_module, "Parts", Kept)
     higher = replace(SMALLEST, config=replace(SMALLEST.config, latent_height=6))  # bands need some rows
     monkeypatch.setitem(request_module.MODELS, "tiny", higher)
@@ -292,7 +293,7 @@ def test_what_no_variant_can_compute_in_is_told_before_any_is_made(
         pytest.fail("a trial of attention, or a model, would take minutes on a GPU")
 
     monkeypatch.delenv("ECHO_RT_BACKEND", raising=False)
-    monkeypatch.setattr(run_module, "load_ops", _load(broken=False))
+    monkeypatch.setattr(ops_module, "load_ops", _load(broken=False))
     monkeypatch.setattr(run_module.Site, "choose", begin)
     with pytest.raises((ConfigError, BackendError), match=words):
         run(Request(device="cpu", **facts))
