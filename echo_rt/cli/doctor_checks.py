@@ -126,7 +126,8 @@ def _default_backend() -> Iterator[Fact]:
     try:
         backend = choose_backend(None, _best_device())
     except EchoError as error:  # only the environment's can be refused
-        advice = f"set it to another of {', '.join(BACKENDS)}, or unset it: {first_line(error)}"
+        why = first_line(error).removeprefix(f"{BACKEND_VARIABLE}: ")
+        advice = f"set it to another of {', '.join(BACKENDS)}, or unset it: {why}"
         yield Fact("echo-rt", BACKEND_VARIABLE, str(named), "missing", advice)
         return
     if named:

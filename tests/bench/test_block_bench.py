@@ -25,7 +25,7 @@ from echo_rt.bench.request import Request
 from echo_rt.bench.rig import Parts, Rig
 from echo_rt.bench.run import Run, run
 from echo_rt.bench.timing import DEVICE_CLOCK
-from echo_rt.bench.variants import turns_of
+from echo_rt.bench.variants import memory_evolves, turns_of
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig, WindowConfig
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.options import MemoryMode
@@ -133,6 +133,7 @@ def test_every_part_of_a_block_is_there(content: dict[str, Any]) -> None:
 
 def test_what_was_measured_was_right_and_says_so(content: dict[str, Any]) -> None:
     assert content["passed"] is True and content["result"] is False and "no result" in content["clock"]
+    assert (content["backend"], content["backend_reason"]) == ("emulated", "asked for by name")
     rows = {row["variant"]: row for row in content["tables"]["Variants"]}
     for row in rows.values():
         assert (row["latents_error"], row["frames_error"], row["bound"]) == (0.0, 0.0, pytest.approx(0.03))
@@ -297,6 +298,14 @@ def test_what_no_variant_can_compute_in_is_told_before_any_is_made(
     monkeypatch.setattr(run_module.Site, "choose", begin)
     with pytest.raises((ConfigError, BackendError), match=words):
         run(Request(device="cpu", **facts))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "evolves"),
+    [(None, True), (("off", "no-graphs"), True), (("evolve",), True), (("prior", "off", "torch"), False)],
+)
+def test_whether_the_backend_is_asked_for_a_memory(wanted: tuple[str, ...] | None, evolves: bool) -> None:
+    assert memory_evolves(wanted) is evolves
 
 
 def test_a_gpu_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
