@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import load
+from streaming import load, require, video
 
 import echo_rt
 from echo_rt import assembly, ops
@@ -224,3 +224,18 @@ def test_a_bundle_is_verified_on_what_a_runtime_would_have(
     report = verify_bundle(golden_dir / bundle, device="cpu", dtype=dtype)
     assert asked == [memory] and report.passed
     assert (report.backend.name, report.backend.reason) == ("torch", "the device is cpu")
+
+
+@pytest.mark.cuda
+def test_on_a_gpu(small_model: Path) -> None:
+    device = require("cuda")
+    if available_backends()["cuda"] != "available":
+        pytest.skip("this build has no kernels for a GPU")
+    for options, backend in (
+        ({"dtype": "bfloat16"}, "cuda"),
+        ({"dtype": "float32", "memory": "prior"}, "cuda"),
+        ({"dtype": "float32"}, "torch"),
+    ):
+        with load(small_model, device=device, **options) as runtime:
+            assert runtime.backend == backend, runtime.backend_reason
+            assert len(video(runtime, 2)) == 2
