@@ -20,6 +20,7 @@ from echo_rt.bench.savings import COLUMNS, Effort, counted_rows, measure, write
 from echo_rt.bench.savings_counts import H200, Counts, Limits
 from echo_rt.bench.tables import check_results_folder, markdown
 from echo_rt.bench.timing import Timer, timer_for
+from echo_rt.cli.model_options import BACKEND_HELP
 from echo_rt.cli.paths import parse_path
 from echo_rt.device import DTYPES, parse_device, parse_dtype
 from echo_rt.errors import EchoError
@@ -43,7 +44,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (a rehearsal); default: cuda")
     parser.add_argument("--size", choices=MODELS, help="default: released on a GPU, tiny on a CPU")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
-    parser.add_argument("--backend", help="default: cuda on a GPU, else torch")
+    parser.add_argument("--backend", help=BACKEND_HELP)
     parser.add_argument("--attention", metavar="NAME", help="default: the fastest")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and calls")
     return parser.parse_args(argv)

@@ -16,6 +16,7 @@ from echo_rt.bench.model_sizes import MODELS
 from echo_rt.bench.tables import check_results_folder
 from echo_rt.bench.vae_report import write
 from echo_rt.bench.vae_run import VaeRequest, run
+from echo_rt.cli.model_options import BACKEND_HELP
 from echo_rt.cli.paths import parse_path
 from echo_rt.errors import EchoError
 from echo_rt.ops import BACKENDS
@@ -30,7 +31,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--width", type=int, help="of the video, in pixels; default: that of the size")
     parser.add_argument("--height", type=int, help="the same")
     parser.add_argument("--dtype", choices=VAE_DTYPE_NAMES, default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--backend", choices=BACKENDS, help="of ours; default: cuda on a GPU, else torch")
+    parser.add_argument("--backend", choices=BACKENDS, help=f"of ours: {BACKEND_HELP}")
     parser.add_argument("--convolution", metavar="NAME[,NAME]", help="of ours; default: what a trial finds fastest")
     parser.add_argument("--blocks", type=int, help="timed blocks of each")
     parser.add_argument("--quick", action="store_true", help="fewer blocks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,16 +19,18 @@ from echo_rt.loading import LoadedModel
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.transformer import Transformer
-from echo_rt.ops import load_ops
-from echo_rt.options import WAN_VAE
+from echo_rt.ops import Backend, choose_backend
+from echo_rt.options import WAN_VAE, MemoryMode
 from echo_rt.pipeline import Pipeline
 from echo_rt.prompts import PromptEncoder
 from echo_rt.rollout import Rollout
 from echo_rt.room import require_room
 from echo_rt.snapshot_fit import WEIGHTS
-from echo_rt.snapshot_ways import ATTENTION, TEXT_ATTENTION, WAYS, Ways
+from echo_rt.snapshot_ways import ATTENTION, BACKEND, TEXT_ATTENTION, WAYS, Ways
 from echo_rt.steady import SteadyCheck
 from echo_rt.weights.fingerprint import FingerprintedTensors
+
+_logger = logging.getLogger("echo_rt.runtime")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Assembly:
     """An engine, and what was chosen on the way to it: the decoder's name, libraries and kernels, and why these."""
 
     engine: Engine
-    backend: str
+    backend: Backend
     vae: str
     attention: Choice
     text_attention: Choice
@@ -69,7 +72,14 @@ def assemble(loaded: LoadedModel, options: Options) -> Assembly:
     device, dtype, working = options.device, options.dtype, working_dtype(options.dtype)
     vae_config = loaded.vae
     vae = WAN_VAE if tiny_vae is None else tiny_vae.kind.name
-    ops = load_ops(options.backend)
+    backend = choose_backend(
+        options.backend,
+        device,
+        memory=(working, config.transformer.head_dim) if loaded.mode is MemoryMode.EVOLVE else None,
+        prescribed=options.like.get(BACKEND),
+    )
+    _logger.log(logging.WARNING if backend.fallback else logging.INFO, "backend %s: %s", backend.name, backend.reason)
+    ops = backend.ops
     if vae_config.z_dim != config.transformer.in_channels:
         raise ConfigError(
             f"the VAE has {vae_config.z_dim} latent channels, the transformer {config.transformer.in_channels}"
@@ -126,7 +136,7 @@ def assemble(loaded: LoadedModel, options: Options) -> Assembly:
         )
         rollout = Rollout(config, transformer, encoder, schedule, ops, attention.attention, loaded.mode, executor)
         pipeline = Pipeline(rollout, decoder, vae_config, ops, executor, device=device, depth=1 + lookahead)
-    ways = Ways.chosen(attention, text_attention, vae_attention, convolutions)
+    ways = Ways.chosen(backend, attention, text_attention, vae_attention, convolutions)
     # A snapshot goes on with the same model alone: all that its video depends on, beside seed and prompts.
     model = {
         **config.to_flat(),
@@ -153,7 +163,7 @@ def assemble(loaded: LoadedModel, options: Options) -> Assembly:
         lookahead=lookahead,
         check=SteadyCheck(executor, device, pipeline.buffers) if options.check else None,
     )
-    return Assembly(engine, ops.name, vae, attention, text_attention, vae_attention, convolutions)
+    return Assembly(engine, backend, vae, attention, text_attention, vae_attention, convolutions)
 
 
 def _check_lookahead(lookahead: int | None, device: torch.device) -> int:

@@ -11,6 +11,7 @@ Letters: ``F`` frames, ``S`` tokens in a frame, ``n`` = F·S tokens, ``H`` heads
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -271,20 +272,16 @@ def _cuda_status(built: tuple[str, str]) -> str:
     return "available" if torch.cuda.is_available() else "torch sees no GPU; install an NVIDIA driver, see nvidia-smi"
 
 
-def load_ops(backend: str | None = None) -> Ops:
-    """The operations of ``backend``; None means the environment's ``ECHO_RT_BACKEND``, or ``torch``.
+def load_ops(backend: str) -> Ops:
+    """The operations of ``backend``.
 
     Raises :class:`BackendError` for a backend that is unknown or not there: there is no fallback.
     """
-    named_by = "backend"
-    if backend is None:
-        named_by = BACKEND_VARIABLE
-        backend = os.environ.get(BACKEND_VARIABLE) or "torch"
     if backend not in BACKENDS:
-        raise BackendError(f"{named_by} must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        raise BackendError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     status = available_backends()[backend]
     if status != "available":
-        raise BackendError(f"{named_by} {backend!r} is not available: {status}")
+        raise BackendError(f"backend {backend!r} is not available: {status}")
     if backend == "torch":
         from echo_rt import reference
 
@@ -294,21 +291,95 @@ def load_ops(backend: str | None = None) -> Ops:
     return Kernels()
 
 
+@dataclass(frozen=True)
+class Backend:
+    """The operations that a model is given, and why these.
+
+    ``by_name``: whether its user asked for them; ``fallback``: whether they are torch's for want of kernels on a GPU.
+    """
+
+    ops: Ops
+    reason: str
+    by_name: bool = False
+    fallback: bool = False
+
+    @property
+    def name(self) -> str:
+        """As :data:`BACKENDS` has it."""
+        return self.ops.name
+
+
+def choose_backend(
+    requested: str | None,
+    device: torch.device,
+    *,
+    memory: tuple[torch.dtype, int] | None = None,
+    prescribed: str | None = None,
+) -> Backend:
+    """The backend named ``requested``, else that of the snapshot to go on with, ``prescribed``, else the environment's.
+
+    None of these: ``cuda`` where ``device`` is a GPU that the kernels were built for, ``torch`` elsewhere, and where
+    the kernels do not update the memory. ``memory``: dtype and head size of one that evolves, None where none does.
+    Raises :class:`BackendError` where the one that was named cannot be had or does not run: nothing else takes its
+    place.
+    """
+    if requested is not None:
+        return Backend(_able(requested, device, memory), "asked for by name", by_name=True)
+    if prescribed is not None:
+        try:
+            return Backend(_able(prescribed, device, memory), "as in the snapshot")
+        except BackendError as error:
+            raise BackendError(
+                f"{error}. The snapshot's video was made with it; "
+                "name another with backend= (--backend) to go on, rounded otherwise"
+            ) from error
+    if named := os.environ.get(BACKEND_VARIABLE):
+        try:
+            return Backend(_able(named, device, memory), f"{BACKEND_VARIABLE} names it")
+        except BackendError as error:
+            raise BackendError(f"{BACKEND_VARIABLE}: {error}") from error
+    if device.type != "cuda":
+        return Backend(load_ops("torch"), f"the device is {device}")
+    try:
+        ops = _able("cuda", device, None)
+        obstacle = "" if memory is None else memory_obstacle(ops, *memory)
+    except BackendError as error:
+        obstacle = str(error)
+    if obstacle:
+        return Backend(load_ops("torch"), obstacle, fallback=True)
+    return Backend(ops, f"the kernels are built for {device}")
+
+
+def _able(name: str, device: torch.device, memory: tuple[torch.dtype, int] | None) -> Ops:
+    """The operations of ``name``, which run there; :class:`BackendError` where they do not."""
+    ops = load_ops(name)
+    check_device(ops, device)
+    if memory is not None:
+        check_memory(ops, *memory)
+    return ops
+
+
+def memory_obstacle(ops: Ops, dtype: torch.dtype, head_dim: int) -> str:
+    """Why the backend has no memory update for ``dtype`` and head size, or ""."""
+    if ops.name == "torch":
+        return ""
+    from echo_rt.kernels import HEAD_SIZES
+
+    if dtype != torch.float32 and head_dim in HEAD_SIZES:
+        return ""
+    return (
+        f"backend {ops.name!r} updates the memory in bfloat16 or float16 with heads of {HEAD_SIZES}, "
+        f"got {plain(dtype)} and {head_dim}"
+    )
+
+
 def check_memory(ops: Ops, dtype: torch.dtype, head_dim: int) -> None:
     """Raises :class:`BackendError` where the backend has no memory update for ``dtype`` and head size.
 
     Asked when a model is loaded: the update itself comes blocks later.
     """
-    if ops.name == "torch":
-        return
-    from echo_rt.kernels import HEAD_SIZES
-
-    if dtype == torch.float32 or head_dim not in HEAD_SIZES:
-        raise BackendError(
-            f"backend {ops.name!r} updates the memory in bfloat16 or float16 with heads of {HEAD_SIZES}, "
-            f"got {plain(dtype)} and {head_dim}; "
-            "choose memory 'prior' or 'off', or backend 'torch'"
-        )
+    if obstacle := memory_obstacle(ops, dtype, head_dim):
+        raise BackendError(f"{obstacle}; choose memory 'prior' or 'off', or backend 'torch'")
 
 
 def check_device(ops: Ops, device: torch.device) -> None:

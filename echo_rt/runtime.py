@@ -23,10 +23,10 @@ from echo_rt.failed_frames import frees_frames
 from echo_rt.forks import Home, note_loading
 from echo_rt.guard import Guard
 from echo_rt.loading import LoadedModel, load_model
-from echo_rt.ops import check_device, load_ops
+from echo_rt.ops import choose_backend
 from echo_rt.options import WAN_VAE, MemoryMode, check_seed
 from echo_rt.snapshot import Snapshot
-from echo_rt.snapshot_ways import ways_of
+from echo_rt.snapshot_ways import BACKEND, ways_of
 from echo_rt.stream import Stream
 from echo_rt.wording import one_line
 
@@ -40,9 +40,10 @@ class Runtime:
     """A model on a device, ready to stream. Make one with :meth:`from_pretrained`; close it to give memory back.
 
     ``config`` and ``vae_config`` say what it computes, ``dtype`` and ``vae_dtype`` how precisely, ``vae`` who makes
-    pictures of latents (``"wan"``, or the kind of a tiny decoder), ``attention`` and ``text_attention`` with which
-    libraries and why, ``vae_attention`` and ``convolutions`` how the VAE's are computed and why (a tiny decoder has
-    None and none), ``frame_size`` the video's ``(width, height)`` in pixels and ``fps`` its frames a second.
+    pictures of latents (``"wan"``, or the kind of a tiny decoder), ``backend`` which implementation of the operations
+    it has and ``backend_reason`` why, ``attention`` and ``text_attention`` with which libraries and why,
+    ``vae_attention`` and ``convolutions`` how the VAE's are computed and why (a tiny decoder has None and none),
+    ``frame_size`` the video's ``(width, height)`` in pixels and ``fps`` its frames a second.
     """
 
     def __init__(self, loaded: LoadedModel, options: Options) -> None:
@@ -53,7 +54,8 @@ class Runtime:
         engine = made.engine
         self.config, self.vae_config, self.memory = loaded.config, engine.vae, loaded.mode
         self.device, self.dtype, self.vae_dtype = options.device, options.dtype, engine.vae_dtype
-        self.backend, self.vae, self.lookahead = made.backend, made.vae, engine.lookahead
+        self.backend, self.backend_reason = made.backend.name, made.backend.reason
+        self.vae, self.lookahead = made.vae, engine.lookahead
         self.attention, self.text_attention = made.attention, made.text_attention
         self.vae_attention, self.convolutions = made.vae_attention, made.convolutions
         self._engine: Engine | None = engine
@@ -108,7 +110,9 @@ class Runtime:
                 ``.safetensors``), or the path of such a file; the model's own VAE need not be there then.
             vae_tiles: in how many bands of rows the model's own VAE decodes its two highest resolutions: the same video
                 in less device memory and more time.
-            backend: which implementation of the operations; None for ``ECHO_RT_BACKEND``, or torch.
+            backend: which implementation of the operations; None for ``ECHO_RT_BACKEND``, or else ``"cuda"`` on a GPU
+                that the kernels were built for and ``"torch"`` elsewhere. That is also where the kernels do not cover
+                the model, which is one whose memory evolves in float32 or has other head sizes.
             width, height: of the video, in pixels; None for the model folder's own, or 832 and 480.
             attention: which library computes attention, by the names ``echo-rt doctor`` lists; None for the one that a
                 trial on this model's shapes finds fastest, once for a GPU. The VAE's attention too, where the library
@@ -127,8 +131,8 @@ class Runtime:
             float8_except: layers that stay in bfloat16 in dtype float8, as patterns of their weights' names such as
                 ``"blocks.0.*"`` or ``"*.ffn.2"``; one that matches none is an error. The projections q, k and v of
                 self-attention are one product: to keep one of them is to keep all three.
-            like: a snapshot to go on with: attention and convolutions that are not asked for by name are computed as
-                its video's were, whatever a trial would find.
+            like: a snapshot to go on with: backend, attention and convolutions that are not asked for by name are those
+                of its video, whatever ``ECHO_RT_BACKEND`` names or a trial would find.
 
         Raises:
             WeightsError: files that are missing, damaged, or of another model.
@@ -141,7 +145,8 @@ class Runtime:
         note_loading(place)
         precision = parse_dtype(dtype, place)
         decoding = DecoderOptions(parse_vae_dtype(vae_dtype, precision), tiles=vae_tiles, convolution=convolution)
-        check_device(load_ops(backend), place)
+        ways = {} if like is None else ways_of(like.model)
+        choose_backend(backend, place, prescribed=ways.get(BACKEND))  # one that was named is refused before the weights
         loaded = load_model(
             model,
             checkpoint=checkpoint,
@@ -165,7 +170,7 @@ class Runtime:
             check=check,
             keep_text_encoder=keep_text_encoder,
             float8_except=float8_except,
-            like={} if like is None else ways_of(like.model),
+            like=ways,
         )
         return cls(loaded, options)
 
@@ -234,10 +239,10 @@ class Runtime:
 
     @frees_frames
     def resume(self, snapshot: Snapshot, *, guard: Guard | None = None) -> Stream:
-        """Go on, bit for bit on the same backend, where :meth:`Stream.snapshot` was taken.
+        """Go on, bit for bit, where :meth:`Stream.snapshot` was taken.
 
-        :class:`StreamError` for a snapshot of another model, one whose video was computed in other ways than this
-        runtime's user asked for or its trials found (``like``), or while another stream is live.
+        :class:`StreamError` for a snapshot of another model, one whose video was computed by another backend or in
+        other ways than this runtime has, unless its user named these (see ``like``), or while another stream is live.
         """
         with self._free() as engine:
             return self._enliven(Stream.restore(engine, snapshot, guard))

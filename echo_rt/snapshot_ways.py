@@ -1,7 +1,7 @@
 """By which libraries and kernels a video is computed, as its snapshots have it.
 
-Two ways to compute the same differ in the last bits. Which one a model is given is the outcome of a trial, which may
-be another one elsewhere or later; so a video that is to go on bit for bit is computed by those that its snapshot names.
+Two ways to compute the same differ in the last bits. Which one a model is given depends on the machine and on a trial,
+which may find another one later; so a video that is to go on bit for bit is computed by those that its snapshot names.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from echo_rt import attention, convolution
+from echo_rt.ops import Backend
 
 WAYS = "computed_by"  # the fact of a model: names of kinds by labels
+BACKEND = "backend"
 ATTENTION, TEXT_ATTENTION, VAE_ATTENTION = "attention", "attention to the text", "attention of the VAE"
 
 
@@ -22,10 +24,11 @@ def convolution_label(shape: convolution.ConvolutionShape) -> str:
 
 
 def ways_of(model: Mapping[str, Any]) -> dict[str, str]:
-    """Those of a snapshot's model, by their labels; none in snapshots of before they were kept."""
+    """Those of a snapshot's model, by their labels; in one of before they were kept, the backend alone."""
     ways = model.get(WAYS)
     pairs = ways.items() if isinstance(ways, dict) else ()
-    return {label: name for label, name in pairs if isinstance(label, str) and isinstance(name, str)}
+    known = {label: name for label, name in pairs if isinstance(label, str) and isinstance(name, str)}
+    return {BACKEND: "torch"} | known  # which it was unless somebody named another, before it was kept
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,14 @@ class Ways:
     @classmethod
     def chosen(
         cls,
+        backend: Backend,
         over_cache: attention.Choice,
         over_text: attention.Choice,
         of_vae: attention.Choice | None,
         convolutions: Mapping[convolution.ConvolutionShape, convolution.Choice],
     ) -> Ways:
-        """Those of the transformer, and of a decoder that has a choice."""
-        names, asked = {}, []
+        """Those of the whole model, of its transformer, and of a decoder that has a choice."""
+        names, asked = {BACKEND: backend.name}, [BACKEND] * backend.by_name
         for label, choice in ((ATTENTION, over_cache), (TEXT_ATTENTION, over_text), (VAE_ATTENTION, of_vae)):
             if choice is None:
                 continue
@@ -61,7 +65,7 @@ class Ways:
             own = self.names.get(label, theirs)
             if own != theirs and label not in self.asked:
                 return (
-                    f"its video was made with {label} by {theirs}, here it is by {own} and rounded otherwise: load the "
-                    "runtime with like=snapshot to go on bit for bit, or with attention= and convolution= by name"
+                    f"{label} was {theirs} for its video and is {own} here, which rounds otherwise: load the runtime "
+                    "with like=snapshot to go on bit for bit, or with backend=, attention= and convolution= by name"
                 )
         return None

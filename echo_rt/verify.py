@@ -28,7 +28,7 @@ from echo_rt.model.sampler import Schedule
 from echo_rt.model.text import TextEncoder
 from echo_rt.model.transformer import Transformer
 from echo_rt.model.vae_encoder import VaeEncoder
-from echo_rt.ops import Ops, check_device, load_ops
+from echo_rt.ops import Backend, Ops, choose_backend
 from echo_rt.options import MemoryMode
 from echo_rt.output.part_file import write_whole
 from echo_rt.prompts import check_prompt_embeds
@@ -77,6 +77,7 @@ class BundleReport:
 
     name: str
     kind: str
+    backend: Backend
     rows: tuple[Row, ...]
     precisions: tuple[Precision, ...] = ()
 
@@ -267,11 +268,10 @@ def verify_bundle(
     folder = Path(path)
     config = _read_config(folder)
     place = parse_device(device)
-    ops = load_ops(backend)
-    check_device(ops, place)
     precision = parse_dtype(dtype, place)
     if config["kind"] != "rollout":
         precision = working_dtype(precision)
+    chosen = choose_backend(backend, place, memory=_memory(config, working_dtype(precision)))
     bundle = _Bundle(
         config=config,
         weights=open_tensors(folder / "weights.safetensors"),
@@ -279,7 +279,7 @@ def verify_bundle(
         expected=open_tensors(folder / "expected.safetensors"),
         device=place,
         dtype=precision,
-        ops=ops,
+        ops=chosen.ops,
         executor=make_executor(place, graphs),
         source=str(folder),
         float8_except=float8_except,
@@ -304,7 +304,14 @@ def verify_bundle(
         )
         for key in bundle.expected
     ]
-    return BundleReport(name=name, kind=config["kind"], rows=tuple(rows), precisions=precisions)
+    return BundleReport(name=name, kind=config["kind"], backend=chosen, rows=tuple(rows), precisions=precisions)
+
+
+def _memory(config: Mapping[str, Any], dtype: torch.dtype) -> tuple[torch.dtype, int] | None:
+    """Dtype and head size of the memory that evolves in a bundle, None where none does."""
+    if config["kind"] != "rollout" or config.get("memory") is None:
+        return None
+    return dtype, ModelConfig.from_flat(config).transformer.head_dim
 
 
 def dump_tensors(folder: Path, actual: dict[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.device import parse_device, parse_dtype, working_dtype
-from echo_rt.ops import check_device, load_ops
+from echo_rt.ops import choose_backend
 from echo_rt.verify import BundleReport, Row, bound_between, dump_tensors, relative_error
 from echo_rt.verify_decoder import folder_decoding
 
@@ -28,16 +28,15 @@ def verify_model(
     ``<dump>/<folder's name>/actual.safetensors``. Raises :class:`EchoError` where the VAE cannot be run at all.
     """
     folder, place = Path(path), parse_device(device)
-    ops, precision = load_ops(backend), working_dtype(parse_dtype(dtype, place))
-    check_device(ops, place)
-    decoding = folder_decoding(folder, ops, place)
+    chosen, precision = choose_backend(backend, place), working_dtype(parse_dtype(dtype, place))
+    decoding = folder_decoding(folder, chosen.ops, place)
     at_once, grouped = decoding.in_groups(precision)
     bound = bound_between(precision)
     rows = [Row(f"video {name}", _worst_frame(video, at_once), bound) for name, video in grouped.items()]
     name = folder.resolve().name
     if dump is not None:
         dump_tensors(Path(dump) / name, {"video": at_once, **{f"video {key}": video for key, video in grouped.items()}})
-    return BundleReport(name=name, kind="model", rows=tuple(rows), precisions=decoding.precisions())
+    return BundleReport(name=name, kind="model", backend=chosen, rows=tuple(rows), precisions=decoding.precisions())
 
 
 def _worst_frame(video: Tensor, expected: Tensor) -> float:

@@ -32,8 +32,7 @@ from op_checks import (
 )
 
 from echo_rt import reference
-from echo_rt.errors import BackendError
-from echo_rt.ops import BACKEND_VARIABLE, POSITION_FIELDS, Ops, available_backends, load_ops
+from echo_rt.ops import POSITION_FIELDS, Ops, load_ops
 from echo_rt.state import RingLayout
 
 # The memory's kernels have tiles for two head sizes, and no float32.
@@ -399,20 +398,3 @@ def test_frames_to_uint8(ops: Ops, dtype: torch.dtype, frame: tuple[int, int, in
     expected = ((video.double().clamp(-1, 1) + 1) * 127.5).round()
     assert int((out.double() - expected).abs().max()) <= (0 if dtype == torch.float32 else 1)
     assert out[0, 0, 0].tolist() == [0, 255, 128]
-
-
-def test_backends_are_chosen_by_name_and_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
-    assert load_ops().name == "torch"
-    with pytest.raises(BackendError, match="torch, emulated, cuda; got 'opencl'"):
-        load_ops("opencl")
-    for name, status in available_backends().items():
-        if status != "available":
-            with pytest.raises(BackendError, match=f"'{name}' is not available"):
-                load_ops(name)
-            monkeypatch.setenv(BACKEND_VARIABLE, name)
-            with pytest.raises(BackendError, match=f"{BACKEND_VARIABLE} '{name}' is not available"):
-                load_ops()
-    monkeypatch.setenv(BACKEND_VARIABLE, "opencl")
-    with pytest.raises(BackendError, match=f"{BACKEND_VARIABLE} must be one of torch, emulated, cuda; got 'opencl'"):
-        load_ops()

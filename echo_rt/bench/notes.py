@@ -32,6 +32,7 @@ def notes(run: Run, *, frames_a_block: int, judged: bool) -> list[str]:
         "x torch: the time of the torch variant over that of this one. Errors: relative, of one steady block, against "
         "the torch backend without graphs, which begins it from the same state.",
     ]
+    lines.append(f"Backend: {run.backend.name}, {run.backend.reason}.")
     lines += [
         f"Attention {what}: {choice.attention.name}, {choice.reason}."
         for what, choice in zip(("over the cache", "over the text", "of the decoder"), run.attention, strict=True)

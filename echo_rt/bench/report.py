@@ -212,6 +212,8 @@ class Report:
             "clock": run.clock if self.is_result else f"{run.clock}: no result",
             "model": {"source": run.model.source, **run.model.config.to_flat()},
             "dtype": dtype_name(run.dtype),
+            "backend": run.backend.name,
+            "backend_reason": run.backend.reason,
             "float8_except": list(run.request.float8_except),
             "attention": [_choice(choice) for choice in run.attention],
             "convolutions": {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,6 @@ import torch
 from echo_rt.bench.model import Model, folder_model, random_model
 from echo_rt.bench.model_sizes import MODELS, RELEASED, TINY
 from echo_rt.errors import ConfigError
-from echo_rt.ops import BACKEND_VARIABLE
 from echo_rt.options import check_seed
 
 # Rounds, and blocks of a variant in each, by device.
@@ -20,10 +18,10 @@ _BLOCKS = {"cuda": 10, "cpu": 2}
 
 @dataclass(frozen=True)
 class Request:
-    """All of it optional. None means: released sizes on a GPU, tiny ones on a CPU; every variant; kernels and graphs on
-    a GPU.
+    """All of it optional. None means: released sizes on a GPU, tiny ones on a CPU; every variant; what a runtime has.
 
-    ``rounds`` times ``blocks`` blocks of each variant are measured, at lookahead 0 and at ``lookahead``.
+    ``backend`` is that of all variants but ``torch``. ``rounds`` times ``blocks`` blocks of each variant are measured,
+    at lookahead 0 and at ``lookahead``.
     """
 
     size: str | None = None
@@ -70,12 +68,6 @@ class Request:
     def counts(self, device: torch.device) -> tuple[int, int]:
         """Rounds, and blocks in each."""
         return self.rounds or _ROUNDS[device.type], self.blocks or _BLOCKS[device.type]
-
-    def backend_on(self, device: torch.device) -> str:
-        """The backend of all variants but ``torch``."""
-        if self.backend is not None:
-            return self.backend
-        return os.environ.get(BACKEND_VARIABLE) or ("cuda" if device.type == "cuda" else "torch")
 
     def load(self, device: torch.device) -> Model:
         """The model; :class:`ConfigError` for the released sizes on a CPU, and all errors of loading a folder."""

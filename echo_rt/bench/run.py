@@ -23,7 +23,7 @@ from echo_rt.bench.request import Request
 from echo_rt.bench.rig import Parts, Rig, Site
 from echo_rt.bench.timing import Timer, timer_for
 from echo_rt.bench.turns import take_turn
-from echo_rt.bench.variants import Variant, plan, turns_of
+from echo_rt.bench.variants import Variant, memory_evolves, plan, turns_of
 from echo_rt.decoding import Convolutions
 from echo_rt.device import (
     give_memory_back,
@@ -35,7 +35,7 @@ from echo_rt.device import (
 )
 from echo_rt.errors import BackendError, CaptureError
 from echo_rt.model.linear import kept_from_float8
-from echo_rt.ops import Ops, check_device, check_memory, load_ops
+from echo_rt.ops import Backend, choose_backend, load_ops
 from echo_rt.options import MemoryMode
 from echo_rt.soak.gpu import GpuHealth, gpu_health
 from echo_rt.soak.probes import host_memory
@@ -91,6 +91,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     model: Model
+    backend: Backend
     attention: tuple[Choice, Choice, Choice]
     convolutions: Convolutions
     clock: str
@@ -128,16 +129,19 @@ def run(
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the timer's events are recorded on the current one
     dtype = parse_dtype(request.dtype, device)
-    ops = load_ops(request.backend_on(device))
-    check_device(ops, device)
+    choose_backend(request.backend, device)  # one that was named is refused before the weights are there
     model = request.load(device)
     no_graphs = "--no-graphs was given" if request.graphs is False else ""
     if device.type != "cuda":
         no_graphs = "there are no graphs on a CPU"
+    evolves = model.memory is not None and memory_evolves(request.variants)
+    memory = (working_dtype(dtype), model.config.transformer.head_dim) if evolves else None
+    backend = choose_backend(request.backend, device, memory=memory)
+    ops = backend.ops
     variants, absent = plan(
         request.variants, has_memory=model.memory is not None, no_graphs=no_graphs, backend=ops.name
     )
-    _check_precision(request, model, dtype, ops, variants)
+    kept_from_float8(model.config.transformer.num_layers, dtype, request.float8_except)  # before anything is tried
     warn_of_faulty_convolutions(device, working_dtype(dtype))
     health = gpu_health(device)
     try:
@@ -146,18 +150,10 @@ def run(
             # What was asked of the decoder is not asked of the backend that it is held against, where that is another.
             parts = {_TORCH: Parts(site, load_ops(_TORCH))}
             parts[ops.name] = Parts(site, ops, request.convolution, request.vae_tiles)
-            return _Runner(request, site, parts, ops.name, health, say, save).run(variants, absent)
+            return _Runner(request, site, parts, backend, health, say, save).run(variants, absent)
     finally:
         if health is not None:
             health.close()
-
-
-def _check_precision(request: Request, model: Model, dtype: torch.dtype, ops: Ops, variants: list[Variant]) -> None:
-    """What making a variant ready would raise for its dtype, before anything has been tried or made."""
-    transformer = model.config.transformer
-    kept_from_float8(transformer.num_layers, dtype, request.float8_except)
-    if any(not variant.torch and _mode(variant, model) is MemoryMode.EVOLVE for variant in variants):
-        check_memory(ops, working_dtype(dtype), transformer.head_dim)
 
 
 def _mode(variant: Variant, model: Model) -> MemoryMode:
@@ -182,7 +178,7 @@ class _Runner:
         request: Request,
         site: Site,
         parts: dict[str, Parts],
-        backend: str,
+        backend: Backend,
         health: GpuHealth | None,
         say: Callable[[str], None],
         save: Callable[[Run], object],
@@ -198,7 +194,7 @@ class _Runner:
         model = self._site.model
         wanted = self._request.graphs is not False
         entries = [
-            Entry(v, _mode(v, model), _TORCH if v.torch else self._backend, wanted and v.graphs) for v in variants
+            Entry(v, _mode(v, model), _TORCH if v.torch else self._backend.name, wanted and v.graphs) for v in variants
         ]
         first, timer = entries[0], timer_for(self._site.device)
         self._say(f"{first.variant.name}: alone on the device")
@@ -210,6 +206,7 @@ class _Runner:
             device=self._site.device,
             dtype=self._site.model_dtype,
             model=model,
+            backend=self._backend,
             attention=(self._site.over_cache, self._site.over_text, parts.vae_attention),
             convolutions=parts.convolutions,
             clock=timer.clock,
@@ -327,7 +324,7 @@ class _Runner:
     def _find_peers(self) -> tuple[list[Peer], list[Missing]]:
         if not self._request.peers:
             return [], list(LEFT_OUT)
-        return find_peers(self._parts[self._backend], self._prompt, self._request.seed)
+        return find_peers(self._parts[self._backend.name], self._prompt, self._request.seed)
 
     def _release(self, entry: Entry) -> None:
         if entry.rig is not None:

@@ -21,7 +21,7 @@ from echo_rt.bench.timing import DEVICE_CLOCK, Timer
 from echo_rt.bench.turns import take_turn
 from echo_rt.bench.variants import turns_of
 from echo_rt.device import model_context, parse_dtype, warn_of_faulty_convolutions
-from echo_rt.ops import check_device, load_ops
+from echo_rt.ops import choose_backend
 from echo_rt.options import MemoryMode
 from echo_rt.wording import counted, plain
 
@@ -109,9 +109,10 @@ def measure(request: Request, device: torch.device, timer: Timer, limits: Limits
     Raises :class:`ConfigError` and :class:`BackendError` for what cannot be had.
     """
     dtype = parse_dtype(request.dtype, device)
-    ops = load_ops(request.backend_on(device))
-    check_device(ops, device)
+    choose_backend(request.backend, device)  # one that was named is refused before the weights are there
     model = request.load(device)
+    backend = choose_backend(request.backend, device, memory=(dtype, model.config.transformer.head_dim))
+    ops = backend.ops
     warn_of_faulty_convolutions(device, dtype)
     site = Site.choose(model, device, dtype, ops, request.attention)
     parts, counts = Parts(site, ops), Counts(model.config, limits)
@@ -131,7 +132,8 @@ def measure(request: Request, device: torch.device, timer: Timer, limits: Limits
         "clock": timer.clock,
         "model": {"source": model.source, **model.config.to_flat()},
         "dtype": plain(dtype),
-        "backend": ops.name,
+        "backend": backend.name,
+        "backend_reason": backend.reason,
         "attention": [site.over_cache.attention.name, site.over_text.attention.name],
         "limits": {"flops": limits.flops, "bytes": limits.bytes, "multiprocessors": limits.multiprocessors},
         "effort": {"rounds": effort.rounds, "blocks": effort.blocks, "calls": effort.calls, "warmup": effort.warmup},
@@ -180,8 +182,8 @@ def _notes(facts: dict[str, Any], effort: Effort, limits: Limits, block_ms: floa
     rehearsal = "Times of the host clock on a CPU: a rehearsal, no results."
     return [
         *([] if facts["clock"] == DEVICE_CLOCK else [rehearsal]),
-        f"{facts['model']['source']}, {facts['dtype']}, backend {facts['backend']}; attention to the text: "
-        f"{facts['attention'][1]}. Clock: {facts['clock']}.",
+        f"{facts['model']['source']}, {facts['dtype']}, backend {facts['backend']} "
+        f"({facts['backend_reason']}); attention to the text: {facts['attention'][1]}. Clock: {facts['clock']}.",
         f"A whole block, made one at a time: {block_ms:.3f} ms, its transformer {transformer_ms:.3f} ms (medians of "
         f"{effort.rounds * effort.blocks}); shares are of the former.",
         f"All take turns, in each of {counted(effort.rounds, 'round')} {counted(effort.calls, 'call')} each; a call is "

@@ -137,8 +137,8 @@ def notes(run: VaeRun) -> list[str]:
     lines = [] if run.clock == DEVICE_CLOCK else ["Times of the host clock on a CPU: a rehearsal, no results."]
     lines += [
         f"Random weights at the {run.size} sizes; {width}x{height}; a block of {counted(run.latents, 'latent')} in "
-        f"mid-stream, {counted(run.stages[-1].given.frames, 'frame')}; {plain(run.dtype)}; backend {run.backend} for "
-        "ours.",
+        f"mid-stream, {counted(run.stages[-1].given.frames, 'frame')}; {plain(run.dtype)}; backend "
+        f"{run.backend.name} for ours ({run.backend.reason}).",
         f"{counted(run.blocks, 'call')} of each, median and 99th percentile; clock: {run.clock}. Launches are not in a "
         "time, and no graph is replayed.",
         "A stage is a resolution: what enlarges pictures to it and the blocks that follow; the lowest has the first "
@@ -176,6 +176,8 @@ def write(run: VaeRun, folder: Path) -> str:
         passed=run.passed,
         complete=run.complete,
         clock=run.clock,
+        backend=run.backend.name,
+        backend_reason=run.backend.reason,
         judged=run.judged,
         times_us={
             each.name: {

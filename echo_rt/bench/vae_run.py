@@ -22,7 +22,7 @@ from echo_rt.bench.vae_work import Stage, decoder_stages
 from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.noise import fill_normal, seed_words
-from echo_rt.ops import check_device, load_ops
+from echo_rt.ops import Backend, choose_backend
 from echo_rt.options import latent_size
 from echo_rt.verify import bound_between
 from echo_rt.weights.shapes import vae_shapes
@@ -36,8 +36,8 @@ _COUNTS = {("cuda", False): (30, 3), ("cuda", True): (10, 2), ("cpu", False): (5
 @dataclass(frozen=True)
 class VaeRequest:
     """None means: the released sizes on a GPU and tiny ones on a CPU, the video's size that goes with them, bfloat16,
-    the kernels on a GPU, for each convolution the fastest way, and as many blocks as ``quick`` allows. ``peers``:
-    others' code too.
+    the backend that a runtime would have, for each convolution the fastest way, and as many blocks as ``quick`` allows.
+    ``peers``: others' code too.
     """
 
     size: str | None = None
@@ -91,7 +91,7 @@ class VaeRun:
     frames: tuple[int, int]
     latents: int
     dtype: torch.dtype
-    backend: str
+    backend: Backend
     clock: str
     blocks: int
     stages: list[Stage]
@@ -129,8 +129,7 @@ def run(
     if device.type == "cuda":
         torch.cuda.set_device(device)  # events are recorded on the current one
     dtype = parse_dtype(request.dtype, device)
-    ops = load_ops(request.backend or {"cuda": "cuda", "cpu": "torch"}[device.type])
-    check_device(ops, device)
+    backend = choose_backend(request.backend, device)
     size = request.size or (RELEASED.name if device.type == "cuda" else TINY.name)
     if size == RELEASED.name and device.type != "cuda":
         raise ConfigError(f"the {size} sizes need a GPU, as a block would take minutes on {str(device)!r}")
@@ -148,7 +147,7 @@ def run(
     setting = Setting(
         config=config,
         tensors=RandomTensors(vae_shapes(config), device),
-        ops=ops,
+        ops=backend.ops,
         device=device,
         dtype=dtype,
         latents=latents.to(device),
@@ -168,7 +167,7 @@ def run(
             frames=(width, height),
             latents=len(latents),
             dtype=dtype,
-            backend=ops.name,
+            backend=backend,
             clock=timer.clock,
             blocks=blocks,
             stages=setting.stages,

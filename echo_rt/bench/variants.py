@@ -29,6 +29,12 @@ VARIANTS = (
 NAMES = tuple(variant.name for variant in VARIANTS)
 
 
+def memory_evolves(wanted: Sequence[str] | None) -> bool:
+    """Whether the chosen backend is to update a memory, where there is one, in a variant of ``wanted`` (None: all)."""
+    chosen = (variant for variant in VARIANTS if wanted is None or variant.name in wanted)
+    return any(not variant.torch and variant.mode in (None, MemoryMode.EVOLVE) for variant in chosen)
+
+
 def plan(
     wanted: Sequence[str] | None, *, has_memory: bool, no_graphs: str, backend: str
 ) -> tuple[list[Variant], dict[str, str]]:

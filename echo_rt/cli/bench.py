@@ -9,7 +9,7 @@ from typing import Any
 
 from echo_rt.bench.model_sizes import MODELS
 from echo_rt.bench.variants import NAMES
-from echo_rt.cli.model_options import add_float8_except, add_no_graphs, parse_ahead, parse_tiles
+from echo_rt.cli.model_options import BACKEND_HELP, add_float8_except, add_no_graphs, parse_ahead, parse_tiles
 from echo_rt.cli.numbers import parse_number, parse_positive
 from echo_rt.cli.outputs import Named, check_apart
 from echo_rt.cli.paths import parse_path
@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
     add_float8_except(model)
     model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    model.add_argument("--backend", help="who does the operations; default: cuda on a GPU, else torch")
+    model.add_argument("--backend", help=BACKEND_HELP)
     model.add_argument("--attention", metavar="NAME", help="which attention; default: the fastest (see echo-rt doctor)")
     model.add_argument(
         "--convolution", metavar="NAME[,NAME]", help="how the VAE's convolutions are computed (see echo-rt doctor)"

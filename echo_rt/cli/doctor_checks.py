@@ -105,7 +105,7 @@ def _echo_rt() -> Iterator[Fact]:
         value = f"{built.compiler}, C++{built.cxx_standard}, {cuda}"
         yield Fact("echo-rt", "compiled part", value, "ok" if built.is_current else "absent", advice)
     try:
-        from echo_rt.ops import BACKEND_VARIABLE, available_backends
+        from echo_rt.ops import available_backends
     except (ImportError, OSError) as error:
         yield Fact("echo-rt", "backends", first_line(error), "missing", "install what is missing below")
         return
@@ -115,10 +115,25 @@ def _echo_rt() -> Iterator[Fact]:
             yield Fact("echo-rt", f"backend {name}", f"available ({_BACKENDS[name]})")
         else:
             yield Fact("echo-rt", f"backend {name}", "no", "missing" if name == "torch" else "absent", state)
-    if chosen := os.environ.get(BACKEND_VARIABLE):
-        works = backends.get(chosen) == "available"
-        advice = "" if works else f"no backend that can be had: set it to another of {', '.join(backends)}, or unset it"
-        yield Fact("echo-rt", BACKEND_VARIABLE, chosen, "ok" if works else "missing", advice)
+    yield from _default_backend()
+
+
+def _default_backend() -> Iterator[Fact]:
+    """Which backend a model is given on the best device where none is named, and why."""
+    from echo_rt.ops import BACKEND_VARIABLE, BACKENDS, choose_backend
+
+    named = os.environ.get(BACKEND_VARIABLE)
+    try:
+        backend = choose_backend(None, _best_device())
+    except EchoError as error:  # only the environment's can be refused
+        why = first_line(error).removeprefix(f"{BACKEND_VARIABLE}: ")
+        advice = f"set it to another of {', '.join(BACKENDS)}, or unset it: {why}"
+        yield Fact("echo-rt", BACKEND_VARIABLE, str(named), "missing", advice)
+        return
+    if named:
+        yield Fact("echo-rt", BACKEND_VARIABLE, named)
+    why, _, advice = backend.reason.partition("; ")
+    yield Fact("echo-rt", "default backend", f"{backend.name}: {why}", "absent" if backend.fallback else "ok", advice)
 
 
 def _dependencies() -> Iterator[Fact]:
@@ -266,13 +281,17 @@ def _gpu_backends() -> list[str]:
     return [name for name in ("torch", "cuda") if available_backends()[name] == "available"]
 
 
+def _best_device() -> torch.device:
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def _tried(
     subject: str, available: Callable[[torch.device], dict[str, str]]
 ) -> Generator[Fact, None, torch.device | None]:
     """What works on the best device, which is returned if anything does."""
-    import torch
-
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = _best_device()
     try:
         states = available(device)
     except Exception as error:  # of the driver: the GPU may be full, or in an error state

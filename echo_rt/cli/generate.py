@@ -290,6 +290,8 @@ def _record(
         prompts=generation.shown,
         seed=request.seed,
         memory=runtime.memory.value,
+        backend=runtime.backend,
+        backend_reason=runtime.backend_reason,
         exit_reason="error" if problem else stopped.reason if stopped else "complete",
     )
     if not arguments.quiet and not arguments.json:

@@ -12,6 +12,8 @@ from echo_rt.cli.paths import parse_path
 from echo_rt.errors import ConfigError
 from echo_rt.options import DTYPE_NAMES, MODEL_OPTIONS, TINY_VAE, VAE_DTYPE_NAMES, WAN_VAE, MemoryMode
 
+BACKEND_HELP = "who does the operations; default: cuda on a GPU that has the kernels, else torch (see echo-rt doctor)"
+
 
 def add_model_options(parser: argparse.ArgumentParser) -> Any:
     """Declare them in a group of their own, which is returned."""
@@ -40,7 +42,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
     model.add_argument("--vae-dtype", choices=VAE_DTYPE_NAMES, help="what the VAE decodes in; default: as --dtype")
     add_float8_except(model)
     model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    model.add_argument("--backend", help="who does the operations; default: torch (see echo-rt doctor)")
+    model.add_argument("--backend", help=BACKEND_HELP)
     model.add_argument("--attention", metavar="NAME", help="which library computes attention (see echo-rt doctor)")
     model.add_argument(
         "--convolution", metavar="NAME[,NAME]", help="how the VAE's convolutions are computed (see echo-rt doctor)"

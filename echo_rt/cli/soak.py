@@ -177,6 +177,8 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     report.update(
         end=outcome.end,
         blocks=outcome.blocks,
+        backend=outcome.backend,
+        backend_reason=outcome.backend_reason,
         promises=[dataclasses.asdict(verdict) for verdict in outcome.verdicts],
         report=str(outcome.report),
     )

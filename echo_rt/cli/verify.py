@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_rt.cli.messages import describe
-from echo_rt.cli.model_options import add_float8_except, add_no_graphs
+from echo_rt.cli.model_options import BACKEND_HELP, add_float8_except, add_no_graphs
 from echo_rt.cli.outputs import Named, check_apart
 from echo_rt.cli.paths import parse_path
 from echo_rt.cli.signals import StopRequest
@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="default: float32")
     add_float8_except(parser)
-    parser.add_argument("--backend", help="who does the operations: torch (see echo-rt doctor)")
+    parser.add_argument("--backend", help=BACKEND_HELP)
     add_no_graphs(parser)
     parser.add_argument("--dump", type=parse_path, metavar="DIR", help="keep what was computed in DIR/BUNDLE/")
     return parser
@@ -141,6 +141,8 @@ def _as_json(bundle: BundleReport) -> dict[str, Any]:
     return {
         "name": bundle.name,
         "kind": bundle.kind,
+        "backend": bundle.backend.name,
+        "backend_reason": bundle.backend.reason,
         "passed": bundle.passed,
         "tensors": tensors,
         "precisions": precisions,
@@ -156,6 +158,7 @@ def _print(bundle: BundleReport) -> None:
     lines = [f"{bundle.name} ({bundle.kind})", f"  {'tensor':<{wide}}  {'error':>8}  {'bound':>8}"]
     for row in bundle.rows:
         lines.append(f"  {row.name:<{wide}}  {row.error:8.2e}  {row.bound:8.1e}  {'ok' if row.ok else 'off'}")
+    lines.append(f"  backend {bundle.backend.name}: {bundle.backend.reason}")
     for each in bundle.precisions:
         ssim = "-" if each.quality.ssim is None else f"{each.quality.ssim:.5f}"
         lines.append(f"  video in {each.dtype} beside float32: PSNR {each.quality.psnr:.1f} dB, SSIM {ssim}")

@@ -254,6 +254,8 @@ class BlockLoop:
             "nonfinite_failure": isinstance(self.failure, NumericalError),
             "compared": self._compared,
             "mismatches": self._replayed,
+            "backend": self._runtime.backend,
+            "backend_reason": self._runtime.backend_reason,
         }
 
 

@@ -35,13 +35,16 @@ class Verdict:
 class Outcome:
     """``end``: complete, failed, interrupted or terminated. ``failure``: what the stream raised, as one line.
 
-    ``signal_code``: the exit code of the signal that ended it, if one did.
+    ``signal_code``: the exit code of the signal that ended it, if one did. ``backend`` and ``backend_reason`` are those
+    of the process that ended it; None where that is one of a version that did not write them down.
     """
 
     end: str
     blocks: int
     verdicts: Sequence[Verdict]
     report: Path
+    backend: str | None = None
+    backend_reason: str | None = None
     failure: str | None = None
     signal_code: int | None = None
 

@@ -56,7 +56,7 @@ def write_report(config: SoakConfig, verdicts: Sequence[Verdict], last: Line, de
     curves = Curves.of(totals.see(line) for line in read_lines(config.folder))
     path = config.folder / REPORT_FILE
     parts = [_head(last), _promises(verdicts), _figures(totals, last), _pictures(config, curves)]
-    parts.append(_setting(config, device))
+    parts.append(_setting(config, device, last))
     write_whole(path, "\n".join(parts).encode())
     return path
 
@@ -123,8 +123,10 @@ def _pictures(config: SoakConfig, curves: Curves) -> str:
     return "## Plots\n\n" + "\n".join(f"![{title}]({name})\n" for title, name in drawn)
 
 
-def _setting(config: SoakConfig, device: str) -> str:
+def _setting(config: SoakConfig, device: str, last: Line) -> str:
     facts = json.dumps(config.facts(), indent=2)
+    if "backend" in last:
+        device += f", backend {last['backend']} ({last['backend_reason']})"
     return (
         f"## Setting\n\necho-rt {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}, {device}. All figures: `{JOURNAL_FILE}`.\n\n```json\n{facts}\n```\n"

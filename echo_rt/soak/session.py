@@ -183,6 +183,8 @@ def _conclude(config: SoakConfig, device_name: str, promises: Promises, last: Li
         blocks=last["block"],
         verdicts=verdicts,
         report=report,
+        backend=last.get("backend"),
+        backend_reason=last.get("backend_reason"),
         failure=last["failure"],
         signal_code=signal_code,
     )

@@ -15,6 +15,7 @@ import torch
 from stand_in_cuda import refuse_capture
 from torch import Tensor
 
+from echo_rt import ops as ops_module
 from echo_rt import reference
 from echo_rt.bench import request as request_module
 from echo_rt.bench import rig as rig_module
@@ -25,7 +26,7 @@ from echo_rt.bench.request import Request
 from echo_rt.bench.rig import Parts, Rig
 from echo_rt.bench.run import Run, run
 from echo_rt.bench.timing import DEVICE_CLOCK
-from echo_rt.bench.variants import plan, turns_of
+from echo_rt.bench.variants import memory_evolves, plan, turns_of
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig, WindowConfig
 from echo_rt.errors import BackendError, CaptureError, ConfigError
 from echo_rt.options import MemoryMode
@@ -86,7 +87,7 @@ def measured(patch: pytest.MonkeyPatch, turns: list[tuple[Rig, int]], saved: lis
         take_turn(rig, lookahead, *rest)
 
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(run_module, "load_ops", _load(broken=False))
+        context.setattr(ops_module, "load_ops", _load(broken=False))
         context.setattr(run_module, "take_turn", noted)
         request = Request(variants=("evolve", "off", "torch"), rounds=ROUNDS, blocks=BLOCKS, **ASKED)
         return run(request, save=lambda found: saved.append(Report(found).content()))
@@ -141,6 +142,7 @@ def test_every_part_of_a_block_is_there(content: dict[str, Any]) -> None:
 
 def test_what_was_measured_was_right_and_says_so(content: dict[str, Any]) -> None:
     assert content["passed"] is True and content["result"] is False and "no result" in content["clock"]
+    assert (content["backend"], content["backend_reason"]) == ("emulated", "asked for by name")
     rows = {row["variant"]: row for row in content["tables"]["Variants"]}
     for row in rows.values():
         assert (row["latents_error"], row["frames_error"], row["bound"]) == (0.0, 0.0, pytest.approx(0.03))
@@ -211,7 +213,7 @@ def test_a_day_is_that_of_the_measured_blocks(as_on_a_gpu: dict[str, Any]) -> No
 def test_a_backend_that_is_wrong_is_not_timed(patch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(run_module, "load_ops", _load(broken=True))
+        context.setattr(ops_module, "load_ops", _load(broken=True))
         found = run(Request(variants=("off", "torch"), rounds=1, blocks=1, peers=False, **ASKED), said.append)
     assert not found.passed and [entry.variant.name for entry in found.measured] == ["torch"]
     wrong, right = found.entries
@@ -290,7 +292,7 @@ def test_what_is_asked_of_the_decoder_is_not_asked_of_what_it_is_held_against(
             super().__init__(*given)
             made.append(self)
 
-    monkeypatch.setattr(run_module, "load_ops", _load(broken=False))
+    monkeypatch.setattr(ops_module, "load_ops", _load(broken=False))
     monkeypatch.setattr(run_module, "Parts", Kept)
     higher = replace(SMALLEST, config=replace(SMALLEST.config, latent_height=6))  # bands need some rows
     monkeypatch.setitem(request_module.MODELS, "tiny", higher)
@@ -358,10 +360,18 @@ def test_what_no_variant_can_compute_in_is_told_before_any_is_made(
         pytest.fail("a trial of attention, or a model, would take minutes on a GPU")
 
     monkeypatch.delenv("ECHO_RT_BACKEND", raising=False)
-    monkeypatch.setattr(run_module, "load_ops", _load(broken=False))
+    monkeypatch.setattr(ops_module, "load_ops", _load(broken=False))
     monkeypatch.setattr(run_module.Site, "choose", begin)
     with pytest.raises((ConfigError, BackendError), match=words):
         run(Request(device="cpu", **facts))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "evolves"),
+    [(None, True), (("off", "no-graphs"), True), (("evolve",), True), (("prior", "off", "torch"), False)],
+)
+def test_whether_the_backend_is_asked_for_a_memory(wanted: tuple[str, ...] | None, evolves: bool) -> None:
+    assert memory_evolves(wanted) is evolves
 
 
 def test_a_gpu_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from echo_rt.bench.vae_work import HEAD, decoder_stages
 from echo_rt.config import VaeConfig
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.model.vae_layers import EnlargingConv
-from echo_rt.ops import load_ops
+from echo_rt.ops import Backend, load_ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
 CPU = torch.device("cpu")
@@ -251,7 +251,7 @@ def gpu_run(ours_ms: float, diffusers_ms: float | None, **changes: Any) -> VaeRu
         "frames": (832, 480),
         "latents": 3,
         "dtype": torch.bfloat16,
-        "backend": "cuda",
+        "backend": Backend(load_ops("torch"), "asked for by name"),
         "clock": DEVICE_CLOCK,
         "blocks": 1,
         "stages": stages,

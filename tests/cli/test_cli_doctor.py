@@ -36,17 +36,49 @@ def test_the_page_says_the_same(echo_rt):
     assert page.endswith("generate can run\n")
 
 
-@pytest.mark.parametrize(("chosen", "code"), [("torch", 0), ("opencl", 1), ("", 0)])
-def test_the_backend_of_the_environment(echo_rt, monkeypatch, chosen, code):
-    """generate takes it where no other is named, and ends where it is not to be had."""
+@pytest.mark.parametrize(
+    ("chosen", "code", "default"),
+    [
+        ("torch", 0, f"torch: {BACKEND_VARIABLE} names it"),
+        ("opencl", 1, None),
+        ("cuda", 1, None),
+        ("", 0, "torch: the device is cpu"),
+    ],
+)
+def test_the_default_backend(echo_rt, monkeypatch, chosen, code, default):
+    """generate takes it where no other is named, and ends where the environment's is not to be had."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv(BACKEND_VARIABLE, chosen)
     outcome = echo_rt("doctor", "--json")
     assert outcome.code == code
-    found = facts_of(outcome).get(BACKEND_VARIABLE)
+    facts = facts_of(outcome)
+    found = facts.get(BACKEND_VARIABLE)
     assert (found is not None) == bool(chosen)
     if found is not None:
         assert (found["value"], found["status"] == "ok") == (chosen, code == 0)
         assert ("unset it" in found["advice"]) == bool(code)
+    assert ("default backend" in facts) == (default is not None)
+    if default is not None:
+        assert facts["default backend"]["value"] == default and facts["default backend"]["status"] == "ok"
+
+
+def test_the_default_backend_of_a_gpu(monkeypatch):
+    """The kernels; where they do not run on it, torch, and what to do about that."""
+    import torch
+
+    from echo_rt.ops import Backend
+
+    answers = [
+        Backend(SimpleNamespace(name="cuda"), "the kernels are built for cuda:0"),
+        Backend(SimpleNamespace(name="torch"), "cuda:0 is sm_75; install again", fallback=True),
+    ]
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("echo_rt.ops.choose_backend", lambda named, device: answers.pop(0))
+    (kernels,), (torchs,) = doctor_checks._default_backend(), doctor_checks._default_backend()
+    assert (kernels.value, kernels.status) == ("cuda: the kernels are built for cuda:0", "ok")
+    assert (torchs.value, torchs.status, torchs.advice) == ("torch: cuda:0 is sm_75", "absent", "install again")
 
 
 @pytest.mark.parametrize(

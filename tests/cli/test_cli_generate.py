@@ -40,6 +40,8 @@ def test_the_same_frames_and_latents_as_the_library(echo_rt, arguments, small_mo
 
     with Runtime.from_pretrained(small_model, checkpoint=small_model / "echo_infinity.pt", device="cpu") as runtime:
         assert outcome.json["size"] == list(runtime.frame_size) == [32, 32]
+        chosen = (outcome.json["backend"], outcome.json["backend_reason"])
+        assert chosen == (runtime.backend, runtime.backend_reason) == ("torch", "the device is cpu")
         chunks = []
         with runtime.stream("a red fox", seed=7) as stream:
             for chunk in stream:

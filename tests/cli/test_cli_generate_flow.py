@@ -38,6 +38,8 @@ def test_everything_at_once(echo_rt, fake_runtime, tmp_path, frame_count):
         "prompts": [{"frame": 0, "seconds": 0.0, "text": "1"}],
         "seed": 7,
         "memory": "evolve",
+        "backend": "torch",
+        "backend_reason": "the device is cpu",
         "exit_reason": "complete",
         "exit_code": 0,
     }

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -242,6 +243,28 @@ def test_it_goes_on_by_what_its_snapshot_names(echo_rt, model, tmp_path, unbroke
     assert resumed.json["resumed_at_frame"] == 21
     assert torch.equal(recorded(tmp_path / "day"), recorded(tmp_path / "whole"))
     assert not torch.equal(recorded(tmp_path / "day"), unbroken[:12])
+
+
+def test_it_goes_on_by_the_backend_of_its_snapshot(echo_rt, model, day, unbroken, monkeypatch):
+    """And says so; where that is not to be had, what to do. One of before backends were kept is torch's."""
+    from echo_rt.snapshot import Snapshot
+
+    until = (*LASTING, "--latents", "--json", "--frames", 93)
+    newest = snapshot_files(day / "snapshots")[0]
+    made = Snapshot.load(newest)
+    for name in ("cuda", None):
+        ways = {label: way for label, way in made.model["computed_by"].items() if label != "backend"}
+        ways |= {} if name is None else {"backend": name}
+        dataclasses.replace(made, model={**made.model, "computed_by": ways}).save(newest)
+        if name is not None:
+            refused = echo_rt(*model, "--resume", day, *until)
+            assert refused.code == 2 and refused.error.startswith("backend 'cuda' ")
+            assert refused.error.endswith("name another with backend= (--backend) to go on, rounded otherwise")
+    monkeypatch.setenv("ECHO_RT_BACKEND", "opencl")  # would be an error, were it asked
+    resumed = echo_rt(*model, "--resume", day, *until)
+    assert resumed.code == 0, resumed.err
+    assert (resumed.json["backend"], resumed.json["backend_reason"]) == ("torch", "as in the snapshot")
+    assert resumed.json["resumed_at_frame"] == 69 and torch.equal(recorded(day), unbroken[:24])
 
 
 @pytest.mark.filterwarnings("default::RuntimeWarning")

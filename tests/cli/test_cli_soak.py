@@ -157,9 +157,12 @@ def test_a_place_that_is_not_the_soaks_own(
 
 
 def test_a_broken_promise(call: Any, asked: dict[str, Any]) -> None:
-    asked["outcome"] = Outcome("complete", 7, [Verdict("hashes", Status.BROKEN, "same", "block 3")], Path("r"))
+    asked["outcome"] = Outcome(
+        "complete", 7, [Verdict("hashes", Status.BROKEN, "same", "block 3")], Path("r"), "torch", "as in the snapshot"
+    )
     done = call(*REQUIRED, "--blocks", 7, "--json")
     assert done.code == 3 and done.json["exit_code"] == 3
+    assert (done.json["backend"], done.json["backend_reason"]) == ("torch", "as in the snapshot")
     assert done.json["promises"] == [{"promise": "hashes", "status": "broken", "limit": "same", "evidence": "block 3"}]
 
 

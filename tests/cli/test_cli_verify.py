@@ -14,6 +14,8 @@ def test_golden_bundles_pass(echo_rt, golden_dir, tmp_path):
     )
     assert outcome.code == 0, outcome.err
     assert outcome.json["passed"] is True
+    chosen = {(bundle["backend"], bundle["backend_reason"]) for bundle in outcome.json["bundles"]}
+    assert chosen == {("torch", "the device is cpu")}
     assert [(b["name"], b["kind"], b["passed"]) for b in outcome.json["bundles"]] == [
         ("text_encoder", "text_encoder", True),
         ("vae", "vae", True),
@@ -30,6 +32,7 @@ def test_a_model_beside_a_bundle(echo_rt, golden_dir, small_model, tmp_path):
     outcome = echo_rt("verify", golden_dir / "vae", small_model, "--device", "cpu", "--dump", tmp_path)
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("video in bfloat16 beside float32: PSNR ") == 2
+    assert outcome.out.count("  backend torch: the device is cpu\n") == 2
     assert "video in mixed groups" in outcome.out and "small: passed, 5 of 5 tensors within bounds" in outcome.out
     assert (tmp_path / "small" / "actual.safetensors").is_file() and (tmp_path / "vae").is_dir()
 

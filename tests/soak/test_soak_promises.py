@@ -230,6 +230,6 @@ def test_a_cpu_has_no_device_memory() -> None:
 )
 def test_exit_codes(failure: str | None, signal_code: int | None, status: Status, code: int, tmp_path: Any) -> None:
     verdicts = [Verdict("a", Status.KEPT, "", ""), Verdict("b", status, "", "evidence")]
-    outcome = Outcome("complete", 3, verdicts, tmp_path, failure, signal_code)
+    outcome = Outcome("complete", 3, verdicts, tmp_path, failure=failure, signal_code=signal_code)
     assert outcome.exit_code == code
     assert ("b: evidence" in outcome.summary) == (status is Status.BROKEN)

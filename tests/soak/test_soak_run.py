@@ -86,7 +86,9 @@ def test_a_line_has_every_figure(smallest_model: Path, tmp_path: Path) -> None:
     assert [block for block, _ in line["hashes"]] == [0, 5, 10] and len(line["hashes"][0][1]) == 32
     assert line["device"] is None and line["gpu"] is None and line["host"]["rss"] > 2**20
     assert end["end"] == "complete" and end["failure"] is None
-    assert "**kept**" in outcome.report.read_text()
+    assert (outcome.backend, outcome.backend_reason) == (end["backend"], end["backend_reason"])
+    report = outcome.report.read_text()
+    assert "**kept**" in report and f"CPU, backend torch ({outcome.backend_reason})." in report
 
 
 def test_a_soak_that_is_done_is_only_reported_again(smallest_model: Path, tmp_path: Path) -> None:
