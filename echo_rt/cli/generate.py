@@ -155,13 +155,16 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     """Check, load, generate, finish the files; 0, or the exit code of the signal that ended it."""
     request = Request(arguments)
     with stop.interruptible():
+        from echo_rt.threads import share_cpu
+
         resumption = _find_resumption(request, report)
         from_files = _read_embeds(request.script)
         runtime = _load(request, resumption)
     try:
-        with stop.interruptible():
-            embeds = _embed_prompts(runtime, request, from_files)
-        return _record(runtime, request, embeds, resumption, stop, report)
+        with share_cpu(runtime.device):
+            with stop.interruptible():
+                embeds = _embed_prompts(runtime, request, from_files)
+            return _record(runtime, request, embeds, resumption, stop, report)
     finally:
         runtime.close()
 
