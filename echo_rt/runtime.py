@@ -28,6 +28,7 @@ from echo_rt.options import WAN_VAE, MemoryMode, check_seed
 from echo_rt.snapshot import Snapshot
 from echo_rt.snapshot_ways import BACKEND, ways_of
 from echo_rt.stream import Stream
+from echo_rt.threads import log_threads
 from echo_rt.wording import one_line
 
 _logger = logging.getLogger("echo_rt.runtime")
@@ -143,6 +144,7 @@ class Runtime:
             raise ConfigError(f"like must be a Snapshot or None, got {type(like).__name__}")
         place = parse_device(device)
         note_loading(place)
+        log_threads(place)
         precision = parse_dtype(dtype, place)
         decoding = DecoderOptions(parse_vae_dtype(vae_dtype, precision), tiles=vae_tiles, convolution=convolution)
         ways = {} if like is None else ways_of(like.model)

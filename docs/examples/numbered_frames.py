@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 import echo_rt
+from echo_rt.threads import share_cpu
 
 
 def begin(runtime: echo_rt.Runtime, state: Path, prompt: str, turn_to: str | None) -> echo_rt.Stream:
@@ -44,6 +45,7 @@ def main() -> None:
 
     with (
         echo_rt.Runtime.from_pretrained(options.model, checkpoint=options.checkpoint) as runtime,
+        share_cpu(runtime.device),  # on a CPU: stay fast beside other programs
         begin(runtime, state, options.prompt, options.turn_to) as stream,
     ):
         options.folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from PIL import Image
 
 import echo_rt
+from echo_rt.threads import share_cpu
 
 
 def make_app(stream: echo_rt.Stream, fps: int) -> FastAPI:
@@ -77,7 +78,7 @@ if __name__ == "__main__":
     model, checkpoint = sys.argv[1:] if len(sys.argv) == 3 else sys.exit(__doc__)
     try:
         runtime = echo_rt.Runtime.from_pretrained(model, checkpoint=checkpoint)
-        with runtime, runtime.stream("a red fox in the snow") as stream:
+        with runtime, share_cpu(runtime.device), runtime.stream("a red fox in the snow") as stream:
             uvicorn.run(make_app(stream, runtime.fps), timeout_graceful_shutdown=1)  # viewers never leave of themselves
     except echo_rt.EchoError as error:  # one line that says what was expected and what came
         print(f"server.py: error: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ import time
 import tkinter
 
 import echo_rt
+from echo_rt.threads import share_cpu
 
 
 class Window:
@@ -62,6 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     with (
         echo_rt.Runtime.from_pretrained(options.model, checkpoint=options.checkpoint) as runtime,
+        share_cpu(runtime.device),  # on a CPU: stay fast beside other programs
         runtime.stream(options.prompt) as stream,
         echo_rt.Feed(stream) as feed,  # makes blocks on a thread of its own, two ahead at most
     ):

@@ -156,15 +156,17 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     request = Request(arguments)
     with stop.interruptible():
         from echo_rt.output.video import load_av
+        from echo_rt.threads import share_cpu
 
         load_av()  # or it would be missed when the model has been loaded
         resumption = _find_resumption(request, report)
         from_files = _read_embeds(request.script)
         runtime = _load(request, resumption)
     try:
-        with stop.interruptible():
-            embeds = _embed_prompts(runtime, request, from_files)
-        return _record(runtime, request, embeds, resumption, stop, report)
+        with share_cpu(runtime.device):
+            with stop.interruptible():
+                embeds = _embed_prompts(runtime, request, from_files)
+            return _record(runtime, request, embeds, resumption, stop, report)
     finally:
         runtime.close()
 

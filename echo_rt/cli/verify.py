@@ -74,17 +74,20 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     for path in folders:
         try:
             with stop.interruptible():
+                from echo_rt.device import parse_device
+                from echo_rt.threads import share_cpu
                 from echo_rt.verify import verify_bundle
                 from echo_rt.verify_model import verify_model
                 from echo_rt.weights.folder import holds_vae
 
                 facts = {name: getattr(arguments, name) for name in ("device", "dtype", "backend", "dump")}
-                if holds_vae(path):
-                    bundle = verify_model(path, **facts)
-                else:
-                    bundle = verify_bundle(
-                        path, float8_except=arguments.float8_except, graphs=arguments.graphs, **facts
-                    )
+                with share_cpu(parse_device(arguments.device)):
+                    if holds_vae(path):
+                        bundle = verify_model(path, **facts)
+                    else:
+                        bundle = verify_bundle(
+                            path, float8_except=arguments.float8_except, graphs=arguments.graphs, **facts
+                        )
         except EchoError as error:
             text, code = describe(error)
             worst = max(worst, code)

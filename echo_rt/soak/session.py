@@ -30,6 +30,7 @@ from echo_rt.soak.prometheus import Exporter
 from echo_rt.soak.promises import Promises
 from echo_rt.soak.report import REPORT_FILE, device_name, write_report
 from echo_rt.soak.watch import NeverStop, Stop, Watcher
+from echo_rt.threads import share_cpu
 
 SNAPSHOT_FOLDER = "snapshots"
 _PROMPT_PREFIX = "prompt-"
@@ -70,6 +71,7 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
         with stop.interruptible():
             runtime = _load(config, device, start.snapshot)
         cleanup.callback(runtime.close)
+        cleanup.enter_context(share_cpu(device))
         if begun is not Begun.SAME:  # only now: a mistyped name of a model must not be what --out is bound to
             write_manifest(config, __version__)
         journal = Journal(config.folder)

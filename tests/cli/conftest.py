@@ -67,6 +67,7 @@ class FakeRuntime:
     frame_size = (64, 48)
     memory = MemoryMode.EVOLVE
     backend, backend_reason = "torch", "the device is cpu"
+    device = torch.device("cpu")
     config = SimpleNamespace(
         latent_shape=(16, 6, 8),
         transformer=SimpleNamespace(text_dim=TEXT_DIM, text_len=TEXT_LEN),
