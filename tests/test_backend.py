@@ -17,6 +17,7 @@ import echo_rt
 from echo_rt import assembly, ops
 from echo_rt.errors import BackendError
 from echo_rt.ops import BACKEND_VARIABLE, Backend, available_backends, choose_backend, load_ops
+from echo_rt.tiny import write_tiny_model
 from echo_rt.verify import verify_bundle
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -224,6 +225,19 @@ def test_a_bundle_is_verified_on_what_a_runtime_would_have(
     report = verify_bundle(golden_dir / bundle, device="cpu", dtype=dtype)
     assert asked == [memory] and report.passed
     assert (report.backend.name, report.backend.reason) == ("torch", "the device is cpu")
+
+
+@pytest.mark.skipif(available_backends()["emulated"] != "available", reason="this build has no emulated kernels")
+@pytest.mark.parametrize(("width", "height"), [(16, 16), (16, 32), (32, 16)])
+def test_the_kernels_make_a_video_one_token_wide(tmp_path: Path, width: int, height: int) -> None:
+    """Of which transposes are views, where elsewhere they are copies."""
+    write_tiny_model(tmp_path, width=width, height=height)
+    videos = []
+    for backend in ("torch", "emulated"):
+        with load(tmp_path, backend=backend, memory="prior") as runtime:
+            videos.append(video(runtime, 2))
+    pairs = zip(*videos, strict=True)
+    assert all((a.latents - b.latents).norm() < 1e-4 * a.latents.norm() for a, b in pairs)
 
 
 @pytest.mark.cuda

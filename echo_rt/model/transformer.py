@@ -227,4 +227,5 @@ class Transformer:
         frames, channels, height, width = like.shape
         _, rows, columns = self.config.patch_size
         patches: Tensor = tokens.view(frames, height // rows, width // columns, rows, columns, channels)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(like.shape)
+        # Of a video one token wide the reshape alone is a view, in an order that the kernels refuse.
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(like.shape).contiguous()

@@ -1,4 +1,4 @@
-"""A soak goes on by the attention and the convolutions that its snapshot names, whatever would be chosen now."""
+"""A soak goes on by the backend, attention and convolutions that its snapshot names, whatever would be chosen now."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from soaking import hashes, soak_of
 import echo_rt.soak
 from echo_rt.attention import choice
 from echo_rt.attention.kinds import KINDS
+from echo_rt.ops import BACKEND_VARIABLE, available_backends
 from echo_rt.trials.search import Found
 
 
@@ -23,3 +24,21 @@ def test_another_choice_changes_no_block(smallest_model: Path, tmp_path: Path, m
     outcome = echo_rt.soak.run(soak_of(smallest_model, out, blocks=12, snapshot_every=3))
     assert (outcome.exit_code, outcome.blocks, outcome.failure) == (0, 12, None)
     assert hashes(out) == hashes(tmp_path / "whole")
+
+
+@pytest.mark.skipif(available_backends()["emulated"] != "available", reason="this build has no emulated kernels")
+def test_another_default_backend_changes_no_block(
+    smallest_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU for which the kernels were built only after the soak had begun, or are gone."""
+    out, facts = tmp_path / "out", {"memory": "prior", "hash_every": 1}
+    monkeypatch.setenv(BACKEND_VARIABLE, "emulated")
+    echo_rt.soak.run(soak_of(smallest_model, tmp_path / "whole", blocks=6, **facts))
+    assert echo_rt.soak.run(soak_of(smallest_model, out, blocks=4, snapshot_every=2, **facts)).backend == "emulated"
+    monkeypatch.delenv(BACKEND_VARIABLE)
+    outcome = echo_rt.soak.run(soak_of(smallest_model, out, blocks=6, snapshot_every=2, **facts))
+    assert (outcome.backend, outcome.backend_reason) == ("emulated", "as in the snapshot")
+    assert hashes(out) == hashes(tmp_path / "whole")
+    # From the beginning there is no snapshot to say so, and it is another video.
+    echo_rt.soak.run(soak_of(smallest_model, tmp_path / "torch", blocks=6, **facts))
+    assert hashes(tmp_path / "torch") != hashes(out)
