@@ -150,7 +150,7 @@ plan() {
   tests operations 20 90 "${many[@]}" "${formulas[@]}" tests/test_kernels.py -k "$chosen"
   script golden 20 75 golden --quick
   script block 40 120 block "${block[@]}" --dtype bfloat16 --variants evolve
-  script vae 25 75 vae --quick --no-peers
+  script vae 25 75 vae --quick --no-peers --backend "$backend"
   script float8 40 100 block "${block[@]}" --dtype "$dtype" --variants evolve
   script memory 45 110 block "${block[@]}" --dtype bfloat16 --variants evolve,off
   script kernels 15 60 kernel_times --quick --size "$size" "${ops[@]}"
