@@ -21,6 +21,8 @@ from gpu_table import FIGURES
 ROOT = Path(__file__).parent.parent.parent
 STEPS = ["machine", "build", "doctor", "operations", "golden", "block", "vae", "float8", "memory", "kernels"]
 STEPS += ["attention", "profile", "memcheck", "racecheck", "others"]
+if (ROOT / "build" / "travel").is_dir():  # someone gathered wheels here
+    STEPS.insert(1, "packages")
 
 # Stands in for coreutils' timeout: runs no step, but notes what it was asked for and moves the clock.
 TIMEOUT = """#!{python} -SE
@@ -31,7 +33,7 @@ if any("gpu_table" in word for word in command):
     os.execv(command[0], command)
 words, world = " ".join(command), Path({world!r})
 folder = command[command.index("--out") + 1] if "--out" in command else None
-known = {{"setup.py": "build", " -k ": "operations"}} | {{name: name for name in ("doctor", "memcheck", "racecheck")}}
+known = {{"pip install": "packages", "setup.py": "build", " -k ": "operations"}} | {{name: name for name in ("doctor", "memcheck", "racecheck")}}
 step = folder.rsplit("/", 1)[1] if folder else next((name for word, name in known.items() if word in words), "others")
 own = json.loads((world / "plan.json").read_text()).get(step, {{}})
 seconds, limit = own.get("seconds", 1), int(limit)
