@@ -33,7 +33,8 @@ if any("gpu_table" in word for word in command):
     os.execv(command[0], command)
 words, world = " ".join(command), Path({world!r})
 folder = command[command.index("--out") + 1] if "--out" in command else None
-known = {{"pip install": "packages", "setup.py": "build", " -k ": "operations"}} | {{name: name for name in ("doctor", "memcheck", "racecheck")}}
+known = {{"pip install": "packages", "setup.py": "build", " -k ": "operations"}}
+known |= {{name: name for name in ("doctor", "memcheck", "racecheck")}}
 step = folder.rsplit("/", 1)[1] if folder else next((name for word, name in known.items() if word in words), "others")
 own = json.loads((world / "plan.json").read_text()).get(step, {{}})
 seconds, limit = own.get("seconds", 1), int(limit)
