@@ -24,9 +24,9 @@ from echo_rt.bench.request import Request
 from echo_rt.bench.rig import Parts, Rig, Site
 from echo_rt.bench.tables import Column, check_results_folder, write_results
 from echo_rt.cli.paths import parse_path
-from echo_rt.device import parse_device, parse_dtype
+from echo_rt.device import parse_device, parse_dtype, working_dtype
 from echo_rt.errors import CaptureError, EchoError
-from echo_rt.ops import BACKENDS, check_device, load_ops
+from echo_rt.ops import BACKENDS, choose_backend
 from echo_rt.options import DTYPE_NAMES, MemoryMode
 from echo_rt.wording import counted
 
@@ -95,9 +95,9 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
         torch.cuda.set_device(device)
     dtype = parse_dtype(arguments.dtype, device)
     request = Request(size=arguments.size, device=str(device), backend=arguments.backend, seed=0)
-    ops = load_ops(request.backend_on(device))
-    check_device(ops, device)
     model = request.load(device)
+    memory = (working_dtype(dtype), model.config.transformer.head_dim) if arguments.memory == "evolve" else None
+    ops = choose_backend(request.backend, device, memory=memory).ops
     parts = Parts(Site.choose(model, device, dtype, ops, None), ops)
 
     def listen(graphs: bool) -> list[Span]:
