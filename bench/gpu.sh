@@ -146,7 +146,8 @@ plan() {
   local install=("$python" -m pip install -q --no-index --no-deps -t "$work/packages")
   [[ ! -d $wheels ]] || step packages 5 60 "${install[@]}" "$wheels"/*.whl
   step build 40 150 env "ECHO_RT_BUILD=$backend" "$python" setup.py build_ext --inplace
-  proof="backend $backend +available" step doctor 10 60 "$python" -m echo_rt doctor
+  # Exit code 1: something that generate needs is not there, which no step here does.
+  proof="backend $backend +available" step doctor 10 60 sh -c '"$0" -m echo_rt doctor || [ $? = 1 ]' "$python"
   tests operations 20 90 "${many[@]}" "${formulas[@]}" tests/test_kernels.py -k "$chosen"
   script golden 20 75 golden --quick
   script block 40 120 block "${block[@]}" --dtype bfloat16 --variants evolve

@@ -133,8 +133,10 @@ def _ceiling(unit: str) -> Find:
 
 
 def _golden(results: Results) -> float | None:
+    """Nothing, where not all of them have run."""
     rows = results.rows("golden", "golden", "Bundles")
-    return 100 * sum(row["ok"] for row in rows) / len(rows) if rows else None
+    ended = results.state("golden") in ("passed", "failed")
+    return 100 * sum(row["ok"] for row in rows) / len(rows) if rows and ended else None
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,8 @@ def remarks(results: Results) -> Iterator[str]:
             yield f"{step}, {row['variant']}: {row['verdict']}" + ("" if row["graphs"] else "; without graphs")
     for row in results.rows("kernels", "kernel_times", "Kernels"):
         yield from (f"{row['op']} {row['variant']}: {problem}" for problem in row["problems"])
+    if bundles := results.rows("golden", "golden", "Bundles"):
+        yield f"golden: {sum(row['ok'] for row in bundles)} of {len(bundles)} runs so far as expected"
     for row in results.rows("golden", "golden", "Bundles", ok=False):
         yield f"{row['bundle']} ({row['backend']}, {row['dtype']}) is off: {row['note'] or row['error']}"
 
