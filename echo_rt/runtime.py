@@ -52,6 +52,7 @@ class Runtime:
         self._live: weakref.ref[Stream] | None = None
         self._home = Home()
         made = assemble(loaded, options)
+        log_threads(options.device)
         engine = made.engine
         self.config, self.vae_config, self.memory = loaded.config, engine.vae, loaded.mode
         self.device, self.dtype, self.vae_dtype = options.device, options.dtype, engine.vae_dtype
@@ -144,7 +145,6 @@ class Runtime:
             raise ConfigError(f"like must be a Snapshot or None, got {type(like).__name__}")
         place = parse_device(device)
         note_loading(place)
-        log_threads(place)
         precision = parse_dtype(dtype, place)
         decoding = DecoderOptions(parse_vae_dtype(vae_dtype, precision), tiles=vae_tiles, convolution=convolution)
         ways = {} if like is None else ways_of(like.model)

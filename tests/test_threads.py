@@ -185,7 +185,11 @@ print(json.dumps(found))
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="on one core libgomp never spins for long")
 def test_an_idle_team_ends_the_spinning_and_changes_no_result() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in WAIT_VARIABLES}
-    environment |= {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(Path(echo_rt.__file__).parent.parent)}
+    environment |= {
+        "OMP_NUM_THREADS": "2",
+        "MKL_NUM_THREADS": "2",
+        "PYTHONPATH": str(Path(echo_rt.__file__).parent.parent),
+    }
     done = subprocess.run(
         [sys.executable, "-c", _IN_A_PROCESS], env=environment, capture_output=True, text=True, timeout=3 * LONG
     )
