@@ -14,7 +14,7 @@ DEMO := demo
 
 listed = $(shell grep -v '^\#' $(1))
 cxx_in = $(shell find $(1) -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
-COMPILED := setup.py pyproject.toml echo_rt/build_info.py csrc/sources.txt $(call cxx_in,csrc bindings)
+COMPILED := setup.py pyproject.toml echo_rt/utils/build_info.py csrc/sources.txt $(call cxx_in,csrc bindings)
 KERNELS := $(filter %.cu,$(call listed,csrc/sources.txt)) $(wildcard tests/csrc/*.cu)
 KERNEL_OBJECTS := $(KERNELS:%.cu=$(BUILD)/kernels/%.o)
 GENCODE := $(foreach arch,$(call listed,csrc/architectures.txt),-gencode arch=compute_$(arch),code=sm_$(arch))

@@ -31,7 +31,7 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 SOURCES = "csrc/sources.txt"
 ARCHITECTURES = "csrc/architectures.txt"
-VERSION = "echo_rt/build_info.py"
+VERSION = "echo_rt/utils/build_info.py"
 WARNINGS = ("-Wall", "-Wextra")
 
 

@@ -21,17 +21,16 @@ from torch import Tensor
 
 from echo_rt.attention import AttentionShapes, kinds
 from echo_rt.attention.trials import Trials
+from echo_rt.autotune.tuner import TOLERANCES
 from echo_rt.bench.environment import environment
 from echo_rt.bench.model_sizes import MODELS, RELEASED, TINY
 from echo_rt.bench.tables import Column, check_results_folder, write_results
 from echo_rt.bench.timing import HOST_CLOCK, HostTimer
 from echo_rt.cli.paths import parse_path
-from echo_rt.device import DTYPES, model_context, parse_device
 from echo_rt.errors import BackendError, EchoError
-from echo_rt.float8 import FLOAT8
-from echo_rt.ops import load_ops
-from echo_rt.trials.search import TOLERANCES
-from echo_rt.wording import first_line, plain
+from echo_rt.ops.backends import load_ops
+from echo_rt.utils.device import DTYPES, FLOAT8, model_context, parse_device
+from echo_rt.utils.wording import first_line, plain
 
 COLUMNS = (
     Column("name", "attention", text=True),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import echo_rt
-from echo_rt.tiny import write_tiny_model
+from echo_rt.weights.tiny_model import write_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import OPS, Sizes, make_case
 
-from echo_rt.ops import load_ops
+from echo_rt.ops.backends import load_ops
 
 # A latent frame of 64 tokens and Wan's head size: large enough that arithmetic, not the call, is what takes time.
 SIZES = Sizes(frames=3, tokens=64, heads=2, head_dim=128, layers=4, vae=(12, 32, 32, 32))

@@ -24,11 +24,11 @@ from echo_rt.bench.request import Request
 from echo_rt.bench.rig import Parts, Rig, Site
 from echo_rt.bench.tables import Column, check_results_folder, write_results
 from echo_rt.cli.paths import parse_path
-from echo_rt.device import parse_device, parse_dtype, working_dtype
 from echo_rt.errors import CaptureError, EchoError
-from echo_rt.ops import BACKENDS, choose_backend
+from echo_rt.ops.backends import BACKENDS, choose_backend
 from echo_rt.options import DTYPE_NAMES, MemoryMode
-from echo_rt.wording import counted
+from echo_rt.utils.device import parse_device, parse_dtype, working_dtype
+from echo_rt.utils.wording import counted
 
 sys.path.insert(0, str(_checkout.ROOT / "bench" / "nsight"))
 from kernel_names import short_name

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from echo_rt.bench.timing import Timer
-from echo_rt.wording import plain
+from echo_rt.utils.wording import plain
 
 
 @dataclass(frozen=True)

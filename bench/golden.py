@@ -22,11 +22,11 @@ import torch
 from echo_rt.bench.environment import environment
 from echo_rt.bench.tables import Column, check_results_folder, write_results
 from echo_rt.cli.paths import parse_path
-from echo_rt.device import parse_device
 from echo_rt.errors import BackendError, EchoError
-from echo_rt.ops import BACKENDS
+from echo_rt.ops.backends import BACKENDS
 from echo_rt.options import DTYPE_NAMES
-from echo_rt.wording import with_type
+from echo_rt.utils.device import parse_device
+from echo_rt.utils.wording import with_type
 
 # From which on tensor cores multiply float8. Not asked of echo_rt: a refusal there must not explain itself.
 FLOAT8_CAPABILITY = (8, 9)
@@ -90,7 +90,7 @@ def refusal(bundle: Path, device: str, backend: str, dtype: str) -> str:
 
 def verify(bundle: Path, device: str, backend: str, dtype: str) -> Result:
     """Run one bundle; an error is a result too."""
-    from echo_rt.verify import verify_bundle
+    from echo_rt.verify.bundles import verify_bundle
 
     begun = time.monotonic()
     reason = refusal(bundle, device, backend, dtype)

@@ -128,10 +128,10 @@ tests() { # NAME LEAST LIMIT ARGUMENTS...: tests, of which some must not be skip
 }
 many=()
 [[ $device == cpu ]] || ! "$python" -c 'import xdist' 2>/dev/null || many=(-n 4)
-formulas=(tests/test_ops.py tests/test_ops_convolution.py tests/test_ops_float8.py)
+formulas=(tests/ops/test_ops.py tests/ops/test_ops_convolution.py tests/ops/test_ops_float8.py)
 block=(--size "$size" --backend "$backend" --no-chart --no-peers --rounds 1)
 if [[ $device == cpu ]]; then
-  block+=(--blocks 2) dtype=bfloat16 chosen='emulated and small and bfloat16' others=(tests/test_device.py)
+  block+=(--blocks 2) dtype=bfloat16 chosen='emulated and small and bfloat16' others=(tests/utils/test_device.py)
   ops=(--op flow_step --op memory_update)
 else
   block+=(--blocks 10) dtype=float8 chosen=cuda others=(-m cuda tests "${formulas[@]/#/--ignore=}")
@@ -148,7 +148,7 @@ plan() {
   step build 40 150 env "ECHO_RT_BUILD=$backend" "$python" setup.py build_ext --inplace
   # Exit code 1: something that generate needs is not there, which no step here does.
   proof="backend $backend +available" step doctor 10 60 sh -c '"$0" -m echo_rt doctor || [ $? = 1 ]' "$python"
-  tests operations 20 90 "${many[@]}" "${formulas[@]}" tests/test_kernels.py -k "$chosen"
+  tests operations 20 90 "${many[@]}" "${formulas[@]}" tests/ops/test_kernels.py -k "$chosen"
   script golden 20 75 golden --quick
   script block 40 120 block "${block[@]}" --dtype bfloat16 --variants evolve
   script vae 25 75 vae --quick --no-peers --backend "$backend"

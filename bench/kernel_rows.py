@@ -17,8 +17,9 @@ from echo_rt.bench.agreement import BOUNDS, LIBRARY_BOUNDS, Agreement, compare, 
 from echo_rt.bench.model_sizes import BenchModel
 from echo_rt.bench.timing import Timer, Times
 from echo_rt.model.memory import MemoryEncoder
-from echo_rt.ops import Ops, load_ops
-from echo_rt.verify import BOUNDS as ROLLOUT_BOUNDS
+from echo_rt.ops.backends import load_ops
+from echo_rt.ops.schema import Ops
+from echo_rt.verify.bundles import BOUNDS as ROLLOUT_BOUNDS
 from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes
 
 # The goals of the kernels.

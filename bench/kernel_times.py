@@ -23,10 +23,10 @@ from echo_rt.bench.model_sizes import MODELS, RELEASED, TINY
 from echo_rt.bench.tables import Column, check_results_folder, write_results
 from echo_rt.bench.timing import DEVICE_CLOCK, timer_for
 from echo_rt.cli.paths import parse_path
-from echo_rt.device import DTYPES, parse_device
 from echo_rt.errors import ConfigError, EchoError
-from echo_rt.ops import BACKENDS, check_device, load_ops
-from echo_rt.wording import counted, plain
+from echo_rt.ops.backends import BACKENDS, check_device, load_ops
+from echo_rt.utils.device import DTYPES, parse_device
+from echo_rt.utils.wording import counted, plain
 
 MEMORY_UPDATE = "memory_update"
 # Timed calls and calls before them: quick or not, by device.

@@ -25,7 +25,7 @@ TOOLS = {
     "memcheck": ("beyond", "ERROR SUMMARY: 0 errors", r"ERROR SUMMARY: [1-9]"),
     "racecheck": ("race", "RACECHECK SUMMARY: 0 hazards", r"RACECHECK SUMMARY: [1-9]"),
 }
-TESTS = ("tests/test_ops.py", "tests/test_ops_convolution.py")
+TESTS = ("tests/ops/test_ops.py", "tests/ops/test_ops_convolution.py")
 # One dtype, and sizes that end in time: instrumented code is many times slower.
 CHOSEN = "cuda and bfloat16 and (hopper or memory_attention and head-128)"
 _EXIT = 86

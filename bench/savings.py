@@ -22,8 +22,8 @@ from echo_rt.bench.tables import check_results_folder, markdown
 from echo_rt.bench.timing import Timer, timer_for
 from echo_rt.cli.model_options import BACKEND_HELP
 from echo_rt.cli.paths import parse_path
-from echo_rt.device import DTYPES, parse_device, parse_dtype
 from echo_rt.errors import EchoError
+from echo_rt.utils.device import DTYPES, parse_device, parse_dtype
 
 # By device, quick or not.
 _EFFORTS = {

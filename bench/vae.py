@@ -19,7 +19,7 @@ from echo_rt.bench.vae_run import VaeRequest, run
 from echo_rt.cli.model_options import BACKEND_HELP
 from echo_rt.cli.paths import parse_path
 from echo_rt.errors import EchoError
-from echo_rt.ops import BACKENDS
+from echo_rt.ops.backends import BACKENDS
 from echo_rt.options import VAE_DTYPE_NAMES
 
 

@@ -26,12 +26,12 @@ from echo_rt.convolution.causal import accumulated_products
 from echo_rt.convolution.enlarging import enlarged_convolution
 from echo_rt.convolution.prepared import Prepared
 from echo_rt.errors import EchoError
-from echo_rt.float8 import quantize_rows
 from echo_rt.model.vae_decoder import VaeDecoder
-from echo_rt.ops import load_ops
-from echo_rt.quality import compare_videos
-from echo_rt.verify import relative_error
-from echo_rt.verify_decoder import Decoding, folder_decoding
+from echo_rt.ops.backends import load_ops
+from echo_rt.ops.float8 import quantize_rows
+from echo_rt.verify.bundles import relative_error
+from echo_rt.verify.decoder import Decoding, folder_decoding
+from echo_rt.verify.metrics import compare_videos
 
 _COLUMNS = (
     Column("weights", "weights", text=True),

@@ -1,4 +1,4 @@
-// The operations as torch calls them; ops.cpp has their schemas, echo_rt/ops.py says what they compute.
+// The operations as torch calls them; ops.cpp has their schemas, echo_rt/ops/schema.py says what they compute.
 
 #pragma once
 

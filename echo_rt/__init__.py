@@ -10,10 +10,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from echo_rt.build_info import __version__
+from echo_rt.utils.build_info import __version__
 
 if TYPE_CHECKING:
     from echo_rt.chunk import Chunk, ChunkStats, Vitals
+    from echo_rt.engine.guard import Guard
+    from echo_rt.engine.prompts import load_prompt_embeds, save_prompt_embeds
     from echo_rt.errors import (
         BackendError,
         CaptureError,
@@ -31,12 +33,11 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from echo_rt.feed import Feed
-    from echo_rt.guard import Guard
     from echo_rt.options import MemoryMode
-    from echo_rt.prompts import load_prompt_embeds, save_prompt_embeds
     from echo_rt.runtime import Runtime
-    from echo_rt.snapshot import Snapshot
+    from echo_rt.snapshot.snapshot import Snapshot
     from echo_rt.stream import Stream
+    from echo_rt.utils.threads import share_cpu
 
 __all__ = [
     "BackendError",
@@ -65,11 +66,20 @@ __all__ = [
     "__version__",
     "load_prompt_embeds",
     "save_prompt_embeds",
+    "share_cpu",
 ]
 
-_HOMES = {"Runtime": "runtime", "MemoryMode": "options", "Chunk": "chunk", "ChunkStats": "chunk"}
-_HOMES |= {"Feed": "feed", "Guard": "guard", "Vitals": "chunk", "Snapshot": "snapshot", "Stream": "stream"}
-_HOMES |= {"load_prompt_embeds": "prompts", "save_prompt_embeds": "prompts"}
+_HOMES = {
+    **dict.fromkeys(("Chunk", "ChunkStats", "Vitals"), "chunk"),
+    **dict.fromkeys(("load_prompt_embeds", "save_prompt_embeds"), "engine.prompts"),
+    "Feed": "feed",
+    "Guard": "engine.guard",
+    "MemoryMode": "options",
+    "Runtime": "runtime",
+    "Snapshot": "snapshot.snapshot",
+    "Stream": "stream",
+    "share_cpu": "utils.threads",
+}
 
 
 def __getattr__(name: str) -> Any:

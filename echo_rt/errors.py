@@ -6,11 +6,6 @@ The command line prints it without a traceback and exits with ``exit_code``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from echo_rt.wording import first_line
-
 
 class EchoError(Exception):
     """Base of all deliberate errors; ``exit_code`` is what the command line exits with."""
@@ -91,13 +86,3 @@ class NumericalError(EchoError):
     """NaN or infinity where numbers should be."""
 
     exit_code = 1
-
-
-@contextmanager
-def needing(package: str, purpose: str) -> Iterator[None]:
-    """Guard an import: where ``package`` cannot be had, :class:`BackendError` names it and what it is for."""
-    try:
-        yield
-    except ImportError as error:
-        cause = first_line(error)
-        raise BackendError(f"{purpose} needs the package {package}: {cause} (pip install {package})") from None

@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_rt.assembly import Options, assemble
-from echo_rt.decoding import DecoderOptions
-from echo_rt.device import give_memory_back, parse_device, parse_dtype, parse_vae_dtype
-from echo_rt.engine import Engine
+from echo_rt.engine.build import Options, assemble
+from echo_rt.engine.decoding import DecoderOptions
+from echo_rt.engine.engine import Engine
+from echo_rt.engine.guard import Guard
 from echo_rt.errors import ConfigError, StallError, StreamError
-from echo_rt.failed_frames import frees_frames
-from echo_rt.forks import Home, note_loading
-from echo_rt.guard import Guard
-from echo_rt.loading import LoadedModel, load_model
-from echo_rt.ops import choose_backend
+from echo_rt.ops.backends import choose_backend
 from echo_rt.options import WAN_VAE, MemoryMode, check_seed
-from echo_rt.snapshot import Snapshot
-from echo_rt.snapshot_ways import BACKEND, ways_of
+from echo_rt.snapshot.snapshot import Snapshot
+from echo_rt.snapshot.ways import BACKEND, ways_of
 from echo_rt.stream import Stream
-from echo_rt.threads import log_threads
-from echo_rt.wording import one_line
+from echo_rt.utils.device import give_memory_back, parse_device, parse_dtype, parse_vae_dtype
+from echo_rt.utils.failed_frames import frees_frames
+from echo_rt.utils.process import Home, note_loading
+from echo_rt.utils.threads import log_threads
+from echo_rt.utils.wording import one_line
+from echo_rt.weights.load_model import LoadedModel, load_model
 
 _logger = logging.getLogger("echo_rt.runtime")
 

@@ -12,17 +12,17 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from echo_rt.blocks import Blocks
 from echo_rt.chunk import Chunk
-from echo_rt.device import model_context
-from echo_rt.engine import Engine
+from echo_rt.engine.engine import Engine
+from echo_rt.engine.guard import Guard
+from echo_rt.engine.scheduler import Blocks
 from echo_rt.errors import ConfigError, StreamError
-from echo_rt.failed_frames import frees_frames
 from echo_rt.feed import Feed
-from echo_rt.forks import Home
-from echo_rt.guard import Guard
-from echo_rt.snapshot import Snapshot
-from echo_rt.wording import one_line
+from echo_rt.snapshot.snapshot import Snapshot
+from echo_rt.utils.device import model_context
+from echo_rt.utils.failed_frames import frees_frames
+from echo_rt.utils.process import Home
+from echo_rt.utils.wording import one_line
 
 
 class Taker(Protocol):

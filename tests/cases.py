@@ -1,4 +1,4 @@
-"""Inputs for every operation of :class:`echo_rt.ops.Ops`, made once, for tests and benchmarks alike.
+"""Inputs for every operation of :class:`echo_rt.ops.schema.Ops`, made once, for tests and benchmarks alike.
 
 ``CASES[op](sizes, dtype, device, seed)`` gives the arguments in the schema's order.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.convolution.hopper import COLUMNS, DEPTH, tiled
-from echo_rt.float8 import FLOAT8
+from echo_rt.utils.device import FLOAT8
 
 
 @dataclass(frozen=True)

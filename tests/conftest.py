@@ -42,7 +42,7 @@ def shared_golden() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as ``echo-rt tiny`` writes it; tests must not change it."""
-    from echo_rt.tiny import write_tiny_model
+    from echo_rt.weights.tiny_model import write_tiny_model
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     write_tiny_model(folder, width=64, height=48)
@@ -52,7 +52,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smallest one that ``tiny`` writes: its blocks take a tenth of a second. Tests must not change it."""
-    from echo_rt.tiny import write_tiny_model
+    from echo_rt.weights.tiny_model import write_tiny_model
 
     folder = tmp_path_factory.mktemp("models") / "small"
     write_tiny_model(folder, width=32, height=32)

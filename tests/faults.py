@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from echo_rt.executor import Immediate, _Instant
-from echo_rt.rollout import Rollout
+from echo_rt.engine.executor import Immediate, _Instant
+from echo_rt.engine.rollout import Rollout
 
 LATE = 2.0  # seconds that a late block sleeps
 LOST = getattr(torch, "AcceleratorError", RuntimeError)  # what torch raises

@@ -11,7 +11,8 @@ from closeness import relative_error
 from torch import Tensor
 
 from echo_rt.errors import BackendError
-from echo_rt.ops import Ops, available_backends
+from echo_rt.ops.backends import available_backends
+from echo_rt.ops.schema import Ops
 
 BACKENDS = [name for name, status in available_backends().items() if status == "available"]
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from echo_rt.attention import attentions
 from echo_rt.config import ModelConfig
-from echo_rt.executor import Executor, make_executor
+from echo_rt.engine.executor import Executor, make_executor
+from echo_rt.engine.rollout import Rollout
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.transformer import Transformer
-from echo_rt.noise import fill_normal, seed_words
-from echo_rt.ops import load_ops
+from echo_rt.ops.backends import load_ops
+from echo_rt.ops.noise import fill_normal, seed_words
 from echo_rt.options import MemoryMode
-from echo_rt.rollout import Rollout
 from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes
 
 

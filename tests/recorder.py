@@ -18,7 +18,7 @@ from tape import Call, tensors_in
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from echo_rt.executor import Lane, Mark, stage_name
+from echo_rt.engine.executor import Lane, Mark, stage_name
 
 HOST = "host"
 Clock = dict[str, int]
@@ -75,7 +75,7 @@ class Access:
 
 
 class Recorder(TorchDispatchMode):
-    """An executor (:class:`echo_rt.executor.Executor`), and, entered as a context, what sees every operation.
+    """An executor (:class:`echo_rt.engine.executor.Executor`), and, entered as a context, what sees every operation.
 
     Accesses are kept of the buffers that it is told to :meth:`watch`.
     """

@@ -1,4 +1,4 @@
-"""Stand-ins for the parts of ``torch.cuda`` that :class:`echo_rt.executor.CudaExecutor` uses, on a CPU.
+"""Stand-ins for the parts of ``torch.cuda`` that :class:`echo_rt.engine.executor.CudaExecutor` uses, on a CPU.
 
 Everything runs when it is asked for, so nothing is shown about ordering (``recorder.py`` does that). What is shown is
 the executor itself: that it captures what it says and replays it, on the streams and behind the events it should, with
@@ -18,7 +18,7 @@ import torch
 from tape import Tape
 from torch import Tensor
 
-from echo_rt import executor
+from echo_rt.engine import executor
 
 
 class Log:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import echo_rt
-from echo_rt.tiny import CHECKPOINT_FILE
+from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
 PROMPT, OTHER = "a red fox in the snow", "the fox dives into a lake"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]

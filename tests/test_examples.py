@@ -25,7 +25,7 @@ import torch
 from streaming import OTHER, PROMPT, load, take, within
 
 import echo_rt
-from echo_rt.tiny import CHECKPOINT_FILE
+from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 LONG = 60.0  # seconds; only a deadlock takes that long

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import echo_rt
-from echo_rt.build_info import BuildInfo, __version__, build_info
-from echo_rt.ops import available_backends
+from echo_rt.ops.backends import available_backends
+from echo_rt.utils.build_info import BuildInfo, __version__, build_info
 
 ROOT = Path(__file__).parent.parent
 

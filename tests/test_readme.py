@@ -17,7 +17,7 @@ import torch
 import echo_rt
 from echo_rt.cli.main import main
 from echo_rt.output import video
-from echo_rt.tiny import write_tiny_model
+from echo_rt.weights.tiny_model import write_tiny_model
 
 ROOT = Path(__file__).parent.parent
 

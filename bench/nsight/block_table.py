@@ -17,7 +17,7 @@ from nsys_sqlite import Activity, Range, Trace, read_trace
 
 from echo_rt.bench.tables import Column, markdown
 from echo_rt.errors import EchoError
-from echo_rt.wording import counted
+from echo_rt.utils.wording import counted
 
 OUTSIDE = "(in no range)"
 Key = TypeVar("Key")

@@ -18,10 +18,10 @@ import torch
 
 import echo_rt
 from echo_rt.errors import ConfigError, EchoError
-from echo_rt.ops import BACKENDS
+from echo_rt.ops.backends import BACKENDS
 from echo_rt.options import DTYPE_NAMES
-from echo_rt.tiny import CHECKPOINT_FILE, write_tiny_model
-from echo_rt.wording import counted
+from echo_rt.utils.wording import counted
+from echo_rt.weights.tiny_model import CHECKPOINT_FILE, write_tiny_model
 
 
 @contextlib.contextmanager

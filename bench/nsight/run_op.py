@@ -14,10 +14,11 @@ import torch
 from op_inputs import OPS, Variant, variants
 
 from echo_rt.bench.model_sizes import MODELS
-from echo_rt.device import DTYPES, parse_device
 from echo_rt.errors import ConfigError, EchoError
-from echo_rt.ops import BACKENDS, Ops, check_device, load_ops
-from echo_rt.wording import counted
+from echo_rt.ops.backends import BACKENDS, check_device, load_ops
+from echo_rt.ops.schema import Ops
+from echo_rt.utils.device import DTYPES, parse_device
+from echo_rt.utils.wording import counted
 
 
 def choose(op: str, model: str, call: str | None) -> Variant:

@@ -1,5 +1,5 @@
 // The row that a block holds in registers, quantized to float8: one scale for the row, from its largest magnitude.
-// echo_rt/float8.py is the definition, step by step the same.
+// echo_rt/ops/float8.py is the definition, step by step the same.
 
 #pragma once
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 import echo_rt
-from echo_rt.threads import share_cpu
+from echo_rt import share_cpu
 
 
 def begin(runtime: echo_rt.Runtime, state: Path, prompt: str, turn_to: str | None) -> echo_rt.Stream:

@@ -20,7 +20,7 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from PIL import Image
 
 import echo_rt
-from echo_rt.threads import share_cpu
+from echo_rt import share_cpu
 
 
 def make_app(stream: echo_rt.Stream, fps: int) -> FastAPI:

@@ -12,7 +12,7 @@ import time
 import tkinter
 
 import echo_rt
-from echo_rt.threads import share_cpu
+from echo_rt import share_cpu
 
 
 class Window:

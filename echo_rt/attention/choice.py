@@ -16,11 +16,11 @@ from echo_rt.attention.pieces import in_pieces
 from echo_rt.attention.products import Products
 from echo_rt.attention.remembered import FILE
 from echo_rt.attention.trials import AttentionShapes, Trials
+from echo_rt.autotune.tuner import Found, Judge, Search, known_entries, summary
 from echo_rt.config import ModelConfig
-from echo_rt.device import give_memory_back, model_context
 from echo_rt.errors import BackendError
-from echo_rt.ops import Ops
-from echo_rt.trials.search import Found, Judge, Search, known_entries, summary
+from echo_rt.ops.schema import Ops
+from echo_rt.utils.device import give_memory_back, model_context
 
 # What a kind is tried on while there is no model; the head size is that of all of Wan's.
 _PROBE = AttentionShapes(queries=64, keys=200, heads=2, head_dim=128)

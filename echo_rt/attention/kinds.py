@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from echo_rt.attention.products import Products
 from echo_rt.errors import BackendError
-from echo_rt.wording import first_line, plain
+from echo_rt.utils.wording import first_line, plain
 
 _HALF = (torch.bfloat16, torch.float16)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.attention.kinds import Attention, HeadsFirst, Kind
-from echo_rt.ops import Ops
+from echo_rt.ops.schema import Ops
 
 # Of ``q, k, v [pieces, H, n or m, d]``: outputs ``[pieces, H, n, d]``, and natural log-sum-exps of as many rows.
 WithSums = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

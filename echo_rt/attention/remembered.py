@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from echo_rt.attention.trials import AttentionShapes
-from echo_rt.trials.remembered import Case, ChoicesFile, Entry
+from echo_rt.autotune.cache import Case, ChoicesFile, Entry
 
 FILE = ChoicesFile("attention", lambda fields: AttentionShapes(**fields))
 cache_file, entries, recall, remember = FILE.path, FILE.entries, FILE.recall, FILE.remember

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from echo_rt.attention.kinds import Attention
-from echo_rt.trials.stopwatch import current, stopwatch
-from echo_rt.wording import counted
+from echo_rt.autotune.stopwatch import current, stopwatch
+from echo_rt.utils.wording import counted
 
 _CHECKED_QUERIES = 32
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_rt.float8 import FLOAT8
+from echo_rt.utils.device import FLOAT8
 
-# Twice what tests/test_ops.py allows between a backend and the formula: here both sides are rounded.
+# Twice what tests/ops/test_ops.py allows between a backend and the formula: here both sides are rounded.
 # float8 is quantized from float32 results that differ by their last bits: some values lie on two sides of a tie.
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4, FLOAT8: 4e-3}
 # A library rounds on the way where the definition does not.

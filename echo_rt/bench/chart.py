@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_rt.errors import BackendError
-from echo_rt.output.part_file import write_whole
+from echo_rt.utils.atomic_file import write_whole
 
 _WIDTH, _BAR = 9.0, 0.28  # inches
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from echo_rt.wording import counted
+from echo_rt.utils.wording import counted
 
 _DAY = 24 * 3600.0
 _JOULES_A_KWH = 3.6e6

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from echo_rt.wording import first_line
+from echo_rt.utils.wording import first_line
 
 # Where the package lies: a checkout, or a folder of installed packages.
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ def environment(device: str) -> dict[str, Any]:
     """The header for ``device`` (``cuda``, ``cuda:N`` or ``cpu``): plain JSON types."""
     import torch
 
-    from echo_rt.build_info import __version__
+    from echo_rt.utils.build_info import __version__
 
     missing: list[str] = []
     header: dict[str, Any] = {
@@ -157,8 +157,8 @@ def main(arguments: list[str]) -> int:
         built = "is built without CUDA" if torch.version.cuda is None else "sees no usable one"
         print(f"no GPU: torch {torch.__version__} {built}", file=sys.stderr)
         return 2
-    from echo_rt.device import parse_device
     from echo_rt.errors import EchoError
+    from echo_rt.utils.device import parse_device
 
     try:
         parse_device(device)

@@ -8,7 +8,7 @@ import torch
 
 from echo_rt.bench.agreement import difference
 from echo_rt.bench.rig import Rig
-from echo_rt.verify import bound_between
+from echo_rt.verify.bundles import bound_between
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from echo_rt.bench.lanes import APART, Span
 from echo_rt.bench.timing import Times
-from echo_rt.executor import Lane, Mark
-from echo_rt.rollout import Rollout
+from echo_rt.engine.executor import Lane, Mark
+from echo_rt.engine.rollout import Rollout
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from echo_rt.executor import CudaExecutor, CudaMark, Executor, Immediate, Lane, Mark, make_executor, stage_name
+from echo_rt.engine.executor import CudaExecutor, CudaMark, Executor, Immediate, Lane, Mark, make_executor, stage_name
 
 APART = "apart"  # the stage of what is no stage: the frames' way to the host
 
@@ -89,7 +89,7 @@ class WatchedCuda(CudaExecutor):
 
 
 def watched_executor(device: torch.device, graphs: bool | None) -> WatchedExecutor:
-    """As :func:`echo_rt.executor.make_executor`, and watched; its errors are that one's."""
+    """As :func:`echo_rt.engine.executor.make_executor`, and watched; its errors are that one's."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return WatchedCuda(device, graphs=graphs is not False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from echo_rt.bench.model_sizes import RELEASED, BenchModel
 from echo_rt.bench.random_tensors import RandomTensors
 from echo_rt.config import ModelConfig, TransformerConfig, VaeConfig
-from echo_rt.loading import load_model
+from echo_rt.weights.load_model import load_model
 from echo_rt.weights.shapes import memory_shapes, transformer_shapes, vae_shapes
 
 _PROMPT_TOKENS = 77  # of random embeddings; how many there are changes no size

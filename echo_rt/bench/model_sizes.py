@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from echo_rt.convolution import ConvolutionShape
-    from echo_rt.ops import Ops
+    from echo_rt.ops.schema import Ops
 
 
 @dataclass(frozen=True)

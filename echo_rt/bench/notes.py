@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from echo_rt.bench.run import Run
 from echo_rt.bench.timing import DEVICE_CLOCK
-from echo_rt.decoding import convolutions_in_words
-from echo_rt.device import dtype_name
-from echo_rt.wording import counted
+from echo_rt.engine.decoding import convolutions_in_words
+from echo_rt.utils.device import dtype_name
+from echo_rt.utils.wording import counted
 
 
 def notes(run: Run, *, frames_a_block: int, judged: bool) -> list[str]:

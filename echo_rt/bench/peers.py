@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from echo_rt.bench.agreement import difference
 from echo_rt.bench.rig import Parts, Rig, Site
 from echo_rt.config import VaeConfig
-from echo_rt.device import model_context
 from echo_rt.errors import BackendError, EchoError
-from echo_rt.noise import fill_normal, seed_words
+from echo_rt.ops.noise import fill_normal, seed_words
 from echo_rt.options import MemoryMode
-from echo_rt.verify import bound_between
+from echo_rt.utils.device import model_context
+from echo_rt.utils.wording import with_type
+from echo_rt.verify.bundles import bound_between
 from echo_rt.weights.keymaps import KeyMap, transformer_key_map, vae_key_map
-from echo_rt.wording import with_type
 
 # Others round after every operation, where ours keeps some of them in one: their 16-bit results lie further off.
 ROUNDINGS = 4

@@ -27,8 +27,7 @@ from echo_rt.bench.rows import (
 from echo_rt.bench.run import Entry, Run
 from echo_rt.bench.tables import results, write_results
 from echo_rt.bench.timing import DEVICE_CLOCK
-from echo_rt.device import dtype_name
-from echo_rt.float8 import FLOAT8
+from echo_rt.utils.device import FLOAT8, dtype_name
 
 NAME = "block"
 ALONE = "whole block, one at a time"

@@ -15,17 +15,17 @@ from torch import Tensor
 from echo_rt.attention import Choice, attentions, cache_file
 from echo_rt.bench.lanes import Span, WatchedExecutor, watched_executor
 from echo_rt.bench.model import Model
-from echo_rt.decoding import Convolutions, fit_decoder
-from echo_rt.device import model_context, working_dtype
+from echo_rt.engine.decoding import Convolutions, fit_decoder
+from echo_rt.engine.pipeline import Finished, Pipeline
+from echo_rt.engine.rollout import Rollout
 from echo_rt.errors import ConfigError
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.transformer import Transformer
 from echo_rt.model.vae_decoder import VaeDecoder
-from echo_rt.ops import Ops
+from echo_rt.ops.schema import Ops
 from echo_rt.options import MemoryMode
-from echo_rt.pipeline import Finished, Pipeline
-from echo_rt.rollout import Rollout
+from echo_rt.utils.device import model_context, working_dtype
 
 _MOST_BLOCKS = 300  # a steady state that comes later is none that anyone waits for
 

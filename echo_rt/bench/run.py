@@ -24,8 +24,14 @@ from echo_rt.bench.rig import Parts, Rig, Site
 from echo_rt.bench.timing import Timer, timer_for
 from echo_rt.bench.turns import take_turn
 from echo_rt.bench.variants import Variant, memory_evolves, plan, turns_of
-from echo_rt.decoding import Convolutions
-from echo_rt.device import (
+from echo_rt.engine.decoding import Convolutions
+from echo_rt.errors import BackendError, CaptureError
+from echo_rt.model.linear import kept_from_float8
+from echo_rt.ops.backends import Backend, choose_backend, load_ops
+from echo_rt.options import MemoryMode
+from echo_rt.soak.gpu import GpuHealth, gpu_health
+from echo_rt.soak.probes import host_memory
+from echo_rt.utils.device import (
     give_memory_back,
     model_context,
     parse_device,
@@ -33,12 +39,6 @@ from echo_rt.device import (
     warn_of_faulty_convolutions,
     working_dtype,
 )
-from echo_rt.errors import BackendError, CaptureError
-from echo_rt.model.linear import kept_from_float8
-from echo_rt.ops import Backend, choose_backend, load_ops
-from echo_rt.options import MemoryMode
-from echo_rt.soak.gpu import GpuHealth, gpu_health
-from echo_rt.soak.probes import host_memory
 
 T = TypeVar("T")
 

@@ -20,10 +20,10 @@ from echo_rt.bench.tables import Column, write_results
 from echo_rt.bench.timing import DEVICE_CLOCK, Timer
 from echo_rt.bench.turns import take_turn
 from echo_rt.bench.variants import turns_of
-from echo_rt.device import model_context, parse_dtype, warn_of_faulty_convolutions
-from echo_rt.ops import choose_backend
+from echo_rt.ops.backends import choose_backend
 from echo_rt.options import MemoryMode
-from echo_rt.wording import counted, plain
+from echo_rt.utils.device import model_context, parse_dtype, warn_of_faulty_convolutions
+from echo_rt.utils.wording import counted, plain
 
 NAME = "savings"
 COLUMNS = (

@@ -17,8 +17,8 @@ from torch.nn.functional import rms_norm
 from echo_rt.bench.agreement import difference
 from echo_rt.bench.rig import Parts, Rig
 from echo_rt.bench.savings_counts import PRODUCTS, Count, Counts
-from echo_rt.kv_cache import BlockCache, Span
-from echo_rt.verify import bound_between
+from echo_rt.engine.kv_cache import BlockCache, Span
+from echo_rt.verify.bundles import bound_between
 
 MERGED, COLLAPSED, CUT_SHORT = "merged context and first pass", "collapsed padding", "context pass cut short"
 # Real keys of a text, as parts of its length.

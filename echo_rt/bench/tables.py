@@ -16,7 +16,7 @@ from typing import Any
 
 from echo_rt.bench.environment import summary_line
 from echo_rt.errors import ConfigError, TargetError
-from echo_rt.output.part_file import reason, write_whole
+from echo_rt.utils.atomic_file import reason, write_whole
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from echo_rt.bench.figures import Sample, intervals
 from echo_rt.bench.rig import Rig
-from echo_rt.executor import Lane
+from echo_rt.engine.executor import Lane
 
 # The board's counter of energy, in joules.
 Joules = Callable[[], float | None]

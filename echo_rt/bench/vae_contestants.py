@@ -20,10 +20,10 @@ from echo_rt.bench.vae_published import PublishedDecoder
 from echo_rt.bench.vae_work import Frames, Stage
 from echo_rt.config import VaeConfig
 from echo_rt.convolution import Kind
-from echo_rt.decoding import convolutions_in_words, fit_decoder
+from echo_rt.engine.decoding import convolutions_in_words, fit_decoder
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.model.vae_layers import CausalConv, EnlargingConv, Terms, VaeWeights
-from echo_rt.ops import Ops
+from echo_rt.ops.schema import Ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
 OURS, PUBLISHED, DIFFUSERS = "echo-rt", "published structure, eager torch", "diffusers AutoencoderKLWan"

@@ -12,7 +12,7 @@ from echo_rt.bench.tables import Column, write_results
 from echo_rt.bench.timing import DEVICE_CLOCK, Times
 from echo_rt.bench.vae_contestants import DIFFUSERS, OURS, PUBLISHED
 from echo_rt.bench.vae_run import Measured, VaeRun
-from echo_rt.wording import counted, plain
+from echo_rt.utils.wording import counted, plain
 
 WHOLE = "whole"
 TITLE = "VAE decoder"

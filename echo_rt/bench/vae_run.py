@@ -19,14 +19,14 @@ from echo_rt.bench.timing import DEVICE_CLOCK, Timer, Times, timer_for
 from echo_rt.bench.vae_contestants import DIFFUSERS, OURS, PUBLISHED, Contestant, Setting, diffusers, ours, published
 from echo_rt.bench.vae_published import PublishedDecoder
 from echo_rt.bench.vae_work import Stage, decoder_stages
-from echo_rt.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
 from echo_rt.errors import BackendError, ConfigError
-from echo_rt.noise import fill_normal, seed_words
-from echo_rt.ops import Backend, choose_backend
+from echo_rt.ops.backends import Backend, choose_backend
+from echo_rt.ops.noise import fill_normal, seed_words
 from echo_rt.options import latent_size
-from echo_rt.verify import bound_between
+from echo_rt.utils.device import model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
+from echo_rt.utils.wording import first_line
+from echo_rt.verify.bundles import bound_between
 from echo_rt.weights.shapes import vae_shapes
-from echo_rt.wording import first_line
 
 _MAKERS: dict[str, Callable[[Setting], Contestant]] = {OURS: ours, PUBLISHED: published, DIFFUSERS: diffusers}
 # Timed blocks and those before them: quick or not, by device.

@@ -127,7 +127,7 @@ def _check_folder(out: Path | None, read: Sequence[Named]) -> None:
         return
     check_apart(Named("--out", out), read)
     from echo_rt.bench.tables import check_results_folder
-    from echo_rt.output.part_file import check_writable, reason
+    from echo_rt.utils.atomic_file import check_writable, reason
 
     check_results_folder(out)
     try:

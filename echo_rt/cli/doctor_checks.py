@@ -17,9 +17,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from echo_rt.build_info import __version__, build_info
 from echo_rt.errors import EchoError
-from echo_rt.wording import first_line
+from echo_rt.utils.build_info import __version__, build_info
+from echo_rt.utils.wording import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,7 @@ def _echo_rt() -> Iterator[Fact]:
         value = f"{built.compiler}, C++{built.cxx_standard}, {cuda}"
         yield Fact("echo-rt", "compiled part", value, "ok" if built.is_current else "absent", advice)
     try:
-        from echo_rt.ops import available_backends
+        from echo_rt.ops.backends import available_backends
     except (ImportError, OSError) as error:
         yield Fact("echo-rt", "backends", first_line(error), "missing", "install what is missing below")
         return
@@ -120,7 +120,7 @@ def _echo_rt() -> Iterator[Fact]:
 
 def _default_backend() -> Iterator[Fact]:
     """Which backend a model is given on the best device where none is named, and why."""
-    from echo_rt.ops import BACKEND_VARIABLE, BACKENDS, choose_backend
+    from echo_rt.ops.backends import BACKEND_VARIABLE, BACKENDS, choose_backend
 
     named = os.environ.get(BACKEND_VARIABLE)
     try:
@@ -188,7 +188,7 @@ def _cudnn() -> Iterator[Fact]:
     """The convolution library of torch, which between two releases is wrong in 16 bits."""
     import torch
 
-    from echo_rt.device import warn_of_faulty_convolutions
+    from echo_rt.utils.device import warn_of_faulty_convolutions
 
     number = torch.backends.cudnn.version()
     if number is None:
@@ -252,7 +252,7 @@ def _attention() -> Iterator[Fact]:
     """Which libraries of attention work on the best device, and which one a model would be given there."""
     try:
         from echo_rt.attention import available_attention, kinds
-        from echo_rt.ops import load_ops
+        from echo_rt.ops.backends import load_ops
     except (ImportError, OSError):
         return
     every = [kinds(load_ops(name)) for name in _gpu_backends()]
@@ -265,7 +265,7 @@ def _convolution() -> Iterator[Fact]:
     """Which ways to compute the decoder's convolutions work on the best device, and which ones are chosen there."""
     try:
         from echo_rt.convolution import available_convolutions, kinds
-        from echo_rt.ops import load_ops
+        from echo_rt.ops.backends import load_ops
     except (ImportError, OSError):
         return
     every = [kinds(load_ops(name)) for name in _gpu_backends()]
@@ -276,7 +276,7 @@ def _convolution() -> Iterator[Fact]:
 
 def _gpu_backends() -> list[str]:
     """Those that models on a GPU may have; what is chosen for a model depends on its own."""
-    from echo_rt.ops import available_backends
+    from echo_rt.ops.backends import available_backends
 
     return [name for name in ("torch", "cuda") if available_backends()[name] == "available"]
 

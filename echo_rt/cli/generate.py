@@ -12,15 +12,15 @@ from echo_rt.cli.prompts import TimedPrompt, first_block
 from echo_rt.cli.signals import StopNow, StopRequest
 from echo_rt.cli.streams import say
 from echo_rt.errors import ConfigError, OutputError, PromptError
-from echo_rt.wording import counted
+from echo_rt.utils.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from echo_rt.cli.recorder import Recorder
     from echo_rt.cli.resumption import Resumption
-    from echo_rt.cli.segment_recorder import Checkpoints, SegmentRecorder
-    from echo_rt.guard import Guard
+    from echo_rt.engine.guard import Guard
+    from echo_rt.output.recorder import Recorder
+    from echo_rt.output.segment_recorder import Checkpoints, SegmentRecorder
     from echo_rt.runtime import Runtime
     from echo_rt.stream import Stream
 
@@ -47,14 +47,14 @@ def _read_embeds(script: list[TimedPrompt]) -> dict[str, Tensor]:
     files = [prompt.file for prompt in script if prompt.file is not None]
     if not files:
         return {}
-    from echo_rt.prompts import load_prompt_embeds
+    from echo_rt.engine.prompts import load_prompt_embeds
 
     return {file: load_prompt_embeds(file)[0] for file in files}
 
 
 def _embed_prompts(runtime: Runtime, request: Request, from_files: dict[str, Tensor]) -> list[Tensor]:
     """Embeddings of all prompts, before the stream begins: a bad one fails now, and the text encoder can go."""
-    from echo_rt.prompts import check_prompt_embeds, save_prompt_embeds
+    from echo_rt.engine.prompts import check_prompt_embeds, save_prompt_embeds
 
     transformer = runtime.config.transformer
     for file, tensor in from_files.items():
@@ -72,7 +72,7 @@ def _embed_prompts(runtime: Runtime, request: Request, from_files: dict[str, Ten
 
 
 def _guard(request: Request) -> Guard:
-    from echo_rt.guard import ROLL_BACK, STOP, Guard
+    from echo_rt.engine.guard import ROLL_BACK, STOP, Guard
 
     arguments = request.arguments
     return Guard(
@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     request = Request(arguments)
     with stop.interruptible():
         from echo_rt.output.video import load_av
-        from echo_rt.threads import share_cpu
+        from echo_rt.utils.threads import share_cpu
 
         load_av()  # or it would be missed when the model has been loaded
         resumption = _find_resumption(request, report)
@@ -194,7 +194,7 @@ def _open_recorder(
     """What the video is written to, and where its snapshots go if they are asked for."""
     arguments = request.arguments
     if request.segment_seconds is None:
-        from echo_rt.cli.recorder import Recorder
+        from echo_rt.output.recorder import Recorder
 
         recorder = Recorder(
             request.output,
@@ -208,7 +208,7 @@ def _open_recorder(
         )
         return recorder, None
     from echo_rt.cli.resumption import notes_of
-    from echo_rt.cli.segment_recorder import Checkpoints, SegmentRecorder
+    from echo_rt.output.segment_recorder import Checkpoints, SegmentRecorder
     from echo_rt.output.segments import SegmentedWriter
 
     first_frame, first_block = (0, None) if resumed is None else (resumed.video_frames, resumed.next_block)

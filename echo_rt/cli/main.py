@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
-from echo_rt.build_info import __version__
 from echo_rt.cli import bench, doctor, generate, soak, streams, tiny, verify
 from echo_rt.cli.messages import DEBUG_VARIABLE, describe, warn
 from echo_rt.cli.signals import StopNow, StopRequest
 from echo_rt.errors import ConfigError, OutputError
+from echo_rt.utils.build_info import __version__
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,7 +7,7 @@ from typing import Any
 
 from echo_rt.cli.streams import complain
 from echo_rt.errors import EchoError
-from echo_rt.wording import one_line
+from echo_rt.utils.wording import one_line
 
 DEBUG_VARIABLE = "ECHO_RT_DEBUG"
 

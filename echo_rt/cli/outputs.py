@@ -28,7 +28,7 @@ def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named])
     An input that is a folder stands for all that is in it. Raises ``ConfigError`` for a wrong ending, for one file
     twice and for an output that would replace an input, ``TargetError`` for a place where nothing can be written.
     """
-    from echo_rt.output.part_file import check_writable
+    from echo_rt.utils.atomic_file import check_writable
 
     taken: dict[Path, str] = {}
     for output, suffix in outputs:

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from echo_rt.cli.generate_request import Request
 from echo_rt.cli.prompts import TimedPrompt, first_block
-from echo_rt.cli.segment_recorder import SNAPSHOT_FOLDER
 from echo_rt.errors import ConfigError, PromptError, TargetError
 from echo_rt.output.segment_index import RecordingIndex
+from echo_rt.output.segment_recorder import SNAPSHOT_FOLDER
 from echo_rt.output.segments import check_free
-from echo_rt.snapshot import Snapshot
-from echo_rt.snapshot_keeper import latest_snapshot, snapshot_files
-from echo_rt.wording import counted, one_line
+from echo_rt.snapshot.snapshot import Snapshot
+from echo_rt.snapshot.store import latest_snapshot, snapshot_files
+from echo_rt.utils.wording import counted, one_line
 
 if TYPE_CHECKING:
-    from echo_rt.guard import Guard
+    from echo_rt.engine.guard import Guard
     from echo_rt.runtime import Runtime
     from echo_rt.stream import Stream
 

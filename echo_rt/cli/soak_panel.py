@@ -12,7 +12,7 @@ from echo_rt.cli.streams import can_draw, complain
 from echo_rt.soak.config import SoakConfig
 from echo_rt.soak.journal import Line
 from echo_rt.soak.outcome import Status, Verdict
-from echo_rt.wording import counted
+from echo_rt.utils.wording import counted
 
 if TYPE_CHECKING:
     from rich.live import Live

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
         raise ConfigError(f"--seed: expected an integer, got {arguments.seed!r}") from None
     folder: Path = arguments.folder
     with stop.interruptible():
-        from echo_rt.tiny import CHECKPOINT_FILE, write_tiny_model
+        from echo_rt.weights.tiny_model import CHECKPOINT_FILE, write_tiny_model
 
         write_tiny_model(folder, seed=seed, overwrite=arguments.overwrite)
     checkpoint = folder / CHECKPOINT_FILE

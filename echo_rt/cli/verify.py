@@ -19,7 +19,7 @@ from echo_rt.errors import ConfigError, EchoError
 from echo_rt.options import DTYPE_NAMES
 
 if TYPE_CHECKING:
-    from echo_rt.verify import BundleReport
+    from echo_rt.verify.bundles import BundleReport
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -74,10 +74,10 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     for path in folders:
         try:
             with stop.interruptible():
-                from echo_rt.device import parse_device
-                from echo_rt.threads import share_cpu
-                from echo_rt.verify import verify_bundle
-                from echo_rt.verify_model import verify_model
+                from echo_rt.utils.device import parse_device
+                from echo_rt.utils.threads import share_cpu
+                from echo_rt.verify.bundles import verify_bundle
+                from echo_rt.verify.model import verify_model
                 from echo_rt.weights.folder import holds_vae
 
                 facts = {name: getattr(arguments, name) for name in ("device", "dtype", "backend", "dump")}
@@ -110,7 +110,7 @@ def _check_patterns(patterns: Sequence[str], folders: Sequence[Path]) -> None:
     if not patterns:
         return
     from echo_rt.model.linear import float8_layers
-    from echo_rt.verify import has_float8_layers
+    from echo_rt.verify.bundles import has_float8_layers
     from echo_rt.weights.folder import holds_vae
 
     for path in folders:

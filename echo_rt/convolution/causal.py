@@ -9,7 +9,7 @@ from torch import Tensor
 
 from echo_rt.convolution.library import convolve, convolve_pictures
 from echo_rt.convolution.prepared import Prepared
-from echo_rt.device import capturing
+from echo_rt.utils.device import capturing
 
 
 def library_convolution(weight: Tensor, stride: int = 1) -> Prepared:

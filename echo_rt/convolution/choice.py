@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
+from echo_rt.autotune.tuner import Found, Judge, Search, known_entries, summary
 from echo_rt.convolution.kinds import Kind
 from echo_rt.convolution.remembered import FILE
 from echo_rt.convolution.shapes import ConvolutionShape
 from echo_rt.convolution.trials import Trials
-from echo_rt.device import give_memory_back, model_context
 from echo_rt.errors import BackendError
-from echo_rt.trials.search import Found, Judge, Search, known_entries, summary
+from echo_rt.utils.device import give_memory_back, model_context
 
 _ROUNDS = 7
 

@@ -28,6 +28,6 @@ def untiled(weight: Tensor) -> Tensor:
 
 
 def tiled(weight: Tensor) -> Tensor:
-    """``weight [Co, C, kT, 3, 3]`` as :meth:`echo_rt.ops.Ops.causal_conv_hopper` wants it."""
+    """``weight [Co, C, kT, 3, 3]`` as :meth:`echo_rt.ops.schema.Ops.causal_conv_hopper` wants it."""
     taps: Tensor = weight.flatten(3).unflatten(1, (-1, DEPTH // CHUNK, CHUNK)).unflatten(0, (-1, COLUMNS))
     return taps.permute(0, 5, 2, 6, 3, 1, 4).contiguous()

@@ -11,7 +11,7 @@ from echo_rt.convolution.hopper import tiled
 from echo_rt.convolution.phases import phase_weights
 from echo_rt.convolution.prepared import Prepared
 from echo_rt.convolution.shapes import ConvolutionShape
-from echo_rt.ops import Ops
+from echo_rt.ops.schema import Ops
 
 NO_KERNEL = "it is an operation of the backends cuda and emulated, and this model's backend has none"
 

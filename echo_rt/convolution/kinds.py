@@ -15,8 +15,8 @@ from echo_rt.convolution.hopper import CAPABILITY, hopper_limit
 from echo_rt.convolution.kernel import NO_KERNEL, Kernels, causal_limit
 from echo_rt.convolution.prepared import Prepared
 from echo_rt.convolution.shapes import ConvolutionShape
-from echo_rt.ops import Ops
-from echo_rt.wording import plain
+from echo_rt.ops.schema import Ops
+from echo_rt.utils.wording import plain
 
 _HALF = (torch.bfloat16, torch.float16)
 

@@ -16,7 +16,7 @@ _MEETING = (((0,), (1, 2)), ((0, 1), (2,)))
 
 
 def phase_weights(weight: Tensor) -> Tensor:
-    """``weight [Co, C, 3, 3]`` -> ``[4, Co, 2, 2, C]``, as :meth:`echo_rt.ops.Ops.upsample_conv` wants it.
+    """``weight [Co, C, 3, 3]`` -> ``[4, Co, 2, 2, C]``, as :meth:`echo_rt.ops.schema.Ops.upsample_conv` wants it.
 
     Phase 2a + b is that of rows of parity a and columns of parity b. Sums are float64, rounded once: give the weight as
     the checkpoint has it, and turn the result to the dtype of the model.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from echo_rt.autotune.cache import ChoicesFile
 from echo_rt.convolution.shapes import ConvolutionShape
-from echo_rt.trials.remembered import ChoicesFile
 
 FILE = ChoicesFile("convolution", ConvolutionShape.from_fields)
 cache_file = FILE.path

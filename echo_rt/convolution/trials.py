@@ -10,9 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from echo_rt.autotune.stopwatch import Bench, current, stopwatch
 from echo_rt.convolution.kinds import Kind
 from echo_rt.convolution.shapes import ConvolutionShape
-from echo_rt.trials.stopwatch import Bench, current, stopwatch
 
 _CHECKED_PIXELS = 256  # beside the corners
 _CALLS_TIMED_TOGETHER = 2

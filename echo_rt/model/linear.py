@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from echo_rt.device import dtype_name
 from echo_rt.errors import ConfigError
-from echo_rt.float8 import FLOAT8, product, quantize_rows
-from echo_rt.ops import Ops
+from echo_rt.ops.float8 import product, quantize_rows
+from echo_rt.ops.schema import Ops
+from echo_rt.utils.device import FLOAT8, dtype_name
 
 # The products of a layer that read what a kernel of ours writes, by the names of their weights. Those of one line are
 # one product. The output projections of both attentions read what a library wrote: quantizing that were another pass.

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
 from echo_rt.config import ModelConfig
-from echo_rt.device import placed
 from echo_rt.model.linear import Linear
-from echo_rt.ops import Ops
+from echo_rt.ops.schema import Ops
+from echo_rt.utils.device import placed
 
 # Tokens that the gate's mean is taken over, about.
 _GATE_SAMPLE = 128
@@ -30,7 +30,7 @@ class _EncoderLayer:
 
 
 class MemoryEncoder:
-    """Weights of the memory encoder; the state itself belongs to the stream (:mod:`echo_rt.state`)."""
+    """Weights of the memory encoder; the state itself belongs to the stream (:mod:`echo_rt.engine.state`)."""
 
     def __init__(
         self,

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from echo_rt.config import TextEncoderConfig
-from echo_rt.device import give_memory_back
-from echo_rt.errors import PromptError, StreamError, WeightsError, needing
+from echo_rt.errors import PromptError, StreamError, WeightsError
+from echo_rt.utils.device import give_memory_back
+from echo_rt.utils.packages import needing
+from echo_rt.utils.wording import first_line
 from echo_rt.weights.files import check_tensors
 from echo_rt.weights.keymaps import umt5_to_transformers
 from echo_rt.weights.shapes import text_encoder_shapes
-from echo_rt.wording import first_line
 
 _PROBE = "a"  # any text: what comes after its tokens is what the tokenizer appends
 

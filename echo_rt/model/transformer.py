@@ -1,7 +1,7 @@
 """Wan's diffusion transformer, one block of latent frames at a time.
 
 The cache of self-attention is an object that the caller passes in: where keys are kept, which are attended to and how
-they are rotated is the rollout's business (:mod:`echo_rt.rollout`), not the transformer's.
+they are rotated is the rollout's business (:mod:`echo_rt.engine.rollout`), not the transformer's.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch.nn.functional import rms_norm, silu
 
 from echo_rt.attention import Attention
 from echo_rt.config import TransformerConfig
-from echo_rt.device import placed, working_dtype
 from echo_rt.model.linear import Float8Linear, Linear, Product, feed_forward, kept_from_float8
-from echo_rt.ops import Ops
+from echo_rt.ops.schema import Ops
+from echo_rt.utils.device import placed, working_dtype
 
 
 @dataclass(frozen=True)

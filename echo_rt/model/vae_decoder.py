@@ -19,7 +19,7 @@ from echo_rt.errors import ConfigError
 from echo_rt.model.vae_decoder_state import DecodingPlan, LevelShape, VaeDecoderState, plan_decoding
 from echo_rt.model.vae_layers import CausalConv, EnlargingConv, Middle, NormConv, ResidualBlock, Terms, VaeWeights
 from echo_rt.model.vae_windows import Rows, Windows
-from echo_rt.ops import Ops
+from echo_rt.ops.schema import Ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
 _OWNER = "vae decoder"

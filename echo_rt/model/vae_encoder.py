@@ -24,7 +24,7 @@ from echo_rt.model.vae_layers import (
     spatial_conv,
 )
 from echo_rt.model.vae_windows import StreamWindows, Windows, WindowSize
-from echo_rt.ops import load_ops
+from echo_rt.ops.backends import load_ops
 from echo_rt.weights.shapes import vae_encoder_shapes
 
 _OWNER = "vae encoder"

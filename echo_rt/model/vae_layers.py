@@ -21,10 +21,10 @@ from torch.nn import functional
 from echo_rt.attention import Attention, AttentionShapes, untried_attention
 from echo_rt.convolution import ConvolutionShape, Kind, Prepared, enlarged_convolution, library_convolution
 from echo_rt.convolution.library import convolve
-from echo_rt.device import placed
 from echo_rt.errors import WeightsError
 from echo_rt.model.vae_windows import Windows
-from echo_rt.ops import Ops
+from echo_rt.ops.schema import Ops
+from echo_rt.utils.device import placed
 from echo_rt.weights.shapes import Shapes
 
 _NORM_FLOOR = 1e-12

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echo_rt.errors import ConfigError, OutputError
-from echo_rt.output.part_file import Closing, check_writable, write_whole
 from echo_rt.output.video import load_av
+from echo_rt.utils.atomic_file import Closing, check_writable, write_whole
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

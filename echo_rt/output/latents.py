@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echo_rt.errors import ConfigError, OutputError
-from echo_rt.output.part_file import Closing, PartFile, reason
+from echo_rt.utils.atomic_file import Closing, PartFile, reason
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_rt.errors import TargetError
-from echo_rt.output.part_file import reason, write_whole
+from echo_rt.utils.atomic_file import reason, write_whole
 
 INDEX_FILE = "recording.json"
 _FORMAT, _VERSION = "echo-rt recording", 1

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_rt.errors import ConfigError, OutputError, TargetError
-from echo_rt.output.folder_claim import FolderClaim
 from echo_rt.output.latents import LatentsWriter
-from echo_rt.output.part_file import Closing, reason, write_whole
 from echo_rt.output.segment_index import RecordingIndex, Segment
 from echo_rt.output.video import VideoWriter
-from echo_rt.wording import counted
+from echo_rt.utils.atomic_file import Closing, reason, write_whole
+from echo_rt.utils.folder_lock import FolderClaim
+from echo_rt.utils.wording import counted
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

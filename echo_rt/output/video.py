@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echo_rt.errors import ConfigError, OutputError, needing
-from echo_rt.output.part_file import Closing, PartFile, reason
+from echo_rt.errors import ConfigError, OutputError
+from echo_rt.utils.atomic_file import Closing, PartFile, reason
+from echo_rt.utils.packages import needing
 
 if TYPE_CHECKING:
     import av

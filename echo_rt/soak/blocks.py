@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from echo_rt.chunk import Chunk
+from echo_rt.engine.guard import ROLL_BACK, STOP, Guard
 from echo_rt.errors import NumericalError
-from echo_rt.guard import ROLL_BACK, STOP, Guard
 from echo_rt.runtime import Runtime
-from echo_rt.snapshot import Snapshot
-from echo_rt.snapshot_keeper import SnapshotKeeper, snapshot_files
+from echo_rt.snapshot.snapshot import Snapshot
+from echo_rt.snapshot.store import SnapshotKeeper, snapshot_files
 from echo_rt.soak.config import Limits, SoakConfig
 from echo_rt.soak.gpu import GpuHealth
 from echo_rt.soak.interval import Checker, Interval, digest

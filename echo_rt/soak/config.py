@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from echo_rt.errors import ConfigError
 from echo_rt.options import TINY_VAE, WAN_VAE, MemoryMode, check_overrides, check_seed
-from echo_rt.output.part_file import reason, write_whole
+from echo_rt.utils.atomic_file import reason, write_whole
 
 MANIFEST_FILE = "soak.json"
 _FORMAT = 1

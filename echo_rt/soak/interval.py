@@ -12,7 +12,7 @@ from echo_rt.chunk import Chunk
 from echo_rt.config import ModelConfig
 from echo_rt.soak.journal import Line
 from echo_rt.soak.latency import Histogram, Outliers
-from echo_rt.wording import counted
+from echo_rt.utils.wording import counted
 
 _DIGEST_BYTES = 16
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_rt.errors import OutputError, StreamError
-from echo_rt.output.part_file import reason
+from echo_rt.utils.atomic_file import reason
 
 JOURNAL_FILE = "soak.jsonl"
 _TAIL = 4096

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from echo_rt.wording import counted
+from echo_rt.utils.wording import counted
 
 EXIT_BROKEN = 3  # a promise was broken
 EXIT_FAILED = 4  # the stream failed

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from echo_rt.errors import BackendError
-from echo_rt.output.part_file import write_whole
 from echo_rt.soak.curves import Curve, Curves
+from echo_rt.utils.atomic_file import write_whole
 
 HOW_TO_GET_THEM = "plots need matplotlib, which is not installed: pip install 'echo-rt[soak]'"
 

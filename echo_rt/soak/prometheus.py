@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from echo_rt.errors import BackendError, ConfigError
-from echo_rt.output.part_file import reason
 from echo_rt.soak.journal import Line
 from echo_rt.soak.outcome import Status, Verdict
+from echo_rt.utils.atomic_file import reason
 
 _PREFIX = "echo_rt_soak"
 _NOT_FIGURES = {"bins", "hashes", "mismatches", "misplaced"}

@@ -6,7 +6,7 @@ from echo_rt.soak.journal import Line
 from echo_rt.soak.latency import Histogram
 from echo_rt.soak.outcome import Status, Verdict
 from echo_rt.soak.promise import Promise
-from echo_rt.wording import counted
+from echo_rt.utils.wording import counted
 
 # Fewer blocks than this say nothing of a slope or of a 99th percentile.
 _ENOUGH_BLOCKS = 100

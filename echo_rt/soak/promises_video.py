@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from echo_rt.soak.journal import Line
 from echo_rt.soak.promise import Promise
-from echo_rt.wording import counted
+from echo_rt.utils.wording import counted
 
 
 class Alive(Promise):

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from echo_rt.build_info import __version__
-from echo_rt.output.part_file import write_whole
 from echo_rt.soak import plots
 from echo_rt.soak.config import SoakConfig
 from echo_rt.soak.curves import Curves
 from echo_rt.soak.journal import JOURNAL_FILE, Line, read_lines
 from echo_rt.soak.latency import Histogram
 from echo_rt.soak.outcome import Verdict
-from echo_rt.wording import counted
+from echo_rt.utils.atomic_file import write_whole
+from echo_rt.utils.build_info import __version__
+from echo_rt.utils.wording import counted
 
 REPORT_FILE = "report.md"
 

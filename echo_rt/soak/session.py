@@ -9,17 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from echo_rt.build_info import __version__
-from echo_rt.device import parse_device
+from echo_rt.engine.prompts import load_prompt_embeds, save_prompt_embeds
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.options import MODEL_OPTIONS
-from echo_rt.output.folder_claim import FolderClaim
-from echo_rt.output.part_file import reason
 from echo_rt.output.segment_index import INDEX_FILE
-from echo_rt.prompts import load_prompt_embeds, save_prompt_embeds
 from echo_rt.runtime import Runtime
-from echo_rt.snapshot import Snapshot
-from echo_rt.snapshot_keeper import SnapshotKeeper, latest_snapshot, snapshot_files
+from echo_rt.snapshot.snapshot import Snapshot
+from echo_rt.snapshot.store import SnapshotKeeper, latest_snapshot, snapshot_files
 from echo_rt.soak.blocks import EVIDENCE_FOLDER, BlockLoop, Start
 from echo_rt.soak.config import MANIFEST_FILE, Begun, Limits, SoakConfig, check_manifest, write_manifest
 from echo_rt.soak.gpu import gpu_health
@@ -30,7 +26,11 @@ from echo_rt.soak.prometheus import Exporter
 from echo_rt.soak.promises import Promises
 from echo_rt.soak.report import REPORT_FILE, device_name, write_report
 from echo_rt.soak.watch import NeverStop, Stop, Watcher
-from echo_rt.threads import share_cpu
+from echo_rt.utils.atomic_file import reason
+from echo_rt.utils.build_info import __version__
+from echo_rt.utils.device import parse_device
+from echo_rt.utils.folder_lock import FolderClaim
+from echo_rt.utils.threads import share_cpu
 
 SNAPSHOT_FOLDER = "snapshots"
 _PROMPT_PREFIX = "prompt-"

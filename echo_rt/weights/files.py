@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
+from echo_rt.utils.wording import plain
 from echo_rt.weights.pickle_files import open_pickle
 from echo_rt.weights.safetensors_files import INDEX_SUFFIX, open_safetensors, open_sharded
 from echo_rt.weights.shapes import Shapes
 from echo_rt.weights.tensors import TensorFile, first_names
-from echo_rt.wording import plain
 
 _SAFETENSORS = ".safetensors"
 _PICKLES = (".pt", ".pth")

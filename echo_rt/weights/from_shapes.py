@@ -12,7 +12,7 @@ from torch import Tensor
 
 from echo_rt.config import TextEncoderConfig, VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
-from echo_rt.wording import counted
+from echo_rt.utils.wording import counted
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, source: str, what: str) -> tuple[int, ...]:

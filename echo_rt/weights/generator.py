@@ -14,11 +14,11 @@ from torch import Tensor
 
 from echo_rt.config import ModelConfig, TransformerConfig
 from echo_rt.errors import WeightsError
+from echo_rt.utils.wording import counted
 from echo_rt.weights.files import check_tensors, open_tensors
 from echo_rt.weights.from_shapes import count_layers, memory_facts, shape_of
 from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes
 from echo_rt.weights.tensors import RenamedTensors, TensorFile, rename, without_wrappers
-from echo_rt.wording import counted
 
 GENERATOR, GENERATOR_EMA = "generator", "generator_ema"
 LORA_SECTION = "generator_lora"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from echo_rt.errors import ConfigError, WeightsError
+from echo_rt.utils.wording import one_line, type_of
 from echo_rt.weights.files import read_head
-from echo_rt.wording import one_line, type_of
 
 T = TypeVar("T")
 

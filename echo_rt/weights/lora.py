@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
+from echo_rt.utils.wording import counted
 from echo_rt.weights.files import open_tensors
 from echo_rt.weights.generator import LORA_SECTION, split_memory
 from echo_rt.weights.shapes import MEMORY_PREFIX
 from echo_rt.weights.tensors import Fact, RenamedTensors, TensorFile, first_names, without_wrappers
-from echo_rt.wording import counted
 
 # PEFT puts the adapter's name, mostly "default", between the factor and "weight", or leaves it out.
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.[^.]+)?\.weight")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
+from echo_rt.utils.wording import counted, one_line, type_of
 from echo_rt.weights.tensors import Fact, TensorFile, check_name
-from echo_rt.wording import counted, one_line, type_of
 
 _ZIP_MAGIC = b"PK\x03\x04"
 # How torch's unpickler words its refusal of anything that is not plain data.

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
+from echo_rt.utils.wording import one_line
 from echo_rt.weights.tensors import Fact, TensorFile, check_name
-from echo_rt.wording import one_line
 
 INDEX_SUFFIX = ".safetensors.index.json"
 

@@ -14,8 +14,8 @@ from echo_rt.bench.goals import Achieved, judge
 from echo_rt.bench.lanes import APART, Span, watched_executor
 from echo_rt.bench.random_tensors import RandomTensors
 from echo_rt.bench.turns import take_turn
+from echo_rt.engine.executor import Lane
 from echo_rt.errors import BackendError
-from echo_rt.executor import Lane
 
 CPU = torch.device("cpu")
 

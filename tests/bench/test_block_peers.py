@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from echo_rt import reference
 from echo_rt.bench import peers
 from echo_rt.bench.model import random_model
 from echo_rt.bench.model_sizes import BenchModel
@@ -21,6 +20,7 @@ from echo_rt.bench.peers import Missing, Peer, find_peers
 from echo_rt.bench.rig import Parts, Site
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
 from echo_rt.model.vae_decoder import VaeDecoder
+from echo_rt.ops import reference
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
 SIZES = BenchModel(

@@ -43,8 +43,8 @@ def test_a_gpu_that_does_not_multiply_float8_must_refuse_it(
     if old:
         result = verify(bundle, "cuda:0", "torch", "float8")
         assert result.ok and result.note == f"refused, as it must be: {reason}"
-        monkeypatch.setattr("echo_rt.device.require_products", lambda device: None)
-        monkeypatch.setattr("echo_rt.verify.parse_device", lambda device: torch.device("cpu"))
+        monkeypatch.setattr("echo_rt.utils.device.require_products", lambda device: None)
+        monkeypatch.setattr("echo_rt.verify.bundles.parse_device", lambda device: torch.device("cpu"))
         result = verify(bundle, "cuda:0", "torch", "float8")
         assert not result.ok and result.note == f"expected a refusal of float8 ({reason}), it ran"
 

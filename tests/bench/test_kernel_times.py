@@ -15,11 +15,11 @@ from libraries import _reanchor_at_once, library_calls, result_of
 from op_inputs import OPS, variants
 from work import Work
 
-from echo_rt import reference
 from echo_rt.bench.agreement import BOUNDS, LIBRARY_BOUNDS, Agreement, compare, compare_calls, copies, difference
 from echo_rt.bench.model_sizes import TINY
 from echo_rt.bench.timing import HostTimer
-from echo_rt.ops import available_backends
+from echo_rt.ops import reference
+from echo_rt.ops.backends import available_backends
 
 CPU = torch.device("cpu")
 BACKEND = "emulated" if available_backends()["emulated"] == "available" else "torch"

@@ -14,7 +14,7 @@ import test_nsight_block
 import test_nsight_kernel
 from cases import OPS
 
-from echo_rt.tiny import CHECKPOINT_FILE
+from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
 NSIGHT = Path(__file__).parent.parent.parent / "bench" / "nsight"
 # Both note their arguments, leave a report where they are told to, tell what is in it, and run the program.

@@ -28,7 +28,7 @@ from echo_rt.bench.vae_work import HEAD, decoder_stages
 from echo_rt.config import VaeConfig
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.model.vae_layers import EnlargingConv
-from echo_rt.ops import Backend, load_ops
+from echo_rt.ops.backends import Backend, load_ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
 CPU = torch.device("cpu")

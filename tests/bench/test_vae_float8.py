@@ -8,7 +8,7 @@ import pytest
 import torch
 import vae_float8
 
-from echo_rt.verify import relative_error
+from echo_rt.verify.bundles import relative_error
 
 
 def test_rounded_rows_keep_three_bits() -> None:

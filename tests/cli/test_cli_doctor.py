@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from echo_rt.cli import doctor_checks
-from echo_rt.ops import BACKEND_VARIABLE, available_backends
+from echo_rt.ops.backends import BACKEND_VARIABLE, available_backends
 
 
 def facts_of(outcome) -> dict[str, dict[str, str]]:
@@ -66,7 +66,7 @@ def test_the_default_backend_of_a_gpu(monkeypatch):
     """The kernels; where they do not run on it, torch, and what to do about that."""
     import torch
 
-    from echo_rt.ops import Backend
+    from echo_rt.ops.backends import Backend
 
     answers = [
         Backend(SimpleNamespace(name="cuda"), "the kernels are built for cuda:0"),
@@ -75,7 +75,7 @@ def test_the_default_backend_of_a_gpu(monkeypatch):
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr("echo_rt.ops.choose_backend", lambda named, device: answers.pop(0))
+    monkeypatch.setattr("echo_rt.ops.backends.choose_backend", lambda named, device: answers.pop(0))
     (kernels,), (torchs,) = doctor_checks._default_backend(), doctor_checks._default_backend()
     assert (kernels.value, kernels.status) == ("cuda: the kernels are built for cuda:0", "ok")
     assert (torchs.value, torchs.status, torchs.advice) == ("torch: cuda:0 is sm_75", "absent", "install again")
@@ -235,7 +235,7 @@ def attention_facts(monkeypatch, states: dict[str, str], cache=None) -> dict[str
 
 def test_attention_on_a_cpu(echo_rt):
     from echo_rt.attention import kinds
-    from echo_rt.ops import load_ops
+    from echo_rt.ops.backends import load_ops
 
     facts = facts_of(echo_rt("doctor", "--json"))
     names = {kind.name for kind in kinds(load_ops("torch"))}
@@ -263,8 +263,8 @@ def test_the_attention_that_was_chosen_and_why(monkeypatch, tmp_path):
 
     from echo_rt.attention import AttentionShapes, kinds
     from echo_rt.attention.remembered import Case, Entry, remember
-    from echo_rt.ops import load_ops
-    from echo_rt.trials.machine import machine_facts
+    from echo_rt.autotune.machine import machine_facts
+    from echo_rt.ops.backends import load_ops
 
     cache = tmp_path / "attention.json"
     facts = attention_facts(monkeypatch, {"sdpa-cudnn": "available"}, cache)
@@ -312,10 +312,10 @@ def test_the_convolutions_that_were_chosen(monkeypatch, tmp_path):
     import torch
 
     import echo_rt.convolution
+    from echo_rt.autotune.cache import Case, Entry
+    from echo_rt.autotune.machine import machine_facts
     from echo_rt.convolution import ConvolutionShape, kinds
     from echo_rt.convolution.remembered import FILE
-    from echo_rt.trials.machine import machine_facts
-    from echo_rt.trials.remembered import Case, Entry
 
     properties = SimpleNamespace(name="Imaginary 9000", major=9, minor=0)
     cache = tmp_path / "convolution.json"
@@ -324,7 +324,7 @@ def test_the_convolutions_that_were_chosen(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(echo_rt.convolution, "available_convolutions", lambda device, kinds: {"conv3d": "available"})
     monkeypatch.setattr(echo_rt.convolution, "cache_file", lambda: cache)
-    monkeypatch.setattr("echo_rt.ops.available_backends", lambda: {"torch": "available", "cuda": "no"})
+    monkeypatch.setattr("echo_rt.ops.backends.available_backends", lambda: {"torch": "available", "cuda": "no"})
 
     def chosen() -> doctor_checks.Fact:
         return {fact.name: fact for fact in doctor_checks._convolution()}["convolutions chosen"]

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from echo_rt.engine.prompts import save_prompt_embeds
 from echo_rt.output import video
-from echo_rt.prompts import save_prompt_embeds
 from echo_rt.runtime import Runtime
 
 

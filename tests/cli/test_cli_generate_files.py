@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from echo_rt.cli.recorder import Recorder
 from echo_rt.errors import NumericalError, TargetError
+from echo_rt.output.recorder import Recorder
 
 PROMPT = ("--model", "folder", "--prompt", "1")
 
@@ -107,7 +107,7 @@ def test_outputs_beside_the_inputs_are_fine(echo_rt, fake_runtime, tmp_path, mon
 
 
 def test_a_full_disk(echo_rt, fake_runtime, tmp_path, frame_count, monkeypatch):
-    from echo_rt.output.part_file import PartFile
+    from echo_rt.utils.atomic_file import PartFile
 
     append = PartFile.append
 
@@ -136,7 +136,7 @@ def all_outputs(tmp_path):
 
 def fill_disk_for(monkeypatch, *names: str) -> None:
     """At the end no more goes into these files: neither the sheet's picture nor the latents' header."""
-    from echo_rt.output.part_file import PartFile
+    from echo_rt.utils.atomic_file import PartFile
 
     append, overwrite = PartFile.append, PartFile.overwrite
     monkeypatch.setattr(

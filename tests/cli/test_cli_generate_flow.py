@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from echo_rt.engine.prompts import load_prompt_embeds, save_prompt_embeds
 from echo_rt.errors import NumericalError
-from echo_rt.prompts import load_prompt_embeds, save_prompt_embeds
 
 PROMPT = ("--model", "folder", "--prompt", "1")
 

@@ -21,9 +21,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from echo_rt.engine.prompts import save_prompt_embeds
 from echo_rt.output import segments
-from echo_rt.prompts import save_prompt_embeds
-from echo_rt.snapshot_keeper import snapshot_files
+from echo_rt.snapshot.store import snapshot_files
 
 PROMPT = ("--model", "folder", "--prompt", "1")
 KILLS = int(os.environ.get("ECHO_RT_KILLS", "6"))
@@ -164,7 +164,7 @@ def test_a_folder_that_is_not_there(echo_rt, model, tmp_path):
 KILLED_AMID_ITS_FIRST_SNAPSHOT = """
     import os, signal, sys
     from echo_rt.cli.main import main
-    from echo_rt.output.part_file import PartFile
+    from echo_rt.utils.atomic_file import PartFile
     append = PartFile.append
 
     def torn(self, data):
@@ -247,7 +247,7 @@ def test_it_goes_on_by_what_its_snapshot_names(echo_rt, model, tmp_path, unbroke
 
 def test_it_goes_on_by_the_backend_of_its_snapshot(echo_rt, model, day, unbroken, monkeypatch):
     """And says so; where that is not to be had, what to do. One of before backends were kept is torch's."""
-    from echo_rt.snapshot import Snapshot
+    from echo_rt.snapshot.snapshot import Snapshot
 
     until = (*LASTING, "--latents", "--json", "--frames", 93)
     newest = snapshot_files(day / "snapshots")[0]
@@ -325,7 +325,7 @@ def test_a_new_video_has_a_place_of_its_own(echo_rt, fake_runtime, day):
 
 def test_a_snapshot_that_cannot_be_written_ends_the_video(echo_rt, model, tmp_path, monkeypatch, frame_count):
     """At once where it is the first, which is waited for; later with the next that is due."""
-    from echo_rt.snapshot import Snapshot
+    from echo_rt.snapshot.snapshot import Snapshot
 
     save = Snapshot.save
 

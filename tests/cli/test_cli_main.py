@@ -11,9 +11,9 @@ import sys
 import pytest
 import torch
 
-from echo_rt.build_info import __version__
 from echo_rt.cli.main import main
 from echo_rt.cli.signals import StopNow
+from echo_rt.utils.build_info import __version__
 
 
 def test_help_is_there_without_torch():

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from echo_rt.cli import streams
+from echo_rt.engine.prompts import save_prompt_embeds
 from echo_rt.errors import OutputError
-from echo_rt.prompts import save_prompt_embeds
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="there is no device that is always full")

@@ -38,8 +38,8 @@ def test_a_model_beside_a_bundle(echo_rt, golden_dir, small_model, tmp_path):
 
 
 def test_a_model_whose_groups_show_fails(echo_rt, small_model, monkeypatch):
-    monkeypatch.setattr("echo_rt.verify_decoder._SIZE", (16, 16))
-    monkeypatch.setattr("echo_rt.verify_model.relative_error", lambda one, other: float("nan"))
+    monkeypatch.setattr("echo_rt.verify.decoder._SIZE", (16, 16))
+    monkeypatch.setattr("echo_rt.verify.model.relative_error", lambda one, other: float("nan"))
     outcome = echo_rt("verify", small_model, "--device", "cpu", "--json")
     assert outcome.code == 1 and outcome.json["passed"] is False
     assert outcome.json["bundles"][0]["kind"] == "model"
@@ -133,7 +133,7 @@ def test_not_passed_when_it_does_not_come_to_its_end(echo_rt, golden_dir, monkey
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("echo_rt.verify.verify_bundle", fail)
+    monkeypatch.setattr("echo_rt.verify.bundles.verify_bundle", fail)
     outcome = echo_rt("verify", "--json", golden_dir / "vae")
     assert outcome.code == 1 and outcome.json["passed"] is False
 

@@ -9,12 +9,12 @@ import torch
 from closeness import relative_error
 from naive_convolution import inputs, naive
 
-from echo_rt import reference
 from echo_rt.convolution import CONVOLUTION_NAMES, ConvolutionShape, Kind, kinds
 from echo_rt.convolution import causal as causal_module
 from echo_rt.convolution.hopper import tiled, untiled
-from echo_rt.device import capturing
-from echo_rt.ops import available_backends, load_ops
+from echo_rt.ops import reference
+from echo_rt.ops.backends import available_backends, load_ops
+from echo_rt.utils.device import capturing
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from naive_convolution import inputs, naive
 
+from echo_rt.autotune.tuner import TOLERANCES
 from echo_rt.convolution import ConvolutionShape, Kind, choose_convolutions, kinds
 from echo_rt.convolution.trials import Trials, exact_pixels
 from echo_rt.errors import BackendError
-from echo_rt.ops import available_backends, load_ops
-from echo_rt.trials.search import TOLERANCES
+from echo_rt.ops.backends import available_backends, load_ops
 
 CPU = torch.device("cpu")
 CAUSAL = ConvolutionShape(5, 9, 11, 32, 24, (3, 3, 3))

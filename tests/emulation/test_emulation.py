@@ -16,7 +16,8 @@ import pytest
 import torch
 from host_compiler import CSRC, SANITIZERS, build, require_sanitizers
 
-from echo_rt.float8 import FLOAT8, FLOAT8_MAX
+from echo_rt.ops.float8 import FLOAT8_MAX
+from echo_rt.utils.device import FLOAT8
 
 HERE = Path(__file__).parent
 KERNELS = (HERE / "kernels.cu", HERE / "warpgroup.cu", HERE / "driver.cpp")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from echo_rt.ops import available_backends
+from echo_rt.ops.backends import available_backends
 
 TESTS = Path(__file__).parent.parent
 # Digests of all that each operation returns and writes. Two sizes: rows of one warp, and rows that warps share.
@@ -21,7 +21,7 @@ PROGRAM = """
 import hashlib, json
 import torch
 from cases import OPS, Sizes, make_case
-from echo_rt.ops import load_ops
+from echo_rt.ops.backends import load_ops
 
 ops, digests = load_ops("emulated"), {}
 shared = Sizes(tokens=7, heads=9, head_dim=64, vae=(1, 3, 17, 96), convolution=(20, 3, 3, 3))

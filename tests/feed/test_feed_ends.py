@@ -17,7 +17,7 @@ from streaming import Gate, amid_blocks, embeds, load, same, video, within
 
 import echo_rt
 from echo_rt.errors import NumericalError, StreamError
-from echo_rt.tiny import CHECKPOINT_FILE
+from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
 # ---------------------------------------------------------------- errors and ends
 

@@ -16,7 +16,7 @@ import torch
 from echo_rt.attention import AttentionShapes, available_attention, choose_attention, kinds, known_choices
 from echo_rt.attention.kinds import KINDS, HeadsFirst, Kind
 from echo_rt.errors import BackendError
-from echo_rt.ops import load_ops
+from echo_rt.ops.backends import load_ops
 
 EVERY = kinds(load_ops("torch"))
 SHAPES = AttentionShapes(queries=6, keys=10, heads=2, head_dim=8)
@@ -354,7 +354,7 @@ def changed_library(monkeypatch, gpu):
 
 
 def changed_driver(monkeypatch, gpu):
-    monkeypatch.setattr("echo_rt.trials.machine._driver", lambda: "999.9")
+    monkeypatch.setattr("echo_rt.autotune.machine._driver", lambda: "999.9")
 
 
 @pytest.mark.parametrize("change", [changed_gpu, changed_torch, changed_cudnn, changed_library, changed_driver])

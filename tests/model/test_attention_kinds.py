@@ -15,8 +15,8 @@ from echo_rt.attention import AttentionShapes, choose_attention, products
 from echo_rt.attention.kinds import KINDS, Kind
 from echo_rt.attention.products import Products
 from echo_rt.attention.trials import exact_attention
+from echo_rt.autotune.tuner import TOLERANCES
 from echo_rt.errors import BackendError
-from echo_rt.trials.search import TOLERANCES
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 OF_TORCH = [kind for kind in KINDS if kind.distribution is None]

@@ -8,14 +8,14 @@ import pytest
 import torch
 from closeness import relative_error
 
-from echo_rt import reference
 from echo_rt.attention import AttentionShapes, Kind, choose_attention, kinds
 from echo_rt.attention.kinds import KINDS, HeadsFirst
 from echo_rt.attention.pieces import PIECES, InPieces, in_pieces
 from echo_rt.attention.trials import exact_attention
+from echo_rt.autotune.tuner import TOLERANCES
 from echo_rt.errors import BackendError
-from echo_rt.ops import load_ops
-from echo_rt.trials.search import TOLERANCES
+from echo_rt.ops import reference
+from echo_rt.ops.backends import load_ops
 
 OPS = load_ops("torch")
 IN_PIECES = in_pieces(OPS)
@@ -114,7 +114,7 @@ class Judge:
 
 def chosen(keys: int, monkeypatch):
     monkeypatch.setattr("echo_rt.attention.choice.give_memory_back", lambda device: None)
-    monkeypatch.setattr("echo_rt.trials.search.machine_facts", lambda device, kinds: {"gpu": "imaginary"})
+    monkeypatch.setattr("echo_rt.autotune.tuner.machine_facts", lambda device, kinds: {"gpu": "imaginary"})
     torchs = [kind for kind in KINDS if kind.distribution is None]
     return choose_attention(
         None,

@@ -12,7 +12,7 @@ import torch
 from echo_rt.attention import AttentionShapes
 from echo_rt.attention.kinds import KINDS, HeadsFirst
 from echo_rt.attention.trials import Trials
-from echo_rt.trials.search import TOLERANCES
+from echo_rt.autotune.tuner import TOLERANCES
 
 CPU = torch.device("cpu")
 

@@ -11,11 +11,11 @@ from streaming import DEVICES, require
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from echo_rt.device import dtype_name, parse_dtype, working_dtype
 from echo_rt.errors import BackendError, ConfigError
-from echo_rt.float8 import FLOAT8, FLOAT8_MAX, on_tensor_cores, product, quantize_rows
 from echo_rt.model.linear import Float8Linear, Linear, Product, feed_forward, kept_from_float8
-from echo_rt.ops import available_backends, load_ops
+from echo_rt.ops.backends import available_backends, load_ops
+from echo_rt.ops.float8 import FLOAT8_MAX, on_tensor_cores, product, quantize_rows
+from echo_rt.utils.device import FLOAT8, dtype_name, parse_dtype, working_dtype
 
 BACKENDS = [name for name, status in available_backends().items() if status == "available"]
 CPU = torch.device("cpu")

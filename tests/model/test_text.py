@@ -17,12 +17,12 @@ from closeness import relative_error
 from safetensors.torch import load_file, save_file
 
 from echo_rt.config import TextEncoderConfig
-from echo_rt.device import capturing
+from echo_rt.engine.prompts import check_prompt_embeds, load_prompt_embeds, save_prompt_embeds
 from echo_rt.errors import OutputError, PromptError, StreamError, WeightsError
 from echo_rt.model.text import TextEncoder, clean_prompt
-from echo_rt.prompts import check_prompt_embeds, load_prompt_embeds, save_prompt_embeds
-from echo_rt.tiny import write_tiny_model
+from echo_rt.utils.device import capturing
 from echo_rt.weights.folder import ModelFolder
+from echo_rt.weights.tiny_model import write_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from echo_rt.convolution import Kind, kinds
 from echo_rt.model.vae_decoder import VaeDecoder
-from echo_rt.ops import available_backends, load_ops
+from echo_rt.ops.backends import available_backends, load_ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
 CONFIG = tiny_config(dim_mult=(1, 1, 2), temporal_downsample=(True, False), num_res_blocks=1)

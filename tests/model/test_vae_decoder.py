@@ -17,7 +17,7 @@ from echo_rt.config import VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.model.vae_decoder import VaeDecoder, VaeDecoderState
 from echo_rt.model.vae_layers import rms_norm
-from echo_rt.ops import load_ops
+from echo_rt.ops.backends import load_ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
 # Two summation orders of the same float32 convolutions.

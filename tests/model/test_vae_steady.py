@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.model.vae_decoder_state import VaeDecoderState
-from echo_rt.ops import available_backends, load_ops
+from echo_rt.ops.backends import available_backends, load_ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
 # What makes a moved, grown or converted copy of its input, or puts several together.

@@ -14,7 +14,7 @@ from echo_rt.bench.model_sizes import RELEASED
 from echo_rt.config import VaeConfig
 from echo_rt.errors import ConfigError
 from echo_rt.model.vae_decoder import VaeDecoder
-from echo_rt.ops import load_ops
+from echo_rt.ops.backends import load_ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
 # Two summation orders of the same float32 convolutions.

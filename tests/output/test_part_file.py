@@ -8,7 +8,7 @@ import os
 import pytest
 
 from echo_rt.errors import OutputError
-from echo_rt.output.part_file import PartFile, write_whole
+from echo_rt.utils.atomic_file import PartFile, write_whole
 
 
 @pytest.mark.parametrize("name", ["x" * 251 + ".mp4", "影" * 83 + ".mp4", "a.mp4"], ids=["long", "wide", "short"])
@@ -39,7 +39,7 @@ def test_what_cannot_be_moved_is_not_in_place(tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     part = PartFile(tmp_path / "a.mp4")
-    monkeypatch.setattr("echo_rt.output.part_file.os.replace", fail)
+    monkeypatch.setattr("echo_rt.utils.atomic_file.os.replace", fail)
     with pytest.raises(OutputError, match=r"left as .*\.part: Input/output error"):
         part.commit()
     assert not part.in_place

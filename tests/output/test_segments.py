@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from echo_rt.errors import ConfigError, OutputError, TargetError
-from echo_rt.output.part_file import PartFile
 from echo_rt.output.segment_index import RecordingIndex
 from echo_rt.output.segments import SegmentedWriter, check_free
 from echo_rt.output.video import VideoWriter
+from echo_rt.utils.atomic_file import PartFile
 
 av = pytest.importorskip("av")
 

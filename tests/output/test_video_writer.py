@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from echo_rt.errors import ConfigError, OutputError, TargetError
-from echo_rt.output.part_file import check_writable
 from echo_rt.output.video import VideoWriter
+from echo_rt.utils.atomic_file import check_writable
 
 SIZE = (64, 48)
 

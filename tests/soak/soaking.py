@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-import echo_rt.tiny
+import echo_rt.weights.tiny_model
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
 from echo_rt.options import latent_size
 from echo_rt.soak import SoakConfig
 from echo_rt.soak.journal import Line, read_lines
-from echo_rt.tiny import CHECKPOINT_FILE
+from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
 PROMPTS = ("a red fox in the snow", "the fox dives into a lake")
 # For the versions that take minutes.
@@ -32,8 +32,8 @@ def _one_layer(vae: VaeConfig, width: int, height: int) -> ModelConfig:
 def write_smallest(folder: Path) -> Path:
     """One layer, one token a frame: a block takes the time of a few hundred tiny operations."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(echo_rt.tiny, "_model_config", _one_layer)
-        echo_rt.tiny.write_tiny_model(folder, width=16, height=16)
+        patch.setattr(echo_rt.weights.tiny_model, "_model_config", _one_layer)
+        echo_rt.weights.tiny_model.write_tiny_model(folder, width=16, height=16)
     return folder
 
 

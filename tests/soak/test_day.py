@@ -14,13 +14,14 @@ from soaking import LONG, PROMPTS, hashes, intervals, soak_of
 
 import echo_rt.soak
 from echo_rt.config import ModelConfig
-from echo_rt.ops import POSITION_FIELDS, available_backends, load_ops
+from echo_rt.engine.state import RolloutState, ring_layout
+from echo_rt.ops.backends import available_backends, load_ops
+from echo_rt.ops.schema import POSITION_FIELDS
 from echo_rt.runtime import Runtime
 from echo_rt.soak import Limits
 from echo_rt.soak.outcome import Outcome, Status
 from echo_rt.soak.probes import host_memory
-from echo_rt.state import RolloutState, ring_layout
-from echo_rt.tiny import CHECKPOINT_FILE
+from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
 DAY = 1_400_000  # latent frames; a day of 16 video frames a second has a fourth of that
 BACKENDS = [name for name, status in available_backends().items() if status == "available" and name != "cuda"]

@@ -13,8 +13,8 @@ import pytest
 from soaking import LONG, PROMPTS, command_of, hashes, intervals, soak_of
 
 import echo_rt.soak
-from echo_rt.snapshot import Snapshot
-from echo_rt.snapshot_keeper import snapshot_files
+from echo_rt.snapshot.snapshot import Snapshot
+from echo_rt.snapshot.store import snapshot_files
 from echo_rt.soak.journal import JOURNAL_FILE, read_lines
 from echo_rt.soak.outcome import Status
 

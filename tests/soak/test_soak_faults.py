@@ -27,8 +27,8 @@ from soaking import PROMPTS, command_of, hashes, intervals, soak_of
 
 import echo_rt.soak
 from echo_rt.errors import NumericalError, OutputError, SnapshotError, TargetError
-from echo_rt.snapshot import Snapshot
-from echo_rt.snapshot_keeper import snapshot_files
+from echo_rt.snapshot.snapshot import Snapshot
+from echo_rt.snapshot.store import snapshot_files
 from echo_rt.soak import SoakConfig
 from echo_rt.soak.journal import JOURNAL_FILE, Past, read_lines
 from echo_rt.soak.outcome import Outcome, Status

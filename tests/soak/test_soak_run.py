@@ -20,13 +20,13 @@ from soaking import PROMPTS, hashes, intervals, soak_of
 import echo_rt.soak
 import echo_rt.soak.session
 from echo_rt.chunk import Chunk
+from echo_rt.engine.pipeline import Finished, Pipeline
 from echo_rt.errors import BackendError, ConfigError, NumericalError, OutputError, TargetError, WeightsError
-from echo_rt.output.folder_claim import FolderClaim
-from echo_rt.pipeline import Finished, Pipeline
-from echo_rt.snapshot import Snapshot
+from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.soak.journal import JOURNAL_FILE, Journal, read_lines
 from echo_rt.soak.outcome import Outcome, Status
 from echo_rt.stream import Stream
+from echo_rt.utils.folder_lock import FolderClaim
 
 
 def status(outcome: Outcome) -> dict[str, Status]:

@@ -10,8 +10,8 @@ from soaking import hashes, soak_of
 import echo_rt.soak
 from echo_rt.attention import choice
 from echo_rt.attention.kinds import KINDS
-from echo_rt.ops import BACKEND_VARIABLE, available_backends
-from echo_rt.trials.search import Found
+from echo_rt.autotune.tuner import Found
+from echo_rt.ops.backends import BACKEND_VARIABLE, available_backends
 
 
 def test_another_choice_changes_no_block(smallest_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

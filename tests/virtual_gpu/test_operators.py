@@ -90,7 +90,7 @@ def test_a_call_that_is_not_virtual_is_an_error(gpu: Device) -> None:
 
 @on_the_virtual_gpu
 def test_the_kernels_of_echo_rt_are_launched_and_computed(gpu: Device) -> None:
-    from echo_rt.ops import load_ops
+    from echo_rt.ops.backends import load_ops
 
     sample, flow = torch.randn(2, 4, 8, 8, device="cuda"), torch.randn(2, 4, 8, 8, device="cuda")
     sigmas = torch.tensor([0.5, 0.25], dtype=torch.float64, device="cuda")

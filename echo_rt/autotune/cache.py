@@ -1,0 +1,143 @@
+"""The files in which the outcome of measuring is remembered from one start to the next.
+
+They are a convenience: a file that is damaged, or cannot be written, costs a measurement and a warning, never an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from echo_rt.errors import OutputError
+from echo_rt.utils.atomic_file import reason, write_whole
+from echo_rt.utils.wording import one_line
+
+CACHE_VARIABLE = "ECHO_RT_CACHE_DIR"
+
+_FORMAT = 1
+
+Shapes = TypeVar("Shapes")  # a dataclass
+
+
+@dataclass(frozen=True)
+class Case(Generic[Shapes]):
+    """What a measurement holds for: ``machine`` as :func:`echo_rt.autotune.machine.machine_facts` describes it."""
+
+    machine: Mapping[str, Any]
+    dtype: str
+    shapes: Shapes
+
+
+@dataclass(frozen=True)
+class Entry(Generic[Shapes]):
+    """The name of the fastest in ``case``.
+
+    ``milliseconds`` of a call for each kind that was timed, ``rejected``: why each other one was not.
+    """
+
+    case: Case[Shapes]
+    winner: str
+    milliseconds: Mapping[str, float]
+    rejected: Mapping[str, str]
+
+
+class ChoicesFile(Generic[Shapes]):
+    """The file of one ``subject``, which is also the field of an entry that holds its winner.
+
+    ``shapes`` makes them of their fields as JSON has them; it may raise what making an object of wrong values raises.
+    """
+
+    def __init__(self, subject: str, shapes: Callable[[Mapping[str, Any]], Shapes]) -> None:
+        self.subject = subject
+        self._shapes = shapes
+        self._logger = logging.getLogger(f"echo_rt.{subject}")
+
+    def path(self) -> Path | None:
+        """Where choices are remembered: in ``ECHO_RT_CACHE_DIR``, or in echo-rt's folder of the user's cache folder.
+
+        None where there is no such folder because the user has no home.
+        """
+        name = f"{self.subject}.json"
+        if folder := os.environ.get(CACHE_VARIABLE):
+            return Path(folder) / name
+        user_cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        if not user_cache.is_absolute():
+            try:
+                user_cache = Path.home() / ".cache"
+            except RuntimeError:
+                return None
+        return user_cache / "echo-rt" / name
+
+    def entries(self, path: Path) -> list[Entry[Shapes]]:
+        """All that is remembered in ``path``, oldest first; nothing, with a warning, where it cannot be read."""
+        try:
+            content = json.loads(path.read_bytes())
+            if content["format"] != _FORMAT:
+                raise ValueError(f"format {content['format']!r}, expected {_FORMAT}")
+            return [self._entry(item) for item in content["entries"]]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            self._logger.warning("%s cannot be read (%s): %s is measured anew", path, reason(error), self.subject)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            self._logger.warning(
+                "%s is damaged (%s: %s): %s is measured anew",
+                path,
+                type(error).__name__,
+                one_line(error),
+                self.subject,
+            )
+        return []
+
+    def recall(self, path: Path, case: Case[Shapes]) -> Entry[Shapes] | None:
+        """What was measured in exactly this case."""
+        return next((entry for entry in self.entries(path) if entry.case == case), None)
+
+    def remember(self, path: Path, entry: Entry[Shapes]) -> None:
+        """Add ``entry`` to the file, in place of one of the same case; what others add at the same time is kept."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(path.with_suffix(".lock")):
+                kept = [other for other in self.entries(path) if other.case != entry.case]
+                content = {"format": _FORMAT, "entries": [self._fields(item) for item in (*kept, entry)]}
+                write_whole(path, json.dumps(content, indent=1).encode() + b"\n")
+        except OSError as error:
+            self._logger.warning(
+                "%s cannot be written (%s): %s is measured at every start", path, reason(error), self.subject
+            )
+        except OutputError as error:
+            self._logger.warning("%s: %s is measured at every start", error, self.subject)
+
+    def _fields(self, entry: Entry[Shapes]) -> dict[str, Any]:
+        return {
+            "case": dataclasses.asdict(entry.case),
+            self.subject: entry.winner,
+            "milliseconds": dict(entry.milliseconds),
+            "rejected": dict(entry.rejected),
+        }
+
+    def _entry(self, item: Any) -> Entry[Shapes]:
+        if item.keys() != {"case", self.subject, "milliseconds", "rejected"}:
+            raise ValueError(f"an entry of {', '.join(map(str, item))}")
+        case, winner, rejected = item["case"], item[self.subject], item["rejected"]
+        texts = (case["dtype"], winner, *rejected.values())
+        if not (isinstance(case["machine"], dict) and all(isinstance(text, str) for text in texts)):
+            raise ValueError("values of other types")
+        times = {name: float(time) for name, time in item["milliseconds"].items()}
+        return Entry(Case(case["machine"], case["dtype"], self._shapes(case["shapes"])), winner, times, rejected)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the system lets go of the lock however the process ends."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

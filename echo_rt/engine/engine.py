@@ -1,0 +1,102 @@
+"""What a runtime lends to a stream, and the state in it: read out as a snapshot, put back from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echo_rt.config import VaeConfig
+from echo_rt.engine.executor import Executor
+from echo_rt.engine.pipeline import Pipeline
+from echo_rt.engine.prompts import PromptEncoder, check_prompt_embeds
+from echo_rt.engine.rollout import Rollout
+from echo_rt.engine.steady_state import SteadyCheck
+from echo_rt.errors import PromptError, StreamError
+from echo_rt.snapshot.fit import difference
+from echo_rt.snapshot.snapshot import Snapshot
+from echo_rt.snapshot.ways import Ways
+from echo_rt.utils.wording import plain
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """``lookahead``: blocks that are begun before an earlier one is handed out; ``check``: where it is asked for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    vae_dtype: torch.dtype
+    rollout: Rollout
+    pipeline: Pipeline
+    executor: Executor
+    vae: VaeConfig
+    model: Mapping[str, Any]
+    ways: Ways
+    prompts: PromptEncoder
+    lookahead: int
+    check: SteadyCheck | None
+
+    def read(self) -> dict[str, Tensor]:
+        """Copies of the pipeline's live tensors on the host, once all that was asked for is done."""
+        pinned = self.device.type == "cuda"  # several times as fast as memory that may be paged out
+        self.executor.settle()
+        copies: dict[str, Tensor] = {}
+        with self.executor.apart():
+            for name, tensor in self.pipeline.live_tensors().items():
+                copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+                copies[name].copy_(tensor, non_blocking=True)
+        self.executor.settle()
+        return copies
+
+    def finite(self) -> bool:
+        """Whether all that the next block depends on is finite; waits for it."""
+        with self.executor.apart():
+            # Without a memory some are empty.
+            values = [t for t in self.pipeline.live_tensors().values() if t.is_floating_point() and t.numel()]
+            ends = [torch.aminmax(t) for t in values]
+            return all(bool(torch.isfinite(low) & torch.isfinite(high)) for low, high in ends)
+
+    def require_fit(self, snapshot: Snapshot) -> None:
+        """:class:`StreamError` for a snapshot of another model, one computed otherwise, or one that is not whole."""
+        if different := difference(snapshot.model, self.model, self.vae.spatial_stride):
+            raise StreamError(f"the snapshot is of another model: {different}")
+        if conflict := self.ways.conflict(snapshot.model):
+            raise StreamError(f"the snapshot cannot go on here bit for bit: {conflict}")
+        frames = (snapshot.block + 1) * self.rollout.config.window.frames_per_block
+        whole = snapshot.block >= -1 and frames == snapshot.latents_decoded and snapshot.offset >= 0
+        if not whole or snapshot.next_block < 0:
+            raise StreamError(
+                f"the snapshot contradicts itself: {snapshot.latents_decoded} latents decoded and {len(snapshot.held)} "
+                f"blocks held at block {snapshot.block}, {snapshot.offset} behind the video's"
+            )
+        for name, tensor in self.pipeline.live_tensors().items():
+            saved = snapshot.tensors.get(name)
+            if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+                expected, came = (
+                    "nothing" if t is None else f"{plain(t.dtype)} {list(t.shape)}" for t in (tensor, saved)
+                )
+                raise StreamError(f"snapshot tensor {name}: expected {expected}, got {came}")
+
+        text = self.rollout.config.transformer
+        for block, embeds in snapshot.prompts.items():
+            try:
+                check_prompt_embeds(embeds, text.text_dim, text.text_len)
+            except PromptError as error:
+                raise StreamError(f"the snapshot's prompt for block {block}: {error}") from None
+
+    def put_back(self, snapshot: Snapshot, seed: int) -> None:
+        """The state of ``snapshot``, which :meth:`require_fit` has passed; noise from ``seed`` from here on."""
+        state = self.rollout.state
+        self.pipeline.reset()
+        state.reset()
+        self.rollout.set_seed(seed)
+        with self.executor.apart():
+            for name, tensor in self.pipeline.live_tensors().items():
+                tensor.copy_(snapshot.tensors[name])
+        self.executor.settle()  # the snapshot may be let go of
+        state.block = snapshot.block
+        state.memory_ready = snapshot.memory_ready
+        self.pipeline.decoder_state.latents_seen = snapshot.latents_decoded

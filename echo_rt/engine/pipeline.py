@@ -1,0 +1,226 @@
+"""From latents to frames on the host: the decoder works on one block while the transformer makes the next.
+
+A block is begun (its work is asked for, in the lanes of :mod:`echo_rt.engine.executor`) and later finished (waited
+for). The blocks between the two are in flight: each has a slot of host memory, pinned on a GPU, so there are never more
+of them than slots, and memory does not grow however slow the one is who takes the frames.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echo_rt.chunk import Vitals
+from echo_rt.config import ModelConfig, VaeConfig
+from echo_rt.engine.executor import Executor, Lane, Mark
+from echo_rt.engine.rollout import Position, Rollout
+from echo_rt.engine.state import VITALS
+from echo_rt.model.decoder_protocol import DecoderState, VideoDecoder
+from echo_rt.ops.schema import Ops
+
+_VIDEO_VITALS = ("video_min", "video_max", "video_nonfinite")
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A block on the host; tensors are the receiver's own. Seconds are the device's, which has other blocks too."""
+
+    index: int
+    frames: Tensor
+    latents: Tensor
+    vitals: Vitals
+    generate_seconds: float
+    decode_seconds: float
+    seconds: float
+    position: Position
+    memory_attended: bool
+
+
+def frames_shape(config: ModelConfig, vae: VaeConfig) -> tuple[int, int, int, int]:
+    """Of a block's video as bytes, ``[frames, height, width, 3]``: the first block of a video has fewer frames."""
+    frames = vae.video_frames(1 + config.window.frames_per_block) - vae.video_frames(1)
+    return frames, config.latent_height * vae.spatial_stride, config.latent_width * vae.spatial_stride, 3
+
+
+class _Slot:
+    """Host memory of one block in flight."""
+
+    def __init__(self, like_frames: Tensor, like_latents: Tensor, vitals: int, pinned: bool) -> None:
+        def host(like: Tensor) -> Tensor:
+            return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=pinned)
+
+        self.frames, self.latents = host(like_frames), host(like_latents)
+        self.vitals = torch.empty(vitals, dtype=torch.float32, device="cpu", pin_memory=pinned)
+        self.begun: Mark | None = None
+        self.made: Mark | None = None
+        self.arrived: Mark | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _InFlight:
+    slot: _Slot
+    index: int
+    frames: int
+    position: Position
+    memory_attended: bool
+    memory_ready: bool
+    memory_updated: bool
+
+
+class Pipeline:
+    """Owns the decoder's stream state and what is between the device and the host, for one rollout.
+
+    ``depth``: how many blocks may be in flight.
+    """
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        decoder: VideoDecoder[Any],
+        vae: VaeConfig,
+        ops: Ops,
+        executor: Executor,
+        *,
+        device: torch.device,
+        depth: int,
+    ) -> None:
+        self.rollout, self.depth = rollout, depth
+        self._decoder, self._vae, self._ops, self._executor = decoder, vae, ops, executor
+        config = rollout.config
+        block = config.window.frames_per_block
+        self.decoder_state: DecoderState = decoder.new_state(config.latent_height, config.latent_width, block)
+        self._latents = torch.empty_like(rollout.state.x)
+        self._frames = torch.empty(frames_shape(config, vae), dtype=torch.uint8, device=device)
+        self._vitals = torch.zeros(len(VITALS) + len(_VIDEO_VITALS), dtype=torch.float32, device=device)
+        self._slots = [
+            _Slot(self._frames, self._latents, len(self._vitals), device.type == "cuda") for _ in range(depth)
+        ]
+        self._flying: deque[_InFlight] = deque()
+        self._last_arrival: Mark | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Blocks begun and not finished."""
+        return len(self._flying)
+
+    @property
+    def decoder_bytes(self) -> int:
+        """Of device memory that the decoder keeps for a stream between two blocks, with the room that it works in."""
+        return sum(tensor.nbytes for tensor in self.decoder_state.buffers().values())
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Every tensor that outlives a block, by name: the rollout's, the decoder's, and those between them."""
+        state = self.rollout.state
+        owners: dict[str, object] = {"state": state, "rope": state.rope, "pipeline": self}
+        owners |= {f"slot {number}": slot for number, slot in enumerate(self._slots)}
+        found = {
+            f"{owner}.{name}": value
+            for owner, holder in owners.items()
+            for name, value in vars(holder).items()
+            if isinstance(value, Tensor)
+        }
+        return found | {f"decoder {name}": tensor for name, tensor in self.decoder_state.buffers().items()}
+
+    def live_tensors(self) -> dict[str, Tensor]:
+        """Every tensor that the next block depends on, by the name that a snapshot has it under; not copies."""
+        named = {f"rollout.{name}": tensor for name, tensor in self.rollout.state.tensors().items()}
+        return named | {f"decoder.{name}": tensor for name, tensor in self.decoder_state.tensors().items()}
+
+    def reset(self) -> None:
+        """Let go of what is in flight, and back to the start of a stream."""
+        self._executor.settle()
+        self._flying.clear()
+        self._last_arrival = None
+        with self._executor.apart():  # the lane in which a state is put back
+            self.decoder_state.reset()
+
+    def begin(self) -> None:
+        """Ask for the next block's work. There must be a free slot."""
+        assert len(self._flying) < self.depth
+        executor, rollout, state = self._executor, self.rollout, self.decoder_state
+        index = rollout.state.block + 1
+        slot = self._slots[index % self.depth]
+        is_start = state.latents_seen == 0
+        slot.begun = executor.mark(Lane.MAIN, slot.begun)
+        rollout.next_block()
+        slot.made = executor.mark(Lane.MAIN, slot.made)
+        # What is handed over lies in one place: the block before must have left it.
+        handed = executor.run(self._hand_over, after=[self._last_arrival])
+        executor.run(self._decode, is_start, lane=Lane.DECODE, after=[handed])
+        count = len(self._latents)
+        frames = self._vae.video_frames(state.latents_seen + count) - self._vae.video_frames(state.latents_seen)
+        with executor.apart(Lane.DECODE):
+            slot.frames[:frames].copy_(self._frames[:frames], non_blocking=True)
+            slot.latents.copy_(self._latents, non_blocking=True)
+            slot.vitals.copy_(self._vitals, non_blocking=True)
+        slot.arrived = self._last_arrival = executor.mark(Lane.DECODE, slot.arrived)
+        state.latents_seen += count
+        self._flying.append(
+            _InFlight(
+                slot=slot,
+                index=index,
+                frames=frames,
+                position=rollout.position(index),
+                memory_attended=rollout.memory_attended(index),
+                memory_ready=rollout.state.memory_ready,
+                memory_updated=rollout.state.memory_updated,
+            )
+        )
+
+    @property
+    def oldest(self) -> int:
+        """The number of the oldest block in flight."""
+        return self._flying[0].index
+
+    def finish(self, seconds: float | None = None) -> Finished | None:
+        """Wait for the oldest block in flight and free its slot; None if it is not there after ``seconds``."""
+        block = self._flying[0]
+        slot = block.slot
+        assert slot.begun is not None and slot.made is not None and slot.arrived is not None
+        if not slot.arrived.wait(seconds):
+            return None
+        values = dict(zip((*VITALS, *_VIDEO_VITALS), slot.vitals.tolist(), strict=True))
+        finished = Finished(
+            index=block.index,
+            frames=slot.frames[: block.frames].clone(),
+            latents=slot.latents.clone(),
+            vitals=Vitals(
+                latent_mean=values["latent_mean"],
+                latent_std=values["latent_std"],
+                latent_nonfinite=int(values["latent_nonfinite"]),
+                video_min=values["video_min"],
+                video_max=values["video_max"],
+                video_nonfinite=int(values["video_nonfinite"]),
+                memory_norm=values["memory_norm"] if block.memory_ready else None,
+                gate_mean=values["gate_mean"] if block.memory_updated else None,
+            ),
+            generate_seconds=slot.made.seconds_since(slot.begun),
+            decode_seconds=slot.arrived.seconds_since(slot.made),
+            seconds=slot.arrived.seconds_since(slot.begun),
+            position=block.position,
+            memory_attended=block.memory_attended,
+        )
+        self._flying.popleft()
+        return finished
+
+    # ---------------------------------------------------------------- stages
+
+    def _hand_over(self) -> None:
+        state = self.rollout.state
+        self._latents.copy_(state.x)
+        self._vitals[: len(VITALS)].copy_(state.vitals)
+
+    def _decode(self, is_start: bool) -> None:
+        video = self._decoder.decode_next(self._latents, self.decoder_state, is_start=is_start)
+        self._ops.frames_to_uint8(video, self._frames[: len(video)])
+        low, high = torch.aminmax(video)
+        for value, name in ((low, "video_min"), (high, "video_max"), (_nonfinite(video), "video_nonfinite")):
+            self._vitals[len(VITALS) + _VIDEO_VITALS.index(name)] = value
+
+
+def _nonfinite(values: Tensor) -> Tensor:
+    return torch.isfinite(values).logical_not_().sum()

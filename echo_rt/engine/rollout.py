@@ -1,0 +1,278 @@
+"""The block loop: which frames are attended to, when keys move, when the memory changes, what a prompt switch does.
+
+Everything is in absolute frames. Attention sees only differences of RoPE ids, so a local key is rotated once, by
+the number of its own frame, when it is written; when the bounded ids shift, it is the few sink and memory keys that
+are rotated afresh. The scores are those of ids that never exceed the pretrained maximum (arXiv 2606.04527).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from echo_rt.attention import Attention
+from echo_rt.config import ModelConfig
+from echo_rt.engine.executor import Executor, Lane, Mark
+from echo_rt.engine.kv_cache import BlockCache, Span, WindowCache
+from echo_rt.engine.state import VITALS, RolloutState
+from echo_rt.errors import ConfigError
+from echo_rt.model.memory import MemoryEncoder
+from echo_rt.model.sampler import Schedule
+from echo_rt.model.transformer import Transformer
+from echo_rt.ops.backends import check_memory
+from echo_rt.ops.noise import seed_words
+from echo_rt.ops.schema import POSITION_FIELDS, Ops
+from echo_rt.options import MemoryMode, check_seed
+
+# (block, denoising step, flow [B, C, h, w])
+Observer = Callable[[int, int, Tensor], None]
+
+_FIRST_FRAME = POSITION_FIELDS.index("first_frame")
+
+
+@dataclass(frozen=True)
+class Position:
+    """A block's place on the bounded temporal axis."""
+
+    newest_temporal_id: int
+    shift: int
+
+
+class Rollout:
+    """Generates one video's latents, block after block, in the tensors of a :class:`RolloutState`.
+
+    A block is a sequence of stages (:mod:`echo_rt.engine.executor`): what the host decides about it are the stages'
+    facts, everything else lies in the state. A stage must not ask the host for anything that its facts do not say, or a
+    graph of it would go on doing what was right for the block it was captured from.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        transformer: Transformer,
+        memory: MemoryEncoder | None,
+        schedule: Schedule,
+        ops: Ops,
+        attention: Attention,
+        mode: MemoryMode,
+        executor: Executor,
+    ) -> None:
+        if (memory is None) != (config.memory is None):
+            raise ConfigError("a rollout needs a memory encoder exactly where its config names a memory")
+        if memory is None and mode is not MemoryMode.OFF:
+            raise ConfigError(f"memory mode {mode.value!r} needs a memory encoder, and this model has none; use 'off'")
+        if mode is MemoryMode.EVOLVE:
+            check_memory(ops, transformer.dtype, config.transformer.head_dim)
+        self.config, self.mode = config, mode
+        self._transformer, self._memory, self._schedule, self._ops = transformer, memory, schedule, ops
+        self._attention, self._executor = attention, executor
+        self.state = RolloutState(config, ops, device=transformer.device, dtype=transformer.dtype)
+        self._layout = self.state.layout
+
+    # ---------------------------------------------------------------- prompts
+
+    def start(self, prompt_embeds: Tensor, seed: int = 0) -> None:
+        """Forget any video before this one; ``prompt_embeds [length, text_dim]`` is the first prompt."""
+        with self._executor.apart():
+            self.state.reset()
+            self.set_seed(seed)
+            self._transformer.encode_text(prompt_embeds, self.state.text_kv)
+            if self.mode is MemoryMode.PRIOR:
+                assert self._memory is not None
+                self._take_memory(self._memory.query_init)
+                self._publish_memory(False)
+                self.state.memory_ready = True
+
+    def set_seed(self, seed: int) -> None:
+        """The seed (0 .. 2^64-1) of the noise of every block from the next on."""
+        words = torch.tensor(seed_words(check_seed(seed)), device="cpu")
+        with self._executor.apart():
+            self.state.seed.copy_(words)
+
+    def switch_prompt(self, prompt_embeds: Tensor) -> None:
+        """Take a new prompt between two blocks: new text keys, the window's keys made afresh, the memory rebuilt."""
+        with self._executor.apart():
+            self._transformer.encode_text(prompt_embeds, self.state.text_kv)
+            if self.state.block < 0:
+                return
+            self._recache()
+            evolving = self.mode is MemoryMode.EVOLVE and self.config.memory is not None
+            if evolving and self.config.memory.rebuild_on_prompt_switch:  # type: ignore[union-attr]
+                self._rebuild_memory()
+
+    # ---------------------------------------------------------------- blocks
+
+    def next_block(self, noise: Tensor | None = None, observe: Observer | None = None) -> Tensor:
+        """Generate the next block; its clean latents ``[B, C, h, w]`` float32 are a view that the next call overwrites.
+
+        ``noise`` float32 ``[steps, B, C, h, w]`` takes the place of the seed's. ``observe`` is shown the flow of every
+        denoising step. On a GPU the work has only been asked for when this returns: it is done in the main lane.
+        """
+        s, run, steps = self.state, self._executor.run, self._schedule.steps
+        previous, block = s.block, s.block + 1
+        evicting = self.mode is MemoryMode.EVOLVE and self._layout.evicts(block)
+        if noise is not None:
+            with self._executor.apart():
+                s.noise.copy_(noise)
+        moved = previous >= 0 and self._layout.shift(previous) != self._layout.shift(block)
+        begun = run(self._begin, noise is None, evicting, moved, self.memory_attended(block))
+        updated: Mark | None = None
+        if evicting:
+            updated = run(self._update_memory, s.memory_ready, lane=Lane.MEMORY, after=[begun])
+        for step in range(steps):
+            run(self._denoise, step, self._span(block), observe is not None)
+            if step == 0 and evicting:
+                run(self._publish_memory, True, after=[updated])
+                s.memory_ready = s.memory_updated = True
+            if observe is not None:
+                observe(block, step, s.flow)
+        run(self._keep, self._span(block), s.memory_ready)
+        s.block = block
+        return s.x
+
+    def position(self, block: int) -> Position:
+        """Where ``block`` stands: the id of its newest frame and how far the ids have shifted."""
+        layout = self._layout
+        last = layout.last_frame(block)
+        return Position(newest_temporal_id=layout.temporal_id(block, last), shift=layout.shift(block))
+
+    def memory_attended(self, block: int) -> bool:
+        """Whether a pass of ``block`` that began now would attend to the memory."""
+        usable = self.mode is not MemoryMode.OFF and self.state.memory_ready
+        return usable and self._layout.memory_fits(block)
+
+    def _span(self, block: int) -> Span:
+        layout, tokens = self._layout, self.config.tokens_per_frame
+        return Span(
+            begin=layout.attended_begin(self.memory_attended(block)) * tokens,
+            end=layout.attended_end(block) * tokens,
+            in_sink=layout.is_sink_block(block),
+        )
+
+    # ---------------------------------------------------------------- stages
+
+    def _begin(self, draw_noise: bool, evicting: bool, moved: bool, memory_attended: bool) -> None:
+        """The block's position and angles; what it evicts, set aside; keys turned to its ids; its noise."""
+        s, window = self.state, self.config.window
+        self._ops.advance(
+            s.positions,
+            window.frames_per_block,
+            window.sink_frames,
+            window.local_frames,
+            self.config.memory_frames,
+            window.max_temporal_id,
+            s.rope.inverse_frequencies,
+            s.rope.temporal_block,
+            s.rope.temporal_anchor,
+            s.write_index,
+        )
+        torch.add(s.frame_offsets, s.positions[_FIRST_FRAME], out=s.latent_rows)
+        s.latent_rows.remainder_(window.cached_frames)
+        if evicting:
+            torch.sub(s.write_index, self.config.ring_begin, out=s.ring_rows)
+            torch.index_select(s.ring_k, 0, s.ring_rows, out=s.evicted_k)
+            torch.index_select(s.kv[-1, 1], 0, s.write_index, out=s.evicted_v)
+        self._ops.reanchor(
+            s.kv,
+            s.rope.temporal_anchor,
+            s.rope.spatial,
+            s.sink_k if moved else None,
+            s.memory_k if memory_attended else None,
+            None,
+            self.config.memory_tokens,
+        )
+        if draw_noise:
+            for step, noise in enumerate(s.noise):
+                self._ops.counter_noise(noise, s.positions, s.seed, step)
+        s.x.copy_(s.noise[0])
+
+    def _denoise(self, step: int, span: Span, observed: bool) -> None:
+        """One denoising pass; ``x`` becomes what the next one begins with, or the clean latents."""
+        s = self.state
+        flow = self._transformer.flow(s.x, step, s.text_kv, self._cache(span))
+        fresh = s.noise[step + 1] if step + 1 < self._schedule.steps else None
+        self._ops.flow_step(s.x, flow, self._schedule.sigmas[step], fresh)
+        if observed:
+            s.flow.copy_(flow)
+
+    def _cache(self, span: Span) -> BlockCache:
+        return BlockCache(self.config, self.state, self._ops, self._attention, span)
+
+    def _keep(self, span: Span, memory_ready: bool) -> None:
+        """The context pass, which leaves the clean keys and values in the block's slot; latents and vitals kept."""
+        s = self.state
+        self._transformer.store_keys(s.x, self._schedule.steps, s.text_kv, self._cache(span))
+        s.latents.index_copy_(0, s.latent_rows, s.x)
+        finite = torch.isfinite(s.x)
+        s.vitals[VITALS.index("latent_mean")] = s.x.mean()
+        s.vitals[VITALS.index("latent_std")] = s.x.std()
+        s.vitals[VITALS.index("latent_nonfinite")] = finite.logical_not_().sum()
+        if memory_ready:
+            s.vitals[VITALS.index("memory_norm")] = s.memory.float().square().mean().sqrt()
+
+    # ---------------------------------------------------------------- memory
+
+    def _update_memory(self, ready: bool) -> None:
+        """What the memory becomes once it has seen what the block overwrites: staged, not yet attended to."""
+        assert self._memory is not None
+        s = self.state
+        if not ready:
+            s.memory.copy_(self._memory.query_init)
+        gate = VITALS.index("gate_mean")
+        self._memory.update(s.memory, s.evicted_k, s.evicted_v, s.staged_memory, s.vitals[gate : gate + 1])
+        self._take_memory(s.staged_memory)
+
+    def _take_memory(self, memory: Tensor) -> None:
+        """``memory`` becomes the state; its keys and values are made, for all layers."""
+        assert self._memory is not None
+        s = self.state
+        s.memory.copy_(memory)
+        k, v = self._memory.keys_values(s.memory)
+        s.memory_k.copy_(k)
+        s.memory_v.copy_(v)
+
+    def _publish_memory(self, rotate: bool) -> None:
+        """The memory's keys and values go where all layers attend to them; unrotated ones wait for the next block."""
+        s = self.state
+        self._ops.reanchor(
+            s.kv,
+            s.rope.temporal_anchor,
+            s.rope.spatial,
+            None,
+            s.memory_k if rotate else None,
+            s.memory_v,
+            self.config.memory_tokens,
+        )
+
+    def _rebuild_memory(self) -> None:
+        """The memory starts again and sees the whole local window once (nothing, while there is only the sink)."""
+        assert self._memory is not None
+        s, tokens = self.state, self.config.tokens_per_frame
+        s.memory.copy_(self._memory.query_init)
+        s.memory_ready = False
+        filled = self._layout.local_filled(s.block) * tokens
+        if filled == 0:
+            return
+        v = s.kv[-1, 1, self.config.ring_begin : self.config.ring_begin + filled]
+        gate = VITALS.index("gate_mean")
+        self._memory.update(s.memory, s.ring_k[:filled], v, s.staged_memory, s.vitals[gate : gate + 1])
+        self._take_memory(s.staged_memory)
+        self._publish_memory(False)
+        s.memory_ready = s.memory_updated = True
+
+    # ---------------------------------------------------------------- prompt switch
+
+    def _recache(self) -> None:
+        """One pass at the context timestep over the last frames, whose keys and values replace the local ones.
+
+        The queries are the last ``sink + local`` frames (or all there are). Rare, so it may allocate.
+        """
+        s, window = self.state, self.config.window
+        generated = self._layout.last_frame(s.block) + 1
+        frames = torch.arange(max(0, generated - window.cached_frames), generated, device="cpu")
+        latents = s.latents[(frames % window.cached_frames).to(s.kv.device)]
+        cache = WindowCache(self.config, s, self._ops, self._attention, frames)
+        self._transformer.store_keys(latents, self._schedule.steps, s.text_kv, cache)

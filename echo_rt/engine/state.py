@@ -1,0 +1,155 @@
+"""One video's state: every tensor preallocated, at an address that never changes, whatever the length of the video.
+
+The KV buffer's rows are ``memory | sink | local ring``. Attention has no mask and does not care about the order of
+keys, so what a block attends to is always one contiguous slice of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from echo_rt.config import ModelConfig
+from echo_rt.errors import BackendError
+from echo_rt.ops.schema import POSITION_FIELDS, Ops
+
+try:
+    from echo_rt._C import RingLayout
+except ImportError as missing:
+    raise BackendError(f"echo_rt._C must be compiled (make install, or pip install .), but: {missing}") from None
+
+
+def ring_layout(config: ModelConfig) -> RingLayout:
+    """The ring arithmetic of a model: slots, ids and shift as functions of the block number."""
+    return RingLayout(
+        frames_per_block=config.window.frames_per_block,
+        sink_frames=config.window.sink_frames,
+        local_frames=config.window.local_frames,
+        memory_frames=config.memory_frames,
+        max_temporal_id=config.window.max_temporal_id,
+    )
+
+
+def _inverse_frequencies(channels: int, theta: float, device: torch.device) -> Tensor:
+    return theta ** -(torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels)
+
+
+class RopeTables:
+    """Angles of the 3-D rotation: constant for rows and columns, advanced once a block for time."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, device: torch.device) -> None:
+        theta = config.transformer.rope_theta
+        temporal, row_channels, column_channels = config.transformer.rope_dims
+        rows, columns = config.grid
+        self.inverse_frequencies = _inverse_frequencies(temporal, theta, device)
+        parts = []
+        for places, channels in (
+            (torch.arange(rows, device=device).repeat_interleave(columns), row_channels),
+            (torch.arange(columns, device=device).repeat(rows), column_channels),
+        ):
+            table = torch.empty(places.shape[0], channels // 2, 2, device=device, dtype=torch.float32)
+            ops.rope_table(places, _inverse_frequencies(channels, theta, device), table)
+            parts.append(table)
+        self.spatial = torch.cat(parts, dim=1)
+        pairs = temporal // 2
+        anchors = config.memory_frames + config.window.sink_frames
+        self.temporal_block = self.spatial.new_zeros(config.window.frames_per_block, pairs, 2)
+        self.temporal_anchor = self.spatial.new_zeros(anchors, pairs, 2)
+
+
+# Entries of the device-side record of a block's statistics; echo_rt.chunk.Vitals says what they are.
+VITALS = ("latent_mean", "latent_std", "latent_nonfinite", "memory_norm", "gate_mean")
+
+
+Sizes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def state_sizes(config: ModelConfig, dtype: torch.dtype) -> Sizes:
+    """Shape and dtype of each tensor of a rollout in ``dtype``, but for the tables of its angles; all begin as zero."""
+    window, transformer = config.window, config.transformer
+    heads = (transformer.num_heads, transformer.head_dim)
+    layers, tokens = transformer.num_layers, config.tokens_per_frame
+    x = (window.frames_per_block, *config.latent_shape)
+    memory = (config.memory_tokens, transformer.dim)
+    evicted = (config.tokens_per_block, *heads)
+    return {
+        "kv": ((layers, 2, config.cached_tokens, *heads), dtype),
+        "sink_k": ((layers, window.sink_frames * tokens, *heads), dtype),  # before rotation
+        "ring_k": ((window.local_frames * tokens, *heads), dtype),  # the last layer's, before rotation
+        "text_kv": ((layers, 2, transformer.text_len, *heads), dtype),
+        "memory": (memory, dtype),
+        "memory_k": ((config.memory_tokens, *heads), dtype),  # before rotation
+        "memory_v": ((config.memory_tokens, *heads), dtype),
+        "staged_memory": (memory, dtype),
+        # What the last layer is about to overwrite, set aside: the memory looks at it beside the first pass.
+        "evicted_k": (evicted, dtype),  # before rotation
+        "evicted_v": (evicted, dtype),
+        "latents": ((window.cached_frames, *config.latent_shape), torch.float32),  # clean, by frame % length
+        "x": (x, torch.float32),
+        "noise": ((len(config.sampler.denoising_steps), *x), torch.float32),
+        "flow": (x, dtype),
+        "seed": ((2,), torch.int64),  # its low and its high 32 bits
+        "positions": ((len(POSITION_FIELDS),), torch.int64),
+        "write_index": ((config.tokens_per_block,), torch.int64),
+        "ring_rows": ((config.tokens_per_block,), torch.int64),  # the same rows, counted from the ring's first
+        "latent_rows": ((window.frames_per_block,), torch.int64),  # of ``latents``, that the block occupies
+        "vitals": ((len(VITALS),), torch.float32),
+    }
+
+
+class RolloutState:
+    """The tensors of one rollout, and the host's mirror of the facts it needs to order the work.
+
+    ``block``: the last block generated (-1: none); ``memory_ready``: the memory has been updated (or is a prior's)
+    since the start or the last rebuild, so it is attended to wherever its ids fit; ``memory_updated``: the vitals hold
+    the gate of an update. :func:`state_sizes` says what the tensors are.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops, *, device: torch.device, dtype: torch.dtype) -> None:
+        sizes = state_sizes(config, dtype)
+
+        def zeros(name: str) -> Tensor:
+            shape, kind = sizes[name]
+            return torch.zeros(shape, device=device, dtype=kind)
+
+        self.layout = ring_layout(config)
+        self.kv, self.text_kv = zeros("kv"), zeros("text_kv")
+        self.sink_k, self.ring_k = zeros("sink_k"), zeros("ring_k")
+        self.memory, self.staged_memory = zeros("memory"), zeros("staged_memory")
+        self.memory_k, self.memory_v = zeros("memory_k"), zeros("memory_v")
+        self.evicted_k, self.evicted_v = zeros("evicted_k"), zeros("evicted_v")
+        self.latents, self.x, self.noise, self.flow = zeros("latents"), zeros("x"), zeros("noise"), zeros("flow")
+        self.seed, self.positions, self.vitals = zeros("seed"), zeros("positions"), zeros("vitals")
+        self.write_index, self.ring_rows = zeros("write_index"), zeros("ring_rows")
+        self.latent_rows = zeros("latent_rows")
+        self.frame_offsets = torch.arange(config.window.frames_per_block, device=device)
+        self.rope = RopeTables(config, ops, device)
+        self.block = -1
+        self.memory_ready = self.memory_updated = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to before the first block; the prompt's keys stay."""
+        self.positions.zero_()
+        self.positions[POSITION_FIELDS.index("block")] = -1
+        for left in (self.vitals, self.kv, self.sink_k, self.ring_k, self.memory, self.memory_k, self.latents):
+            left.zero_()  # a video that ended in NaN leaves none to the next
+        self.block = -1
+        self.memory_ready = self.memory_updated = False
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What must be kept to go on bit for bit after this block, by name; the live tensors, not copies.
+
+        What each block computes afresh (``x``, noise, what was evicted, the staged memory, the angles) is not among
+        them, nor is the seed, which belongs to the stream.
+        """
+        return {
+            "kv": self.kv,
+            "sink_k": self.sink_k,
+            "ring_k": self.ring_k,
+            "text_kv": self.text_kv,
+            "memory": self.memory,
+            "memory_k": self.memory_k,
+            "latents": self.latents,
+            "positions": self.positions,
+        }

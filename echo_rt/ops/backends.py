@@ -1,0 +1,210 @@
+"""The backends that implement the operations: which are here, and which one a model is given."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from echo_rt.errors import BackendError
+from echo_rt.ops.schema import Ops
+from echo_rt.utils.build_info import __version__
+from echo_rt.utils.wording import plain
+
+BACKENDS = ("torch", "emulated", "cuda")
+BACKEND_VARIABLE = "ECHO_RT_BACKEND"
+
+
+def available_backends() -> dict[str, str]:
+    """Backend name -> ``"available"``, or why it is not and what to do about it.
+
+    ``emulated`` are the CUDA kernels executed on the host, for tests and for those who change them; they are slow.
+    """
+    built = _kernels_built()
+    return {"torch": "available", "emulated": _emulated_status(built), "cuda": _cuda_status(built)}
+
+
+def _kernels_built() -> tuple[str, str]:
+    """What the kernels were compiled for, and ""; or "" and why they cannot be had."""
+    rebuild = "install echo-rt again: pip install --no-build-isolation ."
+    try:
+        import echo_rt._ops as _ops
+    except ModuleNotFoundError:
+        return "", (
+            "this build has no kernels, as torch was not there when it was compiled (or ECHO_RT_BUILD was none); with "
+            f"torch, setuptools, pybind11 and a C++ compiler installed, {rebuild}"
+        )
+    except ImportError as error:
+        reason = str(error).partition("\n")[0]
+        return "", f"the kernels do not load: {reason}; they may be compiled for another torch: {rebuild}"
+    if __version__ != _ops.VERSION:
+        return "", f"the kernels are those of version {_ops.VERSION}, and this is {__version__}; {rebuild}"
+    # torch keeps its C++ interface from patch to patch, not from one minor version to the next.
+    compiled, found = (version.split(".")[:2] for version in (_ops.TORCH, torch.__version__))
+    if compiled != found:
+        return "", f"the kernels were compiled with torch {_ops.TORCH}, and this is {torch.__version__}; {rebuild}"
+    return _ops.BACKEND, ""
+
+
+def _emulated_status(built: tuple[str, str]) -> str:
+    backend, problem = built
+    if backend == "cuda":
+        return "this build has the kernels for the GPU instead; ECHO_RT_BUILD=emulated when installing chooses"
+    return problem or "available"
+
+
+def _cuda_status(built: tuple[str, str]) -> str:
+    backend, problem = built
+    if torch.version.cuda is None:
+        return f"needs a CUDA build of torch, and this is {torch.__version__}; install one, then echo-rt again"
+    if backend == "emulated":
+        return "this build has the emulated kernels; with nvcc on the PATH (or CUDA_HOME set), install echo-rt again"
+    if problem:
+        return problem
+    return "available" if torch.cuda.is_available() else "torch sees no GPU; install an NVIDIA driver, see nvidia-smi"
+
+
+def load_ops(backend: str) -> Ops:
+    """The operations of ``backend``.
+
+    Raises :class:`BackendError` for a backend that is unknown or not there: there is no fallback.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    status = available_backends()[backend]
+    if status != "available":
+        raise BackendError(f"backend {backend!r} is not available: {status}")
+    if backend == "torch":
+        from echo_rt.ops import reference
+
+        return cast(Ops, reference)
+    from echo_rt.ops.kernels import Kernels
+
+    return Kernels()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The operations that a model is given, and why these.
+
+    ``by_name``: whether its user asked for them; ``fallback``: whether they are torch's for want of kernels on a GPU.
+    """
+
+    ops: Ops
+    reason: str
+    by_name: bool = False
+    fallback: bool = False
+
+    @property
+    def name(self) -> str:
+        """As :data:`BACKENDS` has it."""
+        return self.ops.name
+
+
+def choose_backend(
+    requested: str | None,
+    device: torch.device,
+    *,
+    memory: tuple[torch.dtype, int] | None = None,
+    prescribed: str | None = None,
+) -> Backend:
+    """The backend named ``requested``, else that of the snapshot to go on with, ``prescribed``, else the environment's.
+
+    None of these: ``cuda`` where ``device`` is a GPU that the kernels were built for, ``torch`` elsewhere, and where
+    the kernels do not update the memory. ``memory``: dtype and head size of one that evolves, None where none does.
+    Raises :class:`BackendError` where the one that was named cannot be had or does not run: nothing else takes its
+    place.
+    """
+    if requested is not None:
+        return Backend(_able(requested, device, memory), "asked for by name", by_name=True)
+    if prescribed is not None:
+        try:
+            return Backend(_able(prescribed, device, memory), "as in the snapshot")
+        except BackendError as error:
+            raise BackendError(
+                f"{error}. The snapshot's video was made with it; "
+                "name another with backend= (--backend) to go on, rounded otherwise"
+            ) from error
+    if named := os.environ.get(BACKEND_VARIABLE):
+        try:
+            return Backend(_able(named, device, memory), f"{BACKEND_VARIABLE} names it")
+        except BackendError as error:
+            raise BackendError(f"{BACKEND_VARIABLE}: {error}") from error
+    if device.type != "cuda":
+        return Backend(load_ops("torch"), f"the device is {device}")
+    try:
+        ops = _able("cuda", device, None)
+        obstacle = "" if memory is None else memory_obstacle(ops, *memory)
+    except BackendError as error:
+        obstacle = str(error)
+    if obstacle:
+        return Backend(load_ops("torch"), obstacle, fallback=True)
+    return Backend(ops, f"the kernels are built for {device}")
+
+
+def _able(name: str, device: torch.device, memory: tuple[torch.dtype, int] | None) -> Ops:
+    """The operations of ``name``, which run there; :class:`BackendError` where they do not."""
+    ops = load_ops(name)
+    check_device(ops, device)
+    if memory is not None:
+        check_memory(ops, *memory)
+    return ops
+
+
+def memory_obstacle(ops: Ops, dtype: torch.dtype, head_dim: int) -> str:
+    """Why the backend has no memory update for ``dtype`` and head size, or ""."""
+    if ops.name == "torch":
+        return ""
+    from echo_rt.ops.kernels import HEAD_SIZES
+
+    if dtype != torch.float32 and head_dim in HEAD_SIZES:
+        return ""
+    return (
+        f"backend {ops.name!r} updates the memory in bfloat16 or float16 with heads of {HEAD_SIZES}, "
+        f"got {plain(dtype)} and {head_dim}"
+    )
+
+
+def check_memory(ops: Ops, dtype: torch.dtype, head_dim: int) -> None:
+    """Raises :class:`BackendError` where the backend has no memory update for ``dtype`` and head size.
+
+    Asked when a model is loaded: the update itself comes blocks later.
+    """
+    if obstacle := memory_obstacle(ops, dtype, head_dim):
+        raise BackendError(f"{obstacle}; choose memory 'prior' or 'off', or backend 'torch'")
+
+
+def check_device(ops: Ops, device: torch.device) -> None:
+    """Raises :class:`BackendError` where the backend's operations cannot run on ``device``.
+
+    Asked when a model is loaded: a GPU that the kernels were not compiled for would refuse the first launch.
+    """
+    needed = {"emulated": "cpu", "cuda": "cuda"}.get(ops.name, device.type)
+    if device.type != needed:
+        raise BackendError(
+            f"backend {ops.name!r} runs on device {needed!r}, got {str(device)!r}; choose another of them"
+        )
+    if ops.name == "cuda":
+        _check_architecture(device)
+
+
+def _check_architecture(device: torch.device) -> None:
+    import echo_rt._ops as _ops
+
+    major, minor = torch.cuda.get_device_capability(device)
+    built = _ops.CUDA_ARCHS.split()
+    if not any(_runs_on(architecture, major, minor) for architecture in built):
+        raise BackendError(
+            f"this build has kernels for {', '.join(f'sm_{a}' for a in built)}, and {device} is sm_{major}{minor}; "
+            "where this GPU is visible, install echo-rt again: pip install --no-build-isolation ."
+        )
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Whether machine code for ``"80"`` or ``"90a"`` runs on a GPU; there is no PTX that a driver could translate."""
+    number = int(architecture.rstrip("a"))
+    if architecture.endswith("a"):
+        return number == 10 * major + minor
+    return number // 10 == major and number % 10 <= minor

@@ -1,0 +1,1 @@
+"""What every part stands on: devices, files, processes, wording."""

@@ -1,0 +1,52 @@
+"""A folder that belongs to one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from pathlib import Path
+
+from echo_rt.errors import TargetError
+from echo_rt.utils.atomic_file import reason, sync_folder
+
+# What a part file is called, around the beginning of the name of the file that it was to become.
+_PART = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.part")
+
+
+class FolderClaim:
+    """Makes ``folder`` where there is none, and holds it until :meth:`release`, or the end of the process, however.
+
+    Without it a recording that is resumed while the one before still runs would be written by two. Raises
+    ``TargetError`` where another holds it, or it cannot be made. It leaves no file behind.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        try:
+            made = not self.folder.is_dir()
+            self.folder.mkdir(exist_ok=True)
+            if made:
+                sync_folder(self.folder.parent)
+            self._descriptor: int | None = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise TargetError(f"{folder}: cannot be a folder to write into: {reason(error)}") from None
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.release()
+            taken = "another process writes into it" if isinstance(error, BlockingIOError) else reason(error)
+            raise TargetError(f"{folder}: cannot be written into: {taken}") from None
+
+    def remove_parts(self, prefix: str) -> None:
+        """Remove the part files that killed processes left of files whose names begin with ``prefix``."""
+        for file in list(self.folder.iterdir()):
+            match = _PART.fullmatch(file.name)
+            if match is not None and match["name"].startswith(prefix):
+                file.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Let others have the folder; may be called twice."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

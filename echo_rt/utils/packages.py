@@ -1,0 +1,19 @@
+"""Packages that only some uses need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from echo_rt.errors import BackendError
+from echo_rt.utils.wording import first_line
+
+
+@contextmanager
+def needing(package: str, purpose: str) -> Iterator[None]:
+    """Guard an import: where ``package`` cannot be had, :class:`BackendError` names it and what it is for."""
+    try:
+        yield
+    except ImportError as error:
+        cause = first_line(error)
+        raise BackendError(f"{purpose} needs the package {package}: {cause} (pip install {package})") from None

@@ -1,0 +1,219 @@
+"""CPU threads beside other programs: waiting threads spin while cores are free, and sleep while they are not.
+
+Torch splits its CPU operations among OpenMP threads, which wait for each other at the end of every operation. By
+default (GNU's libgomp) a waiting thread spins for milliseconds before it sleeps. That is fastest on free cores. On
+cores that other programs use too, a spinning thread takes the time that the thread it waits for needs, and a stream
+becomes many times slower. OMP_WAIT_POLICY=PASSIVE always sleeps, which is slower on free cores, and libgomp reads it
+only when it is loaded.
+
+One rule of libgomp works at run time: while there are more OpenMP threads than cores, it spins for 100 rounds instead
+of 300,000 (its manual, GOMP_SPINCOUNT). So :func:`share_cpu` measures several times a second how much of the cores
+other programs use, and keeps idle OpenMP threads while they need them. Operations still run on the same number of
+threads: that number must not change, because the last bits of a video depend on it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_logger = logging.getLogger("echo_rt.utils.threads")
+
+# A user who has set one of these has decided how threads wait.
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+
+_PERIOD = 0.25  # seconds between two looks: the kernel counts time in ticks of 10 ms
+_SLACK = 0.25  # of a core: about where sleeping becomes the faster way to wait (docs/embedding.md)
+
+_STAT = Path("/proc/stat")
+_CGROUP = Path("/proc/self/cgroup")
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+def busy_seconds(stat: str, cores: Collection[int]) -> float:
+    """Seconds since boot that ``cores`` were busy, whoever used them; ``stat`` is the text of ``/proc/stat``.
+
+    Time that the hypervisor gave to other machines (steal) counts as busy.
+    """
+    ticks = 0
+    for line in stat.splitlines():
+        name, *columns = line.split()
+        if name.startswith("cpu") and name[3:].isdecimal() and int(name[3:]) in cores:
+            user, nice, system, _idle, _iowait, irq, softirq, steal, *_guest = map(int, columns)
+            ticks += user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def core_quota(cgroup: str, root: Path) -> float:
+    """CPU quota of a process's control groups (version 2) in cores; infinite without a limit.
+
+    ``cgroup`` is the text of ``/proc/self/cgroup``, ``root`` the folder where control groups are mounted.
+    """
+    quota = float("inf")
+    path = next((line[3:].strip("/") for line in cgroup.splitlines() if line.startswith("0::")), "")
+    for group in (root / path, *(root / path).parents):
+        if not group.is_relative_to(root):
+            break
+        limit = group / "cpu.max"
+        if limit.exists():
+            allowed, period = limit.read_text(encoding="ascii").split()
+            if allowed != "max":
+                quota = min(quota, int(allowed) / int(period))
+    return quota
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Numbers of the cores that this process may run on, and its CPU quota in cores."""
+
+    numbers: frozenset[int]
+    quota: float
+
+    @classmethod
+    def available(cls) -> Cores:
+        """Read affinity and control groups of this process."""
+        cgroup = _CGROUP.read_text(encoding="utf-8") if _CGROUP.exists() else ""
+        return cls(frozenset(os.sched_getaffinity(0)), core_quota(cgroup, _CGROUP_ROOT))
+
+    def free(self, others: float) -> float:
+        """Cores left to this process while other programs use ``others`` cores."""
+        return min(self.quota, len(self.numbers) - others)
+
+    def __str__(self) -> str:
+        cores = f"{len(self.numbers)} core{'s'[: len(self.numbers) != 1]}"
+        return cores if self.quota >= len(self.numbers) else f"{cores} with a quota of {self.quota:g}"
+
+
+def log_threads(device: torch.device) -> None:
+    """Log one line for a model on a CPU: how many threads torch uses, on how many cores, and how they wait."""
+    if device.type != "cpu":
+        return
+    threads = torch.get_num_threads()
+    if threads == 1:
+        waiting = "one never waits"
+    elif chosen := _chosen():
+        waiting = f"they wait as set by {chosen}"
+    else:
+        waiting = (
+            "waiting threads spin, which is fast on free cores and very slow beside other programs; "
+            "for those, use echo_rt.share_cpu, or set OMP_WAIT_POLICY=PASSIVE before importing torch"
+        )
+    _logger.info("CPU threads: %d on %s; %s", threads, Cores.available(), waiting)
+
+
+@contextmanager
+def share_cpu(device: torch.device | str) -> Iterator[None]:
+    """Inside the context, have torch's CPU threads sleep while other programs need the cores, and spin otherwise.
+
+    ``device`` is the model's. Does nothing on a GPU, with one thread, where the user has set one of
+    :data:`WAIT_VARIABLES`, or where torch's OpenMP is not GNU's. Results and the number of threads stay the same.
+    """
+    openmp = None
+    if torch.device(device).type == "cpu" and torch.get_num_threads() > 1 and not _chosen() and _STAT.exists():
+        openmp = _libgomp()
+    if openmp is None:
+        yield
+        return
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(openmp, over), name="echo-rt share-cpu", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _chosen() -> str:
+    return ", ".join(f"{name}={os.environ[name]}" for name in WAIT_VARIABLES if name in os.environ)
+
+
+def _libgomp() -> ctypes.CDLL | None:
+    """The libgomp that torch is linked against; None, with a line in the log, if it uses another OpenMP."""
+    torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        # The handle of a loaded library finds the symbols of its dependencies too: torch's own libgomp, not another.
+        library = ctypes.CDLL(str(torch_cpu), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError:
+        library = None
+    # Intel's and LLVM's OpenMP export GNU's entry points as well, but wait by other rules.
+    if library is None or not hasattr(library, "GOMP_parallel") or hasattr(library, "__kmpc_fork_call"):
+        _logger.info("torch's OpenMP is not GNU's libgomp: how its CPU threads wait is left as it is")
+        return None
+    library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    library.GOMP_parallel.restype = None
+    return library
+
+
+@dataclass(frozen=True)
+class _Usage:
+    """CPU seconds so far, of all programs and of this process, at the time ``at`` in seconds."""
+
+    at: float
+    all: float
+    own: float
+
+    @classmethod
+    def now(cls, cores: Cores) -> _Usage:
+        busy = busy_seconds(_STAT.read_text(encoding="ascii"), cores.numbers)
+        return cls(time.monotonic(), busy, time.process_time())
+
+    def others_since(self, then: _Usage) -> float:
+        """Cores used by other programs since ``then``."""
+        return max(0.0, (self.all - then.all) - (self.own - then.own)) / (self.at - then.at)
+
+
+def _watch(openmp: ctypes.CDLL, over: threading.Event) -> None:
+    cores, threads = Cores.available(), torch.get_num_threads()
+    idle: IdleTeam | None = None
+    then = _Usage.now(cores)
+    while not over.wait(_PERIOD):
+        now = _Usage.now(cores)
+        others, then = now.others_since(then), now
+        crowded = cores.free(others) < threads - _SLACK
+        if crowded and idle is None:
+            idle = IdleTeam(openmp, threads)
+        elif not crowded and idle is not None:
+            idle.close()
+            idle = None
+        else:
+            continue
+        waiting = "sleep" if crowded else "spin"
+        _logger.info("other programs use %.1f of %s: CPU threads %s while they wait", others, cores, waiting)
+    if idle is not None:
+        idle.close()
+
+
+class IdleTeam:
+    """Sleeping OpenMP threads, enough for libgomp to have more threads than cores, until :meth:`close`.
+
+    ``threads`` is the number that torch's operations use. A team ends with the thread that started it.
+    """
+
+    def __init__(self, openmp: ctypes.CDLL, threads: int) -> None:
+        self._over, self._made = threading.Event(), threading.Event()
+        # Each thread of the team calls free(NULL), which does nothing. The caller is one of the team.
+        nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)
+        size = max(openmp.omp_get_num_procs() - threads + 1, 1) + 1
+        self._thread = threading.Thread(target=self._hold, args=(openmp, nothing, size), daemon=True)
+        self._thread.start()
+        self._made.wait()
+
+    def _hold(self, openmp: ctypes.CDLL, nothing: ctypes.c_void_p, size: int) -> None:
+        openmp.GOMP_parallel(nothing, None, size, 0)
+        self._made.set()
+        self._over.wait()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._over.set()
+        self._thread.join()

@@ -1,0 +1,1 @@
+"""Golden bundles and decoders held against what they must compute."""

@@ -1,0 +1,248 @@
+"""A complete, small, random model folder in Wan's original layout: for trying things, for tests, for the demo."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from echo_rt.config import MemoryConfig, ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from echo_rt.errors import OutputError, TargetError
+from echo_rt.options import check_seed, latent_size
+from echo_rt.utils.packages import needing
+from echo_rt.utils.wording import counted
+from echo_rt.weights.layout_original import (
+    TEXT_ENCODER_FILE,
+    TOKENIZER_FOLDER,
+    TRANSFORMER_CONFIG,
+    TRANSFORMER_STEM,
+    VAE_FILE,
+)
+from echo_rt.weights.shapes import MEMORY_PREFIX
+from echo_rt.weights.tiny_tensors import (
+    Draw,
+    memory_tensors,
+    nudged,
+    text_encoder_tensors,
+    tiny_decoder_tensors,
+    transformer_tensors,
+    vae_tensors,
+)
+from echo_rt.weights.tiny_vae import TAEW, TinyVaeConfig
+
+CHECKPOINT_FILE = "echo_infinity.pt"
+TINY_VAE_FILE = f"{TAEW.name}.pth"
+_TRANSFORMER_FILE = f"{TRANSFORMER_STEM}.safetensors"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_FILES = {
+    TRANSFORMER_CONFIG,
+    _TRANSFORMER_FILE,
+    VAE_FILE,
+    TEXT_ENCODER_FILE,
+    CHECKPOINT_FILE,
+    TINY_VAE_FILE,
+    *(f"{TOKENIZER_FOLDER}/{name}" for name in _TOKENIZER_FILES),
+}
+_MARK = "tiny_seed"  # in config.json, tells a folder that was written here from anyone else's
+_GENERATOR_PREFIX = "model."
+_TRAINED, _TRAINED_EMA = 0.02, 0.01  # how far the checkpoint's weights are from the folder's
+
+_PAD, _END = "<pad>", "</s>"  # ids 0 and 1, as in umT5
+# Whole tokens for what prompts are made of; anything else is spelled in pieces, if need be byte by byte.
+_WORDS = """
+a an and the of in on at with into over under through from to by as is are one two three many few it its
+red orange yellow green blue violet purple pink white black grey golden silver bright dark pale deep vivid soft warm
+cold small large huge tiny tall wide long old young wild calm slow fast gentle heavy light empty quiet busy
+fox dog cat bird horse wolf bear deer fish whale owl eagle butterfly dragon man woman child girl boy people crowd
+forest river lake sea ocean wave waves beach sand desert mountain mountains valley field meadow grass flower flowers
+tree trees leaf leaves garden snow rain storm cloud clouds fog mist wind sky sun moon star stars night day morning
+evening sunset sunrise winter spring summer autumn fire smoke water ice stone city street road bridge house window
+door tower castle train car boat ship plane market neon lantern candle glass mirror paper silk painting
+runs running walks walking swims swimming flies flying jumps jumping dives falls falling rises rising turns turning
+drifts drifting floats floating dances dancing glows glowing burns burning flows flowing opens closes looks sits
+stands moves moving shines passes crosses follows camera shot close view scene cinematic film style realistic detailed
+slowly quickly gently suddenly then while across around between above below behind before after again forever
+"""
+
+
+def write_tiny_model(
+    folder: str | Path, *, seed: int = 0, width: int = 128, height: int = 80, overwrite: bool = False
+) -> None:
+    """Write the model: transformer, VAE, text encoder, tokenizer, ``echo_infinity.pt`` with a memory encoder, and a
+    tiny decoder for previews.
+
+    Args:
+        folder: what to make; its parents are made as needed. It appears whole or not at all.
+        seed: 0 .. 2^64-1; the same seed gives the same bytes.
+        width, height: of the video in pixels, which the memory is made for; multiples of 16.
+        overwrite: replace a folder that this function wrote and that nothing was added to.
+
+    Errors: ``ConfigError`` for a seed or size that cannot be; ``OutputError`` for a folder that is in the way or
+    cannot be written; ``BackendError`` without tokenizers.
+    """
+    check_seed(seed)
+    vae = VaeConfig(base_dim=4)
+    config = _model_config(vae, width, height)
+    target = Path(os.path.realpath(folder))
+    _check_replaceable(target, overwrite)
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        (part / TOKENIZER_FOLDER).mkdir(parents=True)
+        _write_parts(part, config, vae, seed, width, height)
+        _put_in_place(part, target)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot write the model: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _model_config(vae: VaeConfig, width: int, height: int) -> ModelConfig:
+    transformer = TransformerConfig(
+        dim=128, ffn_dim=256, freq_dim=64, num_heads=2, num_layers=3, text_dim=32, text_len=64
+    )
+    return ModelConfig(transformer, *latent_size(width, height, vae, transformer), memory=MemoryConfig())
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    """Raises ``OutputError`` unless a folder may come to stand at ``target``."""
+    try:
+        if not target.exists():
+            return
+        if not target.is_dir():
+            raise TargetError(f"{target}: expected the name of a folder, got a file")
+        found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+        if not found:
+            return
+        if not _is_tiny(target / TRANSFORMER_CONFIG):
+            raise TargetError(f"{target}: is not empty and holds no model written here; name another folder")
+        if not overwrite:
+            raise TargetError(f"{target}: already holds a small random model; --overwrite it, or name another")
+        added = sorted(found - _FILES)
+        if added:
+            others = counted(len(added), "other file")
+            raise TargetError(f"{target}: not replaced, since it holds {others} ({added[0]})")
+    except OSError as error:
+        raise TargetError(f"{target}: cannot write the model: {error.strerror or error}") from error
+
+
+def _is_tiny(config: Path) -> bool:
+    try:
+        parsed = json.loads(config.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    facts = parsed.get("echo_rt") if isinstance(parsed, dict) else None
+    return isinstance(facts, dict) and _MARK in facts
+
+
+def _put_in_place(part: Path, target: Path) -> None:
+    if not target.exists():
+        part.rename(target)
+        return
+    old = part.with_suffix(".old")
+    target.rename(old)
+    try:
+        part.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def _write_parts(part: Path, config: ModelConfig, vae: VaeConfig, seed: int, width: int, height: int) -> None:
+    transformer, draw = config.transformer, Draw(seed)
+    facts = {_MARK: seed, "width": width, "height": height, **dataclasses.asdict(config.window)}
+    (part / TRANSFORMER_CONFIG).write_text(json.dumps(_wan_config(transformer, facts), indent=2) + "\n")
+    base = transformer_tensors(transformer, draw)
+    data = safetensors.torch.save(_cast(base, torch.bfloat16), {"format": "pt"})
+    (part / _TRANSFORMER_FILE).write_bytes(data)
+
+    memory = {f"{MEMORY_PREFIX}{name}": tensor for name, tensor in memory_tensors(config, draw).items()}
+    checkpoint = {
+        name: _cast(
+            {f"{_GENERATOR_PREFIX}{key}": tensor for key, tensor in (nudged(base, draw, amount) | memory).items()},
+            torch.bfloat16,
+        )
+        for name, amount in (("generator", _TRAINED), ("generator_ema", _TRAINED_EMA))
+    }
+    _save_pickle(part / CHECKPOINT_FILE, checkpoint)
+    _save_pickle(part / VAE_FILE, _cast(vae_tensors(vae, draw), torch.float32))
+    tiny_decoder = TinyVaeConfig(vae.z_dim, widths=(16, 12, 8, 8))
+    _save_pickle(part / TINY_VAE_FILE, _cast(tiny_decoder_tensors(tiny_decoder, draw), torch.float16))
+
+    text_encoder = TextEncoderConfig(
+        vocab_size=1024, d_model=transformer.text_dim, d_attn=32, d_ff=64, num_heads=4, num_layers=2
+    )
+    _save_pickle(part / TEXT_ENCODER_FILE, _cast(text_encoder_tensors(text_encoder, draw), torch.bfloat16))
+    _write_tokenizer(part / TOKENIZER_FOLDER, text_encoder.vocab_size, transformer.text_len)
+
+
+def _wan_config(config: TransformerConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.json`` under Wan's own field names, and what it leaves out."""
+    return {
+        "_class_name": "WanModel",
+        "model_type": "t2v",
+        "dim": config.dim,
+        "eps": config.eps,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+        "in_dim": config.in_channels,
+        "num_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "out_dim": config.out_channels,
+        "text_dim": config.text_dim,
+        "text_len": config.text_len,
+        "echo_rt": dict(facts),
+    }
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+
+
+def _save_pickle(path: Path, content: Mapping[str, Any]) -> None:
+    """``torch.save``; by way of memory, so that its bytes do not name the file and a full disk is an ``OSError``."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getvalue())
+
+
+def _write_tokenizer(folder: Path, vocab_size: int, text_len: int) -> None:
+    """A byte-level BPE, which spells any text, that ends a prompt with ``</s>``."""
+    with needing("tokenizers", "the tiny model's tokenizer"):
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_PAD, _END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_WORDS.split(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {_END}", special_tokens=[(_END, tokenizer.token_to_id(_END))]
+    )
+    library_config = {
+        # Written by hand: what the library writes can only be read by the version that wrote it.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": _PAD,
+        "eos_token": _END,
+        "add_prefix_space": True,  # older versions overrule the other file with this
+        "model_max_length": text_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    content = (tokenizer.to_str(pretty=True), json.dumps(library_config, indent=2) + "\n")
+    for name, text in zip(_TOKENIZER_FILES, content, strict=True):
+        (folder / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,120 @@
+"""Streams in float8: the same promises as in any dtype, and another model than that of bfloat16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from recorder import Recorder
+from streaming import DEVICES, embeds, load, require, same, take, video
+
+import echo_rt
+from echo_rt.errors import BackendError, ConfigError, StreamError
+from echo_rt.model.linear import Float8Linear, Linear
+from echo_rt.ops.backends import available_backends
+from echo_rt.utils.device import FLOAT8
+
+BACKENDS = [name for name in ("torch", "emulated") if available_backends()[name] == "available"]
+FEW_STEPS = {"denoising_steps": [1000, 500]}
+BLOCKS = 6  # in the last of them nothing comes for the first time
+
+
+def float8(folder: Path, **options: object) -> echo_rt.Runtime:
+    return load(folder, **{"dtype": "float8", "overrides": FEW_STEPS} | options)
+
+
+def require_float8(device: str) -> str:
+    """``device``, or the test is skipped."""
+    if require(device) == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU does not multiply float8")
+    return device
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_resume_bit_for_bit(small_model: Path, device: str) -> None:
+    with float8(small_model, device=require_float8(device)) as runtime:
+        assert runtime.dtype == FLOAT8
+        with runtime.stream(prompt_embeds=embeds(runtime), seed=5) as stream:
+            take(stream, 4)  # the window is full, the memory has been updated
+            snapshot = stream.snapshot()
+            expected = take(stream, 3)
+        assert all(chunk.frames.any() for chunk in expected)
+        states = {t.dtype for t in snapshot.tensors.values() if t.is_floating_point()}
+        assert states == {torch.bfloat16, torch.float32}
+        video(runtime, 3, seed=6, prompt=1)
+    with float8(small_model, device=device) as fresh, fresh.resume(snapshot) as stream:
+        assert same(take(stream, 3), expected)
+
+
+@pytest.mark.skipif("emulated" not in BACKENDS, reason="this build has no emulated kernels")
+def test_resume_on_the_kernels(small_model: Path) -> None:
+    options = {"backend": "emulated", "memory": "prior", "overrides": {"denoising_steps": [1000]}}
+    with float8(small_model, **options) as runtime:
+        with runtime.stream(prompt_embeds=embeds(runtime), seed=5) as stream:
+            take(stream, 1)
+            snapshot = stream.snapshot()
+            expected = take(stream, 1)
+        with runtime.resume(snapshot) as stream:
+            assert same(take(stream, 1), expected)
+
+
+def test_a_snapshot_is_of_its_own_dtype_and_layers(small_model: Path) -> None:
+    with float8(small_model) as runtime, runtime.stream(prompt_embeds=embeds(runtime)) as stream:
+        take(stream, 1)
+        snapshot = stream.snapshot()
+    for options, words in (
+        ({"dtype": "bfloat16"}, "dtype is 'float8' in the snapshot and 'bfloat16' here"),
+        ({"float8_except": ["*.ffn.2"]}, r"float8_except is \[\] in the snapshot and \['blocks\.0\.ffn\.2'"),
+    ):
+        with float8(small_model, **options) as other, pytest.raises(StreamError, match=words):
+            other.resume(snapshot)
+
+
+def test_layers_that_are_kept_by_name(small_model: Path) -> None:
+    kept = ("blocks.0.*", "*.ffn.2")
+    with float8(small_model, float8_except=kept) as runtime:
+        transformer = runtime._engine.rollout._transformer
+        kinds = [[type(p) for p in (m.qkv, m.cross_q, m.ffn_in, m.ffn_out)] for m in transformer.layers]
+        assert kinds[0] == [Linear] * 4
+        assert all(layer == [Float8Linear] * 3 + [Linear] for layer in kinds[1:])
+        some = video(runtime, 2)
+    with float8(small_model) as runtime:
+        everything = video(runtime, 2)
+    with float8(small_model, float8_except=["*"]) as runtime:
+        nothing = video(runtime, 2)
+    with float8(small_model, dtype="bfloat16") as runtime:
+        plain = video(runtime, 2)
+    assert same(nothing, plain), "without a layer in float8 it is bfloat16, bit for bit"
+    assert not same(some, plain) and not same(everything, plain) and not same(some, everything)
+
+
+def test_what_is_refused_at_load(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"'blocks\.9\.\*' matches no layer"):
+        float8(small_model, float8_except=["blocks.9.*"])
+    with pytest.raises(ConfigError, match="for dtype 'float8', and the dtype is 'float32'"):
+        float8(small_model, dtype="float32", float8_except=["*"])
+    for patterns in ("*.ffn.2", None, iter(["*.ffn.2"]), [2]):
+        with pytest.raises(ConfigError, match="float8_except must be a sequence of patterns"):
+            float8(small_model, float8_except=patterns)
+    monkeypatch.setattr("echo_rt.runtime.parse_device", lambda device: torch.device("cuda:0"))
+    monkeypatch.setattr("echo_rt.runtime.note_loading", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(BackendError, match="cuda:0 is sm_86"):
+        float8(small_model)
+
+
+def test_a_replayed_video_is_the_video(small_model: Path) -> None:
+    """Stages as lists of operations over fixed addresses, as a graph is: those of float8 among them."""
+    options = {"memory": "off", "overrides": {"denoising_steps": [1000]}}
+    with float8(small_model, **options) as runtime:
+        expected = video(runtime, BLOCKS, seed=3)
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("echo_rt.engine.build.make_executor", lambda device, graphs: recorder)
+        with float8(small_model, **options) as runtime:
+            recorder.watch(runtime._engine.pipeline.buffers())
+            with runtime.stream(prompt_embeds=embeds(runtime), seed=3) as stream, recorder:
+                made = take(stream, BLOCKS)
+    assert same(made, expected)
+    assert recorder.replays > BLOCKS and recorder.races() == []

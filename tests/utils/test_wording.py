@@ -1,0 +1,34 @@
+"""Messages about one thing, and of a type with its article."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from echo_rt.errors import WeightsError
+from echo_rt.soak.outcome import Outcome
+from echo_rt.utils.wording import counted, type_of
+from echo_rt.weights.folder import ModelFolder
+
+
+def test_one_and_several() -> None:
+    assert [counted(number, "block") for number in (0, 1, 2)] == ["0 blocks", "1 block", "2 blocks"]
+    assert [counted(number, "entry", "entries") for number in (1, 3)] == ["1 entry", "3 entries"]
+
+
+def test_articles() -> None:
+    assert [type_of(value) for value in (3, [], OSError())] == ["an int", "a list", "an OSError"]
+
+
+def test_a_soak_of_one_block() -> None:
+    assert Outcome("complete", 1, [], Path("r")).summary.startswith("complete after 1 block; ")
+
+
+def test_a_config_of_something_else(small_model: Path, tmp_path: Path) -> None:
+    for file in small_model.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text("3")
+    with pytest.raises(WeightsError, match="as a JSON object, came an int"):
+        ModelFolder.open(tmp_path).transformer_config()
