@@ -205,7 +205,7 @@ def test_one_keeper_at_a_time(keeper: SnapshotKeeper, tmp_path: Path) -> None:
 
 WRITE_UNTIL_KILLED = """
     import os, sys
-    sys.path.insert(0, sys.argv[1])
+    sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
     from test_snapshot_store import snapshot
     import echo_rt.snapshot.file
     from echo_rt.snapshot.store import SnapshotKeeper, latest_snapshot
@@ -228,14 +228,8 @@ WRITE_UNTIL_KILLED = """
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     """Each life goes on from a whole snapshot, never an older one than the life before; nothing piles up."""
     folder = tmp_path / "s"
-    command = [
-        sys.executable,
-        "-B",
-        "-c",
-        textwrap.dedent(WRITE_UNTIL_KILLED),
-        str(Path(__file__).parent.parent),
-        str(folder),
-    ]
+    script = textwrap.dedent(WRITE_UNTIL_KILLED)
+    command = [sys.executable, "-B", "-c", script, str(Path(__file__).parent), str(folder)]
     dice = random.Random(6)
     begun, known, parts = [], 0, []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as lives:
