@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from echo_rt.errors import ConfigError, OutputError, SnapshotError, SnapshotVersionError, StreamError
@@ -120,17 +120,23 @@ class SnapshotKeeper(Closing):
     def _write(self, snapshot: Snapshot) -> None:
         try:
             number = snapshot.next_block
+            # Processes that were killed before they had removed anything must not add up to more and more files.
+            self._remove(self._sorted_out(number)[1])
             snapshot.save(self.folder / f"{_PREFIX}{number:010}.safetensors")
             self.written += 1
-            self._prune(number)
+            stale, old = self._sorted_out(number)
+            self._remove([*stale, *old])
         except BaseException as error:  # of whatever kind: it is raised again where someone can act on it
             self._problem = error
 
-    def _prune(self, newest: int) -> None:
+    def _sorted_out(self, newest: int) -> tuple[list[Path], list[Path]]:
+        """The files of blocks after ``newest``, and those that are too old beside it."""
         files = snapshot_files(self.folder)
         stale = [file for file in files if _number(file) > newest]
-        kept = files[len(stale) :]
-        for file in [*stale, *kept[self.keep :]]:
+        return stale, files[len(stale) + self.keep :]
+
+    def _remove(self, files: Iterable[Path]) -> None:
+        for file in files:
             try:
                 file.unlink(missing_ok=True)
             except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import resource
@@ -201,6 +202,27 @@ def test_one_keeper_at_a_time(keeper: SnapshotKeeper, tmp_path: Path) -> None:
     for place in ("file", "absent/s"):
         with pytest.raises(TargetError, match="cannot be a folder to write into"):
             SnapshotKeeper(tmp_path / place)
+
+
+def test_killed_before_removing_anything_does_not_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each life puts a snapshot in place and ends there: what the lives before left is removed before it writes."""
+    save, most = Snapshot.save, []
+
+    class Killed(BaseException):
+        pass
+
+    def last_deed(self: Snapshot, path: Path) -> None:
+        save(self, path)
+        most.append(len(blocks(tmp_path / "s")))
+        raise Killed
+
+    monkeypatch.setattr(Snapshot, "save", last_deed)
+    for block in range(6):
+        with contextlib.suppress(Killed):
+            keeper = SnapshotKeeper(tmp_path / "s", keep=2)
+            keeper.offer(lambda block=block: snapshot(block, 100))
+            keeper.close()
+    assert most == [1, 2, 3, 3, 3, 3]
 
 
 WRITE_UNTIL_KILLED = """
