@@ -116,7 +116,7 @@ def _latent_drift(seen: Seen, line: Line, bound: float) -> None:
 def _device_memory(seen: Seen, line: Line, growth: float) -> None:
     if not line.get("warm") or line["device"] is None:
         return
-    run, first = seen.state or (None, {})
+    run, first = seen.state or (None, line["device"])
     if run != line["run"]:  # another process, another start
         seen.state = line["run"], line["device"]
         return
