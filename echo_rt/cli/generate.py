@@ -6,11 +6,10 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from echo_rt.cli.generate_request import Request, add_parser
-from echo_rt.cli.messages import describe, warn
 from echo_rt.cli.progress import ProgressReport
 from echo_rt.cli.prompts import TimedPrompt, first_block
 from echo_rt.cli.signals import StopNow, StopRequest
-from echo_rt.cli.streams import say
+from echo_rt.cli.stdio import describe, say, warn
 from echo_rt.errors import ConfigError, OutputError, PromptError
 from echo_rt.utils.wording import counted
 
