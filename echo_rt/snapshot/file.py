@@ -6,8 +6,8 @@ digest of the whole file, itself taken as zeros. Format, version and digest are 
 file of another one can be told from a damaged one.
 
 Files are read and written by hand. The safetensors library maps a file (one that shrinks meanwhile is a bus error, and
-what is used is not what was checked) or makes a second copy of all tensors, and writes metadata in an order that changes
-from call to call. The tensors are allocated only when the file is known to be long enough to hold them.
+what is used is not what was checked) or makes a second copy of all tensors, and it writes metadata in an order that
+changes from call to call. The tensors are allocated only when the file is known to be long enough to hold them.
 """
 
 from __future__ import annotations
