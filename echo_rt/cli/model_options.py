@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from echo_rt.cli.numbers import parse_number, parse_positive
+from echo_rt.cli.arguments import parse_number, parse_positive
 from echo_rt.cli.outputs import Named
 from echo_rt.cli.paths import parse_path
 from echo_rt.errors import ConfigError

@@ -212,3 +212,6 @@ class Ops(Protocol):
         float32 [Co]. Pixel (2y + a, 2x + b) is the bias + the sum over i and j of ``weight[2a + b, :, i, j] @
         x[t, y + a - 1 + i, x + b - 1 + j]``, with zeros around ``x``. Frames of both may lie apart.
         """
+
+
+OPERATIONS = tuple(name for name, member in vars(Ops).items() if isinstance(member, staticmethod))
