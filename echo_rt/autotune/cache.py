@@ -1,4 +1,4 @@
-"""The files in which the outcome of measuring is remembered from one start to the next.
+"""The files that remember measurements from one start to the next, and all that a measurement depends on.
 
 They are a convenience: a file that is damaged, or cannot be written, costs a measurement and a warning, never an error.
 """
@@ -10,14 +10,17 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
 
 from echo_rt.errors import OutputError
 from echo_rt.utils.atomic_file import reason, write_whole
+from echo_rt.utils.build_info import __version__
 from echo_rt.utils.wording import one_line
 
 CACHE_VARIABLE = "ECHO_RT_CACHE_DIR"
@@ -29,7 +32,7 @@ Shapes = TypeVar("Shapes")  # a dataclass
 
 @dataclass(frozen=True)
 class Case(Generic[Shapes]):
-    """What a measurement holds for: ``machine`` as :func:`echo_rt.autotune.machine.machine_facts` describes it."""
+    """The conditions under which a measurement holds; ``machine`` as :func:`machine_facts` describes it."""
 
     machine: Mapping[str, Any]
     dtype: str
@@ -40,7 +43,7 @@ class Case(Generic[Shapes]):
 class Entry(Generic[Shapes]):
     """The name of the fastest in ``case``.
 
-    ``milliseconds`` of a call for each kind that was timed, ``rejected``: why each other one was not.
+    ``milliseconds`` per call of each candidate that was timed, ``rejected``: why each other one was not.
     """
 
     case: Case[Shapes]
@@ -48,8 +51,15 @@ class Entry(Generic[Shapes]):
     milliseconds: Mapping[str, float]
     rejected: Mapping[str, str]
 
+    def __str__(self) -> str:
+        """Why it won."""
+        times = sorted(self.milliseconds.items(), key=lambda item: item[1])
+        listed = ", ".join(f"{name} {time:.3f} ms" for name, time in times)
+        what = "fastest" if len(times) > 1 else "the only one that works"
+        return f"{what} on {self.case.machine['gpu']}: {listed}"
 
-class ChoicesFile(Generic[Shapes]):
+
+class Cache(Generic[Shapes]):
     """The file of one ``subject``, which is also the field of an entry that holds its winner.
 
     ``shapes`` makes them of their fields as JSON has them; it may raise what making an object of wrong values raises.
@@ -61,7 +71,7 @@ class ChoicesFile(Generic[Shapes]):
         self._logger = logging.getLogger(f"echo_rt.{subject}")
 
     def path(self) -> Path | None:
-        """Where choices are remembered: in ``ECHO_RT_CACHE_DIR``, or in echo-rt's folder of the user's cache folder.
+        """The file in ``ECHO_RT_CACHE_DIR``, or in echo-rt's folder of the user's cache folder.
 
         None where there is no such folder because the user has no home.
         """
@@ -77,7 +87,7 @@ class ChoicesFile(Generic[Shapes]):
         return user_cache / "echo-rt" / name
 
     def entries(self, path: Path) -> list[Entry[Shapes]]:
-        """All that is remembered in ``path``, oldest first; nothing, with a warning, where it cannot be read."""
+        """All that ``path`` remembers, oldest first; nothing, with a warning, where it cannot be read."""
         try:
             content = json.loads(path.read_bytes())
             if content["format"] != _FORMAT:
@@ -86,19 +96,14 @@ class ChoicesFile(Generic[Shapes]):
         except FileNotFoundError:
             return []
         except OSError as error:
-            self._logger.warning("%s cannot be read (%s): %s is measured anew", path, reason(error), self.subject)
+            problem = f"cannot be read ({reason(error)})"
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            self._logger.warning(
-                "%s is damaged (%s: %s): %s is measured anew",
-                path,
-                type(error).__name__,
-                one_line(error),
-                self.subject,
-            )
+            problem = f"is damaged ({type(error).__name__}: {one_line(error)})"
+        self._logger.warning("%s %s: %s is measured anew", path, problem, self.subject)
         return []
 
     def recall(self, path: Path, case: Case[Shapes]) -> Entry[Shapes] | None:
-        """What was measured in exactly this case."""
+        """The measurement of exactly this case."""
         return next((entry for entry in self.entries(path) if entry.case == case), None)
 
     def remember(self, path: Path, entry: Entry[Shapes]) -> None:
@@ -109,12 +114,9 @@ class ChoicesFile(Generic[Shapes]):
                 kept = [other for other in self.entries(path) if other.case != entry.case]
                 content = {"format": _FORMAT, "entries": [self._fields(item) for item in (*kept, entry)]}
                 write_whole(path, json.dumps(content, indent=1).encode() + b"\n")
-        except OSError as error:
-            self._logger.warning(
-                "%s cannot be written (%s): %s is measured at every start", path, reason(error), self.subject
-            )
-        except OutputError as error:
-            self._logger.warning("%s: %s is measured at every start", error, self.subject)
+        except (OSError, OutputError) as error:
+            problem = f"{path} cannot be written ({reason(error)})" if isinstance(error, OSError) else error
+            self._logger.warning("%s: %s is measured at every start", problem, self.subject)
 
     def _fields(self, entry: Entry[Shapes]) -> dict[str, Any]:
         return {
@@ -133,6 +135,48 @@ class ChoicesFile(Generic[Shapes]):
             raise ValueError("values of other types")
         times = {name: float(time) for name, time in item["milliseconds"].items()}
         return Entry(Case(case["machine"], case["dtype"], self._shapes(case["shapes"])), winner, times, rejected)
+
+
+class Versioned(Protocol):
+    """A candidate; ``version`` is None where that of torch or echo-rt says it all."""
+
+    @property
+    def name(self) -> str: ...
+
+    def version(self) -> str | None: ...
+
+
+def machine_facts(device: torch.device, candidates: Iterable[Versioned]) -> dict[str, Any]:
+    """The GPU and the versions of whatever takes part, as JSON: while they are the same, a measurement holds."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": _driver(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "echo_rt": __version__,
+        "kinds": {candidate.name: candidate.version() for candidate in candidates},
+    }
+
+
+def _driver() -> str | None:
+    """The driver's version; None where NVML is not there, as in some containers."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
 
 
 @contextmanager

@@ -13,25 +13,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from echo_rt.attention import AttentionShapes, available_attention, choose_attention, kinds, known_choices
-from echo_rt.attention.kinds import KINDS, HeadsFirst, Kind
+from echo_rt.attention import AttentionShapes, available_attention, implementations, known_selections, select_attention
+from echo_rt.attention.backends import IMPLEMENTATIONS, AttentionCandidate, HeadsFirst
 from echo_rt.errors import BackendError
 from echo_rt.ops.backends import load_ops
 
-EVERY = kinds(load_ops("torch"))
+EVERY = implementations(load_ops("torch"))
 SHAPES = AttentionShapes(queries=6, keys=10, heads=2, head_dim=8)
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
-def kind(name: str, **facts) -> Kind:
-    return Kind(name, lambda: HeadsFirst(name, lambda q, k, v: q), **facts)
+def kind(name: str, **facts) -> AttentionCandidate:
+    return AttentionCandidate(name, lambda: HeadsFirst(name, lambda q, k, v: q), **facts)
 
 
-def absent(name: str, why: str) -> Kind:
+def absent(name: str, why: str) -> AttentionCandidate:
     def load():
         raise BackendError(why)
 
-    return Kind(name, load)
+    return AttentionCandidate(name, load)
 
 
 @dataclass
@@ -81,7 +81,9 @@ def gpu(monkeypatch):
 
 
 def choose(judge, kinds, cache=None, requested=None, dtype=torch.bfloat16, shapes=SHAPES, device=GPU):
-    return choose_attention(requested, device=device, dtype=dtype, shapes=shapes, cache=cache, kinds=kinds, judge=judge)
+    return select_attention(
+        requested, device=device, dtype=dtype, shapes=shapes, cache=cache, candidates=kinds, check=judge
+    )
 
 
 def test_the_fastest_is_chosen_and_the_reason_says_so(caplog):
@@ -247,7 +249,7 @@ def test_a_name_that_cannot_be_had(requested, dtype, said):
 
 def able(judge, requested, prescribed=None, kinds=("a", "b", "c")):
     kinds = [kind(name) if isinstance(name, str) else name for name in kinds]
-    return choose_attention(
+    return select_attention(
         requested,
         device=GPU,
         dtype=torch.bfloat16,
@@ -255,8 +257,8 @@ def able(judge, requested, prescribed=None, kinds=("a", "b", "c")):
         cache=None,
         prescribed=prescribed,
         if_able=True,
-        kinds=kinds,
-        judge=judge,
+        candidates=kinds,
+        check=judge,
     )
 
 
@@ -289,32 +291,32 @@ def test_heads_that_no_library_has():
     too_large = RuntimeError("only supports head dimension at most 256")
     judge = FakeJudge({"sdpa-efficient": 3.0, "products": 0.7, "sdpa-math": 0.1}, errors={"sdpa-flash": too_large})
     judge.errors["sdpa-cudnn"] = too_large
-    choice = choose(judge, KINDS, shapes=AttentionShapes(queries=60, keys=60, heads=1, head_dim=384))
+    choice = choose(judge, IMPLEMENTATIONS, shapes=AttentionShapes(queries=60, keys=60, heads=1, head_dim=384))
     assert choice.attention.name == "products" and set(choice.timings) == {"sdpa-efficient", "products"}
     assert "at most 256" in choice.rejected["sdpa-flash"] and "all scores" in choice.rejected["sdpa-math"]
 
 
 def test_on_a_cpu():
     for name, choice in (
-        ("sdpa", choose_attention(None, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None)),
-        ("sdpa-math", choose_attention("sdpa-math", device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None)),
+        ("sdpa", select_attention(None, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None)),
+        ("sdpa-math", select_attention("sdpa-math", device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None)),
     ):
         assert choice.attention.name == name
     for name in {kind.name for kind in EVERY} - {"sdpa", "products", "sdpa-math"}:
         with pytest.raises(
             BackendError, match=f"attention '{name}' is not available: it runs on cuda, the device is cpu"
         ):
-            choose_attention(name, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None, kinds=EVERY)
+            select_attention(name, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None, candidates=EVERY)
 
 
 def test_on_a_gpu_torchs_cpu_kind_names_the_others():
     with pytest.raises(BackendError, match=r"'sdpa' .* it runs on cpu, the device is cuda:0; choose sdpa-cudnn or "):
-        choose_attention("sdpa", device=GPU, dtype=torch.bfloat16, shapes=SHAPES, cache=None, judge=FakeJudge({}))
+        select_attention("sdpa", device=GPU, dtype=torch.bfloat16, shapes=SHAPES, cache=None, check=FakeJudge({}))
 
 
 def test_on_a_cpu_nothing_is_measured_or_written(tmp_path):
     judge, cache = FakeJudge({}), tmp_path / "attention.json"
-    choose_attention(None, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=cache, judge=judge)
+    select_attention(None, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=cache, check=judge)
     assert judge.asked == [] and list(tmp_path.iterdir()) == []
 
 
@@ -334,7 +336,7 @@ def test_what_was_measured_is_not_measured_again(cache):
     assert judge.asked == [], "not even tensors are made"
     assert again.attention.name == "b" and again.timings == first.timings and again.rejected == {"c": "gone"}
     assert again.reason == f"{first.reason} (remembered in {cache})"
-    assert list(known_choices(GPU, cache, kinds)) == [("b", f"for {SHAPES} in bfloat16, {first.reason}")]
+    assert list(known_selections(GPU, cache, kinds)) == [("b", f"for {SHAPES} in bfloat16, {first.reason}")]
 
 
 def changed_gpu(monkeypatch, gpu):
@@ -350,11 +352,11 @@ def changed_cudnn(monkeypatch, gpu):
 
 
 def changed_library(monkeypatch, gpu):
-    monkeypatch.setattr(Kind, "version", lambda self: "99")
+    monkeypatch.setattr(AttentionCandidate, "version", lambda self: "99")
 
 
 def changed_driver(monkeypatch, gpu):
-    monkeypatch.setattr("echo_rt.autotune.machine._driver", lambda: "999.9")
+    monkeypatch.setattr("echo_rt.autotune.cache._driver", lambda: "999.9")
 
 
 @pytest.mark.parametrize("change", [changed_gpu, changed_torch, changed_cudnn, changed_library, changed_driver])
@@ -363,7 +365,7 @@ def test_another_machine_is_measured_anew_and_the_first_is_kept(cache, monkeypat
     choose(FakeJudge({"a": 2.0, "b": 0.5}), kinds, cache)
     with monkeypatch.context() as patch:
         change(patch, gpu)
-        assert list(known_choices(GPU, cache, kinds)) == []
+        assert list(known_selections(GPU, cache, kinds)) == []
         assert choose(FakeJudge({"a": 0.1, "b": 9.0}), kinds, cache).attention.name == "a"
     gpu.name = "Imaginary 9000"
     judge = FakeJudge({})
