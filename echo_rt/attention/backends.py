@@ -209,29 +209,18 @@ class AttentionCandidate(Candidate[Attention, AttentionShapes]):
         return "" if self.fused else "it holds all scores in memory: for where nothing else works"
 
     def version(self) -> str | None:
-        if self.distribution is None:
-            return self.build
         try:
-            return importlib.metadata.version(self.distribution)
+            return importlib.metadata.version(self.distribution) if self.distribution else self.build
         except importlib.metadata.PackageNotFoundError:
             return None
 
 
-# Their arguments after q, k, v: no bias, and whether to return the log-sum-exp, which flash attention does anyway.
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, *, sums: bool = False) -> Any:
-    return torch.ops.aten._scaled_dot_product_cudnn_attention.default(q, k, v, None, sums)
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor) -> Any:
-    return torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v)
-
-
-def _efficient(q: Tensor, k: Tensor, v: Tensor) -> Any:
-    return torch.ops.aten._scaled_dot_product_efficient_attention.default(q, k, v, None, False)
-
-
-def _math(q: Tensor, k: Tensor, v: Tensor) -> Any:
-    return torch.ops.aten._scaled_dot_product_attention_math.default(q, k, v)
+_ATEN = torch.ops.aten
+_CUDNN = _ATEN._scaled_dot_product_cudnn_attention.default
+_FLASH = _ATEN._scaled_dot_product_flash_attention.default
+_EFFICIENT = _ATEN._scaled_dot_product_efficient_attention.default
+_MATH = _ATEN._scaled_dot_product_attention_math.default
+_NO_SUMS = {"attn_bias": None, "compute_log_sumexp": False}
 
 
 def _of_torch(name: str, function: Function, **facts: Any) -> AttentionCandidate:
@@ -259,12 +248,12 @@ def _flash_attn(name: str, module: str, distribution: str, remedy: str) -> Atten
 
 # In the order in which they are listed; what is selected is decided by measuring.
 IMPLEMENTATIONS = (
-    _of_torch("sdpa-cudnn", _cudnn),
-    _of_torch("sdpa-flash", _flash),
-    _of_torch("sdpa-efficient", _efficient, dtypes=ANY_DTYPE),
+    _of_torch("sdpa-cudnn", partial(_CUDNN, **_NO_SUMS)),
+    _of_torch("sdpa-flash", _FLASH),
+    _of_torch("sdpa-efficient", partial(_EFFICIENT, **_NO_SUMS), dtypes=ANY_DTYPE),
     _of_torch("sdpa", scaled_dot_product_attention, devices=("cpu",), dtypes=ANY_DTYPE),
     AttentionCandidate("products", Matmul, devices=("cuda", "cpu"), dtypes=ANY_DTYPE),
-    _of_torch("sdpa-math", _math, devices=("cuda", "cpu"), dtypes=ANY_DTYPE, fused=False),
+    _of_torch("sdpa-math", _MATH, devices=("cuda", "cpu"), dtypes=ANY_DTYPE, fused=False),
     _flash_attn("flash-attn-2", "flash_attn", "flash-attn", "pip install --no-build-isolation flash-attn"),
     _flash_attn(
         "flash-attn-3",
@@ -281,14 +270,14 @@ IMPLEMENTATIONS = (
 
 def split_kv(ops: Ops) -> tuple[AttentionCandidate, ...]:
     """Those whose parts ``ops`` merges: two, three and four of cuDNN's, and of flash attention's."""
-
-    def candidate(library: str, function: Function, splits: int) -> AttentionCandidate:
-        name = f"{library}-in-{splits}"
-        make = partial(SplitKV, name, library, function, splits, ops)
-        return AttentionCandidate(name, make, splits=splits, build=ops.name)
-
-    libraries = (("sdpa-cudnn", partial(_cudnn, sums=True)), ("sdpa-flash", _flash))
-    return tuple(candidate(library, function, splits) for library, function in libraries for splits in SPLITS)
+    cudnn = partial(_CUDNN, attn_bias=None, compute_log_sumexp=True)
+    libraries: tuple[tuple[str, Function], ...] = (("sdpa-cudnn", cudnn), ("sdpa-flash", _FLASH))
+    return tuple(
+        AttentionCandidate(name, partial(SplitKV, name, library, function, splits, ops), splits=splits, build=ops.name)
+        for library, function in libraries
+        for splits in SPLITS
+        for name in [f"{library}-in-{splits}"]
+    )
 
 
 def implementations(ops: Ops) -> tuple[AttentionCandidate, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,21 +22,17 @@ from echo_rt.attention.backends import (
     implementations,
 )
 from echo_rt.autotune.cache import Cache
-from echo_rt.autotune.tuner import Check, Selection, Stopwatch, Tuner, current
+from echo_rt.autotune.tuner import Check, Selection, Tuner, current
 from echo_rt.config import ModelConfig
-from echo_rt.errors import BackendError
 from echo_rt.ops.schema import Ops
 
+AttentionSelection = Selection[Attention]
 CACHE = Cache("attention", lambda fields: AttentionShapes(**fields))
 cache_file = CACHE.path
-
-AttentionSelection = Selection[Attention]
-MakeCheck = Callable[[AttentionShapes, torch.device, torch.dtype], Check[Attention]]
 
 # What candidates are tried on while there is no model; the head size is that of all of Wan's.
 _PROBE = AttentionShapes(queries=64, keys=200, heads=2, head_dim=128)
 _CHECKED_QUERIES = 32
-_CALLS_TIMED_TOGETHER = 4
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -49,67 +45,42 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(heads, dim=1).flatten(1)
 
 
-class AttentionCheck:
+class AttentionCheck(Check[Attention]):
     """Random ``q``, ``k`` and ``v`` of ``shapes``, with k and v laid out as in the KV buffer."""
 
+    calls = 4
+
     def __init__(self, shapes: AttentionShapes, device: torch.device, dtype: torch.dtype) -> None:
-        generator = torch.Generator(device).manual_seed(0)
+        super().__init__(device, dtype)
+        self.q = self.normal(shapes.queries, shapes.heads, shapes.head_dim)
+        self.k, self.v = self.normal(2, shapes.keys, shapes.heads, shapes.head_dim)
 
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, shapes.heads, shapes.head_dim, generator=generator, device=device, dtype=dtype)
+    def call(self, attention: Attention, /) -> Callable[[], Tensor]:
+        return partial(attention, self.q, self.k, self.v)
 
-        self._device = device
-        self.q = normal(shapes.queries)
-        self.k, self.v = normal(2, shapes.keys)
-
-    @cached_property
-    def _stopwatch(self) -> Stopwatch:
-        return Stopwatch(self._device, _CALLS_TIMED_TOGETHER)
-
-    def error(self, attention: Attention) -> float:
-        """The largest relative error among queries from first to last; infinite for another shape or dtype."""
-        q, k, v = self.q, self.k, self.v
-        with current(self._device):
-            out = attention(q, k, v)
+    def error(self, attention: Attention, /) -> float:
+        """Among queries from first to last."""
+        q = self.q
+        with current(self.device):
+            out = attention(q, self.k, self.v)
             if out.shape != (q.shape[0], q.shape[1] * q.shape[2]) or out.dtype != q.dtype:
                 return math.inf
             checked = min(_CHECKED_QUERIES, q.shape[0])
             rows = torch.linspace(0, q.shape[0] - 1, checked, device=q.device).round().long()
-            exact = exact_attention(q[rows], k, v)
+            exact = exact_attention(q[rows], self.k, self.v)
             errors = (out[rows].double() - exact).norm(dim=1) / exact.norm(dim=1)
         # A comparison with NaN is false whatever one asks; an infinite error is not.
         return float(errors.nan_to_num(nan=math.inf).max())
 
-    def stopwatch(self, attention: Attention) -> Callable[[], float]:
-        """A function that runs ``attention`` as in the steady state and returns the milliseconds per call."""
-        return self._stopwatch.capture(partial(attention, self.q, self.k, self.v))
 
-
-def select_attention(
-    requested: str | None,
-    *,
+def attention_tuner(
     device: torch.device,
     dtype: torch.dtype,
     shapes: AttentionShapes,
-    cache: Path | None,
-    prescribed: str | None = None,
-    if_able: bool = False,
     candidates: Sequence[AttentionCandidate] = IMPLEMENTATIONS,
-    check: MakeCheck = AttentionCheck,
-) -> AttentionSelection:
-    """The attention named ``requested``, else that of the snapshot to go on with, ``prescribed``.
-
-    None of both: on a GPU the fastest for ``shapes``, on a CPU torch's own. With ``if_able`` one that was asked for and
-    does not compute these shapes is no error: it is as if nothing had been asked for, and the reason says why.
-
-    The fastest is measured once and remembered in the file ``cache`` (None: nowhere) until the GPU, a library or the
-    shapes change. One that computes something else than attention is never selected; one that runs out of memory is
-    left out, and what is found without it is not remembered. Waits for the device.
-    Raises :class:`BackendError` for a name that is unknown or cannot be had here, and where nothing works; where that
-    is for want of memory, ``torch.OutOfMemoryError``.
-    """
-    tuner = _tuner(device, dtype, shapes, candidates, check)
-    return tuner.select(requested, prescribed, cache, BackendError if if_able else ())
+) -> Tuner[Attention, AttentionShapes]:
+    """What selects an attention for ``shapes``."""
+    return Tuner(CACHE, device, dtype, shapes, candidates, partial(AttentionCheck, shapes, device, dtype))
 
 
 def attentions(
@@ -124,15 +95,11 @@ def attentions(
 ) -> tuple[AttentionSelection, AttentionSelection]:
     """The attention of a model over its KV buffer, as full as it gets, and over the text."""
     transformer = config.transformer
-    over_cache = AttentionShapes(
-        queries=config.tokens_per_block,
-        keys=config.cached_tokens,
-        heads=transformer.num_heads,
-        head_dim=transformer.head_dim,
-    )
+    heads, head_dim = transformer.num_heads, transformer.head_dim
+    over_cache = AttentionShapes(config.tokens_per_block, config.cached_tokens, heads, head_dim)
     over_text = dataclasses.replace(over_cache, keys=transformer.text_len)
     first, second = (
-        _tuner(device, dtype, shapes, implementations(ops)).select(requested, name, cache)
+        attention_tuner(device, dtype, shapes, implementations(ops)).select(requested, name, cache=cache)
         for shapes, name in zip((over_cache, over_text), prescribed, strict=True)
     )
     return first, second
@@ -144,27 +111,13 @@ def untried_attention(device: torch.device) -> Attention:
 
 
 def known_selections(
-    device: torch.device, cache: Path | None, candidates: Sequence[AttentionCandidate] = IMPLEMENTATIONS
+    device: torch.device, cache: Path | None, candidates: Sequence[AttentionCandidate]
 ) -> Iterator[tuple[str, str]]:
     """What models on ``device`` are given as things are now, as far as is known without measuring: name and reason."""
-    return _tuner(device, torch.float32, _PROBE, candidates).known(cache)
+    return attention_tuner(device, torch.float32, _PROBE, candidates).known(cache)
 
 
-def available_attention(
-    device: torch.device,
-    candidates: Sequence[AttentionCandidate] = IMPLEMENTATIONS,
-    check: MakeCheck = AttentionCheck,
-) -> dict[str, str]:
+def available_attention(device: torch.device, candidates: Sequence[AttentionCandidate]) -> dict[str, str]:
     """Name -> ``"available"``, or ``"why it is not; what to do"``. Each one is run on ``device``."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _tuner(device, dtype, _PROBE, candidates, check).available()
-
-
-def _tuner(
-    device: torch.device,
-    dtype: torch.dtype,
-    shapes: AttentionShapes,
-    candidates: Sequence[AttentionCandidate],
-    check: MakeCheck = AttentionCheck,
-) -> Tuner[Attention, AttentionShapes]:
-    return Tuner(CACHE, device, dtype, shapes, candidates, partial(check, shapes, device, dtype))
+    return attention_tuner(device, dtype, _PROBE, candidates).available()

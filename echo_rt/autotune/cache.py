@@ -10,11 +10,11 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -75,16 +75,15 @@ class Cache(Generic[Shapes]):
 
         None where there is no such folder because the user has no home.
         """
-        name = f"{self.subject}.json"
         if folder := os.environ.get(CACHE_VARIABLE):
-            return Path(folder) / name
+            return Path(folder) / f"{self.subject}.json"
         user_cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
         if not user_cache.is_absolute():
             try:
                 user_cache = Path.home() / ".cache"
             except RuntimeError:
                 return None
-        return user_cache / "echo-rt" / name
+        return user_cache / "echo-rt" / f"{self.subject}.json"
 
     def entries(self, path: Path) -> list[Entry[Shapes]]:
         """All that ``path`` remembers, oldest first; nothing, with a warning, where it cannot be read."""
@@ -119,12 +118,7 @@ class Cache(Generic[Shapes]):
             self._logger.warning("%s: %s is measured at every start", problem, self.subject)
 
     def _fields(self, entry: Entry[Shapes]) -> dict[str, Any]:
-        return {
-            "case": dataclasses.asdict(entry.case),
-            self.subject: entry.winner,
-            "milliseconds": dict(entry.milliseconds),
-            "rejected": dict(entry.rejected),
-        }
+        return {self.subject if name == "winner" else name: value for name, value in dataclasses.asdict(entry).items()}
 
     def _entry(self, item: Any) -> Entry[Shapes]:
         if item.keys() != {"case", self.subject, "milliseconds", "rejected"}:
@@ -137,17 +131,11 @@ class Cache(Generic[Shapes]):
         return Entry(Case(case["machine"], case["dtype"], self._shapes(case["shapes"])), winner, times, rejected)
 
 
-class Versioned(Protocol):
-    """A candidate; ``version`` is None where that of torch or echo-rt says it all."""
+def machine_facts(device: torch.device, versions: Mapping[str, str | None]) -> dict[str, Any]:
+    """The GPU and the versions of whatever takes part, as JSON: while they are the same, a measurement holds.
 
-    @property
-    def name(self) -> str: ...
-
-    def version(self) -> str | None: ...
-
-
-def machine_facts(device: torch.device, candidates: Iterable[Versioned]) -> dict[str, Any]:
-    """The GPU and the versions of whatever takes part, as JSON: while they are the same, a measurement holds."""
+    ``versions`` of the candidates by name; None where that of torch or echo-rt says it all.
+    """
     properties = torch.cuda.get_device_properties(device)
     return {
         "gpu": properties.name,
@@ -157,7 +145,7 @@ def machine_facts(device: torch.device, candidates: Iterable[Versioned]) -> dict
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "echo_rt": __version__,
-        "kinds": {candidate.name: candidate.version() for candidate in candidates},
+        "kinds": dict(versions),
     }
 
 
@@ -165,18 +153,16 @@ def _driver() -> str | None:
     """The driver's version; None where NVML is not there, as in some containers."""
     try:
         import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
     except ImportError:
         return None
-    try:
-        pynvml.nvmlInit()
     except pynvml.NVMLError:
         return None
-    try:
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
 
 
 @contextmanager

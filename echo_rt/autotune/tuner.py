@@ -7,10 +7,12 @@ import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from echo_rt.autotune.cache import Cache, Case, Entry, Shapes, machine_facts
 from echo_rt.errors import BackendError
@@ -32,7 +34,7 @@ class Named(Protocol):
 
 
 Loaded = TypeVar("Loaded", bound=Named)
-Loaded_contra = TypeVar("Loaded_contra", contravariant=True)
+Found = TypeVar("Found", bound=Named)
 Result = TypeVar("Result")
 
 
@@ -76,14 +78,72 @@ class Candidate(ABC, Generic[Loaded, Shapes]):
         return ""
 
 
-class Check(Protocol[Loaded_contra]):
-    """Runs implementations on random inputs of some shapes."""
+class Check(ABC, Generic[Loaded]):
+    """Random inputs of some shapes, on which implementations are run: whether they are right, and how fast.
 
-    def error(self, implementation: Loaded_contra, /) -> float:
+    ``calls`` are captured together, as the time between two events includes the launch of the graph. Graphs run in
+    turns, so they share one stream and one memory pool.
+    """
+
+    calls: int
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    @abstractmethod
+    def call(self, implementation: Loaded, /) -> Callable[[], Tensor]:
+        """A function that runs it on the inputs."""
+
+    @abstractmethod
+    def error(self, implementation: Loaded, /) -> float:
         """The largest relative error of its output; infinite for an output of another shape or dtype."""
 
-    def stopwatch(self, implementation: Loaded_contra, /) -> Callable[[], float]:
-        """A function that runs it and returns the milliseconds per call; raises where it cannot be captured."""
+    def normal(self, *size: int) -> Tensor:
+        """Normal numbers of its own generator."""
+        return torch.randn(size, generator=self._generator, device=self.device, dtype=self.dtype)
+
+    def stopwatch(self, implementation: Loaded, /) -> Callable[[], float]:
+        """A function that replays it from a CUDA graph, as the steady state does, and returns the ms per call.
+
+        What a library spends in Python does not count. Raises where it cannot be captured.
+        """
+        call, graph, stream = self.call(implementation), torch.cuda.CUDAGraph(), self._stream
+
+        def calls_together() -> None:
+            for _ in range(self.calls):
+                call()
+
+        with current(self.device):
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            # Around the capture too: where that fails, torch leaves its stream the current one.
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    call()
+                try:
+                    capture(graph, calls_together, stream=stream, pool=self._pool)
+                except BaseException:
+                    del self._pool  # see capture
+                    raise
+
+        def milliseconds() -> float:
+            with current(self.device):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                return float(start.elapsed_time(end)) / self.calls
+
+        return milliseconds
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    @cached_property
+    def _pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
 
 
 @dataclass(frozen=True)
@@ -91,7 +151,7 @@ class Selection(Generic[Loaded]):
     """An implementation and why it is this one.
 
     ``timings``: milliseconds per call of each candidate that was timed; ``rejected``: what spoke against each other
-    one; ``by_name``: whether it was asked for.
+    one; ``by_name``: whether it was asked for. ``attention`` and ``kind``: what its users call ``implementation``.
     """
 
     implementation: Loaded
@@ -104,14 +164,11 @@ class Selection(Generic[Loaded]):
     def name(self) -> str:
         return self.implementation.name
 
-    # What users of runtime.attention and runtime.convolutions call it.
     @property
     def attention(self) -> Loaded:
         return self.implementation
 
-    @property
-    def kind(self) -> Loaded:
-        return self.implementation
+    kind = attention
 
 
 class ObstacleError(BackendError):
@@ -144,20 +201,23 @@ class Tuner(Generic[Loaded, Shapes]):
 
     def select(
         self,
-        requested: str | None,
-        prescribed: str | None,
-        path: Path | None,
-        forgive: type[BackendError] | tuple[()] = (),
+        requested: str | None = None,
+        prescribed: str | None = None,
+        *,
+        cache: Path | None,
+        forgive: tuple[type[BackendError], ...] = (),
     ) -> Selection[Loaded]:
         """The candidate named ``requested``, else ``prescribed`` by a snapshot, else the fastest; on a CPU torch's own.
 
-        One that is named is checked on a GPU, but not timed. ``path``: the file that remembers the fastest, or None.
-        ``forgive``: the errors of a requested one after which it goes on as if nothing had been requested, and the
-        reason says why. Waits for the device. Raises :class:`BackendError` for a name that is unknown or cannot be
-        had, and where nothing works; where that is for want of memory, ``torch.OutOfMemoryError``.
+        One that is named is checked on a GPU, but not timed. ``forgive``: errors of a requested one after which it is
+        as if nothing had been requested, and the reason says why. The fastest is measured once and remembered in the
+        file ``cache`` (None: nowhere) until the GPU, a library or the shapes change. One that computes something else
+        is never selected; one that runs out of memory is left out, and the outcome is not remembered. Waits for the
+        device. Raises :class:`BackendError` for a name that is unknown or cannot be had here, and where nothing works;
+        where that is for want of memory, ``torch.OutOfMemoryError``.
         """
         with model_context(self.device, self.dtype):
-            selection = self._select(requested, prescribed, path, forgive)
+            selection = self._select(requested, prescribed, cache, forgive)
         give_memory_back(self.device)  # graphs have kept memory of their own
         self._logger.info("%s for %s: %s", selection.name, self.shapes, selection.reason)
         return selection
@@ -175,37 +235,33 @@ class Tuner(Generic[Loaded, Shapes]):
                     states[candidate.name] = str(error)
         return states
 
-    def known(self, path: Path | None) -> Iterator[tuple[str, str]]:
+    def known(self, cache: Path | None) -> Iterator[tuple[str, str]]:
         """Name and reason of what is selected as things are now, for any shapes, as far as is known unmeasured."""
         if self.device.type != "cuda":
             selection = self.default()
             yield selection.name, selection.reason
-        elif path is not None:
-            machine = machine_facts(self.device, self.candidates)
-            for entry in self.cache.entries(path):
+        elif cache is not None:
+            machine = self._machine()
+            for entry in self.cache.entries(cache):
                 if entry.case.machine == machine:
                     yield entry.winner, f"for {entry.case.shapes} in {entry.case.dtype}, {entry}"
 
     def default(self) -> Selection[Loaded]:
         """Torch's own where nothing is measured: the one known to be quick in the dtype, else the first that works."""
-        able = [
-            candidate
-            for candidate in self.candidates
-            if not (candidate.obstacle(self.device, self.dtype, self.shapes) or candidate.reserve(self.shapes))
-        ]
-        candidate = next((candidate for candidate in able if self.dtype in candidate.quick_on_cpu), able[0])
+        case = self.device, self.dtype, self.shapes
+        able = [one for one in self.candidates if not one.obstacle(*case) and not one.reserve(self.shapes)]
+        candidate = next((one for one in able if self.dtype in one.quick_on_cpu), able[0])
         return Selection(candidate.load(), f"torch's own on a {self.device.type.upper()}")
 
     @property
     def _logger(self) -> logging.Logger:
         return logging.getLogger(f"echo_rt.{self.cache.subject}")
 
+    def _machine(self) -> dict[str, Any]:
+        return machine_facts(self.device, {candidate.name: candidate.version() for candidate in self.candidates})
+
     def _select(
-        self,
-        requested: str | None,
-        prescribed: str | None,
-        path: Path | None,
-        forgive: type[BackendError] | tuple[()],
+        self, requested: str | None, prescribed: str | None, cache: Path | None, forgive: tuple[type[BackendError], ...]
     ) -> Selection[Loaded]:
         unable = ""
         if requested is not None:
@@ -215,31 +271,26 @@ class Tuner(Generic[Loaded, Shapes]):
             except forgive as error:
                 unable = f"; not {requested}: {str(error).partition('; ')[0]}"
         if prescribed is not None:
-            selection = self._prescribed(prescribed)
+            try:
+                selection = Selection(self._checked(self._named(prescribed)), "as in the snapshot")
+            except BackendError as error:
+                remedy = "ask for another by name to go on, rounded otherwise"
+                raise BackendError(f"{error}. The snapshot's video was made with it; {remedy}") from error
         elif self.device.type == "cuda":
-            selection = self._fastest(path)
+            selection = self._fastest(cache)
         else:
             selection = self.default()
         return replace(selection, reason=selection.reason + unable)
 
-    def _prescribed(self, name: str) -> Selection[Loaded]:
-        try:
-            return Selection(self._checked(self._named(name)), "as in the snapshot")
-        except BackendError as error:
-            raise BackendError(
-                f"{error}. The snapshot's video was made with it; ask for another by name to go on, rounded otherwise"
-            ) from error
-
     def _fastest(self, path: Path | None) -> Selection[Loaded]:
-        case = Case(machine_facts(self.device, self.candidates), plain(self.dtype), self.shapes)
+        case = Case(self._machine(), plain(self.dtype), self.shapes)
         if path is not None and (known := self.cache.recall(path, case)) is not None:
             try:
                 loaded = self._load(self._named(known.winner))
                 return Selection(loaded, f"{known} (remembered in {path})", known.milliseconds, known.rejected)
             except BackendError as error:
-                self._logger.warning(
-                    "%s was the fastest and is no longer there (%s): measured anew", known.winner, error
-                )
+                gone = "%s was the fastest and is no longer there (%s): measured anew"
+                self._logger.warning(gone, known.winner, error)
         loaded, entry, lasts = self._measure(case)
         if path is not None and lasts:
             self.cache.remember(path, entry)
@@ -250,143 +301,93 @@ class Tuner(Generic[Loaded, Shapes]):
 
         Taken in turns: a clock that changes, or another's load, then meets all of them.
         """
-        check = self.check()
+        check, subject, lasts = self.check(), self.cache.subject, True
         loaded: dict[str, Loaded] = {}
         stopwatches: dict[str, Callable[[], float]] = {}
         rejected: dict[str, str] = {}
-        lasts = True
         for candidate in sorted(self.candidates, key=lambda candidate: bool(candidate.reserve(self.shapes))):
             name = candidate.name
             if stopwatches and (why := candidate.reserve(self.shapes)):
                 rejected[name] = why
                 continue
             try:
-                loaded[name], stopwatches[name] = self._tried(check, candidate)
+                loaded[name] = self._load(candidate)
+                self._require_right(check, loaded[name])
+                stopwatches[name] = self._attempt(
+                    check.stopwatch, loaded[name], "it cannot be captured in a CUDA graph"
+                )
             except BackendError as error:
                 rejected[name] = str(error)
-                if isinstance(error, _WrongResultError):
-                    self._logger.warning("%s is not used: %s", name, error)
-                elif isinstance(error, _NoMemoryError):
-                    lasts = False
-                    self._logger.warning(
-                        "%s is not used: %s; %s is measured anew next time", name, error, self.cache.subject
-                    )
+                lasts = lasts and not isinstance(error, _NoMemoryError)
+                if isinstance(error, _WrongResultError | _NoMemoryError):
+                    anew = "" if isinstance(error, _WrongResultError) else f"; {subject} is measured anew next time"
+                    self._logger.warning("%s is not used: %s%s", name, error, anew)
         if not stopwatches:
             reasons = ". ".join(f"{name}: {why}" for name, why in rejected.items())
             kind_of_error = BackendError if lasts else torch.OutOfMemoryError
-            raise kind_of_error(f"no {self.cache.subject} works on {self.device} for {self.shapes}. {reasons}")
+            raise kind_of_error(f"no {subject} works on {self.device} for {self.shapes}. {reasons}")
         rounds = [{name: watch() for name, watch in stopwatches.items()} for _ in range(self.rounds)]
         milliseconds = {name: statistics.median(times[name] for times in rounds) for name in stopwatches}
         winner = min(milliseconds, key=milliseconds.__getitem__)
         return loaded[winner], Entry(case, winner, milliseconds, rejected), lasts
 
-    def _tried(self, check: Check[Loaded], candidate: Candidate[Loaded, Shapes]) -> tuple[Loaded, Callable[[], float]]:
-        """``candidate`` loaded, and its stopwatch; :class:`BackendError` says why there is none."""
-        loaded = self._load(candidate)
-        self._require_right(check, loaded)
-        return loaded, self._attempt(lambda: check.stopwatch(loaded), "it cannot be captured in a CUDA graph")
-
     def _named(self, name: str) -> Candidate[Loaded, Shapes]:
-        require_known(self.cache.subject, name, self.candidates, self.removed)
-        return next(candidate for candidate in self.candidates if candidate.name == name)
+        return find(self.cache.subject, name, self.candidates, self.removed)
 
     def _load(self, candidate: Candidate[Loaded, Shapes]) -> Loaded:
         if why := candidate.obstacle(self.device, self.dtype, self.shapes):
             raise ObstacleError(why)
         return candidate.load()
 
-    def _checked(self, candidate: Candidate[Loaded, Shapes], forgive: type[BackendError] | tuple[()] = ()) -> Loaded:
-        """``candidate``, asked for by name; an error that is in ``forgive`` says no more than the reason."""
-        asked = f"{self.cache.subject} {candidate.name!r}"
+    def _checked(self, candidate: Candidate[Loaded, Shapes], forgive: tuple[type[BackendError], ...] = ()) -> Loaded:
+        """``candidate``, which was named; an error that is in ``forgive`` says no more than the reason."""
+        named = f"{self.cache.subject} {candidate.name!r}"
         try:
             loaded = self._load(candidate)
             if self.device.type == "cuda":
                 self._require_right(self.check(), loaded)
             return loaded
         except _NoMemoryError as error:
-            raise torch.OutOfMemoryError(f"{asked}: {error}") from None
+            raise torch.OutOfMemoryError(f"{named}: {error}") from None
         except forgive:
             raise
         except BackendError as error:
-            raise BackendError(f"{asked} is not available: {error}") from error
+            raise BackendError(f"{named} is not available: {error}") from error
 
     def _require_right(self, check: Check[Loaded], loaded: Loaded) -> None:
         """Raises :class:`BackendError` unless ``loaded`` computes the shapes, and rightly."""
         case, bound = f"{self.shapes} in {plain(self.dtype)}", TOLERANCES[self.dtype]
-        error = self._attempt(lambda: check.error(loaded), f"it does not compute {case}")
+        error = self._attempt(check.error, loaded, f"it does not compute {case}")
         if error > bound:
             raise _WrongResultError(
                 f"its result is wrong for {case}, by {error:.2g} where {bound:.2g} is the most; choose another"
             )
 
-    def _attempt(self, work: Callable[[], Result], complaint: str) -> Result:
+    def _attempt(self, work: Callable[[Loaded], Result], loaded: Loaded, complaint: str) -> Result:
         """What ``work`` returns; whatever a library raises is the finding. Its memory is there for the next."""
         try:
-            return work()
+            return work(loaded)
         except Exception as problem:
             # What libraries beside torch's allocator say of a shortage has no type of its own.
             signs = ("out of memory", "ALLOC_FAILED")
-            if not (isinstance(problem, torch.OutOfMemoryError) or any(sign in str(problem) for sign in signs)):
+            if not isinstance(problem, torch.OutOfMemoryError) and not any(sign in str(problem) for sign in signs):
                 raise BackendError(f"{complaint}: {first_line(problem)}; choose another") from problem
             free(problem)
             give_memory_back(self.device)
-            raise _NoMemoryError(
-                f"it runs out of memory for {self.shapes} in {plain(self.dtype)}: {first_line(problem)}; free some, "
-                "or choose another"
-            ) from None
+            case = f"{self.shapes} in {plain(self.dtype)}"
+            remedy = "free some, or choose another"
+            raise _NoMemoryError(f"it runs out of memory for {case}: {first_line(problem)}; {remedy}") from None
 
 
-def require_known(subject: str, name: object, candidates: Sequence[Named], removed: Mapping[str, str]) -> None:
-    """Raises :class:`BackendError` unless one of ``candidates`` has this name."""
-    known = list(dict.fromkeys(candidate.name for candidate in candidates))
-    if name not in known:
-        if isinstance(name, str) and name in removed:
-            raise BackendError(f"{subject} {name!r} is gone: {removed[name]}")
-        raise BackendError(f"{subject} must be one of {', '.join(known)}; got {name!r}")
-
-
-class Stopwatch:
-    """Times computations on a GPU as the steady state runs them, replayed from a CUDA graph.
-
-    Those timed by one stopwatch run in turns: their graphs share one stream and one memory pool. ``calls`` are
-    captured together, as the time between two events includes the launch of the graph.
-    """
-
-    def __init__(self, device: torch.device, calls: int) -> None:
-        self.device, self.calls = device, calls
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def capture(self, call: Callable[[], object]) -> Callable[[], float]:
-        """A function that returns the milliseconds per call on the device; raises what cannot be captured."""
-
-        def calls_together() -> None:
-            for _ in range(self.calls):
-                call()
-
-        graph = torch.cuda.CUDAGraph()
-        with current(self.device):
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            # Around the capture too: where that fails, torch leaves its stream the current one.
-            with torch.cuda.stream(self._stream):
-                for _ in range(_WARM_UPS):
-                    call()
-                try:
-                    capture(graph, calls_together, stream=self._stream, pool=self._pool)
-                except BaseException:
-                    self._pool = torch.cuda.graph_pool_handle()  # see capture
-                    raise
-
-        def milliseconds() -> float:
-            with current(self.device):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-                return float(start.elapsed_time(end)) / self.calls
-
-        return milliseconds
+def find(subject: str, name: object, candidates: Sequence[Found], removed: Mapping[str, str]) -> Found:
+    """The first of ``candidates`` that has this name; raises :class:`BackendError` where there is none."""
+    by_name = {candidate.name: candidate for candidate in reversed(candidates)}
+    if isinstance(name, str) and name in by_name:
+        return by_name[name]
+    if isinstance(name, str) and name in removed:
+        raise BackendError(f"{subject} {name!r} is gone: {removed[name]}")
+    names = dict.fromkeys(candidate.name for candidate in candidates)
+    raise BackendError(f"{subject} must be one of {', '.join(names)}; got {name!r}")
 
 
 def current(device: torch.device) -> torch.cuda.device:

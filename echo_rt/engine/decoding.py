@@ -13,7 +13,7 @@ from torch import Tensor
 
 from echo_rt import attention, convolution
 from echo_rt.convolution import ConvolutionShape
-from echo_rt.errors import ConfigError
+from echo_rt.errors import BackendError, ConfigError
 from echo_rt.model.decoder_protocol import VideoDecoder
 from echo_rt.model.tiny_decoder import TinyDecoder
 from echo_rt.model.vae_decoder import VaeDecoder
@@ -89,21 +89,15 @@ def fit_decoder(
     """Has ``decoder`` compute its attention and each convolution in the way that is found for it.
 
     ``block``: the latents of one call, and their height and width; the rest as above. The errors are those of
-    :func:`echo_rt.attention.select_attention` and :func:`echo_rt.convolution.select_convolutions`.
+    :meth:`echo_rt.autotune.tuner.Tuner.select` and :func:`echo_rt.convolution.select_convolutions`.
     """
     latents, height, width = block
     device, dtype = decoder.device, decoder.dtype
     # An attention asked for by name is the transformer's: of its heads, and not of larger ones, a library is expected
     # to be able.
-    attended = attention.select_attention(
-        attention_name,
-        device=device,
-        dtype=dtype,
-        shapes=decoder.attention_shapes(height, width),
-        cache=attention.cache_file(),
-        prescribed=prescribed.get(VAE_ATTENTION),
-        if_able=True,
-        candidates=attention.implementations(ops),
+    shapes_attended = decoder.attention_shapes(height, width)
+    attended = attention.attention_tuner(device, dtype, shapes_attended, attention.implementations(ops)).select(
+        attention_name, prescribed.get(VAE_ATTENTION), cache=attention.cache_file(), forgive=(BackendError,)
     )
     decoder.attend_by(attended.attention)
     shapes = decoder.convolution_shapes(height, width, latents)

@@ -270,7 +270,9 @@ def test_the_attention_that_was_chosen_and_why(monkeypatch, tmp_path):
     facts = attention_facts(monkeypatch, {"sdpa-cudnn": "available"}, cache)
     assert (facts["chosen"].value, facts["chosen"].status) == ("not measured yet", "absent")
     assert "when a model is loaded" in facts["chosen"].advice and "ECHO_RT_CACHE_DIR" not in facts["chosen"].advice
-    machine = machine_facts(torch.device("cuda", 0), implementations(load_ops("torch")))
+    machine = machine_facts(
+        torch.device("cuda", 0), {kind.name: kind.version() for kind in implementations(load_ops("torch"))}
+    )
     shapes = AttentionShapes(queries=5, keys=7, heads=2, head_dim=8)
     for known, winner in ((machine, "sdpa-cudnn"), ({**machine, "torch": "1.0"}, "sdpa-flash")):
         CACHE.remember(
@@ -337,7 +339,7 @@ def test_the_convolutions_that_were_chosen(monkeypatch, tmp_path):
         (6, "kernel", None),
         (7, "kernel", "other"),
     ):
-        family = [kind for kind in implementations() if not kind.enlarges]
+        family = {kind.name: kind.version() for kind in implementations() if not kind.enlarges}
         machine = machine_facts(torch.device("cuda", 0), family) | ({} if version is None else {"torch": version})
         shape = ConvolutionShape(4, 4, width, 8, 8, (3, 3, 3))
         CACHE.remember(cache, Entry(Case(machine, "bfloat16", shape), winner, {winner: 0.5}, {}))

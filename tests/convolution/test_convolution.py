@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -95,10 +96,9 @@ def cache(tmp_path):
     return tmp_path / "deep" / "convolution.json"
 
 
-def choose(judge, shapes, candidates=STAND_INS, requested=None, cache=None, dtype=torch.bfloat16, device=GPU):
-    return select_convolutions(
-        requested, shapes, device=device, dtype=dtype, cache=cache, candidates=candidates, check=judge
-    )
+def choose(judge, shapes, kinds=STAND_INS, requested=None, cache=None, dtype=torch.bfloat16, device=GPU):
+    with mock.patch("echo_rt.convolution.select.ConvolutionCheck", judge):
+        return select_convolutions(requested, shapes, device=device, dtype=dtype, cache=cache, candidates=kinds)
 
 
 def names(choices) -> list[str]:
@@ -314,13 +314,15 @@ def test_other_dtypes_are_their_own(cache):
 def test_what_is_available():
     every = (kind("a"), kind("b"), kind("c", devices=("cpu",)), kind("grow", enlarges=True))
     judge = FakeJudge(errors={"b": math.inf, "grow": RuntimeError("no kernel image")})
-    states = available_convolutions(GPU, every, judge)
+    with mock.patch("echo_rt.convolution.select.ConvolutionCheck", judge):
+        states = available_convolutions(GPU, every)
     assert states["a"] == "available" and "its result is wrong" in states["b"]
     assert states["c"].startswith("it runs on cpu, the device is cuda:0; choose conv3d")
     assert "no kernel image; choose another" in states["grow"]
     assert {case[2] for case in judge.asked} == {torch.bfloat16}, "the dtype that models have on a GPU"
     twins = (kind("a"), kind("a", enlarges=True), kind("b", devices=("cpu",)), kind("b", enlarges=True))
-    both = available_convolutions(GPU, twins, FakeJudge())
+    with mock.patch("echo_rt.convolution.select.ConvolutionCheck", FakeJudge()):
+        both = available_convolutions(GPU, twins)
     assert list(both) == ["a", "b", "b (enlarging)"]
     assert both["b"] != both["b (enlarging)"] == "available"
     on_cpu = available_convolutions(CPU, implementations())

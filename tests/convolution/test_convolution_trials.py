@@ -223,6 +223,11 @@ def test_a_capture_that_fails_spoils_no_other(monkeypatch):
     assert len(cuda.captures) == 2
 
 
+def on_the_cpu(shape, device, dtype) -> ConvolutionCheck:
+    """The check of what is selected for a GPU."""
+    return ConvolutionCheck(shape, CPU, dtype)
+
+
 def test_a_capture_that_memory_does_not_suffice_for(monkeypatch):
     """It is said so, although the capture's end fails too; what was taken is free, and the next one is captured."""
     cuda = FakeCuda(monkeypatch)
@@ -240,6 +245,8 @@ def test_a_capture_that_memory_does_not_suffice_for(monkeypatch):
             raise RuntimeError("operation failed due to a previous error during capture") from None
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
+
+    monkeypatch.setattr("echo_rt.convolution.select.ConvolutionCheck", on_the_cpu)
 
     def hungry(weight):
         def call(frames):
@@ -264,7 +271,6 @@ def test_a_capture_that_memory_does_not_suffice_for(monkeypatch):
             dtype=torch.bfloat16,
             cache=None,
             candidates=[ConvolutionCandidate("hungry", hungry), ConvolutionCandidate("well-fed", well_fed)],
-            check=lambda shape, device, dtype: ConvolutionCheck(shape, CPU, dtype),
         )
     finally:
         gc.enable()
@@ -289,6 +295,8 @@ def test_a_faulty_library_is_found_out_and_not_remembered(monkeypatch, tmp_path)
     properties = SimpleNamespace(name="Imaginary 9000", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
+    monkeypatch.setattr("echo_rt.convolution.select.ConvolutionCheck", on_the_cpu)
+
     def chosen(every, requested=None):
         return select_convolutions(
             requested,
@@ -297,7 +305,6 @@ def test_a_faulty_library_is_found_out_and_not_remembered(monkeypatch, tmp_path)
             dtype=torch.bfloat16,
             cache=tmp_path / "convolution.json",
             candidates=every,
-            check=lambda shape, device, dtype: ConvolutionCheck(shape, CPU, dtype),
         )
 
     every = [faulty(kind) if kind.name == "conv3d" else kind for kind in implementations()]

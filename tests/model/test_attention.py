@@ -9,11 +9,12 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
-from echo_rt.attention import AttentionShapes, available_attention, implementations, known_selections, select_attention
+from echo_rt.attention import AttentionShapes, attention_tuner, available_attention, implementations, known_selections
 from echo_rt.attention.backends import IMPLEMENTATIONS, AttentionCandidate, HeadsFirst
 from echo_rt.errors import BackendError
 from echo_rt.ops.backends import load_ops
@@ -80,10 +81,19 @@ def gpu(monkeypatch):
     return properties
 
 
-def choose(judge, kinds, cache=None, requested=None, dtype=torch.bfloat16, shapes=SHAPES, device=GPU):
-    return select_attention(
-        requested, device=device, dtype=dtype, shapes=shapes, cache=cache, candidates=kinds, check=judge
-    )
+def choose(
+    judge,
+    kinds,
+    cache=None,
+    requested=None,
+    dtype=torch.bfloat16,
+    shapes=SHAPES,
+    device=GPU,
+    prescribed=None,
+    forgive=(),
+):
+    with mock.patch("echo_rt.attention.select.AttentionCheck", judge):
+        return attention_tuner(device, dtype, shapes, kinds).select(requested, prescribed, cache=cache, forgive=forgive)
 
 
 def test_the_fastest_is_chosen_and_the_reason_says_so(caplog):
@@ -208,7 +218,8 @@ def test_no_memory_for_any_is_an_error_that_says_so():
         choose(judge, [kind("a"), kind("b")])
     with pytest.raises(shortage, match=r"attention 'a': it runs out of memory .*2\.00 GiB by a"):
         choose(judge, [kind("a"), kind("b")], requested="a")
-    assert available_attention(GPU, [kind("a"), kind("b")], judge)["a"].startswith("it runs out of memory")
+    with mock.patch("echo_rt.attention.select.AttentionCheck", judge):
+        assert available_attention(GPU, [kind("a"), kind("b")])["a"].startswith("it runs out of memory")
 
 
 def test_one_that_holds_all_scores_is_for_where_nothing_else_works():
@@ -249,17 +260,7 @@ def test_a_name_that_cannot_be_had(requested, dtype, said):
 
 def able(judge, requested, prescribed=None, kinds=("a", "b", "c")):
     kinds = [kind(name) if isinstance(name, str) else name for name in kinds]
-    return select_attention(
-        requested,
-        device=GPU,
-        dtype=torch.bfloat16,
-        shapes=SHAPES,
-        cache=None,
-        prescribed=prescribed,
-        if_able=True,
-        candidates=kinds,
-        check=judge,
-    )
+    return choose(judge, kinds, requested=requested, prescribed=prescribed, forgive=(BackendError,))
 
 
 def test_a_name_that_need_not_be_had_is_taken_where_it_can_be():
@@ -296,28 +297,30 @@ def test_heads_that_no_library_has():
     assert "at most 256" in choice.rejected["sdpa-flash"] and "all scores" in choice.rejected["sdpa-math"]
 
 
+def on_cpu(requested, kinds=IMPLEMENTATIONS, cache=None):
+    judge = FakeJudge({})
+    choice = choose(judge, kinds, cache, requested, torch.float32, device=CPU)
+    assert judge.asked == []
+    return choice
+
+
 def test_on_a_cpu():
-    for name, choice in (
-        ("sdpa", select_attention(None, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None)),
-        ("sdpa-math", select_attention("sdpa-math", device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None)),
-    ):
-        assert choice.attention.name == name
+    assert on_cpu(None).name == "sdpa" and on_cpu("sdpa-math").name == "sdpa-math"
     for name in {kind.name for kind in EVERY} - {"sdpa", "products", "sdpa-math"}:
         with pytest.raises(
             BackendError, match=f"attention '{name}' is not available: it runs on cuda, the device is cpu"
         ):
-            select_attention(name, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None, candidates=EVERY)
+            on_cpu(name, EVERY)
 
 
 def test_on_a_gpu_torchs_cpu_kind_names_the_others():
     with pytest.raises(BackendError, match=r"'sdpa' .* it runs on cpu, the device is cuda:0; choose sdpa-cudnn or "):
-        select_attention("sdpa", device=GPU, dtype=torch.bfloat16, shapes=SHAPES, cache=None, check=FakeJudge({}))
+        choose(FakeJudge({}), IMPLEMENTATIONS, requested="sdpa")
 
 
-def test_on_a_cpu_nothing_is_measured_or_written(tmp_path):
-    judge, cache = FakeJudge({}), tmp_path / "attention.json"
-    select_attention(None, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=cache, check=judge)
-    assert judge.asked == [] and list(tmp_path.iterdir()) == []
+def test_on_a_cpu_nothing_is_written(tmp_path):
+    on_cpu(None, cache=tmp_path / "attention.json")
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- the file ----------------------------------------------------------------------------------------------------
@@ -396,7 +399,8 @@ def test_a_winner_that_is_gone_is_not_missed(cache, caplog):
 
 def test_what_is_available():
     judge = FakeJudge({}, errors={"b": RuntimeError("no kernel image"), "c": math.inf})
-    states = available_attention(GPU, [kind("a"), kind("b"), kind("c"), absent("d", "gone; get it")], judge)
+    with mock.patch("echo_rt.attention.select.AttentionCheck", judge):
+        states = available_attention(GPU, [kind("a"), kind("b"), kind("c"), absent("d", "gone; get it")])
     assert states["a"] == "available" and states["d"] == "gone; get it"
     assert "no kernel image; choose another" in states["b"] and "its result is wrong" in states["c"]
     assert judge.asked[0][2] == torch.bfloat16, "the dtype that models have on a GPU"

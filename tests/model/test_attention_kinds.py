@@ -11,7 +11,7 @@ import pytest
 import torch
 from closeness import relative_error
 
-from echo_rt.attention import AttentionShapes, backends, select_attention
+from echo_rt.attention import AttentionShapes, attention_tuner, backends
 from echo_rt.attention.backends import IMPLEMENTATIONS, AttentionCandidate, Matmul
 from echo_rt.attention.select import exact_attention
 from echo_rt.autotune.tuner import TOLERANCES
@@ -155,7 +155,7 @@ def test_an_absent_library_says_how_to_get_it(monkeypatch, name, module, paramet
     assert "\n" not in str(caught.value)
     with pytest.raises(BackendError, match=rf"^attention '{name}' is not available: it is not installed; "):
         shapes = AttentionShapes(queries=1, keys=1, heads=1, head_dim=8)
-        select_attention(name, device=GPU, dtype=torch.bfloat16, shapes=shapes, cache=None)
+        attention_tuner(GPU, torch.bfloat16, shapes).select(name, cache=None)
 
 
 def test_version_4_alone_is_not_version_2(monkeypatch):
@@ -330,8 +330,8 @@ def test_a_captured_call_follows_its_inputs(real_gpu, kind):
 @pytest.mark.cuda
 def test_a_gpu_is_measured_and_remembered(real_gpu, tmp_path):
     shapes = AttentionShapes(queries=300, keys=700, heads=4, head_dim=128)
-    options = {"device": real_gpu, "dtype": torch.bfloat16, "shapes": shapes, "cache": tmp_path / "attention.json"}
-    first, again = select_attention(None, **options), select_attention(None, **options)
+    tuner = attention_tuner(real_gpu, torch.bfloat16, shapes)
+    first, again = (tuner.select(cache=tmp_path / "attention.json") for _ in range(2))
     assert first.timings and all(0 < time < 1000 for time in first.timings.values())
     assert first.attention.name == min(first.timings, key=first.timings.get) == again.attention.name
     assert "remembered" in again.reason and "remembered" not in first.reason

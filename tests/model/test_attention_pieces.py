@@ -8,7 +8,7 @@ import pytest
 import torch
 from closeness import relative_error
 
-from echo_rt.attention import AttentionCandidate, AttentionShapes, implementations, select_attention
+from echo_rt.attention import AttentionCandidate, AttentionShapes, attention_tuner, implementations
 from echo_rt.attention.backends import IMPLEMENTATIONS, SPLITS, SplitKV, split_kv
 from echo_rt.attention.select import exact_attention
 from echo_rt.autotune.tuner import TOLERANCES
@@ -112,17 +112,11 @@ class Judge:
 
 def chosen(keys: int, monkeypatch):
     monkeypatch.setattr("echo_rt.autotune.tuner.give_memory_back", lambda device: None)
-    monkeypatch.setattr("echo_rt.autotune.tuner.machine_facts", lambda device, candidates: {"gpu": "imaginary"})
+    monkeypatch.setattr("echo_rt.autotune.tuner.machine_facts", lambda device, versions: {"gpu": "imaginary"})
     torchs = [kind for kind in IMPLEMENTATIONS if kind.distribution is None]
-    return select_attention(
-        None,
-        device=GPU,
-        dtype=torch.bfloat16,
-        shapes=AttentionShapes(queries=6, keys=keys, heads=2, head_dim=8),
-        cache=None,
-        candidates=[*torchs, *IN_PIECES],
-        check=Judge,
-    )
+    monkeypatch.setattr("echo_rt.attention.select.AttentionCheck", Judge)
+    shapes = AttentionShapes(queries=6, keys=keys, heads=2, head_dim=8)
+    return attention_tuner(GPU, torch.bfloat16, shapes, [*torchs, *IN_PIECES]).select(cache=None)
 
 
 def test_pieces_that_the_keys_do_not_make_are_not_tried(monkeypatch):
