@@ -62,46 +62,33 @@ class Attention(Protocol):
 
 
 @dataclass(frozen=True)
-class HeadsFirst:
-    """A function of ``[1, H, n, d]``, as torch's are, that returns its output or a tuple that begins with it."""
+class Library:
+    """A function of ``[1, H, n, d]``, as torch's are, or of ``[1, n, H, d]``, as flash-attn's are.
+
+    It returns its output or a tuple that begins with it: releases of flash-attn 3 and 4 differ in whether the
+    log-sum-exp comes along.
+    """
 
     name: str
     function: Function
+    heads_first: bool = True
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-        return _output(self.function(q, k, v))[0].transpose(0, 1).flatten(-2)
-
-
-@dataclass(frozen=True)
-class TokensFirst:
-    """A function of ``[1, n, H, d]``, as flash-attn's are, that returns its output or a tuple that begins with it."""
-
-    name: str
-    function: Function
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _output(self.function(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)))[0].flatten(-2)
-
-
-def _output(result: Any) -> Tensor:
-    # Releases of flash-attn 3 and 4 differ in whether the log-sum-exp comes along.
-    output: Tensor = result[0] if isinstance(result, tuple) else result
-    return output
+        q, k, v = ((t.transpose(0, 1) if self.heads_first else t).unsqueeze(0) for t in (q, k, v))
+        result = self.function(q, k, v)
+        out: Tensor = (result[0] if isinstance(result, tuple) else result)[0]
+        return (out.transpose(0, 1) if self.heads_first else out).flatten(-2)
 
 
 @dataclass(frozen=True)
 class SplitKV:
     """A library's attention to ``splits`` equal parts of the keys at once, as if they were a batch, then merged.
 
-    It uses the multiprocessors that a last wave leaves idle. A library cuts the queries of a head into tiles, and a
-    multiprocessor computes one after the other. A block of the released model has 444 tiles of 128 queries, an H200 132
-    multiprocessors: three full waves and a third of one, which takes as long as a full one. Twice as many tiles of half
-    the keys are 6.7 waves of half the length: seven halves in place of four waves. ``docs/kernels.md`` counts it;
-    whether that pays for copying the queries and for merging is measured.
-
-    ``function`` returns outputs ``[splits, H, n, d]`` and, next, natural log-sum-exps of as many rows. Keys that cannot
-    be cut evenly are attended to whole, by the same library.
+    It uses the multiprocessors that a last wave leaves idle: a block of the released model has 444 tiles of 128
+    queries, an H200 132 multiprocessors, so that a fourth wave is a third full. Twice as many tiles of half the keys
+    take seven halves in place of four waves (``docs/kernels.md``); whether that pays for copying and merging is
+    measured. ``function`` returns outputs ``[splits, H, n, d]`` and natural log-sum-exps of as many rows. Keys that
+    cannot be cut evenly are attended to whole, by the same library.
     """
 
     name: str
@@ -124,7 +111,7 @@ class SplitKV:
     @property
     def whole(self) -> Attention:
         """The same library's attention to all keys."""
-        return HeadsFirst(self.library, self.function)
+        return Library(self.library, self.function)
 
 
 @dataclass(frozen=True)
@@ -224,7 +211,7 @@ _NO_SUMS = {"attn_bias": None, "compute_log_sumexp": False}
 
 
 def _of_torch(name: str, function: Function, **facts: Any) -> AttentionCandidate:
-    return AttentionCandidate(name, partial(HeadsFirst, name, function), **facts)
+    return AttentionCandidate(name, partial(Library, name, function), **facts)
 
 
 def _flash_attn(name: str, module: str, distribution: str, remedy: str) -> AttentionCandidate:
@@ -241,7 +228,7 @@ def _flash_attn(name: str, module: str, distribution: str, remedy: str) -> Atten
         function = getattr(library, "flash_attn_func", None)
         if function is None:
             raise BackendError(f"it is not installed; {remedy}")
-        return TokensFirst(name, function)
+        return Library(name, function, heads_first=False)
 
     return AttentionCandidate(name, make, distribution=distribution)
 

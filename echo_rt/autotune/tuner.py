@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,8 +88,8 @@ class Check(ABC, Generic[Loaded]):
 
     calls: int
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, device: torch.device, dtype: torch.dtype, out_size: tuple[int, ...]) -> None:
+        self.device, self.dtype, self.out_size = device, dtype, out_size
         self._generator = torch.Generator(device).manual_seed(0)
 
     @abstractmethod
@@ -96,8 +97,17 @@ class Check(ABC, Generic[Loaded]):
         """A function that runs it on the inputs."""
 
     @abstractmethod
+    def errors(self, out: Tensor) -> Tensor:
+        """Relative errors of parts of an output."""
+
     def error(self, implementation: Loaded, /) -> float:
-        """The largest relative error of its output; infinite for an output of another shape or dtype."""
+        """The largest relative error of its output; infinite for an output of another size or dtype."""
+        with current(self.device):
+            out = self.call(implementation)()
+            if out.shape != self.out_size or out.dtype != self.dtype:
+                return math.inf
+            # A comparison with NaN is false whatever one asks; an infinite error is not.
+            return float(self.errors(out).nan_to_num(nan=math.inf).max())
 
     def normal(self, *size: int) -> Tensor:
         """Normal numbers of its own generator."""
@@ -216,8 +226,17 @@ class Tuner(Generic[Loaded, Shapes]):
         device. Raises :class:`BackendError` for a name that is unknown or cannot be had here, and where nothing works;
         where that is for want of memory, ``torch.OutOfMemoryError``.
         """
+        selection, unable = None, ""
         with model_context(self.device, self.dtype):
-            selection = self._select(requested, prescribed, cache, forgive)
+            if requested is not None:
+                candidate = self._named(requested)
+                try:
+                    selection = Selection(self._checked(candidate, forgive), "asked for by name", by_name=True)
+                except forgive as error:
+                    unable = f"; not {requested}: {str(error).partition('; ')[0]}"
+            if selection is None:
+                selection = self._unrequested(prescribed, cache)
+        selection = replace(selection, reason=selection.reason + unable)
         give_memory_back(self.device)  # graphs have kept memory of their own
         self._logger.info("%s for %s: %s", selection.name, self.shapes, selection.reason)
         return selection
@@ -260,27 +279,14 @@ class Tuner(Generic[Loaded, Shapes]):
     def _machine(self) -> dict[str, Any]:
         return machine_facts(self.device, {candidate.name: candidate.version() for candidate in self.candidates})
 
-    def _select(
-        self, requested: str | None, prescribed: str | None, cache: Path | None, forgive: tuple[type[BackendError], ...]
-    ) -> Selection[Loaded]:
-        unable = ""
-        if requested is not None:
-            candidate = self._named(requested)
-            try:
-                return Selection(self._checked(candidate, forgive), "asked for by name", by_name=True)
-            except forgive as error:
-                unable = f"; not {requested}: {str(error).partition('; ')[0]}"
-        if prescribed is not None:
-            try:
-                selection = Selection(self._checked(self._named(prescribed)), "as in the snapshot")
-            except BackendError as error:
-                remedy = "ask for another by name to go on, rounded otherwise"
-                raise BackendError(f"{error}. The snapshot's video was made with it; {remedy}") from error
-        elif self.device.type == "cuda":
-            selection = self._fastest(cache)
-        else:
-            selection = self.default()
-        return replace(selection, reason=selection.reason + unable)
+    def _unrequested(self, prescribed: str | None, cache: Path | None) -> Selection[Loaded]:
+        if prescribed is None:
+            return self._fastest(cache) if self.device.type == "cuda" else self.default()
+        try:
+            return Selection(self._checked(self._named(prescribed)), "as in the snapshot")
+        except BackendError as error:
+            remedy = "ask for another by name to go on, rounded otherwise"
+            raise BackendError(f"{error}. The snapshot's video was made with it; {remedy}") from error
 
     def _fastest(self, path: Path | None) -> Selection[Loaded]:
         case = Case(self._machine(), plain(self.dtype), self.shapes)

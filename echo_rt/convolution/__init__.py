@@ -4,7 +4,7 @@ A decoder is given its convolutions when it is loaded, as a model is given its a
 measures what there is, on the decoder's own shapes, and remembers the outcome in a file.
 """
 
-from echo_rt.convolution.backends import CONVOLUTION_NAMES, ConvolutionCandidate, implementations
+from echo_rt.convolution.backends import ConvolutionCandidate, implementations
 from echo_rt.convolution.select import (
     ConvolutionSelection,
     available_convolutions,
@@ -16,7 +16,6 @@ from echo_rt.convolution.shapes import ConvolutionShape, Prepared
 from echo_rt.convolution.torch_conv import library_convolution, upsample_convolution
 
 __all__ = [
-    "CONVOLUTION_NAMES",
     "ConvolutionCandidate",
     "ConvolutionSelection",
     "ConvolutionShape",

@@ -91,6 +91,3 @@ def implementations(ops: Ops | None = None) -> tuple[ConvolutionCandidate, ...]:
         of("phases", subpixel_convolution, enlarges=True, limit=subpixel_limit),
         of("kernel", upsample, enlarges=True, limit=subpixel_limit, **facts),
     )
-
-
-CONVOLUTION_NAMES = tuple(dict.fromkeys(candidate.name for candidate in implementations()))

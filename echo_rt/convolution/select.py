@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.autotune.cache import Cache
-from echo_rt.autotune.tuner import Check, ObstacleError, Selection, Tuner, current, find
+from echo_rt.autotune.tuner import Check, ObstacleError, Selection, Tuner, find
 from echo_rt.convolution.backends import REMOVED, ConvolutionCandidate
 from echo_rt.convolution.shapes import ConvolutionShape
 from echo_rt.errors import BackendError
@@ -32,26 +33,17 @@ _CHECKED_PIXELS = 256  # beside the corners
 _ROUNDS = 7
 
 
-def exact_pixels(
-    frames: Tensor, weight: Tensor, shape: ConvolutionShape, points: tuple[Tensor, Tensor, Tensor]
-) -> Tensor:
-    """Some pixels of the result, ``[n, Co]`` in float64: at ``points``, their frames, rows and columns ``[n]`` each."""
-    depth, tall, wide = shape.kernel
-    frame, row, column = points
+def exact_pixels(frames: Tensor, weight: Tensor, shape: ConvolutionShape, points: Tensor) -> Tensor:
+    """Some pixels of the result, ``[n, Co]`` in float64: at ``points [n, 3]``, their frames, rows and columns."""
     scale = 2 if shape.enlarge else 1
-    at_frame = frame[:, None, None, None] + _offsets(depth, frames).view(-1, 1, 1)
-    at_row = row[:, None, None, None] + (_offsets(tall, frames) - tall // 2).view(-1, 1)
-    at_column = column[:, None, None, None] + _offsets(wide, frames) - wide // 2
-    height, width = scale * shape.height, scale * shape.width
-    inside = (at_row >= 0) & (at_row < height) & (at_column >= 0) & (at_column < width)
-    seen = frames[
-        at_frame, at_row.clamp(0, height - 1) // scale, at_column.clamp(0, width - 1) // scale
-    ].double() * inside.unsqueeze(-1)
-    return torch.einsum("ntyxc,octyx->no", seen, weight.double())
-
-
-def _offsets(size: int, like: Tensor) -> Tensor:
-    return torch.arange(size, device=like.device)
+    taps = [torch.arange(size, device=frames.device) for size in shape.kernel]
+    taps[1:] = [tap - len(tap) // 2 for tap in taps[1:]]  # in time it looks back
+    size = torch.tensor([shape.frames, scale * shape.height, scale * shape.width], device=frames.device)
+    at = points[:, None] + torch.cartesian_prod(*taps)
+    inside = ((at >= 0) & (at < size)).all(-1, keepdim=True)
+    frame, row, column = torch.minimum(at.clamp(min=0), size - 1).unbind(-1)
+    seen = frames[frame, row // scale, column // scale].double() * inside
+    return torch.einsum("ntc,oct->no", seen, weight.double().flatten(2))
 
 
 class ConvolutionCheck(Check[ConvolutionCandidate]):
@@ -60,27 +52,20 @@ class ConvolutionCheck(Check[ConvolutionCandidate]):
     calls = 2
 
     def __init__(self, shape: ConvolutionShape, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(device, dtype)
+        super().__init__(device, dtype, shape.out_size)
         self._shape = shape
         self._frames = self.normal(shape.frames, shape.height, shape.width, shape.channels)
         seen = shape.channels * math.prod(shape.kernel)
         self._weight = self.normal(shape.out_channels, shape.channels, *shape.kernel) / math.sqrt(seen)
 
     @cached_property
-    def _points(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _points(self) -> Tensor:
         """Frames, rows and columns of the pixels to check: all corners, and from first to last of each by itself."""
-        sizes = self._shape.out_size[:3]
-        cpu = torch.device("cpu")  # and not what the caller has made its default
-        corners = torch.tensor(list(itertools.product(*((0, size - 1) for size in sizes))), device=cpu).T
-        shuffled = torch.Generator(cpu).manual_seed(0)
-        spread = [
-            torch.linspace(0, size - 1, _CHECKED_PIXELS, device=cpu)
-            .round()
-            .long()[torch.randperm(_CHECKED_PIXELS, generator=shuffled, device=cpu)]
-            for size in sizes
-        ]
-        frame, row, column = (torch.cat(both).to(self.device) for both in zip(corners, spread, strict=True))
-        return frame, row, column
+        sizes, chance = self._shape.out_size[:3], random.Random(0)
+        steps = [step / (_CHECKED_PIXELS - 1) for step in range(_CHECKED_PIXELS)]
+        spread = [[round(step * (size - 1)) for step in chance.sample(steps, len(steps))] for size in sizes]
+        corners = itertools.product(*((0, size - 1) for size in sizes))
+        return torch.tensor([*corners, *zip(*spread, strict=True)], device=self.device)
 
     @cached_property
     def _exact(self) -> Tensor:
@@ -89,17 +74,13 @@ class ConvolutionCheck(Check[ConvolutionCandidate]):
     def call(self, candidate: ConvolutionCandidate, /) -> Callable[[], Tensor]:
         return partial(candidate.prepare(self._weight), self._frames)
 
-    def error(self, candidate: ConvolutionCandidate, /) -> float:
-        """The largest error of a pixel beside what pixels are, over the whole picture."""
-        with current(self.device):
-            out = self.call(candidate)()
-            if out.shape != self._shape.out_size or out.dtype != self._frames.dtype or not out.is_contiguous():
-                return math.inf
-            errors = (out[self._points].double() - self._exact).norm(dim=1)
-            # Of all pixels: one of few channels may be near zero.
-            usual = self._exact.square().sum(dim=1).mean().sqrt()
-            # A comparison with NaN is false whatever one asks; an infinite error is not.
-            return float((errors / usual).nan_to_num(nan=math.inf).max())
+    def errors(self, out: Tensor) -> Tensor:
+        """Those of pixels beside what pixels are over the whole picture: one of few channels may be near zero."""
+        if not out.is_contiguous():
+            return self._exact.new_tensor(math.inf)
+        usual = self._exact.square().sum(dim=1).mean().sqrt()
+        errors: Tensor = (out[self._points.unbind(1)].double() - self._exact).norm(dim=1) / usual
+        return errors
 
 
 def select_convolutions(

@@ -37,7 +37,7 @@ SHAPES = [
 def test_the_exact_pixels(shape):
     frames, weight = inputs(shape, torch.float32)
     whole = naive(frames, weight, shape)
-    points = tuple(axis.flatten() for axis in torch.meshgrid(*map(torch.arange, shape.out_size[:3]), indexing="ij"))
+    points = torch.cartesian_prod(*map(torch.arange, shape.out_size[:3]))
     pixels = exact_pixels(frames, weight, shape, points)
     torch.testing.assert_close(pixels, whole.flatten(0, 2), rtol=0, atol=1e-13)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from echo_rt.attention import AttentionShapes, attention_tuner, available_attention, implementations, known_selections
-from echo_rt.attention.backends import IMPLEMENTATIONS, AttentionCandidate, HeadsFirst
+from echo_rt.attention.backends import IMPLEMENTATIONS, AttentionCandidate, Library
 from echo_rt.errors import BackendError
 from echo_rt.ops.backends import load_ops
 
@@ -25,7 +25,7 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
 def kind(name: str, **facts) -> AttentionCandidate:
-    return AttentionCandidate(name, lambda: HeadsFirst(name, lambda q, k, v: q), **facts)
+    return AttentionCandidate(name, lambda: Library(name, lambda q, k, v: q), **facts)
 
 
 def absent(name: str, why: str) -> AttentionCandidate:

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from echo_rt.attention import AttentionShapes
-from echo_rt.attention.backends import IMPLEMENTATIONS, HeadsFirst
+from echo_rt.attention.backends import IMPLEMENTATIONS, Library
 from echo_rt.attention.select import AttentionCheck
 from echo_rt.autotune.tuner import TOLERANCES
 
 CPU = torch.device("cpu")
 
 
-def spoiled(change) -> HeadsFirst:
-    return HeadsFirst("spoiled", lambda q, k, v: change(*(t.float() for t in (q, k, v))).to(q.dtype))
+def spoiled(change) -> Library:
+    return Library("spoiled", lambda q, k, v: change(*(t.float() for t in (q, k, v))).to(q.dtype))
 
 
 def right(q, k, v):
@@ -54,7 +54,7 @@ def test_the_trial_tells_right_from_wrong(dtype):
 
 def test_another_dtype_is_wrong():
     trials = AttentionCheck(AttentionShapes(queries=7, keys=9, heads=1, head_dim=8), CPU, torch.bfloat16)
-    assert trials.error(HeadsFirst("wide", lambda q, k, v: right(q, k, v).float())) == math.inf
+    assert trials.error(Library("wide", lambda q, k, v: right(q, k, v).float())) == math.inf
 
 
 def test_the_trial_does_not_disturb_the_callers_random_numbers():
@@ -67,7 +67,7 @@ def test_the_callers_default_device_is_left_out_of_it():
     trials = AttentionCheck(AttentionShapes(queries=7, keys=9, heads=1, head_dim=8), CPU, torch.float32)
     torch.set_default_device("meta")
     try:
-        assert trials.error(HeadsFirst("right", right)) < TOLERANCES[torch.float32]
+        assert trials.error(Library("right", right)) < TOLERANCES[torch.float32]
     finally:
         torch.set_default_device(None)
 
@@ -121,7 +121,7 @@ class FakeCuda:
 def test_a_call_is_warmed_up_captured_and_timed_in_replay(monkeypatch):
     trials = AttentionCheck(AttentionShapes(queries=7, keys=9, heads=1, head_dim=8), CPU, torch.float32)
     cuda = FakeCuda(monkeypatch)
-    watch = trials.stopwatch(HeadsFirst("a", lambda q, k, v: cuda.log.append("call") or q))
+    watch = trials.stopwatch(Library("a", lambda q, k, v: cuda.log.append("call") or q))
     begin, end = cuda.log.index("begin"), cuda.log.index("end")
     assert cuda.log[0] == "after caller" and set(cuda.log[1:begin]) == {"call"}
     captured = end - begin - 1
