@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from echo_rt.attention import Choice, attentions, cache_file
+from echo_rt.attention import AttentionSelection, attentions, cache_file
 from echo_rt.bench.lanes import Span, WatchedExecutor, watched_executor
 from echo_rt.bench.model import Model
 from echo_rt.engine.decoding import Convolutions, fit_decoder
@@ -43,8 +43,8 @@ class Site:
     model_dtype: torch.dtype
     float8_except: tuple[str, ...]
     attention: str | None
-    over_cache: Choice
-    over_text: Choice
+    over_cache: AttentionSelection
+    over_text: AttentionSelection
 
     @classmethod
     def choose(
@@ -103,7 +103,7 @@ class Parts:
         return self._decoding[0]
 
     @property
-    def vae_attention(self) -> Choice:
+    def vae_attention(self) -> AttentionSelection:
         """How the decoder's is computed."""
         return self._decoding[1]
 
@@ -113,7 +113,7 @@ class Parts:
         return self._decoding[2]
 
     @cached_property
-    def _decoding(self) -> tuple[VaeDecoder, Choice, Convolutions]:
+    def _decoding(self) -> tuple[VaeDecoder, AttentionSelection, Convolutions]:
         site, config = self.site, self.site.model.config
         decoder = VaeDecoder(
             site.model.vae_config,

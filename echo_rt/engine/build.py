@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from echo_rt.attention import Choice, attentions, cache_file
+from echo_rt.attention import AttentionSelection, attentions, cache_file
 from echo_rt.engine.decoding import Convolutions, DecoderOptions, make_decoder
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.executor import make_executor
@@ -59,9 +59,9 @@ class Assembly:
     engine: Engine
     backend: Backend
     vae: str
-    attention: Choice
-    text_attention: Choice
-    vae_attention: Choice | None
+    attention: AttentionSelection
+    text_attention: AttentionSelection
+    vae_attention: AttentionSelection | None
     convolutions: Convolutions
 
 
