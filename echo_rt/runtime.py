@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_rt.engine.build import Options, assemble
-from echo_rt.engine.decoding import DecoderOptions
+from echo_rt.engine.build import build_engine, open_networks
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import Guard
 from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.ops.backends import choose_backend
-from echo_rt.options import WAN_VAE, MemoryMode, check_seed
+from echo_rt.options import WAN_VAE, MemoryMode, RuntimeOptions, check_seed
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.ways import BACKEND, ways_of
 from echo_rt.stream import Stream
@@ -47,19 +46,19 @@ class Runtime:
     ``frame_size`` the video's ``(width, height)`` in pixels and ``fps`` its frames a second.
     """
 
-    def __init__(self, loaded: LoadedModel, options: Options) -> None:
+    def __init__(self, loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapping[str, str]) -> None:
         self._lock = threading.RLock()  # held while a stream comes to life, or the runtime to its end
         self._live: weakref.ref[Stream] | None = None
         self._home = Home()
-        made = assemble(loaded, options)
-        log_threads(options.device)
-        engine = made.engine
+        networks = open_networks(loaded, options, prescribed)
+        engine = build_engine(loaded.config, networks, options, loaded.mode, folder=loaded.folder)
+        log_threads(engine.device)
         self.config, self.vae_config, self.memory = loaded.config, engine.vae, loaded.mode
-        self.device, self.dtype, self.vae_dtype = options.device, options.dtype, engine.vae_dtype
-        self.backend, self.backend_reason = made.backend.name, made.backend.reason
-        self.vae, self.lookahead = made.vae, engine.lookahead
-        self.attention, self.text_attention = made.attention, made.text_attention
-        self.vae_attention, self.convolutions = made.vae_attention, made.convolutions
+        self.device, self.dtype, self.vae_dtype = engine.device, networks.model_dtype, engine.vae_dtype
+        self.backend, self.backend_reason = networks.backend.name, networks.backend.reason
+        self.vae, self.lookahead = networks.vae_name, engine.lookahead
+        self.attention, self.text_attention = networks.attention
+        self.vae_attention, self.convolutions = networks.vae_attention, networks.convolutions
         self._engine: Engine | None = engine
         # Torch knows its buffers by the stream they were made on, and would lend them out amid a block of the lanes.
         self._ending = weakref.finalize(engine, engine.executor.settle)
@@ -143,38 +142,34 @@ class Runtime:
         """
         if not isinstance(like, Snapshot | None):
             raise ConfigError(f"like must be a Snapshot or None, got {type(like).__name__}")
-        place = parse_device(device)
-        note_loading(place)
-        precision = parse_dtype(dtype, place)
-        decoding = DecoderOptions(parse_vae_dtype(vae_dtype, precision), tiles=vae_tiles, convolution=convolution)
-        ways = {} if like is None else ways_of(like.model)
-        choose_backend(backend, place, prescribed=ways.get(BACKEND))  # one that was named is refused before the weights
-        loaded = load_model(
-            model,
+        options = RuntimeOptions(
             checkpoint=checkpoint,
             lora=lora,
             ema=ema,
-            device=place,
+            device=device,
+            dtype=dtype,
+            float8_except=float8_except,
+            vae_dtype=vae_dtype,
             memory=memory,
             vae=vae,
+            vae_tiles=vae_tiles,
+            backend=backend,
+            attention=attention,
+            convolution=convolution,
+            graphs=graphs,
+            lookahead=lookahead,
             width=width,
             height=height,
             overrides=overrides,
-        )
-        options = Options(
-            device=place,
-            dtype=precision,
-            decoding=decoding,
-            backend=backend,
-            attention=attention,
-            graphs=graphs,
-            lookahead=lookahead,
             check=check,
             keep_text_encoder=keep_text_encoder,
-            float8_except=float8_except,
-            like=ways,
         )
-        return cls(loaded, options)
+        place = parse_device(device)
+        note_loading(place)
+        parse_vae_dtype(vae_dtype, parse_dtype(dtype, place))
+        ways = {} if like is None else ways_of(like.model)
+        choose_backend(backend, place, prescribed=ways.get(BACKEND))  # one that was named is refused before the weights
+        return cls(load_model(model, options), options, ways)
 
     # ---------------------------------------------------------------- facts
 
