@@ -24,8 +24,7 @@ from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.ways import BACKEND, ways_of
 from echo_rt.stream import Stream
 from echo_rt.utils.device import give_memory_back, parse_device, parse_dtype, parse_vae_dtype
-from echo_rt.utils.failed_frames import frees_frames
-from echo_rt.utils.process import Home, note_loading
+from echo_rt.utils.process import ProcessGuard, note_loading, release_on_error
 from echo_rt.utils.threads import log_threads
 from echo_rt.utils.wording import one_line
 from echo_rt.weights.load_model import LoadedModel, load_model
@@ -49,7 +48,7 @@ class Runtime:
     def __init__(self, loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapping[str, str]) -> None:
         self._lock = threading.RLock()  # held while a stream comes to life, or the runtime to its end
         self._live: weakref.ref[Stream] | None = None
-        self._home = Home()
+        self._process = ProcessGuard()
         networks = open_networks(loaded, options, prescribed)
         engine = build_engine(loaded.config, networks, options, loaded.mode, folder=loaded.folder)
         log_threads(engine.device)
@@ -66,7 +65,7 @@ class Runtime:
         engine.executor.settle()  # what was loaded on this thread's CUDA stream is there for any other
 
     @classmethod
-    @frees_frames
+    @release_on_error
     def from_pretrained(
         cls,
         model: str | Path,
@@ -200,14 +199,14 @@ class Runtime:
         """Embeddings ``[length, text_dim]`` float32 of a prompt; :class:`PromptError` for an empty one."""
         return self.encode_prompts([prompt])[0]
 
-    @frees_frames
+    @release_on_error
     def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
         """Embeddings of several prompts. The text encoder is loaded for this, and released after it unless kept."""
         return self._require_open().prompts.encode(prompts)
 
     # ---------------------------------------------------------------- streams
 
-    @frees_frames
+    @release_on_error
     def stream(
         self,
         prompt: str | None = None,
@@ -234,7 +233,7 @@ class Runtime:
         with self._free() as engine:
             return self._enliven(Stream.begin(engine, embeds, seed, guard))
 
-    @frees_frames
+    @release_on_error
     def resume(self, snapshot: Snapshot, *, guard: Guard | None = None) -> Stream:
         """Go on, bit for bit, where :meth:`Stream.snapshot` was taken.
 
@@ -252,7 +251,7 @@ class Runtime:
         return stream
 
     def _require_open(self) -> Engine:
-        self._home.require("runtime")
+        self._process.require("runtime")
         engine = self._engine
         if engine is None:
             raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
@@ -293,7 +292,7 @@ class Runtime:
         A device that is lost, or still busy with a block that a guard gave up, is no error here but a warning in the
         log: closing is what follows an error, and must not be told in its place.
         """
-        if self._home.left:
+        if self._process.left:
             self._ending.detach()
             self._engine = None  # a lock may be held by a thread that only the parent has
             return

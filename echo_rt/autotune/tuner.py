@@ -16,7 +16,7 @@ from echo_rt.autotune.cache import Case, ChoicesFile, Entry, Shapes
 from echo_rt.autotune.machine import Kind, machine_facts
 from echo_rt.errors import BackendError
 from echo_rt.utils.device import give_memory_back
-from echo_rt.utils.failed_frames import free
+from echo_rt.utils.process import free
 from echo_rt.utils.wording import first_line, plain
 
 # Largest relative error of an output against float64: a few roundings of the dtype, far from one term too few.
