@@ -18,7 +18,7 @@ from torch import Tensor
 from echo_rt.autotune.cache import Cache, Case, Entry, Shapes, machine_facts
 from echo_rt.errors import BackendError
 from echo_rt.utils.device import capture, give_memory_back, model_context
-from echo_rt.utils.failed_frames import free
+from echo_rt.utils.process import free
 from echo_rt.utils.wording import first_line, plain
 
 # Largest relative error of an output against float64: a few roundings of the dtype, far from one term too few.

@@ -28,16 +28,8 @@ __all__ = ["add_parser", "run"]
 def _load(request: Request, resumption: Resumption | None) -> Runtime:
     from echo_rt.runtime import Runtime
 
-    arguments = request.arguments
-    return Runtime.from_pretrained(
-        arguments.model,
-        **request.model_options,
-        width=request.width,
-        height=request.height,
-        keep_text_encoder=arguments.keep_text_encoder,
-        overrides=request.overrides,
-        like=None if resumption is None else resumption.snapshot,
-    )
+    like = None if resumption is None else resumption.snapshot
+    return Runtime.from_pretrained(request.arguments.model, **request.options.arguments(), like=like)
 
 
 def _read_embeds(script: list[TimedPrompt]) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from echo_rt.engine.prompts import load_prompt_embeds, save_prompt_embeds
 from echo_rt.errors import ConfigError, OutputError
-from echo_rt.options import MODEL_OPTIONS
 from echo_rt.output.segment_index import INDEX_FILE
 from echo_rt.runtime import Runtime
 from echo_rt.snapshot.snapshot import Snapshot
@@ -109,8 +108,7 @@ def _start(config: SoakConfig) -> Start:
 
 
 def _load(config: SoakConfig, device: torch.device, like: Snapshot | None) -> Runtime:
-    options = {name: getattr(config, name) for name in (*MODEL_OPTIONS, "width", "height", "overrides")}
-    return Runtime.from_pretrained(config.model, **options | {"device": device, "like": like})
+    return Runtime.from_pretrained(config.model, **config.arguments() | {"device": device, "like": like})
 
 
 def _prompt_embeds(runtime: Runtime, config: SoakConfig) -> list[Tensor]:

@@ -75,6 +75,7 @@ def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
         "graphs": False,
         "width": 128,
         "height": 96,
+        "check": False,
         "keep_text_encoder": True,
         "overrides": {},
         "like": None,
