@@ -207,6 +207,7 @@ _CUDNN = _ATEN._scaled_dot_product_cudnn_attention.default
 _FLASH = _ATEN._scaled_dot_product_flash_attention.default
 _EFFICIENT = _ATEN._scaled_dot_product_efficient_attention.default
 _MATH = _ATEN._scaled_dot_product_attention_math.default
+# No bias, and no log-sum-exp for a backward pass.
 _NO_SUMS = {"attn_bias": None, "compute_log_sumexp": False}
 
 

@@ -52,19 +52,20 @@ class ConvolutionCandidate(Candidate["ConvolutionCandidate", ConvolutionShape]):
         return self
 
     def obstacle(self, device: torch.device, dtype: torch.dtype, shapes: ConvolutionShape) -> str:
-        if not self.devices:
-            why = "it is an operation of the backends cuda and emulated, and this model's backend has none"
-        elif why := self.mismatch(device, dtype):
-            pass
-        elif limit := self.limit(shapes):
-            why = f"{limit}, and this is {shapes}"
-        elif self.capability and device.type == "cuda":
-            found = torch.cuda.get_device_capability(device)
-            needed, there = (f"{major}.{minor}" for major, minor in (self.capability, found))
-            why = "" if found == self.capability else f"it needs compute capability {needed}, this GPU has {there}"
+        none = "it is an operation of the backends cuda and emulated, and this model's backend has none"
+        why = (self.mismatch(device, dtype) or self._limit(device, shapes)) if self.devices else none
         everywhere = ("enlarged", "phases") if self.enlarges else ("conv3d", "three-products")
         others = " or ".join(name for name in everywhere if name != self.name)
         return why and f"{why}; choose {others}"
+
+    def _limit(self, device: torch.device, shape: ConvolutionShape) -> str:
+        if limit := self.limit(shape):
+            return f"{limit}, and this is {shape}"
+        if self.capability is None or device.type != "cuda":
+            return ""
+        found = torch.cuda.get_device_capability(device)
+        needed, there = (f"{major}.{minor}" for major, minor in (self.capability, found))
+        return "" if found == self.capability else f"it needs compute capability {needed}, this GPU has {there}"
 
 
 def implementations(ops: Ops | None = None) -> tuple[ConvolutionCandidate, ...]:
@@ -73,9 +74,7 @@ def implementations(ops: Ops | None = None) -> tuple[ConvolutionCandidate, ...]:
     ops = ops or load_ops("torch")
     devices = {"torch": (), "cuda": ("cuda",)}.get(ops.name, ("cpu",))
     facts: dict[str, Any] = {"devices": devices, "dtypes": HALF, "build": ops.name if devices else None}
-    causal, hopper, upsample = (
-        partial(prepare, ops) for prepare in (kernels.causal, kernels.causal_hopper, kernels.upsample)
-    )
+    causal, hopper, upsample = (partial(one, ops) for one in (kernels.causal, kernels.causal_hopper, kernels.upsample))
 
     def subpixel_limit(shape: ConvolutionShape) -> str:
         return "" if shape.kernel == (1, 3, 3) else "it takes kernels of 1x3x3"
