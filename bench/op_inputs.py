@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.bench.model_sizes import BenchModel, decoder_convolutions, decoder_norms
-from echo_rt.convolution.hopper import hopper_limit
+from echo_rt.convolution.kernels import hopper_limit
 
 OPS = cases.OPS
 # Values of a latent frame for each of its tokens, in the shape that cases.py gives to noise and latents.

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from echo_rt.bench.tables import Column, markdown
 from echo_rt.config import VaeConfig
-from echo_rt.convolution import Kind
-from echo_rt.convolution.causal import accumulated_products
-from echo_rt.convolution.enlarging import enlarged_convolution
-from echo_rt.convolution.prepared import Prepared
+from echo_rt.convolution import ConvolutionCandidate
+from echo_rt.convolution.shapes import Prepared
+from echo_rt.convolution.torch_conv import accumulated_products, upsample_convolution
 from echo_rt.errors import EchoError
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.backends import load_ops
@@ -73,11 +72,11 @@ def decode(decoding: Decoding, dtype: torch.dtype, resolutions: int) -> Tensor:
     highest = levels[len(levels) - resolutions :]
     kinds = {}
     for name, shape in shapes.items():
-        prepare: Callable[[Tensor], Prepared] = enlarged_convolution if shape.enlarge else accumulated_products
+        prepare: Callable[[Tensor], Prepared] = upsample_convolution if shape.enlarge else accumulated_products
         # Time is doubled before pictures are enlarged: its convolution is one of the resolution below.
         if heights[name] in highest and shape.kernel[1] > 1:
             prepare = in_float8(prepare)
-        kinds[name] = Kind("", prepare, enlarges=shape.enlarge)
+        kinds[name] = ConvolutionCandidate("", prepare, enlarges=shape.enlarge)
     decoder.use(kinds)
     return decoder.decode(decoding.latents, decoder.new_state(height, width, latents)).float()
 

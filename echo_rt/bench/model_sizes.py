@@ -75,7 +75,7 @@ def _decode(
     """
     import torch
 
-    from echo_rt.convolution import Kind
+    from echo_rt.convolution import ConvolutionCandidate
     from echo_rt.model.vae_decoder import VaeDecoder
     from echo_rt.weights.shapes import vae_decoder_shapes
 
@@ -87,7 +87,9 @@ def _decode(
     if convolve is not None:
         shapes = decoder.convolution_shapes(*block)
         ways = {name: partial(convolve, shape) for name, shape in shapes.items()}
-        decoder.use({name: Kind("recorded", partial(_of_any_weight, way)) for name, way in ways.items()})
+        decoder.use(
+            {name: ConvolutionCandidate("recorded", partial(_of_any_weight, way)) for name, way in ways.items()}
+        )
     decoder.decode_next(latents, decoder.new_state(*block), is_start=False)
 
 

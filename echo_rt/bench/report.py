@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from echo_rt.attention import Choice
+from echo_rt.attention import AttentionSelection
 from echo_rt.bench import chart
 from echo_rt.bench.day import Figure, Measured, a_day
 from echo_rt.bench.figures import Sample, milliseconds
@@ -272,7 +272,7 @@ def _verdict(entry: Entry) -> str:
     return f"{right}, {'measured' if entry.samples else 'not yet measured'}{graphs}"
 
 
-def _choice(choice: Choice) -> dict[str, Any]:
+def _choice(choice: AttentionSelection) -> dict[str, Any]:
     return {
         "name": choice.attention.name,
         "reason": choice.reason,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from echo_rt.attention import Choice, attentions, cache_file
+from echo_rt.attention import AttentionSelection, attentions, cache_file
 from echo_rt.bench.lanes import Span, WatchedExecutor, watched_executor
 from echo_rt.bench.model import Model
 from echo_rt.engine.build import ModelTensors, Networks, build_engine
@@ -40,8 +40,8 @@ class Site:
     model_dtype: torch.dtype
     float8_except: tuple[str, ...]
     attention: str | None
-    over_cache: Choice
-    over_text: Choice
+    over_cache: AttentionSelection
+    over_text: AttentionSelection
 
     @classmethod
     def choose(
@@ -69,7 +69,7 @@ class Parts(Networks):
     """
 
     decoder: VaeDecoder  # no tiny one is measured here
-    vae_attention: Choice
+    vae_attention: AttentionSelection
 
     def __init__(self, site: Site, ops: Ops, convolution: str | None = None, tiles: int = 1) -> None:
         model, self.site = site.model, site

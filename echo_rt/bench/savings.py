@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from echo_rt.attention.pieces import PIECES
+from echo_rt.attention.backends import SPLITS
 from echo_rt.bench.environment import environment
 from echo_rt.bench.figures import Sample, milliseconds
 from echo_rt.bench.model import random_prompt
@@ -97,7 +97,7 @@ def counted_rows(counts: Counts, lengths: tuple[int, ...]) -> list[Row]:
             rows.append(row(COLLAPSED, what, count.now, count.then))
     short = counts.cut_short()
     rows.append(row(CUT_SHORT, "last layer behind its keys", short.now, short.then))
-    for pieces in PIECES:
+    for pieces in SPLITS:
         count = counts.in_pieces(pieces)
         rows.append(row(_IN_PIECES, f"{pieces} pieces of the keys", count.now, count.then))
     return rows

@@ -7,13 +7,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from echo_rt.cli.arguments import parse_number, parse_positive
 from echo_rt.cli.model_options import add_model_options, model_files, parse_model_options
-from echo_rt.cli.numbers import parse_number, parse_positive
 from echo_rt.cli.outputs import Named, check_folder
 from echo_rt.cli.paths import parse_path
 from echo_rt.cli.prompts import parse_untimed
 from echo_rt.cli.signals import StopRequest
-from echo_rt.cli.streams import complain, say
+from echo_rt.cli.stdio import complain, say
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.options import OVERRIDES
 from echo_rt.soak.config import AUTO_LIMITS, NEVER_OFF, Limits, SoakConfig

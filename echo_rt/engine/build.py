@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from echo_rt.attention import Choice, attentions, cache_file
+from echo_rt.attention import AttentionSelection, attentions, cache_file
 from echo_rt.config import ModelConfig, VaeConfig
 from echo_rt.engine.decoding import Convolutions, fit_decoder
 from echo_rt.engine.engine import Engine
@@ -71,7 +71,7 @@ class Networks:
         *,
         vae: VaeConfig | None = None,
         tiny: TinyVae | None = None,
-        attention: tuple[Choice, Choice] | None = None,
+        attention: tuple[AttentionSelection, AttentionSelection] | None = None,
         prescribed: Mapping[str, str] | None = None,
     ) -> None:
         self.config, self.tensors, self.options, self.backend, self.ops = config, tensors, options, backend, backend.ops
@@ -82,7 +82,7 @@ class Networks:
         self.vae_dtype = parse_vae_dtype(options.vae_dtype, self.model_dtype)
 
     @cached_property
-    def attention(self) -> tuple[Choice, Choice]:
+    def attention(self) -> tuple[AttentionSelection, AttentionSelection]:
         """Which libraries compute attention over the cache and over the text, and why."""
         prescribed = (self._prescribed.get(ATTENTION), self._prescribed.get(TEXT_ATTENTION))
         return self._given_attention or attentions(
@@ -125,7 +125,7 @@ class Networks:
         return self._decoding[0]
 
     @property
-    def vae_attention(self) -> Choice | None:
+    def vae_attention(self) -> AttentionSelection | None:
         """How the decoder computes attention, and why; a tiny one has none."""
         return self._decoding[1]
 
@@ -140,7 +140,7 @@ class Networks:
         return WAN_VAE if self.tiny is None else self.tiny.kind.name
 
     @cached_property
-    def _decoding(self) -> tuple[VideoDecoder[Any], Choice | None, Convolutions]:
+    def _decoding(self) -> tuple[VideoDecoder[Any], AttentionSelection | None, Convolutions]:
         assert self.vae is not None
         tensors, options, device, dtype = self.tensors.vae, self.options, self.device, self.vae_dtype
         if self.tiny is None:

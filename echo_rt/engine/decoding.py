@@ -8,11 +8,12 @@ from types import MappingProxyType
 
 from echo_rt import attention, convolution
 from echo_rt.convolution import ConvolutionShape
+from echo_rt.errors import BackendError
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.schema import Ops
 from echo_rt.snapshot.ways import VAE_ATTENTION, convolution_label
 
-Convolutions = Mapping[ConvolutionShape, convolution.Choice]
+Convolutions = Mapping[ConvolutionShape, convolution.ConvolutionSelection]
 """How each of a decoder's convolutions is computed, and why; a tiny decoder has no choice."""
 
 
@@ -23,38 +24,32 @@ def fit_decoder(
     convolution_name: str | None = None,
     attention_name: str | None = None,
     prescribed: Mapping[str, str] = MappingProxyType({}),
-) -> tuple[attention.Choice, Convolutions]:
+) -> tuple[attention.AttentionSelection, Convolutions]:
     """Choose how ``decoder`` computes its attention and each convolution, and set it so; returns the choices.
 
     ``block``: the latents of one call, and their height and width. ``attention_name``: what the model's user asked for,
     for the decoder where it is able; ``prescribed``: the ways of the snapshot to go on with, as
     :mod:`echo_rt.snapshot.ways` describes them. The errors are those of
-    :func:`echo_rt.attention.choose_attention` and :func:`echo_rt.convolution.choose_convolutions`.
+    :meth:`echo_rt.autotune.tuner.Tuner.select` and :func:`echo_rt.convolution.select_convolutions`.
     """
     latents, height, width = block
     device, dtype = decoder.device, decoder.dtype
     # An attention asked for by name is the transformer's: of its heads, and not of larger ones, a library is expected
     # to be able.
-    attended = attention.choose_attention(
-        attention_name,
-        device=device,
-        dtype=dtype,
-        shapes=decoder.attention_shapes(height, width),
-        cache=attention.cache_file(),
-        prescribed=prescribed.get(VAE_ATTENTION),
-        if_able=True,
-        kinds=attention.kinds(ops),
+    shapes_attended = decoder.attention_shapes(height, width)
+    attended = attention.attention_tuner(device, dtype, shapes_attended, attention.implementations(ops)).select(
+        attention_name, prescribed.get(VAE_ATTENTION), cache=attention.cache_file(), forgive=(BackendError,)
     )
     decoder.attend_by(attended.attention)
     shapes = decoder.convolution_shapes(height, width, latents)
     labels = {shape: convolution_label(shape) for shape in shapes.values()}
-    convolved = convolution.choose_convolutions(
+    convolved = convolution.select_convolutions(
         convolution_name,
         shapes.values(),
         device=device,
         dtype=dtype,
         cache=convolution.cache_file(),
-        kinds=convolution.kinds(ops),
+        candidates=convolution.implementations(ops),
         prescribed={shape: prescribed[label] for shape, label in labels.items() if label in prescribed},
     )
     decoder.use({name: convolved[shape].kind for name, shape in shapes.items()})

@@ -16,13 +16,13 @@ from echo_rt.runtime import Runtime
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import SnapshotKeeper, latest_snapshot, snapshot_files
 from echo_rt.soak.blocks import EVIDENCE_FOLDER, BlockLoop, Start
+from echo_rt.soak.checks import Promises
 from echo_rt.soak.config import MANIFEST_FILE, Begun, Limits, SoakConfig, check_manifest, write_manifest
 from echo_rt.soak.gpu import gpu_health
 from echo_rt.soak.journal import Journal, Line, Past, read_lines
 from echo_rt.soak.outcome import Outcome
 from echo_rt.soak.plots import PICTURES, require_matplotlib
 from echo_rt.soak.prometheus import Exporter
-from echo_rt.soak.promises import Promises
 from echo_rt.soak.report import REPORT_FILE, device_name, write_report
 from echo_rt.soak.watch import NeverStop, Stop, Watcher
 from echo_rt.utils.atomic_file import reason
