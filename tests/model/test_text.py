@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import relative_error
+from random_model import flat_config
 from safetensors.torch import load_file, save_file
 
-from echo_rt.config import TextEncoderConfig, TransformerConfig
+from echo_rt.config import ModelConfig, TextEncoderConfig
 from echo_rt.engine.prompts import PromptEncoder, check_prompt_embeds, load_prompt_embeds, save_prompt_embeds
 from echo_rt.errors import OutputError, PromptError, StreamError, WeightsError
 from echo_rt.model.text import TextEncoder, clean_prompt
@@ -315,7 +316,7 @@ def test_embeds_that_do_not_fit_the_model() -> None:
 
 
 def test_without_a_folder_there_are_embeddings_alone() -> None:
-    config = TransformerConfig()
+    config = ModelConfig.from_flat(flat_config()).transformer
     prompts = PromptEncoder(None, config, torch.device("cpu"), keep=False)
     embeds = torch.ones(5, config.text_dim)
     assert torch.equal(prompts.resolve(None, embeds), embeds)
