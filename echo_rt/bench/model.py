@@ -64,18 +64,11 @@ def random_model(sizes: BenchModel, device: torch.device, seed: int) -> Model:
     )
 
 
-def folder_model(
-    model: str | Path,
-    checkpoint: str | Path | None,
-    device: torch.device,
-    *,
-    lora: str | Path | None = None,
-    ema: bool | None = None,
-) -> Model:
+def folder_model(model: str | Path, options: RuntimeOptions) -> Model:
     """The model of a folder, by the rules of :meth:`echo_rt.Runtime.from_pretrained`; its errors are that one's."""
-    found = load_model(model, RuntimeOptions(checkpoint=checkpoint, lora=lora, ema=ema, device=device))
+    found = load_model(model, options)
     return Model(
-        source=" with ".join(str(path) for path in (model, checkpoint, lora) if path is not None),
+        source=" with ".join(str(path) for path in (model, options.checkpoint, options.lora) if path is not None),
         config=found.config,
         vae_config=found.folder.vae_config(),
         transformer=found.transformer,

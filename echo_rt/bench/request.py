@@ -9,34 +9,28 @@ import torch
 from echo_rt.bench.model import Model, folder_model, random_model
 from echo_rt.bench.model_sizes import MODELS, RELEASED, TINY
 from echo_rt.errors import ConfigError
-from echo_rt.options import check_seed
+from echo_rt.options import RuntimeOptions, check_seed
 
 # Rounds, and blocks of a variant in each, by device.
 _ROUNDS = {"cuda": 5, "cpu": 2}
 _BLOCKS = {"cuda": 10, "cpu": 2}
 
 
-@dataclass(frozen=True)
-class Request:
+# Options of a runtime that say nothing about a benchmark, which has a way of its own for each, or none.
+_NOT_ASKED = ("vae_dtype", "memory", "vae", "width", "height", "overrides", "check", "keep_text_encoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(RuntimeOptions):
     """All of it optional. None means: released sizes on a GPU, tiny ones on a CPU; every variant; what a runtime has.
 
     ``backend`` is that of all variants but ``torch``. ``rounds`` times ``blocks`` blocks of each variant are measured,
-    at lookahead 0 and at ``lookahead``.
+    at lookahead 0 and at ``lookahead``. The size, dtype and memory of the video are the model's and the variants'.
     """
 
     size: str | None = None
     model: str | None = None
-    checkpoint: str | None = None
-    lora: str | None = None
-    ema: bool | None = None
-    device: str | None = None
-    dtype: str | None = None
     float8_except: tuple[str, ...] = ()
-    backend: str | None = None
-    attention: str | None = None
-    convolution: str | None = None
-    vae_tiles: int = 1
-    graphs: bool | None = None
     variants: tuple[str, ...] | None = None
     rounds: int | None = None
     blocks: int | None = None
@@ -45,6 +39,9 @@ class Request:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in _NOT_ASKED:
+            if getattr(self, name) != getattr(RuntimeOptions, name):
+                raise ConfigError(f"{name}: expected it left out of a benchmark, got {getattr(self, name)!r}")
         for name, value, least in (
             ("rounds", self.rounds, 1),
             ("blocks", self.blocks, 1),
@@ -64,6 +61,7 @@ class Request:
         if self.ema is not None and self.checkpoint is None:
             raise ConfigError("--ema: expected --checkpoint FILE with it, among whose weights it chooses, got none")
         check_seed(self.seed)
+        super().__post_init__()
 
     def counts(self, device: torch.device) -> tuple[int, int]:
         """Rounds, and blocks in each."""
@@ -72,7 +70,7 @@ class Request:
     def load(self, device: torch.device) -> Model:
         """The model; :class:`ConfigError` for the released sizes on a CPU, and all errors of loading a folder."""
         if self.model is not None:
-            return folder_model(self.model, self.checkpoint, device, lora=self.lora, ema=self.ema)
+            return folder_model(self.model, self)
         size = self.size or (RELEASED.name if device.type == "cuda" else TINY.name)
         if size == RELEASED.name and device.type != "cuda":
             raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,11 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
             chart.require_matplotlib()
         read = [Named(f"--{name}", path) for name in _FILES if (path := getattr(arguments, name)) is not None]
         _check_folder(arguments.out, read)
-        names = ("size", "ema", "device", "dtype", "backend", "attention", "convolution", "graphs", "peers")
-        facts: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+        names = {field.name for field in dataclasses.fields(Request)}
+        facts: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name in names}
         facts |= {given.option.removeprefix("--"): str(given.path) for given in read}
-        facts |= {"float8_except": tuple(arguments.float8_except), "vae_tiles": tiles}
-        request = Request(variants=variants, lookahead=lookahead, seed=seed, **counts, **facts)
+        facts |= counts | {"float8_except": tuple(arguments.float8_except), "vae_tiles": tiles, "seed": seed}
+        request = Request(**facts | {"variants": variants, "lookahead": lookahead})
 
         def save(run: Run) -> None:  # the time may run out
             if arguments.out is not None:

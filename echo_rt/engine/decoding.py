@@ -30,7 +30,7 @@ def fit_decoder(
     ``block``: the latents of one call, and their height and width. ``attention_name``: what the model's user asked for,
     for the decoder where it is able; ``prescribed``: the ways of the snapshot to go on with, as
     :mod:`echo_rt.snapshot.ways` describes them. The errors are those of
-    :func:`echo_rt.attention.choose_attention` and :func:`echo_rt.convolution.choose_convolutions`.
+    :meth:`echo_rt.autotune.tuner.Tuner.select` and :func:`echo_rt.convolution.select_convolutions`.
     """
     latents, height, width = block
     device, dtype = decoder.device, decoder.dtype

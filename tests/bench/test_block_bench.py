@@ -333,6 +333,7 @@ def test_a_model_without_a_steady_state_is_refused(monkeypatch: pytest.MonkeyPat
         ({"blocks": 1.5}, "blocks must be a whole number of 1 or more, got 1.5"),
         ({"lookahead": -1}, "lookahead must be a whole number of 0 or more, got -1"),
         ({"seed": -1}, "seed"),
+        ({"vae": "tiny"}, "vae: expected it left out of a benchmark, got 'tiny'"),
         ({"device": "cpu", "size": "released"}, "the released sizes need a GPU, .* use 'tiny'"),
         ({"device": "cpu", "variants": ("prior", "fast")}, "--variants: expected some of evolve, .*; got fast"),
         ({"device": "cpu", "variants": ()}, "--variants: expected some of evolve, .*; got none"),

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import relative_error
+from random_model import flat_config
 from safetensors.torch import load_file, save_file
 
-from echo_rt.config import TextEncoderConfig
-from echo_rt.engine.prompts import check_prompt_embeds, load_prompt_embeds, save_prompt_embeds
+from echo_rt.config import ModelConfig, TextEncoderConfig
+from echo_rt.engine.prompts import PromptEncoder, check_prompt_embeds, load_prompt_embeds, save_prompt_embeds
 from echo_rt.errors import OutputError, PromptError, StreamError, WeightsError
 from echo_rt.model.text import TextEncoder, clean_prompt
 from echo_rt.utils.device import capturing
@@ -312,6 +313,15 @@ def test_embeds_that_do_not_fit_the_model() -> None:
         check_prompt_embeds(torch.zeros(65, 32), 32, 64)
     with pytest.raises(PromptError, match="must be a tensor, got list"):
         check_prompt_embeds([[0.0]], 32, 64)  # type: ignore[arg-type]
+
+
+def test_without_a_folder_there_are_embeddings_alone() -> None:
+    config = ModelConfig.from_flat(flat_config()).transformer
+    prompts = PromptEncoder(None, config, torch.device("cpu"), keep=False)
+    embeds = torch.ones(5, config.text_dim)
+    assert torch.equal(prompts.resolve(None, embeds), embeds)
+    with pytest.raises(PromptError, match="expected embeddings: this model has no folder with a text encoder"):
+        prompts.resolve("a fox", None)
 
 
 def test_damaged_embeds_file(tmp_path: Path) -> None:
