@@ -16,7 +16,6 @@ from stand_in_cuda import refuse_capture
 from torch import Tensor
 from virtual_gpu.names import active
 
-from echo_rt import ops as ops_module
 from echo_rt.bench import request as request_module
 from echo_rt.bench import rig as rig_module
 from echo_rt.bench import run as run_module
@@ -29,6 +28,7 @@ from echo_rt.bench.timing import DEVICE_CLOCK
 from echo_rt.bench.variants import memory_evolves, plan, turns_of
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig, WindowConfig
 from echo_rt.errors import BackendError, CaptureError, ConfigError
+from echo_rt.ops import backends as ops_module
 from echo_rt.ops import reference
 from echo_rt.options import MemoryMode
 from echo_rt.weights.tiny_model import CHECKPOINT_FILE, write_tiny_model
