@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from echo_rt.bench.agreement import difference
-from echo_rt.bench.measure import BASELINES, Baseline, Missing
+from echo_rt.bench.measure import BASELINES, Baseline, Missing, difference
 from echo_rt.bench.rig import Parts, Rig, Site
 from echo_rt.config import VaeConfig
 from echo_rt.errors import BackendError

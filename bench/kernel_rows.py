@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from agreement import BOUNDS, LIBRARY_BOUNDS, Agreement, compare, compare_calls, copies
 from ceilings import Ceiling, copy_rate
 from libraries import library_calls, result_of
 from op_inputs import Variant
 from work import Work, memory_update_work, work_of
 
-from echo_rt.bench.agreement import BOUNDS, LIBRARY_BOUNDS, Agreement, compare, compare_calls, copies
-from echo_rt.bench.model_sizes import BenchModel
+from echo_rt.bench.settings import BenchModel
 from echo_rt.bench.timing import Timer, Times
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.ops.backends import load_ops

@@ -19,7 +19,7 @@ from kernel_rows import Row, Run, time_memory_update, time_variant
 from op_inputs import OPS, variants
 
 from echo_rt.bench.environment import environment
-from echo_rt.bench.model_sizes import MODELS, RELEASED, TINY
+from echo_rt.bench.settings import MODELS, RELEASED, TINY
 from echo_rt.bench.tables import Column, check_results_folder, write_results
 from echo_rt.bench.timing import DEVICE_CLOCK, timer_for
 from echo_rt.cli.paths import parse_path

@@ -21,15 +21,13 @@ from savings_probes import COLLAPSED, CUT_SHORT, MERGED, Comparison, Probes
 
 from echo_rt.attention.pieces import PIECES
 from echo_rt.bench.environment import environment
-from echo_rt.bench.figures import Sample, milliseconds
+from echo_rt.bench.measure import take_turn
 from echo_rt.bench.model import random_prompt
-from echo_rt.bench.model_sizes import MODELS, RELEASED
 from echo_rt.bench.request import Request
 from echo_rt.bench.rig import Parts, Rig, Site
+from echo_rt.bench.settings import MODELS, RELEASED, turns_of
 from echo_rt.bench.tables import Column, check_results_folder, markdown, write_results
-from echo_rt.bench.timing import DEVICE_CLOCK, Timer, timer_for
-from echo_rt.bench.turns import take_turn
-from echo_rt.bench.variants import turns_of
+from echo_rt.bench.timing import DEVICE_CLOCK, Sample, Timer, milliseconds, timer_for
 from echo_rt.cli.model_options import BACKEND_HELP
 from echo_rt.cli.paths import parse_path
 from echo_rt.errors import EchoError

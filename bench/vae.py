@@ -16,10 +16,10 @@ import _checkout  # noqa: F401
 from vae_decoders import DIFFUSERS, OURS, PUBLISHED
 from vae_run import Measured, VaeRequest, VaeRun, run
 
-from echo_rt.bench.goals import Goal
-from echo_rt.bench.model_sizes import MODELS
-from echo_rt.bench.rows import GOAL_COLUMNS
+from echo_rt.bench.report import TARGET_COLUMNS
+from echo_rt.bench.settings import MODELS
 from echo_rt.bench.tables import Column, check_results_folder, write_results
+from echo_rt.bench.targets import Goal
 from echo_rt.bench.timing import DEVICE_CLOCK, Times
 from echo_rt.cli.model_options import BACKEND_HELP
 from echo_rt.cli.paths import parse_path
@@ -179,7 +179,7 @@ def write(run: VaeRun, folder: Path) -> str:
         "Decoders": ([_decoder_row(each) for each in run.measured], _DECODERS),
     }
     if run.judged:
-        tables["Goals"] = (goals(run), GOAL_COLUMNS)
+        tables["Goals"] = (goals(run), TARGET_COLUMNS)
     return write_results(
         folder,
         "vae",

@@ -24,11 +24,10 @@ from vae_decoders import (
     published,
 )
 
-from echo_rt.bench.agreement import difference
 from echo_rt.bench.environment import environment
-from echo_rt.bench.measure import Missing
-from echo_rt.bench.model_sizes import MODELS, RELEASED, TINY
-from echo_rt.bench.random_tensors import RandomTensors
+from echo_rt.bench.measure import Missing, difference
+from echo_rt.bench.model import RandomTensors
+from echo_rt.bench.settings import MODELS, RELEASED, TINY
 from echo_rt.bench.timing import DEVICE_CLOCK, Timer, Times, timer_for
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.ops.backends import Backend, choose_backend

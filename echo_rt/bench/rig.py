@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from echo_rt.attention import Choice, attentions, cache_file
-from echo_rt.bench.lanes import Span, WatchedExecutor, watched_executor
 from echo_rt.bench.model import Model
+from echo_rt.bench.timing import Span, WatchedExecutor, watched_executor
 from echo_rt.engine.decoding import Convolutions, fit_decoder
 from echo_rt.engine.pipeline import Finished, Pipeline
 from echo_rt.engine.rollout import Rollout

@@ -15,15 +15,12 @@ import torch
 
 from echo_rt.attention import Choice
 from echo_rt.bench.environment import environment
-from echo_rt.bench.exactness import Exactness, compare_block
-from echo_rt.bench.figures import Sample
-from echo_rt.bench.measure import LEFT_OUT, Baseline, Missing, find_baselines
+from echo_rt.bench.measure import LEFT_OUT, Baseline, Exactness, Missing, compare_block, find_baselines, take_turn
 from echo_rt.bench.model import Model, random_prompt
 from echo_rt.bench.request import Request
 from echo_rt.bench.rig import Parts, Rig, Site
-from echo_rt.bench.timing import Timer, timer_for
-from echo_rt.bench.turns import take_turn
-from echo_rt.bench.variants import Variant, memory_evolves, plan, turns_of
+from echo_rt.bench.settings import Variant, memory_evolves, plan, turns_of
+from echo_rt.bench.timing import Sample, Timer, timer_for
 from echo_rt.engine.decoding import Convolutions
 from echo_rt.errors import BackendError, CaptureError
 from echo_rt.model.linear import kept_from_float8

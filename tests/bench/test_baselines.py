@@ -19,8 +19,8 @@ from torch import Tensor
 from echo_rt.bench import measure
 from echo_rt.bench.measure import Baseline, Missing
 from echo_rt.bench.model import random_model
-from echo_rt.bench.model_sizes import BenchModel
 from echo_rt.bench.rig import Parts, Site
+from echo_rt.bench.settings import BenchModel
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops import reference

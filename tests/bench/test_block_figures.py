@@ -8,12 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from echo_rt.bench.day import Measured, a_day
-from echo_rt.bench.figures import Interval, Sample, busy_seconds, intervals, milliseconds
-from echo_rt.bench.goals import Achieved, judge
-from echo_rt.bench.lanes import APART, Span, watched_executor
-from echo_rt.bench.random_tensors import RandomTensors
-from echo_rt.bench.turns import take_turn
+from echo_rt.bench.measure import take_turn
+from echo_rt.bench.model import RandomTensors
+from echo_rt.bench.targets import Achieved, Measured, a_day, judge
+from echo_rt.bench.timing import APART, Interval, Sample, Span, busy_seconds, intervals, milliseconds, watched_executor
 from echo_rt.engine.executor import Lane
 from echo_rt.errors import BackendError
 

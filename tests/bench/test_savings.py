@@ -18,7 +18,7 @@ from savings_counts import H200, PRODUCTS, Counts, Limits
 from savings_probes import COLLAPSED, CUT_SHORT, MERGED, log_sum_exp, merge_padding
 
 from echo_rt.attention.kinds import KINDS
-from echo_rt.bench.model_sizes import RELEASED
+from echo_rt.bench.settings import RELEASED
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "savings.md"
 COUNTS = Counts(RELEASED.config, H200)

@@ -32,7 +32,7 @@ from vae_decoders import (
 )
 from vae_run import DeviceBytes, Measured, Memory, VaeRequest, VaeRun, run
 
-from echo_rt.bench.model_sizes import RELEASED
+from echo_rt.bench.settings import RELEASED
 from echo_rt.bench.timing import DEVICE_CLOCK, Times
 from echo_rt.config import VaeConfig
 from echo_rt.errors import BackendError, ConfigError

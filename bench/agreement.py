@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from echo_rt.bench.measure import difference
 from echo_rt.utils.device import FLOAT8
 
 # Twice what tests/ops/test_ops.py allows between a backend and the formula: here both sides are rounded.
@@ -16,8 +17,6 @@ from echo_rt.utils.device import FLOAT8
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4, FLOAT8: 4e-3}
 # A library rounds on the way where the definition does not.
 LIBRARY_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3, FLOAT8: 3e-2}
-# Elements that are widened to float64 at a time: the KV buffer of a large model would not fit in that precision.
-_CHUNK = 2**26
 
 
 @dataclass(frozen=True)
@@ -36,21 +35,6 @@ class Agreement:
         if self.ok != other.ok:
             return other if self.ok else self
         return other if other.error * max(self.bound, 1e-30) > self.error * max(other.bound, 1e-30) else self
-
-
-def difference(actual: Tensor, expected: Tensor) -> float:
-    """``‖actual - expected‖ / ‖expected‖``; for whole numbers the share of elements that differ."""
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return float("nan")
-    if not expected.is_floating_point():
-        return float((actual != expected).double().mean()) if expected.numel() else 0.0
-    apart = size = 0.0
-    pieces = zip(actual.reshape(-1).split(_CHUNK), expected.reshape(-1).split(_CHUNK), strict=True)
-    for a, e in pieces:
-        wide = e.double()
-        apart += float((a.double() - wide).square().sum())
-        size += float(wide.square().sum())
-    return 0.0 if apart == 0.0 else (apart / size) ** 0.5 if size else float("inf")
 
 
 def compare(actual: Tensor, expected: Tensor, bounds: dict[torch.dtype, float]) -> Agreement:
