@@ -19,7 +19,7 @@ from vae_run import Measured, VaeRequest, VaeRun, run
 from echo_rt.bench.report import TARGET_COLUMNS
 from echo_rt.bench.settings import MODELS
 from echo_rt.bench.tables import Column, check_results_folder, write_results
-from echo_rt.bench.targets import Goal
+from echo_rt.bench.targets import Target, verdict
 from echo_rt.bench.timing import DEVICE_CLOCK, Times
 from echo_rt.cli.model_options import BACKEND_HELP
 from echo_rt.cli.paths import parse_path
@@ -128,7 +128,7 @@ def _decoder_row(each: Measured) -> dict[str, Any]:
     }
 
 
-def goals(run: VaeRun) -> list[Goal]:
+def goals(run: VaeRun) -> list[Target]:
     """Every goal with its value and verdict: ``open`` where what it needs was not measured."""
     ours, peer = run.find(OURS), run.find(DIFFUSERS)
     ms = ours.whole.median / 1e3 if ours is not None and ours.whole is not None else None
@@ -139,10 +139,7 @@ def goals(run: VaeRun) -> list[Goal]:
         (f"at least {_LEAST_TFLOPS} TFLOP/s", rate, "TFLOP/s", rate is not None and rate >= _LEAST_TFLOPS),
         (f"at least {_LEAST_RATIO} times diffusers", ratio, "x", ratio is not None and ratio >= _LEAST_RATIO),
     )
-    return [
-        Goal(name, value, unit, "open" if value is None else "met" if met else "unmet")
-        for name, value, unit, met in rules
-    ]
+    return [Target(name, value, unit, verdict(None if value is None else met)) for name, value, unit, met in rules]
 
 
 def notes(run: VaeRun) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from echo_rt.attention import Choice
 from echo_rt.bench.run import Entry, Run
 from echo_rt.bench.tables import Column, draw, results, write_results
-from echo_rt.bench.targets import Achieved, Figure, Goal, Measured, a_day, judge
+from echo_rt.bench.targets import Achieved, Figure, Target, a_day, gigabytes, judge
 from echo_rt.bench.timing import DEVICE_CLOCK, Sample, milliseconds
 from echo_rt.engine.decoding import convolutions_in_words
 from echo_rt.utils.device import FLOAT8, dtype_name
@@ -36,40 +36,6 @@ class PartRow:
     fps: float | None
     x_torch: float | None
     blocks: int
-
-
-@dataclass(frozen=True)
-class VariantRow:
-    """What holds for a variant as a whole; shares and joules are those with blocks begun ahead.
-
-    ``graphs_failed``: the stage that could not be captured and why, where the variant was measured without graphs for
-    it.
-    """
-
-    variant: str
-    memory: str
-    backend: str
-    graphs: bool
-    graphs_failed: str | None
-    latents_error: float | None
-    frames_error: float | None
-    bound: float | None
-    idle: float | None
-    joules_a_frame: float | None
-    verdict: str
-
-
-@dataclass(frozen=True)
-class PeerRow:
-    """Another's code beside ours; None where it was not measured. ``ratio``: its time over ours."""
-
-    peer: str
-    ms: float | None
-    p99_ms: float | None
-    ours_ms: float | None
-    ratio: float | None
-    error: float | None
-    what: str
 
 
 PART_COLUMNS = (
@@ -108,6 +74,7 @@ TARGET_COLUMNS = (
     Column("unit", "", text=True),
     Column("verdict", "", text=True),
 )
+_PEER_KEYS = tuple(column.key for column in PEER_COLUMNS)
 FIGURE_COLUMNS = (
     Column("what", "what", text=True),
     Column("value", "value", ".4g"),
@@ -161,49 +128,52 @@ class Report:
                 rows.append(PartRow(variant, part, median, p99, fps, ratio, len(sample)))
         return rows
 
-    def _variant_row(self, entry: Entry) -> VariantRow:
+    def _variant_row(self, entry: Entry) -> dict[str, Any]:
+        """What holds for a variant as a whole; shares and joules are those with blocks begun ahead.
+
+        ``graphs_failed``: the stage that could not be captured and why, where it was measured without graphs for it.
+        """
         sample: Sample | None = entry.samples.get(self.ahead) if not entry.problem else None
         joules = None if sample is None else sample.joules_a_block
         exact = entry.exactness
-        return VariantRow(
-            variant=entry.variant.name,
-            memory=entry.mode.value,
-            backend=entry.backend,
-            graphs=entry.graphs and self.run.device.type == "cuda",
-            graphs_failed=entry.graphs_failed or None,
-            latents_error=None if exact is None else exact.latents,
-            frames_error=None if exact is None else exact.frames,
-            bound=None if exact is None else exact.bound,
-            idle=None if sample is None else sample.idle,
-            joules_a_frame=None if joules is None else joules / self.frames_a_block,
-            verdict=entry.problem or _verdict(entry),
-        )
-
-    def _peer_rows(self) -> list[PeerRow]:
-        first = self.run.measured[0].variant.name if self.run.measured else ""
-        passes = len(self.run.model.config.sampler.denoising_steps) + 1
-        ours = {
-            "decode": self._ms(first, _DECODE),
-            "pass": None if (whole := self._ms(first, _TRANSFORMER)) is None else whole / passes,
+        return {
+            "variant": entry.variant.name,
+            "memory": entry.mode.value,
+            "backend": entry.backend,
+            "graphs": entry.graphs and self.run.device.type == "cuda",
+            "graphs_failed": entry.graphs_failed or None,
+            "latents_error": None if exact is None else exact.latents,
+            "frames_error": None if exact is None else exact.frames,
+            "bound": None if exact is None else exact.bound,
+            "idle": None if sample is None else sample.idle,
+            "joules_a_frame": None if joules is None else joules / self.frames_a_block,
+            "verdict": entry.problem or _verdict(entry),
         }
-        rows = []
+
+    def _peer_rows(self) -> list[dict[str, Any]]:
+        """Another's code beside ours; None where it was not measured. ``ratio``: its time over ours."""
+        first = self.run.measured[0].variant.name if self.run.measured else ""
+        whole, passes = self._ms(first, _TRANSFORMER), len(self.run.model.config.sampler.denoising_steps) + 1
+        ours = {"decode": self._ms(first, _DECODE), "pass": None if whole is None else whole / passes}
+        rows = [dict.fromkeys(_PEER_KEYS) | {"peer": each.name, "what": each.why} for each in self.run.missing]
+        found = []
         for peer in self.run.peers:
-            own = ours[peer.beside]
-            if not peer.ok:
-                what = f"not timed, as it differs from ours by more than {peer.bound:.1e}; {peer.what}"
-                rows.append(PeerRow(peer.name, None, None, own, None, peer.error, what))
-                continue
-            median, p99 = milliseconds(self.run.peer_seconds[peer.name])
-            ratio = None if own is None else median / own
-            rows.append(PeerRow(peer.name, median, p99, own, ratio, peer.error, peer.what))
-        return rows + [PeerRow(each.name, None, None, None, None, None, each.why) for each in self.run.missing]
+            row = dict.fromkeys(_PEER_KEYS) | {"peer": peer.name, "ours_ms": ours[peer.beside], "error": peer.error}
+            row["what"] = peer.what
+            if peer.ok:
+                row["ms"], row["p99_ms"] = milliseconds(self.run.peer_seconds[peer.name])
+                row["ratio"] = None if row["ours_ms"] is None else row["ms"] / row["ours_ms"]
+            else:
+                row["what"] = f"not timed, as it differs from ours by more than {peer.bound:.1e}; {peer.what}"
+            found.append(row)
+        return found + rows
 
     def _ms(self, variant: str, part: str) -> float | None:
         return next((row.ms for row in self.parts if (row.variant, row.part) == (variant, part)), None)
 
     # ---------------------------------------------------------------- goals
 
-    def _goals(self) -> list[Goal]:
+    def _goals(self) -> list[Target]:
         """Judged are the released sizes on a GPU alone, with the memory evolving."""
         if not self.judged:
             return []
@@ -230,9 +200,6 @@ class Report:
         alone, no_gpu = f"{name}, alone on the device", "there is no GPU"
         of_torch = alone if self.run.device.type == "cuda" else no_gpu
 
-        def gigabytes(what: str, size: int | None, how: str) -> Figure:
-            return Figure(what, None if size is None else size / 1e9, "GB", how)
-
         clock = "host clock, from a new video whose prompt is encoded; other blocks begun ahead are included"
         return [
             gigabytes("device memory, steady", found.device, of_torch),
@@ -255,18 +222,16 @@ class Report:
         latents = config.window.frames_per_block * channels * height * width
         resources = self.run.resources
         return a_day(
-            Measured(
-                blocks=len(sample.whole),
-                seconds_a_block=sum(sample.whole) / len(sample.whole),
-                frames_a_block=self.frames_a_block,
-                frame_rate=model.vae_config.frame_rate,
-                joules_a_block=sample.joules_a_block,
-                frame_bytes=self.frames_a_block * 3 * height * width * stride**2,
-                latent_bytes=4 * latents,
-                snapshot_bytes=resources.snapshot,
-                host_bytes=resources.host,
-                device_bytes=resources.device,
-            )
+            blocks=len(sample.whole),
+            seconds_a_block=sum(sample.whole) / len(sample.whole),
+            frames_a_block=self.frames_a_block,
+            frame_rate=model.vae_config.frame_rate,
+            joules_a_block=sample.joules_a_block,
+            frame_bytes=self.frames_a_block * 3 * height * width * stride**2,
+            latent_bytes=4 * latents,
+            snapshot_bytes=resources.snapshot,
+            host_bytes=resources.host,
+            device_bytes=resources.device,
         )
 
     # ---------------------------------------------------------------- showing
@@ -337,11 +302,7 @@ class Report:
         if picture:
             files.append(folder / f"{NAME}.png")
             bars = [(row.variant, row.part, row.ms, row.p99_ms) for row in self.parts]
-            bars += [
-                (row.peer, "peer, of a part", row.ms, row.p99_ms)
-                for row in self.peers
-                if row.ms is not None and row.p99_ms is not None
-            ]
+            bars += [(r["peer"], "peer, of a part", r["ms"], r["p99_ms"]) for r in self.peers if r["ms"] is not None]
             gpu = self.run.header["gpu"]
             place = gpu["name"] if gpu else "CPU, host clock: no results"
             draw(files[-1], f"A whole block: {self.run.model.source}\n{place}", bars)
