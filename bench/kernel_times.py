@@ -14,9 +14,9 @@ from typing import Any
 
 import _checkout  # noqa: F401
 import torch
-from ceilings import Ceiling, measure_ceilings
-from kernel_rows import Row, Run, time_memory_update, time_variant
 from op_inputs import OPS, variants
+from op_times import Row, Run, time_memory_update, time_variant
+from roofline import Ceiling, measure_ceilings
 
 from echo_rt.bench.environment import environment
 from echo_rt.bench.settings import MODELS, RELEASED, TINY

@@ -15,7 +15,7 @@ from typing import Any
 
 import _checkout  # noqa: F401
 import torch
-from ceilings import measure_ceilings
+from roofline import measure_ceilings
 from savings_counts import H200, PRODUCTS, Counts, Limits
 from savings_probes import COLLAPSED, CUT_SHORT, MERGED, Comparison, Probes
 

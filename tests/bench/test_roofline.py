@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from op_inputs import OPS, decoder_norms, variants
-from work import memory_update_work, work_of
+from roofline import memory_update_work, work_of
 
 from echo_rt.bench.settings import RELEASED
 from echo_rt.errors import ConfigError
