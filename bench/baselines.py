@@ -116,28 +116,39 @@ def wan_autoencoder(config: VaeConfig, tensors: Mapping[str, Tensor], device: to
     return vae
 
 
+def wan_latents(config: VaeConfig, normalized: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normalized latents ``[T, z, h, w]`` as that class takes them, ``[1, z, T, h, w]``."""
+    mean, std = (torch.tensor(v, device=normalized.device) for v in (config.latents_mean, config.latents_std))
+    return (normalized * std[:, None, None] + mean[:, None, None]).transpose(0, 1)[None].to(dtype)
+
+
+def wan_decode(vae: Any, latents: Tensor, *, is_start: bool = False) -> Tensor:
+    """The next ``latents [1, z, T, h, w]`` of its stream as ``[1, 3, F, H, W]``; its cache is kept."""
+    x = vae.post_quant_conv(latents)
+    frames = []
+    for place in range(x.shape[2]):
+        starts = {"first_chunk": True} if is_start and place == 0 else {}
+        frames.append(vae.decoder(x[:, :, place : place + 1], feat_cache=vae._feat_map, feat_idx=[0], **starts))
+    return torch.cat(frames, 2)
+
+
 def _autoencoder(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Baseline:
     site, config = parts.site, parts.site.model.vae_config
     vae = wan_autoencoder(config, site.model.vae, site.device, site.dtype)
-    mean, std = (torch.tensor(v, device=site.device) for v in (config.latents_mean, config.latents_std))
     normalized = _noise(site, seed)
-    latents = (normalized * std[:, None, None] + mean[:, None, None]).transpose(0, 1)[None].to(site.dtype)
+    latents = wan_latents(config, normalized, site.dtype)
 
-    def decode(first: bool) -> Tensor:
-        x = vae.post_quant_conv(latents)
-        frames = []
-        for place in range(x.shape[2]):
-            starts = {"first_chunk": True} if first and place == 0 else {}
-            frames.append(vae.decoder(x[:, :, place : place + 1], feat_cache=vae._feat_map, feat_idx=[0], **starts))
-        return torch.cat(frames, 2)
-
-    decode(True)
-    error = difference(decode(False)[0].permute(1, 2, 3, 0).float(), _second_decode(parts, normalized).float())
+    wan_decode(vae, latents, is_start=True)
+    error = difference(
+        wan_decode(vae, latents)[0].permute(1, 2, 3, 0).float(), _second_decode(parts, normalized).float()
+    )
     what = (
         f"its decoder, with the same weights, over the same {len(normalized)} latents in mid-stream, its own cache "
         "kept from call to call; without the conversion to bytes, which ours does"
     )
-    return Baseline(name, what, "decode", lambda: decode(False), error, ROUNDINGS * bound_between(site.dtype))
+    return Baseline(
+        name, what, "decode", lambda: wan_decode(vae, latents), error, ROUNDINGS * bound_between(site.dtype)
+    )
 
 
 def _transformer(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Baseline:

@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from echo_rt.options import MemoryMode
 from echo_rt.utils.device import DTYPES, model_context, parse_device, parse_dtype, warn_of_faulty_convolutions
 from echo_rt.utils.wording import counted, plain
 
-NAME = "savings"
 COLUMNS = (
     Column("saving", "saving", text=True),
     Column("what", "of it", text=True),
@@ -47,7 +47,6 @@ COLUMNS = (
     Column("counted_ms", "counted, ms", ".3f"),
     Column("problem", "", text=True),
 )
-_IN_PIECES = "attention in pieces"
 _BLOCK = "a whole block"
 _WITHOUT, _WITH = "without", "with"
 
@@ -65,6 +64,11 @@ class Row:
     counted_ms: float
     problem: str = ""
 
+    @classmethod
+    def of(cls, saving: str, what: str, now: float, then: float, *, of: float, counted_ms: float) -> Row:
+        """With what is saved, and its share ``of`` so many milliseconds."""
+        return cls(saving, what, now, then, now - then, (now - then) / of, counted_ms)
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -78,14 +82,10 @@ class Effort:
 
 @dataclass(frozen=True)
 class Measured:
-    """All that was found out."""
+    """All that was found out; ``facts`` are further entries of the JSON."""
 
     header: dict[str, Any]
     rows: list[Row]
-    block_ms: float
-    transformer_ms: float
-    microseconds: dict[str, list[float]]
-    notes: list[str]
     facts: dict[str, Any]
 
     @property
@@ -95,23 +95,20 @@ class Measured:
 
 def counted_rows(counts: Counts, lengths: tuple[int, ...]) -> list[Row]:
     """The counts alone, where nothing is measured: shares are those of the transformer's counted time."""
-
-    def row(saving: str, what: str, now: float, then: float) -> Row:
-        return Row(saving, what, now, then, now - then, (now - then) / counts.transformer, now - then)
-
-    merged = {f"product {name}": counts.merged_product(name) for name in PRODUCTS}
-    merged |= {"attention to the text": counts.merged_cross_attention(), "norms": counts.merged_rest()}
-    rows = [row(MERGED, what, count.now, count.then) for what, count in merged.items()]
+    found = [(MERGED, f"product {name}", counts.merged_product(name)) for name in PRODUCTS]
+    found += [
+        (MERGED, "attention to the text", counts.merged_cross_attention()),
+        (MERGED, "norms", counts.merged_rest()),
+    ]
     for real in lengths:
-        for outside, what in ((False, f"{real} + 1 keys, in a kernel"), (True, f"{real} keys, merged outside")):
-            count = counts.collapsed(real, merged_outside=outside)
-            rows.append(row(COLLAPSED, what, count.now, count.then))
-    short = counts.cut_short()
-    rows.append(row(CUT_SHORT, "last layer behind its keys", short.now, short.then))
-    for pieces in PIECES:
-        count = counts.in_pieces(pieces)
-        rows.append(row(_IN_PIECES, f"{pieces} pieces of the keys", count.now, count.then))
-    return rows
+        found.append((COLLAPSED, f"{real} + 1 keys, in a kernel", counts.collapsed(real, merged_outside=False)))
+        found.append((COLLAPSED, f"{real} keys, merged outside", counts.collapsed(real, merged_outside=True)))
+    found.append((CUT_SHORT, "last layer behind its keys", counts.cut_short()))
+    found += [("attention in pieces", f"{pieces} pieces of the keys", counts.in_pieces(pieces)) for pieces in PIECES]
+    return [
+        Row.of(saving, what, count.now, count.then, of=counts.transformer, counted_ms=count.saved)
+        for saving, what, count in found
+    ]
 
 
 def measure(request: Request, device: torch.device, timer: Timer, limits: Limits, effort: Effort) -> Measured:
@@ -137,20 +134,22 @@ def measure(request: Request, device: torch.device, timer: Timer, limits: Limits
             sample, times = _in_turns(rig, comparisons, timer, effort)
     finally:
         rig.close()
-    block_ms, transformer_ms = milliseconds(sample.whole)[0], milliseconds(sample.transformer)[0]
-    rows = _with_sum([_row(each, times, block_ms) for each in comparisons], block_ms)
+    block_ms = milliseconds(sample.whole)[0]
     facts = {
+        "result": timer.clock == DEVICE_CLOCK,
+        "block_ms": block_ms,
+        "transformer_ms": milliseconds(sample.transformer)[0],
+        "microseconds": times,
         "clock": timer.clock,
         "model": {"source": model.source, **model.config.to_flat()},
         "dtype": plain(dtype),
         "backend": backend.name,
         "backend_reason": backend.reason,
         "attention": [site.over_cache.attention.name, site.over_text.attention.name],
-        "limits": {"flops": limits.flops, "bytes": limits.bytes, "multiprocessors": limits.multiprocessors},
-        "effort": {"rounds": effort.rounds, "blocks": effort.blocks, "calls": effort.calls, "warmup": effort.warmup},
+        "limits": asdict(limits),
+        "effort": asdict(effort),
     }
-    notes = _notes(facts, effort, limits, block_ms, transformer_ms)
-    return Measured(header, rows, block_ms, transformer_ms, times, notes, facts)
+    return Measured(header, _rows(comparisons, times, block_ms), facts)
 
 
 def _in_turns(
@@ -173,55 +172,40 @@ def _key(comparison: Comparison, side: str) -> str:
     return f"{comparison.saving}: {comparison.what}, {side}"
 
 
-def _row(each: Comparison, times: dict[str, list[float]], block_ms: float) -> Row:
-    if each.problem:
-        return Row(each.saving, each.what, None, None, None, None, each.count.saved, each.problem)
-    now, then = (each.times * milliseconds([t / 1e6 for t in times[_key(each, side)]])[0] for side in (_WITHOUT, _WITH))
-    return Row(each.saving, each.what, now, then, now - then, (now - then) / block_ms, each.count.saved)
-
-
-def _with_sum(rows: list[Row], block_ms: float) -> list[Row]:
-    """The rows, behind those of the merged pass their sum: such a pass would have all of them."""
-    parts = [row for row in rows if row.saving == MERGED]
-    now, then = (sum(getattr(row, name) for row in parts) for name in ("now_ms", "then_ms"))
-    counted = sum(row.counted_ms for row in parts)
-    whole = Row(MERGED, "sum of its parts", now, then, now - then, (now - then) / block_ms, counted)
-    return [*parts, whole, *(row for row in rows if row not in parts)]
-
-
-def _notes(facts: dict[str, Any], effort: Effort, limits: Limits, block_ms: float, transformer_ms: float) -> list[str]:
-    rehearsal = "Times of the host clock on a CPU: a rehearsal, no results."
-    return [
-        *([] if facts["clock"] == DEVICE_CLOCK else [rehearsal]),
-        f"{facts['model']['source']}, {facts['dtype']}, backend {facts['backend']} "
-        f"({facts['backend_reason']}); attention to the text: {facts['attention'][1]}. Clock: {facts['clock']}.",
-        f"A whole block, made one at a time: {block_ms:.3f} ms, its transformer {transformer_ms:.3f} ms (medians of "
-        f"{effort.rounds * effort.blocks}); shares are of the former.",
-        f"All take turns, in each of {counted(effort.rounds, 'round')} {counted(effort.calls, 'call')} each; a call is "
-        "what a pass does of its kind, and is scaled to a block.",
-        "Upper bounds: what a saving would cost elsewhere (docs/savings.md) is not in them.",
-        f"Counted: at {limits.flops / 1e12:.4g} TFLOP/s and {limits.bytes / 1e12:.4g} TB/s, both measured in this run, "
-        f"with {limits.multiprocessors} multiprocessors; kernels beginning and ending are not counted.",
-    ]
+def _rows(comparisons: list[Comparison], times: dict[str, list[float]], block_ms: float) -> list[Row]:
+    """One for each comparison, and behind those of the merged pass their sum: such a pass would have all of them."""
+    merged, others = [], []
+    for each in comparisons:
+        saving, what, counted = each.saving, each.what, each.count.saved
+        if each.problem:
+            others.append(Row(saving, what, None, None, None, None, counted, each.problem))
+            continue
+        now, then = (each.times * statistics.median(times[_key(each, side)]) / 1e3 for side in (_WITHOUT, _WITH))
+        row = Row.of(saving, what, now, then, of=block_ms, counted_ms=counted)
+        (merged if saving == MERGED else others).append(row)
+    now, then, counted = (sum(getattr(row, name) for row in merged) for name in ("now_ms", "then_ms", "counted_ms"))
+    return [*merged, Row.of(MERGED, "sum of its parts", now, then, of=block_ms, counted_ms=counted), *others]
 
 
 def write(found: Measured, folder: Path) -> str:
     """``savings.json`` and ``savings.md``; returns the text of the latter. Raises ``OutputError``."""
-    result = found.facts["clock"] == DEVICE_CLOCK
-    return write_results(
-        folder,
-        NAME,
-        "Exact savings" if result else "Exact savings: a rehearsal on a CPU, no results",
-        found.header,
-        {"Savings": (found.rows, COLUMNS)},
-        found.notes,
-        passed=found.passed,
-        result=result,
-        block_ms=found.block_ms,
-        transformer_ms=found.transformer_ms,
-        microseconds=found.microseconds,
-        **found.facts,
-    )
+    facts = found.facts
+    effort, limits = facts["effort"], facts["limits"]
+    notes = [] if facts["result"] else ["Times of the host clock on a CPU: a rehearsal, no results."]
+    notes += [
+        f"{facts['model']['source']}, {facts['dtype']}, backend {facts['backend']} "
+        f"({facts['backend_reason']}); attention to the text: {facts['attention'][1]}. Clock: {facts['clock']}.",
+        f"A whole block, made one at a time: {facts['block_ms']:.3f} ms, its transformer {facts['transformer_ms']:.3f} "
+        f"ms (medians of {effort['rounds'] * effort['blocks']}); shares are of the former.",
+        f"All take turns, in each of {counted(effort['rounds'], 'round')} {counted(effort['calls'], 'call')} each; a "
+        "call is what a pass does of its kind, and is scaled to a block.",
+        "Upper bounds: what a saving would cost elsewhere (docs/savings.md) is not in them.",
+        f"Counted: at {limits['flops'] / 1e12:.4g} TFLOP/s and {limits['bytes'] / 1e12:.4g} TB/s, both measured in "
+        f"this run, with {limits['multiprocessors']} multiprocessors; kernels beginning and ending are not counted.",
+    ]
+    title = "Exact savings" if facts["result"] else "Exact savings: a rehearsal on a CPU, no results"
+    tables = {"Savings": (found.rows, COLUMNS)}
+    return write_results(folder, "savings", title, found.header, tables, notes, passed=found.passed, **facts)
 
 
 # By device, quick or not.

@@ -19,7 +19,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from baselines import wan_autoencoder
+from baselines import wan_autoencoder, wan_decode, wan_latents
 from torch import Tensor
 from torch.nn import functional
 
@@ -386,23 +386,10 @@ def diffusers(setting: Setting) -> Decoder:
     version = importlib.import_module("diffusers").__version__
     vae.encoder = None  # it takes no part, and would be counted among the bytes
     decoder, cache = vae.decoder, vae._feat_map
-    mean, std = (
-        torch.tensor(values, device=setting.device)[:, None, None]
-        for values in (setting.config.latents_mean, setting.config.latents_std)
-    )
-    latents = (setting.latents * std + mean).transpose(0, 1)[None].to(setting.dtype)
+    latents = wan_latents(setting.config, setting.latents, setting.dtype)
     # Each convolution that looks back has its place in the cache, in the order in which they are met.
     causal = [[product.name for product in stage.products if product.is_causal] for stage in setting.stages]
     places = list(itertools.accumulate(map(len, causal), initial=0))
-
-    def block() -> Tensor:
-        is_start = cache[0] is None
-        x = vae.post_quant_conv(latents)
-        frames = []
-        for place in range(x.shape[2]):
-            starts = {"first_chunk": True} if is_start and place == 0 else {}
-            frames.append(decoder(x[:, :, place : place + 1], feat_cache=cache, feat_idx=[0], **starts))
-        return torch.cat(frames, 2)[0].permute(1, 2, 3, 0)
 
     def one(index: int, x: Tensor) -> Tensor:
         place = [places[index]]
@@ -425,7 +412,7 @@ def diffusers(setting: Setting) -> Decoder:
     return Decoder(
         DIFFUSERS,
         f"the decoder of diffusers {version}, one latent at a time, its own cache kept from call to call",
-        block,
+        lambda: wan_decode(vae, latents, is_start=cache[0] is None)[0].permute(1, 2, 3, 0),
         stage,
         lambda: sum(tensor.nbytes for tensor in cache if isinstance(tensor, Tensor)),
     )

@@ -100,7 +100,7 @@ def plan(
     return chosen, absent
 
 
-def turns_of(round_number: int, contestants: Sequence[str]) -> list[str]:
+def turns_of(round_number: int, names: Sequence[str]) -> list[str]:
     """The order of a round: each is first in its turn, so that none always runs on a GPU that another has heated."""
-    first = round_number % len(contestants) if contestants else 0
-    return [*contestants[first:], *contestants[:first]]
+    first = round_number % len(names) if names else 0
+    return [*names[first:], *names[:first]]

@@ -154,7 +154,7 @@ def test_a_wrong_merge_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = [row for row in found.rows if row.problem]
     assert len(wrong) == 3 and all("merged in by torch" in row.what and "off by" in row.problem for row in wrong)
     assert all(row.saved_ms is None for row in wrong) and not found.passed
-    assert not [name for name in found.microseconds if "by torch" in name]
+    assert not [name for name in found.facts["microseconds"] if "by torch" in name]
 
 
 def test_what_cannot_be_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
