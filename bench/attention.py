@@ -19,8 +19,8 @@ import _checkout  # noqa: F401
 import torch
 from torch import Tensor
 
-from echo_rt.attention import AttentionShapes, kinds
-from echo_rt.attention.trials import Trials
+from echo_rt.attention import AttentionShapes, implementations
+from echo_rt.attention.select import AttentionCheck
 from echo_rt.autotune.tuner import TOLERANCES
 from echo_rt.bench.environment import environment
 from echo_rt.bench.settings import MODELS, RELEASED, TINY
@@ -111,18 +111,18 @@ class CudnnFloat8:
         return self._out.flatten(-2)
 
 
-def measure(name: str, load: Callable[[], Any], judge: Trials, bound: float, device: torch.device) -> Row:
+def measure(name: str, load: Callable[[], Any], check: AttentionCheck, bound: float, device: torch.device) -> Row:
     """One attention, first right and then fast; whatever a library raises is the finding."""
     try:
         attention = load()
-        error = judge.error(attention)
+        error = check.error(attention)
         if not error <= bound:  # NaN is not
             return Row(name, error=error, note=f"wrong: expected an error of at most {bound:.1e}")
         if device.type == "cuda":
-            watch = judge.stopwatch(attention)
+            watch = check.stopwatch(attention)
             ms = [watch() for _ in range(_CALLS["cuda"])]
         else:
-            times = HostTimer().measure(lambda: attention(judge.q, judge.k, judge.v), _CALLS["cpu"], 1)
+            times = HostTimer().measure(lambda: attention(check.q, check.k, check.v), _CALLS["cpu"], 1)
             ms = [each / 1e3 for each in times.microseconds]
     except Exception as problem:
         return Row(name, note=first_line(problem))
@@ -146,17 +146,17 @@ def run(out: Path, shapes: AttentionShapes, device: torch.device, dtype: torch.d
         return write_results(out, "attention", "Attention over the KV buffer", header, tables, notes, passed=passed)
 
     with torch.inference_mode(), model_context(device, dtype):
-        judge = Trials(shapes, device, dtype)
+        check = AttentionCheck(shapes, device, dtype)
         loads: dict[str, tuple[Callable[[], Any], float]] = {}
-        for kind in kinds(load_ops("cuda" if on_gpu else "torch")):
-            if why := kind.obstacle(device, dtype) or ("" if kind.fused else "it holds all scores in memory"):
+        for kind in implementations(load_ops("cuda" if on_gpu else "torch")):
+            if why := kind.obstacle(device, dtype, shapes) or ("" if kind.fused else "it holds all scores in memory"):
                 rows.append(Row(kind.name, note=why))
             else:
                 loads[kind.name] = kind.load, TOLERANCES[dtype]
         if on_gpu:
-            loads[CudnnFloat8.name] = lambda: CudnnFloat8(judge.q, judge.k, judge.v), FLOAT8_BOUND
+            loads[CudnnFloat8.name] = lambda: CudnnFloat8(check.q, check.k, check.v), FLOAT8_BOUND
         for name, (load, bound) in loads.items():
-            row = measure(name, load, judge, bound, device)
+            row = measure(name, load, check, bound, device)
             rate = flops / row.ms / 1e9 if on_gpu and row.ms is not None else None
             rows.append(dataclasses.replace(row, tflops=rate))
             print(f"{name}: {row.note or f'{row.ms:.3f} ms'}", file=sys.stderr, flush=True)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from echo_rt.bench.settings import BenchModel
-from echo_rt.convolution import ConvolutionShape, Kind
-from echo_rt.convolution.hopper import hopper_limit
+from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape
+from echo_rt.convolution.kernels import hopper_limit
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.schema import Ops
 from echo_rt.weights.shapes import vae_decoder_shapes
@@ -136,7 +136,9 @@ def _decode(
     if convolve is not None:
         shapes = decoder.convolution_shapes(*block)
         ways = {name: partial(convolve, shape) for name, shape in shapes.items()}
-        decoder.use({name: Kind("recorded", partial(_of_any_weight, way)) for name, way in ways.items()})
+        decoder.use(
+            {name: ConvolutionCandidate("recorded", partial(_of_any_weight, way)) for name, way in ways.items()}
+        )
     decoder.decode_next(latents, decoder.new_state(*block), is_start=False)
 
 

@@ -20,7 +20,7 @@ from roofline import measure_ceilings
 from savings_counts import H200, PRODUCTS, Counts, Limits
 from savings_probes import COLLAPSED, CUT_SHORT, MERGED, Comparison, Probes
 
-from echo_rt.attention.pieces import PIECES
+from echo_rt.attention.backends import SPLITS
 from echo_rt.bench.environment import environment
 from echo_rt.bench.measure import take_turn
 from echo_rt.bench.model import random_prompt
@@ -104,7 +104,7 @@ def counted_rows(counts: Counts, lengths: tuple[int, ...]) -> list[Row]:
         found.append((COLLAPSED, f"{real} + 1 keys, in a kernel", counts.collapsed(real, merged_outside=False)))
         found.append((COLLAPSED, f"{real} keys, merged outside", counts.collapsed(real, merged_outside=True)))
     found.append((CUT_SHORT, "last layer behind its keys", counts.cut_short()))
-    found += [("attention in pieces", f"{pieces} pieces of the keys", counts.in_pieces(pieces)) for pieces in PIECES]
+    found += [("attention in pieces", f"{pieces} pieces of the keys", counts.in_pieces(pieces)) for pieces in SPLITS]
     return [
         Row.of(saving, what, count.now, count.then, of=counts.transformer, counted_ms=count.saved)
         for saving, what, count in found

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from echo_rt.config import VaeConfig
-from echo_rt.convolution import Kind
+from echo_rt.convolution import ConvolutionCandidate
 from echo_rt.engine.decoding import convolutions_in_words, fit_decoder
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.model.vae_layers import CausalConv, EnlargingConv, Terms, VaeWeights
@@ -339,7 +339,7 @@ def ours(setting: Setting) -> Decoder:
 
 
 def convolutions_alone(
-    setting: Setting, index: int, counts: list[int], kinds: Mapping[str, Kind]
+    setting: Setting, index: int, counts: list[int], kinds: Mapping[str, ConvolutionCandidate]
 ) -> Callable[[], object]:
     """The convolutions of a stage of ours, which takes so many frames after one another, and nothing between them."""
     stage = setting.stages[index]

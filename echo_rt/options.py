@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from echo_rt.config import TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 # Width and height of the released recipe's video, in pixels: what a stock Wan folder is used with.
 RELEASED_SIZE = (832, 480)
@@ -36,25 +42,6 @@ OVERRIDES = (
 # What a model folder may say beside them.
 FOLDER_FACTS = ("width", "height", "tiny_seed")
 
-# What every command that loads a model lets its user choose, by the names of Runtime.from_pretrained.
-MODEL_OPTIONS = (
-    "checkpoint",
-    "lora",
-    "ema",
-    "device",
-    "dtype",
-    "float8_except",
-    "vae_dtype",
-    "memory",
-    "vae",
-    "vae_tiles",
-    "backend",
-    "attention",
-    "convolution",
-    "graphs",
-    "lookahead",
-)
-
 _SEEDS = 2**64
 
 
@@ -72,6 +59,50 @@ class MemoryMode(str, Enum):
             return cls(value)
         except ValueError:
             raise ConfigError(f"memory must be one of {', '.join(m.value for m in cls)}; got {value!r}") from None
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How a model is loaded and runs: what :meth:`echo_rt.Runtime.from_pretrained` takes and explains.
+
+    What needs neither a device nor the model's files is checked here; raises :class:`ConfigError`.
+    """
+
+    checkpoint: str | Path | None = None
+    lora: str | Path | None = None
+    ema: bool | None = None
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
+    float8_except: Sequence[str] = ()
+    vae_dtype: str | torch.dtype | None = None
+    memory: str | MemoryMode | None = None
+    vae: str | Path = WAN_VAE
+    vae_tiles: int = 1
+    backend: str | None = None
+    attention: str | None = None
+    convolution: str | None = None
+    graphs: bool | None = None
+    lookahead: int | None = None
+    width: int | None = None
+    height: int | None = None
+    overrides: Mapping[str, Any] | None = None
+    check: bool = False
+    keep_text_encoder: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.vae_tiles, bool) or not isinstance(self.vae_tiles, int) or self.vae_tiles < 1:
+            raise ConfigError(f"vae_tiles must be an integer of 1 or more, got {self.vae_tiles!r}")
+        if not isinstance(self.convolution, str | None):
+            raise ConfigError(
+                f"convolution must be text, names with commas between, or left out; got {self.convolution!r}"
+            )
+        ahead = self.lookahead
+        if ahead is not None and (isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 0):
+            raise ConfigError(f"lookahead must be a number of blocks, 0 or more, got {ahead!r}")
+
+    def arguments(self) -> dict[str, Any]:
+        """Return them by name, for :meth:`echo_rt.Runtime.from_pretrained`; of a subclass these fields alone."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(RuntimeOptions)}
 
 
 def check_overrides(overrides: Mapping[str, Any], source: str, also: tuple[str, ...] = ()) -> dict[str, Any]:

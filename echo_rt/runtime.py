@@ -14,19 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_rt.engine.build import Options, assemble
-from echo_rt.engine.decoding import DecoderOptions
+from echo_rt.engine.build import build_engine, open_networks
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import Guard
 from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.ops.backends import choose_backend
-from echo_rt.options import WAN_VAE, MemoryMode, check_seed
+from echo_rt.options import WAN_VAE, MemoryMode, RuntimeOptions, check_seed
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.ways import BACKEND, ways_of
 from echo_rt.stream import Stream
 from echo_rt.utils.device import give_memory_back, parse_device, parse_dtype, parse_vae_dtype
-from echo_rt.utils.failed_frames import frees_frames
-from echo_rt.utils.process import Home, note_loading
+from echo_rt.utils.process import ProcessGuard, note_loading, release_on_error
 from echo_rt.utils.threads import log_threads
 from echo_rt.utils.wording import one_line
 from echo_rt.weights.load_model import LoadedModel, load_model
@@ -47,19 +45,19 @@ class Runtime:
     ``frame_size`` the video's ``(width, height)`` in pixels and ``fps`` its frames a second.
     """
 
-    def __init__(self, loaded: LoadedModel, options: Options) -> None:
+    def __init__(self, loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapping[str, str]) -> None:
         self._lock = threading.RLock()  # held while a stream comes to life, or the runtime to its end
         self._live: weakref.ref[Stream] | None = None
-        self._home = Home()
-        made = assemble(loaded, options)
-        log_threads(options.device)
-        engine = made.engine
+        self._process = ProcessGuard()
+        networks = open_networks(loaded, options, prescribed)
+        engine = build_engine(loaded.config, networks, options, loaded.mode, folder=loaded.folder)
+        log_threads(engine.device)
         self.config, self.vae_config, self.memory = loaded.config, engine.vae, loaded.mode
-        self.device, self.dtype, self.vae_dtype = options.device, options.dtype, engine.vae_dtype
-        self.backend, self.backend_reason = made.backend.name, made.backend.reason
-        self.vae, self.lookahead = made.vae, engine.lookahead
-        self.attention, self.text_attention = made.attention, made.text_attention
-        self.vae_attention, self.convolutions = made.vae_attention, made.convolutions
+        self.device, self.dtype, self.vae_dtype = engine.device, networks.model_dtype, engine.vae_dtype
+        self.backend, self.backend_reason = networks.backend.name, networks.backend.reason
+        self.vae, self.lookahead = networks.vae_name, engine.lookahead
+        self.attention, self.text_attention = networks.attention
+        self.vae_attention, self.convolutions = networks.vae_attention, networks.convolutions
         self._engine: Engine | None = engine
         # Torch knows its buffers by the stream they were made on, and would lend them out amid a block of the lanes.
         self._ending = weakref.finalize(engine, engine.executor.settle)
@@ -67,7 +65,7 @@ class Runtime:
         engine.executor.settle()  # what was loaded on this thread's CUDA stream is there for any other
 
     @classmethod
-    @frees_frames
+    @release_on_error
     def from_pretrained(
         cls,
         model: str | Path,
@@ -143,38 +141,34 @@ class Runtime:
         """
         if not isinstance(like, Snapshot | None):
             raise ConfigError(f"like must be a Snapshot or None, got {type(like).__name__}")
-        place = parse_device(device)
-        note_loading(place)
-        precision = parse_dtype(dtype, place)
-        decoding = DecoderOptions(parse_vae_dtype(vae_dtype, precision), tiles=vae_tiles, convolution=convolution)
-        ways = {} if like is None else ways_of(like.model)
-        choose_backend(backend, place, prescribed=ways.get(BACKEND))  # one that was named is refused before the weights
-        loaded = load_model(
-            model,
+        options = RuntimeOptions(
             checkpoint=checkpoint,
             lora=lora,
             ema=ema,
-            device=place,
+            device=device,
+            dtype=dtype,
+            float8_except=float8_except,
+            vae_dtype=vae_dtype,
             memory=memory,
             vae=vae,
+            vae_tiles=vae_tiles,
+            backend=backend,
+            attention=attention,
+            convolution=convolution,
+            graphs=graphs,
+            lookahead=lookahead,
             width=width,
             height=height,
             overrides=overrides,
-        )
-        options = Options(
-            device=place,
-            dtype=precision,
-            decoding=decoding,
-            backend=backend,
-            attention=attention,
-            graphs=graphs,
-            lookahead=lookahead,
             check=check,
             keep_text_encoder=keep_text_encoder,
-            float8_except=float8_except,
-            like=ways,
         )
-        return cls(loaded, options)
+        place = parse_device(device)
+        note_loading(place)
+        parse_vae_dtype(vae_dtype, parse_dtype(dtype, place))
+        ways = {} if like is None else ways_of(like.model)
+        choose_backend(backend, place, prescribed=ways.get(BACKEND))  # one that was named is refused before the weights
+        return cls(load_model(model, options), options, ways)
 
     # ---------------------------------------------------------------- facts
 
@@ -205,14 +199,14 @@ class Runtime:
         """Embeddings ``[length, text_dim]`` float32 of a prompt; :class:`PromptError` for an empty one."""
         return self.encode_prompts([prompt])[0]
 
-    @frees_frames
+    @release_on_error
     def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
         """Embeddings of several prompts. The text encoder is loaded for this, and released after it unless kept."""
         return self._require_open().prompts.encode(prompts)
 
     # ---------------------------------------------------------------- streams
 
-    @frees_frames
+    @release_on_error
     def stream(
         self,
         prompt: str | None = None,
@@ -239,7 +233,7 @@ class Runtime:
         with self._free() as engine:
             return self._enliven(Stream.begin(engine, embeds, seed, guard))
 
-    @frees_frames
+    @release_on_error
     def resume(self, snapshot: Snapshot, *, guard: Guard | None = None) -> Stream:
         """Go on, bit for bit, where :meth:`Stream.snapshot` was taken.
 
@@ -257,7 +251,7 @@ class Runtime:
         return stream
 
     def _require_open(self) -> Engine:
-        self._home.require("runtime")
+        self._process.require("runtime")
         engine = self._engine
         if engine is None:
             raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
@@ -298,7 +292,7 @@ class Runtime:
         A device that is lost, or still busy with a block that a guard gave up, is no error here but a warning in the
         log: closing is what follows an error, and must not be told in its place.
         """
-        if self._home.left:
+        if self._process.left:
             self._ending.detach()
             self._engine = None  # a lock may be held by a thread that only the parent has
             return

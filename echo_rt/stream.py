@@ -20,8 +20,7 @@ from echo_rt.errors import ConfigError, StreamError
 from echo_rt.feed import Feed
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.device import model_context
-from echo_rt.utils.failed_frames import frees_frames
-from echo_rt.utils.process import Home
+from echo_rt.utils.process import ProcessGuard, release_on_error
 from echo_rt.utils.wording import one_line
 
 
@@ -63,7 +62,7 @@ class Stream:
     def __init__(self, engine: Engine, blocks: Blocks) -> None:
         self._engine: Engine | None = engine
         self._blocks = blocks
-        self._home = Home()
+        self._process = ProcessGuard()
         # Held while a block is made. Reentrant: a signal's handler may close while its own thread takes or leaves it.
         self._lock = threading.RLock()
         self._owner: int | None = None  # the thread that holds it
@@ -93,7 +92,7 @@ class Stream:
     def close(self) -> None:
         """End the video; waits for a block that is being made. Its runtime can then start another. Idempotent."""
         self._closed = True
-        if self._home.left:
+        if self._process.left:
             self._let_go()  # without the lock, which a thread may hold that only the parent has
             return
         if self.busy_in_this_thread:
@@ -136,7 +135,7 @@ class Stream:
     @contextmanager
     def _exclusive(self) -> Iterator[Engine | None]:
         """The engine, for one thread at a time; None once the stream is closed."""
-        self._home.require("stream")
+        self._process.require("stream")
         if self.busy_in_this_thread:
             raise StreamError("this thread is in the middle of a block of this stream")
         with self._lock:
@@ -204,7 +203,7 @@ class Stream:
 
     def _give_back(self, chunks: list[Chunk]) -> None:
         """``chunks``, the last ones that were handed out, the newest first, are the next ones again."""
-        if chunks and not self._home.left:
+        if chunks and not self._process.left:
             with self._exclusive():
                 self._put_back(chunks)
 
@@ -222,7 +221,7 @@ class Stream:
         return chunk
 
     def _require_open(self) -> None:
-        self._home.require("stream")
+        self._process.require("stream")
         if self._closed:
             raise StreamError("the stream is closed; start another with runtime.stream(...)")
 
@@ -230,7 +229,7 @@ class Stream:
         if self._failure is not None:
             raise StreamError(f"the stream cannot go on: {self._failure}; start or resume another")
 
-    @frees_frames
+    @release_on_error
     def _make_chunk(self, taker: Taker | None = None) -> Chunk | None:
         with self._exclusive() as engine:
             if engine is None:
@@ -256,7 +255,7 @@ class Stream:
 
     # ---------------------------------------------------------------- prompts
 
-    @frees_frames
+    @release_on_error
     def set_prompt(
         self, prompt: str | None = None, *, prompt_embeds: Tensor | None = None, block: int | None = None
     ) -> None:
@@ -293,7 +292,7 @@ class Stream:
             snapshot.save(path)
         return snapshot
 
-    @frees_frames
+    @release_on_error
     def _snapshot(self) -> Snapshot:
         self._require_open()
         with self._exclusive() as engine:

@@ -18,7 +18,7 @@ import torch
 from echo_rt.engine.executor import Immediate, _Instant
 from echo_rt.engine.rollout import Rollout
 
-LATE = 2.0  # seconds that a late block sleeps
+LATE = 3600.0  # seconds that a late block takes, by a clock that is put forward: no load makes another one so late
 LOST = getattr(torch, "AcceleratorError", RuntimeError)  # what torch raises
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
 
@@ -60,14 +60,17 @@ def nan_again_and_again(patch: pytest.MonkeyPatch, every: int) -> None:
 
 def late_block(patch: pytest.MonkeyPatch, block: int) -> None:
     """``block`` takes :data:`LATE` seconds longer, once."""
-    left = [1]
+    ahead = [0.0]
 
-    def sleep(rollout: Rollout, at: int, step: int) -> None:
-        if at == block and left[0]:
-            left[0] -= 1
-            time.sleep(LATE)
+    def put_forward(rollout: Rollout, at: int, step: int) -> None:
+        if at == block:
+            ahead[0] = LATE
 
-    amid_every_block(patch, sleep)
+    def begin(mark: _Instant) -> None:
+        mark.time = time.perf_counter() + ahead[0]
+
+    amid_every_block(patch, put_forward)
+    patch.setattr(_Instant, "__init__", begin)
 
 
 class LostDevice:

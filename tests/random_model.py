@@ -10,14 +10,14 @@ from torch import Tensor
 
 from echo_rt.attention import attentions
 from echo_rt.config import ModelConfig
+from echo_rt.engine.build import ModelTensors, Networks
+from echo_rt.engine.build import build_rollout as build
 from echo_rt.engine.executor import Executor, make_executor
 from echo_rt.engine.rollout import Rollout
-from echo_rt.model.memory import MemoryEncoder
-from echo_rt.model.sampler import Schedule
-from echo_rt.model.transformer import Transformer
-from echo_rt.ops.backends import load_ops
+from echo_rt.ops.backends import choose_backend
 from echo_rt.ops.noise import fill_normal, seed_words
-from echo_rt.options import MemoryMode
+from echo_rt.options import MemoryMode, RuntimeOptions
+from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes
 
 
@@ -82,18 +82,13 @@ def build_rollout(
     executor: Executor | None = None,
 ) -> Rollout:
     """A rollout of echo_rt over those weights."""
-    config, ops, place = ModelConfig.from_flat(flat), load_ops(backend), torch.device(device)
-    schedule = Schedule(config.sampler, place)
-    self_attention, text_attention = attentions(config, place, dtype, ops, cache=None)
-    transformer = Transformer(
-        config.transformer, weights, schedule.timesteps, ops, text_attention.attention, device=place, dtype=dtype
-    )
-    memory = None
-    if config.memory is not None:
-        own = {name: weights[MEMORY_PREFIX + name] for name in memory_shapes(config)}
-        memory = MemoryEncoder(config, own, ops, device=place, dtype=dtype)
-    executor = executor or make_executor(place)
-    return Rollout(config, transformer, memory, schedule, ops, self_attention.attention, MemoryMode(mode), executor)
+    config, place = ModelConfig.from_flat(flat), torch.device(device)
+    chosen = choose_backend(backend, place)
+    own = {} if config.memory is None else {name: weights[MEMORY_PREFIX + name] for name in memory_shapes(config)}
+    tensors = ModelTensors(FingerprintedTensors(weights, "random"), FingerprintedTensors(own, "random"))
+    attention = attentions(config, place, dtype, chosen.ops, cache=None)
+    networks = Networks(config, tensors, RuntimeOptions(device=place, dtype=dtype), chosen, attention=attention)
+    return build(config, networks, MemoryMode(mode), executor or make_executor(place))
 
 
 def drawn_noise(shape: torch.Size, seed: int, block: int) -> Tensor:

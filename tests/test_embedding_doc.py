@@ -17,7 +17,7 @@ DOC = Path(__file__).parent.parent / "docs" / "embedding.md"
 def test_the_code_runs_from_top_to_bottom(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = DOC.read_text(encoding="utf-8")
     pieces = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(pieces) == text.count("```") // 2 == 8
+    assert len(pieces) == text.count("```") // 2 == 9
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "tiny").symlink_to(small_model)
     monkeypatch.chdir(tmp_path)
@@ -36,6 +36,7 @@ def test_the_code_runs_from_top_to_bottom(small_model: Path, tmp_path: Path, mon
                 # Nothing was lost on the way here: five blocks and the next, polled for, waited for.
                 assert names["chunk"].index in (6, 7)  # type: ignore[attr-defined]
     assert out.getvalue() == "0 0 (9, 32, 32, 3)\n"
+    assert names["recorder"].report()["frames"] == 30 and (tmp_path / "fox.mp4").exists()  # type: ignore[attr-defined]
     (first, second), (third, fourth) = names["pairs"]  # type: ignore[misc]
     assert (second, fourth, third - first) == (0, 1, 1)
 

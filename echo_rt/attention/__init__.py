@@ -1,32 +1,30 @@
 """Attention without a mask, by whichever library is fastest here.
 
-A model is given its attention when it is loaded, as it is given its operations: :func:`choose_attention` measures what
+A model is given its attention when it is loaded, as it is given its operations: :func:`attention_tuner` measures what
 is installed, on the model's own shapes, and remembers the outcome in a file.
 """
 
-from echo_rt.attention.choice import (
-    Choice,
+from echo_rt.attention.backends import Attention, AttentionCandidate, AttentionShapes, implementations
+from echo_rt.attention.select import (
+    AttentionSelection,
+    attention_tuner,
     attentions,
     available_attention,
-    choose_attention,
-    kinds,
-    known_choices,
+    cache_file,
+    known_selections,
     untried_attention,
 )
-from echo_rt.attention.kinds import Attention, Kind
-from echo_rt.attention.remembered import cache_file
-from echo_rt.attention.trials import AttentionShapes
 
 __all__ = [
     "Attention",
+    "AttentionCandidate",
+    "AttentionSelection",
     "AttentionShapes",
-    "Choice",
-    "Kind",
+    "attention_tuner",
     "attentions",
     "available_attention",
     "cache_file",
-    "choose_attention",
-    "kinds",
-    "known_choices",
+    "implementations",
+    "known_selections",
     "untried_attention",
 ]

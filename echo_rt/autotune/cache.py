@@ -1,4 +1,4 @@
-"""The files in which the outcome of measuring is remembered from one start to the next.
+"""The files that remember measurements from one start to the next, and all that a measurement depends on.
 
 They are a convenience: a file that is damaged, or cannot be written, costs a measurement and a warning, never an error.
 """
@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from echo_rt.errors import OutputError
 from echo_rt.utils.atomic_file import reason, write_whole
+from echo_rt.utils.build_info import __version__
 from echo_rt.utils.wording import one_line
 
 CACHE_VARIABLE = "ECHO_RT_CACHE_DIR"
@@ -29,7 +32,7 @@ Shapes = TypeVar("Shapes")  # a dataclass
 
 @dataclass(frozen=True)
 class Case(Generic[Shapes]):
-    """What a measurement holds for: ``machine`` as :func:`echo_rt.autotune.machine.machine_facts` describes it."""
+    """The conditions under which a measurement holds; ``machine`` as :func:`machine_facts` describes it."""
 
     machine: Mapping[str, Any]
     dtype: str
@@ -40,7 +43,7 @@ class Case(Generic[Shapes]):
 class Entry(Generic[Shapes]):
     """The name of the fastest in ``case``.
 
-    ``milliseconds`` of a call for each kind that was timed, ``rejected``: why each other one was not.
+    ``milliseconds`` per call of each candidate that was timed, ``rejected``: why each other one was not.
     """
 
     case: Case[Shapes]
@@ -48,8 +51,15 @@ class Entry(Generic[Shapes]):
     milliseconds: Mapping[str, float]
     rejected: Mapping[str, str]
 
+    def __str__(self) -> str:
+        """Why it won."""
+        times = sorted(self.milliseconds.items(), key=lambda item: item[1])
+        listed = ", ".join(f"{name} {time:.3f} ms" for name, time in times)
+        what = "fastest" if len(times) > 1 else "the only one that works"
+        return f"{what} on {self.case.machine['gpu']}: {listed}"
 
-class ChoicesFile(Generic[Shapes]):
+
+class Cache(Generic[Shapes]):
     """The file of one ``subject``, which is also the field of an entry that holds its winner.
 
     ``shapes`` makes them of their fields as JSON has them; it may raise what making an object of wrong values raises.
@@ -61,23 +71,22 @@ class ChoicesFile(Generic[Shapes]):
         self._logger = logging.getLogger(f"echo_rt.{subject}")
 
     def path(self) -> Path | None:
-        """Where choices are remembered: in ``ECHO_RT_CACHE_DIR``, or in echo-rt's folder of the user's cache folder.
+        """The file in ``ECHO_RT_CACHE_DIR``, or in echo-rt's folder of the user's cache folder.
 
         None where there is no such folder because the user has no home.
         """
-        name = f"{self.subject}.json"
         if folder := os.environ.get(CACHE_VARIABLE):
-            return Path(folder) / name
+            return Path(folder) / f"{self.subject}.json"
         user_cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
         if not user_cache.is_absolute():
             try:
                 user_cache = Path.home() / ".cache"
             except RuntimeError:
                 return None
-        return user_cache / "echo-rt" / name
+        return user_cache / "echo-rt" / f"{self.subject}.json"
 
     def entries(self, path: Path) -> list[Entry[Shapes]]:
-        """All that is remembered in ``path``, oldest first; nothing, with a warning, where it cannot be read."""
+        """All that ``path`` remembers, oldest first; nothing, with a warning, where it cannot be read."""
         try:
             content = json.loads(path.read_bytes())
             if content["format"] != _FORMAT:
@@ -86,19 +95,14 @@ class ChoicesFile(Generic[Shapes]):
         except FileNotFoundError:
             return []
         except OSError as error:
-            self._logger.warning("%s cannot be read (%s): %s is measured anew", path, reason(error), self.subject)
+            problem = f"cannot be read ({reason(error)})"
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            self._logger.warning(
-                "%s is damaged (%s: %s): %s is measured anew",
-                path,
-                type(error).__name__,
-                one_line(error),
-                self.subject,
-            )
+            problem = f"is damaged ({type(error).__name__}: {one_line(error)})"
+        self._logger.warning("%s %s: %s is measured anew", path, problem, self.subject)
         return []
 
     def recall(self, path: Path, case: Case[Shapes]) -> Entry[Shapes] | None:
-        """What was measured in exactly this case."""
+        """The measurement of exactly this case."""
         return next((entry for entry in self.entries(path) if entry.case == case), None)
 
     def remember(self, path: Path, entry: Entry[Shapes]) -> None:
@@ -109,20 +113,12 @@ class ChoicesFile(Generic[Shapes]):
                 kept = [other for other in self.entries(path) if other.case != entry.case]
                 content = {"format": _FORMAT, "entries": [self._fields(item) for item in (*kept, entry)]}
                 write_whole(path, json.dumps(content, indent=1).encode() + b"\n")
-        except OSError as error:
-            self._logger.warning(
-                "%s cannot be written (%s): %s is measured at every start", path, reason(error), self.subject
-            )
-        except OutputError as error:
-            self._logger.warning("%s: %s is measured at every start", error, self.subject)
+        except (OSError, OutputError) as error:
+            problem = f"{path} cannot be written ({reason(error)})" if isinstance(error, OSError) else error
+            self._logger.warning("%s: %s is measured at every start", problem, self.subject)
 
     def _fields(self, entry: Entry[Shapes]) -> dict[str, Any]:
-        return {
-            "case": dataclasses.asdict(entry.case),
-            self.subject: entry.winner,
-            "milliseconds": dict(entry.milliseconds),
-            "rejected": dict(entry.rejected),
-        }
+        return {self.subject if name == "winner" else name: value for name, value in dataclasses.asdict(entry).items()}
 
     def _entry(self, item: Any) -> Entry[Shapes]:
         if item.keys() != {"case", self.subject, "milliseconds", "rejected"}:
@@ -133,6 +129,40 @@ class ChoicesFile(Generic[Shapes]):
             raise ValueError("values of other types")
         times = {name: float(time) for name, time in item["milliseconds"].items()}
         return Entry(Case(case["machine"], case["dtype"], self._shapes(case["shapes"])), winner, times, rejected)
+
+
+def machine_facts(device: torch.device, versions: Mapping[str, str | None]) -> dict[str, Any]:
+    """The GPU and the versions of whatever takes part, as JSON: while they are the same, a measurement holds.
+
+    ``versions`` of the candidates by name; None where that of torch or echo-rt says it all.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": _driver(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "echo_rt": __version__,
+        "kinds": dict(versions),
+    }
+
+
+def _driver() -> str | None:
+    """The driver's version; None where NVML is not there, as in some containers."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
+    except ImportError:
+        return None
+    except pynvml.NVMLError:
+        return None
 
 
 @contextmanager

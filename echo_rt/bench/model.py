@@ -15,6 +15,7 @@ from torch import Tensor
 
 from echo_rt.bench.settings import RELEASED, BenchModel
 from echo_rt.config import ModelConfig, TransformerConfig, VaeConfig
+from echo_rt.options import RuntimeOptions
 from echo_rt.weights.load_model import load_model
 from echo_rt.weights.shapes import Shapes, memory_shapes, transformer_shapes, vae_shapes
 
@@ -76,7 +77,7 @@ def folder_model(
     ema: bool | None = None,
 ) -> Model:
     """The model of a folder, by the rules of :meth:`echo_rt.Runtime.from_pretrained`; its errors are that one's."""
-    found = load_model(model, checkpoint=checkpoint, lora=lora, ema=ema, device=device)
+    found = load_model(model, RuntimeOptions(checkpoint=checkpoint, lora=lora, ema=ema, device=device))
     return Model(
         source=" with ".join(str(path) for path in (model, checkpoint, lora) if path is not None),
         config=found.config,

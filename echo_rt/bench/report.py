@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from echo_rt.attention import Choice
+from echo_rt.attention import AttentionSelection
 from echo_rt.bench.run import Entry, Run
 from echo_rt.bench.tables import Column, draw, results, write_results
 from echo_rt.bench.targets import Achieved, Figure, Target, a_day, gigabytes, judge
@@ -315,7 +315,7 @@ def _verdict(entry: Entry) -> str:
     return f"{right}, {'measured' if entry.samples else 'not yet measured'}{graphs}"
 
 
-def _choice(choice: Choice) -> dict[str, Any]:
+def _choice(choice: AttentionSelection) -> dict[str, Any]:
     return {
         "name": choice.attention.name,
         "reason": choice.reason,

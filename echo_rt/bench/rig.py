@@ -6,26 +6,23 @@ Several rigs live side by side, so that they can be measured in turns; what they
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from echo_rt.attention import Choice, attentions, cache_file
+from echo_rt.attention import AttentionSelection, attentions, cache_file
 from echo_rt.bench.model import Model
 from echo_rt.bench.timing import Span, WatchedExecutor, watched_executor
-from echo_rt.engine.decoding import Convolutions, fit_decoder
-from echo_rt.engine.pipeline import Finished, Pipeline
-from echo_rt.engine.rollout import Rollout
+from echo_rt.engine.build import ModelTensors, Networks, build_engine
+from echo_rt.engine.pipeline import Finished
 from echo_rt.errors import ConfigError
-from echo_rt.model.memory import MemoryEncoder
-from echo_rt.model.sampler import Schedule
-from echo_rt.model.transformer import Transformer
 from echo_rt.model.vae_decoder import VaeDecoder
+from echo_rt.ops.backends import Backend
 from echo_rt.ops.schema import Ops
-from echo_rt.options import MemoryMode
+from echo_rt.options import MemoryMode, RuntimeOptions
 from echo_rt.utils.device import model_context, working_dtype
+from echo_rt.weights.fingerprint import FingerprintedTensors
 
 _MOST_BLOCKS = 300  # a steady state that comes later is none that anyone waits for
 
@@ -43,8 +40,8 @@ class Site:
     model_dtype: torch.dtype
     float8_except: tuple[str, ...]
     attention: str | None
-    over_cache: Choice
-    over_text: Choice
+    over_cache: AttentionSelection
+    over_text: AttentionSelection
 
     @classmethod
     def choose(
@@ -65,66 +62,31 @@ class Site:
         return working_dtype(self.model_dtype)
 
 
-class Parts:
-    """The weights on the device for one backend, held once however many rigs compute with them.
+class Parts(Networks):
+    """The networks of a site's model on one backend, held once however many rigs compute with them.
 
     ``convolution``: how the decoder's are computed, None for a trial; ``tiles``: in how many bands of rows it decodes.
     """
 
+    decoder: VaeDecoder  # no tiny one is measured here
+    vae_attention: AttentionSelection
+
     def __init__(self, site: Site, ops: Ops, convolution: str | None = None, tiles: int = 1) -> None:
-        self.site, self.ops, self._convolution, self._tiles = site, ops, convolution, tiles
-
-    @cached_property
-    def schedule(self) -> Schedule:
-        return Schedule(self.site.model.config.sampler, self.site.device)
-
-    @cached_property
-    def transformer(self) -> Transformer:
-        site = self.site
-        return Transformer(
-            site.model.config.transformer,
-            site.model.transformer,
-            self.schedule.timesteps,
-            self.ops,
-            site.over_text.attention,
+        model, self.site = site.model, site
+        options = RuntimeOptions(
             device=site.device,
             dtype=site.model_dtype,
             float8_except=site.float8_except,
+            attention=site.attention,
+            convolution=convolution,
+            vae_tiles=tiles,
         )
-
-    @cached_property
-    def memory(self) -> MemoryEncoder:
-        site = self.site
-        assert site.model.memory is not None
-        return MemoryEncoder(site.model.config, site.model.memory, self.ops, device=site.device, dtype=site.dtype)
-
-    @cached_property
-    def decoder(self) -> VaeDecoder:
-        return self._decoding[0]
-
-    @property
-    def vae_attention(self) -> Choice:
-        """How the decoder's is computed."""
-        return self._decoding[1]
-
-    @property
-    def convolutions(self) -> Convolutions:
-        """How those of the decoder are computed."""
-        return self._decoding[2]
-
-    @cached_property
-    def _decoding(self) -> tuple[VaeDecoder, Choice, Convolutions]:
-        site, config = self.site, self.site.model.config
-        decoder = VaeDecoder(
-            site.model.vae_config,
-            site.model.vae,
-            self.ops,
-            device=site.device,
-            dtype=site.dtype,
-            tiles=self._tiles,
+        parts = (model.transformer, model.memory or {}, model.vae)
+        tensors = ModelTensors(*(FingerprintedTensors(part, model.source) for part in parts))
+        attention = (site.over_cache, site.over_text)
+        super().__init__(
+            model.config, tensors, options, Backend(ops, "measured"), vae=model.vae_config, attention=attention
         )
-        block = (config.window.frames_per_block, config.latent_height, config.latent_width)
-        return decoder, *fit_decoder(decoder, block, self.ops, self._convolution, site.attention)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,35 +102,21 @@ class Rig:
 
     def __init__(self, parts: Parts, mode: MemoryMode, *, graphs: bool | None, depth: int) -> None:
         site = parts.site
-        model, self._context = site.model, (site.device, site.dtype)
-        self.mode = mode
+        self.mode, self._context = mode, (site.device, site.dtype)
         self._graphs = graphs is not False and site.device.type == "cuda"
         self.executor: WatchedExecutor = watched_executor(site.device, graphs)
-        with model_context(*self._context):
-            config, encoder = model.without_memory(), None
-            if mode is not MemoryMode.OFF:
-                config, encoder = model.config, parts.memory
-            attention = site.over_cache.attention
-            self.rollout = Rollout(
-                config, parts.transformer, encoder, parts.schedule, parts.ops, attention, mode, self.executor
-            )
-            self.pipeline = Pipeline(
-                self.rollout,
-                parts.decoder,
-                model.vae_config,
-                parts.ops,
-                self.executor,
-                device=site.device,
-                depth=depth,
-            )
+        config = site.model.without_memory() if mode is MemoryMode.OFF else site.model.config
+        options = replace(parts.options, graphs=graphs, lookahead=depth - 1)
+        self.engine = build_engine(config, parts, options, mode, executor=self.executor)
+        self.rollout, self.pipeline = self.engine.rollout, self.engine.pipeline
         self._begun: deque[tuple[Span, ...]] = deque()
         self.executor.settle()
 
     def start(self, prompt_embeds: Tensor, seed: int) -> None:
         """A new video."""
         with model_context(*self._context):
-            self._forget()
-            self.rollout.start(prompt_embeds, seed)
+            self._begun.clear()
+            self.engine.start(prompt_embeds, seed)
         self.executor.spans.clear()
 
     def block(self, lookahead: int) -> Block:
@@ -213,25 +161,11 @@ class Rig:
         """Stand where ``other``, a rig of the same mode, stands: the next block of both is the same one."""
         other.drain()
         with model_context(*self._context):
-            self._forget()
-            self.rollout.state.reset()
-            for rig in (self, other):
-                rig.rollout.set_seed(seed)
-            theirs = other.pipeline.live_tensors()
-            with self.executor.apart():
-                for name, tensor in self.pipeline.live_tensors().items():
-                    tensor.copy_(theirs[name])
-        for fact in ("block", "memory_ready", "memory_updated"):
-            setattr(self.rollout.state, fact, getattr(other.rollout.state, fact))
-        self.pipeline.decoder_state.latents_seen = other.pipeline.decoder_state.latents_seen
-        self.executor.settle()
+            self._begun.clear()
+            self.engine.load_state(other.engine.save_state(seed), seed)
+            other.rollout.set_seed(seed)
         self.executor.spans.clear()
         other.executor.spans.clear()
-
-    def _forget(self) -> None:
-        self.pipeline.reset()
-        self._begun.clear()
-        self.executor.settle()  # the decoder's lane clears its windows, which another lane may be about to fill
 
     @property
     def state_bytes(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from echo_rt.attention import Choice
+from echo_rt.attention import AttentionSelection
 from echo_rt.bench.environment import environment
 from echo_rt.bench.measure import LEFT_OUT, Baseline, Exactness, Missing, compare_block, find_baselines, take_turn
 from echo_rt.bench.model import Model, random_prompt
@@ -89,7 +89,7 @@ class Run:
     dtype: torch.dtype
     model: Model
     backend: Backend
-    attention: tuple[Choice, Choice, Choice]
+    attention: tuple[AttentionSelection, AttentionSelection, AttentionSelection]
     convolutions: Convolutions
     clock: str
     rounds: int

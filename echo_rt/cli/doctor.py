@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from echo_rt.cli.signals import StopRequest
-from echo_rt.cli.streams import say
+from echo_rt.cli.stdio import say
 
 if TYPE_CHECKING:
     from echo_rt.cli.doctor_checks import Fact

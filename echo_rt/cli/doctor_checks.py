@@ -251,11 +251,11 @@ def _compilers() -> Iterator[Fact]:
 def _attention() -> Iterator[Fact]:
     """Which libraries of attention work on the best device, and which one a model would be given there."""
     try:
-        from echo_rt.attention import available_attention, kinds
+        from echo_rt.attention import available_attention, implementations
         from echo_rt.ops.backends import load_ops
     except (ImportError, OSError):
         return
-    every = [kinds(load_ops(name)) for name in _gpu_backends()]
+    every = [implementations(load_ops(name)) for name in _gpu_backends()]
     device = yield from _tried("attention", lambda device: available_attention(device, every[-1]))
     if device is not None:
         yield from _chosen_attention(device, every)
@@ -264,11 +264,11 @@ def _attention() -> Iterator[Fact]:
 def _convolution() -> Iterator[Fact]:
     """Which ways to compute the decoder's convolutions work on the best device, and which ones are chosen there."""
     try:
-        from echo_rt.convolution import available_convolutions, kinds
+        from echo_rt.convolution import available_convolutions, implementations
         from echo_rt.ops.backends import load_ops
     except (ImportError, OSError):
         return
-    every = [kinds(load_ops(name)) for name in _gpu_backends()]
+    every = [implementations(load_ops(name)) for name in _gpu_backends()]
     device = yield from _tried("convolution", lambda device: available_convolutions(device, every[-1]))
     if device is not None:
         yield from _chosen_convolutions(device, every)
@@ -309,11 +309,11 @@ def _tried(
     return device
 
 
-def _chosen_attention(device: torch.device, every: Sequence[Sequence[attention.Kind]]) -> Iterator[Fact]:
-    from echo_rt.attention import cache_file, known_choices
+def _chosen_attention(device: torch.device, every: Sequence[Sequence[attention.AttentionCandidate]]) -> Iterator[Fact]:
+    from echo_rt.attention import cache_file, known_selections
 
     cache = cache_file()
-    chosen = dict.fromkeys(choice for kinds in every for choice in known_choices(device, cache, kinds))
+    chosen = dict.fromkeys(known for candidates in every for known in known_selections(device, cache, candidates))
     for name, reason in chosen:
         yield Fact("attention", "chosen", f"{name}: {reason}")
     if not chosen:
@@ -323,12 +323,14 @@ def _chosen_attention(device: torch.device, every: Sequence[Sequence[attention.K
         yield Fact("attention", "remembered in", f"{cache} (without it, measured anew)")
 
 
-def _chosen_convolutions(device: torch.device, every: Sequence[Sequence[convolution.Kind]]) -> Iterator[Fact]:
+def _chosen_convolutions(
+    device: torch.device, every: Sequence[Sequence[convolution.ConvolutionCandidate]]
+) -> Iterator[Fact]:
     """The decoder has dozens: how many of them are computed in which way."""
-    from echo_rt.convolution import cache_file, known_choices
+    from echo_rt.convolution import cache_file, known_selections
 
     cache, name = cache_file(), "convolutions chosen"
-    chosen = Counter(kind for kinds in every for kind, _ in known_choices(device, cache, kinds))
+    chosen = Counter(name for candidates in every for name, _ in known_selections(device, cache, candidates))
     if device.type != "cuda":
         yield Fact("convolution", name, f"{' and '.join(chosen)}: torch's own on a {device.type.upper()}")
     elif not chosen:

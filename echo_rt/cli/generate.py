@@ -6,11 +6,10 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from echo_rt.cli.generate_request import Request, add_parser
-from echo_rt.cli.messages import describe, warn
 from echo_rt.cli.progress import ProgressReport
 from echo_rt.cli.prompts import TimedPrompt, first_block
 from echo_rt.cli.signals import StopNow, StopRequest
-from echo_rt.cli.streams import say
+from echo_rt.cli.stdio import describe, say, warn
 from echo_rt.errors import ConfigError, OutputError, PromptError
 from echo_rt.utils.wording import counted
 
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
 
     from echo_rt.cli.resumption import Resumption
     from echo_rt.engine.guard import Guard
-    from echo_rt.output.recorder import Recorder
-    from echo_rt.output.segment_recorder import Checkpoints, SegmentRecorder
+    from echo_rt.output import Checkpoints, Recorder, SegmentRecorder
     from echo_rt.runtime import Runtime
     from echo_rt.stream import Stream
 
@@ -30,16 +28,8 @@ __all__ = ["add_parser", "run"]
 def _load(request: Request, resumption: Resumption | None) -> Runtime:
     from echo_rt.runtime import Runtime
 
-    arguments = request.arguments
-    return Runtime.from_pretrained(
-        arguments.model,
-        **request.model_options,
-        width=request.width,
-        height=request.height,
-        keep_text_encoder=arguments.keep_text_encoder,
-        overrides=request.overrides,
-        like=None if resumption is None else resumption.snapshot,
-    )
+    like = None if resumption is None else resumption.snapshot
+    return Runtime.from_pretrained(request.arguments.model, **request.options.arguments(), like=like)
 
 
 def _read_embeds(script: list[TimedPrompt]) -> dict[str, Tensor]:
@@ -194,7 +184,7 @@ def _open_recorder(
     """What the video is written to, and where its snapshots go if they are asked for."""
     arguments = request.arguments
     if request.segment_seconds is None:
-        from echo_rt.output.recorder import Recorder
+        from echo_rt.output import Recorder
 
         recorder = Recorder(
             request.output,
@@ -208,8 +198,7 @@ def _open_recorder(
         )
         return recorder, None
     from echo_rt.cli.resumption import notes_of
-    from echo_rt.output.segment_recorder import Checkpoints, SegmentRecorder
-    from echo_rt.output.segments import SegmentedWriter
+    from echo_rt.output import Checkpoints, SegmentedWriter, SegmentRecorder
 
     first_frame, first_block = (0, None) if resumed is None else (resumed.video_frames, resumed.next_block)
     if resumption is None:

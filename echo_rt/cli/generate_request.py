@@ -7,10 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from echo_rt.cli.arguments import parse_length, parse_number, parse_positive
 from echo_rt.cli.model_options import add_model_options, model_files, parse_model_options
-from echo_rt.cli.numbers import parse_length, parse_number, parse_positive, parse_size
 from echo_rt.cli.outputs import Named, check_folder, check_outputs
-from echo_rt.cli.overrides import parse_overrides
 from echo_rt.cli.paths import parse_path
 from echo_rt.cli.prompts import parse_script
 from echo_rt.errors import ConfigError, TargetError
@@ -113,9 +112,7 @@ class Request:
         self.seed = check_seed(parse_number("--seed", arguments.seed, int, "an integer of 0 or more"))
         self.frames: int | None = parse_length("--frames", arguments.frames, int, "a number of frames of 1 or more")
         self.seconds: float | None = parse_length("--seconds", arguments.seconds, float, "a number of seconds above 0")
-        self.model_options = parse_model_options(arguments)
-        self.width, self.height = parse_size(arguments.size)
-        self.overrides = parse_overrides(arguments.set)
+        self.options = parse_model_options(arguments)
         self.embeds_files = self._embeds_files(arguments.save_prompt_embeds)
         self.segment_seconds: float | None = parse_positive(
             "--segments", arguments.segments, float, "seconds of video above 0"

@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
-from echo_rt.cli import bench, doctor, generate, soak, streams, tiny, verify
-from echo_rt.cli.messages import DEBUG_VARIABLE, describe, warn
+from echo_rt.cli import bench, doctor, generate, soak, stdio, tiny, verify
 from echo_rt.cli.signals import StopNow, StopRequest
+from echo_rt.cli.stdio import DEBUG_VARIABLE, describe, warn
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.utils.build_info import __version__
 
@@ -70,9 +70,9 @@ def _run(argv: list[str], report: dict[str, Any], debug: bool, stop: StopRequest
         raise
     except Exception as error:
         if debug:
-            streams.complain(traceback.format_exc().rstrip())
+            stdio.complain(traceback.format_exc().rstrip())
         report["error"], code = describe(error)
-        streams.complain(f"echo-rt: error: {report['error']}")
+        stdio.complain(f"echo-rt: error: {report['error']}")
         return code
 
 
@@ -104,21 +104,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Signals are held until the report is printed: a second one while files are closed must not cost it.
     with StopRequest() as stop:
-        streams.prepare()
+        stdio.prepare()
         try:
             try:
                 with warnings.catch_warnings():
                     warnings.showwarning = show_warning
                     code = _run(argv, report, debug, stop)
             except SystemExit:
-                streams.say("", end="")  # argparse has printed a page of help, which may still be in the buffer
+                stdio.say("", end="")  # argparse has printed a page of help, which may still be in the buffer
                 raise
-            streams.say(json.dumps({**report, "exit_code": code}) if as_json else "", end="\n" if as_json else "")
+            stdio.say(json.dumps({**report, "exit_code": code}) if as_json else "", end="\n" if as_json else "")
             return code
         except BrokenPipeError:
             return 1  # whoever read our output has left
         except OutputError as error:
-            streams.complain(f"echo-rt: error: {error}")
+            stdio.complain(f"echo-rt: error: {error}")
             return 1
         finally:
-            streams.release()
+            stdio.release()

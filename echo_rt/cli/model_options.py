@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from echo_rt.cli.numbers import parse_number, parse_positive
+from echo_rt.cli.arguments import parse_number, parse_overrides, parse_positive, parse_size
 from echo_rt.cli.outputs import Named
 from echo_rt.cli.paths import parse_path
 from echo_rt.errors import ConfigError
-from echo_rt.options import DTYPE_NAMES, MODEL_OPTIONS, TINY_VAE, VAE_DTYPE_NAMES, WAN_VAE, MemoryMode
+from echo_rt.options import DTYPE_NAMES, TINY_VAE, VAE_DTYPE_NAMES, WAN_VAE, MemoryMode, RuntimeOptions
 
 BACKEND_HELP = "who does the operations; default: cuda on a GPU that has the kernels, else torch (see echo-rt doctor)"
 
@@ -55,21 +56,24 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
     return model
 
 
-def parse_model_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What they say, by the names of ``Runtime.from_pretrained``; raises ``ConfigError``.
-
-    The model's folder is not among it, nor is what not every command takes.
-    """
+def parse_model_options(arguments: argparse.Namespace) -> RuntimeOptions:
+    """What they say, ``--size`` and ``--set`` included; raises ``ConfigError``."""
     if not arguments.vae:  # as a path it would be the folder one is in
         raise ConfigError(f"--vae: expected {WAN_VAE}, {TINY_VAE} or the path of a tiny decoder's file, got ''")
     if arguments.ema is not None and arguments.checkpoint is None:
         raise ConfigError("--ema: expected --checkpoint FILE with it, among whose weights it chooses, got none")
-    parsed = {
+    names = {field.name for field in dataclasses.fields(RuntimeOptions)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    width, height = parse_size(arguments.size)
+    given |= {
         "lookahead": parse_lookahead(arguments.lookahead),
         "vae_tiles": parse_tiles(arguments.vae_tiles),
         "float8_except": tuple(arguments.float8_except),
+        "width": width,
+        "height": height,
+        "overrides": parse_overrides(arguments.set),
     }
-    return {name: parsed.get(name, getattr(arguments, name)) for name in MODEL_OPTIONS}
+    return RuntimeOptions(**given)
 
 
 def model_files(arguments: argparse.Namespace) -> list[Named]:

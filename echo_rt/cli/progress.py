@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from echo_rt.cli.streams import can_draw, complain
+from echo_rt.cli.stdio import can_draw, complain
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from echo_rt.cli.generate_request import Request
 from echo_rt.cli.prompts import TimedPrompt, first_block
 from echo_rt.errors import ConfigError, PromptError, TargetError
+from echo_rt.output.recorder import SNAPSHOT_FOLDER
 from echo_rt.output.segment_index import RecordingIndex
-from echo_rt.output.segment_recorder import SNAPSHOT_FOLDER
 from echo_rt.output.segments import check_free
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import latest_snapshot, snapshot_files

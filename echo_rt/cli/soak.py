@@ -7,14 +7,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from echo_rt.cli.arguments import parse_number, parse_positive
 from echo_rt.cli.model_options import add_model_options, model_files, parse_model_options
-from echo_rt.cli.numbers import parse_number, parse_positive, parse_size
 from echo_rt.cli.outputs import Named, check_folder
-from echo_rt.cli.overrides import parse_overrides
 from echo_rt.cli.paths import parse_path
 from echo_rt.cli.prompts import parse_untimed
 from echo_rt.cli.signals import StopRequest
-from echo_rt.cli.streams import complain, say
+from echo_rt.cli.stdio import complain, say
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.options import OVERRIDES
 from echo_rt.soak.config import AUTO_LIMITS, NEVER_OFF, Limits, SoakConfig
@@ -129,7 +128,6 @@ def _address(text: str | None) -> tuple[str, int] | None:
 
 def parse_config(arguments: argparse.Namespace) -> SoakConfig:
     """The soak that the arguments ask for; raises ``ConfigError``, ``TargetError`` for a place where none can be."""
-    width, height = parse_size(arguments.size)
     given = {
         "keep": _count("--keep", arguments.keep),
         "hash_every": _count("--hash-every", arguments.hash_every),
@@ -137,7 +135,8 @@ def parse_config(arguments: argparse.Namespace) -> SoakConfig:
         "prompts": None if arguments.prompt is None else parse_untimed(arguments.prompt),
     }
     options: dict[str, Any] = {
-        name: str(value) if isinstance(value, Path) else value for name, value in parse_model_options(arguments).items()
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in parse_model_options(arguments).arguments().items()
     }
     if arguments.keep is not None and arguments.snapshot_every is None:
         raise ConfigError("--keep: expected --snapshot-every N with it, whose snapshots it counts, got none")
@@ -148,9 +147,6 @@ def parse_config(arguments: argparse.Namespace) -> SoakConfig:
         blocks=_count("--blocks", arguments.blocks),
         hours=parse_positive("--hours", arguments.hours, float, "a number of hours above 0"),
         **options,
-        width=width,
-        height=height,
-        overrides=parse_overrides(arguments.set),
         switch_every=_count("--switch-every", arguments.switch_every),
         seed=parse_number("--seed", arguments.seed, int, "an integer of 0 or more"),
         snapshot_every=_count("--snapshot-every", arguments.snapshot_every),

@@ -9,7 +9,7 @@ from typing import Any
 
 from echo_rt.cli.paths import parse_path
 from echo_rt.cli.signals import StopRequest
-from echo_rt.cli.streams import say
+from echo_rt.cli.stdio import say
 from echo_rt.errors import ConfigError
 
 

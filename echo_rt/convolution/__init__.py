@@ -1,28 +1,30 @@
-"""The decoder's convolutions, each in the way that is fastest here.
+"""The decoder's convolutions, each by the implementation that is fastest here.
 
-A decoder is given its convolutions when it is loaded, as a model is given its attention: :func:`choose_convolutions`
+A decoder is given its convolutions when it is loaded, as a model is given its attention: :func:`select_convolutions`
 measures what there is, on the decoder's own shapes, and remembers the outcome in a file.
 """
 
-from echo_rt.convolution.causal import library_convolution
-from echo_rt.convolution.choice import Choice, available_convolutions, choose_convolutions, known_choices
-from echo_rt.convolution.enlarging import enlarged_convolution
-from echo_rt.convolution.kinds import CONVOLUTION_NAMES, Kind, kinds
-from echo_rt.convolution.prepared import Prepared
-from echo_rt.convolution.remembered import cache_file
-from echo_rt.convolution.shapes import ConvolutionShape
+from echo_rt.convolution.backends import ConvolutionCandidate, implementations
+from echo_rt.convolution.select import (
+    ConvolutionSelection,
+    available_convolutions,
+    cache_file,
+    known_selections,
+    select_convolutions,
+)
+from echo_rt.convolution.shapes import ConvolutionShape, Prepared
+from echo_rt.convolution.torch_conv import library_convolution, upsample_convolution
 
 __all__ = [
-    "CONVOLUTION_NAMES",
-    "Choice",
+    "ConvolutionCandidate",
+    "ConvolutionSelection",
     "ConvolutionShape",
-    "Kind",
     "Prepared",
     "available_convolutions",
     "cache_file",
-    "choose_convolutions",
-    "enlarged_convolution",
-    "kinds",
-    "known_choices",
+    "implementations",
+    "known_selections",
     "library_convolution",
+    "select_convolutions",
+    "upsample_convolution",
 ]

@@ -1,10 +1,12 @@
-"""The size of one convolution of the VAE's decoder."""
+"""The size of one convolution of the VAE's decoder, and what an implementation makes of its weight."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,17 @@ class ConvolutionShape:
         if not all(type(size) is int for size in sizes) or type(shape.enlarge) is not bool:
             raise ValueError("values of other types")
         return shape
+
+
+class Prepared(Protocol):
+    """A convolution with its weight, for frames of any number and size. The bias is its reader's to add.
+
+    It keeps nothing between calls, changes no input and never waits for the device once it has run in a thread, so that
+    a thread that has called it with some sizes can capture it with these.
+    """
+
+    def __call__(self, frames: Tensor, /) -> Tensor:
+        """Contiguous ``frames [past + T, H, W, C]`` -> contiguous ``[T, H, W, Co]``, or ``[T, 2H, 2W, Co]`` upsampled.
+
+        Around a picture are zeros; in time there is no padding.
+        """

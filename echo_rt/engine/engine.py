@@ -1,14 +1,15 @@
-"""What a runtime lends to a stream, and the state in it: read out as a snapshot, put back from one."""
+"""What a runtime lends to a stream, and the state in it: saved as a snapshot, loaded from one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from echo_rt.chunk import Chunk
 from echo_rt.config import VaeConfig
 from echo_rt.engine.executor import Executor
 from echo_rt.engine.pipeline import Pipeline
@@ -39,8 +40,23 @@ class Engine:
     lookahead: int
     check: SteadyCheck | None
 
-    def read(self) -> dict[str, Tensor]:
-        """Copies of the pipeline's live tensors on the host, once all that was asked for is done."""
+    @property
+    def block(self) -> int:
+        """The last block that was begun, -1 before the first."""
+        return self.rollout.state.block
+
+    def start(self, prompt_embeds: Tensor, seed: int) -> None:
+        """Begin a new video with ``prompt_embeds [length, text_dim]``, whatever was in the buffers."""
+        self.pipeline.reset()
+        self.rollout.start(prompt_embeds, seed)
+
+    def save_state(
+        self, seed: int, prompts: Mapping[int, Tensor] | None = None, held: Sequence[Chunk] = (), offset: int = 0
+    ) -> Snapshot:
+        """Copy the state behind the last block begun to the host, once all that was asked for is done.
+
+        The rest is the stream's, which :class:`Snapshot` explains.
+        """
         pinned = self.device.type == "cuda"  # several times as fast as memory that may be paged out
         self.executor.settle()
         copies: dict[str, Tensor] = {}
@@ -49,7 +65,17 @@ class Engine:
                 copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
                 copies[name].copy_(tensor, non_blocking=True)
         self.executor.settle()
-        return copies
+        return Snapshot(
+            model=dict(self.model),
+            seed=seed,
+            block=self.block,
+            memory_ready=self.rollout.state.memory_ready,
+            latents_decoded=self.pipeline.decoder_state.latents_seen,
+            tensors=copies,
+            prompts=dict(prompts or {}),
+            held=tuple(held),
+            offset=offset,
+        )
 
     def finite(self) -> bool:
         """Whether all that the next block depends on is finite; waits for it."""
@@ -87,8 +113,8 @@ class Engine:
             except PromptError as error:
                 raise StreamError(f"the snapshot's prompt for block {block}: {error}") from None
 
-    def put_back(self, snapshot: Snapshot, seed: int) -> None:
-        """The state of ``snapshot``, which :meth:`require_fit` has passed; noise from ``seed`` from here on."""
+    def load_state(self, snapshot: Snapshot, seed: int) -> None:
+        """Stand where ``snapshot``, which :meth:`require_fit` has passed, was taken; ``seed`` is the next noise's."""
         state = self.rollout.state
         self.pipeline.reset()
         state.reset()

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import ModelConfig, VaeConfig
-from echo_rt.engine.decoding import DecoderOptions
 from echo_rt.engine.pipeline import frames_shape
 from echo_rt.engine.state import state_sizes
 from echo_rt.errors import ConfigError
@@ -45,10 +44,11 @@ def require_room(
     config: ModelConfig,
     vae: VaeConfig,
     tiny: TinyVaeConfig | None,
-    decoding: DecoderOptions,
     *,
     device: torch.device,
     dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    vae_tiles: int = 1,
     depth: int,
 ) -> None:
     """:class:`ConfigError` for a video that has no room, however little else there is.
@@ -56,10 +56,10 @@ def require_room(
     ``tiny``: the tiny decoder in place of the VAE, if any; ``depth``: how many blocks may be in flight.
     """
     room = Need(device=torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0, host=host_memory())
-    need = rollout_bytes(config, vae, decoding, dtype=dtype, depth=depth)
+    need = rollout_bytes(config, vae, dtype=dtype, vae_dtype=vae_dtype, depth=depth)
     # Apart, as these are counted with tensors, and there are sizes that not even a tensor without bytes can have.
     _require(need, room, config, vae, device, depth)
-    need = Need(need.device + decoder_bytes(config, vae, tiny, decoding), need.host)
+    need = Need(need.device + decoder_bytes(config, vae, tiny, vae_dtype, vae_tiles), need.host)
     _require(need, room, config, vae, device, depth)
 
 
@@ -77,27 +77,28 @@ def _require(need: Need, room: Need, config: ModelConfig, vae: VaeConfig, device
 
 
 def rollout_bytes(
-    config: ModelConfig, vae: VaeConfig, decoding: DecoderOptions, *, dtype: torch.dtype, depth: int
+    config: ModelConfig, vae: VaeConfig, *, dtype: torch.dtype, vae_dtype: torch.dtype, depth: int
 ) -> Need:
     """Of the rollout, and of what is between it, the decoder and the host."""
     sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in state_sizes(config, dtype).items()}
     pixels = math.prod(frames_shape(config, vae))
     block = pixels + sizes["x"]  # its frames as bytes, and its latents
-    video = pixels * decoding.dtype.itemsize  # the frames before they are bytes
+    video = pixels * vae_dtype.itemsize  # the frames before they are bytes
     return Need(device=sum(sizes.values()) + block + video, host=depth * block)
 
 
-def decoder_bytes(config: ModelConfig, vae: VaeConfig, tiny: TinyVaeConfig | None, decoding: DecoderOptions) -> int:
+def decoder_bytes(
+    config: ModelConfig, vae: VaeConfig, tiny: TinyVaeConfig | None, dtype: torch.dtype, tiles: int
+) -> int:
     """Of what the decoder remembers and works in, as it makes it."""
     size = (config.latent_height, config.latent_width, config.window.frames_per_block)
-    device, dtype = _META, decoding.dtype
     state: DecoderState
     if tiny is not None:
         tensors = _empty(tiny_decoder_shapes(tiny))
-        state = TinyDecoder(tiny, tensors, vae, device=device, dtype=dtype).new_state(*size)
+        state = TinyDecoder(tiny, tensors, vae, device=_META, dtype=dtype).new_state(*size)
     else:
         tensors = _empty(vae_decoder_shapes(vae))
-        wan = VaeDecoder(vae, tensors, load_ops("torch"), device=device, dtype=dtype, tiles=decoding.tiles)
+        wan = VaeDecoder(vae, tensors, load_ops("torch"), device=_META, dtype=dtype, tiles=tiles)
         state = wan.new_state(*size)
     return sum(tensor.nbytes for tensor in state.buffers().values())
 

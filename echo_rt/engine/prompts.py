@@ -26,10 +26,12 @@ class PromptEncoder:
     """The text encoder of a model folder, loaded when a prompt needs it and released after it unless ``keep``.
 
     Any thread may use it; one prompt is encoded at a time. Embeddings are float32 on the host, so that no stream or
-    snapshot depends on what happens to them on a device.
+    snapshot depends on what happens to them on a device. Without a folder there is no text encoder.
     """
 
-    def __init__(self, folder: ModelFolder, config: TransformerConfig, device: torch.device, *, keep: bool) -> None:
+    def __init__(
+        self, folder: ModelFolder | None, config: TransformerConfig, device: torch.device, *, keep: bool
+    ) -> None:
         self.keep = keep
         self._folder, self._config, self._device = folder, config, device
         self._lock = threading.RLock()  # a signal's handler amid a prompt of its own thread may close
@@ -50,6 +52,8 @@ class PromptEncoder:
         with self._lock, model_context(self._device, torch.float32), self._device:
             if self._closed:
                 raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
+            if self._folder is None:
+                raise PromptError("expected embeddings: this model has no folder with a text encoder, got a text")
             for prompt in prompts:
                 clean_prompt(prompt)  # one that cannot be, or a missing package, is found before the encoder is read
             self._encoding = True

@@ -144,6 +144,16 @@ class Rollout:
         usable = self.mode is not MemoryMode.OFF and self.state.memory_ready
         return usable and self._layout.memory_fits(block)
 
+    @property
+    def memory(self) -> Tensor | None:
+        """The memory's state ``[tokens, dim]``, live; None until the first update."""
+        return self.state.memory if self.state.memory_ready else None
+
+    @property
+    def noise_shape(self) -> torch.Size:
+        """``[steps, B, C, h, w]``: what :meth:`next_block` draws, or is given."""
+        return self.state.noise.shape
+
     def _span(self, block: int) -> Span:
         layout, tokens = self._layout, self.config.tokens_per_frame
         return Span(

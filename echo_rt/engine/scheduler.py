@@ -96,13 +96,12 @@ class Blocks:
 
     def start(self, engine: Engine, prompt_embeds: Tensor) -> None:
         """From the first block."""
-        engine.pipeline.reset()
-        engine.rollout.start(prompt_embeds, self._seed)
+        engine.start(prompt_embeds, self._seed)
 
     def restore(self, engine: Engine, snapshot: Snapshot) -> None:
         """From where ``snapshot`` was taken; :class:`StreamError` if it is another model's."""
         engine.require_fit(snapshot)
-        engine.put_back(snapshot, self._seed)
+        engine.load_state(snapshot, self._seed)
         self._offset = snapshot.offset
         self.prompts = PromptSchedule(snapshot.block + 1 + snapshot.offset, snapshot.prompts)
         self._held.extend(snapshot.held)
@@ -153,7 +152,7 @@ class Blocks:
     # ---------------------------------------------------------------- one block
 
     def _begin(self, engine: Engine) -> None:
-        block = engine.rollout.state.block + 1 + self._offset
+        block = engine.block + 1 + self._offset
         prompt = self.prompts.begin(block)
         if prompt is not None:
             self._prompts_since[block] = prompt
@@ -201,20 +200,10 @@ class Blocks:
     # ---------------------------------------------------------------- state
 
     def _snapshot(self, engine: Engine) -> Snapshot:
-        return Snapshot(
-            model=dict(engine.model),
-            seed=self._seed,
-            block=engine.rollout.state.block,
-            memory_ready=engine.rollout.state.memory_ready,
-            latents_decoded=engine.pipeline.decoder_state.latents_seen,
-            tensors=engine.read(),
-            prompts=self.prompts.pending(),
-            held=tuple(self._held),
-            offset=self._offset,
-        )
+        return engine.save_state(self._seed, self.prompts.pending(), self._held, self._offset)
 
     def _good_state_due(self, engine: Engine) -> bool:
-        block = engine.rollout.state.block
+        block = engine.block
         if self._guard.policy != ROLL_BACK or block < 0:
             return False
         return self._good is None or block - self._good.block >= self._guard.keep_every
@@ -245,7 +234,7 @@ class Blocks:
         self._failures += 1
         self.rollbacks += 1
         self._seed = (self._seed + _RESEED) % _SEEDS
-        engine.put_back(good, self._seed)
+        engine.load_state(good, self._seed)
         self._offset = block - (good.block + 1)
         since = self._prompts_since
         self._prompts_since = {at: embeds for at, embeds in since.items() if at <= block}

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from echo_rt.attention import Attention, AttentionShapes
 from echo_rt.config import VaeConfig
-from echo_rt.convolution import ConvolutionShape, Kind
+from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape
 from echo_rt.errors import ConfigError
 from echo_rt.model.vae_decoder_state import DecodingPlan, LevelShape, VaeDecoderState, plan_decoding
 from echo_rt.model.vae_layers import CausalConv, EnlargingConv, Middle, NormConv, ResidualBlock, Terms, VaeWeights
@@ -92,12 +92,12 @@ class VaeDecoder:
         """From now on the pixels of a frame attend to each other by ``attention``."""
         self._middle.attention.compute = attention
 
-    def use(self, kinds: Mapping[str, Kind]) -> None:
-        """From now on each convolution is computed by the kind under its name. Once: it is all that they keep."""
+    def use(self, candidates: Mapping[str, ConvolutionCandidate]) -> None:
+        """From now on each convolution is computed by the candidate under its name. Once: it is all that they keep."""
         for level in self._shapes():
             for convolution in level.convolutions:
-                convolution.use(kinds[convolution.name])
-        self.head.conv.use(kinds[self.head.conv.name])
+                convolution.use(candidates[convolution.name])
+        self.head.conv.use(candidates[self.head.conv.name])
 
     def _shapes(self) -> list[LevelShape]:
         lowest, *others = (level.shape for level in self.levels)

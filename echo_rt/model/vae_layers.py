@@ -19,8 +19,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from echo_rt.attention import Attention, AttentionShapes, untried_attention
-from echo_rt.convolution import ConvolutionShape, Kind, Prepared, enlarged_convolution, library_convolution
-from echo_rt.convolution.library import convolve
+from echo_rt.convolution import (
+    ConvolutionCandidate,
+    ConvolutionShape,
+    Prepared,
+    library_convolution,
+    upsample_convolution,
+)
+from echo_rt.convolution.torch_conv import convolve
 from echo_rt.errors import WeightsError
 from echo_rt.model.vae_windows import Windows
 from echo_rt.ops.schema import Ops
@@ -120,10 +126,10 @@ class _Convolution:
         """How many rows above and below a pixel it sees; of an enlarged picture where it enlarges."""
         return self.kernel[1] // 2
 
-    def use(self, kind: Kind) -> None:
-        """From now on computed by ``kind``. Once: the weight is let go of."""
+    def use(self, candidate: ConvolutionCandidate) -> None:
+        """From now on computed by ``candidate``. Once: the weight is let go of."""
         assert self._weight is not None, "its way was chosen before"
-        self._convolved = kind.prepare(self._weight)
+        self._convolved = candidate.prepare(self._weight)
         self._weight = None
 
 
@@ -163,7 +169,7 @@ class EnlargingConv(_Convolution):
         self.name = name
         weight, self.bias = weights.convolution(name)
         weight = weight.unsqueeze(2)
-        super().__init__(weight, enlarged_convolution(weight))
+        super().__init__(weight, upsample_convolution(weight))
 
     def shape(self, frames: int, height: int, width: int) -> ConvolutionShape:
         """Of a call with so many frames of this size, which is doubled."""

@@ -80,9 +80,9 @@ def load_ops(backend: str) -> Ops:
         from echo_rt.ops import reference
 
         return cast(Ops, reference)
-    from echo_rt.ops.kernels import Kernels
+    from echo_rt.ops import kernels
 
-    return Kernels()
+    return cast(Ops, kernels)
 
 
 @dataclass(frozen=True)

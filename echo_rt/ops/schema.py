@@ -200,7 +200,7 @@ class Ops(Protocol):
     def causal_conv_hopper(window: Tensor, weight: Tensor, out: Tensor) -> None:
         """:meth:`causal_conv` of 3x3 pixels without bias and residual, on matrix products that Hopper alone has.
 
-        ``weight [Co / 96, kT, C / 32, 9, 4, 96, 8]``: see :mod:`echo_rt.convolution.hopper`. ``out [T, h, w, Co]``
+        ``weight [Co / 96, kT, C / 32, 9, 4, 96, 8]``: see :mod:`echo_rt.convolution.kernels`. ``out [T, h, w, Co]``
         (written).
         """
 
@@ -208,7 +208,10 @@ class Ops(Protocol):
     def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """A 3x3 convolution of ``x [T, h, w, C]`` made twice as large, into ``out [T, 2h, 2w, Co]`` (written).
 
-        Larger by nearest pixels. ``weight [4, Co, 2, 2, C]``, see :mod:`echo_rt.convolution.phases`; ``bias``
+        Larger by nearest pixels. ``weight [4, Co, 2, 2, C]``, see :mod:`echo_rt.convolution.torch_conv`; ``bias``
         float32 [Co]. Pixel (2y + a, 2x + b) is the bias + the sum over i and j of ``weight[2a + b, :, i, j] @
         x[t, y + a - 1 + i, x + b - 1 + j]``, with zeros around ``x``. Frames of both may lie apart.
         """
+
+
+OPERATIONS = tuple(name for name, member in vars(Ops).items() if isinstance(member, staticmethod))

@@ -1,59 +1,39 @@
-"""Everything that one ``generate`` writes while it runs, opened, fed and closed as one."""
+"""Recording a stream: its blocks into one video or into segments of one, and the snapshots to go on from."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from echo_rt.output.contact_sheet import ContactSheet
 from echo_rt.output.latents import LatentsWriter
+from echo_rt.output.segments import SegmentedWriter
 from echo_rt.output.video import VideoWriter
+from echo_rt.snapshot.snapshot import Snapshot
+from echo_rt.snapshot.store import SnapshotKeeper
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from echo_rt.chunk import Chunk
+    from echo_rt.stream import Stream
+
+SNAPSHOT_FOLDER = "snapshots"
+_Self = TypeVar("_Self", bound="_BlockRecorder")
 
 
-class Recorder:
-    """The video, and where they are asked for its latents and its contact sheet.
+class _BlockRecorder(ABC):
+    """Records blocks until the video has ``frame_limit`` frames, those of before included; None for no end.
 
-    Args:
-        video, latents, contact_sheet: files; None for those that are not wanted.
-        frame_size: width and height in pixels.
-        fps: frames a second.
-        latent_shape: channels, height and width of a latent frame.
-        frame_limit: frames after which the video ends, in the middle of a block if need be; None for no end.
-        metadata: what the latents' file says about their origin.
+    ``with`` closes it on the way out and raises the first thing that went wrong, unless an error is on its way already.
     """
 
-    def __init__(
-        self,
-        video: Path,
-        latents: Path | None,
-        contact_sheet: Path | None,
-        *,
-        frame_size: tuple[int, int],
-        fps: float,
-        latent_shape: tuple[int, int, int],
-        frame_limit: int | None,
-        metadata: dict[str, str],
-    ) -> None:
+    def __init__(self, frames: int, frame_limit: int | None) -> None:
+        self.frames = frames
         self.frame_limit = frame_limit
-        self.frames = 0
-        self._writers: list[VideoWriter | LatentsWriter | ContactSheet] = []
-        self._latents: LatentsWriter | None = None
-        self._sheet: ContactSheet | None = None
-        try:
-            self._video = VideoWriter(video, *frame_size, fps)
-            self._writers.append(self._video)
-            if latents is not None:
-                self._latents = LatentsWriter(latents, latent_shape, metadata=metadata)
-                self._writers.append(self._latents)
-            if contact_sheet is not None:
-                self._sheet = ContactSheet(contact_sheet, fps=fps)
-                self._writers.append(self._sheet)
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def full(self) -> bool:
@@ -65,13 +45,79 @@ class Recorder:
         frames = chunk.frames
         if self.frame_limit is not None:
             frames = frames[: self.frame_limit - self.frames]
+        self._write(frames, chunk.latents)
+        self.frames += len(frames)
+
+    @abstractmethod
+    def _write(self, frames: Tensor, latents: Tensor) -> None: ...
+
+    @abstractmethod
+    def close(self) -> list[Exception]:
+        """Put the files in place and return what went wrong."""
+
+    @abstractmethod
+    def report(self) -> dict[str, Any]:
+        """What is on the disk after :meth:`close`, in plain JSON types."""
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        problems = self.close()
+        if problems and error is None:
+            raise problems[0]
+
+
+class Recorder(_BlockRecorder):
+    """The video in one file, and where they are asked for its latents and its contact sheet.
+
+    Args:
+        video, latents, contact_sheet: files; None for those that are not wanted.
+        frame_size: width and height in pixels.
+        fps: frames a second.
+        latent_shape: channels, height and width of a latent frame; needed for ``latents`` alone.
+        frame_limit: frames after which the video ends, in the middle of a block if need be; None for no end.
+        metadata: what the latents' file says about their origin.
+    """
+
+    def __init__(
+        self,
+        video: str | Path,
+        latents: str | Path | None = None,
+        contact_sheet: str | Path | None = None,
+        *,
+        frame_size: tuple[int, int],
+        fps: float,
+        latent_shape: tuple[int, int, int] | None = None,
+        frame_limit: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(0, frame_limit)
+        self._writers: list[VideoWriter | LatentsWriter | ContactSheet] = []
+        self._latents: LatentsWriter | None = None
+        self._sheet: ContactSheet | None = None
+        try:
+            self._video = VideoWriter(video, *frame_size, fps)
+            self._writers.append(self._video)
+            if latents is not None:
+                self._latents = LatentsWriter(latents, latent_shape or (), metadata=metadata)
+                self._writers.append(self._latents)
+            if contact_sheet is not None:
+                self._sheet = ContactSheet(contact_sheet, fps=fps)
+                self._writers.append(self._sheet)
+        except BaseException:
+            self.close()
+            raise
+
+    def _write(self, frames: Tensor, latents: Tensor) -> None:
         # The latents first: they are what a video can be made from again.
         if self._latents is not None:
-            self._latents.write(chunk.latents)
+            self._latents.write(latents)
         if self._sheet is not None:
             self._sheet.write(frames)
         self._video.write(frames)
-        self.frames += len(frames)
 
     def close(self) -> list[Exception]:
         """Close every file, whatever happens to the others, and return what went wrong."""
@@ -85,13 +131,7 @@ class Recorder:
 
     def report(self) -> dict[str, Any]:
         """What is on the disk after :meth:`close`, in plain JSON types."""
-        files: dict[str, str] = {}
-        if self._video.in_place:
-            files["video"] = str(self._video.path)
-        if self._latents is not None and self._latents.in_place:
-            files["latents"] = str(self._latents.path)
-        if self._sheet is not None and self._sheet.in_place:
-            files["contact_sheet"] = str(self._sheet.path)
+        named = (("video", self._video), ("latents", self._latents), ("contact_sheet", self._sheet))
         frames = self._video.frames_on_disk if self._video.in_place else 0
         return {
             "frames": frames,
@@ -99,5 +139,94 @@ class Recorder:
             "size": [self._video.width, self._video.height],
             "video_fps": float(self._video.fps),
             "latent_frames": self._latents.frames_on_disk if self._latents and self._latents.in_place else 0,
-            "files": files,
+            "files": {name: str(file.path) for name, file in named if file is not None and file.in_place},
         }
+
+
+class SegmentRecorder(_BlockRecorder):
+    """The video in segments, over a ``writer`` that may have frames already.
+
+    Args:
+        writer: what it writes to, and closes.
+        first_frame: how many frames are there already.
+        frame_limit: frames after which the video ends, those that are there included; None for no end.
+    """
+
+    def __init__(self, writer: SegmentedWriter, *, first_frame: int = 0, frame_limit: int | None = None) -> None:
+        super().__init__(first_frame, frame_limit)
+        self.writer = writer
+
+    def _write(self, frames: Tensor, latents: Tensor) -> None:
+        self.writer.write(frames, None if self.writer.index.latent_shape is None else latents)
+
+    def close(self) -> list[Exception]:
+        """End the last segment and return what went wrong."""
+        try:
+            self.writer.close()
+        except Exception as error:  # of whatever kind: it is told beside what ended the video
+            return [error]
+        return []
+
+    def report(self) -> dict[str, Any]:
+        """What is on the disk after :meth:`close`, in plain JSON types."""
+        writer = self.writer
+        frames, index = writer.frames_on_disk, writer.index
+        return {
+            "frames": frames,
+            "seconds": float(frames / index.fps),
+            "size": [index.width, index.height],
+            "video_fps": float(index.fps),
+            "latent_frames": writer.latents_on_disk,
+            "segments": len(index.segments),
+            "files": {"video": str(writer.playlist)} if frames else {},
+        }
+
+
+class Checkpoints:
+    """Snapshots every so many blocks, each after the recording up to it has reached the disk.
+
+    So whichever snapshot is found after a kill, the recording has every frame before it, and a segment ends there.
+
+    Args:
+        folder: of the recording.
+        writer: the recording.
+        every: blocks between two snapshots.
+        resumed_at: the block that the newest snapshot was found at; None for a new video.
+    """
+
+    def __init__(self, folder: Path, writer: SegmentedWriter, every: int, *, resumed_at: int | None) -> None:
+        self._writer, self._every, self._last = writer, every, resumed_at
+        self._keeper = SnapshotKeeper(folder / SNAPSHOT_FOLDER)
+
+    def before_block(self, stream: Stream) -> None:
+        """Take one where it is time; the first of all is waited for, so that there is always one to go on from."""
+        if stream.next_block % self._every == 0 and stream.next_block != self._last:
+            self._offer(stream)
+            if stream.next_block == 0:
+                self._keeper.wait()
+
+    def after_last_block(self, stream: Stream) -> None:
+        """Take one of the end of a video that can be gone on with."""
+        if stream.next_block != self._last:
+            self._keeper.wait()
+            self._offer(stream)
+
+    def _offer(self, stream: Stream) -> None:
+        def take() -> Snapshot:
+            self._writer.cut()
+            return stream.snapshot()
+
+        if self._keeper.offer(take):
+            self._last = stream.next_block
+
+    def close(self) -> list[Exception]:
+        """Wait for what is being written and return what went wrong."""
+        try:
+            self._keeper.close()
+        except Exception as error:
+            return [error]
+        return []
+
+    def report(self) -> dict[str, int]:
+        """How many snapshots were written, and how many were left out because one was being written."""
+        return {"written": self._keeper.written, "skipped": self._keeper.skipped}

@@ -5,8 +5,9 @@ metadata the format and its version, the version of echo-rt, all other facts as 
 digest of the whole file, itself taken as zeros. Format, version and digest are what files of every version have, so a
 file of another one can be told from a damaged one.
 
-Files are read by hand and not mapped: what is used is then what was checked, and a file that shrinks meanwhile ends in
-an error and not in a bus error. The tensors are allocated only when the file is known to be long enough to hold them.
+Files are read and written by hand. The safetensors library maps a file (one that shrinks meanwhile is a bus error, and
+what is used is not what was checked) or makes a second copy of all tensors, and it writes metadata in an order that
+changes from call to call. The tensors are allocated only when the file is known to be long enough to hold them.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from echo_rt import attention, convolution
+from echo_rt.autotune.tuner import Selection
 from echo_rt.ops.backends import Backend
 
-WAYS = "computed_by"  # the fact of a model: names of kinds by labels
+WAYS = "computed_by"  # the fact of a model: names of implementations by labels
 BACKEND = "backend"
 ATTENTION, TEXT_ATTENTION, VAE_ATTENTION = "attention", "attention to the text", "attention of the VAE"
 
@@ -42,22 +43,22 @@ class Ways:
     def chosen(
         cls,
         backend: Backend,
-        over_cache: attention.Choice,
-        over_text: attention.Choice,
-        of_vae: attention.Choice | None,
-        convolutions: Mapping[convolution.ConvolutionShape, convolution.Choice],
+        over_cache: attention.AttentionSelection,
+        over_text: attention.AttentionSelection,
+        of_vae: attention.AttentionSelection | None,
+        convolutions: Mapping[convolution.ConvolutionShape, convolution.ConvolutionSelection],
     ) -> Ways:
         """Those of the whole model, of its transformer, and of a decoder that has a choice."""
-        names, asked = {BACKEND: backend.name}, [BACKEND] * backend.by_name
-        for label, choice in ((ATTENTION, over_cache), (TEXT_ATTENTION, over_text), (VAE_ATTENTION, of_vae)):
-            if choice is None:
-                continue
-            names[label] = choice.attention.name
-            asked += [label] * choice.by_name
-        for shape, way in convolutions.items():
-            names[convolution_label(shape)] = way.kind.name
-            asked += [convolution_label(shape)] * way.by_name
-        return cls(names, asked)
+        named: dict[str, Backend | Selection[Any] | None] = {
+            BACKEND: backend,
+            ATTENTION: over_cache,
+            TEXT_ATTENTION: over_text,
+            VAE_ATTENTION: of_vae,
+            **{convolution_label(shape): selection for shape, selection in convolutions.items()},
+        }
+        there = {label: one for label, one in named.items() if one is not None}
+        names = {label: one.name for label, one in there.items()}
+        return cls(names, [label for label, one in there.items() if one.by_name])
 
     def conflict(self, model: Mapping[str, Any]) -> str | None:
         """What is computed otherwise than in a snapshot's video, unasked, and what to do; None where nothing is."""

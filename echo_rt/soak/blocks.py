@@ -15,12 +15,12 @@ from echo_rt.errors import NumericalError
 from echo_rt.runtime import Runtime
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import SnapshotKeeper, snapshot_files
+from echo_rt.soak.checks import Promises
 from echo_rt.soak.config import Limits, SoakConfig
 from echo_rt.soak.gpu import GpuHealth
 from echo_rt.soak.interval import Checker, Interval, digest
 from echo_rt.soak.journal import Journal, Line, Past
 from echo_rt.soak.probes import device_memory, host_memory
-from echo_rt.soak.promises import Promises
 from echo_rt.soak.watch import Stop, Watcher
 from echo_rt.stream import Stream
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from echo_rt.errors import ConfigError
-from echo_rt.options import TINY_VAE, WAN_VAE, MemoryMode, check_overrides, check_seed
+from echo_rt.options import TINY_VAE, WAN_VAE, MemoryMode, RuntimeOptions, check_overrides, check_seed
 from echo_rt.utils.atomic_file import reason, write_whole
 
 MANIFEST_FILE = "soak.json"
@@ -69,8 +69,8 @@ class Limits:
         return dataclasses.replace(self, **changes)
 
 
-@dataclass(frozen=True)
-class SoakConfig:
+@dataclass(frozen=True, kw_only=True)
+class SoakConfig(RuntimeOptions):
     """One soak. Raises :class:`ConfigError` for what cannot be.
 
     Exactly one of ``blocks`` and ``hours`` says how long it is; ``hours`` are those of all its processes together.
@@ -85,23 +85,7 @@ class SoakConfig:
     out: str
     blocks: int | None = None
     hours: float | None = None
-    checkpoint: str | None = None
-    lora: str | None = None
-    ema: bool | None = None
-    memory: str | None = None
     vae: str = WAN_VAE
-    vae_tiles: int = 1
-    device: str | None = None
-    dtype: str | None = None
-    float8_except: tuple[str, ...] = ()
-    vae_dtype: str | None = None
-    backend: str | None = None
-    attention: str | None = None
-    convolution: str | None = None
-    graphs: bool | None = None
-    lookahead: int | None = None
-    width: int | None = None
-    height: int | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     prompts: tuple[str, ...] = ("a red fox in the snow",)
     switch_every: int | None = None
@@ -144,6 +128,7 @@ class SoakConfig:
         check_overrides(self.overrides, "soak: overrides")
         if self.memory is not None:
             MemoryMode.parse(self.memory)
+        super().__post_init__()
 
     @property
     def folder(self) -> Path:
@@ -168,7 +153,7 @@ class SoakConfig:
     def facts(self) -> dict[str, Any]:
         """All that shapes the video or its judgement, in plain JSON types, by name; files by their whole path."""
         facts = dataclasses.asdict(self)
-        for name in ("out", "serve", "plots"):  # where it lies and who looks on
+        for name in ("out", "serve", "plots", "check", "keep_text_encoder"):  # where it lies and who looks on
             del facts[name]
         facts |= {f"limits.{name}": value for name, value in facts.pop("limits").items()}
         files = ["model", "checkpoint", "lora"] + ([] if self.vae in (WAN_VAE, TINY_VAE) else ["vae"])

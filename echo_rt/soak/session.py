@@ -11,19 +11,18 @@ from torch import Tensor
 
 from echo_rt.engine.prompts import load_prompt_embeds, save_prompt_embeds
 from echo_rt.errors import ConfigError, OutputError
-from echo_rt.options import MODEL_OPTIONS
 from echo_rt.output.segment_index import INDEX_FILE
 from echo_rt.runtime import Runtime
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import SnapshotKeeper, latest_snapshot, snapshot_files
 from echo_rt.soak.blocks import EVIDENCE_FOLDER, BlockLoop, Start
+from echo_rt.soak.checks import Promises
 from echo_rt.soak.config import MANIFEST_FILE, Begun, Limits, SoakConfig, check_manifest, write_manifest
 from echo_rt.soak.gpu import gpu_health
 from echo_rt.soak.journal import Journal, Line, Past, read_lines
 from echo_rt.soak.outcome import Outcome
 from echo_rt.soak.plots import PICTURES, require_matplotlib
 from echo_rt.soak.prometheus import Exporter
-from echo_rt.soak.promises import Promises
 from echo_rt.soak.report import REPORT_FILE, device_name, write_report
 from echo_rt.soak.watch import NeverStop, Stop, Watcher
 from echo_rt.utils.atomic_file import reason
@@ -109,8 +108,7 @@ def _start(config: SoakConfig) -> Start:
 
 
 def _load(config: SoakConfig, device: torch.device, like: Snapshot | None) -> Runtime:
-    options = {name: getattr(config, name) for name in (*MODEL_OPTIONS, "width", "height", "overrides")}
-    return Runtime.from_pretrained(config.model, **options | {"device": device, "like": like})
+    return Runtime.from_pretrained(config.model, **config.arguments() | {"device": device, "like": like})
 
 
 def _prompt_embeds(runtime: Runtime, config: SoakConfig) -> list[Tensor]:

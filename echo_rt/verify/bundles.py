@@ -19,18 +19,14 @@ from torch import Tensor
 
 from echo_rt.attention import attentions
 from echo_rt.config import ModelConfig, TextEncoderConfig, VaeConfig
+from echo_rt.engine.build import ModelTensors, Networks, build_rollout
 from echo_rt.engine.executor import Executor, make_executor
 from echo_rt.engine.prompts import check_prompt_embeds
-from echo_rt.engine.rollout import Rollout
 from echo_rt.errors import EchoError, WeightsError
-from echo_rt.model.memory import MemoryEncoder
-from echo_rt.model.sampler import Schedule
 from echo_rt.model.text import TextEncoder
-from echo_rt.model.transformer import Transformer
 from echo_rt.model.vae_encoder import VaeEncoder
 from echo_rt.ops.backends import Backend, choose_backend
-from echo_rt.ops.schema import Ops
-from echo_rt.options import MemoryMode
+from echo_rt.options import MemoryMode, RuntimeOptions
 from echo_rt.utils.atomic_file import write_whole
 from echo_rt.utils.device import FLOAT8, model_context, parse_device, parse_dtype, working_dtype
 from echo_rt.verify.decoder import Decoding, Precision
@@ -94,12 +90,12 @@ class _Bundle:
     expected: Tensors
     device: torch.device
     dtype: torch.dtype
-    ops: Ops
+    backend: Backend
     executor: Executor
     source: str
     float8_except: Sequence[str]
 
-    def checked_weights(self, shapes: Shapes) -> Tensors:
+    def checked_weights(self, shapes: Shapes) -> FingerprintedTensors:
         source = f"{self.source}/weights.safetensors"
         check_tensors(self.weights, shapes, source)
         return FingerprintedTensors(self.weights, source)
@@ -130,25 +126,16 @@ def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
     config = ModelConfig.from_flat(bundle.config)
     memory = {MEMORY_PREFIX + name: shape for name, shape in memory_shapes(config).items()}
     weights = bundle.checked_weights(transformer_shapes(config.transformer) | memory)
-    schedule = Schedule(config.sampler, bundle.device)
-    dtype = working_dtype(bundle.dtype)
-    over_cache, over_text = attentions(config, bundle.device, dtype, bundle.ops, cache=None)
-    transformer = Transformer(
-        config.transformer,
-        weights,
-        schedule.timesteps,
-        bundle.ops,
-        over_text.attention,
-        device=bundle.device,
-        dtype=bundle.dtype,
-        float8_except=bundle.float8_except,
+    own = (
+        {} if config.memory is None else {name: bundle.weights[MEMORY_PREFIX + name] for name in memory_shapes(config)}
     )
-    encoder = None
-    if config.memory is not None:
-        own = {name: weights[MEMORY_PREFIX + name] for name in memory_shapes(config)}
-        encoder = MemoryEncoder(config, own, bundle.ops, device=bundle.device, dtype=dtype)
-    mode = MemoryMode.OFF if encoder is None else MemoryMode.EVOLVE
-    rollout = Rollout(config, transformer, encoder, schedule, bundle.ops, over_cache.attention, mode, bundle.executor)
+    options = RuntimeOptions(device=bundle.device, dtype=bundle.dtype, float8_except=bundle.float8_except)
+    dtype = working_dtype(bundle.dtype)
+    attention = attentions(config, bundle.device, dtype, bundle.backend.ops, cache=None)
+    tensors = ModelTensors(weights, FingerprintedTensors(own, weights.source))
+    networks = Networks(config, tensors, options, bundle.backend, attention=attention)
+    mode = MemoryMode.OFF if config.memory is None else MemoryMode.EVOLVE
+    rollout = build_rollout(config, networks, mode, bundle.executor)
     blocks, switches = bundle.config["num_blocks"], bundle.config.get("prompt_switch_blocks", [])
     whole = [n for n in (blocks, *switches) if isinstance(n, int) and n >= 0] if isinstance(switches, list) else []
     if not whole or len(whole) != 1 + len(switches):
@@ -176,19 +163,19 @@ def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
             if at == block:
                 rollout.switch_prompt(prompt(number))
                 bundle.executor.settle()
-        latents = rollout.next_block(_noise(bundle, block, rollout.state.noise.shape), keep_flow)
+        latents = rollout.next_block(_noise(bundle, block, rollout.noise_shape), keep_flow)
         bundle.executor.settle()
         with bundle.executor.apart():
             actual[f"latents.{block}"] = latents.to("cpu", copy=True)
-            if rollout.state.memory_ready:
-                actual[f"memory_state.{block}"] = rollout.state.memory.to("cpu", torch.float32, copy=True)
+            if rollout.memory is not None:
+                actual[f"memory_state.{block}"] = rollout.memory.to("cpu", torch.float32, copy=True)
     return actual
 
 
 def _decoding(bundle: _Bundle) -> Decoding:
     config = VaeConfig.from_flat(bundle.config)
     weights = bundle.checked_weights(vae_shapes(config))
-    return Decoding(config, weights, bundle.ops, bundle.device, bundle.input("latents", rank=4))
+    return Decoding(config, weights, bundle.backend.ops, bundle.device, bundle.input("latents", rank=4))
 
 
 def _vae(bundle: _Bundle) -> dict[str, Tensor]:
@@ -279,7 +266,7 @@ def verify_bundle(
         expected=open_tensors(folder / "expected.safetensors"),
         device=place,
         dtype=precision,
-        ops=chosen.ops,
+        backend=chosen,
         executor=make_executor(place, graphs),
         source=str(folder),
         float8_except=float8_except,

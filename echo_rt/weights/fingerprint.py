@@ -32,14 +32,14 @@ class FingerprintedTensors(Mapping[str, Tensor]):
 
     def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
         self._tensors = tensors
-        self._source = source
+        self.source = source
         self._seen: dict[str, bytes] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name]
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
-            raise WeightsError(f"{self._source}: {bad} of {tensor.numel()} values of {name} are NaN or infinite")
+            raise WeightsError(f"{self.source}: {bad} of {tensor.numel()} values of {name} are NaN or infinite")
         # What is computed at load may be rounded otherwise elsewhere: then it is told by what it is computed of.
         origins = self._tensors.origins(name) if isinstance(self._tensors, ComputedTensors) else [tensor]
         samples = [origin.flatten()[:_VALUES].to("cpu", torch.float32).contiguous() for origin in origins]

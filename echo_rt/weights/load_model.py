@@ -8,12 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError
-from echo_rt.options import FOLDER_FACTS, RELEASED_SIZE, TINY_VAE, WAN_VAE, MemoryMode, check_overrides, latent_size
+from echo_rt.options import (
+    FOLDER_FACTS,
+    RELEASED_SIZE,
+    TINY_VAE,
+    WAN_VAE,
+    MemoryMode,
+    RuntimeOptions,
+    check_overrides,
+    latent_size,
+)
+from echo_rt.utils.device import parse_device
 from echo_rt.weights.folder import ModelFolder
 from echo_rt.weights.from_shapes import memory_facts
 from echo_rt.weights.generator import check_memory, load_generator
@@ -40,23 +49,12 @@ class LoadedModel:
     memory_source: str
 
 
-def load_model(
-    model: str | Path,
-    *,
-    device: torch.device,
-    checkpoint: str | Path | None = None,
-    lora: str | Path | None = None,
-    ema: bool | None = None,
-    memory: str | MemoryMode | None = None,
-    vae: str | Path = WAN_VAE,
-    width: int | None = None,
-    height: int | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> LoadedModel:
-    """What :meth:`echo_rt.Runtime.from_pretrained` makes a runtime of; it says what the arguments are and the errors.
+def load_model(model: str | Path, options: RuntimeOptions) -> LoadedModel:
+    """Open what :meth:`echo_rt.Runtime.from_pretrained` makes a runtime of; its errors are explained there.
 
-    ``device`` is where a LoRA is merged.
+    A LoRA is merged on the device of ``options``.
     """
+    checkpoint, lora, ema, vae = options.checkpoint, options.lora, options.ema, options.vae
     if ema is not None and not isinstance(ema, bool):
         raise ConfigError(f"ema must be True, False or None, got {ema!r}")
     for name, path in (("checkpoint", checkpoint), ("lora", lora)):
@@ -66,14 +64,18 @@ def load_model(
         raise ConfigError(f"ema says which weights of a checkpoint to take: expected a checkpoint beside ema={ema}")
     if not _is_path(vae):
         raise ConfigError(f"vae must be {WAN_VAE!r}, {TINY_VAE!r} or a path, got {vae!r}")
-    wanted = None if memory is None else MemoryMode.parse(memory)
+    wanted = None if options.memory is None else MemoryMode.parse(options.memory)
     folder = ModelFolder.open(model)
     transformer_config = folder.transformer_config()
     defaults = check_overrides(folder.rollout_defaults(), f"{model}: echo_rt in config.json", FOLDER_FACTS)
-    facts = {**defaults, **check_overrides(overrides or {}, "overrides")}
-    width = facts.get("width", RELEASED_SIZE[0]) if width is None else width
-    height = facts.get("height", RELEASED_SIZE[1]) if height is None else height
+    facts = {**defaults, **check_overrides(options.overrides or {}, "overrides")}
+    width = facts.get("width", RELEASED_SIZE[0]) if options.width is None else options.width
+    height = facts.get("height", RELEASED_SIZE[1]) if options.height is None else options.height
     vae_config = folder.vae_config() if vae == WAN_VAE else folder.latents_config()
+    if vae_config.z_dim != transformer_config.in_channels:
+        raise ConfigError(
+            f"the VAE has {vae_config.z_dim} latent channels, the transformer {transformer_config.in_channels}"
+        )
     latent_height, latent_width = latent_size(width, height, vae_config, transformer_config)
     tiny_vae = None if vae == WAN_VAE else open_tiny_vae(vae, folder.path, vae_config)
 
@@ -86,7 +88,7 @@ def load_model(
         tensors, memory_tensors = generator.transformer, generator.memory
         source = memory_source = str(checkpoint)
     if lora is not None:
-        merged = merge_lora(tensors, lora, device=device)
+        merged = merge_lora(tensors, lora, device=parse_device(options.device))
         tensors, source = merged.transformer, f"{source} with {lora}"
         if merged.memory is not None:
             memory_tensors, memory_source = merged.memory, str(lora)

@@ -17,7 +17,7 @@ import vae
 from savings_counts import H200, PRODUCTS, Counts, Limits
 from savings_probes import COLLAPSED, CUT_SHORT, MERGED, log_sum_exp, merge_padding
 
-from echo_rt.attention.kinds import KINDS
+from echo_rt.attention.backends import IMPLEMENTATIONS
 from echo_rt.bench.settings import RELEASED
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "savings.md"
@@ -88,7 +88,7 @@ def test_the_page_has_the_counts(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("real", [1, 5, 15])
 def test_padding_merged_in_is_attention_to_all_keys(real: int, dtype: torch.dtype) -> None:
-    attention = next(kind for kind in KINDS if kind.name == "sdpa").load()
+    attention = next(kind for kind in IMPLEMENTATIONS if kind.name == "sdpa").load()
     generator = torch.Generator().manual_seed(real)
     q, k, v = (torch.randn(n, 2, 8, generator=generator).to(dtype) for n in (7, 16, 16))
     k[real:], v[real:] = k[-1].clone(), v[-1].clone()

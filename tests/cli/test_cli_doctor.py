@@ -234,11 +234,11 @@ def attention_facts(monkeypatch, states: dict[str, str], cache=None) -> dict[str
 
 
 def test_attention_on_a_cpu(echo_rt):
-    from echo_rt.attention import kinds
+    from echo_rt.attention import implementations
     from echo_rt.ops.backends import load_ops
 
     facts = facts_of(echo_rt("doctor", "--json"))
-    names = {kind.name for kind in kinds(load_ops("torch"))}
+    names = {kind.name for kind in implementations(load_ops("torch"))}
     assert {name for name, fact in facts.items() if fact["group"] == "attention"} == {*names, "chosen"}
     assert facts["sdpa"]["value"] == "works on cpu"
     assert facts["chosen"]["value"] == "sdpa: torch's own on a CPU"
@@ -261,19 +261,23 @@ def test_attention_that_is_not_there_comes_with_its_remedy(monkeypatch):
 def test_the_attention_that_was_chosen_and_why(monkeypatch, tmp_path):
     import torch
 
-    from echo_rt.attention import AttentionShapes, kinds
-    from echo_rt.attention.remembered import Case, Entry, remember
-    from echo_rt.autotune.machine import machine_facts
+    from echo_rt.attention import AttentionShapes, implementations
+    from echo_rt.attention.select import CACHE
+    from echo_rt.autotune.cache import Case, Entry, machine_facts
     from echo_rt.ops.backends import load_ops
 
     cache = tmp_path / "attention.json"
     facts = attention_facts(monkeypatch, {"sdpa-cudnn": "available"}, cache)
     assert (facts["chosen"].value, facts["chosen"].status) == ("not measured yet", "absent")
     assert "when a model is loaded" in facts["chosen"].advice and "ECHO_RT_CACHE_DIR" not in facts["chosen"].advice
-    machine = machine_facts(torch.device("cuda", 0), kinds(load_ops("torch")))
+    machine = machine_facts(
+        torch.device("cuda", 0), {kind.name: kind.version() for kind in implementations(load_ops("torch"))}
+    )
     shapes = AttentionShapes(queries=5, keys=7, heads=2, head_dim=8)
     for known, winner in ((machine, "sdpa-cudnn"), ({**machine, "torch": "1.0"}, "sdpa-flash")):
-        remember(cache, Entry(Case(known, "bfloat16", shapes), winner, {"sdpa-cudnn": 0.25, "sdpa-flash": 0.5}, {}))
+        CACHE.remember(
+            cache, Entry(Case(known, "bfloat16", shapes), winner, {"sdpa-cudnn": 0.25, "sdpa-flash": 0.5}, {})
+        )
     facts = attention_facts(monkeypatch, {"sdpa-cudnn": "available"}, cache)
     assert facts["chosen"].value == (
         "sdpa-cudnn: for 5 queries, 7 keys, 2 heads of 8 in bfloat16, "
@@ -304,7 +308,7 @@ def test_a_gpu_that_fails_is_a_finding(monkeypatch):
 def test_convolutions_on_a_cpu(echo_rt):
     facts = {fact["name"]: fact for fact in echo_rt("doctor", "--json").json["facts"] if fact["group"] == "convolution"}
     assert facts["conv3d"]["value"] == facts["phases"]["value"] == "works on cpu"
-    assert facts["conv3d-searched"]["advice"] == "choose conv3d or three-products"
+    assert facts["kernel-hopper"]["advice"] == "choose conv3d or three-products"
     assert facts["convolutions chosen"]["value"] == "three-products and enlarged: torch's own on a CPU"
 
 
@@ -312,10 +316,9 @@ def test_the_convolutions_that_were_chosen(monkeypatch, tmp_path):
     import torch
 
     import echo_rt.convolution
-    from echo_rt.autotune.cache import Case, Entry
-    from echo_rt.autotune.machine import machine_facts
-    from echo_rt.convolution import ConvolutionShape, kinds
-    from echo_rt.convolution.remembered import FILE
+    from echo_rt.autotune.cache import Case, Entry, machine_facts
+    from echo_rt.convolution import ConvolutionShape, implementations
+    from echo_rt.convolution.select import CACHE
 
     properties = SimpleNamespace(name="Imaginary 9000", major=9, minor=0)
     cache = tmp_path / "convolution.json"
@@ -336,10 +339,10 @@ def test_the_convolutions_that_were_chosen(monkeypatch, tmp_path):
         (6, "kernel", None),
         (7, "kernel", "other"),
     ):
-        family = [kind for kind in kinds() if not kind.enlarges]
+        family = {kind.name: kind.version() for kind in implementations() if not kind.enlarges}
         machine = machine_facts(torch.device("cuda", 0), family) | ({} if version is None else {"torch": version})
         shape = ConvolutionShape(4, 4, width, 8, 8, (3, 3, 3))
-        FILE.remember(cache, Entry(Case(machine, "bfloat16", shape), winner, {winner: 0.5}, {}))
+        CACHE.remember(cache, Entry(Case(machine, "bfloat16", shape), winner, {winner: 0.5}, {}))
     assert chosen().value == f"kernel for 2, conv3d for 1 of 3 shapes, as {cache} remembers", (
         "not those of another torch"
     )

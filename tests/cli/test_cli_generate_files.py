@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from echo_rt.errors import NumericalError, TargetError
-from echo_rt.output.recorder import Recorder
+from echo_rt.output import Recorder
 
 PROMPT = ("--model", "folder", "--prompt", "1")
 
@@ -216,7 +216,5 @@ def test_a_file_that_cannot_be_begun_leaves_no_other(tmp_path):
             frame_size=(16, 16),
             fps=16,
             latent_shape=(4, 2, 2),
-            frame_limit=None,
-            metadata={},
         )
     assert files(tmp_path) == []

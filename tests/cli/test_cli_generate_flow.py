@@ -75,6 +75,7 @@ def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
         "graphs": False,
         "width": 128,
         "height": 96,
+        "check": False,
         "keep_text_encoder": True,
         "overrides": {},
         "like": None,
@@ -260,13 +261,11 @@ def test_a_signal_while_the_request_is_read(echo_rt, fake_runtime, tmp_path, mon
 
 
 def test_a_signal_at_the_very_end_does_not_cost_the_report(echo_rt, fake_runtime, tmp_path, monkeypatch):
-    from echo_rt.cli import streams
+    from echo_rt.cli import stdio
 
-    say, reached = streams.say, []
+    say, reached = stdio.say, []
     before = signal.signal(signal.SIGTERM, lambda signum, frame: reached.append(signum))
-    monkeypatch.setattr(
-        streams, "say", lambda *args, **more: (os.kill(os.getpid(), signal.SIGTERM), say(*args, **more))
-    )
+    monkeypatch.setattr(stdio, "say", lambda *args, **more: (os.kill(os.getpid(), signal.SIGTERM), say(*args, **more)))
     fake_runtime.before_block = lambda block: os.kill(os.getpid(), signal.SIGTERM) if block == 1 else None
     try:
         outcome = echo_rt("generate", *PROMPT, "-o", tmp_path / "v.mp4", "--json")

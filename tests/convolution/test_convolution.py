@@ -7,17 +7,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from echo_rt.convolution import (
+    ConvolutionCandidate,
     ConvolutionShape,
-    Kind,
     available_convolutions,
-    choose_convolutions,
-    kinds,
-    known_choices,
+    implementations,
+    known_selections,
+    select_convolutions,
 )
 from echo_rt.errors import BackendError
 
@@ -27,11 +28,11 @@ GROWING = ConvolutionShape(2, 5, 6, 8, 4, (1, 3, 3), enlarge=True)
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
-def kind(name: str, **facts) -> Kind:
-    return Kind(name, lambda weight: lambda frames: frames, **facts)
+def kind(name: str, **facts) -> ConvolutionCandidate:
+    return ConvolutionCandidate(name, lambda weight: lambda frames: frames, **facts)
 
 
-def narrow(name: str) -> Kind:
+def narrow(name: str) -> ConvolutionCandidate:
     return kind(name, limit=lambda shape: "it takes narrow pictures" if shape.width > 6 else "")
 
 
@@ -58,14 +59,14 @@ class OneShape:
     judge: FakeJudge
     shape: ConvolutionShape
 
-    def error(self, kind: Kind) -> float:
+    def error(self, kind: ConvolutionCandidate) -> float:
         self.judge.checked.append(kind.name)
         error = self.judge.errors.get((kind.name, self.shape), self.judge.errors.get(kind.name, 0.0))
         if isinstance(error, Exception):
             raise error
         return error
 
-    def stopwatch(self, kind: Kind) -> Callable[[], float]:
+    def stopwatch(self, kind: ConvolutionCandidate) -> Callable[[], float]:
         time = self.judge.times.get((kind.name, self.shape), self.judge.times.get(kind.name))
         if time is None:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
@@ -96,7 +97,8 @@ def cache(tmp_path):
 
 
 def choose(judge, shapes, kinds=STAND_INS, requested=None, cache=None, dtype=torch.bfloat16, device=GPU):
-    return choose_convolutions(requested, shapes, device=device, dtype=dtype, cache=cache, kinds=kinds, judge=judge)
+    with mock.patch("echo_rt.convolution.select.ConvolutionCheck", judge):
+        return select_convolutions(requested, shapes, device=device, dtype=dtype, cache=cache, candidates=kinds)
 
 
 def names(choices) -> list[str]:
@@ -135,13 +137,6 @@ def test_where_all_are_wrong_none_is_chosen():
 def test_what_cannot_be_captured_is_left_out():
     choice = choose(FakeJudge({"b": 1.0}), [CAUSAL])[CAUSAL]
     assert choice.kind.name == "b" and "cannot be captured in a CUDA graph" in choice.rejected["a"]
-
-
-def test_what_differs_between_processes_is_for_where_nothing_else_works():
-    both = (kind("a", reserve="it differs"), kind("b"))
-    choice = choose(FakeJudge({"a": 0.1, "b": 9.0}), [CAUSAL], both)[CAUSAL]
-    assert choice.kind.name == "b" and choice.rejected == {"a": "it differs"}
-    assert names(choose(FakeJudge({"a": 0.1}, errors={"b": 1.0}), [CAUSAL], both)) == ["a"]
 
 
 def test_what_runs_out_of_memory_is_left_out_for_the_shape_where_it_does(cache, caplog):
@@ -217,17 +212,34 @@ def test_on_a_cpu(cache):
     judge = FakeJudge()
 
     def on_cpu(requested):
-        return names(choose(judge, [CAUSAL, GROWING], kinds(), requested, cache, torch.float32, CPU))
+        return names(choose(judge, [CAUSAL, GROWING], implementations(), requested, cache, torch.float32, CPU))
 
     assert on_cpu(None) == ["three-products", "enlarged"]
     assert on_cpu("phases") == ["three-products", "phases"]
     assert on_cpu("three-products,enlarged") == ["three-products", "enlarged"]
-    for name in ("conv3d-searched", "kernel"):
-        with pytest.raises(
-            BackendError, match=f"convolution '{name}' is not available: .*; choose conv3d or three-products"
-        ):
-            on_cpu(name)
+    with pytest.raises(
+        BackendError, match=r"convolution 'kernel' is not available: .*; choose conv3d or three-products"
+    ):
+        on_cpu("kernel")
     assert judge.asked == [] and not cache.parent.exists(), "nothing is measured or written"
+
+
+def test_one_that_is_gone_says_what_to_choose():
+    """Whether asked for by name or prescribed by the snapshot of an earlier version."""
+    said = r"convolution 'conv3d-searched' is gone: .*; choose conv3d or three-products"
+    with pytest.raises(BackendError, match=f"{said}$"):
+        choose(FakeJudge({"a": 1.0}), [CAUSAL], requested="conv3d-searched, grow-a")
+    with pytest.raises(BackendError, match=rf"{said}\. The snapshot's video was made with it") as caught:
+        select_convolutions(
+            None,
+            [CAUSAL],
+            device=CPU,
+            dtype=torch.float32,
+            cache=None,
+            candidates=implementations(),
+            prescribed={CAUSAL: "conv3d-searched"},
+        )
+    assert "\n" not in str(caught.value)
 
 
 # -- the file ----------------------------------------------------------------------------------------------------
@@ -243,7 +255,7 @@ def test_what_was_measured_is_not_measured_again(cache):
     for shape in shapes:
         assert again[shape].timings == first[shape].timings
         assert again[shape].reason == f"{first[shape].reason} (remembered in {cache})"
-    known = list(known_choices(GPU, cache, STAND_INS))
+    known = list(known_selections(GPU, cache, STAND_INS))
     assert known[0] == ("b", f"for {CAUSAL} in bfloat16, {first[CAUSAL].reason}")
     assert [name for name, _ in known] == ["b", "b", "grow-a"]
 
@@ -267,7 +279,7 @@ def test_another_machine_is_measured_anew_and_the_first_is_kept(cache, monkeypat
     choose(FakeJudge({"a": 2.0, "b": 0.5}), [CAUSAL], cache=cache)
     with monkeypatch.context() as patch:
         others = change(patch, gpu)
-        assert list(known_choices(GPU, cache, others)) == []
+        assert list(known_selections(GPU, cache, others)) == []
         assert names(choose(FakeJudge({"a": 0.1, "b": 9.0}), [CAUSAL], others, cache=cache)) == ["a"]
     gpu.name = "Imaginary 9000"
     assert names(choose(FakeJudge(), [CAUSAL], cache=cache)) == ["b"]
@@ -278,6 +290,16 @@ def test_a_winner_that_is_gone_is_not_missed(cache, caplog):
     choice = choose(FakeJudge({"a": 2.0}), [WIDER], (kind("a"), narrow("b")), cache=cache)[WIDER]
     assert choice.kind.name == "a" and choice.rejected["b"].startswith("it takes narrow pictures")
     assert "b was the fastest and is no longer there (it takes narrow pictures" in caplog.text
+
+
+def test_a_winner_of_an_earlier_version_is_measured_anew_and_said(cache, caplog):
+    choose(FakeJudge({"a": 2.0, "b": 0.5}), [CAUSAL], cache=cache)
+    cache.write_text(cache.read_text().replace('"convolution": "b"', '"convolution": "conv3d-searched"'))
+    assert names(choose(FakeJudge({"a": 2.0, "b": 0.5}), [CAUSAL], cache=cache)) == ["b"]
+    assert (
+        "conv3d-searched was the fastest and is no longer there (convolution 'conv3d-searched' is gone" in caplog.text
+    )
+    assert names(choose(FakeJudge(), [CAUSAL], cache=cache)) == ["b"], "and remembered"
 
 
 def test_other_dtypes_are_their_own(cache):
@@ -292,16 +314,18 @@ def test_other_dtypes_are_their_own(cache):
 def test_what_is_available():
     every = (kind("a"), kind("b"), kind("c", devices=("cpu",)), kind("grow", enlarges=True))
     judge = FakeJudge(errors={"b": math.inf, "grow": RuntimeError("no kernel image")})
-    states = available_convolutions(GPU, every, judge)
+    with mock.patch("echo_rt.convolution.select.ConvolutionCheck", judge):
+        states = available_convolutions(GPU, every)
     assert states["a"] == "available" and "its result is wrong" in states["b"]
     assert states["c"].startswith("it runs on cpu, the device is cuda:0; choose conv3d")
     assert "no kernel image; choose another" in states["grow"]
     assert {case[2] for case in judge.asked} == {torch.bfloat16}, "the dtype that models have on a GPU"
     twins = (kind("a"), kind("a", enlarges=True), kind("b", devices=("cpu",)), kind("b", enlarges=True))
-    both = available_convolutions(GPU, twins, FakeJudge())
+    with mock.patch("echo_rt.convolution.select.ConvolutionCheck", FakeJudge()):
+        both = available_convolutions(GPU, twins)
     assert list(both) == ["a", "b", "b (enlarging)"]
     assert both["b"] != both["b (enlarging)"] == "available"
-    on_cpu = available_convolutions(CPU, kinds())
+    on_cpu = available_convolutions(CPU, implementations())
     assert [name for name, state in on_cpu.items() if state == "available"] == [
         "conv3d",
         "three-products",
@@ -311,7 +335,7 @@ def test_what_is_available():
 
 
 def test_what_is_known_on_a_cpu():
-    assert list(known_choices(CPU, None, kinds())) == [
+    assert list(known_selections(CPU, None, implementations())) == [
         ("three-products", "torch's own on a CPU"),
         ("enlarged", "torch's own on a CPU"),
     ]

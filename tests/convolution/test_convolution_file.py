@@ -9,7 +9,7 @@ import pytest
 
 from echo_rt.autotune.cache import Case, Entry
 from echo_rt.convolution import ConvolutionShape, cache_file
-from echo_rt.convolution.remembered import FILE
+from echo_rt.convolution.select import CACHE
 
 CAUSAL = ConvolutionShape(14, 60, 104, 384, 384, (3, 3, 3))
 GROWING = ConvolutionShape(12, 60, 104, 384, 192, (1, 3, 3), enlarge=True)
@@ -23,9 +23,9 @@ def entry(shape: ConvolutionShape = CAUSAL, winner: str = "conv3d") -> Entry[Con
 def test_both_families_there_and_back(tmp_path, caplog):
     path = tmp_path / "convolution.json"
     for each in (entry(), entry(GROWING, "phases"), entry(winner="three-products")):
-        FILE.remember(path, each)
-    assert FILE.entries(path) == [entry(GROWING, "phases"), entry(winner="three-products")], "one for each case"
-    assert FILE.recall(path, entry(GROWING).case) == entry(GROWING, "phases")
+        CACHE.remember(path, each)
+    assert CACHE.entries(path) == [entry(GROWING, "phases"), entry(winner="three-products")], "one for each case"
+    assert CACHE.recall(path, entry(GROWING).case) == entry(GROWING, "phases")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert json.loads(path.read_text())["entries"][0]["convolution"] == "phases"
 
@@ -45,23 +45,23 @@ def test_both_families_there_and_back(tmp_path, caplog):
 )
 def test_a_wrong_shape_is_damage(tmp_path, caplog, field, value):
     path = tmp_path / "convolution.json"
-    FILE.remember(path, entry())
+    CACHE.remember(path, entry())
     content = json.loads(path.read_text())
     content["entries"][0]["case"]["shapes"][field] = value
     path.write_text(json.dumps(content))
-    assert FILE.entries(path) == []
+    assert CACHE.entries(path) == []
     (warning,) = (record for record in caplog.records if record.levelno == logging.WARNING)
     assert warning.name == "echo_rt.convolution" and "\n" not in warning.getMessage()
     assert "is damaged" in warning.getMessage() and warning.getMessage().endswith("convolution is measured anew")
-    FILE.remember(path, entry(GROWING))
-    assert FILE.entries(path) == [entry(GROWING)]
+    CACHE.remember(path, entry(GROWING))
+    assert CACHE.entries(path) == [entry(GROWING)]
 
 
 def test_another_subjects_file_is_damage(tmp_path, caplog):
     path = tmp_path / "convolution.json"
-    FILE.remember(path, entry())
+    CACHE.remember(path, entry())
     path.write_text(path.read_text().replace('"convolution":', '"attention":'))
-    assert FILE.entries(path) == [] and "is damaged" in caplog.text
+    assert CACHE.entries(path) == [] and "is damaged" in caplog.text
 
 
 def test_where_the_file_is(monkeypatch, tmp_path):

@@ -9,23 +9,22 @@ import torch
 from closeness import relative_error
 from naive_convolution import inputs, naive
 
-from echo_rt.convolution import CONVOLUTION_NAMES, ConvolutionShape, Kind, kinds
-from echo_rt.convolution import causal as causal_module
-from echo_rt.convolution.hopper import tiled, untiled
+from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape, implementations
+from echo_rt.convolution.backends import REMOVED
+from echo_rt.convolution.kernels import tiled, untiled
 from echo_rt.ops import reference
 from echo_rt.ops.backends import available_backends, load_ops
-from echo_rt.utils.device import capturing
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 EMULATED = available_backends()["emulated"] == "available"  # where there is a build for the GPU, it is not
 OPS = load_ops("emulated") if EMULATED else None
-KINDS = kinds(OPS)
+KINDS = implementations(OPS)
 BY_NAME = {(kind.name, kind.enlarges): kind for kind in KINDS}
 
 
-def is_kernel(kind: Kind) -> bool:
+def is_kernel(kind: ConvolutionCandidate) -> bool:
     """One of our own."""
     return kind.name.startswith("kernel")
 
@@ -51,18 +50,18 @@ CASES = [
     pytest.param(kind, shape, id=f"{kind.name} {shape}")
     for kind in KINDS
     for shape in SHAPES
-    if kind.enlarges == shape.enlarge and kind.obstacle(CPU, torch.bfloat16, shape) is None
+    if kind.enlarges == shape.enlarge and not kind.obstacle(CPU, torch.bfloat16, shape)
 ]
 
 
 def test_what_is_tested():
     tested = [(case.values[0].name, case.values[1].enlarge) for case in CASES]
-    not_here = {("conv3d-searched", False)} | (set() if EMULATED else {k for k in BY_NAME if is_kernel(BY_NAME[k])})
+    not_here = set() if EMULATED else {k for k in BY_NAME if is_kernel(BY_NAME[k])}
     assert set(tested) == set(BY_NAME) - not_here
 
 
 @pytest.mark.parametrize(("kind", "shape"), CASES)
-def test_numbers(kind: Kind, shape: ConvolutionShape):
+def test_numbers(kind: ConvolutionCandidate, shape: ConvolutionShape):
     for dtype in kind.dtypes:
         frames, weight = tensors = inputs(shape, dtype)
         before = [t.clone() for t in tensors]
@@ -73,14 +72,14 @@ def test_numbers(kind: Kind, shape: ConvolutionShape):
 
 
 @pytest.mark.parametrize(("kind", "shape"), [case for case in CASES if not is_kernel(case.values[0])])
-def test_exact_in_float64(kind: Kind, shape: ConvolutionShape):
+def test_exact_in_float64(kind: ConvolutionCandidate, shape: ConvolutionShape):
     """The algebra without its roundings."""
     tensors = tuple(t.double() for t in inputs(shape, torch.float32))
     assert relative_error(kind.prepare(*tensors[1:])(tensors[0]), naive(*tensors, shape)) < 1e-14
 
 
 @pytest.mark.parametrize(("kind", "shape"), CASES)
-def test_any_layout_of_the_weight_and_a_part_of_a_buffer(kind: Kind, shape: ConvolutionShape):
+def test_any_layout_of_the_weight_and_a_part_of_a_buffer(kind: ConvolutionCandidate, shape: ConvolutionShape):
     frames, weight = inputs(shape, kind.dtypes[-1])
     expected = kind.prepare(weight)(frames)
     for layout in (torch.channels_last_3d, torch.contiguous_format):
@@ -94,7 +93,7 @@ def test_any_layout_of_the_weight_and_a_part_of_a_buffer(kind: Kind, shape: Conv
 
 
 @pytest.mark.parametrize(("kind", "shape"), CASES)
-def test_one_preparation_serves_any_number_of_frames(kind: Kind, shape: ConvolutionShape):
+def test_one_preparation_serves_any_number_of_frames(kind: ConvolutionCandidate, shape: ConvolutionShape):
     frames, weight = inputs(shape, kind.dtypes[-1])
     prepared = kind.prepare(weight)
     begun = prepared(frames)
@@ -118,21 +117,16 @@ def test_the_sums_of_phases_are_rounded_once():
 SHAPE, GROWING = SHAPES[0], SHAPES[-1]
 
 
-@pytest.mark.parametrize(
-    ("name", "device", "dtype", "said"),
-    [
-        ("conv3d-searched", CPU, torch.bfloat16, "it runs on cuda, the device is cpu"),
-        ("conv3d-searched", GPU, torch.float32, "it computes in bfloat16 or float16, the model's dtype is float32"),
-    ],
-)
-def test_obstacles(name, device, dtype, said):
-    obstacle = BY_NAME[name, False].obstacle(device, dtype, SHAPE)
-    assert obstacle == f"{said}; choose conv3d or three-products"
+@pytest.mark.skipif(not EMULATED, reason="this build has the kernels for the GPU instead")
+def test_kernels_are_of_16_bits():
+    assert BY_NAME["kernel", False].obstacle(CPU, torch.float32, SHAPE) == (
+        "it computes in bfloat16 or float16, the model's dtype is float32; choose conv3d or three-products"
+    )
 
 
 @pytest.mark.parametrize("ops", [None, reference], ids=["none", "torch"])
 def test_a_backend_without_kernels(ops):
-    for kind in kinds(ops):
+    for kind in implementations(ops):
         if is_kernel(kind):
             obstacle = kind.obstacle(CPU, torch.bfloat16, GROWING if kind.enlarges else SHAPE)
             others = "enlarged or phases" if kind.enlarges else "conv3d or three-products"
@@ -173,10 +167,10 @@ def test_hoppers_kernel_is_cut_for_the_decoders_widths(shape, said):
 
 
 def test_hoppers_kernel_is_for_hopper(monkeypatch):
-    (kind,) = (kind for kind in kinds(SimpleNamespace(name="cuda")) if kind.name == "kernel-hopper")
+    (kind,) = (kind for kind in implementations(SimpleNamespace(name="cuda")) if kind.name == "kernel-hopper")
     there = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: there)
-    assert kind.obstacle(GPU, torch.bfloat16, SHAPES[6]) is None
+    assert not kind.obstacle(GPU, torch.bfloat16, SHAPES[6])
     there = (10, 0)
     said = "it needs compute capability 9.0, this GPU has 10.0; choose conv3d or three-products"
     assert kind.obstacle(GPU, torch.bfloat16, SHAPES[6]) == said
@@ -190,14 +184,14 @@ def test_a_tiled_weight_is_the_weight():
 def test_phases_are_for_three_by_three():
     other = ConvolutionShape(1, 4, 4, 2, 2, (1, 5, 5), enlarge=True)
     phases = BY_NAME["phases", True]
-    assert phases.obstacle(CPU, torch.float32, GROWING) is None
+    assert not phases.obstacle(CPU, torch.float32, GROWING)
     said = f"it takes kernels of 1x3x3, and this is {other}; choose enlarged"
     assert phases.obstacle(CPU, torch.float32, other) == said
 
 
 def test_names():
-    assert CONVOLUTION_NAMES[:2] == ("conv3d", "three-products") and len(KINDS) == len(BY_NAME)
-    assert {kind.name for kind in KINDS if kind.reserve} == {"conv3d-searched"}, "what differs between processes"
+    names = [kind.name for kind in KINDS]
+    assert names[:2] == ["conv3d", "three-products"] and len(KINDS) == len(BY_NAME) and not set(REMOVED) & set(names)
 
 
 def test_a_shape_says_what_it_is():
@@ -211,7 +205,7 @@ def test_a_shape_says_what_it_is():
 
 
 class AskedOfTorch:
-    """Stands in for torch's convolution, records how it was asked, and whether captures were held back meanwhile."""
+    """Stands in for torch's convolution, records how it was asked."""
 
     def __init__(self, real) -> None:
         self.real = real
@@ -219,7 +213,7 @@ class AskedOfTorch:
 
     def default(self, *arguments):
         names = ("benchmark", "deterministic", "cudnn_enabled", "allow_tf32")
-        self.calls.append(dict(zip(names, arguments[-4:], strict=True)) | {"held": capturing._is_owned()})
+        self.calls.append(dict(zip(names, arguments[-4:], strict=True)))
         return self.real.default(*arguments)
 
 
@@ -240,21 +234,12 @@ def test_the_switches_of_the_process_do_not_count(asked, kind, dtype, enabled, m
     shape = GROWING if kind.enlarges else SHAPE
     frames, weight = inputs(shape, dtype)
     kind.prepare(weight)(frames)
-    searched = kind.name == "conv3d-searched"
     for call in asked.calls:
-        assert call["deterministic"] is True and call["benchmark"] is searched is call["held"]
+        assert call["deterministic"] is True and call["benchmark"] is False
         assert call["cudnn_enabled"] is enabled, "which alone remains its user's"
         if dtype is torch.float32:
             assert call["allow_tf32"] is False, "or float32 is not float32"
     assert asked.calls
-
-
-def test_a_searched_plan_is_kept_under_another_key(asked):
-    frames, weight = inputs(SHAPE, torch.bfloat16)
-    for prepare in (causal_module.library_convolution, causal_module.searched_convolution):
-        prepare(weight)(frames)
-    first, second = asked.calls
-    assert first["allow_tf32"] != second["allow_tf32"], "or torch would take the plan of the one for the other"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not is_kernel(kind)], ids=lambda kind: kind.name)

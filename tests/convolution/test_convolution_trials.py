@@ -15,8 +15,8 @@ import torch
 from naive_convolution import inputs, naive
 
 from echo_rt.autotune.tuner import TOLERANCES
-from echo_rt.convolution import ConvolutionShape, Kind, choose_convolutions, kinds
-from echo_rt.convolution.trials import Trials, exact_pixels
+from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape, implementations, select_convolutions
+from echo_rt.convolution.select import ConvolutionCheck, exact_pixels
 from echo_rt.errors import BackendError
 from echo_rt.ops.backends import available_backends, load_ops
 
@@ -37,19 +37,19 @@ SHAPES = [
 def test_the_exact_pixels(shape):
     frames, weight = inputs(shape, torch.float32)
     whole = naive(frames, weight, shape)
-    points = tuple(axis.flatten() for axis in torch.meshgrid(*map(torch.arange, shape.out_size[:3]), indexing="ij"))
+    points = torch.cartesian_prod(*map(torch.arange, shape.out_size[:3]))
     pixels = exact_pixels(frames, weight, shape, points)
     torch.testing.assert_close(pixels, whole.flatten(0, 2), rtol=0, atol=1e-13)
 
 
-def spoiled(shape: ConvolutionShape, change) -> Kind:
+def spoiled(shape: ConvolutionShape, change) -> ConvolutionCandidate:
     """The right result, in which ``change`` has done something."""
-    right = next(kind for kind in kinds() if kind.enlarges == shape.enlarge)
+    right = next(kind for kind in implementations() if kind.enlarges == shape.enlarge)
 
     def prepare(weight):
         return lambda frames: change(right.prepare, frames, weight)
 
-    return Kind("spoiled", prepare, enlarges=shape.enlarge)
+    return ConvolutionCandidate("spoiled", prepare, enlarges=shape.enlarge)
 
 
 def without_a_tap(prepare, frames, weight):
@@ -96,8 +96,10 @@ WRONG = {
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("shape", [CAUSAL, TO_RGB, GROWING], ids=str)
 def test_the_trial_tells_right_from_wrong(dtype, shape):
-    trials = Trials(shape, CPU, dtype)
-    right = [kind for kind in kinds() if kind.enlarges == shape.enlarge and kind.obstacle(CPU, dtype, shape) is None]
+    trials = ConvolutionCheck(shape, CPU, dtype)
+    right = [
+        kind for kind in implementations() if kind.enlarges == shape.enlarge and not kind.obstacle(CPU, dtype, shape)
+    ]
     assert len(right) == 2
     for kind in right:
         assert trials.error(kind) < TOLERANCES[dtype] / 2, kind.name
@@ -107,8 +109,8 @@ def test_the_trial_tells_right_from_wrong(dtype, shape):
 
 def test_the_trial_does_not_disturb_the_callers_random_numbers():
     state = torch.random.get_rng_state()
-    trials = Trials(CAUSAL, CPU, torch.float32)
-    trials.error(kinds()[0])
+    trials = ConvolutionCheck(CAUSAL, CPU, torch.float32)
+    trials.error(implementations()[0])
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -116,7 +118,7 @@ def test_the_callers_default_device_is_left_out_of_it():
     """Or every kind would be said to fail, where a program has put its own tensors on the GPU."""
     torch.set_default_device("meta")
     try:
-        assert Trials(CAUSAL, CPU, torch.float32).error(kinds()[0]) < TOLERANCES[torch.float32]
+        assert ConvolutionCheck(CAUSAL, CPU, torch.float32).error(implementations()[0]) < TOLERANCES[torch.float32]
     finally:
         torch.set_default_device(None)
 
@@ -168,16 +170,16 @@ class FakeCuda:
 
 
 def test_kinds_are_timed_in_replay_on_the_same_memory(monkeypatch):
-    trials = Trials(ConvolutionShape(3, 2, 2, 2, 2, (3, 3, 3)), CPU, torch.float32)
+    trials = ConvolutionCheck(ConvolutionShape(3, 2, 2, 2, 2, (3, 3, 3)), CPU, torch.float32)
     cuda = FakeCuda(monkeypatch)
     weights = []
 
-    def kind(name: str) -> Kind:
+    def kind(name: str) -> ConvolutionCandidate:
         def prepare(weight):
             weights.append(name)
             return lambda frames: cuda.log.append(name)
 
-        return Kind(name, prepare)
+        return ConvolutionCandidate(name, prepare)
 
     watches = [trials.stopwatch(kind(name)) for name in ("a", "b")]
     begin, end = cuda.log.index("begin"), cuda.log.index("end")
@@ -213,12 +215,17 @@ def test_a_capture_that_fails_spoils_no_other(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    trials = Trials(ConvolutionShape(3, 2, 2, 2, 2, (3, 3, 3)), CPU, torch.float32)
+    trials = ConvolutionCheck(ConvolutionShape(3, 2, 2, 2, 2, (3, 3, 3)), CPU, torch.float32)
     for name in ("a", "b"):
         with pytest.raises(RuntimeError, match="during capture"):
-            trials.stopwatch(Kind(name, lambda weight: lambda frames: None))
+            trials.stopwatch(ConvolutionCandidate(name, lambda weight: lambda frames: None))
         assert current == ["caller"]
     assert len(cuda.captures) == 2
+
+
+def on_the_cpu(shape, device, dtype) -> ConvolutionCheck:
+    """The check of what is selected for a GPU."""
+    return ConvolutionCheck(shape, CPU, dtype)
 
 
 def test_a_capture_that_memory_does_not_suffice_for(monkeypatch):
@@ -239,30 +246,31 @@ def test_a_capture_that_memory_does_not_suffice_for(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
 
+    monkeypatch.setattr("echo_rt.convolution.select.ConvolutionCheck", on_the_cpu)
+
     def hungry(weight):
         def call(frames):
             if "begin" in cuda.log:
                 memory = torch.empty(1)
                 taken.append(weakref.ref(memory))
                 raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
-            return kinds()[0].prepare(weight)(frames)
+            return implementations()[0].prepare(weight)(frames)
 
         return call
 
     def well_fed(weight):
         cuda.log.append(f"free: {[memory() for memory in taken]}")
-        return kinds()[0].prepare(weight)
+        return implementations()[0].prepare(weight)
 
     gc.disable()
     try:
-        choices = choose_convolutions(
+        choices = select_convolutions(
             None,
             [CAUSAL],
             device=torch.device("cuda", 0),
             dtype=torch.bfloat16,
             cache=None,
-            kinds=[Kind("hungry", hungry), Kind("well-fed", well_fed)],
-            judge=lambda shape, device, dtype: Trials(shape, CPU, dtype),
+            candidates=[ConvolutionCandidate("hungry", hungry), ConvolutionCandidate("well-fed", well_fed)],
         )
     finally:
         gc.enable()
@@ -271,7 +279,7 @@ def test_a_capture_that_memory_does_not_suffice_for(monkeypatch):
     assert "free: [None]" in cuda.log and len(taken) == 1
 
 
-def faulty(kind: Kind) -> Kind:
+def faulty(kind: ConvolutionCandidate) -> ConvolutionCandidate:
     """As some releases of cuDNN are said to be: wrong where the picture is large, here in its last frame."""
 
     def prepare(weight):
@@ -287,23 +295,24 @@ def test_a_faulty_library_is_found_out_and_not_remembered(monkeypatch, tmp_path)
     properties = SimpleNamespace(name="Imaginary 9000", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
+    monkeypatch.setattr("echo_rt.convolution.select.ConvolutionCheck", on_the_cpu)
+
     def chosen(every, requested=None):
-        return choose_convolutions(
+        return select_convolutions(
             requested,
             [CAUSAL, GROWING],
             device=torch.device("cuda", 0),
             dtype=torch.bfloat16,
             cache=tmp_path / "convolution.json",
-            kinds=every,
-            judge=lambda shape, device, dtype: Trials(shape, CPU, dtype),
+            candidates=every,
         )
 
-    every = [faulty(kind) if kind.name == "conv3d" else kind for kind in kinds()]
+    every = [faulty(kind) if kind.name == "conv3d" else kind for kind in implementations()]
     with pytest.raises(BackendError, match="convolution 'conv3d' is not available: its result is wrong"):
         chosen(every, "conv3d")
     first, again = chosen(every), chosen(every)
     assert first[CAUSAL].kind.name == again[CAUSAL].kind.name == "three-products"
-    assert "its result is wrong" in first[CAUSAL].rejected["conv3d"] and "conv3d-searched" in first[CAUSAL].rejected
+    assert "its result is wrong" in first[CAUSAL].rejected["conv3d"]
     assert set(first[GROWING].timings) == {"enlarged", "phases"} and "remembered" in again[GROWING].reason
     assert '"convolution": "conv3d"' not in (tmp_path / "convolution.json").read_text()
 
@@ -319,7 +328,7 @@ def real_gpu() -> torch.device:
 
 
 KERNELS = load_ops("cuda") if available_backends()["cuda"] == "available" else None
-ON_GPU = [kind for kind in kinds(KERNELS) if "cuda" in kind.devices]
+ON_GPU = [kind for kind in implementations(KERNELS) if "cuda" in kind.devices]
 # The last one is of the widths that some are cut for, and more than one of their tiles.
 ON_GPU_SHAPES = [*SHAPES, ConvolutionShape(4, 18, 35, 64, 192, (3, 3, 3))]
 
@@ -369,21 +378,18 @@ def test_a_captured_call_follows_its_inputs(real_gpu, kind):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("searched_first", [False, True])
-def test_every_thread_computes_the_same_bits_whatever_was_searched_before(real_gpu, searched_first):
+def test_every_thread_computes_the_same_bits(real_gpu, monkeypatch):
+    """Even where the user's switch asks cuDNN to search."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     frames, weight = inputs(CAUSAL, torch.bfloat16, real_gpu)
-    by_name = {kind.name: kind for kind in ON_GPU if not kind.enlarges}
+    (conv3d,) = (kind for kind in ON_GPU if kind.name == "conv3d")
 
-    def in_a_thread(*names: str) -> torch.Tensor:
-        def computed() -> torch.Tensor:
-            with torch.no_grad():
-                return [by_name[name].prepare(weight)(frames) for name in names][-1].cpu()
+    def computed() -> torch.Tensor:
+        with torch.no_grad():
+            return conv3d.prepare(weight)(frames).cpu()
 
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(computed).result()
-
-    names = ("conv3d-searched", "conv3d") if searched_first else ("conv3d", "conv3d-searched", "conv3d")
-    assert torch.equal(in_a_thread(*names), in_a_thread("conv3d"))
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        assert torch.equal(one.submit(computed).result(), other.submit(computed).result())
 
 
 @pytest.mark.cuda
@@ -392,11 +398,10 @@ def test_a_gpu_is_measured_and_remembered(real_gpu, tmp_path):
         "device": real_gpu,
         "dtype": torch.bfloat16,
         "cache": tmp_path / "convolution.json",
-        "kinds": kinds(KERNELS),
+        "candidates": implementations(KERNELS),
     }
-    first, again = (choose_convolutions(None, [CAUSAL, GROWING], **options) for _ in range(2))
+    first, again = (select_convolutions(None, [CAUSAL, GROWING], **options) for _ in range(2))
     for shape, choice in first.items():
         assert choice.timings and all(0 < time < 1000 for time in choice.timings.values())
         assert choice.kind.name == min(choice.timings, key=choice.timings.get) == again[shape].kind.name
         assert "remembered" in again[shape].reason and "remembered" not in choice.reason
-    assert "conv3d-searched" in first[CAUSAL].rejected

@@ -13,7 +13,6 @@ from streaming import load, video
 import echo_rt.engine.memory_budget
 from echo_rt.bench.settings import RELEASED
 from echo_rt.cli.main import main
-from echo_rt.engine.decoding import DecoderOptions
 from echo_rt.engine.memory_budget import decoder_bytes, host_memory, require_room, rollout_bytes
 from echo_rt.errors import ConfigError
 from echo_rt.weights.tiny_vae import open_tiny_vae
@@ -61,10 +60,9 @@ def test_what_is_counted_is_what_is_made(
         made = sum(tensor.nbytes for _, tensor in counted)
         pixels = pipeline._frames.numel() * runtime.vae_dtype.itemsize
         tiny = None if runtime.vae == "wan" else open_tiny_vae("tiny", tiny_model, runtime.vae_config).config
-        decoding = DecoderOptions(runtime.vae_dtype, tiles=options.get("vae_tiles", 1))
         sizes = runtime.config, runtime.vae_config
-        need = rollout_bytes(*sizes, decoding, dtype=runtime.dtype, depth=pipeline.depth)
-        total = need.device + need.host + decoder_bytes(*sizes, tiny, decoding)
+        need = rollout_bytes(*sizes, dtype=runtime.dtype, vae_dtype=runtime.vae_dtype, depth=pipeline.depth)
+        total = need.device + need.host + decoder_bytes(*sizes, tiny, runtime.vae_dtype, options.get("vae_tiles", 1))
     assert total == made + pixels
     monkeypatch.setattr(echo_rt.engine.memory_budget, "host_memory", lambda: total)
     with load(tiny_model, **options) as runtime:
@@ -85,9 +83,9 @@ def test_a_gpu_and_its_host_have_their_own(monkeypatch: pytest.MonkeyPatch, gpu:
             RELEASED.config,
             RELEASED.vae,
             None,
-            DecoderOptions(torch.bfloat16),
             device=torch.device("cuda", 0),
             dtype=torch.bfloat16,
+            vae_dtype=torch.bfloat16,
             depth=2,
         )
 

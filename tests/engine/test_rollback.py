@@ -30,7 +30,7 @@ def test_a_prompt_begins_with_its_block_whatever_is_gone_back_from(
         stream.set_prompt(prompt_embeds=later, block=7)
         begun: dict[int, list[bool]] = {}  # by blocks of the video: whether the later prompt was in force
         told, engine = [False], stream._engine
-        switch, next_block, put_back = rollout.switch_prompt, rollout.next_block, type(engine).put_back
+        switch, next_block, put_back = rollout.switch_prompt, rollout.next_block, type(engine).load_state
 
         def switched(prompt: Tensor) -> None:
             told[0] = torch.equal(prompt, later)
@@ -44,7 +44,7 @@ def test_a_prompt_begins_with_its_block_whatever_is_gone_back_from(
             told[0] = False
             put_back(self, snapshot, seed)
 
-        monkeypatch.setattr(type(engine), "put_back", back)
+        monkeypatch.setattr(type(engine), "load_state", back)
         monkeypatch.setattr(rollout, "switch_prompt", switched)
         monkeypatch.setattr(rollout, "next_block", noted)
         poison(stream, monkeypatch, {6})

@@ -9,29 +9,30 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
-from echo_rt.attention import AttentionShapes, available_attention, choose_attention, kinds, known_choices
-from echo_rt.attention.kinds import KINDS, HeadsFirst, Kind
+from echo_rt.attention import AttentionShapes, attention_tuner, available_attention, implementations, known_selections
+from echo_rt.attention.backends import IMPLEMENTATIONS, AttentionCandidate, Library
 from echo_rt.errors import BackendError
 from echo_rt.ops.backends import load_ops
 
-EVERY = kinds(load_ops("torch"))
+EVERY = implementations(load_ops("torch"))
 SHAPES = AttentionShapes(queries=6, keys=10, heads=2, head_dim=8)
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
-def kind(name: str, **facts) -> Kind:
-    return Kind(name, lambda: HeadsFirst(name, lambda q, k, v: q), **facts)
+def kind(name: str, **facts) -> AttentionCandidate:
+    return AttentionCandidate(name, lambda: Library(name, lambda q, k, v: q), **facts)
 
 
-def absent(name: str, why: str) -> Kind:
+def absent(name: str, why: str) -> AttentionCandidate:
     def load():
         raise BackendError(why)
 
-    return Kind(name, load)
+    return AttentionCandidate(name, load)
 
 
 @dataclass
@@ -80,8 +81,19 @@ def gpu(monkeypatch):
     return properties
 
 
-def choose(judge, kinds, cache=None, requested=None, dtype=torch.bfloat16, shapes=SHAPES, device=GPU):
-    return choose_attention(requested, device=device, dtype=dtype, shapes=shapes, cache=cache, kinds=kinds, judge=judge)
+def choose(
+    judge,
+    kinds,
+    cache=None,
+    requested=None,
+    dtype=torch.bfloat16,
+    shapes=SHAPES,
+    device=GPU,
+    prescribed=None,
+    forgive=(),
+):
+    with mock.patch("echo_rt.attention.select.AttentionCheck", judge):
+        return attention_tuner(device, dtype, shapes, kinds).select(requested, prescribed, cache=cache, forgive=forgive)
 
 
 def test_the_fastest_is_chosen_and_the_reason_says_so(caplog):
@@ -206,7 +218,8 @@ def test_no_memory_for_any_is_an_error_that_says_so():
         choose(judge, [kind("a"), kind("b")])
     with pytest.raises(shortage, match=r"attention 'a': it runs out of memory .*2\.00 GiB by a"):
         choose(judge, [kind("a"), kind("b")], requested="a")
-    assert available_attention(GPU, [kind("a"), kind("b")], judge)["a"].startswith("it runs out of memory")
+    with mock.patch("echo_rt.attention.select.AttentionCheck", judge):
+        assert available_attention(GPU, [kind("a"), kind("b")])["a"].startswith("it runs out of memory")
 
 
 def test_one_that_holds_all_scores_is_for_where_nothing_else_works():
@@ -247,17 +260,7 @@ def test_a_name_that_cannot_be_had(requested, dtype, said):
 
 def able(judge, requested, prescribed=None, kinds=("a", "b", "c")):
     kinds = [kind(name) if isinstance(name, str) else name for name in kinds]
-    return choose_attention(
-        requested,
-        device=GPU,
-        dtype=torch.bfloat16,
-        shapes=SHAPES,
-        cache=None,
-        prescribed=prescribed,
-        if_able=True,
-        kinds=kinds,
-        judge=judge,
-    )
+    return choose(judge, kinds, requested=requested, prescribed=prescribed, forgive=(BackendError,))
 
 
 def test_a_name_that_need_not_be_had_is_taken_where_it_can_be():
@@ -289,33 +292,35 @@ def test_heads_that_no_library_has():
     too_large = RuntimeError("only supports head dimension at most 256")
     judge = FakeJudge({"sdpa-efficient": 3.0, "products": 0.7, "sdpa-math": 0.1}, errors={"sdpa-flash": too_large})
     judge.errors["sdpa-cudnn"] = too_large
-    choice = choose(judge, KINDS, shapes=AttentionShapes(queries=60, keys=60, heads=1, head_dim=384))
+    choice = choose(judge, IMPLEMENTATIONS, shapes=AttentionShapes(queries=60, keys=60, heads=1, head_dim=384))
     assert choice.attention.name == "products" and set(choice.timings) == {"sdpa-efficient", "products"}
     assert "at most 256" in choice.rejected["sdpa-flash"] and "all scores" in choice.rejected["sdpa-math"]
 
 
+def on_cpu(requested, kinds=IMPLEMENTATIONS, cache=None):
+    judge = FakeJudge({})
+    choice = choose(judge, kinds, cache, requested, torch.float32, device=CPU)
+    assert judge.asked == []
+    return choice
+
+
 def test_on_a_cpu():
-    for name, choice in (
-        ("sdpa", choose_attention(None, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None)),
-        ("sdpa-math", choose_attention("sdpa-math", device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None)),
-    ):
-        assert choice.attention.name == name
+    assert on_cpu(None).name == "sdpa" and on_cpu("sdpa-math").name == "sdpa-math"
     for name in {kind.name for kind in EVERY} - {"sdpa", "products", "sdpa-math"}:
         with pytest.raises(
             BackendError, match=f"attention '{name}' is not available: it runs on cuda, the device is cpu"
         ):
-            choose_attention(name, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=None, kinds=EVERY)
+            on_cpu(name, EVERY)
 
 
 def test_on_a_gpu_torchs_cpu_kind_names_the_others():
     with pytest.raises(BackendError, match=r"'sdpa' .* it runs on cpu, the device is cuda:0; choose sdpa-cudnn or "):
-        choose_attention("sdpa", device=GPU, dtype=torch.bfloat16, shapes=SHAPES, cache=None, judge=FakeJudge({}))
+        choose(FakeJudge({}), IMPLEMENTATIONS, requested="sdpa")
 
 
-def test_on_a_cpu_nothing_is_measured_or_written(tmp_path):
-    judge, cache = FakeJudge({}), tmp_path / "attention.json"
-    choose_attention(None, device=CPU, dtype=torch.float32, shapes=SHAPES, cache=cache, judge=judge)
-    assert judge.asked == [] and list(tmp_path.iterdir()) == []
+def test_on_a_cpu_nothing_is_written(tmp_path):
+    on_cpu(None, cache=tmp_path / "attention.json")
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- the file ----------------------------------------------------------------------------------------------------
@@ -334,7 +339,7 @@ def test_what_was_measured_is_not_measured_again(cache):
     assert judge.asked == [], "not even tensors are made"
     assert again.attention.name == "b" and again.timings == first.timings and again.rejected == {"c": "gone"}
     assert again.reason == f"{first.reason} (remembered in {cache})"
-    assert list(known_choices(GPU, cache, kinds)) == [("b", f"for {SHAPES} in bfloat16, {first.reason}")]
+    assert list(known_selections(GPU, cache, kinds)) == [("b", f"for {SHAPES} in bfloat16, {first.reason}")]
 
 
 def changed_gpu(monkeypatch, gpu):
@@ -350,11 +355,11 @@ def changed_cudnn(monkeypatch, gpu):
 
 
 def changed_library(monkeypatch, gpu):
-    monkeypatch.setattr(Kind, "version", lambda self: "99")
+    monkeypatch.setattr(AttentionCandidate, "version", lambda self: "99")
 
 
 def changed_driver(monkeypatch, gpu):
-    monkeypatch.setattr("echo_rt.autotune.machine._driver", lambda: "999.9")
+    monkeypatch.setattr("echo_rt.autotune.cache._driver", lambda: "999.9")
 
 
 @pytest.mark.parametrize("change", [changed_gpu, changed_torch, changed_cudnn, changed_library, changed_driver])
@@ -363,7 +368,7 @@ def test_another_machine_is_measured_anew_and_the_first_is_kept(cache, monkeypat
     choose(FakeJudge({"a": 2.0, "b": 0.5}), kinds, cache)
     with monkeypatch.context() as patch:
         change(patch, gpu)
-        assert list(known_choices(GPU, cache, kinds)) == []
+        assert list(known_selections(GPU, cache, kinds)) == []
         assert choose(FakeJudge({"a": 0.1, "b": 9.0}), kinds, cache).attention.name == "a"
     gpu.name = "Imaginary 9000"
     judge = FakeJudge({})
@@ -394,7 +399,8 @@ def test_a_winner_that_is_gone_is_not_missed(cache, caplog):
 
 def test_what_is_available():
     judge = FakeJudge({}, errors={"b": RuntimeError("no kernel image"), "c": math.inf})
-    states = available_attention(GPU, [kind("a"), kind("b"), kind("c"), absent("d", "gone; get it")], judge)
+    with mock.patch("echo_rt.attention.select.AttentionCheck", judge):
+        states = available_attention(GPU, [kind("a"), kind("b"), kind("c"), absent("d", "gone; get it")])
     assert states["a"] == "available" and states["d"] == "gone; get it"
     assert "no kernel image; choose another" in states["b"] and "its result is wrong" in states["c"]
     assert judge.asked[0][2] == torch.bfloat16, "the dtype that models have on a GPU"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from echo_rt.attention import AttentionShapes, cache_file
-from echo_rt.attention.remembered import Case, Entry, entries, recall, remember
+from echo_rt.attention.select import CACHE
+from echo_rt.autotune.cache import Case, Entry
 
 
 def entry(number: int = 0, winner: str = "a") -> Entry:
@@ -24,11 +25,11 @@ def warnings_of(caplog) -> list[str]:
 
 def test_there_and_back(tmp_path, caplog):
     path = tmp_path / "new" / "folder" / "attention.json"
-    remember(path, entry(1))
-    remember(path, entry(2))
-    remember(path, entry(1, winner="b"))
-    assert entries(path) == [entry(2), entry(1, winner="b")], "one for each case"
-    assert recall(path, entry(2).case) == entry(2) and recall(path, entry(3).case) is None
+    CACHE.remember(path, entry(1))
+    CACHE.remember(path, entry(2))
+    CACHE.remember(path, entry(1, winner="b"))
+    assert CACHE.entries(path) == [entry(2), entry(1, winner="b")], "one for each case"
+    assert CACHE.recall(path, entry(2).case) == entry(2) and CACHE.recall(path, entry(3).case) is None
     assert warnings_of(caplog) == []
     assert sorted(p.name for p in path.parent.iterdir()) == ["attention.json", "attention.lock"], "no parts are left"
 
@@ -50,13 +51,13 @@ def test_there_and_back(tmp_path, caplog):
 )
 def test_a_damaged_file_is_a_warning_and_is_replaced(tmp_path, caplog, content):
     path = tmp_path / "attention.json"
-    remember(path, entry(1))
+    CACHE.remember(path, entry(1))
     path.write_bytes(path.read_bytes()[:-20] if content is None else content)
-    assert recall(path, entry(1).case) is None
+    assert CACHE.recall(path, entry(1).case) is None
     (warning,) = warnings_of(caplog)
     assert str(path) in warning and "is damaged" in warning and "\n" not in warning
-    remember(path, entry(2))
-    assert entries(path) == [entry(2)]
+    CACHE.remember(path, entry(2))
+    assert CACHE.entries(path) == [entry(2)]
 
 
 def test_a_wrong_type_inside_is_damage(tmp_path, caplog):
@@ -64,21 +65,21 @@ def test_a_wrong_type_inside_is_damage(tmp_path, caplog):
     spoiled = [("attention", 5), ("milliseconds", {"a": "fast"}), ("rejected", {"c": 5}), ("surplus", 1), ("case", [])]
     spoiled += [("case", {"machine": [], "dtype": "", "shapes": {}}), ("milliseconds", None), ("rejected", [])]
     for field, value in spoiled:
-        remember(path, entry(1))
+        CACHE.remember(path, entry(1))
         content = json.loads(path.read_text())
         content["entries"][0][field] = value
         path.write_text(json.dumps(content))
         caplog.clear()
-        assert entries(path) == [], field
+        assert CACHE.entries(path) == [], field
         assert "is damaged" in warnings_of(caplog)[0]
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     path = tmp_path / "file" / "attention.json"
-    assert recall(path, entry().case) is None
+    assert CACHE.recall(path, entry().case) is None
     caplog.clear()
-    remember(path, entry())
+    CACHE.remember(path, entry())
     (warning,) = warnings_of(caplog)
     assert str(path) in warning and "cannot be written" in warning and "measured at every start" in warning
 
@@ -86,30 +87,30 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, caplog):
 def test_a_folder_in_place_of_the_file(tmp_path, caplog):
     path = tmp_path / "attention.json"
     path.mkdir()
-    remember(path, entry())
-    assert entries(path) == []
+    CACHE.remember(path, entry())
+    assert CACHE.entries(path) == []
     assert any("cannot be read" in warning for warning in warnings_of(caplog))
     assert any("measured at every start" in warning for warning in warnings_of(caplog))
 
 
 def test_a_write_that_fails_keeps_the_old_file(tmp_path, caplog, monkeypatch):
     path = tmp_path / "attention.json"
-    remember(path, entry(1))
+    CACHE.remember(path, entry(1))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", full)
-        remember(path, entry(2))
-    assert entries(path) == [entry(1)]
+        CACHE.remember(path, entry(2))
+    assert CACHE.entries(path) == [entry(1)]
     assert "No space left on device" in warnings_of(caplog)[0]
 
 
 def _write(path: Path, first: int, barrier) -> None:
     barrier.wait()
     for number in range(first, first + 10):
-        remember(path, entry(number))
+        CACHE.remember(path, entry(number))
 
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path):
@@ -122,7 +123,7 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path):
     for writer in writers:
         writer.join(60)
         assert writer.exitcode == 0
-    assert sorted(item.case.shapes.queries for item in entries(path)) == list(range(20))
+    assert sorted(item.case.shapes.queries for item in CACHE.entries(path)) == list(range(20))
 
 
 def test_where_the_file_is(monkeypatch, tmp_path):

@@ -11,16 +11,15 @@ import pytest
 import torch
 from closeness import relative_error
 
-from echo_rt.attention import AttentionShapes, choose_attention, products
-from echo_rt.attention.kinds import KINDS, Kind
-from echo_rt.attention.products import Products
-from echo_rt.attention.trials import exact_attention
+from echo_rt.attention import AttentionShapes, attention_tuner, backends
+from echo_rt.attention.backends import IMPLEMENTATIONS, AttentionCandidate, Matmul
+from echo_rt.attention.select import exact_attention
 from echo_rt.autotune.tuner import TOLERANCES
 from echo_rt.errors import BackendError
 
-BY_NAME = {kind.name: kind for kind in KINDS}
-OF_TORCH = [kind for kind in KINDS if kind.distribution is None]
-ON_CPU = [kind for kind in KINDS if "cpu" in kind.devices]
+BY_NAME = {kind.name: kind for kind in IMPLEMENTATIONS}
+OF_TORCH = [kind for kind in IMPLEMENTATIONS if kind.distribution is None]
+ON_CPU = [kind for kind in IMPLEMENTATIONS if "cpu" in kind.devices]
 GPU = torch.device("cuda", 0)
 
 # Odd counts, one key, more keys than queries and fewer, an odd number of heads.
@@ -156,7 +155,7 @@ def test_an_absent_library_says_how_to_get_it(monkeypatch, name, module, paramet
     assert "\n" not in str(caught.value)
     with pytest.raises(BackendError, match=rf"^attention '{name}' is not available: it is not installed; "):
         shapes = AttentionShapes(queries=1, keys=1, heads=1, head_dim=8)
-        choose_attention(name, device=GPU, dtype=torch.bfloat16, shapes=shapes, cache=None)
+        attention_tuner(GPU, torch.bfloat16, shapes).select(name, cache=None)
 
 
 def test_version_4_alone_is_not_version_2(monkeypatch):
@@ -190,9 +189,9 @@ def test_versions_are_those_of_the_packages(monkeypatch):
         return installed[distribution]
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    versions = {kind.name: kind.version() for kind in KINDS}
+    versions = {kind.name: kind.version() for kind in IMPLEMENTATIONS}
     assert versions == {
-        **{kind.name: None for kind in KINDS},
+        **{kind.name: None for kind in IMPLEMENTATIONS},
         "flash-attn-2": "2.8.3",
         "flash-attn-4": "4.0.0",
     }
@@ -206,10 +205,10 @@ def test_versions_are_those_of_the_packages(monkeypatch):
 def test_slices_of_queries_do_not_show(rows, dtype, monkeypatch):
     q, k, v = inputs(43, 71, 2, 20, dtype)
     slices = []
-    original = products._scores
-    monkeypatch.setattr(products, "_scores", lambda q, *rest: (slices.append(len(q)), original(q, *rest)))
-    monkeypatch.setattr(products, "_SCORES_BYTES", rows * 71 * 4)
-    assert relative_error(Products()(q, k, v), formula(q, k, v)) < (1e-6 if dtype == torch.float32 else 3e-3)
+    original = backends._scores
+    monkeypatch.setattr(backends, "_scores", lambda q, *rest: (slices.append(len(q)), original(q, *rest)))
+    monkeypatch.setattr(backends, "_SCORES_BYTES", rows * 71 * 4)
+    assert relative_error(Matmul()(q, k, v), formula(q, k, v)) < (1e-6 if dtype == torch.float32 else 3e-3)
     assert sum(slices) == 2 * 43 and max(slices) <= rows and len(set(slices)) <= 2
     assert len(slices) == 2 * math.ceil(43 / min(rows, 43)), "no more of them than have to be"
 
@@ -217,19 +216,19 @@ def test_slices_of_queries_do_not_show(rows, dtype, monkeypatch):
 def test_a_slice_takes_no_more_than_its_share(monkeypatch):
     """A frame of 1280x720 and the KV buffer at 832x480: slices of one size, but for the rounding."""
     for queries, keys in ((90 * 160, 90 * 160), (4680, 21 * 1560)):
-        rows = products._rows_at_once(queries, keys)
+        rows = backends._rows_at_once(queries, keys)
         slices = math.ceil(queries / rows)
-        assert 4 * rows * keys <= products._SCORES_BYTES < 4 * keys * queries / (slices - 1)
+        assert 4 * rows * keys <= backends._SCORES_BYTES < 4 * keys * queries / (slices - 1)
         assert queries - (slices - 1) * rows > rows - slices
-    assert products._rows_at_once(17, products._SCORES_BYTES) == 1, "a row is not taken apart"
+    assert backends._rows_at_once(17, backends._SCORES_BYTES) == 1, "a row is not taken apart"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_large_scores_are_no_nan(dtype):
     q, k, v = inputs(9, 30, 2, 16, dtype)
-    out = Products()(q * 2000, k * 2000, v)
+    out = Matmul()(q * 2000, k * 2000, v)
     assert out.isfinite().all() and relative_error(out, formula(q * 2000, k * 2000, v)) < TOLERANCES[dtype]
-    same = Products()(q * 0 + 2000, k * 0 - 2000, v)
+    same = Matmul()(q * 0 + 2000, k * 0 - 2000, v)
     assert relative_error(same, v.double().mean(0).flatten().expand(9, -1)) < TOLERANCES[dtype]
 
 
@@ -241,14 +240,14 @@ def test_scores_are_not_rounded(dtype):
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     exact = formula(q, k, v)
     assert exact.min() > 0.4 and exact.max() < 0.6
-    assert relative_error(Products()(q, k, v), exact) < (1e-5 if dtype == torch.float32 else 5e-3)
+    assert relative_error(Matmul()(q, k, v), exact) < (1e-5 if dtype == torch.float32 else 5e-3)
 
 
 def test_memory_that_nothing_has_written_is_not_read(monkeypatch):
     original = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **named: original(*args, **named).fill_(math.nan))
     q, k, v = inputs(5, 17, 3, 16)
-    assert relative_error(Products()(q, k, v), formula(q, k, v)) < 1e-6
+    assert relative_error(Matmul()(q, k, v), formula(q, k, v)) < 1e-6
 
 
 def test_the_product_of_a_gpu_is_given_what_it_declares():
@@ -265,10 +264,10 @@ def test_the_product_of_a_gpu_is_given_what_it_declares():
         library.impl("baddbmm.dtype_out", product, "CPU")
         q, k, _ = inputs(5, 17, 3, 16, torch.bfloat16)
         made, expected = torch.full((2, 5, 17), math.nan)
-        products._scores_of_half(q[:, 1], k[:, 1], 0.25, made)
+        backends._scores_of_half(q[:, 1], k[:, 1], 0.25, made)
     finally:
         library._destroy()
-    products._scores(q[:, 1], k[:, 1], 0.25, expected)
+    backends._scores(q[:, 1], k[:, 1], 0.25, expected)
     assert torch.allclose(made, expected, rtol=1e-6) and calls == [(torch.float32, 0, 0.25)]
 
 
@@ -282,7 +281,7 @@ def real_gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def loaded_or_skip(kind: Kind, device: torch.device):
+def loaded_or_skip(kind: AttentionCandidate, device: torch.device):
     try:
         return kind.load()
     except BackendError as error:
@@ -290,7 +289,9 @@ def loaded_or_skip(kind: Kind, device: torch.device):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "cuda" in kind.devices], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in IMPLEMENTATIONS if "cuda" in kind.devices], ids=lambda kind: kind.name
+)
 @pytest.mark.parametrize("case", [(64, 200, 2, 128), (75, 333, 3, 128), (1, 1, 1, 128), (91, 91, 1, 384)], ids=str)
 def test_numbers_on_a_gpu(real_gpu, kind, case):
     attention = loaded_or_skip(kind, real_gpu)
@@ -306,7 +307,9 @@ def test_numbers_on_a_gpu(real_gpu, kind, case):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "cuda" in kind.devices], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in IMPLEMENTATIONS if "cuda" in kind.devices], ids=lambda kind: kind.name
+)
 def test_a_captured_call_follows_its_inputs(real_gpu, kind):
     attention = loaded_or_skip(kind, real_gpu)
     q, k, v = inputs(64, 200, 2, 128, torch.bfloat16, real_gpu)
@@ -327,8 +330,8 @@ def test_a_captured_call_follows_its_inputs(real_gpu, kind):
 @pytest.mark.cuda
 def test_a_gpu_is_measured_and_remembered(real_gpu, tmp_path):
     shapes = AttentionShapes(queries=300, keys=700, heads=4, head_dim=128)
-    options = {"device": real_gpu, "dtype": torch.bfloat16, "shapes": shapes, "cache": tmp_path / "attention.json"}
-    first, again = choose_attention(None, **options), choose_attention(None, **options)
+    tuner = attention_tuner(real_gpu, torch.bfloat16, shapes)
+    first, again = (tuner.select(cache=tmp_path / "attention.json") for _ in range(2))
     assert first.timings and all(0 < time < 1000 for time in first.timings.values())
     assert first.attention.name == min(first.timings, key=first.timings.get) == again.attention.name
     assert "remembered" in again.reason and "remembered" not in first.reason

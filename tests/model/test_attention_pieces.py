@@ -8,17 +8,16 @@ import pytest
 import torch
 from closeness import relative_error
 
-from echo_rt.attention import AttentionShapes, Kind, choose_attention, kinds
-from echo_rt.attention.kinds import KINDS, HeadsFirst
-from echo_rt.attention.pieces import PIECES, InPieces, in_pieces
-from echo_rt.attention.trials import exact_attention
+from echo_rt.attention import AttentionCandidate, AttentionShapes, attention_tuner, implementations
+from echo_rt.attention.backends import IMPLEMENTATIONS, SPLITS, SplitKV, split_kv
+from echo_rt.attention.select import exact_attention
 from echo_rt.autotune.tuner import TOLERANCES
 from echo_rt.errors import BackendError
 from echo_rt.ops import reference
 from echo_rt.ops.backends import load_ops
 
 OPS = load_ops("torch")
-IN_PIECES = in_pieces(OPS)
+IN_PIECES = split_kv(OPS)
 GPU = torch.device("cuda", 0)
 
 
@@ -46,13 +45,12 @@ class Library:
         out = (scores.softmax(-1) @ v.float()).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         return out, scores.logsumexp(-1, keepdim=self.dimension_of_one)
 
-    def in_pieces(self, pieces: int, ops=OPS) -> InPieces:
-        whole = HeadsFirst("whole", lambda q, k, v: self.with_sums(q, k, v)[0])
-        return InPieces("in pieces", self.with_sums, pieces, whole, ops)
+    def in_pieces(self, pieces: int, ops=OPS) -> SplitKV:
+        return SplitKV("in pieces", "whole", self.with_sums, pieces, ops)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("pieces", SPLITS)
 @pytest.mark.parametrize("case", [(5, 24, 3, 16), (1, 12, 1, 8), (33, 60, 2, 20)], ids=str)
 @pytest.mark.parametrize("dimension_of_one", [True, False], ids=["sums of cuDNN's shape", "of flash's"])
 def test_numbers(dtype, pieces, case, dimension_of_one):
@@ -82,20 +80,20 @@ def test_torch_knows_the_operators(kind):
     attention = kind.load()
     out = attention(q, k, v)
     assert (out.shape, out.dtype, out.is_contiguous()) == ((5, 48), torch.bfloat16, True)
-    assert attention.name == kind.name == f"{attention.whole.name}-in-{kind.pieces}"
+    assert attention.name == kind.name == f"{attention.whole.name}-in-{kind.splits}"
     assert attention(q, k[:23], v[:23]).shape == (5, 48)
 
 
 def test_what_is_offered():
     assert [kind.name for kind in IN_PIECES] == [
-        f"{library}-in-{pieces}" for library in ("sdpa-cudnn", "sdpa-flash") for pieces in PIECES
+        f"{library}-in-{pieces}" for library in ("sdpa-cudnn", "sdpa-flash") for pieces in SPLITS
     ]
-    assert [kind.name for kind in kinds(OPS)] == [kind.name for kind in (*KINDS, *IN_PIECES)]
+    assert [kind.name for kind in implementations(OPS)] == [kind.name for kind in (*IMPLEMENTATIONS, *IN_PIECES)]
 
 
 def test_who_merges_is_part_of_what_was_measured():
     """Another backend's merging takes another time: what is remembered of one is not taken for the other's."""
-    versions = {kind.name: kind.version() for kind in kinds(OPS)}
+    versions = {kind.name: kind.version() for kind in implementations(OPS)}
     assert all(versions[kind.name] == "torch" for kind in IN_PIECES)
     assert versions["sdpa-cudnn"] is None
 
@@ -109,22 +107,16 @@ class Judge:
         return 0.0
 
     def stopwatch(self, attention):
-        return lambda: 1.0 / getattr(attention, "pieces", 1)
+        return lambda: 1.0 / getattr(attention, "splits", 1)
 
 
 def chosen(keys: int, monkeypatch):
-    monkeypatch.setattr("echo_rt.attention.choice.give_memory_back", lambda device: None)
-    monkeypatch.setattr("echo_rt.autotune.tuner.machine_facts", lambda device, kinds: {"gpu": "imaginary"})
-    torchs = [kind for kind in KINDS if kind.distribution is None]
-    return choose_attention(
-        None,
-        device=GPU,
-        dtype=torch.bfloat16,
-        shapes=AttentionShapes(queries=6, keys=keys, heads=2, head_dim=8),
-        cache=None,
-        kinds=[*torchs, *IN_PIECES],
-        judge=Judge,
-    )
+    monkeypatch.setattr("echo_rt.autotune.tuner.give_memory_back", lambda device: None)
+    monkeypatch.setattr("echo_rt.autotune.tuner.machine_facts", lambda device, versions: {"gpu": "imaginary"})
+    torchs = [kind for kind in IMPLEMENTATIONS if kind.distribution is None]
+    monkeypatch.setattr("echo_rt.attention.select.AttentionCheck", Judge)
+    shapes = AttentionShapes(queries=6, keys=keys, heads=2, head_dim=8)
+    return attention_tuner(GPU, torch.bfloat16, shapes, [*torchs, *IN_PIECES]).select(cache=None)
 
 
 def test_pieces_that_the_keys_do_not_make_are_not_tried(monkeypatch):
@@ -149,8 +141,8 @@ def kernels():
 
 
 def on_a_gpu(name: str, ops, keys: int):
-    (kind,) = (kind for kind in in_pieces(ops) if kind.name == name)
-    attention: Kind = kind.load()
+    (kind,) = (kind for kind in split_kv(ops) if kind.name == name)
+    attention: AttentionCandidate = kind.load()
     q, k, v = inputs(96, keys, 2, 128, torch.bfloat16, GPU)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from echo_rt.attention import AttentionShapes
-from echo_rt.attention.kinds import KINDS, HeadsFirst
-from echo_rt.attention.trials import Trials
+from echo_rt.attention.backends import IMPLEMENTATIONS, Library
+from echo_rt.attention.select import AttentionCheck
 from echo_rt.autotune.tuner import TOLERANCES
 
 CPU = torch.device("cpu")
 
 
-def spoiled(change) -> HeadsFirst:
-    return HeadsFirst("spoiled", lambda q, k, v: change(*(t.float() for t in (q, k, v))).to(q.dtype))
+def spoiled(change) -> Library:
+    return Library("spoiled", lambda q, k, v: change(*(t.float() for t in (q, k, v))).to(q.dtype))
 
 
 def right(q, k, v):
@@ -45,29 +45,29 @@ WRONG = {
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_the_trial_tells_right_from_wrong(dtype):
-    trials = Trials(AttentionShapes(queries=70, keys=300, heads=3, head_dim=64), CPU, dtype)
-    for kind in (kind for kind in KINDS if "cpu" in kind.devices):
+    trials = AttentionCheck(AttentionShapes(queries=70, keys=300, heads=3, head_dim=64), CPU, dtype)
+    for kind in (kind for kind in IMPLEMENTATIONS if "cpu" in kind.devices):
         assert trials.error(kind.load()) < TOLERANCES[dtype] / 2
     for what, change in WRONG.items():
         assert trials.error(spoiled(change)) > 2 * TOLERANCES[dtype], what
 
 
 def test_another_dtype_is_wrong():
-    trials = Trials(AttentionShapes(queries=7, keys=9, heads=1, head_dim=8), CPU, torch.bfloat16)
-    assert trials.error(HeadsFirst("wide", lambda q, k, v: right(q, k, v).float())) == math.inf
+    trials = AttentionCheck(AttentionShapes(queries=7, keys=9, heads=1, head_dim=8), CPU, torch.bfloat16)
+    assert trials.error(Library("wide", lambda q, k, v: right(q, k, v).float())) == math.inf
 
 
 def test_the_trial_does_not_disturb_the_callers_random_numbers():
     state = torch.random.get_rng_state()
-    Trials(AttentionShapes(queries=7, keys=9, heads=1, head_dim=8), CPU, torch.float32)
+    AttentionCheck(AttentionShapes(queries=7, keys=9, heads=1, head_dim=8), CPU, torch.float32)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_the_callers_default_device_is_left_out_of_it():
-    trials = Trials(AttentionShapes(queries=7, keys=9, heads=1, head_dim=8), CPU, torch.float32)
+    trials = AttentionCheck(AttentionShapes(queries=7, keys=9, heads=1, head_dim=8), CPU, torch.float32)
     torch.set_default_device("meta")
     try:
-        assert trials.error(HeadsFirst("right", right)) < TOLERANCES[torch.float32]
+        assert trials.error(Library("right", right)) < TOLERANCES[torch.float32]
     finally:
         torch.set_default_device(None)
 
@@ -100,7 +100,7 @@ class FakeCuda:
 
         @contextlib.contextmanager
         def graph(graph, *, pool, stream, capture_error_mode):
-            assert pool is None and capture_error_mode == "thread_local"
+            assert capture_error_mode == "thread_local"
             fake.log.append("begin")
             yield
             fake.log.append("end")
@@ -108,6 +108,7 @@ class FakeCuda:
         stream = SimpleNamespace(wait_stream=lambda other: fake.log.append(f"after {other}"))
         for name, value in {
             "CUDAGraph": Graph,
+            "graph_pool_handle": object,
             "Event": Event,
             "Stream": lambda device: stream,
             "current_stream": lambda device: "caller",
@@ -118,9 +119,9 @@ class FakeCuda:
 
 
 def test_a_call_is_warmed_up_captured_and_timed_in_replay(monkeypatch):
-    trials = Trials(AttentionShapes(queries=7, keys=9, heads=1, head_dim=8), CPU, torch.float32)
+    trials = AttentionCheck(AttentionShapes(queries=7, keys=9, heads=1, head_dim=8), CPU, torch.float32)
     cuda = FakeCuda(monkeypatch)
-    watch = trials.stopwatch(HeadsFirst("a", lambda q, k, v: cuda.log.append("call") or q))
+    watch = trials.stopwatch(Library("a", lambda q, k, v: cuda.log.append("call") or q))
     begin, end = cuda.log.index("begin"), cuda.log.index("end")
     assert cuda.log[0] == "after caller" and set(cuda.log[1:begin]) == {"call"}
     captured = end - begin - 1

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from echo_rt.attention import Attention, AttentionShapes, untried_attention
-from echo_rt.attention.kinds import KINDS
-from echo_rt.attention.products import Products
+from echo_rt.attention.backends import IMPLEMENTATIONS, Matmul
 from echo_rt.engine.decoding import fit_decoder
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.model.vae_encoder import VaeEncoder
@@ -24,7 +23,7 @@ WEIGHTS = random_weights(vae_decoder_shapes(CONFIG))
 # Scores far from one another: where all are alike, the average of all pixels would do.
 WEIGHTS["decoder.middle.1.to_qkv.weight"] = 3 * WEIGHTS["decoder.middle.1.to_qkv.weight"]
 LATENTS, SIZE = 3, (7, 5)
-ON_CPU = {kind.name: kind for kind in KINDS if "cpu" in kind.devices}
+ON_CPU = {kind.name: kind for kind in IMPLEMENTATIONS if "cpu" in kind.devices}
 
 
 def decoder(dtype: torch.dtype = torch.float32, attention: Attention | None = None) -> VaeDecoder:
@@ -51,7 +50,7 @@ class Recorded:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert k.shape == v.shape
         self.calls.append(AttentionShapes(q.shape[0], k.shape[0], q.shape[1], q.shape[2]))
-        return Products()(q, k, v)
+        return Matmul()(q, k, v)
 
 
 @pytest.mark.parametrize("name", ON_CPU)
@@ -85,9 +84,9 @@ def test_the_shapes_are_those_of_its_calls() -> None:
 
 def test_torchs_switches_change_nothing() -> None:
     """They are of the whole process: another runtime, or the program around it, may turn them."""
-    model = decoder(attention=Products())
+    model = decoder(attention=Matmul())
     encoder = VaeEncoder(CONFIG, random_weights(vae_encoder_shapes(CONFIG)), device="cpu")
-    encoder._middle.attention.compute = Products()
+    encoder._middle.attention.compute = Matmul()
     frames = torch.rand(5, 3, 56, 40, generator=torch.Generator().manual_seed(2))
     expected, latents = decode(model), encoder.encode(frames)
     with sdpa_kernel(SDPBackend.MATH):
@@ -129,6 +128,6 @@ def test_a_gpu_is_tried_on_the_frames_of_the_decoder() -> None:
         model = VaeDecoder(CONFIG, WEIGHTS, load_ops("torch"), device=device, dtype=dtype)
         choice, _ = fit_decoder(model, (LATENTS, *SIZE), load_ops("torch"))
         assert "products" in choice.timings and "sdpa-math" in choice.rejected
-        for attention in (choice.attention, Products()):
+        for attention in (choice.attention, Matmul()):
             model.attend_by(attention)
             assert relative_error(decode(model).cpu(), expected) < bound

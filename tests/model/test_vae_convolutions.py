@@ -12,14 +12,14 @@ from closeness import relative_error
 from naive_vae import random_weights, tiny_config
 from torch import Tensor
 
-from echo_rt.convolution import Kind, kinds
+from echo_rt.convolution import ConvolutionCandidate, implementations
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.backends import available_backends, load_ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
 CONFIG = tiny_config(dim_mult=(1, 1, 2), temporal_downsample=(True, False), num_res_blocks=1)
 WEIGHTS = random_weights(vae_decoder_shapes(CONFIG))
-BY_NAME = {(kind.name, kind.enlarges): kind for kind in kinds()}
+BY_NAME = {(kind.name, kind.enlarges): kind for kind in implementations()}
 LATENTS = 3
 SIZE = (14, 5)  # of latents
 
@@ -37,7 +37,7 @@ def decode(model: VaeDecoder, groups: tuple[int, ...] = (LATENTS, LATENTS)) -> T
     return torch.cat([model.decode(part, state) for part in latents().split(list(groups))])
 
 
-def use(model: VaeDecoder, causal: Kind, enlarging: Kind) -> VaeDecoder:
+def use(model: VaeDecoder, causal: ConvolutionCandidate, enlarging: ConvolutionCandidate) -> VaeDecoder:
     shapes = model.convolution_shapes(*SIZE, LATENTS)
     model.use({name: enlarging if shape.enlarge else causal for name, shape in shapes.items()})
     return model
@@ -62,7 +62,8 @@ def test_in_bfloat16(causal: str, enlarging: str) -> None:
     if causal == "kernel" and available_backends()["emulated"] != "available":
         pytest.skip("this build has the kernels for the GPU instead")
     by_name = {
-        (kind.name, kind.enlarges): kind for kind in kinds(load_ops("emulated" if causal == "kernel" else "torch"))
+        (kind.name, kind.enlarges): kind
+        for kind in implementations(load_ops("emulated" if causal == "kernel" else "torch"))
     }
     expected = decode(decoder())
     video = decode(use(decoder(dtype=torch.bfloat16), by_name[causal, False], by_name[enlarging, True]))
@@ -100,7 +101,7 @@ def test_only_what_is_computed_with_is_kept(causal: str, enlarging: str) -> None
     if "kernel" in (causal, enlarging):
         if available_backends()["emulated"] != "available":
             pytest.skip("this build has the kernels for the GPU instead")
-        by_name = {(kind.name, kind.enlarges): kind for kind in kinds(load_ops("emulated"))}
+        by_name = {(kind.name, kind.enlarges): kind for kind in implementations(load_ops("emulated"))}
     model = decoder()
     before = sum(held(model).values())
     use(model, by_name[causal, False], by_name[enlarging, True])
@@ -116,7 +117,7 @@ def test_only_what_is_computed_with_is_kept(causal: str, enlarging: str) -> None
 class Recorded:
     """A kind that computes as another one and keeps the sizes of the frames that it is given, by its weight."""
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: ConvolutionCandidate) -> None:
         self.seen: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         self.kind = dataclasses.replace(kind, prepare=self._prepare)
         self._real = kind

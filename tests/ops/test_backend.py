@@ -14,9 +14,9 @@ import torch
 from streaming import load, require, video
 
 import echo_rt
-from echo_rt import ops
 from echo_rt.engine import build as assembly
 from echo_rt.errors import BackendError
+from echo_rt.ops import backends
 from echo_rt.ops.backends import BACKEND_VARIABLE, Backend, available_backends, choose_backend, load_ops
 from echo_rt.verify.bundles import verify_bundle
 from echo_rt.weights.tiny_model import write_tiny_model
@@ -37,12 +37,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A GPU, and a build with kernels for it, in place of what is here; a test changes one or the other."""
     kernels = pytest.importorskip("echo_rt.ops.kernels", exc_type=ImportError)
     facts: dict[str, Any] = {"status": "available", "capability": (9, 0)}
-    monkeypatch.setattr(kernels.Kernels, "name", "cuda")
+    monkeypatch.setattr(kernels, "name", "cuda")
     monkeypatch.delattr(echo_rt, "_ops", raising=False)
     monkeypatch.setitem(sys.modules, "echo_rt._ops", SimpleNamespace(CUDA_ARCHS="80 90a"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: facts["capability"])
     monkeypatch.setattr(
-        ops, "available_backends", lambda: {"torch": "available", "emulated": "no", "cuda": facts["status"]}
+        backends, "available_backends", lambda: {"torch": "available", "emulated": "no", "cuda": facts["status"]}
     )
     return facts
 

@@ -9,7 +9,7 @@ from closeness import relative_error
 from op_checks import BACKENDS, BOUNDS, assert_close, assert_same, case
 from torch.nn import functional
 
-from echo_rt.convolution.phases import phase_weights
+from echo_rt.convolution.torch_conv import subpixel_weights
 from echo_rt.ops import reference
 from echo_rt.ops.backends import load_ops
 from echo_rt.ops.schema import Ops
@@ -34,7 +34,7 @@ def test_phases_are_the_enlargement_and_its_convolution() -> None:
         torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, 3, 4, 5), (6, 5, 3, 3), (6,))
     )
     out = torch.empty(2, 6, 8, 6, dtype=torch.float64)
-    reference.upsample_conv(x, phase_weights(weight), bias.float(), out)
+    reference.upsample_conv(x, subpixel_weights(weight), bias.float(), out)
     assert relative_error(out, enlarged(x, weight, bias)) < 1e-6  # the operation itself is float32
 
 
@@ -44,7 +44,7 @@ def test_phases_in_sixteen_bits(ops: Ops, dtype: torch.dtype) -> None:
     x, _, bias, out = case(ops, "upsample_conv", Sizes(vae=(1, 9, 17, 24), convolution=(24, 1, 3, 3)), dtype)
     weight = torch.randn(24, 24, 3, 3, generator=torch.Generator().manual_seed(4)).to(x.device) / 15
     expected = enlarged(x.double(), weight.double(), bias.double())
-    ops.upsample_conv(x, phase_weights(weight).to(dtype), bias, out)
+    ops.upsample_conv(x, subpixel_weights(weight).to(dtype), bias, out)
     assert_close(out, enlarged(x, weight.to(dtype), bias.to(dtype)), expected, BOUNDS[dtype])
 
 

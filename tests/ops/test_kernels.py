@@ -289,7 +289,7 @@ def test_bad_arguments_are_named(ops: Ops, case: str) -> None:
 
 def test_head_sizes_without_tiles_are_refused(ops: Ops) -> None:
     args = make_case("memory_attention", Sizes(), torch.bfloat16, DEVICES[ops.name])
-    with pytest.raises(BackendError, match="memory_attention needs head size 64 or 128, got 12"):
+    with pytest.raises(ValueError, match="k: expected head size 64 or 128; got 12"):
         ops.memory_attention(*args)
     with pytest.raises(ValueError, match="old: expected a width that is a multiple of 16; got 24"):
         ops.gated_update(*make_case("gated_update", Sizes(), torch.bfloat16, DEVICES[ops.name]))

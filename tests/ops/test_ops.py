@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from op_checks import (
 from echo_rt.engine.state import RingLayout
 from echo_rt.ops import reference
 from echo_rt.ops.backends import load_ops
-from echo_rt.ops.schema import POSITION_FIELDS, Ops
+from echo_rt.ops.schema import OPERATIONS, POSITION_FIELDS, Ops
 
 # The memory's kernels have tiles for two head sizes, and no float32.
 MEMORY_SIZES = {
@@ -51,12 +52,23 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 
 def test_cases_cover_the_schema() -> None:
     methods = {name for name, _ in inspect.getmembers(Ops, inspect.isfunction) if not name.startswith("_")}
-    assert methods == set(OPS)
+    assert methods == set(OPS) == set(OPERATIONS)
+
+
+def signature(operation: Callable[..., object]) -> tuple[list[tuple[str, str]], str]:
+    """Names and types of the arguments, and the type of the result, of a function or of an operation of torch."""
+    if isinstance(operation, torch._ops.OpOverload):
+        types = {"Optional[Tensor]": "Tensor | None"}
+        arguments = [(each.name, str(each.type)) for each in operation._schema.arguments]
+        returns = [str(each.type) for each in operation._schema.returns]
+        return [(name, types.get(kind, kind)) for name, kind in arguments], ", ".join(returns) or "None"
+    python = inspect.signature(operation)
+    return [(name, each.annotation) for name, each in python.parameters.items()], python.return_annotation
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_signatures_are_those_of_the_schema(ops: Ops, op: str) -> None:
-    assert inspect.signature(getattr(ops, op)) == inspect.signature(getattr(Ops, op))
+    assert signature(getattr(ops, op)) == signature(getattr(Ops, op))
 
 
 def test_rope_table_is_exact_to_float32_for_any_frame(ops: Ops) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,18 @@ def command_of(config: SoakConfig) -> list[str]:
         if getattr(config, name) is not None:
             command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     return command + [part for prompt in config.prompts for part in ("--prompt", prompt)]
+
+
+def wait_until(happened: Callable[[], bool], process: Any) -> None:
+    """Until it has, which ``process`` (a Popen or a Life) brings about; fails where that ends first."""
+    while not happened():
+        assert process.poll() is None or happened(), f"ended by itself with {process.poll()}"
+        time.sleep(0.01)
+
+
+def lines_of(journal: Path) -> int:
+    """How many lines it has so far."""
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
 def hashes(folder: Path) -> dict[int, str]:

@@ -22,8 +22,8 @@ from typing import Any
 import faults
 import pytest
 from faults import ILLEGAL, LOST, file_system_of, fill, nan_in
-from lives import NO_READER, Life, Lives
-from soaking import PROMPTS, command_of, hashes, intervals, soak_of
+from lives import NO_READER, Lives
+from soaking import PROMPTS, command_of, hashes, intervals, lines_of, soak_of, wait_until
 
 import echo_rt.soak
 from echo_rt.errors import NumericalError, OutputError, SnapshotError, TargetError
@@ -59,14 +59,6 @@ def arguments(config: SoakConfig, *more: str) -> list[str]:
     """The command and the options of such a soak."""
     made = command_of(config)
     return [*made[made.index("soak") :], *more]
-
-
-def wait_for_lines(journal: Path, life: Life, beyond: int = 0) -> None:
-    """Until the journal is longer than that, and so blocks are being made."""
-    deadline = time.monotonic() + 60
-    while not journal.exists() or journal.stat().st_size <= beyond:
-        assert life.poll() is None and time.monotonic() < deadline, f"no line was written: {life.err}"
-        time.sleep(0.01)
 
 
 class Vanish:
@@ -243,11 +235,12 @@ def test_kills_of_a_soak_that_rolls_back(lives: Lives, smallest_model: Path, tmp
     command = arguments(config, "--roll-back")
     journal, dice = config.folder / JOURNAL_FILE, random.Random(KILLS)
     for kill in range(KILLS + 1):
-        before = journal.stat().st_size if journal.exists() else 0
+        lines = lines_of(journal) + dice.randint(1, 12)
         # Of seven blocks one is not finite, whichever process makes them.
         life = lives.begin(*command, fault=("nans", 7))
-        wait_for_lines(journal, life, before)
-        time.sleep(dice.uniform(0.1, 1.0))
+        wait_until(lambda lines=lines: lines_of(journal) >= lines, life)
+        if kill == KILLS:
+            wait_until(lambda: any(line.get("rollbacks") for line in read_lines(config.folder)), life)
         life.send_signal(signal.SIGKILL if kill < KILLS else signal.SIGINT)
         assert life.wait() == (-signal.SIGKILL if kill < KILLS else 3), life.err
         for file in snapshot_files(config.folder / "snapshots"):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from soaking import hashes, soak_of
 
 import echo_rt.soak
-from echo_rt.attention import choice
-from echo_rt.attention.kinds import KINDS
-from echo_rt.autotune.tuner import Found
+from echo_rt.attention.backends import IMPLEMENTATIONS
+from echo_rt.autotune.tuner import Selection, Tuner
 from echo_rt.ops.backends import BACKEND_VARIABLE, available_backends
 
 
@@ -19,8 +19,13 @@ def test_another_choice_changes_no_block(smallest_model: Path, tmp_path: Path, m
     echo_rt.soak.run(whole)
     out = tmp_path / "out"
     assert echo_rt.soak.run(soak_of(smallest_model, out, blocks=6, snapshot_every=3)).exit_code == 0
-    (other,) = (kind for kind in KINDS if kind.name == "sdpa-math")
-    monkeypatch.setattr(choice, "_torchs_own", lambda device, kinds: Found(other.load(), "another", {}, {}))
+    (other,) = (kind for kind in IMPLEMENTATIONS if kind.name == "sdpa-math")
+    default = Tuner.default
+
+    def another(tuner: Tuner[Any, Any]) -> Selection[Any]:
+        return Selection(other.load(), "another") if tuner.cache.subject == "attention" else default(tuner)
+
+    monkeypatch.setattr(Tuner, "default", another)
     outcome = echo_rt.soak.run(soak_of(smallest_model, out, blocks=12, snapshot_every=3))
     assert (outcome.exit_code, outcome.blocks, outcome.failure) == (0, 12, None)
     assert hashes(out) == hashes(tmp_path / "whole")

@@ -15,7 +15,6 @@ from torch import Tensor
 
 import echo_rt
 import echo_rt.engine.build
-import echo_rt.engine.decoding
 import echo_rt.engine.prompts
 import echo_rt.engine.rollout
 from echo_rt.errors import EchoError
@@ -69,7 +68,7 @@ def test_close_gives_every_byte_back(small_model: Path) -> None:
 PLACES: dict[str, tuple[object, str, int]] = {
     "load: transformer": (echo_rt.engine.build, "Transformer", 0),
     "load: memory": (echo_rt.engine.build, "MemoryEncoder", 0),
-    "load: decoder": (echo_rt.engine.decoding, "VaeDecoder", 0),
+    "load: decoder": (echo_rt.engine.build, "VaeDecoder", 0),
     "load: buffers": (echo_rt.engine.rollout, "RolloutState", 0),
     "load: slots": (echo_rt.engine.build, "Pipeline", 0),
     "start: text encoder": (echo_rt.engine.prompts, "TextEncoder", 0),

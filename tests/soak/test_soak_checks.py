@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from echo_rt.soak.checks import Promises
 from echo_rt.soak.config import Limits
 from echo_rt.soak.latency import Histogram
 from echo_rt.soak.outcome import Outcome, Status, Verdict
-from echo_rt.soak.promises import Promises
 
 ALL = Limits(
     latency_ratio=1.05, latency_zscore=10.0, snapshot_stall=100.0, drift=0.1, host_slope=100.0, host_slack=2**20

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from echo_rt.cli import streams
+from echo_rt.cli import stdio
 from echo_rt.engine.prompts import save_prompt_embeds
 from echo_rt.errors import OutputError
 
@@ -48,7 +48,7 @@ def test_losing_standard_error_does_not_end_the_video(generate, tmp_path, frame_
 
 def test_no_file_gets_the_number_of_a_closed_stream():
     """Or what a library prints as an error would go into the video."""
-    script = "import os, sys; from echo_rt.cli import streams; streams.prepare(); print('lost', file=sys.stderr); "
+    script = "import os, sys; from echo_rt.cli import stdio; stdio.prepare(); print('lost', file=sys.stderr); "
     script += "sys.exit(os.open(os.devnull, os.O_RDONLY))"
     done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", script], timeout=60)
     assert 2 < done.returncode < 10
@@ -112,4 +112,4 @@ def test_say_says_why(monkeypatch):
 
     monkeypatch.setattr(sys, "stdout", Broken())
     with pytest.raises(OutputError, match="standard output: cannot write: Input/output error"):
-        streams.say("a")
+        stdio.say("a")

@@ -1,0 +1,272 @@
+"""The implementations of attention: torch's own, the flash-attn libraries, plain matrix products, split keys.
+
+Torch's are called as the operators they are. ``torch.nn.attention.sdpa_kernel`` would choose among them with switches
+of the whole process: two runtimes in two threads would take turns at being computed by the other's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import math
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from echo_rt.autotune.tuner import ANY_DTYPE, HALF, Candidate
+from echo_rt.errors import BackendError
+from echo_rt.ops.schema import Ops
+from echo_rt.utils.wording import counted, first_line
+
+Function = Callable[[Tensor, Tensor, Tensor], Any]
+
+# The numbers of parts that ops.merge_attention takes.
+SPLITS = (2, 3, 4)
+
+# Of the scores that Matmul holds at once. By count, half a frame of 832x480, which fits, fills the multiprocessors of a
+# large GPU as well as the whole frame does; a much smaller slice would leave many of them idle.
+_SCORES_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class AttentionShapes:
+    """Of one call, in tokens: ``queries`` attend to ``keys``, in ``heads`` heads of ``head_dim`` numbers."""
+
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.queries} queries, {self.keys} keys, {counted(self.heads, 'head')} of {self.head_dim}"
+
+
+class Attention(Protocol):
+    """Softmax attention without a mask, scaled by the root of the head size.
+
+    It keeps nothing between calls and never waits for the device, so that it can be captured in a CUDA graph; a
+    library may compile or plan at the first call with new sizes, and cuDNN does so once in every thread: the thread
+    that captures has to call it before.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``q [n, H, d]`` and ``k, v [m, H, d]``, which may be parts of a larger buffer -> ``[n, H·d]``."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A function of ``[1, H, n, d]``, as torch's are, or of ``[1, n, H, d]``, as flash-attn's are.
+
+    It returns its output or a tuple that begins with it: releases of flash-attn 3 and 4 differ in whether the
+    log-sum-exp comes along.
+    """
+
+    name: str
+    function: Function
+    heads_first: bool = True
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = ((t.transpose(0, 1) if self.heads_first else t).unsqueeze(0) for t in (q, k, v))
+        result = self.function(q, k, v)
+        out: Tensor = (result[0] if isinstance(result, tuple) else result)[0]
+        return (out.transpose(0, 1) if self.heads_first else out).flatten(-2)
+
+
+@dataclass(frozen=True)
+class SplitKV:
+    """A library's attention to ``splits`` equal parts of the keys at once, as if they were a batch, then merged.
+
+    It uses the multiprocessors that a last wave leaves idle: a block of the released model has 444 tiles of 128
+    queries, an H200 132 multiprocessors, so that a fourth wave is a third full. Twice as many tiles of half the keys
+    take seven halves in place of four waves (``docs/kernels.md``); whether that pays for copying and merging is
+    measured. ``function`` returns outputs ``[splits, H, n, d]`` and natural log-sum-exps of as many rows. Keys that
+    cannot be cut evenly are attended to whole, by the same library.
+    """
+
+    name: str
+    library: str
+    function: Function
+    splits: int
+    ops: Ops
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if k.shape[0] % self.splits:
+            return self.whole(q, k, v)
+        tokens, heads, _ = q.shape
+        # Copies, as libraries differ in whether a batch may be the same memory over and over.
+        queries = q.expand(self.splits, -1, -1, -1).contiguous()
+        keys, values = (t.unflatten(0, (self.splits, -1)) for t in (k, v))
+        outputs, sums, *_ = self.function(*(t.transpose(1, 2) for t in (queries, keys, values)))
+        # cuDNN's sums have a last dimension of one.
+        return self.ops.merge_attention(outputs.transpose(1, 2), sums.view(self.splits, heads, tokens))
+
+    @property
+    def whole(self) -> Attention:
+        """The same library's attention to all keys."""
+        return Library(self.library, self.function)
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """Attention by plain matrix products, for heads of any size, a head and a slice of its queries at a time.
+
+    Fused kernels end at heads of 256 numbers or become slow there, and the VAE's one head has 384. The larger a head,
+    the less it costs beside the products to write its scores and read them again.
+
+    Scores and softmax are float32, as in a fused kernel; the weights are rounded once, to the dtype of the values.
+    Beside its result it takes memory for the scores of one slice, their softmax and its rounding, however many slices
+    there are. Finite scores never become NaN: softmax takes the largest of a row away from all of them.
+    """
+
+    name: str = "products"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries, heads, size = q.shape
+        scale = 1 / math.sqrt(size)
+        out = q.new_empty(queries, heads, size)
+        rows = _rows_at_once(queries, len(k))
+        buffer = q.new_empty(rows, len(k), dtype=torch.float32)
+        # A CPU has no product of 16-bit numbers with a float32 result.
+        compute = _scores_of_half if q.is_cuda and q.dtype is not torch.float32 else _scores
+        for head in range(heads):
+            for some, to in zip(q[:, head].split(rows), out[:, head].split(rows), strict=True):
+                scores = buffer[: len(some)]
+                compute(some, k[:, head], scale, scores)
+                torch.mm(torch.softmax(scores, dim=-1).to(v.dtype), v[:, head], out=to)
+        return out.flatten(-2)
+
+
+def _rows_at_once(queries: int, keys: int) -> int:
+    """The queries of a slice: as many in each, so that the last one does not leave a GPU nearly idle."""
+    slices = math.ceil(queries * keys * torch.float32.itemsize / _SCORES_BYTES)
+    return math.ceil(queries / slices)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, out: Tensor) -> None:
+    """``scale`` times the products of ``q [n, d]`` with ``k [m, d]``, in float32, into ``out [n, m]``."""
+    torch.addmm(out, q.float(), k.float().T, beta=0, alpha=scale, out=out)
+
+
+def _scores_of_half(q: Tensor, k: Tensor, scale: float, out: Tensor) -> None:
+    """The same of 16-bit numbers on a GPU, whose sums are float32 anyway: stored as they are, scaled on the way."""
+    # For addmm an addend of another dtype than q's, though it is not read, is an error in some versions of torch.
+    into = out.unsqueeze(0)
+    torch.ops.aten.baddbmm.dtype_out(
+        into, q.unsqueeze(0), k.T.unsqueeze(0), torch.float32, beta=0, alpha=scale, out=into
+    )
+
+
+@dataclass(frozen=True)
+class AttentionCandidate(Candidate[Attention, AttentionShapes]):
+    """``make`` returns the attention, or raises :class:`BackendError` that says why and how to get it.
+
+    ``fused``: it never holds all scores where they are many. ``distribution``: the package it comes in, where that is
+    not torch. ``splits``: into how many parts it cuts the keys.
+    """
+
+    make: Callable[[], Attention]
+    _: KW_ONLY
+    devices: tuple[str, ...] = ("cuda",)
+    dtypes: tuple[torch.dtype, ...] = HALF
+    fused: bool = True
+    distribution: str | None = None
+    splits: int = 1
+
+    def load(self) -> Attention:
+        return self.make()
+
+    def obstacle(self, device: torch.device, dtype: torch.dtype, shapes: AttentionShapes) -> str:
+        why = self.mismatch(device, dtype)
+        able = " or ".join(other.name for other in IMPLEMENTATIONS if not other.mismatch(device, dtype))
+        other_dtype = ", or another dtype" if device.type in self.devices else ""
+        return why and f"{why}; choose {able}{other_dtype}"
+
+    def reserve(self, shapes: AttentionShapes) -> str:
+        if shapes.keys % self.splits:
+            return f"{shapes.keys} keys cannot be cut into {self.splits} equal pieces"
+        # Scores take gigabytes, and it is slow wherever another works: for heads of any size there is Matmul.
+        return "" if self.fused else "it holds all scores in memory: for where nothing else works"
+
+    def version(self) -> str | None:
+        try:
+            return importlib.metadata.version(self.distribution) if self.distribution else self.build
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+
+_ATEN = torch.ops.aten
+_CUDNN = _ATEN._scaled_dot_product_cudnn_attention.default
+_FLASH = _ATEN._scaled_dot_product_flash_attention.default
+_EFFICIENT = _ATEN._scaled_dot_product_efficient_attention.default
+_MATH = _ATEN._scaled_dot_product_attention_math.default
+_NO_SUMS = {"attn_bias": None, "compute_log_sumexp": False}
+
+
+def _of_torch(name: str, function: Function, **facts: Any) -> AttentionCandidate:
+    return AttentionCandidate(name, partial(Library, name, function), **facts)
+
+
+def _flash_attn(name: str, module: str, distribution: str, remedy: str) -> AttentionCandidate:
+    def make() -> Attention:
+        try:
+            library = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is not None and f"{module}.".startswith(f"{error.name}."):
+                raise BackendError(f"it is not installed; {remedy}") from None
+            raise BackendError(f"it does not load: no module {error.name}; {remedy}") from error
+        except Exception as error:  # a library built for another torch can raise anything
+            raise BackendError(f"it does not load: {first_line(error)}; {remedy}") from error
+        # flash-attn 4 alone also makes a package flash_attn, with nothing else in it.
+        function = getattr(library, "flash_attn_func", None)
+        if function is None:
+            raise BackendError(f"it is not installed; {remedy}")
+        return Library(name, function, heads_first=False)
+
+    return AttentionCandidate(name, make, distribution=distribution)
+
+
+# In the order in which they are listed; what is selected is decided by measuring.
+IMPLEMENTATIONS = (
+    _of_torch("sdpa-cudnn", partial(_CUDNN, **_NO_SUMS)),
+    _of_torch("sdpa-flash", _FLASH),
+    _of_torch("sdpa-efficient", partial(_EFFICIENT, **_NO_SUMS), dtypes=ANY_DTYPE),
+    _of_torch("sdpa", scaled_dot_product_attention, devices=("cpu",), dtypes=ANY_DTYPE),
+    AttentionCandidate("products", Matmul, devices=("cuda", "cpu"), dtypes=ANY_DTYPE),
+    _of_torch("sdpa-math", _MATH, devices=("cuda", "cpu"), dtypes=ANY_DTYPE, fused=False),
+    _flash_attn("flash-attn-2", "flash_attn", "flash-attn", "pip install --no-build-isolation flash-attn"),
+    _flash_attn(
+        "flash-attn-3",
+        "flash_attn_interface",
+        "flash_attn_3",
+        "for Hopper GPUs, it is built from the folder hopper of flash-attention's sources: pip install "
+        "--no-build-isolation .",
+    ),
+    _flash_attn(
+        "flash-attn-4", "flash_attn.cute", "flash-attn-4", "for Hopper and newer GPUs: pip install flash-attn-4"
+    ),
+)
+
+
+def split_kv(ops: Ops) -> tuple[AttentionCandidate, ...]:
+    """Those whose parts ``ops`` merges: two, three and four of cuDNN's, and of flash attention's."""
+    cudnn = partial(_CUDNN, attn_bias=None, compute_log_sumexp=True)
+    libraries: tuple[tuple[str, Function], ...] = (("sdpa-cudnn", cudnn), ("sdpa-flash", _FLASH))
+    return tuple(
+        AttentionCandidate(name, partial(SplitKV, name, library, function, splits, ops), splits=splits, build=ops.name)
+        for library, function in libraries
+        for splits in SPLITS
+        for name in [f"{library}-in-{splits}"]
+    )
+
+
+def implementations(ops: Ops) -> tuple[AttentionCandidate, ...]:
+    """All that a model with these operations may be given."""
+    return (*IMPLEMENTATIONS, *split_kv(ops))

@@ -1,0 +1,82 @@
+"""What records a stream, used without the command line: a limit amid a block, a ``with``, an error on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from echo_rt.chunk import Chunk, ChunkStats, Vitals
+from echo_rt.errors import ConfigError, OutputError
+from echo_rt.output import Recorder, SegmentedWriter, SegmentRecorder
+
+pytest.importorskip("av")
+
+WIDTH, HEIGHT, FPS = 32, 16, 16
+LATENT_SHAPE = (4, 2, 4)
+STATS = ChunkStats(0.0, 0.0, 0, 0, False, Vitals(0.0, 1.0, 0, -1.0, 1.0, 0, None, None))
+
+
+def block(index: int, frames: int = 12) -> Chunk:
+    video = torch.full((frames, HEIGHT, WIDTH, 3), 10 * index, dtype=torch.uint8)
+    return Chunk(index, video, frames * index, torch.full((3, *LATENT_SHAPE), float(index)), STATS)
+
+
+def recorder(folder: Path, **options: Any) -> Recorder:
+    return Recorder(folder / "v.mp4", frame_size=(WIDTH, HEIGHT), fps=FPS, **options)
+
+
+def test_a_limit_amid_a_block(tmp_path: Path, read_video: Any) -> None:
+    files = {"latents": tmp_path / "l.safetensors", "contact_sheet": tmp_path / "s.png"}
+    with recorder(tmp_path, **files, latent_shape=LATENT_SHAPE, frame_limit=30) as made:
+        for index in range(3):
+            assert not made.full and made.frames == 12 * index
+            made.write(block(index))
+        assert made.full
+    expected = {"video": str(tmp_path / "v.mp4")} | {name: str(path) for name, path in files.items()}
+    assert made.report() == {
+        "frames": 30,
+        "seconds": 30 / FPS,
+        "size": [WIDTH, HEIGHT],
+        "video_fps": float(FPS),
+        "latent_frames": 9,
+        "files": expected,
+    }
+    assert len(read_video(tmp_path / "v.mp4").luma) == 30
+    assert load_file(files["latents"])["latents"][:, 0, 0, 0].tolist() == [0.0] * 3 + [1.0] * 3 + [2.0] * 3
+
+
+def test_segments_have_the_same_interface(tmp_path: Path) -> None:
+    writer = SegmentedWriter(tmp_path / "v", WIDTH, HEIGHT, FPS, seconds=1.0)
+    with SegmentRecorder(writer, frame_limit=30) as made:
+        while not made.full:
+            made.write(block(0))
+    report = made.report()
+    assert (report["frames"], report["segments"], report["latent_frames"]) == (30, 2, 0)
+
+
+def test_an_error_on_the_way_leaves_the_frames_and_stays_the_error(
+    tmp_path: Path, read_video: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> list[Exception]:
+        close()
+        return [OutputError("full")]
+
+    with pytest.raises(KeyError, match="mine"), recorder(tmp_path) as made:
+        close = made.close
+        monkeypatch.setattr(made, "close", fails)
+        made.write(block(0))
+        raise KeyError("mine")
+    assert len(read_video(tmp_path / "v.mp4").luma) == 12
+    with pytest.raises(OutputError, match="full"), recorder(tmp_path) as made:
+        close = made.close
+        monkeypatch.setattr(made, "close", fails)
+
+
+def test_latents_need_their_shape(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\(channels, height, width\), got \(\)"):
+        recorder(tmp_path, latents=tmp_path / "l.safetensors")
+    assert list(tmp_path.iterdir()) == []
