@@ -23,7 +23,7 @@ from echo_rt.attention import AttentionShapes, implementations
 from echo_rt.attention.select import AttentionCheck
 from echo_rt.autotune.tuner import TOLERANCES
 from echo_rt.bench.environment import environment
-from echo_rt.bench.model_sizes import MODELS, RELEASED, TINY
+from echo_rt.bench.settings import MODELS, RELEASED, TINY
 from echo_rt.bench.tables import Column, check_results_folder, write_results
 from echo_rt.bench.timing import HOST_CLOCK, HostTimer
 from echo_rt.cli.paths import parse_path

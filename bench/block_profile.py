@@ -19,9 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from echo_rt.bench.environment import environment
 from echo_rt.bench.model import random_prompt
-from echo_rt.bench.model_sizes import MODELS
 from echo_rt.bench.request import Request
 from echo_rt.bench.rig import Parts, Rig, Site
+from echo_rt.bench.settings import MODELS
 from echo_rt.bench.tables import Column, check_results_folder, write_results
 from echo_rt.cli.paths import parse_path
 from echo_rt.errors import CaptureError, EchoError

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
+from pathlib import Path
 
 import _checkout  # noqa: F401
+import torch
 
-from echo_rt.bench.environment import main
+from echo_rt.bench.environment import environment
+from echo_rt.errors import EchoError
+from echo_rt.utils.device import parse_device
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Print what this machine is, as the header of every benchmark.")
+    parser.add_argument("--device", default="cuda", help="default: cuda")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write environment.json there, too")
+    options = parser.parse_args(arguments)
+    device = options.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        built = "is built without CUDA" if torch.version.cuda is None else "sees no usable one"
+        print(f"no GPU: torch {torch.__version__} {built}", file=sys.stderr)
+        return 2
+    try:
+        parse_device(device)
+    except EchoError as error:
+        print(f"environment.py: {error}", file=sys.stderr)
+        return 2
+    text = json.dumps(environment(device), indent=2)
+    print(text)
+    if options.out is not None:
+        (options.out / "environment.json").write_text(f"{text}\n", encoding="utf-8")
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

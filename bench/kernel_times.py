@@ -14,12 +14,12 @@ from typing import Any
 
 import _checkout  # noqa: F401
 import torch
-from ceilings import Ceiling, measure_ceilings
-from kernel_rows import Row, Run, time_memory_update, time_variant
 from op_inputs import OPS, variants
+from op_times import Row, Run, time_memory_update, time_variant
+from roofline import Ceiling, measure_ceilings
 
 from echo_rt.bench.environment import environment
-from echo_rt.bench.model_sizes import MODELS, RELEASED, TINY
+from echo_rt.bench.settings import MODELS, RELEASED, TINY
 from echo_rt.bench.tables import Column, check_results_folder, write_results
 from echo_rt.bench.timing import DEVICE_CLOCK, timer_for
 from echo_rt.cli.paths import parse_path

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
 
 import cases
 import torch
 from torch import Tensor
 
-from echo_rt.bench.model_sizes import BenchModel, decoder_convolutions, decoder_norms
+from echo_rt.bench.settings import BenchModel
+from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape
 from echo_rt.convolution.kernels import hopper_limit
+from echo_rt.model.vae_decoder import VaeDecoder
+from echo_rt.ops.schema import Ops
+from echo_rt.weights.shapes import vae_decoder_shapes
 
 OPS = cases.OPS
 # Values of a latent frame for each of its tokens, in the shape that cases.py gives to noise and latents.
@@ -97,6 +104,71 @@ def _of_latents(op: str, calls: Callable[[BenchModel], int]) -> Callable[[BenchM
         return [Variant(op, "", calls(model), dataclasses.replace(_sizes(model), tokens=tokens))]
 
     return variants
+
+
+@dataclass(frozen=True)
+class DecoderNorm:
+    """Calls of ``rms_silu_window`` that are alike: the shape of ``x``, what is added to it, whether the sum is kept."""
+
+    frames: int
+    height: int
+    width: int
+    channels: int
+    residual: bool
+    keep: bool
+    calls: int = 0
+
+
+def _decode(
+    model: BenchModel,
+    rms_silu_window: Callable[..., None],
+    convolve: Callable[[ConvolutionShape, Tensor], Tensor] | None = None,
+) -> None:
+    """A block in the steady state, by the decoder itself, of tensors that have shapes and nothing else.
+
+    ``convolve``: what computes the decoder's convolutions of their frames; torch where it is None.
+    """
+    ops = SimpleNamespace(name="recorded", rms_silu_window=rms_silu_window)
+    weights = {name: torch.empty(shape, device="meta") for name, shape in vae_decoder_shapes(model.vae).items()}
+    decoder = VaeDecoder(model.vae, weights, cast("Ops", ops), device="meta", dtype=torch.bfloat16)
+    latents = torch.empty(model.config.window.frames_per_block, *model.config.latent_shape, device="meta")
+    block = (*model.config.latent_shape[1:], len(latents))
+    if convolve is not None:
+        shapes = decoder.convolution_shapes(*block)
+        ways = {name: partial(convolve, shape) for name, shape in shapes.items()}
+        decoder.use(
+            {name: ConvolutionCandidate("recorded", partial(_of_any_weight, way)) for name, way in ways.items()}
+        )
+    decoder.decode_next(latents, decoder.new_state(*block), is_start=False)
+
+
+def _of_any_weight(convolve: Callable[[Tensor], Tensor], weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return convolve
+
+
+def decoder_norms(model: BenchModel) -> list[DecoderNorm]:
+    """The calls of ``rms_silu_window`` for a block in the steady state, grouped, from the lowest resolution up."""
+    calls: Counter[DecoderNorm] = Counter()
+
+    def record(x: Tensor, bias: Any, residual: Any, gamma: Tensor, window: Any, history: Any, keep: bool) -> None:
+        frames, height, width, channels = x.shape
+        calls[DecoderNorm(frames, height, width, channels, residual is not None, keep)] += 1
+
+    _decode(model, record)
+    return [dataclasses.replace(norm, calls=count) for norm, count in calls.items()]
+
+
+def decoder_convolutions(model: BenchModel) -> Counter[ConvolutionShape]:
+    """The convolutions for a block in the steady state, and how often, from the lowest resolution up."""
+    calls: Counter[ConvolutionShape] = Counter()
+
+    def record(shape: ConvolutionShape, frames: Tensor) -> Tensor:
+        shape = dataclasses.replace(shape, frames=len(frames))
+        calls[shape] += 1
+        return frames.new_empty(shape.out_size)
+
+    _decode(model, lambda *arguments: None, record)
+    return calls
 
 
 def _windows(model: BenchModel) -> list[Variant]:

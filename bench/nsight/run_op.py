@@ -13,7 +13,7 @@ import _bench  # noqa: F401
 import torch
 from op_inputs import OPS, Variant, variants
 
-from echo_rt.bench.model_sizes import MODELS
+from echo_rt.bench.settings import MODELS
 from echo_rt.errors import ConfigError, EchoError
 from echo_rt.ops.backends import BACKENDS, check_device, load_ops
 from echo_rt.ops.schema import Ops

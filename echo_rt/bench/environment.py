@@ -1,19 +1,16 @@
-"""What a number was measured on: the header of every table. ``python -m echo_rt.bench.environment`` prints it as JSON.
+"""What a number was measured on: the header of every table. ``python bench/environment.py`` prints it as JSON.
 
 What cannot be had is None, and ``missing`` says why: a header never guesses.
 """
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import importlib
-import json
 import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,34 +140,3 @@ def _gpu(device: str, missing: list[str]) -> dict[str, Any]:
             missing.append(f"{name}: {error}")
     pynvml.nvmlShutdown()
     return facts
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Print what this machine is, as the header of every benchmark.")
-    parser.add_argument("--device", default="cuda", help="default: cuda")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write environment.json there, too")
-    options = parser.parse_args(arguments)
-    device = options.device
-    import torch
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        built = "is built without CUDA" if torch.version.cuda is None else "sees no usable one"
-        print(f"no GPU: torch {torch.__version__} {built}", file=sys.stderr)
-        return 2
-    from echo_rt.errors import EchoError
-    from echo_rt.utils.device import parse_device
-
-    try:
-        parse_device(device)
-    except EchoError as error:
-        print(f"environment.py: {error}", file=sys.stderr)
-        return 2
-    text = json.dumps(environment(device), indent=2)
-    print(text)
-    if options.out is not None:
-        (options.out / "environment.json").write_text(f"{text}\n", encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_rt.bench.model_sizes import RELEASED, BenchModel
-from echo_rt.bench.random_tensors import RandomTensors
+from echo_rt.bench.settings import RELEASED, BenchModel
 from echo_rt.config import ModelConfig, TransformerConfig, VaeConfig
 from echo_rt.options import RuntimeOptions
 from echo_rt.weights.load_model import load_model
-from echo_rt.weights.shapes import memory_shapes, transformer_shapes, vae_shapes
+from echo_rt.weights.shapes import Shapes, memory_shapes, transformer_shapes, vae_shapes
 
 _PROMPT_TOKENS = 77  # of random embeddings; how many there are changes no size
+_NORMS = ("norm", "gamma", "connector_proj.3")
+_SMALL = 0.05  # spread of what is near a constant: norm weights, biases
+_GATE, _GATE_BIAS = "gate_linear.bias", 2.0  # the memory's gate is trained from near "keep"
 
 
 @dataclass(frozen=True)
@@ -75,3 +79,37 @@ def folder_model(model: str | Path, options: RuntimeOptions) -> Model:
         memory=found.memory,
         vae=found.folder.vae_tensors(),
     )
+
+
+class RandomTensors(Mapping[str, Tensor]):
+    """Weights that are on no disk: float32 on ``device``, at scales that keep a model's amplitudes.
+
+    A tensor depends on the seed, its name and the kind of device, and on nothing that was asked for before: two models
+    made from it have the same weights, without anyone holding them in between.
+    """
+
+    def __init__(self, shapes: Shapes, device: torch.device, seed: int = 0) -> None:
+        self._shapes, self._device, self._seed = shapes, device, seed
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(f"{self._seed}/{name}".encode()))
+        x = torch.randn(shape, generator=generator, device=self._device, dtype=torch.float32)
+        if name.endswith(".bias"):
+            return x.mul_(_SMALL).add_(_GATE_BIAS if name == _GATE else 0.0)
+        if any(norm in name for norm in _NORMS):
+            return x.mul_(_SMALL).add_(1.0)
+        if name.endswith("modulation"):
+            return x.div_(math.sqrt(shape[-1]))
+        if name.endswith("query_init"):
+            return x
+        return x.div_(math.sqrt(math.prod(shape[1:])))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes  # the inherited one would draw the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)

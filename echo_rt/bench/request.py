@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from echo_rt.bench.model import Model, folder_model, random_model
-from echo_rt.bench.model_sizes import MODELS, RELEASED, TINY
+from echo_rt.bench.settings import MODELS, RELEASED, TINY
 from echo_rt.errors import ConfigError
 from echo_rt.options import RuntimeOptions, check_seed
 

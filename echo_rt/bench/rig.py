@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from echo_rt.attention import AttentionSelection, attentions, cache_file
-from echo_rt.bench.lanes import Span, WatchedExecutor, watched_executor
 from echo_rt.bench.model import Model
+from echo_rt.bench.timing import Span, WatchedExecutor, watched_executor
 from echo_rt.engine.build import ModelTensors, Networks, build_engine
 from echo_rt.engine.pipeline import Finished
 from echo_rt.errors import ConfigError

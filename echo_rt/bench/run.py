@@ -15,15 +15,12 @@ import torch
 
 from echo_rt.attention import AttentionSelection
 from echo_rt.bench.environment import environment
-from echo_rt.bench.exactness import Exactness, compare_block
-from echo_rt.bench.figures import Sample
+from echo_rt.bench.measure import LEFT_OUT, Baseline, Exactness, Missing, compare_block, find_baselines, take_turn
 from echo_rt.bench.model import Model, random_prompt
-from echo_rt.bench.peers import LEFT_OUT, Missing, Peer, find_peers
 from echo_rt.bench.request import Request
 from echo_rt.bench.rig import Parts, Rig, Site
-from echo_rt.bench.timing import Timer, timer_for
-from echo_rt.bench.turns import take_turn
-from echo_rt.bench.variants import Variant, memory_evolves, plan, turns_of
+from echo_rt.bench.settings import Variant, memory_evolves, plan, turns_of
+from echo_rt.bench.timing import Sample, Timer, timer_for
 from echo_rt.engine.decoding import Convolutions
 from echo_rt.errors import BackendError, CaptureError
 from echo_rt.model.linear import kept_from_float8
@@ -100,7 +97,7 @@ class Run:
     order: list[list[str]]
     entries: list[Entry]
     absent: dict[str, str]
-    peers: list[Peer]
+    peers: list[Baseline]
     peer_seconds: dict[str, list[float]]
     missing: list[Missing]
     resources: Resources
@@ -321,10 +318,10 @@ class _Runner:
     def _held_against(self, reference: Rig, entry: Entry) -> Exactness:
         return compare_block(self._ready(entry), reference, self._request.seed, self._site.model_dtype)
 
-    def _find_peers(self) -> tuple[list[Peer], list[Missing]]:
+    def _find_peers(self) -> tuple[list[Baseline], list[Missing]]:
         if not self._request.peers:
             return [], list(LEFT_OUT)
-        return find_peers(self._parts[self._backend.name], self._prompt, self._request.seed)
+        return find_baselines(self._parts[self._backend.name], self._prompt, self._request.seed)
 
     def _release(self, entry: Entry) -> None:
         if entry.rig is not None:
@@ -339,7 +336,7 @@ class _Runner:
     # ---------------------------------------------------------------- measuring
 
     def _measure(
-        self, entries: list[Entry], peers: list[Peer], timer: Timer
+        self, entries: list[Entry], peers: list[Baseline], timer: Timer
     ) -> Iterator[tuple[list[list[str]], dict[str, list[float]]]]:
         """The order of the turns and the seconds of the peers, after each round."""
         rigs = {entry.variant.name: entry for entry in entries if not entry.problem}
@@ -367,7 +364,7 @@ class _Runner:
             sample = entry.samples.setdefault(lookahead, Sample())
             take_turn(rig, lookahead, self._blocks, sample, self._joules)
 
-    def _peer_turn(self, peer: Peer, timer: Timer) -> list[float]:
+    def _peer_turn(self, peer: Baseline, timer: Timer) -> list[float]:
         with model_context(self._site.device, self._site.dtype):
             times = timer.measure(peer.call, self._blocks, warmup=1)
         return [each / 1e6 for each in times.microseconds]

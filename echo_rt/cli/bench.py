@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from echo_rt.bench.model_sizes import MODELS
-from echo_rt.bench.variants import NAMES
+from echo_rt.bench.settings import MODELS, NAMES
 from echo_rt.cli.arguments import parse_number, parse_positive
 from echo_rt.cli.model_options import BACKEND_HELP, add_float8_except, add_no_graphs, parse_ahead, parse_tiles
 from echo_rt.cli.outputs import Named, check_apart
@@ -85,16 +84,16 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     seed = parse_number("--seed", arguments.seed, int, "an integer of 0 or more")
     variants = None if arguments.variants is None else tuple(arguments.variants.split(","))
     with stop.interruptible():
-        from echo_rt.bench import chart
         from echo_rt.bench.report import Report
         from echo_rt.bench.request import Request
         from echo_rt.bench.run import Run
         from echo_rt.bench.run import run as run_bench
+        from echo_rt.bench.tables import can_draw, require_matplotlib
 
         if arguments.chart and arguments.out is None:
             raise TargetError("--chart: expected --out DIR, the folder to draw it into")
         if arguments.chart:
-            chart.require_matplotlib()
+            require_matplotlib()
         read = [Named(f"--{name}", path) for name in _FILES if (path := getattr(arguments, name)) is not None]
         _check_folder(arguments.out, read)
         names = {field.name for field in dataclasses.fields(Request)}
@@ -111,7 +110,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     content, page = found.content()
     report.update(content)
     if arguments.out is not None:
-        picture = chart.available() if arguments.chart is None else arguments.chart
+        picture = can_draw() if arguments.chart is None else arguments.chart
         files = found.write(arguments.out, picture=picture)
         report["files"] = [str(path) for path in files]
     if not arguments.json:

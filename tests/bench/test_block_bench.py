@@ -19,13 +19,12 @@ from virtual_gpu.names import active
 from echo_rt.bench import request as request_module
 from echo_rt.bench import rig as rig_module
 from echo_rt.bench import run as run_module
-from echo_rt.bench.model_sizes import BenchModel
 from echo_rt.bench.report import ALONE, Report
 from echo_rt.bench.request import Request
 from echo_rt.bench.rig import Parts, Rig
 from echo_rt.bench.run import Run, run
+from echo_rt.bench.settings import BenchModel, memory_evolves, plan, turns_of
 from echo_rt.bench.timing import DEVICE_CLOCK
-from echo_rt.bench.variants import memory_evolves, plan, turns_of
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig, WindowConfig
 from echo_rt.errors import BackendError, CaptureError, ConfigError
 from echo_rt.ops import backends as ops_module

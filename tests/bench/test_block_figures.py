@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from echo_rt.bench.day import Measured, a_day
-from echo_rt.bench.figures import Interval, Sample, busy_seconds, intervals, milliseconds
-from echo_rt.bench.goals import Achieved, judge
-from echo_rt.bench.lanes import APART, Span, watched_executor
-from echo_rt.bench.random_tensors import RandomTensors
-from echo_rt.bench.turns import take_turn
+from echo_rt.bench.measure import take_turn
+from echo_rt.bench.model import RandomTensors
+from echo_rt.bench.targets import Achieved, a_day, judge
+from echo_rt.bench.timing import APART, Interval, Sample, Span, busy_seconds, intervals, milliseconds, watched_executor
 from echo_rt.engine.executor import Lane
 from echo_rt.errors import BackendError
 
@@ -125,7 +124,7 @@ def test_median_and_p99_are_in_milliseconds() -> None:
 
 
 def test_a_day_by_hand() -> None:
-    run = Measured(
+    run: dict[str, Any] = dict(
         blocks=50,
         seconds_a_block=0.5,
         frames_a_block=12,
@@ -137,7 +136,7 @@ def test_a_day_by_hand() -> None:
         host_bytes=2 * 10**9,
         device_bytes=9 * 10**9,
     )
-    day = {figure.what: figure for figure in a_day(run)}
+    day = {figure.what: figure for figure in a_day(**run)}
     expected = {
         "blocks": 172_800,
         "frames": 2_073_600,
@@ -152,7 +151,7 @@ def test_a_day_by_hand() -> None:
     assert {what: figure.value for what, figure in day.items()} == pytest.approx(expected)
     for what in ("blocks", "frames", "video", "energy of the GPU", "frames, as bytes", "latents"):
         assert day[what].how.startswith("extrapolated from 50 measured blocks")
-    unmeasured = {figure.what: figure for figure in a_day(replace(run, joules_a_block=None, device_bytes=None))}
+    unmeasured = {figure.what: figure for figure in a_day(**{**run, "joules_a_block": None, "device_bytes": None})}
     assert unmeasured["energy of the GPU"].value is None and "no board" in unmeasured["energy of the GPU"].how
     assert unmeasured["device memory"].value is None
 

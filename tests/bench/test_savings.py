@@ -10,15 +10,15 @@ from typing import Any
 import golden
 import kernel_times
 import pytest
-import savings as script
+import savings
+import savings_probes
 import torch
 import vae
+from savings_counts import H200, PRODUCTS, Counts, Limits
+from savings_probes import COLLAPSED, CUT_SHORT, MERGED, log_sum_exp, merge_padding
 
 from echo_rt.attention.backends import IMPLEMENTATIONS
-from echo_rt.bench import savings, savings_probes
-from echo_rt.bench.model_sizes import RELEASED
-from echo_rt.bench.savings_counts import H200, PRODUCTS, Counts, Limits
-from echo_rt.bench.savings_probes import COLLAPSED, CUT_SHORT, MERGED, log_sum_exp, merge_padding
+from echo_rt.bench.settings import RELEASED
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "savings.md"
 COUNTS = Counts(RELEASED.config, H200)
@@ -66,7 +66,7 @@ def test_attention_in_pieces_fills_its_last_wave() -> None:
 
 
 def test_the_page_has_the_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main(["--counts"]) == 0
+    assert savings.main(["--counts"]) == 0
     page = DOCS.read_text()
     assert capsys.readouterr().out in page
     merged = sum(COUNTS.merged_product(name).saved for name in PRODUCTS) + COUNTS.merged_cross_attention().saved
@@ -114,7 +114,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
 
         patch.setattr(savings, "turns_of", noted)
         out = tmp_path_factory.mktemp("savings")
-        assert script.main(["--out", str(out), "--device", "cpu"]) == 0
+        assert savings.main(["--out", str(out), "--device", "cpu"]) == 0
     return json.loads((out / "savings.json").read_text()), (out / "savings.md").read_text(), order
 
 
@@ -146,25 +146,25 @@ def test_all_take_turns(rehearsal: tuple[dict[str, Any], str, list[str]]) -> Non
 
 def test_a_wrong_merge_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(savings_probes, "merge_padding", lambda out, *rest: out)
-    request = script.Request(device="cpu")
+    request = savings.Request(device="cpu")
     effort = savings.Effort(rounds=1, blocks=1, calls=1, warmup=0)
     found = savings.measure(
-        request, torch.device("cpu"), script.timer_for(torch.device("cpu")), Limits(1, 1, 1), effort
+        request, torch.device("cpu"), savings.timer_for(torch.device("cpu")), Limits(1, 1, 1), effort
     )
     wrong = [row for row in found.rows if row.problem]
     assert len(wrong) == 3 and all("merged in by torch" in row.what and "off by" in row.problem for row in wrong)
     assert all(row.saved_ms is None for row in wrong) and not found.passed
-    assert not [name for name in found.microseconds if "by torch" in name]
+    assert not [name for name in found.facts["microseconds"] if "by torch" in name]
 
 
 def test_what_cannot_be_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main(["--out", str(tmp_path), "--device", "cpu", "--size", "released"]) == 2
+    assert savings.main(["--out", str(tmp_path), "--device", "cpu", "--size", "released"]) == 2
     assert "the released sizes need a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("bench", "measuring"),
-    [(script, "measure_ceilings"), (vae, "run"), (golden, "verify"), (kernel_times, "_run")],
+    [(savings, "measure_ceilings"), (vae, "run"), (golden, "verify"), (kernel_times, "_run")],
     ids=["savings", "vae", "golden", "kernel_times"],
 )
 def test_what_cannot_be_written_is_known_before_anything_is_measured(

@@ -11,20 +11,29 @@ from typing import Any
 import pytest
 import torch
 import vae as script
+import vae_run
 from closeness import relative_error
 from naive_vae import NaiveVae, random_weights, tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from vae import goals, notes, write
+from vae_decoders import (
+    DIFFUSERS,
+    HEAD,
+    OURS,
+    PUBLISHED,
+    Decoder,
+    PublishedDecoder,
+    Setting,
+    decoder_stages,
+    diffusers,
+    ours,
+    published,
+)
+from vae_run import DeviceBytes, Measured, Memory, VaeRequest, VaeRun, run
 
-from echo_rt.bench import vae_run
-from echo_rt.bench.device_bytes import DeviceBytes
-from echo_rt.bench.model_sizes import RELEASED
+from echo_rt.bench.settings import RELEASED
 from echo_rt.bench.timing import DEVICE_CLOCK, Times
-from echo_rt.bench.vae_contestants import DIFFUSERS, OURS, PUBLISHED, Contestant, Setting, diffusers, ours, published
-from echo_rt.bench.vae_published import PublishedDecoder
-from echo_rt.bench.vae_report import goals, notes, write
-from echo_rt.bench.vae_run import Measured, Memory, VaeRequest, VaeRun, run
-from echo_rt.bench.vae_work import HEAD, decoder_stages
 from echo_rt.config import VaeConfig
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.model.vae_layers import EnlargingConv
@@ -74,9 +83,9 @@ def test_work_of_the_released_decoder() -> None:
 def test_counts_are_what_torch_counts(options: dict[str, Any]) -> None:
     """Of the plainest of the decoders, for a block in mid-stream: whole, and stage by stage."""
     setting = setting_of(tiny_config(**options))
-    contestant = published(setting)
-    contestant.block()
-    assert counted(contestant.block) == sum(stage.flops for stage in setting.stages)
+    decoder = published(setting)
+    decoder.block()
+    assert counted(decoder.block) == sum(stage.flops for stage in setting.stages)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -84,14 +93,14 @@ def test_counts_are_what_torch_counts(options: dict[str, Any]) -> None:
 def test_a_stage_is_that_stage(options: dict[str, Any], name: str) -> None:
     """Its work is what was counted for it; what unpacks the latents comes before all stages."""
     setting = setting_of(tiny_config(**options))
-    contestant = MAKERS[name](setting)
-    contestant.block()
+    decoder = MAKERS[name](setting)
+    decoder.block()
     for index, stage in enumerate(setting.stages):
         unpacking = sum(product.flops for product in stage.products if product.name == "conv2.weight")
-        assert counted(contestant.stage(index)) == stage.flops - unpacking, stage.name
-        if contestant.convolutions is not None:
+        assert counted(decoder.stage(index)) == stage.flops - unpacking, stage.name
+        if decoder.convolutions is not None:
             alone = sum(product.flops for product in stage.convolutions)
-            assert counted(contestant.convolutions(index)) == alone, stage.name
+            assert counted(decoder.convolutions(index)) == alone, stage.name
 
 
 # ---- the decoders
@@ -111,9 +120,9 @@ def test_the_published_structure_decodes(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", MAKERS)
 def test_all_decode_the_same_block(name: str) -> None:
     setting = setting_of(tiny_config(num_res_blocks=1))
-    contestant = MAKERS[name](setting)
+    decoder = MAKERS[name](setting)
     with torch.no_grad():
-        videos = [contestant.block() for _ in range(2)]
+        videos = [decoder.block() for _ in range(2)]
     twice = NaiveVae(setting.config, dict(setting.tensors)).decode(setting.latents.repeat(2, 1, 1, 1))
     expected = twice.permute(0, 2, 3, 1).split([9, 12])
     for video, right in zip(videos, expected, strict=True):
@@ -121,7 +130,7 @@ def test_all_decode_the_same_block(name: str) -> None:
     # Two frames of each of the convolutions that look back; ours has room to work in besides.
     causal = [p for stage in setting.stages for p in stage.products if p.is_causal]
     remembered = sum(2 * p.shape[1] * p.height * p.width * 4 for p in causal)
-    assert contestant.state_bytes() == remembered or (name == OURS and contestant.state_bytes() > remembered)
+    assert decoder.state_bytes() == remembered or (name == OURS and decoder.state_bytes() > remembered)
 
 
 # ---- the run
@@ -158,7 +167,7 @@ def test_the_convolutions_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(setting: Setting) -> Contestant:
+    def wrong(setting: Setting) -> Decoder:
         right = published(setting)
         return dataclasses.replace(right, block=lambda: 2 * right.block())
 
@@ -167,7 +176,7 @@ def test_what_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.passed and found.find(PUBLISHED) is None and found.find(OURS) is not None
     assert found.measured[1].error == pytest.approx(1, abs=0.1) and found.measured[1].stages == []
 
-    def nan(setting: Setting) -> Contestant:
+    def nan(setting: Setting) -> Decoder:
         return dataclasses.replace(wrong(setting), name=OURS, block=lambda: torch.full((12, 16, 16, 3), torch.nan))
 
     monkeypatch.setattr(vae_run, "_MAKERS", {OURS: nan, PUBLISHED: published})
@@ -193,7 +202,7 @@ def test_ours_that_is_wrong_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     ],
 )
 def test_others_that_are_not_there(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def absent(setting: Setting) -> Contestant:
+    def absent(setting: Setting) -> Decoder:
         raise error
 
     monkeypatch.setattr(vae_run, "_MAKERS", {OURS: ours, DIFFUSERS: absent})

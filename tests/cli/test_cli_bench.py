@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 import echo_rt.bench.run as run_module
-from echo_rt.bench import chart
 from echo_rt.bench import request as request_module
-from echo_rt.bench.model_sizes import BenchModel
+from echo_rt.bench import tables
 from echo_rt.bench.request import Request
 from echo_rt.bench.run import Run
+from echo_rt.bench.settings import BenchModel
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig, WindowConfig
 from echo_rt.errors import BackendError
 
@@ -174,7 +174,7 @@ def test_results_lie_apart_from_the_model(call: Any, asked: list[Request], tmp_p
 def test_without_matplotlib_a_chart_is_refused_and_the_rest_written(
     call: Any, asked: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chart, "available", lambda: False)
+    monkeypatch.setattr(tables, "can_draw", lambda: False)
     done = call("bench", "--out", tmp_path, "--chart")
     assert done.code == 2 and "pip install 'echo-rt[bench]'" in done.error and not asked
     assert call("bench", "--out", tmp_path).code == 0

@@ -11,7 +11,7 @@ import torch
 from streaming import load, video
 
 import echo_rt.engine.memory_budget
-from echo_rt.bench.model_sizes import RELEASED
+from echo_rt.bench.settings import RELEASED
 from echo_rt.cli.main import main
 from echo_rt.engine.memory_budget import decoder_bytes, host_memory, require_room, rollout_bytes
 from echo_rt.errors import ConfigError

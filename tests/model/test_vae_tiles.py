@@ -10,7 +10,7 @@ from closeness import relative_error
 from naive_vae import Bundle, random_weights, tiny_config
 from torch import Tensor
 
-from echo_rt.bench.model_sizes import RELEASED
+from echo_rt.bench.settings import RELEASED
 from echo_rt.config import VaeConfig
 from echo_rt.errors import ConfigError
 from echo_rt.model.vae_decoder import VaeDecoder

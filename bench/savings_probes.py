@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from savings_counts import PRODUCTS, Count, Counts
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from echo_rt.bench.agreement import difference
+from echo_rt.bench.measure import difference
 from echo_rt.bench.rig import Parts, Rig
-from echo_rt.bench.savings_counts import PRODUCTS, Count, Counts
 from echo_rt.engine.kv_cache import BlockCache, Span
 from echo_rt.verify.bundles import bound_between
 

@@ -1,12 +1,44 @@
-"""The settings that are measured beside one another, and which of them a machine and a model can have."""
+"""What can be measured: models, as configs that every size is derived from, and variants. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError
-from echo_rt.options import MemoryMode
+from echo_rt.options import RELEASED_SIZE, MemoryMode, latent_size
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """A generator with its memory, and the VAE that decodes for it."""
+
+    name: str
+    config: ModelConfig
+    vae: VaeConfig
+
+
+def _model(name: str, size: tuple[int, int], transformer: TransformerConfig, vae: VaeConfig) -> BenchModel:
+    height, width = latent_size(*size, vae, transformer)
+    return BenchModel(name, ModelConfig(transformer, height, width, memory=MemoryConfig()), vae)
+
+
+# Wan2.1-T2V-1.3B at the released size of the video; what is not named here is its default.
+RELEASED = _model(
+    "released",
+    RELEASED_SIZE,
+    TransformerConfig(dim=1536, ffn_dim=8960, freq_dim=256, num_heads=12, num_layers=30),
+    VaeConfig(),
+)
+# The same shape of a model, small enough for kernels that run on the host one thread after the other.
+TINY = _model(
+    "tiny",
+    (48, 32),
+    TransformerConfig(dim=128, ffn_dim=256, freq_dim=32, num_heads=2, num_layers=2, text_dim=32, text_len=8),
+    VaeConfig(base_dim=8),
+)
+MODELS = {model.name: model for model in (RELEASED, TINY)}
 
 
 @dataclass(frozen=True)
@@ -68,7 +100,7 @@ def plan(
     return chosen, absent
 
 
-def turns_of(round_number: int, contestants: Sequence[str]) -> list[str]:
+def turns_of(round_number: int, names: Sequence[str]) -> list[str]:
     """The order of a round: each is first in its turn, so that none always runs on a GPU that another has heated."""
-    first = round_number % len(contestants) if contestants else 0
-    return [*contestants[first:], *contestants[:first]]
+    first = round_number % len(names) if names else 0
+    return [*names[first:], *names[:first]]

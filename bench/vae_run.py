@@ -1,24 +1,34 @@
-"""The decoders of :mod:`echo_rt.bench.vae_contestants` made one after the other, held against float32, and timed."""
+"""The decoders of :mod:`vae_decoders` made one after the other, held against float32, and timed."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from baselines import ROUNDINGS
 from torch import Tensor
+from vae_decoders import (
+    DIFFUSERS,
+    OURS,
+    PUBLISHED,
+    Decoder,
+    PublishedDecoder,
+    Setting,
+    Stage,
+    decoder_stages,
+    diffusers,
+    ours,
+    published,
+)
 
-from echo_rt.bench.agreement import difference
-from echo_rt.bench.device_bytes import DeviceBytes
 from echo_rt.bench.environment import environment
-from echo_rt.bench.model_sizes import MODELS, RELEASED, TINY
-from echo_rt.bench.peers import ROUNDINGS, Missing
-from echo_rt.bench.random_tensors import RandomTensors
+from echo_rt.bench.measure import Missing, difference
+from echo_rt.bench.model import RandomTensors
+from echo_rt.bench.settings import MODELS, RELEASED, TINY
 from echo_rt.bench.timing import DEVICE_CLOCK, Timer, Times, timer_for
-from echo_rt.bench.vae_contestants import DIFFUSERS, OURS, PUBLISHED, Contestant, Setting, diffusers, ours, published
-from echo_rt.bench.vae_published import PublishedDecoder
-from echo_rt.bench.vae_work import Stage, decoder_stages
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.ops.backends import Backend, choose_backend
 from echo_rt.ops.noise import fill_normal, seed_words
@@ -28,7 +38,7 @@ from echo_rt.utils.wording import first_line
 from echo_rt.verify.bundles import bound_between
 from echo_rt.weights.shapes import vae_shapes
 
-_MAKERS: dict[str, Callable[[Setting], Contestant]] = {OURS: ours, PUBLISHED: published, DIFFUSERS: diffusers}
+_MAKERS: dict[str, Callable[[Setting], Decoder]] = {OURS: ours, PUBLISHED: published, DIFFUSERS: diffusers}
 # Timed blocks and those before them: quick or not, by device.
 _COUNTS = {("cuda", False): (30, 3), ("cuda", True): (10, 2), ("cpu", False): (5, 1), ("cpu", True): (2, 0)}
 
@@ -207,21 +217,57 @@ def _expected(setting: Setting) -> Tensor:
 def _measure(name: str, setting: Setting, expected: Tensor, timer: Timer, blocks: int, warmup: int) -> Measured:
     """One decoder, alone on the device but for what the setting holds."""
     taken = DeviceBytes(setting.device)
-    contestant = _MAKERS[name](setting)
-    contestant.block()  # begins the stream
+    decoder = _MAKERS[name](setting)
+    decoder.block()  # begins the stream
     steady = taken.steady()
-    video = contestant.block()
-    memory = Memory(contestant.state_bytes(), steady, taken.peak())
+    video = decoder.block()
+    memory = Memory(decoder.state_bytes(), steady, taken.peak())
     error = difference(video.float().cpu(), expected)
     del video
     # Random weights are less kind than those that the golden bundles' bounds are for; others round more often.
     bound = bound_between(setting.dtype) * (1 if name == OURS else ROUNDINGS)
-    measured = Measured(contestant.name, contestant.what, error, bound, memory, kinds=contestant.kinds)
+    measured = Measured(decoder.name, decoder.what, error, bound, memory, kinds=decoder.kinds)
     if not measured.ok:
         return measured
-    measured.whole = timer.measure(contestant.block, blocks, warmup)
+    measured.whole = timer.measure(decoder.block, blocks, warmup)
     for index in range(len(setting.stages)):
-        measured.stages.append(timer.measure(contestant.stage(index), blocks, warmup))
-        if contestant.convolutions is not None:
-            measured.convolutions.append(timer.measure(contestant.convolutions(index), blocks, warmup))
+        measured.stages.append(timer.measure(decoder.stage(index), blocks, warmup))
+        if decoder.convolutions is not None:
+            measured.convolutions.append(timer.measure(decoder.convolutions(index), blocks, warmup))
     return measured
+
+
+class DeviceBytes:
+    """Bytes that one thing takes of a GPU's memory, by torch's allocator: beyond those held when this was made.
+
+    None on a CPU, where nobody counts.
+
+    ``cuda`` is ``torch.cuda``, or what a test puts in its place.
+    """
+
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        self._device, self._cuda = device, cuda
+        gc.collect()
+        self._before = self._held()
+
+    def steady(self) -> int | None:
+        """Held at this moment. From here on the most is looked for anew."""
+        if self._device.type != "cuda":
+            return None
+        self._cuda.reset_peak_memory_stats(self._device)
+        return self._held() - self._before
+
+    def peak(self) -> int | None:
+        """The most that was held since :meth:`steady` was asked."""
+        if self._device.type != "cuda":
+            return None
+        self._cuda.synchronize(self._device)
+        most: int = self._cuda.max_memory_allocated(self._device) - self._before
+        return most
+
+    def _held(self) -> int:
+        if self._device.type != "cuda":
+            return 0
+        self._cuda.synchronize(self._device)
+        held: int = self._cuda.memory_allocated(self._device)
+        return held

@@ -1,12 +1,14 @@
-"""What others' own code takes for a part of the same work, where it is installed. Each says what is compared."""
+"""What others' own code takes for a part of the same work, where it is installed. Each says what is compared.
+
+``echo-rt bench`` finds it here where it runs from a checkout; nothing of it is installed.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from echo_rt.bench.agreement import difference
+from echo_rt.bench.measure import BASELINES, Baseline, Missing, difference
 from echo_rt.bench.rig import Parts, Rig, Site
 from echo_rt.config import VaeConfig
-from echo_rt.errors import BackendError, EchoError
+from echo_rt.errors import BackendError
 from echo_rt.ops.noise import fill_normal, seed_words
 from echo_rt.options import MemoryMode
 from echo_rt.utils.device import model_context
-from echo_rt.utils.wording import with_type
 from echo_rt.verify.bundles import bound_between
 from echo_rt.weights.keymaps import KeyMap, transformer_key_map, vae_key_map
 
@@ -33,51 +34,22 @@ ROUNDINGS = 4
 _CALLS_TO_CAPTURE = 4
 
 
-@dataclass(frozen=True)
-class Peer:
-    """``call`` does the work once; ``beside``: which of our figures (``decode``, ``pass``) it stands beside."""
-
-    name: str
-    what: str
-    beside: str
-    call: Callable[[], object]
-    error: float
-    bound: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.bound  # NaN is not
-
-
-@dataclass(frozen=True)
-class Missing:
-    """A peer that is not in the run, and why."""
-
-    name: str
-    why: str
-
-    @classmethod
-    def because(cls, name: str, error: Exception) -> Missing:
-        """One that raised ``error``."""
-        return cls(name, str(error) if isinstance(error, EchoError) else f"did not run: {with_type(error)}")
-
-
-def find_peers(parts: Parts, prompt_embeds: Tensor, seed: int) -> tuple[list[Peer], list[Missing]]:
-    """The peers that are installed, with the weights of ``parts``; its backend is what they are held against.
+def find_baselines(parts: Parts, prompt_embeds: Tensor, seed: int) -> tuple[list[Baseline], list[Missing]]:
+    """The baselines that are installed, with the weights of ``parts``; its backend is what they are held against.
 
     Whatever another's code raises is the reason why it is not in the run; memory that is not there is not its fault.
     """
-    peers: list[Peer] = []
+    found: list[Baseline] = []
     missing: list[Missing] = []
     for name, make in _MAKERS.items():
         try:
             with model_context(parts.site.device, parts.site.dtype):
-                peers.append(make(name, parts, prompt_embeds, seed))
+                found.append(make(name, parts, prompt_embeds, seed))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the finding, whatever it is
             missing.append(Missing.because(name, error))
-    return peers, missing
+    return found, missing
 
 
 def _require(package: str) -> None:
@@ -144,31 +116,42 @@ def wan_autoencoder(config: VaeConfig, tensors: Mapping[str, Tensor], device: to
     return vae
 
 
-def _autoencoder(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Peer:
+def wan_latents(config: VaeConfig, normalized: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normalized latents ``[T, z, h, w]`` as that class takes them, ``[1, z, T, h, w]``."""
+    mean, std = (torch.tensor(v, device=normalized.device) for v in (config.latents_mean, config.latents_std))
+    return (normalized * std[:, None, None] + mean[:, None, None]).transpose(0, 1)[None].to(dtype)
+
+
+def wan_decode(vae: Any, latents: Tensor, *, is_start: bool = False) -> Tensor:
+    """The next ``latents [1, z, T, h, w]`` of its stream as ``[1, 3, F, H, W]``; its cache is kept."""
+    x = vae.post_quant_conv(latents)
+    frames = []
+    for place in range(x.shape[2]):
+        starts = {"first_chunk": True} if is_start and place == 0 else {}
+        frames.append(vae.decoder(x[:, :, place : place + 1], feat_cache=vae._feat_map, feat_idx=[0], **starts))
+    return torch.cat(frames, 2)
+
+
+def _autoencoder(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Baseline:
     site, config = parts.site, parts.site.model.vae_config
     vae = wan_autoencoder(config, site.model.vae, site.device, site.dtype)
-    mean, std = (torch.tensor(v, device=site.device) for v in (config.latents_mean, config.latents_std))
     normalized = _noise(site, seed)
-    latents = (normalized * std[:, None, None] + mean[:, None, None]).transpose(0, 1)[None].to(site.dtype)
+    latents = wan_latents(config, normalized, site.dtype)
 
-    def decode(first: bool) -> Tensor:
-        x = vae.post_quant_conv(latents)
-        frames = []
-        for place in range(x.shape[2]):
-            starts = {"first_chunk": True} if first and place == 0 else {}
-            frames.append(vae.decoder(x[:, :, place : place + 1], feat_cache=vae._feat_map, feat_idx=[0], **starts))
-        return torch.cat(frames, 2)
-
-    decode(True)
-    error = difference(decode(False)[0].permute(1, 2, 3, 0).float(), _second_decode(parts, normalized).float())
+    wan_decode(vae, latents, is_start=True)
+    error = difference(
+        wan_decode(vae, latents)[0].permute(1, 2, 3, 0).float(), _second_decode(parts, normalized).float()
+    )
     what = (
         f"its decoder, with the same weights, over the same {len(normalized)} latents in mid-stream, its own cache "
         "kept from call to call; without the conversion to bytes, which ours does"
     )
-    return Peer(name, what, "decode", lambda: decode(False), error, ROUNDINGS * bound_between(site.dtype))
+    return Baseline(
+        name, what, "decode", lambda: wan_decode(vae, latents), error, ROUNDINGS * bound_between(site.dtype)
+    )
 
 
-def _transformer(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Peer:
+def _transformer(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Baseline:
     _require("diffusers")
     diffusers: Any = importlib.import_module("diffusers")
 
@@ -219,10 +202,10 @@ def _transformer(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> P
         f"one forward, with the same weights, over the {block} tokens of a block, which attend to themselves alone; "
         f"beside it the mean of our passes, in which they attend to {config.cached_tokens} keys"
     )
-    return Peer(name, what, "pass", forward, error, ROUNDINGS * bound_between(site.model_dtype))
+    return Baseline(name, what, "pass", forward, error, ROUNDINGS * bound_between(site.model_dtype))
 
 
-def _flashdreams(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Peer:
+def _flashdreams(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Baseline:
     _require("flashdreams")
     module: Any = importlib.import_module("flashdreams.recipes.wan.autoencoder.vae")
     site, config = parts.site, parts.site.model.vae_config
@@ -260,12 +243,7 @@ def _flashdreams(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> P
         "in one call, its own cache kept, its own graph replayed; without the conversion to bytes. Its transformer is "
         "not driven here"
     )
-    return Peer(name, what, "decode", decode, error, ROUNDINGS * bound_between(site.dtype))
+    return Baseline(name, what, "decode", decode, error, ROUNDINGS * bound_between(site.dtype))
 
 
-_MAKERS = {
-    "diffusers AutoencoderKLWan": _autoencoder,
-    "diffusers WanTransformer3DModel": _transformer,
-    "FlashDreams": _flashdreams,
-}
-LEFT_OUT = tuple(Missing(name, "left out by --no-peers") for name in _MAKERS)
+_MAKERS = dict(zip(BASELINES, (_autoencoder, _transformer, _flashdreams), strict=True))

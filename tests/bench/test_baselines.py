@@ -5,19 +5,22 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import baselines
 import pytest
 import torch
+from baselines import find_baselines
 from safetensors.torch import load_file
 from torch import Tensor
 
-from echo_rt.bench import peers
+from echo_rt.bench import measure
+from echo_rt.bench.measure import Baseline, Missing
 from echo_rt.bench.model import random_model
-from echo_rt.bench.model_sizes import BenchModel
-from echo_rt.bench.peers import Missing, Peer, find_peers
 from echo_rt.bench.rig import Parts, Site
+from echo_rt.bench.settings import BenchModel
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops import reference
@@ -53,7 +56,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], None]:
             module.__path__ = []
             monkeypatch.setitem(sys.modules, name, module)
         sys.modules[f"{names[-1]}.vae"].WanVAE = vae  # type: ignore[attr-defined]
-        monkeypatch.setattr(peers, "_MAKERS", {"FlashDreams": peers._flashdreams})
+        monkeypatch.setattr(baselines, "_MAKERS", {"FlashDreams": baselines._flashdreams})
 
     return put
 
@@ -102,7 +105,7 @@ class OtherVae:
 
 def test_flashdreams_is_driven_where_it_is_installed(parts: Parts, install: Callable[[type], None]) -> None:
     install(Vae)
-    found, missing = find_peers(parts, torch.zeros(1, 8), 0)
+    found, missing = find_baselines(parts, torch.zeros(1, 8), 0)
     assert missing == [] and [peer.name for peer in found] == ["FlashDreams"]
     assert found[0].ok and found[0].error < 2e-6 and found[0].beside == "decode" and "mid-stream" in found[0].what
     video = found[0].call()
@@ -111,26 +114,35 @@ def test_flashdreams_is_driven_where_it_is_installed(parts: Parts, install: Call
 
 def test_a_peer_that_computes_something_else_is_seen(parts: Parts, install: Callable[[type], None]) -> None:
     install(WrongVae)
-    (found,), _ = find_peers(parts, torch.zeros(1, 8), 0)
+    (found,), _ = find_baselines(parts, torch.zeros(1, 8), 0)
     assert not found.ok and found.error == pytest.approx(0.1, rel=1e-3)
-    assert not Peer("x", "", "decode", lambda: None, float("nan"), 1.0).ok
+    assert not Baseline("x", "", "decode", lambda: None, float("nan"), 1.0).ok
 
 
 def test_a_peer_of_another_version_ends_nothing(parts: Parts, install: Callable[[type], None]) -> None:
     install(OtherVae)
-    found, missing = find_peers(parts, torch.zeros(1, 8), 0)
+    found, missing = find_baselines(parts, torch.zeros(1, 8), 0)
     assert found == [] and missing[0].name == "FlashDreams"
     assert missing[0].why.startswith("did not run: TypeError: ") and "use_cuda_graph" in missing[0].why
 
 
 def test_what_is_not_installed_is_named(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    found, missing = find_peers(parts, torch.zeros(1, 8), 0)
+    found, missing = find_baselines(parts, torch.zeros(1, 8), 0)
     assert found == [] and missing == [
         Missing("diffusers AutoencoderKLWan", "diffusers is not installed: pip install diffusers"),
         Missing("diffusers WanTransformer3DModel", "diffusers is not installed: pip install diffusers"),
         Missing("FlashDreams", "flashdreams is not installed: pip install flashdreams"),
     ]
+
+
+def test_without_a_checkout_none_is_there(parts: Parts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found, missing = measure.find_baselines(parts, torch.zeros(1, 8), 0)
+    assert [each.name for each in (*found, *missing)] == list(measure.BASELINES) and len(found) == 2
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    found, missing = measure.find_baselines(parts, torch.zeros(1, 8), 0)
+    assert found == [] and [each.name for each in missing] == list(measure.BASELINES)
+    assert all("only a checkout has bench/baselines.py" in each.why for each in missing)
 
 
 def test_memory_that_is_not_there_is_no_fault_of_a_peer(parts: Parts, install: Callable[[type], None]) -> None:
@@ -140,4 +152,4 @@ def test_memory_that_is_not_there_is_no_fault_of_a_peer(parts: Parts, install: C
 
     install(Large)
     with pytest.raises(torch.OutOfMemoryError):
-        find_peers(parts, torch.zeros(1, 8), 0)
+        find_baselines(parts, torch.zeros(1, 8), 0)

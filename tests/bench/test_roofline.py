@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_inputs import OPS, variants
-from work import memory_update_work, work_of
+from op_inputs import OPS, decoder_norms, variants
+from roofline import memory_update_work, work_of
 
-from echo_rt.bench.model_sizes import RELEASED, decoder_norms
+from echo_rt.bench.settings import RELEASED
 from echo_rt.errors import ConfigError
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "kernels.md").read_text(encoding="utf-8")
