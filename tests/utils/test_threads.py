@@ -155,7 +155,7 @@ def test_nothing_is_done_where_it_is_not_wanted_or_has_no_use(
 
 _IN_A_PROCESS = """
 import json, time, torch
-from echo_rt import threads
+from echo_rt.utils import threads
 
 x = torch.linspace(0, 1, 1 << 20)
 
