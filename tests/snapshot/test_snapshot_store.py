@@ -247,6 +247,15 @@ WRITE_UNTIL_KILLED = """
 """
 
 
+def halted(pid: int) -> bool:
+    """Whether all threads of the process have been stopped: the one that writes may be the last of them."""
+    try:
+        stats = [stat.read_text() for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except OSError:  # one of them has just ended
+        return False
+    return all(stat.rsplit(")", 1)[1].split()[0] == "T" for stat in stats)
+
+
 def stop_amid_writing(pid: int, folder: Path) -> None:
     """Halt the process where a file of it is half written."""
     while True:
@@ -254,7 +263,7 @@ def stop_amid_writing(pid: int, folder: Path) -> None:
             time.sleep(0.0005)
             continue
         os.kill(pid, signal.SIGSTOP)
-        while Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
+        while not halted(pid):
             time.sleep(0.0005)
         if any(folder.glob(".*.part")):
             return
