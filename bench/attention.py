@@ -89,10 +89,10 @@ class CudnnFloat8:
             node = graph.tensor(dim=list(seen.shape), stride=list(seen.stride()), data_type=types.FP8_E4M3)
             arguments[name], self._tensors[node] = node, seen
             scales[f"descale_{name}"] = float(scale)
-        for name, scale in scales.items():
+        for name, factor in scales.items():
             node = graph.tensor(dim=[1, 1, 1, 1], stride=[1, 1, 1, 1], data_type=types.FLOAT)
             arguments[name] = node
-            self._tensors[node] = torch.full((1, 1, 1, 1), scale, device=q.device)
+            self._tensors[node] = torch.full((1, 1, 1, 1), factor, device=q.device)
         out, _, *largest = graph.sdpa_fp8(**arguments, attn_scale=q.shape[-1] ** -0.5, generate_stats=False)
         seen = self._out.transpose(0, 1).unsqueeze(0)
         kind = {torch.bfloat16: types.BFLOAT16, torch.float16: types.HALF}[q.dtype]

@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import _checkout
 import torch
@@ -59,7 +60,7 @@ def busy(spans: Iterable[Span]) -> float:
     return total
 
 
-def table(spans: Sequence[Span], blocks: int) -> list[dict[str, object]]:
+def table(spans: Sequence[Span], blocks: int) -> list[dict[str, Any]]:
     """Kernels by their names, the one that takes most time first."""
     times: dict[str, list[float]] = {}
     for span in spans:
