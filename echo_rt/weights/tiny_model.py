@@ -161,7 +161,7 @@ def _put_in_place(part: Path, target: Path) -> None:
 def _write_parts(part: Path, config: ModelConfig, vae: VaeConfig, seed: int, width: int, height: int) -> None:
     transformer, draw = config.transformer, Draw(seed)
     facts = {_MARK: seed, "width": width, "height": height, **dataclasses.asdict(config.window)}
-    (part / TRANSFORMER_CONFIG).write_text(json.dumps(_wan_config(transformer, facts), indent=2) + "\n")
+    (part / TRANSFORMER_CONFIG).write_text(json.dumps(wan_config(transformer, facts), indent=2) + "\n")
     base = transformer_tensors(transformer, draw)
     data = safetensors.torch.save(_cast(base, torch.bfloat16), {"format": "pt"})
     (part / _TRANSFORMER_FILE).write_bytes(data)
@@ -174,19 +174,19 @@ def _write_parts(part: Path, config: ModelConfig, vae: VaeConfig, seed: int, wid
         )
         for name, amount in (("generator", _TRAINED), ("generator_ema", _TRAINED_EMA))
     }
-    _save_pickle(part / CHECKPOINT_FILE, checkpoint)
-    _save_pickle(part / VAE_FILE, _cast(vae_tensors(vae, draw), torch.float32))
+    save_pickle(part / CHECKPOINT_FILE, checkpoint)
+    save_pickle(part / VAE_FILE, _cast(vae_tensors(vae, draw), torch.float32))
     tiny_decoder = TinyVaeConfig(vae.z_dim, widths=(16, 12, 8, 8))
-    _save_pickle(part / TINY_VAE_FILE, _cast(tiny_decoder_tensors(tiny_decoder, draw), torch.float16))
+    save_pickle(part / TINY_VAE_FILE, _cast(tiny_decoder_tensors(tiny_decoder, draw), torch.float16))
 
     text_encoder = TextEncoderConfig(
         vocab_size=1024, d_model=transformer.text_dim, d_attn=32, d_ff=64, num_heads=4, num_layers=2
     )
-    _save_pickle(part / TEXT_ENCODER_FILE, _cast(text_encoder_tensors(text_encoder, draw), torch.bfloat16))
-    _write_tokenizer(part / TOKENIZER_FOLDER, text_encoder.vocab_size, transformer.text_len)
+    save_pickle(part / TEXT_ENCODER_FILE, _cast(text_encoder_tensors(text_encoder, draw), torch.bfloat16))
+    write_tokenizer(part / TOKENIZER_FOLDER, text_encoder.vocab_size, transformer.text_len)
 
 
-def _wan_config(config: TransformerConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+def wan_config(config: TransformerConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
     """``config.json`` under Wan's own field names, and what it leaves out."""
     return {
         "_class_name": "WanModel",
@@ -209,14 +209,14 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
 
-def _save_pickle(path: Path, content: Mapping[str, Any]) -> None:
+def save_pickle(path: Path, content: Mapping[str, Any]) -> None:
     """``torch.save``; by way of memory, so that its bytes do not name the file and a full disk is an ``OSError``."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     path.write_bytes(buffer.getvalue())
 
 
-def _write_tokenizer(folder: Path, vocab_size: int, text_len: int) -> None:
+def write_tokenizer(folder: Path, vocab_size: int, text_len: int) -> None:
     """A byte-level BPE, which spells any text, that ends a prompt with ``</s>``."""
     with needing("tokenizers", "the tiny model's tokenizer"):
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
