@@ -26,7 +26,7 @@ _LEAST_SPREAD = 0.18
 
 @dataclass(frozen=True)
 class LinearCode:
-    """Latents are ``(x - mean) @ basis / scale`` of patches ``x [D]``; ``basis [D, CHANNELS]``, ``scale [CHANNELS]``."""
+    """Latents are ``(x - mean) @ basis / scale``: ``mean [D]``, ``basis [D, CHANNELS]``, ``scale [CHANNELS]``."""
 
     mean: Tensor
     basis: Tensor

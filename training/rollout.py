@@ -69,7 +69,7 @@ class _Context:
 
 
 class Rollout:
-    """A batch of videos. ``weights``: by Wan's names, the memory encoder's with its prefix; ``memory``: whether to use it."""
+    """A batch of videos. ``weights``: by Wan's names, prefixed in the memory encoder; ``memory``: whether to use it."""
 
     def __init__(
         self, config: ModelConfig, weights: Mapping[str, Tensor], *, memory: bool = True, rotary: Rotary | None = None
