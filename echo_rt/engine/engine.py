@@ -80,8 +80,8 @@ class Engine:
             prompts=dict(prompts or {}),
             held=tuple(held),
             offset=offset,
+            initial_blocks=self.rollout.state.initial_blocks,
             caller_noise=caller_noise,
-            given_blocks=self.rollout.state.given_blocks,
         )
 
     def finite(self) -> bool:
@@ -100,7 +100,7 @@ class Engine:
             raise StreamError(f"the snapshot cannot go on here bit for bit: {conflict}")
         frames = (snapshot.block + 1) * self.rollout.config.window.frames_per_block
         whole = snapshot.block >= -1 and frames == snapshot.latents_decoded and snapshot.offset >= 0
-        whole = whole and 0 <= snapshot.given_blocks <= snapshot.block + 1
+        whole &= 0 <= snapshot.initial_blocks <= snapshot.block + 1
         if not whole or snapshot.next_block < 0:
             raise StreamError(
                 f"the snapshot contradicts itself: {snapshot.latents_decoded} latents decoded and {len(snapshot.held)} "
@@ -131,6 +131,7 @@ class Engine:
             for name, tensor in self.pipeline.live_tensors().items():
                 tensor.copy_(snapshot.tensors[name])
         self.executor.settle()  # the snapshot may be let go of
-        state.block, state.given_blocks = snapshot.block, snapshot.given_blocks
+        state.block = snapshot.block
+        state.initial_blocks = snapshot.initial_blocks
         state.memory_ready = snapshot.memory_ready
         self.pipeline.decoder_state.latents_seen = snapshot.latents_decoded

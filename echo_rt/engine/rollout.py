@@ -155,7 +155,7 @@ class Rollout:
     @property
     def generated_blocks(self) -> int:
         """How many blocks have been generated: the number of the next one, what was given not counted."""
-        return self.state.block + 1 - self.state.given_blocks
+        return self.state.block + 1 - self.state.initial_blocks
 
     @property
     def noise_shape(self) -> torch.Size:

@@ -68,8 +68,8 @@ _FACTS = {
     "held": list,
     "offset": int,
 }
-# Facts that came later: a file without them means these.
-_LATER: dict[str, bool | int] = {"caller_noise": False, "given_blocks": 0}
+# Those that most videos do not have: the file names them only where they are not these.
+_RARE_FACTS: dict[str, bool | int] = {"initial_blocks": 0, "caller_noise": False}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +85,8 @@ class SnapshotData:
     prompts: Mapping[int, Tensor] = field(repr=False)
     held: tuple[Chunk, ...] = ()
     offset: int = 0
+    initial_blocks: int = 0
     caller_noise: bool = False
-    given_blocks: int = 0
 
 
 # -------------------------------------------------------------------- writing
@@ -134,8 +134,9 @@ def _facts_of(snapshot: SnapshotData, path: str | Path) -> dict[str, Any]:
     held = [
         {"index": c.index, "first_frame": c.first_frame, "stats": dataclasses.asdict(c.stats)} for c in snapshot.held
     ]
-    later = {name: getattr(snapshot, name) for name, usual in _LATER.items() if getattr(snapshot, name) != usual}
-    return {name: getattr(snapshot, name) for name in _FACTS} | {"model": model, "held": held} | later
+    rare = {name: getattr(snapshot, name) for name in _RARE_FACTS}
+    rare = {name: value for name, value in rare.items() if value != _RARE_FACTS[name]}
+    return {name: getattr(snapshot, name) for name in _FACTS} | rare | {"model": model, "held": held}
 
 
 def _header(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
@@ -294,11 +295,11 @@ def _are_counts(values: object) -> bool:
 
 
 def _rebuild(text: str, tensors: dict[str, Tensor], path: str | Path) -> dict[str, Any]:
-    said = _json(text, path)
-    facts, kinds = _LATER | said, _FACTS | {name: type(usual) for name, usual in _LATER.items()}
-    if set(facts) != set(kinds):
-        raise _damaged(path, f"expected the facts {', '.join(_FACTS)}, came {', '.join(said) or 'none':.200}")
-    for name, kind in kinds.items():
+    facts = _json(text, path)
+    if set(facts) - set(_RARE_FACTS) != set(_FACTS):
+        raise _damaged(path, f"expected the facts {', '.join(_FACTS)}, came {', '.join(facts) or 'none':.200}")
+    facts = _RARE_FACTS | facts
+    for name, kind in (_FACTS | {name: type(value) for name, value in _RARE_FACTS.items()}).items():
         if type(facts[name]) is not kind:
             raise _damaged(path, f"expected {name} to be {kind.__name__}, came {type(facts[name]).__name__}")
     try:

@@ -82,13 +82,13 @@ def test_a_snapshot_without_the_later_facts_goes_on_as_before(small_model: Path,
         path = tmp_path / "old.safetensors"
         dataclasses.replace(snapshot, model=model).save(path)
         written = path.read_bytes()
-        assert not any(name in written for name in (b"caller_noise", b"given_blocks", b"recache_sink"))
+        assert not any(name in written for name in (b"caller_noise", b"initial_blocks", b"recache_sink"))
         stream.close()
         with runtime.resume(echo_rt.Snapshot.load(path)) as again:
             assert same(take(again, 2), expected)
 
 
-def test_given_blocks_are_part_of_the_snapshot(small_model: Path, tmp_path: Path) -> None:
+def test_initial_blocks_are_part_of_the_snapshot(small_model: Path, tmp_path: Path) -> None:
     """They are no generated ones: the first of those comes behind them, with steps of its own."""
     steps = {"denoising_steps": [500], "first_block_steps": [1000, 500]}
     with load(small_model, overrides=steps) as runtime:
@@ -97,10 +97,10 @@ def test_given_blocks_are_part_of_the_snapshot(small_model: Path, tmp_path: Path
             assert rollout.noise_shape[0] == 2
             take(stream, 2)
             assert rollout.noise_shape[0] == 1
-            rollout.state.given_blocks = 2
+            rollout.state.initial_blocks = 2
             snapshot = stream.snapshot(tmp_path / "s.safetensors")
             expected = take(stream, 2)
-        assert echo_rt.Snapshot.load(tmp_path / "s.safetensors").given_blocks == snapshot.given_blocks == 2
+        assert echo_rt.Snapshot.load(tmp_path / "s.safetensors").initial_blocks == snapshot.initial_blocks == 2
         asked: list[tuple[int, int]] = []
 
         def noise(block: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -114,10 +114,10 @@ def test_given_blocks_are_part_of_the_snapshot(small_model: Path, tmp_path: Path
             take(stream, 2)
         assert asked == [(0, 2), (1, 1)]
         with runtime.stream(prompt_embeds=embeds(runtime)):
-            assert rollout.state.given_blocks == 0
+            assert rollout.state.initial_blocks == 0
         for wrong in (-1, 3):
             with pytest.raises(StreamError, match="contradicts itself"):
-                runtime.resume(dataclasses.replace(snapshot, given_blocks=wrong))
+                runtime.resume(dataclasses.replace(snapshot, initial_blocks=wrong))
 
 
 def facts(chunks: list[echo_rt.Chunk]) -> list[tuple[int, int, int, int, bool]]:
