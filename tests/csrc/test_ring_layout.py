@@ -139,6 +139,14 @@ def test_the_steady_state_of_the_released_recipe_is_the_published_one() -> None:
         assert (layout.attended_begin(True), layout.attended_end(block), layout.slots) == (0, 15, 15)
 
 
+def test_absolute_ids_are_bounded_from_the_end_of_the_table_on() -> None:
+    layout = RingLayout(frames_per_block=3, sink_frames=0, local_frames=21, memory_frames=0, max_temporal_id=1023)
+    for block in range(500):
+        last = layout.last_frame(block)
+        assert layout.temporal_id(block, last) == min(last, 1023)
+        assert layout.shift(block) == max(0, last - 1023)
+
+
 @pytest.mark.parametrize("frame", FAR_FRAMES)
 def test_nothing_drifts_far_into_a_stream(frame: int) -> None:
     for window in windows():

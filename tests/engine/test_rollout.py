@@ -109,6 +109,20 @@ CASES = {
         [3, 20],
     ),
     "no-sink": (NO_SINK | {"max_temporal_id": 1023, "denoising_steps": SHORT}, "off", 60, [1, 2, 3, 4, 30]),
+    # Absolute positions, and on from where Wan's table ends: bounded. Long blocks get there soon.
+    "past-the-table": (
+        {
+            "frames_per_block": 33,
+            "sink_frames": 33,
+            "local_frames": 66,
+            "max_temporal_id": 1023,
+            "memory": None,
+            "denoising_steps": [1000],
+        },
+        "off",
+        36,
+        [2, 33],
+    ),
     "no-sink-bounded": (NO_SINK | {"max_temporal_id": 8, "denoising_steps": SHORT}, "off", 100, [3, 50]),
     "no-sink-one-frame-blocks": (
         NO_SINK | {"frames_per_block": 1, "local_frames": 5, "denoising_steps": [1000], "first_block_steps": SHORT},
