@@ -34,10 +34,13 @@ OVERRIDES = (
     "local_frames",
     "max_temporal_id",
     "denoising_steps",
+    "first_block_steps",
     "timestep_shift",
     "context_timestep",
     "memory_frames",
+    "memory_reads",
     "rebuild_on_prompt_switch",
+    "recache_sink",
 )
 # What a model folder may say beside them.
 FOLDER_FACTS = ("width", "height", "tiny_seed")

@@ -68,6 +68,8 @@ _FACTS = {
     "held": list,
     "offset": int,
 }
+# Those that most videos do not have: the file names them only where they are not these.
+_RARE_FACTS: dict[str, bool | int] = {"initial_blocks": 0, "caller_noise": False}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,8 @@ class SnapshotData:
     prompts: Mapping[int, Tensor] = field(repr=False)
     held: tuple[Chunk, ...] = ()
     offset: int = 0
+    initial_blocks: int = 0
+    caller_noise: bool = False
 
 
 # -------------------------------------------------------------------- writing
@@ -130,7 +134,9 @@ def _facts_of(snapshot: SnapshotData, path: str | Path) -> dict[str, Any]:
     held = [
         {"index": c.index, "first_frame": c.first_frame, "stats": dataclasses.asdict(c.stats)} for c in snapshot.held
     ]
-    return {name: getattr(snapshot, name) for name in _FACTS} | {"model": model, "held": held}
+    rare = {name: getattr(snapshot, name) for name in _RARE_FACTS}
+    rare = {name: value for name, value in rare.items() if value != _RARE_FACTS[name]}
+    return {name: getattr(snapshot, name) for name in _FACTS} | rare | {"model": model, "held": held}
 
 
 def _header(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
@@ -290,9 +296,10 @@ def _are_counts(values: object) -> bool:
 
 def _rebuild(text: str, tensors: dict[str, Tensor], path: str | Path) -> dict[str, Any]:
     facts = _json(text, path)
-    if set(facts) != set(_FACTS):
+    if set(facts) - set(_RARE_FACTS) != set(_FACTS):
         raise _damaged(path, f"expected the facts {', '.join(_FACTS)}, came {', '.join(facts) or 'none':.200}")
-    for name, kind in _FACTS.items():
+    facts = _RARE_FACTS | facts
+    for name, kind in (_FACTS | {name: type(value) for name, value in _RARE_FACTS.items()}).items():
         if type(facts[name]) is not kind:
             raise _damaged(path, f"expected {name} to be {kind.__name__}, came {type(facts[name]).__name__}")
     try:

@@ -36,9 +36,9 @@ def test_a_prompt_begins_with_its_block_whatever_is_gone_back_from(
             told[0] = torch.equal(prompt, later)
             switch(prompt)
 
-        def noted() -> Tensor:
+        def noted(noise: Tensor | None) -> Tensor:
             begun.setdefault(rollout.state.block + 1 + blocks._offset, []).append(told[0])
-            return next_block()
+            return next_block(noise)
 
         def back(self: Any, snapshot: echo_rt.Snapshot, seed: int) -> None:
             told[0] = False

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,9 +99,9 @@ def test_a_new_stream_after_a_close_amid_a_block(
 def test_of_two_that_race_for_the_runtime_one_wins(runtime: echo_rt.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     begin = echo_rt.Stream.begin
 
-    def slow(engine: object, prompt_embeds: Tensor, seed: int, guard: object) -> echo_rt.Stream:
+    def slow(*arguments: Any) -> echo_rt.Stream:
         time.sleep(0.02)  # long enough for the other to come between
-        return begin(engine, prompt_embeds, seed, guard)  # type: ignore[arg-type]
+        return begin(*arguments)
 
     # Both have found the runtime free before either has its prompt.
     barrier = threading.Barrier(2)
@@ -224,8 +225,8 @@ def test_ctrl_c_ends_the_video_and_not_the_runtime(runtime: echo_rt.Runtime, mon
     rollout = runtime._engine.rollout
     next_block, made = rollout.next_block, []
 
-    def interrupted() -> Tensor:
-        latents = next_block()
+    def interrupted(noise: Tensor | None) -> Tensor:
+        latents = next_block(noise)
         if len(made) == 2:
             raise KeyboardInterrupt
         return latents
