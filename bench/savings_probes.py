@@ -172,7 +172,7 @@ class Probes:
     def _cut_short(self) -> Comparison:
         """The context pass over what it has stored already: the same keys and values once more."""
         rollout, site, transformer = self._rig.rollout, self._parts.site, self._parts.transformer
-        state, context = rollout.state, self._parts.schedule.steps
+        state, context = rollout.state, self._parts.schedule.context
         span = Span(begin=0, end=self._counts.keys, in_sink=False)
         cache = BlockCache(rollout.config, state, self._parts.ops, site.over_cache.attention, span)
         return Comparison(

@@ -27,7 +27,7 @@ void require_whole_blocks(const char* name, int64_t frames, int64_t frames_per_b
 RingLayout checked_layout(int64_t frames_per_block, int64_t sink_frames, int64_t local_frames, int64_t memory_frames,
                           int64_t max_temporal_id) {
   require_count("frames_per_block", frames_per_block, 1);
-  require_count("sink_frames", sink_frames, 1);
+  require_count("sink_frames", sink_frames, memory_frames > 0 ? 1 : 0);
   require_count("local_frames", local_frames, 1);
   require_count("memory_frames", memory_frames, 0);
   require_count("max_temporal_id", max_temporal_id, 1);

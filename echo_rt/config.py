@@ -19,11 +19,19 @@ from typing import Any
 
 from echo_rt.errors import ConfigError
 
+# What the memory encoder sees of the keys that leave the window.
+MEMORY_READS = ("unrotated", "rotated")
+
 
 def _require_positive(owner: str, **values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{owner}: {name} must be a positive integer, got {value!r}")
+
+
+def _require_flag(owner: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{owner}: {name} must be true or false, got {value!r}")
 
 
 def _require_number(
@@ -115,21 +123,29 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class WindowConfig:
-    """What a block attends to, in latent frames, and the largest temporal RoPE id the model was trained with."""
+    """What a block attends to, in latent frames, and the largest temporal RoPE id the model was trained with.
+
+    ``sink_frames`` may be 0, but not beside a memory. ``recache_sink``: a prompt switch whose recache reaches frame 0
+    leaves the sink with the keys and values of the new prompt; otherwise the old ones are put back.
+    """
 
     frames_per_block: int = 3
     sink_frames: int = 3
     local_frames: int = 9
     max_temporal_id: int = 20
+    recache_sink: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(
             "window",
             frames_per_block=self.frames_per_block,
-            sink_frames=self.sink_frames,
             local_frames=self.local_frames,
             max_temporal_id=self.max_temporal_id,
         )
+        sink = self.sink_frames
+        if isinstance(sink, bool) or not isinstance(sink, int) or sink < 0:
+            raise ConfigError(f"window: sink_frames must be an integer of 0 or more, got {sink!r}")
+        _require_flag("window", "recache_sink", self.recache_sink)
         for name, frames in (("sink_frames", self.sink_frames), ("local_frames", self.local_frames)):
             if frames % self.frames_per_block:
                 raise ConfigError(
@@ -150,41 +166,64 @@ class WindowConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """The evolving memory: how many frames' worth of tokens, and the two facts in which the recipes differ."""
+    """The evolving memory: how many frames' worth of tokens, and the facts in which the recipes differ.
+
+    ``reads``: the memory encoder sees the keys of evicted frames before rotation, or as they are rotated by the ids
+    that these frames have while the block that evicts them is generated.
+    """
 
     frames: int = 3
     layers: int = 2
     normalize_k: bool = False
     rebuild_on_prompt_switch: bool = True
     ffn_multiplier: int = 4
+    reads: str = MEMORY_READS[0]
 
     def __post_init__(self) -> None:
         _require_positive("memory", frames=self.frames, layers=self.layers, ffn_multiplier=self.ffn_multiplier)
         for name in ("normalize_k", "rebuild_on_prompt_switch"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"memory: {name} must be true or false, got {getattr(self, name)!r}")
+            _require_flag("memory", name, getattr(self, name))
+        if self.reads not in MEMORY_READS:
+            raise ConfigError(f"memory: memory_reads must be one of {', '.join(MEMORY_READS)}; got {self.reads!r}")
+
+    @property
+    def reads_rotated(self) -> bool:
+        return self.reads == "rotated"
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """The few-step schedule: which of the training timesteps are visited, and the timestep of the context pass."""
+    """The few-step schedule: which of the training timesteps are visited, and the timestep of the context pass.
+
+    ``first_block_steps``: those of the first block that is generated; none: the same as of all others.
+    """
 
     denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
     timestep_shift: float = 5.0
     context_timestep: float = 0.0
     num_train_timesteps: int = 1000
+    first_block_steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        steps = self.denoising_steps
+        self._require_steps("denoising_steps", self.denoising_steps)
+        if self.first_block_steps != ():
+            self._require_steps("first_block_steps", self.first_block_steps)
+        _require_number("sampler", "timestep_shift", self.timestep_shift, 0.0, math.inf, inside=True)
+        _require_number("sampler", "context_timestep", self.context_timestep, 0.0, self.num_train_timesteps)
+
+    @property
+    def most_steps(self) -> int:
+        """Denoising steps of the block that has most of them."""
+        return max(len(self.denoising_steps), len(self.first_block_steps))
+
+    def _require_steps(self, name: str, steps: tuple[int, ...]) -> None:
         whole = isinstance(steps, tuple) and all(isinstance(s, int) and not isinstance(s, bool) for s in steps)
         valid = whole and steps and all(1 <= s <= self.num_train_timesteps for s in steps)
         if not valid or any(a <= b for a, b in itertools.pairwise(steps)):
             came = list(steps) if isinstance(steps, tuple) else steps
             raise ConfigError(
-                f"sampler: denoising_steps must be falling integers in 1..{self.num_train_timesteps}, got {came!r}"
+                f"sampler: {name} must be falling integers in 1..{self.num_train_timesteps}, got {came!r}"
             )
-        _require_number("sampler", "timestep_shift", self.timestep_shift, 0.0, math.inf, inside=True)
-        _require_number("sampler", "context_timestep", self.context_timestep, 0.0, self.num_train_timesteps)
 
 
 @dataclass(frozen=True)
@@ -209,6 +248,11 @@ class ModelConfig:
         if self.memory is None:
             return
         window, frames = self.window, self.memory.frames
+        if window.sink_frames == 0:
+            raise ConfigError(
+                f"window: sink_frames must be {window.frames_per_block} or more beside a memory, got 0; "
+                "without a sink the memory has to be off"
+            )
         if frames > window.frames_per_block:
             raise ConfigError(
                 f"memory: {frames} memory frames are more than frames_per_block {window.frames_per_block}; "

@@ -35,10 +35,13 @@ OVERRIDES = (
     "local_frames",
     "max_temporal_id",
     "denoising_steps",
+    "first_block_steps",
     "timestep_shift",
     "context_timestep",
     "memory_frames",
+    "memory_reads",
     "rebuild_on_prompt_switch",
+    "recache_sink",
 )
 # What a model folder may say beside them; the last one names what holds where it says no more.
 RECIPE = "recipe"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.engine.build import build_engine, open_networks
+from echo_rt.engine.caller_noise import CallerNoise
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import Guard
 from echo_rt.errors import ConfigError, StallError, StreamError
@@ -223,6 +224,7 @@ class Runtime:
         prompt_embeds: Tensor | None = None,
         seed: int = 0,
         guard: Guard | None = None,
+        noise: CallerNoise | None = None,
     ) -> Stream:
         """Begin an endless video.
 
@@ -230,27 +232,33 @@ class Runtime:
             prompt: what to show; or ``prompt_embeds [length, text_dim]`` in its place.
             seed: 0 .. 2^64-1; the same seed and prompts give the same video.
             guard: what to do about a block with NaN, or one that takes too long; None for an end with an error.
+            noise: the noise in the place of the seed's: a function ``(block, shape) -> float32 tensor`` that is called
+                once for each block that is generated, counted from 0, when the block is begun, in the thread that makes
+                it. ``shape`` is ``(steps, B, C, h, w)``: what the block begins with, then the fresh noise between its
+                steps. A resumed stream is given it again.
 
         Raises:
             StreamError: another stream of this runtime is live, or the runtime is closed.
             PromptError: neither or both given, an empty prompt, embeddings that do not fit.
+            ConfigError: a seed, guard or noise that there cannot be; from the stream, for noise of another kind.
         """
         check_seed(seed)
         with self._free():
             pass  # before a prompt is encoded, which takes long, and again after it
         embeds = self._require_open().prompts.resolve(prompt, prompt_embeds)
         with self._free() as engine:
-            return self._enliven(Stream.begin(engine, embeds, seed, guard))
+            return self._enliven(Stream.begin(engine, embeds, seed, guard, noise))
 
     @release_on_error
-    def resume(self, snapshot: Snapshot, *, guard: Guard | None = None) -> Stream:
+    def resume(self, snapshot: Snapshot, *, guard: Guard | None = None, noise: CallerNoise | None = None) -> Stream:
         """Go on, bit for bit, where :meth:`Stream.snapshot` was taken.
 
         :class:`StreamError` for a snapshot of another model, one whose video was computed by another backend or in
         other ways than this runtime has, unless its user named these (see ``like``), or while another stream is live.
+        ``noise``: what :meth:`stream` was given; :class:`StreamError` where one of the two was given it alone.
         """
         with self._free() as engine:
-            return self._enliven(Stream.restore(engine, snapshot, guard))
+            return self._enliven(Stream.restore(engine, snapshot, guard, noise))
 
     def _enliven(self, stream: Stream) -> Stream:
         if self._engine is None:  # closed meanwhile, by a signal handler of this thread

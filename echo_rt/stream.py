@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from echo_rt.chunk import Chunk
+from echo_rt.engine.caller_noise import CallerNoise
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import Guard
 from echo_rt.engine.scheduler import Blocks
@@ -72,19 +73,28 @@ class Stream:
     # ---------------------------------------------------------------- life
 
     @classmethod
-    def begin(cls, engine: Engine, prompt_embeds: Tensor, seed: int, guard: Guard | None = None) -> Stream:
+    def begin(
+        cls,
+        engine: Engine,
+        prompt_embeds: Tensor,
+        seed: int,
+        guard: Guard | None = None,
+        noise: CallerNoise | None = None,
+    ) -> Stream:
         """A new video in ``engine``'s buffers; the runtime makes sure that no other is live."""
-        blocks = Blocks(engine, seed, guard)
+        blocks = Blocks(engine, seed, guard, noise)
         with model_context(engine.device, engine.dtype, engine.vae_dtype):
             blocks.start(engine, prompt_embeds)
         return cls(engine, blocks)
 
     @classmethod
-    def restore(cls, engine: Engine, snapshot: Snapshot, guard: Guard | None = None) -> Stream:
+    def restore(
+        cls, engine: Engine, snapshot: Snapshot, guard: Guard | None = None, noise: CallerNoise | None = None
+    ) -> Stream:
         """The video of ``snapshot``, at the block it was taken at; :class:`StreamError` if it is another model's."""
         if not isinstance(snapshot, Snapshot):
             raise StreamError(f"expected a Snapshot of stream.snapshot(), got {type(snapshot).__name__}")
-        blocks = Blocks(engine, snapshot.seed, guard)
+        blocks = Blocks(engine, snapshot.seed, guard, noise)
         with model_context(engine.device, engine.dtype, engine.vae_dtype):
             blocks.restore(engine, snapshot)
         return cls(engine, blocks)

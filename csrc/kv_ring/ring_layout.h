@@ -9,9 +9,9 @@
 // Frames and blocks are absolute, counted from the start of the video, and 64 bit wide: a stream has no last frame.
 //
 // Pure arithmetic, the same on the host and on the GPU. Nothing is checked here; whoever makes a RingLayout has seen to
-// it that every count is positive (memory_frames may be 0), sink_frames and local_frames are multiples of
-// frames_per_block, memory_frames <= frames_per_block, and sink_frames + memory_frames + local_frames <=
-// max_temporal_id + 1. That is what makes the methods right: no block straddles sink and ring or the end of the ring,
+// it that every count is positive (memory_frames may be 0, and sink_frames where there is no memory), sink_frames and
+// local_frames are multiples of frames_per_block, memory_frames <= frames_per_block, and sink_frames + memory_frames +
+// local_frames <= max_temporal_id + 1. That is what makes the methods right: no block straddles sink and ring or the end of the ring,
 // and no id leaves 0..max_temporal_id.
 
 #pragma once

@@ -13,6 +13,8 @@ from echo_rt.options import OVERRIDES
 
 _LONGEST = 10**9  # frames or seconds: whoever asks for more wants a video without an end
 _SHOWN = 40  # characters of a mistaken argument
+# Overrides whose value is a list, and those whose value is a word.
+_LISTS, _WORDS = ("denoising_steps", "first_block_steps"), ("memory_reads",)
 
 
 def _short(text: str) -> str:
@@ -75,10 +77,14 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--set: expected NAME=VALUE with a NAME of {', '.join(OVERRIDES)}; got {text!r}")
         if name in overrides:
             raise ConfigError(f"--set: expected each NAME once, got {name} again with {text!r}")
-        try:
-            parsed = json.loads(f"[{value}]" if "," in value else value)
-        except ValueError:
-            raise ConfigError(f"--set: expected a number, a list of numbers, true or false; got {text!r}") from None
-        # One step is a list of one.
-        overrides[name] = [parsed] if name == "denoising_steps" and not isinstance(parsed, list) else parsed
+        overrides[name] = value if name in _WORDS else _parse_value(name, value, text)
     return overrides
+
+
+def _parse_value(name: str, value: str, text: str) -> Any:
+    try:
+        parsed = json.loads(f"[{value}]" if "," in value else value)
+    except ValueError:
+        raise ConfigError(f"--set: expected a number, a list of numbers, true or false; got {text!r}") from None
+    # One step is a list of one.
+    return [parsed] if name in _LISTS and not isinstance(parsed, list) else parsed

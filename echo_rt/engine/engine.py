@@ -51,7 +51,12 @@ class Engine:
         self.rollout.start(prompt_embeds, seed)
 
     def save_state(
-        self, seed: int, prompts: Mapping[int, Tensor] | None = None, held: Sequence[Chunk] = (), offset: int = 0
+        self,
+        seed: int,
+        prompts: Mapping[int, Tensor] | None = None,
+        held: Sequence[Chunk] = (),
+        offset: int = 0,
+        caller_noise: bool = False,
     ) -> Snapshot:
         """Copy the state behind the last block begun to the host, once all that was asked for is done.
 
@@ -75,6 +80,8 @@ class Engine:
             prompts=dict(prompts or {}),
             held=tuple(held),
             offset=offset,
+            caller_noise=caller_noise,
+            given_blocks=self.rollout.state.given_blocks,
         )
 
     def finite(self) -> bool:
@@ -93,6 +100,7 @@ class Engine:
             raise StreamError(f"the snapshot cannot go on here bit for bit: {conflict}")
         frames = (snapshot.block + 1) * self.rollout.config.window.frames_per_block
         whole = snapshot.block >= -1 and frames == snapshot.latents_decoded and snapshot.offset >= 0
+        whole = whole and 0 <= snapshot.given_blocks <= snapshot.block + 1
         if not whole or snapshot.next_block < 0:
             raise StreamError(
                 f"the snapshot contradicts itself: {snapshot.latents_decoded} latents decoded and {len(snapshot.held)} "
@@ -123,6 +131,6 @@ class Engine:
             for name, tensor in self.pipeline.live_tensors().items():
                 tensor.copy_(snapshot.tensors[name])
         self.executor.settle()  # the snapshot may be let go of
-        state.block = snapshot.block
+        state.block, state.given_blocks = snapshot.block, snapshot.given_blocks
         state.memory_ready = snapshot.memory_ready
         self.pipeline.decoder_state.latents_seen = snapshot.latents_decoded

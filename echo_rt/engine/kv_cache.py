@@ -59,8 +59,9 @@ class BlockCache:
 class WindowCache:
     """A prompt switch: fresh keys and values for the local frames, attended to together with the sink's.
 
-    The sink's keys and values outlive the pass: where it reaches back to frame 0 the pass sees fresh ones, and each
-    layer's old ones are put back behind it. ``frames``: the numbers of the frames that the pass is over, on the host.
+    Where the pass reaches back to frame 0 it sees fresh ones of the sink too. The old ones outlive it, put back behind
+    each layer, unless the window is one with ``recache_sink``. ``frames``: the numbers of the frames that the pass is
+    over, on the host.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class WindowCache:
         self._config, self._state, self._ops, self._attention = config, state, ops, attention
         layout, tokens, device = state.layout, config.tokens_per_frame, state.kv.device
         self._whole_video = int(frames[0]) == 0
+        self._renews_sink = self._whole_video and config.window.recache_sink
         # Never two frames of one slot: which of them an indexed copy would keep is undefined.
         stored = [f for f in frames.tolist() if self._whole_video or f >= layout.oldest_local(state.block)]
         slots = torch.tensor([layout.slot(f) for f in stored], dtype=torch.int64, device="cpu")
         rows = slots[:, None] * tokens + torch.arange(tokens, device="cpu")
         self._rows = rows.flatten().to(device)
         self._ring_rows = rows[rows >= config.ring_begin].to(device)
+        self._sink_rows = rows[rows < config.ring_begin].to(device)
         self._sink = slice(config.memory_tokens, config.ring_begin)
         self._attended = slice(config.memory_tokens, layout.attended_end(state.block) * tokens)
         self._kept: Tensor | None = None
@@ -85,8 +88,8 @@ class WindowCache:
         s, config = self._state, self._config
         last = index + 1 == config.transformer.num_layers
         k, v = s.kv[index]
-        self._kept = s.kv[index, :, self._sink].clone() if self._whole_video else None
-        raw_k = torch.empty_like(k) if last else None
+        self._kept = s.kv[index, :, self._sink].clone() if self._whole_video and not self._renews_sink else None
+        raw_k = torch.empty_like(k) if last or self._renews_sink else None
         q = self._ops.qkv_norm_rope_store(
             qkv,
             layer.norm_q,
@@ -100,7 +103,9 @@ class WindowCache:
             0,
             config.transformer.eps,
         )
-        if raw_k is not None:
+        if raw_k is not None and self._renews_sink:
+            s.sink_k[index, self._sink_rows - config.memory_tokens] = raw_k[self._sink_rows]
+        if raw_k is not None and last:
             s.ring_k[self._ring_rows - config.ring_begin] = raw_k[self._ring_rows]
             self._put_back(index)  # the pass ends here: nothing attends to the last layer's
         return q

@@ -138,15 +138,15 @@ class Pipeline:
         with self._executor.apart():  # the lane in which a state is put back
             self.decoder_state.reset()
 
-    def begin(self) -> None:
-        """Ask for the next block's work. There must be a free slot."""
+    def begin(self, noise: Tensor | None = None) -> None:
+        """Ask for the next block's work, with ``noise`` in the place of the seed's. There must be a free slot."""
         assert len(self._flying) < self.depth
         executor, rollout, state = self._executor, self.rollout, self.decoder_state
         index = rollout.state.block + 1
         slot = self._slots[index % self.depth]
         is_start = state.latents_seen == 0
         slot.begun = executor.mark(Lane.MAIN, slot.begun)
-        rollout.next_block()
+        rollout.next_block(noise)
         slot.made = executor.mark(Lane.MAIN, slot.made)
         # What is handed over lies in one place: the block before must have left it.
         handed = executor.run(self._hand_over, after=[self._last_arrival])

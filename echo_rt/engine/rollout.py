@@ -30,7 +30,7 @@ from echo_rt.options import MemoryMode, check_seed
 # (block, denoising step, flow [B, C, h, w])
 Observer = Callable[[int, int, Tensor], None]
 
-_FIRST_FRAME = POSITION_FIELDS.index("first_frame")
+_FIRST_FRAME, _SHIFT = POSITION_FIELDS.index("first_frame"), POSITION_FIELDS.index("shift")
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Rollout:
         self._attention, self._executor = attention, executor
         self.state = RolloutState(config, ops, device=transformer.device, dtype=transformer.dtype)
         self._layout = self.state.layout
+        self._reads_rotated = config.memory is not None and config.memory.reads_rotated
 
     # ---------------------------------------------------------------- prompts
 
@@ -108,22 +109,24 @@ class Rollout:
     def next_block(self, noise: Tensor | None = None, observe: Observer | None = None) -> Tensor:
         """Generate the next block; its clean latents ``[B, C, h, w]`` float32 are a view that the next call overwrites.
 
-        ``noise`` float32 ``[steps, B, C, h, w]`` takes the place of the seed's. ``observe`` is shown the flow of every
+        ``noise`` float32 of :attr:`noise_shape` takes the place of the seed's. ``observe`` is shown the flow of every
         denoising step. On a GPU the work has only been asked for when this returns: it is done in the main lane.
         """
-        s, run, steps = self.state, self._executor.run, self._schedule.steps
-        previous, block = s.block, s.block + 1
+        s, run = self.state, self._executor.run
+        previous, block, steps = s.block, s.block + 1, self._steps
         evicting = self.mode is MemoryMode.EVOLVE and self._layout.evicts(block)
         if noise is not None:
             with self._executor.apart():
-                s.noise.copy_(noise)
+                s.noise[: len(steps)].copy_(noise)
         moved = previous >= 0 and self._layout.shift(previous) != self._layout.shift(block)
-        begun = run(self._begin, noise is None, evicting, moved, self.memory_attended(block))
+        drawn = len(steps) if noise is None else 0
+        begun = run(self._begin, drawn, evicting, moved, self.memory_attended(block))
         updated: Mark | None = None
         if evicting:
             updated = run(self._update_memory, s.memory_ready, lane=Lane.MEMORY, after=[begun])
-        for step in range(steps):
-            run(self._denoise, step, self._span(block), observe is not None)
+        for step, row in enumerate(steps):
+            renoise = step + 1 if step + 1 < len(steps) else None
+            run(self._denoise, row, renoise, self._span(block), observe is not None)
             if step == 0 and evicting:
                 run(self._publish_memory, True, after=[updated])
                 s.memory_ready = s.memory_updated = True
@@ -150,9 +153,19 @@ class Rollout:
         return self.state.memory if self.state.memory_ready else None
 
     @property
+    def generated_blocks(self) -> int:
+        """How many blocks have been generated: the number of the next one, what was given not counted."""
+        return self.state.block + 1 - self.state.given_blocks
+
+    @property
     def noise_shape(self) -> torch.Size:
-        """``[steps, B, C, h, w]``: what :meth:`next_block` draws, or is given."""
-        return self.state.noise.shape
+        """``[steps, B, C, h, w]``: what :meth:`next_block` draws for the next block, or is given."""
+        return torch.Size((len(self._steps), *self.state.x.shape))
+
+    @property
+    def _steps(self) -> range:
+        """The next block's denoising steps, as they are numbered in the schedule."""
+        return self._schedule.steps(first=self.generated_blocks == 0)
 
     def _span(self, block: int) -> Span:
         layout, tokens = self._layout, self.config.tokens_per_frame
@@ -164,8 +177,11 @@ class Rollout:
 
     # ---------------------------------------------------------------- stages
 
-    def _begin(self, draw_noise: bool, evicting: bool, moved: bool, memory_attended: bool) -> None:
-        """The block's position and angles; what it evicts, set aside; keys turned to its ids; its noise."""
+    def _begin(self, drawn: int, evicting: bool, moved: bool, memory_attended: bool) -> None:
+        """The block's position and angles; what it evicts, set aside; keys turned to its ids; noise of its steps.
+
+        ``drawn``: for how many steps noise is drawn; 0 where the caller has given it.
+        """
         s, window = self.state, self.config.window
         self._ops.advance(
             s.positions,
@@ -189,22 +205,24 @@ class Rollout:
             s.kv,
             s.rope.temporal_anchor,
             s.rope.spatial,
-            s.sink_k if moved else None,
+            s.sink_k if moved and window.sink_frames else None,
             s.memory_k if memory_attended else None,
             None,
             self.config.memory_tokens,
         )
-        if draw_noise:
-            for step, noise in enumerate(s.noise):
-                self._ops.counter_noise(noise, s.positions, s.seed, step)
+        for step, noise in enumerate(s.noise[:drawn]):
+            self._ops.counter_noise(noise, s.positions, s.seed, step)
         s.x.copy_(s.noise[0])
 
-    def _denoise(self, step: int, span: Span, observed: bool) -> None:
-        """One denoising pass; ``x`` becomes what the next one begins with, or the clean latents."""
+    def _denoise(self, row: int, renoise: int | None, span: Span, observed: bool) -> None:
+        """One denoising pass; ``x`` becomes what the next one begins with, or the clean latents.
+
+        ``row``: the step's number in the schedule; ``renoise``: that of the fresh noise, None after the last step.
+        """
         s = self.state
-        flow = self._transformer.flow(s.x, step, s.text_kv, self._cache(span))
-        fresh = s.noise[step + 1] if step + 1 < self._schedule.steps else None
-        self._ops.flow_step(s.x, flow, self._schedule.sigmas[step], fresh)
+        flow = self._transformer.flow(s.x, row, s.text_kv, self._cache(span))
+        fresh = None if renoise is None else s.noise[renoise]
+        self._ops.flow_step(s.x, flow, self._schedule.sigmas[row], fresh)
         if observed:
             s.flow.copy_(flow)
 
@@ -214,7 +232,7 @@ class Rollout:
     def _keep(self, span: Span, memory_ready: bool) -> None:
         """The context pass, which leaves the clean keys and values in the block's slot; latents and vitals kept."""
         s = self.state
-        self._transformer.store_keys(s.x, self._schedule.steps, s.text_kv, self._cache(span))
+        self._transformer.store_keys(s.x, self._schedule.context, s.text_kv, self._cache(span))
         s.latents.index_copy_(0, s.latent_rows, s.x)
         finite = torch.isfinite(s.x)
         s.vitals[VITALS.index("latent_mean")] = s.x.mean()
@@ -231,9 +249,27 @@ class Rollout:
         s = self.state
         if not ready:
             s.memory.copy_(self._memory.query_init)
-        gate = VITALS.index("gate_mean")
-        self._memory.update(s.memory, s.evicted_k, s.evicted_v, s.staged_memory, s.vitals[gate : gate + 1])
+        k = s.evicted_k
+        if self._reads_rotated:
+            first, shift = s.positions[_FIRST_FRAME], s.positions[_SHIFT]
+            k = self._rotated(k, s.frame_offsets + (first - self.config.window.local_frames - shift))
+        self._show_memory(k, s.evicted_v)
+
+    def _show_memory(self, k: Tensor, v: Tensor) -> None:
+        """The memory sees keys ``k`` and values ``v [n, H, d]`` and is staged; its keys and values are made."""
+        assert self._memory is not None
+        s, gate = self.state, VITALS.index("gate_mean")
+        self._memory.update(s.memory, k, v, s.staged_memory, s.vitals[gate : gate + 1])
         self._take_memory(s.staged_memory)
+
+    def _rotated(self, keys: Tensor, ids: Tensor) -> Tensor:
+        """``keys [F·S, H, d]`` turned by the temporal ``ids`` [F] of their frames and by their places."""
+        rope = self.state.rope
+        turns = rope.temporal_block.new_empty(len(ids), *rope.temporal_block.shape[1:])
+        self._ops.rope_table(ids, rope.inverse_frequencies, turns)
+        kv = keys.new_empty(1, 2, *keys.shape)
+        self._ops.reanchor(kv, turns, rope.spatial, keys[None], None, None, 0)  # as the sink of a model of one layer
+        return kv[0, 0]
 
     def _take_memory(self, memory: Tensor) -> None:
         """``memory`` becomes the state; its keys and values are made, for all layers."""
@@ -260,16 +296,18 @@ class Rollout:
     def _rebuild_memory(self) -> None:
         """The memory starts again and sees the whole local window once (nothing, while there is only the sink)."""
         assert self._memory is not None
-        s, tokens = self.state, self.config.tokens_per_frame
+        s, layout, begin = self.state, self._layout, self.config.ring_begin
         s.memory.copy_(self._memory.query_init)
         s.memory_ready = False
-        filled = self._layout.local_filled(s.block) * tokens
-        if filled == 0:
+        frames = range(layout.oldest_local(s.block), layout.last_frame(s.block) + 1)
+        if not frames:
             return
-        v = s.kv[-1, 1, self.config.ring_begin : self.config.ring_begin + filled]
-        gate = VITALS.index("gate_mean")
-        self._memory.update(s.memory, s.ring_k[:filled], v, s.staged_memory, s.vitals[gate : gate + 1])
-        self._take_memory(s.staged_memory)
+        filled = len(frames) * self.config.tokens_per_frame
+        k = s.ring_k[:filled]
+        if self._reads_rotated:
+            ids = [layout.temporal_id(s.block, frame) for frame in sorted(frames, key=layout.slot)]
+            k = self._rotated(k, torch.tensor(ids, device="cpu").to(k.device))
+        self._show_memory(k, s.kv[-1, 1, begin : begin + filled])
         self._publish_memory(False)
         s.memory_ready = s.memory_updated = True
 
@@ -285,4 +323,4 @@ class Rollout:
         frames = torch.arange(max(0, generated - window.cached_frames), generated, device="cpu")
         latents = s.latents[(frames % window.cached_frames).to(s.kv.device)]
         cache = WindowCache(self.config, s, self._ops, self._attention, frames)
-        self._transformer.store_keys(latents, self._schedule.steps, s.text_kv, cache)
+        self._transformer.store_keys(latents, self._schedule.context, s.text_kv, cache)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from echo_rt.chunk import Chunk, ChunkStats
+from echo_rt.engine.caller_noise import CallerNoise, noise_of, require_noise
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import ROLL_BACK, Guard
 from echo_rt.engine.pipeline import Finished
@@ -77,9 +78,11 @@ class Blocks:
     After a rollback they are ahead of the state's own by ``offset``: the state goes back, the video goes on.
     """
 
-    def __init__(self, engine: Engine, seed: int, guard: Guard | None) -> None:
+    def __init__(self, engine: Engine, seed: int, guard: Guard | None, noise: CallerNoise | None = None) -> None:
         if not isinstance(guard, Guard | None):
             raise ConfigError(f"guard must be a Guard or None, got {guard!r}")
+        require_noise(noise)
+        self._noise = noise
         self._vae, self._frames_per_block = engine.vae, engine.rollout.config.window.frames_per_block
         self._guard = guard or Guard()
         self._seed = check_seed(seed)
@@ -99,8 +102,12 @@ class Blocks:
         engine.start(prompt_embeds, self._seed)
 
     def restore(self, engine: Engine, snapshot: Snapshot) -> None:
-        """From where ``snapshot`` was taken; :class:`StreamError` if it is another model's."""
+        """From where ``snapshot`` was taken; :class:`StreamError` if it is another model's, or of other noise."""
         engine.require_fit(snapshot)
+        if snapshot.caller_noise and self._noise is None:
+            raise StreamError("the snapshot's video is made of noise that its caller gives: expected noise=, got none")
+        if self._noise is not None and not snapshot.caller_noise:
+            raise StreamError("the snapshot's video is made of its seed's noise: expected no noise=, got one")
         engine.load_state(snapshot, self._seed)
         self._offset = snapshot.offset
         self.prompts = PromptSchedule(snapshot.block + 1 + snapshot.offset, snapshot.prompts)
@@ -153,17 +160,20 @@ class Blocks:
 
     def _begin(self, engine: Engine) -> None:
         block = engine.block + 1 + self._offset
+        noise = None
+        if self._noise is not None:
+            noise = noise_of(self._noise, engine.rollout.generated_blocks + self._offset, engine.rollout.noise_shape)
         prompt = self.prompts.begin(block)
         if prompt is not None:
             self._prompts_since[block] = prompt
             engine.rollout.switch_prompt(prompt)
         if engine.check is None:
-            engine.pipeline.begin()
+            engine.pipeline.begin(noise)
             return
-        if prompt is not None:
+        if prompt is not None or noise is not None:  # which comes from the host, and is waited for
             engine.check.disturbed()
         with engine.check.block(block):
-            engine.pipeline.begin()
+            engine.pipeline.begin(noise)
 
     def _finish_all(self, engine: Engine) -> None:
         while engine.pipeline.in_flight:
@@ -200,7 +210,8 @@ class Blocks:
     # ---------------------------------------------------------------- state
 
     def _snapshot(self, engine: Engine) -> Snapshot:
-        return engine.save_state(self._seed, self.prompts.pending(), self._held, self._offset)
+        given = self._noise is not None
+        return engine.save_state(self._seed, self.prompts.pending(), self._held, self._offset, given)
 
     def _good_state_due(self, engine: Engine) -> bool:
         block = engine.block

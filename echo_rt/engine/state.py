@@ -86,7 +86,7 @@ def state_sizes(config: ModelConfig, dtype: torch.dtype) -> Sizes:
         "evicted_v": (evicted, dtype),
         "latents": ((window.cached_frames, *config.latent_shape), torch.float32),  # clean, by frame % length
         "x": (x, torch.float32),
-        "noise": ((len(config.sampler.denoising_steps), *x), torch.float32),
+        "noise": ((config.sampler.most_steps, *x), torch.float32),
         "flow": (x, dtype),
         "seed": ((2,), torch.int64),  # its low and its high 32 bits
         "positions": ((len(POSITION_FIELDS),), torch.int64),
@@ -100,7 +100,8 @@ def state_sizes(config: ModelConfig, dtype: torch.dtype) -> Sizes:
 class RolloutState:
     """The tensors of one rollout, and the host's mirror of the facts it needs to order the work.
 
-    ``block``: the last block generated (-1: none); ``memory_ready``: the memory has been updated (or is a prior's)
+    ``block``: the last block (-1: none); ``given_blocks``: how many at the start of the video were given and not
+    generated; ``memory_ready``: the memory has been updated (or is a prior's)
     since the start or the last rebuild, so it is attended to wherever its ids fit; ``memory_updated``: the vitals hold
     the gate of an update. :func:`state_sizes` says what the tensors are.
     """
@@ -124,7 +125,7 @@ class RolloutState:
         self.latent_rows = zeros("latent_rows")
         self.frame_offsets = torch.arange(config.window.frames_per_block, device=device)
         self.rope = RopeTables(config, ops, device)
-        self.block = -1
+        self.block, self.given_blocks = -1, 0
         self.memory_ready = self.memory_updated = False
         self.reset()
 
@@ -134,7 +135,7 @@ class RolloutState:
         self.positions[POSITION_FIELDS.index("block")] = -1
         for left in (self.vitals, self.kv, self.sink_k, self.ring_k, self.memory, self.memory_k, self.latents):
             left.zero_()  # a video that ended in NaN leaves none to the next
-        self.block = -1
+        self.block, self.given_blocks = -1, 0
         self.memory_ready = self.memory_updated = False
 
     def tensors(self) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ class MemoryEncoder:
         self._norm_k_out = matrix("norm_k_out.weight") if config.memory.normalize_k else None
 
     def update(self, state: Tensor, k: Tensor, v: Tensor, out: Tensor, gate_mean: Tensor) -> None:
-        """``out [M, dim]`` (written) = the state after it has seen unrotated keys ``k`` and values ``v [n, H, d]``.
+        """``out [M, dim]`` (written) = the state after it has seen keys ``k`` and values ``v [n, H, d]``.
 
         ``out`` must not be ``state``: the gate reads all of the old one. ``gate_mean`` float32 [1] (written): the mean
         of the gate over a sample of the tokens, how much of the old state stayed.

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from echo_rt.config import SamplerConfig
 
 
 class Schedule:
-    """The timesteps of a block's passes and the sigmas of its steps, computed once.
+    """The timesteps of all passes and the sigmas of all denoising steps, computed once.
 
-    ``timesteps``: one for each denoising step and, last, the one of the context pass.
-    ``sigmas``: float64 ``[steps, 2]`` on ``device``: sigma of the step and of the one after it (0 after the last).
+    ``timesteps``: those of the denoising steps, then those of the first block where it has steps of its own, and last,
+    at ``context``, the one of the context pass.
+    ``sigmas``: float64 ``[denoising steps, 2]`` on ``device``, in the same order: sigma of the step and of the one
+    after it in its block (0 after the last).
     """
 
     def __init__(self, config: SamplerConfig, device: torch.device) -> None:
-        # The published schedule is a float32 table; its rounding is kept, since what follows is sensitive to t.
-        u = torch.tensor(config.denoising_steps, dtype=torch.float64, device="cpu") / config.num_train_timesteps
-        sigmas = (config.timestep_shift * u / (1 + (config.timestep_shift - 1) * u)).float()
-        timesteps: list[float] = (config.num_train_timesteps * sigmas).tolist()
-        self.timesteps = [*timesteps, float(config.context_timestep)]
-        following = torch.cat((sigmas[1:], sigmas.new_zeros(1)))
-        self.sigmas: Tensor = torch.stack((sigmas, following), dim=1).to(device, torch.float64)
+        self._usual = range(len(config.denoising_steps))
+        self._first = range(len(self._usual), len(self._usual) + len(config.first_block_steps)) or self._usual
+        pairs = torch.cat([_sigmas(config, steps) for steps in (config.denoising_steps, config.first_block_steps)])
+        self.timesteps: list[float] = (config.num_train_timesteps * pairs[:, 0]).tolist()
+        self.timesteps.append(float(config.context_timestep))
+        self.context = len(self.timesteps) - 1
+        self.sigmas: Tensor = pairs.to(device, torch.float64)
 
-    @property
-    def steps(self) -> int:
-        """Denoising steps of a block; the index of the context pass in ``timesteps``."""
-        return len(self.timesteps) - 1
+    def steps(self, first: bool) -> range:
+        """Where the denoising steps of a block are in ``timesteps`` and ``sigmas``; ``first``: of the first block."""
+        return self._first if first else self._usual
+
+
+def _sigmas(config: SamplerConfig, steps: Sequence[int]) -> Tensor:
+    """float32 ``[steps, 2]``: sigma of each step and of the next."""
+    # The published schedule is a float32 table; its rounding is kept, since what follows is sensitive to t.
+    u = torch.tensor(steps, dtype=torch.float64, device="cpu") / config.num_train_timesteps
+    sigmas = (config.timestep_shift * u / (1 + (config.timestep_shift - 1) * u)).float()
+    return torch.stack((sigmas, pad(sigmas, (0, 1))[1:]), dim=1)

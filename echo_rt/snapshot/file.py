@@ -68,6 +68,8 @@ _FACTS = {
     "held": list,
     "offset": int,
 }
+# Facts that came later: a file without them means these.
+_LATER: dict[str, bool | int] = {"caller_noise": False, "given_blocks": 0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,8 @@ class SnapshotData:
     prompts: Mapping[int, Tensor] = field(repr=False)
     held: tuple[Chunk, ...] = ()
     offset: int = 0
+    caller_noise: bool = False
+    given_blocks: int = 0
 
 
 # -------------------------------------------------------------------- writing
@@ -130,7 +134,8 @@ def _facts_of(snapshot: SnapshotData, path: str | Path) -> dict[str, Any]:
     held = [
         {"index": c.index, "first_frame": c.first_frame, "stats": dataclasses.asdict(c.stats)} for c in snapshot.held
     ]
-    return {name: getattr(snapshot, name) for name in _FACTS} | {"model": model, "held": held}
+    later = {name: getattr(snapshot, name) for name, usual in _LATER.items() if getattr(snapshot, name) != usual}
+    return {name: getattr(snapshot, name) for name in _FACTS} | {"model": model, "held": held} | later
 
 
 def _header(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
@@ -289,10 +294,11 @@ def _are_counts(values: object) -> bool:
 
 
 def _rebuild(text: str, tensors: dict[str, Tensor], path: str | Path) -> dict[str, Any]:
-    facts = _json(text, path)
-    if set(facts) != set(_FACTS):
-        raise _damaged(path, f"expected the facts {', '.join(_FACTS)}, came {', '.join(facts) or 'none':.200}")
-    for name, kind in _FACTS.items():
+    said = _json(text, path)
+    facts, kinds = _LATER | said, _FACTS | {name: type(usual) for name, usual in _LATER.items()}
+    if set(facts) != set(kinds):
+        raise _damaged(path, f"expected the facts {', '.join(_FACTS)}, came {', '.join(said) or 'none':.200}")
+    for name, kind in kinds.items():
         if type(facts[name]) is not kind:
             raise _damaged(path, f"expected {name} to be {kind.__name__}, came {type(facts[name]).__name__}")
     try:

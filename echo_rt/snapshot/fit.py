@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from echo_rt.config import MemoryConfig, SamplerConfig, WindowConfig
 from echo_rt.snapshot.ways import WAYS
 from echo_rt.utils.device import dtype_name
 from echo_rt.weights.choice import TAKEN
@@ -22,7 +23,17 @@ _OPTIONS_OF_PARTS = dict(_PARTS)
 _FIRST = ("dtype", "vae_dtype", "vae", "memory", "width", "height")
 _MOST_NAMES = 6  # of those that differ as well
 # Facts of the memory that are options; the others come from its weights.
-_MEMORY_OPTIONS = {"frames": "memory_frames", "rebuild_on_prompt_switch": "rebuild_on_prompt_switch"}
+_MEMORY_OPTIONS = {
+    "frames": "memory_frames",
+    "rebuild_on_prompt_switch": "rebuild_on_prompt_switch",
+    "reads": "memory_reads",
+}
+# What a snapshot meant that was written before there were these facts.
+_UNSAID = {
+    "first_block_steps": list(SamplerConfig.first_block_steps),
+    "recache_sink": WindowConfig.recache_sink,
+}
+_UNSAID_OF_MEMORY = {"reads": MemoryConfig.reads}
 
 
 def difference(snapshot: Mapping[str, Any], here: Mapping[str, Any], stride: int) -> str | None:
@@ -54,11 +65,11 @@ def _rank(name: str) -> tuple[int, str]:
 def _in_words(model: Mapping[str, Any], stride: int) -> dict[str, Any]:
     """The facts by the names of options and parts. A value may be anything: a snapshot's come from outside."""
     words: dict[str, Any] = {}
-    for name, value in model.items():
+    for name, value in {**_UNSAID, **model}.items():
         if name == "memory_mode":
             words["memory"] = value
         elif name == "memory" and (value is None or isinstance(value, dict)):
-            for fact, known in (value or {}).items():
+            for fact, known in ({} if value is None else {**_UNSAID_OF_MEMORY, **value}).items():
                 words[_MEMORY_OPTIONS.get(fact, f"{fact} of the memory encoder")] = known
         elif name in ("latent_width", "latent_height") and isinstance(value, int):
             words[name.removeprefix("latent_")] = stride * value

@@ -17,6 +17,8 @@ class Snapshot(SnapshotData):
     ``prompts``: those that were set and not yet switched to, by the block that begins with them.
     ``held``: blocks that were made and not yet handed out; a resumed stream hands them out first.
     ``offset``: how far the video's block numbers are ahead of the state's ``block``, after rollbacks.
+    ``caller_noise``: the video is made of noise that its caller gives, and goes on with it alone.
+    ``given_blocks``: how many blocks at the start of the video were given and not generated.
     """
 
     @property

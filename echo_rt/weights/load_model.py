@@ -196,6 +196,7 @@ def _with_memory(
         # Of the two released recipes, the long one, whose keys are not normalized, rebuilds.
         rebuild_on_prompt_switch=flat.get("rebuild_on_prompt_switch", not facts.normalize_k),
         ffn_multiplier=facts.ffn_multiplier,
+        reads=flat.get("memory_reads", MemoryConfig.reads),
     )
     config = ModelConfig(
         transformer=without.transformer,
