@@ -83,7 +83,7 @@ _LONGLIVE = "Efficient-Large-Model/LongLive-1.3B"
 
 _FOUR_STEPS = (1000, 750, 500, 250)
 _PAST_21 = "the publisher's program makes 21 latent frames (81 of video) at most; what follows is our rolling window"
-_SWITCH = "the publisher has no prompt switch; ours keeps the sink and makes the local frames' keys anew"
+_SWITCH = "the publisher has no prompt switch; ours makes the keys of the whole window anew"
 _LONGLIVE_FILES = (
     PublishedFile(_LONGLIVE, "models/longlive_base.pt", "checkpoint", known_by="longlive_base.pt"),
     PublishedFile(_LONGLIVE, "models/lora.pt", "lora"),
