@@ -53,7 +53,7 @@ class Runtime:
         self._process = ProcessGuard()
         networks = open_networks(loaded, options, prescribed)
         engine = build_engine(
-            loaded.config, networks, options, loaded.mode, folder=loaded.folder, taken=loaded.taken.as_json()
+            loaded.config, networks, options, loaded.mode, folder=loaded.folder, taken=loaded.taken.for_snapshots()
         )
         log_threads(engine.device)
         self.config, self.vae_config, self.memory = loaded.config, engine.vae, loaded.mode

@@ -209,7 +209,7 @@ def build_engine(
         options: ``graphs``, ``lookahead``, ``check`` and ``keep_text_encoder`` are this engine's own.
         executor: in place of the device's usual one.
         folder: where the text encoder is; without it the engine takes embeddings alone.
-        taken: what the model was made of, in plain JSON types, for its snapshots.
+        taken: what the model was made of, in plain JSON types, as its snapshots have it.
 
     Raises:
         ConfigError, BackendError: for what the model cannot have, or the machine no memory for.

@@ -44,7 +44,7 @@ class RecipeBundle:
             Runtime.from_pretrained(
                 self._path("model"),
                 checkpoint=self._path("checkpoint"),
-                lora=self._path("lora"),
+                lora=None if self.config.get("lora") is None else self._path("lora"),
                 recipe=self.config["recipe"],
                 overrides=self.config.get("overrides"),
                 width=stride * columns,
@@ -62,12 +62,12 @@ class RecipeBundle:
             made = {f"latents.{block}": next(stream).latents for block in range(blocks)}
             return made, Backend(load_ops(runtime.backend), runtime.backend_reason)
 
-    def _path(self, name: str) -> Path | None:
-        """A file of the bundle's, whose path is relative to the bundle; None where it has none."""
-        path = self.config.get(name)
-        if not isinstance(path, str | None):
-            raise WeightsError(f"{self.folder}/config.json: expected {name} to be a path or null, got {path!r}")
-        return None if path is None else self.folder / path
+    def _path(self, name: str) -> Path:
+        """A file or folder of the bundle's, whose path is relative to the bundle."""
+        path = self.config[name]
+        if not isinstance(path, str):
+            raise WeightsError(f"{self.folder}/config.json: expected {name} to be a path, got {path!r}")
+        return self.folder / path
 
     def _noise(self, block: int, shape: tuple[int, ...]) -> Tensor:
         """The bundle's own noise ``[steps, B, C, h, w]`` of a block, in the place of the seed's."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from echo_rt.config import MemoryConfig
 from echo_rt.errors import ConfigError
 from echo_rt.options import RECIPE
 from echo_rt.recipes import LONGVIDEO_FILE, RECIPES, Recipe, find_recipe, published_as
@@ -20,10 +21,14 @@ _WINDOW = {"frames_per_block", "sink_frames", "local_frames", "max_temporal_id"}
 
 @dataclass(frozen=True)
 class Choice:
-    """A recipe, or None where facts of a folder or a snapshot stand in its place; ``reason``: why this one."""
+    """A recipe, or None where facts of a folder or a snapshot stand in its place; ``reason``: why this one.
+
+    ``by``: who says so, ``"caller"``, ``"snapshot"``, ``"folder"`` or ``"files"``.
+    """
 
     recipe: Recipe | None
     reason: str
+    by: Literal["caller", "snapshot", "folder", "files"]
 
     def facts(self, of_folder: Mapping[str, Any]) -> dict[str, Any]:
         """The recipe's, and on top those of the folder, unless they belong to another recipe than this one."""
@@ -32,6 +37,21 @@ class Choice:
         if self.recipe.name != of_folder.get(RECIPE, None if _is_whole(of_folder) else self.recipe.name):
             of_folder = {name: value for name, value in of_folder.items() if name in ("width", "height")}
         return {**self.recipe.facts, **of_folder}
+
+    def check_memory(self, there: bool, source: str) -> None:
+        """:class:`ConfigError` where the weights of ``source`` lack a memory encoder that the recipe needs, or have one
+        that it cannot use. A folder's recipe goes without: what checkpoint is put into it, it cannot know. What a
+        snapshot was made with, it says itself.
+        """
+        if self.recipe is None or self.by == "snapshot" or there == (self.recipe.memory == "required"):
+            return
+        if self.by == "folder" and not there:
+            return
+        needs, has = ("needs a memory encoder", "none") if not there else ("has no memory", "a memory encoder")
+        raise ConfigError(
+            f"recipe {self.recipe.name!r} {needs}, and {source} has {has}: expected the files of this recipe, "
+            "or memory 'off'"
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,10 @@ class Taken:
         place = "" if self.checkpoint is None else f", in {self.model}"
         return f"{recipe} ({self.recipe_reason}): {weights} of {where}{loras}{place}"
 
+    def for_snapshots(self) -> dict[str, Any]:
+        """What a stream that goes on from a snapshot was made of as well: all but why this recipe."""
+        return {name: value for name, value in self.as_json().items() if name != "recipe_reason"}
+
     def as_json(self) -> dict[str, Any]:
         """In plain JSON types, but the cautions."""
         plain = asdict(self)
@@ -84,18 +108,18 @@ def choose_recipe(
     Errors: ``ConfigError``, with the names of all recipes, where nothing tells which one it is.
     """
     if named is not None:
-        return Choice(find_recipe(named), "asked for by name")
+        return Choice(find_recipe(named), "asked for by name", "caller")
     if snapshot is not None:
         before = snapshot.get(TAKEN)
         name = before.get(RECIPE) if isinstance(before, dict) else None
         if name is None:
-            return Choice(None, "as in the snapshot, which names none")
-        return Choice(find_recipe(name, "the snapshot's recipe"), "as in the snapshot")
+            return Choice(None, "as in the snapshot, which names none", "snapshot")
+        return Choice(find_recipe(name, "the snapshot's recipe"), "as in the snapshot", "snapshot")
     if RECIPE in of_folder:
         source = f"{model}: echo_rt in config.json: {RECIPE}"
-        return Choice(find_recipe(of_folder[RECIPE], source), "the folder names it")
+        return Choice(find_recipe(of_folder[RECIPE], source), "the folder names it", "folder")
     if _is_whole(of_folder):
-        return Choice(None, "the folder's config.json has its facts")
+        return Choice(None, "the folder's config.json has its facts", "folder")
     return _told_by_files(checkpoint, lora, model)
 
 
@@ -108,12 +132,12 @@ def _told_by_files(checkpoint: TensorFile | None, lora: str | Path | None, model
     if checkpoint is None:
         raise _unknown(f"nothing says how {model} is sampled, a stock Wan2.1 without a checkpoint that is distilled")
     if lora is not None and holds_memory(open_tensors(lora)):
-        return Choice(RECIPES["echo-infinity-long"], "the LoRA has a memory encoder")
+        return Choice(RECIPES["echo-infinity-long"], "the LoRA has a memory encoder", "files")
     if holds_memory(checkpoint):
-        return Choice(RECIPES["echo-infinity-short"], "the checkpoint has a memory encoder")
+        return Choice(RECIPES["echo-infinity-short"], "the checkpoint has a memory encoder", "files")
     published = published_as(checkpoint.path)
     if published is not None:
-        return Choice(published, f"{checkpoint.path.name} is published under this name")
+        return Choice(published, f"{checkpoint.path.name} is published under this name", "files")
     if checkpoint.path.name == LONGVIDEO_FILE:
         raise _unknown(
             f"{checkpoint.path} has the name of a checkpoint for Rolling-Forcing, a window of four blocks at different "
@@ -142,20 +166,24 @@ def ema_reason(asked: bool | None, recipe: Recipe | None, generator: GeneratorTe
     return "it has no others, the recipe's are " + ("the EMA weights" if recipe.ema else "the plain ones")
 
 
-def cautions(recipe: Recipe | None, lora: bool, normalize_k: bool | None) -> tuple[str, ...]:
+def cautions(
+    recipe: Recipe | None, lora: bool, memory: MemoryConfig | None, *, memory_is_asked: bool
+) -> tuple[str, ...]:
     """In what the files are others than the recipe is published for, though they can be run by it.
 
-    ``normalize_k``: whether the memory encoder normalizes its keys, None without one.
+    ``lora``: whether there is one; ``memory_is_asked``: whether the caller has said what the memory does.
     """
     if recipe is None:
         return ()
     found = []
     if recipe.lora and recipe.memory == "absent" and not lora:
         found.append(f"recipe {recipe.name} is published with a LoRA, and none is given")
-    if None not in (normalize_k, recipe.normalize_k) and normalize_k != recipe.normalize_k:
+    if recipe.memory == "required" and memory is None and not memory_is_asked:
+        found.append(f"recipe {recipe.name} is made for a memory encoder, and there is none: it runs without")
+    if memory is not None and recipe.normalize_k is not None and memory.normalize_k != recipe.normalize_k:
         words = {True: "normalizes", False: "does not normalize"}
         found.append(
-            f"the memory encoder of recipe {recipe.name} {words[bool(recipe.normalize_k)]} its keys, "
-            f"this one {words[bool(normalize_k)]} them"
+            f"the memory encoder of recipe {recipe.name} {words[recipe.normalize_k]} its keys, "
+            f"this one {words[memory.normalize_k]} them"
         )
     return tuple(found)

@@ -107,8 +107,8 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         if merged.memory is not None:
             memory_tensors, memory_source = merged.memory, str(lora)
 
-    if wanted is None and recipe is not None:
-        _check_memory_fits(recipe, memory_tensors is not None, memory_source)
+    if wanted is None:
+        choice.check_memory(memory_tensors is not None, memory_source)
     mode = wanted or (MemoryMode.OFF if memory_tensors is None else MemoryMode.EVOLVE)
     if mode is MemoryMode.OFF:
         memory_tensors = None
@@ -124,7 +124,6 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     config = ModelConfig.from_flat(flat)
     if memory_tensors is not None:
         config = _with_memory(flat, config, memory_tensors, memory_source)
-    normalize_k = None if config.memory is None else config.memory.normalize_k
     taken = Taken(
         recipe=None if recipe is None else recipe.name,
         recipe_reason=choice.reason,
@@ -133,7 +132,7 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         model=str(model),
         checkpoint=None if checkpoint is None else str(checkpoint),
         loras=() if lora is None else ((str(lora), 1.0),),
-        cautions=cautions(recipe, lora is not None, normalize_k),
+        cautions=cautions(recipe, lora is not None, config.memory, memory_is_asked=wanted is not None),
     )
     _tell(taken, recipe)
     return LoadedModel(
@@ -148,20 +147,6 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         memory_source=memory_source,
         taken=taken,
     )
-
-
-def _check_memory_fits(recipe: Recipe, has_memory: bool, source: str) -> None:
-    """:class:`ConfigError` where a recipe needs a memory encoder that is not there, or one is there that it has not."""
-    if recipe.memory == "required" and not has_memory:
-        raise ConfigError(
-            f"recipe {recipe.name!r} needs a memory encoder, and {source} has none; expected the files of this recipe, "
-            "or memory 'off'"
-        )
-    if recipe.memory == "absent" and has_memory:
-        raise ConfigError(
-            f"recipe {recipe.name!r} has no memory, and there is a memory encoder in {source}; expected the files of "
-            "this recipe, or memory 'off'"
-        )
 
 
 def _tell(taken: Taken, recipe: Recipe | None) -> None:
