@@ -64,7 +64,9 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     if not folders:
         raise ConfigError(f"expected the folder of a golden bundle or of a model, got the file {str(files[0])!r}")
     with stop.interruptible():
-        folders = [found for path in folders for found in _bundles_in(path)]
+        from echo_rt.verify.bundles import find_bundles
+
+        folders = [found for path in folders for found in find_bundles(path) or [path]]
     names = [path.resolve().name for path in folders]
     twice = next((name for name in names if names.count(name) > 1), None)
     if arguments.dump is not None and twice is not None:
@@ -106,14 +108,6 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
             _print(bundle)
     report["passed"] = worst == 0
     return worst
-
-
-def _bundles_in(path: Path) -> list[Path]:
-    """The bundles at and below ``path``; itself where there are none, or where it is a model."""
-    from echo_rt.verify.bundles import find_bundles
-    from echo_rt.weights.folder import holds_vae
-
-    return [path] if holds_vae(path) else find_bundles(path) or [path]
 
 
 def _check_patterns(patterns: Sequence[str], folders: Sequence[Path]) -> None:
