@@ -85,9 +85,10 @@ class NaiveRollout:
 
     # ---------------------------------------------------------------- schedule
 
-    def _schedule(self) -> tuple[list[float], list[float]]:
+    def _schedule(self, first: bool) -> tuple[list[float], list[float]]:
         shift = self.c["timestep_shift"]
-        u = [step / self.train_steps for step in self.c["denoising_steps"]]
+        own = self.c.get("first_block_steps") if first else None
+        u = [step / self.train_steps for step in own or self.c["denoising_steps"]]
         sigmas = torch.tensor([shift * x / (1 + (shift - 1) * x) for x in u], dtype=torch.float64).float()
         return (self.train_steps * sigmas).tolist(), sigmas.tolist()
 
@@ -142,7 +143,8 @@ class NaiveRollout:
                 local = self._local_frames(len(self.latents) - 1)
                 self.memory = None
                 if local:
-                    self.memory = self._updated(self.w[MEMORY + "query_init"][0], local)
+                    shift = max(0, len(self.latents) - 1 - self.c["max_temporal_id"])
+                    self.memory = self._updated(self.w[MEMORY + "query_init"][0], local, shift)
 
     def next_block(self, noise: Noise) -> Tensor:
         c = self.c
@@ -156,9 +158,9 @@ class NaiveRollout:
         evicted = [f for f in range(first - c["local_frames"], last - c["local_frames"] + 1) if f >= c["sink_frames"]]
         if self.mode == "evolve" and evicted:
             start = self.w[MEMORY + "query_init"][0] if self.memory is None else self.memory
-            new_memory = self._updated(start, evicted)
+            new_memory = self._updated(start, evicted, max(0, last - c["max_temporal_id"]))
         attend = self._block_attention(frames)
-        timesteps, sigmas = self._schedule()
+        timesteps, sigmas = self._schedule(first == 0)
         x = noise(first // size, 0).double()
         for step, (t, sigma) in enumerate(zip(timesteps, sigmas, strict=True)):
             x0 = x - sigma * self._forward(x, t, attend)
@@ -199,8 +201,9 @@ class NaiveRollout:
 
     # ---------------------------------------------------------------- memory
 
-    def _updated(self, old: Tensor, frames: list[int]) -> Tensor:
-        k = torch.cat([self.keys[f][-1] for f in frames])
+    def _updated(self, old: Tensor, frames: list[int], shift: int) -> Tensor:
+        rotated = self.c["memory"].get("reads") == "rotated"
+        k = torch.cat([self._rotate(self.keys[f][-1], f - shift) if rotated else self.keys[f][-1] for f in frames])
         v = torch.cat([self.values[f][-1] for f in frames])
         s = old
         for layer in range(self.c["memory"]["layers"]):
@@ -231,7 +234,8 @@ class NaiveRollout:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             fresh_k = dict(zip(frames, self._per_frame(k), strict=True))
             fresh_v = dict(zip(frames, self._per_frame(v), strict=True))
-            for frame in local:
+            renewed = [*sink, *local] if frames[0] == 0 and c.get("recache_sink") else local
+            for frame in renewed:
                 self.keys[frame][layer], self.values[frame][layer] = fresh_k[frame], fresh_v[frame]
             seen = []
             for frame in (*sink, *local):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -14,7 +15,14 @@ MEMORY = {"frames": 3, "layers": 2, "normalize_k": False, "rebuild_on_prompt_swi
 BAD = [
     ({"sink_frames": 4}, ["sink_frames", "3", "4"]),
     ({"local_frames": 8}, ["local_frames", "3", "8"]),
-    ({"sink_frames": 0}, ["sink_frames", "0"]),
+    ({"sink_frames": 0}, ["sink_frames must be 3 or more beside a memory, got 0"]),
+    ({"sink_frames": -3}, ["sink_frames must be an integer of 0 or more, got -3"]),
+    ({"sink_frames": False}, ["sink_frames", "False"]),
+    ({"recache_sink": 1}, ["recache_sink must be true or false, got 1"]),
+    ({"memory": MEMORY | {"reads": "raw"}}, ["memory_reads must be one of unrotated, rotated; got 'raw'"]),
+    ({"first_block_steps": [500, 500]}, ["first_block_steps", "[500, 500]"]),
+    ({"first_block_steps": 500}, ["first_block_steps", "500"]),
+    ({"sink_frames": 0, "memory": None, "local_frames": 9, "max_temporal_id": 7}, ["9", "7", "8"]),
     ({"frames_per_block": 0}, ["frames_per_block", "0"]),
     ({"frames_per_block": 1, "memory": MEMORY | {"frames": 2}}, ["memory", "2", "1"]),
     ({"max_temporal_id": 13}, ["3", "9", "15", "13", "14"]),
@@ -66,9 +74,37 @@ def test_a_missing_entry_is_named(missing: str) -> None:
         ModelConfig.from_flat(flat)
 
 
-def test_flat_round_trip() -> None:
+RECIPES: dict[str, dict[str, Any]] = {
+    "rotated": {"memory": MEMORY | {"reads": "rotated"}},
+    "no-sink": {"sink_frames": 0, "local_frames": 21, "max_temporal_id": 1023, "memory": None},
+    "framewise": {
+        "frames_per_block": 1,
+        "sink_frames": 0,
+        "local_frames": 21,
+        "max_temporal_id": 1023,
+        "memory": None,
+        "denoising_steps": [1000],
+        "first_block_steps": [1000, 750, 500, 250],
+    },
+    "absolute": {"max_temporal_id": 1023, "memory": None, "recache_sink": True},
+    "bounded": {"max_temporal_id": 11, "memory": None, "recache_sink": True},
+}
+
+
+@pytest.mark.parametrize("recipe", ["", *RECIPES])
+def test_flat_round_trip(recipe: str) -> None:
+    changes = RECIPES.get(recipe, {})
+    config = ModelConfig.from_flat(flat_config(**changes))
+    flat = json.loads(json.dumps(config.to_flat()))
+    assert ModelConfig.from_flat(flat) == config
+    assert flat | {**changes, "memory": flat["memory"]} == flat
+
+
+def test_what_a_config_does_not_say_is_as_it_was() -> None:
     config = ModelConfig.from_flat(flat_config())
-    assert ModelConfig.from_flat(config.to_flat()) == config
+    assert config.memory is not None and not config.memory.reads_rotated
+    assert config.sampler.first_block_steps == () and config.sampler.most_steps == 4
+    assert config.window.recache_sink is False
 
 
 def test_released_sizes_are_derived() -> None:

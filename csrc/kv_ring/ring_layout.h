@@ -11,8 +11,8 @@
 // Pure arithmetic, the same on the host and on the GPU. Nothing is checked here; whoever makes a RingLayout has seen to
 // it that every count is positive (memory_frames may be 0, and sink_frames where there is no memory), sink_frames and
 // local_frames are multiples of frames_per_block, memory_frames <= frames_per_block, and sink_frames + memory_frames +
-// local_frames <= max_temporal_id + 1. That is what makes the methods right: no block straddles sink and ring or the end of the ring,
-// and no id leaves 0..max_temporal_id.
+// local_frames <= max_temporal_id + 1. That is what makes the methods right: no block straddles sink and ring or the
+// end of the ring, and no id leaves 0..max_temporal_id.
 
 #pragma once
 

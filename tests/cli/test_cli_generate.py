@@ -246,6 +246,18 @@ def test_set_changes_the_rollout(echo_rt, arguments, tmp_path):
     assert not torch.equal(load_file(latents)["latents"], before)
 
 
+def test_set_takes_words_and_lists_of_one(echo_rt, arguments, tmp_path):
+    latents = tmp_path / "l.safetensors"
+    more = ("--prompt", "a red fox", "--latents", latents, "--frames", 60, "--set", "local_frames=3")
+    made = []
+    for facts in ((), ("memory_reads=rotated",), ("first_block_steps=500",)):
+        assert echo_rt(*arguments, *more, *(word for fact in facts for word in ("--set", fact))).code == 0
+        made.append(load_file(latents)["latents"])
+    usual, rotated, first = made
+    assert not torch.equal(first[:3], usual[:3])
+    assert torch.equal(rotated[:6], usual[:6]) and not torch.equal(rotated, usual)
+
+
 def test_set_names_a_fact_once(echo_rt, arguments):
     """Of two values one would be left out without a word."""
     outcome = echo_rt(*arguments, "--prompt", "a red fox", "--set", "local_frames=6", "--set", "local_frames=9")
@@ -262,6 +274,13 @@ def test_set_names_a_fact_once(echo_rt, arguments):
         ("local_frames=7", "must be a multiple of frames_per_block 3, got 7"),
         ("denoising_steps=500,1000", "must be falling integers in 1..1000, got [500, 1000]"),
         ("rebuild_on_prompt_switch=maybe", "true or false"),
+        ("recache_sink=1", "recache_sink must be true or false, got 1"),
+        ("memory_reads=raw", "memory_reads must be one of unrotated, rotated; got 'raw'"),
+        ("first_block_steps=250,500", "first_block_steps must be falling integers in 1..1000, got [250, 500]"),
+        (
+            "sink_frames=0",
+            "sink_frames must be 3 or more beside a memory, got 0; without a sink the memory has to be off",
+        ),
     ],
 )
 def test_set_with_a_mistake(echo_rt, arguments, text, message):

@@ -48,9 +48,9 @@ void check_block(const echo::RingLayout& layout, int64_t block) {
 
 int main() {
   for (int64_t per_block = 1; per_block <= 4; ++per_block) {
-    for (int64_t sink = 1; sink <= 3; ++sink) {
+    for (int64_t sink = 0; sink <= 3; ++sink) {
       for (int64_t local = 1; local <= 5; ++local) {
-        for (int64_t memory = 0; memory <= per_block; ++memory) {
+        for (int64_t memory = 0; memory <= (sink == 0 ? 0 : per_block); ++memory) {
           const int64_t needed = (sink + local) * per_block + memory;
           for (int64_t spare = 0; spare <= 4; ++spare) {
             const int64_t max_id = needed - 1 + spare;

@@ -17,9 +17,12 @@ FAR_FRAMES = (325_000, 10_000_000, 2**31, 2**40)
 
 
 def windows() -> Iterator[Window]:
-    """Every valid window of 1-4 frames a block, 1-3 blocks of sink, 1-4 of ring, with no, one or all memory frames."""
-    for per_block, sink, local in itertools.product((1, 2, 3, 4), (1, 2, 3), (1, 2, 3, 4)):
-        for memory, spare in itertools.product(sorted({0, 1, per_block}), (0, 1, 5)):
+    """Every valid window of 1-4 frames a block, 0-3 blocks of sink, 1-4 of ring, with no, one or all memory frames.
+
+    No sink goes with no memory alone.
+    """
+    for per_block, sink, local in itertools.product((1, 2, 3, 4), (0, 1, 2, 3), (1, 2, 3, 4)):
+        for memory, spare in itertools.product(sorted({0, 1, per_block}) if sink else (0,), (0, 1, 5)):
             yield dict(
                 frames_per_block=per_block,
                 sink_frames=sink * per_block,
@@ -161,6 +164,8 @@ def test_nothing_drifts_far_into_a_stream(frame: int) -> None:
     [
         ({"frames_per_block": 0}, "frames_per_block must be at least 1, got 0"),
         ({"sink_frames": -3}, "sink_frames must be at least 1, got -3"),
+        ({"sink_frames": 0}, "sink_frames must be at least 1, got 0"),
+        ({"sink_frames": -3, "memory_frames": 0}, "sink_frames must be at least 0, got -3"),
         ({"local_frames": 0}, "local_frames must be at least 1, got 0"),
         ({"memory_frames": -1}, "memory_frames must be at least 0, got -1"),
         ({"max_temporal_id": 0}, "max_temporal_id must be at least 1, got 0"),

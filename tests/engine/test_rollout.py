@@ -19,6 +19,8 @@ BOUND = 1e-5
 SINGLE = {"frames": 1, "layers": 1, "normalize_k": True, "rebuild_on_prompt_switch": True}
 KEEPS = {"frames": 2, "layers": 2, "normalize_k": True, "rebuild_on_prompt_switch": False}
 SHORT = [1000, 500]
+ROTATED = {"frames": 3, "layers": 2, "normalize_k": True, "rebuild_on_prompt_switch": False, "reads": "rotated"}
+NO_SINK = {"sink_frames": 0, "memory": None}
 
 # (changes to the config, memory mode, blocks, blocks at which the prompt switches)
 CASES = {
@@ -86,6 +88,63 @@ CASES = {
         24,
         [7],
     ),
+    "rotated-reads": ({"memory": ROTATED, "denoising_steps": SHORT}, "evolve", 120, [2, 3, 40, 90]),
+    "rotated-reads-rebuilt": (
+        {"memory": ROTATED | {"rebuild_on_prompt_switch": True}, "denoising_steps": SHORT},
+        "evolve",
+        60,
+        [1, 2, 3, 6, 8, 9, 31, 32],
+    ),
+    "rotated-reads-one-frame-blocks": (
+        {
+            "frames_per_block": 1,
+            "sink_frames": 2,
+            "local_frames": 4,
+            "max_temporal_id": 9,
+            "memory": SINGLE | {"reads": "rotated"},
+            "denoising_steps": SHORT,
+        },
+        "evolve",
+        60,
+        [3, 20],
+    ),
+    "no-sink": (NO_SINK | {"max_temporal_id": 1023, "denoising_steps": SHORT}, "off", 60, [1, 2, 3, 4, 30]),
+    "no-sink-bounded": (NO_SINK | {"max_temporal_id": 8, "denoising_steps": SHORT}, "off", 100, [3, 50]),
+    "no-sink-one-frame-blocks": (
+        NO_SINK | {"frames_per_block": 1, "local_frames": 5, "denoising_steps": [1000], "first_block_steps": SHORT},
+        "off",
+        60,
+        [2, 5, 6, 40],
+    ),
+    "more-steps-at-first": ({"first_block_steps": [1000, 750, 500, 250], "denoising_steps": SHORT}, "evolve", 30, [3]),
+    "fewer-steps-at-first": ({"first_block_steps": [800], "denoising_steps": SHORT}, "evolve", 12, [1]),
+    "renewed-sink": (
+        {"recache_sink": True, "memory": None, "max_temporal_id": 1023, "denoising_steps": SHORT},
+        "off",
+        40,
+        [1, 2, 3, 4, 5, 20],
+    ),
+    # The sink's new keys are turned from their unrotated copies once the ids are bounded.
+    "renewed-sink-bounded": (
+        {"recache_sink": True, "memory": None, "max_temporal_id": 11, "denoising_steps": SHORT},
+        "off",
+        40,
+        [1, 3, 4, 20],
+    ),
+    "renewed-sink-one-frame-blocks": (
+        {
+            "frames_per_block": 1,
+            "sink_frames": 3,
+            "local_frames": 4,
+            "max_temporal_id": 9,
+            "memory": SINGLE,
+            "recache_sink": True,
+            "denoising_steps": SHORT,
+        },
+        "evolve",
+        60,
+        [1, 2, 5, 8, 30],
+    ),
 }
 
 
@@ -98,7 +157,7 @@ def test_equals_a_rollout_that_keeps_the_whole_history(case: str) -> None:
     naive = NaiveRollout(flat, weights, mode)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randn(1 + i % flat["text_len"], flat["text_dim"], generator=generator) for i in range(20)]
-    shape = rollout.state.noise.shape
+    shape = rollout.state.noise.shape  # drawn for each step by itself, so one shape does for all blocks
 
     def noise(block: int, step: int) -> Tensor:
         return drawn_noise(shape, 5, block)[step]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from recorder import Recorder
 from streaming import embeds, load, same, take, video
 from torch import Tensor
@@ -153,6 +154,38 @@ def test_prompt_switches_between_replays(small_model: Path) -> None:
             assert same(film(runtime), expected)
             assert same(film(runtime), expected), "a second video, replayed from its start"
         assert recorder.races() == []
+
+
+SHORT = {"denoising_steps": (1000,), "local_frames": 6}
+RECIPES = {
+    "rotated-reads": {"overrides": SHORT | {"memory_reads": "rotated", "max_temporal_id": 14}},
+    "no-sink": {"memory": "off", "overrides": SHORT | {"sink_frames": 0}},
+    "first-block-steps": {"memory": "off", "overrides": SHORT | {"first_block_steps": (1000, 500)}},
+    "renewed-sink": {"memory": "off", "overrides": SHORT | {"recache_sink": True, "max_temporal_id": 8}},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_replays_with_the_facts_of_recipes(small_model: Path, recipe: str) -> None:
+    def film(runtime: echo_rt.Runtime, **noise: Any) -> list[echo_rt.Chunk]:
+        with runtime.stream(prompt_embeds=embeds(runtime), seed=5, **noise) as stream:
+            stream.set_prompt(prompt_embeds=embeds(runtime, 1), block=2)
+            return take(stream, 7)
+
+    def constant(block: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.full(shape, block / 100)
+
+    options = RECIPES[recipe]
+    with load(small_model, **options) as runtime:
+        expected, of_constant = film(runtime), film(runtime, noise=constant)
+    recorder = Recorder()
+    with executed_by(recorder), load(small_model, lookahead=1, **options) as runtime, recorder:
+        recorder.watch(runtime._engine.pipeline.buffers())  # type: ignore[union-attr]
+        for _ in range(3):  # what comes once in a video is replayed from the third one on
+            assert same(film(runtime), expected)
+        assert same(film(runtime, noise=constant), of_constant)
+    assert recorder.replays > recorder.runs / 2
+    assert recorder.races() == []
 
 
 def test_a_resumed_video_does_not_race(small_model: Path) -> None:

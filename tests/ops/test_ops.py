@@ -43,6 +43,7 @@ MEMORY_SIZES = {
     "head-64": Sizes(tokens=23, heads=3, head_dim=64, memory_frames=3),
     "one": SIZES["one"],
 }
+NO_SINK = Sizes(frames=2, tokens=3, sink_frames=0, local_frames=6, memory_frames=0)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -82,9 +83,8 @@ def test_rope_table_is_exact_to_float32_for_any_frame(ops: Ops) -> None:
             assert abs(cos - math.cos(angle)) <= slack and abs(sin - math.sin(angle)) <= slack
 
 
-@ALL_SIZES
-def test_advance_agrees_with_the_ring_arithmetic(ops: Ops, size: str) -> None:
-    s = SIZES[size]
+@pytest.mark.parametrize("s", [*SIZES.values(), NO_SINK], ids=[*SIZES, "no-sink"])
+def test_advance_agrees_with_the_ring_arithmetic(ops: Ops, s: Sizes) -> None:
     args = case(ops, "advance", s, torch.float32)
     positions, rates, block_table, anchor_table, write_index = args[0], args[6].cpu(), *args[7:]
     layout = RingLayout(
@@ -173,6 +173,19 @@ def test_reanchor(ops: Ops, dtype: torch.dtype, size: str, given: str) -> None:
         if memory_v is not None:
             expected[layer, 1, :memory_tokens] = memory_v
     assert_same(kv, expected)
+
+
+@DTYPES
+@ALL_SIZES
+def test_reanchor_of_one_layer_without_a_memory(ops: Ops, dtype: torch.dtype, size: str) -> None:
+    """How the keys are turned that a memory with rotated reads is shown."""
+    args = case(ops, "reanchor", SIZES[size], dtype)
+    turns, spatial, keys = args[1][SIZES[size].memory_frames :], args[2], args[3][:1]
+    kv, theirs = (torch.zeros(1, 2, *keys.shape[1:], dtype=dtype, device=keys.device) for _ in range(2))
+    ops.reanchor(kv, turns, spatial, keys, None, None, 0)
+    reference.reanchor(theirs, turns, spatial, keys, None, None, 0)
+    assert_close(kv[0, 0], theirs[0, 0], rotate(*as_float64([keys[0], turns, spatial])), BOUNDS[dtype])
+    assert not kv[0, 1].any()
 
 
 @DTYPES

@@ -40,6 +40,86 @@ def test_resume_without_a_prompt_switch(small_model: Path, memory: str, device: 
                     assert facts(again) == facts(expected)
 
 
+# Facts of published recipes, as options, and by which name a runtime without them refuses the snapshot.
+RECIPES = {
+    "memory_reads": {"overrides": {"memory_reads": "rotated"}},
+    "sink_frames": {"memory": "off", "overrides": {"sink_frames": 0, "local_frames": 6}},
+    "first_block_steps": {"overrides": {"denoising_steps": [500], "first_block_steps": [1000, 500]}},
+    "recache_sink": {"memory": "off", "overrides": {"recache_sink": True, "max_temporal_id": 11}},
+}
+
+
+@pytest.mark.parametrize("fact", RECIPES)
+def test_a_snapshot_goes_on_with_the_facts_of_its_recipe(small_model: Path, tmp_path: Path, fact: str) -> None:
+    options, points = RECIPES[fact], (0, 2, 4, 9)
+    with load(small_model, **options) as runtime, runtime.stream(prompt_embeds=embeds(runtime), seed=6) as stream:
+        stream.set_prompt(prompt_embeds=embeds(runtime, 1), block=3)
+        made = []
+        for block in range(max(points) + 2):
+            if block in points:
+                stream.snapshot(tmp_path / f"{block}.safetensors")
+            made.append(next(stream))
+    with load(small_model, **options) as fresh:
+        for block in points:
+            with fresh.resume(echo_rt.Snapshot.load(tmp_path / f"{block}.safetensors")) as stream:
+                assert same(take(stream, 2), made[block : block + 2]), f"from block {block}"
+    with (
+        load(small_model, memory=options.get("memory")) as other,
+        pytest.raises(StreamError, match=rf"of another model: .*\b{fact}\b"),
+    ):
+        other.resume(echo_rt.Snapshot.load(tmp_path / "4.safetensors"))
+
+
+def test_a_snapshot_without_the_later_facts_goes_on_as_before(small_model: Path, tmp_path: Path) -> None:
+    """One that an earlier version wrote."""
+    with load(small_model) as runtime, runtime.stream(prompt_embeds=embeds(runtime), seed=1) as stream:
+        take(stream, 2)
+        snapshot, expected = stream.snapshot(), take(stream, 2)
+        model = {name: value for name, value in snapshot.model.items() if name not in RECIPES}
+        model["memory"] = {name: value for name, value in snapshot.model["memory"].items() if name != "reads"}
+        model["sink_frames"] = snapshot.model["sink_frames"]
+        assert len(model) == len(snapshot.model) - 2
+        path = tmp_path / "old.safetensors"
+        dataclasses.replace(snapshot, model=model).save(path)
+        written = path.read_bytes()
+        assert not any(name in written for name in (b"caller_noise", b"given_blocks", b"recache_sink"))
+        stream.close()
+        with runtime.resume(echo_rt.Snapshot.load(path)) as again:
+            assert same(take(again, 2), expected)
+
+
+def test_given_blocks_are_part_of_the_snapshot(small_model: Path, tmp_path: Path) -> None:
+    """They are no generated ones: the first of those comes behind them, with steps of its own."""
+    steps = {"denoising_steps": [500], "first_block_steps": [1000, 500]}
+    with load(small_model, overrides=steps) as runtime:
+        rollout = runtime._engine.rollout  # type: ignore[union-attr]
+        with runtime.stream(prompt_embeds=embeds(runtime)) as stream:
+            assert rollout.noise_shape[0] == 2
+            take(stream, 2)
+            assert rollout.noise_shape[0] == 1
+            rollout.state.given_blocks = 2
+            snapshot = stream.snapshot(tmp_path / "s.safetensors")
+            expected = take(stream, 2)
+        assert echo_rt.Snapshot.load(tmp_path / "s.safetensors").given_blocks == snapshot.given_blocks == 2
+        asked: list[tuple[int, int]] = []
+
+        def noise(block: int, shape: tuple[int, ...]) -> torch.Tensor:
+            asked.append((block, shape[0]))
+            return torch.zeros(shape)
+
+        with runtime.resume(snapshot) as stream:
+            assert rollout.generated_blocks == 0
+            assert same(take(stream, 2), expected)
+        with runtime.resume(dataclasses.replace(snapshot, caller_noise=True), noise=noise) as stream:
+            take(stream, 2)
+        assert asked == [(0, 2), (1, 1)]
+        with runtime.stream(prompt_embeds=embeds(runtime)):
+            assert rollout.state.given_blocks == 0
+        for wrong in (-1, 3):
+            with pytest.raises(StreamError, match="contradicts itself"):
+                runtime.resume(dataclasses.replace(snapshot, given_blocks=wrong))
+
+
 def facts(chunks: list[echo_rt.Chunk]) -> list[tuple[int, int, int, int, bool]]:
     return [
         (c.index, c.first_frame, c.stats.newest_temporal_id, c.stats.shift, c.stats.memory_attended) for c in chunks
