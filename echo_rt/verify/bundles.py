@@ -9,6 +9,7 @@ decoded in other precisions.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,7 +238,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def find_bundles(folder: Path) -> list[Path]:
     """The folders at and below ``folder`` whose ``config.json`` has a ``kind``, in order of their names."""
-    return sorted(path.parent for path in folder.rglob("config.json") if _has_kind(path))
+    found = (Path(place) for place, _, files in os.walk(folder) if "config.json" in files)
+    return sorted(place for place in found if _has_kind(place / "config.json"))
 
 
 def _has_kind(path: Path) -> bool:
