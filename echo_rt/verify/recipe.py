@@ -39,7 +39,10 @@ class RecipeBundle:
         if "initial_latents" in self.inputs:
             raise WeightsError(f"{self.folder}: expected a bundle without initial_latents, which cannot be given")
         stride = VaeConfig().spatial_stride
-        *_, rows, columns = self._input("noise.0").shape
+        shape = self._input("noise.0").shape
+        if len(shape) != 4:
+            raise WeightsError(f"{self.folder}: expected noise.0 with 4 dimensions, got {list(shape)}")
+        *_, rows, columns = shape
         with (
             Runtime.from_pretrained(
                 self._path("model"),
