@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from echo_rt.config import TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError
+from echo_rt.recipes import find_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +43,9 @@ OVERRIDES = (
     "rebuild_on_prompt_switch",
     "recache_sink",
 )
-# What a model folder may say beside them.
-FOLDER_FACTS = ("width", "height", "tiny_seed")
+# What a model folder may say beside them; the last one names what holds where it says no more.
+RECIPE = "recipe"
+FOLDER_FACTS = ("width", "height", "tiny_seed", RECIPE)
 
 _SEEDS = 2**64
 
@@ -74,6 +76,7 @@ class RuntimeOptions:
     checkpoint: str | Path | None = None
     lora: str | Path | None = None
     ema: bool | None = None
+    recipe: str | None = None
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None
     float8_except: Sequence[str] = ()
@@ -93,6 +96,8 @@ class RuntimeOptions:
     keep_text_encoder: bool = False
 
     def __post_init__(self) -> None:
+        if self.recipe is not None:
+            find_recipe(self.recipe)
         if isinstance(self.vae_tiles, bool) or not isinstance(self.vae_tiles, int) or self.vae_tiles < 1:
             raise ConfigError(f"vae_tiles must be an integer of 1 or more, got {self.vae_tiles!r}")
         if not isinstance(self.convolution, str | None):

@@ -39,11 +39,12 @@ _abandoned: list[Engine] = []
 class Runtime:
     """A model on a device, ready to stream. Make one with :meth:`from_pretrained`; close it to give memory back.
 
-    ``config`` and ``vae_config`` say what it computes, ``dtype`` and ``vae_dtype`` how precisely, ``vae`` who makes
-    pictures of latents (``"wan"``, or the kind of a tiny decoder), ``backend`` which implementation of the operations
-    it has and ``backend_reason`` why, ``attention`` and ``text_attention`` with which libraries and why,
-    ``vae_attention`` and ``convolutions`` how the VAE's are computed and why (a tiny decoder has None and none),
-    ``frame_size`` the video's ``(width, height)`` in pixels and ``fps`` its frames a second.
+    ``config`` and ``vae_config`` say what it computes, ``taken`` by which recipe and of which weights, ``dtype`` and
+    ``vae_dtype`` how precisely, ``vae`` who makes pictures of latents (``"wan"``, or the kind of a tiny decoder),
+    ``backend`` which implementation of the operations it has and ``backend_reason`` why, ``attention`` and
+    ``text_attention`` with which libraries and why, ``vae_attention`` and ``convolutions`` how the VAE's are computed
+    and why (a tiny decoder has None and none), ``frame_size`` the video's ``(width, height)`` in pixels and ``fps`` its
+    frames a second.
     """
 
     def __init__(self, loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapping[str, str]) -> None:
@@ -51,9 +52,12 @@ class Runtime:
         self._live: weakref.ref[Stream] | None = None
         self._process = ProcessGuard()
         networks = open_networks(loaded, options, prescribed)
-        engine = build_engine(loaded.config, networks, options, loaded.mode, folder=loaded.folder)
+        engine = build_engine(
+            loaded.config, networks, options, loaded.mode, folder=loaded.folder, taken=loaded.taken.for_snapshots()
+        )
         log_threads(engine.device)
         self.config, self.vae_config, self.memory = loaded.config, engine.vae, loaded.mode
+        self.taken = loaded.taken
         self.device, self.dtype, self.vae_dtype = engine.device, networks.model_dtype, engine.vae_dtype
         self.backend, self.backend_reason = networks.backend.name, networks.backend.reason
         self.vae, self.lookahead = networks.vae_name, engine.lookahead
@@ -74,6 +78,7 @@ class Runtime:
         checkpoint: str | Path | None = None,
         lora: str | Path | None = None,
         ema: bool | None = None,
+        recipe: str | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         vae_dtype: str | torch.dtype | None = None,
@@ -99,8 +104,10 @@ class Runtime:
             model: a folder with Wan2.1-T2V-1.3B in the original or the diffusers layout.
             checkpoint: generator weights (Echo-Infinity, Self-Forcing, ...) that replace the folder's transformer.
             lora: a LoRA merged into the transformer; it may carry the memory encoder.
-            ema: True for the checkpoint's EMA weights, False for the plain ones, None for EMA where it has them; of no
-                checkpoint neither can be asked for.
+            ema: True for the checkpoint's EMA weights, False for the plain ones, None for those that the recipe takes,
+                where it has them; of no checkpoint neither can be asked for.
+            recipe: how the checkpoint is sampled, a name in :data:`echo_rt.recipes.RECIPES`; ``overrides`` act on top.
+                None for the one that the model's folder names, or else the files tell by what they hold or are called.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for a GPU where there is one.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"float8"`` for the transformer's large products in
                 float8 and all else in bfloat16; None for bfloat16 on a GPU, float32 on a CPU.
@@ -132,12 +139,13 @@ class Runtime:
             float8_except: layers that stay in bfloat16 in dtype float8, as patterns of their weights' names such as
                 ``"blocks.0.*"`` or ``"*.ffn.2"``; one that matches none is an error. The projections q, k and v of
                 self-attention are one product: to keep one of them is to keep all three.
-            like: a snapshot to go on with: backend, attention and convolutions that are not asked for by name are those
-                of its video, whatever ``ECHO_RT_BACKEND`` names or a trial would find.
+            like: a snapshot to go on with: recipe, backend, attention and convolutions that are not asked for by name
+                are those of its video, whatever the files tell, ``ECHO_RT_BACKEND`` names or a trial would find.
 
         Raises:
             WeightsError: files that are missing, damaged, or of another model.
-            ConfigError: sizes, windows or options that the model cannot have, or the machine no memory for.
+            ConfigError: sizes, windows or options that the model cannot have, or the machine no memory for; no recipe
+                where nothing tells it, or one that does not fit the weights.
             BackendError: a device or backend that is not there.
         """
         if not isinstance(like, Snapshot | None):
@@ -146,6 +154,7 @@ class Runtime:
             checkpoint=checkpoint,
             lora=lora,
             ema=ema,
+            recipe=recipe,
             device=device,
             dtype=dtype,
             float8_except=float8_except,
@@ -169,7 +178,7 @@ class Runtime:
         parse_vae_dtype(vae_dtype, parse_dtype(dtype, place))
         ways = {} if like is None else ways_of(like.model)
         choose_backend(backend, place, prescribed=ways.get(BACKEND))  # one that was named is refused before the weights
-        return cls(load_model(model, options), options, ways)
+        return cls(load_model(model, options, None if like is None else like.model), options, ways)
 
     # ---------------------------------------------------------------- facts
 

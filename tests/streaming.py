@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,16 @@ def load(folder: Path, **options: Any) -> echo_rt.Runtime:
     """The folder's model with its checkpoint, on the CPU in float32 unless ``options`` say otherwise."""
     arguments = {"checkpoint": folder / CHECKPOINT_FILE, "device": "cpu", "dtype": "float32"} | options
     return echo_rt.Runtime.from_pretrained(folder, **arguments)
+
+
+def without_recipe(model: Path, folder: Path) -> Path:
+    """``folder``, made a copy of a tiny model as one was written before there were recipes: it says its window."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["echo_rt"]["recipe"]
+    config["echo_rt"] |= {"frames_per_block": 3, "sink_frames": 3, "local_frames": 9, "max_temporal_id": 20}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def embeds(runtime: echo_rt.Runtime, seed: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "echo_rt"
 # Each line may import itself and the lines above it; what stands on one line may not import its neighbours.
 LAYERS = (
     ("_C", "_ops", "errors", "chunk"),
-    ("config",),
+    ("config", "recipes"),
     ("options",),
     ("utils",),
     ("ops",),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import PROMPT, embeds, load, same, take, video
+from streaming import PROMPT, embeds, load, same, take, video, without_recipe
 from torch import Tensor
 
 import echo_rt
@@ -25,8 +25,8 @@ Tensors = dict[str, Tensor]
 
 
 def checkpoint_of(folder: Path) -> tuple[Tensors, Tensors]:
-    """The checkpoint's averaged transformer and memory encoder, under bare names."""
-    content = torch.load(folder / CHECKPOINT_FILE, weights_only=True)["generator_ema"]
+    """The transformer and memory encoder that the folder's recipe takes of the checkpoint, under bare names."""
+    content = torch.load(folder / CHECKPOINT_FILE, weights_only=True)["generator"]
     bare = {name.removeprefix("model."): tensor for name, tensor in content.items()}
     memory = {name.removeprefix(MEMORY): tensor for name, tensor in bare.items() if name.startswith(MEMORY)}
     return {name: tensor for name, tensor in bare.items() if not name.startswith(MEMORY)}, memory
@@ -143,12 +143,14 @@ def test_a_checkpoint_without_memory_runs_without(small_model: Path, tmp_path: P
 def test_the_memory_is_rebuilt_on_a_switch_unless_its_keys_are_normalized(
     small_model: Path, tmp_path: Path, normalize_k: bool, override: bool | None
 ) -> None:
+    """In a folder that was written before there were recipes."""
+    folder = without_recipe(small_model, tmp_path / "old")
     transformer, memory = checkpoint_of(small_model)
     if normalize_k:
         memory["norm_k_out.weight"] = torch.ones(memory["to_k.weight"].shape[0], dtype=torch.bfloat16)
     path = saved(tmp_path / "generator.pt", transformer, memory)
     overrides = {} if override is None else {"rebuild_on_prompt_switch": override}
-    with load(small_model, checkpoint=path, overrides=overrides) as runtime:
+    with load(folder, checkpoint=path, overrides=overrides) as runtime:
         assert runtime.config.memory is not None
         assert runtime.config.memory.normalize_k is normalize_k
         rebuilds = (not normalize_k) if override is None else override

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--checkpoint")
+    parser.add_argument("--recipe", help="where the files do not tell how they are sampled; see echo-rt recipes")
     parser.add_argument("--prompt", default="a red fox in the snow", help="what a video begins with")
     parser.add_argument("--turn-to", metavar="PROMPT", help="what one that goes on turns to")
     parser.add_argument("--frames", type=int, default=160, help="how many more, in whole blocks")
@@ -44,7 +45,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: ended.set())
 
     with (
-        echo_rt.Runtime.from_pretrained(options.model, checkpoint=options.checkpoint) as runtime,
+        echo_rt.Runtime.from_pretrained(options.model, checkpoint=options.checkpoint, recipe=options.recipe) as runtime,
         share_cpu(runtime.device),  # on a CPU: stay fast beside other programs
         begin(runtime, state, options.prompt, options.turn_to) as stream,
     ):

@@ -59,10 +59,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--checkpoint")
+    parser.add_argument("--recipe", help="where the files do not tell how they are sampled; see echo-rt recipes")
     parser.add_argument("--prompt", default="a red fox in the snow")
     options = parser.parse_args()
     with (
-        echo_rt.Runtime.from_pretrained(options.model, checkpoint=options.checkpoint) as runtime,
+        echo_rt.Runtime.from_pretrained(options.model, checkpoint=options.checkpoint, recipe=options.recipe) as runtime,
         share_cpu(runtime.device),  # on a CPU: stay fast beside other programs
         runtime.stream(options.prompt) as stream,
         echo_rt.Feed(stream) as feed,  # makes blocks on a thread of its own, two ahead at most

@@ -16,6 +16,7 @@ from torch import Tensor
 from echo_rt.bench.settings import RELEASED, BenchModel
 from echo_rt.config import ModelConfig, TransformerConfig, VaeConfig
 from echo_rt.options import RuntimeOptions
+from echo_rt.weights.choice import Taken
 from echo_rt.weights.load_model import load_model
 from echo_rt.weights.shapes import Shapes, memory_shapes, transformer_shapes, vae_shapes
 
@@ -27,7 +28,9 @@ _GATE, _GATE_BIAS = "gate_linear.bias", 2.0  # the memory's gate is trained from
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes and tensors; ``memory`` is None where the weights have no memory encoder. ``source`` says what they are."""
+    """Sizes and tensors; ``memory`` is None where the weights have no memory encoder. ``source`` says what they are,
+    ``taken`` by which recipe they run, None for random ones.
+    """
 
     source: str
     config: ModelConfig
@@ -35,6 +38,7 @@ class Model:
     transformer: Mapping[str, Tensor]
     memory: Mapping[str, Tensor] | None
     vae: Mapping[str, Tensor]
+    taken: Taken | None = None
 
     @property
     def released(self) -> bool:
@@ -78,6 +82,7 @@ def folder_model(model: str | Path, options: RuntimeOptions) -> Model:
         transformer=found.transformer,
         memory=found.memory,
         vae=found.folder.vae_tensors(),
+        taken=found.taken,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from echo_rt.attention import AttentionSelection
+from echo_rt.bench.model import Model
 from echo_rt.bench.run import Entry, Run
 from echo_rt.bench.tables import Column, draw, results, write_results
 from echo_rt.bench.targets import Achieved, Figure, Target, a_day, gigabytes, judge
@@ -257,6 +258,7 @@ class Report:
             "result": self.is_result,
             "clock": run.clock if self.is_result else f"{run.clock}: no result",
             "model": {"source": run.model.source, **run.model.config.to_flat()},
+            **_recipe(run.model),
             "dtype": dtype_name(run.dtype),
             "backend": run.backend.name,
             "backend_reason": run.backend.reason,
@@ -313,6 +315,12 @@ def _verdict(entry: Entry) -> str:
     right = "not yet held against torch" if entry.exactness is None else "right"
     graphs = " without graphs, which failed" if entry.graphs_failed else ""
     return f"{right}, {'measured' if entry.samples else 'not yet measured'}{graphs}"
+
+
+def _recipe(model: Model) -> dict[str, Any]:
+    """By which recipe a model runs, and of which weights; nothing of random ones."""
+    taken = {} if model.taken is None else model.taken.as_json()
+    return {name: value for name, value in taken.items() if name != "model"}  # where it is from is told already
 
 
 def _choice(choice: AttentionSelection) -> dict[str, Any]:

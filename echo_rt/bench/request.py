@@ -55,7 +55,7 @@ class Request(RuntimeOptions):
             raise ConfigError(f"size must be one of {', '.join(MODELS)}; got {self.size!r}")
         if self.model is not None and self.size is not None:
             raise ConfigError("--size and --model: expected one of them, got both")
-        for option in ("checkpoint", "lora"):
+        for option in ("checkpoint", "lora", "recipe"):
             if getattr(self, option) is not None and self.model is None:
                 raise ConfigError(f"--{option}: expected --model DIR with it, the folder that it belongs to, got none")
         if self.ema is not None and self.checkpoint is None:

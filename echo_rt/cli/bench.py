@@ -10,7 +10,14 @@ from typing import Any
 
 from echo_rt.bench.settings import MODELS, NAMES
 from echo_rt.cli.arguments import parse_number, parse_positive
-from echo_rt.cli.model_options import BACKEND_HELP, add_float8_except, add_no_graphs, parse_ahead, parse_tiles
+from echo_rt.cli.model_options import (
+    BACKEND_HELP,
+    add_float8_except,
+    add_no_graphs,
+    add_recipe,
+    parse_ahead,
+    parse_tiles,
+)
 from echo_rt.cli.outputs import Named, check_apart
 from echo_rt.cli.paths import parse_path
 from echo_rt.cli.signals import StopRequest
@@ -45,7 +52,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     model.add_argument("--model", type=parse_path, metavar="DIR", help="a Wan2.1 folder instead, original or diffusers")
     model.add_argument("--checkpoint", type=parse_path, metavar="FILE", help="generator weights that go with it")
     model.add_argument("--lora", type=parse_path, metavar="FILE", help="LoRA to merge into the generator")
-    model.add_argument("--ema", action=argparse.BooleanOptionalAction, help="use (or not) the averaged weights")
+    add_recipe(model)
     model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
     add_float8_except(model)
     model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")

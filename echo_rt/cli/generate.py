@@ -283,6 +283,7 @@ def _record(
         memory=runtime.memory.value,
         backend=runtime.backend,
         backend_reason=runtime.backend_reason,
+        **runtime.taken.as_json(),
         exit_reason="error" if problem else stopped.reason if stopped else "complete",
     )
     if not arguments.quiet and not arguments.json:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
-from echo_rt.cli import bench, doctor, generate, soak, stdio, tiny, verify
+from echo_rt.cli import bench, doctor, generate, recipes, soak, stdio, tiny, verify
 from echo_rt.cli.signals import StopNow, StopRequest
 from echo_rt.cli.stdio import DEBUG_VARIABLE, describe, warn
 from echo_rt.errors import ConfigError, OutputError
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="echo-rt", description="Endless video from Wan2.1 with evolving memory.")
     parser.add_argument("--version", action="version", version=f"echo-rt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Command)
-    for module in (generate, soak, bench, verify, tiny, doctor):
+    for module in (generate, soak, bench, verify, recipes, tiny, doctor):
         command = module.add_parser(commands)
         command.set_defaults(run=module.run)
         command.add_argument("--json", action="store_true", help="print one JSON object on standard output")
@@ -60,7 +60,8 @@ def _run(argv: list[str], report: dict[str, Any], debug: bool, stop: StopRequest
     try:
         with stop.interruptible():
             arguments = build_parser().parse_args(argv)
-        code: int = arguments.run(arguments, report, stop)
+        with stdio.tell_recipe(report, quiet=getattr(arguments, "quiet", False)):
+            code: int = arguments.run(arguments, report, stop)
         return code
     except KeyboardInterrupt:  # not of our handlers' making: main may run in a thread, or be called by other code
         return _stopped(StopNow.of_keyboard(), report)

@@ -26,7 +26,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
         "--checkpoint", type=parse_path, metavar="FILE", help="generator weights, with or without a memory"
     )
     model.add_argument("--lora", type=parse_path, metavar="FILE", help="LoRA to merge into the generator")
-    model.add_argument("--ema", action=argparse.BooleanOptionalAction, help="use (or not) the averaged weights")
+    add_recipe(model)
     model.add_argument(
         "--memory",
         choices=[mode.value for mode in MemoryMode],
@@ -81,6 +81,20 @@ def model_files(arguments: argparse.Namespace) -> list[Named]:
     vae = None if arguments.vae in (WAN_VAE, TINY_VAE) else Path(arguments.vae)
     named = [(f"--{name}", getattr(arguments, name)) for name in ("model", "checkpoint", "lora")]
     return [Named(option, path) for option, path in (*named, ("--vae", vae)) if path is not None]
+
+
+def add_recipe(parser: Any) -> None:
+    """Declare how the checkpoint is sampled, and which of its weights."""
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="how the checkpoint is sampled (see echo-rt recipes); default: what the folder names or the files tell",
+    )
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="use (or not) the averaged weights; default: as in the recipe",
+    )
 
 
 def add_float8_except(parser: Any) -> None:

@@ -177,6 +177,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
         backend_reason=outcome.backend_reason,
         promises=[dataclasses.asdict(verdict) for verdict in outcome.verdicts],
         report=str(outcome.report),
+        **outcome.taken or {},
     )
     if outcome.failure is not None:
         report["error"] = outcome.failure

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, TextIO
 
@@ -120,3 +123,33 @@ def warn(report: dict[str, Any], text: object) -> None:
     line = one_line(text)
     report.setdefault("warnings", []).append(line)
     complain(f"echo-rt: warning: {line}")
+
+
+class _RecipeHandler(logging.Handler):
+    def __init__(self, report: dict[str, Any], quiet: bool) -> None:
+        super().__init__()
+        self._report, self._quiet = report, quiet
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            warn(self._report, record.getMessage())
+        elif not self._quiet:
+            complain(f"echo-rt: {one_line(record.getMessage())}")
+
+
+@contextmanager
+def tell_recipe(report: dict[str, Any], *, quiet: bool) -> Iterator[None]:
+    """Show by which recipe a model that is loaded meanwhile runs; in what its files are not as published, as warnings.
+
+    ``quiet``: those alone.
+    """
+    logger, handler = logging.getLogger("echo_rt.recipe"), _RecipeHandler(report, quiet)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # or a warning would be told twice
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before

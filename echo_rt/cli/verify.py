@@ -32,7 +32,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "Exit code 0 if all are within bounds, 1 if not, 2 if a folder cannot be run; the others are run all the same.",
     )
     parser.add_argument(
-        "bundles", nargs="+", type=parse_path, metavar="BUNDLE", help="folder of a golden bundle, or of a model"
+        "bundles",
+        nargs="+",
+        type=parse_path,
+        metavar="BUNDLE",
+        help="folder of a golden bundle, of several in folders below it, or of a model",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="default: float32")
@@ -40,6 +44,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--backend", help=BACKEND_HELP)
     add_no_graphs(parser)
     parser.add_argument("--dump", type=parse_path, metavar="DIR", help="keep what was computed in DIR/BUNDLE/")
+    parser.set_defaults(quiet=True)  # a bundle of a recipe is known by its name
     return parser
 
 
@@ -58,6 +63,10 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
         complain(f"echo-rt: {path}: a file, not the folder of a bundle; left out")
     if not folders:
         raise ConfigError(f"expected the folder of a golden bundle or of a model, got the file {str(files[0])!r}")
+    with stop.interruptible():
+        from echo_rt.verify.bundles import find_bundles
+
+        folders = [found for path in folders for found in find_bundles(path) or [path]]
     names = [path.resolve().name for path in folders]
     twice = next((name for name in names if names.count(name) > 1), None)
     if arguments.dump is not None and twice is not None:

@@ -32,6 +32,7 @@ from echo_rt.options import WAN_VAE, MemoryMode, RuntimeOptions
 from echo_rt.snapshot.fit import WEIGHTS
 from echo_rt.snapshot.ways import ATTENTION, BACKEND, TEXT_ATTENTION, WAYS, Ways
 from echo_rt.utils.device import FLOAT8, model_context, parse_device, parse_dtype, parse_vae_dtype, working_dtype
+from echo_rt.weights.choice import TAKEN
 from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.folder import ModelFolder
 from echo_rt.weights.load_model import LoadedModel
@@ -199,6 +200,7 @@ def build_engine(
     *,
     executor: Executor | None = None,
     folder: ModelFolder | None = None,
+    taken: Mapping[str, Any] | None = None,
 ) -> Engine:
     """An engine ready to stream: networks on the device, buffers made.
 
@@ -207,6 +209,7 @@ def build_engine(
         options: ``graphs``, ``lookahead``, ``check`` and ``keep_text_encoder`` are this engine's own.
         executor: in place of the device's usual one.
         folder: where the text encoder is; without it the engine takes embeddings alone.
+        taken: what the model was made of, in plain JSON types, as its snapshots have it.
 
     Raises:
         ConfigError, BackendError: for what the model cannot have, or the machine no memory for.
@@ -246,6 +249,8 @@ def build_engine(
         WAYS: dict(ways.names),
         WEIGHTS: [part.digest() for part in (tensors.transformer, tensors.memory, tensors.vae)],
     }
+    if taken is not None:
+        model[TAKEN] = dict(taken)
     if networks.model_dtype == FLOAT8:
         model["float8_except"] = sorted(networks.transformer.kept_from_float8)
     return Engine(

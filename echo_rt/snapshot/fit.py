@@ -9,6 +9,7 @@ from typing import Any
 from echo_rt.config import MemoryConfig, SamplerConfig, WindowConfig
 from echo_rt.snapshot.ways import WAYS
 from echo_rt.utils.device import dtype_name
+from echo_rt.weights.choice import TAKEN
 
 WEIGHTS = "weights"
 # Whose digests stand there, in this order, and by which options a user says what they are read from.
@@ -76,6 +77,6 @@ def _in_words(model: Mapping[str, Any], stride: int) -> dict[str, Any]:
             words[name] = dtype_name(value)
         elif name == WEIGHTS and isinstance(value, list) and len(value) == len(_PARTS):
             words |= zip(_OPTIONS_OF_PARTS, value, strict=True)
-        elif name != WAYS:  # which are no part of what a model is
+        elif name not in (WAYS, TAKEN):  # which are no part of what a model is
             words[name] = value
     return words

@@ -256,6 +256,7 @@ class BlockLoop:
             "mismatches": self._replayed,
             "backend": self._runtime.backend,
             "backend_reason": self._runtime.backend_reason,
+            "taken": self._runtime.taken.as_json(),
         }
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from echo_rt.utils.wording import counted
 
@@ -35,8 +36,9 @@ class Verdict:
 class Outcome:
     """``end``: complete, failed, interrupted or terminated. ``failure``: what the stream raised, as one line.
 
-    ``signal_code``: the exit code of the signal that ended it, if one did. ``backend`` and ``backend_reason`` are those
-    of the process that ended it; None where that is one of a version that did not write them down.
+    ``signal_code``: the exit code of the signal that ended it, if one did. ``backend``, ``backend_reason``
+    and ``taken`` (what the model was made of) are those of the process that ended it; None where that is one of a
+    version that did not write them down.
     """
 
     end: str
@@ -45,6 +47,7 @@ class Outcome:
     report: Path
     backend: str | None = None
     backend_reason: str | None = None
+    taken: Mapping[str, Any] | None = None
     failure: str | None = None
     signal_code: int | None = None
 

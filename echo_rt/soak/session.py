@@ -185,6 +185,7 @@ def _conclude(config: SoakConfig, device_name: str, promises: Promises, last: Li
         report=report,
         backend=last.get("backend"),
         backend_reason=last.get("backend_reason"),
+        taken=last.get("taken"),
         failure=last["failure"],
         signal_code=signal_code,
     )

@@ -1,13 +1,15 @@
 """Golden bundles: run one through the code that ``generate`` uses, and hold every tensor against the published one.
 
 A bundle is a folder with ``config.json`` (its ``kind`` says what it is), ``weights``, ``inputs`` and
-``expected.safetensors``. The error of a tensor is ``‖actual - expected‖ / ‖expected‖``. Of a VAE it is also told how
-the video looks when it is decoded in other precisions.
+``expected.safetensors``; one of kind ``recipe`` names files as they are published in the place of ``weights``. The
+error of a tensor is ``‖actual - expected‖ / ‖expected‖``. Of a VAE it is also told how the video looks when it is
+decoded in other precisions.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from echo_rt.options import MemoryMode, RuntimeOptions
 from echo_rt.utils.atomic_file import write_whole
 from echo_rt.utils.device import FLOAT8, model_context, parse_device, parse_dtype, working_dtype
 from echo_rt.verify.decoder import Decoding, Precision
+from echo_rt.verify.recipe import RecipeBundle
 from echo_rt.weights.files import check_tensors, open_tensors
 from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.shapes import (
@@ -44,6 +47,7 @@ from echo_rt.weights.shapes import (
 # Largest error allowed in each dtype. float16 has eight times bfloat16's precision; its bound is tighter to match.
 # float8 is that of a rollout's linear layers: where there are none, bfloat16's bound holds.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2, torch.float16: 2e-3, FLOAT8: 6e-2}
+RECIPE_BOUNDS = BOUNDS | {torch.float32: 1e-5}
 
 Tensors = Mapping[str, Tensor]
 
@@ -122,6 +126,18 @@ def _noise(bundle: _Bundle, block: int, shape: torch.Size) -> Tensor:
     return torch.stack([bundle.input(name) for name in names])
 
 
+def _script(config: Mapping[str, Any], source: str) -> tuple[int, list[int]]:
+    """How many blocks there are, and which of them begin with another prompt."""
+    blocks, switches = config["num_blocks"], config.get("prompt_switch_blocks", [])
+    whole = [n for n in (blocks, *switches) if isinstance(n, int) and n >= 0] if isinstance(switches, list) else []
+    if not whole or len(whole) != 1 + len(switches):
+        raise WeightsError(
+            f"{source}/config.json: expected num_blocks and prompt_switch_blocks as whole numbers, "
+            f"got {blocks!r} and {switches!r}"
+        )
+    return blocks, switches
+
+
 def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
     config = ModelConfig.from_flat(bundle.config)
     memory = {MEMORY_PREFIX + name: shape for name, shape in memory_shapes(config).items()}
@@ -136,13 +152,7 @@ def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
     networks = Networks(config, tensors, options, bundle.backend, attention=attention)
     mode = MemoryMode.OFF if config.memory is None else MemoryMode.EVOLVE
     rollout = build_rollout(config, networks, mode, bundle.executor)
-    blocks, switches = bundle.config["num_blocks"], bundle.config.get("prompt_switch_blocks", [])
-    whole = [n for n in (blocks, *switches) if isinstance(n, int) and n >= 0] if isinstance(switches, list) else []
-    if not whole or len(whole) != 1 + len(switches):
-        raise WeightsError(
-            f"{bundle.source}/config.json: expected num_blocks and prompt_switch_blocks as whole numbers, "
-            f"got {blocks!r} and {switches!r}"
-        )
+    blocks, switches = _script(bundle.config, bundle.source)
     actual: dict[str, Tensor] = {}
 
     def keep_flow(block: int, step: int, flow: Tensor) -> None:
@@ -205,6 +215,8 @@ KINDS: dict[str, Callable[[_Bundle], dict[str, Tensor]]] = {
     "vae": _vae,
     "text_encoder": _text_encoder,
 }
+RECIPE = "recipe"
+_WITH_LINEAR_LAYERS = ("rollout", RECIPE)  # which dtype float8 is about
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -217,15 +229,30 @@ def _read_config(folder: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise WeightsError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(config, dict) or config.get("kind") not in KINDS:
+    kinds = (*KINDS, RECIPE)
+    if not isinstance(config, dict) or config.get("kind") not in kinds:
         kind = config.get("kind") if isinstance(config, dict) else None
-        raise WeightsError(f"{path}: expected a kind of {', '.join(KINDS)}; got {kind!r}")
+        raise WeightsError(f"{path}: expected a kind of {', '.join(kinds)}; got {kind!r}")
     return config
+
+
+def find_bundles(folder: Path) -> list[Path]:
+    """The folders at and below ``folder`` whose ``config.json`` has a ``kind``, in order of their names."""
+    found = (Path(place) for place, _, files in os.walk(folder) if "config.json" in files)
+    return sorted(place for place in found if _has_kind(place / "config.json"))
+
+
+def _has_kind(path: Path) -> bool:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # somebody else's file
+    return isinstance(config, dict) and "kind" in config
 
 
 def has_float8_layers(path: str | Path) -> bool:
     """Whether dtype float8 is about the bundle in folder ``path``; :class:`WeightsError` where there is none."""
-    return bool(_read_config(Path(path))["kind"] == "rollout")
+    return _read_config(Path(path))["kind"] in _WITH_LINEAR_LAYERS
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -249,49 +276,69 @@ def verify_bundle(
 
     ``dump``: a folder; all computed tensors go to ``<dump>/<bundle name>/actual.safetensors``. Expected tensors that
     were not computed count as infinitely wrong. ``graphs``: whether what repeats is captured and replayed (None: on a
-    GPU, yes). ``float8_except``: layers of a rollout that stay in bfloat16 in dtype float8, as patterns. Raises
+    GPU, yes). ``float8_except``: layers of a transformer that stay in bfloat16 in dtype float8, as patterns. Raises
     :class:`EchoError` where the bundle cannot be run at all.
     """
     folder = Path(path)
     config = _read_config(folder)
     place = parse_device(device)
     precision = parse_dtype(dtype, place)
-    if config["kind"] != "rollout":
+    if config["kind"] not in _WITH_LINEAR_LAYERS:
         precision = working_dtype(precision)
-    chosen = choose_backend(backend, place, memory=_memory(config, working_dtype(precision)))
-    bundle = _Bundle(
-        config=config,
-        weights=open_tensors(folder / "weights.safetensors"),
-        inputs=open_tensors(folder / "inputs.safetensors"),
-        expected=open_tensors(folder / "expected.safetensors"),
-        device=place,
-        dtype=precision,
-        backend=chosen,
-        executor=make_executor(place, graphs),
-        source=str(folder),
-        float8_except=float8_except,
-    )
+    inputs, expected = (open_tensors(folder / f"{name}.safetensors") for name in ("inputs", "expected"))
+    precisions: Sequence[Precision] = ()
     try:
-        with model_context(bundle.device, bundle.dtype):
-            actual = KINDS[config["kind"]](bundle)
+        if config["kind"] == RECIPE:
+            actual, chosen = RecipeBundle(folder, config, inputs).latents(
+                *_script(config, str(folder)),
+                device=place,
+                dtype=precision,
+                backend=backend,
+                graphs=graphs,
+                float8_except=float8_except,
+            )
+        else:
+            chosen = choose_backend(backend, place, memory=_memory(config, working_dtype(precision)))
+            bundle = _Bundle(
+                config=config,
+                weights=open_tensors(folder / "weights.safetensors"),
+                inputs=inputs,
+                expected=expected,
+                device=place,
+                dtype=precision,
+                backend=chosen,
+                executor=make_executor(place, graphs),
+                source=str(folder),
+                float8_except=float8_except,
+            )
+            actual, precisions = _run(bundle)
     except KeyError as missing:
         raise WeightsError(f"{folder}/config.json lacks {missing.args[0]!r}") from None
-    finally:
-        bundle.executor.close()
-    decoded = config["kind"] == "vae" and "video" in bundle.expected
-    precisions = _decoding(bundle).precisions() if decoded else ()
     name = folder.resolve().name
     if dump is not None:
         dump_tensors(Path(dump) / name, actual)
+    bounds = RECIPE_BOUNDS if config["kind"] == RECIPE else BOUNDS
     rows = [
         Row(
             name=key,
-            error=relative_error(actual[key], bundle.expected[key]) if key in actual else float("inf"),
-            bound=BOUNDS[bundle.dtype],
+            error=relative_error(actual[key], expected[key]) if key in actual else float("inf"),
+            bound=bounds[precision],
         )
-        for key in bundle.expected
+        for key in expected
     ]
-    return BundleReport(name=name, kind=config["kind"], backend=chosen, rows=tuple(rows), precisions=precisions)
+    return BundleReport(name=name, kind=config["kind"], backend=chosen, rows=tuple(rows), precisions=tuple(precisions))
+
+
+def _run(bundle: _Bundle) -> tuple[dict[str, Tensor], Sequence[Precision]]:
+    """What the bundle's kind computes, and of a VAE its video in lower precisions."""
+    kind = bundle.config["kind"]
+    try:
+        with model_context(bundle.device, bundle.dtype):
+            actual = KINDS[kind](bundle)
+    finally:
+        bundle.executor.close()
+    decoded = kind == "vae" and "video" in bundle.expected
+    return actual, _decoding(bundle).precisions() if decoded else ()
 
 
 def _memory(config: Mapping[str, Any], dtype: torch.dtype) -> tuple[torch.dtype, int] | None:

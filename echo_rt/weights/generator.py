@@ -40,20 +40,29 @@ class GeneratorTensors:
     memory_part: str | None
 
 
-def load_generator(path: str | Path, config: TransformerConfig, *, ema: bool | None = None) -> GeneratorTensors:
+def load_generator(
+    path: str | Path, config: TransformerConfig, *, ema: bool | None = None, prefer_ema: bool = True
+) -> GeneratorTensors:
     """The generator of a checkpoint (``.pt``, ``.pth`` or ``.safetensors``), mapped, for a transformer of ``config``.
 
-    ``ema``: ``True`` takes ``generator_ema`` and fails without it, ``False`` takes ``generator``, ``None`` the average
-    where there is one. A memory encoder that the average lacks comes from ``generator``. The memory encoder fits or
-    does not fit a video's size: that is for :func:`check_memory`.
+    ``ema``: ``True`` takes ``generator_ema`` and fails without it, ``False`` takes ``generator`` and fails without it;
+    ``None`` takes the average or not as ``prefer_ema`` says, and the other where the file has that one alone. A memory
+    encoder that the average lacks comes from ``generator``. The memory encoder fits or does not fit a video's size:
+    that is for :func:`check_memory`.
 
     Errors: ``WeightsError`` for a file that is damaged, lacks the part asked for, or holds another model.
     """
-    file = open_tensors(path)
+    return take_generator(open_tensors(path), config, ema=ema, prefer_ema=prefer_ema)
+
+
+def take_generator(
+    file: TensorFile, config: TransformerConfig, *, ema: bool | None = None, prefer_ema: bool = True
+) -> GeneratorTensors:
+    """As :func:`load_generator`, of a file that is open."""
     sections = {name.split(".", 1)[0] for name in file}
     if LORA_SECTION in sections or any(".lora_A." in name for name in file):
         raise WeightsError(f"{file.path}: expected a whole generator, came a LoRA, which is merged into one instead")
-    part = _choose_part(sections, ema, file.path)
+    part = _choose_part(sections, ema, prefer_ema, file.path)
     transformer, memory = _split(file, part)
     memory_part = part
     if not memory and part == GENERATOR_EMA and GENERATOR in sections:
@@ -69,6 +78,11 @@ def load_generator(path: str | Path, config: TransformerConfig, *, ema: bool | N
         part=part,
         memory_part=memory_part if memory else None,
     )
+
+
+def holds_memory(file: TensorFile) -> bool:
+    """Whether a memory encoder is in a checkpoint or LoRA file, in any of its parts."""
+    return any(MEMORY_PREFIX in name for name in file)
 
 
 def check_memory(tensors: Mapping[str, Tensor], config: ModelConfig, source: str) -> None:
@@ -111,16 +125,15 @@ def _split(file: TensorFile, part: str) -> tuple[Mapping[str, Tensor], Mapping[s
     return split_memory(file if part == BARE else section(file, part), f"{file.path} ({part})")
 
 
-def _choose_part(sections: set[str], ema: bool | None, path: Path) -> str:
+def _choose_part(sections: set[str], ema: bool | None, prefer_ema: bool, path: Path) -> str:
     has_ema, has_plain = GENERATOR_EMA in sections, GENERATOR in sections
-    if ema is None:
-        ema = has_ema
-    if ema and has_ema:
-        return GENERATOR_EMA
-    if not ema and has_plain:
-        return GENERATOR
-    if not ema and not has_ema:
+    if not (has_ema or has_plain) and not ema:
         return BARE
+    wants_ema = ema if ema is not None else has_ema and (prefer_ema or not has_plain)
+    if wants_ema and has_ema:
+        return GENERATOR_EMA
+    if not wants_ema and has_plain:
+        return GENERATOR
     wanted = GENERATOR_EMA if ema else GENERATOR
     came = " and ".join(name for name in (GENERATOR, GENERATOR_EMA) if name in sections) or "neither it nor generator"
     raise WeightsError(f"{path}: expected {wanted}, which was asked for, came {came}")

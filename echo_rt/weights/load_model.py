@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,12 +23,17 @@ from echo_rt.options import (
     check_overrides,
     latent_size,
 )
+from echo_rt.recipes import Recipe
 from echo_rt.utils.device import parse_device
+from echo_rt.weights.choice import Taken, cautions, choose_recipe, ema_reason
+from echo_rt.weights.files import open_tensors
 from echo_rt.weights.folder import ModelFolder
 from echo_rt.weights.from_shapes import memory_facts
-from echo_rt.weights.generator import check_memory, load_generator
+from echo_rt.weights.generator import BARE, GENERATOR_EMA, GeneratorTensors, check_memory, take_generator
 from echo_rt.weights.lora import merge_lora
 from echo_rt.weights.tiny_vae import TinyVae, open_tiny_vae
+
+_logger = logging.getLogger("echo_rt.recipe")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +41,8 @@ class LoadedModel:
     """Tensors by their original names, on the host or mapped; ``memory`` is None where the mode needs none.
 
     ``vae`` is the VAE whose latents these are; ``tiny_vae`` the decoder in place of the folder's own, which is then not
-    looked at, None for that one. ``transformer_source`` and ``memory_source`` say where tensors are from.
+    looked at, None for that one. ``taken`` says by which recipe it runs and what it was made of, ``transformer_source``
+    and ``memory_source`` where tensors are from.
     """
 
     folder: ModelFolder
@@ -47,12 +54,13 @@ class LoadedModel:
     tiny_vae: TinyVae | None
     transformer_source: str
     memory_source: str
+    taken: Taken
 
 
-def load_model(model: str | Path, options: RuntimeOptions) -> LoadedModel:
+def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str, Any] | None = None) -> LoadedModel:
     """Open what :meth:`echo_rt.Runtime.from_pretrained` makes a runtime of; its errors are explained there.
 
-    A LoRA is merged on the device of ``options``.
+    A LoRA is merged on the device of ``options``. ``snapshot``: how the one to go on with describes its model.
     """
     checkpoint, lora, ema, vae = options.checkpoint, options.lora, options.ema, options.vae
     if ema is not None and not isinstance(ema, bool):
@@ -68,7 +76,11 @@ def load_model(model: str | Path, options: RuntimeOptions) -> LoadedModel:
     folder = ModelFolder.open(model)
     transformer_config = folder.transformer_config()
     defaults = check_overrides(folder.rollout_defaults(), f"{model}: echo_rt in config.json", FOLDER_FACTS)
-    facts = {**defaults, **check_overrides(options.overrides or {}, "overrides")}
+    overrides = check_overrides(options.overrides or {}, "overrides")
+    opened = None if checkpoint is None else open_tensors(checkpoint)
+    choice = choose_recipe(options.recipe, defaults, snapshot, opened, lora, model)
+    recipe = choice.recipe
+    facts = {**choice.facts(defaults), **overrides}
     width = facts.get("width", RELEASED_SIZE[0]) if options.width is None else options.width
     height = facts.get("height", RELEASED_SIZE[1]) if options.height is None else options.height
     vae_config = folder.vae_config() if vae == WAN_VAE else folder.latents_config()
@@ -81,10 +93,12 @@ def load_model(model: str | Path, options: RuntimeOptions) -> LoadedModel:
 
     memory_tensors: Mapping[str, Tensor] | None = None
     source = memory_source = str(model)
-    if checkpoint is None:
+    generator: GeneratorTensors | None = None
+    if opened is None:
         tensors = folder.transformer_tensors()
     else:
-        generator = load_generator(checkpoint, transformer_config, ema=ema)
+        prefer_ema = recipe is None or recipe.ema
+        generator = take_generator(opened, transformer_config, ema=ema, prefer_ema=prefer_ema)
         tensors, memory_tensors = generator.transformer, generator.memory
         source = memory_source = str(checkpoint)
     if lora is not None:
@@ -93,6 +107,8 @@ def load_model(model: str | Path, options: RuntimeOptions) -> LoadedModel:
         if merged.memory is not None:
             memory_tensors, memory_source = merged.memory, str(lora)
 
+    if wanted is None:
+        choice.check_memory(memory_tensors is not None, memory_source)
     mode = wanted or (MemoryMode.OFF if memory_tensors is None else MemoryMode.EVOLVE)
     if mode is MemoryMode.OFF:
         memory_tensors = None
@@ -108,6 +124,17 @@ def load_model(model: str | Path, options: RuntimeOptions) -> LoadedModel:
     config = ModelConfig.from_flat(flat)
     if memory_tensors is not None:
         config = _with_memory(flat, config, memory_tensors, memory_source)
+    taken = Taken(
+        recipe=None if recipe is None else recipe.name,
+        recipe_reason=choice.reason,
+        ema=None if generator is None or generator.part == BARE else generator.part == GENERATOR_EMA,
+        ema_reason=ema_reason(ema, recipe, generator),
+        model=str(model),
+        checkpoint=None if checkpoint is None else str(checkpoint),
+        loras=() if lora is None else ((str(lora), 1.0),),
+        cautions=cautions(recipe, lora is not None, config.memory, memory_is_asked=wanted is not None),
+    )
+    _tell(taken, recipe)
     return LoadedModel(
         folder=folder,
         config=config,
@@ -118,7 +145,18 @@ def load_model(model: str | Path, options: RuntimeOptions) -> LoadedModel:
         tiny_vae=tiny_vae,
         transformer_source=source,
         memory_source=memory_source,
+        taken=taken,
     )
+
+
+def _tell(taken: Taken, recipe: Recipe | None) -> None:
+    """What was taken, in the log, and in what that is not as published."""
+    _logger.info("%s", taken.line)
+    if recipe is not None:
+        for note in recipe.notes:
+            _logger.info("recipe %s: %s", recipe.name, note)
+    for caution in taken.cautions:
+        _logger.warning("%s", caution)
 
 
 def _is_path(value: object) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from echo_rt.config import MemoryConfig, ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import OutputError, TargetError
-from echo_rt.options import check_seed, latent_size
+from echo_rt.options import RECIPE, check_seed, latent_size
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import counted
 from echo_rt.weights.layout_original import (
@@ -54,6 +53,7 @@ _FILES = {
     *(f"{TOKENIZER_FOLDER}/{name}" for name in _TOKENIZER_FILES),
 }
 _MARK = "tiny_seed"  # in config.json, tells a folder that was written here from anyone else's
+_RECIPE = "echo-infinity-long"  # whose memory encoder this one is
 _GENERATOR_PREFIX = "model."
 _TRAINED, _TRAINED_EMA = 0.02, 0.01  # how far the checkpoint's weights are from the folder's
 
@@ -160,7 +160,7 @@ def _put_in_place(part: Path, target: Path) -> None:
 
 def _write_parts(part: Path, config: ModelConfig, vae: VaeConfig, seed: int, width: int, height: int) -> None:
     transformer, draw = config.transformer, Draw(seed)
-    facts = {_MARK: seed, "width": width, "height": height, **dataclasses.asdict(config.window)}
+    facts = {_MARK: seed, "width": width, "height": height, RECIPE: _RECIPE}
     (part / TRANSFORMER_CONFIG).write_text(json.dumps(wan_config(transformer, facts), indent=2) + "\n")
     base = transformer_tensors(transformer, draw)
     data = safetensors.torch.save(_cast(base, torch.bfloat16), {"format": "pt"})

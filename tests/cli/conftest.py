@@ -16,6 +16,7 @@ from torch import Tensor
 from echo_rt.cli.main import main
 from echo_rt.errors import StreamError
 from echo_rt.options import MemoryMode
+from echo_rt.weights.choice import Taken
 
 TEXT_DIM, TEXT_LEN = 8, 4
 
@@ -67,6 +68,9 @@ class FakeRuntime:
     frame_size = (64, 48)
     memory = MemoryMode.EVOLVE
     backend, backend_reason = "torch", "the device is cpu"
+    taken = Taken(
+        "echo-infinity-long", "the folder names it", False, "as in the recipe", "folder", "c.pt", (("l.pt", 1.0),)
+    )
     device = torch.device("cpu")
     config = SimpleNamespace(
         latent_shape=(16, 6, 8),

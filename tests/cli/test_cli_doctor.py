@@ -99,7 +99,7 @@ def test_a_missing_package(echo_rt, monkeypatch, module, name, code):
 
 STREAM = """
 import echo_rt, torch
-with echo_rt.Runtime.from_pretrained(model, device="cpu") as runtime:
+with echo_rt.Runtime.from_pretrained(model, device="cpu", memory="off") as runtime:
     with runtime.stream(prompt_embeds=torch.zeros(5, runtime.config.transformer.text_dim)) as stream:
         assert [next(stream).index for _ in range(2)] == [0, 1]
     try:

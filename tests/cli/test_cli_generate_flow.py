@@ -40,6 +40,13 @@ def test_everything_at_once(echo_rt, fake_runtime, tmp_path, frame_count):
         "memory": "evolve",
         "backend": "torch",
         "backend_reason": "the device is cpu",
+        "recipe": "echo-infinity-long",
+        "recipe_reason": "the folder names it",
+        "ema": False,
+        "ema_reason": "as in the recipe",
+        "model": "folder",
+        "checkpoint": "c.pt",
+        "loras": [{"file": "l.pt", "strength": 1.0}],
         "exit_reason": "complete",
         "exit_code": 0,
     }
@@ -50,7 +57,8 @@ def test_everything_at_once(echo_rt, fake_runtime, tmp_path, frame_count):
 
 
 def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
-    options = "--checkpoint c.pt --lora l.pt --no-ema --device cpu --dtype float8 --memory prior --backend torch"
+    options = "--checkpoint c.pt --lora l.pt --no-ema --recipe longlive --device cpu --dtype float8 --memory prior"
+    options += " --backend torch"
     options += " --vae-dtype float32 --vae tiny --vae-tiles 3 --attention sdpa --convolution phases --lookahead 2"
     options += " --float8-except *.ffn.2 --float8-except blocks.0.* --no-graphs"
     options += " --size 128x96 --keep-text-encoder --frames 1 --quiet"
@@ -61,6 +69,7 @@ def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
         "checkpoint": Path("c.pt"),
         "lora": Path("l.pt"),
         "ema": False,
+        "recipe": "longlive",
         "device": "cpu",
         "dtype": "float8",
         "float8_except": ("*.ffn.2", "blocks.0.*"),

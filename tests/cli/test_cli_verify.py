@@ -28,6 +28,29 @@ def test_golden_bundles_pass(echo_rt, golden_dir, tmp_path):
     assert all(each["psnr"] > 40 and 0.99 < each["ssim"] <= 1 for each in precisions[1])
 
 
+def test_a_folder_of_bundles(echo_rt, golden_dir, tmp_path):
+    for name in ("text_encoder", "vae"):
+        shutil.copytree(golden_dir / name, tmp_path / "all" / "deep" / name)
+    (tmp_path / "all" / "config.json").write_text("not JSON")
+    arguments = ("verify", tmp_path / "all", "--device", "cpu", "--dump", tmp_path / "dump", "--json")
+    outcome = echo_rt(*arguments)
+    assert outcome.code == 0, outcome.err
+    assert [bundle["name"] for bundle in outcome.json["bundles"]] == ["text_encoder", "vae"]
+    assert sorted(path.name for path in (tmp_path / "dump").iterdir()) == ["text_encoder", "vae"]
+    shutil.copytree(golden_dir / "vae", tmp_path / "all" / "vae")
+    assert echo_rt(*arguments).error == "--dump: expected bundles of different names, got two called 'vae'"
+    (tmp_path / "empty").mkdir()
+    outcome = echo_rt("verify", tmp_path / "empty", "--device", "cpu")
+    assert outcome.code == 2 and "is not a golden bundle" in outcome.error
+
+
+def test_a_bundle_of_a_recipe(echo_rt, golden_dir):
+    outcome = echo_rt("verify", golden_dir / "recipes" / "longlive_early_switch", "--device", "cpu")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith("longlive_early_switch (recipe)\n")
+    assert "longlive_early_switch: passed, 9 of 9 tensors within bounds" in outcome.out
+
+
 def test_a_model_beside_a_bundle(echo_rt, golden_dir, small_model, tmp_path):
     outcome = echo_rt("verify", golden_dir / "vae", small_model, "--device", "cpu", "--dump", tmp_path)
     assert outcome.code == 0, outcome.err

@@ -149,7 +149,7 @@ def test_a_snapshot_of_another_model_is_refused(tiny_model: Path, runtime: echo_
         other.resume(snapshot)
     with load(tiny_model, memory="prior") as other, pytest.raises(StreamError, match="memory is 'evolve'"):
         other.resume(snapshot)
-    with load(tiny_model, ema=False) as other, pytest.raises(StreamError, match="weights of the transf"):
+    with load(tiny_model, ema=True) as other, pytest.raises(StreamError, match="weights of the transf"):
         other.resume(snapshot)
     broken = dataclasses.replace(snapshot, tensors={k: v for k, v in snapshot.tensors.items() if k != "rollout.kv"})
     with pytest.raises(StreamError, match=r"rollout\.kv: expected .* got nothing"):

@@ -1,0 +1,237 @@
+"""Recipes: how each published checkpoint is sampled by those who made it, as one table. Knows no torch.
+
+Weights do not say how they want to be sampled, and the wrong way gives a video all the same, a worse one. The values
+are those of the publishers' own configurations.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from echo_rt.errors import ConfigError
+
+LONGVIDEO_FILE = "longvideo.pt"  # Causal-Forcing's, which runs by none of the recipes
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A file on the Hugging Face hub: repository ``hub``, ``path`` in it (None for all of the repository).
+
+    ``role``: the option that takes it. ``known_by``: how a path ends that is taken for this file where no recipe is
+    named; None for a name that says too little.
+    """
+
+    hub: str
+    path: str | None
+    role: Literal["model", "checkpoint", "lora"]
+    known_by: str | None = None
+
+    @property
+    def download(self) -> str:
+        """The command that fetches it."""
+        return " ".join(["hf download", self.hub, *([] if self.path is None else [self.path])])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a checkpoint is sampled.
+
+    ``facts``: of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`. ``ema``: whether the publisher runs
+    the averaged weights. ``memory``: whether there must be a memory encoder or must be none. ``normalize_k``: whether
+    the published one normalizes its keys, None without one. ``lora``: whether a LoRA is merged into the checkpoint.
+    ``files``: what is published, without Wan2.1 itself. ``notes``: where ours differs from the publisher's program, or
+    goes on where that one ends.
+    """
+
+    name: str
+    facts: Mapping[str, Any]
+    ema: bool
+    memory: Literal["required", "absent"]
+    normalize_k: bool | None
+    lora: bool
+    files: tuple[PublishedFile, ...]
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Every value in plain JSON types."""
+        facts = {name: list(value) if isinstance(value, tuple) else value for name, value in self.facts.items()}
+        files = [
+            {"hub": file.hub, "path": file.path, "option": file.role, "download": file.download}
+            for file in (BASE, *self.files)
+        ]
+        return {
+            "name": self.name,
+            "facts": facts,
+            "ema": self.ema,
+            "memory": self.memory,
+            "normalize_k": self.normalize_k,
+            "lora": self.lora,
+            "files": files,
+            "notes": list(self.notes),
+        }
+
+
+BASE = PublishedFile("Wan-AI/Wan2.1-T2V-1.3B", None, "model")
+_ECHO_INFINITY = "Echo-Team/Echo-Infinity"
+_CAUSAL_FORCING = "zhuhz22/Causal-Forcing"
+_LONGLIVE = "Efficient-Large-Model/LongLive-1.3B"
+
+_FOUR_STEPS = (1000, 750, 500, 250)
+_PAST_21 = "the publisher's program makes 21 latent frames (81 of video) at most; what follows is our rolling window"
+_SWITCH = "the publisher has no prompt switch; ours makes the keys of the whole window anew"
+_LONGLIVE_FILES = (
+    PublishedFile(_LONGLIVE, "models/longlive_base.pt", "checkpoint", known_by="longlive_base.pt"),
+    PublishedFile(_LONGLIVE, "models/lora.pt", "lora"),
+)
+
+
+def _facts(**others: Any) -> dict[str, Any]:
+    """The facts of a rollout: those that most recipes share, and ``others``."""
+    return {
+        "frames_per_block": 3,
+        "sink_frames": 3,
+        "local_frames": 9,
+        "max_temporal_id": 20,
+        "denoising_steps": _FOUR_STEPS,
+        "first_block_steps": (),
+        "timestep_shift": 5.0,
+        "context_timestep": 0.0,
+        "recache_sink": False,
+        **others,
+    }
+
+
+def _echo_infinity(
+    name: str, *, normalize_k: bool, lora: bool, reads: str, rebuild: bool, notes: tuple[str, ...] = ()
+) -> Recipe:
+    memory = {"memory_frames": 3, "memory_reads": reads, "rebuild_on_prompt_switch": rebuild}
+    roles: tuple[Literal["checkpoint", "lora"], ...] = ("checkpoint", "lora") if lora else ("checkpoint",)
+    return Recipe(
+        name=name,
+        facts=_facts(**memory),
+        ema=False,
+        memory="required",
+        normalize_k=normalize_k,
+        lora=lora,
+        files=tuple(PublishedFile(_ECHO_INFINITY, None, role) for role in roles),
+        notes=notes,
+    )
+
+
+def _forcing(name: str, hub: str, path: str, known_by: str, *, ema: bool, **others: Any) -> Recipe:
+    """A recipe without sink and memory: a window as long as what the publisher makes, and absolute positions."""
+    return Recipe(
+        name=name,
+        facts=_facts(**{"sink_frames": 0, "local_frames": 21, "max_temporal_id": 1023, **others}),
+        ema=ema,
+        memory="absent",
+        normalize_k=None,
+        lora=False,
+        files=(PublishedFile(hub, path, "checkpoint", known_by),),
+        notes=(_PAST_21, _SWITCH),
+    )
+
+
+def _longlive(name: str, max_temporal_id: int, notes: tuple[str, ...] = ()) -> Recipe:
+    return Recipe(
+        name=name,
+        facts=_facts(max_temporal_id=max_temporal_id, recache_sink=True),
+        ema=False,
+        memory="absent",
+        normalize_k=None,
+        lora=True,
+        files=_LONGLIVE_FILES,
+        notes=notes,
+    )
+
+
+_TABLE = (
+    _echo_infinity(
+        "echo-infinity-short",
+        normalize_k=True,
+        lora=False,
+        reads="rotated",
+        rebuild=False,
+        notes=(
+            "the publisher's program makes 21 latent frames and no prompt switch; past frame 20 nothing is published: "
+            "ours goes on with bounded ids, and the memory reads keys rotated by them",
+        ),
+    ),
+    _echo_infinity(
+        "echo-infinity-long",
+        normalize_k=False,
+        lora=True,
+        reads="unrotated",
+        rebuild=True,
+    ),
+    _forcing("self-forcing", "gdhe17/Self-Forcing", "checkpoints/self_forcing_dmd.pt", "self_forcing_dmd.pt", ema=True),
+    _forcing(
+        "causal-forcing-chunkwise",
+        _CAUSAL_FORCING,
+        "chunkwise/causal_forcing.pt",
+        "chunkwise/causal_forcing.pt",
+        ema=False,
+    ),
+    _forcing(
+        "causal-forcing-framewise",
+        _CAUSAL_FORCING,
+        "framewise/causal_forcing.pt",
+        "framewise/causal_forcing.pt",
+        ema=True,
+        frames_per_block=1,
+    ),
+    _forcing(
+        "causal-forcing-framewise-2step",
+        _CAUSAL_FORCING,
+        "causal-forcing++/framewise-2step.pt",
+        "framewise-2step.pt",
+        ema=True,
+        frames_per_block=1,
+        denoising_steps=(1000, 500),
+        first_block_steps=_FOUR_STEPS,
+    ),
+    _forcing(
+        "causal-forcing-framewise-1step",
+        _CAUSAL_FORCING,
+        "causal-forcing++/framewise-1step.pt",
+        "framewise-1step.pt",
+        ema=True,
+        frames_per_block=1,
+        denoising_steps=(1000,),
+        first_block_steps=_FOUR_STEPS,
+    ),
+    _longlive(
+        "longlive",
+        1023,
+        ("positions are absolute up to frame 1023, where the publisher's program ends; ours goes on with bounded ids",),
+    ),
+    _longlive("longlive-infinity", 11),  # of the same files, whose names select the one above
+)
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _TABLE}
+
+
+def find_recipe(name: object, source: str = "recipe") -> Recipe:
+    """The recipe called ``name``; :class:`ConfigError`, which begins with ``source``, names all and the closest."""
+    recipe = RECIPES.get(name) if isinstance(name, str) else None
+    if recipe is None:
+        close = difflib.get_close_matches(name.lower(), RECIPES, n=1) if isinstance(name, str) else []
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ConfigError(f"{source} must be one of {', '.join(RECIPES)}; got {name!r}{hint}")
+    return recipe
+
+
+def published_as(path: str | Path) -> Recipe | None:
+    """The recipe of the published checkpoint that ``path`` has the name of, None for any other name."""
+    # Not resolved: in a hub's cache the name is a link to a file called by its digest.
+    parts = Path(os.path.abspath(path)).parts
+    for recipe in RECIPES.values():
+        for file in recipe.files:
+            name = () if file.known_by is None else Path(file.known_by).parts
+            if name and parts[-len(name) :] == name:
+                return recipe
+    return None

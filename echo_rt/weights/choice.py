@@ -1,0 +1,189 @@
+"""Which recipe a model's files are run by where none is named, and what was taken: said in one line, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from echo_rt.config import MemoryConfig
+from echo_rt.errors import ConfigError
+from echo_rt.options import RECIPE
+from echo_rt.recipes import LONGVIDEO_FILE, RECIPES, Recipe, find_recipe, published_as
+from echo_rt.weights.files import open_tensors
+from echo_rt.weights.generator import BARE, GENERATOR_EMA, GeneratorTensors, holds_memory
+from echo_rt.weights.tensors import TensorFile
+
+TAKEN = "taken"  # the fact of a snapshot's model: Taken as plain JSON types
+_WINDOW = {"frames_per_block", "sink_frames", "local_frames", "max_temporal_id"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A recipe, or None where facts of a folder or a snapshot stand in its place; ``reason``: why this one.
+
+    ``by``: who says so, ``"caller"``, ``"snapshot"``, ``"folder"`` or ``"files"``.
+    """
+
+    recipe: Recipe | None
+    reason: str
+    by: Literal["caller", "snapshot", "folder", "files"]
+
+    def facts(self, of_folder: Mapping[str, Any]) -> dict[str, Any]:
+        """The recipe's, and on top those of the folder, unless they belong to another recipe than this one."""
+        if self.recipe is None:
+            return dict(of_folder)
+        if self.recipe.name != of_folder.get(RECIPE, None if _is_whole(of_folder) else self.recipe.name):
+            of_folder = {name: value for name, value in of_folder.items() if name in ("width", "height")}
+        return {**self.recipe.facts, **of_folder}
+
+    def check_memory(self, there: bool, source: str) -> None:
+        """:class:`ConfigError` where the weights of ``source`` lack a memory encoder that the recipe needs, or have one
+        that it cannot use. A folder's recipe goes without: what checkpoint is put into it, it cannot know. What a
+        snapshot was made with, it says itself.
+        """
+        if self.recipe is None or self.by == "snapshot" or there == (self.recipe.memory == "required"):
+            return
+        if self.by == "folder" and not there:
+            return
+        needs, has = ("needs a memory encoder", "none") if not there else ("has no memory", "a memory encoder")
+        raise ConfigError(
+            f"recipe {self.recipe.name!r} {needs}, and {source} has {has}: expected the files of this recipe, "
+            "or memory 'off'"
+        )
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a model was made of, and why.
+
+    ``ema``: whether the weights are the checkpoint's averaged ones, None of a checkpoint without parts, or of none.
+    ``loras``: file and strength of each. ``cautions``: in what the files are not as those that the recipe is made for.
+    """
+
+    recipe: str | None
+    recipe_reason: str
+    ema: bool | None
+    ema_reason: str
+    model: str
+    checkpoint: str | None
+    loras: tuple[tuple[str, float], ...] = ()
+    cautions: tuple[str, ...] = ()
+
+    @property
+    def line(self) -> str:
+        """All of it but the cautions, in one line."""
+        recipe = "no recipe" if self.recipe is None else f"recipe {self.recipe}"
+        weights = {True: "the EMA weights", False: "the plain weights", None: "the weights"}[self.ema]
+        where = self.model if self.checkpoint is None else f"{self.checkpoint} ({self.ema_reason})"
+        loras = "".join(f", with the LoRA {file} at strength {strength:g}" for file, strength in self.loras)
+        place = "" if self.checkpoint is None else f", in {self.model}"
+        return f"{recipe} ({self.recipe_reason}): {weights} of {where}{loras}{place}"
+
+    def for_snapshots(self) -> dict[str, Any]:
+        """What a stream that goes on from a snapshot was made of as well: all but why this recipe."""
+        return {name: value for name, value in self.as_json().items() if name != "recipe_reason"}
+
+    def as_json(self) -> dict[str, Any]:
+        """In plain JSON types, but the cautions."""
+        plain = asdict(self)
+        del plain["cautions"]
+        return {**plain, "loras": [{"file": file, "strength": strength} for file, strength in self.loras]}
+
+
+def choose_recipe(
+    named: str | None,
+    of_folder: Mapping[str, Any],
+    snapshot: Mapping[str, Any] | None,
+    checkpoint: TensorFile | None,
+    lora: str | Path | None,
+    model: str | Path,
+) -> Choice:
+    """The recipe that is named by the caller, by the snapshot to go on with or by the folder, or else the one that the
+    files tell.
+
+    ``snapshot``: how it describes its model; ``of_folder``: the object ``echo_rt`` of the folder's config.
+
+    Errors: ``ConfigError``, with the names of all recipes, where nothing tells which one it is.
+    """
+    if named is not None:
+        return Choice(find_recipe(named), "asked for by name", "caller")
+    if snapshot is not None:
+        before = snapshot.get(TAKEN)
+        name = before.get(RECIPE) if isinstance(before, dict) else None
+        if name is None:
+            return Choice(None, "as in the snapshot, which names none", "snapshot")
+        return Choice(find_recipe(name, "the snapshot's recipe"), "as in the snapshot", "snapshot")
+    if RECIPE in of_folder:
+        source = f"{model}: echo_rt in config.json: {RECIPE}"
+        return Choice(find_recipe(of_folder[RECIPE], source), "the folder names it", "folder")
+    if _is_whole(of_folder):
+        return Choice(None, "the folder's config.json has its facts", "folder")
+    return _told_by_files(checkpoint, lora, model)
+
+
+def _is_whole(of_folder: Mapping[str, Any]) -> bool:
+    """Whether a folder says all of the window itself, as those do that were written before there were recipes."""
+    return of_folder.keys() >= _WINDOW
+
+
+def _told_by_files(checkpoint: TensorFile | None, lora: str | Path | None, model: str | Path) -> Choice:
+    if checkpoint is None:
+        raise _unknown(f"nothing says how {model} is sampled, a stock Wan2.1 without a checkpoint that is distilled")
+    if lora is not None and holds_memory(open_tensors(lora)):
+        return Choice(RECIPES["echo-infinity-long"], "the LoRA has a memory encoder", "files")
+    if holds_memory(checkpoint):
+        return Choice(RECIPES["echo-infinity-short"], "the checkpoint has a memory encoder", "files")
+    published = published_as(checkpoint.path)
+    if published is not None:
+        return Choice(published, f"{checkpoint.path.name} is published under this name", "files")
+    if checkpoint.path.name == LONGVIDEO_FILE:
+        raise _unknown(
+            f"{checkpoint.path} has the name of a checkpoint for Rolling-Forcing, a window of four blocks at different "
+            "noise levels, which is none of the recipes"
+        )
+    raise _unknown(f"neither tensors nor name of {checkpoint.path} tell how it is sampled")
+
+
+def _unknown(why: str) -> ConfigError:
+    return ConfigError(f"{why}: expected a recipe by name, one of {', '.join(RECIPES)} (echo-rt recipes shows them)")
+
+
+def ema_reason(asked: bool | None, recipe: Recipe | None, generator: GeneratorTensors | None) -> str:
+    """Why these weights of a checkpoint were taken and not others."""
+    if generator is None:
+        return "no checkpoint"
+    if generator.part == BARE:
+        return "it has no others"
+    if asked is not None:
+        return "asked for"
+    took_ema = generator.part == GENERATOR_EMA
+    if recipe is None:
+        return "it has them" if took_ema else "it has no EMA weights"
+    if took_ema == recipe.ema:
+        return "as in the recipe"
+    return "it has no others, the recipe's are " + ("the EMA weights" if recipe.ema else "the plain ones")
+
+
+def cautions(
+    recipe: Recipe | None, lora: bool, memory: MemoryConfig | None, *, memory_is_asked: bool
+) -> tuple[str, ...]:
+    """In what the files are others than the recipe is published for, though they can be run by it.
+
+    ``lora``: whether there is one; ``memory_is_asked``: whether the caller has said what the memory does.
+    """
+    if recipe is None:
+        return ()
+    found = []
+    if recipe.lora and recipe.memory == "absent" and not lora:
+        found.append(f"recipe {recipe.name} is published with a LoRA, and none is given")
+    if recipe.memory == "required" and memory is None and not memory_is_asked:
+        found.append(f"recipe {recipe.name} is made for a memory encoder, and there is none: it runs without")
+    if memory is not None and recipe.normalize_k is not None and memory.normalize_k != recipe.normalize_k:
+        words = {True: "normalizes", False: "does not normalize"}
+        found.append(
+            f"the memory encoder of recipe {recipe.name} {words[recipe.normalize_k]} its keys, "
+            f"this one {words[memory.normalize_k]} them"
+        )
+    return tuple(found)
