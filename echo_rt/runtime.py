@@ -19,7 +19,7 @@ from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import Guard
 from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.ops.backends import choose_backend
-from echo_rt.options import WAN_VAE, MemoryMode, RuntimeOptions, check_seed
+from echo_rt.options import WAN_VAE, Lora, MemoryMode, RuntimeOptions, check_seed
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.ways import BACKEND, ways_of
 from echo_rt.stream import Stream
@@ -71,7 +71,8 @@ class Runtime:
         model: str | Path,
         *,
         checkpoint: str | Path | None = None,
-        lora: str | Path | None = None,
+        lora: Lora = None,
+        lora_alpha: float | None = None,
         ema: bool | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -97,7 +98,9 @@ class Runtime:
         Args:
             model: a folder with Wan2.1-T2V-1.3B in the original or the diffusers layout.
             checkpoint: generator weights (Echo-Infinity, Self-Forcing, ...) that replace the folder's transformer.
-            lora: a LoRA merged into the transformer; it may carry the memory encoder.
+            lora: LoRAs merged into the transformer, in order: a path, or a list of paths and (path, strength) pairs, of
+                which one may carry the memory encoder. A path is a file in any naming, or a folder of PEFT.
+            lora_alpha: alpha of the LoRAs that state none; None for their rank.
             ema: True for the checkpoint's EMA weights, False for the plain ones, None for EMA where it has them; of no
                 checkpoint neither can be asked for.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for a GPU where there is one.
@@ -144,6 +147,7 @@ class Runtime:
         options = RuntimeOptions(
             checkpoint=checkpoint,
             lora=lora,
+            lora_alpha=lora_alpha,
             ema=ema,
             device=device,
             dtype=dtype,

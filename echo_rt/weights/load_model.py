@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,9 @@ from echo_rt.options import (
     MemoryMode,
     RuntimeOptions,
     check_overrides,
+    is_path,
     latent_size,
+    lora_text,
 )
 from echo_rt.utils.device import parse_device
 from echo_rt.weights.folder import ModelFolder
@@ -35,7 +36,8 @@ class LoadedModel:
     """Tensors by their original names, on the host or mapped; ``memory`` is None where the mode needs none.
 
     ``vae`` is the VAE whose latents these are; ``tiny_vae`` the decoder in place of the folder's own, which is then not
-    looked at, None for that one. ``transformer_source`` and ``memory_source`` say where tensors are from.
+    looked at, None for that one. ``transformer_source`` and ``memory_source`` say where tensors are from; ``loras`` are
+    the paths and strengths of what is merged into the transformer.
     """
 
     folder: ModelFolder
@@ -47,22 +49,22 @@ class LoadedModel:
     tiny_vae: TinyVae | None
     transformer_source: str
     memory_source: str
+    loras: tuple[tuple[Path, float], ...]
 
 
 def load_model(model: str | Path, options: RuntimeOptions) -> LoadedModel:
     """Open what :meth:`echo_rt.Runtime.from_pretrained` makes a runtime of; its errors are explained there.
 
-    A LoRA is merged on the device of ``options``.
+    LoRAs are merged on the device of ``options``.
     """
-    checkpoint, lora, ema, vae = options.checkpoint, options.lora, options.ema, options.vae
+    checkpoint, ema, vae = options.checkpoint, options.ema, options.vae
     if ema is not None and not isinstance(ema, bool):
         raise ConfigError(f"ema must be True, False or None, got {ema!r}")
-    for name, path in (("checkpoint", checkpoint), ("lora", lora)):
-        if path is not None and not _is_path(path):
-            raise ConfigError(f"{name} must be a path or None, got {path!r}")
+    if checkpoint is not None and not is_path(checkpoint):
+        raise ConfigError(f"checkpoint must be a path or None, got {checkpoint!r}")
     if ema is not None and checkpoint is None:
         raise ConfigError(f"ema says which weights of a checkpoint to take: expected a checkpoint beside ema={ema}")
-    if not _is_path(vae):
+    if not is_path(vae):
         raise ConfigError(f"vae must be {WAN_VAE!r}, {TINY_VAE!r} or a path, got {vae!r}")
     wanted = None if options.memory is None else MemoryMode.parse(options.memory)
     folder = ModelFolder.open(model)
@@ -87,11 +89,11 @@ def load_model(model: str | Path, options: RuntimeOptions) -> LoadedModel:
         generator = load_generator(checkpoint, transformer_config, ema=ema)
         tensors, memory_tensors = generator.transformer, generator.memory
         source = memory_source = str(checkpoint)
-    if lora is not None:
-        merged = merge_lora(tensors, lora, device=parse_device(options.device))
-        tensors, source = merged.transformer, f"{source} with {lora}"
-        if merged.memory is not None:
-            memory_tensors, memory_source = merged.memory, str(lora)
+    merged = merge_lora(tensors, options.lora, alpha=options.lora_alpha, device=parse_device(options.device))
+    if merged.loras:
+        tensors, source = merged.transformer, f"{source} with {', '.join(lora_text(*lora) for lora in merged.loras)}"
+    if merged.memory is not None:
+        memory_tensors, memory_source = merged.memory, str(merged.memory_path)
 
     mode = wanted or (MemoryMode.OFF if memory_tensors is None else MemoryMode.EVOLVE)
     if mode is MemoryMode.OFF:
@@ -118,11 +120,8 @@ def load_model(model: str | Path, options: RuntimeOptions) -> LoadedModel:
         tiny_vae=tiny_vae,
         transformer_source=source,
         memory_source=memory_source,
+        loras=merged.loras,
     )
-
-
-def _is_path(value: object) -> bool:
-    return isinstance(value, (str, os.PathLike)) and bool(os.fspath(value))  # an empty one is the folder one is in
 
 
 def _transformer_facts(config: TransformerConfig) -> dict[str, Any]:

@@ -250,13 +250,13 @@ def test_memory_encoder_in_safetensors(tmp_path: Path) -> None:
         # What is no LoRA.
         (lambda t: t | {"blocks.0.norm3.weight": torch.ones(24)}, "1 of something else: blocks.0.norm3.weight"),
         (lambda t: t | {f"{MODULES[0]}.lora_A.second.weight": torch.ones(RANK, 24)}, "expected one adapter"),
-        (lambda t: {"step": torch.ones(1)}, "expected a LoRA (lora_A and lora_B), came 1 tensor without any"),
+        (lambda t: {"step": torch.ones(1)}, "expected a LoRA (lora_A and lora_B), found 1 tensor without any"),
         (lambda t: transformer(), "expected a LoRA"),
         # Alphas.
-        (lambda t: t | {"alpha": torch.tensor(0.0)}, "expected alpha to be a number above 0, came 0.0"),
+        (lambda t: t | {"alpha": torch.tensor(0.0)}, "expected alpha to be a number above 0, found 0.0"),
         (
             lambda t: t | {"lora_alpha": torch.tensor(float("nan"))},
-            "expected lora_alpha to be a number above 0, came nan",
+            "expected lora_alpha to be a number above 0, found nan",
         ),
         (lambda t: t | {"nowhere.alpha": torch.tensor(1.0)}, "1 of others: nowhere"),
     ],
@@ -273,7 +273,7 @@ def test_refused(
 
 def test_alpha_that_is_no_number(lora: Path) -> None:
     saved(lora, {"generator_lora": peft(factors()), "alpha": "much"})
-    assert "expected alpha to be a number above 0, came 'much'" in refusal(lambda: merge_lora(transformer(), lora))
+    assert "expected alpha to be a number above 0, found 'much'" in refusal(lambda: merge_lora(transformer(), lora))
 
 
 def test_damaged_file(lora: Path) -> None:
