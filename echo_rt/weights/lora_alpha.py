@@ -70,7 +70,7 @@ def alphas_in(facts: Mapping[str, Fact], names: Mapping[str, str], source: str) 
     """The alphas among ``facts``; ``names``: modules by every name. Those of modules go before those of all."""
     modules: dict[str, float] = {}
     shared: dict[str, float] = {}
-    for name, value in facts.items():
+    for name, value in sorted(facts.items()):
         key = parse_key(name)
         if key is not None and key.part == ALPHA and value not in _NO_ALPHA:
             place, by = (modules, known(key.module, names)) if key.module else (shared, name)
@@ -100,7 +100,7 @@ class AdapterConfig:
                 f"{fields['init_lora_weights']!r} (in {label}); let PEFT convert it"
             )
         alpha, rank = (
-            _stated(fields, name, pattern, f"{label}'s {name}", source)
+            _stated(fields, name, pattern, f"{name} of {label}", source)
             for name, pattern in (("lora_alpha", "alpha_pattern"), ("r", "rank_pattern"))
         )
         return cls(alpha, rank, bool(fields.get("use_rslora")))

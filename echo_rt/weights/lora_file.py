@@ -86,10 +86,10 @@ class LoraFile:
         self._changes, in_tensors = self._sort(names)
         configs = [config for config in (_config_beside(file.path), config_in(facts, self._source)) if config]
         self._alphas = [in_tensors, *alphas_in(facts, names, self._source), *(config.alpha for config in configs)]
-        self._stated_ranks = [config.rank for config in configs]
         self._rank_stabilized = any(config.rank_stabilized for config in configs)
         stray = sorted({name for stated in self._alphas for name in stated.modules} - self._changes.keys())
         self._refuse(stray, "alphas of changed modules", "of others")
+        self._check_ranks([config.rank for config in configs])
 
     def ranks(self) -> set[int]:
         """Those of its pairs of factors."""
@@ -172,7 +172,7 @@ class LoraFile:
             for part in change.parts:
                 if part != DOWN and self._target(module, part) in self._transformer:
                     self._check_shape(self._target(module, part), change, part)
-        self._refuse(unknown, "changes to this transformer", "to modules that it does not have")
+        self._refuse(unknown, "changes to this transformer", "of modules that it does not have")
 
     def _check_shape(self, target: str, change: _Change, part: str) -> None:
         names = [change.parts[each] for each in ((UP, DOWN) if part == UP else (part,))]
@@ -190,6 +190,17 @@ class LoraFile:
             width = next((size for shape in shapes for size in shape if size in _MODELS and size != dim), None)
             model = f": a LoRA of {_MODELS[width]}, {width} wide, for a model {dim} wide" if width else ""
             raise WeightsError(f"{self._source}: expected {what} {list(goal)}, found {came}{model}")
+
+    def _check_ranks(self, places: Sequence[Stated]) -> None:
+        """Raises ``WeightsError`` where PEFT's configs say other ranks than the factors have."""
+        for module, change in self._changes.items():
+            for place in places:
+                stated = place.of(module, change.written)
+                if DOWN in change.parts and stated not in (None, self._rank(change)):
+                    raise WeightsError(
+                        f"{self._source}: expected {change.written} of rank {stated:g}, as {place.label} says, "
+                        f"found {self._rank(change)}"
+                    )
 
     def _refuse(self, names: Sequence[str], expected: str, fault: str) -> None:
         if names:
