@@ -181,9 +181,11 @@ class LoraFile:
         if part != UP:
             fits, what = shapes == [goal], f"a difference of {target}"
         else:
-            (up, down), what = map(_matrix, shapes), "factors of a weight"
-            rank = (*down, 0)[0]
-            fits = len(goal) > 1 and rank > 0 and up == (goal[0], rank) and down == _matrix((rank, *goal[1:]))
+            what = "factors of a weight"
+            rank = (*shapes[1], 0)[0]
+            # Some have the kernel of a convolution in them, some ones in its place, some a matrix.
+            matrices = [(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1]
+            fits = len(goal) > 1 and rank > 0 and matrices == [(goal[0], rank), (rank, math.prod(goal[1:]))]
         if not fits:
             came = " and ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
             dim = self._transformer["patch_embedding.weight"].shape[0]
@@ -205,13 +207,6 @@ class LoraFile:
     def _refuse(self, names: Sequence[str], expected: str, fault: str) -> None:
         if names:
             raise WeightsError(f"{self._source}: expected {expected}, found {len(names)} {fault}: {first_names(names)}")
-
-
-def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """``shape`` without the ones that convolutions have behind their channels."""
-    while len(shape) > 2 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
 
 
 def _is_scalar(tensor: Tensor) -> bool:

@@ -161,14 +161,17 @@ def test_differences(lora: Path, prefix: str) -> None:
         assert torch.allclose(tensor, expected, rtol=1e-6, atol=1e-6), name
 
 
-def test_factors_of_a_convolution_and_of_a_bias(lora: Path) -> None:
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "matrix"])
+def test_factors_of_a_convolution_and_of_a_bias(lora: Path, kernel: bool) -> None:
     weight, bias = (transformer()[f"patch_embedding.{which}"] for which in ("weight", "bias"))
     low_rank = random_tensors(
         {"lora_A.weight": (2, *weight.shape[1:]), "lora_B.weight": (len(weight), 2, 1, 1, 1), "lora_B.bias": bias.shape}
     )
+    down, up, added = low_rank.values()
+    if not kernel:
+        low_rank |= {"lora_A.weight": down.flatten(1), "lora_B.weight": up.flatten(1)}
     saved(lora, {f"patch_embedding.{name}": tensor for name, tensor in low_rank.items()} | {"alpha": ALPHA})
     merged = merge_lora(transformer(), lora).transformer
-    down, up, added = low_rank.values()
     expected = weight + ALPHA / 2 * torch.einsum("or,r...->o...", up.flatten(1), down)
     assert torch.allclose(merged["patch_embedding.weight"], expected, rtol=1e-5, atol=1e-5)
     assert torch.allclose(merged["patch_embedding.bias"], bias + ALPHA / 2 * added)
@@ -429,9 +432,15 @@ def test_memory_encoder_in_safetensors(tmp_path: Path) -> None:
         (lambda t: t | {f"{MODULES[0]}.lora_A.weight": torch.ones(0, 24)}, "lora_A.weight [0, 24]"),
         (
             lambda t: (
+                t | {f"{MODULES[0]}.lora_A.weight": torch.ones(1, 24), f"{MODULES[0]}.lora_B.weight": torch.ones(24)}
+            ),
+            "lora_B.weight [24] and",
+        ),
+        (
+            lambda t: (
                 t
                 | {
-                    "patch_embedding.lora_A.weight": torch.ones(2, 64),
+                    "patch_embedding.lora_A.weight": torch.ones(2, 63),
                     "patch_embedding.lora_B.weight": torch.ones(24, 2),
                 }
             ),
