@@ -44,7 +44,7 @@ OVERRIDES = (
 # What a model folder may say beside them.
 FOLDER_FACTS = ("width", "height", "tiny_seed")
 
-# What LoRAs are given as: a path, or paths that may each have a strength.
+# LoRAs as callers name them: a path, or a sequence of paths of which each may have a strength.
 Lora = str | Path | Sequence[str | Path | tuple[str | Path, float]] | None
 
 _SEEDS = 2**64
@@ -117,12 +117,12 @@ class RuntimeOptions:
 
 
 def is_path(value: object) -> bool:
-    """Whether ``value`` is a path; an empty one, which would be the folder that one is in, is not."""
+    """Return whether ``value`` is a path; an empty one, which would mean the working folder, is not."""
     return isinstance(value, (str, os.PathLike)) and bool(os.fspath(value))
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is a finite real number."""
+    """Return whether ``value`` is a finite real number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

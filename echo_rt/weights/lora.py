@@ -1,7 +1,7 @@
 """LoRAs merged into the transformer's weights, one tensor at a time.
 
-``W' = W + strength * (alpha/rank * B @ A + difference)`` for each of them, in float32. The sum stays float32, so that
-whoever computes with it rounds it once.
+``W' = W + strength * (alpha/rank * B @ A + difference)`` for each of them, in float32. The sum stays float32: it is
+rounded once, to the dtype that is computed in.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _MergedTensors(Mapping[str, Tensor]):
         return tensor
 
     def origins(self, name: str) -> list[Tensor]:
-        """What the tensor is made of: the one of before, and all that each term depends on."""
+        """The tensors that a merged one is computed from: the base weight, then those of each term."""
         return [self._base[name], *(origin for term in self._terms.get(name, ()) for origin in term.origins())]
 
     def __iter__(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What LoRA files say of their alphas and ranks, beside the tensors: header fields, facts and PEFT's configs."""
+"""Alphas and ranks that LoRA files state beside their tensors: in header fields, facts and PEFT's configs."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from echo_rt.errors import WeightsError
 from echo_rt.weights.lora_keys import ALPHA, known, parse_key
 from echo_rt.weights.tensors import Fact
 
-# Under it, PEFT's config is a JSON text in the header of what diffusers saves.
+# The header field in which diffusers stores PEFT's config as JSON.
 _CONFIG_IN_HEADER = "lora_adapter_metadata"
-# What sd-scripts write where every module has its own alpha, or none was asked for: the tensors have them.
+# Values of sd-scripts that state nothing: every module has an alpha tensor then.
 _NO_ALPHA = ("Dynamic", "None", "")
-# Ways to begin a LoRA that leave the base weights as they are; PEFT's others (PiSSA, OLoRA, ...) change these as well.
+# Initializations that leave the base weights as they are; PEFT's others (PiSSA, OLoRA, ...) change them.
 _PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
-# Of a bfloat16, as which some trainers store alpha.
+# The precision of bfloat16, in which some trainers store alpha.
 _ROUNDING = 2**-8
 
 
 @dataclass(frozen=True)
 class Stated:
-    """A number that one place states of modules, theirs or that of all; ``label`` names the place for messages.
+    """A number (alpha or rank) that one place in a file states, for single modules or as the default of all.
 
-    ``patterns`` are PEFT's: regular expressions for the end of a module's name as the file has it.
+    ``label`` names the place in messages. ``patterns`` are PEFT's: regular expressions for the end of a module's name.
     """
 
     label: str
@@ -36,7 +36,7 @@ class Stated:
     patterns: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, module: str, written: str) -> float | None:
-        """The number of ``module``, which the file calls ``written``."""
+        """The number for ``module``, which the file calls ``written``; None where nothing is stated."""
         for pattern, number in self.patterns.items():
             if re.fullmatch(rf"(.*\.)?({pattern})", written):
                 return number
@@ -44,7 +44,7 @@ class Stated:
 
 
 def agreed(places: Iterable[Stated], module: str, written: str, what: str, source: str) -> float | None:
-    """The number that ``places`` state of ``module``, None where none does; ``WeightsError`` where two disagree."""
+    """The number that ``places`` state for ``module``, or None; ``WeightsError`` where two of them disagree."""
     found = [(place.label, number) for place in places if (number := place.of(module, written)) is not None]
     for label, number in found[1:]:
         if not math.isclose(number, found[0][1], rel_tol=_ROUNDING):
@@ -67,7 +67,7 @@ def positive(value: Any, name: str, source: str) -> float:
 
 
 def alphas_in(facts: Mapping[str, Fact], names: Mapping[str, str], source: str) -> list[Stated]:
-    """The alphas among ``facts``; ``names``: modules by every name. Those of modules go before those of all."""
+    """The alphas among ``facts``, one place for each shared one; ``names`` as of :func:`module_names`."""
     modules: dict[str, float] = {}
     shared: dict[str, float] = {}
     for name, value in sorted(facts.items()):
@@ -82,7 +82,7 @@ def alphas_in(facts: Mapping[str, Fact], names: Mapping[str, str], source: str) 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """PEFT's config of an adapter: its alphas and ranks; ``rank_stabilized``: alpha is divided by the rank's root."""
+    """Alphas and ranks of PEFT's config; ``rank_stabilized``: alpha is divided by the square root of the rank."""
 
     alpha: Stated
     rank: Stated
@@ -90,7 +90,7 @@ class AdapterConfig:
 
     @classmethod
     def read(cls, fields: Mapping[str, Any], label: str, source: str) -> AdapterConfig:
-        """From the fields of ``label``; ``WeightsError`` for another method than LoRA."""
+        """Read the fields of the config called ``label``; ``WeightsError`` for another method than LoRA."""
         method = "DoRA" if fields.get("use_dora") else fields.get("peft_type") or "LORA"
         if method != "LORA":
             raise WeightsError(f"{source}: expected a LoRA, found {method} (in {label})")
@@ -118,7 +118,7 @@ def _stated(fields: Mapping[str, Any], name: str, pattern: str, label: str, sour
 
 
 def config_in(facts: Mapping[str, Fact], source: str) -> AdapterConfig | None:
-    """PEFT's config in the header of a file that diffusers saved; None where there is none."""
+    """PEFT's config in the header of a file of diffusers, or None; raises ``WeightsError``."""
     text = facts.get(_CONFIG_IN_HEADER)
     if text is None:
         return None

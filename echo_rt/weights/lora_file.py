@@ -1,4 +1,4 @@
-"""One LoRA file: what it adds to which tensor of the transformer, checked against that name by name."""
+"""One LoRA file: its changes to the transformer, each checked against the tensor that it changes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from echo_rt.weights.tensors import Fact, RenamedTensors, TensorFile, first_name
 # What PEFT and diffusers call the file in a folder of theirs, and PEFT its config.
 _FOLDER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
 _ADAPTER_CONFIG = "adapter_config.json"
-# The factors of a product, and the bias of one, need each other.
+# A part that is of no use without another one.
 _PARTNERS = {DOWN: UP, UP: DOWN, UP_BIAS: UP}
 # The models that LoRAs are made for, by width.
 _MODELS = {1536: "Wan2.1 1.3B", 3072: "Wan2.2 5B", 5120: "Wan 14B"}
@@ -45,13 +45,13 @@ _MODELS = {1536: "Wan2.1 1.3B", 3072: "Wan2.2 5B", 5120: "Wan 14B"}
 
 @dataclass(frozen=True)
 class Term:
-    """What is added to one tensor: ``scale`` times a difference, or times the product of two factors, up and down."""
+    """A summand of one tensor: ``scale`` times a difference, or times the product of two factors (up, down)."""
 
     factors: tuple[Tensor, ...]
     scale: float
 
     def added_to(self, total: Tensor) -> Tensor:
-        """``total`` (float32) with it, of the same shape and on the same device."""
+        """``total`` (float32) plus this term, on the device of ``total``."""
         wide = [factor.to(total.device, torch.float32) for factor in self.factors]
         if len(wide) == 1:
             return torch.add(total, wide[0], alpha=self.scale)
@@ -59,22 +59,22 @@ class Term:
         return torch.addmm(total.flatten(1), up, down, alpha=self.scale).view(total.shape)
 
     def origins(self) -> list[Tensor]:
-        """All that it depends on; the down factor first, as snapshots have it."""
+        """All tensors that the term depends on; the down factor first, which is the order of older snapshots."""
         return [*reversed(self.factors), torch.tensor(self.scale, device="cpu")]
 
 
 @dataclass
 class _Change:
-    """What changes one module: names in the file by part. ``written`` is the module as the file calls it."""
+    """The tensors that change one module: part -> name in the file. ``written`` is the file's name of the module."""
 
     written: str
     parts: dict[str, str] = field(default_factory=dict)
 
 
 class LoraFile:
-    """An opened LoRA file for ``transformer`` (original names); raises ``WeightsError`` as ``merge_lora`` explains.
+    """An opened LoRA file that fits ``transformer`` (original names); ``memory`` is its memory encoder or None.
 
-    ``memory`` is its memory encoder, None without one.
+    Raises ``WeightsError``, as :func:`echo_rt.weights.lora.merge_lora` explains.
     """
 
     def __init__(self, path: Path, transformer: Mapping[str, Tensor]) -> None:
@@ -92,15 +92,15 @@ class LoraFile:
         self._check_ranks([config.rank for config in configs])
 
     def ranks(self) -> set[int]:
-        """Those of its pairs of factors."""
+        """The ranks of the pairs of factors."""
         return {self._rank(change) for change in self._changes.values() if DOWN in change.parts}
 
     def alphas(self) -> set[float | None]:
-        """What it states of its pairs of factors, None among them where it says nothing of one."""
+        """The alphas that the file states for its pairs of factors; None stands for a pair without one."""
         return {self._alpha(module) for module, change in self._changes.items() if DOWN in change.parts}
 
     def terms(self, strength: float, alpha: float | None) -> Iterator[tuple[str, Term]]:
-        """The tensors that change, and what is added to each; ``alpha`` is that of factors without one of their own."""
+        """The changed tensors with their terms; ``alpha`` is for the pairs of factors that the file states none for."""
         for module, change in self._changes.items():
             scale = 0.0
             if DOWN in change.parts:
@@ -128,7 +128,7 @@ class LoraFile:
         return module if module in self._transformer else f"{module}.{WEIGHT}"
 
     def _sort(self, names: Mapping[str, str]) -> tuple[dict[str, _Change], Stated]:
-        """What changes, by module, and the alphas that are tensors."""
+        """The changes by module, and the alphas that are tensors."""
         changes: dict[str, _Change] = {}
         alphas: dict[str, float] = {}
         others: list[str] = []
@@ -167,7 +167,7 @@ class LoraFile:
         self._refuse(unpaired, "lora_A and lora_B in pairs", "without a partner")
         images = [name for name in unknown if is_of_images(name)]
         self._refuse(images, "a LoRA of a text-to-video model", "of an image-to-video one")
-        # Before what is unknown: of a larger model, which has more blocks, the width says more.
+        # Shapes before unknown names: a LoRA of a larger model has more blocks too, but its width says which model.
         for module, change in changes.items():
             for part in change.parts:
                 if part != DOWN and self._target(module, part) in self._transformer:
@@ -183,7 +183,7 @@ class LoraFile:
         else:
             what = "factors of a weight"
             rank = (*shapes[1], 0)[0]
-            # Some have the kernel of a convolution in them, some ones in its place, some a matrix.
+            # The factors of a convolution are stored with its kernel, with ones in place of it, or as matrices.
             matrices = [(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1]
             fits = len(goal) > 1 and rank > 0 and matrices == [(goal[0], rank), (rank, math.prod(goal[1:]))]
         if not fits:
@@ -194,7 +194,7 @@ class LoraFile:
             raise WeightsError(f"{self._source}: expected {what} {list(goal)}, found {came}{model}")
 
     def _check_ranks(self, places: Sequence[Stated]) -> None:
-        """Raises ``WeightsError`` where PEFT's configs say other ranks than the factors have."""
+        """Raises ``WeightsError`` where the factors do not have the ranks that PEFT's configs state."""
         for module, change in self._changes.items():
             for place in places:
                 stated = place.of(module, change.written)

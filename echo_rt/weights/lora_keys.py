@@ -1,4 +1,4 @@
-"""The keys of LoRA files, in every naming: which module of the transformer a tensor changes, and which part it is.
+"""The keys of LoRA files, in every naming: the module of the transformer, and the part of its change.
 
 Every naming is a row of a table. A module is looked up by its name with ``_`` for ``.``, so one table holds Wan's
 names, those of diffusers and the flat ones of kohya's trainers.
@@ -40,9 +40,9 @@ _FACTORS = {
     "lora_linear_layer.up": UP,
 }
 _DIFFERENCES = {"diff": WEIGHT, "w_norm": WEIGHT, "diff_b": BIAS, "b_norm": BIAS}
-# Fields that hold the alpha of all modules; before the last of them, a module's name makes it the alpha of that one.
+# Names of alpha: alone that of all modules, behind a module's name the alpha of that module.
 ALPHA_FIELDS = ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha")
-# Changes to a weight that are no sum with a product of two factors.
+# Other methods, which do not add a product of two factors, by how the names of their tensors begin.
 _OTHER_METHODS = {
     "DoRA": ("dora_scale", "lora_magnitude_vector"),
     "LoKr": ("lokr_",),
@@ -67,14 +67,14 @@ _IMAGE = re.compile(_either(_IMAGE_MODULES))
 
 
 class LoraKey(NamedTuple):
-    """A key taken apart: the module without what training put before it (``""``: all modules), and the part."""
+    """A key taken apart: the module without prefixes (``""``: all modules), and the part of its change."""
 
     module: str
     part: str
 
 
 def parse_key(name: str) -> LoraKey | None:
-    """What the key ``name`` of a LoRA file says; None for one that is no part of a LoRA."""
+    """Take the key ``name`` of a LoRA file apart; None for a key that is no part of a LoRA."""
     name = without_wrappers(name)
     while prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), ""):
         name = name.removeprefix(prefix)
@@ -94,23 +94,23 @@ def parse_key(name: str) -> LoraKey | None:
 
 
 def is_factor(name: str) -> bool:
-    """Whether a tensor of this name is a LoRA's factor, in any naming."""
+    """Return whether a tensor of this name is a LoRA's factor, in any naming."""
     key = parse_key(name)
     return key is not None and key.part in (DOWN, UP)
 
 
 def other_method(name: str) -> str | None:
-    """The name of the method whose tensor this is, where it is not LoRA; None for everything else."""
+    """The method other than LoRA that has tensors of this name; None where there is none."""
     return next((method for method, pattern in _METHODS.items() if pattern.search(name)), None)
 
 
 def is_of_images(module: str) -> bool:
-    """Whether a module of this name is one that only image-to-video models have."""
+    """Return whether only image-to-video models have a module of this name."""
     return _IMAGE.search(module) is not None
 
 
 def module_names(tensors: Iterable[str]) -> dict[str, str]:
-    """The modules of the transformer with these ``tensors`` (Wan's names), by every name with ``_`` for ``.``."""
+    """Every name, with ``_`` for ``.``, of the modules of these ``tensors`` (Wan's names) -> Wan's name."""
     key_map = transformer_key_map()
     modules: dict[str, str] = {}
     for name in tensors:
@@ -120,7 +120,7 @@ def module_names(tensors: Iterable[str]) -> dict[str, str]:
 
 
 def known(module: str, names: Mapping[str, str]) -> str:
-    """Our name of the ``module`` of a file, by :func:`module_names`; ``module`` itself where the model lacks it."""
+    """Wan's name of a file's ``module``, by :func:`module_names`; ``module`` itself where the model lacks it."""
     return names.get(module.replace(".", "_"), module)
 
 

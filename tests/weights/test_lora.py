@@ -134,6 +134,33 @@ def test_every_naming(tmp_path: Path, naming: str, container: str) -> None:
     check_merged(merged.transformer)
 
 
+@pytest.mark.parametrize(
+    ("naming", "convert"),
+    [
+        ("comfyui", "_convert_non_diffusers_wan_lora_to_diffusers"),
+        ("kohya", "_convert_musubi_wan_lora_to_diffusers"),
+    ],
+)
+def test_what_diffusers_converts_is_the_same(tmp_path: Path, naming: str, convert: str) -> None:
+    """Its own converters take other names to its own, and alpha into the factors."""
+    conversion = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    prefix, of_module, down, up = NAMINGS[naming]
+    tensors = {}
+    for module in MODULES:
+        tensors |= {
+            f"{prefix}{of_module(module)}.{ending}": tensor
+            for ending, tensor in (
+                (down, factors()[f"{module}.lora_A.weight"]),
+                (up, factors()[f"{module}.lora_B.weight"]),
+                ("alpha", torch.tensor(float(ALPHA))),
+            )
+        }
+    path = saved(tmp_path / "lora.safetensors", tensors)
+    check_merged(merge_lora(transformer(), path).transformer, scale=ALPHA / RANK)
+    path = saved(tmp_path / "converted.safetensors", getattr(conversion, convert)(tensors))  # which it writes into
+    check_merged(merge_lora(transformer(), path).transformer, scale=ALPHA / RANK)
+
+
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "transformer."])
 def test_differences(lora: Path, prefix: str) -> None:
     """Of CausVid's and LightX2V's files: of weights, biases, norms and modulations; no alpha scales them."""
