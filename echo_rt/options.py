@@ -70,6 +70,9 @@ class RuntimeOptions:
 
     checkpoint: str | Path | None = None
     lora: str | Path | None = None
+    text_encoder: str | Path | None = None
+    tokenizer: str | Path | None = None
+    vae_file: str | Path | None = None
     ema: bool | None = None
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None
@@ -95,6 +98,10 @@ class RuntimeOptions:
         if not isinstance(self.convolution, str | None):
             raise ConfigError(
                 f"convolution must be text, names with commas between, or left out; got {self.convolution!r}"
+            )
+        if self.vae_file is not None and self.vae != WAN_VAE:
+            raise ConfigError(
+                f"vae_file is the file of the model's own VAE: expected vae={WAN_VAE!r} beside it, got {self.vae!r}"
             )
         ahead = self.lookahead
         if ahead is not None and (isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 0):

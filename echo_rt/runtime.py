@@ -72,6 +72,9 @@ class Runtime:
         *,
         checkpoint: str | Path | None = None,
         lora: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        vae_file: str | Path | None = None,
         ema: bool | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -95,9 +98,12 @@ class Runtime:
         """Load a model from disk; nothing is ever downloaded.
 
         Args:
-            model: a folder with Wan2.1-T2V-1.3B in the original or the diffusers layout.
+            model: Wan2.1-T2V-1.3B: a folder in the original or the diffusers layout or with single files by ComfyUI's
+                names, the file of a transformer, or the id of a model in the local Hugging Face cache.
             checkpoint: generator weights (Echo-Infinity, Self-Forcing, ...) that replace the folder's transformer.
             lora: a LoRA merged into the transformer; it may carry the memory encoder.
+            text_encoder, tokenizer, vae_file: the umT5 file, the tokenizer's folder and the VAE's file, in place of the
+                model's own or where it has none.
             ema: True for the checkpoint's EMA weights, False for the plain ones, None for EMA where it has them; of no
                 checkpoint neither can be asked for.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for a GPU where there is one.
@@ -144,6 +150,9 @@ class Runtime:
         options = RuntimeOptions(
             checkpoint=checkpoint,
             lora=lora,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            vae_file=vae_file,
             ema=ema,
             device=device,
             dtype=dtype,

@@ -20,12 +20,23 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
     """Declare them in a group of their own, which is returned."""
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", type=parse_path, required=True, metavar="DIR", help="Wan2.1 folder, original or diffusers"
+        "--model",
+        type=parse_path,
+        required=True,
+        metavar="DIR|FILE",
+        help="Wan2.1 folder (original, diffusers, or with ComfyUI's files), file of its transformer, or id of a model "
+        "in the Hugging Face cache",
     )
     model.add_argument(
         "--checkpoint", type=parse_path, metavar="FILE", help="generator weights, with or without a memory"
     )
     model.add_argument("--lora", type=parse_path, metavar="FILE", help="LoRA to merge into the generator")
+    for option, metavar, what in (
+        ("--text-encoder", "FILE", "umT5"),
+        ("--tokenizer", "DIR", "its tokenizer"),
+        ("--vae-file", "FILE", "Wan2.1 VAE"),
+    ):
+        model.add_argument(option, type=parse_path, metavar=metavar, help=f"{what}, where it is not the model's own")
     model.add_argument("--ema", action=argparse.BooleanOptionalAction, help="use (or not) the averaged weights")
     model.add_argument(
         "--memory",
@@ -79,7 +90,8 @@ def parse_model_options(arguments: argparse.Namespace) -> RuntimeOptions:
 def model_files(arguments: argparse.Namespace) -> list[Named]:
     """What the model is read from, for ``check_outputs`` and ``check_folder``."""
     vae = None if arguments.vae in (WAN_VAE, TINY_VAE) else Path(arguments.vae)
-    named = [(f"--{name}", getattr(arguments, name)) for name in ("model", "checkpoint", "lora")]
+    options = ("--model", "--checkpoint", "--lora", "--text-encoder", "--tokenizer", "--vae-file")
+    named = [(option, getattr(arguments, option[2:].replace("-", "_"))) for option in options]
     return [Named(option, path) for option, path in (*named, ("--vae", vae)) if path is not None]
 
 

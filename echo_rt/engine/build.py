@@ -258,7 +258,9 @@ def build_engine(
         vae=vae,
         model=model,
         ways=ways,
-        prompts=PromptEncoder(folder, config.transformer, device, keep=options.keep_text_encoder),
+        prompts=PromptEncoder(
+            folder, config.transformer, device, keep=options.keep_text_encoder, dtype=networks.model_dtype
+        ),
         lookahead=lookahead,
         check=SteadyCheck(executor, device, pipeline.buffers) if options.check else None,
     )

@@ -156,7 +156,9 @@ class SoakConfig(RuntimeOptions):
         for name in ("out", "serve", "plots", "check", "keep_text_encoder"):  # where it lies and who looks on
             del facts[name]
         facts |= {f"limits.{name}": value for name, value in facts.pop("limits").items()}
-        files = ["model", "checkpoint", "lora"] + ([] if self.vae in (WAN_VAE, TINY_VAE) else ["vae"])
+        files = ["model", "checkpoint", "lora", "text_encoder", "tokenizer", "vae_file"] + (
+            [] if self.vae in (WAN_VAE, TINY_VAE) else ["vae"]
+        )
         for name in files:
             if facts[name] is not None:
                 facts[name] = str(Path(facts[name]).absolute())

@@ -143,7 +143,6 @@ def without_wrappers(name: str) -> str:
 
 def bare(tensors: Mapping[str, Tensor], source: str) -> RenamedTensors:
     """The tensors of a model under their bare names, without what a training run or ComfyUI saves beside them."""
-    weights = {
-        name: name for name in tensors if name.split(".", 1)[0] not in _TRAINING and without_wrappers(name) not in _BAGGAGE
-    }
+    beside = {name for name in tensors if name.split(".", 1)[0] in _TRAINING or without_wrappers(name) in _BAGGAGE}
+    weights = {name: name for name in tensors if name not in beside}
     return rename(RenamedTensors(tensors, weights), without_wrappers, source)
