@@ -33,12 +33,11 @@ class _GgufTensors(Mapping[str, Tensor]):
 
         entry = self._entries[name]
         try:
-            values = quants.dequantize(entry.data, entry.tensor_type)
-        except (NotImplementedError, ValueError) as error:
+            values = torch.from_numpy(quants.dequantize(entry.data, entry.tensor_type))
+        except (NotImplementedError, TypeError, ValueError) as error:
             raise WeightsError(f"{name}: expected a type that gguf dequantizes, {one_line(error)}") from error
         shape, dtype, _ = self.outline(name)
-        # A copy: the mapped bytes may be read-only, or lie where torch wants them aligned.
-        return torch.from_numpy(np.array(values)).reshape(shape).to(dtype)
+        return values.reshape(shape).to(dtype)
 
     def outline(self, name: str) -> Outline:
         """Shape and dtype of tensor ``name``."""
@@ -66,7 +65,7 @@ def open_gguf(path: Path, dtype: torch.dtype) -> TensorFile:
             f"{path}: expected the package gguf to read this GGUF file with, found none (pip install 'echo-rt[gguf]')"
         ) from None
 
-    class Reader(GGUFReader):
+    class Reader(GGUFReader):  # type: ignore[misc]
         """Ends where the file ends; its parent goes on through counts of any size in a damaged file."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
@@ -75,7 +74,7 @@ def open_gguf(path: Path, dtype: torch.dtype) -> TensorFile:
             return super()._get(offset, dtype, count, *args, **kwargs)
 
     try:
-        reader = Reader(path)
+        reader = Reader(path, "c")  # torch wants memory that it may write to; the file stays as it is
         # Arrays are left alone: a tokenizer's vocabulary is long.
         facts = {name: _plain(field.contents()) for name, field in reader.fields.items() if len(field.types) == 1}
         shapes = {entry.name: _shape(reader, entry) for entry in reader.tensors}
