@@ -172,7 +172,7 @@ def open_networks(loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapp
     _logger.log(logging.WARNING if backend.fallback else logging.INFO, "backend %s: %s", backend.name, backend.reason)
     folder, tiny = loaded.folder, loaded.tiny_vae
     decoder = (
-        (folder.vae_tensors(), f"{folder.path} (VAE)")
+        (folder.vae_tensors(), f"{folder.vae_source} (VAE)")
         if tiny is None
         else (tiny.tensors, f"{tiny.path} (tiny decoder)")
     )

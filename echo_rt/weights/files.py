@@ -83,8 +83,9 @@ def _find(path: Path) -> Path:
         found = sorted(file for file in path.parent.iterdir() if variant.fullmatch(file.name))
         if len(found) > 1:
             raise WeightsError(f"{path.parent}: expected one variant, found {first_names([f.name for f in found])}")
-    if not found and os.path.exists(older := path.with_name(f"{path.name}.bin")):
-        found = [older]
+    if not found:
+        older = [path.with_name(f"{prefix}{path.name}.bin") for prefix in ("", "pytorch_")]
+        found = [file for file in older if os.path.exists(file)]
     if not found:
         raise WeightsError(f"{path.parent}: expected {usual[0]} or {usual[1]}, found neither")
     return found[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import TextEncoderConfig, TransformerConfig, VaeConfig
-from echo_rt.errors import WeightsError
+from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.weights import layout_diffusers, layout_original
 from echo_rt.weights.hub import local_model
 from echo_rt.weights.layout_diffusers import DiffusersLayout
@@ -71,22 +71,28 @@ class ModelFolder:
         text_encoder: str | Path | None = None,
         tokenizer: str | Path | None = None,
         vae_file: str | Path | None = None,
+        downloads: Sequence[str] = (),
     ) -> ModelFolder:
         """The model at ``path``: a folder, whose layout is told by the names of its files, or a transformer's file.
 
         A folder of the Hugging Face cache stands for its newest snapshot, a hub id for that in the cache. What is given
-        beside it takes the place of the model's own part.
+        beside it takes the place of the model's own part. ``downloads``: commands that fetch what else is needed, for
+        the message about an id that is not in the cache.
 
-        Errors: ``WeightsError`` for what is missing, and for a folder without a file of any layout.
+        Errors: ``WeightsError`` for what is missing, and for a folder without a file of any layout; ``ConfigError`` for
+        a part that is no path.
         """
         if not isinstance(path, (str, os.PathLike)):
             raise WeightsError(f"expected the path of a folder with a Wan2.1 model, got {path!r}")
         named = {"text_encoder": text_encoder, "tokenizer": tokenizer, "vae_file": vae_file}
+        for option, part in named.items():
+            if part is not None and not (isinstance(part, (str, os.PathLike)) and os.fspath(part)):
+                raise ConfigError(f"{option} must be a path or None, got {part!r}")
         given = {option: Path(part) for option, part in named.items() if part is not None}
         for option, part in given.items():
             if not os.path.exists(part):
                 raise WeightsError(f"{option}: expected a file or folder, found none at {part}")
-        model = local_model(Path(path))
+        model = local_model(Path(path), downloads)
         if os.path.isfile(model):
             return cls(model.parent, OriginalLayout(model.parent, model), given)
         if not os.path.isdir(model):
@@ -157,6 +163,11 @@ class ModelFolder:
         if not any((path / name).is_file() for name in _TOKENIZER_FILES):
             raise WeightsError(f"{path}: expected a tokenizer ({' or '.join(_TOKENIZER_FILES)}), found none of them")
         return path
+
+    @property
+    def vae_source(self) -> Path:
+        """What the VAE is read from, for messages: its own file where one was given, else the model."""
+        return self._given.get("vae_file", self.path)
 
     @property
     def _vae(self) -> Path:

@@ -57,8 +57,7 @@ def load_model(model: str | Path, options: RuntimeOptions) -> LoadedModel:
     checkpoint, lora, ema, vae = options.checkpoint, options.lora, options.ema, options.vae
     if ema is not None and not isinstance(ema, bool):
         raise ConfigError(f"ema must be True, False or None, got {ema!r}")
-    parts = {name: getattr(options, name) for name in ("text_encoder", "tokenizer", "vae_file")}
-    for name, path in (("checkpoint", checkpoint), ("lora", lora), *parts.items()):
+    for name, path in (("checkpoint", checkpoint), ("lora", lora)):
         if path is not None and not _is_path(path):
             raise ConfigError(f"{name} must be a path or None, got {path!r}")
     if ema is not None and checkpoint is None:
@@ -66,7 +65,9 @@ def load_model(model: str | Path, options: RuntimeOptions) -> LoadedModel:
     if not _is_path(vae):
         raise ConfigError(f"vae must be {WAN_VAE!r}, {TINY_VAE!r} or a path, got {vae!r}")
     wanted = None if options.memory is None else MemoryMode.parse(options.memory)
-    folder = ModelFolder.open(model, **parts)
+    folder = ModelFolder.open(
+        model, text_encoder=options.text_encoder, tokenizer=options.tokenizer, vae_file=options.vae_file
+    )
     transformer_config = folder.transformer_config()
     defaults = check_overrides(folder.rollout_defaults(), f"{model}: echo_rt in config.json", FOLDER_FACTS)
     facts = {**defaults, **check_overrides(options.overrides or {}, "overrides")}

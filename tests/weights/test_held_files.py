@@ -513,6 +513,9 @@ def test_models_that_are_not_in_the_cache(cache: Path) -> None:
     message = refusal(lambda: ModelFolder.open("Wan-AI/Wan2.1-T2V-14B"))
     assert f"the Hugging Face cache {cache.parent}, found none" in message
     assert message.endswith("to download it: hf download Wan-AI/Wan2.1-T2V-14B")
+    commands = ["hf download a/b c.pt", "hf download d/e"]
+    message = refusal(lambda: ModelFolder.open("Wan-AI/Wan2.1-T2V-14B", downloads=commands))
+    assert message.endswith("hf download Wan-AI/Wan2.1-T2V-14B && hf download a/b c.pt && hf download d/e")
     assert "does not exist" in refusal(lambda: ModelFolder.open("a/b/c"))
     shutil.rmtree(cache / "snapshots")
     assert "hf download Wan-AI/Wan2.1-T2V-1.3B" in refusal(lambda: ModelFolder.open("Wan-AI/Wan2.1-T2V-1.3B"))

@@ -179,8 +179,9 @@ def test_other_folders_are_named(tmp_path: Path, file: str, said: str) -> None:
 
 def test_variants_of_a_stem(tmp_path: Path) -> None:
     """diffusers' names of copies in another precision, and transformers' old one; the plain file goes first."""
-    torch.save(TENSORS, tmp_path / "model.bin")
-    assert open_tensors(tmp_path / "model").path.name == "model.bin"
+    for name in ("pytorch_model.bin", "model.bin"):
+        torch.save(TENSORS, tmp_path / name)
+        assert open_tensors(tmp_path / "model").path.name == name
     index = write_shards(tmp_path, "model", TENSORS)
     variant = index.rename(tmp_path / "model.safetensors.index.fp16.json")
     assert_same(open_tensors(tmp_path / "model"), TENSORS)
