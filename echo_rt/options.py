@@ -70,9 +70,6 @@ class RuntimeOptions:
 
     checkpoint: str | Path | None = None
     lora: str | Path | None = None
-    text_encoder: str | Path | None = None
-    tokenizer: str | Path | None = None
-    vae_file: str | Path | None = None
     ema: bool | None = None
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None
@@ -81,6 +78,9 @@ class RuntimeOptions:
     memory: str | MemoryMode | None = None
     vae: str | Path = WAN_VAE
     vae_tiles: int = 1
+    vae_file: str | Path | None = None
+    text_encoder: str | Path | None = None
+    tokenizer: str | Path | None = None
     backend: str | None = None
     attention: str | None = None
     convolution: str | None = None

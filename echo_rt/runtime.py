@@ -72,9 +72,6 @@ class Runtime:
         *,
         checkpoint: str | Path | None = None,
         lora: str | Path | None = None,
-        text_encoder: str | Path | None = None,
-        tokenizer: str | Path | None = None,
-        vae_file: str | Path | None = None,
         ema: bool | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -82,6 +79,9 @@ class Runtime:
         memory: str | MemoryMode | None = None,
         vae: str | Path = WAN_VAE,
         vae_tiles: int = 1,
+        vae_file: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None,
         backend: str | None = None,
         attention: str | None = None,
         convolution: str | None = None,
@@ -102,8 +102,6 @@ class Runtime:
                 names, the file of a transformer, or the id of a model in the local Hugging Face cache.
             checkpoint: generator weights (Echo-Infinity, Self-Forcing, ...) that replace the folder's transformer.
             lora: a LoRA merged into the transformer; it may carry the memory encoder.
-            text_encoder, tokenizer, vae_file: the umT5 file, the tokenizer's folder and the VAE's file, in place of the
-                model's own or where it has none.
             ema: True for the checkpoint's EMA weights, False for the plain ones, None for EMA where it has them; of no
                 checkpoint neither can be asked for.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for a GPU where there is one.
@@ -116,6 +114,8 @@ class Runtime:
                 ``.safetensors``), or the path of such a file; the model's own VAE need not be there then.
             vae_tiles: in how many bands of rows the model's own VAE decodes its two highest resolutions: the same video
                 in less device memory and more time.
+            vae_file, text_encoder, tokenizer: the VAE's file, the umT5 file and the tokenizer's folder, in place of the
+                model's own or where it has none.
             backend: which implementation of the operations; None for ``ECHO_RT_BACKEND``, or else ``"cuda"`` on a GPU
                 that the kernels were built for and ``"torch"`` elsewhere. That is also where the kernels do not cover
                 the model, which is one whose memory evolves in float32 or has other head sizes.
@@ -150,9 +150,6 @@ class Runtime:
         options = RuntimeOptions(
             checkpoint=checkpoint,
             lora=lora,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            vae_file=vae_file,
             ema=ema,
             device=device,
             dtype=dtype,
@@ -161,6 +158,9 @@ class Runtime:
             memory=memory,
             vae=vae,
             vae_tiles=vae_tiles,
+            vae_file=vae_file,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
             backend=backend,
             attention=attention,
             convolution=convolution,

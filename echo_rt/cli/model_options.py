@@ -31,12 +31,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
         "--checkpoint", type=parse_path, metavar="FILE", help="generator weights, with or without a memory"
     )
     model.add_argument("--lora", type=parse_path, metavar="FILE", help="LoRA to merge into the generator")
-    for option, metavar, what in (
-        ("--text-encoder", "FILE", "umT5"),
-        ("--tokenizer", "DIR", "its tokenizer"),
-        ("--vae-file", "FILE", "Wan2.1 VAE"),
-    ):
-        model.add_argument(option, type=parse_path, metavar=metavar, help=f"{what}, where it is not the model's own")
     model.add_argument("--ema", action=argparse.BooleanOptionalAction, help="use (or not) the averaged weights")
     model.add_argument(
         "--memory",
@@ -50,6 +44,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
         help=f"who makes pictures of latents: the model's own VAE, or for previews the tiny decoder in its folder, or "
         f"in FILE (default {WAN_VAE})",
     )
+    for option, metavar, what in (
+        ("--vae-file", "FILE", "the VAE"),
+        ("--text-encoder", "FILE", "umT5"),
+        ("--tokenizer", "DIR", "its tokenizer"),
+    ):
+        model.add_argument(option, type=parse_path, metavar=metavar, help=f"{what}, where it is not the model's own")
     model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
     model.add_argument("--vae-dtype", choices=VAE_DTYPE_NAMES, help="what the VAE decodes in; default: as --dtype")
     add_float8_except(model)

@@ -50,10 +50,10 @@ def test_everything_at_once(echo_rt, fake_runtime, tmp_path, frame_count):
 
 
 def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
-    options = "--text-encoder t.gguf --tokenizer words --vae-file v.pth"
-    options += " --checkpoint c.pt --lora l.pt --no-ema --device cpu --dtype float8 --memory prior --backend torch"
-    options += " --vae-dtype float32 --vae-tiles 3 --attention sdpa --convolution phases --lookahead 2"
+    options = "--checkpoint c.pt --lora l.pt --no-ema --device cpu --dtype float8 --memory prior --backend torch"
+    options += " --vae-dtype float32 --vae tiny --vae-tiles 3 --attention sdpa --convolution phases --lookahead 2"
     options += " --float8-except *.ffn.2 --float8-except blocks.0.* --no-graphs"
+    options += " --text-encoder t.gguf --tokenizer words"
     options += " --size 128x96 --keep-text-encoder --frames 1 --quiet"
     outcome = echo_rt("generate", *PROMPT, "-o", tmp_path / "v.mp4", *options.split())
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
@@ -61,17 +61,17 @@ def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
         "model": Path("folder"),
         "checkpoint": Path("c.pt"),
         "lora": Path("l.pt"),
-        "text_encoder": Path("t.gguf"),
-        "tokenizer": Path("words"),
-        "vae_file": Path("v.pth"),
         "ema": False,
         "device": "cpu",
         "dtype": "float8",
         "float8_except": ("*.ffn.2", "blocks.0.*"),
         "vae_dtype": "float32",
         "memory": "prior",
-        "vae": "wan",
+        "vae": "tiny",
         "vae_tiles": 3,
+        "vae_file": None,
+        "text_encoder": Path("t.gguf"),
+        "tokenizer": Path("words"),
         "backend": "torch",
         "attention": "sdpa",
         "convolution": "phases",
