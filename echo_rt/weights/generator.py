@@ -93,7 +93,7 @@ def check_memory(tensors: Mapping[str, Tensor], config: ModelConfig, source: str
 
 def split_memory(tensors: Mapping[str, Tensor], source: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """``tensors`` under their bare names, and apart from them the memory encoder's, without its prefix."""
-    plain = bare(tensors, source)
+    plain = rename(tensors, without_wrappers, source)
     others = {name: name for name in plain if not name.startswith(MEMORY_PREFIX)}
     memory = RenamedTensors(plain, {name: name for name in plain if name not in others})
     return RenamedTensors(plain, others), rename(memory, _memory_name, source)
@@ -111,7 +111,8 @@ def section(file: TensorFile, name: str) -> Mapping[str, Tensor]:
 
 
 def _split(file: TensorFile, part: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    return split_memory(file if part == BARE else section(file, part), f"{file.path} ({part})")
+    source = f"{file.path} ({part})"
+    return split_memory(bare(file if part == BARE else section(file, part), source), source)
 
 
 def _choose_part(sections: set[str], ema: bool | None, path: Path) -> str:

@@ -124,8 +124,10 @@ def rename(tensors: Mapping[str, Tensor], rule: Callable[[str], str], source: st
 
 # Modules that training wraps around others and that leave their names in the keys.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-# Attributes and dicts that a model as a whole lies in: trainers', PEFT's, ComfyUI's. One may lie in another.
-_OWNERS = ("base_model.model.", "state_dict.", "model.", "module.", "diffusion_model.")
+# What the trained object as a whole is called: PEFT's wrapper, then the diffusion wrapper's attribute.
+_OWNERS = ("base_model.model.", "model.")
+# Dicts and modules that a whole model lies in, Lightning's and ComfyUI's among them. One may lie in another.
+_HOLDERS = (*_OWNERS, "state_dict.", "module.", "diffusion_model.")
 # Dicts of a training run beside the model: the state of its optimizers, and a model that is not generated with.
 _TRAINING = ("optimizer", "generator_optimizer", "critic_optimizer", "optimizer_states", "lr_schedulers", "critic")
 # Tensors that are no weights: a tokenizer inside ComfyUI's text encoders.
@@ -136,13 +138,19 @@ def without_wrappers(name: str) -> str:
     """The name of a tensor in the bare model: FSDP's, PEFT's and the trainer's own prefixes taken off."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
-    while owner := next((owner for owner in _OWNERS if name.startswith(owner)), None):
+    for owner in _OWNERS:
         name = name.removeprefix(owner)
     return name
 
 
 def bare(tensors: Mapping[str, Tensor], source: str) -> RenamedTensors:
-    """The tensors of a model under their bare names, without what a training run or ComfyUI saves beside them."""
-    beside = {name for name in tensors if name.split(".", 1)[0] in _TRAINING or without_wrappers(name) in _BAGGAGE}
-    weights = {name: name for name in tensors if name not in beside}
-    return rename(RenamedTensors(tensors, weights), without_wrappers, source)
+    """A whole model's tensors under their bare names, without what a training run or ComfyUI saves beside them."""
+
+    def plain(name: str) -> str:
+        name = without_wrappers(name)
+        while holder := next((holder for holder in _HOLDERS if name.startswith(holder)), None):
+            name = name.removeprefix(holder)
+        return name
+
+    beside = {name for name in tensors if name.split(".", 1)[0] in _TRAINING or plain(name) in _BAGGAGE}
+    return rename(RenamedTensors(tensors, {name: name for name in tensors if name not in beside}), plain, source)
