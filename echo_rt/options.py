@@ -90,6 +90,9 @@ class RuntimeOptions:
     memory: str | MemoryMode | None = None
     vae: str | Path = WAN_VAE
     vae_tiles: int = 1
+    vae_file: str | Path | None = None
+    text_encoder: str | Path | None = None
+    tokenizer: str | Path | None = None
     backend: str | None = None
     attention: str | None = None
     convolution: str | None = None
@@ -115,6 +118,10 @@ class RuntimeOptions:
             raise ConfigError(f"lora_alpha must be a number above 0, got {alpha!r}")
         if alpha is not None and not loras:
             raise ConfigError(f"lora_alpha is that of LoRAs without one: expected a LoRA beside lora_alpha={alpha:g}")
+        if self.vae_file is not None and self.vae != WAN_VAE:
+            raise ConfigError(
+                f"vae_file is the file of the model's own VAE: expected vae={WAN_VAE!r} beside it, got {self.vae!r}"
+            )
         ahead = self.lookahead
         if ahead is not None and (isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 0):
             raise ConfigError(f"lookahead must be a number of blocks, 0 or more, got {ahead!r}")

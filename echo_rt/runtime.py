@@ -86,6 +86,9 @@ class Runtime:
         memory: str | MemoryMode | None = None,
         vae: str | Path = WAN_VAE,
         vae_tiles: int = 1,
+        vae_file: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None,
         backend: str | None = None,
         attention: str | None = None,
         convolution: str | None = None,
@@ -102,7 +105,8 @@ class Runtime:
         """Load a model from disk; nothing is ever downloaded.
 
         Args:
-            model: a folder with Wan2.1-T2V-1.3B in the original or the diffusers layout.
+            model: Wan2.1-T2V-1.3B: a folder in the original or the diffusers layout or with single files by ComfyUI's
+                names, the file of a transformer, or the id of a model in the local Hugging Face cache.
             checkpoint: generator weights (Echo-Infinity, Self-Forcing, ...) that replace the folder's transformer.
             lora: LoRAs merged into the transformer, in order: a path, or a list of paths and (path, strength) pairs, of
                 which one may carry the memory encoder. A path is a file in any naming, or a folder of PEFT.
@@ -121,6 +125,8 @@ class Runtime:
                 ``.safetensors``), or the path of such a file; the model's own VAE need not be there then.
             vae_tiles: in how many bands of rows the model's own VAE decodes its two highest resolutions: the same video
                 in less device memory and more time.
+            vae_file, text_encoder, tokenizer: the VAE's file, the umT5 file and the tokenizer's folder, in place of the
+                model's own or where it has none.
             backend: which implementation of the operations; None for ``ECHO_RT_BACKEND``, or else ``"cuda"`` on a GPU
                 that the kernels were built for and ``"torch"`` elsewhere. That is also where the kernels do not cover
                 the model, which is one whose memory evolves in float32 or has other head sizes.
@@ -166,6 +172,9 @@ class Runtime:
             memory=memory,
             vae=vae,
             vae_tiles=vae_tiles,
+            vae_file=vae_file,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
             backend=backend,
             attention=attention,
             convolution=convolution,

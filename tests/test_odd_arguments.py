@@ -11,7 +11,7 @@ import torch
 from streaming import load
 
 import echo_rt
-from echo_rt.errors import BackendError, ConfigError
+from echo_rt.errors import BackendError, ConfigError, WeightsError
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,9 @@ from echo_rt.errors import BackendError, ConfigError
         ({"attention": ["sdpa"]}, BackendError, r"attention must be one of .*; got \['sdpa'\]"),
         ({"overrides": {3: 1}}, ConfigError, "overrides may name .*; got 3$"),
         ({"overrides": [1]}, ConfigError, r"overrides must be a mapping of names to values, got \[1\]"),
+        ({"tokenizer": 3}, ConfigError, "tokenizer must be a path or None, got 3"),
+        ({"text_encoder": "gone"}, WeightsError, "text_encoder: expected a file or folder, found none at gone"),
+        ({"vae": "tiny", "vae_file": "x"}, ConfigError, "vae_file .* expected vae='wan' beside it, got 'tiny'"),
         ({"device": (1,)}, ConfigError, "device must be 'cpu', 'cuda' or 'cuda:N'"),
     ],
     ids=str,

@@ -20,7 +20,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
     """Declare them in a group of their own, which is returned."""
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", type=parse_path, required=True, metavar="DIR", help="Wan2.1 folder, original or diffusers"
+        "--model",
+        type=parse_path,
+        required=True,
+        metavar="DIR|FILE",
+        help="Wan2.1 folder (original, diffusers, or with ComfyUI's files), file of its transformer, or id of a model "
+        "in the Hugging Face cache",
     )
     model.add_argument(
         "--checkpoint", type=parse_path, metavar="FILE", help="generator weights, with or without a memory"
@@ -39,6 +44,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
         help=f"who makes pictures of latents: the model's own VAE, or for previews the tiny decoder in its folder, or "
         f"in FILE (default {WAN_VAE})",
     )
+    for option, metavar, what in (
+        ("--vae-file", "FILE", "the VAE"),
+        ("--text-encoder", "FILE", "umT5"),
+        ("--tokenizer", "DIR", "its tokenizer"),
+    ):
+        model.add_argument(option, type=parse_path, metavar=metavar, help=f"{what}, where it is not the model's own")
     model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
     model.add_argument("--vae-dtype", choices=VAE_DTYPE_NAMES, help="what the VAE decodes in; default: as --dtype")
     add_float8_except(model)
@@ -81,7 +92,8 @@ def parse_model_options(arguments: argparse.Namespace) -> RuntimeOptions:
 def model_files(arguments: argparse.Namespace) -> list[Named]:
     """What the model is read from, for ``check_outputs`` and ``check_folder``."""
     vae = None if arguments.vae in (WAN_VAE, TINY_VAE) else Path(arguments.vae)
-    named = [(f"--{name}", getattr(arguments, name)) for name in ("model", "checkpoint")]
+    options = ("--model", "--checkpoint", "--text-encoder", "--tokenizer", "--vae-file")
+    named = [(option, getattr(arguments, option[2:].replace("-", "_"))) for option in options]
     named += [("--lora", path) for path, _ in arguments.lora]
     return [Named(option, path) for option, path in (*named, ("--vae", vae)) if path is not None]
 

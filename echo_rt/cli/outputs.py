@@ -9,8 +9,8 @@ from pathlib import Path
 
 from echo_rt.errors import ConfigError, TargetError
 
-_WEIGHTS = ("--checkpoint", "--lora")  # options whose value may name several files
-_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth")
+_WEIGHTS = ("--checkpoint", "--lora", "--text-encoder", "--vae-file")  # options whose value may name several files
+_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
 _INDEX_SUFFIX = ".safetensors.index.json"
 
 

@@ -173,7 +173,7 @@ def open_networks(loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapp
     _logger.log(logging.WARNING if backend.fallback else logging.INFO, "backend %s: %s", backend.name, backend.reason)
     folder, tiny = loaded.folder, loaded.tiny_vae
     decoder = (
-        (folder.vae_tensors(), f"{folder.path} (VAE)")
+        (folder.vae_tensors(), f"{folder.vae_source} (VAE)")
         if tiny is None
         else (tiny.tensors, f"{tiny.path} (tiny decoder)")
     )
@@ -263,7 +263,9 @@ def build_engine(
         vae=vae,
         model=model,
         ways=ways,
-        prompts=PromptEncoder(folder, config.transformer, device, keep=options.keep_text_encoder),
+        prompts=PromptEncoder(
+            folder, config.transformer, device, keep=options.keep_text_encoder, dtype=networks.model_dtype
+        ),
         lookahead=lookahead,
         check=SteadyCheck(executor, device, pipeline.buffers) if options.check else None,
     )

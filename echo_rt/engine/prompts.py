@@ -26,13 +26,21 @@ class PromptEncoder:
     """The text encoder of a model folder, loaded when a prompt needs it and released after it unless ``keep``.
 
     Any thread may use it; one prompt is encoded at a time. Embeddings are float32 on the host, so that no stream or
-    snapshot depends on what happens to them on a device. Without a folder there is no text encoder.
+    snapshot depends on what happens to them on a device. Without a folder there is no text encoder. ``dtype``: the
+    model's; the encoder keeps float32 weights where that is float32, and narrows them to bfloat16 for any other.
     """
 
     def __init__(
-        self, folder: ModelFolder | None, config: TransformerConfig, device: torch.device, *, keep: bool
+        self,
+        folder: ModelFolder | None,
+        config: TransformerConfig,
+        device: torch.device,
+        *,
+        keep: bool,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.keep = keep
+        self._widest = torch.float32 if dtype == torch.float32 else torch.bfloat16
         self._folder, self._config, self._device = folder, config, device
         self._lock = threading.RLock()  # a signal's handler amid a prompt of its own thread may close
         self._encoding = False
@@ -45,7 +53,7 @@ class PromptEncoder:
         return self._encoder is not None
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Embeddings ``[length, text_dim]`` of each prompt; :class:`PromptError` for an empty one."""
+        """Embeddings ``[length, text_dim]`` of each prompt; :class:`PromptError` for an empty or a far too long one."""
         if isinstance(prompts, str):  # whose items are prompts of one letter
             raise PromptError(f"expected a sequence of prompts, got one text: {prompts!r:.40}")
         # The library makes tensors where the caller's default device says; that is ours meanwhile.
@@ -65,6 +73,7 @@ class PromptEncoder:
                         self._folder.tokenizer_path(),
                         text_len=self._config.text_len,
                         device=self._device,
+                        dtype=self._widest,
                     )
                 return [self._encoder.encode(prompt).to("cpu", torch.float32) for prompt in prompts]
             finally:

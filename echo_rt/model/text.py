@@ -28,18 +28,23 @@ from echo_rt.weights.files import check_tensors
 from echo_rt.weights.keymaps import umt5_to_transformers
 from echo_rt.weights.shapes import text_encoder_shapes
 
+# A prompt is cut to the model's few hundred tokens; what is far longer is no prompt, and would take minutes to clean.
+LONGEST_PROMPT = 100_000  # characters
 _PROBE = "a"  # any text: what comes after its tokens is what the tokenizer appends
 
 
 def clean_prompt(text: str) -> str:
     """The prompt as Wan's models were trained to see it: mended Unicode, no HTML entities, single spaces.
 
-    Errors: ``PromptError`` when ``text`` is not a string or nothing is left of it; ``BackendError`` without ftfy.
+    Errors: ``PromptError`` when ``text`` is not a string, is longer than ``LONGEST_PROMPT`` characters, or nothing is
+    left of it; ``BackendError`` without ftfy.
     """
     with needing("ftfy", "cleaning a prompt"):
         import ftfy
     if not isinstance(text, str):
         raise PromptError(f"a prompt must be a string, got {type(text).__name__}")
+    if len(text) > LONGEST_PROMPT:
+        raise PromptError(f"expected a prompt of at most {LONGEST_PROMPT} characters, got {len(text)}")
     mended = html.unescape(html.unescape(ftfy.fix_text(text)))
     cleaned = re.sub(r"\s+", " ", mended).strip()
     if not any(character.isprintable() and not character.isspace() for character in cleaned):

@@ -168,7 +168,8 @@ class SoakConfig(RuntimeOptions):
         # One LoRA at full strength by its path alone, as soaks before there could be several have it.
         loras = [lora_text(path.absolute(), strength) for path, strength in lora_files(self.lora)]
         facts["lora"] = loras if len(loras) > 1 else next(iter(loras), None)
-        files = ["model", "checkpoint"] + ([] if self.vae in (WAN_VAE, TINY_VAE) else ["vae"])
+        files = ["model", "checkpoint", "text_encoder", "tokenizer", "vae_file"]
+        files += [] if self.vae in (WAN_VAE, TINY_VAE) else ["vae"]
         for name in files:
             if facts[name] is not None:
                 facts[name] = str(Path(facts[name]).absolute())

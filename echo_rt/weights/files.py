@@ -1,11 +1,13 @@
 """Opening weight files of every kind that holds a Wan model, and holding what they contain against what is expected.
 
-Nothing is copied: safetensors and torch's zip format are mapped, and a tensor's bytes are read when it is used.
+What a file is, its first bytes say, whatever it is called. Nothing is copied: safetensors, GGUF and torch's zip format
+are mapped, and a tensor's bytes are read when it is used.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,57 +17,94 @@ from torch import Tensor
 
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import plain
-from echo_rt.weights.pickle_files import open_pickle
-from echo_rt.weights.safetensors_files import INDEX_SUFFIX, open_safetensors, open_sharded
+from echo_rt.weights.formats import other_format
+from echo_rt.weights.fp8 import widened
+from echo_rt.weights.gguf_files import GGUF_MAGIC, open_gguf
+from echo_rt.weights.pickle_files import PICKLE_MAGICS, open_pickle
+from echo_rt.weights.safetensors_files import INDEX, is_safetensors, open_safetensors, open_sharded
 from echo_rt.weights.shapes import Shapes
-from echo_rt.weights.tensors import TensorFile, first_names
+from echo_rt.weights.tensors import TensorFile, first_names, outline_of
 
 _SAFETENSORS = ".safetensors"
-_PICKLES = (".pt", ".pth")
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (_SAFETENSORS, *_PICKLES, ".gguf")
 _LFS_POINTER = b"version https://git-lfs"
-_HEAD_BYTES = 64
+_HEAD_BYTES = 512
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def open_tensors(path: str | Path) -> TensorFile:
+def open_tensors(path: str | Path, *, widen_to: torch.dtype = torch.float32) -> TensorFile:
     """The tensors of a weight file by name, mapped from disk.
 
-    ``path`` is one of: a ``.safetensors`` file; an index ``*.safetensors.index.json``, whose shards lie beside it; a
-    folder with one of either; either without its suffix (a *stem*: ``folder/diffusion_pytorch_model``); a ``.pt`` or
-    ``.pth`` file (nested dicts come as names joined with dots).
+    ``path`` is one of: a safetensors, torch or GGUF file (nested dicts come as names joined with dots); an index
+    ``*.safetensors.index.json``, whose shards lie beside it; a folder with a safetensors file or such an index; a
+    *stem*, either without its suffix (``folder/diffusion_pytorch_model``, for ``.fp16.safetensors`` too).
+    ``widen_to``: the dtype in which float8 and other quantized tensors come, each computed when it is used.
 
-    Errors: ``WeightsError`` for a file that is missing, damaged, of another format, or holds anything but tensors.
+    Errors: ``WeightsError`` for a file that is missing, damaged, of another format (which is named), or holds anything
+    but tensors; ``BackendError`` for a GGUF file without the package that reads it.
     """
-    file = _find(Path(path))
-    head = read_head(file)
-    if file.name.endswith(INDEX_SUFFIX):
-        return open_sharded(file, file.read_bytes())
-    if file.suffix.lower() == _SAFETENSORS:
-        return open_safetensors(file)
-    return open_pickle(file, head)
+    path = _find(Path(path))
+    head = read_head(path)
+    file = _open(path, head, widen_to)
+    return TensorFile(path, widened(file, path, widen_to), file.facts)
+
+
+def _open(path: Path, head: bytes, widen_to: torch.dtype) -> TensorFile:
+    if INDEX.search(path.name):
+        return open_sharded(path, path.read_bytes())
+    if head.startswith(GGUF_MAGIC):
+        return open_gguf(path, widen_to)
+    if is_safetensors(head):  # before pickles: the length it begins with may look like one
+        return open_safetensors(path)
+    if head.startswith(PICKLE_MAGICS):
+        return open_pickle(path, head)
+    other = other_format(path, head)
+    if other is not None:
+        raise WeightsError(f"{path}: expected weights in a safetensors, torch or GGUF file, came {other}")
+    if path.suffix.lower() not in SUFFIXES:
+        raise WeightsError(f"{path}: expected weights in a safetensors, torch or GGUF file, came another format")
+    # A damaged file: its name says what it was to be.
+    return open_pickle(path, head) if path.suffix.lower() in _PICKLES else open_safetensors(path)
 
 
 def _find(path: Path) -> Path:
     """The one file that ``path`` means."""
-    if path.name.endswith(INDEX_SUFFIX) or path.suffix.lower() in (_SAFETENSORS, *_PICKLES):
-        return path
     # os.path answers False where a path cannot exist at all (too long a name); pathlib raises.
+    if path.suffix.lower() in SUFFIXES or INDEX.search(path.name) or os.path.isfile(path):
+        return path
     if os.path.isdir(path):
-        for pattern in (f"*{INDEX_SUFFIX}", f"*{_SAFETENSORS}"):
-            found = sorted(path.glob(pattern))
-            if len(found) > 1:
-                names = first_names([file.name for file in found])
-                raise WeightsError(f"{path}: expected one {pattern}, found {len(found)}: {names}")
-            if found:
-                return found[0]
-        raise WeightsError(f"{path}: expected a folder with a *{_SAFETENSORS} or a *{INDEX_SUFFIX}, found neither")
-    candidates = [path.with_name(path.name + suffix) for suffix in (_SAFETENSORS, INDEX_SUFFIX)]
-    for candidate in candidates:
-        if os.path.exists(candidate):
-            return candidate
-    if os.path.exists(path):
-        raise WeightsError(f"{path}: expected a file called *{_SAFETENSORS}, *.pt or *.pth, came another")
-    raise WeightsError(f"{path.parent}: expected {candidates[0].name} or {candidates[1].name}, found neither")
+        return _find_in(path)
+    usual = [f"{path.name}{_SAFETENSORS}", f"{path.name}{_SAFETENSORS}.index.json"]
+    found = [path.with_name(name) for name in usual if os.path.exists(path.with_name(name))]
+    if not found and os.path.isdir(path.parent):
+        # What diffusers calls copies in another precision, single and sharded.
+        variant = re.compile(re.escape(path.name) + r"(\.\w+\.safetensors|\.safetensors\.index\.\w+\.json)")
+        found = sorted(file for file in path.parent.iterdir() if variant.fullmatch(file.name))
+        if len(found) > 1:
+            raise WeightsError(f"{path.parent}: expected one variant, found {first_names([f.name for f in found])}")
+    if not found:
+        older = [path.with_name(f"{prefix}{path.name}.bin") for prefix in ("", "pytorch_")]
+        found = [file for file in older if os.path.exists(file)]
+    if not found:
+        raise WeightsError(f"{path.parent}: expected {usual[0]} or {usual[1]}, found neither")
+    return found[0]
+
+
+def _find_in(folder: Path) -> Path:
+    for pattern in (f"*{_SAFETENSORS}.index.json", f"*{_SAFETENSORS}"):
+        found = sorted(folder.glob(pattern))
+        if len(found) > 1:
+            names = first_names([file.name for file in found])
+            raise WeightsError(f"{folder}: expected one {pattern}, found {len(found)}: {names}")
+        if found:
+            return found[0]
+    other = other_format(folder, b"")
+    if other is not None:
+        raise WeightsError(f"{folder}: expected weights, came {other}")
+    raise WeightsError(
+        f"{folder}: expected a folder with a *{_SAFETENSORS} or a *{_SAFETENSORS}.index.json, found neither"
+    )
 
 
 def read_head(path: Path) -> bytes:
@@ -103,11 +142,11 @@ def check_tensors(found: Mapping[str, Tensor], expected: Shapes, source: str) ->
     for name, shape in expected.items():
         if name not in found:
             continue
-        tensor = found[name]
-        if tuple(tensor.shape) != shape:
-            misshapen.append(f"{name} is {list(tensor.shape)} for {list(shape)}")
-        elif tensor.dtype not in _FLOATS or tensor.layout != torch.strided or tensor.is_meta:
-            mistyped.append(f"{name} is {plain(tensor.dtype)}")
+        came, dtype, dense = outline_of(found, name)
+        if came != shape:
+            misshapen.append(f"{name} is {list(came)} for {list(shape)}")
+        elif dtype not in _FLOATS or not dense:
+            mistyped.append(f"{name} is {plain(dtype)}")
     faults = [
         f"{len(names)} {fault} ({first_names(names)})"
         for fault, names in (

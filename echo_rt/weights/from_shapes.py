@@ -5,21 +5,26 @@ Only what fixes the sizes is looked at here; that every tensor fits is then for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
-from echo_rt.config import TextEncoderConfig, VaeConfig
+from echo_rt.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.utils.wording import counted
+from echo_rt.weights.tensors import outline_of
+
+_HEAD_DIM = 128  # of every Wan2.1 transformer; no shape says it
+_TENSORS_OF_A_LAYER = 4  # every network has more in each layer
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, source: str, what: str) -> tuple[int, ...]:
     """Shape of a tensor that ``what`` must have; ``WeightsError`` where it is missing, of another rank or empty."""
     if name not in tensors:
         raise WeightsError(f"{source}: expected {what}, found no {name} among its {counted(len(tensors), 'tensor')}")
-    shape = tuple(tensors[name].shape)
+    shape = outline_of(tensors, name).shape
     if len(shape) != dims or 0 in shape:
         raise WeightsError(f"{source}: expected {what} with a {dims}-dimensional {name}, came shape {list(shape)}")
     return shape
@@ -32,6 +37,41 @@ def count_layers(tensors: Mapping[str, Tensor], prefix: str) -> int:
     """
     numbers = (name.removeprefix(prefix).split(".", 1)[0] for name in tensors if name.startswith(prefix))
     return len({number for number in numbers if number.isdecimal()})
+
+
+def check_depth(layers: int, tensors: Mapping[str, Tensor], source: str, what: str) -> None:
+    """Raises ``WeightsError`` for more layers than ``tensors`` can be, before any name of theirs is made."""
+    if layers * _TENSORS_OF_A_LAYER > len(tensors):
+        raise WeightsError(
+            f"{source}: expected {what} with {counted(layers, 'layer')}, came {counted(len(tensors), 'tensor')}"
+        )
+
+
+def transformer_config_of(tensors: Mapping[str, Tensor], source: str) -> TransformerConfig:
+    """The config of a Wan2.1 transformer; the width of a head and the length of the text are those of all of them."""
+    what = "a Wan2.1 transformer"
+    dim, in_channels, *patch_size = shape_of(tensors, "patch_embedding.weight", 5, source, what)
+    rows = shape_of(tensors, "head.head.weight", 2, source, what)[0]
+    area = math.prod(patch_size)
+    if dim % _HEAD_DIM or rows % area:
+        raise WeightsError(
+            f"{source}: expected {what}, as wide as heads of {_HEAD_DIM} and with whole patches of {area} at its end, "
+            f"came one {dim} wide with {rows} rows there"
+        )
+    try:
+        return TransformerConfig(
+            dim=dim,
+            ffn_dim=shape_of(tensors, "blocks.0.ffn.0.weight", 2, source, what)[0],
+            freq_dim=shape_of(tensors, "time_embedding.0.weight", 2, source, what)[1],
+            num_heads=dim // _HEAD_DIM,
+            num_layers=count_layers(tensors, "blocks."),
+            text_dim=shape_of(tensors, "text_embedding.0.weight", 2, source, what)[1],
+            in_channels=in_channels,
+            out_channels=rows // area,
+            patch_size=(patch_size[0], patch_size[1], patch_size[2]),
+        )
+    except ConfigError as error:
+        raise WeightsError(f"{source}: {error}") from error
 
 
 def vae_config_of(tensors: Mapping[str, Tensor], source: str) -> VaeConfig:
@@ -73,8 +113,12 @@ def vae_config_of(tensors: Mapping[str, Tensor], source: str) -> VaeConfig:
 
 def text_encoder_config_of(tensors: Mapping[str, Tensor], source: str) -> TextEncoderConfig:
     """The config of Wan's umT5 file; the reach of the relative positions is in no tensor and is umT5's."""
-    what = "the umT5 encoder under Wan's names"
+    what = "the umT5 encoder"
     vocab_size, d_model = shape_of(tensors, "token_embedding.weight", 2, source, what)
+    layers = count_layers(tensors, "blocks.")
+    table = "blocks.{}.pos_embedding.embedding.weight"
+    if layers > 1 and table.format(0) in tensors and table.format(1) not in tensors:
+        raise WeightsError(f"{source}: expected umT5, with positions in each layer, came a T5, with them in the first")
     buckets, num_heads = shape_of(tensors, "blocks.0.pos_embedding.embedding.weight", 2, source, what)
     try:
         return TextEncoderConfig(
@@ -83,7 +127,7 @@ def text_encoder_config_of(tensors: Mapping[str, Tensor], source: str) -> TextEn
             d_attn=shape_of(tensors, "blocks.0.attn.q.weight", 2, source, what)[0],
             d_ff=shape_of(tensors, "blocks.0.ffn.fc1.weight", 2, source, what)[0],
             num_heads=num_heads,
-            num_layers=count_layers(tensors, "blocks."),
+            num_layers=layers,
             relative_attention_num_buckets=buckets,
         )
     except ConfigError as error:

@@ -16,10 +16,11 @@ from echo_rt.config import ModelConfig, TransformerConfig
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import counted
 from echo_rt.weights.files import check_tensors, open_tensors
-from echo_rt.weights.from_shapes import count_layers, memory_facts, shape_of
+from echo_rt.weights.from_shapes import check_depth, count_layers, memory_facts, shape_of
 from echo_rt.weights.lora_keys import is_factor
-from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes
-from echo_rt.weights.tensors import RenamedTensors, TensorFile, rename, without_wrappers
+from echo_rt.weights.parts import TRANSFORMER, PartTensors
+from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes
+from echo_rt.weights.tensors import RenamedTensors, TensorFile, bare, rename, without_wrappers
 
 GENERATOR, GENERATOR_EMA = "generator", "generator_ema"
 LORA_SECTION = "generator_lora"
@@ -70,8 +71,9 @@ def take_generator(
         _, memory = _split(file, GENERATOR)
         memory_part = GENERATOR
     source = f"{file.path} ({part})"
-    _check_same_model(transformer, config, source)
-    check_tensors(transformer, transformer_shapes(config), source)
+    found = PartTensors(TRANSFORMER, transformer, source)
+    _check_same_model(found.named, config, source)
+    transformer = found.original(config)
     return GeneratorTensors(
         path=file.path,
         transformer=transformer,
@@ -100,6 +102,7 @@ def check_memory(tensors: Mapping[str, Tensor], config: ModelConfig, source: str
             f"{frames * per_frame} tokens for latents of {size}, came one of {counted(facts.memory_tokens, 'token')}, "
             "made for another video size"
         )
+    check_depth(facts.layers, tensors, source, "a memory encoder")
     check_tensors(tensors, memory_shapes(config), source)
 
 
@@ -123,7 +126,8 @@ def section(file: TensorFile, name: str) -> Mapping[str, Tensor]:
 
 
 def _split(file: TensorFile, part: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    return split_memory(file if part == BARE else section(file, part), f"{file.path} ({part})")
+    source = f"{file.path} ({part})"
+    return split_memory(bare(file if part == BARE else section(file, part), source), source)
 
 
 def _choose_part(sections: set[str], ema: bool | None, prefer_ema: bool, path: Path) -> str:
@@ -142,12 +146,6 @@ def _choose_part(sections: set[str], ema: bool | None, prefer_ema: bool, path: P
 
 def _check_same_model(tensors: Mapping[str, Tensor], config: TransformerConfig, source: str) -> None:
     """One plain sentence for a checkpoint of another model, where the list of tensors would be all of them."""
-    if "patch_embedding.weight" not in tensors:
-        some = ", ".join(sorted(tensors)[:3]) or "none"
-        raise WeightsError(
-            f"{source}: expected a Wan transformer with patch_embedding.weight, "
-            f"came {counted(len(tensors), 'tensor')} ({some})"
-        )
     dim = shape_of(tensors, "patch_embedding.weight", 5, source, "a Wan transformer")[0]
     layers = count_layers(tensors, "blocks.")
     if (dim, layers) != (config.dim, config.num_layers):

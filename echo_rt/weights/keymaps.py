@@ -7,6 +7,7 @@ the same on both sides. ``#`` stands for the first number of a name, the layer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -53,6 +54,18 @@ _UMT5: Rows = (
     ("blocks.#.ffn.gate.0", f"{_FEED_FORWARD}.DenseReluDense.wi_0"),
     ("blocks.#.ffn.fc1", f"{_FEED_FORWARD}.DenseReluDense.wi_1"),
     ("blocks.#.ffn.fc2", f"{_FEED_FORWARD}.DenseReluDense.wo"),
+)
+# llama.cpp's names, which GGUF files have.
+_UMT5_GGUF: Rows = (
+    ("token_embedding", "token_embd"),
+    ("norm", "enc.output_norm"),
+    ("blocks.#.norm1", "enc.blk.#.attn_norm"),
+    *((f"blocks.#.attn.{name}", f"enc.blk.#.attn_{name}") for name in ("q", "k", "v", "o")),
+    ("blocks.#.pos_embedding.embedding", "enc.blk.#.attn_rel_b"),
+    ("blocks.#.norm2", "enc.blk.#.ffn_norm"),
+    ("blocks.#.ffn.gate.0", "enc.blk.#.ffn_gate"),
+    ("blocks.#.ffn.fc1", "enc.blk.#.ffn_up"),
+    ("blocks.#.ffn.fc2", "enc.blk.#.ffn_down"),
 )
 _RESIDUAL: Rows = (
     ("residual.0", "norm1"),
@@ -110,6 +123,14 @@ class KeyMap:
         """``tensors`` of the other layout under the original names in ``shapes``."""
         return RenamedTensors(tensors, {name: self.to_other(name) for name in shapes})
 
+    def originals(self, tensors: Mapping[str, Tensor]) -> RenamedTensors:
+        """Those of ``tensors`` (names of the other layout) that have an original name, under it."""
+        names = {}
+        for name in tensors:
+            with suppress(WeightsError):
+                names[self.to_original(name)] = name
+        return RenamedTensors(tensors, names)
+
 
 def _translate(name: str, table: Mapping[str, str], expected: str) -> str:
     parts = name.split(".")
@@ -136,13 +157,19 @@ def text_encoder_key_map() -> KeyMap:
     return KeyMap(_UMT5, "transformers")
 
 
-def vae_key_map(config: VaeConfig) -> KeyMap:
+def gguf_text_encoder_key_map() -> KeyMap:
+    """The text encoder: Wan's umT5 and llama.cpp's T5."""
+    return KeyMap(_UMT5_GGUF, "GGUF")
+
+
+def vae_key_map(config: VaeConfig | None) -> KeyMap:
     """The VAE: Wan and diffusers' ``AutoencoderKLWan``.
 
-    The original decoder is one flat list; diffusers groups it into levels, so their sizes decide the names.
+    The original decoder is one flat list; diffusers groups it into levels, so their sizes decide the names. Without a
+    config the decoder's levels are left out.
     """
     rows = list(_VAE)
-    levels, resnets = len(config.dim_mult), config.num_res_blocks + 1
+    levels, resnets = (0, 0) if config is None else (len(config.dim_mult), config.num_res_blocks + 1)
     index = 0
     for level in range(levels):
         block = f"decoder.up_blocks.{level}"

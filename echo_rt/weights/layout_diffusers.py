@@ -31,42 +31,14 @@ class DiffusersLayout:
         self.tokenizer = folder / "tokenizer"
 
     def transformer_config(self) -> TransformerConfig:
-        config, path = self._read(TRANSFORMER_CONFIG, _TRANSFORMER)
-        expect(
-            config,
-            path,
-            _TRANSFORMER,
-            _class_name=("WanTransformer3DModel",),
-            # Set only where images condition the video.
-            image_dim=(None,),
-            added_kv_proj_dim=(None,),
-            cross_attn_norm=(True,),
-            qk_norm=("rms_norm_across_heads",),
-        )
-        heads, head_dim, ffn_dim, freq_dim, layers, in_channels = require(
-            config,
-            path,
-            *("num_attention_heads", "attention_head_dim", "ffn_dim", "freq_dim", "num_layers", "in_channels"),
-        )
-        optional = ("text_dim", "text_len", "patch_size", "eps")
-        return build(
-            TransformerConfig,
-            path,
-            dim=_product(path, num_attention_heads=heads, attention_head_dim=head_dim),
-            num_heads=heads,
-            ffn_dim=ffn_dim,
-            freq_dim=freq_dim,
-            num_layers=layers,
-            in_channels=in_channels,
-            # diffusers takes null for "as many as go in".
-            out_channels=config.get("out_channels") or in_channels,
-            **{name: config[name] for name in optional if name in config},
-        )
+        return transformer_config_of(*self._read(TRANSFORMER_CONFIG, _TRANSFORMER))
 
     def rollout_defaults(self) -> dict[str, Any]:
         return read_defaults(*self._read(TRANSFORMER_CONFIG, _TRANSFORMER))
 
-    def vae_config(self) -> VaeConfig:
+    def vae_config(self) -> VaeConfig | None:
+        if not (self._folder / VAE_CONFIG).exists():
+            return None
         config, path = self._read(VAE_CONFIG, _VAE)
         base_dim, z_dim = require(config, path, "base_dim", "z_dim")
         expect(
@@ -88,10 +60,9 @@ class DiffusersLayout:
             fields["temporal_downsample"] = config["temperal_downsample"]
         return build(VaeConfig, path, base_dim=base_dim, z_dim=z_dim, **fields)
 
-    def latents_config(self) -> VaeConfig:
-        return self.vae_config() if (self._folder / VAE_CONFIG).exists() else VaeConfig()
-
-    def text_encoder_config(self) -> TextEncoderConfig:
+    def text_encoder_config(self) -> TextEncoderConfig | None:
+        if not (self._folder / TEXT_ENCODER_CONFIG).exists():
+            return None
         config, path = self._read(TEXT_ENCODER_CONFIG, _TEXT_ENCODER)
         expect(config, path, _TEXT_ENCODER, model_type=("umt5",), feed_forward_proj=("gated-gelu",))
         names = ("vocab_size", "d_model", "d_ff", "num_heads", "num_layers", "d_kv")
@@ -108,6 +79,41 @@ class DiffusersLayout:
     def _read(self, name: str, what: str) -> tuple[dict[str, Any], Path]:
         path = self._folder / name
         return read_object(path, what), path
+
+
+def transformer_config_of(config: dict[str, Any], path: Path) -> TransformerConfig:
+    """The sizes of a transformer whose config is that object, from ``path``."""
+    expect(
+        config,
+        path,
+        _TRANSFORMER,
+        # The second is FastVideo's: the same tensors under the same names.
+        _class_name=("WanTransformer3DModel", "CausalWanTransformer3DModel"),
+        # Set only where images condition the video.
+        image_dim=(None,),
+        added_kv_proj_dim=(None,),
+        cross_attn_norm=(True,),
+        qk_norm=("rms_norm_across_heads",),
+    )
+    heads, head_dim, ffn_dim, freq_dim, layers, in_channels = require(
+        config,
+        path,
+        *("num_attention_heads", "attention_head_dim", "ffn_dim", "freq_dim", "num_layers", "in_channels"),
+    )
+    optional = ("text_dim", "text_len", "patch_size", "eps")
+    return build(
+        TransformerConfig,
+        path,
+        dim=_product(path, num_attention_heads=heads, attention_head_dim=head_dim),
+        num_heads=heads,
+        ffn_dim=ffn_dim,
+        freq_dim=freq_dim,
+        num_layers=layers,
+        in_channels=in_channels,
+        # diffusers takes null for "as many as go in".
+        out_channels=config.get("out_channels") or in_channels,
+        **{name: config[name] for name in optional if name in config},
+    )
 
 
 def _product(path: Path, **factors: Any) -> int:

@@ -74,7 +74,9 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     if not is_path(vae):
         raise ConfigError(f"vae must be {WAN_VAE!r}, {TINY_VAE!r} or a path, got {vae!r}")
     wanted = None if options.memory is None else MemoryMode.parse(options.memory)
-    folder = ModelFolder.open(model)
+    folder = ModelFolder.open(
+        model, text_encoder=options.text_encoder, tokenizer=options.tokenizer, vae_file=options.vae_file
+    )
     transformer_config = folder.transformer_config()
     defaults = check_overrides(folder.rollout_defaults(), f"{model}: echo_rt in config.json", FOLDER_FACTS)
     overrides = check_overrides(options.overrides or {}, "overrides")

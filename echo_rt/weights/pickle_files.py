@@ -12,9 +12,12 @@ from torch import Tensor
 
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import counted, one_line, type_of
+from echo_rt.weights.formats import zip_format
 from echo_rt.weights.tensors import Fact, TensorFile, check_name
 
 _ZIP_MAGIC = b"PK\x03\x04"
+# torch's zip container and a pickle of protocol 2 or newer, as torch.save wrote it before there was one.
+PICKLE_MAGICS = (_ZIP_MAGIC, *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
 # How torch's unpickler words its refusal of anything that is not plain data.
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)|class (\S+)|module (\S+) is blocked")
 _REASON_LENGTH = 160
@@ -27,14 +30,17 @@ def open_pickle(path: Path, head: bytes) -> TensorFile:
     """
     # Before torch 1.6 there was no zip container; such a file is a stream in which nothing lies where it could be
     # mapped, so it is read. Everything newer is mapped.
-    mappable = head.startswith(_ZIP_MAGIC)
+    # So is one by the name of another format, which torch would take it for.
+    is_zip = head.startswith(_ZIP_MAGIC)
+    mappable = is_zip and path.suffix.lower() != ".safetensors"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), path.open("rb") as opened:
             # A TorchScript archive is announced with a warning before it is refused with an error.
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+            content = torch.load(path if mappable else opened, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # unpickling damaged bytes fails with whatever those bytes lead to
-        raise WeightsError(f"{path}: expected a torch file of tensors, {_reason(error)}") from error
+        other = zip_format(path) if is_zip else None
+        raise WeightsError(f"{path}: expected a torch file of tensors, {other or _reason(error)}") from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: expected a dict of tensors, came {type_of(content)}")
     tensors: dict[str, Tensor] = {}

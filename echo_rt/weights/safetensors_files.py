@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import one_line
 from echo_rt.weights.tensors import Fact, TensorFile, check_name
 
-INDEX_SUFFIX = ".safetensors.index.json"
+# The index of a sharded file, of a variant too (diffusers: *.safetensors.index.fp16.json).
+INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
+
+_LENGTH_BYTES = 8
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Whether a file begins with ``head`` as safetensors do: a length, then a JSON object."""
+    return head[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{"
 
 
 class _MappedTensors(Mapping[str, Tensor]):

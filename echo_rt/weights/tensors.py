@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
@@ -26,6 +28,30 @@ def check_name(name: str, path: Path) -> str:
     if len(name) > _LONGEST_NAME or not name.isprintable():
         raise WeightsError(f"{path}: expected names of tensors, came {name[:_LONGEST_NAME]!a}")
     return name
+
+
+class Outline(NamedTuple):
+    """What can be known of a tensor without its values; ``dense``: it has values, each in a place of its own."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dense: bool = True
+
+
+@runtime_checkable
+class OutlinedTensors(Protocol):
+    """Tensors whose shapes and dtypes are known before their values are computed or read."""
+
+    def outline(self, name: str) -> Outline:
+        """Shape and dtype of tensor ``name``."""
+
+
+def outline_of(tensors: Mapping[str, Tensor], name: str) -> Outline:
+    """Shape and dtype of a tensor, without its values where ``tensors`` computes these on demand."""
+    if isinstance(tensors, OutlinedTensors):
+        return tensors.outline(name)
+    tensor = tensors[name]
+    return Outline(tuple(tensor.shape), tensor.dtype, tensor.layout == torch.strided and not tensor.is_meta)
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -53,6 +79,10 @@ class TensorFile(Mapping[str, Tensor]):
         # Mapping's own would make the tensor only to see whether it is there.
         return name in self._tensors
 
+    def outline(self, name: str) -> Outline:
+        """Shape and dtype of tensor ``name``."""
+        return outline_of(self._tensors, name)
+
 
 class RenamedTensors(Mapping[str, Tensor]):
     """A view of ``tensors`` in which the one called ``names[new]`` is called ``new``; it holds no others."""
@@ -73,6 +103,10 @@ class RenamedTensors(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._names
 
+    def outline(self, name: str) -> Outline:
+        """Shape and dtype of tensor ``name``."""
+        return outline_of(self._tensors, self._names[name])
+
 
 def rename(tensors: Mapping[str, Tensor], rule: Callable[[str], str], source: str) -> RenamedTensors:
     """A view of all ``tensors`` under the names ``rule`` gives them.
@@ -92,6 +126,12 @@ def rename(tensors: Mapping[str, Tensor], rule: Callable[[str], str], source: st
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 # What the trained object as a whole is called: PEFT's wrapper, then the diffusion wrapper's attribute.
 _OWNERS = ("base_model.model.", "model.")
+# Dicts and modules that a whole model lies in, Lightning's and ComfyUI's among them. One may lie in another.
+_HOLDERS = (*_OWNERS, "state_dict.", "module.", "diffusion_model.")
+# Dicts of a training run beside the model: the state of its optimizers, and a model that is not generated with.
+_TRAINING = ("optimizer", "generator_optimizer", "critic_optimizer", "optimizer_states", "lr_schedulers", "critic")
+# Tensors that are no weights: a tokenizer inside ComfyUI's text encoders.
+_BAGGAGE = ("spiece_model",)
 
 
 def without_wrappers(name: str) -> str:
@@ -101,3 +141,16 @@ def without_wrappers(name: str) -> str:
     for owner in _OWNERS:
         name = name.removeprefix(owner)
     return name
+
+
+def bare(tensors: Mapping[str, Tensor], source: str) -> RenamedTensors:
+    """A whole model's tensors under their bare names, without what a training run or ComfyUI saves beside them."""
+
+    def plain(name: str) -> str:
+        name = without_wrappers(name)
+        while holder := next((holder for holder in _HOLDERS if name.startswith(holder)), None):
+            name = name.removeprefix(holder)
+        return name
+
+    beside = {name for name in tensors if name.split(".", 1)[0] in _TRAINING or plain(name) in _BAGGAGE}
+    return rename(RenamedTensors(tensors, {name: name for name in tensors if name not in beside}), plain, source)

@@ -61,6 +61,7 @@ def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
     options += " --dtype float8 --memory prior --backend torch"
     options += " --vae-dtype float32 --vae tiny --vae-tiles 3 --attention sdpa --convolution phases --lookahead 2"
     options += " --float8-except *.ffn.2 --float8-except blocks.0.* --no-graphs"
+    options += " --text-encoder t.gguf --tokenizer words"
     options += " --size 128x96 --keep-text-encoder --frames 1 --quiet"
     outcome = echo_rt("generate", *PROMPT, "-o", tmp_path / "v.mp4", *options.split())
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
@@ -78,6 +79,9 @@ def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
         "memory": "prior",
         "vae": "tiny",
         "vae_tiles": 3,
+        "vae_file": None,
+        "text_encoder": Path("t.gguf"),
+        "tokenizer": Path("words"),
         "backend": "torch",
         "attention": "sdpa",
         "convolution": "phases",

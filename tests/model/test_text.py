@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from echo_rt.config import ModelConfig, TextEncoderConfig
 from echo_rt.engine.prompts import PromptEncoder, check_prompt_embeds, load_prompt_embeds, save_prompt_embeds
 from echo_rt.errors import OutputError, PromptError, StreamError, WeightsError
-from echo_rt.model.text import TextEncoder, clean_prompt
+from echo_rt.model.text import LONGEST_PROMPT, TextEncoder, clean_prompt
 from echo_rt.utils.device import capturing
 from echo_rt.weights.folder import ModelFolder
 from echo_rt.weights.tiny_model import write_tiny_model
@@ -182,6 +182,41 @@ def test_long_prompt_is_cut_and_says_so(encoder: TextEncoder) -> None:
     assert len(ids) == 64 and ids[-1] == 1
     with pytest.warns(UserWarning, match="tokens"):
         assert encoder.encode("fox " * 10_000).shape == (64, 32)
+
+
+def test_prompt_of_no_sane_length_is_refused_at_once(encoder: TextEncoder) -> None:
+    assert clean_prompt("x" * LONGEST_PROMPT) == "x" * LONGEST_PROMPT
+    with pytest.raises(PromptError, match="at most 100000 characters, got 10000000"):
+        encoder.encode("x" * 10_000_000)
+
+
+@pytest.mark.parametrize("prompt", ["", "\x00", "x" * (LONGEST_PROMPT + 1), None, 7])
+def test_a_wrong_prompt_is_refused_before_the_encoder_is_read(prompt: object) -> None:
+    class NoFolder:
+        def __getattr__(self, name: str) -> object:
+            raise AssertionError(f"{name} was read")
+
+    config = ModelConfig.from_flat(flat_config()).transformer
+    prompts = PromptEncoder(NoFolder(), config, torch.device("cpu"), keep=True)  # type: ignore[arg-type]
+    with pytest.raises(PromptError):
+        prompts.encode(["a fox", prompt])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_float32_weights_stay_float32_where_the_model_is(
+    folder: ModelFolder, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    stored = {
+        name: tensor.float() + 1e-4 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in folder.text_encoder_tensors().items()
+    }
+    save_file(stored, tmp_path / "umt5_xxl.safetensors")
+    given = ModelFolder.open(folder.path, text_encoder=tmp_path / "umt5_xxl.safetensors")
+    prompts = PromptEncoder(given, folder.transformer_config(), torch.device("cpu"), keep=False, dtype=dtype)
+    kept = dtype if dtype == torch.float32 else torch.bfloat16
+    with TextEncoder(given.text_encoder_config(), stored, folder.tokenizer_path(), text_len=64, dtype=kept) as expected:
+        assert torch.equal(prompts.encode(["a red fox"])[0], expected.encode("a red fox"))
 
 
 def test_prompt_that_just_fits_gives_no_warning(encoder: TextEncoder) -> None:

@@ -111,16 +111,85 @@ def test_unreadable_file(tmp_path: Path) -> None:
     assert "found neither" in refusal(tmp_path / ("x" * 300))
 
 
-def test_other_suffix_and_wrong_container(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"x")
-    assert "*.safetensors, *.pt or *.pth" in refusal(tmp_path / "model.onnx")
-    torch.save(TENSORS, tmp_path / "torch.safetensors")
-    assert "expected a safetensors file" in refusal(tmp_path / "torch.safetensors")
-    save_file(TENSORS, tmp_path / "safe.pt")
-    assert "expected a torch file" in refusal(tmp_path / "safe.pt")
-    with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
-        archive.writestr("notes.txt", "no weights")
-    assert "expected a torch file" in refusal(tmp_path / "zip.pt")
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".ckpt", ".bin", ".gguf", ".other", ""])
+def test_content_decides_and_not_the_suffix(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"model{suffix}"
+    torch.save(TENSORS, path)
+    assert_same(open_tensors(path), TENSORS)
+    torch.save(TENSORS, path, _use_new_zipfile_serialization=False)
+    assert_same(open_tensors(path), TENSORS)
+    # A header of 640 bytes begins as a pickle does; the name fills it up.
+    save_file(TENSORS, path, {"note": "x" * 365})
+    assert_same(open_tensors(path), TENSORS)
+
+
+def archive(path: Path, *names: str) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        for name in names:
+            file.writestr(name, "content")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.onnx", b"\x08\x07", "an ONNX graph"),
+        ("model.engine", b"ftrt", "a TensorRT engine"),
+        ("flax_model.msgpack", b"\xde\x00", "Flax weights: convert it"),
+        ("model.h5", b"\x89HDF\r\n", "a Keras or HDF5 file: convert it"),
+        ("x.npy", b"\x93NUMPY\1", "a NumPy array: save all tensors with"),
+        ("x.safetensors", b"<!DOCTYPE html><html>", "a web page"),
+        ("x.pt", b"\n<html lang='en'>", "a web page"),
+        ("x.json", b'{"a": 1}', "a JSON file"),
+        ("x.tar.gz", b"\x1f\x8b\x08", "a gzip archive: unpack it"),
+        ("x.tar", b"a" + bytes(256) + b"ustar\x00", "a tar archive: unpack it"),
+        ("x.txt", b"weights", "another format"),
+    ],
+)
+def test_other_formats_are_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    message = refusal(tmp_path / name)
+    assert f"came {said}" in message and "damaged" not in message
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        (("notes.txt",), "a zip archive of other files: unpack it"),
+        (("a.npy",), "NumPy arrays"),
+        (("m/constants.pkl", "m/data.pkl"), "a TorchScript program: save its state_dict()"),
+    ],
+)
+def test_other_zip_archives_are_named(tmp_path: Path, entries: tuple[str, ...], said: str) -> None:
+    archive(tmp_path / "model.pt", *entries)
+    assert f"expected a torch file of tensors, came {said}" in refusal(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        (".metadata", "a distributed checkpoint: convert it with python -m torch.distributed.checkpoint.format_utils"),
+        ("zero_to_fp32.py", "a DeepSpeed checkpoint"),
+        ("model_index.json", "a diffusers folder"),
+    ],
+)
+def test_other_folders_are_named(tmp_path: Path, file: str, said: str) -> None:
+    (tmp_path / file).write_text("x")
+    assert f"came {said}" in refusal(tmp_path)
+
+
+def test_variants_of_a_stem(tmp_path: Path) -> None:
+    """diffusers' names of copies in another precision, and transformers' old one; the plain file goes first."""
+    for name in ("pytorch_model.bin", "model.bin"):
+        torch.save(TENSORS, tmp_path / name)
+        assert open_tensors(tmp_path / "model").path.name == name
+    index = write_shards(tmp_path, "model", TENSORS)
+    variant = index.rename(tmp_path / "model.safetensors.index.fp16.json")
+    assert_same(open_tensors(tmp_path / "model"), TENSORS)
+    assert open_tensors(tmp_path / "model").path == variant
+    save_file(TENSORS, tmp_path / "model.fp16.safetensors")
+    assert "expected one variant, found model.fp16.safetensors, model.safetensors.index" in refusal(tmp_path / "model")
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    assert open_tensors(tmp_path / "model").path.name == "model.safetensors"
 
 
 def test_folders_without_one_answer(tmp_path: Path) -> None:

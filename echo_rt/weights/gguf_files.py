@@ -1,0 +1,105 @@
+"""``.gguf`` files, read through the package gguf: a tensor is dequantized when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from echo_rt.errors import BackendError, WeightsError
+from echo_rt.utils.wording import one_line
+from echo_rt.weights.tensors import Fact, Outline, TensorFile, check_name
+
+GGUF_MAGIC = b"GGUF"
+# Values of general.architecture: Wan's transformer, umT5 by both its names, and converters that name no model.
+_ARCHITECTURES = ("wan", "t5", "t5encoder", "pig", "cow")
+_ARCHITECTURE = "general.architecture"
+_SHAPE_FIELD = "comfy.gguf.orig_shape."  # of a tensor that was reshaped to be quantized
+_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class _GgufTensors(Mapping[str, Tensor]):
+    """Tensors by name; quantized ones are computed in float32 and given as ``dtype``."""
+
+    def __init__(self, entries: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        self._entries, self._shapes, self._dtype = entries, shapes, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        from gguf import quants
+
+        entry = self._entries[name]
+        try:
+            values = torch.from_numpy(quants.dequantize(entry.data, entry.tensor_type))
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise WeightsError(f"{name}: expected a type that gguf dequantizes, {one_line(error)}") from error
+        shape, dtype, _ = self.outline(name)
+        return values.reshape(shape).to(dtype)
+
+    def outline(self, name: str) -> Outline:
+        """Shape and dtype of tensor ``name``."""
+        return Outline(self._shapes[name], _STORED.get(self._entries[name].tensor_type.name, self._dtype))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+
+def open_gguf(path: Path, dtype: torch.dtype) -> TensorFile:
+    """The tensors of one file; quantized ones come as ``dtype``, the others as they are stored.
+
+    Errors: ``BackendError`` without the package gguf; ``WeightsError`` for a damaged file and for another model's.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise BackendError(
+            f"{path}: expected the package gguf to read this GGUF file with, found none (pip install 'echo-rt[gguf]')"
+        ) from None
+
+    class Reader(GGUFReader):  # type: ignore[misc]
+        """Ends where the file ends; its parent goes on through counts of any size in a damaged file."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
+            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it ends amid a value")
+            return super()._get(offset, dtype, count, *args, **kwargs)
+
+    try:
+        reader = Reader(path, "c")  # torch wants memory that it may write to; the file stays as it is
+        # Arrays are left alone: a tokenizer's vocabulary is long.
+        facts = {name: _plain(field.contents()) for name, field in reader.fields.items() if len(field.types) == 1}
+        shapes = {entry.name: _shape(reader, entry) for entry in reader.tensors}
+    except Exception as error:  # the package fails with whatever damaged bytes lead to
+        raise WeightsError(
+            f"{path}: expected a GGUF file, came a damaged or truncated one ({one_line(error)})"
+        ) from error
+    architecture = facts.get(_ARCHITECTURE)
+    if architecture is not None and architecture not in _ARCHITECTURES:
+        raise WeightsError(f"{path}: expected a GGUF file of Wan2.1 or umT5, came one of {architecture!a:.60}")
+    if not shapes:
+        raise WeightsError(f"{path}: expected tensors, came a GGUF file with none")
+    entries = {check_name(entry.name, path): entry for entry in reader.tensors}
+    return TensorFile(path, _GgufTensors(entries, shapes, dtype), facts)
+
+
+def _plain(value: Any) -> Fact:
+    return value if isinstance(value, str) else value.item() if isinstance(value, np.generic) else value
+
+
+def _shape(reader: Any, entry: Any) -> tuple[int, ...]:
+    """The tensor's shape as torch has it; GGUF counts dimensions from the last."""
+    field = reader.get_field(f"{_SHAPE_FIELD}{entry.name}")
+    shape = reversed(entry.shape.tolist()) if field is None else field.contents()
+    sizes = tuple(int(size) for size in shape)
+    if np.prod(sizes, dtype=object) != entry.n_elements:
+        raise ValueError(f"{entry.name} has {entry.n_elements} values, not {sizes}")
+    return sizes
