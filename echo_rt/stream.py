@@ -1,57 +1,37 @@
-"""One endless video: blocks in, chunks of frames out."""
+"""One endless video: blocks in, chunks of frames out; on request on a thread of its own."""
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import math
 import threading
+import traceback
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from echo_rt.chunk import Chunk
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import Guard
+from echo_rt.engine.ready import DropOldest
 from echo_rt.engine.scheduler import Blocks
 from echo_rt.errors import ConfigError, StreamError
-from echo_rt.feed import Feed
 from echo_rt.snapshot.snapshot import Snapshot
+from echo_rt.utils.atomic_file import Closing
 from echo_rt.utils.device import model_context
 from echo_rt.utils.process import ProcessGuard, release_on_error
 from echo_rt.utils.wording import one_line
 
-
-class Taker(Protocol):
-    """Who a block is made for."""
-
-    def deliver(self, chunk: Chunk) -> list[Chunk]:
-        """``chunk`` is there; what nobody waits for any more, ``chunk`` or more than it, the newest first."""
+WAIT, DROP = "wait", "drop"
 
 
-class _Wanted:
-    """Whether somebody still waits for a block: a cancelled wait and the block's end meet here, in either order."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._cancelled = False
-        self._chunk: Chunk | None = None
-
-    def deliver(self, chunk: Chunk) -> list[Chunk]:
-        with self._lock:
-            self._chunk = chunk
-            return [chunk] if self._cancelled else []
-
-    def cancel(self) -> Chunk | None:
-        """Nobody waits any more; the block, where it had been delivered."""
-        with self._lock:
-            self._cancelled = True
-            return self._chunk
-
-
-class Stream:
+class Stream(Closing):
     """An endless video. Iterate it, or call ``next``; made by :meth:`echo_rt.Runtime.stream`.
 
     One block is generated at a time, whichever thread asks; ``set_prompt`` may be called from any thread meanwhile.
@@ -61,7 +41,7 @@ class Stream:
 
     def __init__(self, engine: Engine, blocks: Blocks) -> None:
         self._engine: Engine | None = engine
-        self._blocks = blocks
+        self._blocks, self._ready = blocks, blocks.ready
         self._process = ProcessGuard()
         # Held while a block is made. Reentrant: a signal's handler may close while its own thread takes or leaves it.
         self._lock = threading.RLock()
@@ -93,7 +73,7 @@ class Stream:
         """End the video; waits for a block that is being made. Its runtime can then start another. Idempotent."""
         self._closed = True
         if self._process.left:
-            self._let_go()  # without the lock, which a thread may hold that only the parent has
+            self._engine = None  # without a lock, which a thread may hold that only the parent has
             return
         if self.busy_in_this_thread:
             return  # from a signal handler amid a block of this very thread: the block's end lets go
@@ -102,7 +82,7 @@ class Stream:
 
     def _let_go(self) -> None:
         self._engine = None
-        self._blocks.forget()
+        self._blocks.close()
 
     @property
     def closed(self) -> bool:
@@ -124,14 +104,6 @@ class Stream:
         """What ended the video for good, or None."""
         return self._failure
 
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     @contextmanager
     def _exclusive(self) -> Iterator[Engine | None]:
         """The engine, for one thread at a time; None once the stream is closed."""
@@ -152,7 +124,7 @@ class Stream:
     @property
     def next_block(self) -> int:
         """The number of the block that is handed out next: 0 at the start."""
-        return self._blocks.next_block
+        return self._ready.next_block
 
     @property
     def next_prompt_block(self) -> int:
@@ -176,49 +148,28 @@ class Stream:
 
     def __iter__(self) -> Iterator[Chunk]:
         self._require_open()
-        while (chunk := self._make_chunk()) is not None:
+        while (chunk := self._take()) is not None:
             yield chunk
             del chunk  # it is not for us to keep while the next one is made
-
-    def feed(self, depth: int = 2, when_full: Literal["wait", "drop"] = "wait") -> Feed:
-        """Run on a thread of its own, so many blocks ahead of the consumer; see :class:`echo_rt.Feed`."""
-        return Feed(self, depth, when_full)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         """``async for``: blocks are made on a thread of their own; a cancelled wait loses none of them."""
         self._require_open()
-        loop = asyncio.get_running_loop()
-        while True:
-            wanted = _Wanted()
-            try:
-                chunk = await loop.run_in_executor(None, self._make_chunk, wanted)
-            except asyncio.CancelledError:
-                if (made := wanted.cancel()) is not None:
-                    self._put_back([made])
-                raise
-            if chunk is None:
-                return
+        while (chunk := await self._take_async()) is not None:
             yield chunk
-            del chunk, wanted
-
-    def _give_back(self, chunks: list[Chunk]) -> None:
-        """``chunks``, the last ones that were handed out, the newest first, are the next ones again."""
-        if chunks and not self._process.left:
-            with self._exclusive():
-                self._put_back(chunks)
-
-    def _put_back(self, chunks: list[Chunk]) -> None:
-        if not self._closed:
-            for chunk in chunks:
-                self._blocks.give_back(chunk)
+            del chunk
 
     def __next__(self) -> Chunk:
         """The next block; :class:`StreamError` once the stream is closed or has failed."""
         self._require_open()
-        chunk = self._make_chunk()
+        chunk = self._take()
         if chunk is None:
             raise StreamError("the stream was closed while a block was waited for")
         return chunk
+
+    def feed(self, depth: int = 2, when_full: Literal["wait", "drop"] = "wait") -> Feed:
+        """Run on a thread of its own, so many blocks ahead of the consumer; see :class:`echo_rt.Feed`."""
+        return Feed(self, depth, when_full)
 
     def _require_open(self) -> None:
         self._process.require("stream")
@@ -230,27 +181,47 @@ class Stream:
             raise StreamError(f"the stream cannot go on: {self._failure}; start or resume another")
 
     @release_on_error
-    def _make_chunk(self, taker: Taker | None = None) -> Chunk | None:
+    def _take(self) -> Chunk | None:
+        """The next block, made here unless it is ready; None once the stream is closed."""
         with self._exclusive() as engine:
             if engine is None:
                 return None
-            chunk = self._blocks.left_over()
-            if chunk is None:
-                self._require_whole()
-                with self._whole_or_over(engine):
-                    chunk = self._blocks.next(engine)
-            if taker is not None:
-                self._put_back(taker.deliver(chunk))  # before anyone else can ask for the next one
+            while (chunk := self._ready.take()) is None:
+                self._make(engine)
             return chunk
+
+    async def _take_async(self) -> Chunk | None:
+        loop, consumer = asyncio.get_running_loop(), object()
+        self._ready.attach(consumer)  # a block that is made for it comes, if the stream is closed meanwhile
+        try:
+            while await loop.run_in_executor(None, self._make_ahead, 1):
+                if (chunk := self._ready.take()) is not None:
+                    return chunk
+            return None
+        finally:
+            self._ready.detach(consumer)
+
+    @release_on_error
+    def _make_ahead(self, depth: float) -> bool:
+        """Make one block more unless ``depth`` blocks are ready; False once the stream is closed."""
+        with self._exclusive() as engine:
+            if engine is not None and len(self._ready) < depth:
+                self._make(engine)
+            return engine is not None
+
+    def _make(self, engine: Engine) -> None:
+        self._require_whole()
+        with self._whole_or_over(engine):
+            self._blocks.make(engine)
 
     @contextmanager
     def _whole_or_over(self, engine: Engine) -> Iterator[None]:
-        """Work on blocks: what goes wrong in it ends this video, as half a block is in the buffers; not the runtime."""
+        """Work on blocks. An error ends this video, as half a block is in the buffers, but not the runtime."""
         try:
             with model_context(engine.device, engine.dtype, engine.vae_dtype):
                 yield
         except BaseException as error:
-            self._failure = f"block {self.next_block} failed ({type(error).__name__}: {one_line(error)})"
+            self._failure = f"block {self._ready.end} failed ({type(error).__name__}: {one_line(error)})"
             raise
 
     # ---------------------------------------------------------------- prompts
@@ -301,3 +272,218 @@ class Stream:
             self._require_whole()
             with self._whole_or_over(engine):
                 return self._blocks.snapshot(engine)
+
+
+class _FeedThread:
+    """The thread of a feed, and its end. It does not know the feed, so a feed that nobody holds can be freed.
+
+    ``stopped``: by the consumer, nothing more is wanted. ``over``: by the thread, nothing more comes.
+    """
+
+    # All that run. They are daemons, so that a forgotten one cannot keep the interpreter from its end; but what torch
+    # does in a thread must be over before the interpreter is torn down.
+    running: ClassVar[set[_FeedThread]] = set()
+
+    def __init__(self, stream: Stream, depth: int, drop: bool) -> None:
+        self.ready, self.policy, self.drop = stream._ready, DropOldest(depth), drop
+        self.stopped = self.over = False
+        self.error: BaseException | None = None
+        self._process = ProcessGuard()
+        self.ready.attach(self)
+        if drop:
+            self.ready.policy = self.policy
+        self.thread = threading.Thread(target=self._run, args=(stream,), name="echo_rt feed", daemon=True)
+        _FeedThread.running.add(self)
+        self.thread.start()
+
+    def _run(self, stream: Stream) -> None:
+        depth = math.inf if self.drop else self.policy.depth
+        try:
+            while self._wait_for_place() and stream._make_ahead(depth):
+                pass
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # some hold this object, which is to hold the error
+            self.error = error
+        finally:
+            self.over = True
+            self.ready.notify()
+            _FeedThread.running.discard(self)
+            del self, stream  # this frame is one of them
+
+    def _wait_for_place(self) -> bool:
+        """Wait until one more block may be made; False when none is wanted any more."""
+
+        def is_free() -> bool:
+            return self.stopped or self.drop or self.ready.closed or len(self.ready) < self.policy.depth
+
+        with self.ready.lock:
+            self.ready.changed.wait_for(is_free)
+            return not self.stopped
+
+    def stop(self) -> None:
+        """Make no block after the one under way. It may come in any thread, amid anything: so it waits for nothing."""
+        if self._process.left:
+            return  # a lock may be held by a thread that only the parent has
+        with self.ready.lock:
+            self.stopped = True
+            if self.ready.policy is self.policy:
+                self.ready.policy = None
+            self.ready.detach(self)
+
+    def has_news(self) -> bool:
+        """Whether :meth:`take` has a block, an error or the end."""
+        return self.stopped or self.over or len(self.ready) > 0
+
+    def take(self) -> Chunk | None:
+        """Once :meth:`has_news`: the oldest block; None at the end; raises what ended the stream, once."""
+        if self.stopped:
+            return None
+        if (chunk := self.ready.take()) is not None:
+            return chunk
+        error, self.error = self.error, None
+        try:
+            if error is None:
+                return None
+            if isinstance(error, Exception):
+                raise error
+            # Raised here, a SystemExit of that thread would end this one.
+            raise StreamError(f"the feed's thread died of {type(error).__name__}: {error}") from error
+        finally:
+            del error  # or this frame and the error would keep each other alive
+
+
+@atexit.register
+def _end_all() -> None:
+    for one in list(_FeedThread.running):
+        if one.thread.is_alive():  # those of a process that this one was forked from are not
+            one.stop()
+            one.thread.join()
+
+
+class Feed(Closing):
+    """Runs a stream on a thread of its own and hands its blocks out, each of them once, to any number of threads.
+
+    Iterate it (``for`` or ``async for``), call ``next``, or :meth:`poll` it from a loop that has other things to do.
+    At most ``depth`` blocks wait to be taken, so memory does not grow however slow the consumer is. Prompts are set at
+    the stream; they reach :attr:`Stream.next_prompt_block`, which is behind what waits here.
+
+    What ends the stream is raised at a consumer, once the blocks made before it have been taken. A feed that is closed,
+    or that nobody holds any more, leaves the blocks that wait to the stream, which can be used on.
+
+    Args:
+        stream: an open stream; while the feed runs, leave its blocks to the feed.
+        depth: how many blocks may wait, 1 or more.
+        when_full: ``"wait"``: the stream pauses until one is taken. ``"drop"``: it goes on, and the oldest waiting
+            block is dropped and counted in :attr:`dropped`.
+
+    Raises:
+        ConfigError: a depth or ``when_full`` that cannot be.
+        StreamError: the stream is closed.
+    """
+
+    def __init__(self, stream: Stream, depth: int = 2, when_full: Literal["wait", "drop"] = "wait") -> None:
+        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+            raise ConfigError(f"depth must be a number of blocks, 1 or more, got {depth!r}")
+        if when_full not in (WAIT, DROP):
+            raise ConfigError(f"when_full must be {WAIT!r} or {DROP!r}, got {when_full!r}")
+        stream._require_open()
+        self.stream = stream
+        self._ready = stream._ready
+        self._worker = _FeedThread(stream, depth, when_full == DROP)
+        weakref.finalize(self, self._worker.stop).atexit = False
+
+    @property
+    def dropped(self) -> int:
+        """How many blocks were made and dropped because nobody took them."""
+        return self._worker.policy.dropped
+
+    @property
+    def waiting(self) -> int:
+        """How many blocks are made and not yet taken."""
+        return 0 if self.closed else len(self._ready)
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._worker.stopped
+
+    # ---------------------------------------------------------------- blocks
+
+    def poll(self, timeout: float = 0.0) -> Chunk | None:
+        """The next block, or None if there is none within ``timeout`` seconds.
+
+        Raises what ended the stream; :class:`StreamError` where the feed or the stream is closed.
+        """
+        with self._ready.lock:
+            return next(self) if self._wait(timeout) else None
+
+    def __next__(self) -> Chunk:
+        """The next block, waited for; raises as :meth:`poll` does."""
+        if (chunk := self._take()) is not None:
+            return chunk
+        self._require_open()
+        self.stream._require_whole()
+        raise StreamError("the stream is closed; start another with runtime.stream(...)")
+
+    def __iter__(self) -> Iterator[Chunk]:
+        self._require_open()
+        while (chunk := self._take()) is not None:
+            yield chunk
+            del chunk
+        self._require_whole()
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        self._require_open()
+        while (chunk := await self._take_async()) is not None:
+            yield chunk
+            del chunk
+        self._require_whole()
+
+    def _wait(self, timeout: float | None) -> bool:
+        """Whether there is a block, an error or the end within ``timeout`` seconds."""
+        self._require_thread()
+        with self._ready.lock:
+            return self._ready.changed.wait_for(self._worker.has_news, timeout)
+
+    def _take(self) -> Chunk | None:
+        with self._ready.lock:  # or another consumer could come between
+            self._wait(None)
+            return self._worker.take()
+
+    async def _take_async(self) -> Chunk | None:
+        self._require_thread()
+        with self._ready.woken() as changed:
+            while True:
+                with self._ready.lock:
+                    if self._worker.has_news():
+                        return self._worker.take()
+                    changed.clear()
+                await changed.wait()
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise StreamError("the feed is closed; make another with stream.feed(...)")
+
+    def _require_whole(self) -> None:
+        if not self.closed:
+            self.stream._require_whole()
+
+    def _require_thread(self) -> None:
+        if not self._worker.thread.is_alive() and not self._worker.over:
+            raise StreamError("the feed has no thread in this process, a fork of its own; make a feed where it is used")
+
+    # ---------------------------------------------------------------- life
+
+    def close(self) -> None:
+        """End the thread, after the block it is making, and loops over the feed. From any thread; idempotent."""
+        self._worker.stop()
+        if threading.current_thread() is not self._worker.thread:
+            self._worker.thread.join()
+
+    async def __aenter__(self) -> Feed:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, self.close)

@@ -131,7 +131,7 @@ def test_a_failure_keeps_nothing_alive(small_model: Path) -> None:
     try:
         rollout().next_block = fail  # type: ignore[method-assign, union-attr]
         feed = echo_rt.Feed(stream)
-        until(lambda feed=feed: feed._channel.over)
+        until(lambda feed=feed: feed._worker.over)
         runtime.close()
         del feed, stream  # the error was never asked for
         until(lambda: feed_threads() == [])
