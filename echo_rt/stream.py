@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import math
 import threading
-import traceback
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from echo_rt.chunk import Chunk
 from echo_rt.engine.engine import Engine
+from echo_rt.engine.feeder import Feeder
 from echo_rt.engine.guard import Guard
-from echo_rt.engine.ready import DropOldest
 from echo_rt.engine.scheduler import Blocks
 from echo_rt.errors import ConfigError, StreamError
 from echo_rt.snapshot.snapshot import Snapshot
@@ -274,92 +271,6 @@ class Stream(Closing):
                 return self._blocks.snapshot(engine)
 
 
-class _FeedThread:
-    """The thread of a feed, and its end. It does not know the feed, so a feed that nobody holds can be freed.
-
-    ``stopped``: by the consumer, nothing more is wanted. ``over``: by the thread, nothing more comes.
-    """
-
-    # All that run. They are daemons, so that a forgotten one cannot keep the interpreter from its end; but what torch
-    # does in a thread must be over before the interpreter is torn down.
-    running: ClassVar[set[_FeedThread]] = set()
-
-    def __init__(self, stream: Stream, depth: int, drop: bool) -> None:
-        self.ready, self.policy, self.drop = stream._ready, DropOldest(depth), drop
-        self.stopped = self.over = False
-        self.error: BaseException | None = None
-        self._process = ProcessGuard()
-        self.ready.attach(self)
-        if drop:
-            self.ready.policy = self.policy
-        self.thread = threading.Thread(target=self._run, args=(stream,), name="echo_rt feed", daemon=True)
-        _FeedThread.running.add(self)
-        self.thread.start()
-
-    def _run(self, stream: Stream) -> None:
-        depth = math.inf if self.drop else self.policy.depth
-        try:
-            while self._wait_for_place() and stream._make_ahead(depth):
-                pass
-        except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # some hold this object, which is to hold the error
-            self.error = error
-        finally:
-            self.over = True
-            self.ready.notify()
-            _FeedThread.running.discard(self)
-            del self, stream  # this frame is one of them
-
-    def _wait_for_place(self) -> bool:
-        """Wait until one more block may be made; False when none is wanted any more."""
-
-        def is_free() -> bool:
-            return self.stopped or self.drop or self.ready.closed or len(self.ready) < self.policy.depth
-
-        with self.ready.lock:
-            self.ready.changed.wait_for(is_free)
-            return not self.stopped
-
-    def stop(self) -> None:
-        """Make no block after the one under way. It may come in any thread, amid anything: so it waits for nothing."""
-        if self._process.left:
-            return  # a lock may be held by a thread that only the parent has
-        with self.ready.lock:
-            self.stopped = True
-            if self.ready.policy is self.policy:
-                self.ready.policy = None
-            self.ready.detach(self)
-
-    def has_news(self) -> bool:
-        """Whether :meth:`take` has a block, an error or the end."""
-        return self.stopped or self.over or len(self.ready) > 0
-
-    def take(self) -> Chunk | None:
-        """Once :meth:`has_news`: the oldest block; None at the end; raises what ended the stream, once."""
-        if self.stopped:
-            return None
-        if (chunk := self.ready.take()) is not None:
-            return chunk
-        error, self.error = self.error, None
-        try:
-            if error is None:
-                return None
-            if isinstance(error, Exception):
-                raise error
-            # Raised here, a SystemExit of that thread would end this one.
-            raise StreamError(f"the feed's thread died of {type(error).__name__}: {error}") from error
-        finally:
-            del error  # or this frame and the error would keep each other alive
-
-
-@atexit.register
-def _end_all() -> None:
-    for one in list(_FeedThread.running):
-        if one.thread.is_alive():  # those of a process that this one was forked from are not
-            one.stop()
-            one.thread.join()
-
-
 class Feed(Closing):
     """Runs a stream on a thread of its own and hands its blocks out, each of them once, to any number of threads.
 
@@ -389,13 +300,13 @@ class Feed(Closing):
         stream._require_open()
         self.stream = stream
         self._ready = stream._ready
-        self._worker = _FeedThread(stream, depth, when_full == DROP)
-        weakref.finalize(self, self._worker.stop).atexit = False
+        self._feeder = Feeder(stream._ready, stream._make_ahead, depth, drop=when_full == DROP)
+        weakref.finalize(self, self._feeder.stop).atexit = False
 
     @property
     def dropped(self) -> int:
         """How many blocks were made and dropped because nobody took them."""
-        return self._worker.policy.dropped
+        return self._feeder.policy.dropped
 
     @property
     def waiting(self) -> int:
@@ -405,7 +316,7 @@ class Feed(Closing):
     @property
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
-        return self._worker.stopped
+        return self._feeder.stopped
 
     # ---------------------------------------------------------------- blocks
 
@@ -443,20 +354,20 @@ class Feed(Closing):
         """Whether there is a block, an error or the end within ``timeout`` seconds."""
         self._require_thread()
         with self._ready.lock:
-            return self._ready.changed.wait_for(self._worker.has_news, timeout)
+            return self._ready.changed.wait_for(self._feeder.has_news, timeout)
 
     def _take(self) -> Chunk | None:
         with self._ready.lock:  # or another consumer could come between
             self._wait(None)
-            return self._worker.take()
+            return self._feeder.take()
 
     async def _take_async(self) -> Chunk | None:
         self._require_thread()
         with self._ready.woken() as changed:
             while True:
                 with self._ready.lock:
-                    if self._worker.has_news():
-                        return self._worker.take()
+                    if self._feeder.has_news():
+                        return self._feeder.take()
                     changed.clear()
                 await changed.wait()
 
@@ -469,16 +380,16 @@ class Feed(Closing):
             self.stream._require_whole()
 
     def _require_thread(self) -> None:
-        if not self._worker.thread.is_alive() and not self._worker.over:
+        if not self._feeder.is_alive() and not self._feeder.over:
             raise StreamError("the feed has no thread in this process, a fork of its own; make a feed where it is used")
 
     # ---------------------------------------------------------------- life
 
     def close(self) -> None:
         """End the thread, after the block it is making, and loops over the feed. From any thread; idempotent."""
-        self._worker.stop()
-        if threading.current_thread() is not self._worker.thread:
-            self._worker.thread.join()
+        self._feeder.stop()
+        if threading.current_thread() is not self._feeder:
+            self._feeder.join()
 
     async def __aenter__(self) -> Feed:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -131,13 +132,36 @@ def test_a_failure_keeps_nothing_alive(small_model: Path) -> None:
     try:
         rollout().next_block = fail  # type: ignore[method-assign, union-attr]
         feed = echo_rt.Feed(stream)
-        until(lambda feed=feed: feed._worker.over)
+        until(lambda feed=feed: feed._feeder.over)
         runtime.close()
         del feed, stream  # the error was never asked for
         until(lambda: feed_threads() == [])
         assert kv() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interrupted_wait_has_taken_nothing(
+    stream: echo_rt.Stream, stop: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler raises in a thread that waits for a block."""
+
+    def handler(*_: object) -> None:
+        gate.open()
+        raise stop
+
+    gate, main = Gate(stream, monkeypatch), threading.main_thread().ident
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with echo_rt.Feed(stream) as feed:
+            assert gate.reached.wait(LONG)
+            threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGUSR1)).start()
+            with pytest.raises(stop):
+                next(feed)
+            assert next(feed).index == 0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 # ---------------------------------------------------------------- processes
