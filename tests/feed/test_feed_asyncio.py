@@ -42,7 +42,8 @@ def test_an_async_consumer_sees_errors_and_ends(stream: echo_rt.Stream, monkeypa
     async def closed_meanwhile() -> list[int]:
         feed = echo_rt.Feed(stream)
         tasks = [asyncio.create_task(consume(feed)) for _ in range(2)]
-        await asyncio.sleep(0.3)
+        while stream.next_block == 0:
+            await asyncio.sleep(0.001)
         await asyncio.to_thread(feed.close)
         return await asyncio.wait_for(asyncio.gather(*tasks), LONG)
 

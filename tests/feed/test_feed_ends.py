@@ -156,9 +156,17 @@ def test_an_interrupted_wait_has_taken_nothing(
     try:
         with echo_rt.Feed(stream) as feed:
             assert gate.reached.wait(LONG)
-            threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGUSR1)).start()
+            waiters = feed._ready.changed._waiters  # type: ignore[attr-defined]
+
+            def interrupt() -> None:
+                until(lambda: len(waiters) > 0)
+                signal.pthread_kill(main, signal.SIGUSR1)
+
+            sender = threading.Thread(target=interrupt)
+            sender.start()
             with pytest.raises(stop):
                 next(feed)
+            sender.join()
             assert next(feed).index == 0
     finally:
         signal.signal(signal.SIGUSR1, before)
