@@ -325,8 +325,9 @@ class Feed(Closing):
 
         Raises what ended the stream; :class:`StreamError` where the feed or the stream is closed.
         """
+        self._require_thread()
         with self._ready.lock:
-            return next(self) if self._wait(timeout) else None
+            return next(self) if self._ready.changed.wait_for(self._feeder.has_news, timeout) else None
 
     def __next__(self) -> Chunk:
         """The next block, waited for; raises as :meth:`poll` does."""
@@ -350,15 +351,10 @@ class Feed(Closing):
             del chunk
         self._require_whole()
 
-    def _wait(self, timeout: float | None) -> bool:
-        """Whether there is a block, an error or the end within ``timeout`` seconds."""
+    def _take(self) -> Chunk | None:
         self._require_thread()
         with self._ready.lock:
-            return self._ready.changed.wait_for(self._feeder.has_news, timeout)
-
-    def _take(self) -> Chunk | None:
-        with self._ready.lock:  # or another consumer could come between
-            self._wait(None)
+            self._ready.changed.wait_for(self._feeder.has_news)
             return self._feeder.take()
 
     async def _take_async(self) -> Chunk | None:
@@ -380,6 +376,7 @@ class Feed(Closing):
             self.stream._require_whole()
 
     def _require_thread(self) -> None:
+        # Asked before any lock is: in a fork, a thread may hold it that only the parent has.
         if not self._feeder.is_alive() and not self._feeder.over:
             raise StreamError("the feed has no thread in this process, a fork of its own; make a feed where it is used")
 

@@ -82,7 +82,7 @@ class ReadyQueue:
         """Let everyone that waits for a change look again."""
         with self.lock:
             self.changed.notify_all()
-            for wake in self._wakers:
+            for wake in tuple(self._wakers):  # a copy: the garbage collector may end a wait meanwhile
                 wake()
 
     # ---------------------------------------------------------------- consumers

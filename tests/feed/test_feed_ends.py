@@ -208,16 +208,31 @@ def test_a_program_may_end_while_its_feed_runs(small_model: Path, when_full: str
 def test_a_fork_has_no_thread_to_wait_for(stream: echo_rt.Stream) -> None:
     with echo_rt.Feed(stream) as feed:
         until(lambda: feed.waiting == 2)
+        locked, forked = threading.Event(), threading.Event()
+
+        def hold() -> None:  # as a thread that is amid a queue's change
+            with feed._ready.lock:
+                locked.set()
+                forked.wait(LONG)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert locked.wait(LONG)
         child = os.fork()
         if child == 0:
+            signal.alarm(int(LONG))  # a deadlock is a failure, and no hang
             code = 1
             try:
                 for use in (lambda: next(feed), feed.poll, lambda: list(feed)):
                     with pytest.raises(StreamError, match="no thread in this process"):
                         use()
                 feed.close()
+                del feed
+                stream.close()
                 code = 0
             finally:
                 os._exit(code)
+        forked.set()
+        holder.join()
         assert os.waitpid(child, 0)[1] == 0
         assert next(feed).index == 0
