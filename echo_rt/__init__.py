@@ -32,11 +32,10 @@ if TYPE_CHECKING:
         TargetError,
         WeightsError,
     )
-    from echo_rt.feed import Feed
     from echo_rt.options import MemoryMode
     from echo_rt.runtime import Runtime
     from echo_rt.snapshot.snapshot import Snapshot
-    from echo_rt.stream import Stream
+    from echo_rt.stream import Feed, Stream
     from echo_rt.utils.threads import share_cpu
 
 __all__ = [
@@ -72,12 +71,11 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("Chunk", "ChunkStats", "Vitals"), "chunk"),
     **dict.fromkeys(("load_prompt_embeds", "save_prompt_embeds"), "engine.prompts"),
-    "Feed": "feed",
     "Guard": "engine.guard",
     "MemoryMode": "options",
     "Runtime": "runtime",
     "Snapshot": "snapshot.snapshot",
-    "Stream": "stream",
+    **dict.fromkeys(("Feed", "Stream"), "stream"),
     "share_cpu": "utils.threads",
 }
 

@@ -20,7 +20,6 @@ LAYERS = (
     ("model",),
     ("snapshot",),
     ("engine",),
-    ("feed",),
     ("stream",),
     ("runtime",),
     ("output",),
@@ -30,8 +29,6 @@ LAYERS = (
     ("cli",),
     ("__init__", "__main__"),
 )
-# Until finished blocks wait in one queue, a feed knows its stream by type, and the stream makes it.
-KNOWN_CIRCLE = ("feed", "stream")
 
 
 def modules() -> dict[str, Path]:
@@ -60,11 +57,7 @@ def edges() -> dict[str, set[str]]:
     """Module -> the modules that it imports, but for the ``__init__`` of its own folder."""
     known = modules()
     return {
-        name: {
-            other
-            for other in imports(path, known)
-            if other not in (name, name.rpartition(".")[0]) and (name, other) != KNOWN_CIRCLE
-        }
+        name: {other for other in imports(path, known) if other not in (name, name.rpartition(".")[0])}
         for name, path in known.items()
     }
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from echo_rt.attention import AttentionSelection, attentions, cache_file
 from echo_rt.bench.model import Model
 from echo_rt.bench.timing import Span, WatchedExecutor, watched_executor
+from echo_rt.chunk import Chunk
 from echo_rt.engine.build import ModelTensors, Networks, build_engine
-from echo_rt.engine.pipeline import Finished
 from echo_rt.errors import ConfigError
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.backends import Backend
@@ -93,7 +93,7 @@ class Parts(Networks):
 class Block:
     """A block on the host, and the spans of its stages; their times can be read once the rig has settled."""
 
-    made: Finished
+    made: Chunk
     spans: tuple[Span, ...]
 
 
@@ -150,7 +150,7 @@ class Rig:
         for _ in range(_MOST_BLOCKS):
             runs, replays = self.executor.runs, self.executor.replays
             before = self.block(0).made.index - 1
-            saturated = before >= 0 and self.rollout.position(before).shift > 0
+            saturated = before >= 0 and self.rollout.state.layout.shift(before) > 0
             replayed = self.executor.runs - runs == self.executor.replays - replays
             if saturated and (replayed or not self._graphs):
                 self.drain()

@@ -1,23 +1,22 @@
 """From latents to frames on the host: the decoder works on one block while the transformer makes the next.
 
-A block is begun (its work is asked for, in the lanes of :mod:`echo_rt.engine.executor`) and later finished (waited
+A block is begun (its work is submitted, to the lanes of :mod:`echo_rt.engine.executor`) and later finished (waited
 for). The blocks between the two are in flight: each has a slot of host memory, pinned on a GPU, so there are never more
-of them than slots, and memory does not grow however slow the one is who takes the frames.
+of them than slots, and memory does not grow however slow the consumer is.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from echo_rt.chunk import Vitals
+from echo_rt.chunk import Chunk, ChunkStats, Vitals
 from echo_rt.config import ModelConfig, VaeConfig
 from echo_rt.engine.executor import Executor, Lane, Mark
-from echo_rt.engine.rollout import Position, Rollout
+from echo_rt.engine.rollout import Rollout
 from echo_rt.engine.state import VITALS
 from echo_rt.model.decoder_protocol import DecoderState, VideoDecoder
 from echo_rt.ops.schema import Ops
@@ -25,29 +24,14 @@ from echo_rt.ops.schema import Ops
 _VIDEO_VITALS = ("video_min", "video_max", "video_nonfinite")
 
 
-@dataclass(frozen=True, eq=False)
-class Finished:
-    """A block on the host; tensors are the receiver's own. Seconds are the device's, which has other blocks too."""
-
-    index: int
-    frames: Tensor
-    latents: Tensor
-    vitals: Vitals
-    generate_seconds: float
-    decode_seconds: float
-    seconds: float
-    position: Position
-    memory_attended: bool
-
-
 def frames_shape(config: ModelConfig, vae: VaeConfig) -> tuple[int, int, int, int]:
-    """Of a block's video as bytes, ``[frames, height, width, 3]``: the first block of a video has fewer frames."""
+    """Shape of a block's frames, ``[frames, height, width, 3]``; the first block of a video has fewer frames."""
     frames = vae.video_frames(1 + config.window.frames_per_block) - vae.video_frames(1)
     return frames, config.latent_height * vae.spatial_stride, config.latent_width * vae.spatial_stride, 3
 
 
 class _Slot:
-    """Host memory of one block in flight."""
+    """Host memory of one block in flight, and what the host knows of the block when it is begun."""
 
     def __init__(self, like_frames: Tensor, like_latents: Tensor, vitals: int, pinned: bool) -> None:
         def host(like: Tensor) -> Tensor:
@@ -58,17 +42,34 @@ class _Slot:
         self.begun: Mark | None = None
         self.made: Mark | None = None
         self.arrived: Mark | None = None
+        self.index = self.first_frame = self.count = 0
+        self.newest_temporal_id = self.shift = 0
+        self.memory_attended = self.memory_ready = self.memory_updated = False
 
-
-@dataclass(frozen=True, eq=False)
-class _InFlight:
-    slot: _Slot
-    index: int
-    frames: int
-    position: Position
-    memory_attended: bool
-    memory_ready: bool
-    memory_updated: bool
+    def read(self) -> Chunk:
+        """Copy the block that has arrived, so that the slot is free."""
+        assert self.begun is not None and self.made is not None and self.arrived is not None
+        values = dict(zip((*VITALS, *_VIDEO_VITALS), self.vitals.tolist(), strict=True))
+        vitals = Vitals(
+            latent_mean=values["latent_mean"],
+            latent_std=values["latent_std"],
+            latent_nonfinite=int(values["latent_nonfinite"]),
+            video_min=values["video_min"],
+            video_max=values["video_max"],
+            video_nonfinite=int(values["video_nonfinite"]),
+            memory_norm=values["memory_norm"] if self.memory_ready else None,
+            gate_mean=values["gate_mean"] if self.memory_updated else None,
+        )
+        stats = ChunkStats(
+            generate_seconds=self.made.seconds_since(self.begun),
+            decode_seconds=self.arrived.seconds_since(self.made),
+            newest_temporal_id=self.newest_temporal_id,
+            shift=self.shift,
+            memory_attended=self.memory_attended,
+            vitals=vitals,
+        )
+        frames, latents = self.frames[: self.count].clone(), self.latents.clone()
+        return Chunk(index=self.index, frames=frames, first_frame=self.first_frame, latents=latents, stats=stats)
 
 
 class Pipeline:
@@ -99,7 +100,7 @@ class Pipeline:
         self._slots = [
             _Slot(self._frames, self._latents, len(self._vitals), device.type == "cuda") for _ in range(depth)
         ]
-        self._flying: deque[_InFlight] = deque()
+        self._flying: deque[_Slot] = deque()
         self._last_arrival: Mark | None = None
 
     @property
@@ -109,7 +110,7 @@ class Pipeline:
 
     @property
     def decoder_bytes(self) -> int:
-        """Of device memory that the decoder keeps for a stream between two blocks, with the room that it works in."""
+        """Device memory, in bytes, of the decoder's state and scratch buffers for one stream."""
         return sum(tensor.nbytes for tensor in self.decoder_state.buffers().values())
 
     def buffers(self) -> dict[str, Tensor]:
@@ -138,74 +139,50 @@ class Pipeline:
         with self._executor.apart():  # the lane in which a state is put back
             self.decoder_state.reset()
 
-    def begin(self, noise: Tensor | None = None) -> None:
-        """Ask for the next block's work, with ``noise`` in the place of the seed's. There must be a free slot."""
+    def begin(self, index: int | None = None, noise: Tensor | None = None) -> None:
+        """Submit the next block's work; there must be a free slot.
+
+        ``index``: its number, None for the state's own. ``noise``: in place of the seed's, see ``Rollout.next_block``.
+        """
         assert len(self._flying) < self.depth
-        executor, rollout, state = self._executor, self.rollout, self.decoder_state
-        index = rollout.state.block + 1
-        slot = self._slots[index % self.depth]
-        is_start = state.latents_seen == 0
+        executor, rollout, decoder = self._executor, self.rollout, self.decoder_state
+        state, layout, video_frames = rollout.state, rollout.state.layout, self._vae.video_frames
+        block, count = state.block + 1, len(self._latents)
+        slot = self._slots[block % self.depth]
+        is_start = decoder.latents_seen == 0
         slot.begun = executor.mark(Lane.MAIN, slot.begun)
         rollout.next_block(noise)
         slot.made = executor.mark(Lane.MAIN, slot.made)
-        # What is handed over lies in one place: the block before must have left it.
+        # There is one buffer between transformer and decoder: the block before must have left it.
         handed = executor.run(self._hand_over, after=[self._last_arrival])
         executor.run(self._decode, is_start, lane=Lane.DECODE, after=[handed])
-        count = len(self._latents)
-        frames = self._vae.video_frames(state.latents_seen + count) - self._vae.video_frames(state.latents_seen)
+        slot.count = video_frames(decoder.latents_seen + count) - video_frames(decoder.latents_seen)
         with executor.apart(Lane.DECODE):
-            slot.frames[:frames].copy_(self._frames[:frames], non_blocking=True)
+            slot.frames[: slot.count].copy_(self._frames[: slot.count], non_blocking=True)
             slot.latents.copy_(self._latents, non_blocking=True)
             slot.vitals.copy_(self._vitals, non_blocking=True)
         slot.arrived = self._last_arrival = executor.mark(Lane.DECODE, slot.arrived)
-        state.latents_seen += count
-        self._flying.append(
-            _InFlight(
-                slot=slot,
-                index=index,
-                frames=frames,
-                position=rollout.position(index),
-                memory_attended=rollout.memory_attended(index),
-                memory_ready=rollout.state.memory_ready,
-                memory_updated=rollout.state.memory_updated,
-            )
-        )
+        decoder.latents_seen += count
+        slot.index = block if index is None else index
+        slot.first_frame = video_frames(slot.index * count)
+        slot.newest_temporal_id = layout.temporal_id(block, layout.last_frame(block))
+        slot.shift = layout.shift(block)
+        slot.memory_attended = rollout.memory_attended(block)
+        slot.memory_ready, slot.memory_updated = state.memory_ready, state.memory_updated
+        self._flying.append(slot)
 
-    @property
-    def oldest(self) -> int:
-        """The number of the oldest block in flight."""
-        return self._flying[0].index
+    def finish(self, seconds: float | None = None) -> Chunk | None:
+        """Wait for the oldest block in flight and free its slot; None if it is not there after ``seconds``.
 
-    def finish(self, seconds: float | None = None) -> Finished | None:
-        """Wait for the oldest block in flight and free its slot; None if it is not there after ``seconds``."""
-        block = self._flying[0]
-        slot = block.slot
-        assert slot.begun is not None and slot.made is not None and slot.arrived is not None
+        Tensors are the caller's. Seconds are the device's, which has other blocks too.
+        """
+        slot = self._flying[0]
+        assert slot.arrived is not None
         if not slot.arrived.wait(seconds):
             return None
-        values = dict(zip((*VITALS, *_VIDEO_VITALS), slot.vitals.tolist(), strict=True))
-        finished = Finished(
-            index=block.index,
-            frames=slot.frames[: block.frames].clone(),
-            latents=slot.latents.clone(),
-            vitals=Vitals(
-                latent_mean=values["latent_mean"],
-                latent_std=values["latent_std"],
-                latent_nonfinite=int(values["latent_nonfinite"]),
-                video_min=values["video_min"],
-                video_max=values["video_max"],
-                video_nonfinite=int(values["video_nonfinite"]),
-                memory_norm=values["memory_norm"] if block.memory_ready else None,
-                gate_mean=values["gate_mean"] if block.memory_updated else None,
-            ),
-            generate_seconds=slot.made.seconds_since(slot.begun),
-            decode_seconds=slot.arrived.seconds_since(slot.made),
-            seconds=slot.arrived.seconds_since(slot.begun),
-            position=block.position,
-            memory_attended=block.memory_attended,
-        )
+        chunk = slot.read()
         self._flying.popleft()
-        return finished
+        return chunk
 
     # ---------------------------------------------------------------- stages
 

@@ -8,7 +8,6 @@ are rotated afresh. The scores are those of ids that never exceed the pretrained
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,14 +30,6 @@ from echo_rt.options import MemoryMode, check_seed
 Observer = Callable[[int, int, Tensor], None]
 
 _FIRST_FRAME, _SHIFT = POSITION_FIELDS.index("first_frame"), POSITION_FIELDS.index("shift")
-
-
-@dataclass(frozen=True)
-class Position:
-    """A block's place on the bounded temporal axis."""
-
-    newest_temporal_id: int
-    shift: int
 
 
 class Rollout:
@@ -135,12 +126,6 @@ class Rollout:
         run(self._keep, self._span(block), s.memory_ready)
         s.block = block
         return s.x
-
-    def position(self, block: int) -> Position:
-        """Where ``block`` stands: the id of its newest frame and how far the ids have shifted."""
-        layout = self._layout
-        last = layout.last_frame(block)
-        return Position(newest_temporal_id=layout.temporal_id(block, last), shift=layout.shift(block))
 
     def memory_attended(self, block: int) -> bool:
         """Whether a pass of ``block`` that began now would attend to the memory."""

@@ -10,8 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from echo_rt.errors import OutputError, TargetError
+
+C = TypeVar("C", bound="Closing")
 
 # With the rest of a part's name, short enough for every file system, four bytes a character.
 _NAME_KEPT = 32
@@ -153,13 +156,13 @@ def write_whole(path: str | Path, data: bytes) -> None:
 
 
 class Closing(ABC):
-    """``with`` for a writer: closed on the way out, whatever the way out is."""
+    """``with`` for what must be closed: on the way out, whatever the way out is."""
 
     @abstractmethod
     def close(self) -> None:
-        """Finish the file and put it in place."""
+        """Finish the file and put it in place; end what runs."""
 
-    def __enter__(self) -> Closing:
+    def __enter__(self: C) -> C:
         return self
 
     def __exit__(

@@ -24,12 +24,12 @@ def test_a_prompt_begins_with_its_block_whatever_is_gone_back_from(
     """Block 7 was begun, with its prompt, when block 6 was found to be bad."""
     with load(small_model, lookahead=1, overrides=FEW_STEPS) as runtime:
         stream = runtime.stream(prompt_embeds=embeds(runtime), guard=Guard("roll_back", keep_every=100))
-        blocks, rollout = stream._blocks, stream._engine.rollout  # type: ignore[union-attr]
+        engine, rollout = stream._engine, stream._engine.rollout  # type: ignore[union-attr]
         next(stream)
         later = embeds(runtime, 5)
         stream.set_prompt(prompt_embeds=later, block=7)
         begun: dict[int, list[bool]] = {}  # by blocks of the video: whether the later prompt was in force
-        told, engine = [False], stream._engine
+        told = [False]
         switch, next_block, put_back = rollout.switch_prompt, rollout.next_block, type(engine).load_state
 
         def switched(prompt: Tensor) -> None:
@@ -37,7 +37,7 @@ def test_a_prompt_begins_with_its_block_whatever_is_gone_back_from(
             switch(prompt)
 
         def noted(noise: Tensor | None) -> Tensor:
-            begun.setdefault(rollout.state.block + 1 + blocks._offset, []).append(told[0])
+            begun.setdefault(stream.next_prompt_block - 1, []).append(told[0])
             return next_block(noise)
 
         def back(self: Any, snapshot: echo_rt.Snapshot, seed: int) -> None:

@@ -258,9 +258,9 @@ def test_frames_far_into_the_stream_are_as_exact_as_the_first(first: int) -> Non
             # The noise is keyed by the block, so the moved rollout is given the other's.
             noise = drawn_noise(state.noise.shape, 0, state.block + 1 - moved // size)
             made.append(rollout.next_block(noise).clone())
-            position = rollout.position(state.block)
-            assert position.newest_temporal_id == flat["max_temporal_id"]
-            assert state.positions[2] == position.shift
+            newest = state.layout.last_frame(state.block)
+            assert state.layout.temporal_id(state.block, newest) == flat["max_temporal_id"]
+            assert state.positions[2] == state.layout.shift(state.block)
         latents.append(torch.stack(made))
     assert relative_error(latents[1], latents[0].double()) < BOUND
 

@@ -20,7 +20,7 @@ def test_a_slow_consumer_makes_the_stream_wait(stream: echo_rt.Stream, expected:
     with echo_rt.Feed(stream, depth=2) as feed:
         until(lambda: feed.waiting == 2)
         time.sleep(0.3)  # blocks take a third of that
-        assert stream.next_block == 2, "made more than may wait"
+        assert (stream.next_block, stream.next_prompt_block) == (0, 2), "made more than may wait"
         made = within(LONG, lambda: [next(feed) for _ in range(5)])
         assert feed.dropped == 0
     assert same(made, expected[:5])
@@ -128,6 +128,20 @@ def test_a_forgotten_feed_ends_its_thread_and_loses_no_block(
     finally:
         gc.enable()
     assert same(made, expected)
+
+
+def test_a_snapshot_holds_what_waits_in_the_feed(
+    runtime: echo_rt.Runtime, stream: echo_rt.Stream, expected: list[echo_rt.Chunk]
+) -> None:
+    with echo_rt.Feed(stream, depth=2) as feed:
+        made = [next(feed)]
+        until(lambda: feed.waiting == 2)
+        snapshot = stream.snapshot()
+        assert (snapshot.next_block, stream.next_block) == (1, 1)
+        made.append(next(feed))
+    stream.close()
+    with runtime.resume(snapshot) as resumed:
+        assert same(made[:1] + take(resumed, 5), expected) and same(made, expected[:2])
 
 
 def test_prompts_reach_the_block_that_is_not_begun(runtime: echo_rt.Runtime, stream: echo_rt.Stream) -> None:

@@ -26,7 +26,7 @@ def test_async_for_and_cancelled_waits(stream: echo_rt.Stream, expected: list[ec
                     await asyncio.wait_for(more(), 0.03)
                 except asyncio.TimeoutError:
                     timeouts += 1
-            assert feed._channel.sleepers == set(), "a cancelled wait is still waited for"
+            assert feed._ready._wakers == set(), "a cancelled wait is still waited for"
         assert timeouts > 1
         return made
 
@@ -42,7 +42,8 @@ def test_an_async_consumer_sees_errors_and_ends(stream: echo_rt.Stream, monkeypa
     async def closed_meanwhile() -> list[int]:
         feed = echo_rt.Feed(stream)
         tasks = [asyncio.create_task(consume(feed)) for _ in range(2)]
-        await asyncio.sleep(0.3)
+        while stream.next_block == 0:
+            await asyncio.sleep(0.001)
         await asyncio.to_thread(feed.close)
         return await asyncio.wait_for(asyncio.gather(*tasks), LONG)
 
@@ -64,7 +65,7 @@ def test_a_loop_that_is_gone_does_not_stop_the_feed(stream: echo_rt.Stream, monk
         waiting = feed._take_async()
         task = loop.create_task(waiting)
         loop.run_until_complete(asyncio.sleep(0.01))
-        assert len(feed._channel.sleepers) == 1
+        assert len(feed._ready._wakers) == 1
         loop.close()
         gate.open()
         assert within(LONG, lambda: next(feed)).index == 0

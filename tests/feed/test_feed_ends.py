@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -131,13 +132,44 @@ def test_a_failure_keeps_nothing_alive(small_model: Path) -> None:
     try:
         rollout().next_block = fail  # type: ignore[method-assign, union-attr]
         feed = echo_rt.Feed(stream)
-        until(lambda feed=feed: feed._channel.over)
+        until(lambda feed=feed: feed._feeder.over)
         runtime.close()
         del feed, stream  # the error was never asked for
         until(lambda: feed_threads() == [])
         assert kv() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interrupted_wait_has_taken_nothing(
+    stream: echo_rt.Stream, stop: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler raises in a thread that waits for a block."""
+
+    def handler(*_: object) -> None:
+        gate.open()
+        raise stop
+
+    gate, main = Gate(stream, monkeypatch), threading.main_thread().ident
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with echo_rt.Feed(stream) as feed:
+            assert gate.reached.wait(LONG)
+            waiters = feed._ready.changed._waiters  # type: ignore[attr-defined]
+
+            def interrupt() -> None:
+                until(lambda: len(waiters) > 0)
+                signal.pthread_kill(main, signal.SIGUSR1)
+
+            sender = threading.Thread(target=interrupt)
+            sender.start()
+            with pytest.raises(stop):
+                next(feed)
+            sender.join()
+            assert next(feed).index == 0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 # ---------------------------------------------------------------- processes
@@ -176,16 +208,31 @@ def test_a_program_may_end_while_its_feed_runs(small_model: Path, when_full: str
 def test_a_fork_has_no_thread_to_wait_for(stream: echo_rt.Stream) -> None:
     with echo_rt.Feed(stream) as feed:
         until(lambda: feed.waiting == 2)
+        locked, forked = threading.Event(), threading.Event()
+
+        def hold() -> None:  # as a thread that is amid a queue's change
+            with feed._ready.lock:
+                locked.set()
+                forked.wait(LONG)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert locked.wait(LONG)
         child = os.fork()
         if child == 0:
+            signal.alarm(int(LONG))  # a deadlock is a failure, and no hang
             code = 1
             try:
                 for use in (lambda: next(feed), feed.poll, lambda: list(feed)):
                     with pytest.raises(StreamError, match="no thread in this process"):
                         use()
                 feed.close()
+                del feed
+                stream.close()
                 code = 0
             finally:
                 os._exit(code)
+        forked.set()
+        holder.join()
         assert os.waitpid(child, 0)[1] == 0
         assert next(feed).index == 0

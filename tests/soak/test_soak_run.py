@@ -20,7 +20,7 @@ from soaking import PROMPTS, hashes, intervals, soak_of
 import echo_rt.soak
 import echo_rt.soak.session
 from echo_rt.chunk import Chunk
-from echo_rt.engine.pipeline import Finished, Pipeline
+from echo_rt.engine.pipeline import Pipeline
 from echo_rt.errors import BackendError, ConfigError, NumericalError, OutputError, TargetError, WeightsError
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.soak.journal import JOURNAL_FILE, Journal, read_lines
@@ -247,12 +247,13 @@ def test_a_block_that_is_not_finite(
 ) -> None:
     real, spoilt = Pipeline.finish, [0]
 
-    def finish(pipeline: Pipeline, seconds: float | None = None) -> Finished | None:
+    def finish(pipeline: Pipeline, seconds: float | None = None) -> Chunk | None:
         made = real(pipeline, seconds)
         if made is None or made.index != 12 or spoilt[0]:
             return made
         spoilt[0] += 1
-        return replace(made, vitals=replace(made.vitals, latent_nonfinite=7))
+        vitals = replace(made.stats.vitals, latent_nonfinite=7)
+        return replace(made, stats=replace(made.stats, vitals=vitals))
 
     monkeypatch.setattr(Pipeline, "finish", finish)
     config = soak_of(smallest_model, tmp_path / "out", blocks=20, roll_back=roll_back, interval=3600.0)

@@ -166,7 +166,9 @@ def test_closing_while_this_thread_encodes_a_prompt(small_model: Path, monkeypat
         within(LONG, lambda: runtime.stream("a fox"))
 
 
-def test_a_block_given_back_to_a_closed_stream_is_not_kept(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_stream_keeps_no_block_that_nobody_waits_for(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An awaited block is there, and its consumer cancelled, when the stream has been closed meanwhile."""
     with load(small_model, overrides=FEW_STEPS) as runtime:
         stream = runtime.stream(prompt_embeds=embeds(runtime))
@@ -174,15 +176,16 @@ def test_a_block_given_back_to_a_closed_stream_is_not_kept(small_model: Path, mo
         async def film() -> None:
             loop = asyncio.get_running_loop()
 
-            async def made_and_cancelled(make: Callable[..., Any], wanted: Any) -> None:
-                make(wanted)
+            async def made_and_cancelled(make: Callable[[int], bool], depth: int) -> None:
+                make(depth)
                 stream.close()
+                assert len(stream._ready) == 1, "whoever waits for a block gets it"
                 raise asyncio.CancelledError
 
-            monkeypatch.setattr(loop, "run_in_executor", lambda _, make, wanted: made_and_cancelled(make, wanted))
+            monkeypatch.setattr(loop, "run_in_executor", lambda _, make, depth: made_and_cancelled(make, depth))
             async for _ in stream:
                 pass
 
         with pytest.raises(asyncio.CancelledError):
             asyncio.run(film())
-        assert not stream._blocks._held
+        assert len(stream._ready) == 0 and stream.next_block == 0

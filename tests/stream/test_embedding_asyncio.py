@@ -58,7 +58,7 @@ def test_a_cancelled_wait_loses_no_block(
         if opened == "before the cancel":
             gate.open()
             end = time.monotonic() + LONG
-            while stream.next_block == 1 and time.monotonic() < end:
+            while not stream._ready and time.monotonic() < end:
                 time.sleep(0.001)  # the block is made while the loop does not run
             wait.cancel()
         else:
@@ -81,6 +81,29 @@ def test_a_cancelled_wait_loses_no_block(
         with monkeypatch.context() as patch:
             made += asyncio.run(asyncio.wait_for(scene(stream, Gate(stream, patch)), LONG))
     assert same(made, expected[:2])
+
+
+def test_a_stream_that_is_closed_amid_an_awaited_block_hands_it_out(
+    runtime: echo_rt.Runtime, expected: list[echo_rt.Chunk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As to a thread that waits; and then the loop ends."""
+
+    async def scene(stream: echo_rt.Stream, gate: Gate) -> list[echo_rt.Chunk]:
+        async def consume() -> list[echo_rt.Chunk]:
+            return [chunk async for chunk in stream]
+
+        consumer = asyncio.create_task(consume())
+        await asyncio.to_thread(gate.reached.wait, LONG)
+        closer = asyncio.create_task(asyncio.to_thread(stream.close))
+        while not stream.closed:
+            await asyncio.sleep(0.001)
+        gate.open()
+        await closer
+        return await consumer
+
+    stream = runtime.stream(prompt_embeds=embeds(runtime))
+    made = asyncio.run(asyncio.wait_for(scene(stream, Gate(stream, monkeypatch)), LONG))
+    assert same(made, expected[:1]) and stream.next_block == 1
 
 
 def test_timeouts_lose_no_block(runtime: echo_rt.Runtime, expected: list[echo_rt.Chunk]) -> None:
