@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from echo_rt.engine.build import build_engine, open_networks
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import Guard
+from echo_rt.engine.initial_video import InitialVideo
+from echo_rt.engine.scheduler import Initial
 from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.ops.backends import choose_backend
 from echo_rt.options import WAN_VAE, MemoryMode, RuntimeOptions, check_seed
@@ -214,24 +216,40 @@ class Runtime:
         prompt_embeds: Tensor | None = None,
         seed: int = 0,
         guard: Guard | None = None,
+        initial_video: InitialVideo | None = None,
+        fit: Literal["crop", "pad"] | None = None,
+        include_initial: bool = True,
     ) -> Stream:
-        """Begin an endless video.
+        """Begin an endless video, or go on with a given one.
 
         Args:
             prompt: what to show; or ``prompt_embeds [length, text_dim]`` in its place.
             seed: 0 .. 2^64-1; the same seed and prompts give the same video.
             guard: what to do about a block with NaN, or one that takes too long; None for an end with an error.
+            initial_video: what the video begins with: uint8 ``[F, H, W, 3]`` RGB as :attr:`Chunk.frames` is, a tensor
+                or an array, or an iterable of such pieces, read as they are encoded. F must fill whole blocks; a
+                picture, F of 1, does where a block is one latent frame. Encoded by the model's own VAE, which is loaded
+                for it. The first blocks of the video are these frames, as the decoder makes them of their latents.
+            fit: of an ``initial_video`` of another size, scaled to the video's: ``"crop"`` what sticks out, or
+                ``"pad"`` with black what is missing; None for an error.
+            include_initial: False leaves those blocks out of what is handed out; numbers of blocks and frames count
+                them all the same, so the first one is not 0. They are worked through before this returns.
 
         Raises:
             StreamError: another stream of this runtime is live, or the runtime is closed.
             PromptError: neither or both given, an empty prompt, embeddings that do not fit.
+            ConfigError: frames of another size or number, or of another kind.
+            WeightsError: ``initial_video`` is given, and the model's own VAE is not there.
         """
         check_seed(seed)
-        with self._free():
-            pass  # before a prompt is encoded, which takes long, and again after it
+        with self._free() as engine:  # before a prompt is encoded, which takes long, and again after it
+            engine.initial_video.check(initial_video, fit, include_initial)
         embeds = self._require_open().prompts.resolve(prompt, prompt_embeds)
+        initial = None
+        if initial_video is not None:
+            initial = Initial(self._require_open().initial_video.encode(initial_video, fit), shown=include_initial)
         with self._free() as engine:
-            return self._enliven(Stream.begin(engine, embeds, seed, guard))
+            return self._enliven(Stream.begin(engine, embeds, seed, guard, initial))
 
     @release_on_error
     def resume(self, snapshot: Snapshot, *, guard: Guard | None = None) -> Stream:

@@ -15,7 +15,7 @@ from torch import Tensor
 from echo_rt.chunk import Chunk
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import Guard
-from echo_rt.engine.scheduler import Blocks
+from echo_rt.engine.scheduler import Blocks, Initial
 from echo_rt.errors import ConfigError, StreamError
 from echo_rt.feed import Feed
 from echo_rt.snapshot.snapshot import Snapshot
@@ -72,11 +72,18 @@ class Stream:
     # ---------------------------------------------------------------- life
 
     @classmethod
-    def begin(cls, engine: Engine, prompt_embeds: Tensor, seed: int, guard: Guard | None = None) -> Stream:
+    def begin(
+        cls,
+        engine: Engine,
+        prompt_embeds: Tensor,
+        seed: int,
+        guard: Guard | None = None,
+        initial: Initial | None = None,
+    ) -> Stream:
         """A new video in ``engine``'s buffers; the runtime makes sure that no other is live."""
         blocks = Blocks(engine, seed, guard)
         with model_context(engine.device, engine.dtype, engine.vae_dtype):
-            blocks.start(engine, prompt_embeds)
+            blocks.start(engine, prompt_embeds, initial)
         return cls(engine, blocks)
 
     @classmethod

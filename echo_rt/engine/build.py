@@ -15,6 +15,7 @@ from echo_rt.config import ModelConfig, VaeConfig
 from echo_rt.engine.decoding import Convolutions, fit_decoder
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.executor import Executor, make_executor
+from echo_rt.engine.initial_video import InitialVideoEncoder
 from echo_rt.engine.memory_budget import require_room
 from echo_rt.engine.pipeline import Pipeline
 from echo_rt.engine.prompts import PromptEncoder
@@ -259,6 +260,7 @@ def build_engine(
         model=model,
         ways=ways,
         prompts=PromptEncoder(folder, config.transformer, device, keep=options.keep_text_encoder),
+        initial_video=InitialVideoEncoder(folder, config, vae, device, networks.vae_dtype),
         lookahead=lookahead,
         check=SteadyCheck(executor, device, pipeline.buffers) if options.check else None,
     )

@@ -74,7 +74,8 @@ class _InFlight:
 class Pipeline:
     """Owns the decoder's stream state and what is between the device and the host, for one rollout.
 
-    ``depth``: how many blocks may be in flight.
+    ``depth``: how many blocks may be in flight. ``given``: latents ``[B, C, h, w]`` on the host that the next blocks
+    are, in place of generated ones.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Pipeline:
         self._slots = [
             _Slot(self._frames, self._latents, len(self._vitals), device.type == "cuda") for _ in range(depth)
         ]
+        self.given: deque[Tensor] = deque()
         self._flying: deque[_InFlight] = deque()
         self._last_arrival: Mark | None = None
 
@@ -133,6 +135,7 @@ class Pipeline:
     def reset(self) -> None:
         """Let go of what is in flight, and back to the start of a stream."""
         self._executor.settle()
+        self.given.clear()
         self._flying.clear()
         self._last_arrival = None
         with self._executor.apart():  # the lane in which a state is put back
@@ -146,7 +149,10 @@ class Pipeline:
         slot = self._slots[index % self.depth]
         is_start = state.latents_seen == 0
         slot.begun = executor.mark(Lane.MAIN, slot.begun)
-        rollout.next_block()
+        if self.given:
+            rollout.given_block(self.given.popleft())
+        else:
+            rollout.next_block()
         slot.made = executor.mark(Lane.MAIN, slot.made)
         # What is handed over lies in one place: the block before must have left it.
         handed = executor.run(self._hand_over, after=[self._last_arrival])

@@ -71,6 +71,14 @@ class PromptSchedule:
             return dict(self._prompts)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Initial:
+    """What a video begins with: latents ``[frames, C, h, w]``, whole blocks; ``shown``: whether they are handed out."""
+
+    latents: Tensor
+    shown: bool = True
+
+
 class Blocks:
     """One video in the buffers of ``engine``, which is lent to each call; numbers of blocks are the video's.
 
@@ -94,9 +102,17 @@ class Blocks:
         self._prompts_since: dict[int, Tensor] = {}  # those that the good state does not know, by their blocks
         self._began = time.perf_counter()
 
-    def start(self, engine: Engine, prompt_embeds: Tensor) -> None:
-        """From the first block."""
+    def start(self, engine: Engine, prompt_embeds: Tensor, initial: Initial | None = None) -> None:
+        """From the first block, or from the first that is not of the ``initial`` video where that is not shown."""
         engine.start(prompt_embeds, self._seed)
+        if initial is None:
+            return
+        engine.prefill(initial.latents)
+        while engine.pipeline.given and not initial.shown:
+            self._begin(engine)
+            self._finish(engine)
+            self._held.clear()
+            self.next_block, self.first_frame_seconds = engine.block + 1, None
 
     def restore(self, engine: Engine, snapshot: Snapshot) -> None:
         """From where ``snapshot`` was taken; :class:`StreamError` if it is another model's."""
@@ -204,7 +220,8 @@ class Blocks:
 
     def _good_state_due(self, engine: Engine) -> bool:
         block = engine.block
-        if self._guard.policy != ROLL_BACK or block < 0:
+        # What is given would be no better another time: the first state to go back to is the one behind it.
+        if self._guard.policy != ROLL_BACK or block < 0 or engine.pipeline.given:
             return False
         return self._good is None or block - self._good.block >= self._guard.keep_every
 

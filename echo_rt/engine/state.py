@@ -100,9 +100,10 @@ def state_sizes(config: ModelConfig, dtype: torch.dtype) -> Sizes:
 class RolloutState:
     """The tensors of one rollout, and the host's mirror of the facts it needs to order the work.
 
-    ``block``: the last block generated (-1: none); ``memory_ready``: the memory has been updated (or is a prior's)
-    since the start or the last rebuild, so it is attended to wherever its ids fit; ``memory_updated``: the vitals hold
-    the gate of an update. :func:`state_sizes` says what the tensors are.
+    ``block``: the last block of the video (-1: none); ``initial_blocks``: how many at its beginning were given instead
+    of generated, so that the first generated one has this number; ``memory_ready``: the memory has been updated (or is
+    a prior's) since the start or the last rebuild, so it is attended to wherever its ids fit; ``memory_updated``: the
+    vitals hold the gate of an update. :func:`state_sizes` says what the tensors are.
     """
 
     def __init__(self, config: ModelConfig, ops: Ops, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -125,6 +126,7 @@ class RolloutState:
         self.frame_offsets = torch.arange(config.window.frames_per_block, device=device)
         self.rope = RopeTables(config, ops, device)
         self.block = -1
+        self.initial_blocks = 0
         self.memory_ready = self.memory_updated = False
         self.reset()
 
@@ -135,6 +137,7 @@ class RolloutState:
         for left in (self.vitals, self.kv, self.sink_k, self.ring_k, self.memory, self.memory_k, self.latents):
             left.zero_()  # a video that ended in NaN leaves none to the next
         self.block = -1
+        self.initial_blocks = 0
         self.memory_ready = self.memory_updated = False
 
     def tensors(self) -> dict[str, Tensor]:
