@@ -84,8 +84,15 @@ def test_no_more_than_a_group_is_read_ahead(encoder: InitialVideoEncoder, monkey
 
 @pytest.mark.parametrize(
     ("frames", "expected"),
-    [(0, "9 frames, got 0"), (1, "9 frames, got 1"), (8, "9 frames, got 8"), (10, "9 or 21 frames, got 10")]
-    + [(20, "9 or 21 frames, got 20"), (22, "21 or 33 frames, got 22"), (13, "9 or 21 frames, got 13")],
+    [
+        (0, "9 frames, got 0"),
+        (1, "9 frames, got 1"),
+        (8, "9 frames, got 8"),
+        (10, "9 or 21 frames, got 10"),
+        (13, "9 or 21 frames, got 13"),
+        (20, "9 or 21 frames, got 20"),
+        (22, "21 or 33 frames, got 22"),
+    ],
 )
 def test_counts_that_fill_no_blocks(encoder: InitialVideoEncoder, frames: int, expected: str) -> None:
     words = f"must fill blocks of 3 latent frames: expected {expected}"
@@ -96,11 +103,11 @@ def test_counts_that_fill_no_blocks(encoder: InitialVideoEncoder, frames: int, e
 
 
 def test_a_picture_and_which_recipes_take_it(encoder: InitialVideoEncoder, framewise: InitialVideoEncoder) -> None:
-    with pytest.raises(ConfigError, match="a picture begins a video only where .* the recipes causal-forcing-framewise,"):
+    with pytest.raises(ConfigError, match=r"a picture begins a video only where .* the recipes causal-forcing-frame"):
         encoder.check(frames_of(1))
     assert framewise.encode(frames_of(1)).shape[0] == 1
     assert framewise.encode(frames_of(5)).shape[0] == 2
-    with pytest.raises(ConfigError, match="blocks of 1 latent frame: expected 1 or 5 frames, got 4$"):
+    with pytest.raises(ConfigError, match=r"blocks of 1 latent frame: expected 1 or 5 frames, got 4$"):
         framewise.check(frames_of(4))
 
 
