@@ -240,6 +240,7 @@ class Runtime:
             PromptError: neither or both given, an empty prompt, embeddings that do not fit.
             ConfigError: frames of another size or number, or of another kind.
             WeightsError: ``initial_video`` is given, and the model's own VAE is not there.
+            NumericalError: its latents are not finite.
         """
         check_seed(seed)
         with self._free() as engine:  # before a prompt is encoded, which takes long, and again after it

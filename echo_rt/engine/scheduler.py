@@ -176,7 +176,7 @@ class Blocks:
         if engine.check is None:
             engine.pipeline.begin()
             return
-        if prompt is not None:
+        if prompt is not None or engine.block + 1 == engine.initial_blocks:  # the first that is generated
             engine.check.disturbed()
         with engine.check.block(block):
             engine.pipeline.begin()
