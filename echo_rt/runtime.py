@@ -217,6 +217,7 @@ class Runtime:
         seed: int = 0,
         guard: Guard | None = None,
         initial_video: InitialVideo | None = None,
+        initial_latents: Tensor | None = None,
         fit: Literal["crop", "pad"] | None = None,
         include_initial: bool = True,
     ) -> Stream:
@@ -230,6 +231,8 @@ class Runtime:
                 or an array, or an iterable of such pieces, read as they are encoded. F must fill whole blocks; a
                 picture, F of 1, does where a block is one latent frame. Encoded by the model's own VAE, which is loaded
                 for it. The first blocks of the video are these frames, as the decoder makes them of their latents.
+            initial_latents: such frames as normalized latents, float32 ``[frames, channels, h, w]`` like
+                :attr:`Chunk.latents`, whole blocks, in place of ``initial_video``; no encoder is needed.
             fit: of an ``initial_video`` of another size, scaled to the video's: ``"crop"`` what sticks out, or
                 ``"pad"`` with black what is missing; None for an error.
             include_initial: False leaves those blocks out of what is handed out; numbers of blocks and frames count
@@ -238,17 +241,17 @@ class Runtime:
         Raises:
             StreamError: another stream of this runtime is live, or the runtime is closed.
             PromptError: neither or both given, an empty prompt, embeddings that do not fit.
-            ConfigError: frames of another size or number, or of another kind.
+            ConfigError: frames or latents of another size or number, or of another kind.
             WeightsError: ``initial_video`` is given, and the model's own VAE is not there.
             NumericalError: its latents are not finite.
         """
         check_seed(seed)
         with self._free() as engine:  # before a prompt is encoded, which takes long, and again after it
-            engine.initial_video.check(initial_video, fit, include_initial)
+            engine.initial_video.check(initial_video, fit, include_initial, initial_latents)
         embeds = self._require_open().prompts.resolve(prompt, prompt_embeds)
-        initial = None
         if initial_video is not None:
-            initial = Initial(self._require_open().initial_video.encode(initial_video, fit), shown=include_initial)
+            initial_latents = self._require_open().initial_video.encode(initial_video, fit)
+        initial = None if initial_latents is None else Initial(initial_latents, shown=include_initial)
         with self._free() as engine:
             return self._enliven(Stream.begin(engine, embeds, seed, guard, initial))
 

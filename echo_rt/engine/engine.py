@@ -63,9 +63,11 @@ class Engine:
         Each is begun, decoded and finished when it is its turn, as the generated ones behind it are, but passes through
         the transformer once, for its keys and values. Call it behind :meth:`start`. :class:`ConfigError` for others.
         """
+        self.rollout.split_blocks(latents)  # refused before anything is done
+        own = latents.detach().to("cpu", copy=True)
         if self.device.type == "cuda":
-            latents = latents.pin_memory()  # a copy to the device that the host does not wait for
-        self.pipeline.given.extend(self.rollout.split_blocks(latents))
+            own = own.pin_memory()  # the host does not wait for a copy of it to the device
+        self.pipeline.given.extend(self.rollout.split_blocks(own))
 
     def save_state(
         self, seed: int, prompts: Mapping[int, Tensor] | None = None, held: Sequence[Chunk] = (), offset: int = 0

@@ -44,18 +44,30 @@ class InitialVideoEncoder:
         self._height = config.latent_height * vae.spatial_stride
         self._width = config.latent_width * vae.spatial_stride
 
-    def check(self, video: InitialVideo | None, fit: str | None = None, included: bool = True) -> None:
+    def check(
+        self,
+        video: InitialVideo | None,
+        fit: str | None = None,
+        included: bool = True,
+        latents: Tensor | None = None,
+    ) -> None:
         """What can be said without encoding; :class:`ConfigError` for a video that the model cannot begin with.
 
-        The pieces of an iterable are checked as they are read.
+        The pieces of an iterable are checked as they are read. ``latents``: given in place of a video, if they are.
         """
         if fit not in (None, *FITS):
             raise ConfigError(f"fit must be {' or '.join(map(repr, FITS))}, or None; got {fit!r}")
         if not isinstance(included, bool):
             raise ConfigError(f"include_initial must be True or False, got {included!r}")
+        if not isinstance(latents, Tensor | None):
+            raise ConfigError(f"initial_latents must be a tensor or None, got {type_of(latents)}")
+        if video is not None and latents is not None:
+            raise ConfigError("give an initial_video or initial_latents, one of the two; got both")
+        if video is None and fit is not None:
+            raise ConfigError("fit is about an initial_video: expected one, got None")
+        if video is None and latents is None and not included:
+            raise ConfigError("include_initial is about an initial_video: expected one, got None")
         if video is None:
-            if fit is not None or not included:
-                raise ConfigError("fit and include_initial are about an initial_video: expected one, got None")
             return
         if isinstance(video, (Tensor, np.ndarray)):
             self._check_frames(video, fit)

@@ -157,15 +157,6 @@ class Rollout:
         s.block, s.initial_blocks = block, block + 1
         return s.x
 
-    def prefill(self, latents: Tensor) -> None:
-        """Begin the video with ``latents`` float32 ``[frames, C, h, w]``, whole blocks, which are passed over at once.
-
-        For a rollout by itself; :meth:`Engine.prefill` is the one whose blocks are decoded too.
-        """
-        for block in self.split_blocks(latents):
-            self.given_block(block)
-            self._executor.settle()  # the work reads the caller's memory
-
     def split_blocks(self, latents: Tensor) -> tuple[Tensor, ...]:
         """``latents [frames, C, h, w]`` block by block; :class:`ConfigError` unless these are whole blocks of it."""
         frames, *shape = self.noise_shape[1:]

@@ -36,7 +36,8 @@ def test_the_published_video_from_initial_latents(shared_golden: Path) -> None:
     with load(recipes / "files" / "model", height=8 * rows, width=8 * columns, **options) as runtime:
         rollout = runtime._engine.rollout  # type: ignore[union-attr]
         rollout.start(inputs["prompt_embeds.0"])
-        rollout.prefill(inputs["initial_latents"])
+        for given in rollout.split_blocks(inputs["initial_latents"]):
+            rollout.given_block(given)
         for block in range(len(expected)):
             noise = [inputs[f"noise.{block}"], *(inputs[f"renoise.{block}.{step}"] for step in range(3))]
             made = rollout.next_block(torch.stack(noise))
@@ -54,8 +55,8 @@ def test_it_is_the_rollout_of_the_formulas(mode: str, given: int) -> None:
     ours.start(prompts[0], seed=5)
     naive.set_prompt(prompts[0])
     latents = torch.randn(given, *ours.noise_shape[1:], generator=torch.Generator().manual_seed(4))
-    ours.prefill(latents.flatten(0, 1))
     for block in latents:
+        ours.given_block(block)
         naive.given_block(block)
     assert ours.state.initial_blocks == given
 
@@ -71,7 +72,7 @@ def test_it_is_the_rollout_of_the_formulas(mode: str, given: int) -> None:
             assert relative_error(ours.memory, naive.memory) < BOUND  # type: ignore[arg-type]
     assert ours.state.initial_blocks == given
     with pytest.raises(ConfigError, match="only before the first that is generated"):
-        ours.prefill(latents[0])
+        ours.given_block(latents[0])
 
 
 def test_a_memory_may_be_updated_by_given_blocks_alone() -> None:
@@ -101,7 +102,7 @@ def test_what_is_no_whole_block(change: Callable[[torch.Tensor], torch.Tensor], 
     rollout = build_rollout(flat_config(), random_weights(flat_config()), "off")
     latents = torch.zeros(6, *rollout.config.latent_shape)
     with pytest.raises(ConfigError, match=rf"begin with as float32 \[k\*3, 4, 4, 6\], {came}"):
-        rollout.prefill(change(latents))
+        rollout.split_blocks(change(latents))
 
 
 # ---------------------------------------------------------------- through the engine

@@ -55,6 +55,18 @@ def test_it_begins_with_the_given_frames(runtime: echo_rt.Runtime, clip: Tensor,
     assert sum(len(chunk.frames) for chunk in film[:GIVEN]) == FRAMES == film[GIVEN].first_frame
 
 
+def test_latents_in_place_of_frames(runtime: echo_rt.Runtime, film: list[echo_rt.Chunk]) -> None:
+    latents = torch.cat([chunk.latents for chunk in film[:GIVEN]])
+    options = {"prompt_embeds": embeds(runtime), "seed": 3, "initial_latents": latents}
+    with runtime.stream(**options) as stream:
+        first = take(stream, 1)
+        latents.zero_()  # they were copied
+        assert same(first + take(stream, BLOCKS - 1), film)
+    latents.copy_(torch.cat([chunk.latents for chunk in film[:GIVEN]]))
+    with runtime.stream(**options, include_initial=False) as stream:
+        assert same(take(stream, BLOCKS - GIVEN), film[GIVEN:])
+
+
 def test_what_comes_behind_depends_on_them(runtime: echo_rt.Runtime, clip: Tensor, film: list[echo_rt.Chunk]) -> None:
     with begin(runtime, 255 - clip) as stream:
         other = take(stream, GIVEN + 1)
@@ -203,7 +215,10 @@ def test_bad_arguments_leave_the_runtime_as_it_was(runtime: echo_rt.Runtime, cli
         ({"initial_video": clip[:10]}, "expected 9 or 21 frames, got 10"),
         ({"initial_video": clip, "fit": "stretch"}, "fit must be 'crop' or 'pad', or None; got 'stretch'"),
         ({"initial_video": clip, "include_initial": 1}, "include_initial must be True or False, got 1"),
-        ({"fit": "crop"}, "about an initial_video: expected one, got None"),
+        ({"fit": "crop"}, "fit is about an initial_video: expected one, got None"),
+        ({"initial_latents": [1]}, "initial_latents must be a tensor or None, got a list"),
+        ({"initial_latents": torch.zeros(3, 16, 4, 5)}, r"float32 \[k\*3, 16, 4, 4\], got float32 \[3, 16, 4, 5\]"),
+        ({"initial_latents": torch.zeros(3, 16, 4, 4), "initial_video": clip}, "one of the two; got both"),
         ({"include_initial": False}, "about an initial_video: expected one, got None"),
         ({"initial_video": iter([clip[:4], np.zeros(3)])}, r"uint8 \[F, H, W, 3\], got float64 \[3\]"),
     ):
