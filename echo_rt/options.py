@@ -52,6 +52,11 @@ FOLDER_FACTS = ("width", "height", "tiny_seed", RECIPE)
 # LoRAs as callers name them: a path, or a sequence of paths of which each may have a strength.
 Lora = str | Path | Sequence[str | Path | tuple[str | Path, float]] | None
 
+# What is done to a video to begin with that has another size: its edges cut off, or black ones added.
+FITS = CROP, PAD = "crop", "pad"
+# How long one may be, at the model's rate. The latents of all of it wait on the host: 0.1 MB a frame of 832x480.
+MOST_INITIAL_SECONDS = 600
+
 _SEEDS = 2**64
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from echo_rt.engine.build import build_engine, open_networks
 from echo_rt.engine.caller_noise import CallerNoise
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import Guard
+from echo_rt.engine.initial_video import InitialVideo
+from echo_rt.engine.scheduler import Initial
 from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.ops.backends import choose_backend
 from echo_rt.options import WAN_VAE, Lora, MemoryMode, RuntimeOptions, check_seed
@@ -238,8 +240,12 @@ class Runtime:
         seed: int = 0,
         guard: Guard | None = None,
         noise: CallerNoise | None = None,
+        initial_video: InitialVideo | None = None,
+        initial_latents: Tensor | None = None,
+        fit: Literal["crop", "pad"] | None = None,
+        include_initial: bool = True,
     ) -> Stream:
-        """Begin an endless video.
+        """Begin an endless video, or go on with a given one.
 
         Args:
             prompt: what to show; or ``prompt_embeds [length, text_dim]`` in its place.
@@ -249,18 +255,34 @@ class Runtime:
                 once for each block that is generated, counted from 0, when the block is begun, in the thread that makes
                 it. ``shape`` is ``(steps, B, C, h, w)``: what the block begins with, then the fresh noise between its
                 steps. A resumed stream is given it again.
+            initial_video: what the video begins with: uint8 ``[F, H, W, 3]`` RGB as :attr:`Chunk.frames` is, a tensor
+                or an array, or an iterable of such pieces, read as they are encoded. F must fill whole blocks; a
+                picture, F of 1, does where a block is one latent frame. Encoded by the model's own VAE, which is loaded
+                for it. The first blocks of the video are these frames, as the decoder makes them of their latents.
+            initial_latents: such frames as normalized latents, float32 ``[frames, channels, h, w]`` like
+                :attr:`Chunk.latents`, whole blocks, in place of ``initial_video``; no encoder is needed.
+            fit: of an ``initial_video`` of another size, scaled to the video's: ``"crop"`` what sticks out, or
+                ``"pad"`` with black what is missing; None for an error.
+            include_initial: False leaves those blocks out of what is handed out; numbers of blocks and frames count
+                them all the same, so the first one is not 0. They are worked through before this returns.
 
         Raises:
             StreamError: another stream of this runtime is live, or the runtime is closed.
             PromptError: neither or both given, an empty prompt, embeddings that do not fit.
-            ConfigError: a seed, guard or noise that there cannot be; from the stream, for noise of another kind.
+            ConfigError: a seed, guard or noise that there cannot be, frames or latents of another size, number or kind;
+                from the stream, for noise of another kind.
+            WeightsError: ``initial_video`` is given, and the model's own VAE is not there.
+            NumericalError: its latents are not finite.
         """
         check_seed(seed)
-        with self._free():
-            pass  # before a prompt is encoded, which takes long, and again after it
+        with self._free() as engine:  # before a prompt is encoded, which takes long, and again after it
+            engine.initial_video.check(initial_video, fit, include_initial, initial_latents)
         embeds = self._require_open().prompts.resolve(prompt, prompt_embeds)
+        if initial_video is not None:
+            initial_latents = self._require_open().initial_video.encode(initial_video, fit)
+        initial = None if initial_latents is None else Initial(initial_latents, shown=include_initial)
         with self._free() as engine:
-            return self._enliven(Stream.begin(engine, embeds, seed, guard, noise))
+            return self._enliven(Stream.begin(engine, embeds, seed, guard, noise, initial))
 
     @release_on_error
     def resume(self, snapshot: Snapshot, *, guard: Guard | None = None, noise: CallerNoise | None = None) -> Stream:

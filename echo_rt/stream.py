@@ -18,7 +18,7 @@ from echo_rt.engine.caller_noise import CallerNoise
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.feeder import Feeder
 from echo_rt.engine.guard import Guard
-from echo_rt.engine.scheduler import Blocks
+from echo_rt.engine.scheduler import Blocks, Initial
 from echo_rt.errors import ConfigError, StreamError
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.atomic_file import Closing
@@ -57,11 +57,12 @@ class Stream(Closing):
         seed: int,
         guard: Guard | None = None,
         noise: CallerNoise | None = None,
+        initial: Initial | None = None,
     ) -> Stream:
         """A new video in ``engine``'s buffers; the runtime makes sure that no other is live."""
         blocks = Blocks(engine, seed, guard, noise)
         with model_context(engine.device, engine.dtype, engine.vae_dtype):
-            blocks.start(engine, prompt_embeds)
+            blocks.start(engine, prompt_embeds, initial)
         return cls(engine, blocks)
 
     @classmethod

@@ -51,6 +51,7 @@ class NaiveRollout:
         self.rows, self.columns = config["latent_height"] // self.patch[0], config["latent_width"] // self.patch[1]
         self.heads, self.head_dim = config["num_heads"], config["dim"] // config["num_heads"]
         self.latents: list[Tensor] = []  # one a frame
+        self.generated = 0  # blocks that were not given
         self.keys: list[list[Tensor]] = []  # [frame][layer], not rotated
         self.values: list[list[Tensor]] = []
         self.memory: Tensor | None = None
@@ -146,7 +147,32 @@ class NaiveRollout:
                     shift = max(0, len(self.latents) - 1 - self.c["max_temporal_id"])
                     self.memory = self._updated(self.w[MEMORY + "query_init"][0], local, shift)
 
+    def given_block(self, latents: Tensor) -> Tensor:
+        """The next block is ``latents [B, C, h, w]``: one pass, for its keys and values and what it evicts."""
+        _, attend, new_memory = self._begin_block()
+        self._forward(latents.double(), self.c["context_timestep"], attend)
+        self.memory = new_memory
+        self.latents += latents.double().unbind()
+        return latents
+
     def next_block(self, noise: Noise) -> Tensor:
+        c = self.c
+        first, attend, new_memory = self._begin_block()
+        size = c["frames_per_block"]
+        timesteps, sigmas = self._schedule(self.generated == 0)
+        self.generated += 1
+        x = noise(first // size, 0).double()
+        for step, (t, sigma) in enumerate(zip(timesteps, sigmas, strict=True)):
+            x0 = x - sigma * self._forward(x, t, attend)
+            self.memory = new_memory
+            if step + 1 < len(sigmas):
+                x = (1 - sigmas[step + 1]) * x0 + sigmas[step + 1] * noise(first // size, step + 1).double()
+        self._forward(x0, c["context_timestep"], attend)
+        self.latents += x0.unbind()
+        return x0
+
+    def _begin_block(self) -> tuple[int, Callable[[int, Tensor, Tensor, Tensor], Tensor], Tensor | None]:
+        """Its first frame, what its passes attend to, and the memory from its second pass on."""
         c = self.c
         size = c["frames_per_block"]
         first = len(self.latents)
@@ -159,17 +185,7 @@ class NaiveRollout:
         if self.mode == "evolve" and evicted:
             start = self.w[MEMORY + "query_init"][0] if self.memory is None else self.memory
             new_memory = self._updated(start, evicted, max(0, last - c["max_temporal_id"]))
-        attend = self._block_attention(frames)
-        timesteps, sigmas = self._schedule(first == 0)
-        x = noise(first // size, 0).double()
-        for step, (t, sigma) in enumerate(zip(timesteps, sigmas, strict=True)):
-            x0 = x - sigma * self._forward(x, t, attend)
-            self.memory = new_memory
-            if step + 1 < len(sigmas):
-                x = (1 - sigmas[step + 1]) * x0 + sigmas[step + 1] * noise(first // size, step + 1).double()
-        self._forward(x0, c["context_timestep"], attend)
-        self.latents += x0.unbind()
-        return x0
+        return first, self._block_attention(frames), new_memory
 
     def _local_frames(self, last: int) -> list[int]:
         return list(range(max(self.c["sink_frames"], last - self.c["local_frames"] + 1), last + 1))

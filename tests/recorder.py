@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from tape import Call, tensors_in
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from echo_rt.engine.executor import Lane, Mark, stage_name
+from echo_rt.engine.executor import Executor, Lane, Mark, stage_name
 
 HOST = "host"
 Clock = dict[str, int]
@@ -211,3 +212,11 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
         return 0, 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+@contextmanager
+def executed_by(executor: Executor) -> Iterator[None]:
+    """Runtimes that are loaded meanwhile are given ``executor``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("echo_rt.engine.build.make_executor", lambda device, graphs: executor)
+        yield

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from echo_rt.cli.resumption import Resumption
     from echo_rt.engine.guard import Guard
-    from echo_rt.output import Checkpoints, Recorder, SegmentRecorder
+    from echo_rt.output import Checkpoints, Recorder, SegmentRecorder, VideoFile
     from echo_rt.runtime import Runtime
     from echo_rt.stream import Stream
 
@@ -75,41 +75,35 @@ def _guard(request: Request) -> Guard:
 class _Generation:
     """One run over a stream: says which prompt begins with which block, records blocks, reports.
 
-    ``resumed``: the stream that goes on where a snapshot was taken, None for a new one. ``checkpoints``: where
-    snapshots go, None without them.
+    ``prompts``: by the blocks that they begin with. ``checkpoints``: where snapshots go, None without them. ``hidden``:
+    how many frames at the beginning of the video are not recorded.
     """
 
     def __init__(
         self,
-        runtime: Runtime,
-        request: Request,
-        embeds: list[Tensor],
+        stream: Stream,
+        prompts: dict[int, tuple[TimedPrompt, Tensor]],
         recorder: Recorder | SegmentRecorder,
         progress: ProgressReport,
         *,
+        fps: int,
         checkpoints: Checkpoints | None = None,
-        resumed: Stream | None = None,
+        hidden: int = 0,
     ) -> None:
-        self._runtime, self._request = runtime, request
+        self._stream, self._prompts, self._fps, self._hidden = stream, prompts, fps, hidden
         self._recorder, self._progress, self._checkpoints = recorder, progress, checkpoints
-        # Of several prompts that begin with one block, the last.
-        self._prompts = {
-            first_block(prompt.seconds, runtime): (prompt, tensor)
-            for prompt, tensor in zip(request.script, embeds, strict=True)
-        }
-        self._resumed = resumed
         self.shown: list[dict[str, Any]] = []
         self.rollbacks = 0
 
     def run(self, stop: StopRequest) -> None:
         """Make blocks until the video has its length or ``stop`` has a request."""
-        with self._begin() as stream:
+        with self._stream as stream:
             shown: TimedPrompt | None = None
             while not self._recorder.full and stop.request is None:
                 prompt, _ = self._prompts[max(block for block in self._prompts if block <= stream.next_block)]
                 if prompt is not shown:
                     shown = prompt
-                    self._note(prompt, stream.video_frames)
+                    self._note(prompt, self._recorded(stream))
                 if self._checkpoints is not None:
                     self._checkpoints.before_block(stream)
                 with stop.after_block():
@@ -119,26 +113,55 @@ class _Generation:
                 self._recorder.write(chunk)
                 self._progress.block_done(self._recorder.frames - before, prompt.label)
             # Not where the video ends amid a block: its other frames would be missing from one that goes on there.
-            if self._checkpoints is not None and self._recorder.frames == stream.video_frames:
+            if self._checkpoints is not None and self._recorder.frames == self._recorded(stream):
                 self._checkpoints.after_last_block(stream)
 
-    def _begin(self) -> Stream:
-        """The stream, told of every prompt ahead: so each begins with its block, however many are begun ahead."""
-        stream = self._resumed
-        if stream is None:
-            _, first = self._prompts[0]
-            stream = self._runtime.stream(prompt_embeds=first, seed=self._request.seed, guard=_guard(self._request))
-            coming = {block: embeds for block, (_, embeds) in self._prompts.items() if block > 0}
-        else:
-            begun = stream.next_prompt_block
-            coming = {block: embeds for block, (_, embeds) in self._prompts.items() if block >= begun}
-        for block, embeds in coming.items():
-            stream.set_prompt(prompt_embeds=embeds, block=block)
-        return stream
+    def _recorded(self, stream: Stream) -> int:
+        """How many frames a recording of all that ``stream`` has handed out has."""
+        return stream.video_frames - self._hidden
 
     def _note(self, prompt: TimedPrompt, frame: int) -> None:
         what = {"text": prompt.text} if prompt.file is None else {"file": prompt.file}
-        self.shown.append({"frame": frame, "seconds": frame / self._runtime.fps, **what})
+        self.shown.append({"frame": frame, "seconds": frame / self._fps, **what})
+
+
+def _begin(
+    runtime: Runtime,
+    request: Request,
+    prompts: dict[int, tuple[TimedPrompt, Tensor]],
+    resumption: Resumption | None,
+    initial: VideoFile | None,
+    stop: StopRequest,
+) -> Stream:
+    """The stream, told of every prompt ahead: so each begins with its block, however many are begun ahead."""
+    if resumption is not None:
+        stream = resumption.begin(runtime, request.script, _guard(request))
+        begun = stream.next_prompt_block
+    else:
+        first = min(prompts)
+        stream = _new_stream(runtime, request, prompts[first][1], initial, stop)
+        begun = first + 1
+    for block, (_, embeds) in prompts.items():
+        if block >= begun:
+            stream.set_prompt(prompt_embeds=embeds, block=block)
+    return stream
+
+
+def _new_stream(
+    runtime: Runtime, request: Request, prompt_embeds: Tensor, initial: VideoFile | None, stop: StopRequest
+) -> Stream:
+    guard = _guard(request)
+    if initial is None:
+        return runtime.stream(prompt_embeds=prompt_embeds, seed=request.seed, guard=guard)
+    with stop.interruptible():  # encoding a video takes as long as it is long
+        return runtime.stream(
+            prompt_embeds=prompt_embeds,
+            seed=request.seed,
+            guard=guard,
+            initial_video=initial,
+            fit=request.arguments.fit,
+            include_initial=not request.arguments.only_new,
+        )
 
 
 def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
@@ -150,15 +173,28 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
 
         load_av()  # or it would be missed when the model has been loaded
         resumption = _find_resumption(request, report)
+        initial = None if resumption is not None else _read_initial(request)
         from_files = _read_embeds(request.script)
         runtime = _load(request, resumption)
     try:
         with share_cpu(runtime.device):
             with stop.interruptible():
                 embeds = _embed_prompts(runtime, request, from_files)
-            return _record(runtime, request, embeds, resumption, stop, report)
+            return _record(runtime, request, embeds, resumption, initial, stop, report)
     finally:
         runtime.close()
+
+
+def _read_initial(request: Request) -> VideoFile | None:
+    """The video or the picture to begin with, looked through before the model is loaded."""
+    path = request.arguments.initial
+    if path is None:
+        return None
+    from echo_rt.config import VaeConfig
+    from echo_rt.options import MOST_INITIAL_SECONDS
+    from echo_rt.output.reader import VideoFile
+
+    return VideoFile(path, most=MOST_INITIAL_SECONDS * VaeConfig.frame_rate)
 
 
 def _find_resumption(request: Request, report: dict[str, Any]) -> Resumption | None:
@@ -179,9 +215,17 @@ def _find_resumption(request: Request, report: dict[str, Any]) -> Resumption | N
 
 
 def _open_recorder(
-    runtime: Runtime, request: Request, limit: int | None, resumption: Resumption | None, resumed: Stream | None
+    runtime: Runtime,
+    request: Request,
+    limit: int | None,
+    resumption: Resumption | None,
+    begun_at: tuple[int, int],
+    hidden: int,
 ) -> tuple[Recorder | SegmentRecorder, Checkpoints | None]:
-    """What the video is written to, and where its snapshots go if they are asked for."""
+    """What the video is written to, and where its snapshots go if they are asked for.
+
+    ``begun_at``: the block and the recorded frame that this run goes on from; ``hidden``: frames that are not recorded.
+    """
     arguments = request.arguments
     if request.segment_seconds is None:
         from echo_rt.output import Recorder
@@ -200,7 +244,7 @@ def _open_recorder(
     from echo_rt.cli.resumption import notes_of
     from echo_rt.output import Checkpoints, SegmentedWriter, SegmentRecorder
 
-    first_frame, first_block = (0, None) if resumed is None else (resumed.video_frames, resumed.next_block)
+    block, frame = begun_at
     if resumption is None:
         writer = SegmentedWriter(
             request.output,
@@ -208,7 +252,7 @@ def _open_recorder(
             runtime.fps,
             seconds=request.segment_seconds,
             latent_shape=runtime.config.latent_shape if request.keeps_latents else None,
-            notes=notes_of(request),
+            notes=notes_of(request, hidden),
         )
     else:
         recorded = resumption.index.frames
@@ -218,18 +262,20 @@ def _open_recorder(
                 f"{asked}: expected a video of {counted(recorded, 'frame')} or more, which are recorded, "
                 f"got one of {limit}"
             )
-        writer = SegmentedWriter.resume(request.output, first_frame, seconds=request.segment_seconds)
-        writer.notes.update(notes_of(request))
+        writer = SegmentedWriter.resume(request.output, frame, seconds=request.segment_seconds)
+        writer.notes.update(notes_of(request, hidden))
     try:
         checkpoints = (
             None
             if request.snapshot_every is None
-            else Checkpoints(request.output, writer, request.snapshot_every, resumed_at=first_block)
+            else Checkpoints(
+                request.output, writer, request.snapshot_every, resumed_at=None if resumption is None else block
+            )
         )
     except BaseException:
         writer.close()
         raise
-    return SegmentRecorder(writer, first_frame=first_frame, frame_limit=limit), checkpoints
+    return SegmentRecorder(writer, first_frame=frame, frame_limit=limit), checkpoints
 
 
 def _record(
@@ -237,6 +283,7 @@ def _record(
     request: Request,
     embeds: list[Tensor],
     resumption: Resumption | None,
+    initial: VideoFile | None,
     stop: StopRequest,
     report: dict[str, Any],
 ) -> int:
@@ -246,11 +293,21 @@ def _record(
         if limit is not None and prompt.seconds * runtime.fps >= limit:
             end = limit / runtime.fps
             warn(report, f"the prompt at {prompt.seconds:g} s comes after the end of the video at {end:g} s")
-    resumed = None if resumption is None else resumption.begin(runtime, request.script, _guard(request))
-    recorder, checkpoints = _open_recorder(runtime, request, limit, resumption, resumed)
-    begun_at = (0, 0) if resumed is None else (resumed.next_block, resumed.video_frames)
+    hidden = 0 if resumption is None else resumption.hidden
+    if initial is not None:
+        hidden = _note_initial(runtime, request, initial, limit, report)
+    # Of several prompts that begin with one block, the last.
+    prompts = {
+        first_block(prompt.seconds, runtime, hidden): (prompt, tensor)
+        for prompt, tensor in zip(request.script, embeds, strict=True)
+    }
+    stream = _begin(runtime, request, prompts, resumption, initial, stop)
+    begun_at = (0, 0) if resumption is None else (stream.next_block, stream.video_frames - hidden)
+    recorder, checkpoints = _open_recorder(runtime, request, limit, resumption, begun_at, hidden)
     progress = ProgressReport(limit, runtime.fps, quiet=arguments.quiet, begun_at=begun_at)
-    generation = _Generation(runtime, request, embeds, recorder, progress, checkpoints=checkpoints, resumed=resumed)
+    generation = _Generation(
+        stream, prompts, recorder, progress, fps=runtime.fps, checkpoints=checkpoints, hidden=hidden
+    )
     problem: BaseException | None = None
     try:
         generation.run(stop)
@@ -270,7 +327,7 @@ def _record(
     report.update(recorder.report())
     if checkpoints is not None:
         report["snapshots"] = checkpoints.report()
-    if resumed is not None:
+    if resumption is not None:
         report["resumed_at_frame"] = begun_at[1]
     if arguments.roll_back:
         report["rollbacks"] = generation.rollbacks
@@ -294,6 +351,24 @@ def _record(
     if problem is not None:
         raise problem
     return stopped.exit_code if stopped else 0
+
+
+def _note_initial(
+    runtime: Runtime, request: Request, initial: VideoFile, limit: int | None, report: dict[str, Any]
+) -> int:
+    """Report on what the video begins with; how many frames of it are not recorded."""
+    report["from"] = {"file": str(initial.path), "frames": initial.frames, "fps": initial.fps}
+    if initial.fps is not None and round(initial.fps, 3) != runtime.fps:
+        warn(
+            report,
+            f"{initial.path} has {initial.fps:.4g} frames a second and the video {runtime.fps}: every frame is taken, "
+            f"so what moves is {runtime.fps / initial.fps:.3g} times as fast",
+        )
+    if request.arguments.only_new:
+        return initial.frames
+    if limit is not None and limit <= initial.frames:
+        warn(report, f"the video ends within the {counted(initial.frames, 'frame')} of {initial.path}: none are new")
+    return 0
 
 
 def _summary(report: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from echo_rt.cli.outputs import Named, check_folder, check_outputs
 from echo_rt.cli.paths import parse_path
 from echo_rt.cli.prompts import parse_script
 from echo_rt.errors import ConfigError, TargetError
-from echo_rt.options import OVERRIDES, check_seed
+from echo_rt.options import FITS, OVERRIDES, check_seed
 from echo_rt.soak.config import MANIFEST_FILE
 
 _EPILOG = """
@@ -24,6 +24,8 @@ A long one survives a power cut in pieces, with snapshots to go on from; after a
   echo-rt generate --model DIR --prompt "a red fox" -o day --segments 10 --snapshot-every 100
   echo-rt generate --model DIR --prompt "a red fox" --resume day --segments 10 --snapshot-every 100
 With -o day as well it also begins a video that is not there yet: one command to start again and again.
+A video can go on from another one, or from a picture (--from): its frames are the video's first, --frames and
+--seconds count them, and every frame of the file is one, whatever its rate.
 Exit codes: 0 the video is done; 1 something failed on the way, what was made is kept; 2 a mistake in the request;
 129, 130, 143 the terminal was closed, Ctrl-C, SIGTERM.
 """
@@ -66,6 +68,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     length = video.add_mutually_exclusive_group()
     length.add_argument("--frames", metavar="N", help="end after N frames")
     length.add_argument("--seconds", metavar="S", help="end after S seconds of video")
+    video.add_argument(
+        "--from", dest="initial", type=parse_path, metavar="FILE", help="a video or a picture to begin with"
+    )
+    video.add_argument("--fit", choices=FITS, help="with --from of another size: scale it, then cut off or add edges")
+    video.add_argument("--only-new", action="store_true", help="leave the frames of --from out of the video")
     video.add_argument("--size", metavar="WIDTHxHEIGHT", help="in pixels, such as 832x480")
     video.add_argument(
         "--set",
@@ -113,6 +120,9 @@ class Request:
         self.frames: int | None = parse_length("--frames", arguments.frames, int, "a number of frames of 1 or more")
         self.seconds: float | None = parse_length("--seconds", arguments.seconds, float, "a number of seconds above 0")
         self.options = parse_model_options(arguments)
+        for option, given in (("--fit", arguments.fit is not None), ("--only-new", arguments.only_new)):
+            if given and arguments.initial is None:
+                raise ConfigError(f"{option}: expected --from FILE with it, whose frames it is about, got none")
         self.embeds_files = self._embeds_files(arguments.save_prompt_embeds)
         self.segment_seconds: float | None = parse_positive(
             "--segments", arguments.segments, float, "seconds of video above 0"
@@ -174,7 +184,8 @@ class Request:
             *(("--save-prompt-embeds", file, ".safetensors") for file in self.embeds_files),
         ]
         embeds = [Named("--prompt-embeds", Path(prompt.file)) for prompt in self.script if prompt.file is not None]
-        read = [*model_files(arguments), *embeds]
+        initial = [] if arguments.initial is None else [Named("--from", arguments.initial)]
+        read = [*model_files(arguments), *embeds, *initial]
         check_outputs([(Named(option, path), suffix) for option, path, suffix in outputs if path is not None], read)
         if arguments.evidence is not None:
             check_folder(Named("--evidence", arguments.evidence), read)

@@ -96,13 +96,16 @@ def parse_untimed(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def first_block(seconds: float, runtime: Runtime) -> int:
-    """The number of the first block of ``runtime``'s videos that begins at ``seconds`` of video or later."""
+def first_block(seconds: float, runtime: Runtime, hidden: int = 0) -> int:
+    """The number of the first block of ``runtime``'s videos that begins at ``seconds`` of video or later.
+
+    ``hidden``: frames at the beginning, whole blocks, that are not part of what is recorded, where seconds count.
+    """
     frames_per_block = runtime.config.window.frames_per_block
 
     def first_frame(block: int) -> int:
         return runtime.vae_config.video_frames(block * frames_per_block)
 
-    frame = math.ceil(min(seconds * runtime.fps, _NEVER))
+    frame = hidden + math.ceil(min(seconds * runtime.fps, _NEVER))
     # Every block has a frame at least, so none further on is needed.
     return bisect_left(range(frame), frame, key=first_frame)

@@ -25,12 +25,17 @@ if TYPE_CHECKING:
     from echo_rt.runtime import Runtime
     from echo_rt.stream import Stream
 
-_SCRIPT, _SEED = "script", "seed"
+_SCRIPT, _SEED, _FROM, _HIDDEN = "script", "seed", "from", "hidden_frames"
 
 
-def notes_of(request: Request) -> dict[str, Any]:
-    """What the index says about the request, for :meth:`Resumption.begin` after a kill."""
-    return {_SCRIPT: _facts(request.script), _SEED: request.seed}
+def notes_of(request: Request, hidden: int) -> dict[str, Any]:
+    """What the index says about the request, for :meth:`Resumption.begin` after a kill.
+
+    ``hidden``: how many frames of ``--from`` are not in the recording.
+    """
+    initial = request.arguments.initial
+    notes = {_SCRIPT: _facts(request.script), _SEED: request.seed}
+    return notes if initial is None else notes | {_FROM: str(initial), _HIDDEN: hidden}
 
 
 def _facts(script: Sequence[TimedPrompt]) -> list[dict[str, Any]]:
@@ -40,7 +45,7 @@ def _facts(script: Sequence[TimedPrompt]) -> list[dict[str, Any]]:
     ]
 
 
-def _begun(facts: object, blocks: int, runtime: Runtime) -> list[object]:
+def _begun(facts: object, blocks: int, runtime: Runtime, hidden: int) -> list[object]:
     """Those of the prompts that begin with the first block or another of the first ``blocks``."""
     return [
         entry
@@ -48,7 +53,7 @@ def _begun(facts: object, blocks: int, runtime: Runtime) -> list[object]:
         if not isinstance(entry, dict)
         or not isinstance(entry.get("seconds"), (int, float))
         or entry["seconds"] <= 0
-        or first_block(entry["seconds"], runtime) < blocks
+        or first_block(entry["seconds"], runtime, hidden) < blocks
     ]
 
 
@@ -102,8 +107,22 @@ class Resumption:
         seed = index.notes.get(_SEED, request.seed)
         if seed != request.seed:
             raise ConfigError(f"--seed: the video was begun with {seed}, got {request.seed}")
+        # A video that is resumed needs no video to begin with again; one that is named all the same is the same one.
+        initial = request.arguments.initial
+        begun_with = index.notes.get(_FROM)
+        if initial is not None and begun_with != str(initial):
+            with_what = "none" if begun_with is None else repr(begun_with)
+            raise ConfigError(f"--from: the video was begun with {with_what}, got {str(initial)!r}")
+        if initial is not None and request.arguments.only_new != bool(index.notes.get(_HIDDEN)):
+            raise ConfigError("--only-new: expected what the video was begun with, got the opposite")
         if request.keeps_latents != (index.latent_shape is not None):
             raise ConfigError(f"--latents: the recording has {'none' if request.keeps_latents else 'some'} so far")
+
+    @property
+    def hidden(self) -> int:
+        """How many frames at the beginning of the video are not in the recording."""
+        frames = self.index.notes.get(_HIDDEN, 0)
+        return frames if isinstance(frames, int) else 0
 
     def begin(self, runtime: Runtime, script: Sequence[TimedPrompt], guard: Guard) -> Stream:
         """The stream that goes on, with none of the prompts that were to come: those are for ``script`` to say.
@@ -121,8 +140,8 @@ class Resumption:
         snapshot, self.snapshot = self.snapshot, None  # gigabytes, which a day of video has no use for
         assert snapshot is not None, "begun twice"
         begun = snapshot.next_block + len(snapshot.held)
-        before = _begun(self.index.notes.get(_SCRIPT), begun, runtime)
-        asked = _begun(_facts(script), begun, runtime)
+        before = _begun(self.index.notes.get(_SCRIPT), begun, runtime, self.hidden)
+        asked = _begun(_facts(script), begun, runtime, self.hidden)
         if before != asked:
             raise PromptError(
                 f"--prompt: expected the prompts of what is made, {counted(begun, 'block')}: "

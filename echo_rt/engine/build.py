@@ -15,6 +15,7 @@ from echo_rt.config import ModelConfig, VaeConfig
 from echo_rt.engine.decoding import Convolutions, fit_decoder
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.executor import Executor, make_executor
+from echo_rt.engine.initial_video import InitialVideoEncoder
 from echo_rt.engine.memory_budget import require_room
 from echo_rt.engine.pipeline import Pipeline
 from echo_rt.engine.prompts import PromptEncoder
@@ -266,6 +267,7 @@ def build_engine(
         prompts=PromptEncoder(
             folder, config.transformer, device, keep=options.keep_text_encoder, dtype=networks.model_dtype
         ),
+        initial_video=InitialVideoEncoder(folder, config, vae, device, networks.vae_dtype),
         lookahead=lookahead,
         check=SteadyCheck(executor, device, pipeline.buffers) if options.check else None,
     )

@@ -12,11 +12,12 @@ from torch import Tensor
 from echo_rt.chunk import Chunk
 from echo_rt.config import VaeConfig
 from echo_rt.engine.executor import Executor
+from echo_rt.engine.initial_video import InitialVideoEncoder
 from echo_rt.engine.pipeline import Pipeline
 from echo_rt.engine.prompts import PromptEncoder, check_prompt_embeds
 from echo_rt.engine.rollout import Rollout
 from echo_rt.engine.steady_state import SteadyCheck
-from echo_rt.errors import PromptError, StreamError
+from echo_rt.errors import ConfigError, PromptError, StreamError
 from echo_rt.snapshot.fit import difference
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.ways import Ways
@@ -37,6 +38,7 @@ class Engine:
     model: Mapping[str, Any]
     ways: Ways
     prompts: PromptEncoder
+    initial_video: InitialVideoEncoder
     lookahead: int
     check: SteadyCheck | None
 
@@ -49,6 +51,23 @@ class Engine:
         """Begin a new video with ``prompt_embeds [length, text_dim]``, whatever was in the buffers."""
         self.pipeline.reset()
         self.rollout.start(prompt_embeds, seed)
+
+    @property
+    def initial_blocks(self) -> int:
+        """How many blocks at the beginning of the video are given, those that are still to come included."""
+        return self.rollout.state.initial_blocks + len(self.pipeline.given)
+
+    def prefill(self, latents: Tensor) -> None:
+        """Have the video begin with ``latents`` float32 ``[frames, C, h, w]``, normalized, a whole number of blocks.
+
+        Each is begun, decoded and finished when it is its turn, as the generated ones behind it are, but passes through
+        the transformer once, for its keys and values. Call it behind :meth:`start`. :class:`ConfigError` for others.
+        """
+        self.rollout.split_blocks(latents)  # refused before anything is done
+        own = latents.detach().to("cpu", copy=True)
+        if self.device.type == "cuda":
+            own = own.pin_memory()  # the host does not wait for a copy of it to the device
+        self.pipeline.given.extend(self.rollout.split_blocks(own))
 
     def save_state(
         self,
@@ -70,6 +89,7 @@ class Engine:
                 copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
                 copies[name].copy_(tensor, non_blocking=True)
         self.executor.settle()
+        given = self.pipeline.given
         return Snapshot(
             model=dict(self.model),
             seed=seed,
@@ -82,6 +102,7 @@ class Engine:
             offset=offset,
             initial_blocks=self.rollout.state.initial_blocks,
             caller_noise=caller_noise,
+            initial_latents=torch.cat(list(given)) if given else None,
         )
 
     def finite(self) -> bool:
@@ -100,7 +121,8 @@ class Engine:
             raise StreamError(f"the snapshot cannot go on here bit for bit: {conflict}")
         frames = (snapshot.block + 1) * self.rollout.config.window.frames_per_block
         whole = snapshot.block >= -1 and frames == snapshot.latents_decoded and snapshot.offset >= 0
-        whole &= 0 <= snapshot.initial_blocks <= snapshot.block + 1
+        passed, begun = snapshot.initial_blocks, snapshot.block + 1
+        whole &= passed == begun if snapshot.initial_latents is not None else 0 <= passed <= begun
         if not whole or snapshot.next_block < 0:
             raise StreamError(
                 f"the snapshot contradicts itself: {snapshot.latents_decoded} latents decoded and {len(snapshot.held)} "
@@ -113,7 +135,11 @@ class Engine:
                     "nothing" if t is None else f"{plain(t.dtype)} {list(t.shape)}" for t in (tensor, saved)
                 )
                 raise StreamError(f"snapshot tensor {name}: expected {expected}, got {came}")
-
+        if snapshot.initial_latents is not None:
+            try:
+                self.rollout.split_blocks(snapshot.initial_latents)
+            except ConfigError as error:
+                raise StreamError(f"the snapshot's initial video: {error}") from None
         text = self.rollout.config.transformer
         for block, embeds in snapshot.prompts.items():
             try:
@@ -135,3 +161,5 @@ class Engine:
         state.initial_blocks = snapshot.initial_blocks
         state.memory_ready = snapshot.memory_ready
         self.pipeline.decoder_state.latents_seen = snapshot.latents_decoded
+        if snapshot.initial_latents is not None:
+            self.prefill(snapshot.initial_latents)

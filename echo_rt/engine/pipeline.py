@@ -75,7 +75,8 @@ class _Slot:
 class Pipeline:
     """Owns the decoder's stream state and what is between the device and the host, for one rollout.
 
-    ``depth``: how many blocks may be in flight.
+    ``depth``: how many blocks may be in flight. ``given``: latents ``[B, C, h, w]`` on the host that the next blocks
+    are, in place of generated ones.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Pipeline:
         self._slots = [
             _Slot(self._frames, self._latents, len(self._vitals), device.type == "cuda") for _ in range(depth)
         ]
+        self.given: deque[Tensor] = deque()
         self._flying: deque[_Slot] = deque()
         self._last_arrival: Mark | None = None
 
@@ -134,6 +136,7 @@ class Pipeline:
     def reset(self) -> None:
         """Let go of what is in flight, and back to the start of a stream."""
         self._executor.settle()
+        self.given.clear()
         self._flying.clear()
         self._last_arrival = None
         with self._executor.apart():  # the lane in which a state is put back
@@ -151,7 +154,10 @@ class Pipeline:
         slot = self._slots[block % self.depth]
         is_start = decoder.latents_seen == 0
         slot.begun = executor.mark(Lane.MAIN, slot.begun)
-        rollout.next_block(noise)
+        if self.given:
+            rollout.given_block(self.given.popleft())
+        else:
+            rollout.next_block(noise)
         slot.made = executor.mark(Lane.MAIN, slot.made)
         # There is one buffer between transformer and decoder: the block before must have left it.
         handed = executor.run(self._hand_over, after=[self._last_arrival])

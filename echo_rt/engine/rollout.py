@@ -25,6 +25,7 @@ from echo_rt.ops.backends import check_memory
 from echo_rt.ops.noise import seed_words
 from echo_rt.ops.schema import POSITION_FIELDS, Ops
 from echo_rt.options import MemoryMode, check_seed
+from echo_rt.utils.wording import plain
 
 # (block, denoising step, flow [B, C, h, w])
 Observer = Callable[[int, int, Tensor], None]
@@ -105,11 +106,10 @@ class Rollout:
         """
         s, run = self.state, self._executor.run
         previous, block, steps = s.block, s.block + 1, self._steps
-        evicting = self.mode is MemoryMode.EVOLVE and self._layout.evicts(block)
+        evicting, moved = self._turning(previous, block)
         if noise is not None:
             with self._executor.apart():
                 s.noise[: len(steps)].copy_(noise)
-        moved = previous >= 0 and self._layout.shift(previous) != self._layout.shift(block)
         drawn = len(steps) if noise is None else 0
         begun = run(self._begin, drawn, evicting, moved, self.memory_attended(block))
         updated: Mark | None = None
@@ -126,6 +126,42 @@ class Rollout:
         run(self._keep, self._span(block), s.memory_ready)
         s.block = block
         return s.x
+
+    def given_block(self, latents: Tensor) -> Tensor:
+        """The next block is ``latents`` float32 ``[B, C, h, w]``: what :meth:`next_block` does, without the denoising.
+
+        Only before the first block that is generated. The context pass is the block's first, so it sees the memory as
+        it was; what the block evicts is in the memory from the next pass on.
+        """
+        s, run = self.state, self._executor.run
+        previous, block = s.block, s.block + 1
+        if block != s.initial_blocks:
+            raise ConfigError(f"a block can be given only before the first that is generated, got one after {previous}")
+        with self._executor.apart():
+            s.noise[0].copy_(latents, non_blocking=True)  # what a block begins with, and here ends with too
+        evicting, moved = self._turning(previous, block)
+        span = self._span(block)
+        begun = run(self._begin, 0, evicting, moved, self.memory_attended(block))
+        updated = run(self._update_memory, s.memory_ready, lane=Lane.MEMORY, after=[begun]) if evicting else None
+        # After the update, of whose result the vitals tell; attended to is what had been published before.
+        run(self._keep, span, s.memory_ready or evicting, after=[updated])
+        if evicting:
+            run(self._publish_memory, True)
+            s.memory_ready = s.memory_updated = True
+        s.block, s.initial_blocks = block, block + 1
+        return s.x
+
+    def split_blocks(self, latents: Tensor) -> tuple[Tensor, ...]:
+        """``latents [frames, C, h, w]`` block by block; :class:`ConfigError` unless these are whole blocks of it."""
+        frames, *shape = self.noise_shape[1:]
+        whole = latents.shape[1:] == tuple(shape) and len(latents) > 0 and len(latents) % frames == 0
+        if latents.dtype != torch.float32 or not whole:
+            raise ConfigError(
+                f"expected latents to begin with as float32 [k*{frames}, {', '.join(map(str, shape))}], "
+                f"got {plain(latents.dtype)} {list(latents.shape)}"
+            )
+        blocks: tuple[Tensor, ...] = latents.split(frames)
+        return blocks
 
     def memory_attended(self, block: int) -> bool:
         """Whether a pass of ``block`` that began now would attend to the memory."""
@@ -151,6 +187,11 @@ class Rollout:
     def _steps(self) -> range:
         """The next block's denoising steps, as they are numbered in the schedule."""
         return self._schedule.steps(first=self.generated_blocks == 0)
+
+    def _turning(self, previous: int, block: int) -> tuple[bool, bool]:
+        """Whether the memory takes in what ``block`` evicts, and whether the ids shift between the two blocks."""
+        evicting = self.mode is MemoryMode.EVOLVE and self._layout.evicts(block)
+        return evicting, previous >= 0 and self._layout.shift(previous) != self._layout.shift(block)
 
     def _span(self, block: int) -> Span:
         layout, tokens = self._layout, self.config.tokens_per_frame

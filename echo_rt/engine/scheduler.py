@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -69,6 +70,14 @@ class PromptSchedule:
             return dict(self._prompts)
 
 
+@dataclass(frozen=True, eq=False)
+class Initial:
+    """What a video begins with: latents ``[frames, C, h, w]``, whole blocks; ``shown``: whether they are handed out."""
+
+    latents: Tensor
+    shown: bool = True
+
+
 class Blocks:
     """The blocks of one video in the buffers of ``engine``, which is lent to each call.
 
@@ -93,9 +102,17 @@ class Blocks:
         self._prompts_since: dict[int, Tensor] = {}  # those that the good state does not know, by their blocks
         self._began = time.perf_counter()
 
-    def start(self, engine: Engine, prompt_embeds: Tensor) -> None:
-        """Begin a new video with ``prompt_embeds [length, text_dim]``."""
+    def start(self, engine: Engine, prompt_embeds: Tensor, initial: Initial | None = None) -> None:
+        """Begin a new video with ``prompt_embeds [length, text_dim]``, or go on with the ``initial`` one."""
         engine.start(prompt_embeds, self._seed)
+        if initial is None:
+            return
+        engine.prefill(initial.latents)
+        while engine.pipeline.given and not initial.shown:
+            self._begin(engine)
+            self._finish(engine)
+            self.ready.take()
+            self.first_frame_seconds = None
 
     def restore(self, engine: Engine, snapshot: Snapshot) -> None:
         """Go on where ``snapshot`` was taken; :class:`StreamError` if it is another model's, or of other noise."""
@@ -148,14 +165,15 @@ class Blocks:
         if engine.check is None:
             engine.pipeline.begin(block, noise)
             return
-        if prompt is not None or noise is not None:  # which comes from the host, and is waited for
+        from_host = noise is not None or engine.block + 1 == engine.initial_blocks  # the first generated one's
+        if prompt is not None or from_host:
             engine.check.disturbed()
         with engine.check.block(block):
             engine.pipeline.begin(block, noise)
 
     def _next_noise(self, engine: Engine) -> Tensor | None:
         """The caller's noise for the block that is begun next, None for the seed's."""
-        if self._noise is None:
+        if self._noise is None or engine.pipeline.given:
             return None
         block = engine.rollout.generated_blocks + self._offset(engine)
         return noise_of(self._noise, block, engine.rollout.noise_shape)
@@ -198,7 +216,8 @@ class Blocks:
 
     def _good_state_due(self, engine: Engine) -> bool:
         block = engine.block
-        if self._guard.policy != ROLL_BACK or block < 0:
+        # What is given would be no better another time: the first state to go back to is the one behind it.
+        if self._guard.policy != ROLL_BACK or block < 0 or engine.pipeline.given:
             return False
         return self._good is None or block - self._good.block >= self._guard.keep_every
 

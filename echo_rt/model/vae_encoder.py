@@ -1,12 +1,13 @@
 """Video to latents: the causal encoder of Wan's VAE.
 
 The first frame becomes the first latent, every group of ``temporal_stride`` frames after it one more. A video is
-encoded group by group, so the memory it takes does not grow with its length.
+encoded group by group, in as many calls as one likes, so the memory it takes does not grow with its length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,6 +30,16 @@ from echo_rt.weights.shapes import vae_encoder_shapes
 
 _OWNER = "vae encoder"
 _COLOURS = 3
+
+
+@dataclass
+class VaeEncoderState:
+    """What the encoder remembers of one video of frames ``height`` x ``width``; ``latents_made``: so far."""
+
+    windows: StreamWindows
+    height: int
+    width: int
+    latents_made: int = 0
 
 
 class VaeEncoder:
@@ -70,34 +81,51 @@ class VaeEncoder:
         self._middle = Middle("encoder.middle", weights, ops)
         self._head = NormConv("encoder.head.0", "encoder.head.2", weights, ops)
 
-    @torch.no_grad()
+    def new_state(self, height: int, width: int) -> VaeEncoderState:
+        """The state of a new video of frames of this size, in multiples of ``spatial_stride`` pixels."""
+        stride = self.config.spatial_stride
+        if height % stride or width % stride or not height or not width:
+            raise ConfigError(f"{_OWNER}: expected height and width in multiples of {stride}, got {height} and {width}")
+        return VaeEncoderState(self._new_windows(height, width), height, width)
+
     def encode(self, video: Tensor) -> Tensor:
-        """Normalized mean latents ``[T, z, h, w]``, float32, of ``video [F, 3, H, W]`` in [-1, 1].
+        """Normalized mean latents ``[T, z, h, w]``, float32, of a whole ``video [F, 3, H, W]`` in [-1, 1].
 
         F is 1 + ``temporal_stride``·k and gives T = 1 + k; H and W are multiples of ``spatial_stride``; anything else
         raises :class:`ConfigError`.
         """
-        group, stride = self.config.temporal_stride, self.config.spatial_stride
-        if video.dim() != 4 or len(video) < 1 or video.shape[1] != _COLOURS:
+        if video.dim() != 4:
             raise ConfigError(f"{_OWNER}: expected a video [F >= 1, {_COLOURS}, H, W], got {list(video.shape)}")
-        frames, _, height, width = video.shape
-        if (frames - 1) % group:
-            raise ConfigError(f"{_OWNER}: expected 1 + {group}*k video frames, got {frames}")
-        if height % stride or width % stride or not height or not width:
-            raise ConfigError(f"{_OWNER}: expected height and width in multiples of {stride}, got {height} and {width}")
-        windows = self._new_windows(height, width)
+        return self.encode_next(video, self.new_state(*video.shape[2:]))
+
+    @torch.no_grad()
+    def encode_next(self, video: Tensor, state: VaeEncoderState) -> Tensor:
+        """:meth:`encode` of the next frames of the video that ``state`` is of, in whole groups.
+
+        In which pieces a video comes does not show in its latents. After its first piece, of 1 + ``temporal_stride``·k
+        frames, each has ``temporal_stride``·k.
+        """
+        group, stride = self.config.temporal_stride, self.config.spatial_stride
+        size = (_COLOURS, state.height, state.width)
+        if video.dim() != 4 or len(video) < 1 or video.shape[1:] != size:
+            raise ConfigError(
+                f"{_OWNER}: expected a video [F >= 1, {', '.join(map(str, size))}], got {list(video.shape)}"
+            )
+        first = int(state.latents_made == 0)  # frames that are a latent of their own
+        if (len(video) - first) % group:
+            raise ConfigError(f"{_OWNER}: expected {'1 + ' * first}{group}*k video frames, got {len(video)}")
         latents = torch.empty(
-            1 + (frames - 1) // group,
+            first + (len(video) - first) // group,
             self.config.z_dim,
-            height // stride,
-            width // stride,
+            state.height // stride,
+            state.width // stride,
             device=self._weights.device,
             dtype=torch.float32,
         )
-        latents[0] = self._encode_group(video[:1], windows, is_start=True)
-        for index in range(1, len(latents)):
-            start = 1 + (index - 1) * group
-            latents[index] = self._encode_group(video[start : start + group], windows, is_start=False)
+        pieces = [*video[:first].split(1), *video[first:].split(group)]
+        for latent, piece in zip(latents, [piece for piece in pieces if len(piece)], strict=True):
+            latent.copy_(self._encode_group(piece, state.windows, is_start=state.latents_made == 0))
+            state.latents_made += 1
         return latents
 
     def _new_windows(self, height: int, width: int) -> StreamWindows:

@@ -10,10 +10,12 @@ A stream in one file::
             recorder.write(next(stream))
 
 :class:`SegmentRecorder` writes pieces that survive a kill, :class:`Checkpoints` the snapshots to go on from.
+:class:`VideoFile` reads a video or a picture to begin a stream with.
 """
 
 from echo_rt.output.contact_sheet import ContactSheet
 from echo_rt.output.latents import LatentsWriter
+from echo_rt.output.reader import VideoFile
 from echo_rt.output.recorder import Checkpoints, Recorder, SegmentRecorder
 from echo_rt.output.segments import SegmentedWriter
 from echo_rt.output.video import VideoWriter
@@ -25,5 +27,6 @@ __all__ = [
     "Recorder",
     "SegmentRecorder",
     "SegmentedWriter",
+    "VideoFile",
     "VideoWriter",
 ]

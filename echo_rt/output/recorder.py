@@ -200,9 +200,10 @@ class Checkpoints:
 
     def before_block(self, stream: Stream) -> None:
         """Take one where it is time; the first of all is waited for, so that there is always one to go on from."""
-        if stream.next_block % self._every == 0 and stream.next_block != self._last:
+        first = self._last is None
+        if first or (stream.next_block % self._every == 0 and stream.next_block != self._last):
             self._offer(stream)
-            if stream.next_block == 0:
+            if first:
                 self._keeper.wait()
 
     def after_last_block(self, stream: Stream) -> None:

@@ -1,9 +1,10 @@
 """Snapshots as files: one safetensors file each, with a checksum over every byte, written whole or not at all.
 
-What a reader of other programs sees: the tensors under ``state.*``, ``prompt.N`` and ``held.N.*``, and in the
-metadata the format and its version, the version of echo-rt, all other facts as one JSON object, and ``sha256``: the
-digest of the whole file, itself taken as zeros. Format, version and digest are what files of every version have, so a
-file of another one can be told from a damaged one.
+What a reader of other programs sees: the tensors under ``state.*``, ``prompt.N`` and ``held.N.*``, of a video that is
+not yet past what it was given to begin with ``initial.latents`` as well, and in the metadata the format and its
+version, the version of echo-rt, all other facts as one JSON object, and ``sha256``: the digest of the whole file,
+itself taken as zeros. Format, version and digest are what files of every version have, so a file of another one can be
+told from a damaged one.
 
 Files are read and written by hand. The safetensors library maps a file (one that shrinks meanwhile is a bus error, and
 what is used is not what was checked) or makes a second copy of all tensors, and it writes metadata in an order that
@@ -59,6 +60,7 @@ _DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _STATE, _PROMPT, _HELD = "state.", "prompt.", "held."
+_INITIAL = "initial.latents"
 _FACTS = {
     "model": dict,
     "seed": int,
@@ -87,6 +89,7 @@ class SnapshotData:
     offset: int = 0
     initial_blocks: int = 0
     caller_noise: bool = False
+    initial_latents: Tensor | None = field(default=None, repr=False)
 
 
 # -------------------------------------------------------------------- writing
@@ -117,6 +120,8 @@ def _tensors_of(snapshot: SnapshotData, path: str | Path) -> dict[str, Tensor]:
     named |= {f"{_PROMPT}{block}": embeds for block, embeds in snapshot.prompts.items()}
     for number, chunk in enumerate(snapshot.held):
         named |= {f"{_HELD}{number}.frames": chunk.frames, f"{_HELD}{number}.latents": chunk.latents}
+    if snapshot.initial_latents is not None:
+        named[_INITIAL] = snapshot.initial_latents
     for name, tensor in named.items():
         if tensor.dtype not in _CODES:
             raise SnapshotError(f"{path}: {name} is {plain(tensor.dtype)}, which a snapshot's file cannot hold")
@@ -308,11 +313,14 @@ def _rebuild(text: str, tensors: dict[str, Tensor], path: str | Path) -> dict[st
         raise _damaged(path, str(error)) from None
     prompts = _prompts(tensors, path)
     facts["held"] = tuple(_chunk(number, entry, tensors, path) for number, entry in enumerate(facts["held"]))
+    initial = tensors.pop(_INITIAL, None)
+    if initial is not None and (initial.dtype != torch.float32 or initial.dim() != 4):
+        raise _damaged(path, f"the latents to begin with are {plain(initial.dtype)} {list(initial.shape)}")
     surplus = [name for name in tensors if not name.startswith(_STATE)]
     if surplus:
         raise _damaged(path, f"it holds tensors that no snapshot has: {', '.join(surplus):.200}")
     state = {name.removeprefix(_STATE): tensor for name, tensor in tensors.items()}
-    return {**facts, "tensors": state, "prompts": prompts}
+    return {**facts, "tensors": state, "prompts": prompts, "initial_latents": initial}
 
 
 def _prompts(tensors: dict[str, Tensor], path: str | Path) -> dict[int, Tensor]:

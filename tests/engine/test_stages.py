@@ -7,20 +7,18 @@ the second time a stage ran, and keeps who touched which buffer when.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from recorder import Recorder
+from recorder import Recorder, executed_by
 from streaming import embeds, load, same, take, video
 from torch import Tensor
 
 import echo_rt
-from echo_rt.engine.executor import Executor, stage_name
+from echo_rt.engine.executor import stage_name
 from echo_rt.engine.rollout import Rollout
 from echo_rt.model.memory import MemoryEncoder
 
@@ -31,14 +29,6 @@ WARM, BLOCKS = 11, 15
 # What may happen between stages once all are replayed: frames, latents and vitals on their way to the host, and from
 # there to whoever asked.
 BETWEEN_STAGES = {"slice", "copy_", "clone", "_local_scalar_dense", "detach", "alias"}
-
-
-@contextmanager
-def executed_by(executor: Executor) -> Iterator[None]:
-    """Runtimes that are loaded meanwhile are given ``executor``."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("echo_rt.engine.build.make_executor", lambda device, graphs: executor)
-        yield
 
 
 @pytest.fixture(scope="module", params=MODES)

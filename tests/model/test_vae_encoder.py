@@ -75,6 +75,38 @@ def test_other_configurations(dim_mult: tuple[int, ...], temporal_downsample: tu
     assert relative_error(latents, NaiveVae(config, weights).encode(video)) < FLOAT32_ROUNDING
 
 
+@pytest.mark.parametrize("pieces", [(1, 4, 4), (5, 4), (1, 8), (9,)], ids=str)
+def test_pieces_do_not_show(bundle: Bundle, pieces: tuple[int, ...]) -> None:
+    encoder, video = make_encoder(bundle), bundle.inputs["video"]
+    state = encoder.new_state(*video.shape[2:])
+    latents = torch.cat([encoder.encode_next(piece, state) for piece in video.split(pieces)])
+    assert torch.equal(latents, encoder.encode(video)) and state.latents_made == len(latents)
+
+
+def test_what_is_remembered_does_not_grow(bundle: Bundle) -> None:
+    encoder, video = make_encoder(bundle), bundle.inputs["video"]
+    state = encoder.new_state(*video.shape[2:])
+
+    def buffers() -> list[tuple[int, int]]:
+        return [(one.data_ptr(), one.nbytes) for one in (state.windows.room, *state.windows.histories.values())]
+
+    encoder.encode_next(video[:1], state)
+    before = buffers()
+    for _ in range(3):
+        encoder.encode_next(video[1:], state)
+    assert buffers() == before
+
+
+def test_later_pieces_are_whole_groups_of_the_same_size(bundle: Bundle) -> None:
+    encoder, video = make_encoder(bundle), bundle.inputs["video"]
+    state = encoder.new_state(*video.shape[2:])
+    encoder.encode_next(video[:1], state)
+    with pytest.raises(ConfigError, match=r"expected 4\*k video frames, got 5"):
+        encoder.encode_next(video[1:6], state)
+    with pytest.raises(ConfigError, match=r"expected a video \[F >= 1, 3, 48, 80\], got \[4, 3, 40, 80\]"):
+        encoder.encode_next(video[1:5, :, 8:], state)
+
+
 def test_encoding_leaves_nothing_behind(bundle: Bundle) -> None:
     encoder, video = make_encoder(bundle), bundle.inputs["video"][:5]
     first = encoder.encode(video)

@@ -1,0 +1,193 @@
+"""A video or a picture that a stream begins with: checked, brought to the video's size, encoded to latents."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from echo_rt.config import ModelConfig, VaeConfig
+from echo_rt.errors import ConfigError, NumericalError, WeightsError
+from echo_rt.model.vae_encoder import VaeEncoder
+from echo_rt.options import CROP, FITS, MOST_INITIAL_SECONDS
+from echo_rt.utils.device import give_memory_back, model_context
+from echo_rt.utils.wording import counted, type_of
+from echo_rt.weights.folder import ModelFolder
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Frames: TypeAlias = "Tensor | NDArray[np.uint8]"
+InitialVideo: TypeAlias = "Frames | Iterable[Frames]"
+"""Frames uint8 ``[F, H, W, 3]`` RGB, whole or as an iterable of pieces."""
+
+# Those whose blocks are one latent frame, so that a picture is a block.
+_PICTURE_RECIPES = ("causal-forcing-framewise", "causal-forcing-framewise-2step", "causal-forcing-framewise-1step")
+
+
+class InitialVideoEncoder:
+    """The VAE's encoder of a model folder, loaded for each video and released after it.
+
+    ``vae``: the VAE whose latents the model makes, in ``dtype``. Without a folder there is no encoder.
+    """
+
+    def __init__(
+        self, folder: ModelFolder | None, config: ModelConfig, vae: VaeConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._folder, self._vae, self._device, self._dtype = folder, vae, device, dtype
+        self._block = config.window.frames_per_block
+        self._height = config.latent_height * vae.spatial_stride
+        self._width = config.latent_width * vae.spatial_stride
+
+    def check(
+        self,
+        video: InitialVideo | None,
+        fit: str | None = None,
+        included: bool = True,
+        latents: Tensor | None = None,
+    ) -> None:
+        """What can be said without encoding; :class:`ConfigError` for a video that the model cannot begin with.
+
+        The pieces of an iterable are checked as they are read. ``latents``: given in place of a video, if they are.
+        """
+        if fit not in (None, *FITS):
+            raise ConfigError(f"fit must be {' or '.join(map(repr, FITS))}, or None; got {fit!r}")
+        if not isinstance(included, bool):
+            raise ConfigError(f"include_initial must be True or False, got {included!r}")
+        if not isinstance(latents, Tensor | None):
+            raise ConfigError(f"initial_latents must be a tensor or None, got {type_of(latents)}")
+        if video is not None and latents is not None:
+            raise ConfigError("give an initial_video or initial_latents, one of the two; got both")
+        if video is None and fit is not None:
+            raise ConfigError("fit is about an initial_video: expected one, got None")
+        if video is None and latents is None and not included:
+            raise ConfigError("include_initial is about an initial_video: expected one, got None")
+        if video is None:
+            return
+        if isinstance(video, (Tensor, np.ndarray)):
+            self._check_frames(video, fit)
+            self.check_count(len(video))
+        elif isinstance(video, (str, bytes, os.PathLike)) or not isinstance(video, Iterable):
+            raise ConfigError(
+                f"initial_video must be frames, uint8 [F, H, W, 3], or an iterable of such pieces; got {type_of(video)}"
+            )
+
+    def check_count(self, frames: int) -> None:
+        """:class:`ConfigError` unless so many frames are whole blocks, and not too many."""
+        self._check_length(frames)
+        latents = 1 + (frames - 1) // self._vae.temporal_stride if frames else 0
+        below, above = (self._vae.video_frames(self._block * (latents // self._block + more)) for more in (0, 1))
+        if frames == below > 0:
+            return
+        nearest = f"{below} or {above}" if below else str(above)
+        picture = (
+            f"; a picture begins a video only where a block is 1 latent frame, as in the recipes "
+            f"{', '.join(_PICTURE_RECIPES)}"
+            if frames == 1
+            else ""
+        )
+        raise ConfigError(
+            f"an initial video must fill blocks of {counted(self._block, 'latent frame')}: "
+            f"expected {nearest} frames, got {frames}{picture}"
+        )
+
+    def _check_length(self, frames: int) -> None:
+        most = MOST_INITIAL_SECONDS * self._vae.frame_rate
+        if frames > most:
+            raise ConfigError(
+                f"an initial video may have {most} frames at most, {MOST_INITIAL_SECONDS} s at "
+                f"{self._vae.frame_rate} fps; got {frames} or more"
+            )
+
+    def _check_frames(self, frames: Frames, fit: str | None) -> None:
+        if not isinstance(frames, (Tensor, np.ndarray)):
+            raise ConfigError(f"initial_video: expected pieces that are tensors or arrays, got {type_of(frames)}")
+        shape = list(frames.shape)
+        if frames.dtype not in (torch.uint8, np.uint8) or len(shape) != 4 or shape[3] != 3 or 0 in shape[1:]:
+            kind = str(frames.dtype).removeprefix("torch.")
+            raise ConfigError(f"initial_video: expected frames uint8 [F, H, W, 3], got {kind} {shape}")
+        _, height, width, _ = shape
+        if fit is None and (height, width) != (self._height, self._width):
+            raise ConfigError(
+                f"initial_video: expected frames of {self._width}x{self._height} pixels, got {width}x{height}; "
+                f"fit={' or fit='.join(map(repr, FITS))} (on the command line --fit) scales them"
+            )
+
+    def encode(self, video: InitialVideo, fit: str | None = None) -> Tensor:
+        """Normalized latents ``[frames, C, h, w]`` of a video that :meth:`check` has passed: float32, on the host.
+
+        The memory it takes beside them does not grow with the video. Raises :class:`ConfigError` for frames that do
+        not fit, :class:`WeightsError` where the VAE is not there, :class:`NumericalError` where its dtype overflows.
+        """
+        with model_context(self._device, self._dtype):
+            try:
+                latents = self._encode(video, fit)
+            finally:
+                give_memory_back(self._device)
+        if not bool(torch.isfinite(latents).all()):
+            raise NumericalError("the latents of the initial video are NaN or infinite; vae_dtype float32 may help")
+        return latents
+
+    def _encode(self, video: InitialVideo, fit: str | None) -> Tensor:
+        encoder = self._load()
+        state = encoder.new_state(self._height, self._width)
+        return torch.cat([encoder.encode_next(group, state).cpu() for group in self._groups(video, fit)])
+
+    def _load(self) -> VaeEncoder:
+        if self._folder is None:
+            raise ConfigError("expected no initial_video: this model has no folder with a VAE that encodes one")
+        try:
+            config, tensors = self._folder.vae_config(), self._folder.vae_tensors()
+        except WeightsError as error:
+            raise WeightsError(f"an initial video is encoded by the model's own VAE: {error}") from None
+        expected, came = _latent_facts(self._vae), _latent_facts(config)
+        if came != expected:  # as can be where a tiny decoder is in its place
+            raise ConfigError(
+                f"{self._folder.path}: expected a VAE of the decoder's latents, with channels, strides, means and "
+                f"deviations {expected}; got {came}"
+            )
+        return VaeEncoder(config, tensors, device=self._device, dtype=self._dtype)
+
+    def _groups(self, video: InitialVideo, fit: str | None) -> Iterator[Tensor]:
+        """The frames as the encoder takes them, ``[n, 3, H, W]`` in [-1, 1]: the first, then a group for a latent."""
+        held: list[Tensor] = []
+        count = 0
+        for frame in self._frames(video, fit):
+            held.append(frame)
+            count += 1
+            self._check_length(count)
+            if count == 1 or len(held) == self._vae.temporal_stride:
+                yield self._fitted(torch.stack(held), fit)
+                held.clear()
+        self.check_count(count)
+
+    def _frames(self, video: InitialVideo, fit: str | None) -> Iterator[Tensor]:
+        """Frame by frame, ``[H, W, 3]``."""
+        for piece in [video] if isinstance(video, (Tensor, np.ndarray)) else video:
+            self._check_frames(piece, fit)
+            for frame in piece:
+                # A copy of an array, which may be read-only, or run backwards.
+                yield frame if isinstance(frame, Tensor) else torch.tensor(np.ascontiguousarray(frame), device="cpu")
+
+    def _fitted(self, frames: Tensor, fit: str | None) -> Tensor:
+        x = frames.to(self._device).permute(0, 3, 1, 2).float()
+        height, width = x.shape[2:]
+        if (height, width) != (self._height, self._width):
+            ratios = self._height / height, self._width / width
+            ratio = max(ratios) if fit == CROP else min(ratios)
+            rows, columns = max(1, round(height * ratio)), max(1, round(width * ratio))
+            x = functional.interpolate(x, (rows, columns), mode="bicubic", antialias=True).clamp_(0, 255)
+            # Negative where something is cut off.
+            above, left = (self._height - rows) // 2, (self._width - columns) // 2
+            x = functional.pad(x, (left, self._width - columns - left, above, self._height - rows - above))
+        return x / 127.5 - 1
+
+
+def _latent_facts(vae: VaeConfig) -> tuple[object, ...]:
+    """What two VAEs have in common whose latents are the same."""
+    return vae.z_dim, vae.spatial_stride, vae.temporal_stride, vae.latents_mean, vae.latents_std
