@@ -19,7 +19,9 @@ GGUF_MAGIC = b"GGUF"
 _ARCHITECTURES = ("wan", "t5", "t5encoder", "pig", "cow")
 _ARCHITECTURE = "general.architecture"
 _SHAPE_FIELD = "comfy.gguf.orig_shape."  # of a tensor that was reshaped to be quantized
-_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_VALUES_AT_ONCE = 2**24
+_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_STORED |= {"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 
 
 class _GgufTensors(Mapping[str, Tensor]):
@@ -29,15 +31,14 @@ class _GgufTensors(Mapping[str, Tensor]):
         self._entries, self._shapes, self._dtype = entries, shapes, dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        from gguf import quants
-
         entry = self._entries[name]
-        try:
-            values = torch.from_numpy(quants.dequantize(entry.data, entry.tensor_type))
-        except (NotImplementedError, TypeError, ValueError) as error:
-            raise WeightsError(f"{name}: expected a type that gguf dequantizes, {one_line(error)}") from error
         shape, dtype, _ = self.outline(name)
-        return values.reshape(shape).to(dtype)
+        try:
+            if entry.data.dtype != np.uint8:
+                return torch.from_numpy(entry.data).reshape(shape)
+            return _dequantized(entry, dtype).reshape(shape)
+        except (NotImplementedError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise WeightsError(f"{name}: expected a type that gguf dequantizes, {one_line(error)}") from error
 
     def outline(self, name: str) -> Outline:
         """Shape and dtype of tensor ``name``."""
@@ -89,6 +90,18 @@ def open_gguf(path: Path, dtype: torch.dtype) -> TensorFile:
         raise WeightsError(f"{path}: expected tensors, came a GGUF file with none")
     entries = {check_name(entry.name, path): entry for entry in reader.tensors}
     return TensorFile(path, _GgufTensors(entries, shapes, dtype), facts)
+
+
+def _dequantized(entry: Any, dtype: torch.dtype) -> Tensor:
+    """The tensor's rows in ``dtype``, some at a time: umT5's token table is a thousand million values."""
+    from gguf import quants
+
+    rows = entry.data.reshape(-1, entry.data.shape[-1])
+    step = max(1, _VALUES_AT_ONCE * len(rows) // entry.n_elements)
+    values = torch.empty(len(rows), entry.n_elements // len(rows), dtype=dtype, device="cpu")
+    for at in range(0, len(rows), step):
+        values[at : at + step] = torch.from_numpy(quants.dequantize(rows[at : at + step], entry.tensor_type))
+    return values
 
 
 def _plain(value: Any) -> Fact:

@@ -95,7 +95,10 @@ class Part(Generic[Config]):
 TRANSFORMER: Part[TransformerConfig] = Part(
     "a Wan2.1 text-to-video transformer",
     (
-        _Naming(("condition_embedder.time_proj.weight", "proj_out.weight"), lambda _: transformer_key_map()),
+        _Naming(
+            ("condition_embedder.time_proj.weight", "condition_embedder.text_embedder.linear_1.weight"),
+            lambda _: transformer_key_map(),
+        ),
         _Naming(("patch_embedding.weight", "time_projection.1.weight")),
     ),
     transformer_config_of,
