@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from echo_rt.cli.progress import clock
 from echo_rt.cli.stdio import can_draw, complain
+from echo_rt.soak.checks import Status, Verdict
 from echo_rt.soak.config import SoakConfig
 from echo_rt.soak.journal import Line
-from echo_rt.soak.outcome import Status, Verdict
 from echo_rt.utils.wording import counted
 
 if TYPE_CHECKING:

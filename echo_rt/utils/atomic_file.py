@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import secrets
 from abc import ABC, abstractmethod
@@ -43,6 +44,20 @@ def _target(path: str | Path) -> Path:
     return target
 
 
+def append_whole(file: io.FileIO, size: int, data: bytes | memoryview) -> int:
+    """Append all of ``data`` to a file of ``size`` bytes and return the new size, or leave it as it was and raise."""
+    view = memoryview(data)
+    try:
+        done = 0
+        while done < len(view):
+            done += file.write(view[done:])
+    except BaseException:
+        file.truncate(size)
+        file.seek(size)
+        raise
+    return size + len(view)
+
+
 class PartFile:
     """A new file beside ``path``, unbuffered, that becomes ``path`` on :meth:`commit` and vanishes on :meth:`discard`.
 
@@ -65,16 +80,7 @@ class PartFile:
 
     def append(self, data: bytes | memoryview) -> None:
         """Write all of ``data`` at the end, or leave the file as it was and raise ``OSError``."""
-        view = memoryview(data)
-        try:
-            done = 0
-            while done < len(view):
-                done += self._file.write(view[done:])
-        except BaseException:
-            self._file.truncate(self.size)
-            self._file.seek(self.size)
-            raise
-        self.size += len(view)
+        self.size = append_whole(self._file, self.size, data)
 
     def overwrite(self, offset: int, data: bytes) -> None:
         """Replace bytes that were written before; raises ``OSError``."""

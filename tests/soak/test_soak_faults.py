@@ -29,9 +29,9 @@ import echo_rt.soak
 from echo_rt.errors import NumericalError, OutputError, SnapshotError, TargetError
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import snapshot_files
-from echo_rt.soak import SoakConfig
+from echo_rt.soak import Outcome, SoakConfig
+from echo_rt.soak.checks import Status
 from echo_rt.soak.journal import JOURNAL_FILE, Past, read_lines
-from echo_rt.soak.outcome import Outcome, Status
 
 KILLS = int(os.environ.get("ECHO_RT_KILLS", "3"))
 FAR = 100_000  # blocks: nobody gets there

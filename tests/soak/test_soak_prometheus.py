@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from echo_rt.errors import BackendError, ConfigError
-from echo_rt.soak.outcome import Status, Verdict
+from echo_rt.soak.checks import Status, Verdict
 from echo_rt.soak.prometheus import Exporter, figures
 
 LINE: dict[str, Any] = {

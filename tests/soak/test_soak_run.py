@@ -23,8 +23,9 @@ from echo_rt.chunk import Chunk
 from echo_rt.engine.pipeline import Finished, Pipeline
 from echo_rt.errors import BackendError, ConfigError, NumericalError, OutputError, TargetError, WeightsError
 from echo_rt.snapshot.snapshot import Snapshot
+from echo_rt.soak import Outcome
+from echo_rt.soak.checks import Status
 from echo_rt.soak.journal import JOURNAL_FILE, Journal, read_lines
-from echo_rt.soak.outcome import Outcome, Status
 from echo_rt.stream import Stream
 from echo_rt.utils.folder_lock import FolderClaim
 
@@ -200,7 +201,7 @@ def test_another_hash_is_a_broken_promise_for_good(smallest_model: Path, tmp_pat
     for _ in range(2):
         outcome = echo_rt.soak.run(config)
         assert outcome.exit_code == 3 and outcome.end == "complete"
-        assert f"hashes: block 3: was {'0' * 32}, came {made}" in outcome.summary
+        assert f"hashes: block 3: expected {'0' * 32}, found {made}" in outcome.summary
 
 
 def test_the_end_is_made_again_from_a_snapshot(
@@ -301,7 +302,7 @@ def test_refusals_come_before_the_model(smallest_model: Path, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(BackendError, match="prometheus-client"):
         echo_rt.soak.run(soak_of(smallest_model, tmp_path / "served", blocks=3, serve=("127.0.0.1", 0)))
-    monkeypatch.setattr("echo_rt.soak.plots.available", lambda: False)
+    monkeypatch.setattr("echo_rt.soak.report.can_plot", lambda: False)
     with pytest.raises(BackendError, match="matplotlib"):
         echo_rt.soak.run(soak_of(smallest_model, tmp_path / "drawn", blocks=3, plots=True))
     assert not (tmp_path / "drawn").exists()

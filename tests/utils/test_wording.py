@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from echo_rt.errors import WeightsError
-from echo_rt.soak.outcome import Outcome
+from echo_rt.soak import Outcome
 from echo_rt.utils.wording import counted, type_of
 from echo_rt.weights.folder import ModelFolder
 
