@@ -1,11 +1,13 @@
-"""Arguments with a form of their own: seeds, lengths, sizes, and ``--set NAME=VALUE``."""
+"""Arguments with a syntax: paths, numbers, lengths, sizes, and ``--set NAME=VALUE``."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from echo_rt.errors import ConfigError
@@ -17,6 +19,13 @@ _SHOWN = 40  # characters of a mistaken argument
 
 def _short(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def parse_path(text: str) -> Path:
+    """Parse a path for argparse; an empty one, of an unset variable for example, would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
 
 
 def parse_number(option: str, text: str, kind: type[int] | type[float], expected: str) -> Any:

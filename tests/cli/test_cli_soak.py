@@ -111,10 +111,10 @@ def test_all_that_can_be_asked(call: Any, asked: dict[str, Any]) -> None:
     [
         ("", "one of the arguments --hours --blocks is required"),
         ("--hours 1 --blocks 2", "not allowed with argument"),
-        ("--hours 0", "--hours: expected a number of hours above 0, got '0'"),
+        ("--hours 0", "--hours: expected a number above 0, got '0'"),
         ("--blocks 1.5", "--blocks: expected an integer of 1 or more, got '1.5'"),
-        ("--blocks 9 --keep 2", "--keep: expected --snapshot-every N with it, whose snapshots it counts, got none"),
-        ("--blocks 9 --interval nan", "--interval: expected a number of seconds above 0"),
+        ("--blocks 9 --keep 2", "--keep: expected --snapshot-every N with it"),
+        ("--blocks 9 --interval nan", "--interval: expected a number above 0"),
         ("--blocks 9 --prompt a --prompt 10:b --switch-every 3", "--prompt '10:b': expected a text without a time"),
         ("--blocks 9 --switch-every 3", "exactly where there are several --prompt; got 1 of them and --switch-every 3"),
         ("--blocks 9 --port 70000", "--port: expected a port in 1..65535, got 70000"),
