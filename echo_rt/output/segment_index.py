@@ -99,7 +99,7 @@ class RecordingIndex:
         right = [
             self.fps > 0,
             isinstance(self.notes, dict),
-            len(self.latent_shape or (1,) * _LATENT_AXES) == _LATENT_AXES,
+            self.latent_shape is None or len(self.latent_shape) == _LATENT_AXES,
         ]
         end = 0
         for segment in self.segments:

@@ -7,10 +7,11 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
+from operator import itemgetter
 
 import numpy as np
 
-from echo_rt.chunk import Chunk
+from echo_rt.chunk import Chunk, ChunkStats, Vitals
 from echo_rt.config import ModelConfig
 from echo_rt.soak.journal import Line
 from echo_rt.utils.wording import counted
@@ -147,40 +148,23 @@ class Interval:
     """Gathers blocks from the next one of ``checker`` on; a z-score above ``outlier_from`` makes an outlier."""
 
     def __init__(self, checker: Checker, run: int, outlier_from: float | None) -> None:
-        self._checker, self._outlier_from = checker, outlier_from
-        self._began, self._first_frame = time.monotonic(), checker.frame
+        self._checker, self._run, self._outlier_from = checker, run, outlier_from
+        self._began, self._first_block, self._first_frame = time.monotonic(), checker.block, checker.frame
+        self._warm, self._rollbacks = True, 0
+        self._stats: list[ChunkStats] = []
+        self._seconds: list[tuple[float, int]] = []  # with the block, as in the lists below
+        self._switches: list[float] = []
         self._latency = Histogram()
-        self._line: Line = {
-            "run": run,
-            "first_block": checker.block,
-            "block": checker.block,
-            "blocks": 0,
-            "frame": checker.frame,
-            "video_seconds": 0.0,
-            "time": 0.0,
-            "elapsed": 0.0,
-            "fps": 0.0,
-            "warm": True,
-            "prompt": 0,
-            "latency": {"p50": None, "p99": None, "max": 0.0, "max_block": checker.block, "bins": {}},
-            "switch_latency": {"blocks": 0, "max": None},
-            "zscore": {"max": None, "block": None, "judged": 0, "outliers": 0},
-            "position": {"least_newest_id": math.inf, "most_newest_id": -math.inf, "misplaced": []},
-            "memory_state": {},
-            "latents": {"mean": 0.0, "std": 0.0},
-            "video": {"min": math.inf, "max": -math.inf},
-            "nonfinite": {"latent": 0, "video": 0, "block": None},
-            "rollbacks": 0,
-            "hashes": [],
-            "compared": 0,
-            "mismatches": [],
-        }
+        self._scores: list[tuple[float, int]] = []
+        self._misplaced: list[tuple[int, str]] = []
+        self._nonfinite: list[tuple[int, Vitals]] = []
+        self._hashes: list[tuple[int, str]] = []
+        self._known: list[tuple[int, str, str]] = []  # the hash of an earlier process, and this one's
 
     @property
     def blocks(self) -> int:
         """Number of blocks so far."""
-        count: int = self._line["blocks"]
-        return count
+        return len(self._stats)
 
     @property
     def seconds(self) -> float:
@@ -192,73 +176,90 @@ class Interval:
 
         ``warm``: its latency counts. ``switching``: it may have paid for a prompt switch. ``rollbacks``: so far.
         """
-        line = self._line
-        line["blocks"] += 1
-        line |= {"block": chunk.index, "warm": line["warm"] and warm, "rollbacks": rollbacks}
-        self._add_latency(chunk.index, seconds, warm, switching)
-        self._add_stats(chunk)
-        wrong = self._checker.misplaced(chunk, rollbacks)
-        if wrong is not None and not line["position"]["misplaced"]:
-            line["position"]["misplaced"] = [chunk.index, wrong]
-        found, known = self._checker.hash(chunk)
-        if found is not None:
-            line["hashes"].append((chunk.index, found))
-            line["compared"] += known is not None
-            if known not in (None, found):
-                line["mismatches"].append((chunk.index, known, found))
-        return found
-
-    def _add_latency(self, block: int, seconds: float, warm: bool, switching: bool) -> None:
-        latency, switches, zscore = (self._line[name] for name in ("latency", "switch_latency", "zscore"))
-        milliseconds = round(1e3 * seconds, 3)
-        if milliseconds > latency["max"]:
-            latency.update(max=milliseconds, max_block=block)
+        block, vitals = chunk.index, chunk.stats.vitals
+        self._warm, self._rollbacks = self._warm and warm, rollbacks
+        self._stats.append(chunk.stats)
+        self._seconds.append((seconds, block))
         if switching:
-            switches.update(blocks=switches["blocks"] + 1, max=max(switches["max"] or 0.0, milliseconds))
+            self._switches.append(seconds)
         elif warm:
             self._latency.add(seconds)
             score = self._checker.outliers.zscore(seconds)
-            if score is None:
-                return
-            zscore["judged"] += 1
-            zscore["outliers"] += self._outlier_from is not None and score > self._outlier_from
-            if zscore["max"] is None or score > zscore["max"]:
-                zscore.update(max=round(score, 3), block=block)
-
-    def _add_stats(self, chunk: Chunk) -> None:
-        stats, vitals, line = chunk.stats, chunk.stats.vitals, self._line
-        place, latents, video, nonfinite = (line[name] for name in ("position", "latents", "video", "nonfinite"))
-        newest = stats.newest_temporal_id
-        place |= {
-            "shift": stats.shift,
-            "newest_id": newest,
-            "least_newest_id": min(place["least_newest_id"], newest),
-            "most_newest_id": max(place["most_newest_id"], newest),
-        }
-        norm, gate = _finite(vitals.memory_norm), _finite(vitals.gate_mean)
-        line["memory_state"] = {"attended": stats.memory_attended, "norm": norm, "gate_mean": gate}
-        latents |= {"mean": latents["mean"] + vitals.latent_mean, "std": latents["std"] + vitals.latent_std}
-        video |= {"min": min(video["min"], vitals.video_min), "max": max(video["max"], vitals.video_max)}
-        nonfinite["latent"] += vitals.latent_nonfinite
-        nonfinite["video"] += vitals.video_nonfinite
-        if nonfinite["block"] is None and vitals.latent_nonfinite + vitals.video_nonfinite:
-            nonfinite["block"] = chunk.index
+            self._scores += [] if score is None else [(score, block)]
+        wrong = self._checker.misplaced(chunk, rollbacks)
+        self._misplaced += [] if wrong is None else [(block, wrong)]
+        if vitals.latent_nonfinite or vitals.video_nonfinite:
+            self._nonfinite.append((block, vitals))
+        found, known = self._checker.hash(chunk)
+        if found is not None:
+            self._hashes.append((block, found))
+            self._known += [] if known is None else [(block, known, found)]
+        return found
 
     def line(self, *, elapsed: float, fps: float, probes: Line, prompt: int) -> Line:
-        """Finish the line. ``elapsed``: seconds of the whole soak; ``fps``: of the video; ``probes``: added to it."""
-        line, frame = self._line, self._checker.frame
-        assert line["blocks"], "an interval without a block has no line"
-        p50, p99 = (self._latency.quantile(share) for share in (0.5, 0.99))
-        line["latency"] |= {"p50": _milliseconds(p50), "p99": _milliseconds(p99), "bins": self._latency.to_json()}
-        line["latents"] = {name: _finite(total / line["blocks"]) for name, total in line["latents"].items()}
-        line["video"] = {name: _finite(value) for name, value in line["video"].items()}
-        return line | {
+        """Return the line. ``elapsed``: seconds of the whole soak; ``fps``: of the video; ``probes``: added to it."""
+        last, frame = self._stats[-1], self._checker.frame
+        ids = [stats.newest_temporal_id for stats in self._stats]
+        vitals = [stats.vitals for stats in self._stats]
+        longest, slowest = max(self._seconds, key=itemgetter(0)), max(self._scores, key=itemgetter(0), default=None)
+        return {
+            "run": self._run,
+            "first_block": self._first_block,
+            "block": self._checker.block - 1,
+            "blocks": self.blocks,
             "frame": frame,
             "video_seconds": round(frame / fps, 3),
             "time": round(time.time(), 3),
             "elapsed": round(elapsed, 3),
             "fps": round((frame - self._first_frame) / max(self.seconds, 1e-9), 3),
+            "warm": self._warm,
             "prompt": prompt,
+            "latency": {
+                "p50": _milliseconds(self._latency.quantile(0.5)),
+                "p99": _milliseconds(self._latency.quantile(0.99)),
+                "max": _milliseconds(longest[0]),
+                "max_block": longest[1],
+                "bins": self._latency.to_json(),
+            },
+            "switch_latency": {
+                "blocks": len(self._switches),
+                "max": _milliseconds(max(self._switches, default=None)),
+            },
+            "zscore": {
+                "max": None if slowest is None else round(slowest[0], 3),
+                "block": None if slowest is None else slowest[1],
+                "judged": len(self._scores),
+                "outliers": sum(score > (self._outlier_from or math.inf) for score, _ in self._scores),
+            },
+            "position": {
+                "shift": last.shift,
+                "newest_id": ids[-1],
+                "least_newest_id": min(ids),
+                "most_newest_id": max(ids),
+                "misplaced": self._misplaced[0] if self._misplaced else [],
+            },
+            "memory_state": {
+                "attended": last.memory_attended,
+                "norm": _finite(vitals[-1].memory_norm),
+                "gate_mean": _finite(vitals[-1].gate_mean),
+            },
+            "latents": {
+                "mean": _finite(sum(one.latent_mean for one in vitals) / len(vitals)),
+                "std": _finite(sum(one.latent_std for one in vitals) / len(vitals)),
+            },
+            "video": {
+                "min": _finite(min(one.video_min for one in vitals)),
+                "max": _finite(max(one.video_max for one in vitals)),
+            },
+            "nonfinite": {
+                "latent": sum(bad.latent_nonfinite for _, bad in self._nonfinite),
+                "video": sum(bad.video_nonfinite for _, bad in self._nonfinite),
+                "block": self._nonfinite[0][0] if self._nonfinite else None,
+            },
+            "rollbacks": self._rollbacks,
+            "hashes": self._hashes,
+            "compared": len(self._known),
+            "mismatches": [entry for entry in self._known if entry[1] != entry[2]],
             **probes,
         }
 
