@@ -55,6 +55,10 @@ class Fact(NamedTuple):
     advice: str = ""
 
 
+def _checked(name: str, value: str, ok: bool, advice: str, status: Literal["absent", "missing"] = "absent") -> Fact:
+    return Fact(name, value) if ok else Fact(name, value, status, advice)
+
+
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declare the subcommand."""
     parser: argparse.ArgumentParser = commands.add_parser(
@@ -100,35 +104,28 @@ def _page(facts: Sequence[tuple[str, Fact]]) -> Iterator[str]:
 
 
 def _system() -> Iterator[Fact]:
-    python = platform.python_version()
-    if sys.version_info >= _OLDEST_PYTHON:
-        yield Fact("Python", python)
-    else:
-        yield Fact("Python", python, "missing", "install Python {}.{} or newer".format(*_OLDEST_PYTHON))
+    python, oldest = platform.python_version(), "install Python {}.{} or newer".format(*_OLDEST_PYTHON)
+    yield _checked("Python", python, sys.version_info >= _OLDEST_PYTHON, oldest, "missing")
     yield Fact("platform", f"{platform.platform()}, {os.cpu_count()} CPU cores")
     free = shutil.disk_usage(Path.cwd()).free / 2**30
-    if free >= _LOW_DISK_GIB:
-        yield Fact("free disk here", f"{free:.1f} GiB")
-    else:
-        advice = "make room, or write the video elsewhere with --output"
-        yield Fact("free disk here", f"{free:.1f} GiB", "absent", advice)
+    advice = "make room, or write the video elsewhere with --output"
+    yield _checked("free disk here", f"{free:.1f} GiB", free >= _LOW_DISK_GIB, advice)
 
 
 def _compiled_part() -> Iterator[Fact]:
     yield Fact("version", __version__)
-    name = "compiled part"
     try:
         built = build_info()
     except EchoError as error:
         advice = "generate needs it: install a C++ compiler, then echo-rt again (pip install .)"
-        yield Fact(name, first_line(error), "missing", advice)
+        yield Fact("compiled part", first_line(error), "missing", advice)
         return
     cuda = f"CUDA for {', '.join(built.cuda_archs)}" if built.cuda_archs else "no CUDA kernels"
-    value = f"{built.compiler}, C++{built.cxx_standard}, {cuda}"
-    if built.is_current:
-        yield Fact(name, value)
-    else:
-        yield Fact(name, value, "absent", f"it is of version {built.version}: install again")
+    value, advice = (
+        f"{built.compiler}, C++{built.cxx_standard}, {cuda}",
+        f"it is of version {built.version}: install again",
+    )
+    yield _checked("compiled part", value, built.is_current, advice)
 
 
 def _backends() -> Iterator[Fact]:
@@ -138,10 +135,10 @@ def _backends() -> Iterator[Fact]:
         yield Fact("backends", first_line(error), "missing", "install what is missing below")
         return
     for name, state in available_backends().items():
-        if state == "available":
-            yield Fact(f"backend {name}", state)
-        else:
-            yield Fact(f"backend {name}", "no", "missing" if name == "torch" else "absent", state)
+        there = state == "available"
+        yield _checked(
+            f"backend {name}", state if there else "no", there, state, "missing" if name == "torch" else "absent"
+        )
     yield from _default_backend()
 
 
@@ -177,12 +174,8 @@ def _packages() -> Iterator[Fact]:
         except importlib.metadata.PackageNotFoundError:
             version = "" if problem else "of unknown version"
         value = f"{version}: {problem}" if version and problem else f"{version or problem} ({purpose})"
-        if not problem:
-            yield Fact(distribution, value)
-        elif required:
-            yield Fact(distribution, value, "missing", f"pip install {distribution}")
-        else:
-            yield Fact(distribution, value, "absent", f"optional: pip install {distribution}")
+        install = f"pip install {distribution}" if required else f"optional: pip install {distribution}"
+        yield _checked(distribution, value, not problem, install, "missing" if required else "absent")
 
 
 def _torch() -> Iterator[Fact]:
@@ -218,10 +211,7 @@ def _cudnn() -> Iterator[Fact]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_of_faulty_convolutions(torch.device("cuda"), torch.bfloat16)
-    if caught:
-        yield Fact("cuDNN", version, "absent", first_line(caught[0].message))
-    else:
-        yield Fact("cuDNN", version)
+    yield _checked("cuDNN", version, not caught, first_line(caught[0].message) if caught else "")
 
 
 def _driver() -> Iterator[Fact]:
@@ -317,11 +307,8 @@ def _autotuned(module: str, available: str) -> Generator[Fact, None, _Selected |
         yield Fact(f"on {device}", first_line(error), "missing", "see nvidia-smi, and free the GPU")
         return None
     for name, state in states.items():
-        why, _, advice = state.partition("; ")
-        if state == "available":
-            yield Fact(name, f"works on {device}")
-        else:
-            yield Fact(name, why, "absent", advice or "another one is used")
+        there, (why, _, advice) = state == "available", state.partition("; ")
+        yield _checked(name, f"works on {device}" if there else why, there, advice or "another one is used")
     if "available" not in states.values():
         yield Fact("any of them", f"none works on {device}", "missing", "install torch again")
         return None
