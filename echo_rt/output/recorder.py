@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from echo_rt.output.contact_sheet import ContactSheet
@@ -14,7 +13,7 @@ from echo_rt.output.segments import SegmentedWriter
 from echo_rt.output.video import VideoWriter
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import SnapshotKeeper
-from echo_rt.utils.atomic_file import Closing
+from echo_rt.utils.atomic_file import Closing, close_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,9 +62,7 @@ class _BlockRecorder(ABC):
     def __enter__(self: _Self) -> _Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         problems = self.close()
         if problems and error is None:
             raise problems[0]
@@ -121,7 +118,7 @@ class Recorder(_BlockRecorder):
         self._video.write(frames)
 
     def close(self) -> list[Exception]:
-        return [error for writer in self._writers for error in _closed(writer)]
+        return close_all(writer.close for writer in self._writers)
 
     def report(self) -> dict[str, Any]:
         named = (("video", self._video), ("latents", self._latents), ("contact_sheet", self._sheet))
@@ -153,7 +150,7 @@ class SegmentRecorder(_BlockRecorder):
         self.writer.write(frames, None if self.writer.index.latent_shape is None else latents)
 
     def close(self) -> list[Exception]:
-        return _closed(self.writer)
+        return close_all([self.writer.close])
 
     def report(self) -> dict[str, Any]:
         writer = self.writer
@@ -208,16 +205,8 @@ class Checkpoints:
 
     def close(self) -> list[Exception]:
         """Wait for the snapshot that is being written, and return the errors."""
-        return _closed(self._keeper)
+        return close_all([self._keeper.close])
 
     def report(self) -> dict[str, int]:
         """Number of snapshots written, and skipped because another was still being written."""
         return {"written": self._keeper.written, "skipped": self._keeper.skipped}
-
-
-def _closed(writer: Closing | SnapshotKeeper) -> list[Exception]:
-    try:
-        writer.close()
-    except Exception as error:  # of any kind: it is reported beside what ended the video
-        return [error]
-    return []

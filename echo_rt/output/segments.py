@@ -17,7 +17,7 @@ from echo_rt.errors import ConfigError, OutputError, TargetError
 from echo_rt.output.latents import LatentsWriter
 from echo_rt.output.segment_index import RecordingIndex, Segment
 from echo_rt.output.video import VideoWriter
-from echo_rt.utils.atomic_file import Closing, reason, write_whole
+from echo_rt.utils.atomic_file import Closing, close_all, reason, write_whole
 from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.wording import counted
 
@@ -170,19 +170,10 @@ class SegmentedWriter(Closing):
         video, latents, self._video, self._latents = self._video, self._latents, None, None
         if video is None:
             return
-        problems: list[OutputError] = []
-        for writer in (latents, video):
-            try:
-                if writer is not None:
-                    writer.close()
-            except OutputError as error:
-                problems.append(error)
+        problems = close_all(writer.close for writer in (latents, video) if writer is not None)
         # On a full disk, the frames that fitted still belong to the recording.
         if video.in_place and (latents is None or latents.in_place):
-            try:
-                self._enter(video, latents)
-            except OutputError as error:
-                problems.append(error)
+            problems += close_all([lambda: self._enter(video, latents)])
         if problems:
             raise problems[0]
 

@@ -8,7 +8,7 @@ import io
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from echo_rt.errors import OutputError, TargetError
@@ -155,6 +155,17 @@ def write_whole(path: str | Path, data: bytes) -> None:
     """Write a small file, atomically; raises ``OutputError``."""
     with whole_file(path) as part:
         part.append(data)
+
+
+def close_all(closers: Iterable[Callable[[], object]]) -> list[Exception]:
+    """Call all ``closers``, whatever happens to the others, and return the errors."""
+    errors: list[Exception] = []
+    for close in closers:
+        try:
+            close()
+        except Exception as error:  # of any kind: the next one must be called as well
+            errors.append(error)
+    return errors
 
 
 class Closing(ABC):

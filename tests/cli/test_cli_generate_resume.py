@@ -321,7 +321,7 @@ def test_what_cannot_be_resumed_stays_as_it_is(echo_rt, model, day, change, argu
 def test_a_new_video_has_a_place_of_its_own(echo_rt, fake_runtime, day):
     before = state(day)
     outcome = echo_rt("generate", *PROMPT, "-o", day, *LASTING)
-    assert outcome.code == 2 and "it holds a recording of 69 frames; resume that" in outcome.error
+    assert outcome.code == 2 and "a recording of 69 frames; resume it" in outcome.error
     assert fake_runtime.loaded_with == {} and state(day) == before
 
 
