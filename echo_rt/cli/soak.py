@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from echo_rt.cli.arguments import parse_number, parse_path, parse_positive
+from echo_rt.cli.arguments import parse_number, parse_path
 from echo_rt.cli.model_options import add_model_options, model_files, parse_model_options
 from echo_rt.cli.outputs import Named, check_folder
 from echo_rt.cli.prompts import parse_untimed
@@ -15,7 +15,7 @@ from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import complain, say
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.options import OVERRIDES
-from echo_rt.soak.config import AUTO_LIMITS, NEVER_OFF, Limits, SoakConfig
+from echo_rt.soak.config import Limits, SoakConfig, numbers, option_of
 
 _EPILOG = """
 The same command with the same --out continues a killed soak from its newest snapshot.
@@ -24,34 +24,7 @@ Exit codes: 0 every promise held; 1 the disk is full or the like; 2 a mistake in
 """
 _ADDRESS = "127.0.0.1"
 _LARGEST_PORT = 65535
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(SoakConfig)}
-
-# Options that are numbers above 0: type, metavar, help.
-_POSITIVE = {
-    "hours": (float, "H", "end after H hours of streaming, all processes together"),
-    "blocks": (int, "N", "end after N blocks"),
-    "switch_every": (int, "N", "blocks after which the next prompt takes over"),
-    "snapshot_every": (int, "N", "blocks between two snapshots; default: none are taken"),
-    "keep": (int, "K", f"number of snapshots kept (default {_DEFAULTS['keep']})"),
-    "block_seconds": (float, "S", "end when a block takes longer; default: no bound"),
-    "interval": (float, "S", f"seconds per line (default {_DEFAULTS['interval']:g})"),
-    "hash_every": (int, "N", f"hash every Nth block (default {_DEFAULTS['hash_every']})"),
-}
-_LIMITS = {
-    "warmup_blocks": ("N", "first blocks of a process, not judged by the following"),
-    "device_growth": ("BYTES", "by which the device's memory may differ after warm-up"),
-    "host_slope": ("BYTES", "per block by which the host's memory may grow"),
-    "host_slack": ("BYTES", "of growth that --host-slope allows"),
-    "latency_ratio": ("X", "p99/p50 of the block latency; auto: 1.05 on a GPU, off on a CPU"),
-    "latency_zscore": ("Z", "from which a block is an outlier; auto: 10 on a GPU, off on a CPU"),
-    "outliers": ("SHARE", "of blocks that may be outliers"),
-    "snapshot_stall": ("MS", "for which a snapshot may hold up the stream; auto: 2000 on a GPU, off on a CPU"),
-    "drift": ("X", "standard deviations by which the latents' statistics may move"),
-}
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+_FIELDS = {field.name: field for field in dataclasses.fields(SoakConfig)}
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -72,9 +45,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     shown = "folder for figures, snapshots and the report; holds the soak to continue"
     run.add_argument("--out", type=parse_path, required=True, metavar="DIR", help=shown)
     length = run.add_mutually_exclusive_group(required=True)
-    for name, (_, metavar, shown) in _POSITIVE.items():
+    for name, number in numbers(SoakConfig).items():
         group = length if name in ("hours", "blocks") else run
-        group.add_argument(_option(name), metavar=metavar, help=shown)
+        default = _FIELDS[name].default
+        shown = number.meaning if default is None else f"{number.meaning} (default {default:g})"
+        group.add_argument(option_of(name), metavar=number.metavar, help=shown)
     shown = "several to switch between, without times (see --switch-every); default: one of a fox"
     run.add_argument("--prompt", action="append", metavar="TEXT", help=shown)
     run.add_argument("--seed", default="0", metavar="N", help="same seed, same video (default 0)")
@@ -85,25 +60,25 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     run.add_argument("--quiet", action="store_true", help="no panel and no summary")
 
     limits = parser.add_argument_group("promises", "thresholds; 'off' leaves a promise out")
-    for name, (metavar, meaning) in _LIMITS.items():
+    for name, number in numbers(Limits).items():
         default = getattr(Limits(), name)
-        shown = "off" if default is None else default if isinstance(default, str) else f"{default:.8g}"
-        limits.add_argument(_option(name), metavar=metavar, help=f"{meaning} (default {shown})")
+        shown = "off" if default is None else f"{default}" if default == "auto" else f"{default:.8g}"
+        shown += "" if number.on_gpu is None else f": {number.on_gpu:g} on a GPU, off on a CPU"
+        limits.add_argument(option_of(name), metavar=number.metavar, help=f"{number.meaning} (default {shown})")
     return parser
 
 
 def _limits(arguments: argparse.Namespace) -> Limits:
     given: dict[str, Any] = {}
-    for name in _LIMITS:
+    for name, number in numbers(Limits).items():
         text = getattr(arguments, name)
-        words: dict[str, str | None] = {} if name in NEVER_OFF else {"off": None}
-        words |= {"auto": "auto"} if name in AUTO_LIMITS else {}
+        words: dict[str, str | None] = {"off": None} if number.optional else {}
+        words |= {"auto": "auto"} if number.on_gpu is not None else {}
         if text in words:
             given[name] = words[text]
         elif text is not None:
-            kind, number = (int, "an integer") if name == "warmup_blocks" else (float, "a number")
-            expected = ", or ".join([f"{number} of 0 or more", *map(repr, words)])
-            given[name] = parse_number(_option(name), text, kind, expected)
+            expected = ", or ".join([number.expected, *map(repr, words)])
+            given[name] = parse_number(option_of(name), text, number.kind, expected)
     return Limits(**given)
 
 
@@ -121,11 +96,10 @@ def parse_config(arguments: argparse.Namespace) -> SoakConfig:
     """Return the requested soak; raises ``ConfigError``, and ``TargetError`` for an impossible ``--out``."""
     given = {name: value for name, value in parse_model_options(arguments).arguments().items() if value is not None}
     given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    for name, (kind, _, _) in _POSITIVE.items():
-        expected = "an integer of 1 or more" if kind is int else "a number above 0"
-        value = parse_positive(_option(name), getattr(arguments, name), kind, expected)
-        if value is not None:
-            given[name] = value
+    for name, number in numbers(SoakConfig).items():
+        text = getattr(arguments, name)
+        if text is not None:
+            given[name] = parse_number(option_of(name), text, number.kind, number.expected)
     if arguments.keep is not None and arguments.snapshot_every is None:
         raise ConfigError("--keep: expected --snapshot-every N with it, got none")
     if arguments.prompt is not None:

@@ -18,54 +18,90 @@ from echo_rt.utils.build_info import __version__
 MANIFEST_FILE = "soak.json"
 _FORMAT = 1
 _SECONDS_OF_AN_HOUR = 3600.0
-_LONGEST_INTERVAL = 3600.0  # a line's memory is bounded by the length of its interval
 _NOT_IN_MANIFEST = ("out", "serve", "plots", "check", "keep_text_encoder")  # they may change: no block depends on them
 
-# A limit, "auto" for the default of the device that the soak runs on, None for no promise.
-Limit = float | Literal["auto"] | None
-_ON_A_GPU = {"latency_ratio": 1.05, "latency_zscore": 10.0, "snapshot_stall": 2000.0}
-# Names of limits that can be "auto", and of those that belong to other promises and cannot be off.
-AUTO_LIMITS = tuple(_ON_A_GPU)
-NEVER_OFF = ("warmup_blocks", "host_slack", "outliers")
+
+@dataclass(frozen=True)
+class Number:
+    """A number that a user may choose, as ``--help`` describes it.
+
+    ``positive``: above 0. ``optional``: None is allowed. ``on_gpu``: the meaning of "auto" on a GPU; None on a CPU.
+    """
+
+    kind: type[int] | type[float]
+    metavar: str
+    meaning: str
+    least: float = 0
+    most: float = math.inf
+    positive: bool = False
+    optional: bool = False
+    on_gpu: float | None = None
+
+    @property
+    def expected(self) -> str:
+        """Which values are allowed, in words."""
+        bounds = "above 0" if self.positive else f"of {self.least:g} or more"
+        limit = "" if self.most == math.inf else f" and at most {self.most:g}"
+        return f"{'an integer' if self.kind is int else 'a number'} {bounds}{limit}"
+
+    def check(self, option: str, value: Any) -> None:
+        """Raise :class:`ConfigError` for a value that is not allowed."""
+        if (value is None and self.optional) or (value == "auto" and self.on_gpu is not None):
+            return
+        real = isinstance(value, int if self.kind is int else (int, float)) and not isinstance(value, bool)
+        within = real and self.least <= value <= self.most and value < math.inf and (value > 0 or not self.positive)
+        if not within:
+            raise ConfigError(f"soak: {option} must be {self.expected}, got {value!r}")
+
+
+def numbers(settings: Any) -> dict[str, Number]:
+    """Return the numbers among the fields of :class:`Limits` or :class:`SoakConfig`, by name."""
+    return {field.name: field.metadata["number"] for field in dataclasses.fields(settings) if field.metadata}
+
+
+def option_of(name: str) -> str:
+    """The command line's option for a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _number(default: Any, kind: type[int] | type[float], metavar: str, meaning: str, **bounds: Any) -> Any:
+    return field(default=default, metadata={"number": Number(kind, metavar, meaning, **bounds)})
+
+
+def _limit(default: Any, metavar: str, meaning: str, **bounds: Any) -> Any:
+    return _number(default, float, metavar, meaning, **({"optional": True} | bounds))
+
+
+def _auto(on_gpu: float, metavar: str, meaning: str) -> Any:
+    return _limit("auto", metavar, meaning, least=1, on_gpu=on_gpu)
+
+
+def _check_numbers(settings: Any) -> None:
+    for name, number in numbers(settings).items():
+        number.check(option_of(name), getattr(settings, name))
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The thresholds of the promises; None leaves a promise out.
+    """The thresholds of the promises; None leaves a promise out. "auto" leaves limits on time out on a CPU."""
 
-    ``warmup_blocks``: blocks at the start of every process, not judged by memory, latency and drift.
-    ``device_growth``: bytes by which the device's memory may differ after warm-up. ``host_slope``: bytes per block by
-    which the host's memory may grow, judged once the growth exceeds ``host_slack`` bytes, which an allocator keeps
-    anyway. ``latency_ratio``: p99 / p50 of the block latency. ``latency_zscore``: robust standard deviations by which a
-    block may be slower than the ones before it; a share of ``outliers`` of all blocks may be slower than that.
-    ``snapshot_stall``: milliseconds for which a snapshot may hold up the stream. ``drift``: how far the latents' mean
-    and standard deviation may move from those after warm-up, in units of that standard deviation. Limits on time are
-    "auto": on for a GPU, off for a CPU, which is shared.
-    """
-
-    warmup_blocks: int = 10
-    device_growth: float | None = 0.0
-    host_slope: float | None = 1024.0
-    host_slack: float = 32.0 * 2**20
-    latency_ratio: Limit = "auto"
-    latency_zscore: Limit = "auto"
-    outliers: float = 0.001
-    snapshot_stall: Limit = "auto"
-    drift: float | None = None
+    warmup_blocks: int = _number(10, int, "N", "first blocks of a process, not judged by the following")
+    device_growth: float | None = _limit(0.0, "BYTES", "by which the device's memory may differ after warm-up")
+    host_slope: float | None = _limit(1024.0, "BYTES", "per block by which the host's memory may grow")
+    host_slack: float = _limit(32.0 * 2**20, "BYTES", "of growth that --host-slope allows", optional=False)
+    latency_ratio: float | Literal["auto"] | None = _auto(1.05, "X", "p99/p50 of the block latency")
+    latency_zscore: float | Literal["auto"] | None = _auto(10.0, "Z", "from which a block is an outlier")
+    outliers: float = _limit(0.001, "SHARE", "of blocks that may be outliers", most=1, optional=False)
+    snapshot_stall: float | Literal["auto"] | None = _auto(2000.0, "MS", "for which a snapshot may delay the stream")
+    drift: float | None = _limit(None, "X", "standard deviations by which the latents' statistics may move")
 
     def __post_init__(self) -> None:
-        _check_number("warmup_blocks", self.warmup_blocks, int)
-        _check_number("outliers", self.outliers, float, most=1.0)
-        for name in ("device_growth", "host_slope", "host_slack", "drift"):
-            _check_number(name, getattr(self, name), float, optional=name not in NEVER_OFF)
-        for name in AUTO_LIMITS:
-            if getattr(self, name) != "auto":
-                _check_number(name, getattr(self, name), float, least=1, optional=True)
+        _check_numbers(self)
 
     def resolved(self, device: str) -> Limits:
         """Replace every "auto" by the default of a ``device`` of this type, cuda or cpu."""
-        auto = [name for name in AUTO_LIMITS if getattr(self, name) == "auto"]
-        changes: dict[str, Any] = {name: _ON_A_GPU[name] if device == "cuda" else None for name in auto}
+        auto = {name: number.on_gpu for name, number in numbers(self).items() if getattr(self, name) == "auto"}
+        changes: dict[str, Any] = {name: value if device == "cuda" else None for name, value in auto.items()}
         return dataclasses.replace(self, **changes)
 
 
@@ -73,30 +109,31 @@ class Limits:
 class SoakConfig(RuntimeOptions):
     """One soak. Raises :class:`ConfigError` for values that make no sense.
 
-    Exactly one of ``blocks`` and ``hours`` says how long it is; ``hours`` are those of all its processes together.
-    ``roll_back``: a block with NaN sends the stream back to a good state instead of ending it. ``block_seconds``: the
-    longest that a block may take, None for no bound. The next prompt takes over every ``switch_every`` blocks, round
-    and round. A line is written every ``interval`` seconds, every ``hash_every``-th block is hashed, and every
-    ``snapshot_every`` blocks a snapshot is taken, of which the last ``keep`` stay. ``serve``: address and port for
-    Prometheus. ``plots``: True requires them, None draws them where matplotlib is installed. The rest is as in
-    :meth:`Runtime.from_pretrained`.
+    Exactly one of ``blocks`` and ``hours`` says how long it is. ``roll_back``: a block with NaN sends the stream back
+    to a good state instead of ending it. ``serve``: address and port for Prometheus. ``plots``: True requires them,
+    None draws them where matplotlib is installed. The rest is as in :meth:`Runtime.from_pretrained`.
     """
 
     model: str
     out: str
-    blocks: int | None = None
-    hours: float | None = None
     vae: str = WAN_VAE
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    hours: float | None = _limit(None, "H", "end after H hours of streaming, all processes together", positive=True)
+    blocks: int | None = _number(None, int, "N", "end after N blocks", least=1, optional=True)
     prompts: tuple[str, ...] = ("a red fox in the snow",)
-    switch_every: int | None = None
+    switch_every: int | None = _number(
+        None, int, "N", "blocks after which the next prompt takes over", least=1, optional=True
+    )
     seed: int = 0
-    interval: float = 10.0
-    hash_every: int = 100
-    snapshot_every: int | None = None
-    keep: int = 3
+    snapshot_every: int | None = _number(
+        None, int, "N", "blocks between two snapshots; default: none are taken", least=1, optional=True
+    )
+    keep: int = _number(3, int, "K", "number of snapshots kept", least=1)
     roll_back: bool = False
-    block_seconds: float | None = None
+    block_seconds: float | None = _limit(None, "S", "end when a block takes longer; default: no bound", positive=True)
+    # An interval bounds the memory of its line.
+    interval: float = _number(10.0, float, "S", "seconds per line", positive=True, most=3600.0)
+    hash_every: int = _number(100, int, "N", "hash every Nth block", least=1)
     limits: Limits = field(default_factory=Limits)
     serve: tuple[str, int] | None = None
     plots: bool | None = None
@@ -104,13 +141,7 @@ class SoakConfig(RuntimeOptions):
     def __post_init__(self) -> None:
         if (self.blocks is None) == (self.hours is None):
             raise ConfigError("soak: expected one of --blocks and --hours, got " + ("none", "both")[bool(self.blocks)])
-        for name in ("blocks", "switch_every", "snapshot_every"):
-            _check_number(name, getattr(self, name), int, least=1, optional=True)
-        for name in ("hash_every", "keep"):
-            _check_number(name, getattr(self, name), int, least=1)
-        for name in ("hours", "block_seconds"):
-            _check_number(name, getattr(self, name), float, optional=True)
-        _check_number("interval", self.interval, float, least=1e-9, most=_LONGEST_INTERVAL)
+        _check_numbers(self)
         if not isinstance(self.roll_back, bool):
             raise ConfigError(f"soak: --roll-back must be true or false, got {self.roll_back!r}")
         if not self.prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in self.prompts):
@@ -190,15 +221,3 @@ def write_manifest(config: SoakConfig) -> None:
     """Tie ``out`` to this soak; raises ``OutputError``."""
     content = {"format": _FORMAT, "echo_rt": __version__, "config": config.settings()}
     write_whole(config.folder / MANIFEST_FILE, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _check_number(
-    name: str, value: Any, kind: type, *, least: float = 0, most: float = math.inf, optional: bool = False
-) -> None:
-    if value is None and optional:
-        return
-    real = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not real or not least <= value <= most or value == math.inf:
-        number = "an integer" if kind is int else "a number"
-        expected = f"of {least:g} or more" if most == math.inf else f"in {least:g}..{most:g}"
-        raise ConfigError(f"soak: --{name.replace('_', '-')} must be {number} {expected}, got {value!r}")
