@@ -221,10 +221,7 @@ class Interval:
                 "max_block": longest[1],
                 "bins": self._latency.to_json(),
             },
-            "switch_latency": {
-                "blocks": len(self._switches),
-                "max": _milliseconds(max(self._switches, default=None)),
-            },
+            "switch_latency": {"blocks": len(self._switches), "max": _milliseconds(max(self._switches, default=None))},
             "zscore": {
                 "max": None if slowest is None else round(slowest[0], 3),
                 "block": None if slowest is None else slowest[1],

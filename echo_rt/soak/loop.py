@@ -82,12 +82,7 @@ class BlockLoop:
         past = Past(config.folder, begin)
         self._run, self._elapsed_before = past.runs + 1, past.elapsed
         self._checker = Checker(
-            runtime.config,
-            past.hashes,
-            block=begin,
-            frame=past.frames,
-            hash_every=config.hash_every,
-            offset=offset,
+            runtime.config, past.hashes, block=begin, frame=past.frames, hash_every=config.hash_every, offset=offset
         )
         self._guard = Guard(
             policy=ROLL_BACK if config.roll_back else STOP,
