@@ -13,7 +13,7 @@ from typing import Any
 from echo_rt.errors import ConfigError
 from echo_rt.options import OVERRIDES
 
-_LONGEST = 10**9  # frames or seconds: whoever asks for more wants a video without an end
+_LONGEST = 10**9  # frames or seconds: beyond that, a video without an end is meant
 _SHOWN = 40  # characters of a mistaken argument
 
 

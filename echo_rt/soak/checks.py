@@ -65,7 +65,7 @@ class Seen:
         return self.worst
 
 
-# ---- the video: it goes on, it is finite, in its place, and the same again
+# ---- the video: it continues, is finite, in its place, and reproducible
 
 
 def _stream(seen: Seen, line: Line) -> None:
@@ -244,7 +244,7 @@ CHECKS = (
     Check("finite", _any, _finite, "0 NaN or infinite values, no rollback"),
     Check("positions", _interval, _positions, "ids in 0..max, shift never back, no block or frame left out"),
     Check("hashes", _any, _hashes, "every block that is made again is the same", (), _TWICE),
-    Check("device memory", _warm, _device_memory, "within {:g} bytes of warm-up's", ("device_growth",), _NO_GPU),
+    Check("device memory", _warm, _device_memory, "at most {:g} bytes off after warm-up", ("device_growth",), _NO_GPU),
     Check(
         "host memory",
         _warm,
@@ -255,7 +255,12 @@ CHECKS = (
     ),
     Check("latency p99/p50", _interval, _latency_ratio, "at most {:g}", ("latency_ratio",), _FEW),
     Check(
-        "latency z-score", _interval, _outliers, "above {:g} for {:g} of blocks", ("latency_zscore", "outliers"), _FEW
+        "latency z-score",
+        _interval,
+        _outliers,
+        "above {:g} for at most {:g} of blocks",
+        ("latency_zscore", "outliers"),
+        _FEW,
     ),
     Check("snapshot stall", _interval, _stall, "at most {:g} ms", ("snapshot_stall",), "no snapshot was taken"),
     Check("latent drift", _warm, _latent_drift, _DRIFT, ("drift",), _ONE),

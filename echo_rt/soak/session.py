@@ -1,4 +1,4 @@
-"""One process of a soak: continue from what is there, generate blocks, leave a journal and a report."""
+"""One process of a soak: resume from the files in its folder, generate blocks, write a journal and a report."""
 
 from __future__ import annotations
 
