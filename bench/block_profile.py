@@ -24,7 +24,7 @@ from echo_rt.bench.request import Request
 from echo_rt.bench.rig import Parts, Rig, Site
 from echo_rt.bench.settings import MODELS
 from echo_rt.bench.tables import Column, check_results_folder, write_results
-from echo_rt.cli.paths import parse_path
+from echo_rt.cli.arguments import parse_path
 from echo_rt.errors import CaptureError, EchoError
 from echo_rt.ops.backends import BACKENDS, choose_backend
 from echo_rt.options import DTYPE_NAMES, MemoryMode

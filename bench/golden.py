@@ -21,7 +21,7 @@ import torch
 
 from echo_rt.bench.environment import environment
 from echo_rt.bench.tables import Column, check_results_folder, write_results
-from echo_rt.cli.paths import parse_path
+from echo_rt.cli.arguments import parse_path
 from echo_rt.errors import BackendError, EchoError
 from echo_rt.ops.backends import BACKENDS
 from echo_rt.options import DTYPE_NAMES

@@ -22,7 +22,7 @@ from echo_rt.bench.environment import environment
 from echo_rt.bench.settings import MODELS, RELEASED, TINY
 from echo_rt.bench.tables import Column, check_results_folder, write_results
 from echo_rt.bench.timing import DEVICE_CLOCK, timer_for
-from echo_rt.cli.paths import parse_path
+from echo_rt.cli.arguments import parse_path
 from echo_rt.errors import ConfigError, EchoError
 from echo_rt.ops.backends import BACKENDS, check_device, load_ops
 from echo_rt.utils.device import DTYPES, parse_device

@@ -29,8 +29,8 @@ from echo_rt.bench.rig import Parts, Rig, Site
 from echo_rt.bench.settings import MODELS, RELEASED, turns_of
 from echo_rt.bench.tables import Column, check_results_folder, markdown, write_results
 from echo_rt.bench.timing import DEVICE_CLOCK, Sample, Timer, milliseconds, timer_for
+from echo_rt.cli.arguments import parse_path
 from echo_rt.cli.model_options import BACKEND_HELP
-from echo_rt.cli.paths import parse_path
 from echo_rt.errors import EchoError
 from echo_rt.ops.backends import choose_backend
 from echo_rt.options import MemoryMode

@@ -21,8 +21,8 @@ from echo_rt.bench.settings import MODELS
 from echo_rt.bench.tables import Column, check_results_folder, write_results
 from echo_rt.bench.targets import Target, verdict
 from echo_rt.bench.timing import DEVICE_CLOCK, Times
+from echo_rt.cli.arguments import parse_path
 from echo_rt.cli.model_options import BACKEND_HELP
-from echo_rt.cli.paths import parse_path
 from echo_rt.errors import EchoError
 from echo_rt.ops.backends import BACKENDS
 from echo_rt.options import VAE_DTYPE_NAMES

@@ -26,8 +26,7 @@ from echo_rt.errors import BackendError, CaptureError
 from echo_rt.model.linear import kept_from_float8
 from echo_rt.ops.backends import Backend, choose_backend, load_ops
 from echo_rt.options import MemoryMode
-from echo_rt.soak.gpu import GpuHealth, gpu_health
-from echo_rt.soak.probes import host_memory
+from echo_rt.soak.probes import GpuHealth, gpu_health, host_memory
 from echo_rt.utils.device import (
     give_memory_back,
     model_context,

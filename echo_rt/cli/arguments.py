@@ -1,17 +1,20 @@
-"""Arguments with a form of their own: seeds, lengths, sizes, and ``--set NAME=VALUE``."""
+"""Arguments with a syntax: paths, numbers, lengths, sizes, and ``--set NAME=VALUE``."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from echo_rt.errors import ConfigError
 from echo_rt.options import OVERRIDES
 
-_LONGEST = 10**9  # frames or seconds: whoever asks for more wants a video without an end
+_LONGEST = 10**9  # frames or seconds: beyond that, a video without an end is meant
 _SHOWN = 40  # characters of a mistaken argument
 # Overrides whose value is a list, and those whose value is a word.
 _LISTS, _WORDS = ("denoising_steps", "first_block_steps"), ("memory_reads",)
@@ -19,6 +22,27 @@ _LISTS, _WORDS = ("denoising_steps", "first_block_steps"), ("memory_reads",)
 
 def _short(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def parse_path(text: str) -> Path:
+    """Parse a path for argparse; an empty one, of an unset variable for example, would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """For argparse: ``FILE`` or ``FILE:STRENGTH``; a file that has the whole for a name is that file."""
+    file, colon, strength = text.rpartition(":")
+    if not colon or os.path.exists(text):
+        return parse_path(text), 1.0
+    try:
+        number = float(strength)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected FILE or FILE:STRENGTH with a finite number, got {text!r}")
+    return parse_path(file), number
 
 
 def parse_number(option: str, text: str, kind: type[int] | type[float], expected: str) -> Any:

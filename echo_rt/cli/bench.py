@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_rt.bench.settings import MODELS, NAMES
-from echo_rt.cli.arguments import parse_number, parse_positive
+from echo_rt.cli.arguments import parse_number, parse_path, parse_positive
 from echo_rt.cli.model_options import (
     BACKEND_HELP,
     add_float8_except,
@@ -21,7 +21,6 @@ from echo_rt.cli.model_options import (
     parse_tiles,
 )
 from echo_rt.cli.outputs import Named, check_apart
-from echo_rt.cli.paths import parse_path
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import complain, say
 from echo_rt.errors import TargetError

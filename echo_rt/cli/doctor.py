@@ -1,19 +1,62 @@
-"""``echo-rt doctor``: what is here, what is not, and what to do about it."""
+"""``echo-rt doctor``: what is installed, built and working, and what to do about the rest."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import say
+from echo_rt.errors import EchoError
+from echo_rt.utils.build_info import __version__, build_info
+from echo_rt.utils.wording import first_line
 
 if TYPE_CHECKING:
-    from echo_rt.cli.doctor_checks import Fact
+    import torch
 
 _MARKS = {"ok": "✓", "absent": "-", "missing": "✗"}
+_OLDEST_PYTHON = (3, 10)
+_LOW_DISK_GIB = 1.0
+
+# Module, distribution, what it is for, whether generate needs it.
+_DEPENDENCIES = (
+    ("torch", "torch", "tensors, attention, the torch backend", True),
+    ("numpy", "numpy", "frames on their way to a file", True),
+    ("safetensors", "safetensors", "weights, latents, prompt embeddings", True),
+    ("transformers", "transformers", "the umT5 text encoder and its tokenizer", True),
+    ("ftfy", "ftfy", "cleaning prompts as in training", True),
+    ("av", "av", "PyAV: H.264, MP4 and PNG", True),
+    ("rich", "rich", "progress bars", False),
+    ("nvtx", "nvtx", "named ranges in Nsight", False),
+    ("pynvml", "nvidia-ml-py", "driver and memory of NVIDIA GPUs", False),
+    ("matplotlib", "matplotlib", "pictures of soak and bench", False),
+    ("prometheus_client", "prometheus-client", "figures of soak --port", False),
+)
+
+
+class Fact(NamedTuple):
+    """One line of the report. "absent" can be done without, "missing" cannot; ``advice`` says what to do."""
+
+    name: str
+    value: str
+    status: Literal["ok", "absent", "missing"] = "ok"
+    advice: str = ""
+
+
+def _checked(name: str, value: str, ok: bool, advice: str, status: Literal["absent", "missing"] = "absent") -> Fact:
+    return Fact(name, value) if ok else Fact(name, value, status, advice)
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -29,29 +72,294 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
     """Gather the facts and print them; 0 if ``generate`` can run."""
     with stop.interruptible():
-        from echo_rt.cli.doctor_checks import gather
-
         facts = gather()
-    missing = [fact for fact in facts if fact.status == "missing"]
+    missing = [fact.name for _, fact in facts if fact.status == "missing"]
     report["ok"] = not missing
-    report["facts"] = [dataclasses.asdict(fact) for fact in facts]
+    report["facts"] = [{"group": group, **fact._asdict()} for group, fact in facts]
     if not arguments.json:
-        say("\n".join(_page(facts, missing)))
+        say("\n".join(_page(facts)))
+        say(f"generate cannot run: {', '.join(missing)}" if missing else "generate can run")
     return 1 if missing else 0
 
 
-def _page(facts: list[Fact], missing: list[Fact]) -> Iterator[str]:
-    # Plain text, because the package that would draw a table may be what is missing.
-    width = max(len(fact.name) for fact in facts)
-    group = ""
-    for fact in facts:
-        if fact.group != group:
-            group = fact.group
+def gather() -> list[tuple[str, Fact]]:
+    """Run all checks; the facts in the order of the report, with their groups."""
+    return [(group, fact) for group, check in CHECKS for fact in check()]
+
+
+def _page(facts: Sequence[tuple[str, Fact]]) -> Iterator[str]:
+    # Plain text: the package that draws tables may be the missing one.
+    width = max(len(fact.name) for _, fact in facts)
+    shown = ""
+    for group, fact in facts:
+        if group != shown:
+            shown = group
             yield group
         yield f"  {_MARKS[fact.status]} {fact.name:<{width}}  {fact.value}"
         if fact.advice:
             yield f"    {'':<{width}}  -> {fact.advice}"
-    if missing:
-        yield f"generate cannot run: {', '.join(fact.name for fact in missing)}"
+
+
+# ---- the checks: each yields what it found, and raises nothing
+
+
+def _system() -> Iterator[Fact]:
+    python, oldest = platform.python_version(), "install Python {}.{} or newer".format(*_OLDEST_PYTHON)
+    yield _checked("Python", python, sys.version_info >= _OLDEST_PYTHON, oldest, "missing")
+    yield Fact("platform", f"{platform.platform()}, {os.cpu_count()} CPU cores")
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    advice = "make room, or write the video elsewhere with --output"
+    yield _checked("free disk here", f"{free:.1f} GiB", free >= _LOW_DISK_GIB, advice)
+
+
+def _compiled_part() -> Iterator[Fact]:
+    yield Fact("version", __version__)
+    try:
+        built = build_info()
+    except EchoError as error:
+        advice = "generate needs it: install a C++ compiler, then echo-rt again (pip install .)"
+        yield Fact("compiled part", first_line(error), "missing", advice)
+        return
+    cuda = f"CUDA for {', '.join(built.cuda_archs)}" if built.cuda_archs else "no CUDA kernels"
+    value, advice = (
+        f"{built.compiler}, C++{built.cxx_standard}, {cuda}",
+        f"it is of version {built.version}: install again",
+    )
+    yield _checked("compiled part", value, built.is_current, advice)
+
+
+def _backends() -> Iterator[Fact]:
+    try:
+        from echo_rt.ops.backends import available_backends
+    except (ImportError, OSError) as error:
+        yield Fact("backends", first_line(error), "missing", "install what is missing below")
+        return
+    for name, state in available_backends().items():
+        there = state == "available"
+        yield _checked(
+            f"backend {name}", state if there else "no", there, state, "missing" if name == "torch" else "absent"
+        )
+    yield from _default_backend()
+
+
+def _default_backend() -> Iterator[Fact]:
+    """Default backend of a model on the best device, and why."""
+    from echo_rt.ops.backends import BACKEND_VARIABLE, BACKENDS, choose_backend
+
+    named = os.environ.get(BACKEND_VARIABLE)
+    try:
+        backend = choose_backend(None, _best_device())
+    except EchoError as error:  # only the environment's choice can be refused
+        why = first_line(error).removeprefix(f"{BACKEND_VARIABLE}: ")
+        advice = f"set it to another of {', '.join(BACKENDS)}, or unset it: {why}"
+        yield Fact(BACKEND_VARIABLE, str(named), "missing", advice)
+        return
+    if named:
+        yield Fact(BACKEND_VARIABLE, named)
+    why, _, advice = backend.reason.partition("; ")
+    yield Fact("default backend", f"{backend.name}: {why}", "absent" if backend.fallback else "ok", advice)
+
+
+def _packages() -> Iterator[Fact]:
+    for module, distribution, purpose, required in _DEPENDENCIES:
+        problem = ""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                importlib.import_module(module)
+        except Exception as error:  # a broken installation can raise anything
+            problem = "not installed" if isinstance(error, ModuleNotFoundError) else first_line(error)
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            version = "" if problem else "of unknown version"
+        value = f"{version}: {problem}" if version and problem else f"{version or problem} ({purpose})"
+        install = f"pip install {distribution}" if required else f"optional: pip install {distribution}"
+        yield _checked(distribution, value, not problem, install, "missing" if required else "absent")
+
+
+def _torch() -> Iterator[Fact]:
+    try:
+        import torch
+    except (ImportError, OSError):
+        return  # reported among the packages
+    yield Fact("torch is built for", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only")
+    if not torch.cuda.is_available():
+        remedy = "for real time, an NVIDIA GPU with a recent driver"
+        if not torch.version.cuda:
+            remedy = "for a GPU, install a CUDA build of torch"
+        yield Fact("torch sees", "no GPU", "absent", f"generate runs on the CPU, slowly; {remedy}")
+        return
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        capability = f"compute capability {gpu.major}.{gpu.minor}"
+        yield Fact(f"cuda:{index}", f"{gpu.name}, {capability}, {gpu.total_memory / 2**30:.0f} GiB")
+    yield from _cudnn()
+
+
+def _cudnn() -> Iterator[Fact]:
+    """torch's convolution library, some of whose releases are wrong in 16 bits."""
+    import torch
+
+    from echo_rt.utils.device import warn_of_faulty_convolutions
+
+    number = torch.backends.cudnn.version()
+    if number is None:
+        yield Fact("cuDNN", "not there", "absent", "convolutions will be slow: install a torch that has it")
+        return
+    version = f"{number // 10_000}.{number // 100 % 100}.{number % 100} ({number})"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_faulty_convolutions(torch.device("cuda"), torch.bfloat16)
+    yield _checked("cuDNN", version, not caught, first_line(caught[0].message) if caught else "")
+
+
+def _driver() -> Iterator[Fact]:
+    """The driver's own answers, which a torch without CUDA cannot give."""
+    try:
+        import pynvml
+    except ImportError:
+        return  # reported among the packages
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        yield Fact("NVIDIA driver", first_line(error), "absent", "needed only for a GPU: install the driver")
+        return
+    try:
+        yield Fact("NVIDIA driver", pynvml.nvmlSystemGetDriverVersion())
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            free = pynvml.nvmlDeviceGetMemoryInfo(handle).free / 2**30
+            yield Fact(f"board {index}", f"{pynvml.nvmlDeviceGetName(handle)}, {free:.0f} GiB of memory free")
+    except pynvml.NVMLError as error:
+        yield Fact("boards", first_line(error), "absent", "the driver does not answer: see nvidia-smi")
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _compilers() -> Iterator[Fact]:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    for name, program, line, advice in (
+        ("nvcc", nvcc, "release", "needed only to build CUDA kernels: install the CUDA toolkit, or set CUDA_HOME"),
+        ("C++ compiler", compiler, "", "needed only to build the compiled part: install g++ or clang++"),
+    ):
+        if program is None:
+            yield Fact(name, "not found", "absent", advice)
+            continue
+        try:
+            output = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20).stdout
+        except (OSError, subprocess.SubprocessError) as error:
+            yield Fact(name, f"{program}: {first_line(error)}", "absent", advice)
+            continue
+        yield Fact(name, next((text.strip() for text in output.splitlines() if line in text), program))
+
+
+def _attention() -> Iterator[Fact]:
+    """Implementations that work on the best device, and those selected for the models loaded there so far."""
+    found = yield from _autotuned("echo_rt.attention", "available_attention")
+    if found is None:
+        return
+    device, cache, chosen = found
+    for name, reason in dict.fromkeys(chosen):
+        yield Fact("chosen", f"{name}: {reason}")
+    if not chosen:
+        yield _not_measured("chosen", cache)
+    elif cache and device.type == "cuda":
+        yield Fact("remembered in", f"{cache} (without it, measured again)")
+
+
+def _convolution() -> Iterator[Fact]:
+    """The same of the decoder's convolutions; there are dozens of shapes, so they are counted."""
+    found = yield from _autotuned("echo_rt.convolution", "available_convolutions")
+    if found is None:
+        return
+    device, cache, chosen = found
+    name, counts = "convolutions chosen", Counter(kind for kind, _ in chosen)
+    if device.type != "cuda":
+        yield Fact(name, f"{' and '.join(counts)}: torch's own on a {device.type.upper()}")
+    elif not chosen:
+        yield _not_measured(name, cache)
     else:
-        yield "generate can run"
+        shapes = ", ".join(f"{kind} for {count}" for kind, count in counts.most_common())
+        yield Fact(name, f"{shapes} of {counts.total()} shapes, as {cache} remembers")
+
+
+_Selected = tuple["torch.device", Path | None, list[tuple[str, str]]]
+
+
+def _autotuned(module: str, available: str) -> Generator[Fact, None, _Selected | None]:
+    """Report which of a module's implementations work on the best device.
+
+    Returns the device, the autotuner's cache and the (name, reason) of each selection in it; None where none works.
+    """
+    try:
+        family = importlib.import_module(module)
+        from echo_rt.ops.backends import available_backends, load_ops
+    except (ImportError, OSError):
+        return None  # reported among the packages
+    backends = [name for name in ("torch", "cuda") if available_backends()[name] == "available"]
+    every, device = [family.implementations(load_ops(name)) for name in backends], _best_device()
+    try:
+        states: dict[str, str] = getattr(family, available)(device, every[-1])
+    except Exception as error:  # of the driver: the GPU may be full, or in an error state
+        yield Fact(f"on {device}", first_line(error), "missing", "see nvidia-smi, and free the GPU")
+        return None
+    for name, state in states.items():
+        there, (why, _, advice) = state == "available", state.partition("; ")
+        yield _checked(name, f"works on {device}" if there else why, there, advice or "another one is used")
+    if "available" not in states.values():
+        yield Fact("any of them", f"none works on {device}", "missing", "install torch again")
+        return None
+    cache = family.cache_file()
+    return device, cache, [one for candidates in every for one in family.known_selections(device, cache, candidates)]
+
+
+def _not_measured(name: str, cache: Path | None) -> Fact:
+    advice = "it is measured when a model is loaded" + ("" if cache else "; to remember it, set ECHO_RT_CACHE_DIR")
+    return Fact(name, "not measured yet", "absent", advice)
+
+
+def _best_device() -> torch.device:
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _encoder() -> Iterator[Fact]:
+    try:
+        import av
+        import numpy as np
+    except ImportError:
+        return
+    name, advice = "H.264 encoder libx264", "install PyAV from its own wheels: pip install --force-reinstall av"
+    try:
+        encoder = av.CodecContext.create("libx264", "w")
+        encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 64, 64, "yuv420p", Fraction(1)
+        frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24").reformat(format="yuv420p")
+        frame.pts = 0
+        packets = [*encoder.encode(frame), *encoder.encode(None)]
+    except (av.FFmpegError, ValueError) as error:
+        yield Fact(name, first_line(error), "missing", advice)
+        return
+    if not packets:
+        yield Fact(name, "made no packet", "missing", advice)
+        return
+    numbers = {key: ".".join(map(str, av.library_versions[key])) for key in ("libavcodec", "libavformat")}
+    yield Fact(name, f"works ({', '.join(f'{key} {number}' for key, number in numbers.items())})")
+
+
+# The report's groups, in its order, and what fills them.
+CHECKS: tuple[tuple[str, Callable[[], Iterator[Fact]]], ...] = (
+    ("system", _system),
+    ("echo-rt", _compiled_part),
+    ("echo-rt", _backends),
+    ("packages", _packages),
+    ("GPU", _torch),
+    ("GPU", _driver),
+    ("build tools", _compilers),
+    ("attention", _attention),
+    ("convolution", _convolution),
+    ("video", _encoder),
+)

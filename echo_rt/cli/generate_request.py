@@ -7,10 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from echo_rt.cli.arguments import parse_length, parse_number, parse_positive
+from echo_rt.cli.arguments import parse_length, parse_number, parse_path, parse_positive
 from echo_rt.cli.model_options import add_model_options, model_files, parse_model_options
 from echo_rt.cli.outputs import Named, check_folder, check_outputs
-from echo_rt.cli.paths import parse_path
 from echo_rt.cli.prompts import parse_script
 from echo_rt.errors import ConfigError, TargetError
 from echo_rt.options import FITS, OVERRIDES, check_seed

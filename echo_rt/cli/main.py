@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -64,7 +65,7 @@ def _run(argv: list[str], report: dict[str, Any], debug: bool, stop: StopRequest
             code: int = arguments.run(arguments, report, stop)
         return code
     except KeyboardInterrupt:  # not of our handlers' making: main may run in a thread, or be called by other code
-        return _stopped(StopNow.of_keyboard(), report)
+        return _stopped(StopNow(signal.SIGINT), report)
     except StopNow as request:
         return _stopped(request, report)
     except BrokenPipeError:

@@ -7,9 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from echo_rt.cli.arguments import parse_number, parse_overrides, parse_positive, parse_size
+from echo_rt.cli.arguments import parse_lora, parse_number, parse_overrides, parse_path, parse_positive, parse_size
 from echo_rt.cli.outputs import Named
-from echo_rt.cli.paths import parse_lora, parse_path
 from echo_rt.errors import ConfigError
 from echo_rt.options import DTYPE_NAMES, TINY_VAE, VAE_DTYPE_NAMES, WAN_VAE, MemoryMode, RuntimeOptions
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,8 @@ class Named:
 def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named]) -> None:
     """Check outputs, each with the ending that its name must have, against each other and against ``inputs``.
 
-    An input that is a folder stands for all that is in it. Raises ``ConfigError`` for a wrong ending, for one file
-    twice and for an output that would replace an input, ``TargetError`` for a place where nothing can be written.
+    An input folder stands for everything in it. Raises ``ConfigError`` for a wrong ending, for two outputs in one file
+    and for an output that would replace an input, ``TargetError`` for a place that cannot be written to.
     """
     from echo_rt.utils.atomic_file import check_writable
 
@@ -39,58 +39,52 @@ def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named])
             expected = f"before {suffix}" if output.path.name.lower() == suffix else f"that ends in {suffix}"
             raise ConfigError(f"{output.option}: expected a name {expected}, got {str(output.path)!r}")
     for output, _ in outputs:
-        _check_no_input(output, inputs, "file")
+        check_apart(output, inputs, "file")
     for output, _ in outputs:
         check_writable(output.path)
 
 
 def check_folder(output: Named, inputs: Sequence[Named]) -> None:
-    """Check a folder to write into, which need not be there yet, against ``inputs``.
+    """Check a folder to write into, which need not exist yet, against ``inputs``.
 
-    Raises ``ConfigError`` for one that lies in an input or has one in it, ``TargetError`` where there can be none.
+    Raises ``ConfigError`` for one that lies in an input or contains one, ``TargetError`` where there can be none.
     """
     check_apart(output, inputs)
     for given in inputs:
         if _real(output.path) in _real(given.path).parents:
-            raise ConfigError(
-                f"{output.option}: expected a folder apart from what is read, got {str(output.path)!r}, "
-                f"which holds {given.option} {given.path}"
-            )
+            raise _overlap(output, "folder", f"which holds {given.option} {given.path}")
     try:
         folder = _real(output.path)
         if not folder.is_dir() and (folder.exists() or not folder.parent.is_dir()):
-            came = "a file" if folder.exists() else f"no folder {output.path.parent} to make it in"
-            raise TargetError(f"{output.path}: expected a folder to write into, got {came}")
+            found = "a file" if folder.exists() else f"no folder {output.path.parent} to make it in"
+            raise TargetError(f"{output.path}: expected a folder to write into, got {found}")
     except OSError as error:  # a name that no folder can have
         raise TargetError(f"{output.path}: cannot be a folder: {error.strerror or error}") from None
 
 
-def check_apart(output: Named, inputs: Sequence[Named]) -> None:
-    """Raises ``ConfigError`` for a folder to write into that lies in an input."""
-    _check_no_input(output, inputs, "folder")
-
-
-def _real(path: Path) -> Path:
-    # Path.resolve raises for links in a circle, and differently from one Python to the next.
-    return Path(os.path.realpath(path))
-
-
-def _check_no_input(output: Named, inputs: Iterable[Named], kind: str) -> None:
-    # Views of one place: the name itself may lie in a model folder and be a link that leads out of it.
+def check_apart(output: Named, inputs: Sequence[Named], kind: str = "folder") -> None:
+    """Raise ``ConfigError`` for a file or folder to write that lies in an input."""
+    # Several views of one place: the name itself may lie in a model folder and be a link that leads out of it.
     places = {_real(output.path), Path(os.path.abspath(output.path)), _real(output.path.parent) / output.path.name}
     for given in inputs:
         sources = _read_for(given.path, search=os.path.exists(output.path))
         if any(place == source or source in place.parents for source in sources for place in places) or (
             given.option in _WEIGHTS and any(_is_part_of(place, given.path) for place in places)
         ):
-            raise ConfigError(
-                f"{output.option}: expected a {kind} apart from what is read, got {str(output.path)!r}, "
-                f"which belongs to {given.option} {given.path}"
-            )
+            raise _overlap(output, kind, f"which belongs to {given.option} {given.path}")
+
+
+def _overlap(output: Named, kind: str, why: str) -> ConfigError:
+    return ConfigError(f"{output.option}: expected a {kind} apart from what is read, got {str(output.path)!r}, {why}")
+
+
+def _real(path: Path) -> Path:
+    # Path.resolve raises for circular links, and differently in each Python version.
+    return Path(os.path.realpath(path))
 
 
 def _read_for(path: Path, *, search: bool) -> Iterator[Path]:
-    """``path``, and for a folder what links in it lead to (``search``: only a file that exists can be one of these)."""
+    """Yield ``path`` and, with ``search``, the targets of all links in a folder: only an existing file can be one."""
     yield _real(path)
     if not search or not os.path.isdir(path):
         return
@@ -102,7 +96,7 @@ def _read_for(path: Path, *, search: bool) -> Iterator[Path]:
 
 
 def _is_part_of(place: Path, weights: Path) -> bool:
-    """Whether ``place`` is called like the file or a shard of weights that are named by index or without an ending."""
+    """Whether ``place`` has the name of the file or of a shard of weights named by index or without an ending."""
     if weights.name.endswith(_INDEX_SUFFIX):
         stem = weights.name.removesuffix(_INDEX_SUFFIX)
     elif weights.suffix.lower() in _WEIGHT_SUFFIXES or os.path.isdir(weights):

@@ -1,4 +1,4 @@
-"""How far a video is: a live line on a terminal, a plain line now and then elsewhere."""
+"""Progress of a video: a live line on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -8,29 +8,23 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from echo_rt.cli.stdio import can_draw, complain
+from echo_rt.utils.wording import clock
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
 _RATE_BLOCKS = 16  # the rate shown is that of the last so many blocks
 _PLAIN_SECONDS = 5.0  # between two plain lines
 
 
-def clock(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 class ProgressReport:
-    """Counts blocks and frames and keeps the reader informed on standard error, for as long as there is one.
+    """Counts blocks and frames, and shows them on standard error.
 
     Args:
         total_frames: frames of the whole video, None for one without an end.
-        fps: frames of one second of video.
+        fps: frames per second of video.
         quiet: count only.
-        begun_at: block and frame that this run goes on from; what is counted is made by this run.
+        begun_at: block and frame that this run resumes at; ``blocks`` and ``frames`` count those of this run.
     """
 
     def __init__(
@@ -39,34 +33,13 @@ class ProgressReport:
         self.total_frames = total_frames
         self.fps = fps
         self._first_block, self._first_frame = begun_at
-        self.frames = 0
-        self.blocks = 0
-        self._started = time.monotonic()
+        self.frames = self.blocks = 0
+        self._started = self._next_line = time.monotonic()
         self._marks: deque[tuple[float, int]] = deque([(self._started, 0)], maxlen=_RATE_BLOCKS + 1)
         self._quiet = quiet
-        self._next_line = self._started
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
         if not quiet and can_draw():
-            self._open_bar()
-
-    def _open_bar(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-        from rich.table import Column
-
-        self._bar = Progress(
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-            console=Console(stderr=True),
-            # No thread: one that fails to draw would end with a traceback; and only blocks change what is to be seen.
-            auto_refresh=False,
-        )
-        self._task = self._bar.add_task("first block", total=self.total_frames)
-        try:
-            self._bar.start()
-        except OSError:
-            self.close()
+            self._bar = _open_bar(self.total_frames)
 
     @property
     def elapsed(self) -> float:
@@ -75,27 +48,21 @@ class ProgressReport:
 
     @property
     def rate(self) -> float:
-        """Frames made in a second of late; 0 before the first."""
+        """Frames per second over the latest blocks; 0 before the first."""
         (start, first), (end, last) = self._marks[0], self._marks[-1]
         return (last - first) / (end - start) if end > start else 0.0
 
     def block_done(self, frames: int, prompt: str) -> None:
-        """One more block, ``frames`` more frames; ``prompt`` is the one it shows."""
+        """Count one more block of ``frames`` frames; ``prompt`` is the one it shows."""
         self.blocks += 1
         self.frames += frames
         now = time.monotonic()
         self._marks.append((now, self.frames))
-        if self._quiet:
-            return
-        line = self._line(prompt)
-        if self._bar is not None and self._task is not None:
-            try:
-                reached = self._first_frame + self.frames
-                self._bar.update(self._task, completed=reached, description=line, refresh=True)
-            except OSError:  # the terminal is gone, the video goes on
-                self._quiet = True
-                self.close()
-        elif now >= self._next_line:
+        reached, line = self._first_frame + self.frames, self._line(prompt)
+        if self._bar is not None:
+            with contextlib.suppress(OSError):  # a lost terminal does not end the video
+                self._bar.update(self._bar.task_ids[0], completed=reached, description=line, refresh=True)
+        elif not self._quiet and now >= self._next_line:
             self._next_line = now + _PLAIN_SECONDS
             complain(f"echo-rt: {line}")
 
@@ -115,7 +82,21 @@ class ProgressReport:
 
     def close(self) -> None:
         """Take the live line off; may be called twice."""
-        bar, self._bar = self._bar, None
+        bar, self._bar, self._quiet = self._bar, None, True
         if bar is not None:
-            with contextlib.suppress(OSError):  # a line that cannot be drawn needs no taking off
+            with contextlib.suppress(OSError):
                 bar.stop()
+
+
+def _open_bar(total: int | None) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
+
+    text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+    # Without a thread: one that fails to draw would end with a traceback, and only blocks change the line.
+    bar = Progress(BarColumn(bar_width=20), text, console=Console(stderr=True), auto_refresh=False)
+    bar.add_task("first block", total=total)
+    with contextlib.suppress(OSError):
+        bar.start()
+    return bar

@@ -24,7 +24,7 @@ _NEVER = 2.0**53  # frames: a prompt may come as late as one likes
 
 @dataclass(frozen=True)
 class TimedPrompt:
-    """A prompt and the second of video from which it holds: ``text``, or the name of a file of embeddings."""
+    """A prompt and the second of video at which it begins: ``text``, or the name of a file of embeddings."""
 
     seconds: float
     text: str | None = None
@@ -32,7 +32,7 @@ class TimedPrompt:
 
     @property
     def label(self) -> str:
-        """What to call it in a message or on a progress line."""
+        """Short name for messages and progress lines."""
         name = self.text if self.text is not None else f"embeddings {self.file}"
         return name if len(name) <= _SHOWN else name[: _SHOWN - 1] + "…"
 
@@ -51,53 +51,43 @@ def _split(argument: str, option: str) -> tuple[float, str]:
 
 
 def parse_script(texts: Sequence[str], files: Sequence[str]) -> list[TimedPrompt]:
-    """The prompts of ``--prompt`` and ``--prompt-embeds`` in the order in which they begin.
+    """Return the prompts of ``--prompt`` and ``--prompt-embeds`` in the order in which they begin.
 
-    ``T:text`` begins at T seconds of video, plain text at 0 (text that itself begins so is written ``0:10: a clock``).
+    ``T:text`` begins at T seconds of video, plain text at 0 (text that begins like this is written ``0:10: a clock``).
     Raises ``PromptError`` for no prompt at all, none at 0, two at one time, an empty one.
     """
-    script = []
-    for argument in texts:
-        seconds, text = _split(argument, "--prompt")
-        script.append(TimedPrompt(seconds, text=text))
-    for argument in files:
-        seconds, file = _split(argument, "--prompt-embeds")
-        script.append(TimedPrompt(seconds, file=file))
+    script = [TimedPrompt(seconds, text=text) for seconds, text in (_split(one, "--prompt") for one in texts)]
+    script += [TimedPrompt(seconds, file=file) for seconds, file in (_split(one, "--prompt-embeds") for one in files)]
     if not script:
         raise PromptError("expected at least one --prompt TEXT (or --prompt-embeds FILE), got none")
     script.sort(key=lambda prompt: prompt.seconds)
     if script[0].seconds > 0:
-        raise PromptError(
-            f"no prompt for the start of the video: the first begins at {script[0].seconds:g} s ({_ESCAPED})"
-        )
+        begin = f"the first begins at {script[0].seconds:g} s"
+        raise PromptError(f"no prompt for the start of the video: {begin} ({_ESCAPED})")
     for earlier, later in pairwise(script):
         if earlier.seconds == later.seconds:
             raise PromptError(
                 f"two prompts begin at {later.seconds:g} s: {earlier.label!r} and {later.label!r}; "
-                f'give one a time of its own, such as --prompt "10:{later.label}"'
+                f'give one another time, such as --prompt "10:{later.label}"'
             )
     return script
 
 
 def parse_untimed(texts: Sequence[str]) -> tuple[str, ...]:
-    """The prompts of a ``--prompt`` that takes no times: the same texts as for :func:`parse_script`.
+    """Return the prompts of a ``--prompt`` without times: the same texts as :func:`parse_script`.
 
     Raises ``PromptError`` for one with a time, and for an empty one.
     """
-    prompts = []
-    for argument in texts:
-        seconds, text = _split(argument, "--prompt")
+    split = [(argument, *_split(argument, "--prompt")) for argument in texts]
+    for argument, seconds, _ in split:
         if seconds > 0:
-            raise PromptError(
-                f"--prompt {argument!r}: expected a text without a time, as --switch-every says when prompts change "
-                f"({_ESCAPED})"
-            )
-        prompts.append(text)
-    return tuple(prompts)
+            expected = "expected a text without a time: --switch-every says when prompts change"
+            raise PromptError(f"--prompt {argument!r}: {expected} ({_ESCAPED})")
+    return tuple(text for _, _, text in split)
 
 
 def first_block(seconds: float, runtime: Runtime, hidden: int = 0) -> int:
-    """The number of the first block of ``runtime``'s videos that begins at ``seconds`` of video or later.
+    """Number of the first block of ``runtime``'s videos that begins at ``seconds`` of video or later.
 
     ``hidden``: frames at the beginning, whole blocks, that are not part of what is recorded, where seconds count.
     """
@@ -107,5 +97,5 @@ def first_block(seconds: float, runtime: Runtime, hidden: int = 0) -> int:
         return runtime.vae_config.video_frames(block * frames_per_block)
 
     frame = hidden + math.ceil(min(seconds * runtime.fps, _NEVER))
-    # Every block has a frame at least, so none further on is needed.
+    # Every block has at least one frame, so block number `frame` is late enough.
     return bisect_left(range(frame), frame, key=first_frame)

@@ -1,4 +1,4 @@
-"""``generate --resume``: what is in the folder of a video that was cut off, and whether the command goes on with it."""
+"""``generate --resume``: what the folder of an interrupted video holds, and whether the command can continue it."""
 
 from __future__ import annotations
 
@@ -29,27 +29,24 @@ _SCRIPT, _SEED, _FROM, _HIDDEN = "script", "seed", "from", "hidden_frames"
 
 
 def notes_of(request: Request, hidden: int) -> dict[str, Any]:
-    """What the index says about the request, for :meth:`Resumption.begin` after a kill.
+    """What the index records of the request, for :meth:`Resumption.begin` after a kill.
 
     ``hidden``: how many frames of ``--from`` are not in the recording.
     """
     initial = request.arguments.initial
-    notes = {_SCRIPT: _facts(request.script), _SEED: request.seed}
+    notes = {_SCRIPT: _entries(request.script), _SEED: request.seed}
     return notes if initial is None else notes | {_FROM: str(initial), _HIDDEN: hidden}
 
 
-def _facts(script: Sequence[TimedPrompt]) -> list[dict[str, Any]]:
-    return [
-        {"seconds": prompt.seconds, **({"file": prompt.file} if prompt.text is None else {"text": prompt.text})}
-        for prompt in script
-    ]
+def _entries(script: Sequence[TimedPrompt]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in vars(prompt).items() if value is not None} for prompt in script]
 
 
-def _begun(facts: object, blocks: int, runtime: Runtime, hidden: int) -> list[object]:
-    """Those of the prompts that begin with the first block or another of the first ``blocks``."""
+def _begun(entries: object, blocks: int, runtime: Runtime, hidden: int) -> list[object]:
+    """The prompts that begin in the first ``blocks`` blocks; entries of another form stay, so that they differ."""
     return [
         entry
-        for entry in (facts if isinstance(facts, list) else [])
+        for entry in (entries if isinstance(entries, list) else [])
         if not isinstance(entry, dict)
         or not isinstance(entry.get("seconds"), (int, float))
         or entry["seconds"] <= 0
@@ -57,13 +54,9 @@ def _begun(facts: object, blocks: int, runtime: Runtime, hidden: int) -> list[ob
     ]
 
 
-def _words(facts: list[object]) -> str:
-    return one_line(json.dumps(facts, ensure_ascii=False))
-
-
 @dataclass
 class Resumption:
-    """The recording and the newest whole snapshot of a folder; the latter until :meth:`begin` has used it."""
+    """The recording and the newest whole snapshot of a folder; :meth:`begin` uses the snapshot up."""
 
     folder: Path
     index: RecordingIndex
@@ -71,25 +64,23 @@ class Resumption:
 
     @classmethod
     def find(cls, request: Request) -> Resumption | None:
-        """What ``--resume`` goes on from, checked against the request; None where nothing has been made yet.
+        """Find what ``--resume`` continues, and check it against the request; None where no video has begun.
 
-        ``TargetError`` for a folder that is not there, unless ``-o`` names it as well (a command that is started again
-        and again says both), and for a recording without a snapshot; ``SnapshotError`` where none can be used;
-        ``ConfigError`` for a request that contradicts what is recorded. All of it before the model is loaded.
+        ``TargetError`` for an absent folder, unless ``-o`` names it as well (a command that is started again and again
+        gives both), and for a recording without a snapshot; ``SnapshotError`` where none can be used; ``ConfigError``
+        for a request that contradicts the recording. All of it before the model is loaded.
         """
         folder = request.output
         if request.arguments.output is None and not folder.exists():
-            raise TargetError(
-                f"--resume: {folder}: expected the folder of a video, came nothing there; "
-                "with -o naming it too, a new video begins there"
-            )
+            advice = "to begin a new video there, name it with -o too"
+            raise TargetError(f"--resume: {folder}: expected the folder of a video, but it does not exist; {advice}")
         if not snapshot_files(folder / SNAPSHOT_FOLDER):
             check_free(
                 folder,
-                expected=f"{SNAPSHOT_FOLDER} to go on from (--snapshot-every makes them)",
-                advice="that stays as it is, the same video begins anew in another folder (-o)",
+                expected=f"{SNAPSHOT_FOLDER} to resume from (--snapshot-every makes them)",
+                advice="that stays as it is; begin the same video again in another folder (-o)",
             )
-            if RecordingIndex.path(folder).exists():  # of a process that was killed before it had made anything
+            if RecordingIndex.path(folder).exists():  # of a process that was killed before its first segment
                 cls._require_same(RecordingIndex.read(folder), request)
             return None
         index = RecordingIndex.read(folder)
@@ -97,13 +88,13 @@ class Resumption:
         if found is None:
             raise TargetError(f"{folder / SNAPSHOT_FOLDER}: the snapshots have vanished")
         _, snapshot = found
-        index.notes.setdefault(_SEED, snapshot.seed)  # which is another after a rollback
+        index.notes.setdefault(_SEED, snapshot.seed)  # the notes' seed counts: a rollback changes the snapshot's
         cls._require_same(index, request)
         return cls(folder, index, snapshot)
 
     @staticmethod
     def _require_same(index: RecordingIndex, request: Request) -> None:
-        """:class:`ConfigError` for a request of another video, or of another recording of it, than was begun."""
+        """Raise :class:`ConfigError` for a request of another video, or of another recording of it."""
         seed = index.notes.get(_SEED, request.seed)
         if seed != request.seed:
             raise ConfigError(f"--seed: the video was begun with {seed}, got {request.seed}")
@@ -125,7 +116,7 @@ class Resumption:
         return frames if isinstance(frames, int) else 0
 
     def begin(self, runtime: Runtime, script: Sequence[TimedPrompt], guard: Guard) -> Stream:
-        """The stream that goes on, with none of the prompts that were to come: those are for ``script`` to say.
+        """Resume the stream, without the prompts of later blocks: ``script`` names those.
 
         ``StreamError`` for a snapshot of another model; ``ConfigError`` unless the recording has the runtime's size
         and rate; ``PromptError`` unless the prompts of all blocks begun so far are those of ``script``.
@@ -133,18 +124,15 @@ class Resumption:
         made = (*runtime.frame_size, Fraction(runtime.fps))
         recorded = (self.index.width, self.index.height, self.index.fps)
         if made != recorded:
-            raise ConfigError(
-                f"{self.folder}: the recording is {recorded[0]}x{recorded[1]} at {recorded[2]} fps, "
-                f"the model makes {made[0]}x{made[1]} at {made[2]}"
-            )
+            recording, model = ("{}x{} at {} fps".format(*size) for size in (recorded, made))
+            raise ConfigError(f"{self.folder}: the recording is {recording}, the model makes {model}")
         snapshot, self.snapshot = self.snapshot, None  # gigabytes, which a day of video has no use for
         assert snapshot is not None, "begun twice"
         begun = snapshot.next_block + len(snapshot.held)
         before = _begun(self.index.notes.get(_SCRIPT), begun, runtime, self.hidden)
-        asked = _begun(_facts(script), begun, runtime, self.hidden)
+        asked = _begun(_entries(script), begun, runtime, self.hidden)
         if before != asked:
-            raise PromptError(
-                f"--prompt: expected the prompts of what is made, {counted(begun, 'block')}: "
-                f"{_words(before)}; got {_words(asked)}"
-            )
+            recorded_words, asked_words = (one_line(json.dumps(one, ensure_ascii=False)) for one in (before, asked))
+            expected = f"expected the prompts of the {counted(begun, 'block')} made so far: {recorded_words}"
+            raise PromptError(f"--prompt: {expected}; got {asked_words}")
         return runtime.resume(dataclasses.replace(snapshot, prompts={}), guard=guard)

@@ -1,9 +1,9 @@
-"""Stopping in an orderly way: what Ctrl-C and SIGTERM do depends on what is going on.
+"""Orderly stops: what Ctrl-C and SIGTERM do depends on what is going on.
 
-SIGINT is taken also where it was ignored when the process began, on purpose. A shell without job control, which is
-every script, starts its background jobs that way; and ``kill -INT`` is how a script ends a video that has no end. The
-price: Ctrl-C at the terminal of such a script ends the video too, in the same orderly way. An ignored SIGHUP stays
-ignored: that is ``nohup``, which somebody asked for.
+SIGINT is handled even where it was ignored when the process began. A shell without job control, such as a script,
+starts its background jobs with SIGINT ignored, and ``kill -INT`` is how a script ends an endless video. The price:
+Ctrl-C at the terminal of such a script ends the video too, in the same orderly way. An ignored SIGHUP stays ignored:
+that is ``nohup``, which somebody asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 _HANG_UP = getattr(signal, "SIGHUP", None)
@@ -26,14 +26,9 @@ class StopNow(BaseException):
         super().__init__(signum)
         self.signum = signum
 
-    @classmethod
-    def of_keyboard(cls) -> StopNow:
-        """What a ``KeyboardInterrupt`` stands for."""
-        return cls(signal.SIGINT)
-
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process that a signal ended."""
+        """The shell's code for a process that a signal ended."""
         return 128 + self.signum
 
     @property
@@ -45,9 +40,9 @@ class StopNow(BaseException):
 class StopRequest:
     """While entered, SIGINT, SIGTERM and SIGHUP are noted in :attr:`request` instead of ending the process.
 
-    So code that writes files is never torn apart. What may be: :meth:`interruptible` code raises :class:`StopNow`
-    at the first signal, code in :meth:`after_block` at the second. The handlers of before come back on exit. Only a
-    main thread gets signals; in another one this changes nothing.
+    So code that writes files is never interrupted. Two kinds of code may be: :meth:`interruptible` code raises
+    :class:`StopNow` at the first signal, code in :meth:`after_block` at the second. Exit restores the handlers. Signals
+    reach only a main thread; in another thread this does nothing.
     """
 
     def __init__(self) -> None:
@@ -59,32 +54,27 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for signum in filter(None, (signal.SIGINT, signal.SIGTERM, _HANG_UP)):
-                # A hang-up that is ignored is nohup's doing.
                 if signum != _HANG_UP or signal.getsignal(signum) != signal.SIG_IGN:
                     self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for signum, handler in self._previous.items():
-            # None: set by something other than Python, which cannot be put back from here.
+            # None: a handler of C code, which Python cannot restore.
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Any signal, also one that was noted before, raises ``StopNow``."""
+        """Raise ``StopNow`` at any signal, even an earlier one that was noted."""
         with self._raising_from(1):
             if self.request is not None:
                 raise self.request
             yield
 
-    @contextlib.contextmanager
-    def after_block(self) -> Iterator[None]:
-        """The first signal is noted, so that the block comes to its end; the next raises ``StopNow``."""
-        with self._raising_from(2):
-            yield
+    def after_block(self) -> contextlib.AbstractContextManager[None]:
+        """Note the first signal, so that the block is finished, and raise ``StopNow`` at the next."""
+        return self._raising_from(2)
 
     @contextlib.contextmanager
     def _raising_from(self, count: int) -> Iterator[None]:
@@ -100,8 +90,8 @@ class StopRequest:
         if self._raise_from is None:
             return
         if self._signals >= self._raise_from:
-            self._raise_from = None  # once is enough: from here on files are being closed
+            self._raise_from = None  # only once: from here on files are being closed
             raise self.request
-        # Not print: the signal may have come in the middle of one, and buffered streams refuse to be re-entered.
+        # Not print: the signal may interrupt one, and buffered streams refuse to be re-entered.
         with contextlib.suppress(OSError):  # a message that cannot be shown must not become an error of the block
             os.write(2, b"\necho-rt: stopping after this block (once more: at once)\n")

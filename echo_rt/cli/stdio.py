@@ -1,4 +1,4 @@
-"""Standard output and standard error as they may be: closed, on a full disk, read by someone who has left.
+"""Standard output and standard error in whatever state: closed, on a full disk, without a reader.
 
 Errors and warnings are one line each.
 """
@@ -16,11 +16,11 @@ from importlib.util import find_spec
 from typing import Any, TextIO
 
 from echo_rt.errors import EchoError, OutputError
-from echo_rt.utils.wording import one_line
+from echo_rt.utils.wording import first_line, one_line
 
 DEBUG_VARIABLE = "ECHO_RT_DEBUG"
 
-# What torch and the libraries below it say, in errors of no type of their own, when memory is not there.
+# Signs of missing memory in errors of torch and its libraries that have no type of their own.
 _NO_MEMORY = (
     "DefaultCPUAllocator",
     "alloc_cpu",
@@ -31,29 +31,28 @@ _NO_MEMORY = (
 
 
 def prepare() -> None:
-    """Give the process the standard streams that it was started without (``2>&-``); they lead nowhere.
+    """Replace the standard streams that the process was started without (``2>&-``) by ones that lead nowhere.
 
-    Without this the next file to be opened, a video say, gets descriptor 2, and in it whatever a library has to say.
+    Otherwise the next opened file, such as a video, gets descriptor 2, and the messages of libraries are written to it.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The lowest free number is the one that is missing; children get it as they would have the real one.
+            # The lowest free number is the missing one; children inherit it like a real one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a prompt may hold what the terminal's encoding cannot
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a prompt may hold characters that the terminal cannot show
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print on standard output and see it through.
+    """Print on standard output and flush.
 
-    Raises ``OutputError`` where that cannot be, ``BrokenPipeError`` where there is no reader any more.
+    Raises ``OutputError`` where that fails, ``BrokenPipeError`` where the reader has left.
     """
     try:
         print(text, end=end, flush=True)
@@ -65,23 +64,20 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def complain(text: str) -> None:
-    """Print on standard error, if that is possible: a line that nobody gets to read is no reason to end."""
+    """Print on standard error, if possible: a line without a reader is no reason to end."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
-        return  # there is no one to tell; release() sees to what is left in the buffer
+        return  # release() drops what is left in the buffer
 
 
 def can_draw() -> bool:
-    """Whether standard error can show what is drawn anew: it is a terminal, and rich is installed.
-
-    Where not, the same is told in plain lines.
-    """
+    """Whether standard error is a terminal and rich, which draws on it, is installed. Otherwise, print plain lines."""
     return sys.stderr.isatty() and find_spec("rich") is not None
 
 
 def release() -> None:
-    """Before the end of the process: drop what standard error does not take, which would be its exit code."""
+    """Drop what standard error does not take: at the end of the process it would change the exit code."""
     try:
         sys.stderr.flush()
     except OSError:
@@ -89,7 +85,7 @@ def release() -> None:
 
 
 def _abandon(stream: TextIO) -> None:
-    """Lead ``stream`` nowhere: the interpreter flushes it once more at exit, and would complain."""
+    """Let ``stream`` lead nowhere: the interpreter flushes it once more at exit, and would complain."""
     try:
         descriptor = stream.fileno()
     except (OSError, ValueError):
@@ -108,18 +104,16 @@ def _is_no_memory(error: Exception) -> bool:
 
 
 def describe(error: Exception) -> tuple[str, int]:
-    """The line and the exit code for ``error``; what is not ours is named with its type and a way to see more."""
+    """Return the line and the exit code for ``error``; an unexpected one with its type and a way to see more."""
     if isinstance(error, EchoError):
         return one_line(error), error.exit_code
-    if _is_no_memory(error):
-        # torch may append the C++ stack, in lines of its own.
-        detail = next((line.strip() for line in str(error).splitlines() if line.strip()), "nothing is left")
-        return one_line(f"out of memory: {detail}; use a smaller --size"), 1
+    if _is_no_memory(error):  # only the first line: torch may append the C++ stack
+        return one_line(f"out of memory: {first_line(error)}; use a smaller --size"), 1
     return one_line(f"unexpected {type(error).__name__}: {error} ({DEBUG_VARIABLE}=1 shows where)"), 1
 
 
 def warn(report: dict[str, Any], text: object) -> None:
-    """A warning, for the reader of standard error and for the reader of the report."""
+    """Print a warning on standard error, and add it to the report."""
     line = one_line(text)
     report.setdefault("warnings", []).append(line)
     complain(f"echo-rt: warning: {line}")

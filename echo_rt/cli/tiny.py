@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from echo_rt.cli.paths import parse_path
+from echo_rt.cli.arguments import parse_path
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import say
 from echo_rt.errors import ConfigError

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echo_rt.cli.arguments import parse_path
 from echo_rt.cli.model_options import BACKEND_HELP, add_float8_except, add_no_graphs
 from echo_rt.cli.outputs import Named, check_apart
-from echo_rt.cli.paths import parse_path
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import complain, describe, say
 from echo_rt.errors import ConfigError, EchoError

@@ -1,4 +1,4 @@
-"""Files that a stream is written to: each appears whole under its name or not at all.
+"""Files that a stream is written to: each appears whole under its name, or not at all.
 
 A stream in one file::
 
@@ -9,7 +9,7 @@ A stream in one file::
         while not recorder.full:
             recorder.write(next(stream))
 
-:class:`SegmentRecorder` writes pieces that survive a kill, :class:`Checkpoints` the snapshots to go on from.
+:class:`SegmentRecorder` writes segments that survive a kill, :class:`Checkpoints` snapshots to resume from.
 :class:`VideoFile` reads a video or a picture to begin a stream with.
 """
 

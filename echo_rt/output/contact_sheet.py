@@ -1,4 +1,4 @@
-"""One picture of a whole video: small frames at even distances, each with its time, however long the video is."""
+"""Contact sheet: one picture of a whole video of any length, of evenly spaced thumbnails with their times."""
 
 from __future__ import annotations
 
@@ -11,44 +11,30 @@ import numpy as np
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.output.video import load_av
 from echo_rt.utils.atomic_file import Closing, check_writable, write_whole
+from echo_rt.utils.wording import clock
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     Image = NDArray[np.uint8]
 
-_GAP = 4  # pixels between two pictures
+_GAP = 4  # pixels between pictures
 _BACKGROUND = 24
 _INK = 235
-_SCALE = 2  # pixels of the sheet on a side of one dot of a glyph
+_SCALE = 2  # pixels of the sheet per dot of a glyph, in both directions
 
-# Digits and the colon, three dots wide and five high, a row in three bits.
+# Glyphs three dots wide and five high: each octal digit is a row, with a bit per dot.
 _GLYPHS = {
-    "0": (0b111, 0b101, 0b101, 0b101, 0b111),
-    "1": (0b010, 0b110, 0b010, 0b010, 0b111),
-    "2": (0b111, 0b001, 0b111, 0b100, 0b111),
-    "3": (0b111, 0b001, 0b111, 0b001, 0b111),
-    "4": (0b101, 0b101, 0b111, 0b001, 0b001),
-    "5": (0b111, 0b100, 0b111, 0b001, 0b111),
-    "6": (0b111, 0b100, 0b111, 0b101, 0b111),
-    "7": (0b111, 0b001, 0b001, 0b010, 0b010),
-    "8": (0b111, 0b101, 0b111, 0b101, 0b111),
-    "9": (0b111, 0b101, 0b111, 0b001, 0b111),
-    ":": (0b000, 0b010, 0b000, 0b010, 0b000),
+    **{"0": 0o75557, "1": 0o26227, "2": 0o71747, "3": 0o71717, "4": 0o55711, "5": 0o74717},
+    **{"6": 0o74757, "7": 0o71122, "8": 0o75757, "9": 0o75717, ":": 0o02020},
 }
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _caption(text: str) -> Image:
     """``text`` as grey levels, with a border of one dot around each glyph."""
     dots = np.zeros((7, 4 * len(text) + 1), bool)
     for position, character in enumerate(text):
-        rows = [[row >> bit & 1 for bit in (2, 1, 0)] for row in _GLYPHS[character]]
+        rows = [[_GLYPHS[character] >> 3 * row + bit & 1 for bit in (2, 1, 0)] for row in (4, 3, 2, 1, 0)]
         dots[1:6, 4 * position + 1 : 4 * position + 4] = rows
     return np.where(dots, _INK, 0).astype(np.uint8).repeat(_SCALE, 0).repeat(_SCALE, 1)
 
@@ -56,15 +42,15 @@ def _caption(text: str) -> Image:
 class ContactSheet(Closing):
     """Gathers at most ``limit`` thumbnails of a video of any length and writes them as one PNG at :meth:`close`.
 
-    It begins by keeping every frame; whenever ``limit`` are kept, every second one is dropped and the distance
-    between those to come is doubled. So between ``limit / 2`` and ``limit`` frames at even distances remain.
+    It first keeps every frame; whenever it has ``limit``, it drops every second one and doubles the distance between
+    the following ones. So between ``limit / 2`` and ``limit`` evenly spaced frames remain.
 
     Args:
-        path: the PNG; nothing is written when no frame came.
-        fps: frames a second, for the times.
+        path: the PNG; not written for a video without frames.
+        fps: frames per second, for the times.
         columns: pictures in a row.
         limit: most pictures kept, an even number.
-        picture_width: pixels, the height follows.
+        picture_width: pixels; the height follows.
     """
 
     def __init__(
@@ -84,15 +70,15 @@ class ContactSheet(Closing):
         self._stride = 1
         self._seen = 0
         self._closed = False
-        self.in_place = False  # whether the sheet stands under its name, whole on the disk
+        self.in_place = False  # whether the whole sheet is on the disk under its name
 
     @property
     def kept(self) -> list[int]:
-        """Numbers of the frames that are on the sheet as it stands."""
+        """Numbers of the frames that are on the sheet so far."""
         return [i * self._stride for i in range(len(self._pictures))]
 
     def write(self, frames: ArrayLike) -> None:
-        """Look at the next frames of the video: uint8 [T, H, W, 3] RGB, anything that numpy can view."""
+        """Take the next frames of the video: uint8 [T, H, W, 3] RGB, anything that numpy can view."""
         array = np.asarray(frames)
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
             raise ConfigError(f"{self.path}: expected uint8 frames [T, H, W, 3], got {array.dtype} {list(array.shape)}")
@@ -130,7 +116,7 @@ class ContactSheet(Closing):
             top, left = _GAP + row * (height + _GAP), _GAP + column * (width + _GAP)
             cell = sheet[top : top + height, left : left + width]
             cell[:] = picture
-            caption = _caption(_clock(frame / self.fps))[:height, :width]
+            caption = _caption(clock(int(frame / self.fps)))[:height, :width]
             cell[: caption.shape[0], : caption.shape[1]] = caption[..., None]
         return sheet
 

@@ -1,7 +1,7 @@
 """Latents streamed into one safetensors file.
 
-The format begins with a JSON header that names the shape, which is known only at the end. So room is left for the
-header (JSON may be padded with spaces) and it is written in place when the file is closed.
+The format begins with a JSON header that names the shape, which is known only at the end. So space is reserved for the
+header (JSON may be padded with spaces), and it is overwritten when the file is closed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 _LENGTH_BYTES = 8
-# Room for the growth of the two numbers in the header (frames and bytes), however long the stream.
+# Space for the growth of the two numbers in the header (frames and bytes), however long the stream.
 _SPARE_DIGITS = 48
 _ALIGNMENT = 64
 
@@ -30,7 +30,7 @@ class LatentsWriter(Closing):
     """Writes latent frames to ``path`` as the tensor ``latents`` float32 [T, C, h, w] (``shape`` is (C, h, w)).
 
     The file appears at :meth:`close`, and only if it has at least one frame; after an error it holds the whole
-    frames written before. ``metadata`` goes into the header. Raises ``OutputError`` when it cannot be written.
+    frames written before it. ``metadata`` goes into the header. Raises ``OutputError`` when it cannot be written.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class LatentsWriter(Closing):
         self._frame_bytes = math.prod(self.shape) * np.dtype("<f4").itemsize
         self.frames_on_disk = 0
         self._closed = False
-        room = _LENGTH_BYTES + len(self._describe()) + _SPARE_DIGITS
-        self._header_bytes = -(-room // _ALIGNMENT) * _ALIGNMENT
+        size = _LENGTH_BYTES + len(self._describe()) + _SPARE_DIGITS
+        self._header_bytes = -(-size // _ALIGNMENT) * _ALIGNMENT
         self._part = PartFile(path)
         try:
             self._part.append(self._header())
@@ -55,7 +55,7 @@ class LatentsWriter(Closing):
 
     @property
     def in_place(self) -> bool:
-        """Whether what was written stands under its name."""
+        """Whether the file is on the disk under its name."""
         return self._part.in_place
 
     def _describe(self) -> bytes:
@@ -89,7 +89,7 @@ class LatentsWriter(Closing):
             self.frames_on_disk += 1
 
     def close(self) -> None:
-        """Complete the header and put the file in place; with no frame in it, leave what is there."""
+        """Complete the header and put the file in place; without frames, leave an older file as it is."""
         if self._closed:
             return
         self._closed = True

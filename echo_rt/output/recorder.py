@@ -1,11 +1,10 @@
-"""Recording a stream: its blocks into one video or into segments of one, and the snapshots to go on from."""
+"""Recording a stream: its blocks into one video or segments of one, and snapshots to resume from."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from echo_rt.output.contact_sheet import ContactSheet
@@ -14,6 +13,7 @@ from echo_rt.output.segments import SegmentedWriter
 from echo_rt.output.video import VideoWriter
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import SnapshotKeeper
+from echo_rt.utils.atomic_file import Closing, close_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,9 +26,9 @@ _Self = TypeVar("_Self", bound="_BlockRecorder")
 
 
 class _BlockRecorder(ABC):
-    """Records blocks until the video has ``frame_limit`` frames, those of before included; None for no end.
+    """Records blocks until the video has ``frame_limit`` frames, including earlier ones; None for no end.
 
-    ``with`` closes it on the way out and raises the first thing that went wrong, unless an error is on its way already.
+    ``with`` closes it and raises the first error of closing, unless another error ends the ``with``.
     """
 
     def __init__(self, frames: int, frame_limit: int | None) -> None:
@@ -53,33 +53,31 @@ class _BlockRecorder(ABC):
 
     @abstractmethod
     def close(self) -> list[Exception]:
-        """Put the files in place and return what went wrong."""
+        """Put all files in place, whatever happens to the others, and return the errors."""
 
     @abstractmethod
     def report(self) -> dict[str, Any]:
-        """What is on the disk after :meth:`close`, in plain JSON types."""
+        """Describe what is on the disk after :meth:`close`, in plain JSON types."""
 
     def __enter__(self: _Self) -> _Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         problems = self.close()
         if problems and error is None:
             raise problems[0]
 
 
 class Recorder(_BlockRecorder):
-    """The video in one file, and where they are asked for its latents and its contact sheet.
+    """Records the video in one file and, on request, its latents and its contact sheet.
 
     Args:
-        video, latents, contact_sheet: files; None for those that are not wanted.
+        video, latents, contact_sheet: files; None for no such file.
         frame_size: width and height in pixels.
-        fps: frames a second.
-        latent_shape: channels, height and width of a latent frame; needed for ``latents`` alone.
-        frame_limit: frames after which the video ends, in the middle of a block if need be; None for no end.
-        metadata: what the latents' file says about their origin.
+        fps: frames per second.
+        latent_shape: channels, height and width of a latent frame; needed for ``latents`` only.
+        frame_limit: frames after which the video ends, even in the middle of a block; None for no end.
+        metadata: for the header of the latents' file.
     """
 
     def __init__(
@@ -95,7 +93,7 @@ class Recorder(_BlockRecorder):
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(0, frame_limit)
-        self._writers: list[VideoWriter | LatentsWriter | ContactSheet] = []
+        self._writers: list[Closing] = []
         self._latents: LatentsWriter | None = None
         self._sheet: ContactSheet | None = None
         try:
@@ -112,7 +110,7 @@ class Recorder(_BlockRecorder):
             raise
 
     def _write(self, frames: Tensor, latents: Tensor) -> None:
-        # The latents first: they are what a video can be made from again.
+        # The latents first: the video can be decoded from them again.
         if self._latents is not None:
             self._latents.write(latents)
         if self._sheet is not None:
@@ -120,17 +118,9 @@ class Recorder(_BlockRecorder):
         self._video.write(frames)
 
     def close(self) -> list[Exception]:
-        """Close every file, whatever happens to the others, and return what went wrong."""
-        errors: list[Exception] = []
-        for writer in self._writers:
-            try:
-                writer.close()
-            except Exception as error:  # of whatever kind: the next file must be closed as well
-                errors.append(error)
-        return errors
+        return close_all(writer.close for writer in self._writers)
 
     def report(self) -> dict[str, Any]:
-        """What is on the disk after :meth:`close`, in plain JSON types."""
         named = (("video", self._video), ("latents", self._latents), ("contact_sheet", self._sheet))
         frames = self._video.frames_on_disk if self._video.in_place else 0
         return {
@@ -144,12 +134,12 @@ class Recorder(_BlockRecorder):
 
 
 class SegmentRecorder(_BlockRecorder):
-    """The video in segments, over a ``writer`` that may have frames already.
+    """Records the video in segments.
 
     Args:
-        writer: what it writes to, and closes.
-        first_frame: how many frames are there already.
-        frame_limit: frames after which the video ends, those that are there included; None for no end.
+        writer: writes the segments; closed with the recorder.
+        first_frame: number of frames that the recording already has.
+        frame_limit: frames after which the video ends, including these; None for no end.
     """
 
     def __init__(self, writer: SegmentedWriter, *, first_frame: int = 0, frame_limit: int | None = None) -> None:
@@ -160,15 +150,9 @@ class SegmentRecorder(_BlockRecorder):
         self.writer.write(frames, None if self.writer.index.latent_shape is None else latents)
 
     def close(self) -> list[Exception]:
-        """End the last segment and return what went wrong."""
-        try:
-            self.writer.close()
-        except Exception as error:  # of whatever kind: it is told beside what ended the video
-            return [error]
-        return []
+        return close_all([self.writer.close])
 
     def report(self) -> dict[str, Any]:
-        """What is on the disk after :meth:`close`, in plain JSON types."""
         writer = self.writer
         frames, index = writer.frames_on_disk, writer.index
         return {
@@ -183,15 +167,15 @@ class SegmentRecorder(_BlockRecorder):
 
 
 class Checkpoints:
-    """Snapshots every so many blocks, each after the recording up to it has reached the disk.
+    """Takes a snapshot every few blocks, once the recording up to it is on the disk.
 
-    So whichever snapshot is found after a kill, the recording has every frame before it, and a segment ends there.
+    So after a kill the recording has every frame before any snapshot, and a segment ends there.
 
     Args:
         folder: of the recording.
-        writer: the recording.
+        writer: of the recording.
         every: blocks between two snapshots.
-        resumed_at: the block that the newest snapshot was found at; None for a new video.
+        resumed_at: block of the snapshot that the video resumed from; None for a new video.
     """
 
     def __init__(self, folder: Path, writer: SegmentedWriter, every: int, *, resumed_at: int | None) -> None:
@@ -199,7 +183,7 @@ class Checkpoints:
         self._keeper = SnapshotKeeper(folder / SNAPSHOT_FOLDER)
 
     def before_block(self, stream: Stream) -> None:
-        """Take one where it is time; the first of all is waited for, so that there is always one to go on from."""
+        """Take a snapshot if one is due, and wait for the first: from then on there is always one to resume from."""
         first = self._last is None
         if first or (stream.next_block % self._every == 0 and stream.next_block != self._last):
             self._offer(stream)
@@ -207,7 +191,7 @@ class Checkpoints:
                 self._keeper.wait()
 
     def after_last_block(self, stream: Stream) -> None:
-        """Take one of the end of a video that can be gone on with."""
+        """Take a snapshot of the end of a video, which can be continued."""
         if stream.next_block != self._last:
             self._keeper.wait()
             self._offer(stream)
@@ -221,13 +205,9 @@ class Checkpoints:
             self._last = stream.next_block
 
     def close(self) -> list[Exception]:
-        """Wait for what is being written and return what went wrong."""
-        try:
-            self._keeper.close()
-        except Exception as error:
-            return [error]
-        return []
+        """Wait for the snapshot that is being written, and return the errors."""
+        return close_all([self._keeper.close])
 
     def report(self) -> dict[str, int]:
-        """How many snapshots were written, and how many were left out because one was being written."""
+        """Number of snapshots written, and skipped because another was still being written."""
         return {"written": self._keeper.written, "skipped": self._keeper.skipped}

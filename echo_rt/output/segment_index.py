@@ -20,7 +20,7 @@ _LATENT_AXES = 3
 
 @dataclass(frozen=True)
 class Segment:
-    """One piece: its file, its frames (of the whole video), its bytes, and the same of its latents where kept."""
+    """One file: its frames within the whole video, its size in bytes, and the same of its latents where kept."""
 
     file: str
     first_frame: int
@@ -32,13 +32,13 @@ class Segment:
 
     @property
     def end_frame(self) -> int:
-        """The number of the first frame after it."""
+        """Number of the first frame after it."""
         return self.first_frame + self.frames
 
 
 @dataclass
 class RecordingIndex:
-    """What a recording is, and its segments in order. ``notes``: plain JSON facts of whoever records."""
+    """What a recording is, and its segments in order. ``notes``: plain JSON metadata of the program that records."""
 
     width: int
     height: int
@@ -49,7 +49,7 @@ class RecordingIndex:
 
     @staticmethod
     def path(folder: str | Path) -> Path:
-        """Where the index of the recording in ``folder`` is."""
+        """Path of the index of the recording in ``folder``."""
         return Path(folder, INDEX_FILE)
 
     @property
@@ -59,21 +59,12 @@ class RecordingIndex:
 
     def write(self, folder: str | Path) -> None:
         """Put it in place; raises ``OutputError``."""
-        facts = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "width": self.width,
-            "height": self.height,
-            "fps": str(self.fps),
-            "latent_shape": self.latent_shape,
-            "notes": self.notes,
-            "segments": [dataclasses.asdict(segment) for segment in self.segments],
-        }
-        write_whole(self.path(folder), json.dumps(facts).encode())
+        content = {"format": _FORMAT, "version": _VERSION} | dataclasses.asdict(self) | {"fps": str(self.fps)}
+        write_whole(self.path(folder), json.dumps(content).encode())
 
     @classmethod
     def read(cls, folder: str | Path) -> RecordingIndex:
-        """The index in ``folder``; ``TargetError`` where there is none, or it is damaged, or of another version."""
+        """Read the index in ``folder``; ``TargetError`` where it is absent, damaged or of another version."""
         path = cls.path(folder)
         try:
             parsed = json.loads(path.read_bytes())
@@ -84,9 +75,9 @@ class RecordingIndex:
         except (ValueError, RecursionError):
             parsed = None
         if not isinstance(parsed, dict) or parsed.get("format") != _FORMAT:
-            raise TargetError(f"{path}: expected the index of a recording in segments, came another or a damaged file")
+            raise TargetError(f"{path}: expected the index of a recording in segments, found another or a damaged file")
         if parsed.get("version") != _VERSION:
-            raise TargetError(f"{path}: expected version {_VERSION}, came {parsed.get('version')!r:.20}")
+            raise TargetError(f"{path}: expected version {_VERSION}, found {parsed.get('version')!r:.20}")
         try:
             shape = parsed["latent_shape"]
             index = cls(
@@ -99,46 +90,42 @@ class RecordingIndex:
             )
             index._check()
         except (KeyError, TypeError, ValueError, ArithmeticError):
-            raise TargetError(f"{path}: the index is damaged: it contradicts itself or lacks a fact") from None
+            raise TargetError(f"{path}: the index is damaged: entries contradict each other or are missing") from None
         return index
 
     def _check(self) -> None:
-        """``ValueError`` for facts that no writer writes."""
-        counts = [self.width, self.height]
+        """Raise ``ValueError`` for values that no writer writes."""
+        counts = [self.width, self.height, *(self.latent_shape or ())]
+        right = [
+            self.fps > 0,
+            isinstance(self.notes, dict),
+            self.latent_shape is None or len(self.latent_shape) == _LATENT_AXES,
+        ]
         end = 0
         for segment in self.segments:
-            if segment.first_frame != end:
-                raise ValueError
+            right.append(segment.first_frame == end)
             end = segment.end_frame
             counts += [segment.frames, segment.size]
             latents = (segment.latents_file, segment.latent_frames, segment.latents_size)
             if self.latent_shape is None:
-                if latents != (None, 0, 0):
-                    raise ValueError
+                right.append(latents == (None, 0, 0))
             else:
-                counts += [segment.latent_frames, segment.latents_size]
+                counts += latents[1:]
             # Names in this folder only: a file that is named here can be removed.
-            for name in (segment.file, segment.latents_file):
-                if name is not None and (not isinstance(name, str) or Path(name).name != name):
-                    raise ValueError
-        if self.latent_shape is not None:
-            if len(self.latent_shape) != _LATENT_AXES:
-                raise ValueError
-            counts += self.latent_shape
-        if not self.fps > 0 or not isinstance(self.notes, dict):
-            raise ValueError
-        if not all(type(count) is int and count > 0 for count in counts):
+            names = [segment.file] if segment.latents_file is None else [segment.file, segment.latents_file]
+            right += [isinstance(name, str) and Path(name).name == name for name in names]
+        if not all(right) or not all(type(count) is int and count > 0 for count in counts):
             raise ValueError
 
     def check_files(self, folder: str | Path, segments: Sequence[Segment]) -> None:
-        """Raises ``TargetError`` unless every file of ``segments`` is there, with as many bytes as were written."""
+        """Raise ``TargetError`` unless every file of ``segments`` exists with the size that was written."""
         for segment in segments:
             for name, size in ((segment.file, segment.size), (segment.latents_file, segment.latents_size)):
                 if name is None:
                     continue
                 try:
-                    came = Path(folder, name).stat().st_size
+                    found = Path(folder, name).stat().st_size
                 except OSError as error:
                     raise TargetError(f"{Path(folder, name)}: expected {size} bytes, {reason(error)}") from None
-                if came != size:
-                    raise TargetError(f"{Path(folder, name)}: expected the {size} bytes written, came {came}")
+                if found != size:
+                    raise TargetError(f"{Path(folder, name)}: expected {size} bytes, found {found}")

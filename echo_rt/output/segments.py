@@ -1,8 +1,8 @@
-"""A recording in numbered pieces, each a whole file: what a power cut takes is the piece it falls into.
+"""A recording in numbered segments, each a whole file: a power cut costs at most the segment that is being written.
 
 The folder holds ``video-00000.mp4``, ``video-00001.mp4``, ... (with ``latents-00000.safetensors``, ... where latents
 are kept too), the list ``video.ffconcat`` that players and FFmpeg open as one video, and the index
-``recording.json``, which says what belongs to the recording. A piece is entered there once it is on the disk.
+``recording.json``, which says what belongs to the recording. A segment is entered there once it is on the disk.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from echo_rt.errors import ConfigError, OutputError, TargetError
 from echo_rt.output.latents import LatentsWriter
 from echo_rt.output.segment_index import RecordingIndex, Segment
 from echo_rt.output.video import VideoWriter
-from echo_rt.utils.atomic_file import Closing, reason, write_whole
+from echo_rt.utils.atomic_file import Closing, close_all, reason, write_whole
 from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.wording import counted
 
@@ -32,34 +32,33 @@ _PIECE = re.compile(r"video-\d{5,}\.mp4|latents-\d{5,}\.safetensors")
 def check_free(
     folder: str | Path,
     expected: str = "a folder without a recording",
-    advice: str = "resume that, or name another folder",
+    advice: str = "resume it, or name another folder",
 ) -> None:
-    """Raise ``TargetError`` where ``folder`` holds a recording with frames, or pieces whose index is gone."""
+    """Raise ``TargetError`` where ``folder`` holds a recording with frames, or segments whose index is gone."""
     try:
-        pieces = sorted(file.name for file in Path(folder).iterdir() if _PIECE.fullmatch(file.name))
+        files = sorted(file.name for file in Path(folder).iterdir() if _PIECE.fullmatch(file.name))
     except FileNotFoundError:
         return
     except OSError as error:
         raise TargetError(f"{folder}: cannot be a folder to write into: {reason(error)}") from None
     frames = RecordingIndex.read(folder).frames if RecordingIndex.path(folder).exists() else None
-    if frames or (frames is None and pieces):
-        came = f"a recording of {counted(frames, 'frame')}" if frames else pieces[0]
-        raise TargetError(f"{folder}: expected {expected}, it holds {came}; {advice}")
+    if frames or (frames is None and files):
+        found = f"a recording of {counted(frames, 'frame')}" if frames else files[0]
+        raise TargetError(f"{folder}: expected {expected}, found {found}; {advice}")
 
 
 class SegmentedWriter(Closing):
-    """Writes blocks of video to ``folder`` in segments of ``seconds`` of video or the rest of a block more.
+    """Writes blocks of video to ``folder`` in segments of ``seconds`` of video, rounded up to whole blocks.
 
     Args:
-        folder: made where there is none; one that holds a recording with frames is refused.
-        width, height, fps: as of :class:`VideoWriter`.
+        folder: made if absent; one that holds a recording with frames is refused.
+        width, height, fps, crf, preset: as for :class:`VideoWriter`.
         seconds: of video in a segment, above 0; :meth:`cut` ends one earlier.
-        latent_shape: channels, height and width of a latent frame where the latents are to be kept too.
-        notes: plain JSON facts for the index, for whoever resumes; :attr:`notes` may be changed while it is written.
-        crf, preset: as of :class:`VideoWriter`.
+        latent_shape: channels, height and width of a latent frame, to keep the latents too.
+        notes: plain JSON metadata for the index, for a resume; :attr:`notes` may be changed during the recording.
 
-    Raises ``ConfigError`` for sizes that cannot be, ``TargetError`` for a folder that cannot be had or is taken,
-    ``OutputError`` when something cannot be written; then what the index names is still whole.
+    Raises ``ConfigError`` for impossible sizes, ``TargetError`` for a folder that cannot be made or is taken, and
+    ``OutputError`` when something cannot be written; everything that the index names is still whole then.
     """
 
     def __init__(
@@ -95,24 +94,23 @@ class SegmentedWriter(Closing):
     def resume(
         cls, folder: str | Path, at_frame: int, *, seconds: float, crf: float = 18, preset: str = "veryfast"
     ) -> SegmentedWriter:
-        """Go on with the recording in ``folder`` at frame ``at_frame``; what it holds from there on is dropped.
+        """Resume the recording in ``folder`` at frame ``at_frame`` and drop its frames from there on.
 
-        A segment must begin or end there: where a snapshot was taken, one was ended with :meth:`cut`. ``TargetError``
-        where none does, or where there is no recording, or it lacks something that its index names; then nothing is
-        dropped.
+        A segment must begin or end there: where a snapshot was taken, :meth:`cut` ended one. ``TargetError`` where none
+        does, and for an absent recording or one that lacks a file that its index names; then nothing is dropped.
         """
         writer = cls.__new__(cls)
         index = RecordingIndex.read(folder)
         writer._setup(folder, index, seconds, crf, preset)
         try:
-            # Once more, now that nobody else can change it.
+            # Read again: from now on nobody else can change it.
             writer.index = index = RecordingIndex.read(folder)
             kept = [segment for segment in index.segments if segment.end_frame <= at_frame]
             reached = kept[-1].end_frame if kept else 0
             if reached != at_frame:
                 raise TargetError(
-                    f"{folder}: cannot go on at frame {at_frame}: the recording has {counted(index.frames, 'frame')}, "
-                    f"and the segment boundary before is at frame {reached}"
+                    f"{folder}: cannot resume at frame {at_frame}: the recording has {counted(index.frames, 'frame')}, "
+                    f"and the last segment boundary before it is at frame {reached}"
                 )
             index.check_files(folder, kept)
             index.segments = kept
@@ -133,16 +131,14 @@ class SegmentedWriter(Closing):
         self._closed = False
         self._claim = FolderClaim(folder)
 
-    # ---------------------------------------------------------------- facts
-
     @property
     def playlist(self) -> Path:
-        """The list that plays the whole recording."""
+        """Path of the list that plays the whole recording."""
         return self.folder / PLAYLIST_FILE
 
     @property
     def notes(self) -> dict[str, Any]:
-        """The facts beside the frames; they reach the disk with the next segment."""
+        """The index's metadata; changes reach the disk with the next segment."""
         return self.index.notes
 
     @property
@@ -155,8 +151,6 @@ class SegmentedWriter(Closing):
         """Latent frames in whole segments."""
         return sum(segment.latent_frames for segment in self.index.segments)
 
-    # ---------------------------------------------------------------- writing
-
     def write(self, frames: ArrayLike, latents: ArrayLike | None = None) -> None:
         """Append one block: uint8 [T, H, W, 3], T of 1 or more, and its latents where the recording keeps them."""
         if self._closed:
@@ -164,7 +158,7 @@ class SegmentedWriter(Closing):
         if (latents is None) != (self.index.latent_shape is None):
             raise ConfigError(f"{self.folder}: expected {'no ' if latents is not None else ''}latents with a block")
         video = self._video or self._begin()
-        # The latents first: they are what a video can be made from again.
+        # The latents first: the video can be decoded from them again.
         if self._latents is not None and latents is not None:
             self._latents.write(latents)
         video.write(frames)
@@ -172,23 +166,14 @@ class SegmentedWriter(Closing):
             self.cut()
 
     def cut(self) -> None:
-        """End the segment here: all frames written so far are on the disk after it. Of no frames there is none."""
+        """End the segment here, if it has frames: all frames written so far are on the disk afterwards."""
         video, latents, self._video, self._latents = self._video, self._latents, None, None
         if video is None:
             return
-        problems: list[OutputError] = []
-        for writer in (latents, video):
-            try:
-                if writer is not None:
-                    writer.close()
-            except OutputError as error:
-                problems.append(error)
-        # Where the disk is full, what fitted is still a part of the recording.
+        problems = close_all(writer.close for writer in (latents, video) if writer is not None)
+        # On a full disk, the frames that fitted still belong to the recording.
         if video.in_place and (latents is None or latents.in_place):
-            try:
-                self._enter(video, latents)
-            except OutputError as error:
-                problems.append(error)
+            problems += close_all([lambda: self._enter(video, latents)])
         if problems:
             raise problems[0]
 
@@ -209,7 +194,7 @@ class SegmentedWriter(Closing):
         self._publish()
 
     def close(self) -> None:
-        """End the last segment and let the folder go. May be called twice."""
+        """End the last segment and release the folder. May be called twice."""
         if self._closed:
             return
         self._closed = True
@@ -232,12 +217,12 @@ class SegmentedWriter(Closing):
             try:
                 self._latents = LatentsWriter(self.folder / f"{_LATENTS}{number:05}.safetensors", index.latent_shape)
             except BaseException:
-                self.cut()  # or a later block would go into a segment without latents, which the index cannot have
+                self.cut()  # or a later block would go into a segment without latents, which the index refuses
                 raise
         return self._video
 
     def _publish(self) -> None:
-        """Bring index and list to the disk, the index first: it is the one that counts."""
+        """Write the index, which is decisive, and then the list."""
         self.index.write(self.folder)
         lines = ["ffconcat version 1.0"]
         for segment in self.index.segments:
@@ -245,7 +230,7 @@ class SegmentedWriter(Closing):
         write_whole(self.playlist, "\n".join([*lines, ""]).encode())
 
     def _sweep(self) -> None:
-        """Remove the pieces that do not belong to the recording (any more), and what killed processes left."""
+        """Remove the files that do not belong to the recording (any more), and part files of killed processes."""
         named = {name for segment in self.index.segments for name in (segment.file, segment.latents_file)}
         try:
             for file in list(self.folder.iterdir()):
@@ -254,4 +239,4 @@ class SegmentedWriter(Closing):
             for prefix in (_VIDEO, _LATENTS, PLAYLIST_FILE, RecordingIndex.path(self.folder).name):
                 self._claim.remove_parts(prefix)
         except OSError as error:
-            raise OutputError(f"{self.folder}: cannot remove what is not used: {reason(error)}") from None
+            raise OutputError(f"{self.folder}: cannot remove unused files: {reason(error)}") from None

@@ -1,8 +1,8 @@
-"""An H.264 MP4 that grows while it is made and is playable wherever it stops.
+"""An H.264 MP4 that grows while it is made and plays wherever it is cut off.
 
-The file is fragmented: the index comes in pieces, one before each group of pictures, instead of once at the end.
-So the memory in use does not depend on the length, and what is cut off after any fragment still plays. (The muxer
-keeps one entry of a few dozen bytes for each fragment, for the table that makes seeking fast: 1 MB for a day.)
+The file is fragmented: the index comes in pieces, one before each group of pictures, instead of once at the end. So the
+memory in use does not depend on the length, and a file that ends after any fragment plays. (The muxer keeps a few dozen
+bytes per fragment for the table that makes seeking fast: 1 MB per day.)
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _BT709 = 1
 
 
 def load_av() -> Any:
-    """PyAV's module, which what is written with FFmpeg needs; :class:`BackendError` where it is not installed."""
+    """Import PyAV, which all writing with FFmpeg needs; :class:`BackendError` where it is not installed."""
     with needing("av", "writing a video or a picture"):
         import av.video.reformatter
     return av
 
 
 class _Sink:
-    """What the muxer writes to: memory only, so that no disk error and no signal surfaces inside FFmpeg's call."""
+    """Memory that the muxer writes to, so that no disk error and no signal surfaces inside FFmpeg's call."""
 
     def __init__(self) -> None:
         self._pending = io.BytesIO()
@@ -58,12 +58,12 @@ class VideoWriter(Closing):
         fps: frames a second.
         crf: x264's constant quality, 0 (lossless) to 51; 18 is hard to tell from the source.
         preset: x264's speed preset.
-        gop_seconds: longest stretch between two key frames, which is also what a crash loses at most,
-            besides the frames that the encoder still looks ahead at.
+        gop_seconds: longest time between two key frames, which is also the most that a crash loses,
+            besides the frames in the encoder's lookahead.
 
     Raises ``ConfigError`` for a size that cannot be encoded, ``OutputError`` when the file cannot be written and
-    ``BackendError`` without PyAV.
-    After an ``OutputError`` :meth:`close` still puts the frames that reached the disk in place, playable.
+    ``BackendError`` without PyAV. After an ``OutputError``, :meth:`close` still puts a playable file of the frames that
+    reached the disk in place.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class VideoWriter(Closing):
 
     @property
     def in_place(self) -> bool:
-        """Whether what was written stands under its name."""
+        """Whether the file is on the disk under its name."""
         return self._part.in_place
 
     def write(self, frames: ArrayLike) -> None:
@@ -136,7 +136,7 @@ class VideoWriter(Closing):
             raise OutputError(f"{self.path}: the H.264 encoder failed: {error}") from None
 
     def close(self) -> None:
-        """Finish the file and put it in place; with no frame in it, leave what is there. May be called twice."""
+        """Finish the file and put it in place; without frames, leave an older file as it is. May be called twice."""
         if self._closed:
             return
         self._closed = True
@@ -147,7 +147,7 @@ class VideoWriter(Closing):
             except OutputError as error:
                 problem = error
         else:
-            self._container.close()  # releases the encoder; what the muxer still says goes nowhere
+            self._container.close()  # releases the encoder; the muxer's last output is dropped
         if self.frames_on_disk:
             self._part.commit()
         else:
@@ -167,12 +167,12 @@ class VideoWriter(Closing):
     def _mux(self, packets: list[av.Packet[av.VideoStream]]) -> None:
         for packet in packets:
             self._container.mux(packet)
-            # A key frame closes the fragment of all packets before it, and the muxer emits it whole.
+            # A key frame ends the fragment of all packets before it, and the muxer emits that whole.
             self._drain(self._muxed)
             self._muxed += 1
 
     def _drain(self, frames: int) -> None:
-        """Bring to the disk what the muxer has emitted: whole fragments that hold the first ``frames`` frames."""
+        """Write what the muxer has emitted: whole fragments with the first ``frames`` frames."""
         data = self._sink.take()
         if not data:
             return
@@ -183,6 +183,6 @@ class VideoWriter(Closing):
             kept = f"the first {self.frames_on_disk} frames are kept" if self.frames_on_disk else "nothing is kept"
             raise OutputError(f"{self.path}: cannot write on: {reason(error)}; {kept}") from None
         except BaseException:
-            self._failed = True  # a fragment is lost: nothing that comes after it would play
+            self._failed = True  # a fragment is lost, and nothing after it would play
             raise
         self.frames_on_disk = frames

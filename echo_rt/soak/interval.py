@@ -1,20 +1,83 @@
-"""The figures of an interval: gathered block by block, put into one line, in memory bounded by the interval."""
+"""The figures of an interval: gathered block by block into one line, in memory bounded by the interval."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import time
+from collections import Counter, deque
 from collections.abc import Mapping
-from typing import Any
+from operator import itemgetter
 
-from echo_rt.chunk import Chunk
+import numpy as np
+
+from echo_rt.chunk import Chunk, ChunkStats, Vitals
 from echo_rt.config import ModelConfig
 from echo_rt.soak.journal import Line
-from echo_rt.soak.latency import Histogram, Outliers
 from echo_rt.utils.wording import counted
 
 _DIGEST_BYTES = 16
+
+# Neighbouring bins differ by a thousandth: a ratio of quantiles of 1.05 is told from one of 1.052.
+_STEP = math.log(1.001)
+_SHORTEST = 1e-6  # seconds
+
+_WINDOW = 256  # blocks that a block is compared with
+_ENOUGH = 64  # fewer blocks say little about the spread
+_NORMAL = 1.4826  # standard deviations per median absolute deviation
+# Latencies of a GPU lie so close together that their own spread would make an outlier of every hiccup.
+_LEAST_SPREAD = 0.01
+
+
+class Histogram:
+    """Counts of latencies in bins that are a thousandth wide. As JSON: ``{"bin": count}``."""
+
+    def __init__(self, bins: Mapping[str, int] | None = None) -> None:
+        self._counts: Counter[int] = Counter({int(name): count for name, count in (bins or {}).items()})
+
+    def add(self, seconds: float) -> None:
+        """Count one latency."""
+        self._counts[math.floor(math.log(max(seconds, _SHORTEST)) / _STEP)] += 1
+
+    def merge(self, other: Histogram) -> None:
+        """Add the counts of ``other``."""
+        self._counts.update(other._counts)
+
+    @property
+    def count(self) -> int:
+        """Number of latencies."""
+        return self._counts.total()
+
+    def quantile(self, share: float) -> float | None:
+        """Return the seconds that a ``share`` (0..1) of the latencies does not exceed, to a thousandth, or None."""
+        left = math.ceil(share * self.count)
+        for index in sorted(self._counts):
+            left -= self._counts[index]
+            if left <= 0:
+                return math.exp((index + 0.5) * _STEP)
+        return None
+
+    def to_json(self) -> dict[str, int]:
+        """Return the bins that are not empty."""
+        return {str(index): self._counts[index] for index in sorted(self._counts)}
+
+
+class Outliers:
+    """How many robust standard deviations a block is slower than the latest blocks."""
+
+    def __init__(self) -> None:
+        self._window: deque[float] = deque(maxlen=_WINDOW)
+
+    def zscore(self, seconds: float) -> float | None:
+        """Judge a block, which then joins the window; None while the window is too short."""
+        score = None
+        if len(self._window) >= _ENOUGH:
+            recent = np.fromiter(self._window, dtype=np.float64)
+            median = float(np.median(recent))
+            spread = _NORMAL * float(np.median(np.abs(recent - median)))
+            score = (seconds - median) / max(spread, _LEAST_SPREAD * median)
+        self._window.append(seconds)
+        return score
 
 
 def digest(chunk: Chunk) -> str:
@@ -25,13 +88,12 @@ def digest(chunk: Chunk) -> str:
     return made.hexdigest()
 
 
-def finite(value: float | None) -> float | None:
-    """``value``, or None where JSON has no word for it."""
-    return value if value is not None and math.isfinite(value) else None
-
-
 class Checker:
-    """What is known of the whole process so far, by which its blocks are judged as they come."""
+    """What is known of the process so far, to judge each block against.
+
+    ``block``, ``frame``: the next block and its first video frame. ``expected``: hashes of an earlier process.
+    ``offset``: blocks by which the video is ahead of the state, after rollbacks of an earlier process.
+    """
 
     def __init__(
         self,
@@ -43,16 +105,15 @@ class Checker:
         hash_every: int,
         offset: int = 0,
     ) -> None:
-        self.block, self.frame = block, frame  # of the chunk that comes next
-        self.compared = 0  # hashes, with those that an earlier process made
+        self.block, self.frame = block, frame
+        self.outliers = Outliers()
         self._window = config.window
         self._expected, self._hash_every = dict(expected), hash_every
         self._shift = self._rollbacks = 0
-        self._offset = offset * self._window.frames_per_block  # of the video's frames from the state's
-        self._outliers = Outliers()
+        self._offset = offset * self._window.frames_per_block  # in latent frames
 
     def misplaced(self, chunk: Chunk, rollbacks: int) -> str | None:
-        """What is wrong with the chunk's place in the video, or None; counts it as the one that was expected.
+        """Return what is wrong with the block's place in the video, or None; go on to the next block.
 
         ``rollbacks``: of the stream so far. At a new one the state goes back by some blocks, and the video goes on.
         """
@@ -60,11 +121,11 @@ class Checker:
         off = (chunk.index + 1) * window.frames_per_block - 1 - stats.newest_temporal_id - stats.shift
         if rollbacks > self._rollbacks:
             self._rollbacks, self._shift, self._offset = rollbacks, 0, off
-            self._expected.clear()  # of a video with the noise of before
+            self._expected.clear()  # of a video with other noise
         wrong = None
         if chunk.index != self.block or chunk.first_frame != self.frame:
-            expected = f"block {self.block} from frame {self.frame}"
-            wrong = f"expected {expected}, came {chunk.index} from frame {chunk.first_frame}"
+            expected = f"expected block {self.block} from frame {self.frame}"
+            wrong = f"{expected}, found {chunk.index} from frame {chunk.first_frame}"
         elif not 0 <= stats.newest_temporal_id <= window.max_temporal_id:
             wrong = f"newest id {stats.newest_temporal_id} is not in 0..{window.max_temporal_id}"
         elif stats.shift < self._shift:
@@ -77,99 +138,74 @@ class Checker:
         return wrong
 
     def hash(self, chunk: Chunk) -> tuple[str | None, str | None]:
-        """The block's hash, if it is one to be hashed, and the one it should have had, if it had another before."""
+        """Return the hash of a block that is to be hashed, and the one that an earlier process found."""
         if chunk.index % self._hash_every:
             return None, None
-        made, known = digest(chunk), self._expected.pop(chunk.index, None)
-        self.compared += known is not None
-        return made, known if known != made else None
-
-    def zscore(self, seconds: float) -> float | None:
-        """See :class:`Outliers`."""
-        return self._outliers.zscore(seconds)
+        return digest(chunk), self._expected.pop(chunk.index, None)
 
 
 class Interval:
-    """Gathers blocks from the one that ``checker`` expects next."""
+    """Gathers blocks from the next one of ``checker`` on; a z-score above ``outlier_from`` makes an outlier."""
 
     def __init__(self, checker: Checker, run: int, outlier_from: float | None) -> None:
         self._checker, self._run, self._outlier_from = checker, run, outlier_from
-        self._first_block, self._first_frame = checker.block, checker.frame
-        self._began = time.monotonic()
-        self.blocks = 0
-        self._latency, self._warm = Histogram(), True
-        self._longest = (0.0, checker.block)
-        self._switch = [0, 0.0]
-        self._z: dict[str, Any] = {"max": None, "block": None, "judged": 0, "outliers": 0}
-        self._ids: list[int] = []
-        self._misplaced: list[Any] = []
-        self._latents = [0.0, 0.0]
-        self._video: list[float] = []
-        self._nonfinite: dict[str, Any] = {"latent": 0, "video": 0, "block": None}
+        self._began, self._first_block, self._first_frame = time.monotonic(), checker.block, checker.frame
+        self._warm, self._rollbacks = True, 0
+        self._stats: list[ChunkStats] = []
+        self._seconds: list[tuple[float, int]] = []  # with the block, as in the lists below
+        self._switches: list[float] = []
+        self._latency = Histogram()
+        self._scores: list[tuple[float, int]] = []
+        self._misplaced: list[tuple[int, str]] = []
+        self._nonfinite: list[tuple[int, Vitals]] = []
         self._hashes: list[tuple[int, str]] = []
-        self._mismatches: list[tuple[int, str, str]] = []
-        self._rollbacks = 0
-        self._last: Chunk | None = None
+        self._known: list[tuple[int, str, str]] = []  # the hash of an earlier process, and this one's
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks so far."""
+        return len(self._stats)
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since it began."""
         return time.monotonic() - self._began
 
     def add(self, chunk: Chunk, seconds: float, *, warm: bool, switching: bool, rollbacks: int = 0) -> str | None:
-        """One more block, which took ``seconds``; its hash, if it has one.
+        """Add a block that took ``seconds``; return its hash, if it has one.
 
         ``warm``: its latency counts. ``switching``: it may have paid for a prompt switch. ``rollbacks``: so far.
         """
-        vitals, index = chunk.stats.vitals, chunk.index
-        self.blocks += 1
-        self._last = chunk
-        if seconds > self._longest[0]:
-            self._longest = (seconds, index)
-        self._warm = self._warm and warm
-        self._rollbacks = rollbacks
+        block, vitals = chunk.index, chunk.stats.vitals
+        self._warm, self._rollbacks = self._warm and warm, rollbacks
+        self._stats.append(chunk.stats)
+        self._seconds.append((seconds, block))
         if switching:
-            self._switch = [self._switch[0] + 1, max(self._switch[1], seconds)]
+            self._switches.append(seconds)
         elif warm:
             self._latency.add(seconds)
-            self._judge(index, self._checker.zscore(seconds))
-        self._ids = [*self._ids[:2], chunk.stats.newest_temporal_id]
-        self._ids = [min(self._ids), max(self._ids)]
+            score = self._checker.outliers.zscore(seconds)
+            self._scores += [] if score is None else [(score, block)]
         wrong = self._checker.misplaced(chunk, rollbacks)
-        if wrong is not None and not self._misplaced:
-            self._misplaced = [index, wrong]
-        self._latents = [self._latents[0] + vitals.latent_mean, self._latents[1] + vitals.latent_std]
-        self._video = [min([*self._video[:1], vitals.video_min]), max([*self._video[1:], vitals.video_max])]
+        self._misplaced += [] if wrong is None else [(block, wrong)]
         if vitals.latent_nonfinite or vitals.video_nonfinite:
-            self._nonfinite["latent"] += vitals.latent_nonfinite
-            self._nonfinite["video"] += vitals.video_nonfinite
-            if self._nonfinite["block"] is None:
-                self._nonfinite["block"] = index
-        made, known = self._checker.hash(chunk)
-        if made is not None:
-            self._hashes.append((index, made))
-            if known is not None:
-                self._mismatches.append((index, known, made))
-        return made
-
-    def _judge(self, block: int, score: float | None) -> None:
-        if score is None:
-            return
-        self._z["judged"] += 1
-        self._z["outliers"] += self._outlier_from is not None and score > self._outlier_from
-        if self._z["max"] is None or score > self._z["max"]:
-            self._z.update(max=round(score, 3), block=block)
+            self._nonfinite.append((block, vitals))
+        found, known = self._checker.hash(chunk)
+        if found is not None:
+            self._hashes.append((block, found))
+            self._known += [] if known is None else [(block, known, found)]
+        return found
 
     def line(self, *, elapsed: float, fps: float, probes: Line, prompt: int) -> Line:
-        """The line. ``elapsed``: seconds of the whole soak; ``fps``: of the video; ``probes``: to go into it."""
-        chunk = self._last
-        assert chunk is not None, "an interval without a block has no line"
-        frame, vitals, compared = self._checker.frame, chunk.stats.vitals, self._checker.compared
-        self._checker.compared = 0
+        """Return the line. ``elapsed``: seconds of the whole soak; ``fps``: of the video; ``probes``: added to it."""
+        last, frame = self._stats[-1], self._checker.frame
+        ids = [stats.newest_temporal_id for stats in self._stats]
+        vitals = [stats.vitals for stats in self._stats]
+        longest, slowest = max(self._seconds, key=itemgetter(0)), max(self._scores, key=itemgetter(0), default=None)
         return {
             "run": self._run,
             "first_block": self._first_block,
-            "block": chunk.index,
+            "block": self._checker.block - 1,
             "blocks": self.blocks,
             "frame": frame,
             "video_seconds": round(frame / fps, 3),
@@ -181,36 +217,53 @@ class Interval:
             "latency": {
                 "p50": _milliseconds(self._latency.quantile(0.5)),
                 "p99": _milliseconds(self._latency.quantile(0.99)),
-                "max": _milliseconds(self._longest[0]),
-                "max_block": self._longest[1],
+                "max": _milliseconds(longest[0]),
+                "max_block": longest[1],
                 "bins": self._latency.to_json(),
             },
-            "switch_latency": {"blocks": self._switch[0], "max": _milliseconds(self._switch[1] or None)},
-            "zscore": self._z,
+            "switch_latency": {"blocks": len(self._switches), "max": _milliseconds(max(self._switches, default=None))},
+            "zscore": {
+                "max": None if slowest is None else round(slowest[0], 3),
+                "block": None if slowest is None else slowest[1],
+                "judged": len(self._scores),
+                "outliers": sum(score > (self._outlier_from or math.inf) for score, _ in self._scores),
+            },
             "position": {
-                "shift": chunk.stats.shift,
-                "newest_id": chunk.stats.newest_temporal_id,
-                "least_newest_id": self._ids[0],
-                "most_newest_id": self._ids[1],
-                "misplaced": self._misplaced,
+                "shift": last.shift,
+                "newest_id": ids[-1],
+                "least_newest_id": min(ids),
+                "most_newest_id": max(ids),
+                "misplaced": self._misplaced[0] if self._misplaced else [],
             },
             "memory_state": {
-                "attended": chunk.stats.memory_attended,
-                "norm": finite(vitals.memory_norm),
-                "gate_mean": finite(vitals.gate_mean),
+                "attended": last.memory_attended,
+                "norm": _finite(vitals[-1].memory_norm),
+                "gate_mean": _finite(vitals[-1].gate_mean),
             },
             "latents": {
-                "mean": finite(self._latents[0] / self.blocks),
-                "std": finite(self._latents[1] / self.blocks),
+                "mean": _finite(sum(one.latent_mean for one in vitals) / len(vitals)),
+                "std": _finite(sum(one.latent_std for one in vitals) / len(vitals)),
             },
-            "video": {"min": finite(self._video[0]), "max": finite(self._video[1])},
-            "nonfinite": self._nonfinite,
+            "video": {
+                "min": _finite(min(one.video_min for one in vitals)),
+                "max": _finite(max(one.video_max for one in vitals)),
+            },
+            "nonfinite": {
+                "latent": sum(bad.latent_nonfinite for _, bad in self._nonfinite),
+                "video": sum(bad.video_nonfinite for _, bad in self._nonfinite),
+                "block": self._nonfinite[0][0] if self._nonfinite else None,
+            },
             "rollbacks": self._rollbacks,
             "hashes": self._hashes,
-            "compared": compared,
-            "mismatches": self._mismatches,
+            "compared": len(self._known),
+            "mismatches": [entry for entry in self._known if entry[1] != entry[2]],
             **probes,
         }
+
+
+def _finite(value: float | None) -> float | None:
+    """``value``, or None where JSON has no word for it."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _milliseconds(seconds: float | None) -> float | None:

@@ -1,19 +1,26 @@
-"""Memory of the process, and of the device through torch's allocator. Nothing here waits for the device."""
+"""Memory of the process and of the device, and the health of the GPU. Nothing here waits for the device."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 _STATM = Path("/proc/self/statm")
 _KIBIBYTE = 1024  # the unit of ru_maxrss on Linux
 
+# The driver's prefixes for the identity of a whole GPU, and of a partition of one.
+_BOARD, _PARTITION = "GPU-", "MIG-"
+
 
 def host_memory() -> dict[str, int | None]:
-    """Bytes: ``rss`` now (None where there is no /proc), ``peak`` of the process so far."""
+    """Bytes: ``rss`` now (None without /proc), ``peak`` of the process so far."""
     rss = None
     if _STATM.exists():
         rss = int(_STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -21,7 +28,7 @@ def host_memory() -> dict[str, int | None]:
 
 
 def device_memory(device: torch.device) -> dict[str, int] | None:
-    """What torch's allocator holds on a GPU, and how often it has asked the driver; None for a CPU.
+    """Figures of torch's allocator on a GPU; None for a CPU.
 
     Bytes: ``allocated`` by tensors, ``reserved`` from the driver, ``peak`` of allocated since the last call. Counts
     since the start: ``allocations`` of tensors, ``driver_allocations``, ``retries`` after a full device, ``ooms``.
@@ -39,3 +46,69 @@ def device_memory(device: torch.device) -> dict[str, int] | None:
         "retries": stats["num_alloc_retries"],
         "ooms": stats["num_ooms"],
     }
+
+
+class GpuHealth:
+    """Temperature, clocks, power, energy and ECC errors of one GPU, as its driver reports them to ``nvml``.
+
+    Raises ``nvml.NVMLError`` where the driver does not answer or does not know the device.
+    """
+
+    def __init__(self, nvml: Any, device: torch.device) -> None:
+        self._nvml = nvml
+        nvml.nvmlInit()
+        try:
+            handle = self._find(str(torch.cuda.get_device_properties(device).uuid))
+        except nvml.NVMLError:
+            nvml.nvmlShutdown()
+            raise
+        corrected, uncorrected = nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED
+        # ECC errors are counted since the driver was loaded.
+        self._readings: dict[str, Callable[[], int]] = {
+            "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+            "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+            "clock_limits": lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
+            "power_mw": lambda: nvml.nvmlDeviceGetPowerUsage(handle),
+            "energy_mj": lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle),
+            "ecc_corrected": lambda: nvml.nvmlDeviceGetTotalEccErrors(handle, corrected, nvml.NVML_VOLATILE_ECC),
+            "ecc_uncorrected": lambda: nvml.nvmlDeviceGetTotalEccErrors(handle, uncorrected, nvml.NVML_VOLATILE_ECC),
+        }
+
+    def _find(self, identity: str) -> Any:
+        """Return the driver's handle, by identity: CUDA numbers only the visible devices, in another order."""
+        try:
+            return self._nvml.nvmlDeviceGetHandleByUUID(f"{_BOARD}{identity.removeprefix(_BOARD)}")
+        except self._nvml.NVMLError:
+            return self._nvml.nvmlDeviceGetHandleByUUID(f"{_PARTITION}{identity.removeprefix(_PARTITION)}")
+
+    def read(self) -> dict[str, int | None]:
+        """Return all figures, None for those that this GPU lacks; ``clock_limits`` is the driver's bit field."""
+        figures: dict[str, int | None] = {}
+        for name, reading in self._readings.items():
+            figures[name] = None
+            # GPUs differ in what they count, and a partition may not ask for all of it.
+            with contextlib.suppress(self._nvml.NVMLError):
+                figures[name] = int(reading())
+        return figures
+
+    def close(self) -> None:
+        """Release the driver."""
+        self._nvml.nvmlShutdown()
+
+
+def gpu_health(device: torch.device) -> GpuHealth | None:
+    """Return the health of ``device``; None for a CPU and, with a warning, where the driver does not answer."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+    except ImportError:
+        problem = "needs nvidia-ml-py: pip install nvidia-ml-py"
+    else:
+        try:
+            return GpuHealth(pynvml, device)
+        except pynvml.NVMLError as error:
+            problem = f"the driver does not report it: {error}"
+    warnings.warn(f"{device}: GPU health {problem}; its figures are left out", RuntimeWarning, stacklevel=2)
+    return None

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from echo_rt.errors import BackendError, ConfigError
+from echo_rt.soak.checks import Status, Verdict
 from echo_rt.soak.journal import Line
-from echo_rt.soak.outcome import Status, Verdict
 from echo_rt.utils.atomic_file import reason
 
 _PREFIX = "echo_rt_soak"
@@ -18,7 +18,7 @@ _VALUES = {Status.KEPT: 1.0, Status.BROKEN: 0.0, Status.UNCHECKED: math.nan}
 
 
 def figures(line: Mapping[str, Any], prefix: str = _PREFIX) -> Iterator[tuple[str, float]]:
-    """Every number of a line under the name of its path, ``echo_rt_soak_latency_p99``; what is not known is NaN."""
+    """Yield every number of a line under the name of its path, ``echo_rt_soak_latency_p99``; NaN for null."""
     for name, value in line.items():
         path = f"{prefix}_{name}"
         if name in _NOT_FIGURES:
@@ -30,7 +30,7 @@ def figures(line: Mapping[str, Any], prefix: str = _PREFIX) -> Iterator[tuple[st
 
 
 class Exporter:
-    """Serves from the moment it is made. ``port`` 0 takes one that is free; :attr:`port` says which.
+    """A :class:`Watcher` that serves from the moment it is made. ``port`` 0 takes a free one, which :attr:`port` names.
 
     :class:`BackendError` without prometheus-client, :class:`ConfigError` for an address that cannot be served at.
     """
@@ -57,25 +57,22 @@ class Exporter:
         self.port = int(self._server.server_port)
 
     def block_done(self, block: int, frames: int, seconds: float) -> None:
-        """See :class:`Watcher`."""
+        """Note the newest block."""
         with self._lock:
             self._block = (block, frames, seconds)
 
     def line_done(self, line: Line, verdicts: Sequence[Verdict]) -> None:
-        """See :class:`Watcher`."""
+        """Note the newest line."""
         with self._lock:
             self._line, self._verdicts = line, verdicts
 
     def collect(self) -> Iterator[Any]:
-        """What the registry asks for at every request."""
+        """Yield all metrics; the registry calls it at every request."""
         with self._lock:
             line, verdicts, (block, frames, seconds) = self._line, self._verdicts, self._block
-        for name, value, meaning in (
-            ("current_block", block, "number of the newest block"),
-            ("current_frames", frames, "frames of video so far"),
-            ("current_block_seconds", seconds, "how long the newest block took"),
-        ):
-            yield self._family(f"{_PREFIX}_{name}", meaning, value=value)
+        yield self._family(f"{_PREFIX}_current_block", "number of the newest block", value=block)
+        yield self._family(f"{_PREFIX}_current_frames", "frames of video so far", value=frames)
+        yield self._family(f"{_PREFIX}_current_block_seconds", "how long the newest block took", value=seconds)
         for name, value in figures(line):
             yield self._family(name, "of the newest line of soak.jsonl", value=value)
         promise = self._family(f"{_PREFIX}_promise", "1 kept, 0 broken, NaN not checked", labels=["promise"])
@@ -84,7 +81,7 @@ class Exporter:
         yield promise
 
     def close(self) -> None:
-        """Serve no more; may be called twice."""
+        """Stop serving; may be called twice."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -1,1 +1,1 @@
-"""What every part stands on: devices, files, processes, wording."""
+"""Shared by all parts: devices, files, processes, threads, wording."""

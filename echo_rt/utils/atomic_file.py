@@ -1,36 +1,36 @@
-"""Writing beside the target and moving into place: what stands under a name is always a whole file."""
+"""Writing beside the target and moving into place: a name always stands for a whole file."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
 from echo_rt.errors import OutputError, TargetError
 
 C = TypeVar("C", bound="Closing")
 
-# With the rest of a part's name, short enough for every file system, four bytes a character.
+# Keeps a part's name short enough for every file system, at four bytes per character.
 _NAME_KEPT = 32
 
 
 def reason(error: OSError) -> str:
-    """Why the system refused, without the path and number that ``str(error)`` repeats."""
+    """The system's reason for an error, without the path and number that ``str(error)`` repeats."""
     return error.strerror or str(error) or type(error).__name__
 
 
 def _target(path: str | Path) -> Path:
-    """The file that a rename may replace: links followed, anything that is not a plain file refused."""
+    """Return the file that a rename may replace: follow links, refuse anything but a plain file."""
     path = Path(path)
     target = Path(os.path.realpath(path))
     try:
-        # A name that no file can have; exists() may take that for a file that is merely absent.
+        # Raises for a name that no file can have, which exists() may take for an absent file.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             target.lstat()
         if target.is_dir():
@@ -46,12 +46,26 @@ def _target(path: str | Path) -> Path:
     return target
 
 
+def append_whole(file: io.FileIO, size: int, data: bytes | memoryview) -> int:
+    """Append all of ``data`` to a file of ``size`` bytes and return the new size, or leave it as it was and raise."""
+    view = memoryview(data)
+    try:
+        done = 0
+        while done < len(view):
+            done += file.write(view[done:])
+    except BaseException:
+        file.truncate(size)
+        file.seek(size)
+        raise
+    return size + len(view)
+
+
 class PartFile:
     """A new file beside ``path``, unbuffered, that becomes ``path`` on :meth:`commit` and vanishes on :meth:`discard`.
 
-    It is called ``.NAME.xxxxxxxx.part``, with the beginning of a long name; the random part keeps two processes with
-    the same target apart, and a process that is killed outright leaves its part there to be found. Raises
-    ``TargetError`` when it cannot be made. ``in_place``: whether it is ``path`` now.
+    Its name is ``.NAME.xxxxxxxx.part``, with the beginning of a long name; the random part keeps processes with the
+    same target apart. A killed process leaves its part behind. Raises ``TargetError`` when it cannot be made.
+    ``in_place``: whether it is ``path`` now.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -68,25 +82,16 @@ class PartFile:
 
     def append(self, data: bytes | memoryview) -> None:
         """Write all of ``data`` at the end, or leave the file as it was and raise ``OSError``."""
-        view = memoryview(data)
-        try:
-            done = 0
-            while done < len(view):
-                done += self._file.write(view[done:])
-        except BaseException:
-            self._file.truncate(self.size)
-            self._file.seek(self.size)
-            raise
-        self.size += len(view)
+        self.size = append_whole(self._file, self.size, data)
 
     def overwrite(self, offset: int, data: bytes) -> None:
-        """Replace bytes that were written before; raises ``OSError``."""
+        """Replace bytes that are already written; raises ``OSError``."""
         if offset + len(data) > self.size:
             raise ValueError(f"bytes {offset}..{offset + len(data)} are not all within the {self.size} written")
         os.pwrite(self._file.fileno(), data, offset)
 
     def commit(self) -> None:
-        """Put the file in place of ``path``; raises ``OutputError``, after the move where a move is possible."""
+        """Move the file to ``path``; raises ``OutputError``, if possible after the move."""
         problem: OSError | None = None
         try:
             os.fsync(self._file.fileno())
@@ -112,30 +117,30 @@ class PartFile:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring to the disk which names a folder holds: until then a power cut can undo a rename. Raises ``OSError``."""
+    """Flush a folder's names to the disk: until then a power cut can undo a rename. Raises ``OSError``."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:
-        return  # one may make files in a folder that one may not read; its names reach the disk in the system's time
+        return  # a folder may be writable and not readable; the system flushes its names later
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that has no such thing as the sync of a folder
+        if error.errno != errno.EINVAL:  # a file system that cannot flush folders
             raise
     finally:
         os.close(descriptor)
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise ``TargetError`` unless a file can be made under this name now; leaves nothing behind."""
+    """Raise ``TargetError`` unless a file with this name can be made now; leaves nothing behind."""
     PartFile(path).discard()
 
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[PartFile]:
-    """A file to write in one go: under its name at the end of the ``with``, or not at all where that raises.
+    """Write a file in one ``with``: it appears at the end, or not at all where the body raises.
 
-    Raises ``OutputError``, in place of an ``OSError`` too that comes from within.
+    Raises ``OutputError``, also in place of an ``OSError`` of the body.
     """
     part = PartFile(path)
     try:
@@ -155,8 +160,19 @@ def write_whole(path: str | Path, data: bytes) -> None:
         part.append(data)
 
 
+def close_all(closers: Iterable[Callable[[], object]]) -> list[Exception]:
+    """Call all ``closers``, whatever happens to the others, and return the errors."""
+    errors: list[Exception] = []
+    for close in closers:
+        try:
+            close()
+        except Exception as error:  # of any kind: the next one must be called as well
+            errors.append(error)
+    return errors
+
+
 class Closing(ABC):
-    """``with`` for what must be closed: on the way out, whatever the way out is."""
+    """A context manager that always closes."""
 
     @abstractmethod
     def close(self) -> None:
@@ -165,7 +181,5 @@ class Closing(ABC):
     def __enter__(self: C) -> C:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

@@ -25,7 +25,7 @@ class BuildInfo:
 
 
 def build_info() -> BuildInfo:
-    """How the compiled part was built; raises ``BackendError`` where there is none."""
+    """Return how the compiled part was built; ``BackendError`` without one."""
     try:
         from echo_rt import _C
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Device and dtype names, checked."""
+"""Devices, dtypes, graph capture, and the torch settings that a model computes under."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from echo_rt.options import DTYPE_NAMES, VAE_DTYPE_NAMES
 from echo_rt.utils.process import require_cuda_usable
 
 FLOAT8 = torch.float8_e4m3fn
-# NVIDIA's first architecture whose tensor cores multiply it, as torch numbers them.
+# Compute capability of the first GPUs whose tensor cores multiply float8.
 _FLOAT8_CAPABILITY = (8, 9)
 
-# A model's dtype by name. float8 is that of its large products; what it otherwise computes in is working_dtype().
+# A model's dtype by name. float8 applies to its large matmuls; working_dtype() to everything else.
 _MODEL_DTYPES: dict[str, torch.dtype] = {
     name: FLOAT8 if name == "float8" else getattr(torch, name) for name in DTYPE_NAMES
 }
-# Those that tensors are computed in.
+# Dtypes that tensors are computed in.
 DTYPES = {name: dtype for name, dtype in _MODEL_DTYPES.items() if dtype != FLOAT8}
 
-# Versions of cuDNN, as numbers, whose 16-bit 3-D convolutions are wrong, or avoided by torch at a high price
+# cuDNN versions, as numbers, whose 16-bit 3-D convolutions are wrong, or which torch avoids at a high cost in memory
 # (pytorch issues 163539, 163581, 166643).
 _CUDNN_FAULTY = range(90800, 91500)
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
-    """The torch device; None means the first CUDA GPU where there is one, else the CPU.
+    """Return the torch device; None means the current CUDA GPU if there is one, else the CPU.
 
-    Raises :class:`BackendError` for a device that is not there, :class:`ConfigError` for a name torch does not know.
+    Raises :class:`BackendError` for a device that does not exist, :class:`ConfigError` for an unknown name.
     """
     if device is None:
-        require_cuda_usable()  # or torch would say that there is no GPU, and the CPU be taken
+        require_cuda_usable()  # or torch would find no GPU, and the CPU would be chosen
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         parsed = torch.device(device)
@@ -53,13 +53,13 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
         raise BackendError(f"device {str(device)!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
     if str(parsed) == "cuda":
-        # Which GPU is the current one is a fact of the thread; a model stays where it was loaded.
+        # Each thread has its own current GPU; a model stays where it was loaded.
         parsed = torch.device("cuda", torch.cuda.current_device())
     return parsed
 
 
 def require_products(device: torch.device) -> None:
-    """Raises :class:`BackendError` for a GPU whose tensor cores do not multiply float8."""
+    """Raise :class:`BackendError` for a GPU whose tensor cores do not multiply float8."""
     if device.type != "cuda":
         return
     found = torch.cuda.get_device_capability(device)
@@ -72,7 +72,7 @@ def require_products(device: torch.device) -> None:
 
 
 def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The model's dtype; None means bfloat16 on a GPU and float32 on a CPU.
+    """Return the model's dtype; None means bfloat16 on a GPU and float32 on a CPU.
 
     :class:`ConfigError` names the choices; :class:`BackendError` for float8 on a GPU that does not multiply it.
     """
@@ -87,17 +87,17 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
-    """What a user calls a model's ``dtype``, itself or as torch writes it; as it is where no model has it."""
+    """Name of a model's ``dtype`` as users write it; any other dtype as torch writes it."""
     return next((name for name, known in _MODEL_DTYPES.items() if str(known) == str(dtype)), str(dtype))
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a model of ``dtype`` keeps its state in and computes all in that is not a float8 product."""
+    """Dtype of a model's state and of everything but its float8 matmuls."""
     return torch.bfloat16 if dtype == FLOAT8 else dtype
 
 
 def parse_vae_dtype(vae_dtype: str | torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
-    """What a video is decoded in beside a model in ``dtype``; None means the same. :class:`ConfigError` as above."""
+    """Return the dtype of the decoder; None means that of the model. :class:`ConfigError` names the choices."""
     if vae_dtype is None:
         return working_dtype(dtype)
     for name in VAE_DTYPE_NAMES:
@@ -106,18 +106,18 @@ def parse_vae_dtype(vae_dtype: str | torch.dtype | None, dtype: torch.dtype) -> 
     raise ConfigError(f"vae_dtype must be one of {', '.join(VAE_DTYPE_NAMES)}; got {str(vae_dtype)!r}")
 
 
-# Torch captures one graph at a time in a process, and waiting for the whole device or emptying its cache, which the
-# beginning of a capture does, spoils one that is under way, whichever thread it is in.
+# Torch captures one graph at a time per process. The beginning of a capture synchronizes the device and empties its
+# cache, which breaks a capture that is under way in any thread.
 capturing = threading.RLock()
 
 
 def capture(
     graph: torch.cuda.CUDAGraph, work: Callable[[], object], *, stream: torch.cuda.Stream, pool: Any | None = None
 ) -> None:
-    """Has ``graph`` capture what ``work`` launches on ``stream``, in memory of ``pool``, or of its own.
+    """Capture in ``graph`` what ``work`` launches on ``stream``, in memory of ``pool``, or of its own.
 
-    Raises what ``work`` raised, whatever torch then says of a capture that was broken off. After a failure torch may
-    believe for ever that ``pool`` is being captured into, and refuse the next capture: its owner needs another one.
+    Raises the error of ``work`` rather than torch's about the aborted capture. After a failure torch may consider
+    ``pool`` as being captured into forever, and refuse the next capture: its owner needs another pool.
     """
     failed: BaseException | None = None
     try:
@@ -133,28 +133,28 @@ def capture(
             raise failed from error
         raise
     finally:
-        failed = None  # its traceback holds this frame, and all memory of the frames below
+        failed = None  # its traceback holds this frame, and the memory of all frames below
 
 
 def give_memory_back(device: torch.device) -> None:
-    """To the GPU, what torch holds and nobody uses: another library, or a graph, cannot be given it otherwise."""
+    """Return torch's unused cached memory to the GPU, for other libraries and for graphs."""
     if device.type == "cuda":
         with capturing:
             torch.cuda.empty_cache()
 
 
-# Kernels read whole 16-byte pieces.
+# Kernels read 16-byte vectors.
 _ALIGNMENT = 16
 
 
 def placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """``tensor`` on ``device`` in ``dtype`` where a kernel can read it: a mapped file aligns to 8 bytes only."""
+    """Return ``tensor`` on ``device`` in ``dtype``, aligned for the kernels: a mapped file aligns to 8 bytes only."""
     moved = tensor.to(device, dtype)
     return moved.clone() if not moved.is_meta and moved.data_ptr() % _ALIGNMENT else moved
 
 
 def warn_of_faulty_convolutions(device: torch.device, dtype: torch.dtype) -> None:
-    """A warning where this cuDNN is known to get the VAE's 16-bit convolutions wrong, or to need far more memory."""
+    """Warn of a cuDNN whose 16-bit convolutions of the VAE are known to be wrong, or to need far more memory."""
     if device.type != "cuda" or dtype is torch.float32:
         return
     version = torch.backends.cudnn.version()
@@ -167,10 +167,10 @@ def warn_of_faulty_convolutions(device: torch.device, dtype: torch.dtype) -> Non
 
 
 class _FullPrecision:
-    """float32 products in float32: by default cuDNN rounds its input to TF32, which is far from the goldens.
+    """Full precision in float32: by default cuDNN rounds its input to TF32, which is far from the goldens.
 
-    The two switches are torch's, one for the whole process, so streams that overlap share one visit: the first in
-    turns TF32 off, the last out puts back what it found.
+    The two switches are process-wide, so overlapping streams share them: the first one to enter turns TF32 off, the
+    last one to leave restores what it found.
     """
 
     def __init__(self) -> None:
@@ -201,9 +201,9 @@ _full_precision = _FullPrecision()
 
 @contextmanager
 def model_context(device: torch.device, *dtypes: torch.dtype) -> Iterator[None]:
-    """What a model computes in, whatever its caller has set: no gradients, no autocast, float32 that is float32.
+    """Let a model compute without gradients, autocast or TF32, whatever its caller has set.
 
-    ``dtypes``: of its parts, which need not be the same.
+    ``dtypes``: those of its parts.
     """
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         if device.type == "cuda" and torch.float32 in dtypes:

@@ -10,15 +10,15 @@ from pathlib import Path
 from echo_rt.errors import TargetError
 from echo_rt.utils.atomic_file import reason, sync_folder
 
-# What a part file is called, around the beginning of the name of the file that it was to become.
+# Name of a part file, around the beginning of the name of the file that it was to become.
 _PART = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.part")
 
 
 class FolderClaim:
-    """Makes ``folder`` where there is none, and holds it until :meth:`release`, or the end of the process, however.
+    """Makes ``folder`` if absent, and locks it until :meth:`release` or any end of the process.
 
-    Without it a recording that is resumed while the one before still runs would be written by two. Raises
-    ``TargetError`` where another holds it, or it cannot be made. It leaves no file behind.
+    Otherwise two processes could write one recording, where it is resumed while the first still runs. Raises
+    ``TargetError`` where another process holds the folder, or it cannot be made. It leaves no file behind.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -39,14 +39,14 @@ class FolderClaim:
             raise TargetError(f"{folder}: cannot be written into: {taken}") from None
 
     def remove_parts(self, prefix: str) -> None:
-        """Remove the part files that killed processes left of files whose names begin with ``prefix``."""
+        """Remove the part files of killed processes, of files whose names begin with ``prefix``."""
         for file in list(self.folder.iterdir()):
             match = _PART.fullmatch(file.name)
             if match is not None and match["name"].startswith(prefix):
                 file.unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Let others have the folder; may be called twice."""
+        """Unlock the folder; may be called twice."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

@@ -1,4 +1,4 @@
-"""Packages that only some uses need."""
+"""Optional packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from echo_rt.utils.wording import first_line
 
 @contextmanager
 def needing(package: str, purpose: str) -> Iterator[None]:
-    """Guard an import: where ``package`` cannot be had, :class:`BackendError` names it and what it is for."""
+    """Guard an import: without ``package``, :class:`BackendError` names it and its purpose."""
     try:
         yield
     except ImportError as error:

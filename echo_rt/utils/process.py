@@ -1,7 +1,7 @@
-"""Forked processes, where a runtime cannot be used, and failures, which must not keep its memory.
+"""Forked processes, which cannot use a runtime, and errors, which must not hold its memory.
 
-A fork copies memory and no threads. Torch's pool of CPU threads is gone in it, and an operation that asks the pool
-waits for ever; CUDA refuses to work at all; and a lock that another thread held stays locked.
+A fork copies memory and no threads. Torch's pool of CPU threads is gone in it, and an operation that needs the pool
+waits forever; CUDA refuses to work at all; and a lock that another thread held stays locked.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ R = TypeVar("R")
 
 _SPAWN = "start the process with multiprocessing's 'spawn'"
 
-# The process that first loaded a runtime: a fork inherits the number, and so learns that it is one.
+# The process that first loaded a runtime: a fork inherits the number, which is not its own.
 _first_loaded_in: int | None = None
 
 
 class ProcessGuard:
-    """Knows the process that it was made in, and refuses its forks."""
+    """Remembers the process that it was made in, and refuses forks of it."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
 
     @property
     def left(self) -> bool:
-        """Whether this is another process, a fork of it."""
+        """Whether this process is a fork."""
         return os.getpid() != self._process
 
     def require(self, what: str) -> None:
-        """:class:`StreamError` in a fork."""
+        """Raise :class:`StreamError` in a fork."""
         if self.left:
             raise StreamError(
                 f"the {what} belongs to process {self._process}, and this is {os.getpid()}, a fork of it: "
@@ -46,13 +46,13 @@ class ProcessGuard:
 
 
 def require_cuda_usable() -> None:
-    """:class:`BackendError` in a fork of a process that uses CUDA."""
+    """Raise :class:`BackendError` in a fork of a process that uses CUDA."""
     if torch.cuda._is_in_bad_fork():
         raise BackendError(f"this process was forked from one that uses CUDA, which works in no fork: {_SPAWN}")
 
 
 def note_loading(device: torch.device) -> None:
-    """A runtime is about to load on ``device``; :class:`BackendError` where it would hang."""
+    """Note that a runtime loads on ``device``; :class:`BackendError` in a process where it would hang."""
     global _first_loaded_in
     if _first_loaded_in is None:
         _first_loaded_in = os.getpid()
@@ -64,11 +64,11 @@ def note_loading(device: torch.device) -> None:
 
 
 def release_on_error(function: Callable[P, R]) -> Callable[P, R]:
-    """Wrap ``function`` so that its failures hold no memory: the traceback's lines are kept, not the frames' tensors.
+    """Wrap ``function`` so that its errors hold no memory: tracebacks keep their lines, and frames drop their tensors.
 
-    A caller loads a smaller model where it is told that memory is short, or another one where it is told that this one
-    cannot be: in its ``except`` clause. There the exception is alive, with every frame it came through, and each of
-    them would keep its tensors. Torch says ``RuntimeError`` for want of memory, in several ways and subclasses.
+    A caller may load a smaller model in the ``except`` clause of an error about memory. There the exception is alive,
+    and so is every frame in its traceback, with its tensors. Torch's errors about memory are of several subclasses of
+    ``RuntimeError``.
     """
 
     @functools.wraps(function)
@@ -84,12 +84,12 @@ def release_on_error(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def free(error: BaseException) -> None:
-    """What the frames behind ``error`` hold, as far as they are over."""
+    """Release the local variables of all finished frames behind ``error``."""
     behind: list[BaseException | None] = [error]
     seen: list[BaseException] = []
     while behind:
         one = behind.pop()
-        if one is None or any(one is other for other in seen):  # which libraries can chain into a ring
+        if one is None or any(one is other for other in seen):  # libraries can chain errors into a ring
             continue
         seen.append(one)
         traceback.clear_frames(one.__traceback__)

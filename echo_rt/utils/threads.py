@@ -2,14 +2,14 @@
 
 Torch splits its CPU operations among OpenMP threads, which wait for each other at the end of every operation. By
 default (GNU's libgomp) a waiting thread spins for milliseconds before it sleeps. That is fastest on free cores. On
-cores that other programs use too, a spinning thread takes the time that the thread it waits for needs, and a stream
-becomes many times slower. OMP_WAIT_POLICY=PASSIVE always sleeps, which is slower on free cores, and libgomp reads it
-only when it is loaded.
+cores that other programs use too, a spinning thread takes the time of the thread it waits for, and a stream becomes
+many times slower. OMP_WAIT_POLICY=PASSIVE always sleeps, which is slower on free cores, and libgomp reads it only when
+it is loaded.
 
 One rule of libgomp works at run time: while there are more OpenMP threads than cores, it spins for 100 rounds instead
-of 300,000 (its manual, GOMP_SPINCOUNT). So :func:`share_cpu` measures several times a second how much of the cores
-other programs use, and keeps idle OpenMP threads while they need them. Operations still run on the same number of
-threads: that number must not change, because the last bits of a video depend on it.
+of 300,000 (its manual, GOMP_SPINCOUNT). So :func:`share_cpu` measures several times per second how much of the cores
+other programs use, and adds idle OpenMP threads while they need them. Operations still run on the same number of
+threads: the last bits of a video depend on it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import torch
 
 _logger = logging.getLogger("echo_rt.utils.threads")
 
-# A user who has set one of these has decided how threads wait.
+# A user who sets one of these has decided how threads wait.
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
-_PERIOD = 0.25  # seconds between two looks: the kernel counts time in ticks of 10 ms
+_PERIOD = 0.25  # seconds between measurements: the kernel counts time in ticks of 10 ms
 _SLACK = 0.25  # of a core: about where sleeping becomes the faster way to wait (docs/embedding.md)
 
 _STAT = Path("/proc/stat")
@@ -40,7 +40,7 @@ _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def busy_seconds(stat: str, cores: Collection[int]) -> float:
-    """Seconds since boot that ``cores`` were busy, whoever used them; ``stat`` is the text of ``/proc/stat``.
+    """Seconds since boot that ``cores`` were busy with any program; ``stat`` is the text of ``/proc/stat``.
 
     Time that the hypervisor gave to other machines (steal) counts as busy.
     """
@@ -58,17 +58,14 @@ def core_quota(cgroup: str, root: Path) -> float:
 
     ``cgroup`` is the text of ``/proc/self/cgroup``, ``root`` the folder where control groups are mounted.
     """
-    quota = float("inf")
+    quotas = [float("inf")]
     path = next((line[3:].strip("/") for line in cgroup.splitlines() if line.startswith("0::")), "")
     for group in (root / path, *(root / path).parents):
-        if not group.is_relative_to(root):
-            break
         limit = group / "cpu.max"
-        if limit.exists():
+        if group.is_relative_to(root) and limit.exists():
             allowed, period = limit.read_text(encoding="ascii").split()
-            if allowed != "max":
-                quota = min(quota, int(allowed) / int(period))
-    return quota
+            quotas += [] if allowed == "max" else [int(allowed) / int(period)]
+    return min(quotas)
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ class Cores:
 
 
 def log_threads(device: torch.device) -> None:
-    """Log one line for a model on a CPU: how many threads torch uses, on how many cores, and how they wait."""
+    """Log one line for a model on a CPU: number of torch's threads, number of cores, and how the threads wait."""
     if device.type != "cpu":
         return
     threads = torch.get_num_threads()
@@ -112,7 +109,7 @@ def log_threads(device: torch.device) -> None:
 
 @contextmanager
 def share_cpu(device: torch.device | str) -> Iterator[None]:
-    """Inside the context, have torch's CPU threads sleep while other programs need the cores, and spin otherwise.
+    """Inside the context, let torch's CPU threads sleep while other programs need the cores, and spin otherwise.
 
     ``device`` is the model's. Does nothing on a GPU, with one thread, where the user has set one of
     :data:`WAIT_VARIABLES`, or where torch's OpenMP is not GNU's. Results and the number of threads stay the same.
@@ -141,7 +138,7 @@ def _libgomp() -> ctypes.CDLL | None:
     """The libgomp that torch is linked against; None, with a line in the log, if it uses another OpenMP."""
     torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        # The handle of a loaded library finds the symbols of its dependencies too: torch's own libgomp, not another.
+        # The handle of a loaded library also finds the symbols of its dependencies: torch's own libgomp, not another.
         library = ctypes.CDLL(str(torch_cpu), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
     except OSError:
         library = None
@@ -180,13 +177,13 @@ def _watch(openmp: ctypes.CDLL, over: threading.Event) -> None:
         now = _Usage.now(cores)
         others, then = now.others_since(then), now
         crowded = cores.free(others) < threads - _SLACK
-        if crowded and idle is None:
+        if crowded == (idle is not None):
+            continue
+        if idle is None:
             idle = IdleTeam(openmp, threads)
-        elif not crowded and idle is not None:
+        else:
             idle.close()
             idle = None
-        else:
-            continue
         waiting = "sleep" if crowded else "spin"
         _logger.info("other programs use %.1f of %s: CPU threads %s while they wait", others, cores, waiting)
     if idle is not None:

@@ -1,16 +1,23 @@
-"""Numbers, types and what libraries say, as a message of one line has them."""
+"""Numbers, times, types and libraries' errors in the words of a one-line message."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch  # which help does without
+    import torch
 
 
 def counted(number: int, one: str, several: str | None = None) -> str:
-    """``1 block``, ``2 blocks``; ``several``: the plural that is not made with an s."""
+    """``1 block``, ``2 blocks``; ``several``: an irregular plural."""
     return f"{number} {one if number == 1 else several or f'{one}s'}"
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def type_of(value: object) -> str:
@@ -20,17 +27,17 @@ def type_of(value: object) -> str:
 
 
 def plain(dtype: torch.dtype) -> str:
-    """As users write it."""
+    """``dtype`` as users write it: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
-def first_line(said: object) -> str:
-    """The first line of what a library says, in an error or a warning; of nothing its type."""
-    return next((line.strip() for line in str(said).splitlines() if line.strip()), type(said).__name__)
+def first_line(error: object) -> str:
+    """First line of a library's error or warning; its type if it has no text."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def with_type(error: BaseException) -> str:
-    """The type of an error, which says more than some of them do, and its first line."""
+    """Type of an error and its first line, for errors whose text alone says too little."""
     return f"{type(error).__name__}: {first_line(error)}"
 
 

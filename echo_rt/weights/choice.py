@@ -128,9 +128,7 @@ def _is_whole(of_folder: Mapping[str, Any]) -> bool:
     return of_folder.keys() >= _WINDOW
 
 
-def _told_by_files(
-    checkpoint: TensorFile | None, loras: Sequence[tuple[Path, float]], model: str | Path
-) -> Choice:
+def _told_by_files(checkpoint: TensorFile | None, loras: Sequence[tuple[Path, float]], model: str | Path) -> Choice:
     if checkpoint is None:
         raise _unknown(f"nothing says how {model} is sampled, a stock Wan2.1 without a checkpoint that is distilled")
     if any(holds_memory(open_lora(path)) for path, _ in loras):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from echo_rt.cli import doctor_checks
+from echo_rt.cli import doctor
 from echo_rt.ops.backends import BACKEND_VARIABLE, available_backends
 
 
@@ -76,7 +76,7 @@ def test_the_default_backend_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr("echo_rt.ops.backends.choose_backend", lambda named, device: answers.pop(0))
-    (kernels,), (torchs,) = doctor_checks._default_backend(), doctor_checks._default_backend()
+    (kernels,), (torchs,) = doctor._default_backend(), doctor._default_backend()
     assert (kernels.value, kernels.status) == ("cuda: the kernels are built for cuda:0", "ok")
     assert (torchs.value, torchs.status, torchs.advice) == ("torch: cuda:0 is sm_75", "absent", "install again")
 
@@ -128,7 +128,7 @@ assert pytest.main(["--collect-only", "-q", "-m", "cuda", "-p", "no:cacheprovide
 )
 def test_torch_numpy_and_safetensors_alone(program, said, small_model, golden_dir, tmp_path):
     """A GPU machine may have no other package; what needs one names it when it is used, in one line."""
-    absent = {module for module, *_ in doctor_checks._DEPENDENCIES} - {"torch", "numpy", "safetensors"}
+    absent = {module for module, *_ in doctor._DEPENDENCIES} - {"torch", "numpy", "safetensors"}
     absent |= {"tokenizers", "diffusers", "accelerate", "fastapi", "uvicorn", "PIL", "wcwidth"}
     absent |= {"pytest_benchmark", "xdist", "einops"}
     before = f"import sys; sys.modules.update(dict.fromkeys({absent!r}))\n"  # importing one of them fails
@@ -153,14 +153,14 @@ def test_a_broken_package_says_why(echo_rt, monkeypatch):
             raise OSError("libsomething.so: cannot open shared object file\nmore")
         return real(name)
 
-    monkeypatch.setattr(doctor_checks.importlib, "import_module", broken)
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
     outcome = echo_rt("doctor", "--json")
     assert outcome.code == 1
     assert facts_of(outcome)["transformers"]["value"].endswith("libsomething.so: cannot open shared object file")
 
 
 def test_without_a_compiler(echo_rt, monkeypatch):
-    monkeypatch.setattr(doctor_checks.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda *_, **__: None)
     outcome = echo_rt("doctor", "--json")
     assert outcome.code == 0
     for name in ("nvcc", "C++ compiler"):
@@ -173,7 +173,7 @@ def test_without_the_compiled_part(echo_rt, monkeypatch):
     def absent():
         raise BackendError("no echo_rt._C")
 
-    monkeypatch.setattr(doctor_checks, "build_info", absent)
+    monkeypatch.setattr(doctor, "build_info", absent)
     outcome = echo_rt("doctor", "--json")
     assert (outcome.code, outcome.json["ok"]) == (1, False)
     fact = facts_of(outcome)["compiled part"]
@@ -197,7 +197,7 @@ def test_the_cudnn_of_a_gpu(monkeypatch, number, value, status):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
-    (fact,) = (fact for fact in doctor_checks._torch() if fact.name == "cuDNN")
+    (fact,) = (fact for fact in doctor._torch() if fact.name == "cuDNN")
     assert (fact.value, fact.status) == (value, status)
     assert bool(fact.advice) == (status != "ok")
     assert number is None or status == "ok" or "faulty 16-bit 3-D convolutions" in fact.advice
@@ -218,7 +218,7 @@ def test_an_encoder_that_is_not_there(echo_rt, monkeypatch):
 # -- attention ---------------------------------------------------------------------------------------------------
 
 
-def attention_facts(monkeypatch, states: dict[str, str], cache=None) -> dict[str, doctor_checks.Fact]:
+def attention_facts(monkeypatch, states: dict[str, str], cache=None) -> dict[str, doctor.Fact]:
     """What is said of a GPU on which the kinds have these states."""
     import torch
 
@@ -230,7 +230,7 @@ def attention_facts(monkeypatch, states: dict[str, str], cache=None) -> dict[str
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(echo_rt.attention, "available_attention", lambda device, kinds: states)
     monkeypatch.setattr(echo_rt.attention, "cache_file", lambda: cache)
-    return {fact.name: fact for fact in doctor_checks._attention()}
+    return {fact.name: fact for fact in doctor._attention()}
 
 
 def test_attention_on_a_cpu(echo_rt):
@@ -298,7 +298,7 @@ def test_a_gpu_that_fails_is_a_finding(monkeypatch):
         raise RuntimeError("CUDA error: out of memory\nmore")
 
     monkeypatch.setattr(echo_rt.attention, "available_attention", full)
-    (fact,) = doctor_checks._attention()
+    (fact,) = doctor._attention()
     assert (fact.status, fact.value) == ("missing", "CUDA error: out of memory")
 
 
@@ -329,8 +329,8 @@ def test_the_convolutions_that_were_chosen(monkeypatch, tmp_path):
     monkeypatch.setattr(echo_rt.convolution, "cache_file", lambda: cache)
     monkeypatch.setattr("echo_rt.ops.backends.available_backends", lambda: {"torch": "available", "cuda": "no"})
 
-    def chosen() -> doctor_checks.Fact:
-        return {fact.name: fact for fact in doctor_checks._convolution()}["convolutions chosen"]
+    def chosen() -> doctor.Fact:
+        return {fact.name: fact for fact in doctor._convolution()}["convolutions chosen"]
 
     assert (chosen().value, chosen().status) == ("not measured yet", "absent")
     for width, winner, version in (
@@ -355,5 +355,5 @@ def test_a_gpu_that_fails_at_convolutions_is_a_finding(monkeypatch):
         raise RuntimeError("CUDA error: out of memory\nmore")
 
     monkeypatch.setattr(echo_rt.convolution, "available_convolutions", full)
-    (fact,) = doctor_checks._convolution()
-    assert (fact.group, fact.status, fact.value) == ("convolution", "missing", "CUDA error: out of memory")
+    (fact,) = doctor._convolution()
+    assert (fact.status, fact.value) == ("missing", "CUDA error: out of memory")

@@ -47,11 +47,11 @@ def test_segments_alone(echo_rt, fake_runtime, tmp_path, frame_count):
         (("-o", "x" * 300, "--segments", 1), "name too long"),
         (
             ("--resume", "own", "--segments", 1),
-            "expected snapshots to go on from (--snapshot-every makes them), it holds vi",
+            "expected snapshots to resume from (--snapshot-every makes them), found vi",
         ),
         (
             ("-o", "own", "--segments", 1),
-            "expected a folder without a recording, it holds video-00000.mp4; resume that",
+            "expected a folder without a recording, found video-00000.mp4",
         ),
     ],
 )

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from echo_rt.cli import progress as module
-from echo_rt.cli.progress import ProgressReport, clock
+from echo_rt.cli.progress import ProgressReport
+from echo_rt.utils.wording import clock
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def shell(redirections: str, *arguments: object, unbuffered: bool = False) -> su
     # What is left in a buffer matters at exit, so there must be buffers.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     environment |= {"PYTHONUNBUFFERED": "1"} if unbuffered else {}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_no_file_gets_the_number_of_a_closed_stream():
     """Or what a library prints as an error would go into the video."""
     script = "import os, sys; from echo_rt.cli import stdio; stdio.prepare(); print('lost', file=sys.stderr); "
     script += "sys.exit(os.open(os.devnull, os.O_RDONLY))"
-    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", script], timeout=60)
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", script])
     assert 2 < done.returncode < 10
 
 

@@ -18,8 +18,8 @@ from echo_rt.engine.state import RolloutState, ring_layout
 from echo_rt.ops.backends import available_backends, load_ops
 from echo_rt.ops.schema import POSITION_FIELDS
 from echo_rt.runtime import Runtime
-from echo_rt.soak import Limits
-from echo_rt.soak.outcome import Outcome, Status
+from echo_rt.soak import Limits, Outcome
+from echo_rt.soak.checks import Status
 from echo_rt.soak.probes import host_memory
 from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 

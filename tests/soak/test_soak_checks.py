@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from echo_rt.soak.checks import Promises
+from echo_rt.soak import Outcome
+from echo_rt.soak.checks import Promises, Status, Verdict
 from echo_rt.soak.config import Limits
-from echo_rt.soak.latency import Histogram
-from echo_rt.soak.outcome import Outcome, Status, Verdict
+from echo_rt.soak.interval import Histogram
 
 ALL = Limits(
     latency_ratio=1.05, latency_zscore=10.0, snapshot_stall=100.0, drift=0.1, host_slope=100.0, host_slack=2**20
@@ -126,9 +126,9 @@ def test_positions() -> None:
 def test_hashes() -> None:
     made = lines()
     made[4]["mismatches"] = [[200, "aa", "bb"]]
-    assert broken(made) == {"hashes": "block 200: was aa, came bb"}
+    assert broken(made) == {"hashes": "block 200: expected aa, found bb"}
     end = {"run": 1, "block": 99, "end": "complete", "failure": None, "compared": 1, "mismatches": [[90, "a", "b"]]}
-    assert broken([*lines(2), end]) == {"hashes": "block 90: was a, came b"}
+    assert broken([*lines(2), end]) == {"hashes": "block 90: expected a, found b"}
     assert judge(lines(3))["hashes"].status is Status.UNCHECKED
 
 

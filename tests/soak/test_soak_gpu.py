@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from echo_rt.errors import BackendError
-from echo_rt.soak.gpu import GpuHealth, gpu_health
-from echo_rt.soak.probes import device_memory, host_memory
+from echo_rt.soak.probes import GpuHealth, device_memory, gpu_health, host_memory
 
 
 class FakeNvml:
@@ -69,7 +67,8 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 
 
 def test_figures_of_the_device_that_is_used(nvml: FakeNvml) -> None:
-    health = GpuHealth(torch.device("cuda", 1))
+    health = gpu_health(torch.device("cuda", 1))
+    assert health is not None
     assert health.read() == {
         "temperature_c": 61,
         "sm_clock_mhz": 1980,
@@ -81,16 +80,13 @@ def test_figures_of_the_device_that_is_used(nvml: FakeNvml) -> None:
         "ecc_uncorrected": 0,
     }
     health.close()
-    health.close()
     assert nvml.open == 0
 
 
 def test_a_driver_that_does_not_know_the_device(nvml: FakeNvml) -> None:
-    with pytest.raises(BackendError, match="expected the driver to tell of its health, came: Not Found"):
-        GpuHealth(torch.device("cuda", 0))
-    assert nvml.open == 0
-    with pytest.warns(RuntimeWarning, match="its figures are left out"):
+    with pytest.warns(RuntimeWarning, match="cuda:0: .*Not Found; its figures are left out"):
         assert gpu_health(torch.device("cuda", 0)) is None
+    assert nvml.open == 0
 
 
 def test_without_the_binding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +105,7 @@ def test_a_part_of_a_board(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> N
         return "handle"
 
     monkeypatch.setattr(nvml, "nvmlDeviceGetHandleByUUID", handle)
-    GpuHealth(torch.device("cuda", 1)).close()
+    GpuHealth(nvml, torch.device("cuda", 1)).close()
     assert asked == ["GPU-the-second", "MIG-the-second"]
 
 

@@ -57,8 +57,8 @@ def test_blocks_in_their_turn() -> None:
 @pytest.mark.parametrize(
     ("changes", "wrong"),
     [
-        (dict(index=11), "expected block 10 from frame 117, came 11 from frame 117"),
-        (dict(first_frame=118), "expected block 10 from frame 117, came 10 from frame 118"),
+        (dict(index=11), "expected block 10 from frame 117, found 11 from frame 117"),
+        (dict(first_frame=118), "expected block 10 from frame 117, found 10 from frame 118"),
         (dict(stats=dict(newest_temporal_id=21)), "newest id 21 is not in 0..20"),
         (dict(stats=dict(newest_temporal_id=-1)), "newest id -1 is not in 0..20"),
         (dict(stats=dict(shift=7)), "the shift went back from 9 to 7"),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +65,20 @@ def test_a_line_that_is_none(text: str, tmp_path: Path) -> None:
         list(read_lines(tmp_path))
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """Files that may not be longer than 2000 bytes: what a full disk does to one who writes."""
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """Files of at most ``size`` bytes, which the system cuts off as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path: Path, small_files: None) -> None:
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    with pytest.raises(OutputError, match=r"soak\.jsonl: cannot write: File too large"):
+    with file_limit(2000), pytest.raises(OutputError, match=r"soak\.jsonl: cannot write: File too large"):
         for block in range(100):
             journal.append(line(block, block))
     journal.close()
@@ -86,22 +87,11 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, small_files: None) -> No
     assert [entry["block"] for entry in read_lines(tmp_path)] == list(range(text.count(b"\n")))
 
 
-def test_half_a_line_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.append(line(0, 4))
-    real, room = os.write, [20]
-
-    def filling(descriptor: int, data: bytes) -> int:
-        if room[0] == 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written = real(descriptor, data[: room[0]])
-        room[0] -= written
-        return written
-
-    with monkeypatch.context() as patch:
-        patch.setattr("echo_rt.soak.journal.os.write", filling)
-        with pytest.raises(OutputError, match="No space left on device"):
-            journal.append(line(5, 9))
+    with file_limit(journal.path.stat().st_size + 20), pytest.raises(OutputError, match="File too large"):
+        journal.append(line(5, 9))
     assert (tmp_path / JOURNAL_FILE).read_bytes().count(b"\n") == 1
     assert (tmp_path / JOURNAL_FILE).read_bytes().endswith(b"\n")
     journal.append(line(5, 9))  # there is room again

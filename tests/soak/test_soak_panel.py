@@ -11,7 +11,7 @@ import pytest
 from echo_rt.cli import soak_panel
 from echo_rt.cli.soak_panel import Panel, rows
 from echo_rt.soak import SoakConfig
-from echo_rt.soak.outcome import Status, Verdict
+from echo_rt.soak.checks import Status, Verdict
 
 LINE: dict[str, Any] = {
     "block": 41,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from echo_rt.errors import BackendError, ConfigError
-from echo_rt.soak.outcome import Status, Verdict
+from echo_rt.soak.checks import Status, Verdict
 from echo_rt.soak.prometheus import Exporter, figures
 
 LINE: dict[str, Any] = {
@@ -23,7 +23,7 @@ LINE: dict[str, Any] = {
 
 
 def fetch(port: int) -> dict[str, str]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
         text = answer.read().decode()
     return dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
 

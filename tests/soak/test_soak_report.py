@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from echo_rt.errors import BackendError
-from echo_rt.soak import SoakConfig, plots
-from echo_rt.soak.curves import Curve, Curves
+from echo_rt.soak import SoakConfig, report
+from echo_rt.soak.checks import Status, Verdict
 from echo_rt.soak.journal import Journal
-from echo_rt.soak.outcome import Status, Verdict
-from echo_rt.soak.report import write_report
+from echo_rt.soak.report import Curve, History, write_report
 
 VERDICTS = [Verdict("finite", Status.KEPT, "none", "a|b"), Verdict("drift", Status.BROKEN, "1", "block 9: 3")]
 
@@ -65,13 +64,13 @@ def test_the_report_says_what_happened(folder: Path) -> None:
     assert "| finite | **kept** | none | a\\|b |" in text and "| drift | **broken** | 1 | block 9: 3 |" in text
     for row in (
         "| processes | 2 |",
-        "| blocks, those made again included | 80 |",
+        "| blocks, including those made again | 80 |",
         "| hours of streaming | 2.000 |",
         "| video frames | 717 |",
         "| block latency p50 after warm-up | 300.3 ms |",
-        "| longest block, warm-up included | 370.0 ms (block 50) |",
+        "| longest block, including warm-up | 370.0 ms (block 50) |",
         "| blocks around prompt switches | 16, the longest 400.0 ms |",
-        "| snapshots, by the last process | 3 written, 1 skipped |",
+        "| snapshots of the last process | 3 written, 1 skipped |",
         "| longest stall by a snapshot | 4.2 ms |",
     ):
         assert row in text
@@ -82,7 +81,7 @@ def test_the_report_says_what_happened(folder: Path) -> None:
 def test_what_was_not_the_streams_fault(tmp_path: Path) -> None:
     end = END | {"failure": None, "problem": "OutputError: disk full"}
     text = write_report(config(tmp_path), [], end).read_text()
-    assert "\nWhat ended it was not the stream: OutputError: disk full\n" in text and "The stream failed" not in text
+    assert "OutputError: disk full" in text and "The stream failed" not in text
 
 
 def test_a_soak_without_a_line_has_a_report(tmp_path: Path) -> None:
@@ -100,24 +99,26 @@ def test_pictures(folder: Path) -> None:
 
 
 def test_pictures_without_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "available", lambda: False)
+    monkeypatch.setattr(report, "can_plot", lambda: False)
     text = write_report(config(folder), VERDICTS, END).read_text()
     assert "Left out: plots need matplotlib, which is not installed: pip install 'echo-rt[soak]'" in text
     with pytest.raises(BackendError, match="matplotlib"):
-        plots.require_matplotlib()
+        report.require_matplotlib()
 
 
 def test_curves_are_those_of_the_blocks_that_stayed() -> None:
     lines = [*(line(begin) for begin in range(0, 50, 10)), *(line(begin, 2) for begin in (30, 40)), END]
     lines[-3]["latency"]["max"] = 999.0
-    curves = Curves.of(lines)
-    assert curves.resumes == [30]
-    assert curves.latency[2].points == [(9, 320.0), (19, 330.0), (29, 340.0), (39, 999.0), (49, 360.0)]
-    assert [len(curve.points) for curve in (*curves.memory, *curves.latents)] == [5] * 5
+    history = History()
+    for entry in lines:
+        history.see(entry)
+    assert history.resumes == [30]
+    assert history.curves[2].points == [(9, 320.0), (19, 330.0), (29, 340.0), (39, 999.0), (49, 360.0)]
+    assert [len(curve.points) for curve in history.curves[3:]] == [5] * 5
 
 
 def test_a_long_curve_keeps_its_peaks() -> None:
-    curve = Curve("longest", max)
+    curve = Curve("longest", lambda line: None)
     for x in range(100_001):
         curve.add(float(x), 500.0 if x == 77_777 else 1.0)
     assert len(curve.points) <= 4096
