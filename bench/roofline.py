@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from timing import Timer
 from torch import Tensor
 
-from echo_rt.bench.timing import Timer
 from echo_rt.config import ModelConfig
 from echo_rt.errors import ConfigError
 from echo_rt.utils.wording import plain
 from echo_rt.weights.shapes import memory_shapes
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Bytes that a call reads and writes, its floating-point operations (multiply and add are two), and its ``limit``.
 
     ``limit``: ``memory``, ``arithmetic`` (of the tensor cores), or ``neither``: too small for either, or bound by
@@ -38,122 +37,108 @@ def _size(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _rope_table(frames: Tensor, inverse_frequencies: Tensor, out: Tensor) -> Work:
-    return Work(_size(frames, out), 0, "neither")
+class _Formulas:
+    """The work of a call of each operation, of its arguments."""
 
+    @staticmethod
+    def rope_table(frames: Tensor, inverse_frequencies: Tensor, out: Tensor) -> Work:
+        return Work(_size(frames, out), 0, "neither")
 
-def _advance(positions: Tensor, *rest: Any) -> Work:
-    *_, temporal_block, temporal_anchor, write_index = rest
-    return Work(_size(positions, positions, temporal_block, temporal_anchor, write_index), 0, "neither")
+    @staticmethod
+    def advance(positions: Tensor, *rest: Any) -> Work:
+        *_, temporal_block, temporal_anchor, write_index = rest
+        return Work(_size(positions, positions, temporal_block, temporal_anchor, write_index), 0, "neither")
 
+    @staticmethod
+    def qkv_norm_rope_store(qkv: Tensor, *rest: Any) -> Work:
+        write_index, raw_k = rest[6], rest[7]
+        tokens, triple = qkv.shape
+        row = triple // 3 * qkv.element_size()
+        stored = 2 if raw_k is None else 3
+        return Work((4 * tokens + stored * write_index.shape[0]) * row, 0, "memory")
 
-def _qkv_norm_rope_store(qkv: Tensor, *rest: Any) -> Work:
-    write_index, raw_k = rest[6], rest[7]
-    tokens, triple = qkv.shape
-    row = triple // 3 * qkv.element_size()
-    stored = 2 if raw_k is None else 3
-    return Work((4 * tokens + stored * write_index.shape[0]) * row, 0, "memory")
+    @staticmethod
+    def merge_attention(outputs: Tensor, logsumexps: Tensor) -> Work:
+        return Work(_size(outputs, outputs[0], logsumexps), 0, "memory")
 
+    @staticmethod
+    def reanchor(
+        kv: Tensor, temporal: Tensor, spatial: Tensor, sink_k: Any, memory_k: Any, memory_v: Any, _: int
+    ) -> Work:
+        sink = 2 * _size(sink_k)
+        memory = (1 + kv.shape[0]) * _size(memory_k, memory_v)
+        return Work(sink + memory, 0, "memory")
 
-def _merge_attention(outputs: Tensor, logsumexps: Tensor) -> Work:
-    return Work(_size(outputs, outputs[0], logsumexps), 0, "memory")
+    @staticmethod
+    def memory_attention(q: Tensor, norm_q: Tensor, k: Tensor, v: Tensor, eps: float) -> Work:
+        return Work(2 * _size(q) + _size(k, v), 4 * q.shape[0] * k.shape[0] * q.shape[1], "arithmetic")
 
+    @staticmethod
+    def gated_update(old: Tensor, candidate: Tensor, norm: Tensor, weight: Tensor, *rest: Any) -> Work:
+        return Work(3 * _size(old) + _size(weight), 2 * old.shape[0] * weight.numel(), "arithmetic")
 
-def _reanchor(kv: Tensor, temporal: Tensor, spatial: Tensor, sink_k: Any, memory_k: Any, memory_v: Any, _: int) -> Work:
-    sink = 2 * _size(sink_k)
-    memory = (1 + kv.shape[0]) * _size(memory_k, memory_v)
-    return Work(sink + memory, 0, "memory")
+    @staticmethod
+    def modulated_layer_norm(x: Tensor, *rest: Any) -> Work:
+        return Work(2 * _size(x), 0, "memory")
 
+    @staticmethod
+    def gated_residual_norm(x: Tensor, y: Tensor, *rest: Any) -> Work:
+        return Work(4 * _size(x), 0, "memory")
 
-def _memory_attention(q: Tensor, norm_q: Tensor, k: Tensor, v: Tensor, eps: float) -> Work:
-    return Work(2 * _size(q) + _size(k, v), 4 * q.shape[0] * k.shape[0] * q.shape[1], "arithmetic")
+    @staticmethod
+    def modulated_layer_norm_quantize(x: Tensor, *rest: Any) -> Work:
+        *_, out, out_scale, _ = rest
+        return Work(_size(x, out, out_scale), 0, "memory")
 
+    @staticmethod
+    def gated_residual_norm_quantize(x: Tensor, *rest: Any) -> Work:
+        *_, out, out_scale, _ = rest
+        return Work(3 * _size(x) + _size(out, out_scale), 0, "memory")
 
-def _gated_update(old: Tensor, candidate: Tensor, norm: Tensor, weight: Tensor, *rest: Any) -> Work:
-    return Work(3 * _size(old) + _size(weight), 2 * old.shape[0] * weight.numel(), "arithmetic")
+    @staticmethod
+    def gelu_quantize(x: Tensor, out: Tensor, out_scale: Tensor) -> Work:
+        return Work(_size(x, out, out_scale), 0, "memory")
 
+    @staticmethod
+    def counter_noise(out: Tensor, *rest: Any) -> Work:
+        return Work(_size(out), 0, "neither")
 
-def _modulated_layer_norm(x: Tensor, *rest: Any) -> Work:
-    return Work(2 * _size(x), 0, "memory")
+    @staticmethod
+    def flow_step(x: Tensor, flow: Tensor, sigmas: Tensor, noise: Tensor | None) -> Work:
+        return Work(2 * _size(x) + _size(flow, noise), 0, "memory")
 
+    @staticmethod
+    def rms_silu_window(
+        x: Tensor, bias: Any, residual: Any, gamma: Any, window: Tensor, history: Any, keep: bool
+    ) -> Work:
+        # The history goes to the window, and the newest frames into it.
+        return Work((1 + keep) * _size(x) + _size(residual, window) + 2 * _size(history), 0, "memory")
 
-def _gated_residual_norm(x: Tensor, y: Tensor, *rest: Any) -> Work:
-    return Work(4 * _size(x), 0, "memory")
+    @staticmethod
+    def frames_to_uint8(video: Tensor, out: Tensor) -> Work:
+        return Work(_size(video, out), 0, "memory")
 
+    @staticmethod
+    def causal_conv(window: Tensor, weight: Tensor, bias: Any, residual: Tensor | None, out: Tensor) -> Work:
+        each = weight.numel() // weight.shape[0]
+        return Work(_size(window, weight, residual, out), 2 * out.numel() * each, "arithmetic")
 
-def _modulated_layer_norm_quantize(x: Tensor, *rest: Any) -> Work:
-    *_, out, out_scale, _ = rest
-    return Work(_size(x, out, out_scale), 0, "memory")
+    @staticmethod
+    def causal_conv_hopper(window: Tensor, weight: Tensor, out: Tensor) -> Work:
+        return Work(_size(window, weight, out), 2 * out.numel() * (weight.numel() // out.shape[-1]), "arithmetic")
 
-
-def _gated_residual_norm_quantize(x: Tensor, *rest: Any) -> Work:
-    *_, out, out_scale, _ = rest
-    return Work(3 * _size(x) + _size(out, out_scale), 0, "memory")
-
-
-def _gelu_quantize(x: Tensor, out: Tensor, out_scale: Tensor) -> Work:
-    return Work(_size(x, out, out_scale), 0, "memory")
-
-
-def _counter_noise(out: Tensor, *rest: Any) -> Work:
-    return Work(_size(out), 0, "neither")
-
-
-def _flow_step(x: Tensor, flow: Tensor, sigmas: Tensor, noise: Tensor | None) -> Work:
-    return Work(2 * _size(x) + _size(flow, noise), 0, "memory")
-
-
-def _rms_silu_window(x: Tensor, bias: Any, residual: Any, gamma: Any, window: Tensor, history: Any, keep: bool) -> Work:
-    # The history goes to the window, and the newest frames into it.
-    return Work((1 + keep) * _size(x) + _size(residual, window) + 2 * _size(history), 0, "memory")
-
-
-def _frames_to_uint8(video: Tensor, out: Tensor) -> Work:
-    return Work(_size(video, out), 0, "memory")
-
-
-def _causal_conv(window: Tensor, weight: Tensor, bias: Any, residual: Tensor | None, out: Tensor) -> Work:
-    each = weight.numel() // weight.shape[0]
-    return Work(_size(window, weight, residual, out), 2 * out.numel() * each, "arithmetic")
-
-
-def _causal_conv_hopper(window: Tensor, weight: Tensor, out: Tensor) -> Work:
-    return Work(_size(window, weight, out), 2 * out.numel() * (weight.numel() // out.shape[-1]), "arithmetic")
-
-
-def _upsample_conv(x: Tensor, weight: Tensor, bias: Any, out: Tensor) -> Work:
-    each = weight.numel() // weight.shape[0] // weight.shape[1]
-    return Work(_size(x, weight, out), 2 * out.numel() * each, "arithmetic")
-
-
-_WORK: dict[str, Callable[..., Work]] = {
-    "rope_table": _rope_table,
-    "advance": _advance,
-    "qkv_norm_rope_store": _qkv_norm_rope_store,
-    "merge_attention": _merge_attention,
-    "reanchor": _reanchor,
-    "memory_attention": _memory_attention,
-    "gated_update": _gated_update,
-    "modulated_layer_norm": _modulated_layer_norm,
-    "gated_residual_norm": _gated_residual_norm,
-    "modulated_layer_norm_quantize": _modulated_layer_norm_quantize,
-    "gated_residual_norm_quantize": _gated_residual_norm_quantize,
-    "gelu_quantize": _gelu_quantize,
-    "counter_noise": _counter_noise,
-    "flow_step": _flow_step,
-    "rms_silu_window": _rms_silu_window,
-    "frames_to_uint8": _frames_to_uint8,
-    "causal_conv": _causal_conv,
-    "causal_conv_hopper": _causal_conv_hopper,
-    "upsample_conv": _upsample_conv,
-}
+    @staticmethod
+    def upsample_conv(x: Tensor, weight: Tensor, bias: Any, out: Tensor) -> Work:
+        each = weight.numel() // weight.shape[0] // weight.shape[1]
+        return Work(_size(x, weight, out), 2 * out.numel() * each, "arithmetic")
 
 
 def work_of(op: str, args: Sequence[Any]) -> Work:
     """What one call of ``op`` with these arguments takes; :class:`ConfigError` for an op without a formula here."""
-    if op not in _WORK:
-        raise ConfigError(f"{op} has no formula in bench/roofline.py; it has {', '.join(_WORK)}")
-    return _WORK[op](*args)
+    formula: Callable[..., Work] | None = getattr(_Formulas, op, None)
+    if formula is None:
+        raise ConfigError(f"{op} has no formula in bench/roofline.py")
+    return formula(*args)
 
 
 def memory_update_work(config: ModelConfig, keys: int, element_size: int) -> Work:
@@ -180,16 +165,9 @@ class Ceiling:
     how: str
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Sizes of the two probes: bytes of each of the copy's buffers, and the side of the square matrices."""
-
-    copy_bytes: int
-    matrix_side: int
-
-
-# On a GPU many times its cache, and matrices that fill it; on a CPU as little as will do to rehearse.
-PROBES = {"cuda": Probe(2**31, 8192), "cpu": Probe(2**24, 256)}
+# Bytes of each of the copy's buffers, and the side of the square matrices: on a GPU many times its cache, and matrices
+# that fill it; on a CPU as little as will do to rehearse.
+PROBES = {"cuda": (2**31, 8192), "cpu": (2**24, 256)}
 
 
 def copy_rate(timer: Timer, device: torch.device, copied: int, iterations: int, warmup: int) -> Ceiling:
@@ -219,9 +197,9 @@ def measure_ceilings(
     timer: Timer, device: torch.device, dtype: torch.dtype, iterations: int, warmup: int
 ) -> dict[str, Ceiling]:
     """Unit -> the ceiling in it: ``GB/s`` of a large copy, ``TFLOP/s`` of a large product in ``dtype``."""
-    probe = PROBES[device.type]
+    copied, side = PROBES[device.type]
     found = (
-        copy_rate(timer, device, probe.copy_bytes, iterations, warmup),
-        product_rate(timer, device, dtype, probe.matrix_side, iterations, warmup),
+        copy_rate(timer, device, copied, iterations, warmup),
+        product_rate(timer, device, dtype, side, iterations, warmup),
     )
     return {ceiling.unit: ceiling for ceiling in found}
