@@ -1,7 +1,7 @@
 """The implementations of attention: torch's own, the flash-attn libraries, plain matrix products, split keys.
 
-Torch's are called as the operators they are. ``torch.nn.attention.sdpa_kernel`` would choose among them with switches
-of the whole process: two runtimes in two threads would take turns at being computed by the other's.
+Torch's are called as operators. ``torch.nn.attention.sdpa_kernel`` would select among them with switches of the whole
+process, so that two runtimes in two threads would disturb each other.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from echo_rt.utils.wording import counted, first_line
 
 Function = Callable[[Tensor, Tensor, Tensor], Any]
 
-# The numbers of parts that ops.merge_attention takes.
+# The numbers of splits that ops.merge_attention takes.
 SPLITS = (2, 3, 4)
 
-# Of the scores that Matmul holds at once. By count, half a frame of 832x480, which fits, fills the multiprocessors of a
-# large GPU as well as the whole frame does; a much smaller slice would leave many of them idle.
+# Size limit of the scores that Matmul holds at once. By count, half a frame of 832x480 fits and fills the
+# multiprocessors of a large GPU as well as a whole frame; a much smaller slice would leave many of them idle.
 _SCORES_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
 class AttentionShapes:
-    """Of one call, in tokens: ``queries`` attend to ``keys``, in ``heads`` heads of ``head_dim`` numbers."""
+    """Shapes of one call: tokens ``queries`` attend to tokens ``keys``, in ``heads`` heads of size ``head_dim``."""
 
     queries: int
     keys: int
@@ -49,9 +49,8 @@ class AttentionShapes:
 class Attention(Protocol):
     """Softmax attention without a mask, scaled by the root of the head size.
 
-    It keeps nothing between calls and never waits for the device, so that it can be captured in a CUDA graph; a
-    library may compile or plan at the first call with new sizes, and cuDNN does so once in every thread: the thread
-    that captures has to call it before.
+    It keeps no state between calls and never synchronizes, so that it can be captured in a CUDA graph. A library may
+    compile or plan at the first call with new sizes, cuDNN once per thread: the capturing thread must call it before.
     """
 
     @property
@@ -82,13 +81,13 @@ class Library:
 
 @dataclass(frozen=True)
 class SplitKV:
-    """A library's attention to ``splits`` equal parts of the keys at once, as if they were a batch, then merged.
+    """Split-KV attention: a library attends to ``splits`` equal parts of the keys as a batch, then they are merged.
 
-    It uses the multiprocessors that a last wave leaves idle: a block of the released model has 444 tiles of 128
-    queries, an H200 132 multiprocessors, so that a fourth wave is a third full. Twice as many tiles of half the keys
-    take seven halves in place of four waves (``docs/kernels.md``); whether that pays for copying and merging is
-    measured. ``function`` returns outputs ``[splits, H, n, d]`` and natural log-sum-exps of as many rows. Keys that
-    cannot be cut evenly are attended to whole, by the same library.
+    It fills the last wave of thread blocks: a block of the released model has 444 tiles of 128 queries and an H200 132
+    multiprocessors, so the fourth wave is a third full. Twice as many tiles of half the keys take seven half waves in
+    place of four whole ones (``docs/kernels.md``); measuring tells whether that pays for copying and merging.
+    ``function`` returns outputs ``[splits, H, n, d]`` and natural log-sum-exps of as many rows. Keys that cannot be
+    split evenly are attended to whole, by the same library.
     """
 
     name: str
@@ -110,20 +109,20 @@ class SplitKV:
 
     @property
     def whole(self) -> Attention:
-        """The same library's attention to all keys."""
+        """The same library's attention without splits."""
         return Library(self.library, self.function)
 
 
 @dataclass(frozen=True)
 class Matmul:
-    """Attention by plain matrix products, for heads of any size, a head and a slice of its queries at a time.
+    """Attention by matrix products for heads of any size, one head and one slice of its queries at a time.
 
-    Fused kernels end at heads of 256 numbers or become slow there, and the VAE's one head has 384. The larger a head,
-    the less it costs beside the products to write its scores and read them again.
+    Fused kernels do not support heads above 256 or are slow there; the VAE's one head has 384. The larger the head, the
+    smaller the share of the score traffic.
 
-    Scores and softmax are float32, as in a fused kernel; the weights are rounded once, to the dtype of the values.
-    Beside its result it takes memory for the scores of one slice, their softmax and its rounding, however many slices
-    there are. Finite scores never become NaN: softmax takes the largest of a row away from all of them.
+    Scores and softmax are float32, as in a fused kernel; the weights are rounded once, to the dtype of the values. The
+    scratch memory is that of one slice: scores, softmax, rounded weights. Finite scores never become NaN, as softmax
+    subtracts the largest of a row.
     """
 
     name: str = "products"
@@ -134,7 +133,7 @@ class Matmul:
         out = q.new_empty(queries, heads, size)
         rows = _rows_at_once(queries, len(k))
         buffer = q.new_empty(rows, len(k), dtype=torch.float32)
-        # A CPU has no product of 16-bit numbers with a float32 result.
+        # On a CPU, torch has no matrix product of 16-bit inputs with a float32 result.
         compute = _scores_of_half if q.is_cuda and q.dtype is not torch.float32 else _scores
         for head in range(heads):
             for some, to in zip(q[:, head].split(rows), out[:, head].split(rows), strict=True):
@@ -145,19 +144,19 @@ class Matmul:
 
 
 def _rows_at_once(queries: int, keys: int) -> int:
-    """The queries of a slice: as many in each, so that the last one does not leave a GPU nearly idle."""
+    """Return the queries per slice, the same in each, so that the last slice fills the GPU too."""
     slices = math.ceil(queries * keys * torch.float32.itemsize / _SCORES_BYTES)
     return math.ceil(queries / slices)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, out: Tensor) -> None:
-    """``scale`` times the products of ``q [n, d]`` with ``k [m, d]``, in float32, into ``out [n, m]``."""
+    """Write ``scale`` times the products of ``q [n, d]`` with ``k [m, d]``, in float32, to ``out [n, m]``."""
     torch.addmm(out, q.float(), k.float().T, beta=0, alpha=scale, out=out)
 
 
 def _scores_of_half(q: Tensor, k: Tensor, scale: float, out: Tensor) -> None:
-    """The same of 16-bit numbers on a GPU, whose sums are float32 anyway: stored as they are, scaled on the way."""
-    # For addmm an addend of another dtype than q's, though it is not read, is an error in some versions of torch.
+    """Do the same for 16-bit inputs on a GPU, where the float32 sums are stored without rounding."""
+    # Some versions of torch refuse an addend of another dtype than q's in addmm, although it is not read.
     into = out.unsqueeze(0)
     torch.ops.aten.baddbmm.dtype_out(
         into, q.unsqueeze(0), k.T.unsqueeze(0), torch.float32, beta=0, alpha=scale, out=into
@@ -168,8 +167,8 @@ def _scores_of_half(q: Tensor, k: Tensor, scale: float, out: Tensor) -> None:
 class AttentionCandidate(Candidate[Attention, AttentionShapes]):
     """``make`` returns the attention, or raises :class:`BackendError` that says why and how to get it.
 
-    ``fused``: it never holds all scores where they are many. ``distribution``: the package it comes in, where that is
-    not torch. ``splits``: into how many parts it cuts the keys.
+    ``fused``: it never holds all scores at once. ``distribution``: the package that it comes in, if not torch.
+    ``splits``: number of parts of the keys.
     """
 
     make: Callable[[], Attention]
@@ -192,7 +191,7 @@ class AttentionCandidate(Candidate[Attention, AttentionShapes]):
     def reserve(self, shapes: AttentionShapes) -> str:
         if shapes.keys % self.splits:
             return f"{shapes.keys} keys cannot be cut into {self.splits} equal pieces"
-        # Scores take gigabytes, and it is slow wherever another works: for heads of any size there is Matmul.
+        # Scores take gigabytes, and it is slow wherever another works; Matmul serves heads of any size.
         return "" if self.fused else "it holds all scores in memory: for where nothing else works"
 
     def version(self) -> str | None:
@@ -234,7 +233,7 @@ def _flash_attn(name: str, module: str, distribution: str, remedy: str) -> Atten
     return AttentionCandidate(name, make, distribution=distribution)
 
 
-# In the order in which they are listed; what is selected is decided by measuring.
+# In the order of listing; which one is selected is measured.
 IMPLEMENTATIONS = (
     _of_torch("sdpa-cudnn", partial(_CUDNN, **_NO_SUMS)),
     _of_torch("sdpa-flash", _FLASH),
@@ -257,7 +256,7 @@ IMPLEMENTATIONS = (
 
 
 def split_kv(ops: Ops) -> tuple[AttentionCandidate, ...]:
-    """Those whose parts ``ops`` merges: two, three and four of cuDNN's, and of flash attention's."""
+    """Return the split-KV candidates of cuDNN and of flash attention, which ``ops`` merges."""
     cudnn = partial(_CUDNN, attn_bias=None, compute_log_sumexp=True)
     libraries: tuple[tuple[str, Function], ...] = (("sdpa-cudnn", cudnn), ("sdpa-flash", _FLASH))
     return tuple(
@@ -269,5 +268,5 @@ def split_kv(ops: Ops) -> tuple[AttentionCandidate, ...]:
 
 
 def implementations(ops: Ops) -> tuple[AttentionCandidate, ...]:
-    """All that a model with these operations may be given."""
+    """Return all candidates for a model with these operations."""
     return (*IMPLEMENTATIONS, *split_kv(ops))

@@ -1,4 +1,4 @@
-"""Which attention a model is given, and why: tried on a GPU on the model's own shapes."""
+"""Selection of the attention of a model, on a GPU by measuring its own shapes."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ AttentionSelection = Selection[Attention]
 CACHE = Cache("attention", lambda fields: AttentionShapes(**fields))
 cache_file = CACHE.path
 
-# What candidates are tried on while there is no model; the head size is that of all of Wan's.
+# Shapes to try candidates on without a model; the head size is Wan's.
 _PROBE = AttentionShapes(queries=64, keys=200, heads=2, head_dim=128)
 _CHECKED_QUERIES = 32
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The formula in float64, ``[n, H·d]``; a head at a time, as it is many times the size of its input."""
+    """Compute the formula in float64, ``[n, H·d]``; head by head, as the scores are large."""
     scale = 1 / math.sqrt(q.shape[-1])
     heads = [
         torch.softmax(q[:, head].double() @ k[:, head].double().T * scale, dim=-1) @ v[:, head].double()
@@ -59,7 +59,7 @@ class AttentionCheck(Check[Attention]):
         return partial(attention, self.q, self.k, self.v)
 
     def errors(self, out: Tensor) -> Tensor:
-        """Those of queries from first to last."""
+        """Return the errors of queries spread from first to last."""
         checked = min(_CHECKED_QUERIES, len(out))
         rows = torch.linspace(0, len(out) - 1, checked, device=out.device).round().long()
         exact = exact_attention(self.q[rows], self.k, self.v)
@@ -73,7 +73,7 @@ def attention_tuner(
     shapes: AttentionShapes,
     candidates: Sequence[AttentionCandidate] = IMPLEMENTATIONS,
 ) -> Tuner[Attention, AttentionShapes]:
-    """What selects an attention for ``shapes``."""
+    """Return the tuner that selects an attention for ``shapes``."""
     return Tuner(CACHE, device, dtype, shapes, candidates, partial(AttentionCheck, shapes, device, dtype))
 
 
@@ -87,7 +87,7 @@ def attentions(
     cache: Path | None,
     prescribed: tuple[str | None, str | None] = (None, None),
 ) -> tuple[AttentionSelection, AttentionSelection]:
-    """The attention of a model over its KV buffer, as full as it gets, and over the text."""
+    """Select the attention of a model over its full KV buffer, and over the text."""
     transformer = config.transformer
     heads, head_dim = transformer.num_heads, transformer.head_dim
     over_cache = AttentionShapes(config.tokens_per_block, config.cached_tokens, heads, head_dim)
@@ -100,18 +100,18 @@ def attentions(
 
 
 def untried_attention(device: torch.device) -> Attention:
-    """What computes heads of any size on ``device``, right and untried: torch's own on a CPU."""
+    """Return an attention that works for any head size on ``device`` without trying: torch's own on a CPU."""
     return Library("sdpa", scaled_dot_product_attention) if device.type == "cpu" else Matmul()
 
 
 def known_selections(
     device: torch.device, cache: Path | None, candidates: Sequence[AttentionCandidate]
 ) -> Iterator[tuple[str, str]]:
-    """What models on ``device`` are given as things are now, as far as is known without measuring: name and reason."""
+    """Yield name and reason of what models on ``device`` would get now, as far as known without measuring."""
     return attention_tuner(device, torch.float32, _PROBE, candidates).known(cache)
 
 
 def available_attention(device: torch.device, candidates: Sequence[AttentionCandidate]) -> dict[str, str]:
-    """Name -> ``"available"``, or ``"why it is not; what to do"``. Each one is run on ``device``."""
+    """Run each candidate on ``device``; return name -> ``"available"``, or ``"why it is not; what to do"``."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return attention_tuner(device, dtype, _PROBE, candidates).available()

@@ -1,1 +1,1 @@
-"""The search for the fastest implementation that is right, and the file that remembers it."""
+"""Autotuning: the search for the fastest correct implementation, and the file that caches the result."""

@@ -1,6 +1,6 @@
-"""The files that remember measurements from one start to the next, and all that a measurement depends on.
+"""The files that cache measurements between starts, and the conditions under which a measurement holds.
 
-They are a convenience: a file that is damaged, or cannot be written, costs a measurement and a warning, never an error.
+A file that is damaged, or cannot be written, costs a measurement and a warning, never an error.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Case(Generic[Shapes]):
 
 @dataclass(frozen=True)
 class Entry(Generic[Shapes]):
-    """The name of the fastest in ``case``.
+    """The name of the fastest candidate in ``case``.
 
-    ``milliseconds`` per call of each candidate that was timed, ``rejected``: why each other one was not.
+    ``milliseconds`` per call of each candidate that was timed; ``rejected``: why each other one was not.
     """
 
     case: Case[Shapes]
@@ -52,7 +52,7 @@ class Entry(Generic[Shapes]):
     rejected: Mapping[str, str]
 
     def __str__(self) -> str:
-        """Why it won."""
+        """Say why it is selected."""
         times = sorted(self.milliseconds.items(), key=lambda item: item[1])
         listed = ", ".join(f"{name} {time:.3f} ms" for name, time in times)
         what = "fastest" if len(times) > 1 else "the only one that works"
@@ -60,9 +60,9 @@ class Entry(Generic[Shapes]):
 
 
 class Cache(Generic[Shapes]):
-    """The file of one ``subject``, which is also the field of an entry that holds its winner.
+    """The file of one ``subject``, which is also the name of the field of the winner.
 
-    ``shapes`` makes them of their fields as JSON has them; it may raise what making an object of wrong values raises.
+    ``shapes`` makes an object of its fields as JSON stores them, and may raise what wrong values raise.
     """
 
     def __init__(self, subject: str, shapes: Callable[[Mapping[str, Any]], Shapes]) -> None:
@@ -71,10 +71,7 @@ class Cache(Generic[Shapes]):
         self._logger = logging.getLogger(f"echo_rt.{subject}")
 
     def path(self) -> Path | None:
-        """The file in ``ECHO_RT_CACHE_DIR``, or in echo-rt's folder of the user's cache folder.
-
-        None where there is no such folder because the user has no home.
-        """
+        """Return the file in ``ECHO_RT_CACHE_DIR``, or in the user's cache folder; None for a user without a home."""
         if folder := os.environ.get(CACHE_VARIABLE):
             return Path(folder) / f"{self.subject}.json"
         user_cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -86,7 +83,7 @@ class Cache(Generic[Shapes]):
         return user_cache / "echo-rt" / f"{self.subject}.json"
 
     def entries(self, path: Path) -> list[Entry[Shapes]]:
-        """All that ``path`` remembers, oldest first; nothing, with a warning, where it cannot be read."""
+        """Return the entries of ``path``, oldest first; none, with a warning, where it cannot be read."""
         try:
             content = json.loads(path.read_bytes())
             if content["format"] != _FORMAT:
@@ -102,11 +99,11 @@ class Cache(Generic[Shapes]):
         return []
 
     def recall(self, path: Path, case: Case[Shapes]) -> Entry[Shapes] | None:
-        """The measurement of exactly this case."""
+        """Return the measurement of exactly this case."""
         return next((entry for entry in self.entries(path) if entry.case == case), None)
 
     def remember(self, path: Path, entry: Entry[Shapes]) -> None:
-        """Add ``entry`` to the file, in place of one of the same case; what others add at the same time is kept."""
+        """Add ``entry`` to the file, in place of one of the same case; entries added by others meanwhile are kept."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_suffix(".lock")):
@@ -132,9 +129,9 @@ class Cache(Generic[Shapes]):
 
 
 def machine_facts(device: torch.device, versions: Mapping[str, str | None]) -> dict[str, Any]:
-    """The GPU and the versions of whatever takes part, as JSON: while they are the same, a measurement holds.
+    """Return the GPU and all versions, as JSON: a measurement holds while they are the same.
 
-    ``versions`` of the candidates by name; None where that of torch or echo-rt says it all.
+    ``versions`` of the candidates by name; None where those of torch and echo-rt suffice.
     """
     properties = torch.cuda.get_device_properties(device)
     return {
@@ -150,7 +147,7 @@ def machine_facts(device: torch.device, versions: Mapping[str, str | None]) -> d
 
 
 def _driver() -> str | None:
-    """The driver's version; None where NVML is not there, as in some containers."""
+    """Return the driver's version; None without NVML, as in some containers."""
     try:
         import pynvml
 
@@ -167,7 +164,7 @@ def _driver() -> str | None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of the lock however the process ends."""
+    """Hold a lock on ``path``; the system releases it however the process ends."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""Autotuning: an implementation by name, from the cache, or the fastest that is right by measuring."""
+"""Selection of an implementation by name, from the cache, or by measuring."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from echo_rt.utils.device import capture, give_memory_back, model_context
 from echo_rt.utils.process import free
 from echo_rt.utils.wording import first_line, plain
 
-# Largest relative error of an output against float64: a few roundings of the dtype, far from one term too few.
+# Largest relative error against float64: a few roundings of the dtype, far below the error of a missing term.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 HALF = (torch.bfloat16, torch.float16)
 ANY_DTYPE = (*HALF, torch.float32)
@@ -41,10 +41,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Candidate(ABC, Generic[Loaded, Shapes]):
-    """An implementation and what is known of it before it is tried.
+    """An implementation and what is known of it without trying.
 
-    ``devices`` and ``dtypes`` it computes on and in; ``quick_on_cpu``: dtypes in which it is the quickest on a CPU,
-    where nothing is measured; ``build``: what it depends on beside torch and echo-rt.
+    ``devices`` and ``dtypes`` that it supports; ``quick_on_cpu``: dtypes in which it is the fastest on a CPU, where
+    nothing is measured; ``build``: a dependency beside torch and echo-rt.
     """
 
     name: str
@@ -56,22 +56,22 @@ class Candidate(ABC, Generic[Loaded, Shapes]):
 
     @abstractmethod
     def load(self) -> Loaded:
-        """The implementation; raises :class:`BackendError` that says why it is not there and how to get it."""
+        """Return the implementation; raise :class:`BackendError` that says why it is missing and how to get it."""
 
     @abstractmethod
     def obstacle(self, device: torch.device, dtype: torch.dtype, shapes: Shapes) -> str:
-        """``"why it cannot compute them; what to choose"`` as far as is known untried, or ""."""
+        """Return ``"why it cannot compute them; what to choose"`` as far as known without trying, or ""."""
 
     def reserve(self, shapes: Shapes) -> str:
-        """Why it is tried only where nothing else works, or ""."""
+        """Return why it is a last resort, or ""."""
         return ""
 
     def version(self) -> str | None:
-        """What of it may change while torch and echo-rt stay the same."""
+        """Return the version of what may change while torch and echo-rt stay the same."""
         return self.build
 
     def mismatch(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Why it does not compute on ``device`` in ``dtype``, or ""."""
+        """Return why it does not compute on ``device`` in ``dtype``, or ""."""
         if device.type not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, the device is {device}"
         if dtype not in self.dtypes:
@@ -80,10 +80,10 @@ class Candidate(ABC, Generic[Loaded, Shapes]):
 
 
 class Check(ABC, Generic[Loaded]):
-    """Random inputs of some shapes, on which implementations are run: whether they are right, and how fast.
+    """Random inputs on which implementations are checked and timed.
 
-    ``calls`` are captured together, as the time between two events includes the launch of the graph. Graphs run in
-    turns, so they share one stream and one memory pool.
+    ``calls`` are captured in one graph, as the time between two events includes the launch of the graph. Graphs run one
+    after the other, so they share one stream and one memory pool.
     """
 
     calls: int
@@ -94,29 +94,29 @@ class Check(ABC, Generic[Loaded]):
 
     @abstractmethod
     def call(self, implementation: Loaded, /) -> Callable[[], Tensor]:
-        """A function that runs it on the inputs."""
+        """Return a function that runs it on the inputs."""
 
     @abstractmethod
     def errors(self, out: Tensor) -> Tensor:
-        """Relative errors of parts of an output."""
+        """Return the relative errors of parts of an output."""
 
     def error(self, implementation: Loaded, /) -> float:
-        """The largest relative error of its output; infinite for an output of another size or dtype."""
+        """Return the largest relative error of its output; infinite for an output of another size or dtype."""
         with current(self.device):
             out = self.call(implementation)()
             if out.shape != self.out_size or out.dtype != self.dtype:
                 return math.inf
-            # A comparison with NaN is false whatever one asks; an infinite error is not.
+            # Every comparison with NaN is false, so NaN becomes infinity.
             return float(self.errors(out).nan_to_num(nan=math.inf).max())
 
     def normal(self, *size: int) -> Tensor:
-        """Normal numbers of its own generator."""
+        """Draw normal numbers."""
         return torch.randn(size, generator=self._generator, device=self.device, dtype=self.dtype)
 
     def stopwatch(self, implementation: Loaded, /) -> Callable[[], float]:
-        """A function that replays it from a CUDA graph, as the steady state does, and returns the ms per call.
+        """Return a function that replays it from a CUDA graph, as the steady state does, and returns ms per call.
 
-        What a library spends in Python does not count. Raises where it cannot be captured.
+        Overhead in Python does not count. Raises where it cannot be captured.
         """
         call, graph, stream = self.call(implementation), torch.cuda.CUDAGraph(), self._stream
 
@@ -126,7 +126,7 @@ class Check(ABC, Generic[Loaded]):
 
         with current(self.device):
             stream.wait_stream(torch.cuda.current_stream(self.device))
-            # Around the capture too: where that fails, torch leaves its stream the current one.
+            # Around the capture too: after a failed one torch leaves the capture stream current.
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UPS):
                     call()
@@ -158,10 +158,10 @@ class Check(ABC, Generic[Loaded]):
 
 @dataclass(frozen=True)
 class Selection(Generic[Loaded]):
-    """An implementation and why it is this one.
+    """A selected implementation and the reason.
 
-    ``timings``: milliseconds per call of each candidate that was timed; ``rejected``: what spoke against each other
-    one; ``by_name``: whether it was asked for. ``attention`` and ``kind``: what its users call ``implementation``.
+    ``timings``: milliseconds per call of each candidate that was timed; ``rejected``: why each other one was not;
+    ``by_name``: whether the user named it. ``attention`` and ``kind`` are other names of ``implementation``.
     """
 
     implementation: Loaded
@@ -182,22 +182,23 @@ class Selection(Generic[Loaded]):
 
 
 class ObstacleError(BackendError):
-    """An implementation that is known not to compute the shapes here."""
+    """An implementation that is known not to support the shapes here."""
 
 
 class _WrongResultError(BackendError):
-    """An implementation that computes something else."""
+    """An implementation with a wrong result."""
 
 
 class _NoMemoryError(BackendError):
-    """Too little memory, which says more of what else was there than of the implementation."""
+    """Too little memory, which may be due to other programs, not to the implementation."""
 
 
 @dataclass(frozen=True)
 class Tuner(Generic[Loaded, Shapes]):
-    """Selects one of ``candidates`` that computes ``shapes`` on ``device`` in ``dtype``.
+    """Selects one of ``candidates`` for ``shapes`` on ``device`` in ``dtype``.
 
-    ``check`` makes what tries them; ``removed``: why candidates of earlier versions are gone and what to choose.
+    ``check`` makes the inputs to try them on; ``removed``: why candidates of earlier versions are gone and what to
+    choose.
     """
 
     cache: Cache[Shapes]
@@ -217,14 +218,14 @@ class Tuner(Generic[Loaded, Shapes]):
         cache: Path | None,
         forgive: tuple[type[BackendError], ...] = (),
     ) -> Selection[Loaded]:
-        """The candidate named ``requested``, else ``prescribed`` by a snapshot, else the fastest; on a CPU torch's own.
+        """Select the candidate ``requested``, else the one ``prescribed`` by a snapshot, else the fastest.
 
-        One that is named is checked on a GPU, but not timed. ``forgive``: errors of a requested one after which it is
-        as if nothing had been requested, and the reason says why. The fastest is measured once and remembered in the
-        file ``cache`` (None: nowhere) until the GPU, a library or the shapes change. One that computes something else
-        is never selected; one that runs out of memory is left out, and the outcome is not remembered. Waits for the
-        device. Raises :class:`BackendError` for a name that is unknown or cannot be had here, and where nothing works;
-        where that is for want of memory, ``torch.OutOfMemoryError``.
+        On a CPU the fastest is torch's own. A named candidate is checked on a GPU, but not timed. ``forgive``: errors
+        of a requested one after which the selection goes on without it; the reason tells. The fastest is measured once
+        and cached in the file ``cache`` (None: not cached) until the GPU, a library or the shapes change. A candidate
+        with a wrong result is never selected; one that runs out of memory is skipped, and then the result is not
+        cached. Synchronizes. Raises :class:`BackendError` for a name that is unknown or not available here, and where
+        nothing works; ``torch.OutOfMemoryError`` where that is for lack of memory.
         """
         selection, unable = None, ""
         with model_context(self.device, self.dtype):
@@ -237,12 +238,12 @@ class Tuner(Generic[Loaded, Shapes]):
             if selection is None:
                 selection = self._unrequested(prescribed, cache)
         selection = replace(selection, reason=selection.reason + unable)
-        give_memory_back(self.device)  # graphs have kept memory of their own
+        give_memory_back(self.device)  # the pool of the graphs
         self._logger.info("%s for %s: %s", selection.name, self.shapes, selection.reason)
         return selection
 
     def available(self) -> dict[str, str]:
-        """Name of a candidate -> ``"available"``, or ``"why it is not; what to do"``. Each one is run."""
+        """Run each candidate; return name -> ``"available"``, or ``"why it is not; what to do"``."""
         states = {}
         with model_context(self.device, self.dtype):
             check = self.check()
@@ -255,7 +256,7 @@ class Tuner(Generic[Loaded, Shapes]):
         return states
 
     def known(self, cache: Path | None) -> Iterator[tuple[str, str]]:
-        """Name and reason of what is selected as things are now, for any shapes, as far as is known unmeasured."""
+        """Yield name and reason of what would be selected now, for any shapes, as far as known without measuring."""
         if self.device.type != "cuda":
             selection = self.default()
             yield selection.name, selection.reason
@@ -266,7 +267,7 @@ class Tuner(Generic[Loaded, Shapes]):
                     yield entry.winner, f"for {entry.case.shapes} in {entry.case.dtype}, {entry}"
 
     def default(self) -> Selection[Loaded]:
-        """Torch's own where nothing is measured: the one known to be quick in the dtype, else the first that works."""
+        """Select without measuring: the candidate known to be fast in the dtype, else the first that works."""
         case = self.device, self.dtype, self.shapes
         able = [one for one in self.candidates if not one.obstacle(*case) and not one.reserve(self.shapes)]
         candidate = next((one for one in able if self.dtype in one.quick_on_cpu), able[0])
@@ -303,9 +304,9 @@ class Tuner(Generic[Loaded, Shapes]):
         return Selection(loaded, str(entry), entry.milliseconds, entry.rejected)
 
     def _measure(self, case: Case[Shapes]) -> tuple[Loaded, Entry[Shapes], bool]:
-        """The fastest, all that was measured, and whether that lasts: not if memory was short.
+        """Return the fastest, all measurements, and whether to cache them: not if memory was short.
 
-        Taken in turns: a clock that changes, or another's load, then meets all of them.
+        Candidates are timed in turns, so that a changing clock or load affects all of them.
         """
         check, subject, lasts = self.check(), self.cache.subject, True
         loaded: dict[str, Loaded] = {}
@@ -346,7 +347,7 @@ class Tuner(Generic[Loaded, Shapes]):
         return candidate.load()
 
     def _checked(self, candidate: Candidate[Loaded, Shapes], forgive: tuple[type[BackendError], ...] = ()) -> Loaded:
-        """``candidate``, which was named; an error that is in ``forgive`` says no more than the reason."""
+        """Load and check a named candidate; an error in ``forgive`` is raised as it is."""
         named = f"{self.cache.subject} {candidate.name!r}"
         try:
             loaded = self._load(candidate)
@@ -361,7 +362,7 @@ class Tuner(Generic[Loaded, Shapes]):
             raise BackendError(f"{named} is not available: {error}") from error
 
     def _require_right(self, check: Check[Loaded], loaded: Loaded) -> None:
-        """Raises :class:`BackendError` unless ``loaded`` computes the shapes, and rightly."""
+        """Raise :class:`BackendError` unless ``loaded`` computes the shapes correctly."""
         case, bound = f"{self.shapes} in {plain(self.dtype)}", TOLERANCES[self.dtype]
         error = self._attempt(check.error, loaded, f"it does not compute {case}")
         if error > bound:
@@ -370,11 +371,11 @@ class Tuner(Generic[Loaded, Shapes]):
             )
 
     def _attempt(self, work: Callable[[Loaded], Result], loaded: Loaded, complaint: str) -> Result:
-        """What ``work`` returns; whatever a library raises is the finding. Its memory is there for the next."""
+        """Return what ``work`` returns, or raise :class:`BackendError` for what a library raises; free its memory."""
         try:
             return work(loaded)
         except Exception as problem:
-            # What libraries beside torch's allocator say of a shortage has no type of its own.
+            # Libraries beside torch's allocator have no exception type for a shortage.
             signs = ("out of memory", "ALLOC_FAILED")
             if not isinstance(problem, torch.OutOfMemoryError) and not any(sign in str(problem) for sign in signs):
                 raise BackendError(f"{complaint}: {first_line(problem)}; choose another") from problem
@@ -386,7 +387,7 @@ class Tuner(Generic[Loaded, Shapes]):
 
 
 def find(subject: str, name: object, candidates: Sequence[Found], removed: Mapping[str, str]) -> Found:
-    """The first of ``candidates`` that has this name; raises :class:`BackendError` where there is none."""
+    """Return the first of ``candidates`` with this name; raise :class:`BackendError` where there is none."""
     by_name = {candidate.name: candidate for candidate in reversed(candidates)}
     if isinstance(name, str) and name in by_name:
         return by_name[name]
@@ -397,5 +398,5 @@ def find(subject: str, name: object, candidates: Sequence[Found], removed: Mappi
 
 
 def current(device: torch.device) -> torch.cuda.device:
-    """Libraries ask for the properties of the current GPU; on a CPU this changes nothing."""
+    """Make ``device`` the current GPU, whose properties libraries ask for; on a CPU this changes nothing."""
     return torch.cuda.device(device if device.type == "cuda" else -1)

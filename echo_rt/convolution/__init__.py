@@ -1,7 +1,7 @@
-"""The decoder's convolutions, each by the implementation that is fastest here.
+"""The decoder's convolutions, each by the fastest implementation on this machine.
 
-A decoder is given its convolutions when it is loaded, as a model is given its attention: :func:`select_convolutions`
-measures what there is, on the decoder's own shapes, and remembers the outcome in a file.
+They are selected when a decoder is loaded: :func:`select_convolutions` measures the candidates on the decoder's own
+shapes and caches the result in a file.
 """
 
 from echo_rt.convolution.backends import ConvolutionCandidate, implementations

@@ -1,4 +1,4 @@
-"""The implementations of the decoder's convolutions: what is known of each before it is tried."""
+"""The candidates for the decoder's convolutions, and what is known of each without trying it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from echo_rt.convolution.torch_conv import (
 from echo_rt.ops.backends import load_ops
 from echo_rt.ops.schema import Ops
 
-# Of earlier versions, which snapshots and caches may name: why they are gone and what to choose.
+# Names from earlier versions that snapshots and caches may hold: why they are gone and what to choose.
 REMOVED = {
     "conv3d-searched": "cuDNN's search could end differently in each process, so that no video could be resumed bit "
     "for bit; choose conv3d or three-products"
@@ -35,11 +35,11 @@ def _any_shape(shape: ConvolutionShape) -> str:
 
 @dataclass(frozen=True)
 class ConvolutionCandidate(Candidate["ConvolutionCandidate", ConvolutionShape]):
-    """An implementation of convolutions, which is loaded as it is.
+    """An implementation of convolutions.
 
-    ``prepare`` takes the weight ``[Co, C, kT, kH, kW]``, laid out in any way, in the dtype of the frames, once, and
-    gives the function of the frames. ``enlarges``: for those that double every pixel first. ``limit``: what it cannot
-    do with a shape, or "". ``capability``: the compute capability that a GPU must have, where any will not do.
+    ``prepare`` takes the weight ``[Co, C, kT, kH, kW]``, in any layout, in the dtype of the frames, and returns the
+    function of the frames. ``enlarges``: it upsamples by two first. ``limit``: why it cannot compute a shape, or "".
+    ``capability``: the compute capability that it needs, if any.
     """
 
     prepare: Callable[[Tensor], Prepared]
@@ -69,8 +69,8 @@ class ConvolutionCandidate(Candidate["ConvolutionCandidate", ConvolutionShape]):
 
 
 def implementations(ops: Ops | None = None) -> tuple[ConvolutionCandidate, ...]:
-    """All of them, those of torch first; the kernels are those of the backend of ``ops``."""
-    # The torch backend's operations are definitions: what torch does fast is an implementation of its own.
+    """Return all candidates, torch's first; the kernels are those of the backend of ``ops``."""
+    # The torch backend's operations are definitions, not fast; torch's fast convolutions are candidates above.
     ops = ops or load_ops("torch")
     devices = {"torch": (), "cuda": ("cuda",)}.get(ops.name, ("cpu",))
     facts: dict[str, Any] = {"devices": devices, "dtypes": HALF, "build": ops.name if devices else None}
@@ -82,7 +82,7 @@ def implementations(ops: Ops | None = None) -> tuple[ConvolutionCandidate, ...]:
     of = ConvolutionCandidate
     return (
         of("conv3d", library_convolution),
-        # In float32 torch's 3-D convolution takes a path of its own on a CPU, which is several times as long.
+        # On a CPU in float32, torch's 3-D convolution takes another path that is several times slower.
         of("three-products", accumulated_products, quick_on_cpu=(torch.float32,)),
         of("kernel", causal, limit=kernels.causal_limit, **facts),
         of("kernel-hopper", hopper, limit=kernels.hopper_limit, capability=kernels.CAPABILITY, **facts),

@@ -1,4 +1,4 @@
-"""Which implementation computes each of the decoder's convolutions, and why: tried on a GPU on the decoder's shapes."""
+"""Selection of the implementation of each of the decoder's convolutions, on a GPU by measuring its own shapes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ cache_file = CACHE.path
 
 ConvolutionSelection = Selection[ConvolutionCandidate]
 
-# What candidates are tried on while there is no model.
+# Shapes to try candidates on without a model.
 _PROBES = (
     ConvolutionShape(frames=4, height=12, width=20, channels=32, out_channels=32, kernel=(3, 3, 3)),
     ConvolutionShape(frames=2, height=6, width=10, channels=32, out_channels=16, kernel=(1, 3, 3), enlarge=True),
@@ -34,10 +34,10 @@ _ROUNDS = 7
 
 
 def exact_pixels(frames: Tensor, weight: Tensor, shape: ConvolutionShape, points: Tensor) -> Tensor:
-    """Some pixels of the result, ``[n, Co]`` in float64: at ``points [n, 3]``, their frames, rows and columns."""
+    """Compute pixels of the result in float64, ``[n, Co]``, at ``points [n, 3]`` (frame, row, column)."""
     scale = 2 if shape.enlarge else 1
     taps = [torch.arange(size, device=frames.device) for size in shape.kernel]
-    taps[1:] = [tap - len(tap) // 2 for tap in taps[1:]]  # in time it looks back
+    taps[1:] = [tap - len(tap) // 2 for tap in taps[1:]]  # causal in time
     size = torch.tensor([shape.frames, scale * shape.height, scale * shape.width], device=frames.device)
     at = points[:, None] + torch.cartesian_prod(*taps)
     inside = ((at >= 0) & (at < size)).all(-1, keepdim=True)
@@ -60,7 +60,7 @@ class ConvolutionCheck(Check[ConvolutionCandidate]):
 
     @cached_property
     def _points(self) -> Tensor:
-        """Frames, rows and columns of the pixels to check: all corners, and from first to last of each by itself."""
+        """Frames, rows and columns of the pixels to check: all corners, and each coordinate from first to last."""
         sizes, chance = self._shape.out_size[:3], random.Random(0)
         steps = [step / (_CHECKED_PIXELS - 1) for step in range(_CHECKED_PIXELS)]
         spread = [[round(step * (size - 1)) for step in chance.sample(steps, len(steps))] for size in sizes]
@@ -75,7 +75,7 @@ class ConvolutionCheck(Check[ConvolutionCandidate]):
         return partial(candidate.prepare(self._weight), self._frames)
 
     def errors(self, out: Tensor) -> Tensor:
-        """Those of pixels beside what pixels are over the whole picture: one of few channels may be near zero."""
+        """Return errors of pixels relative to the usual size of a pixel: one of few channels may be near zero."""
         if not out.is_contiguous():
             return self._exact.new_tensor(math.inf)
         usual = self._exact.square().sum(dim=1).mean().sqrt()
@@ -93,11 +93,11 @@ def select_convolutions(
     candidates: Sequence[ConvolutionCandidate],
     prescribed: Mapping[ConvolutionShape, str] = MappingProxyType({}),
 ) -> dict[ConvolutionShape, ConvolutionSelection]:
-    """What computes each of ``shapes``: on a GPU the fastest of ``candidates``, on a CPU torch's own.
+    """Select the implementation of each of ``shapes``: on a GPU the fastest of ``candidates``, on a CPU torch's own.
 
-    ``requested``: the name of the one to take wherever it works, or several with commas between, no two of them for
-    the same convolutions. ``prescribed``: the names, where none is asked for, of the snapshot to go on with, as far as
-    it has these shapes. The rest, and the errors, as in :meth:`echo_rt.autotune.tuner.Tuner.select`.
+    ``requested``: a name to use wherever it works, or several joined by commas, at most one for causal and one for
+    upsampling convolutions. ``prescribed``: the names in the snapshot to go on with, used where none is requested. The
+    rest, and the errors, as in :meth:`echo_rt.autotune.tuner.Tuner.select`.
     """
     tuners = [convolution_tuner(device, dtype, shape, candidates) for shape in dict.fromkeys(shapes)]
     names = [] if requested is None else [name.strip() for name in requested.split(",")]
@@ -125,7 +125,7 @@ def select_convolutions(
 def convolution_tuner(
     device: torch.device, dtype: torch.dtype, shape: ConvolutionShape, candidates: Sequence[ConvolutionCandidate]
 ) -> Tuner[ConvolutionCandidate, ConvolutionShape]:
-    """What selects one of those ``candidates`` that double every pixel first, if ``shape`` does, or of the others."""
+    """Return the tuner for ``shape``, among the ``candidates`` that upsample if it does, else the others."""
     family = [candidate for candidate in candidates if candidate.enlarges == shape.enlarge]
     check = partial(ConvolutionCheck, shape, device, dtype)
     return Tuner(CACHE, device, dtype, shape, family, check, _ROUNDS, REMOVED)
@@ -134,17 +134,17 @@ def convolution_tuner(
 def known_selections(
     device: torch.device, cache: Path | None, candidates: Sequence[ConvolutionCandidate]
 ) -> Iterator[tuple[str, str]]:
-    """What decoders on ``device`` are given as things are now, as far as is known unmeasured: name and reason."""
+    """Yield name and reason of what decoders on ``device`` would get now, as far as known without measuring."""
     for probe in _PROBES:
         yield from convolution_tuner(device, torch.float32, probe, candidates).known(cache)
 
 
 def available_convolutions(device: torch.device, candidates: Sequence[ConvolutionCandidate]) -> dict[str, str]:
-    """Name -> ``"available"``, or ``"why it is not; what to do"``. Each one is run on ``device``."""
+    """Run each candidate on ``device``; return name -> ``"available"``, or ``"why it is not; what to do"``."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     states: dict[str, str] = {}
     for probe in _PROBES:
         for name, state in convolution_tuner(device, dtype, probe, candidates).available().items():
-            # One name of two families, said once where the same holds for both.
+            # A name of both families is listed once where its state is the same.
             states[name if states.get(name, state) == state else f"{name} (enlarging)"] = state
     return states

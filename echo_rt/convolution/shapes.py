@@ -1,4 +1,4 @@
-"""The size of one convolution of the VAE's decoder, and what an implementation makes of its weight."""
+"""The shape of one convolution of the VAE's decoder, and the function an implementation makes of its weight."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ConvolutionShape:
-    """Of one call: ``frames`` (past and new) of ``height x width`` pixels, and what becomes of them.
+    """Shape of one call on ``frames`` (history and new) of ``height x width`` pixels.
 
-    ``kernel`` is (time, height, width): time looks back only, and the picture is padded with zeros, so that
-    ``frames - kernel[0] + 1`` frames of the same size come out. With ``enlarge`` every pixel is doubled each way
-    before, and the kernel is one frame deep.
+    ``kernel`` is (time, height, width): causal in time, zero-padded in space, so there are ``frames - kernel[0] + 1``
+    frames of output. With ``enlarge`` the frames are upsampled by two first, and the kernel is one frame deep.
     """
 
     frames: int
@@ -28,7 +27,7 @@ class ConvolutionShape:
 
     @property
     def out_size(self) -> tuple[int, int, int, int]:
-        """``[frames, height, width, channels]`` of the result."""
+        """``[frames, height, width, channels]`` of the output."""
         scale = 2 if self.enlarge else 1
         return (self.frames - self.kernel[0] + 1, scale * self.height, scale * self.width, self.out_channels)
 
@@ -42,7 +41,7 @@ class ConvolutionShape:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> ConvolutionShape:
-        """Of what JSON keeps of one. Raises ``TypeError`` or ``ValueError`` for anything else."""
+        """Make one of its fields as JSON stores them. Raises ``TypeError`` or ``ValueError`` for anything else."""
         depth, height, width = fields["kernel"]
         shape = cls(**{**fields, "kernel": (depth, height, width)})
         sizes = (shape.frames, shape.height, shape.width, shape.channels, shape.out_channels, *shape.kernel)
@@ -52,14 +51,14 @@ class ConvolutionShape:
 
 
 class Prepared(Protocol):
-    """A convolution with its weight, for frames of any number and size. The bias is its reader's to add.
+    """A convolution with its weight, for any number and size of frames. It does not add the bias.
 
-    It keeps nothing between calls, changes no input and never waits for the device once it has run in a thread, so that
-    a thread that has called it with some sizes can capture it with these.
+    It keeps no state between calls, changes no input and does not synchronize after its first call in a thread, so a
+    thread that has called it with some sizes can capture it with these.
     """
 
     def __call__(self, frames: Tensor, /) -> Tensor:
-        """Contiguous ``frames [past + T, H, W, C]`` -> contiguous ``[T, H, W, Co]``, or ``[T, 2H, 2W, Co]`` upsampled.
+        """Convolve ``[past + T, H, W, C]`` to ``[T, H, W, Co]``, or ``[T, 2H, 2W, Co]`` upsampled, all contiguous.
 
-        Around a picture are zeros; in time there is no padding.
+        Zero padding in space, none in time.
         """

@@ -1,8 +1,7 @@
-"""The products of a transformer's layers, each together with the operation that makes its input.
+"""The linear layers of the transformer, each fused with the operation that produces its input.
 
-A product in float8 reads rows that were quantized by the kernel that had them in registers anyway, so what a product
-needs and what comes before it are one thing: :class:`Linear` and :class:`Float8Linear` are told what to do with ``x``,
-and a layer is written once for both.
+A float8 layer reads rows that the preceding kernel quantizes while it has them in registers. So :class:`Linear` and
+:class:`Float8Linear` are told how to prepare ``x``, and a transformer layer is written once for both.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ FLOAT8_PRODUCTS = (
 
 
 class Product(Protocol):
-    """``input @ weight.T + bias`` of what an operation makes of ``x [n, in]``; arguments as in :class:`Ops`."""
+    """``input @ weight.T + bias``, where an operation makes the input from ``x``; arguments as in :class:`Ops`."""
 
     def after_norm(self, ops: Ops, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor: ...
 
@@ -44,13 +43,13 @@ class Product(Protocol):
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by its tanh formula, in ``x``'s dtype."""
+    """Compute GELU by its tanh formula, in ``x``'s dtype."""
     return gelu(x, approximate="tanh")
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix product's weight ``[out, in]`` and bias ``[out]``."""
+    """A linear layer: weight ``[out, in]`` and bias ``[out]``."""
 
     weight: Tensor
     bias: Tensor
@@ -70,9 +69,9 @@ class Linear:
         return self(gelu_tanh(x))
 
     def then_gelu(self, x: Tensor) -> Tensor:
-        """:func:`gelu_tanh` of the product of ``x [n, in]``.
+        """Apply the layer to ``x [n, in]``, then :func:`gelu_tanh`.
 
-        On a GPU cuBLASLt applies it to the sums before it writes them, which saves reading and writing them once more.
+        On a GPU cuBLASLt applies GELU before it writes the result, which saves one pass over it.
         """
         if x.is_cuda:
             return torch._addmm_activation(self.bias, x, self.weight.t(), use_gelu=True)
@@ -81,7 +80,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Float8Linear:
-    """The same in float8: weight e4m3fn ``[out, in]``, a float32 scale for each output, bias in the results' dtype."""
+    """A linear layer in float8: weight e4m3fn ``[out, in]``, a float32 scale per output, bias in the output's dtype."""
 
     weight: Tensor
     scales: Tensor
@@ -89,7 +88,7 @@ class Float8Linear:
 
     @classmethod
     def quantize(cls, weight: Tensor, bias: Tensor) -> Float8Linear:
-        """Of a float32 ``weight``."""
+        """Quantize a float32 ``weight``."""
         return cls(*quantize_rows(weight), bias)
 
     def after_norm(self, ops: Ops, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -116,20 +115,20 @@ class Float8Linear:
 def feed_forward(
     ops: Ops, into: Product, out: Product, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> Tensor:
-    """``out(GELU(into(norm(x + y))))``; ``x`` is written. GELU is part of whichever product or kernel can take it."""
+    """``out(GELU(into(norm(x + y))))``; ``x`` is written. GELU is fused into the layer or kernel that can take it."""
     if isinstance(into, Linear) and isinstance(out, Linear):
         return out(into.then_gelu(ops.gated_residual_norm(x, y, None, shift, scale, eps)))
     return out.after_gelu(ops, into.after_residual_norm(ops, x, y, None, shift, scale, eps))
 
 
 def _rows_like(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for the float8 rows of ``x [n, any]`` and their scales [n]."""
+    """Allocate the float8 rows of ``x [n, any]`` and their scales [n]."""
     values = torch.empty(x.shape, dtype=FLOAT8, device=x.device)
     return values, torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
 
 
 def float8_layers() -> str:
-    """What can be float8, by name, as a message says it."""
+    """List the names of the layers that can be float8, for a message."""
     return ", ".join(f"blocks.N.{name}" for names in FLOAT8_PRODUCTS for name in names)
 
 

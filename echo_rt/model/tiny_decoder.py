@@ -1,7 +1,7 @@
-"""Latents to video by a tiny decoder, for previews: plain 2-D convolutions that see the frame before their own.
+"""A tiny decoder for previews: 2-D convolutions that read each frame together with the one before it.
 
-The state of a stream is one frame for each of the blocks; all else is worked out anew from the latents. Activations
-are channels-last ``[frames, height, width, channels]``, contiguous.
+The state of a stream is one frame per block. Activations are channels-last ``[frames, height, width, channels]``,
+contiguous.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Past = Mapping[str, Tensor]
 
 
 class TinyDecoderState:
-    """What the decoder remembers of one stream: the last frame ``[H, W, C]`` that each block was given.
+    """The state of one stream: the last input frame ``[H, W, C]`` of each block.
 
-    ``latents_seen`` is the number of latents decoded since the start of the stream. Together with :meth:`tensors` it is
-    all that a stream needs to go on bit for bit: copy both into a fresh state of the same size.
+    ``latents_seen`` is the number of latents decoded so far. To go on bit for bit, copy it and :meth:`tensors` into a
+    new state of the same size.
     """
 
     def __init__(self, past: Past, latent_shape: tuple[int, int, int], max_latents: int) -> None:
@@ -36,22 +36,22 @@ class TinyDecoderState:
         self.latents_seen = 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """The remembered frames by the names of their blocks; live views."""
+        """Return the last input frames by the names of their blocks; live views."""
         return dict(self.past)
 
     def buffers(self) -> dict[str, Tensor]:
-        """Every tensor with a lasting address, by name."""
+        """Return every tensor that outlives a call, by name."""
         return self.tensors()
 
     def reset(self) -> None:
-        """Back to the start of a stream, in place."""
+        """Go back to the start of a stream, in place."""
         for frame in self.past.values():
             frame.zero_()
         self.latents_seen = 0
 
 
 class TinyDecoder:
-    """The decoder; it has no state of its own, so one decoder serves any number of streams.
+    """The decoder. It holds no state of a stream, so one decoder serves any number of streams.
 
     ``tensors``: all of :func:`echo_rt.weights.tiny_vae.tiny_decoder_shapes`. ``like``: the VAE whose latents these are.
     """
@@ -83,7 +83,7 @@ class TinyDecoder:
         self._head = weights.convolution(config.head, scale=2.0, shift=-1.0)
 
     def new_state(self, latent_height: int, latent_width: int, latents: int) -> TinyDecoderState:
-        """The state of a new stream of latents of this size, which decodes up to ``latents`` of them in one go."""
+        """Return the state of a new stream of latents of this size, decoded at most ``latents`` at a time."""
         for name, value in (("height", latent_height), ("width", latent_width), ("number", latents)):
             if value < 1:
                 raise ConfigError(f"{_OWNER}: expected {name} of latents to be at least 1, got {value}")
@@ -100,10 +100,10 @@ class TinyDecoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, state: TinyDecoderState) -> Tensor:
-        """The next ``latents [T, z, h, w]`` of a stream (normalized, any float dtype) as video ``[F, H, W, 3]``.
+        """Decode the next ``latents [T, z, h, w]`` of a stream (normalized, any float dtype) to video ``[F, H, W, 3]``.
 
         The video has the decoder's dtype, is nominally in [-1, 1] and is not clamped. For Wan F is 4T, or 1 + 4(T-1)
-        at the start of a stream. Raises :class:`ConfigError` for latents that are not of the state's size.
+        at the start of a stream. Raises :class:`ConfigError` for latents of another size than the state's.
         """
         if latents.dim() != 4 or len(latents) < 1 or latents.shape[1:] != state.latent_shape:
             expected = ", ".join(str(size) for size in state.latent_shape)
@@ -117,7 +117,7 @@ class TinyDecoder:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def decode_next(self, latents: Tensor, state: TinyDecoderState, *, is_start: bool) -> Tensor:
-        """:meth:`decode` without its checks and its count: all that it asks of the host are its arguments."""
+        """Decode as :meth:`decode` does, without its checks and its count, so that it can be captured in a graph."""
         z = latents.to(self._weights.device, torch.float32).permute(0, 2, 3, 1)
         if self._statistics is not None:
             std, mean = self._statistics
@@ -131,9 +131,9 @@ class TinyDecoder:
         return self._video(finest, x, skipped=self.config.temporal_stride - 1 if is_start else 0)
 
     def _video(self, finest: _Level, x: Tensor, skipped: int) -> Tensor:
-        """The frames of the finest level as video, without the first ``skipped``.
+        """Return the frames of the finest level as video, without the first ``skipped``.
 
-        Nothing is remembered from here on, and at full size memory counts: so frame by frame, and none in vain.
+        Frame by frame, as memory counts at full size; there is no state from here on.
         """
         _, height, width, _ = x.shape
         video = x.new_empty(len(x) * finest.growth - skipped, 2 * height, 2 * width, 3)
@@ -164,7 +164,7 @@ class _Weights:
 
 
 class _Block:
-    """Three convolutions of each frame beside the one before it, added to the frame."""
+    """Three convolutions of each frame and the one before it, added to the frame."""
 
     def __init__(self, name: str, weights: _Weights) -> None:
         self.name = name
@@ -183,7 +183,7 @@ class _Block:
 
 
 class _Level:
-    """One resolution: its blocks, and the way to the next, which has twice the height and width."""
+    """One resolution: its blocks, and the upsampling to the next."""
 
     def __init__(self, index: int, weights: _Weights) -> None:
         self.index = index
@@ -193,21 +193,20 @@ class _Level:
 
     @property
     def growth(self) -> int:
-        """Frames that are made of one."""
+        """Output frames per input frame."""
         rows, channels = self._growth.shape
         return rows // channels
 
     def remembering(self, x: Tensor, past: Past) -> Tensor:
-        """``x [T, H, W, C]`` through the blocks, whose past moves on by T frames."""
+        """Apply the blocks to ``x [T, H, W, C]`` and advance their state by T frames."""
         for block in self.blocks:
             x = block(x, past[block.name])
         return x
 
     def enlarged(self, x: Tensor, skipped: int = 0) -> Tensor:
-        """``x [T, H, W, C]`` as ``[T * growth - skipped, 2H, 2W, C']``.
+        """Upsample ``x [T, H, W, C]`` to ``[T * growth - skipped, 2H, 2W, C']``.
 
-        The published order is to enlarge and then to grow; this one is the same, pixel for pixel, for a quarter of the
-        work.
+        The published code upsamples in space first. The other order gives the same pixels for a quarter of the work.
         """
         frames, height, width, channels = x.shape
         grown = functional.linear(x, self._growth).view(frames, height, 1, width, 1, self.growth, channels)
@@ -217,6 +216,6 @@ class _Level:
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A convolution of each frame that keeps its size."""
+    """Convolve each frame, keeping its size."""
     out = functional.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2)
     return out.permute(0, 2, 3, 1).contiguous()

@@ -1,7 +1,7 @@
 """Wan's diffusion transformer, one block of latent frames at a time.
 
-The cache of self-attention is an object that the caller passes in: where keys are kept, which are attended to and how
-they are rotated is the rollout's business (:mod:`echo_rt.engine.rollout`), not the transformer's.
+The caller passes in the cache of self-attention: which keys are kept, attended to and how they are rotated is decided
+by the rollout (:mod:`echo_rt.engine.rollout`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from echo_rt.utils.device import placed, working_dtype
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One transformer block. Norm weights are float32, matrices the model's dtype; of float8, what can be had in it."""
+    """One transformer block. Norm weights are float32, matrices have the model's dtype or float8."""
 
     qkv: Product
     norm_q: Tensor
@@ -42,13 +42,13 @@ class LayerWeights:
 
 
 class KeyValueCache(Protocol):
-    """Where a pass keeps its keys and values, and what it attends to."""
+    """The keys and values of a pass: where they are stored, and what is attended to."""
 
     def store(self, index: int, layer: LayerWeights, qkv: Tensor) -> Tensor:
-        """Keep the keys and values of layer ``index`` from its product ``[n, 3·dim]``; its queries ``[n, H, d]``."""
+        """Store keys and values of layer ``index`` from its ``qkv [n, 3·dim]``; return its queries ``[n, H, d]``."""
 
     def attend(self, index: int, q: Tensor) -> Tensor:
-        """Attention ``[n, dim]`` of the queries of layer ``index``, its own new keys among what they see."""
+        """Return the attention ``[n, dim]`` of the queries of layer ``index``, which see their own new keys too."""
 
 
 # Of the timestep's sinusoid; equal to rope_theta in Wan, but another constant.
@@ -56,9 +56,9 @@ _SINUSOID_BASE = 10000.0
 
 
 class _Loader:
-    """Hands out tensors by their original names, on the model's device and in its dtype.
+    """Tensors by their original names, on the model's device and in its dtype.
 
-    ``kept`` names the products of :meth:`product` that are not quantized.
+    ``kept`` names the layers of :meth:`product` that are not quantized.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class _Loader:
         return placed(self._tensors[name], self._device, torch.float32)
 
     def linear(self, *names: str) -> Linear:
-        """One product for several projections of the same input, stacked along the output."""
+        """Return one linear layer for several projections of the same input, stacked along the output."""
         weights = [self.matrix(f"{name}.weight") for name in names]
         biases = [self.matrix(f"{name}.bias") for name in names]
         if len(names) == 1:
@@ -81,7 +81,7 @@ class _Loader:
         return Linear(torch.cat(weights), torch.cat(biases))
 
     def product(self, *names: str) -> Product:
-        """The same, in float8 but for what is kept from it: quantized from the stored values, not from rounded ones."""
+        """Return :meth:`linear` in float8, unless kept from it; quantized from the stored, unrounded values."""
         if not self._kept.isdisjoint(names):
             return self.linear(*names)
         weights = [self.vector(f"{name}.weight") for name in names]
@@ -176,14 +176,14 @@ class Transformer:
             values.copy_(layer.cross_v(text).unflatten(-1, width))
 
     def flow(self, latents: Tensor, timestep: int, text_kv: Tensor, cache: KeyValueCache) -> Tensor:
-        """The flow of ``latents [F, C, h, w]`` at ``timesteps[timestep]``, in the model's dtype and the same shape."""
+        """Return the flow of ``latents [F, C, h, w]`` at ``timesteps[timestep]``, alike and in the model's dtype."""
         x, y = self._enter(latents, timestep)
         for index in range(len(self.layers)):
             y = self._layer(index, x, y, timestep, text_kv[index], cache)
         return self._unpatchify(y, latents)
 
     def store_keys(self, latents: Tensor, timestep: int, text_kv: Tensor, cache: KeyValueCache) -> None:
-        """A pass for the sake of its keys and values: the last layer ends where they are stored."""
+        """Run a pass that only stores keys and values: the last layer ends there."""
         x, y = self._enter(latents, timestep)
         last = len(self.layers) - 1
         for index in range(last):
@@ -191,7 +191,7 @@ class Transformer:
         cache.store(last, self.layers[last], y)
 
     def _enter(self, latents: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
-        """The residual ``[n, dim]`` and the first layer's queries, keys and values ``[n, 3·dim]``."""
+        """Return the residual ``[n, dim]`` and the first layer's queries, keys and values ``[n, 3·dim]``."""
         x = self._patch(self._patchify(latents.to(self.dtype)))
         shift, scale = self.modulations[timestep, 0, :2]
         return x, self.layers[0].qkv.after_norm(self._ops, x, shift, scale, self.config.eps)
@@ -199,7 +199,7 @@ class Transformer:
     def _layer(
         self, index: int, x: Tensor, qkv: Tensor, timestep: int, text_kv: Tensor, cache: KeyValueCache
     ) -> Tensor:
-        """One layer on the residual ``x`` (written) and its ``qkv``; the next layer's, or what the head makes."""
+        """Run a layer on the residual ``x`` (written) and its ``qkv``; return the next ``qkv``, or the output."""
         eps, ops, layer = self.config.eps, self._ops, self.layers[index]
         m = self.modulations[timestep, index]
         y = layer.self_out(cache.attend(index, cache.store(index, layer, qkv)))
@@ -216,14 +216,14 @@ class Transformer:
         return layer.cross_out(self._attention(q.unflatten(-1, text_kv.shape[-2:]), text_kv[0], text_kv[1]))
 
     def _patchify(self, latents: Tensor) -> Tensor:
-        """``[F, C, h, w]`` -> tokens ``[F·S, C·patch]`` in the order frame, row, column."""
+        """Turn ``[F, C, h, w]`` into tokens ``[F·S, C·patch]`` in the order frame, row, column."""
         _, rows, columns = self.config.patch_size
         patches = latents.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # F C h/r r w/c c
         tokens: Tensor = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
         return tokens
 
     def _unpatchify(self, tokens: Tensor, like: Tensor) -> Tensor:
-        """The inverse, from the head's order: patch row, patch column, channel."""
+        """Invert :meth:`_patchify`, from the head's order: patch row, patch column, channel."""
         frames, channels, height, width = like.shape
         _, rows, columns = self.config.patch_size
         patches: Tensor = tokens.view(frames, height // rows, width // columns, rows, columns, channels)

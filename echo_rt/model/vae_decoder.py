@@ -1,7 +1,7 @@
-"""Latents to video, a few at a time and for ever: the causal decoder of Wan's VAE.
+"""The causal decoder of Wan's VAE: latents to video, in a stream without end.
 
-Decoding latents one by one, in groups or all at once gives the same video. Sizes, in frames and pixels, for Wan:
-the first latent of a stream decodes to one frame, every later one to four.
+Latents decoded one by one, in groups or all at once give the same video. In Wan the first latent of a stream decodes to
+one frame, every later one to four.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from echo_rt.config import VaeConfig
 from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape
 from echo_rt.errors import ConfigError
 from echo_rt.model.vae_decoder_state import DecodingPlan, LevelShape, VaeDecoderState, plan_decoding
-from echo_rt.model.vae_layers import CausalConv, EnlargingConv, Middle, NormConv, ResidualBlock, Terms, VaeWeights
+from echo_rt.model.vae_layers import CausalConv, Middle, NormConv, ResidualBlock, Terms, UpsampleConv, VaeWeights
 from echo_rt.model.vae_windows import Rows, Windows
 from echo_rt.ops.schema import Ops
 from echo_rt.weights.shapes import vae_decoder_shapes
@@ -26,13 +26,13 @@ _OWNER = "vae decoder"
 
 
 class VaeDecoder:
-    """The decoder; it has no state of its own, so one decoder serves any number of streams.
+    """The decoder. It holds no state of a stream, so one decoder serves any number of streams.
 
-    ``tensors``: the VAE's weights under their original names; others among them are ignored. ``ops``: the operations
-    of a backend. ``tiles``: in how many bands of rows its streams decode the two highest resolutions, for GPUs with
-    little memory. Raises :class:`WeightsError` for a missing or misshapen tensor.
+    ``tensors``: the VAE's weights under their original names; others are ignored. ``ops``: a backend's operations.
+    ``tiles``: number of horizontal tiles for the two highest resolutions, for GPUs with little memory. Raises
+    :class:`WeightsError` for a missing or misshapen tensor.
 
-    ``levels`` are the resolutions from the lowest to the highest, ``head`` is what makes pictures of the last one.
+    ``levels`` are the resolutions from lowest to highest; ``head`` turns the output of the last into RGB.
     """
 
     def __init__(
@@ -72,28 +72,28 @@ class VaeDecoder:
     def new_state(
         self, latent_height: int, latent_width: int, latents: int, *, frames_at_full: int | None = None
     ) -> VaeDecoderState:
-        """The state of a new stream of latents of this size, of which up to ``latents`` are decoded in one go.
+        """Return the state of a new stream of latents of this size, decoded at most ``latents`` at a time.
 
-        ``frames_at_full``: how many frames of full resolution are worked on at once; None for those of one latent, or
-        a single one where the decoder has ``tiles``. What one frame becomes on its way is not taken apart, however.
+        ``frames_at_full``: frames of full resolution computed at once; None for those of one latent, or for one frame
+        where the decoder has ``tiles``. The frames that one frame is upsampled to in time are never split.
         """
         plan = self._plan(latent_height, latent_width, latents, frames_at_full)
         return plan.new_state(device=self.device, dtype=self.dtype)
 
     def convolution_shapes(self, latent_height: int, latent_width: int, latents: int) -> dict[str, ConvolutionShape]:
-        """Of each convolution, by its name in the weights, in the steady state of a stream of :meth:`new_state`."""
+        """Return the shape of each convolution, by its name in the weights, in the steady state of a stream."""
         return dict(self._plan(latent_height, latent_width, latents, None).convolutions)
 
     def attention_shapes(self, latent_height: int, latent_width: int) -> AttentionShapes:
-        """Of the attention among the pixels of a frame, in a stream of latents of this size."""
+        """Return the shapes of the attention among the pixels of a frame, for latents of this size."""
         return self._middle.attention.shapes(latent_height, latent_width)
 
     def attend_by(self, attention: Attention) -> None:
-        """From now on the pixels of a frame attend to each other by ``attention``."""
+        """Compute the attention among the pixels of a frame by ``attention`` from now on."""
         self._middle.attention.compute = attention
 
     def use(self, candidates: Mapping[str, ConvolutionCandidate]) -> None:
-        """From now on each convolution is computed by the candidate under its name. Once: it is all that they keep."""
+        """Compute each convolution by the candidate under its name from now on. May be called once."""
         for level in self._shapes():
             for convolution in level.convolutions:
                 convolution.use(candidates[convolution.name])
@@ -102,7 +102,7 @@ class VaeDecoder:
     def _shapes(self) -> list[LevelShape]:
         lowest, *others = (level.shape for level in self.levels)
         entry = [self._input, *self._middle.convs]
-        return [LevelShape(entry, lowest.convs, lowest.enlarging, lowest.rate), *others]
+        return [LevelShape(entry, lowest.convs, lowest.upsample, lowest.rate), *others]
 
     def _plan(self, latent_height: int, latent_width: int, latents: int, frames_at_full: int | None) -> DecodingPlan:
         if frames_at_full is None:
@@ -127,11 +127,11 @@ class VaeDecoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, state: VaeDecoderState) -> Tensor:
-        """The next ``latents [T, z, h, w]`` of a stream (normalized, any float dtype) as video ``[F, H, W, 3]``.
+        """Decode the next ``latents [T, z, h, w]`` of a stream (normalized, any float dtype) to video ``[F, H, W, 3]``.
 
         The video has the decoder's dtype, is nominally in [-1, 1] and is not clamped. For Wan F is 4T, or 1 + 4(T-1)
-        at the start of a stream. Any number of latents may come. Raises :class:`ConfigError` for latents that are not
-        of the state's size.
+        at the start of a stream. T may be any number. Raises :class:`ConfigError` for latents of another size than the
+        state's.
         """
         if latents.dim() != 4 or len(latents) < 1 or latents.shape[1:] != state.latent_shape:
             expected = ", ".join(str(size) for size in state.latent_shape)
@@ -143,7 +143,7 @@ class VaeDecoder:
         return video
 
     def decode_next(self, latents: Tensor, state: VaeDecoderState, *, is_start: bool) -> Tensor:
-        """:meth:`decode` without its checks and its count: all that it asks of the host are its arguments."""
+        """Decode as :meth:`decode` does, without its checks and its count, so that it can be captured in a graph."""
         before = 0 if is_start else 1  # any later place in a stream has as many frames as the second
         frames = self.config.video_frames(before + len(latents)) - self.config.video_frames(before)
         stride = self.config.spatial_stride
@@ -155,13 +155,13 @@ class VaeDecoder:
         return video
 
     def enter(self, z: Tensor, windows: Windows) -> Terms:
-        """What the lowest level is given, of de-normalized latents ``z [T, h, w, z_dim]``."""
+        """Compute the input of the lowest level from denormalized latents ``z [T, h, w, z_dim]``."""
         return self._middle(self._input.of(z, windows), windows)
 
     def _from_level(self, index: int, x: Tensor, state: VaeDecoderState, is_start: bool, video: Tensor) -> int:
-        """Takes ``x``, the input of a level, to the picture, as many frames at once as the level takes.
+        """Decode ``x``, the input of a level, into the front of ``video``; return the number of frames.
 
-        They are written to the front of ``video``; gives how many there are.
+        Each level takes at most its own number of frames at once.
         """
         done = 0
         most = state.frames_at_once[index]
@@ -181,7 +181,7 @@ class VaeDecoder:
         return done
 
     def _in_bands(self, x: Tensor, state: VaeDecoderState, is_start: bool, video: Tensor) -> int:
-        """The same from the first level of the bands on, a band of rows after the other."""
+        """Decode as :meth:`_from_level` does from the first tiled level on, one band of rows after the other."""
         assert state.bands is not None
         frames = 0
         for entered in state.bands.bands:
@@ -189,7 +189,7 @@ class VaeDecoder:
             for level, rows in zip(self.levels[state.bands.first :], entered, strict=False):
                 windows = state.band_windows(rows)
                 terms = level(Terms(terms.total()[:, rows.part_of(seen)].contiguous()), windows, is_start)
-                seen = rows.enlarged()
+                seen = rows.upsampled()
             rows = entered[-1]
             part = terms.total()[:, rows.part_of(seen)].contiguous()
             picture = self.head(Terms(part), state.band_windows(rows), keep=False).total()
@@ -199,7 +199,7 @@ class VaeDecoder:
 
 
 class Level:
-    """One resolution: where it is not the lowest, pictures are enlarged to it first; then come residual blocks."""
+    """One resolution: upsampling, except at the lowest, and residual blocks."""
 
     def __init__(self, upsample: Upsample | None, blocks: list[ResidualBlock]) -> None:
         self.upsample, self.blocks = upsample, blocks
@@ -208,33 +208,32 @@ class Level:
     def shape(self) -> LevelShape:
         convs = [conv for block in self.blocks for conv in block.convs]
         if self.upsample is None:
-            return LevelShape([], convs, enlarging=None, rate=1)
-        return LevelShape(self.upsample.convs, convs, enlarging=self.upsample.space, rate=self.upsample.rate)
+            return LevelShape([], convs, upsample=None, rate=1)
+        return LevelShape(self.upsample.convs, convs, upsample=self.upsample.space, rate=self.upsample.rate)
 
     def __call__(self, terms: Terms, windows: Windows, is_start: bool) -> Terms:
         if self.upsample is not None:
             terms = self.upsample(terms.total(), windows, is_start)
-            windows = windows.enlarged()
+            windows = windows.upsampled()
         for block in self.blocks:
             terms = block(terms, windows)
         return terms
 
 
 class Upsample:
-    """Doubles height and width, halves the channels; with a ``time_conv`` also doubles the frames.
+    """Doubles height and width and halves the channels; with a ``time_conv`` it also doubles the frames.
 
-    The frame of a stream's first latent passes the ``time_conv`` by and leaves no trace in its window, so the second
-    one finds zeros for a past.
+    The first frame of a stream skips the ``time_conv`` and its window, so the second one finds a history of zeros.
     """
 
     def __init__(self, name: str, weights: VaeWeights) -> None:
         has_time = f"{name}.time_conv.weight" in weights
         self._time = CausalConv(f"{name}.time_conv", weights) if has_time else None
-        self.space = EnlargingConv(f"{name}.resample.1", weights)
+        self.space = UpsampleConv(f"{name}.resample.1", weights)
 
     @property
     def rate(self) -> int:
-        """Frames out for each frame in, after a stream's first."""
+        """Output frames per input frame, after the first of a stream."""
         return 1 if self._time is None else 2
 
     @property
@@ -254,5 +253,5 @@ class Upsample:
         pairs = made.x.view(doubled, height, width, self.rate, channels).permute(0, 3, 1, 2, 4)
         bias = self._time.bias.view(self.rate, 1, 1, channels)
         torch.add(pairs, bias, out=small[single:].view(doubled, self.rate, height, width, channels))
-        del made, pairs  # before the enlarged frames ask for memory
+        del made, pairs  # before the upsampled frames are allocated
         return self.space(small)

@@ -1,10 +1,9 @@
-"""What the VAE's decoder remembers of one stream, and how much of the stream it takes on at once.
+"""The state of one stream in the VAE's decoder, and the plan of how many frames each level decodes at once.
 
-The higher the resolution, the fewer frames are worked on at once: the low resolutions take a whole block, which fills
-the GPU; the full one takes a latent's frames at most, which fill it too, and no other works on more bytes than these.
-So memory does not grow with the number of latents decoded in one go, and nothing is computed twice. Where memory is
-scarcer still, the two highest resolutions are decoded in bands of rows, each with the rows around it that its pixels
-depend on (:class:`Bands`).
+The higher the resolution, the fewer frames are computed at once. The low resolutions take a whole block, which fills
+the GPU; the full resolution takes at most the frames of one latent, which fill it too; no level works on more bytes. So
+memory does not grow with the number of latents per call, and nothing is computed twice. With tiles, the two highest
+resolutions are decoded in bands of rows, each with the rows around it that it depends on (:class:`Bands`).
 """
 
 from __future__ import annotations
@@ -18,44 +17,43 @@ from torch import Tensor
 
 from echo_rt.convolution import ConvolutionShape
 from echo_rt.errors import ConfigError
-from echo_rt.model.vae_layers import CausalConv, EnlargingConv
+from echo_rt.model.vae_layers import CausalConv, UpsampleConv
 from echo_rt.model.vae_windows import BandWindows, Rows, StreamWindows, WindowSize
 
 
 @dataclass(frozen=True)
 class LevelShape:
-    """What one resolution of the decoder is made of: ``entry`` are the convolutions before pictures are enlarged.
+    """The convolutions of one level: ``entry`` before upsampling, ``convs`` after it.
 
-    ``enlarging``: what doubles height and width between ``entry`` and ``convs``, if anything does; ``rate``: frames
-    that come out for each one that goes in.
+    ``upsample``: the one that doubles height and width in between, if any; ``rate``: output frames per input frame.
     """
 
     entry: Sequence[CausalConv]
     convs: Sequence[CausalConv]
-    enlarging: EnlargingConv | None
+    upsample: UpsampleConv | None
     rate: int
 
     @property
     def channels(self) -> int:
-        """Of its pictures."""
+        """Channels of its output."""
         return self.convs[-1].channels
 
     @property
     def numbers_a_pixel(self) -> int:
-        """What it makes of each pixel that it is given."""
-        return self.rate * (1 if self.enlarging is None else 4) * self.channels
+        """Output elements per input pixel."""
+        return self.rate * (1 if self.upsample is None else 4) * self.channels
 
     @property
-    def convolutions(self) -> list[CausalConv | EnlargingConv]:
-        """All of them, in the order in which they are computed."""
-        return [*self.entry, *([] if self.enlarging is None else [self.enlarging]), *self.convs]
+    def convolutions(self) -> list[CausalConv | UpsampleConv]:
+        """All of its convolutions, in order of execution."""
+        return [*self.entry, *([] if self.upsample is None else [self.upsample]), *self.convs]
 
 
 @dataclass(frozen=True)
 class Bands:
-    """The rows of each band, by level: ``levels[i]`` is level ``first + i`` as it is entered, then the head's.
+    """The horizontal bands of the levels from ``first`` on.
 
-    Each band is a list of rows at the resolution in which it enters that level (the head: the full one).
+    ``bands[b][i]`` are the rows of band ``b`` at the input of level ``first + i``; the last entry is the head's.
     """
 
     first: int
@@ -63,10 +61,10 @@ class Bands:
 
 
 class VaeDecoderState:
-    """What the decoder remembers of one stream, allocated once.
+    """The state of one stream, allocated once.
 
-    ``latents_seen`` is the number of latents decoded since the start of the stream. Together with
-    :meth:`tensors` it is all that a stream needs to go on bit for bit: copy both into a fresh state of the same size.
+    ``latents_seen`` is the number of latents decoded so far. To go on bit for bit, copy it and :meth:`tensors` into a
+    new state of the same size.
     """
 
     def __init__(
@@ -82,21 +80,21 @@ class VaeDecoderState:
         self.latents_seen = 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """The remembered frames ``[2, H, W, C]`` of each convolution, by its name in the weights; live views."""
+        """Return the history ``[past, H, W, C]`` of each convolution, by its name in the weights; live views."""
         return dict(self.windows.histories)
 
     def buffers(self) -> dict[str, Tensor]:
-        """Every tensor that outlives a call, by name."""
+        """Return every tensor that outlives a call, by name."""
         named = {f"history {name}": tensor for name, tensor in self.windows.histories.items()}
         return named | {f"kept {name}": tensor for name, tensor in self.kept.items()} | {"room": self.windows.room}
 
     @property
     def nbytes(self) -> int:
-        """Of device memory, for as long as the stream lives."""
+        """Device memory of the state, in bytes."""
         return sum(tensor.nbytes for tensor in self.buffers().values())
 
     def reset(self) -> None:
-        """Back to the start of a stream, in place."""
+        """Go back to the start of a stream, in place."""
         self.windows.reset()
         self.latents_seen = 0
 
@@ -108,7 +106,7 @@ class VaeDecoderState:
 class DecodingPlan:
     """How a stream is decoded: ``sizes`` of its windows, ``frames_at_once`` of each level, ``margins`` of bands.
 
-    ``convolutions``: the most that each one is given at once, by its name in the weights.
+    ``convolutions``: the largest shape of each convolution, by its name in the weights.
     """
 
     latent_shape: tuple[int, int, int]
@@ -119,7 +117,7 @@ class DecodingPlan:
     convolutions: Mapping[str, ConvolutionShape]
 
     def new_state(self, *, device: torch.device, dtype: torch.dtype) -> VaeDecoderState:
-        """What such a stream remembers, at its start."""
+        """Allocate the state of a stream at its start."""
         # A stream may be decoded with or without inference mode; tensors born inside it could not be written outside.
         with torch.inference_mode(False):
             windows = StreamWindows(self.sizes, device=device, dtype=dtype)
@@ -140,10 +138,10 @@ def plan_decoding(
     frames_at_full: int,
     tiles: int,
 ) -> DecodingPlan:
-    """For up to ``latents`` at a time, with ``frames_at_full`` frames of full resolution at once.
+    """Plan the decoding of at most ``latents`` per call, with ``frames_at_full`` frames of full resolution at once.
 
-    ``tiles``: how many bands of rows the two highest resolutions are decoded in. Raises :class:`ConfigError` for more
-    than there are rows for.
+    ``tiles``: number of horizontal tiles for the two highest resolutions. Raises :class:`ConfigError` where a tile
+    would have too few rows.
     """
     _, height, width = latent_shape
     bands = None if tiles == 1 else _bands(levels, head, height, tiles)
@@ -152,8 +150,8 @@ def plan_decoding(
     margins: dict[str, int] = {}
     convolutions: dict[str, ConvolutionShape] = {}
     frames = latents
-    enlarged = 2 ** sum(level.enlarging is not None for level in levels)
-    # What one convolution hands to the next is nowhere larger than at full resolution.
+    enlarged = 2 ** sum(level.upsample is not None for level in levels)
+    # No tensor between two convolutions is larger than those at full resolution.
     numbers_at_once = frames_at_full * (height * enlarged) * (width * enlarged) * levels[-1].channels
 
     def tallest(at: Sequence[Rows] | None) -> int:
@@ -170,34 +168,34 @@ def plan_decoding(
         rows = None if bands is None or index < bands.first else [band[index - bands.first] for band in bands.bands]
         if bands is None or index <= bands.first:
             limit = numbers_at_once // (height * width * level.numbers_a_pixel)
-            if bands is not None and index == bands.first:  # nothing is taken apart from here on
+            if bands is not None and index == bands.first:  # frames are not split from here on
                 limit = frames_at_full // math.prod(each.rate for each in levels[index:])
             slices = math.ceil(frames / max(1, limit))
-            frames = math.ceil(frames / slices)  # slices of one size
+            frames = math.ceil(frames / slices)  # slices of equal size
             at_once.append(frames)
         add(level.entry, rows)
         frames *= level.rate
-        if level.enlarging is not None:
-            convolutions[level.enlarging.name] = level.enlarging.shape(frames, tallest(rows), width)
+        if level.upsample is not None:
+            convolutions[level.upsample.name] = level.upsample.shape(frames, tallest(rows), width)
             height, width = 2 * height, 2 * width
-            rows = None if rows is None else [each.enlarged() for each in rows]
+            rows = None if rows is None else [each.upsampled() for each in rows]
         add(level.convs, rows)
     add([head], None if bands is None else [band[-1] for band in bands.bands])
     return DecodingPlan(latent_shape, sizes, tuple(at_once), bands, margins, convolutions)
 
 
 def _bands(levels: Sequence[LevelShape], head: CausalConv, latent_height: int, tiles: int) -> Bands:
-    """Bands of the two highest resolutions, or of the highest one where it is the only one that enlarges."""
+    """Return the bands of the two highest resolutions, or of the highest where only that one upsamples."""
     first = max(1, len(levels) - 2)
-    height = latent_height * 2 ** sum(level.enlarging is not None for level in levels[:first])
+    height = latent_height * 2 ** sum(level.upsample is not None for level in levels[:first])
     if first == len(levels):
         raise ConfigError(f"vae_tiles: expected 1 for a VAE of one resolution, got {tiles}")
-    # From the picture back to where the bands begin: each level must see so many rows beyond those that are wanted.
+    # From the output back to the first tiled level: the margin of rows that each level needs.
     margins = [head.reach]
     for level in reversed(levels[first:]):
         seen = margins[0] + sum(conv.reach for conv in level.convs)
-        if level.enlarging is not None:
-            seen += level.enlarging.reach
+        if level.upsample is not None:
+            seen += level.upsample.reach
         margins.insert(0, -(-seen // 2))
     most = height // margins[0]
     if not 1 <= tiles <= most:

@@ -1,11 +1,11 @@
-"""What the VAE's encoder and decoder are made of.
+"""The layers of the VAE's encoder and decoder.
 
-Activations are channels-last ``[frames, height, width, channels]``, contiguous. Every convolution that looks back in
-time reads a window (:mod:`echo_rt.model.vae_windows`): the frames it still has to remember, followed by the new ones.
-What comes before it writes straight into the window, so history is never concatenated, padded or cloned.
+Activations are channels-last ``[frames, height, width, channels]``, contiguous. Every causal convolution reads a
+window (:mod:`echo_rt.model.vae_windows`): its history of past frames, followed by the new ones. The layer before it
+writes straight into the window, so history is never concatenated, padded or cloned.
 
-A convolution leaves its bias, and a residual block its sum, to whoever reads the result next (:class:`Terms`): the
-kernel before the next convolution reads it anyway, and adding there saves passes over device memory.
+A convolution does not add its bias, nor a residual block its sum: the next layer does (:class:`Terms`). Its kernel
+reads the result anyway, and adding there saves passes over device memory.
 """
 
 from __future__ import annotations
@@ -75,15 +75,15 @@ class VaeWeights:
         return weight.flatten(1).to(self.device, dtype).contiguous(), bias.to(self.device, dtype)
 
     def gamma(self, name: str) -> Tensor:
-        """Scale of an RMS norm, ``[channels]``, always float32."""
+        """Scale of an RMS norm, float32 ``[channels]``."""
         return placed(self._tensors[f"{name}.gamma"].flatten(), self.device, torch.float32)
 
 
 @dataclass
 class Terms:
-    """A sum that is still to be formed: ``x [T, H, W, C]`` plus a float32 ``bias [C]`` plus a ``residual`` like x.
+    """A sum not yet computed: ``x [T, H, W, C]`` plus a float32 ``bias [C]`` plus a ``residual`` like x.
 
-    It lets go of each part as soon as nobody reads it any more: at full resolution one is hundreds of megabytes.
+    Each part is released after its last use: at full resolution it takes hundreds of megabytes.
     """
 
     x: Tensor
@@ -91,7 +91,7 @@ class Terms:
     residual: Tensor | None = None
 
     def total(self) -> Tensor:
-        """The sum, in place of ``x``."""
+        """Compute the sum in place of ``x`` and return it."""
         for term in (self.bias, self.residual):
             if term is not None:
                 self.x.add_(term)
@@ -99,19 +99,19 @@ class Terms:
         return self.x
 
     def formed(self) -> None:
-        """``x`` is the sum now."""
+        """Note that ``x`` now holds the sum."""
         self.bias = self.residual = None
 
     def spent(self) -> None:
-        """Nobody needs the sum any more."""
+        """Release everything: the sum has been used."""
         self.formed()
         self.x = self.x.new_empty(0)
 
 
 class _Convolution:
-    """A convolution by torch, until it is given a way of its own; ``weight [Co, C, kT, kH, kW]``, channels-last.
+    """A convolution by torch until :meth:`use` selects another; ``weight [Co, C, kT, kH, kW]``, channels-last.
 
-    Of the weight only what the way has made of it is kept: for most of them that is a copy in another layout.
+    The selected implementation keeps its own form of the weight, mostly a copy in another layout; the original goes.
     """
 
     def __init__(self, weight: Tensor, prepared: Prepared) -> None:
@@ -123,20 +123,20 @@ class _Convolution:
 
     @property
     def reach(self) -> int:
-        """How many rows above and below a pixel it sees; of an enlarged picture where it enlarges."""
+        """Rows that the kernel reads above and below a pixel, counted after upsampling."""
         return self.kernel[1] // 2
 
     def use(self, candidate: ConvolutionCandidate) -> None:
-        """From now on computed by ``candidate``. Once: the weight is let go of."""
-        assert self._weight is not None, "its way was chosen before"
+        """Compute by ``candidate`` from now on. May be called once: it releases the weight."""
+        assert self._weight is not None, "an implementation was selected before"
         self._convolved = candidate.prepare(self._weight)
         self._weight = None
 
 
 class CausalConv(_Convolution):
-    """A 3-D convolution that sees, beside the new frames, only what came before them.
+    """A 3-D convolution that is causal in time.
 
-    It remembers ``kernel - stride`` frames: 2 for the 3x3x3 ones, 1 for the encoder's, which halves time.
+    Its history is ``kernel - stride`` frames: 2 for the 3x3x3 ones, 1 for the encoder's temporal downsampling.
     """
 
     def __init__(self, name: str, weights: VaeWeights, stride: int = 1) -> None:
@@ -146,15 +146,15 @@ class CausalConv(_Convolution):
         self.past = self.kernel[0] - stride
 
     def shape(self, new: int, height: int, width: int) -> ConvolutionShape:
-        """Of a call with so many new frames of this size."""
+        """Return the shape of a call with ``new`` new frames of this size."""
         return ConvolutionShape(self.past + new, height, width, self.channels, self.out_channels, self.kernel)
 
     def __call__(self, frames: Tensor) -> Terms:
-        """Convolves ``frames [past + T, H, W, C]`` to ``[T // stride, H, W, out]``."""
+        """Convolve ``frames [past + T, H, W, C]`` to ``[T // stride, H, W, out]``."""
         return Terms(self._convolved(frames), self.bias)
 
     def of(self, x: Tensor, windows: Windows) -> Terms:
-        """Convolves the past and the new frames ``x [T, H, W, C]``, which no kernel has put in the window."""
+        """Copy the new frames ``x [T, H, W, C]`` into the window, then convolve it."""
         window = windows.open(self.name, len(x))
         window.write(x)
         out = self(window.frames)
@@ -162,8 +162,8 @@ class CausalConv(_Convolution):
         return out
 
 
-class EnlargingConv(_Convolution):
-    """Doubles every pixel of a picture each way and convolves the result, frame by frame."""
+class UpsampleConv(_Convolution):
+    """Nearest upsampling by two, then a 2-D convolution, frame by frame."""
 
     def __init__(self, name: str, weights: VaeWeights) -> None:
         self.name = name
@@ -172,16 +172,16 @@ class EnlargingConv(_Convolution):
         super().__init__(weight, upsample_convolution(weight))
 
     def shape(self, frames: int, height: int, width: int) -> ConvolutionShape:
-        """Of a call with so many frames of this size, which is doubled."""
+        """Return the shape of a call with ``frames`` frames of this size, before upsampling."""
         return ConvolutionShape(frames, height, width, self.channels, self.out_channels, self.kernel, enlarge=True)
 
     def __call__(self, frames: Tensor) -> Terms:
-        """``frames [T, H, W, C]``, contiguous, to ``[T, 2H, 2W, out]``."""
+        """Upsample and convolve ``frames [T, H, W, C]``, contiguous, to ``[T, 2H, 2W, out]``."""
         return Terms(self._convolved(frames), self.bias)
 
 
 class NormConv:
-    """RMS norm, SiLU and a causal convolution; the first two write into the window of the third."""
+    """RMS norm and SiLU, written into the window of a causal convolution, and that convolution."""
 
     def __init__(self, norm: str, conv: str, weights: VaeWeights, ops: Ops) -> None:
         self._ops = ops
@@ -189,7 +189,7 @@ class NormConv:
         self.conv = CausalConv(conv, weights)
 
     def __call__(self, terms: Terms, windows: Windows, *, keep: bool) -> Terms:
-        """``keep``: form the sum of ``terms`` in place of its ``x``, for others to read; else ``terms`` is spent."""
+        """Apply all three. ``keep``: leave the sum of ``terms`` in its ``x`` for others; else ``terms`` is spent."""
         window = windows.open(self.conv.name, len(terms.x))
         summed = keep and not (terms.bias is None and terms.residual is None)
         self._ops.rms_silu_window(
@@ -226,9 +226,9 @@ class ResidualBlock:
 
 
 class FrameAttention:
-    """Single-head attention among the pixels of each frame, added to its input; it has no memory of other frames.
+    """Single-head attention among the pixels of each frame, added to its input; frames do not see each other.
 
-    ``compute`` is what works where nobody has chosen, until it is replaced.
+    ``compute`` is an attention that works for any head size, until the selected one replaces it.
     """
 
     def __init__(self, name: str, weights: VaeWeights) -> None:
@@ -238,7 +238,7 @@ class FrameAttention:
         self.compute: Attention = untried_attention(weights.device)
 
     def shapes(self, height: int, width: int) -> AttentionShapes:
-        """Of a call of ``compute``: a frame of this size."""
+        """Return the shapes of one call of ``compute``: one frame of this size."""
         pixels = height * width
         return AttentionShapes(queries=pixels, keys=pixels, heads=1, head_dim=self._gamma.numel())
 
@@ -247,7 +247,7 @@ class FrameAttention:
         frames, height, width, channels = x.shape
         normed = rms_norm(x, self._gamma).view(frames, height * width, channels)
         qkv = functional.linear(normed, *self._qkv).unflatten(-1, (3, 1, channels))
-        # Frame by frame: pixels of two frames do not see each other, and the scores of one are many already.
+        # Frame by frame: the scores of one frame already take much memory.
         attended = torch.stack([self.compute(*frame.unbind(1)) for frame in qkv])
         return Terms(functional.linear(attended.view(x.shape), *self._projection), residual=x)
 
@@ -277,6 +277,6 @@ def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 def spatial_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Terms:
-    """A 2-D convolution of channels-last frames ``[T, H, W, C]``, frame by frame."""
+    """Convolve channels-last frames ``[T, H, W, C]`` in 2-D, frame by frame."""
     out = convolve(x.permute(0, 3, 1, 2), weight, (0, 0), stride=(stride, stride))
     return Terms(out.permute(0, 2, 3, 1).contiguous(), bias)

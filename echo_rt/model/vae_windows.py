@@ -1,8 +1,8 @@
-"""Where the VAE's causal convolutions find their input: the frames that each one remembers, and room for the new ones.
+"""Input of the VAE's causal convolutions: a history of past frames for each, and one shared buffer.
 
-What a convolution remembers is its own and lasts. The window that it reads, remembered frames followed by new ones in
-one piece of memory, is needed only while it runs, so all share one piece of memory. By count, at 832x480 in bfloat16
-the remembered frames take 1.8 GiB and the shared room 0.5; windows of their own for the frames of a block took 11.
+A history lasts as long as its stream. A window, history followed by new frames in contiguous memory, is needed only
+while its convolution runs, so all convolutions share one buffer for it. By count, at 832x480 in bfloat16 the histories
+take 1.8 GiB and the shared buffer 0.5; one window per convolution for the frames of a block would take 11.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor
 class Window:
     """Input of one causal convolution: ``frames [past + new, H, W, C]``.
 
-    ``history [past, H, W, C]`` is what the convolution remembers, to be put before the new frames and to be moved on by
-    whoever writes those; None where both is done by the one who opened the window.
+    Whoever writes the new frames copies ``history [past, H, W, C]`` in front of them and then updates it with the last
+    ones. It is None where the windows do both.
     """
 
     frames: Tensor
     history: Tensor | None
 
     def write(self, x: Tensor) -> None:
-        """Puts in the new frames ``x [T, H, W, C]``, for what no kernel writes."""
+        """Write the new frames ``x [T, H, W, C]`` and update the history, where no kernel does it."""
         past = len(self.frames) - len(x)
         if self.history is not None:
             self.frames[:past].copy_(self.history)
@@ -41,17 +41,17 @@ class Windows(Protocol):
     """The windows of one stream."""
 
     def open(self, name: str, new: int) -> Window:
-        """The window of convolution ``name`` with room for ``new`` frames, good until the next one is opened."""
+        """Return the window of convolution ``name`` for ``new`` frames; valid until the next one is opened."""
 
     def close(self, name: str, window: Window) -> None:
-        """The new frames are in the window: what is remembered may move on."""
+        """Update the history, now that the new frames are in the window."""
 
-    def enlarged(self) -> Windows:
-        """The windows where pictures are twice as high and as wide."""
+    def upsampled(self) -> Windows:
+        """Return the windows for frames of twice the height and width."""
 
 
 class WindowSize(NamedTuple):
-    """Of one convolution, with the most frames that it is ever given at once; ``rows`` of them in one piece."""
+    """Size of the window of one convolution: at most ``most`` new frames, ``rows`` rows at a time."""
 
     name: str
     past: int
@@ -63,7 +63,7 @@ class WindowSize(NamedTuple):
 
 
 class StreamWindows:
-    """The windows of a stream that is decoded (or encoded) whole pictures at a time. The memory never moves."""
+    """The windows of a stream that is decoded or encoded in whole frames. Its buffers never move."""
 
     def __init__(self, sizes: Iterable[WindowSize], *, device: torch.device, dtype: torch.dtype) -> None:
         sizes = list(sizes)
@@ -75,7 +75,7 @@ class StreamWindows:
         self.room = torch.empty(most, device=device, dtype=dtype)
 
     def piece(self, *shape: int) -> Tensor:
-        """The shared memory as a tensor of ``shape``."""
+        """View the shared buffer as a tensor of ``shape``."""
         return self.room[: math.prod(shape)].view(shape)
 
     def open(self, name: str, new: int) -> Window:
@@ -84,23 +84,23 @@ class StreamWindows:
         return Window(self.piece(past + new, *size), history)
 
     def close(self, name: str, window: Window) -> None:
-        """Nothing to do: whoever wrote the new frames moved the past on."""
+        """Do nothing: whoever wrote the new frames has updated the history."""
 
-    def enlarged(self) -> StreamWindows:
-        """The same: they are looked up by name."""
+    def upsampled(self) -> StreamWindows:
+        """Return the same windows: they are looked up by name."""
         return self
 
     def reset(self) -> None:
-        """All that is remembered becomes zero, in place."""
+        """Zero all histories in place."""
         for history in self.histories.values():
             history.zero_()
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows ``first .. last`` of a picture: ``begin .. end`` are wanted, the others are there to see them by.
+    """Rows ``first .. last`` of a frame: ``begin .. end`` are wanted, the others are their margin.
 
-    Upper bounds are exclusive. At the edges of the picture there is nothing more to see, as there are zeros beyond.
+    Upper bounds are exclusive. The edge of the frame has no margin: convolutions pad with zeros there.
     """
 
     first: int
@@ -110,35 +110,35 @@ class Rows:
 
     @classmethod
     def around(cls, begin: int, end: int, margin: int, height: int) -> Rows:
-        """``begin .. end`` of ``height`` rows and up to ``margin`` more on each side."""
+        """Return ``begin .. end`` of ``height`` rows with up to ``margin`` more on each side."""
         return cls(max(0, begin - margin), begin, end, min(height, end + margin))
 
-    def enlarged(self) -> Rows:
+    def upsampled(self) -> Rows:
         return Rows(2 * self.first, 2 * self.begin, 2 * self.end, 2 * self.last)
 
     def part_of(self, outer: Rows) -> slice:
-        """Where these rows lie in a tensor of the rows of ``outer``."""
+        """Slice of these rows in a tensor of the rows of ``outer``."""
         return slice(self.first - outer.first, self.last - outer.first)
 
     @property
     def wanted(self) -> slice:
-        """Where the wanted rows lie in a tensor of these rows."""
+        """Slice of the wanted rows in a tensor of these rows."""
         return slice(self.begin - self.first, self.end - self.first)
 
 
 class BandWindows:
-    """The windows while one band of rows after the other is decoded, for the same frames of the whole width.
+    """The windows while the same frames are decoded one band of rows after the other.
 
-    A band sees some rows of its neighbours. What the one above remembers has moved on already, so the rows at the
-    border are kept as they were: ``kept [past, margin, W, C]`` of each convolution. That of the one below has not.
+    A band reads some rows of its neighbours. The history of the band above is already updated, so its last rows are
+    kept as they were: ``kept [past, margin, W, C]`` of each convolution. The history of the band below is not yet.
     """
 
     def __init__(self, whole: StreamWindows, kept: dict[str, Tensor], rows: Rows) -> None:
         self._whole, self._kept, self.rows = whole, kept, rows
 
-    def enlarged(self) -> BandWindows:
-        """The windows for the same rows, of which there are twice as many."""
-        return BandWindows(self._whole, self._kept, self.rows.enlarged())
+    def upsampled(self) -> BandWindows:
+        """Return the windows for the same rows after upsampling."""
+        return BandWindows(self._whole, self._kept, self.rows.upsampled())
 
     def open(self, name: str, new: int) -> Window:
         history, rows = self._whole.histories[name], self.rows

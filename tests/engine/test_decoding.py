@@ -12,7 +12,7 @@ import echo_rt
 from echo_rt.cli.main import main
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.model.vae_decoder import VaeDecoder
-from echo_rt.model.vae_layers import CausalConv, EnlargingConv
+from echo_rt.model.vae_layers import CausalConv, UpsampleConv
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
 
@@ -56,7 +56,7 @@ def test_tiles_that_cannot_be(small_model: Path, options: dict[str, object], wor
 def test_convolutions_can_be_chosen(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = frames(small_model)
     used: set[str] = set()
-    for layer in (CausalConv, EnlargingConv):
+    for layer in (CausalConv, UpsampleConv):
         original = layer.use
         monkeypatch.setattr(layer, "use", lambda conv, kind, use=original: (used.add(kind.name), use(conv, kind)))
     with load(small_model, convolution="three-products,phases") as runtime:

@@ -37,28 +37,28 @@ def decode(model: VaeDecoder, groups: tuple[int, ...] = (LATENTS, LATENTS)) -> T
     return torch.cat([model.decode(part, state) for part in latents().split(list(groups))])
 
 
-def use(model: VaeDecoder, causal: ConvolutionCandidate, enlarging: ConvolutionCandidate) -> VaeDecoder:
+def use(model: VaeDecoder, causal: ConvolutionCandidate, upsample: ConvolutionCandidate) -> VaeDecoder:
     shapes = model.convolution_shapes(*SIZE, LATENTS)
-    model.use({name: enlarging if shape.enlarge else causal for name, shape in shapes.items()})
+    model.use({name: upsample if shape.enlarge else causal for name, shape in shapes.items()})
     return model
 
 
 @pytest.mark.parametrize("tiles", [1, 2])
 @pytest.mark.parametrize(
-    ("causal", "enlarging"), [("conv3d", "enlarged"), ("three-products", "enlarged"), ("conv3d", "phases")]
+    ("causal", "upsample"), [("conv3d", "enlarged"), ("three-products", "enlarged"), ("conv3d", "phases")]
 )
-def test_the_video_is_the_same(causal: str, enlarging: str, tiles: int) -> None:
+def test_the_video_is_the_same(causal: str, upsample: str, tiles: int) -> None:
     expected = decode(decoder())
-    video = decode(use(decoder(tiles), BY_NAME[causal, False], BY_NAME[enlarging, True]))
+    video = decode(use(decoder(tiles), BY_NAME[causal, False], BY_NAME[upsample, True]))
     assert relative_error(video, expected) < 1e-5
-    if (causal, enlarging) != ("conv3d", "enlarged"):
+    if (causal, upsample) != ("conv3d", "enlarged"):
         assert not torch.equal(video, expected), "sums in another order are rounded otherwise"
     elif tiles == 1:
         assert torch.equal(video, expected), "this is the way that nobody chose"
 
 
-@pytest.mark.parametrize(("causal", "enlarging"), [("three-products", "phases"), ("kernel", "kernel")])
-def test_in_bfloat16(causal: str, enlarging: str) -> None:
+@pytest.mark.parametrize(("causal", "upsample"), [("three-products", "phases"), ("kernel", "kernel")])
+def test_in_bfloat16(causal: str, upsample: str) -> None:
     if causal == "kernel" and available_backends()["emulated"] != "available":
         pytest.skip("this build has the kernels for the GPU instead")
     by_name = {
@@ -66,7 +66,7 @@ def test_in_bfloat16(causal: str, enlarging: str) -> None:
         for kind in implementations(load_ops("emulated" if causal == "kernel" else "torch"))
     }
     expected = decode(decoder())
-    video = decode(use(decoder(dtype=torch.bfloat16), by_name[causal, False], by_name[enlarging, True]))
+    video = decode(use(decoder(dtype=torch.bfloat16), by_name[causal, False], by_name[upsample, True]))
     assert relative_error(video, expected) < 1.5e-2
 
 
@@ -95,22 +95,22 @@ def held(something: object, seen: set[int] | None = None) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("causal", ["conv3d", "three-products", "kernel"])
-@pytest.mark.parametrize("enlarging", ["enlarged", "phases", "kernel"])
-def test_only_what_is_computed_with_is_kept(causal: str, enlarging: str) -> None:
+@pytest.mark.parametrize("upsample", ["enlarged", "phases", "kernel"])
+def test_only_what_is_computed_with_is_kept(causal: str, upsample: str) -> None:
     by_name = BY_NAME
-    if "kernel" in (causal, enlarging):
+    if "kernel" in (causal, upsample):
         if available_backends()["emulated"] != "available":
             pytest.skip("this build has the kernels for the GPU instead")
         by_name = {(kind.name, kind.enlarges): kind for kind in implementations(load_ops("emulated"))}
     model = decoder()
     before = sum(held(model).values())
-    use(model, by_name[causal, False], by_name[enlarging, True])
+    use(model, by_name[causal, False], by_name[upsample, True])
     tap = sum(
         WEIGHTS[f"{name}.weight"][..., 0, 0].numel() * model.dtype.itemsize
         for name, shape in model.convolution_shapes(*SIZE, LATENTS).items()
         if shape.enlarge
     )
-    more = 0 if enlarging == "enlarged" else 4 * 4 - 9  # four phases of 2x2 taps in place of 3x3
+    more = 0 if upsample == "enlarged" else 4 * 4 - 9  # four phases of 2x2 taps in place of 3x3
     assert tap > 0 and sum(held(model).values()) == before + more * tap
 
 
