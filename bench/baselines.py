@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from echo_rt.bench.run import BASELINES
-from echo_rt.bench.runner import BlockRunner
+from echo_rt.bench.runner import BlockRunner, median_p99
 from echo_rt.config import VaeConfig
 from echo_rt.engine.build import Networks
 from echo_rt.errors import BackendError
@@ -60,6 +60,16 @@ class Baseline:
     def measure(self, calls: int) -> list[float]:
         """Seconds of ``calls`` calls, by the timer of kernels: launches are not in it."""
         return [each / 1e6 for each in timer_for(self.device).measure(self.call, calls, warmup=1).microseconds]
+
+    def row(self, ours_ms: float | None, seconds: list[float] | None) -> dict[str, Any]:
+        """Its row beside our time; ``seconds``: what was measured. ``ratio``: its time over ours."""
+        row = {"peer": self.name, "ours_ms": ours_ms, "error": self.error, "what": self.what}
+        if not self.ok:
+            return row | {"what": f"not timed, as it differs from ours by more than {self.bound:.1e}; {self.what}"}
+        if not seconds:
+            return row
+        ms, p99 = (1e3 * each for each in median_p99(seconds))
+        return row | {"ms": ms, "p99_ms": p99, "ratio": None if ours_ms is None else ms / ours_ms}
 
 
 def find_baselines(networks: Networks, prompt_embeds: Tensor, seed: int) -> tuple[list[Baseline], dict[str, str]]:

@@ -23,7 +23,8 @@ def main(arguments: list[str]) -> int:
     try:
         parse_device(options.device)
     except EchoError as error:
-        print(f"environment.py: {error} (torch {torch.__version__})", file=sys.stderr)
+        none = "" if torch.cuda.is_available() or not options.device.startswith("cuda") else "no GPU: "
+        print(f"environment.py: {none}{error}; torch is {torch.__version__}", file=sys.stderr)
         return 2
     text = json.dumps(environment(options.device), indent=2)
     print(text)

@@ -11,14 +11,14 @@ import gc
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import _checkout
 import torch
 from baselines import ROUNDINGS, wan_autoencoder, wan_decode, wan_latents
-from timing import timer_for
+from timing import Timer, timer_for
 from torch import Tensor
 
 from echo_rt.bench.settings import RELEASED
@@ -32,11 +32,12 @@ from echo_rt.ops.noise import fill_normal, seed_words
 from echo_rt.ops.schema import Ops
 from echo_rt.options import VAE_DTYPE_NAMES, latent_size
 from echo_rt.utils.device import DTYPES, model_context, parse_device, warn_of_faulty_convolutions
-from echo_rt.utils.wording import first_line, plain
+from echo_rt.utils.wording import counted, first_line, plain
 from echo_rt.verify.bundles import bound_between, relative_error
 from echo_rt.weights.shapes import vae_decoder_shapes, vae_shapes
 from echo_rt.weights.tiny_tensors import RandomTensors
 
+Row = dict[str, Any]
 OURS, TORCH, DIFFUSERS = "echo-rt", "torch backend", "diffusers AutoencoderKLWan"
 COLUMNS = columns(
     "decoder|decoder", "ms|ms a block|.2f", "p99_ms|p99|.2f", "tflops|TFLOP/s|.4g", "ours_ratio|x ours|.2f",
@@ -62,8 +63,7 @@ def flops(config: VaeConfig, height: int, width: int, latents: int) -> int:
     return count
 
 
-@dataclass(frozen=True)
-class Decoder:
+class Decoder(NamedTuple):
     """``block``: the video ``[F, H, W, 3]`` of the latents, in mid-stream but for the first call."""
 
     block: Callable[[], Tensor]
@@ -80,14 +80,16 @@ class Setting:
     latents: Tensor
     dtype: torch.dtype
 
-    def ours(self, ops: Ops, convolution: str | None = None, dtype: torch.dtype | None = None) -> Decoder:
-        """:class:`VaeDecoder` on the backend ``ops``; ``convolution`` None: autotuned."""
-        latents, device = self.latents, self.latents.device
-        decoder = VaeDecoder(self.config, self.tensors, ops, device=device, dtype=dtype or self.dtype)
+    def ours(self, ops: Ops, convolution: str | None = None, *, fit: bool = True) -> Decoder:
+        """:class:`VaeDecoder` on the backend ``ops``; without ``fit`` by torch's convolutions, nothing autotuned."""
+        latents = self.latents
+        decoder = VaeDecoder(self.config, self.tensors, ops, device=latents.device, dtype=self.dtype)
         count, _, height, width = latents.shape
-        attention, found = fit_decoder(decoder, (count, height, width), ops, convolution)
+        what = f"{count} latents in one call"
+        if fit:
+            attention, found = fit_decoder(decoder, (count, height, width), ops, convolution)
+            what += f"; attention: {attention.attention.name}; convolutions: {convolutions_in_words(found)}"
         state = decoder.new_state(height, width, count)
-        what = f"{count} latents in one call; attention: {attention.attention.name}; {convolutions_in_words(found)}"
         return Decoder(lambda: decoder.decode(latents, state), lambda: state.nbytes, what)
 
     def diffusers(self) -> Decoder:
@@ -101,6 +103,34 @@ class Setting:
             "one latent at a time, its own cache kept from call to call",
         )
 
+    def expected(self) -> Tensor:
+        """The block in mid-stream by the torch backend in float32, on the host."""
+        with model_context(self.latents.device, torch.float32):
+            decoder = replace(self, dtype=torch.float32).ours(load_ops("torch"), fit=False)
+            decoder.block()
+            return decoder.block().cpu()
+
+    def measure(self, name: str, make: Callable[[], Decoder], expected: Tensor, timer: Timer, *counts: int) -> Row:
+        """One decoder, right first and then timed by ``counts`` blocks and blocks before them; a row."""
+        device, on_gpu = self.latents.device, self.latents.is_cuda
+        gc.collect()
+        before = torch.cuda.memory_allocated(device) if on_gpu else 0
+        decoder = make()
+        decoder.block()  # begins the stream
+        if on_gpu:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        error = relative_error(decoder.block().float().cpu(), expected)
+        # Random weights are less kind than those that the golden bundles' bounds are for; others round more often.
+        bound = bound_between(self.dtype) * (1 if name == OURS else ROUNDINGS)
+        row = dict.fromkeys(column.key for column in COLUMNS) | {"decoder": name, "error": error, "bound": bound}
+        row["state_mb"] = decoder.state_bytes() / 1e6
+        row["peak_mb"] = (torch.cuda.max_memory_allocated(device) - before) / 1e6 if on_gpu else None
+        if not error <= bound:  # NaN is not
+            return row | {"what": f"not timed: it computes something else; {decoder.what}"}
+        times = timer.measure(decoder.block, *counts)
+        return row | {"ms": times.median / 1e3, "p99_ms": times.p99 / 1e3, "what": decoder.what}
+
 
 def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     """Measure and write; whether ours was right and timed, and the page."""
@@ -111,82 +141,59 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     backend, model = choose_backend(arguments.backend, device), _checkout.model_of(arguments)
     if model is RELEASED and not on_gpu:
         raise ConfigError(f"the {model.name} sizes need a GPU, as a block would take minutes on {str(device)!r}")
-    config, stride, (_, rows, columns_) = model.vae, model.vae.spatial_stride, model.config.latent_shape
-    width, height = arguments.width or columns_ * stride, arguments.height or rows * stride
-    rows, columns_ = latent_size(width, height, config, model.config.transformer)
-    latents = torch.empty(model.config.window.frames_per_block, config.z_dim, rows, columns_, device="cpu")
+    config, size = model.vae, [edge * model.vae.spatial_stride for edge in model.config.latent_shape[:0:-1]]
+    width, height = arguments.width or size[0], arguments.height or size[1]
+    latent = latent_size(width, height, config, model.config.transformer)
+    latents = torch.empty(model.config.window.frames_per_block, config.z_dim, *latent, device="cpu")
     fill_normal(latents, 0, 0, seed_words(0))
     setting = Setting(config, RandomTensors(vae_shapes(config), device), latents.to(device), dtype)
-    work, timer = flops(config, rows, columns_, len(latents)), timer_for(device)
+    work, timer = flops(config, *latent, len(latents)), timer_for(device)
     blocks, warmup = _COUNTS[device.type, arguments.quick]
     blocks = blocks if arguments.blocks is None else arguments.blocks
     warn_of_faulty_convolutions(device, dtype)
     notes = [
         f"Random weights at the {model.name} sizes; {width}x{height}; a block of {len(latents)} latents in mid-stream; "
         f"{plain(dtype)}; {work / 1e12:.4g} TFLOP a block, counted; backend {backend.name} ({backend.reason}).",
-        f"{blocks} calls of each; clock: {timer.clock}. Launches are not in a time, and no graph is replayed.",
+        f"{counted(blocks, 'call')} of each; clock: {timer.clock}. Launches are not in a time, no graph is replayed.",
         "Error: relative, of the block's video, against the torch backend in float32. What differs is not timed.",
         "State: bytes that a decoder keeps of a stream between two blocks, with room that it works in. Peak: the "
         "allocator's while a block is decoded, weights and the video that is handed out in it.",
     ]
     makers: dict[str, Callable[[], Decoder]] = {OURS: partial(setting.ours, backend.ops, arguments.convolution)}
-    makers |= {} if backend.name == "torch" else {TORCH: partial(setting.ours, load_ops("torch"))}
+    makers[TORCH] = partial(setting.ours, load_ops("torch"), fit=False)
     makers |= {DIFFUSERS: setting.diffusers} if arguments.peers else {}
-    found: list[dict[str, Any]] = []
+    rows: list[Row] = []
 
-    def page(complete: bool) -> tuple[bool, str]:
-        times = {row["decoder"]: row["ms"] for row in found}
-        passed = complete and times.get(OURS) is not None
-        tables: dict[str, Any] = {"Decoders": (found, COLUMNS)}
+    def save(complete: bool) -> tuple[bool, str]:
+        own = rows[0]["ms"] if rows else None
+        for row in rows:
+            measured = row["ms"] is not None
+            row["tflops"] = work / 1e9 / row["ms"] if measured and on_gpu else None
+            row["ours_ratio"] = row["ms"] / own if measured and own is not None else None
+        passed = complete and own is not None
         facts = {"passed": passed, "complete": complete, "clock": timer.clock, "backend": backend.name}
-        text = _checkout.save(arguments.out, "vae", "VAE decoder", environment(str(device)), tables, notes, **facts)
-        return passed, text
-
-    def measure(name: str, expected: Tensor) -> dict[str, Any]:
-        gc.collect()
-        before = torch.cuda.memory_allocated(device) if on_gpu else 0
-        decoder = makers[name]()
-        decoder.block()  # begins the stream
-        if on_gpu:
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-        error = relative_error(decoder.block().float().cpu(), expected)
-        sizes = {"state": decoder.state_bytes()}
-        sizes["peak"] = torch.cuda.max_memory_allocated(device) - before if on_gpu else None
-        # Random weights are less kind than those that the golden bundles' bounds are for; others round more often.
-        bound = bound_between(dtype) * (1 if name == OURS else ROUNDINGS)
-        row = dict.fromkeys(column.key for column in COLUMNS) | {"decoder": name, "error": error, "bound": bound}
-        row |= {f"{size}_mb": None if count is None else count / 1e6 for size, count in sizes.items()}
-        if not error <= bound:  # NaN is not
-            return row | {"what": f"not timed: it computes something else; {decoder.what}"}
-        times = timer.measure(decoder.block, blocks, warmup)
-        ms = times.median / 1e3
-        rate = work / 1e9 / ms if on_gpu else None
-        ratio = ms / found[0]["ms"] if found and found[0]["ms"] else None if found else 1.0
-        return row | {"ms": ms, "p99_ms": times.p99 / 1e3, "tflops": rate, "ours_ratio": ratio, "what": decoder.what}
+        tables = {"Decoders": (rows, COLUMNS)}
+        page = _checkout.save(arguments.out, "vae", "VAE decoder", environment(str(device)), tables, notes, **facts)
+        return passed, page
 
     try:
-        with model_context(device, torch.float32):
-            first = setting.ours(load_ops("torch"), dtype=torch.float32)
-            first.block()
-            expected = first.block().cpu()
-            del first
-        for name in makers:
+        expected = setting.expected()
+        for name, make in makers.items():
             _checkout.say(name)
-            with model_context(device, dtype):
-                try:
-                    found.append(measure(name, expected))
-                except Exception as error:
-                    if name != DIFFUSERS or isinstance(error, torch.OutOfMemoryError):
-                        raise
-                    notes.append(f"Not measured: {name}: {first_line(error)}.")  # what another's code raises is found
-            page(complete=False)  # the time may run out
+            try:
+                with model_context(device, dtype):
+                    rows.append(setting.measure(name, make, expected, timer, blocks, warmup))
+            except Exception as error:
+                if name != DIFFUSERS or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                notes.append(f"Not measured: {name}: {first_line(error)}.")  # what another's code raises is found
+            save(complete=False)  # the time may run out
     except torch.OutOfMemoryError as error:
         raise BackendError(
             f"{device} has too little memory for a video of {width}x{height}: {first_line(error)}; "
             "name a smaller one with --width and --height"
         ) from error
-    return page(complete=True)
+    return save(complete=True)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -179,7 +179,9 @@ class Run:
         self.resources = self._or_without_graphs(first, self._alone)
         self.header = environment(str(self.device))  # now, while the clocks are those of a device at work
         own = self._networks[first.backend]
-        self.attention, self.convolutions = (*own.attention, own.vae_attention), own.convolutions
+        of_decoder = own.vae_attention
+        assert of_decoder is not None  # no tiny decoder is measured here
+        self.attention, self.convolutions = (*own.attention, of_decoder), own.convolutions
         # The first number there is: should the time run out while the others are made ready, it has been told.
         self._or_without_graphs(first, self._variant_turn)
         save(self)

@@ -84,7 +84,7 @@ def open_model(request: Request, device: torch.device) -> Model:
         found = load_model(request.model, request)
         source = " with ".join(str(each) for each in (request.model, request.checkpoint, request.lora) if each)
         config, vae = found.config, found.vae
-        tensors = (found.transformer, found.memory or {}, found.folder.vae_tensors())
+        tensors = [found.transformer, found.memory or {}, found.folder.vae_tensors()]
     else:
         sizes = MODELS[request.size or (RELEASED if device.type == "cuda" else TINY).name]
         if sizes is RELEASED and device.type != "cuda":
@@ -94,7 +94,7 @@ def open_model(request: Request, device: torch.device) -> Model:
             )
         config, vae, source = sizes.config, sizes.vae, f"random weights at the {sizes.name} sizes, seed {request.seed}"
         shapes = (transformer_shapes(config.transformer), memory_shapes(config), vae_shapes(vae))
-        tensors = tuple(RandomTensors(each, device, request.seed) for each in shapes)
+        tensors = [RandomTensors(each, device, request.seed) for each in shapes]
     return Model(source, config, vae, ModelTensors(*(FingerprintedTensors(part, source) for part in tensors)))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib
 import importlib.util
 import io
 import json
@@ -17,7 +16,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +29,15 @@ from echo_rt.utils.wording import first_line
 ROOT = Path(__file__).resolve().parents[2]
 # Names the commit where the sources travel without their history: any text, "dirty" in it where that is so.
 COMMIT_VARIABLE = "ECHO_RT_COMMIT"
+# What nvidia-smi is asked for.
+_OF_THE_DRIVER = {
+    "driver": "driver_version",
+    "sm_clock_mhz": "clocks.sm",
+    "memory_clock_mhz": "clocks.mem",
+    "max_sm_clock_mhz": "clocks.max.sm",
+    "power_limit_w": "enforced.power.limit",
+    "temperature_c": "temperature.gpu",
+}
 _WIDTH, _BAR = 9.0, 0.28  # inches of a chart
 
 
@@ -41,7 +49,8 @@ def environment(device: str) -> dict[str, Any]:
     import torch
 
     missing: list[str] = []
-    cpu = re.search(r"^model name\s*: (.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
     header: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device,
@@ -52,11 +61,8 @@ def environment(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "kernels": _kernels(missing),
-        "host": {
-            "system": platform.platform(),
-            "processor": cpu[1] if cpu else platform.processor(),
-            "cores": os.cpu_count(),
-        },
+        "host": {"system": platform.platform(), "processor": cpu[1] if cpu else platform.processor()}
+        | {"cores": os.cpu_count()},
         "gpu": _gpu(device, missing) if device.startswith("cuda") else None,
     }
     return header | {"missing": missing}
@@ -72,26 +78,19 @@ def summary_line(header: Mapping[str, Any]) -> str:
     return " · ".join([*words, f"echo-rt {header['echo_rt']}"])
 
 
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError:
-        return ""
+def _output(*command: str) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout.strip()
 
 
 def _commit(missing: list[str]) -> str | None:
     """The commit, with ``+dirty`` where the tree differs from it."""
     if given := os.environ.get(COMMIT_VARIABLE):
         return given
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
-        return done.stdout.strip()
-
     try:
         # An installed package may lie inside the working tree of someone else, whose commit is not ours.
-        git("ls-files", "--error-unmatch", "echo_rt/__init__.py")
-        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
+        _output("git", "ls-files", "--error-unmatch", "echo_rt/__init__.py")
+        return _output("git", "rev-parse", "HEAD") + ("+dirty" if _output("git", "status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError) as error:
         missing.append(f"commit: no git history here, and {COMMIT_VARIABLE} is not set ({type(error).__name__})")
         return None
@@ -109,41 +108,27 @@ def _kernels(missing: list[str]) -> dict[str, str] | None:
 def _gpu(device: str, missing: list[str]) -> dict[str, Any]:
     import torch
 
-    place = torch.device(device)
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if place.index is None else place.index)
+    properties = torch.cuda.get_device_properties(device)
     facts: dict[str, Any] = {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "memory_bytes": properties.total_memory,
-        "driver": None,
+        **dict.fromkeys(_OF_THE_DRIVER),
     }
+    # By identity: torch's numbers count what CUDA_VISIBLE_DEVICES leaves.
+    command = ["nvidia-smi", f"--id=GPU-{properties.uuid}", "--format=csv,noheader,nounits"]
     try:
-        nvml: Any = importlib.import_module("pynvml")
-        nvml.nvmlInit()
-    except Exception as error:  # without the package, its library or a driver that answers there are no such facts
+        cells = _output(*command, f"--query-gpu={','.join(_OF_THE_DRIVER.values())}").split(", ")
+    except (OSError, subprocess.SubprocessError) as error:
         missing.append(f"driver, clocks and power: {first_line(error)}")
         return facts
-
-    def board() -> Any:  # torch's numbers count what CUDA_VISIBLE_DEVICES leaves; the identity is the same for both
-        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-
-    readers: dict[str, Callable[[], Any]] = {
-        "driver": nvml.nvmlSystemGetDriverVersion,
-        "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(board(), nvml.NVML_CLOCK_SM),
-        "memory_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(board(), nvml.NVML_CLOCK_MEM),
-        "max_sm_clock_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(board(), nvml.NVML_CLOCK_SM),
-        "power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(board()) / 1000,
-        "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(board(), nvml.NVML_TEMPERATURE_GPU),
-    }
-    for name, read in readers.items():
-        facts[name] = None
+    for name, cell in zip(_OF_THE_DRIVER, cells, strict=False):
         try:
-            facts[name] = read()
-        except nvml.NVMLError as error:
-            missing.append(f"{name}: {error}")
-    nvml.nvmlShutdown()
+            facts[name] = cell if name == "driver" else float(cell)
+        except ValueError:
+            missing.append(f"{name}: {cell}")
     return facts
 
 

@@ -13,13 +13,13 @@ import baselines
 import pytest
 import torch
 from baselines import find_baselines
+from echo_rt.bench.measure import Baseline, Missing
+from echo_rt.bench.model import random_model
+from echo_rt.bench.rig import Parts, Site
 from safetensors.torch import load_file
 from torch import Tensor
 
 from echo_rt.bench import measure
-from echo_rt.bench.measure import Baseline, Missing
-from echo_rt.bench.model import random_model
-from echo_rt.bench.rig import Parts, Site
 from echo_rt.bench.settings import BenchModel
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
 from echo_rt.model.vae_decoder import VaeDecoder

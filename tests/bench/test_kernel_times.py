@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import kernel_times
 import pytest
 import torch
+from echo_rt.bench.measure import difference
+from echo_rt.bench.timing import HostTimer
 from library_calls import _reanchor_at_once, library_calls, result_of
 from op_inputs import OPS, variants
 from op_times import BOUNDS, LIBRARY_BOUNDS, Agreement, Row, Run, compare, compare_calls, copies, time_variant
 from roofline import Ceiling, Work, measure_ceilings
 
-from echo_rt.bench.measure import difference
 from echo_rt.bench.settings import TINY
-from echo_rt.bench.timing import HostTimer
 from echo_rt.ops import reference
 from echo_rt.ops.backends import available_backends
 

@@ -13,6 +13,7 @@ import torch
 import vae as script
 import vae_run
 from closeness import relative_error
+from echo_rt.bench.timing import DEVICE_CLOCK, Times
 from naive_vae import NaiveVae, random_weights, tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,7 +34,6 @@ from vae_decoders import (
 from vae_run import DeviceBytes, Measured, Memory, VaeRequest, VaeRun, run
 
 from echo_rt.bench.settings import RELEASED
-from echo_rt.bench.timing import DEVICE_CLOCK, Times
 from echo_rt.config import VaeConfig
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.model.vae_layers import EnlargingConv
