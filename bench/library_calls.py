@@ -1,7 +1,6 @@
 """The best that libraries have for each operation, on the same arguments: what a hand-written kernel stands against.
 
-A call takes an operation's arguments and returns its result, or None where that is written in place. ``whole`` is
-False where a library does only the costly part of the operation: then there is no result to hold against ours.
+A call takes an operation's arguments and returns its result, or None where that is written in place.
 """
 
 from __future__ import annotations
@@ -37,19 +36,10 @@ _WRITTEN = {
 }
 # Operations whose definition torch.compile makes one or two kernels of.
 _COMPILED = (
-    "qkv_norm_rope_store",
-    "merge_attention",
-    "gated_update",
-    "modulated_layer_norm",
-    "gated_residual_norm",
-    "modulated_layer_norm_quantize",
-    "gated_residual_norm_quantize",
-    "gelu_quantize",
-    "counter_noise",
-    "flow_step",
-    "rms_silu_window",
-    "frames_to_uint8",
-)
+    "qkv_norm_rope_store", "merge_attention", "gated_update", "modulated_layer_norm", "gated_residual_norm",
+    "modulated_layer_norm_quantize", "gated_residual_norm_quantize", "gelu_quantize", "counter_noise", "flow_step",
+    "rms_silu_window", "frames_to_uint8",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,6 @@ class LibraryCall:
 
     name: str
     call: Callable[[Sequence[Any]], Tensor | None]
-    whole: bool = True
 
 
 def result_of(op: str, returned: Any, args: Sequence[Any]) -> Tensor:
@@ -165,20 +154,6 @@ def _conv3d_of_tiles(args: Sequence[Any], device: torch.device) -> list[LibraryC
     return [LibraryCall("conv3d, channels-last", call)]
 
 
-def _enlarge_conv2d(args: Sequence[Any], device: torch.device) -> list[LibraryCall]:
-    """Enlarged and convolved with as many weights as there were before their phases were summed: not the same ones."""
-    x, phases, bias, _ = args
-    taps = phases.permute(1, 4, 0, 2, 3).flatten(2)[..., :9].unflatten(-1, (3, 3))
-    weight = taps.contiguous(memory_format=torch.channels_last)
-    bias = None if bias is None else bias.to(x.dtype)
-
-    def call(args: Sequence[Any]) -> Tensor:
-        grown = functional.interpolate(args[0].permute(0, 3, 1, 2), scale_factor=2, mode="nearest")
-        return _searched(functional.conv2d, grown, weight, bias, 1, 1)
-
-    return [LibraryCall("interpolate, conv2d", call, whole=False)]
-
-
 def _single(name: str, call: Callable[[Sequence[Any]], Any]) -> Callable[..., list[LibraryCall]]:
     return lambda args, device: [LibraryCall(name, call)]
 
@@ -190,6 +165,5 @@ _CALLS: dict[str, Callable[[Sequence[Any], torch.device], list[LibraryCall]]] = 
     "gated_residual_norm": _single("addcmul, layer_norm", _residual),
     "causal_conv": _single("conv3d, channels-last", _conv3d),
     "causal_conv_hopper": _conv3d_of_tiles,
-    "upsample_conv": _enlarge_conv2d,
     "rms_silu_window": _single("add, rms_norm, silu, copy", _window),
 }
