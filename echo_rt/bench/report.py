@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -245,8 +245,11 @@ class Report:
             "order": run.order,
             "frames_per_block": self.frames_a_block,
             "absent": run.absent,
-            "milliseconds": {name: _milliseconds(parts) for name, parts in self.seconds.items()},
-            "peer_milliseconds": _milliseconds(run.baseline_seconds),
+            "milliseconds": {
+                variant: {part: [1e3 * each for each in s] for part, s in parts.items()}
+                for variant, parts in self.seconds.items()
+            },
+            "peer_milliseconds": {name: [1e3 * each for each in s] for name, s in run.baseline_seconds.items()},
             "resources": run.resources,
         }
 
@@ -280,10 +283,6 @@ class Report:
             *(f"Not measured: {name}: {why}." for name, why in run.absent.items()),
         ]
         return [line for line in lines if line]
-
-
-def _milliseconds(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    return {name: [1e3 * each for each in sample] for name, sample in seconds.items()}
 
 
 def _selection(each: AttentionSelection) -> dict[str, Any]:

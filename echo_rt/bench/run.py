@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -74,18 +73,6 @@ class Entry:
             self.runner = None
             gc.collect()
             give_memory_back(device)
-
-
-@contextlib.contextmanager
-def _enough_memory(device: torch.device) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
-        raise BackendError(
-            f"{device} has too little memory for all variants at once: {free:.1f} of {total:.1f} GiB were free when "
-            "one more was to be made ready; name fewer with --variants, and leave out --peers"
-        ) from error
 
 
 def find_baselines(networks: Networks, prompt_embeds: Tensor, seed: int) -> tuple[list[Any], dict[str, str]]:
@@ -164,8 +151,13 @@ class Run:
         warn_of_faulty_convolutions(self.device, working_dtype(self.dtype))
         self._health = gpu_health(self.device)
         try:
-            with _enough_memory(self.device):
-                self._measure(save)
+            self._measure(save)
+        except torch.OutOfMemoryError as error:
+            free, total = (size / 2**30 for size in torch.cuda.mem_get_info(self.device))
+            raise BackendError(
+                f"{self.device} has too little memory for all variants at once: {free:.1f} of {total:.1f} GiB were "
+                "free when one more was to be made ready; name fewer with --variants, and leave out --peers"
+            ) from error
         finally:
             if self._health is not None:
                 self._health.close()
@@ -194,8 +186,7 @@ class Run:
         if self.request.peers:
             networks = self._networks[self.backend.name]
             self.baselines, self.missing = find_baselines(networks, self._prompt, self.request.seed)
-        for _ in self._take_turns():
-            save(self)
+        self._take_turns(save)
         for entry in self.entries:
             entry.release()
         self.complete = True
@@ -225,9 +216,12 @@ class Run:
         entry.samples.clear()
         return work(entry)
 
-    def _runner(self, mode: MemoryMode, backend: str, graphs: bool) -> BlockRunner:
-        depth = 1 + self.request.lookahead
-        return BlockRunner(self._networks[backend], mode, graphs=None if graphs else False, depth=depth)
+    def _runner(self, entry: Entry) -> BlockRunner:
+        """The runner of ``entry``, made if there is none."""
+        if entry.runner is None:
+            graphs, depth = None if entry.graphs else False, 1 + self.request.lookahead
+            entry.runner = BlockRunner(self._networks[entry.backend], entry.mode, graphs=graphs, depth=depth)
+        return entry.runner
 
     def _first_frame(self, runner: BlockRunner) -> float:
         """Seconds from a new video, its prompt encoded, to its first frames on the host."""
@@ -239,12 +233,11 @@ class Run:
         return seconds
 
     def _ready(self, entry: Entry) -> BlockRunner:
-        """The runner of ``entry`` in the steady state, made if there is none."""
+        """The runner of ``entry`` in the steady state."""
         if entry.runner is None:
-            entry.runner = self._runner(entry.mode, entry.backend, entry.graphs)
-            entry.runner.start(self._prompt, self.request.seed)
-            entry.runner.warm_up()
-        return entry.runner
+            self._runner(entry).start(self._prompt, self.request.seed)
+            self._runner(entry).warm_up()
+        return self._runner(entry)
 
     def _alone(self, entry: Entry) -> dict[str, Any]:
         """Make the first variant ready while nothing else is on the device; what it takes, in bytes and seconds.
@@ -257,7 +250,7 @@ class Run:
             _ = self._networks[entry.backend].decoder  # a trial of its convolutions takes memory that no stream does
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        runner = entry.runner = self._runner(entry.mode, entry.backend, entry.graphs)
+        runner = self._runner(entry)
         cold = self._first_frame(runner)
         runner.warm_up()
         allocated = []
@@ -286,14 +279,12 @@ class Run:
         self.bound = bound_between(self.dtype)
         for mode in dict.fromkeys(entry.mode for entry in self.entries):
             reference = Entry(VARIANTS[-1], mode, _TORCH, graphs=False)
-            reference.runner = self._runner(mode, _TORCH, graphs=False)
             for entry in (entry for entry in self.entries if entry.mode is mode):
-                errors = self._or_without_graphs(entry, partial(self._held_against, reference.runner))
-                entry.errors = errors
-                if not all(error <= self.bound for error in errors):  # NaN is not
-                    latents, frames = errors
-                    entry.problem = f"differs from the torch backend: latents by {latents:.1e}, frames by {frames:.1e}"
-                    entry.problem += f", allowed are {self.bound:.1e}"
+                held_against = partial(self._held_against, self._runner(reference))
+                latents, frames = entry.errors = self._or_without_graphs(entry, held_against)
+                if not (latents <= self.bound and frames <= self.bound):  # NaN is not
+                    off = f"latents by {latents:.1e}, frames by {frames:.1e}, allowed are {self.bound:.1e}"
+                    entry.problem = f"differs from the torch backend: {off}"
                     entry.release()
                 self._say(f"{entry.variant.name}: {entry.problem or 'as the torch backend'}")
             reference.release()
@@ -309,27 +300,25 @@ class Run:
 
     # ---------------------------------------------------------------- measuring
 
-    def _take_turns(self) -> Iterator[None]:
-        """Measure round after round, and stop after each."""
+    def _take_turns(self, save: Callable[[Run], object]) -> None:
+        """Measure round after round."""
         first = self.entries[0]
         runners = {entry.variant.name: entry for entry in self.entries if not entry.problem}
         right = {baseline.name: baseline for baseline in self.baselines if baseline.ok}
         self.baseline_seconds = {name: [] for name in right}
-        if [*runners, *right] == [first.variant.name]:
-            self.order.append([*runners])  # its first turn was as any other
-            yield
-        else:
+        alone = [*runners, *right] == [first.variant.name]
+        if not alone:
             first.samples = {}  # what was measured alone is not what takes turns with the others
-        for number in range(len(self.order), self.rounds):
+        for number in range(self.rounds):
             self._say(f"round {number + 1} of {self.rounds}")
             self.order.append(turns_of(number, [*runners, *right]))
             for name in self.order[-1]:
-                if name in runners:
-                    self._or_without_graphs(runners[name], self._variant_turn)
-                else:
+                if name in right:
                     with model_context(self.device, working_dtype(self.dtype)):
                         self.baseline_seconds[name] += right[name].measure(self.blocks)
-            yield
+                elif number or not alone:  # what was alone has had its first turn
+                    self._or_without_graphs(runners[name], self._variant_turn)
+            save(self)
 
     def _variant_turn(self, entry: Entry) -> None:
         runner = self._ready(entry)

@@ -64,10 +64,9 @@ NAMES = tuple(variant.name for variant in VARIANTS)
 def plan(
     wanted: Sequence[str] | None, *, has_memory: bool, no_graphs: str, backend: str
 ) -> tuple[list[Variant], dict[str, str]]:
-    """The variants that can be measured, in a fixed order, and why each other one cannot.
+    """The variants that can be measured, and why each other one cannot; ``no_graphs``: why there are none, or empty.
 
-    ``wanted`` None means all; ``no_graphs``: why there are no graphs, empty where there are. Raises
-    :class:`ConfigError` for a name that is unknown, and for a variant that was named and cannot be measured.
+    Raises :class:`ConfigError` for a name that is unknown, and for a variant that was named and cannot be measured.
     """
     unknown = [name for name in wanted or () if name not in NAMES]
     if unknown or (wanted is not None and not wanted):

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from echo_rt.errors import BackendError, ConfigError, TargetError
+from echo_rt.errors import ConfigError, TargetError
 from echo_rt.utils.atomic_file import reason, write_whole
 from echo_rt.utils.build_info import __version__
 from echo_rt.utils.wording import first_line
@@ -98,11 +98,11 @@ def _commit(missing: list[str]) -> str | None:
 
 def _kernels(missing: list[str]) -> dict[str, str] | None:
     try:
-        import echo_rt._ops as library
+        import echo_rt._ops as ops
     except ImportError as error:
         missing.append(f"kernels: {first_line(error)}")
         return None
-    return {"backend": library.BACKEND, "architectures": library.CUDA_ARCHS, "version": library.VERSION}
+    return {"backend": ops.BACKEND, "architectures": ops.CUDA_ARCHS, "version": ops.VERSION}
 
 
 def _gpu(device: str, missing: list[str]) -> dict[str, Any]:
@@ -136,21 +136,16 @@ def _gpu(device: str, missing: list[str]) -> dict[str, Any]:
 
 
 class Column(NamedTuple):
-    """A column: the key of a row, its heading, how a number is put, and whether it is text (set to the left)."""
+    """A column: the key of a row, its heading, and how a number is put; None: text, which is set to the left."""
 
     key: str
     heading: str
-    form: str
-    text: bool
+    form: str | None = None
 
 
 def columns(*words: str) -> tuple[Column, ...]:
     """Columns from ``key|heading|format of a number``; those without a format are text."""
-    found = []
-    for word in words:
-        key, heading, *form = word.split("|")
-        found.append(Column(key, heading, form[0] if form else "", not form))
-    return tuple(found)
+    return tuple(Column(*word.split("|")) for word in words)
 
 
 Table = tuple[Sequence[Any], Sequence[Column]]  # rows, each a dataclass or a mapping, and their columns
@@ -167,7 +162,7 @@ def _cell(row: Mapping[str, Any], column: Column) -> str:
     value = row[column.key]
     if value is None or isinstance(value, bool):
         return {None: "-", True: "yes", False: "no"}[value]
-    return format(value, column.form).replace("|", r"\|").replace("\n", " ")
+    return format(value, column.form or "").replace("|", r"\|").replace("\n", " ")
 
 
 def markdown(rows: Sequence[Any], columns: Sequence[Column]) -> str:
@@ -176,10 +171,12 @@ def markdown(rows: Sequence[Any], columns: Sequence[Column]) -> str:
     head = [column.heading for column in columns]
     # Three dashes, one of which may be the colon, are the least that Markdown takes for a rule.
     widths = [max(3, *map(len, cells)) for cells in zip(head, *body, strict=True)]
-    rule = ["-" * w if c.text else "-" * (w - 1) + ":" for c, w in zip(columns, widths, strict=True)]
+    rule = ["-" * w if c.form is None else "-" * (w - 1) + ":" for c, w in zip(columns, widths, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        placed = [f"{s:<{w}}" if c.text else f"{s:>{w}}" for s, c, w in zip(cells, columns, widths, strict=True)]
+        placed = [
+            f"{s:<{w}}" if c.form is None else f"{s:>{w}}" for s, c, w in zip(cells, columns, widths, strict=True)
+        ]
         return f"| {' | '.join(placed)} |"
 
     return "\n".join([line(head), line(rule), *map(line, body)]) + "\n"
@@ -225,12 +222,6 @@ def write_results(folder: Path, name: str, content: Mapping[str, Any], page: str
 def can_draw() -> bool:
     """Whether matplotlib is there."""
     return importlib.util.find_spec("matplotlib") is not None
-
-
-def require_matplotlib() -> None:
-    """:class:`BackendError` unless a chart can be drawn."""
-    if not can_draw():
-        raise BackendError("a chart needs matplotlib, which is not installed: pip install 'echo-rt[bench]'")
 
 
 def draw(path: Path, title: str, bars: Sequence[tuple[str, str, float, float]]) -> None:

@@ -15,7 +15,7 @@ from echo_rt.cli.outputs import Named, check_apart
 from echo_rt.cli.paths import parse_path
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import complain, say
-from echo_rt.errors import TargetError
+from echo_rt.errors import BackendError, TargetError
 from echo_rt.options import DTYPE_NAMES
 
 _EPILOG = """
@@ -86,12 +86,12 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     with stop.interruptible():
         from echo_rt.bench.report import Report
         from echo_rt.bench.run import Run
-        from echo_rt.bench.tables import can_draw, require_matplotlib
+        from echo_rt.bench.tables import can_draw
 
         if arguments.chart and arguments.out is None:
             raise TargetError("--chart: expected --out DIR, the folder to draw it into")
-        if arguments.chart:
-            require_matplotlib()
+        if arguments.chart and not can_draw():
+            raise BackendError("a chart needs matplotlib, which is not installed: pip install 'echo-rt[bench]'")
         read = [Named(f"--{name}", path) for name in _FILES if (path := getattr(arguments, name)) is not None]
         _check_folder(arguments.out, read)
         names = {field.name for field in dataclasses.fields(Request)}

@@ -376,12 +376,13 @@ def test_what_no_variant_can_compute_in_is_told_before_any_is_made(
 
 
 def test_a_gpu_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 8 * 2**30))
-    with (
-        pytest.raises(BackendError, match=r"1\.0 of 8\.0 GiB were free .* --variants"),
-        run_module._enough_memory(torch.device("cuda", 0)),
-    ):
+    def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 8 * 2**30))
+    monkeypatch.setattr(Run, "_measure", full)
+    with pytest.raises(BackendError, match=r"1\.0 of 8\.0 GiB were free .* --variants"):
+        Run(Request(variants=("off",), **ASKED_OF_TORCH)).measure()
 
 
 @pytest.mark.cuda
