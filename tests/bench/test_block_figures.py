@@ -10,7 +10,6 @@ import torch
 from echo_rt.bench.report import judge
 from echo_rt.bench.runner import BlockRunner, Interval, Sample, busy_seconds, intervals, median_p99
 from echo_rt.engine.executor import Lane, Span, make_executor
-from echo_rt.weights.tiny_tensors import RandomTensors
 
 CPU = torch.device("cpu")
 
@@ -131,19 +130,6 @@ def test_goals_are_met_to_the_edge_and_unmet_beyond_it() -> None:
     own = judge(GOOD | {"block_ms": 270.1}, float8=True)
     assert [row["verdict"] for row in own] == ["met"] * 7 + ["unmet"] and "float8" in own[-1]["goal"]
     assert judge(GOOD | {"block_ms": 270.0}, float8=True)[-1]["verdict"] == "met"
-
-
-def test_random_tensors_depend_on_name_and_seed_alone() -> None:
-    shapes = {"a.weight": (64, 1024), "b.weight": (64, 1024), "norm.weight": (4096,), "gate_linear.bias": (4096,)}
-    tensors = RandomTensors(shapes, CPU)
-    first = tensors["a.weight"]
-    assert torch.equal(RandomTensors(dict(reversed(shapes.items())), CPU)["a.weight"], first)
-    assert not torch.equal(tensors["b.weight"], first)
-    assert not torch.equal(RandomTensors(shapes, CPU, seed=1)["a.weight"], first)
-    assert float(first.std()) == pytest.approx(1 / 32, rel=0.05)
-    assert float(tensors["norm.weight"].mean()) == pytest.approx(1, abs=0.01)
-    assert float(tensors["gate_linear.bias"].mean()) == pytest.approx(2, abs=0.01)
-    assert list(tensors) == list(shapes) and len(tensors) == 4 and "c" not in tensors
 
 
 def test_an_executor_notes_the_spans_that_are_wanted() -> None:
