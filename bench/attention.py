@@ -7,53 +7,30 @@ be given stands cuDNN's in float8, where nvidia-cudnn-frontend is installed. Exi
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import _checkout  # noqa: F401
+import _checkout
 import torch
+from timing import HOST_CLOCK, HostTimer
 from torch import Tensor
 
 from echo_rt.attention import AttentionShapes, implementations
 from echo_rt.attention.select import AttentionCheck
 from echo_rt.autotune.tuner import TOLERANCES
-from echo_rt.bench.environment import environment
-from echo_rt.bench.settings import MODELS, RELEASED, TINY
-from echo_rt.bench.tables import Column, check_results_folder, write_results
-from echo_rt.bench.timing import HOST_CLOCK, HostTimer
-from echo_rt.cli.arguments import parse_path
-from echo_rt.errors import BackendError, EchoError
+from echo_rt.bench.runner import median_p99
+from echo_rt.bench.tables import columns, environment
+from echo_rt.errors import BackendError
 from echo_rt.ops.backends import load_ops
 from echo_rt.utils.device import DTYPES, FLOAT8, model_context, parse_device
 from echo_rt.utils.wording import first_line, plain
 
-COLUMNS = (
-    Column("name", "attention", text=True),
-    Column("ms", "ms a call", ".4f"),
-    Column("p99_ms", "p99", ".4f"),
-    Column("tflops", "TFLOP/s", ".1f"),
-    Column("error", "error", ".1e"),
-    Column("note", "", text=True),
+COLUMNS = columns(
+    "name|attention", "ms|ms a call|.4f", "p99_ms|p99|.4f", "tflops|TFLOP/s|.1f", "error|error|.1e", "note|"
 )
 FLOAT8_BOUND = 6e-2  # that of the golden rollouts with float8 products
 _CALLS = {"cuda": 30, "cpu": 3}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One attention; ``error`` is relative to float64, None is what was not measured, ``note`` says why."""
-
-    name: str
-    ms: float | None = None
-    p99_ms: float | None = None
-    tflops: float | None = None
-    error: float | None = None
-    note: str = ""
 
 
 class CudnnFloat8:
@@ -111,81 +88,70 @@ class CudnnFloat8:
         return self._out.flatten(-2)
 
 
-def measure(name: str, load: Callable[[], Any], check: AttentionCheck, bound: float, device: torch.device) -> Row:
-    """One attention, first right and then fast; whatever a library raises is the finding."""
+def measure(load: Callable[[], Any], check: AttentionCheck, bound: float, on_gpu: bool) -> dict[str, Any]:
+    """One attention, first right and then fast: entries of its row; whatever a library raises is the finding."""
     try:
         attention = load()
         error = check.error(attention)
         if not error <= bound:  # NaN is not
-            return Row(name, error=error, note=f"wrong: expected an error of at most {bound:.1e}")
-        if device.type == "cuda":
+            return {"error": error, "note": f"wrong: expected an error of at most {bound:.1e}"}
+        if on_gpu:
             watch = check.stopwatch(attention)
             ms = [watch() for _ in range(_CALLS["cuda"])]
         else:
             times = HostTimer().measure(lambda: attention(check.q, check.k, check.v), _CALLS["cpu"], 1)
             ms = [each / 1e3 for each in times.microseconds]
     except Exception as problem:
-        return Row(name, note=first_line(problem))
-    return Row(name, statistics.median(ms), max(ms), error=error)
+        return {"note": first_line(problem)}
+    median, p99 = median_p99(ms)
+    return {"ms": median, "p99_ms": p99, "error": error}
 
 
-def run(out: Path, shapes: AttentionShapes, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     """Measure and write; whether one was right and timed, and the page."""
-    flops = 4 * shapes.queries * shapes.keys * shapes.heads * shapes.head_dim
-    on_gpu = device.type == "cuda"
+    device, dtype = parse_device(arguments.device), DTYPES[arguments.dtype]
+    on_gpu, config = device.type == "cuda", _checkout.model_of(arguments).config
+    heads, size = config.transformer.num_heads, config.transformer.head_dim
+    shapes = AttentionShapes(config.tokens_per_block, config.cached_tokens, heads, size)
+    flops = 4 * shapes.queries * shapes.keys * heads * size
     clock = "device events around a CUDA graph" if on_gpu else HOST_CLOCK
     notes = [
         f"{shapes}; {plain(dtype)}; {flops / 1e12:.4g} TFLOP a call; {_CALLS[device.type]} calls; clock: {clock}.",
         f"{CudnnFloat8.name}: keys and values are in float8 already; its time has no quantization in it.",
     ]
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     header = environment(str(device))
+
+    def add(name: str, found: dict[str, Any]) -> None:
+        rows.append(dict.fromkeys(column.key for column in COLUMNS) | {"name": name, "note": ""} | found)
+        if on_gpu and rows[-1]["ms"] is not None:
+            rows[-1]["tflops"] = flops / rows[-1]["ms"] / 1e9
 
     def save(passed: bool) -> str:
         tables = {"Attention": (rows, COLUMNS)}
-        return write_results(out, "attention", "Attention over the KV buffer", header, tables, notes, passed=passed)
+        title = "Attention over the KV buffer"
+        return _checkout.save(arguments.out, "attention", title, header, tables, notes, passed=passed)
 
     with torch.inference_mode(), model_context(device, dtype):
         check = AttentionCheck(shapes, device, dtype)
         loads: dict[str, tuple[Callable[[], Any], float]] = {}
         for kind in implementations(load_ops("cuda" if on_gpu else "torch")):
             if why := kind.obstacle(device, dtype, shapes) or ("" if kind.fused else "it holds all scores in memory"):
-                rows.append(Row(kind.name, note=why))
+                add(kind.name, {"note": why})
             else:
                 loads[kind.name] = kind.load, TOLERANCES[dtype]
         if on_gpu:
             loads[CudnnFloat8.name] = lambda: CudnnFloat8(check.q, check.k, check.v), FLOAT8_BOUND
         for name, (load, bound) in loads.items():
-            row = measure(name, load, check, bound, device)
-            rate = flops / row.ms / 1e9 if on_gpu and row.ms is not None else None
-            rows.append(dataclasses.replace(row, tflops=rate))
-            print(f"{name}: {row.note or f'{row.ms:.3f} ms'}", file=sys.stderr, flush=True)
+            add(name, measure(load, check, bound, on_gpu))
+            _checkout.say(f"{name}: {rows[-1]['note'] or format(rows[-1]['ms'], '.3f') + ' ms'}")
             save(False)  # the time may run out
-    passed = any(row.ms is not None for row in rows)
+    passed = any(row["ms"] is not None for row in rows)
     return passed, save(passed)
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; default: cuda")
-    parser.add_argument("--size", choices=MODELS, help="default: released on a GPU, tiny on a CPU")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
-    arguments = parser.parse_args(argv)
-    try:
-        check_results_folder(arguments.out)
-        device, dtype = parse_device(arguments.device), DTYPES[arguments.dtype]
-        model = MODELS[arguments.size or (RELEASED if device.type == "cuda" else TINY).name]
-        config, transformer = model.config, model.config.transformer
-        shapes = AttentionShapes(
-            config.tokens_per_block, config.cached_tokens, transformer.num_heads, transformer.head_dim
-        )
-        passed, text = run(arguments.out, shapes, device, dtype)
-    except EchoError as error:
-        print(f"attention.py: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    return 0 if passed else 1
+    return _checkout.run(__file__, run, _checkout.parser(__doc__, dtypes=DTYPES).parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +18,76 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from echo_rt.bench.measure import BASELINES, Baseline, Missing, difference
-from echo_rt.bench.rig import Parts, Rig, Site
+from echo_rt.bench.run import BASELINES
+from echo_rt.bench.runner import BlockRunner, median_p99
 from echo_rt.config import VaeConfig
+from echo_rt.engine.build import Networks
 from echo_rt.errors import BackendError
 from echo_rt.ops.noise import fill_normal, seed_words
 from echo_rt.options import MemoryMode
 from echo_rt.utils.device import model_context
-from echo_rt.verify.bundles import bound_between
+from echo_rt.utils.wording import with_type
+from echo_rt.verify.bundles import bound_between, relative_error
 from echo_rt.weights.keymaps import KeyMap, transformer_key_map, vae_key_map
+
+if str(Path(__file__).parent) not in sys.path:  # echo-rt bench loads this file alone
+    sys.path.append(str(Path(__file__).parent))
+
+from timing import timer_for
 
 # Others round after every operation, where ours keeps some of them in one: their 16-bit results lie further off.
 ROUNDINGS = 4
-
-
 # FlashDreams runs two times as it is before it captures its graph, and once more is a replay.
 _CALLS_TO_CAPTURE = 4
 
 
-def find_baselines(parts: Parts, prompt_embeds: Tensor, seed: int) -> tuple[list[Baseline], list[Missing]]:
-    """The baselines that are installed, with the weights of ``parts``; its backend is what they are held against.
+@dataclass(frozen=True)
+class Baseline:
+    """Another's code. ``call`` does the work once; it stands ``beside`` our figure ``decode`` or ``pass``."""
 
-    Whatever another's code raises is the reason why it is not in the run; memory that is not there is not its fault.
+    name: str
+    what: str
+    beside: str
+    call: Callable[[], object]
+    error: float
+    bound: float
+    device: torch.device
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound  # NaN is not
+
+    def measure(self, calls: int) -> list[float]:
+        """Seconds of ``calls`` calls, by the timer of kernels: launches are not in it."""
+        return [each / 1e6 for each in timer_for(self.device).measure(self.call, calls, warmup=1).microseconds]
+
+    def row(self, ours_ms: float | None, seconds: list[float] | None) -> dict[str, Any]:
+        """Its row beside our time; ``seconds``: what was measured. ``ratio``: its time over ours."""
+        row = {"peer": self.name, "ours_ms": ours_ms, "error": self.error, "what": self.what}
+        if not self.ok:
+            return row | {"what": f"not timed, as it differs from ours by more than {self.bound:.1e}; {self.what}"}
+        if not seconds:
+            return row
+        ms, p99 = (1e3 * each for each in median_p99(seconds))
+        return row | {"ms": ms, "p99_ms": p99, "ratio": None if ours_ms is None else ms / ours_ms}
+
+
+def find_baselines(networks: Networks, prompt_embeds: Tensor, seed: int) -> tuple[list[Baseline], dict[str, str]]:
+    """The baselines that are installed, and why each other one is not in the run.
+
+    They have the weights of ``networks``, whose backend they are held against. Whatever another's code raises is the
+    reason why it is not in the run; memory that is not there is not its fault.
     """
     found: list[Baseline] = []
-    missing: list[Missing] = []
+    missing: dict[str, str] = {}
     for name, make in _MAKERS.items():
         try:
-            with model_context(parts.site.device, parts.site.dtype):
-                found.append(make(name, parts, prompt_embeds, seed))
+            with model_context(networks.device, networks.dtype):
+                found.append(make(name, networks, prompt_embeds, seed))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the finding, whatever it is
-            missing.append(Missing.because(name, error))
+            missing[name] = str(error) if isinstance(error, BackendError) else f"did not run: {with_type(error)}"
     return found, missing
 
 
@@ -74,12 +113,12 @@ def _fill(module: nn.Module, tensors: Iterator[tuple[str, Tensor]], names: KeyMa
         target.copy_(tensor.reshape(target.shape))
 
 
-def _noise(site: Site, seed: int) -> Tensor:
+def _noise(networks: Networks, seed: int) -> Tensor:
     """The noise of block 0 as a rollout draws it, ``[B, C, h, w]`` float32 on the device."""
-    config = site.model.config
+    config = networks.config
     noise = torch.empty(config.window.frames_per_block, *config.latent_shape, device="cpu")
     fill_normal(noise, 0, 0, seed_words(seed))
-    return noise.to(site.device)
+    return noise.to(networks.device)
 
 
 def _decoder_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -88,11 +127,13 @@ def _decoder_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tenso
             yield key, tensors[key]
 
 
-def _second_decode(parts: Parts, normalized: Tensor) -> Tensor:
-    """Ours, of the latents of a block that comes after the same latents: ``[F, H, W, 3]``."""
-    state = parts.decoder.new_state(*parts.site.model.config.latent_shape[1:], latents=1)
-    parts.decoder.decode(normalized, state)
-    return parts.decoder.decode(normalized, state)
+def _decode_error(networks: Networks, normalized: Tensor, video: Tensor, *, clamp: bool = False) -> float:
+    """Relative error of ``video [1, 3, F, H, W]``, of a block that comes after the same latents, against ours."""
+    decoder: Any = networks.decoder
+    state = decoder.new_state(*networks.config.latent_shape[1:], latents=1)
+    decoder.decode(normalized, state)
+    ours = decoder.decode(normalized, state).float()
+    return relative_error(video[0].permute(1, 2, 3, 0).float(), ours.clamp(-1, 1) if clamp else ours)
 
 
 def wan_autoencoder(config: VaeConfig, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Any:
@@ -132,32 +173,29 @@ def wan_decode(vae: Any, latents: Tensor, *, is_start: bool = False) -> Tensor:
     return torch.cat(frames, 2)
 
 
-def _autoencoder(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Baseline:
-    site, config = parts.site, parts.site.model.vae_config
-    vae = wan_autoencoder(config, site.model.vae, site.device, site.dtype)
-    normalized = _noise(site, seed)
-    latents = wan_latents(config, normalized, site.dtype)
-
+def _autoencoder(name: str, networks: Networks, prompt_embeds: Tensor, seed: int) -> Baseline:
+    config, device, dtype = networks.vae, networks.device, networks.dtype
+    assert config is not None
+    vae = wan_autoencoder(config, networks.tensors.vae, device, dtype)
+    normalized = _noise(networks, seed)
+    latents = wan_latents(config, normalized, dtype)
     wan_decode(vae, latents, is_start=True)
-    error = difference(
-        wan_decode(vae, latents)[0].permute(1, 2, 3, 0).float(), _second_decode(parts, normalized).float()
-    )
+    error = _decode_error(networks, normalized, wan_decode(vae, latents))
     what = (
         f"its decoder, with the same weights, over the same {len(normalized)} latents in mid-stream, its own cache "
         "kept from call to call; without the conversion to bytes, which ours does"
     )
-    return Baseline(
-        name, what, "decode", lambda: wan_decode(vae, latents), error, ROUNDINGS * bound_between(site.dtype)
-    )
+    bound = ROUNDINGS * bound_between(dtype)
+    return Baseline(name, what, "decode", lambda: wan_decode(vae, latents), error, bound, device)
 
 
-def _transformer(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Baseline:
+def _transformer(name: str, networks: Networks, prompt_embeds: Tensor, seed: int) -> Baseline:
     _require("diffusers")
     diffusers: Any = importlib.import_module("diffusers")
 
-    site, config = parts.site, parts.site.model.config
+    config, device, dtype = networks.config, networks.device, networks.dtype
     sizes = config.transformer
-    with torch.device(site.device):
+    with torch.device(device):
         model: Any = diffusers.WanTransformer3DModel(
             patch_size=sizes.patch_size,
             num_attention_heads=sizes.num_heads,
@@ -172,12 +210,12 @@ def _transformer(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> B
             qk_norm="rms_norm_across_heads",
             eps=sizes.eps,
         )
-    _cast(model, site.dtype)
-    _fill(model, iter(site.model.transformer.items()), transformer_key_map())
-    text = torch.zeros(1, sizes.text_len, sizes.text_dim, device=site.device, dtype=site.dtype)
+    _cast(model, dtype)
+    _fill(model, iter(networks.tensors.transformer.items()), transformer_key_map())
+    text = torch.zeros(1, sizes.text_len, sizes.text_dim, device=device, dtype=dtype)
     text[0, : len(prompt_embeds)] = prompt_embeds
-    latents = _noise(site, seed).transpose(0, 1)[None].to(site.dtype)
-    timestep = torch.tensor([parts.schedule.timesteps[0]], device=site.device)
+    latents = _noise(networks, seed).transpose(0, 1)[None].to(dtype)
+    timestep = torch.tensor([networks.schedule.timesteps[0]], device=device)
 
     def forward() -> Tensor:
         flow: Tensor = model(latents, timestep, text, return_dict=False)[0]
@@ -188,33 +226,36 @@ def _transformer(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> B
 
     def keep(block: int, step: int, flow: Tensor) -> None:
         if step == 0:
-            with rig.executor.apart():
+            with runner.executor.apart():
                 flows.append(flow.to("cpu", torch.float32, copy=True))
 
-    rig = Rig(parts, MemoryMode.OFF, graphs=None, depth=1)
-    rig.start(prompt_embeds, seed)
-    rig.rollout.next_block(observe=keep)
-    rig.executor.settle()
-    rig.close()
-    error = difference(forward()[0].transpose(0, 1).float().cpu(), flows[0])
+    runner = BlockRunner(networks, MemoryMode.OFF, graphs=None, depth=1)
+    runner.start(prompt_embeds, seed)
+    runner.rollout.next_block(observe=keep)
+    runner.executor.settle()
+    runner.close()
+    error = relative_error(forward()[0].transpose(0, 1).float().cpu(), flows[0])
     block = config.tokens_per_block
     what = (
         f"one forward, with the same weights, over the {block} tokens of a block, which attend to themselves alone; "
         f"beside it the mean of our passes, in which they attend to {config.cached_tokens} keys"
     )
-    return Baseline(name, what, "pass", forward, error, ROUNDINGS * bound_between(site.model_dtype))
+    bound = ROUNDINGS * bound_between(networks.model_dtype)
+    return Baseline(name, what, "pass", forward, error, bound, device)
 
 
-def _flashdreams(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> Baseline:
+def _flashdreams(name: str, networks: Networks, prompt_embeds: Tensor, seed: int) -> Baseline:
     _require("flashdreams")
     module: Any = importlib.import_module("flashdreams.recipes.wan.autoencoder.vae")
-    site, config = parts.site, parts.site.model.vae_config
+    config, device, dtype = networks.vae, networks.device, networks.dtype
+    assert config is not None
+    tensors = {key: t.to("cpu", dtype).contiguous() for key, t in _decoder_tensors(networks.tensors.vae)}
     with tempfile.TemporaryDirectory() as folder:  # it takes weights from a file alone
         path = Path(folder) / "vae.safetensors"
-        save_file({key: t.to("cpu", site.dtype).contiguous() for key, t in _decoder_tensors(site.model.vae)}, path)
+        save_file(tensors, path)
         vae: Any = module.WanVAE(
             str(path),
-            use_cuda_graph=site.device.type == "cuda",
+            use_cuda_graph=device.type == "cuda",
             use_compile=False,
             enable_encoder=False,
             base_dim=config.base_dim,
@@ -225,9 +266,9 @@ def _flashdreams(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> B
             latent_mean=config.latents_mean,
             latent_std=config.latents_std,
         )
-        vae.to(site.device, site.dtype)
-    normalized = _noise(site, seed)
-    latents = normalized.transpose(0, 1)[None].to(site.dtype)
+        vae.to(device, dtype)
+    normalized = _noise(networks, seed)
+    latents = normalized.transpose(0, 1)[None].to(dtype)
     cache = vae.prepare_cache()
 
     def decode() -> Tensor:
@@ -235,7 +276,7 @@ def _flashdreams(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> B
         return video
 
     decode()
-    error = difference(decode()[0].permute(1, 2, 3, 0).float(), _second_decode(parts, normalized).clamp(-1, 1).float())
+    error = _decode_error(networks, normalized, decode(), clamp=True)
     for _ in range(_CALLS_TO_CAPTURE):
         decode()
     what = (
@@ -243,7 +284,7 @@ def _flashdreams(name: str, parts: Parts, prompt_embeds: Tensor, seed: int) -> B
         "in one call, its own cache kept, its own graph replayed; without the conversion to bytes. Its transformer is "
         "not driven here"
     )
-    return Baseline(name, what, "decode", decode, error, ROUNDINGS * bound_between(site.dtype))
+    return Baseline(name, what, "decode", decode, error, ROUNDINGS * bound_between(dtype), device)
 
 
 _MAKERS = dict(zip(BASELINES, (_autoencoder, _transformer, _flashdreams), strict=True))

@@ -9,55 +9,33 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import _checkout
 import torch
+from registers import short_name
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from echo_rt.bench.environment import environment
-from echo_rt.bench.model import random_prompt
-from echo_rt.bench.request import Request
-from echo_rt.bench.rig import Parts, Rig, Site
-from echo_rt.bench.settings import MODELS
-from echo_rt.bench.tables import Column, check_results_folder, write_results
-from echo_rt.cli.arguments import parse_path
-from echo_rt.errors import CaptureError, EchoError
+from echo_rt.bench.runner import BlockRunner, busy_seconds, open_model
+from echo_rt.bench.settings import Request
+from echo_rt.bench.tables import columns, environment
+from echo_rt.errors import CaptureError
 from echo_rt.ops.backends import BACKENDS, choose_backend
 from echo_rt.options import DTYPE_NAMES, MemoryMode
 from echo_rt.utils.device import parse_device, parse_dtype, working_dtype
 from echo_rt.utils.wording import counted
 
-sys.path.insert(0, str(_checkout.ROOT / "bench" / "nsight"))
-from kernel_names import short_name
-
-COLUMNS = (
-    Column("kernel", "kernel", text=True),
-    Column("calls", "calls a block", "g"),
-    Column("us", "µs a block", ".1f"),
-    Column("share", "of all kernels", ".1%"),
-)
+COLUMNS = columns("kernel|kernel", "calls|calls a block|g", "us|µs a block|.1f", "share|of all kernels|.1%")
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """A kernel's run: name, begin and end in microseconds."""
 
     name: str
     begin: float
     end: float
-
-
-def busy(spans: Iterable[Span]) -> float:
-    """Microseconds in which at least one of ``spans`` ran."""
-    total, until = 0.0, float("-inf")
-    for span in sorted(spans, key=lambda span: span.begin):
-        total += max(0.0, span.end - max(span.begin, until))
-        until = max(until, span.end)
-    return total
 
 
 def table(spans: Sequence[Span], blocks: int) -> list[dict[str, Any]]:
@@ -73,13 +51,13 @@ def table(spans: Sequence[Span], blocks: int) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["us"], reverse=True)
 
 
-def record(rig: Rig, blocks: int, lookahead: int, on_gpu: bool) -> list[Span]:
-    """What ran while ``rig``, idle before and after, made ``blocks`` blocks and ``lookahead`` more begun ahead."""
+def record(runner: BlockRunner, blocks: int, lookahead: int, on_gpu: bool) -> list[Span]:
+    """What ran while ``runner``, idle before and after, made ``blocks`` blocks and ``lookahead`` more begun ahead."""
     activity, place = (ProfilerActivity.CUDA, DeviceType.CUDA) if on_gpu else (ProfilerActivity.CPU, DeviceType.CPU)
     with profile(activities=[activity]) as profiler:
         for _ in range(blocks):
-            rig.block(lookahead)
-        rig.drain()
+            runner.block(lookahead)
+        runner.drain()
     return [
         Span(event.name, event.time_range.start, event.time_range.end)
         for event in profiler.events()
@@ -95,20 +73,20 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     if on_gpu:
         torch.cuda.set_device(device)
     dtype = parse_dtype(arguments.dtype, device)
-    request = Request(size=arguments.size, device=str(device), backend=arguments.backend, seed=0)
-    model = request.load(device)
+    request = Request(size=arguments.size, device=device, dtype=arguments.dtype, backend=arguments.backend)
+    model = open_model(request, device)
     memory = (working_dtype(dtype), model.config.transformer.head_dim) if arguments.memory == "evolve" else None
     ops = choose_backend(request.backend, device, memory=memory).ops
-    parts = Parts(Site.choose(model, device, dtype, ops, None), ops)
+    networks, mode, depth = model.networks(ops, request), MemoryMode(arguments.memory), 1 + request.lookahead
 
     def listen(graphs: bool) -> list[Span]:
-        rig = Rig(parts, MemoryMode(arguments.memory), graphs=None if graphs else False, depth=1 + request.lookahead)
+        runner = BlockRunner(networks, mode, graphs=None if graphs else False, depth=depth)
         try:
-            rig.start(random_prompt(model.config.transformer, device, 0), 0)
-            rig.warm_up()
-            return record(rig, arguments.blocks, request.lookahead, on_gpu)
+            runner.start(model.random_prompt(device, 0), 0)
+            runner.warm_up()
+            return record(runner, arguments.blocks, request.lookahead, on_gpu)
         finally:
-            rig.close()
+            runner.close()
 
     failed = ""
     try:
@@ -121,7 +99,7 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     if not spans:
         return False, "the profiler saw no kernel"
     begin, end = min(span.begin for span in spans), max(span.end for span in spans)
-    idle = 1 - busy(spans) / (end - begin)
+    idle = 1 - busy_seconds(((span.begin, span.end) for span in spans), begin, end) / (end - begin)
     notes = [
         f"{counted(made, 'block')}; {model.source}; backend {ops.name}; memory {arguments.memory}; "
         f"{'graphs' if arguments.graphs and on_gpu and not failed else failed or 'no graphs'}.",
@@ -130,7 +108,7 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     if not on_gpu:
         notes.append("A rehearsal on the CPU: operators in place of kernels.")
     tables = {"Kernels": (table(spans, made), COLUMNS)}
-    text = write_results(
+    text = _checkout.save(
         arguments.out,
         "block_profile",
         "A replayed block, kernel by kernel",
@@ -145,26 +123,13 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; default: cuda")
-    parser.add_argument("--size", choices=MODELS, help="default: released on a GPU, tiny on a CPU")
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="bfloat16", help="default: bfloat16")
+    parser = _checkout.parser(__doc__, dtypes=DTYPE_NAMES)
     parser.add_argument("--backend", choices=BACKENDS, help="default: cuda on a GPU, torch on a CPU")
-    parser.add_argument(
-        "--memory", choices=[mode.value for mode in MemoryMode], default="evolve", help="default: evolve"
-    )
+    modes = [mode.value for mode in MemoryMode]
+    parser.add_argument("--memory", choices=modes, default="evolve", help="default: evolve")
     parser.add_argument("--blocks", type=int, default=3, help="profiled blocks; default: 3")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay what repeats")
-    arguments = parser.parse_args(argv)
-    try:
-        check_results_folder(arguments.out)
-        seen, text = run(arguments)
-    except EchoError as error:
-        print(f"block_profile.py: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    return 0 if seen else 1
+    return _checkout.run(__file__, run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

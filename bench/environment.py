@@ -10,7 +10,7 @@ from pathlib import Path
 import _checkout  # noqa: F401
 import torch
 
-from echo_rt.bench.environment import environment
+from echo_rt.bench.tables import environment
 from echo_rt.errors import EchoError
 from echo_rt.utils.device import parse_device
 
@@ -20,17 +20,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cuda", help="default: cuda")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write environment.json there, too")
     options = parser.parse_args(arguments)
-    device = options.device
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        built = "is built without CUDA" if torch.version.cuda is None else "sees no usable one"
-        print(f"no GPU: torch {torch.__version__} {built}", file=sys.stderr)
-        return 2
     try:
-        parse_device(device)
+        parse_device(options.device)
     except EchoError as error:
-        print(f"environment.py: {error}", file=sys.stderr)
+        none = "" if torch.cuda.is_available() or not options.device.startswith("cuda") else "no GPU: "
+        print(f"environment.py: {none}{error}; torch is {torch.__version__}", file=sys.stderr)
         return 2
-    text = json.dumps(environment(device), indent=2)
+    text = json.dumps(environment(options.device), indent=2)
     print(text)
     if options.out is not None:
         (options.out / "environment.json").write_text(f"{text}\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Every golden bundle in every dtype on both backends: ``python bench/golden.py --out DIR`` writes golden.json.
+"""Every golden bundle in every dtype on both backends: ``python bench/golden.py --out DIR`` writes golden.json and .md.
 
 What ``echo-rt verify`` does for one dtype and one backend, in one process. Bundles are those in tests/golden, in a
 folder shared/golden inside or beside the checkout, and in $ECHO_RT_GOLDEN. Exit code 0 if all are as expected, 1 if
@@ -13,52 +13,27 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import _checkout
 import torch
 
-from echo_rt.bench.environment import environment
-from echo_rt.bench.tables import Column, check_results_folder, write_results
-from echo_rt.cli.arguments import parse_path
+from echo_rt.bench.tables import columns, environment
 from echo_rt.errors import BackendError, EchoError
 from echo_rt.ops.backends import BACKENDS
 from echo_rt.options import DTYPE_NAMES
 from echo_rt.utils.device import parse_device
 from echo_rt.utils.wording import with_type
+from echo_rt.verify.bundles import verify_bundle
 
 # From which on tensor cores multiply float8. Not asked of echo_rt: a refusal there must not explain itself.
 FLOAT8_CAPABILITY = (8, 9)
 GOLDEN_VARIABLE = "ECHO_RT_GOLDEN"
-COLUMNS = (
-    Column("bundle", "bundle", text=True),
-    Column("backend", "backend", text=True),
-    Column("dtype", "dtype", text=True),
-    Column("ok", "ok", text=True),
-    Column("good", "within"),
-    Column("tensors", "of"),
-    Column("error", "worst error", ".1e"),
-    Column("bound", "bound", ".1e"),
-    Column("seconds", "s", ".1f"),
-    Column("note", "", text=True),
-)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One bundle in one dtype on one backend; ``error`` is that of the tensor furthest off, against its ``bound``."""
-
-    bundle: str
-    backend: str
-    dtype: str
-    ok: bool
-    good: int
-    tensors: int
-    error: float | None
-    bound: float | None
-    seconds: float
-    note: str = ""
+COLUMNS = columns(
+    "bundle|bundle", "backend|backend", "dtype|dtype", "ok|ok", "good|within|", "tensors|of|",
+    "error|worst error|.1e", "bound|bound|.1e", "seconds|s|.1f", "note|",
+)  # fmt: skip
 
 
 def find_bundles(small: bool) -> list[Path]:
@@ -88,64 +63,57 @@ def refusal(bundle: Path, device: str, backend: str, dtype: str) -> str:
     return ""
 
 
-def verify(bundle: Path, device: str, backend: str, dtype: str) -> Result:
-    """Run one bundle; an error is a result too."""
-    from echo_rt.verify.bundles import verify_bundle
-
-    begun = time.monotonic()
-    reason = refusal(bundle, device, backend, dtype)
-
-    def result(ok: bool, note: str) -> Result:
-        return Result(bundle.name, backend, dtype, ok, 0, 0, None, None, time.monotonic() - begun, note)
-
+def verify(bundle: Path, device: str, backend: str, dtype: str) -> dict[str, Any]:
+    """Run one bundle; a row, whose ``error`` is that of the tensor furthest off. An error is a result too."""
+    begun, reason = time.monotonic(), refusal(bundle, device, backend, dtype)
+    row: dict[str, Any] = {"bundle": bundle.name, "backend": backend, "dtype": dtype, "ok": False, "good": 0}
+    row |= {"tensors": 0, "error": None, "bound": None, "note": ""}
     try:
         report = verify_bundle(bundle, device=device, dtype=dtype, backend=backend)
     except BackendError as error:
-        return result(bool(reason), f"refused, as it must be: {reason}" if reason else str(error))
+        row |= {"ok": bool(reason), "note": f"refused, as it must be: {reason}" if reason else str(error)}
     except (EchoError, RuntimeError) as error:  # the latter is how torch and its drivers fail
-        return result(False, with_type(error))
-    if reason:
-        return result(False, f"expected a refusal of {dtype} ({reason}), it ran")
-    # A NaN is further off than anything.
-    worst = max(report.rows, key=lambda row: row.error / row.bound if row.error == row.error else float("inf"))
-    good = sum(row.ok for row in report.rows)
-    seconds = time.monotonic() - begun
-    return Result(bundle.name, backend, dtype, report.passed, good, len(report.rows), worst.error, worst.bound, seconds)
+        row["note"] = with_type(error)
+    else:
+        if reason:
+            row["note"] = f"expected a refusal of {dtype} ({reason}), it ran"
+        else:
+            # A NaN is further off than anything.
+            worst = max(report.rows, key=lambda row: row.error / row.bound if row.error == row.error else float("inf"))
+            row |= {"ok": report.passed, "good": sum(each.ok for each in report.rows), "tensors": len(report.rows)}
+            row |= {"error": worst.error, "bound": worst.bound}
+    return row | {"seconds": time.monotonic() - begun}
+
+
+def run(arguments: argparse.Namespace) -> tuple[bool, str]:
+    """Verify and write; whether all bundles are as expected, and the page."""
+    parse_device(arguments.device)  # or every bundle would tell that there is no such device
+    backends = arguments.backend or ["torch", "emulated" if arguments.device == "cpu" else "cuda"]
+    header, rows = environment(arguments.device), list[dict[str, Any]]()
+
+    def save(passed: bool) -> str:
+        return _checkout.save(
+            arguments.out, "golden", "Golden bundles", header, {"Bundles": (rows, COLUMNS)}, passed=passed
+        )
+
+    for bundle in find_bundles(arguments.quick):
+        for backend in backends:
+            for dtype in arguments.dtype or DTYPE_NAMES:
+                rows.append(verify(bundle, arguments.device, backend, dtype))
+                print(f"{bundle.name}, {backend}, {dtype}: {'ok' if rows[-1]['ok'] else 'OFF'}", flush=True)
+                save(False)  # the time may run out
+    passed = bool(rows) and all(row["ok"] for row in rows)
+    return passed, save(passed)
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; default: cuda")
+    parser = _checkout.parser(__doc__, sizes=False)
     parser.add_argument(
         "--backend", action="append", choices=BACKENDS, help="may be repeated; default: torch, and the device's kernels"
     )
     parser.add_argument("--dtype", action="append", choices=DTYPE_NAMES, help="may be repeated; default: all")
     parser.add_argument("--quick", action="store_true", help="only the small bundles in tests/golden")
-    arguments = parser.parse_args(argv)
-    backends = arguments.backend or ["torch", "emulated" if arguments.device == "cpu" else "cuda"]
-    results: list[Result] = []
-
-    def save(passed: bool) -> str:
-        table = {"Bundles": (results, COLUMNS)}
-        return write_results(arguments.out, "golden", "Golden bundles", facts, table, page=False, passed=passed)
-
-    try:
-        check_results_folder(arguments.out)
-        parse_device(arguments.device)  # or every bundle would tell that there is no such device
-        facts = environment(arguments.device)
-        for bundle in find_bundles(arguments.quick):
-            for backend in backends:
-                for dtype in arguments.dtype or DTYPE_NAMES:
-                    results.append(verify(bundle, arguments.device, backend, dtype))
-                    print(f"{bundle.name}, {backend}, {dtype}: {'ok' if results[-1].ok else 'OFF'}", flush=True)
-                    save(False)  # the time may run out
-        passed = bool(results) and all(result.ok for result in results)
-        print(save(passed))
-    except EchoError as error:
-        print(f"golden.py: {error}", file=sys.stderr)
-        return 2
-    return 0 if passed else 1
+    return _checkout.run(__file__, run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

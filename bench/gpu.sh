@@ -121,6 +121,11 @@ script() { # NAME LEAST LIMIT FILE ARGUMENTS...: a benchmark on this device
   shift 4
   step "$name" "$least" "$limit" "$python" "bench/$file.py" --out {} --device "$device" "$@"
 }
+bench() { # NAME LEAST LIMIT ARGUMENTS...: echo-rt bench on this device
+  local name=$1 least=$2 limit=$3
+  shift 3
+  step "$name" "$least" "$limit" "$python" -m echo_rt bench --out {} --device "$device" "${block[@]}" "$@"
+}
 tests() { # NAME LEAST LIMIT ARGUMENTS...: tests, of which some must not be skipped
   local name=$1 least=$2 limit=$3
   shift 3
@@ -150,10 +155,10 @@ plan() {
   proof="backend $backend +available" step doctor 10 60 sh -c '"$0" -m echo_rt doctor || [ $? = 1 ]' "$python"
   tests operations 20 90 "${many[@]}" "${formulas[@]}" tests/ops/test_kernels.py -k "$chosen"
   script golden 20 75 golden --quick
-  script block 40 120 block "${block[@]}" --dtype bfloat16 --variants evolve
+  bench block 40 120 --dtype bfloat16 --variants evolve
   script vae 25 75 vae --quick --no-peers --backend "$backend"
-  script float8 40 100 block "${block[@]}" --dtype "$dtype" --variants evolve
-  script memory 45 110 block "${block[@]}" --dtype bfloat16 --variants evolve,off
+  bench float8 40 100 --dtype "$dtype" --variants evolve
+  bench memory 45 110 --dtype bfloat16 --variants evolve,off
   script kernels 15 60 kernel_times --quick --size "$size" "${ops[@]}"
   script attention 15 45 attention --size "$size"
   script profile 30 75 block_profile --size "$size" --backend "$backend"

@@ -1,7 +1,6 @@
 """The best that libraries have for each operation, on the same arguments: what a hand-written kernel stands against.
 
-A call takes an operation's arguments and returns its result, or None where that is written in place. ``whole`` is
-False where a library does only the costly part of the operation: then there is no result to hold against ours.
+A call takes an operation's arguments and returns its result, or None where that is written in place.
 """
 
 from __future__ import annotations
@@ -37,19 +36,10 @@ _WRITTEN = {
 }
 # Operations whose definition torch.compile makes one or two kernels of.
 _COMPILED = (
-    "qkv_norm_rope_store",
-    "merge_attention",
-    "gated_update",
-    "modulated_layer_norm",
-    "gated_residual_norm",
-    "modulated_layer_norm_quantize",
-    "gated_residual_norm_quantize",
-    "gelu_quantize",
-    "counter_noise",
-    "flow_step",
-    "rms_silu_window",
-    "frames_to_uint8",
-)
+    "qkv_norm_rope_store", "merge_attention", "gated_update", "modulated_layer_norm", "gated_residual_norm",
+    "modulated_layer_norm_quantize", "gated_residual_norm_quantize", "gelu_quantize", "counter_noise", "flow_step",
+    "rms_silu_window", "frames_to_uint8",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,6 @@ class LibraryCall:
 
     name: str
     call: Callable[[Sequence[Any]], Tensor | None]
-    whole: bool = True
 
 
 def result_of(op: str, returned: Any, args: Sequence[Any]) -> Tensor:
@@ -71,8 +60,6 @@ def result_of(op: str, returned: Any, args: Sequence[Any]) -> Tensor:
 def library_calls(op: str, args: Sequence[Any], device: torch.device, compiled: bool) -> list[LibraryCall]:
     """What to try; any of them may raise. ``compiled``: torch.compile too, which takes seconds each."""
     calls = _CALLS.get(op, lambda args, device: [])(args, device)
-    if compiled and op == "reanchor":
-        calls.append(_compiled("torch.compile of one expression", _reanchor_at_once))
     if compiled and op in _COMPILED:
         calls.append(_compiled("torch.compile", getattr(reference, op)))
     return calls
@@ -107,29 +94,12 @@ def _attentions(args: Sequence[Any], device: torch.device) -> list[LibraryCall]:
     return [LibraryCall(f"rms_norm, SDPA {name}", _attention(backend)) for name, backend in backends.items()]
 
 
-def _gate_of_both(args: Sequence[Any]) -> Tensor:
-    old, candidate, norm, weight, bias, _, eps = args
-    new = _rms_norm(candidate, norm, eps)
-    gate = torch.sigmoid(functional.linear(torch.cat((old, new), -1), weight, bias))
-    return torch.lerp(new, old, gate)
-
-
-def _gate_of_each(args: Sequence[Any]) -> Tensor:
+def _gate(args: Sequence[Any]) -> Tensor:
     old, candidate, norm, weight, bias, _, eps = args
     kept, taken = weight.split(old.shape[-1], dim=-1)
     new = _rms_norm(candidate, norm, eps)
     gate = functional.linear(old, kept, bias).addmm_(new, taken.T).sigmoid_()
     return torch.lerp(new, old, gate)
-
-
-def _gates(args: Sequence[Any], device: torch.device) -> list[LibraryCall]:
-    old, candidate, _, weight, bias, _, _ = args
-    both = torch.cat((old, candidate), -1)
-    return [
-        LibraryCall("rms_norm, cat, linear, sigmoid, lerp", _gate_of_both),
-        LibraryCall("rms_norm, linear, addmm, sigmoid, lerp", _gate_of_each),
-        LibraryCall("the product alone", lambda args: functional.linear(both, weight, bias), whole=False),
-    ]
 
 
 def _modulated(args: Sequence[Any]) -> Tensor:
@@ -184,59 +154,16 @@ def _conv3d_of_tiles(args: Sequence[Any], device: torch.device) -> list[LibraryC
     return [LibraryCall("conv3d, channels-last", call)]
 
 
-def _enlarge_conv2d(args: Sequence[Any], device: torch.device) -> list[LibraryCall]:
-    """Enlarged and convolved with as many weights as there were before their phases were summed: not the same ones."""
-    x, phases, bias, _ = args
-    taps = phases.permute(1, 4, 0, 2, 3).flatten(2)[..., :9].unflatten(-1, (3, 3))
-    weight = taps.contiguous(memory_format=torch.channels_last)
-    bias = None if bias is None else bias.to(x.dtype)
-
-    def call(args: Sequence[Any]) -> Tensor:
-        grown = functional.interpolate(args[0].permute(0, 3, 1, 2), scale_factor=2, mode="nearest")
-        return _searched(functional.conv2d, grown, weight, bias, 1, 1)
-
-    return [LibraryCall("interpolate, conv2d", call, whole=False)]
-
-
 def _single(name: str, call: Callable[[Sequence[Any]], Any]) -> Callable[..., list[LibraryCall]]:
     return lambda args, device: [LibraryCall(name, call)]
 
 
-def _reanchor_at_once(
-    kv: Tensor,
-    temporal: Tensor,
-    spatial: Tensor,
-    sink_k: Tensor | None,
-    memory_k: Tensor | None,
-    memory_v: Tensor | None,
-    memory_tokens: int,
-) -> None:
-    """All layers in one expression each, where the definition goes layer by layer."""
-    memory_frames = memory_tokens // spatial.shape[0]
-
-    def turned(keys: Tensor, angles: Tensor) -> Tensor:
-        frames, tokens = angles.shape[0], spatial.shape[0]
-        table = torch.cat((angles[:, None].expand(-1, tokens, -1, -1), spatial.expand(frames, -1, -1, -1)), 2)
-        cos, sin = table.flatten(0, 1)[:, None].unbind(-1)
-        real, imaginary = keys.float().unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), -1).flatten(-2)
-
-    if sink_k is not None:
-        rows = slice(memory_tokens, memory_tokens + sink_k.shape[1])
-        kv[:, 0, rows] = turned(sink_k, temporal[memory_frames:]).to(kv.dtype)
-    if memory_k is not None:
-        kv[:, 0, :memory_tokens] = turned(memory_k, temporal[:memory_frames]).to(kv.dtype)
-    if memory_v is not None:
-        kv[:, 1, :memory_tokens] = memory_v
-
-
 _CALLS: dict[str, Callable[[Sequence[Any], torch.device], list[LibraryCall]]] = {
     "memory_attention": _attentions,
-    "gated_update": _gates,
+    "gated_update": _single("rms_norm, linear, addmm, sigmoid, lerp", _gate),
     "modulated_layer_norm": _single("layer_norm", _modulated),
     "gated_residual_norm": _single("addcmul, layer_norm", _residual),
     "causal_conv": _single("conv3d, channels-last", _conv3d),
     "causal_conv_hopper": _conv3d_of_tiles,
-    "upsample_conv": _enlarge_conv2d,
     "rms_silu_window": _single("add, rms_norm, silu, copy", _window),
 }

@@ -24,6 +24,7 @@ SHARED = re.compile(r"(\d+) bytes smem")
 SERIALIZED = re.compile(r"\(C75\d\d\).* in function '(\S+)'")
 # The library's sine of a float64 reduces huge angles by way of an array.
 WITH_STACK = ("advance_kernel", "counter_noise_kernel", "rope_table_kernel")
+_PREFIXES = re.compile(r"\((?:anonymous namespace)\)::|<unnamed>::|\becho::")
 HEADING = "kernel: registers of a thread (!: bytes it spills)"
 
 
@@ -54,17 +55,24 @@ def parse(log: str) -> dict[tuple[str, str], Usage]:
     return found
 
 
+def short_name(demangled: str) -> str:
+    """The name in the source: without return type, our own namespaces and parameters, ``flow_step_kernel<__half>``."""
+    name = _PREFIXES.sub("", demangled).removeprefix("void ")
+    depth = 0
+    for place, letter in enumerate(name):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0 and place > 0:  # "(int)8" among the template's arguments is no parameter
+            return name[:place]
+    return name
+
+
 def readable(mangled: list[str]) -> dict[str, str]:
-    """Mangled name -> the name in the source, without the namespaces and parameters that all of them have."""
+    """Mangled name -> the name in the source."""
     demangler = shutil.which("c++filt") or shutil.which("cu++filt")
     if demangler is None:
         return {name: name for name in mangled}
     done = subprocess.run([demangler], input="\n".join(mangled), capture_output=True, text=True, check=True)
-    names = {}
-    for name, plain in zip(mangled, done.stdout.splitlines(), strict=True):
-        plain = plain.replace("(anonymous namespace)::", "").replace("echo::", "").removeprefix("void ")
-        names[name] = re.sub(r"\((?!\w+\)\d).*", "", plain)  # "(int)8" is a template argument, and stays
-    return names
+    return dict(zip(mangled, map(short_name, done.stdout.splitlines()), strict=True))
 
 
 def table(usage: dict[tuple[str, str], Usage]) -> list[str]:

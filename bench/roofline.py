@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from timing import Timer
 from torch import Tensor
 
-from echo_rt.bench.timing import Timer
 from echo_rt.config import ModelConfig
 from echo_rt.errors import ConfigError
 from echo_rt.utils.wording import plain
 from echo_rt.weights.shapes import memory_shapes
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Bytes that a call reads and writes, its floating-point operations (multiply and add are two), and its ``limit``.
 
     ``limit``: ``memory``, ``arithmetic`` (of the tensor cores), or ``neither``: too small for either, or bound by
@@ -38,122 +37,58 @@ def _size(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _rope_table(frames: Tensor, inverse_frequencies: Tensor, out: Tensor) -> Work:
-    return Work(_size(frames, out), 0, "neither")
+def _conv(window: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, taps: int) -> tuple[int, int]:
+    return _size(window, weight, residual, out), 2 * out.numel() * taps
 
 
-def _advance(positions: Tensor, *rest: Any) -> Work:
-    *_, temporal_block, temporal_anchor, write_index = rest
-    return Work(_size(positions, positions, temporal_block, temporal_anchor, write_index), 0, "neither")
-
-
-def _qkv_norm_rope_store(qkv: Tensor, *rest: Any) -> Work:
-    write_index, raw_k = rest[6], rest[7]
-    tokens, triple = qkv.shape
-    row = triple // 3 * qkv.element_size()
-    stored = 2 if raw_k is None else 3
-    return Work((4 * tokens + stored * write_index.shape[0]) * row, 0, "memory")
-
-
-def _merge_attention(outputs: Tensor, logsumexps: Tensor) -> Work:
-    return Work(_size(outputs, outputs[0], logsumexps), 0, "memory")
-
-
-def _reanchor(kv: Tensor, temporal: Tensor, spatial: Tensor, sink_k: Any, memory_k: Any, memory_v: Any, _: int) -> Work:
-    sink = 2 * _size(sink_k)
-    memory = (1 + kv.shape[0]) * _size(memory_k, memory_v)
-    return Work(sink + memory, 0, "memory")
-
-
-def _memory_attention(q: Tensor, norm_q: Tensor, k: Tensor, v: Tensor, eps: float) -> Work:
-    return Work(2 * _size(q) + _size(k, v), 4 * q.shape[0] * k.shape[0] * q.shape[1], "arithmetic")
-
-
-def _gated_update(old: Tensor, candidate: Tensor, norm: Tensor, weight: Tensor, *rest: Any) -> Work:
-    return Work(3 * _size(old) + _size(weight), 2 * old.shape[0] * weight.numel(), "arithmetic")
-
-
-def _modulated_layer_norm(x: Tensor, *rest: Any) -> Work:
-    return Work(2 * _size(x), 0, "memory")
-
-
-def _gated_residual_norm(x: Tensor, y: Tensor, *rest: Any) -> Work:
-    return Work(4 * _size(x), 0, "memory")
-
-
-def _modulated_layer_norm_quantize(x: Tensor, *rest: Any) -> Work:
-    *_, out, out_scale, _ = rest
-    return Work(_size(x, out, out_scale), 0, "memory")
-
-
-def _gated_residual_norm_quantize(x: Tensor, *rest: Any) -> Work:
-    *_, out, out_scale, _ = rest
-    return Work(3 * _size(x) + _size(out, out_scale), 0, "memory")
-
-
-def _gelu_quantize(x: Tensor, out: Tensor, out_scale: Tensor) -> Work:
-    return Work(_size(x, out, out_scale), 0, "memory")
-
-
-def _counter_noise(out: Tensor, *rest: Any) -> Work:
-    return Work(_size(out), 0, "neither")
-
-
-def _flow_step(x: Tensor, flow: Tensor, sigmas: Tensor, noise: Tensor | None) -> Work:
-    return Work(2 * _size(x) + _size(flow, noise), 0, "memory")
-
-
-def _rms_silu_window(x: Tensor, bias: Any, residual: Any, gamma: Any, window: Tensor, history: Any, keep: bool) -> Work:
-    # The history goes to the window, and the newest frames into it.
-    return Work((1 + keep) * _size(x) + _size(residual, window) + 2 * _size(history), 0, "memory")
-
-
-def _frames_to_uint8(video: Tensor, out: Tensor) -> Work:
-    return Work(_size(video, out), 0, "memory")
-
-
-def _causal_conv(window: Tensor, weight: Tensor, bias: Any, residual: Tensor | None, out: Tensor) -> Work:
-    each = weight.numel() // weight.shape[0]
-    return Work(_size(window, weight, residual, out), 2 * out.numel() * each, "arithmetic")
-
-
-def _causal_conv_hopper(window: Tensor, weight: Tensor, out: Tensor) -> Work:
-    return Work(_size(window, weight, out), 2 * out.numel() * (weight.numel() // out.shape[-1]), "arithmetic")
-
-
-def _upsample_conv(x: Tensor, weight: Tensor, bias: Any, out: Tensor) -> Work:
-    each = weight.numel() // weight.shape[0] // weight.shape[1]
-    return Work(_size(x, weight, out), 2 * out.numel() * each, "arithmetic")
-
-
-_WORK: dict[str, Callable[..., Work]] = {
-    "rope_table": _rope_table,
-    "advance": _advance,
-    "qkv_norm_rope_store": _qkv_norm_rope_store,
-    "merge_attention": _merge_attention,
-    "reanchor": _reanchor,
-    "memory_attention": _memory_attention,
-    "gated_update": _gated_update,
-    "modulated_layer_norm": _modulated_layer_norm,
-    "gated_residual_norm": _gated_residual_norm,
-    "modulated_layer_norm_quantize": _modulated_layer_norm_quantize,
-    "gated_residual_norm_quantize": _gated_residual_norm_quantize,
-    "gelu_quantize": _gelu_quantize,
-    "counter_noise": _counter_noise,
-    "flow_step": _flow_step,
-    "rms_silu_window": _rms_silu_window,
-    "frames_to_uint8": _frames_to_uint8,
-    "causal_conv": _causal_conv,
-    "causal_conv_hopper": _causal_conv_hopper,
-    "upsample_conv": _upsample_conv,
+# Bytes of a call, from its arguments. ``raw_k`` and ``residual`` may be None. The window's history goes into it, and
+# the newest frames into the history.
+_MEMORY: dict[str, Callable[..., int]] = {
+    "qkv_norm_rope_store": lambda qkv, a, b, c, d, e, f, write_index, raw_k, *_: (
+        (4 * len(qkv) + (2 if raw_k is None else 3) * len(write_index)) * _size(qkv[0]) // 3
+    ),
+    "merge_attention": lambda outputs, logsumexps: _size(outputs, outputs[0], logsumexps),
+    "reanchor": lambda kv, temporal, spatial, sink_k, memory_k, memory_v, tokens: (
+        2 * _size(sink_k) + (1 + len(kv)) * _size(memory_k, memory_v)
+    ),
+    "modulated_layer_norm": lambda x, *_: 2 * _size(x),
+    "gated_residual_norm": lambda x, *_: 4 * _size(x),
+    "modulated_layer_norm_quantize": lambda x, *rest: _size(x, *rest[-3:-1]),
+    "gated_residual_norm_quantize": lambda x, *rest: 3 * _size(x) + _size(*rest[-3:-1]),
+    "gelu_quantize": _size,
+    "flow_step": lambda x, flow, sigmas, noise: 2 * _size(x) + _size(flow, noise),
+    "rms_silu_window": lambda x, bias, residual, gamma, window, history, keep: (
+        (1 + keep) * _size(x) + _size(residual, window) + 2 * _size(history)
+    ),
+    "frames_to_uint8": _size,
 }
+_NEITHER: dict[str, Callable[..., int]] = {
+    "rope_table": lambda frames, frequencies, out: _size(frames, out),
+    "advance": lambda positions, *rest: _size(positions, positions, *rest[-3:]),
+    "counter_noise": lambda out, *_: _size(out),
+}
+# Bytes and operations.
+_ARITHMETIC: dict[str, Callable[..., tuple[int, int]]] = {
+    "memory_attention": lambda q, norm, k, v, eps: (2 * _size(q) + _size(k, v), 4 * q.numel() * len(k)),
+    "gated_update": lambda old, candidate, norm, weight, *_: (
+        3 * _size(old) + _size(weight), 2 * len(old) * weight.numel(),
+    ),
+    "causal_conv": lambda window, weight, bias, residual, out: (
+        _conv(window, weight, residual, out, weight.numel() // len(weight))
+    ),
+    "causal_conv_hopper": lambda window, weight, out: _conv(window, weight, None, out, weight.numel() // out.shape[-1]),
+    "upsample_conv": lambda x, weight, bias, out: _conv(x, weight, None, out, weight[0, 0].numel()),
+}  # fmt: skip
 
 
 def work_of(op: str, args: Sequence[Any]) -> Work:
     """What one call of ``op`` with these arguments takes; :class:`ConfigError` for an op without a formula here."""
-    if op not in _WORK:
-        raise ConfigError(f"{op} has no formula in bench/roofline.py; it has {', '.join(_WORK)}")
-    return _WORK[op](*args)
+    if op in _ARITHMETIC:
+        return Work(*_ARITHMETIC[op](*args), "arithmetic")
+    for limit, formulas in (("memory", _MEMORY), ("neither", _NEITHER)):
+        if op in formulas:
+            return Work(formulas[op](*args), 0, limit)
+    raise ConfigError(f"{op} has no formula in bench/roofline.py")
 
 
 def memory_update_work(config: ModelConfig, keys: int, element_size: int) -> Work:
@@ -180,16 +115,9 @@ class Ceiling:
     how: str
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Sizes of the two probes: bytes of each of the copy's buffers, and the side of the square matrices."""
-
-    copy_bytes: int
-    matrix_side: int
-
-
-# On a GPU many times its cache, and matrices that fill it; on a CPU as little as will do to rehearse.
-PROBES = {"cuda": Probe(2**31, 8192), "cpu": Probe(2**24, 256)}
+# Bytes of each of the copy's buffers, and the side of the square matrices: on a GPU many times its cache, and matrices
+# that fill it; on a CPU as little as will do to rehearse.
+PROBES = {"cuda": (2**31, 8192), "cpu": (2**24, 256)}
 
 
 def copy_rate(timer: Timer, device: torch.device, copied: int, iterations: int, warmup: int) -> Ceiling:
@@ -219,9 +147,9 @@ def measure_ceilings(
     timer: Timer, device: torch.device, dtype: torch.dtype, iterations: int, warmup: int
 ) -> dict[str, Ceiling]:
     """Unit -> the ceiling in it: ``GB/s`` of a large copy, ``TFLOP/s`` of a large product in ``dtype``."""
-    probe = PROBES[device.type]
+    copied, side = PROBES[device.type]
     found = (
-        copy_rate(timer, device, probe.copy_bytes, iterations, warmup),
-        product_rate(timer, device, dtype, probe.matrix_side, iterations, warmup),
+        copy_rate(timer, device, copied, iterations, warmup),
+        product_rate(timer, device, dtype, side, iterations, warmup),
     )
     return {ceiling.unit: ceiling for ceiling in found}

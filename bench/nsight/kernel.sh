@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Profiles one operation with Nsight Compute: bench/nsight/kernel.sh DIR OP [options of run_op.py]
-# Leaves DIR/OP.ncu-rep (for ncu-ui), DIR/OP.csv and DIR/OP.md, and prints the last. PYTHON names the interpreter.
+# Leaves DIR/OP.ncu-rep (for ncu-ui) and DIR/OP.txt, its details, and prints those. PYTHON names the interpreter.
 set -euo pipefail
 
 if [[ $# -lt 2 ]]; then
@@ -20,9 +20,9 @@ mkdir -p "$dir"
 report=$dir/$op
 
 # The caches are emptied before each pass and the clocks held at their base (both are ncu's defaults).
-metrics=$("$python" "$here/kernel_table.py" --metrics)
-ncu --target-processes all --profile-from-start off --section WarpStateStats --metrics "$metrics" \
+sections=(SpeedOfLight MemoryWorkloadAnalysis ComputeWorkloadAnalysis Occupancy LaunchStats WarpStateStats)
+ncu --target-processes all --profile-from-start off "${sections[@]/#/--section=}" \
   --force-overwrite --export "$report" "$python" "$here/run_op.py" "$@" >&2
-ncu --import "$report.ncu-rep" --csv --page raw --print-units base >"$report.csv"
-table=$("$python" "$here/kernel_table.py" "$report.csv")
-printf '%s\n' "$table" | tee "$report.md"
+ncu --import "$report.ncu-rep" --page details >"$report.part"
+mv "$report.part" "$report.txt"
+cat "$report.txt"

@@ -8,71 +8,59 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-import _bench  # noqa: F401
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+
+import _checkout
 import torch
-from op_inputs import OPS, Variant, variants
+from op_inputs import OPS, variants
 
-from echo_rt.bench.settings import MODELS
 from echo_rt.errors import ConfigError, EchoError
 from echo_rt.ops.backends import BACKENDS, check_device, load_ops
-from echo_rt.ops.schema import Ops
 from echo_rt.utils.device import DTYPES, parse_device
 from echo_rt.utils.wording import counted
 
 
-def choose(op: str, model: str, call: str | None) -> Variant:
-    """The call named ``call``, or the first; :class:`ConfigError` names those that there are."""
-    found = variants(op, MODELS[model])
-    if call is None:
-        return found[0]
-    for variant in found:
-        if variant.name == call:
-            return variant
-    names = ", ".join(repr(variant.name) for variant in found)
-    raise ConfigError(f"--call of {op} must be one of {names}; got {call!r}")
-
-
-def run(ops: Ops, variant: Variant, dtype: torch.dtype, device: torch.device, launches: int) -> None:
-    """One call, then ``launches`` of them for the profiler."""
-    if launches < 1:
-        raise ConfigError(f"--launches must be at least 1, got {launches}")
-    function = getattr(ops, variant.op)
-    arguments = variant.arguments(dtype, device)
-    function(*arguments)
-    profiled = device.type == "cuda"
-    if profiled:
-        torch.cuda.synchronize(device)
-        torch.cuda.profiler.start()
-    for _ in range(launches):
-        function(*arguments)
-    if profiled:
-        torch.cuda.synchronize(device)
-        torch.cuda.profiler.stop()
+def run(arguments: argparse.Namespace) -> str:
+    """One call, then ``--launches`` of them for the profiler; what was called, in words."""
+    device, ops = parse_device(arguments.device), load_ops(arguments.backend)
+    check_device(ops, device)
+    if arguments.launches < 1:
+        raise ConfigError(f"--launches must be at least 1, got {arguments.launches}")
+    calls = {variant.name: variant for variant in variants(arguments.op, _checkout.MODELS[arguments.size])}
+    name = next(iter(calls)) if arguments.call is None else arguments.call
+    if name not in calls:
+        raise ConfigError(f"--call of {arguments.op} must be one of {', '.join(map(repr, calls))}; got {name!r}")
+    function, inputs = getattr(ops, arguments.op), calls[name].arguments(DTYPES[arguments.dtype], device)
+    with torch.inference_mode():
+        function(*inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.profiler.start()
+        for _ in range(arguments.launches):
+            function(*inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.profiler.stop()
+    words = f"{arguments.op} {name}".rstrip()
+    return f"{words}: {counted(arguments.launches, 'call')}, backend {ops.name}, {device}"
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("op", choices=OPS, help="the operation")
     parser.add_argument("--call", help="which of its calls, as bench/kernel_times.py names them; default: the first")
-    parser.add_argument("--size", choices=MODELS, default="released", help="default: released")
+    parser.add_argument("--size", choices=_checkout.MODELS, default="released", help="default: released")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     parser.add_argument("--backend", choices=BACKENDS, default="cuda", help="default: cuda")
     parser.add_argument("--device", default="cuda", help="default: cuda; on a CPU nothing is profiled")
     parser.add_argument("--launches", type=int, default=3, metavar="N", help="calls that are profiled; default: 3")
-    arguments = parser.parse_args(argv)
     try:
-        device = parse_device(arguments.device)
-        ops = load_ops(arguments.backend)
-        check_device(ops, device)
-        variant = choose(arguments.op, arguments.size, arguments.call)
-        with torch.inference_mode():
-            run(ops, variant, DTYPES[arguments.dtype], device, arguments.launches)
+        print(run(parser.parse_args(argv)))
     except EchoError as error:
         print(f"run_op.py: {error}", file=sys.stderr)
         return 2
-    calls = counted(arguments.launches, "call")
-    print(f"{variant.op} {variant.name}".rstrip() + f": {calls}, backend {ops.name}, {device}")
     return 0
 
 

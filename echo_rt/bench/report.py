@@ -1,273 +1,244 @@
-"""A run as tables, as JSON and as bars."""
+"""A run as tables, as JSON and as bars: parts of a block, targets, resources, and a day at its pace."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from echo_rt.attention import AttentionSelection
-from echo_rt.bench.model import Model
 from echo_rt.bench.run import Entry, Run
-from echo_rt.bench.tables import Column, draw, results, write_results
-from echo_rt.bench.targets import Achieved, Figure, Target, a_day, gigabytes, judge
-from echo_rt.bench.timing import DEVICE_CLOCK, Sample, milliseconds
+from echo_rt.bench.runner import Model, median_p99
+from echo_rt.bench.tables import Table, columns, draw, results, write_results
 from echo_rt.engine.decoding import convolutions_in_words
 from echo_rt.utils.device import FLOAT8, dtype_name
 from echo_rt.utils.wording import counted
 
-NAME = "block"
 ALONE = "whole block, one at a time"
 _TRANSFORMER, _MEMORY, _DECODE = "transformer, all passes", "memory update", "VAE decode"
+_DAY, _HOUR, _JOULES_A_KWH = 24 * 3600.0, 3600.0, 3.6e6
 
+_PARTS = columns(
+    "variant|variant", "part|part", "ms|ms|.3f", "p99_ms|p99|.3f", "fps|FPS|.2f", "x_torch|x torch|.2f",
+    "blocks|blocks|",
+)  # fmt: skip
+_VARIANTS = columns(
+    "variant|variant", "memory|memory", "backend|backend", "graphs|graphs", "latents_error|latents off by|.1e",
+    "frames_error|frames off by|.1e", "bound|bound|.1e", "idle|idle|.2%", "joules_a_frame|J a frame|.3f", "verdict|",
+)  # fmt: skip
+_BASELINES = columns(
+    "peer|peer", "ms|ms|.3f", "p99_ms|p99|.3f", "ours_ms|ours, ms|.3f", "ratio|x ours|.2f", "error|off by|.1e",
+    "what|what is compared",
+)  # fmt: skip
+_GOALS = columns("goal|goal", "value|value|.2f", "unit|", "verdict|")
+_FIGURES = columns("what|what", "value|value|.4g", "unit|", "how|how it comes about")
 
-@dataclass(frozen=True)
-class PartRow:
-    """A part of a block in one variant: milliseconds, video frames a second, and how many blocks were measured.
-
-    A rehearsal has no rates: ``fps`` is None.
-    """
-
-    variant: str
-    part: str
-    ms: float
-    p99_ms: float
-    fps: float | None
-    x_torch: float | None
-    blocks: int
-
-
-PART_COLUMNS = (
-    Column("variant", "variant", text=True),
-    Column("part", "part", text=True),
-    Column("ms", "ms", ".3f"),
-    Column("p99_ms", "p99", ".3f"),
-    Column("fps", "FPS", ".2f"),
-    Column("x_torch", "x torch", ".2f"),
-    Column("blocks", "blocks"),
+# The target of a whole block on one H200, the figure that it looks at, its unit, and the most that meets it.
+_TARGETS = (
+    ("whole block, at first: at most 400 ms (30 FPS)", "block_ms", "ms", 400),
+    ("whole block, then: at most 324 ms (37 FPS)", "block_ms", "ms", 324),
+    ("memory against no memory, same run: at most 10.6 % more time a block", "memory_cost", "%", 10.6),
+    ("GPU idle inside a block: less than 2 %", "idle", "%", math.nextafter(2, 0)),
+    ("block latency p99/p50: at most 1.05 (the goal speaks of an hour, the value is this run's)", "spread", "", 1.05),
+    ("device memory in the steady state: constant to the byte", "growth", "bytes", 0),
+    ("peak of device memory without the text encoder: at most 12 GB", "peak_gb", "GB", 12),
 )
-VARIANT_COLUMNS = (
-    Column("variant", "variant", text=True),
-    Column("memory", "memory", text=True),
-    Column("backend", "backend", text=True),
-    Column("graphs", "graphs", text=True),
-    Column("latents_error", "latents off by", ".1e"),
-    Column("frames_error", "frames off by", ".1e"),
-    Column("bound", "bound", ".1e"),
-    Column("idle", "idle", ".2%"),
-    Column("joules_a_frame", "J a frame", ".3f"),
-    Column("verdict", "", text=True),
-)
-PEER_COLUMNS = (
-    Column("peer", "peer", text=True),
-    Column("ms", "ms", ".3f"),
-    Column("p99_ms", "p99", ".3f"),
-    Column("ours_ms", "ours, ms", ".3f"),
-    Column("ratio", "x ours", ".2f"),
-    Column("error", "off by", ".1e"),
-    Column("what", "what is compared", text=True),
-)
-TARGET_COLUMNS = (
-    Column("goal", "goal", text=True),
-    Column("value", "value", ".2f"),
-    Column("unit", "", text=True),
-    Column("verdict", "", text=True),
-)
-_PEER_KEYS = tuple(column.key for column in PEER_COLUMNS)
-FIGURE_COLUMNS = (
-    Column("what", "what", text=True),
-    Column("value", "value", ".4g"),
-    Column("unit", "", text=True),
-    Column("how", "how it comes about", text=True),
-)
+_FLOAT8_TARGET = ("whole block with float8 products: at most 270 ms (44 FPS)", "block_ms", "ms", 270)
+
+
+def judge(achieved: Mapping[str, float | None], *, float8: bool = False) -> list[dict[str, Any]]:
+    """Every target with its value and verdict: ``met``, ``unmet``, or ``open`` where it was not measured."""
+    rows = []
+    for goal, name, unit, most in (*_TARGETS, _FLOAT8_TARGET) if float8 else _TARGETS:
+        value = achieved[name]
+        verdict = "open" if value is None else "met" if value <= most else "unmet"
+        rows.append({"goal": goal, "value": value, "unit": unit, "verdict": verdict})
+    return rows
+
+
+def _figure(what: str, value: float | None, unit: str, how: str) -> dict[str, Any]:
+    """A line of a table of figures, bytes as gigabytes; ``value`` is None where it was not measured."""
+    value = value / 1e9 if unit == "GB" and value is not None else value
+    return {"what": what, "value": value, "unit": unit, "how": how}
 
 
 class Report:
     """What a run says, ready to be shown or written."""
 
     def __init__(self, run: Run) -> None:
-        self.run = run
-        self.ahead = run.request.lookahead
+        self.run, self.ahead = run, run.request.lookahead
+        self.whole = f"whole block, {self.ahead} begun ahead" if self.ahead else ALONE  # a block in a stream
         block = run.model.config.window.frames_per_block
-        self.frames_a_block = run.model.vae_config.video_frames(1 + block) - run.model.vae_config.video_frames(1)
-        self.is_result = run.clock == DEVICE_CLOCK
-        self.judged = self.is_result and run.model.released and run.dtype in (torch.bfloat16, FLOAT8)
-        self.parts = self._part_rows()
-        self.variants = [self._variant_row(entry) for entry in run.entries]
-        self.peers = self._peer_rows()
-        self.goals = self._goals()
-        self.resources = self._resource_figures()
-        self.day = self._day()
+        self.frames_a_block = run.model.vae.video_frames(1 + block) - run.model.vae.video_frames(1)
+        self.judged = run.on_gpu and run.model.released and run.dtype in (torch.bfloat16, FLOAT8)
+        self.seconds = {entry.variant.name: self._seconds(entry) for entry in run.measured}
+        self.tables: dict[str, Table] = {
+            "Block": (self._parts(), _PARTS),
+            "Variants": ([self._variant(entry) for entry in run.entries], _VARIANTS),
+            "Peers": (self._baselines(), _BASELINES),
+            "Resources": (self._resources(), _FIGURES),
+        }
+        if self.judged:
+            self.tables["Goals"] = (self._targets(), _GOALS)
+        if run.measured and run.on_gpu:
+            self.tables["A day, extrapolated"] = (self._day(), _FIGURES)
 
-    @property
-    def whole(self) -> str:
-        """The name of the part that is a block in a stream."""
-        return f"whole block, {self.ahead} begun ahead" if self.ahead else ALONE
+    def content(self) -> tuple[dict[str, Any], str]:
+        """As one JSON object, and as a page."""
+        return results("A whole block", self.run.header, self.tables, self._notes(), **self._facts())
+
+    def write(self, folder: Path, *, picture: bool) -> list[Path]:
+        """``block.json``, ``block.md`` and, if asked for, ``block.png``; raises ``OutputError``."""
+        write_results(folder, "block", *self.content())
+        files = [folder / "block.json", folder / "block.md"]
+        if picture:
+            files.append(folder / "block.png")
+            bars = [(row["variant"], row["part"], row["ms"], row["p99_ms"]) for row in self.tables["Block"][0]]
+            beside = [row for row in self.tables["Peers"][0] if row["ms"] is not None]
+            bars += [(row["peer"], "peer, of a part", row["ms"], row["p99_ms"]) for row in beside]
+            gpu = self.run.header["gpu"]
+            place = gpu["name"] if gpu else "CPU, host clock: no results"
+            draw(files[-1], f"A whole block: {self.run.model.source}\n{place}", bars)
+        return files
 
     # ---------------------------------------------------------------- rows
 
-    def _samples(self, entry: Entry) -> dict[str, list[float]]:
-        """Seconds by part. Parts are told apart where no two blocks overlap."""
+    def _seconds(self, entry: Entry) -> dict[str, list[float]]:
+        """Seconds a block, by part. Parts are told apart where no two blocks overlap."""
         alone, ahead = entry.samples[0], entry.samples[self.ahead]
         parts = {_TRANSFORMER: alone.transformer, _MEMORY: alone.memory, _DECODE: alone.decode, ALONE: alone.whole}
-        if not any(alone.memory):
-            del parts[_MEMORY]
-        return parts | {self.whole: ahead.whole}
+        return {part: s for part, s in parts.items() if part != _MEMORY or any(s)} | {self.whole: ahead.whole}
 
-    def _part_rows(self) -> list[PartRow]:
-        seconds = {entry.variant.name: self._samples(entry) for entry in self.run.measured}
-        medians = {(v, part): milliseconds(s)[0] for v, parts in seconds.items() for part, s in parts.items()}
+    def _ms(self, variant: str, part: str, place: int = 0) -> float | None:
+        """The median in milliseconds, or the 99th percentile (``place`` 1); None where it was not measured."""
+        sample = self.seconds.get(variant, {}).get(part)
+        return None if sample is None else 1e3 * median_p99(sample)[place]
+
+    def _parts(self) -> list[dict[str, Any]]:
+        """A part of a block in one variant a row; a rehearsal has no rates: ``fps`` is None."""
         rows = []
-        for variant, parts in seconds.items():
+        for variant, parts in self.seconds.items():
             for part, sample in parts.items():
-                median, p99 = milliseconds(sample)
-                torchs = medians.get(("torch", part))
-                ratio = None if torchs is None or variant == "torch" else torchs / median
-                fps = 1e3 * self.frames_a_block / median if self.is_result else None
-                rows.append(PartRow(variant, part, median, p99, fps, ratio, len(sample)))
+                ms, p99 = (1e3 * each for each in median_p99(sample))
+                theirs = None if variant == "torch" else self._ms("torch", part)
+                row = {"variant": variant, "part": part, "ms": ms, "p99_ms": p99}
+                row["fps"] = 1e3 * self.frames_a_block / ms if self.run.on_gpu else None
+                rows.append({**row, "x_torch": None if theirs is None else theirs / ms, "blocks": len(sample)})
         return rows
 
-    def _variant_row(self, entry: Entry) -> dict[str, Any]:
+    def _variant(self, entry: Entry) -> dict[str, Any]:
         """What holds for a variant as a whole; shares and joules are those with blocks begun ahead.
 
         ``graphs_failed``: the stage that could not be captured and why, where it was measured without graphs for it.
         """
-        sample: Sample | None = entry.samples.get(self.ahead) if not entry.problem else None
+        sample = entry.samples.get(self.ahead) if not entry.problem else None
         joules = None if sample is None else sample.joules_a_block
-        exact = entry.exactness
+        latents, frames = entry.errors or (None, None)
+        verdict = "not yet held against torch" if entry.errors is None else "right"
+        verdict += ", measured" if entry.samples else ", not yet measured"
+        verdict += " without graphs, which failed" if entry.graphs_failed else ""
         return {
             "variant": entry.variant.name,
             "memory": entry.mode.value,
             "backend": entry.backend,
-            "graphs": entry.graphs and self.run.device.type == "cuda",
+            "graphs": entry.graphs and self.run.on_gpu,
             "graphs_failed": entry.graphs_failed or None,
-            "latents_error": None if exact is None else exact.latents,
-            "frames_error": None if exact is None else exact.frames,
-            "bound": None if exact is None else exact.bound,
+            "latents_error": latents,
+            "frames_error": frames,
+            "bound": None if entry.errors is None else self.run.bound,
             "idle": None if sample is None else sample.idle,
             "joules_a_frame": None if joules is None else joules / self.frames_a_block,
-            "verdict": entry.problem or _verdict(entry),
+            "verdict": entry.problem or verdict,
         }
 
-    def _peer_rows(self) -> list[dict[str, Any]]:
-        """Another's code beside ours; None where it was not measured. ``ratio``: its time over ours."""
-        first = self.run.measured[0].variant.name if self.run.measured else ""
+    def _baselines(self) -> list[dict[str, Any]]:
+        """Another's code beside ours; None where it was not measured."""
+        first = next(iter(self.seconds), "")
         whole, passes = self._ms(first, _TRANSFORMER), len(self.run.model.config.sampler.denoising_steps) + 1
         ours = {"decode": self._ms(first, _DECODE), "pass": None if whole is None else whole / passes}
-        rows = [dict.fromkeys(_PEER_KEYS) | {"peer": each.name, "what": each.why} for each in self.run.missing]
-        found = []
-        for peer in self.run.peers:
-            row = dict.fromkeys(_PEER_KEYS) | {"peer": peer.name, "ours_ms": ours[peer.beside], "error": peer.error}
-            row["what"] = peer.what
-            if peer.ok:
-                row["ms"], row["p99_ms"] = milliseconds(self.run.peer_seconds[peer.name])
-                row["ratio"] = None if row["ours_ms"] is None else row["ms"] / row["ours_ms"]
-            else:
-                row["what"] = f"not timed, as it differs from ours by more than {peer.bound:.1e}; {peer.what}"
-            found.append(row)
-        return found + rows
+        empty = dict.fromkeys(column.key for column in _BASELINES)
+        seconds = self.run.baseline_seconds
+        rows = [each.row(ours[each.beside], seconds.get(each.name)) for each in self.run.baselines]
+        rows += [{"peer": name, "what": why} for name, why in self.run.missing.items()]
+        return [empty | row for row in rows]
 
-    def _ms(self, variant: str, part: str) -> float | None:
-        return next((row.ms for row in self.parts if (row.variant, row.part) == (variant, part)), None)
-
-    # ---------------------------------------------------------------- goals
-
-    def _goals(self) -> list[Target]:
+    def _targets(self) -> list[dict[str, Any]]:
         """Judged are the released sizes on a GPU alone, with the memory evolving."""
-        if not self.judged:
-            return []
         entry = next((entry for entry in self.run.measured if entry.variant.name == "evolve"), None)
-        whole = next((row for row in self.parts if (row.variant, row.part) == ("evolve", self.whole)), None)
-        without, resources = self._ms("off", self.whole), self.run.resources
-        of_evolve = self.run.entries[0].variant.name == "evolve"
-        return judge(
-            Achieved(
-                block_ms=None if whole is None else whole.ms,
-                memory_cost=None if whole is None or without is None else whole.ms / without - 1,
-                idle=None if entry is None else entry.samples[self.ahead].idle,
-                spread=None if whole is None else whole.p99_ms / whole.ms,
-                growth_bytes=resources.growth if of_evolve else None,
-                peak_bytes=resources.peak if of_evolve else None,
-            ),
-            float8=self.run.dtype == FLOAT8,
-        )
+        whole, p99 = (self._ms("evolve", self.whole, place) for place in (0, 1))
+        without, of_evolve = self._ms("off", self.whole), self.run.entries[0].variant.name == "evolve"
+        growth, peak = (self.run.resources[name] if of_evolve else None for name in ("growth", "peak"))
+        achieved = {
+            "block_ms": whole,
+            "memory_cost": None if whole is None or without is None else 100 * (whole / without - 1),
+            "idle": None if entry is None else 100 * entry.samples[self.ahead].idle,
+            "spread": None if whole is None or p99 is None else p99 / whole,
+            "growth": growth,
+            "peak_gb": None if peak is None else peak / 1e9,
+        }
+        return judge(achieved, float8=self.run.dtype == FLOAT8)
 
-    # ---------------------------------------------------------------- resources
-
-    def _resource_figures(self) -> list[Figure]:
+    def _resources(self) -> list[dict[str, Any]]:
         found, name = self.run.resources, self.run.entries[0].variant.name
-        alone, no_gpu = f"{name}, alone on the device", "there is no GPU"
-        of_torch = alone if self.run.device.type == "cuda" else no_gpu
-
+        alone = f"{name}, alone on the device"
+        of_torch = alone if self.run.on_gpu else "there is no GPU"
         clock = "host clock, from a new video whose prompt is encoded; other blocks begun ahead are included"
         return [
-            gigabytes("device memory, steady", found.device, of_torch),
-            Figure("its growth over some steady blocks", found.growth, "bytes", of_torch),
-            gigabytes("its peak, loading included", found.peak, of_torch),
-            gigabytes("held by torch's allocator", found.reserved, of_torch),
-            gigabytes("the decoder's memory of a stream", found.decoder, "counted by the decoder"),
-            gigabytes("host memory of the process", found.host, alone),
-            Figure("time to the first frame, first video", found.first_frame_cold, "s", clock),
-            Figure("time to the first frame, later video", found.first_frame_warm, "s", clock),
+            _figure("device memory, steady", found["device"], "GB", of_torch),
+            _figure("its growth over some steady blocks", found["growth"], "bytes", of_torch),
+            _figure("its peak, loading included", found["peak"], "GB", of_torch),
+            _figure("held by torch's allocator", found["reserved"], "GB", of_torch),
+            _figure("the decoder's memory of a stream", found["decoder"], "GB", "counted by the decoder"),
+            _figure("host memory of the process", found["host"], "GB", alone),
+            _figure("time to the first frame, first video", found["first_frame_cold"], "s", clock),
+            _figure("time to the first frame, later video", found["first_frame_warm"], "s", clock),
         ]
 
-    def _day(self) -> list[Figure]:
-        """By the first variant, as a stream runs; nothing, where times are no results."""
-        if not self.run.measured or not self.is_result:
-            return []
-        sample, model = self.run.measured[0].samples[self.ahead], self.run.model
-        config, stride = model.config, model.vae_config.spatial_stride
+    def _day(self) -> list[dict[str, Any]]:
+        """24 hours at the mean pace of the first variant, as a stream runs, each figure with how it comes about."""
+        sample, config, vae = self.run.measured[0].samples[self.ahead], self.run.model.config, self.run.model.vae
+        resources, joules = self.run.resources, sample.joules_a_block
+        blocks = _DAY * len(sample.whole) / sum(sample.whole)
+        frames, snapshots = blocks * self.frames_a_block, _DAY / _HOUR
+        energy = None if joules is None else blocks * joules / _JOULES_A_KWH
         channels, height, width = config.latent_shape
-        latents = config.window.frames_per_block * channels * height * width
-        resources = self.run.resources
-        return a_day(
-            blocks=len(sample.whole),
-            seconds_a_block=sum(sample.whole) / len(sample.whole),
-            frames_a_block=self.frames_a_block,
-            frame_rate=model.vae_config.frame_rate,
-            joules_a_block=sample.joules_a_block,
-            frame_bytes=self.frames_a_block * 3 * height * width * stride**2,
-            latent_bytes=4 * latents,
-            snapshot_bytes=resources.snapshot,
-            host_bytes=resources.host,
-            device_bytes=resources.device,
-        )
+        latent_bytes = 4 * config.window.frames_per_block * channels * height * width
+        frame_bytes = 3 * height * width * vae.spatial_stride**2
+        by = f"extrapolated from {counted(len(sample.whole), 'measured block')}"
+        hourly = f"{snapshots:.0f} of {resources['snapshot'] / 1e9:.3g} GB, one an hour, all kept; from the size of one"
+        resident = f"measured after {counted(len(sample.whole), 'block')}, taken to stay"
+        return [
+            _figure("blocks", blocks, "", by),
+            _figure("frames", frames, "", by),
+            _figure("video", frames / vae.frame_rate / _HOUR, "h", f"{by}; at {vae.frame_rate} frames a second"),
+            _figure("energy of the GPU", energy, "kWh", "no board told its energy" if energy is None else by),
+            _figure("frames, as bytes", frames * frame_bytes, "GB", f"{by}; raw RGB: of an MP4 the content decides"),
+            _figure("latents", blocks * latent_bytes, "GB", f"{by}; float32, as a file of latents holds them"),
+            _figure("snapshots", snapshots * resources["snapshot"], "GB", hourly),
+            _figure("host memory", resources["host"], "GB", resident),
+            _figure("device memory", resources["device"], "GB", resident if self.run.on_gpu else "there is no GPU"),
+        ]
 
-    # ---------------------------------------------------------------- showing
-
-    def _tables(self) -> dict[str, Any]:
-        tables: dict[str, Any] = {
-            "Block": (self.parts, PART_COLUMNS),
-            "Variants": (self.variants, VARIANT_COLUMNS),
-            "Peers": (self.peers, PEER_COLUMNS),
-            "Resources": (self.resources, FIGURE_COLUMNS),
-        }
-        if self.goals:
-            tables["Goals"] = (self.goals, TARGET_COLUMNS)
-        if self.day:
-            tables["A day, extrapolated"] = (self.day, FIGURE_COLUMNS)
-        return tables
+    # ---------------------------------------------------------------- all else
 
     def _facts(self) -> dict[str, Any]:
         run = self.run
         return {
             "passed": run.passed,
             "complete": run.complete,
-            "result": self.is_result,
-            "clock": run.clock if self.is_result else f"{run.clock}: no result",
+            "result": run.on_gpu,
+            "clock": run.clock if run.on_gpu else f"{run.clock}: no result",
             "model": {"source": run.model.source, **run.model.config.to_flat()},
             **_recipe(run.model),
             "dtype": dtype_name(run.dtype),
             "backend": run.backend.name,
             "backend_reason": run.backend.reason,
             "float8_except": list(run.request.float8_except),
-            "attention": [_choice(choice) for choice in run.attention],
-            "convolutions": {
-                str(shape): {"name": choice.kind.name, "reason": choice.reason}
-                for shape, choice in run.convolutions.items()
-            },
+            "attention": [_selection(each) for each in run.attention],
+            "convolutions": {str(s): {"name": e.kind.name, "reason": e.reason} for s, e in run.convolutions.items()},
             "vae_tiles": run.request.vae_tiles,
             "lookahead": self.ahead,
             "rounds": run.rounds,
@@ -276,45 +247,43 @@ class Report:
             "frames_per_block": self.frames_a_block,
             "absent": run.absent,
             "milliseconds": {
-                entry.variant.name: {part: [1e3 * s for s in v] for part, v in self._samples(entry).items()}
-                for entry in run.measured
+                variant: {part: [1e3 * each for each in s] for part, s in parts.items()}
+                for variant, parts in self.seconds.items()
             },
-            "peer_milliseconds": {name: [1e3 * s for s in v] for name, v in run.peer_seconds.items()},
-            "resources": asdict(run.resources),
+            "peer_milliseconds": {name: [1e3 * each for each in s] for name, s in run.baseline_seconds.items()},
+            "resources": run.resources,
         }
 
-    def _arguments(self) -> dict[str, Any]:
-        """For :mod:`echo_rt.bench.tables`."""
-        return {
-            "title": "A whole block",
-            "header": self.run.header,
-            "tables": self._tables(),
-            "notes": _notes(self.run, frames_a_block=self.frames_a_block, judged=self.judged),
-            **self._facts(),
-        }
-
-    def content(self) -> tuple[dict[str, Any], str]:
-        """As one JSON object, and as a page."""
-        return results(**self._arguments())
-
-    def write(self, folder: Path, *, picture: bool) -> list[Path]:
-        """``block.json``, ``block.md`` and, if asked for, ``block.png``; raises ``OutputError``."""
-        write_results(folder, NAME, **self._arguments())
-        files = [folder / f"{NAME}.json", folder / f"{NAME}.md"]
-        if picture:
-            files.append(folder / f"{NAME}.png")
-            bars = [(row.variant, row.part, row.ms, row.p99_ms) for row in self.parts]
-            bars += [(r["peer"], "peer, of a part", r["ms"], r["p99_ms"]) for r in self.peers if r["ms"] is not None]
-            gpu = self.run.header["gpu"]
-            place = gpu["name"] if gpu else "CPU, host clock: no results"
-            draw(files[-1], f"A whole block: {self.run.model.source}\n{place}", bars)
-        return files
-
-
-def _verdict(entry: Entry) -> str:
-    right = "not yet held against torch" if entry.exactness is None else "right"
-    graphs = " without graphs, which failed" if entry.graphs_failed else ""
-    return f"{right}, {'measured' if entry.samples else 'not yet measured'}{graphs}"
+    def _notes(self) -> list[str]:
+        run, vae, bands = self.run, self.run.model.vae, self.run.request.vae_tiles
+        width, height = (size * vae.spatial_stride for size in run.model.config.latent_shape[:0:-1])
+        used = zip(("over the cache", "over the text", "of the decoder"), run.attention, strict=True)
+        lines = [
+            "" if run.complete else "Not complete: the run had not ended when this was written.",
+            "" if run.on_gpu else "Times of the host clock on a CPU: a rehearsal, no results: no rates and no day.",
+            f"{run.model.source}; {width}x{height}, {dtype_name(run.dtype)}; steady state (window full, ids "
+            f"saturated); {self.frames_a_block} video frames a block; every whole block has the VAE and the way of the "
+            "frames to the host in it; the text encoder is left out.",
+            f"Clock: {'the GPU events around every stage' if run.on_gpu else 'of the host'}. "
+            f"{counted(run.rounds, 'round')} in which the variants take turns, {counted(run.blocks, 'block')} each: "
+            "one at a time, of which the parts are told, then with others begun ahead.",
+            "A whole block is the time between two arrivals on the host. Idle: the share of it in which no lane was in "
+            "a stage, with blocks begun ahead; gaps between the kernels of a stage count as work.",
+            "x torch: the time of the torch variant over that of this one. Errors: relative, of one steady block, "
+            "against the torch backend without graphs, which begins it from the same state.",
+            f"Backend: {run.backend.name}, {run.backend.reason}.",
+            *(f"Attention {place}: {each.attention.name}, {each.reason}." for place, each in used),
+            f"Convolutions of the decoder: {convolutions_in_words(run.convolutions)}.",
+            f"The decoder works in {bands} bands of rows, that of the torch variant in one." if bands > 1 else "",
+            *(
+                f"GRAPHS FAILED in variant {e.variant.name}, whose times are without them: {e.graphs_failed}."
+                for e in run.entries
+                if e.graphs_failed
+            ),
+            "" if self.judged else "Goals are judged on a GPU alone, at the released sizes in bfloat16 or float8.",
+            *(f"Not measured: {name}: {why}." for name, why in run.absent.items()),
+        ]
+        return [line for line in lines if line]
 
 
 def _recipe(model: Model) -> dict[str, Any]:
@@ -323,51 +292,10 @@ def _recipe(model: Model) -> dict[str, Any]:
     return {name: value for name, value in taken.items() if name != "model"}  # where it is from is told already
 
 
-def _choice(choice: AttentionSelection) -> dict[str, Any]:
+def _selection(each: AttentionSelection) -> dict[str, Any]:
     return {
-        "name": choice.attention.name,
-        "reason": choice.reason,
-        "milliseconds": dict(choice.timings),
-        "rejected": dict(choice.rejected),
+        "name": each.attention.name,
+        "reason": each.reason,
+        "milliseconds": dict(each.timings),
+        "rejected": dict(each.rejected),
     }
-
-
-def _notes(run: Run, *, frames_a_block: int, judged: bool) -> list[str]:
-    """``judged``: whether goals are."""
-    width, height = (size * run.model.vae_config.spatial_stride for size in run.model.config.latent_shape[:0:-1])
-    on_gpu = run.clock == DEVICE_CLOCK
-    lines = [] if on_gpu else ["Times of the host clock on a CPU: a rehearsal, no results, hence no rates and no day."]
-    if not run.complete:
-        lines.append("Not complete: the run had not ended when this was written.")
-    lines += [
-        f"{run.model.source}; {width}x{height}, {dtype_name(run.dtype)}; steady state (window full, "
-        f"ids saturated); {frames_a_block} video frames a block; every whole block has the VAE and the way of the "
-        "frames to the host in it; the text encoder is left out.",
-        f"Clock: {'the GPU events around every stage' if on_gpu else 'of the host'}. {counted(run.rounds, 'round')} in "
-        f"which the variants take turns, {counted(run.blocks, 'block')} each: in a turn blocks are made one at a time, "
-        "then with others begun ahead.",
-        "Transformer, memory update and VAE decode are those of blocks made one at a time, which share the device with "
-        "no other block; the memory update runs beside the first pass.",
-        "A whole block is the time between two arrivals on the host.",
-        "Idle: of the time between the arrivals of the first and the last block of a turn, the share in which no lane "
-        "was in a stage, with blocks begun ahead. Gaps between the kernels of one stage count as work: a trace shows "
-        "those (bench/nsight).",
-        "x torch: the time of the torch variant over that of this one. Errors: relative, of one steady block, against "
-        "the torch backend without graphs, which begins it from the same state.",
-    ]
-    lines.append(f"Backend: {run.backend.name}, {run.backend.reason}.")
-    lines += [
-        f"Attention {what}: {choice.attention.name}, {choice.reason}."
-        for what, choice in zip(("over the cache", "over the text", "of the decoder"), run.attention, strict=True)
-    ]
-    lines.append(f"Convolutions of the decoder: {convolutions_in_words(run.convolutions)}.")
-    if run.request.vae_tiles > 1:
-        lines.append(f"The decoder works in {run.request.vae_tiles} bands of rows, that of the torch variant in one.")
-    lines += [
-        f"GRAPHS FAILED in variant {entry.variant.name}, whose times are without them: {entry.graphs_failed}."
-        for entry in run.entries
-        if entry.graphs_failed
-    ]
-    if not judged:
-        lines.append("Goals are judged on a GPU alone, at the released sizes in bfloat16 or float8.")
-    return lines + [f"Not measured: {name}: {why}." for name, why in run.absent.items()]

@@ -1,4 +1,4 @@
-"""What can be measured: models, as configs that every size is derived from, and variants. Imports no torch."""
+"""What can be measured, and what a run is asked for: sizes of models, variants, :class:`Request`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError
-from echo_rt.options import RELEASED_SIZE, MemoryMode, latent_size
+from echo_rt.options import RELEASED_SIZE, MemoryMode, RuntimeOptions, check_seed, latent_size
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,12 @@ VARIANTS = (
 NAMES = tuple(variant.name for variant in VARIANTS)
 
 
-def memory_evolves(wanted: Sequence[str] | None) -> bool:
-    """Whether the chosen backend is to update a memory, where there is one, in a variant of ``wanted`` (None: all)."""
-    chosen = (variant for variant in VARIANTS if wanted is None or variant.name in wanted)
-    return any(not variant.torch and variant.mode in (None, MemoryMode.EVOLVE) for variant in chosen)
-
-
 def plan(
     wanted: Sequence[str] | None, *, has_memory: bool, no_graphs: str, backend: str
 ) -> tuple[list[Variant], dict[str, str]]:
-    """The variants that can be measured, in a fixed order, and why each other one cannot.
+    """The variants that can be measured, and why each other one cannot; ``no_graphs``: why there are none, or empty.
 
-    ``wanted`` None means all; ``no_graphs``: why there are no graphs, empty where there are. What is asked for by name
-    and cannot be had is a :class:`ConfigError`, as is a name that is unknown.
+    Raises :class:`ConfigError` for a name that is unknown, and for a variant that was named and cannot be measured.
     """
     unknown = [name for name in wanted or () if name not in NAMES]
     if unknown or (wanted is not None and not wanted):
@@ -82,25 +75,70 @@ def plan(
     chosen: list[Variant] = []
     absent: dict[str, str] = {}
     for variant in VARIANTS:
-        obstacle = ""
         if wanted is not None and variant.name not in wanted:
-            obstacle = "not asked for"
+            absent[variant.name] = "not asked for"
         elif variant.mode not in (None, MemoryMode.OFF) and not has_memory:
-            obstacle = "the weights have no memory encoder"
+            absent[variant.name] = "the weights have no memory encoder"
         elif not variant.graphs and no_graphs:
-            obstacle = f"{no_graphs}, so no variant has any"
+            absent[variant.name] = f"{no_graphs}, so no variant has any"
         elif variant.torch and backend == "torch":
-            obstacle = "the backend of all variants is torch already"
-        if not obstacle:
-            chosen.append(variant)
+            absent[variant.name] = "the backend of all variants is torch already"
         else:
-            absent[variant.name] = obstacle
-            if wanted is not None and variant.name in wanted:
-                raise ConfigError(f"variant {variant.name!r} cannot be measured: {obstacle}")
+            chosen.append(variant)
+    for name in wanted or ():
+        if name in absent:
+            raise ConfigError(f"variant {name!r} cannot be measured: {absent[name]}")
     return chosen, absent
 
 
 def turns_of(round_number: int, names: Sequence[str]) -> list[str]:
-    """The order of a round: each is first in its turn, so that none always runs on a GPU that another has heated."""
+    """The order of a round: each name is first in its turn, so that none always runs on a GPU that another heated."""
     first = round_number % len(names) if names else 0
     return [*names[first:], *names[:first]]
+
+
+# Options of a runtime that a benchmark sets itself, or that say nothing about it.
+_NOT_ASKED = (
+    *("vae_dtype", "memory", "vae", "width", "height", "overrides", "check", "keep_text_encoder"),
+    *("text_encoder", "tokenizer", "vae_file"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(RuntimeOptions):
+    """What a run is asked for. None means: released sizes on a GPU, tiny ones on a CPU; every variant; as a runtime.
+
+    ``backend`` is that of all variants but ``torch``. ``rounds`` times ``blocks`` blocks of each variant are measured,
+    at lookahead 0 and at ``lookahead``. Raises :class:`ConfigError`.
+    """
+
+    size: str | None = None
+    model: str | None = None
+    float8_except: tuple[str, ...] = ()
+    variants: tuple[str, ...] | None = None
+    rounds: int | None = None
+    blocks: int | None = None
+    lookahead: int = 1
+    peers: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in _NOT_ASKED:
+            if getattr(self, name) != getattr(RuntimeOptions, name):
+                raise ConfigError(f"{name}: expected it left out of a benchmark, got {getattr(self, name)!r}")
+        for name, least in (("rounds", 1), ("blocks", 1), ("vae_tiles", 1), ("lookahead", 0)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value >= least):
+                raise ConfigError(f"{name} must be a whole number of {least} or more, got {value!r}")
+        if self.size is not None and self.size not in MODELS:
+            raise ConfigError(f"size must be one of {', '.join(MODELS)}; got {self.size!r}")
+        if self.model is not None and self.size is not None:
+            raise ConfigError("--size and --model: expected one of them, got both")
+        for option in ("checkpoint", "lora", "recipe"):
+            if getattr(self, option) and self.model is None:
+                raise ConfigError(f"--{option}: expected --model DIR with it, the folder that it belongs to, got none")
+        if self.ema is not None and self.checkpoint is None:
+            raise ConfigError("--ema: expected --checkpoint FILE with it, among whose weights it chooses, got none")
+        check_seed(self.seed)
+        super().__post_init__()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from echo_rt.bench.settings import MODELS, NAMES
+from echo_rt.bench.settings import MODELS, NAMES, Request
 from echo_rt.cli.arguments import parse_number, parse_path, parse_positive
 from echo_rt.cli.model_options import (
     BACKEND_HELP,
@@ -23,7 +23,7 @@ from echo_rt.cli.model_options import (
 from echo_rt.cli.outputs import Named, check_apart
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import complain, say
-from echo_rt.errors import TargetError
+from echo_rt.errors import BackendError, TargetError
 from echo_rt.options import DTYPE_NAMES
 
 _EPILOG = """
@@ -93,15 +93,13 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     variants = None if arguments.variants is None else tuple(arguments.variants.split(","))
     with stop.interruptible():
         from echo_rt.bench.report import Report
-        from echo_rt.bench.request import Request
         from echo_rt.bench.run import Run
-        from echo_rt.bench.run import run as run_bench
-        from echo_rt.bench.tables import can_draw, require_matplotlib
+        from echo_rt.bench.tables import can_draw
 
         if arguments.chart and arguments.out is None:
             raise TargetError("--chart: expected --out DIR, the folder to draw it into")
-        if arguments.chart:
-            require_matplotlib()
+        if arguments.chart and not can_draw():
+            raise BackendError("a chart needs matplotlib, which is not installed: pip install 'echo-rt[bench]'")
         read = [Named(f"--{name}", path) for name in _FILES if (path := getattr(arguments, name)) is not None]
         _check_folder(arguments.out, [*read, *(Named("--lora", path) for path, _ in arguments.lora)])
         names = {field.name for field in dataclasses.fields(Request)}
@@ -115,7 +113,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
             if arguments.out is not None:
                 Report(run).write(arguments.out, picture=False)
 
-        found = Report(run_bench(request, say=lambda text: complain(f"echo-rt: {text}"), save=save))
+        found = Report(Run(request, say=lambda text: complain(f"echo-rt: {text}")).measure(save))
     content, page = found.content()
     report.update(content)
     if arguments.out is not None:
@@ -135,8 +133,7 @@ def _check_folder(out: Path | None, read: Sequence[Named]) -> None:
     if out is None:
         return
     check_apart(Named("--out", out), read)
-    from echo_rt.bench.tables import check_results_folder
-    from echo_rt.utils.atomic_file import check_writable, reason
+    from echo_rt.utils.atomic_file import check_results_folder, check_writable, reason
 
     check_results_folder(out)
     try:

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     if arguments.dump is not None and twice is not None:
         raise ConfigError(f"--dump: expected bundles of different names, got two called {twice!r}")
     if arguments.dump is not None:
-        from echo_rt.bench.tables import check_results_folder
+        from echo_rt.utils.atomic_file import check_results_folder
 
         for path, name in zip(folders, names, strict=True):
             check_apart(Named("--dump", arguments.dump / name), [Named("the bundle", path)])

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from functools import cache, partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -47,8 +47,23 @@ class Mark(Protocol):
         """Time between two marks that have been passed."""
 
 
+class Span(NamedTuple):
+    """A stage's time in its lane: from when it could begin, what it waits for being done, to its end."""
+
+    stage: str
+    lane: Lane
+    begin: Mark
+    end: Mark
+
+
 class Executor(Protocol):
-    """Runs stages on lanes. One thread at a time."""
+    """Runs stages on lanes. One thread at a time.
+
+    ``spans``: where a benchmark has put a list, each stage and each stay in :meth:`apart` (``stage`` empty) adds its
+    span, which costs two marks.
+    """
+
+    spans: list[Span] | None
 
     @property
     def replays(self) -> int:
@@ -104,6 +119,15 @@ def _ranges() -> Callable[[str], AbstractContextManager[None]]:
     return lambda name: nvtx.annotate(name, domain=_DOMAIN)
 
 
+@contextmanager
+def _noting(executor: Executor, stage: str, lane: Lane) -> Iterator[None]:
+    """Add the span of what is done in it, where spans are wanted."""
+    begin = None if executor.spans is None else executor.mark(lane)
+    yield
+    if executor.spans is not None and begin is not None:
+        executor.spans.append(Span(stage, lane, begin, executor.mark(lane)))
+
+
 class _Instant:
     """A mark of a lane that is never behind the host."""
 
@@ -122,6 +146,7 @@ class Immediate:
     """Runs every stage at once, on the CPU: the lanes are one."""
 
     def __init__(self) -> None:
+        self.spans: list[Span] | None = None
         self.replays = 0
         self.runs = 0
 
@@ -133,13 +158,14 @@ class Immediate:
         after: Sequence[Mark | None] = (),
     ) -> Mark:
         self.runs += 1
-        with _ranges()(stage_name(stage)):
+        with _noting(self, stage_name(stage), lane), _ranges()(stage_name(stage)):
             stage(*facts)
         return _Instant()
 
     @contextmanager
     def apart(self, lane: Lane = Lane.MAIN) -> Iterator[None]:
-        yield
+        with _noting(self, "", lane):
+            yield
 
     def mark(self, lane: Lane, again: Mark | None = None) -> Mark:
         return _Instant()
@@ -202,6 +228,7 @@ class CudaExecutor:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._marks: dict[Hashable, Mark] = {}
         self._patience: float | None = None  # seconds to settle in, once a lane was given up
+        self.spans: list[Span] | None = None
         self.replays = 0
         self.runs = 0
 
@@ -220,7 +247,8 @@ class CudaExecutor:
             if mark is not None:
                 assert isinstance(mark, CudaMark)
                 stream.wait_event(mark.event)
-        with torch.cuda.stream(stream), _ranges()(stage_name(stage)):
+        # Behind the waits, which are not the stage's.
+        with _noting(self, stage_name(stage), lane), torch.cuda.stream(stream), _ranges()(stage_name(stage)):
             graph = self._graphs.get(key)
             if graph is None and self._graphs_wanted and key in self._seen.stages:
                 graph = self._graphs[key] = self._capture(stage, facts, lane)
@@ -249,7 +277,7 @@ class CudaExecutor:
     def apart(self, lane: Lane = Lane.MAIN) -> Iterator[None]:
         stream = self._streams[lane]
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _noting(self, "", lane):
             yield
 
     def mark(self, lane: Lane, again: Mark | None = None) -> Mark:

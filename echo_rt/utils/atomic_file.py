@@ -136,6 +136,19 @@ def check_writable(path: str | Path) -> None:
     PartFile(path).discard()
 
 
+def check_results_folder(folder: Path) -> None:
+    """Raise ``TargetError`` where ``folder`` neither is a folder to write into nor can be made one; makes nothing."""
+    whole = folder.absolute()
+    try:
+        there = next(place for place in (whole, *whole.parents) if place.exists())
+    except OSError as error:  # a name that no folder can have
+        raise TargetError(f"{folder}: cannot be a folder: {reason(error)}") from None
+    if not there.is_dir():
+        raise TargetError(f"{folder}: expected a folder for results, got a file in its place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise TargetError(f"{folder}: cannot be written into: {there} is write-protected")
+
+
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[PartFile]:
     """Write a file in one ``with``: it appears at the end, or not at all where the body raises.

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -52,21 +53,21 @@ _BRANCH = 0.5  # of a residual block
 _CONTRAST = 0.8
 _TINY_CONTRAST = 1.4  # of what leads from level to level: a ReLU and a blur take a part of it
 
-_GATE_BIAS = 2.0  # the memory's gate begins near "keep"
+_GATE, _GATE_BIAS = "gate_linear.bias", 2.0  # the memory's gate begins near "keep"
 
 
 class Draw:
-    """Normal random tensors (float64) that depend on a seed and a name alone, not on the order of drawing."""
+    """Normal random tensors that depend on a seed, a name and the kind of device, not on the order of drawing."""
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    def __init__(self, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64) -> None:
+        self._seed, self._device, self._dtype = seed, device, dtype
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}/{name}".encode()))
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(f"{self._seed}/{name}".encode()))
+        return torch.randn(shape, generator=generator, device=self._device, dtype=self._dtype)
 
 
-def _plain(draw: Draw, name: str, shape: tuple[int, ...]) -> Tensor:
+def plain_tensor(draw: Draw, name: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor at the scale that keeps amplitudes: unit gain for matrices, near 1 for norms, near 0 for biases."""
     x = draw(name, *shape)
     if name.endswith(".bias"):
@@ -80,8 +81,31 @@ def _plain(draw: Draw, name: str, shape: tuple[int, ...]) -> Tensor:
     return x / math.sqrt(math.prod(shape[1:]))
 
 
+class RandomTensors(Mapping[str, Tensor]):
+    """Plain random weights of these ``shapes``: float32 on ``device``, drawn anew whenever they are asked for.
+
+    A model of any size can be made of them without anyone holding them in between.
+    """
+
+    def __init__(self, shapes: Shapes, device: torch.device, seed: int = 0) -> None:
+        self._shapes, self._draw = shapes, Draw(seed, device, torch.float32)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = plain_tensor(self._draw, name, self._shapes[name])
+        return tensor.add_(_GATE_BIAS) if name == _GATE else tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes  # the inherited one would draw the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
 def _plain_all(draw: Draw, shapes: Shapes) -> Tensors:
-    return {name: _plain(draw, name, shape) for name, shape in shapes.items()}
+    return {name: plain_tensor(draw, name, shape) for name, shape in shapes.items()}
 
 
 def _orthogonal(draw: Draw, name: str, size: int) -> Tensor:
@@ -97,7 +121,7 @@ def text_encoder_tensors(config: TextEncoderConfig, draw: Draw) -> Tensors:
 def memory_tensors(config: ModelConfig, draw: Draw) -> Tensors:
     """The memory encoder, plain random but for its gate."""
     tensors = _plain_all(draw, memory_shapes(config))
-    tensors["gate_linear.bias"] += _GATE_BIAS
+    tensors[_GATE] += _GATE_BIAS
     return tensors
 
 

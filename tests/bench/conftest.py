@@ -5,4 +5,5 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
+BENCH = Path(__file__).parent.parent.parent / "bench"
+sys.path[:0] = [str(BENCH), str(BENCH / "nsight")]

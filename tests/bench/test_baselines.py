@@ -12,16 +12,16 @@ from typing import Any
 import baselines
 import pytest
 import torch
-from baselines import find_baselines
+from baselines import Baseline, find_baselines
 from safetensors.torch import load_file
 from torch import Tensor
 
-from echo_rt.bench import measure
-from echo_rt.bench.measure import Baseline, Missing
-from echo_rt.bench.model import random_model
-from echo_rt.bench.rig import Parts, Site
-from echo_rt.bench.settings import BenchModel
+from echo_rt.bench import run as run_module
+from echo_rt.bench import settings
+from echo_rt.bench.runner import open_model
+from echo_rt.bench.settings import BenchModel, Request
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
+from echo_rt.engine.build import Networks
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops import reference
 
@@ -39,9 +39,11 @@ SIZES = BenchModel(
 
 
 @pytest.fixture(scope="module")
-def parts() -> Parts:
-    site = Site.choose(random_model(SIZES, CPU, 0), CPU, FLOAT32, reference, None)  # type: ignore[arg-type]
-    return Parts(site, reference)  # type: ignore[arg-type]
+def networks() -> Networks:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(settings.MODELS, "tiny", SIZES)
+        request = Request(size="tiny", device="cpu", dtype="float32")
+        return open_model(request, CPU).networks(reference, request)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -103,53 +105,53 @@ class OtherVae:
         raise AssertionError("not reached: it takes no such options")
 
 
-def test_flashdreams_is_driven_where_it_is_installed(parts: Parts, install: Callable[[type], None]) -> None:
+def test_flashdreams_is_driven_where_it_is_installed(networks: Networks, install: Callable[[type], None]) -> None:
     install(Vae)
-    found, missing = find_baselines(parts, torch.zeros(1, 8), 0)
-    assert missing == [] and [peer.name for peer in found] == ["FlashDreams"]
+    found, missing = find_baselines(networks, torch.zeros(1, 8), 0)
+    assert missing == {} and [peer.name for peer in found] == ["FlashDreams"]
     assert found[0].ok and found[0].error < 2e-6 and found[0].beside == "decode" and "mid-stream" in found[0].what
     video = found[0].call()
     assert isinstance(video, Tensor) and video.shape == (1, 3, 12, 16, 16)
 
 
-def test_a_peer_that_computes_something_else_is_seen(parts: Parts, install: Callable[[type], None]) -> None:
+def test_a_peer_that_computes_something_else_is_seen(networks: Networks, install: Callable[[type], None]) -> None:
     install(WrongVae)
-    (found,), _ = find_baselines(parts, torch.zeros(1, 8), 0)
+    (found,), _ = find_baselines(networks, torch.zeros(1, 8), 0)
     assert not found.ok and found.error == pytest.approx(0.1, rel=1e-3)
-    assert not Baseline("x", "", "decode", lambda: None, float("nan"), 1.0).ok
+    assert not Baseline("x", "", "decode", lambda: None, float("nan"), 1.0, CPU).ok
 
 
-def test_a_peer_of_another_version_ends_nothing(parts: Parts, install: Callable[[type], None]) -> None:
+def test_a_peer_of_another_version_ends_nothing(networks: Networks, install: Callable[[type], None]) -> None:
     install(OtherVae)
-    found, missing = find_baselines(parts, torch.zeros(1, 8), 0)
-    assert found == [] and missing[0].name == "FlashDreams"
-    assert missing[0].why.startswith("did not run: TypeError: ") and "use_cuda_graph" in missing[0].why
+    found, missing = find_baselines(networks, torch.zeros(1, 8), 0)
+    assert found == [] and list(missing) == ["FlashDreams"]
+    assert missing["FlashDreams"].startswith("did not run: TypeError: ") and "use_cuda_graph" in missing["FlashDreams"]
 
 
-def test_what_is_not_installed_is_named(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_installed_is_named(networks: Networks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    found, missing = find_baselines(parts, torch.zeros(1, 8), 0)
-    assert found == [] and missing == [
-        Missing("diffusers AutoencoderKLWan", "diffusers is not installed: pip install diffusers"),
-        Missing("diffusers WanTransformer3DModel", "diffusers is not installed: pip install diffusers"),
-        Missing("FlashDreams", "flashdreams is not installed: pip install flashdreams"),
-    ]
+    found, missing = find_baselines(networks, torch.zeros(1, 8), 0)
+    assert found == [] and missing == {
+        "diffusers AutoencoderKLWan": "diffusers is not installed: pip install diffusers",
+        "diffusers WanTransformer3DModel": "diffusers is not installed: pip install diffusers",
+        "FlashDreams": "flashdreams is not installed: pip install flashdreams",
+    }
 
 
-def test_without_a_checkout_none_is_there(parts: Parts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found, missing = measure.find_baselines(parts, torch.zeros(1, 8), 0)
-    assert [each.name for each in (*found, *missing)] == list(measure.BASELINES) and len(found) == 2
-    monkeypatch.setattr(measure, "ROOT", tmp_path)
-    found, missing = measure.find_baselines(parts, torch.zeros(1, 8), 0)
-    assert found == [] and [each.name for each in missing] == list(measure.BASELINES)
-    assert all("only a checkout has bench/baselines.py" in each.why for each in missing)
+def test_without_a_checkout_none_is_there(networks: Networks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found, missing = run_module.find_baselines(networks, torch.zeros(1, 8), 0)
+    assert [*(each.name for each in found), *missing] == list(run_module.BASELINES) and len(found) == 2
+    monkeypatch.setattr(run_module, "ROOT", tmp_path)
+    found, missing = run_module.find_baselines(networks, torch.zeros(1, 8), 0)
+    assert found == [] and list(missing) == list(run_module.BASELINES)
+    assert all("only a checkout has bench/baselines.py" in why for why in missing.values())
 
 
-def test_memory_that_is_not_there_is_no_fault_of_a_peer(parts: Parts, install: Callable[[type], None]) -> None:
+def test_memory_that_is_not_there_is_no_fault_of_a_peer(networks: Networks, install: Callable[[type], None]) -> None:
     class Large:
         def __init__(self, *_: object, **__: object) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     install(Large)
     with pytest.raises(torch.OutOfMemoryError):
-        find_baselines(parts, torch.zeros(1, 8), 0)
+        find_baselines(networks, torch.zeros(1, 8), 0)

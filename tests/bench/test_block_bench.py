@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 from collections.abc import Iterator
@@ -16,16 +17,15 @@ from stand_in_cuda import refuse_capture
 from torch import Tensor
 from virtual_gpu.names import active
 
-from echo_rt.bench import request as request_module
-from echo_rt.bench import rig as rig_module
 from echo_rt.bench import run as run_module
+from echo_rt.bench import runner as runner_module
+from echo_rt.bench import settings as settings_module
 from echo_rt.bench.report import ALONE, Report
-from echo_rt.bench.request import Request
-from echo_rt.bench.rig import Parts, Rig
-from echo_rt.bench.run import Run, run
-from echo_rt.bench.settings import BenchModel, memory_evolves, plan, turns_of
-from echo_rt.bench.timing import DEVICE_CLOCK
+from echo_rt.bench.run import DEVICE_CLOCK, Run
+from echo_rt.bench.runner import BlockRunner, Model, open_model
+from echo_rt.bench.settings import BenchModel, Request, plan, turns_of
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig, WindowConfig
+from echo_rt.engine.build import Networks
 from echo_rt.errors import BackendError, CaptureError, ConfigError
 from echo_rt.ops import backends as ops_module
 from echo_rt.ops import reference
@@ -63,12 +63,12 @@ def _load(broken: bool) -> Any:
 @pytest.fixture(scope="module")
 def patch() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as context:
-        context.setitem(request_module.MODELS, "tiny", SMALLEST)
+        context.setitem(settings_module.MODELS, "tiny", SMALLEST)
         yield context
 
 
 @pytest.fixture(scope="module")
-def turns() -> list[tuple[Rig, int]]:
+def turns() -> list[tuple[BlockRunner, int]]:
     return []
 
 
@@ -79,18 +79,20 @@ def saved() -> list[tuple[dict[str, Any], str]]:
 
 
 @pytest.fixture(scope="module")
-def measured(patch: pytest.MonkeyPatch, turns: list[tuple[Rig, int]], saved: list[tuple[dict[str, Any], str]]) -> Run:
-    take_turn = run_module.take_turn
+def measured(
+    patch: pytest.MonkeyPatch, turns: list[tuple[BlockRunner, int]], saved: list[tuple[dict[str, Any], str]]
+) -> Run:
+    turn = BlockRunner.turn
 
-    def noted(rig: Rig, lookahead: int, *rest: Any) -> None:
-        turns.append((rig, lookahead))
-        take_turn(rig, lookahead, *rest)
+    def noted(runner: BlockRunner, lookahead: int, *rest: Any) -> None:
+        turns.append((runner, lookahead))
+        turn(runner, lookahead, *rest)
 
     with pytest.MonkeyPatch.context() as context:
         context.setattr(ops_module, "load_ops", _load(broken=False))
-        context.setattr(run_module, "take_turn", noted)
+        context.setattr(BlockRunner, "turn", noted)
         request = Request(variants=("evolve", "off", "torch"), rounds=ROUNDS, blocks=BLOCKS, **ASKED)
-        return run(request, save=lambda found: saved.append(Report(found).content()))
+        return Run(request).measure(lambda found: saved.append(copy.deepcopy(Report(found).content())))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,9 @@ def content(measured: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 @pytest.fixture(scope="module")
 def as_on_a_gpu(measured: Run) -> dict[str, Any]:
     """What the report would say had a GPU told these times."""
-    return Report(replace(measured, clock=DEVICE_CLOCK)).content()[0]
+    on_gpu = copy.copy(measured)
+    on_gpu.clock, on_gpu.on_gpu = DEVICE_CLOCK, True
+    return Report(on_gpu).content()[0]
 
 
 def test_rows_are_those_of_the_samples(content: dict[str, Any]) -> None:
@@ -168,15 +172,15 @@ def test_what_is_known_is_saved_at_once(measured: Run, saved: list[tuple[dict[st
     assert measured.complete and "Not complete" not in Report(measured).content()[1]
 
 
-def test_variants_take_turns(measured: Run, turns: list[tuple[Rig, int]], content: dict[str, Any]) -> None:
+def test_variants_take_turns(measured: Run, turns: list[tuple[BlockRunner, int]], content: dict[str, Any]) -> None:
     """In every round each variant has both its turns, and each is first once before one is first again."""
     alone, *rounds = turns[:2], turns[2:8], turns[8:]
-    assert [rig for rig, _ in alone] == [turns[2][0]] * 2  # the first number there is
-    rigs = [rounds[0][place][0] for place in (0, 2, 4)]
-    assert [rig.mode.value for rig in rigs] == ["evolve", "off", "evolve"]
-    assert rounds[0] == [(rig, lookahead) for rig in rigs for lookahead in (0, 1)]
-    assert rounds[1] == [(rig, lookahead) for rig in (rigs[1], rigs[2], rigs[0]) for lookahead in (0, 1)]
-    names = ["evolve", "off", "torch", *measured.peer_seconds]
+    assert [runner for runner, _ in alone] == [turns[2][0]] * 2  # the first number there is
+    runners = [rounds[0][place][0] for place in (0, 2, 4)]
+    assert [runner.mode.value for runner in runners] == ["evolve", "off", "evolve"]
+    assert rounds[0] == [(runner, lookahead) for runner in runners for lookahead in (0, 1)]
+    assert rounds[1] == [(runner, lookahead) for runner in (runners[1], runners[2], runners[0]) for lookahead in (0, 1)]
+    names = ["evolve", "off", "torch", *measured.baseline_seconds]
     assert content["order"] == [names, [*names[1:], names[0]]]
     assert turns_of(5, ["a", "b", "c"]) == ["c", "a", "b"] and turns_of(3, []) == []
 
@@ -214,11 +218,12 @@ def test_a_backend_that_is_wrong_is_not_timed(patch: pytest.MonkeyPatch) -> None
     said: list[str] = []
     with pytest.MonkeyPatch.context() as context:
         context.setattr(ops_module, "load_ops", _load(broken=True))
-        found = run(Request(variants=("off", "torch"), rounds=1, blocks=1, peers=False, **ASKED), said.append)
+        request = Request(variants=("off", "torch"), rounds=1, blocks=1, peers=False, **ASKED)
+        found = Run(request, said.append).measure()
     assert not found.passed and [entry.variant.name for entry in found.measured] == ["torch"]
     wrong, right = found.entries
-    assert wrong.exactness is not None and wrong.exactness.latents > wrong.exactness.bound and not wrong.samples
-    assert right.exactness is not None and right.exactness.ok
+    assert wrong.errors is not None and wrong.errors[0] > found.bound and not wrong.samples
+    assert right.errors == (0.0, 0.0)
     content, page = Report(found).content()
     assert {row["variant"] for row in content["tables"]["Block"]} == {"torch"} and "differs from the torch" in page
     assert any("off: differs" in line for line in said)
@@ -230,7 +235,7 @@ def test_where_graphs_fail_the_variant_is_measured_without(
     at: str, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever the capture was. The numbers are there, and so is what happened, in the exit code too."""
-    work, name = getattr(run_module._Runner, at), "evolve" if at == "_alone" else "off"
+    work, name = getattr(Run, at), "evolve" if at == "_alone" else "off"
 
     def fail(*given: Any) -> Any:
         if given[-1].variant.name == name and given[-1].graphs:
@@ -240,15 +245,16 @@ def test_where_graphs_fail_the_variant_is_measured_without(
 
     made: list[tuple[MemoryMode, bool | None]] = []
 
-    class Noted(Rig):
-        def __init__(self, parts: Parts, mode: MemoryMode, *, graphs: bool | None, depth: int) -> None:
+    class Noted(BlockRunner):
+        def __init__(self, networks: Networks, mode: MemoryMode, *, graphs: bool | None, depth: int) -> None:
             made.append((mode, graphs))
-            super().__init__(parts, mode, graphs=graphs, depth=depth)
+            super().__init__(networks, mode, graphs=graphs, depth=depth)
 
     said: list[str] = []
-    monkeypatch.setattr(run_module, "Rig", Noted)
-    monkeypatch.setattr(run_module._Runner, at, fail)
-    found = run(Request(variants=("evolve", "off"), rounds=1, blocks=1, peers=False, **ASKED_OF_TORCH), said.append)
+    monkeypatch.setattr(run_module, "BlockRunner", Noted)
+    monkeypatch.setattr(Run, at, fail)
+    request = Request(variants=("evolve", "off"), rounds=1, blocks=1, peers=False, **ASKED_OF_TORCH)
+    found = Run(request, said.append).measure()
     content, page = Report(found).content()
     assert len(found.measured) == 2 and found.passed is False is content["passed"]
     failed = {row["variant"]: row["graphs_failed"] for row in content["tables"]["Variants"]}
@@ -262,7 +268,8 @@ def test_where_graphs_fail_the_variant_is_measured_without(
 
 
 def test_no_graphs_is_for_all_variants(patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = run(Request(variants=("off",), rounds=1, blocks=1, peers=False, graphs=False, **ASKED_OF_TORCH))
+    request = Request(variants=("off",), rounds=1, blocks=1, peers=False, graphs=False, **ASKED_OF_TORCH)
+    found = Run(request).measure()
     assert found.passed and [entry.graphs for entry in found.entries] == [False]
     chosen, absent = plan(None, has_memory=True, no_graphs="--no-graphs was given", backend="torch")
     assert [variant.name for variant in chosen] == ["evolve", "prior", "off"]
@@ -273,33 +280,33 @@ def test_a_folder_is_measured_as_a_runtime_would_load_it(tmp_path: Path) -> None
     write_tiny_model(tmp_path / "tiny", width=32, height=32)
     facts = {"model": str(tmp_path / "tiny"), "device": "cpu"}
     device = torch.device("cpu")
-    plain = Request(**facts).load(device)
-    assert plain.memory is None and not plain.released and plain.config.memory is None
-    whole = Request(checkpoint=str(tmp_path / "tiny" / CHECKPOINT_FILE), **facts).load(device)
-    assert whole.memory is not None and whole.config.memory_tokens == 3 * whole.config.tokens_per_frame
+    plain = open_model(Request(**facts), device)
+    assert not plain.released and plain.config.memory is None
+    whole = open_model(Request(checkpoint=str(tmp_path / "tiny" / CHECKPOINT_FILE), **facts), device)
+    assert len(whole.tensors.memory) and whole.config.memory_tokens == 3 * whole.config.tokens_per_frame
     name = "blocks.0.self_attn.q.weight"
-    assert not torch.equal(plain.transformer[name].float(), whole.transformer[name].float())
+    assert not torch.equal(plain.tensors.transformer[name].float(), whole.tensors.transformer[name].float())
     with pytest.raises(ConfigError, match="variant 'evolve' cannot be measured: the weights have no memory encoder"):
-        run(Request(variants=("evolve",), **facts))
+        Run(Request(variants=("evolve",), **facts))
 
 
 def test_what_is_asked_of_the_decoder_is_not_asked_of_what_it_is_held_against(
     patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[Parts] = []
+    made: list[Any] = []
+    networks = Model.networks
 
-    class Kept(Parts):
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given)
-            made.append(self)
+    def kept(*given: Any) -> Networks:
+        made.append(networks(*given))
+        return made[-1]
 
     monkeypatch.setattr(ops_module, "load_ops", _load(broken=False))
-    monkeypatch.setattr(run_module, "Parts", Kept)
+    monkeypatch.setattr(Model, "networks", kept)
     higher = replace(SMALLEST, config=replace(SMALLEST.config, latent_height=6))  # bands need some rows
-    monkeypatch.setitem(request_module.MODELS, "tiny", higher)
+    monkeypatch.setitem(settings_module.MODELS, "tiny", higher)
     asked = {"convolution": "three-products,phases", "vae_tiles": 2, "variants": ("off",), "rounds": 1, "blocks": 1}
     asked["attention"] = "products"  # is of the model, whichever the backend
-    found = run(Request(**asked, **ASKED, peers=False))
+    found = Run(Request(**asked, **ASKED, peers=False)).measure()
     named = {parts.ops.name: {choice.kind.name for choice in parts.convolutions.values()} for parts in made}
     assert found.passed and named == {"torch": {"conv3d", "enlarged"}, "emulated": {"three-products", "phases"}}
     assert {parts.ops.name: parts.decoder.tiles for parts in made} == {"torch": 1, "emulated": 2}
@@ -316,10 +323,10 @@ def test_each_attention_is_said(measured: Run) -> None:
 
 
 def test_a_model_without_a_steady_state_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rig_module, "_MOST_BLOCKS", 2)
-    monkeypatch.setitem(request_module.MODELS, "tiny", SMALLEST)
+    monkeypatch.setattr(runner_module, "_MOST_BLOCKS", 2)
+    monkeypatch.setitem(settings_module.MODELS, "tiny", SMALLEST)
     with pytest.raises(ConfigError, match="a steady state to measure, and there was none within 2 blocks"):
-        run(Request(device="cpu", backend="torch", variants=("off",)))
+        Run(Request(device="cpu", backend="torch", variants=("off",))).measure()
 
 
 @pytest.mark.parametrize(
@@ -343,7 +350,7 @@ def test_a_model_without_a_steady_state_is_refused(monkeypatch: pytest.MonkeyPat
 def test_requests_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], words: str) -> None:
     monkeypatch.delenv("ECHO_RT_BACKEND", raising=False)
     with pytest.raises(ConfigError, match=words) as error:
-        run(Request(**facts))
+        Run(Request(**facts))
     assert "\n" not in str(error.value)
 
 
@@ -359,41 +366,33 @@ def test_what_no_variant_can_compute_in_is_told_before_any_is_made(
     patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], words: str
 ) -> None:
     def begin(*_: object) -> None:
-        pytest.fail("a trial of attention, or a model, would take minutes on a GPU")
+        pytest.fail("a trial of attention, or networks, would take minutes on a GPU")
 
     monkeypatch.delenv("ECHO_RT_BACKEND", raising=False)
     monkeypatch.setattr(ops_module, "load_ops", _load(broken=False))
-    monkeypatch.setattr(run_module.Site, "choose", begin)
+    monkeypatch.setattr(Model, "networks", begin)
     with pytest.raises((ConfigError, BackendError), match=words):
-        run(Request(device="cpu", **facts))
-
-
-@pytest.mark.parametrize(
-    ("wanted", "evolves"),
-    [(None, True), (("off", "no-graphs"), True), (("evolve",), True), (("prior", "off", "torch"), False)],
-)
-def test_whether_the_backend_is_asked_for_a_memory(wanted: tuple[str, ...] | None, evolves: bool) -> None:
-    assert memory_evolves(wanted) is evolves
+        Run(Request(device="cpu", **facts))
 
 
 def test_a_gpu_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 8 * 2**30))
-    with (
-        pytest.raises(BackendError, match=r"1\.0 of 8\.0 GiB were free .* --variants"),
-        run_module._enough_memory(torch.device("cuda", 0)),
-    ):
+    def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 8 * 2**30))
+    monkeypatch.setattr(Run, "_measure", full)
+    with pytest.raises(BackendError, match=r"1\.0 of 8\.0 GiB were free .* --variants"):
+        Run(Request(variants=("off",), **ASKED_OF_TORCH)).measure()
 
 
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("ignore:.*needs nvidia-ml-py:RuntimeWarning")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_gpu_is_measured_by_its_own_clock() -> None:
-    found = run(Request(size="tiny", device="cuda", backend="torch", rounds=2, blocks=3))
+    found = Run(Request(size="tiny", device="cuda", backend="torch", rounds=2, blocks=3)).measure()
     assert found.clock == DEVICE_CLOCK and found.passed
     assert [entry.variant.name for entry in found.entries] == ["evolve", "prior", "off", "no-graphs"]
-    assert found.resources.growth == 0 and found.resources.peak is not None and found.resources.device is not None
-    assert found.resources.device <= found.resources.peak
+    assert found.resources["growth"] == 0 and 0 < found.resources["device"] <= found.resources["peak"]
     for entry in found.entries:
         for sample in entry.samples.values():
             assert 0 <= sample.idle < 1 and len(sample.whole) == 6 and min(sample.whole) > 0
@@ -406,7 +405,8 @@ def test_a_gpu_is_measured_by_its_own_clock() -> None:
 def test_a_gpu_whose_graphs_fail_is_measured_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """By what CUDA forbids amid a capture; the process can go on, another variant with graphs among it."""
     refuse_capture(monkeypatch, "Rollout._update_memory", amid=lambda: torch.cuda.current_stream().synchronize())
-    found = run(Request(size="tiny", device="cuda", backend="torch", variants=("evolve", "off"), rounds=1, blocks=2))
+    request = Request(size="tiny", device="cuda", backend="torch", variants=("evolve", "off"), rounds=1, blocks=2)
+    found = Run(request).measure()
     assert not found.passed and len(found.measured) == 2
     assert {entry.variant.name: entry.graphs for entry in found.entries} == {"evolve": False, "off": True}
     assert "Rollout._update_memory: " in found.entries[0].graphs_failed

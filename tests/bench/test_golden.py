@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def test_a_bundle_that_is_off_is_seen(golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verify(golden_dir / "vae", "cpu", "torch", "float32").ok
+    assert verify(golden_dir / "vae", "cpu", "torch", "float32")["ok"]
     assert refusal(golden_dir / "rollout_small", "cpu", "emulated", "float32")
     assert not refusal(golden_dir / "rollout_small", "cpu", "emulated", "bfloat16")
     assert not refusal(golden_dir / "vae", "cuda", "cuda", "float32")
@@ -27,7 +27,7 @@ def test_a_bundle_that_is_off_is_seen(golden_dir: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("ECHO_RT_GOLDEN", str(tmp_path / "elsewhere"))
     assert bundle in find_bundles(small=False) and bundle not in find_bundles(small=True)
     result = verify(bundle, "cpu", "torch", "float32")
-    assert not result.ok and "weights.safetensors" in result.note
+    assert not result["ok"] and "weights.safetensors" in result["note"]
 
 
 @pytest.mark.parametrize(("capability", "old"), [((8, 6), True), ((8, 9), False)])
@@ -42,11 +42,11 @@ def test_a_gpu_that_does_not_multiply_float8_must_refuse_it(
     assert refusal(bundle, "cuda:0", "torch", "bfloat16") == ""
     if old:
         result = verify(bundle, "cuda:0", "torch", "float8")
-        assert result.ok and result.note == f"refused, as it must be: {reason}"
+        assert result["ok"] and result["note"] == f"refused, as it must be: {reason}"
         monkeypatch.setattr("echo_rt.utils.device.require_products", lambda device: None)
         monkeypatch.setattr("echo_rt.verify.bundles.parse_device", lambda device: torch.device("cpu"))
         result = verify(bundle, "cuda:0", "torch", "float8")
-        assert not result.ok and result.note == f"expected a refusal of float8 ({reason}), it ran"
+        assert not result["ok"] and result["note"] == f"expected a refusal of float8 ({reason}), it ran"
 
 
 @pytest.mark.parametrize(

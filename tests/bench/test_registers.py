@@ -40,3 +40,23 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], log
     assert registers.main([str(path)]) == (1 if said else 0)
     out, err = capsys.readouterr()
     assert "_kernel" in out and err.startswith(said) and err.count("\n") == (1 if said else 0)
+
+
+@pytest.mark.parametrize(
+    ("demangled", "name"),
+    [
+        (
+            "void echo::<unnamed>::norm_kernel<echo::RowShape<__half, (int)8, (int)1>>(echo::NormParams)",
+            "norm_kernel<RowShape<__half, (int)8, (int)1>>",
+        ),
+        ("void echo::(anonymous namespace)::step_kernel<float>(StepParams)", "step_kernel<float>"),
+        (
+            "void at::native::elementwise<4, at::Op<(bool)1>>(int, at::Op<(bool)1>)",
+            "at::native::elementwise<4, at::Op<(bool)1>>",
+        ),
+        ("sm90_xmma_gemm_bf16", "sm90_xmma_gemm_bf16"),
+        ("(odd)", "(odd)"),
+    ],
+)
+def test_kernels_have_short_names(demangled: str, name: str) -> None:
+    assert registers.short_name(demangled) == name

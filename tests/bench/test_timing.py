@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from timing import DEVICE_CLOCK, HOST_CLOCK, DeviceTimer, HostTimer, Times, timer_for
 
-from echo_rt.bench.timing import DEVICE_CLOCK, HOST_CLOCK, DeviceTimer, HostTimer, Times, timer_for
 from echo_rt.errors import ConfigError
 
 CPU = torch.device("cpu")

@@ -11,12 +11,9 @@ from typing import Any
 
 import pytest
 
-import echo_rt.bench.run as run_module
-from echo_rt.bench import request as request_module
-from echo_rt.bench import tables
-from echo_rt.bench.request import Request
+from echo_rt.bench import settings, tables
 from echo_rt.bench.run import Run
-from echo_rt.bench.settings import BenchModel
+from echo_rt.bench.settings import BenchModel, Request
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig, WindowConfig
 from echo_rt.errors import BackendError
 
@@ -41,9 +38,9 @@ def call(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(scope="module")
 def smallest_run() -> Run:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(request_module.MODELS, "tiny", SMALLEST)
+        patch.setitem(settings.MODELS, "tiny", SMALLEST)
         patch.delenv("ECHO_RT_BACKEND", raising=False)
-        return run_module.run(Request(device="cpu", variants=("off",), rounds=1, blocks=1, peers=False))
+        return Run(Request(device="cpu", variants=("off",), rounds=1, blocks=1, peers=False)).measure()
 
 
 @pytest.fixture
@@ -51,12 +48,12 @@ def asked(monkeypatch: pytest.MonkeyPatch, smallest_run: Run) -> list[Request]:
     """What was asked for; what is answered is the smallest run there is."""
     requests: list[Request] = []
 
-    def run(request: Request, say: Any, save: Any) -> Run:
+    def begin(run: Run, request: Request, say: Any) -> None:
         say("round 1 of 1")
         requests.append(request)
-        return smallest_run
 
-    monkeypatch.setattr(run_module, "run", run)
+    monkeypatch.setattr(Run, "__init__", begin)
+    monkeypatch.setattr(Run, "measure", lambda run, save: smallest_run)
     return requests
 
 
@@ -182,10 +179,10 @@ def test_without_matplotlib_a_chart_is_refused_and_the_rest_written(
 
 
 def test_a_run_that_fails_writes_nothing(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(request: Request, say: Any, save: Any) -> Run:
+    def fail(*_: object) -> Run:
         raise BackendError("too little memory")
 
-    monkeypatch.setattr(run_module, "run", fail)
+    monkeypatch.setattr(Run, "measure", fail)
     done = call("bench", "--out", tmp_path, "--json")
     assert done.code == 2 and done.json == {"error": "too little memory", "exit_code": 2}
     assert list(tmp_path.iterdir()) == []
@@ -201,10 +198,3 @@ def test_help_names_what_there_is(call: Any, capsys: pytest.CaptureFixture[str])
         call("bench", "--help")
     out = capsys.readouterr().out
     assert ended.value.code == 0 and "evolve, prior, off, no-graphs, torch" in out and "--lookahead" in out
-
-
-def test_the_script_of_a_checkout_is_the_command(tmp_path: Path) -> None:
-    script = Path(__file__).parent.parent.parent / "bench" / "block.py"
-    command = [sys.executable, str(script), "--device", "cpu", "--size", "released"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 2 and "the released sizes need a GPU" in done.stderr

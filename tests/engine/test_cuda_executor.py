@@ -207,3 +207,27 @@ def test_the_stand_ins_are_gone_afterwards(small_model: Path) -> None:
     assert torch.cuda.Stream.__module__.startswith("torch")
     with load(small_model, overrides=FEW_STEPS) as runtime:
         assert len(video(runtime, 1)) == 1
+
+
+def test_spans_begin_behind_the_waits_and_end_behind_the_work(log: Log) -> None:
+    counter, executor = Counter(), CudaExecutor(CPU, graphs=True)
+    executor.spans = spans = []
+    for turn in range(3):  # as it is, captured, replayed
+        handed = executor.run(counter.add, 1)
+        log.calls.clear()
+        executor.run(counter.add, 2, lane=Lane.DECODE, after=[handed, None])
+        own = next(stream for name, stream, *_ in log.calls if name == "wait_event")
+        names = [name for name, stream, *_ in log.calls if stream is own]
+        assert names[:2] == ["wait_event", "record"] and names[-1] == "record"
+        if turn:
+            assert names.index("record") < names.index("replay") < len(names) - 2, "the executor's own mark, then ours"
+    with executor.apart(Lane.MEMORY):
+        counter.add(3)
+    assert [(span.stage.rpartition(".")[2], span.lane) for span in spans[-3:]] == [
+        ("add", Lane.MAIN),
+        ("add", Lane.DECODE),
+        ("", Lane.MEMORY),
+    ]
+    assert len(spans) == 7 and all(span.end.seconds_since(span.begin) >= 0 for span in spans)
+    events = [mark.event for span in spans for mark in (span.begin, span.end)]
+    assert len(set(map(id, events))) == len(events), "marks of their own: the executor's move when a stage runs again"
