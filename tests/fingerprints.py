@@ -85,7 +85,7 @@ def stream(folder: Path) -> Iterator[tuple[str, str]]:
     command("tiny", str(model))
     for memory in ("evolve", "prior", "off"):
         with echo_rt.Runtime.from_pretrained(
-            model, checkpoint=model / "echo_infinity.pt", device="cpu", memory=memory, lookahead=1
+            model, checkpoint=model / "echo_infinity.pt", ema=True, device="cpu", memory=memory, lookahead=1
         ) as runtime:
             state = folder / f"{memory}.safetensors"
             with runtime.stream("a red fox in the snow", seed=7) as live:

@@ -134,7 +134,7 @@ def test_the_command_line_says_it_in_a_line(
     small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--model", str(small_model), "--prompt", "x", "--memory", "off", "--size", "10000000x16000"]
-    assert main(["generate", *arguments, "-o", str(tmp_path / "v.mp4")]) == 2
+    assert main(["generate", *arguments, "--quiet", "-o", str(tmp_path / "v.mp4")]) == 2
     shown = capsys.readouterr().err.splitlines()
     assert len(shown) == 1 and shown[0].startswith("echo-rt: error: expected a video whose buffers fit into")
     assert list(tmp_path.iterdir()) == []

@@ -176,15 +176,17 @@ def test_a_runtime_asks_for_what_it_is_loaded_with(
     assert asked == [(None, CPU, {"memory": memory, "prescribed": None})]
 
 
-def test_the_first_line_of_the_log(
+def test_the_first_lines_of_the_log(
     small_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A warning, which is shown by itself, where there is a GPU and kernels do not run on it."""
     with caplog.at_level(logging.INFO, "echo_rt"):
         load(small_model).close()
-    first = caplog.records[0]
-    assert (first.name, first.levelno) == ("echo_rt.runtime", logging.INFO)
-    assert first.getMessage() == "backend torch: the device is cpu"
+    recipe, backend = caplog.records[:2]
+    assert (recipe.name, recipe.levelno) == ("echo_rt.recipe", logging.INFO)
+    assert recipe.getMessage().startswith("recipe echo-infinity-long (the folder names it): ")
+    assert (backend.name, backend.levelno) == ("echo_rt.runtime", logging.INFO)
+    assert backend.getMessage() == "backend torch: the device is cpu"
     caplog.clear()
     fallback = Backend(load_ops("torch"), "no kernels", fallback=True)
     monkeypatch.setattr(assembly, "choose_backend", lambda *_, **__: fallback)
