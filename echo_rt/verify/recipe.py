@@ -36,8 +36,7 @@ class RecipeBundle:
         float8_except: Sequence[str],
     ) -> tuple[dict[str, Tensor], Backend]:
         """``latents.b`` of the first ``blocks``, with the prompts of ``switches``; the backend that made them."""
-        if "initial_latents" in self.inputs:
-            raise WeightsError(f"{self.folder}: expected a bundle without initial_latents, which cannot be given")
+        initial = self.inputs.get("initial_latents")
         stride = VaeConfig().spatial_stride
         shape = self._input("noise.0").shape
         if len(shape) != 4:
@@ -58,10 +57,16 @@ class RecipeBundle:
                 graphs=graphs,
                 float8_except=float8_except,
             ) as runtime,
-            runtime.stream(prompt_embeds=self._input("prompt_embeds.0"), noise=self._noise) as stream,
+            runtime.stream(
+                prompt_embeds=self._input("prompt_embeds.0"),
+                noise=self._noise,
+                initial_latents=initial,
+                include_initial=initial is None,
+            ) as stream,
         ):
+            given = stream.next_block  # of its blocks' numbers, which the bundle does not count
             for number, block in enumerate(switches, start=1):
-                stream.set_prompt(prompt_embeds=self._input(f"prompt_embeds.{number}"), block=block)
+                stream.set_prompt(prompt_embeds=self._input(f"prompt_embeds.{number}"), block=given + block)
             made = {f"latents.{block}": next(stream).latents for block in range(blocks)}
             return made, Backend(load_ops(runtime.backend), runtime.backend_reason)
 
