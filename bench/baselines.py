@@ -226,13 +226,13 @@ def _transformer(name: str, networks: Networks, prompt_embeds: Tensor, seed: int
 
     def keep(block: int, step: int, flow: Tensor) -> None:
         if step == 0:
-            with runner.executor.apart():
+            with runner.executor.eager():
                 flows.append(flow.to("cpu", torch.float32, copy=True))
 
     runner = BlockRunner(networks, MemoryMode.OFF, graphs=None, depth=1)
     runner.start(prompt_embeds, seed)
     runner.rollout.next_block(observe=keep)
-    runner.executor.settle()
+    runner.executor.synchronize()
     runner.close()
     error = relative_error(forward()[0].transpose(0, 1).float().cpu(), flows[0])
     block = config.tokens_per_block

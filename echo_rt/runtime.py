@@ -66,10 +66,10 @@ class Runtime:
         self.attention, self.text_attention = networks.attention
         self.vae_attention, self.convolutions = networks.vae_attention, networks.convolutions
         self._engine: Engine | None = engine
-        # Torch knows its buffers by the stream they were made on, and would lend them out amid a block of the lanes.
-        self._ending = weakref.finalize(engine, engine.executor.settle)
+        # Torch knows its buffers by the stream they were made on, and would lend them out amid a block of the queues.
+        self._ending = weakref.finalize(engine, engine.executor.synchronize)
         self._ending.atexit = False
-        engine.executor.settle()  # what was loaded on this thread's CUDA stream is there for any other
+        engine.executor.synchronize()  # what was loaded on this thread's CUDA stream is there for any other
 
     @classmethod
     @release_on_error

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from echo_rt.engine.executor import Immediate, _Instant
+from echo_rt.engine.executor import Executor, _Instant
 from echo_rt.engine.rollout import Rollout
 
 LATE = 3600.0  # seconds that a late block takes, by a clock that is put forward: no load makes another one so late
@@ -27,9 +27,9 @@ def amid_every_block(patch: pytest.MonkeyPatch, act: Callable[[Rollout, int, int
     """``act(rollout, block, step)`` before every denoising step of every stream; blocks by the state's numbers."""
     denoise = Rollout._denoise
 
-    def watched(rollout: Rollout, step: int, *facts: Any) -> None:
+    def watched(rollout: Rollout, step: int, *static_args: Any) -> None:
         act(rollout, rollout.state.block + 1, step)
-        denoise(rollout, step, *facts)
+        denoise(rollout, step, *static_args)
 
     patch.setattr(Rollout, "_denoise", watched)
 
@@ -66,8 +66,8 @@ def late_block(patch: pytest.MonkeyPatch, block: int) -> None:
         if at == block:
             ahead[0] = LATE
 
-    def begin(mark: _Instant) -> None:
-        mark.time = time.perf_counter() + ahead[0]
+    def begin(event: _Instant) -> None:
+        event.time = time.perf_counter() + ahead[0]
 
     amid_every_block(patch, put_forward)
     patch.setattr(_Instant, "__init__", begin)
@@ -81,7 +81,7 @@ class LostDevice:
 
     def __init__(self, patch: pytest.MonkeyPatch, block: int, later: bool = False) -> None:
         self.errors = 0
-        untold: set[float] = set()  # times of marks behind the access
+        untold: set[float] = set()  # times of events behind the access
 
         def illegal_access(rollout: Rollout, at: int, step: int) -> None:
             if at < block:
@@ -90,22 +90,22 @@ class LostDevice:
                 self._raise()
             untold.add(time.perf_counter())
 
-        def wait(mark: _Instant, seconds: float | None = None) -> bool:
-            if untold and mark.time > min(untold):
+        def wait(event: _Instant, seconds: float | None = None) -> bool:
+            if untold and event.time > min(untold):
                 self._raise()
             return True
 
         amid_every_block(patch, illegal_access)
         patch.setattr(_Instant, "wait", wait)
-        for name in ("run", "mark", "apart", "settle", "close"):
-            patch.setattr(Immediate, name, self._refusing(getattr(Immediate, name)))
+        for name in ("run", "record", "eager", "synchronize", "close"):
+            patch.setattr(Executor, name, self._refusing(getattr(Executor, name)))
 
     def _raise(self) -> None:
         self.errors += 1
         raise LOST(f"{ILLEGAL} (number {self.errors})\nCompile with TORCH_USE_CUDA_DSA to see more.")
 
     def _refusing(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def asked(executor: Immediate, *arguments: Any, **options: Any) -> Any:
+        def asked(executor: Executor, *arguments: Any, **options: Any) -> Any:
             if self.errors:
                 self._raise()
             return method(executor, *arguments, **options)

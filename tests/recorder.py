@@ -1,7 +1,7 @@
-"""Graphs and lanes without a GPU: stages are recorded as lists of operations and replayed, and every access is kept.
+"""Graphs and queues without a GPU: stages are recorded as lists of operations and replayed, and every access is kept.
 
 What a CUDA graph does to the code it was captured from, this does: the addresses and the host's values of the second
-run are what all later ones use. And what runs on lanes that no mark orders is found, though here everything runs in
+run are what all later ones use. And what runs on queues that no event orders is found, though here everything runs in
 the order in which it was asked for.
 """
 
@@ -19,7 +19,7 @@ from tape import Call, tensors_in
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from echo_rt.engine.executor import Executor, Lane, Mark, stage_name
+from echo_rt.engine.executor import Event, Executor, Queue, stage_name
 
 HOST = "host"
 Clock = dict[str, int]
@@ -28,14 +28,14 @@ Clock = dict[str, int]
 def _merged(*clocks: Mapping[str, int]) -> Clock:
     out: Clock = defaultdict(int)
     for clock in clocks:
-        for lane, at in clock.items():
-            out[lane] = max(out[lane], at)
+        for queue, at in clock.items():
+            out[queue] = max(out[queue], at)
     return out
 
 
 @dataclass
-class RecordedMark:
-    """A point in a lane: all that is known to have happened by then."""
+class RecordedEvent:
+    """A point in a queue: all that is known to have happened by then."""
 
     recorder: Recorder
     clock: Clock
@@ -46,16 +46,16 @@ class RecordedMark:
         self.recorder.clocks[HOST] = _merged(self.recorder.clocks[HOST], self.clock)
         return True
 
-    def seconds_since(self, earlier: Mark) -> float:
-        assert isinstance(earlier, RecordedMark)
+    def seconds_since(self, earlier: Event) -> float:
+        assert isinstance(earlier, RecordedEvent)
         return self.time - earlier.time
 
 
 @dataclass
 class Access:
-    """What one run of a stage does with a part of a buffer; ``at``: when it last does so, as the lane counts."""
+    """What one run of a stage does with a part of a buffer; ``at``: when it last does so, as the queue counts."""
 
-    lane: str
+    queue: str
     at: int
     clock: Mapping[str, int]
     stage: str
@@ -70,8 +70,8 @@ class Access:
         return (
             overlap
             and (self.writes or later.writes)
-            and self.lane != later.lane
-            and later.clock.get(self.lane, 0) < self.at
+            and self.queue != later.queue
+            and later.clock.get(self.queue, 0) < self.at
         )
 
 
@@ -85,11 +85,11 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self._buffers: dict[int, str] = {}  # by the address of what they lie in
         self.replays = self.runs = 0
-        self.clocks: dict[str, Clock] = {lane: defaultdict(int) for lane in (HOST, *(lane.value for lane in Lane))}
+        self.clocks: dict[str, Clock] = {queue: defaultdict(int) for queue in (HOST, *(queue.value for queue in Queue))}
         self.accesses: list[Access] = []
         self.outside: Counter[str] = Counter()  # operations that are part of no stage
-        self.ignored: set[tuple[str, str]] = set()  # (stage, stage it would wait for): marks to be overlooked
-        self._lane, self._stage = HOST, ""
+        self.ignored: set[tuple[str, str]] = set()  # (stage, stage it would wait for): events to be overlooked
+        self._queue, self._stage = HOST, ""
         self._noted: dict[Hashable, Access] = {}  # by this run of this stage
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, list[Call]] = {}
@@ -103,15 +103,15 @@ class Recorder(TorchDispatchMode):
     def run(
         self,
         stage: Callable[..., None],
-        *facts: Hashable,
-        lane: Lane = Lane.MAIN,
-        after: Sequence[Mark | None] = (),
-    ) -> Mark:
-        key, name = (stage, facts), stage_name(stage)
+        *static_args: Hashable,
+        queue: Queue = Queue.MAIN,
+        after: Sequence[Event | None] = (),
+    ) -> Event:
+        key, name = (stage, static_args), stage_name(stage)
         self.runs += 1
-        waited = [mark for mark in after if isinstance(mark, RecordedMark)]
-        waited = [mark for mark in waited if (name, mark.stage) not in self.ignored]
-        with self._on(lane, name, *(mark.clock for mark in waited)):
+        waited = [event for event in after if isinstance(event, RecordedEvent)]
+        waited = [event for event in waited if (name, event.stage) not in self.ignored]
+        with self._on(queue, name, *(event.clock for event in waited)):
             if key in self._graphs:
                 self.replays += 1
                 for call in self._graphs[key]:
@@ -120,39 +120,39 @@ class Recorder(TorchDispatchMode):
             elif key in self._seen:
                 self._graphs[key] = self._capturing = []
                 try:
-                    stage(*facts)
+                    stage(*static_args)
                 finally:
                     self._capturing = None
             else:
                 self._seen.add(key)
-                stage(*facts)
-        return RecordedMark(self, dict(self.clocks[lane.value]), name)
+                stage(*static_args)
+        return RecordedEvent(self, dict(self.clocks[queue.value]), name)
 
     @contextmanager
-    def _on(self, lane: Lane, stage: str, *clocks: Clock) -> Iterator[None]:
-        outer = self._lane, self._stage
-        self._lane, self._stage, self._noted = lane.value, stage, {}
+    def _on(self, queue: Queue, stage: str, *clocks: Clock) -> Iterator[None]:
+        outer = self._queue, self._stage
+        self._queue, self._stage, self._noted = queue.value, stage, {}
         # Whatever is asked for comes after what the host has done and seen.
-        self.clocks[lane.value] = _merged(self.clocks[lane.value], self.clocks[HOST], *clocks)
+        self.clocks[queue.value] = _merged(self.clocks[queue.value], self.clocks[HOST], *clocks)
         try:
             yield
         finally:
-            self._lane, self._stage = outer
+            self._queue, self._stage = outer
             self._noted = {}
 
     @contextmanager
-    def apart(self, lane: Lane = Lane.MAIN) -> Iterator[None]:
-        with self._on(lane, ""):
+    def eager(self, queue: Queue = Queue.MAIN) -> Iterator[None]:
+        with self._on(queue, ""):
             yield
 
-    def mark(self, lane: Lane, again: Mark | None = None) -> Mark:
-        return RecordedMark(self, dict(self.clocks[lane.value]))
+    def record(self, queue: Queue, reuse: Event | None = None) -> Event:
+        return RecordedEvent(self, dict(self.clocks[queue.value]))
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         self.clocks[HOST] = _merged(*self.clocks.values())
 
     def close(self) -> None:
-        self.settle()
+        self.synchronize()
         self._graphs.clear()
         self._seen.clear()
 
@@ -179,19 +179,19 @@ class Recorder(TorchDispatchMode):
         views = any(out.alias_info is not None and not out.alias_info.is_write for out in schema.returns)
         if views:
             return
-        clock = self.clocks[self._lane]
-        clock[self._lane] = clock.get(self._lane, 0) + 1
+        clock = self.clocks[self._queue]
+        clock[self._queue] = clock.get(self._queue, 0) + 1
         for tensors, writes in ((read, False), (written, True)):
             for tensor in tensors:
                 name = self._buffers.get(tensor.untyped_storage().data_ptr())
                 if name is None:
                     continue
                 key = (name, _extent(tensor), writes)
-                if key not in self._noted or self._lane == HOST:
-                    access = Access(self._lane, 0, dict(clock), self._stage, name, *key[1], writes)
+                if key not in self._noted or self._queue == HOST:
+                    access = Access(self._queue, 0, dict(clock), self._stage, name, *key[1], writes)
                     self._noted[key] = access
                     self.accesses.append(access)
-                self._noted[key].at = clock[self._lane]
+                self._noted[key].at = clock[self._queue]
 
     def races(self) -> list[str]:
         """Every pair of accesses to one buffer that nothing orders, in words."""
@@ -200,7 +200,7 @@ class Recorder(TorchDispatchMode):
         for access in self.accesses:
             for earlier in by_buffer[access.buffer]:
                 if earlier.races(access):
-                    words = f"{access.buffer}: {earlier.stage or earlier.lane} and {access.stage or access.lane}"
+                    words = f"{access.buffer}: {earlier.stage or earlier.queue} and {access.stage or access.queue}"
                     found[words] = None
             by_buffer[access.buffer].append(access)
         return list(found)

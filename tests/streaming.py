@@ -89,9 +89,9 @@ def amid_blocks(stream: echo_rt.Stream, act: Callable[[int, int], Any], monkeypa
     rollout = stream._engine.rollout
     denoise = rollout._denoise
 
-    def watched(step: int, *facts: Any) -> None:
+    def watched(step: int, *static_args: Any) -> None:
         act(rollout.state.block + 1, step)
-        denoise(step, *facts)
+        denoise(step, *static_args)
 
     monkeypatch.setattr(rollout, "_denoise", watched)
 

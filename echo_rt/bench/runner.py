@@ -1,6 +1,6 @@
 """A model in one setting, live on its device, and what its blocks take: what ``echo-rt bench`` measures.
 
-What runs is the rollout, decoder and lanes of :class:`echo_rt.Runtime`. Several block runners live side by side, so
+What runs is the rollout, decoder and queues of :class:`echo_rt.Runtime`. Several block runners live side by side, so
 that they can be measured in turns; the networks that they compute with are shared.
 """
 
@@ -22,7 +22,7 @@ from echo_rt.bench.settings import MODELS, RELEASED, TINY, Request
 from echo_rt.chunk import Chunk
 from echo_rt.config import ModelConfig, VaeConfig
 from echo_rt.engine.build import ModelTensors, Networks, build_engine
-from echo_rt.engine.executor import Lane, Mark, Span, make_executor
+from echo_rt.engine.executor import Event, Queue, Span, make_executor
 from echo_rt.engine.rollout import Rollout
 from echo_rt.errors import ConfigError
 from echo_rt.ops.backends import Backend
@@ -109,19 +109,19 @@ class Interval(NamedTuple):
     """A span in seconds since the start of its turn."""
 
     stage: str
-    lane: Lane
+    queue: Queue
     begin: float
     end: float
 
 
-def intervals(spans: Iterable[Span], since: Mark) -> list[Interval]:
-    """The spans, whose marks have been passed, on the clock that began with ``since``."""
-    return [Interval(s.stage, s.lane, s.begin.seconds_since(since), s.end.seconds_since(since)) for s in spans]
+def intervals(spans: Iterable[Span], since: Event) -> list[Interval]:
+    """The spans, whose events have been passed, on the clock that began with ``since``."""
+    return [Interval(s.stage, s.queue, s.begin.seconds_since(since), s.end.seconds_since(since)) for s in spans]
 
 
 def arrival(block: Sequence[Interval]) -> float:
     """When the block was on the host."""
-    return max(each.end for each in block if each.lane is Lane.DECODE)
+    return max(each.end for each in block if each.queue is Queue.DECODE)
 
 
 def busy_seconds(spans: Iterable[tuple[float, float]], begin: float, end: float) -> float:
@@ -152,15 +152,15 @@ class Sample:
         """Add a turn: its last block before the measured ones, those, and all that ran in it.
 
         A whole block is the time between two arrivals on the host. The transformer's is from the rollout's first stage
-        in the main lane to the end of its last, waiting included; memory's and decoder's are sums of their stages.
+        in the main queue to the end of its last, waiting included; memory's and decoder's are sums of their stages.
         """
         arrivals = [arrival(warm), *map(arrival, measured)]
         self.whole += [after - before for before, after in itertools.pairwise(arrivals)]
         for block in measured:
-            passes = [each for each in block if each.lane is Lane.MAIN and each.stage.startswith(Rollout.__name__)]
+            passes = [each for each in block if each.queue is Queue.MAIN and each.stage.startswith(Rollout.__name__)]
             self.transformer.append(max(each.end for each in passes) - min(each.begin for each in passes))
-            self.memory.append(sum(each.end - each.begin for each in block if each.lane is Lane.MEMORY))
-            decoding = (each for each in block if each.lane is Lane.DECODE and each.stage)  # not the copy
+            self.memory.append(sum(each.end - each.begin for each in block if each.queue is Queue.MEMORY))
+            decoding = (each for each in block if each.queue is Queue.DECODE and each.stage)  # not the copy
             self.decode.append(sum(each.end - each.begin for each in decoding))
         self.window += arrivals[-1] - arrivals[0]
         self.busy += busy_seconds(((each.begin, each.end) for each in every), arrivals[0], arrivals[-1])
@@ -173,7 +173,7 @@ class Sample:
 
     @property
     def idle(self) -> float:
-        """Share of the time in which no lane was in a stage."""
+        """Share of the time in which no queue was in a stage."""
         return 1 - self.busy / self.window
 
     @property
@@ -210,7 +210,7 @@ class BlockRunner:
         self.engine = build_engine(config, networks, options, mode, executor=self.executor)
         self.rollout, self.pipeline = self.engine.rollout, self.engine.pipeline
         self._begun: deque[tuple[Span, ...]] = deque()
-        self.executor.settle()
+        self.executor.synchronize()
 
     def start(self, prompt_embeds: Tensor, seed: int) -> None:
         """Begin a new video."""
@@ -236,7 +236,7 @@ class BlockRunner:
         Blocks that are begun ahead come sooner the first time, so one more than that many do not count. The energy is
         that of one block more than those that count, so that reading it falls into no time that counts.
         """
-        since = self.executor.mark(Lane.MAIN)
+        since = self.executor.record(Queue.MAIN)
         warm = [self.block(lookahead) for _ in range(lookahead)]
         before = joules()
         warm.append(self.block(lookahead))
@@ -255,7 +255,7 @@ class BlockRunner:
             while self.pipeline.in_flight:
                 self.pipeline.finish()
         self._begun.clear()
-        self.executor.settle()
+        self.executor.synchronize()
 
     def warm_up(self) -> None:
         """Go on until the ids have saturated and, where graphs are captured, a block is nothing but replays.
@@ -283,5 +283,5 @@ class BlockRunner:
         other._spans.clear()
 
     def close(self) -> None:
-        """Let go of lanes and graphs."""
+        """Let go of queues and graphs."""
         self.executor.close()

@@ -82,13 +82,13 @@ class Engine:
         The rest is the stream's, which :class:`Snapshot` explains.
         """
         pinned = self.device.type == "cuda"  # several times as fast as memory that may be paged out
-        self.executor.settle()
+        self.executor.synchronize()
         copies: dict[str, Tensor] = {}
-        with self.executor.apart():
+        with self.executor.eager():
             for name, tensor in self.pipeline.live_tensors().items():
                 copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
                 copies[name].copy_(tensor, non_blocking=True)
-        self.executor.settle()
+        self.executor.synchronize()
         given = self.pipeline.given
         return Snapshot(
             model=dict(self.model),
@@ -107,7 +107,7 @@ class Engine:
 
     def finite(self) -> bool:
         """Whether all that the next block depends on is finite; waits for it."""
-        with self.executor.apart():
+        with self.executor.eager():
             # Without a memory some are empty.
             values = [t for t in self.pipeline.live_tensors().values() if t.is_floating_point() and t.numel()]
             ends = [torch.aminmax(t) for t in values]
@@ -153,10 +153,10 @@ class Engine:
         self.pipeline.reset()
         state.reset()
         self.rollout.set_seed(seed)
-        with self.executor.apart():
+        with self.executor.eager():
             for name, tensor in self.pipeline.live_tensors().items():
                 tensor.copy_(snapshot.tensors[name])
-        self.executor.settle()  # the snapshot may be let go of
+        self.executor.synchronize()  # the snapshot may be let go of
         state.block = snapshot.block
         state.initial_blocks = snapshot.initial_blocks
         state.memory_ready = snapshot.memory_ready

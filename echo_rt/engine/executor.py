@@ -1,10 +1,10 @@
-"""How work reaches the device: lanes that run beside one another, ordered by marks, and graphs that replay.
+"""How work reaches the device: queues that run beside one another, ordered by events, and graphs that replay.
 
-A *stage* is a function and the facts it is called with. Facts are whatever the host decides; all else that a stage
-reads or writes lies in tensors whose addresses never change. So a stage that comes again with the same facts does the
-same work on the same addresses, and on a GPU a captured graph does it without the host: the first time a stage runs
-as it is (libraries make their workspaces and choices then), the second time it is captured, from then on replayed.
-What comes once in a video, like the filling of the window, is therefore never worth a graph, and gets none.
+A *stage* is a function and its static arguments: all that the host decides. What else a stage reads or writes lies in
+tensors whose addresses never change. So a stage that comes again with the same arguments does the same work on the same
+addresses, and on a GPU a captured graph does it without the host: the first time a stage runs as it is (libraries make
+their workspaces and choices then), the second time it is captured, from then on replayed. What comes once in a video,
+like the filling of the window, is therefore never worth a graph, and gets none.
 """
 
 from __future__ import annotations
@@ -26,81 +26,34 @@ from echo_rt.utils.wording import first_line
 
 _logger = logging.getLogger("echo_rt.engine.executor")
 _DOMAIN = "echo_rt"  # of the NVTX ranges
-_POLL_SECONDS = 0.0005  # between two looks at a mark that is waited for with a bound
+_POLL_SECONDS = 0.0005  # between two looks at an event that is waited for with a bound
 
 
-class Lane(Enum):
-    """What runs in order; two lanes run beside one another."""
+class Queue(Enum):
+    """Runs work in order; two queues run beside one another. On a GPU a CUDA stream."""
 
     MAIN = "main"
     MEMORY = "memory"
     DECODE = "decode"
 
 
-class Mark(Protocol):
-    """A point in a lane."""
+class Event(Protocol):
+    """A point in a queue."""
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Hold the host until the lane has passed the mark; False if it has not after ``seconds``."""
+        """Hold the host until the queue has passed the event; False if it has not after ``seconds``."""
 
-    def seconds_since(self, earlier: Mark) -> float:
-        """Time between two marks that have been passed."""
+    def seconds_since(self, earlier: Event) -> float:
+        """Time between two events that have been passed."""
 
 
 class Span(NamedTuple):
-    """A stage's time in its lane: from when it could begin, what it waits for being done, to its end."""
+    """A stage's time in its queue: from when it could begin, what it waits for being done, to its end."""
 
     stage: str
-    lane: Lane
-    begin: Mark
-    end: Mark
-
-
-class Executor(Protocol):
-    """Runs stages on lanes. One thread at a time.
-
-    ``spans``: where a benchmark has put a list, each stage and each stay in :meth:`apart` (``stage`` empty) adds its
-    span, which costs two marks.
-    """
-
-    spans: list[Span] | None
-
-    @property
-    def replays(self) -> int:
-        """How many stages were replayed so far."""
-
-    @property
-    def runs(self) -> int:
-        """How many stages were run so far, replayed or not."""
-
-    def run(
-        self,
-        stage: Callable[..., None],
-        *facts: Hashable,
-        lane: Lane = Lane.MAIN,
-        after: Sequence[Mark | None] = (),
-    ) -> Mark:
-        """``stage(*facts)`` on ``lane``, once the lane has passed ``after`` (None: nothing to wait for).
-
-        The mark is the stage's end; running the same stage again moves it. :class:`CaptureError` where a graph is
-        wanted of it and there can be none.
-        """
-
-    @contextmanager
-    def apart(self, lane: Lane = Lane.MAIN) -> Iterator[None]:
-        """Work on ``lane`` that is not a stage: never captured. It sees what the caller's CUDA stream has done."""
-
-    def mark(self, lane: Lane, again: Mark | None = None) -> Mark:
-        """A mark where ``lane`` is now; ``again`` is one that is no longer needed."""
-
-    def settle(self) -> None:
-        """Hold the host until every lane is idle. :class:`StallError` where one is not, after :meth:`give_up`."""
-
-    def give_up(self, seconds: float) -> None:
-        """A lane may never be idle again: from now on :meth:`settle` waits for it no longer than that."""
-
-    def close(self) -> None:
-        """Settle, then forget all stages and their graphs: of a lost device too, but not of one that is busy."""
+    queue: Queue
+    begin: Event
+    end: Event
 
 
 def stage_name(stage: Callable[..., None]) -> str:
@@ -119,17 +72,8 @@ def _ranges() -> Callable[[str], AbstractContextManager[None]]:
     return lambda name: nvtx.annotate(name, domain=_DOMAIN)
 
 
-@contextmanager
-def _noting(executor: Executor, stage: str, lane: Lane) -> Iterator[None]:
-    """Add the span of what is done in it, where spans are wanted."""
-    begin = None if executor.spans is None else executor.mark(lane)
-    yield
-    if executor.spans is not None and begin is not None:
-        executor.spans.append(Span(stage, lane, begin, executor.mark(lane)))
-
-
 class _Instant:
-    """A mark of a lane that is never behind the host."""
+    """An event of a queue that is never behind the host."""
 
     def __init__(self) -> None:
         self.time = time.perf_counter()
@@ -137,13 +81,17 @@ class _Instant:
     def wait(self, seconds: float | None = None) -> bool:
         return True
 
-    def seconds_since(self, earlier: Mark) -> float:
+    def seconds_since(self, earlier: Event) -> float:
         assert isinstance(earlier, _Instant)
         return self.time - earlier.time
 
 
-class Immediate:
-    """Runs every stage at once, on the CPU: the lanes are one."""
+class Executor:
+    """Runs stages on queues, for one thread at a time. This one runs each at once, on the CPU: its queues are one.
+
+    ``runs`` counts the stages, ``replays`` those of them that were replayed. ``spans``: where a benchmark has put a
+    list, each stage and each stay in :meth:`eager` (``stage`` empty) adds its span, which costs two events.
+    """
 
     def __init__(self) -> None:
         self.spans: list[Span] | None = None
@@ -153,54 +101,69 @@ class Immediate:
     def run(
         self,
         stage: Callable[..., None],
-        *facts: Hashable,
-        lane: Lane = Lane.MAIN,
-        after: Sequence[Mark | None] = (),
-    ) -> Mark:
+        *static_args: Hashable,
+        queue: Queue = Queue.MAIN,
+        after: Sequence[Event | None] = (),
+    ) -> Event:
+        """``stage(*static_args)`` on ``queue``, once the queue has passed ``after`` (None: nothing to wait for).
+
+        The event is the stage's end; running the same stage again moves it. :class:`CaptureError` where a graph is
+        wanted of it and there can be none.
+        """
         self.runs += 1
-        with _noting(self, stage_name(stage), lane), _ranges()(stage_name(stage)):
-            stage(*facts)
+        with self._noting(stage_name(stage), queue), _ranges()(stage_name(stage)):
+            stage(*static_args)
         return _Instant()
 
     @contextmanager
-    def apart(self, lane: Lane = Lane.MAIN) -> Iterator[None]:
-        with _noting(self, "", lane):
+    def eager(self, queue: Queue = Queue.MAIN) -> Iterator[None]:
+        """Work on ``queue`` that is not a stage: never captured. It sees what the caller's CUDA stream has done."""
+        with self._noting("", queue):
             yield
 
-    def mark(self, lane: Lane, again: Mark | None = None) -> Mark:
+    def record(self, queue: Queue, reuse: Event | None = None) -> Event:
+        """An event where ``queue`` is now; ``reuse`` is one that is no longer needed."""
         return _Instant()
 
-    def settle(self) -> None:
-        return
+    def synchronize(self) -> None:
+        """Hold the host until every queue is idle. :class:`StallError` where one is not, after :meth:`give_up`."""
 
     def give_up(self, seconds: float) -> None:
-        return
+        """A queue may never be idle again: from now on :meth:`synchronize` waits for it no longer than that."""
 
     def close(self) -> None:
-        return
+        """Synchronize, then forget all stages and their graphs: of a lost device too, but not of one that is busy."""
+
+    @contextmanager
+    def _noting(self, stage: str, queue: Queue) -> Iterator[None]:
+        """Add the span of what is done in it, where spans are wanted."""
+        begin = None if self.spans is None else self.record(queue)
+        yield
+        if self.spans is not None and begin is not None:
+            self.spans.append(Span(stage, queue, begin, self.record(queue)))
 
 
-class CudaMark:
-    """A mark of a CUDA stream."""
+class CudaEvent:
+    """An event of a CUDA stream."""
 
     def __init__(self) -> None:
         # Blocking: the host sleeps while it waits for a block, instead of spinning a core for a quarter of a second.
-        self.event = torch.cuda.Event(enable_timing=True, blocking=True)
+        self.cuda = torch.cuda.Event(enable_timing=True, blocking=True)
 
     def wait(self, seconds: float | None = None) -> bool:
         if seconds is None:
-            self.event.synchronize()
+            self.cuda.synchronize()
             return True
         deadline = time.monotonic() + seconds
-        while not self.event.query():
+        while not self.cuda.query():
             if time.monotonic() > deadline:
                 return False
             time.sleep(_POLL_SECONDS)
         return True
 
-    def seconds_since(self, earlier: Mark) -> float:
-        assert isinstance(earlier, CudaMark)
-        milliseconds: float = earlier.event.elapsed_time(self.event)
+    def seconds_since(self, earlier: Event) -> float:
+        assert isinstance(earlier, CudaEvent)
+        milliseconds: float = earlier.cuda.elapsed_time(self.cuda)
         return milliseconds / 1000
 
 
@@ -215,78 +178,80 @@ class _Seen(threading.local):
         self.stages: set[Hashable] = set()
 
 
-class CudaExecutor:
-    """Lanes are CUDA streams; stages that come again are replayed as graphs, if ``graphs``."""
+class CudaExecutor(Executor):
+    """Queues are CUDA streams; stages that come again are replayed as graphs, if ``graphs``."""
 
     def __init__(self, device: torch.device, *, graphs: bool) -> None:
+        super().__init__()
         self._device, self._graphs_wanted = device, graphs
         # The decoder's many small launches go first: what it makes is waited for, the next block is not.
-        self._streams = {lane: torch.cuda.Stream(device, priority=-1 if lane is Lane.DECODE else 0) for lane in Lane}
+        self._streams = {
+            queue: torch.cuda.Stream(device, priority=-1 if queue is Queue.DECODE else 0) for queue in Queue
+        }
         # Graphs of one pool may share memory, which is safe for those that never run at the same time.
-        self._pools = {lane: torch.cuda.graph_pool_handle() for lane in Lane}
+        self._pools = {queue: torch.cuda.graph_pool_handle() for queue in Queue}
         self._seen = _Seen()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._marks: dict[Hashable, Mark] = {}
-        self._patience: float | None = None  # seconds to settle in, once a lane was given up
-        self.spans: list[Span] | None = None
-        self.replays = 0
-        self.runs = 0
+        self._events: dict[Hashable, Event] = {}
+        self._patience: float | None = None  # seconds to synchronize in, once a queue was given up
 
     def run(
         self,
         stage: Callable[..., None],
-        *facts: Hashable,
-        lane: Lane = Lane.MAIN,
-        after: Sequence[Mark | None] = (),
-    ) -> Mark:
+        *static_args: Hashable,
+        queue: Queue = Queue.MAIN,
+        after: Sequence[Event | None] = (),
+    ) -> Event:
         # Not the bound method, which would hold its owner, all buffers with it, in a circle.
-        key = (getattr(stage, "__func__", stage), facts)
+        key = (getattr(stage, "__func__", stage), static_args)
         self.runs += 1
-        stream = self._streams[lane]
-        for mark in after:
-            if mark is not None:
-                assert isinstance(mark, CudaMark)
-                stream.wait_event(mark.event)
+        stream = self._streams[queue]
+        for event in after:
+            if event is not None:
+                assert isinstance(event, CudaEvent)
+                stream.wait_event(event.cuda)
         # Behind the waits, which are not the stage's.
-        with _noting(self, stage_name(stage), lane), torch.cuda.stream(stream), _ranges()(stage_name(stage)):
+        with self._noting(stage_name(stage), queue), torch.cuda.stream(stream), _ranges()(stage_name(stage)):
             graph = self._graphs.get(key)
             if graph is None and self._graphs_wanted and key in self._seen.stages:
-                graph = self._graphs[key] = self._capture(stage, facts, lane)
+                graph = self._graphs[key] = self._capture(stage, static_args, queue)
             elif graph is not None:
                 self.replays += 1
             if graph is None:
-                stage(*facts)
+                stage(*static_args)
                 self._seen.stages.add(key)
             else:
                 graph.replay()
-        self._marks[key] = self.mark(lane, self._marks.get(key))
-        return self._marks[key]
+        self._events[key] = self.record(queue, self._events.get(key))
+        return self._events[key]
 
-    def _capture(self, stage: Callable[..., None], facts: tuple[Hashable, ...], lane: Lane) -> torch.cuda.CUDAGraph:
+    def _capture(
+        self, stage: Callable[..., None], static_args: tuple[Hashable, ...], queue: Queue
+    ) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
-            capture(graph, partial(stage, *facts), stream=self._streams[lane], pool=self._pools[lane])
+            capture(graph, partial(stage, *static_args), stream=self._streams[queue], pool=self._pools[queue])
         except BaseException as error:
-            self._pools[lane] = torch.cuda.graph_pool_handle()
+            self._pools[queue] = torch.cuda.graph_pool_handle()
             if not isinstance(error, Exception) or isinstance(error, (EchoError, torch.OutOfMemoryError)):
                 raise  # which say what is the matter, with graphs or without
             raise CaptureError(stage_name(stage), first_line(error)) from error
         return graph
 
     @contextmanager
-    def apart(self, lane: Lane = Lane.MAIN) -> Iterator[None]:
-        stream = self._streams[lane]
+    def eager(self, queue: Queue = Queue.MAIN) -> Iterator[None]:
+        stream = self._streams[queue]
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream), _noting(self, "", lane):
+        with torch.cuda.stream(stream), self._noting("", queue):
             yield
 
-    def mark(self, lane: Lane, again: Mark | None = None) -> Mark:
-        mark = CudaMark() if again is None else again
-        assert isinstance(mark, CudaMark)
-        mark.event.record(self._streams[lane])
-        return mark
+    def record(self, queue: Queue, reuse: Event | None = None) -> Event:
+        event = CudaEvent() if reuse is None else reuse
+        assert isinstance(event, CudaEvent)
+        event.cuda.record(self._streams[queue])
+        return event
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         if self._patience is not None:
             deadline = time.monotonic() + self._patience
             while not all(stream.query() for stream in self._streams.values()):
@@ -303,7 +268,7 @@ class CudaExecutor:
 
     def close(self) -> None:
         try:
-            self.settle()
+            self.synchronize()
         except StallError:
             raise  # graphs that may be running are kept with the buffers they write to
         except BaseException:
@@ -313,7 +278,7 @@ class CudaExecutor:
 
     def _forget(self) -> None:
         self._graphs.clear()
-        self._marks.clear()
+        self._events.clear()
         self._seen = _Seen()
 
 
@@ -327,4 +292,4 @@ def make_executor(device: torch.device, graphs: bool | None = None) -> Executor:
             return CudaExecutor(device, graphs=graphs is not False)
     if graphs:
         raise BackendError(f"graphs=True needs a CUDA device, and this model is on {str(device)!r}; leave graphs out")
-    return Immediate()
+    return Executor()

@@ -1,6 +1,6 @@
 """From latents to frames on the host: the decoder works on one block while the transformer makes the next.
 
-A block is begun (its work is submitted, to the lanes of :mod:`echo_rt.engine.executor`) and later finished (waited
+A block is begun (its work is submitted, to the queues of :mod:`echo_rt.engine.executor`) and later finished (waited
 for). The blocks between the two are in flight: each has a slot of host memory, pinned on a GPU, so there are never more
 of them than slots, and memory does not grow however slow the consumer is.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from echo_rt.chunk import Chunk, ChunkStats, Vitals
 from echo_rt.config import ModelConfig, VaeConfig
-from echo_rt.engine.executor import Executor, Lane, Mark
+from echo_rt.engine.executor import Event, Executor, Queue
 from echo_rt.engine.rollout import Rollout
 from echo_rt.engine.state import VITALS
 from echo_rt.model.decoder_protocol import DecoderState, VideoDecoder
@@ -39,9 +39,9 @@ class _Slot:
 
         self.frames, self.latents = host(like_frames), host(like_latents)
         self.vitals = torch.empty(vitals, dtype=torch.float32, device="cpu", pin_memory=pinned)
-        self.begun: Mark | None = None
-        self.made: Mark | None = None
-        self.arrived: Mark | None = None
+        self.begun: Event | None = None
+        self.made: Event | None = None
+        self.arrived: Event | None = None
         self.index = self.first_frame = self.count = 0
         self.newest_temporal_id = self.shift = 0
         self.memory_attended = self.memory_ready = self.memory_updated = False
@@ -103,7 +103,7 @@ class Pipeline:
         ]
         self.given: deque[Tensor] = deque()
         self._flying: deque[_Slot] = deque()
-        self._last_arrival: Mark | None = None
+        self._last_arrival: Event | None = None
 
     @property
     def in_flight(self) -> int:
@@ -135,11 +135,11 @@ class Pipeline:
 
     def reset(self) -> None:
         """Let go of what is in flight, and back to the start of a stream."""
-        self._executor.settle()
+        self._executor.synchronize()
         self.given.clear()
         self._flying.clear()
         self._last_arrival = None
-        with self._executor.apart():  # the lane in which a state is put back
+        with self._executor.eager():  # the queue in which a state is put back
             self.decoder_state.reset()
 
     def begin(self, index: int | None = None, noise: Tensor | None = None) -> None:
@@ -153,21 +153,21 @@ class Pipeline:
         block, count = state.block + 1, len(self._latents)
         slot = self._slots[block % self.depth]
         is_start = decoder.latents_seen == 0
-        slot.begun = executor.mark(Lane.MAIN, slot.begun)
+        slot.begun = executor.record(Queue.MAIN, slot.begun)
         if self.given:
             rollout.given_block(self.given.popleft())
         else:
             rollout.next_block(noise)
-        slot.made = executor.mark(Lane.MAIN, slot.made)
+        slot.made = executor.record(Queue.MAIN, slot.made)
         # There is one buffer between transformer and decoder: the block before must have left it.
         handed = executor.run(self._hand_over, after=[self._last_arrival])
-        executor.run(self._decode, is_start, lane=Lane.DECODE, after=[handed])
+        executor.run(self._decode, is_start, queue=Queue.DECODE, after=[handed])
         slot.count = video_frames(decoder.latents_seen + count) - video_frames(decoder.latents_seen)
-        with executor.apart(Lane.DECODE):
+        with executor.eager(Queue.DECODE):
             slot.frames[: slot.count].copy_(self._frames[: slot.count], non_blocking=True)
             slot.latents.copy_(self._latents, non_blocking=True)
             slot.vitals.copy_(self._vitals, non_blocking=True)
-        slot.arrived = self._last_arrival = executor.mark(Lane.DECODE, slot.arrived)
+        slot.arrived = self._last_arrival = executor.record(Queue.DECODE, slot.arrived)
         decoder.latents_seen += count
         slot.index = block if index is None else index
         slot.first_frame = video_frames(slot.index * count)

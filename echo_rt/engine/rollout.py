@@ -14,7 +14,7 @@ from torch import Tensor
 
 from echo_rt.attention import Attention
 from echo_rt.config import ModelConfig
-from echo_rt.engine.executor import Executor, Lane, Mark
+from echo_rt.engine.executor import Event, Executor, Queue
 from echo_rt.engine.kv_cache import BlockCache, Span, WindowCache
 from echo_rt.engine.state import VITALS, RolloutState
 from echo_rt.errors import ConfigError
@@ -69,7 +69,7 @@ class Rollout:
 
     def start(self, prompt_embeds: Tensor, seed: int = 0) -> None:
         """Forget any video before this one; ``prompt_embeds [length, text_dim]`` is the first prompt."""
-        with self._executor.apart():
+        with self._executor.eager():
             self.state.reset()
             self.set_seed(seed)
             self._transformer.encode_text(prompt_embeds, self.state.text_kv)
@@ -82,12 +82,12 @@ class Rollout:
     def set_seed(self, seed: int) -> None:
         """The seed (0 .. 2^64-1) of the noise of every block from the next on."""
         words = torch.tensor(seed_words(check_seed(seed)), device="cpu")
-        with self._executor.apart():
+        with self._executor.eager():
             self.state.seed.copy_(words)
 
     def switch_prompt(self, prompt_embeds: Tensor) -> None:
         """Take a new prompt between two blocks: new text keys, the window's keys made afresh, the memory rebuilt."""
-        with self._executor.apart():
+        with self._executor.eager():
             self._transformer.encode_text(prompt_embeds, self.state.text_kv)
             if self.state.block < 0:
                 return
@@ -102,19 +102,19 @@ class Rollout:
         """Generate the next block; its clean latents ``[B, C, h, w]`` float32 are a view that the next call overwrites.
 
         ``noise`` float32 of :attr:`noise_shape` takes the place of the seed's. ``observe`` is shown the flow of every
-        denoising step. On a GPU the work has only been asked for when this returns: it is done in the main lane.
+        denoising step. On a GPU the work has only been asked for when this returns: it is done in the main queue.
         """
         s, run = self.state, self._executor.run
         previous, block, steps = s.block, s.block + 1, self._steps
         evicting, moved = self._turning(previous, block)
         if noise is not None:
-            with self._executor.apart():
+            with self._executor.eager():
                 s.noise[: len(steps)].copy_(noise)
         drawn = len(steps) if noise is None else 0
         begun = run(self._begin, drawn, evicting, moved, self.memory_attended(block))
-        updated: Mark | None = None
+        updated: Event | None = None
         if evicting:
-            updated = run(self._update_memory, s.memory_ready, lane=Lane.MEMORY, after=[begun])
+            updated = run(self._update_memory, s.memory_ready, queue=Queue.MEMORY, after=[begun])
         for step, row in enumerate(steps):
             renoise = step + 1 if step + 1 < len(steps) else None
             run(self._denoise, row, renoise, self._span(block), observe is not None)
@@ -137,12 +137,12 @@ class Rollout:
         previous, block = s.block, s.block + 1
         if block != s.initial_blocks:
             raise ConfigError(f"a block can be given only before the first that is generated, got one after {previous}")
-        with self._executor.apart():
+        with self._executor.eager():
             s.noise[0].copy_(latents, non_blocking=True)  # what a block begins with, and here ends with too
         evicting, moved = self._turning(previous, block)
         span = self._span(block)
         begun = run(self._begin, 0, evicting, moved, self.memory_attended(block))
-        updated = run(self._update_memory, s.memory_ready, lane=Lane.MEMORY, after=[begun]) if evicting else None
+        updated = run(self._update_memory, s.memory_ready, queue=Queue.MEMORY, after=[begun]) if evicting else None
         # After the update, of whose result the vitals tell; attended to is what had been published before.
         run(self._keep, span, s.memory_ready or evicting, after=[updated])
         if evicting:

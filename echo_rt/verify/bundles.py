@@ -157,7 +157,7 @@ def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
 
     def keep_flow(block: int, step: int, flow: Tensor) -> None:
         if f"flow.{block}.{step}" in bundle.expected:
-            with bundle.executor.apart():
+            with bundle.executor.eager():
                 actual[f"flow.{block}.{step}"] = flow.to("cpu", torch.float32, copy=True)
 
     def prompt(number: int) -> Tensor:
@@ -165,17 +165,17 @@ def _rollout(bundle: _Bundle) -> dict[str, Tensor]:
         check_prompt_embeds(embeds, config.transformer.text_dim, config.transformer.text_len)
         return embeds
 
-    # What is given to the rollout is read in its lanes: it must outlive them.
+    # What is given to the rollout is read in its queues: it must outlive them.
     rollout.start(prompt(0))
-    bundle.executor.settle()
+    bundle.executor.synchronize()
     for block in range(blocks):
         for number, at in enumerate(switches, start=1):
             if at == block:
                 rollout.switch_prompt(prompt(number))
-                bundle.executor.settle()
+                bundle.executor.synchronize()
         latents = rollout.next_block(_noise(bundle, block, rollout.noise_shape), keep_flow)
-        bundle.executor.settle()
-        with bundle.executor.apart():
+        bundle.executor.synchronize()
+        with bundle.executor.eager():
             actual[f"latents.{block}"] = latents.to("cpu", copy=True)
             if rollout.memory is not None:
                 actual[f"memory_state.{block}"] = rollout.memory.to("cpu", torch.float32, copy=True)

@@ -9,7 +9,7 @@ import torch
 
 from echo_rt.bench.report import judge
 from echo_rt.bench.runner import BlockRunner, Interval, Sample, busy_seconds, intervals, median_p99
-from echo_rt.engine.executor import Lane, Span, make_executor
+from echo_rt.engine.executor import Queue, Span, make_executor
 
 CPU = torch.device("cpu")
 
@@ -17,15 +17,15 @@ CPU = torch.device("cpu")
 def block(at: float) -> list[Interval]:
     """A block from ``at``: passes until 10, the memory beside them, handed over, decoded until 17, copied by 18."""
     parts = [
-        ("Rollout._begin", Lane.MAIN, 0, 1),
-        ("Rollout._update_memory", Lane.MEMORY, 1, 4),
-        ("Rollout._denoise", Lane.MAIN, 1, 5),
-        ("Rollout._keep", Lane.MAIN, 6, 10),
-        ("Pipeline._hand_over", Lane.MAIN, 11, 12),
-        ("Pipeline._decode", Lane.DECODE, 12, 17),
-        ("", Lane.DECODE, 17, 18),
+        ("Rollout._begin", Queue.MAIN, 0, 1),
+        ("Rollout._update_memory", Queue.MEMORY, 1, 4),
+        ("Rollout._denoise", Queue.MAIN, 1, 5),
+        ("Rollout._keep", Queue.MAIN, 6, 10),
+        ("Pipeline._hand_over", Queue.MAIN, 11, 12),
+        ("Pipeline._decode", Queue.DECODE, 12, 17),
+        ("", Queue.DECODE, 17, 18),
     ]
-    return [Interval(name, lane, at + begin, at + end) for name, lane, begin, end in parts]
+    return [Interval(name, queue, at + begin, at + end) for name, queue, begin, end in parts]
 
 
 def test_a_turn_is_what_its_blocks_took() -> None:
@@ -40,7 +40,7 @@ def test_a_turn_is_what_its_blocks_took() -> None:
 
 
 class At:
-    """A mark at a time that is written down."""
+    """A event at a time that is written down."""
 
     def __init__(self, time: float) -> None:
         self.time = time
@@ -56,8 +56,8 @@ class FakeRunner(BlockRunner):
     """Blocks that take 100 s where they begin a turn, and 20 s in their stride; its clock began at 1000."""
 
     def __init__(self) -> None:
-        self.executor = SimpleNamespace(mark=lambda lane: At(1000.0))
-        self._begun = [(Span("Rollout._begin", Lane.MAIN, At(1162.0), At(1170.0)),)]
+        self.executor = SimpleNamespace(record=lambda queue: At(1000.0))
+        self._begun = [(Span("Rollout._begin", Queue.MAIN, At(1162.0), At(1170.0)),)]
         self.log: list[str] = []
         self.made = 0
 
@@ -65,7 +65,7 @@ class FakeRunner(BlockRunner):
         self.log.append(f"block {lookahead}")
         self.made += 1
         begin = 1000.0 + (0 if self.made == 1 else 60 + 20 * self.made)
-        spans = tuple(Span(one.stage, one.lane, At(begin + one.begin), At(begin + one.end)) for one in block(0))
+        spans = tuple(Span(one.stage, one.queue, At(begin + one.begin), At(begin + one.end)) for one in block(0))
         return SimpleNamespace(spans=spans)
 
     def drain(self) -> None:
@@ -142,11 +142,14 @@ def test_an_executor_notes_the_spans_that_are_wanted() -> None:
     executor.run(stage, 6)
     assert executor.spans is None
     executor.spans = []
-    since = executor.mark(Lane.MAIN)
-    executor.run(stage, 7, lane=Lane.DECODE)
-    with executor.apart(Lane.MEMORY):
+    since = executor.record(Queue.MAIN)
+    executor.run(stage, 7, queue=Queue.DECODE)
+    with executor.eager(Queue.MEMORY):
         ran.append(8)
     found = intervals(executor.spans, since)
     assert ran == [6, 7, 8] and executor.runs == 2
-    assert [(each.stage.rpartition(".")[2], each.lane) for each in found] == [("stage", Lane.DECODE), ("", Lane.MEMORY)]
+    assert [(each.stage.rpartition(".")[2], each.queue) for each in found] == [
+        ("stage", Queue.DECODE),
+        ("", Queue.MEMORY),
+    ]
     assert 0 <= found[0].begin <= found[0].end <= found[1].begin <= found[1].end

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from echo_rt import SteadyStateError
-from echo_rt.engine.executor import CudaExecutor, Immediate
+from echo_rt.engine.executor import CudaExecutor, Executor
 from echo_rt.engine.steady_state import SteadyCheck
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
@@ -161,7 +161,7 @@ def test_settling_waits_for_lanes_and_not_for_the_device(
     calls: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: calls.append("device"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: _Thing())
-    executor.settle()
+    executor.synchronize()
     assert not calls
 
 
@@ -169,7 +169,7 @@ def test_errors_of_a_steady_block_keep_their_kind(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {})
-    check = SteadyCheck(Immediate(), torch.device("cuda", 0), dict)
+    check = SteadyCheck(Executor(), torch.device("cuda", 0), dict)
     check._steady = True
     with pytest.raises(SteadyStateError), check.block(1):
         raise RuntimeError("called a synchronizing CUDA operation")

@@ -15,7 +15,7 @@ from streaming import embeds, load, same, take, video
 
 import echo_rt
 from echo_rt import BackendError, CaptureError, NumericalError
-from echo_rt.engine.executor import CudaExecutor, Lane
+from echo_rt.engine.executor import CudaExecutor, Queue
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
 CPU = torch.device("cpu")
@@ -144,30 +144,30 @@ def test_lanes_wait_for_marks_and_have_pools_of_their_own(log: Log) -> None:
     counter, executor = Counter(), CudaExecutor(CPU, graphs=True)
     for _ in range(2):
         begun = executor.run(counter.add, 1)
-        executor.run(counter.add, 2, lane=Lane.MEMORY, after=[None, begun])
-    streams = {lane: executor._streams[lane] for lane in Lane}
+        executor.run(counter.add, 2, queue=Queue.MEMORY, after=[None, begun])
+    streams = {queue: executor._streams[queue] for queue in Queue}
     waits = [call[1:] for call in log.calls if call[0] == "wait_event"]
-    assert waits == [(streams[Lane.MEMORY], begun.event)] * 2  # type: ignore[attr-defined]
+    assert waits == [(streams[Queue.MEMORY], begun.cuda)] * 2  # type: ignore[attr-defined]
     captures = [call for call in log.calls if call[0] == "capture"]
-    assert [call[1] for call in captures] == [streams[Lane.MAIN], streams[Lane.MEMORY]]
-    assert captures[0][3] is not captures[1][3], "two lanes run side by side, so their graphs may not share memory"
+    assert [call[1] for call in captures] == [streams[Queue.MAIN], streams[Queue.MEMORY]]
+    assert captures[0][3] is not captures[1][3], "two queues run side by side, so their graphs may not share memory"
     assert {call[4] for call in captures} == {"thread_local"}
-    assert streams[Lane.DECODE].priority < streams[Lane.MAIN].priority  # less is more urgent
+    assert streams[Queue.DECODE].priority < streams[Queue.MAIN].priority  # less is more urgent
 
 
 def test_work_apart_sees_what_the_caller_did(log: Log) -> None:
     executor = CudaExecutor(CPU, graphs=True)
     caller = log.stream
-    with executor.apart(Lane.DECODE):
-        assert log.stream is executor._streams[Lane.DECODE]
-    assert ("wait_stream", executor._streams[Lane.DECODE], caller) in log.calls and log.stream is caller
+    with executor.eager(Queue.DECODE):
+        assert log.stream is executor._streams[Queue.DECODE]
+    assert ("wait_stream", executor._streams[Queue.DECODE], caller) in log.calls and log.stream is caller
 
 
 def test_a_mark_that_is_not_reached_in_time(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    mark = CudaExecutor(CPU, graphs=True).mark(Lane.MAIN)
-    assert mark.wait() and mark.wait(10)
-    monkeypatch.setattr(mark.event, "query", lambda: False)  # type: ignore[attr-defined]
-    assert not mark.wait(0.01)
+    event = CudaExecutor(CPU, graphs=True).record(Queue.MAIN)
+    assert event.wait() and event.wait(10)
+    monkeypatch.setattr(event.cuda, "query", lambda: False)  # type: ignore[attr-defined]
+    assert not event.wait(0.01)
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])
@@ -215,19 +215,19 @@ def test_spans_begin_behind_the_waits_and_end_behind_the_work(log: Log) -> None:
     for turn in range(3):  # as it is, captured, replayed
         handed = executor.run(counter.add, 1)
         log.calls.clear()
-        executor.run(counter.add, 2, lane=Lane.DECODE, after=[handed, None])
+        executor.run(counter.add, 2, queue=Queue.DECODE, after=[handed, None])
         own = next(stream for name, stream, *_ in log.calls if name == "wait_event")
         names = [name for name, stream, *_ in log.calls if stream is own]
         assert names[:2] == ["wait_event", "record"] and names[-1] == "record"
         if turn:
-            assert names.index("record") < names.index("replay") < len(names) - 2, "the executor's own mark, then ours"
-    with executor.apart(Lane.MEMORY):
+            assert names.index("record") < names.index("replay") < len(names) - 2, "the executor's own event, then ours"
+    with executor.eager(Queue.MEMORY):
         counter.add(3)
-    assert [(span.stage.rpartition(".")[2], span.lane) for span in spans[-3:]] == [
-        ("add", Lane.MAIN),
-        ("add", Lane.DECODE),
-        ("", Lane.MEMORY),
+    assert [(span.stage.rpartition(".")[2], span.queue) for span in spans[-3:]] == [
+        ("add", Queue.MAIN),
+        ("add", Queue.DECODE),
+        ("", Queue.MEMORY),
     ]
     assert len(spans) == 7 and all(span.end.seconds_since(span.begin) >= 0 for span in spans)
-    events = [mark.event for span in spans for mark in (span.begin, span.end)]
-    assert len(set(map(id, events))) == len(events), "marks of their own: the executor's move when a stage runs again"
+    events = [event.cuda for span in spans for event in (span.begin, span.end)]
+    assert len(set(map(id, events))) == len(events), "events of their own: the executor's move when a stage runs again"

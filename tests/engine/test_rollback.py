@@ -69,8 +69,8 @@ def test_a_good_state_is_good(small_model: Path, monkeypatch: pytest.MonkeyPatch
         rollout, spoiled = stream._engine.rollout, []  # type: ignore[union-attr]
         keep = rollout._keep
 
-        def careless(*facts: Any) -> None:
-            keep(*facts)
+        def careless(*static_args: Any) -> None:
+            keep(*static_args)
             if rollout.state.block + 1 == 3 and not spoiled:
                 spoiled.append(1)
                 rollout.state.kv[0, 1, rollout.config.memory_tokens] = float("nan")  # a value of the sink

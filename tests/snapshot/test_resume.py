@@ -176,7 +176,7 @@ def test_a_stream_is_its_rollout(small_model: Path, device: str, monkeypatch: py
             if block in switches:
                 rollout.switch_prompt(embeds(runtime, switches[block]))
             made = rollout.next_block()
-            with rollout._executor.apart():  # on a GPU it is in the executor's lane that it is made
+            with rollout._executor.eager():  # on a GPU it is in the executor's queue that it is made
                 expected.append(made.to("cpu", copy=True))
         calls: list[int] = []
         switch = rollout.switch_prompt

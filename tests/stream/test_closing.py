@@ -13,7 +13,7 @@ import pytest
 from streaming import amid_blocks, embeds, load, within
 from torch import Tensor
 
-from echo_rt.engine.executor import Immediate
+from echo_rt.engine.executor import Executor
 from echo_rt.errors import StreamError
 from echo_rt.model.text import TextEncoder
 
@@ -137,8 +137,8 @@ def test_what_is_under_way_ends_before_a_forgotten_runtime_gives_its_memory_back
 ) -> None:
     settled: list[bool] = []
 
-    class Watched(Immediate):
-        def settle(self) -> None:
+    class Watched(Executor):
+        def synchronize(self) -> None:
             settled.append(True)
 
     monkeypatch.setattr("echo_rt.engine.build.make_executor", lambda device, graphs: Watched())

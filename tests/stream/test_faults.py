@@ -22,7 +22,7 @@ from streaming import embeds, load, same, take, video, within
 import echo_rt
 from echo_rt import Guard, NumericalError, Snapshot, StallError, StreamError
 from echo_rt.cli.main import main
-from echo_rt.engine.executor import CudaExecutor, Immediate, Lane, _Instant
+from echo_rt.engine.executor import CudaExecutor, Executor, Queue, _Instant
 from echo_rt.engine.prompts import save_prompt_embeds
 from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
@@ -103,7 +103,7 @@ def test_closing_does_not_wait_for_a_block_that_never_comes(
 ) -> None:
     given_up: list[float] = []
 
-    def settle(executor: Immediate) -> None:
+    def synchronize(executor: Executor) -> None:
         if not given_up:
             threading.Event().wait()  # as the driver does
         raise StallError("the device is still busy")
@@ -112,10 +112,10 @@ def test_closing_does_not_wait_for_a_block_that_never_comes(
     stream = runtime.stream(prompt_embeds=embeds(runtime), guard=Guard(block_seconds=30.0))
     next(stream)
     with monkeypatch.context() as patch:
-        patch.setattr(_Instant, "wait", lambda mark, seconds=None: seconds is None and settle(Immediate()))
-        patch.setattr(Immediate, "settle", settle)
-        patch.setattr(Immediate, "close", settle)
-        patch.setattr(Immediate, "give_up", lambda executor, seconds: given_up.append(seconds))
+        patch.setattr(_Instant, "wait", lambda event, seconds=None: seconds is None and synchronize(Executor()))
+        patch.setattr(Executor, "synchronize", synchronize)
+        patch.setattr(Executor, "close", synchronize)
+        patch.setattr(Executor, "give_up", lambda executor, seconds: given_up.append(seconds))
         with pytest.raises(StallError, match="block 1 is not there; the guard allows a block 30 s"):
             within(10, lambda: next(stream))
         with pytest.raises(StallError, match="still busy"):
@@ -125,29 +125,29 @@ def test_closing_does_not_wait_for_a_block_that_never_comes(
 
 
 def test_a_gpu_that_was_given_up_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The executor of GPUs, without one: its lanes are never idle, and then they are."""
+    """The executor of GPUs, without one: its queues are never idle, and then they are."""
     synchronized: list[str] = []
     caller: Any = SimpleNamespace(synchronize=lambda: synchronized.append("caller"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: caller)
     executor, idle = object.__new__(CudaExecutor), [False]
     executor._device, executor._patience = torch.device("cuda", 0), None
-    executor._graphs, executor._marks = {1: 1}, {1: 1}  # type: ignore[dict-item]
-    lane: Any = SimpleNamespace(query=lambda: idle[0], synchronize=lambda: synchronized.append("lane"))
-    executor._streams = {Lane.MAIN: lane}
-    executor.settle()
-    assert synchronized == ["caller", "lane"], "without give_up it waits as ever"
+    executor._graphs, executor._events = {1: 1}, {1: 1}  # type: ignore[dict-item]
+    queue: Any = SimpleNamespace(query=lambda: idle[0], synchronize=lambda: synchronized.append("queue"))
+    executor._streams = {Queue.MAIN: queue}
+    executor.synchronize()
+    assert synchronized == ["caller", "queue"], "without give_up it waits as ever"
     executor.give_up(0.05)
     with pytest.raises(StallError, match=r"cuda:0 is still busy after 0\.05 s more"):
-        within(10, executor.settle)
+        within(10, executor.synchronize)
     with pytest.raises(StallError):
         executor.close()
-    assert len(synchronized) == 2 and executor._graphs and executor._marks, "they may be running"
+    assert len(synchronized) == 2 and executor._graphs and executor._events, "they may be running"
     threading.Timer(0.1, lambda: idle.__setitem__(0, True)).start()
     executor.give_up(10.0)
-    executor.settle()
+    executor.synchronize()
     assert len(synchronized) == 4 and executor._patience is None
     executor.close()
-    assert not (executor._graphs or executor._marks)
+    assert not (executor._graphs or executor._events)
 
 
 # -------------------------------------------------------------------- consumers
