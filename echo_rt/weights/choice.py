@@ -15,6 +15,7 @@ from echo_rt.weights.generator import BARE, GENERATOR_EMA, GeneratorTensors, hol
 from echo_rt.weights.lora_file import open_lora
 from echo_rt.weights.tensors import TensorFile
 
+_ALONE = "it has no others"
 TAKEN = "taken"  # the fact of a snapshot's model: Taken as plain JSON types
 _WINDOW = {"frames_per_block", "sink_frames", "local_frames", "max_temporal_id"}
 
@@ -115,6 +116,8 @@ def choose_recipe(
         if name is None:
             return Choice(None, "as in the snapshot, which names none", "snapshot")
         return Choice(find_recipe(name, "the snapshot's recipe"), "as in the snapshot", "snapshot")
+    if checkpoint is not None and checkpoint.path.name == LONGVIDEO_FILE:
+        raise _unknown(_is_longvideo(checkpoint))
     if RECIPE in of_folder:
         source = f"{model}: echo_rt in config.json: {RECIPE}"
         return Choice(find_recipe(of_folder[RECIPE], source), "the folder names it", "folder")
@@ -138,12 +141,14 @@ def _told_by_files(checkpoint: TensorFile | None, loras: Sequence[tuple[Path, fl
     published = published_as(checkpoint.path)
     if published is not None:
         return Choice(published, f"{checkpoint.path.name} is published under this name", "files")
-    if checkpoint.path.name == LONGVIDEO_FILE:
-        raise _unknown(
-            f"{checkpoint.path} has the name of a checkpoint for Rolling-Forcing, a window of four blocks at different "
-            "noise levels, which is none of the recipes"
-        )
     raise _unknown(f"neither tensors nor name of {checkpoint.path} tell how it is sampled")
+
+
+def _is_longvideo(checkpoint: TensorFile) -> str:
+    return (
+        f"{checkpoint.path} has the name of a checkpoint for Rolling-Forcing, a window of four blocks at different "
+        "noise levels, which is none of the recipes"
+    )
 
 
 def _unknown(why: str) -> ConfigError:
@@ -155,7 +160,8 @@ def ema_reason(asked: bool | None, recipe: Recipe | None, generator: GeneratorTe
     if generator is None:
         return "no checkpoint"
     if generator.part == BARE:
-        return "it has no others"
+        # A bare file does not say which its weights are.
+        return f"{_ALONE}, the recipe's are the EMA weights" if recipe is not None and recipe.ema else _ALONE
     if asked is not None:
         return "asked for"
     took_ema = generator.part == GENERATOR_EMA
@@ -163,11 +169,16 @@ def ema_reason(asked: bool | None, recipe: Recipe | None, generator: GeneratorTe
         return "it has them" if took_ema else "it has no EMA weights"
     if took_ema == recipe.ema:
         return "as in the recipe"
-    return "it has no others, the recipe's are " + ("the EMA weights" if recipe.ema else "the plain ones")
+    return f"{_ALONE}, the recipe's are " + ("the EMA weights" if recipe.ema else "the plain ones")
 
 
 def cautions(
-    recipe: Recipe | None, lora: bool, memory: MemoryConfig | None, *, memory_is_asked: bool
+    recipe: Recipe | None,
+    checkpoint: TensorFile | None,
+    lora: bool,
+    memory: MemoryConfig | None,
+    *,
+    memory_is_asked: bool,
 ) -> tuple[str, ...]:
     """In what the files are others than the recipe is published for, though they can be run by it.
 
@@ -176,6 +187,8 @@ def cautions(
     if recipe is None:
         return ()
     found = []
+    if checkpoint is not None and checkpoint.path.name == LONGVIDEO_FILE:
+        found.append(_is_longvideo(checkpoint))
     if recipe.lora and recipe.memory == "absent" and not lora:
         found.append(f"recipe {recipe.name} is published with a LoRA, and none is given")
     if recipe.memory == "required" and memory is None and not memory_is_asked:

@@ -25,7 +25,7 @@ from echo_rt.options import (
     lora_files,
     lora_text,
 )
-from echo_rt.recipes import Recipe
+from echo_rt.recipes import Recipe, find_recipe, published_as
 from echo_rt.utils.device import parse_device
 from echo_rt.weights.choice import Taken, cautions, choose_recipe, ema_reason
 from echo_rt.weights.files import open_tensors
@@ -75,7 +75,11 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         raise ConfigError(f"vae must be {WAN_VAE!r}, {TINY_VAE!r} or a path, got {vae!r}")
     wanted = None if options.memory is None else MemoryMode.parse(options.memory)
     folder = ModelFolder.open(
-        model, text_encoder=options.text_encoder, tokenizer=options.tokenizer, vae_file=options.vae_file
+        model,
+        text_encoder=options.text_encoder,
+        tokenizer=options.tokenizer,
+        vae_file=options.vae_file,
+        downloads=_downloads(options),
     )
     transformer_config = folder.transformer_config()
     defaults = check_overrides(folder.rollout_defaults(), f"{model}: echo_rt in config.json", FOLDER_FACTS)
@@ -135,7 +139,7 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         model=str(model),
         checkpoint=None if checkpoint is None else str(checkpoint),
         loras=tuple((str(path), strength) for path, strength in merged.loras),
-        cautions=cautions(recipe, bool(merged.loras), config.memory, memory_is_asked=wanted is not None),
+        cautions=cautions(recipe, opened, bool(merged.loras), config.memory, memory_is_asked=wanted is not None),
     )
     _tell(taken, recipe)
     return LoadedModel(
@@ -150,6 +154,14 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         memory_source=memory_source,
         taken=taken,
     )
+
+
+def _downloads(options: RuntimeOptions) -> list[str]:
+    """The commands that fetch the files of the recipe that is named, or that a published file's name tells."""
+    recipe = None if options.recipe is None else find_recipe(options.recipe)
+    if recipe is None and options.checkpoint is not None:
+        recipe = published_as(options.checkpoint)
+    return [] if recipe is None else list(dict.fromkeys(file.download for file in recipe.files))
 
 
 def _tell(taken: Taken, recipe: Recipe | None) -> None:

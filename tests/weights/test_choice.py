@@ -18,7 +18,7 @@ from torch import Tensor
 from echo_rt.config import MemoryConfig
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.options import MemoryMode, RuntimeOptions
-from echo_rt.recipes import RECIPES
+from echo_rt.recipes import BASE, RECIPES
 from echo_rt.weights.choice import TAKEN
 from echo_rt.weights.load_model import LoadedModel, load_model
 from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes
@@ -150,6 +150,11 @@ def test_what_nothing_tells_is_refused(stock: Path, tmp_path: Path) -> None:
     assert "a stock Wan2.1 without a checkpoint" in told and told.endswith(listed)
     told = refusal(stock, checkpoint=both(tmp_path / "chunkwise" / "longvideo.pt"))
     assert "Rolling-Forcing" in told and told.endswith(listed)
+    # A folder cannot know what is put into it; who names a recipe for it all the same, is warned.
+    folder = own_folder(stock, tmp_path / "own", recipe="self-forcing")
+    assert "Rolling-Forcing" in refusal(folder, checkpoint=tmp_path / "chunkwise" / "longvideo.pt")
+    named = load(folder, checkpoint=tmp_path / "chunkwise" / "longvideo.pt", recipe="self-forcing")
+    assert "Rolling-Forcing" in named.taken.cautions[0]
     # A memory encoder says nothing of the transformer that it was trained beside.
     assert "a stock Wan2.1" in refusal(stock, lora=lora(tmp_path / "l.pt", memory(False)))
 
@@ -161,6 +166,20 @@ def test_one_that_is_named_wins(stock: Path, tmp_path: Path) -> None:
     assert loaded.config.sampler.denoising_steps == (1000,)
     assert loaded.config.window.local_frames == 12, "overrides act on top"
     assert load(stock, recipe="self-forcing").taken.recipe == "self-forcing", "the folder may hold what was distilled"
+
+
+@pytest.mark.parametrize(
+    "options", [{"recipe": "longlive"}, {"checkpoint": "models/longlive_base.pt"}], ids=["named", "published"]
+)
+def test_a_model_that_is_not_in_the_cache_is_told_with_all_files_of_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError) as caught:
+        load(Path(BASE.hub), **options)
+    hub = "Efficient-Large-Model/LongLive-1.3B"
+    commands = (BASE.download, f"hf download {hub} models/longlive_base.pt", f"hf download {hub} models/lora.pt")
+    assert str(caught.value).endswith(f"to download it: {' && '.join(commands)}")
 
 
 # ---------------------------------------------------------------- what the folder says
@@ -239,7 +258,7 @@ def test_a_snapshot_of_before_recipes_goes_on_as_before(
         ("both", "longlive", True, True, "asked for"),
         ("generator", "self-forcing", None, False, "it has no others, the recipe's are the EMA weights"),
         ("generator_ema", "longlive", None, True, "it has no others, the recipe's are the plain ones"),
-        ("bare", "self-forcing", None, None, "it has no others"),
+        ("bare", "self-forcing", None, None, "it has no others, the recipe's are the EMA weights"),
         ("bare", "longlive", None, None, "it has no others"),
     ],
 )
