@@ -107,6 +107,11 @@ class LoraFile:
                 rank = self._rank(change)
                 divisor = math.sqrt(rank) if self._rank_stabilized else rank
                 scale = strength * (self._alpha(module) or alpha or float(rank)) / divisor
+                if abs(scale) > torch.finfo(torch.float32).max:
+                    raise WeightsError(
+                        f"{self._source}: expected strength and alpha whose product over the rank fits float32, "
+                        f"found {scale:g} for {change.written}"
+                    )
                 yield self._target(module, UP), Term((self._part(change, UP), self._part(change, DOWN)), scale)
             for part, factor in ((UP_BIAS, scale), (WEIGHT, strength), (BIAS, strength)):
                 if part in change.parts:
@@ -139,6 +144,7 @@ class LoraFile:
             if key is None or not (_is_scalar(tensor) if key.part == ALPHA else _is_dense_float(tensor)):
                 others.append(name)
                 continue
+            _check_stored(tensor, name, self._source)
             module = known(key.module, names)
             if key.part == ALPHA:
                 alphas[module] = positive(tensor.item(), name, self._source)
@@ -215,6 +221,16 @@ def _is_scalar(tensor: Tensor) -> bool:
 
 def _is_dense_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _check_stored(tensor: Tensor, name: str, source: str) -> None:
+    """Raises ``WeightsError`` for a tensor of more values than are stored: a stride of 0 gives any rank for nothing."""
+    stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+    if stored < tensor.numel():
+        raise WeightsError(
+            f"{source}: expected {name} {list(tensor.shape)} with a value in each place, "
+            f"found {counted(stored, 'value')} for {tensor.numel()} places"
+        )
 
 
 def open_lora(path: Path) -> TensorFile:

@@ -23,6 +23,8 @@ _PREFIXES = (
     "diffusion_model.",
     "transformer.",
     "pipe.dit.",
+    "state_dict.",
+    "module.",
     "model.",
     "unet.",
     "lora_unet_",

@@ -59,6 +59,8 @@ _SIGNS = (
     ("input_blocks.", "a UNet of Stable Diffusion"),
     ("layers.0.self_attn.", "a language model"),
 )
+# Of them those that may be the very network that is looked for, under names that are not known.
+_OWN = ("a Wan transformer", "the Wan2.1 VAE", "a T5 text encoder")
 # Of them those that have all that a Wan2.1 model has, and more.
 _EXTENDED = ("img_emb.", "image_embedder.", "vace_", ".downsamples.0.downsamples.", ".qweight", ".absmax")
 
@@ -139,7 +141,11 @@ class PartTensors(Generic[Config]):
     def __init__(self, part: Part[Config], tensors: Mapping[str, Tensor], source: str) -> None:
         naming = next((n for n in part.namings if any(mark in tensors for mark in n.marks)), None)
         if naming is None or any(sign in name for name in tensors for sign in _EXTENDED):
-            raise WeightsError(f"{source}: expected {part.what}, came {what_is(tensors)}")
+            came = what_is(tensors)
+            below = _below(part, tensors) if came in _OWN else None
+            if below is not None:
+                came = f"one whose names begin with {below!r}: take that off them"
+            raise WeightsError(f"{source}: expected {part.what}, came {came}")
         self._part: Part[Config] = part
         self._key_map: Callable[[Config | None], KeyMap] | None = naming.key_map
         self._source, self._tensors = source, _without_tied_table(tensors, source)
@@ -171,6 +177,12 @@ def open_part(part: Part[Config], path: Path, *, widen_to: torch.dtype = torch.f
     """
     file = open_tensors(path, widen_to=widen_to)
     return PartTensors(part, bare(file, str(file.path)), str(file.path))
+
+
+def _below(part: Part[Config], tensors: Mapping[str, Tensor]) -> str | None:
+    """What stands before the names of ``part`` in a file that has them below another one; None where it does not."""
+    marks = tuple(f".{mark}" for naming in part.namings for mark in naming.marks)
+    return next((name.removesuffix(mark) + "." for name in tensors for mark in marks if name.endswith(mark)), None)
 
 
 def _without_tied_table(tensors: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:

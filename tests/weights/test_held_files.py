@@ -191,6 +191,8 @@ def test_vae(tmp_path: Path, naming: str, dtype: torch.dtype) -> None:
         ({"m.weight_scale": torch.ones(2, 2)}, "expected m.weight_scale to be one number or one of each of 4 rows"),
         ({"n.scale_weight": torch.ones(1)}, "expected n.weight beside n.scale_weight, found none"),
         ({"o.weight": torch.ones(2, 2), "o.scale_weight": torch.ones(1)}, "expected o.weight in float8"),
+        ({"n.weight": torch.ones(2, 2).to(E4M3), "m.scale_weight": torch.ones(1)}, "found none for 1 (n.weight)"),
+        ({"n.weight": torch.ones(2, 2).to(E4M3), "m.weight_scale": torch.ones(1)}, "found none for 1 (n.weight)"),
         ({"m.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)}, "ComfyUI's format 'nvfp4'"),
         ({"m.comfy_quant": torch.tensor(list(b"[1]"), dtype=torch.uint8)}, "to name a format as JSON"),
         (
@@ -419,6 +421,12 @@ def test_files_in_place_of_a_folders_own(tmp_path: Path) -> None:
         ("model", ("blocks.0.self_attn.q.lora_A.weight",), "came a LoRA, which is given as the LoRA"),
         ("model", ("generator.model.patch_embedding.weight",), "came a generator checkpoint, which is given as the ch"),
         ("model", ("patch_embedding.weight", "blocks.0.q.qweight"), "came weights quantized with GPTQ or AWQ"),
+        ("model", ("ema.patch_embedding.weight", "ema.time_projection.1.bias"), "one whose names begin with 'ema.'"),
+        (
+            "vae_file",
+            ("first_stage_model.encoder.conv1.weight", "first_stage_model.encoder.downsamples.0.a"),
+            "expected the Wan2.1 VAE, came one whose names begin with 'first_stage_model.': take that off them",
+        ),
     ],
 )
 def test_another_network_is_named(tmp_path: Path, part: str, names: tuple[str, ...], said: str) -> None:

@@ -115,6 +115,7 @@ NAMINGS: dict[str, tuple[str, Callable[[str], str], str, str]] = {
     "diffusers, old": ("unet.", to_diffusers, "lora.down.weight", "lora.up.weight"),
     "transformers": ("", to_diffusers, "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
     "mochi": ("", str, "lora_A", "lora_B"),
+    "lightning": ("state_dict.module.", str, "lora_A.weight", "lora_B.weight"),
 }
 
 
@@ -456,6 +457,17 @@ def test_memory_encoder_in_safetensors(tmp_path: Path) -> None:
         (lambda t: t | {f"{MODULES[0]}.lora_A.weight": torch.ones(RANK, 25)}, "expected factors of a weight [24, 24]"),
         (lambda t: t | {f"{MODULES[0]}.lora_A.weight": torch.ones(RANK + 1, 24)}, "[24, 4] and"),
         (lambda t: t | {f"{MODULES[0]}.lora_B.weight": torch.ones(24)}, "lora_B.weight [24] and"),
+        # A rank for which nothing is stored.
+        (
+            lambda t: (
+                t
+                | {
+                    f"{MODULES[0]}.lora_A.weight": torch.ones(1).expand(10**7, 24),
+                    f"{MODULES[0]}.lora_B.weight": torch.ones(1).expand(24, 10**7),
+                }
+            ),
+            "[10000000, 24] with a value in each place, found 1 value for 240000000 places",
+        ),
         (lambda t: t | {f"{MODULES[0]}.lora_A.weight": torch.ones(0, 24)}, "lora_A.weight [0, 24]"),
         (
             lambda t: (
@@ -548,6 +560,12 @@ def test_of_two_files_the_one_that_is_at_fault_is_named(tmp_path: Path) -> None:
 def test_what_names_no_loras(wrong: Any) -> None:
     with pytest.raises(ConfigError, match="must be a"):
         merge_lora(transformer(), wrong)
+
+
+def test_a_scale_beyond_float32(lora: Path) -> None:
+    saved(lora, {"generator_lora": peft(factors())})
+    assert "found 1e+39 for" in refusal(lambda: merge_lora(transformer(), [(lora, 1e39)]))
+    assert "found -2.5e+299 for" in refusal(lambda: merge_lora(transformer(), [(lora, -1.0)], alpha=1e300))
 
 
 def test_alpha_that_is_no_number(lora: Path) -> None:
