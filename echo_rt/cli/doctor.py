@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import say
 from echo_rt.errors import EchoError
+from echo_rt.recipes import RECIPES
 from echo_rt.utils.build_info import __version__, build_info
 from echo_rt.utils.wording import first_line
 
@@ -43,6 +44,7 @@ _DEPENDENCIES = (
     ("pynvml", "nvidia-ml-py", "driver and memory of NVIDIA GPUs", False),
     ("matplotlib", "matplotlib", "pictures of soak and bench", False),
     ("prometheus_client", "prometheus-client", "figures of soak --port", False),
+    ("gguf", "gguf", "weights in GGUF files", False),
 )
 
 
@@ -114,6 +116,7 @@ def _system() -> Iterator[Fact]:
 
 def _compiled_part() -> Iterator[Fact]:
     yield Fact("version", __version__)
+    yield Fact("recipes", ", ".join(RECIPES))
     try:
         built = build_info()
     except EchoError as error:

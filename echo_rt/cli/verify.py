@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--backend", help=BACKEND_HELP)
     add_no_graphs(parser)
     parser.add_argument("--dump", type=parse_path, metavar="DIR", help="keep what was computed in DIR/BUNDLE/")
-    parser.set_defaults(quiet=True)  # a bundle of a recipe is known by its name
+    parser.set_defaults(quiet=True)  # what a recipe's bundle ran by stands below its tensors
     return parser
 
 
@@ -157,6 +157,7 @@ def _as_json(bundle: BundleReport) -> dict[str, Any]:
         "passed": bundle.passed,
         "tensors": tensors,
         "precisions": precisions,
+        **({} if bundle.taken is None else bundle.taken.as_json()),
     }
 
 
@@ -170,6 +171,8 @@ def _print(bundle: BundleReport) -> None:
     for row in bundle.rows:
         lines.append(f"  {row.name:<{wide}}  {row.error:8.2e}  {row.bound:8.1e}  {'ok' if row.ok else 'off'}")
     lines.append(f"  backend {bundle.backend.name}: {bundle.backend.reason}")
+    if bundle.taken is not None:
+        lines.append(f"  {bundle.taken.line}")
     for each in bundle.precisions:
         ssim = "-" if each.quality.ssim is None else f"{each.quality.ssim:.5f}"
         lines.append(f"  video in {each.dtype} beside float32: PSNR {each.quality.psnr:.1f} dB, SSIM {ssim}")

@@ -33,6 +33,7 @@ from echo_rt.utils.atomic_file import write_whole
 from echo_rt.utils.device import FLOAT8, model_context, parse_device, parse_dtype, working_dtype
 from echo_rt.verify.decoder import Decoding, Precision
 from echo_rt.verify.recipe import RecipeBundle
+from echo_rt.weights.choice import Taken
 from echo_rt.weights.files import check_tensors, open_tensors
 from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.shapes import (
@@ -73,13 +74,17 @@ class Row:
 
 @dataclass(frozen=True)
 class BundleReport:
-    """All tensors of one bundle, and of a VAE its video in lower precisions, for which there is no bound."""
+    """All tensors of one bundle, and of a VAE its video in lower precisions, for which there is no bound.
+
+    ``taken``: of a recipe's bundle, by which one it ran and of which weights.
+    """
 
     name: str
     kind: str
     backend: Backend
     rows: tuple[Row, ...]
     precisions: tuple[Precision, ...] = ()
+    taken: Taken | None = None
 
     @property
     def passed(self) -> bool:
@@ -287,9 +292,10 @@ def verify_bundle(
         precision = working_dtype(precision)
     inputs, expected = (open_tensors(folder / f"{name}.safetensors") for name in ("inputs", "expected"))
     precisions: Sequence[Precision] = ()
+    taken: Taken | None = None
     try:
         if config["kind"] == RECIPE:
-            actual, chosen = RecipeBundle(folder, config, inputs).latents(
+            actual, chosen, taken = RecipeBundle(folder, config, inputs).latents(
                 *_script(config, str(folder)),
                 device=place,
                 dtype=precision,
@@ -326,7 +332,7 @@ def verify_bundle(
         )
         for key in expected
     ]
-    return BundleReport(name=name, kind=config["kind"], backend=chosen, rows=tuple(rows), precisions=tuple(precisions))
+    return BundleReport(name, config["kind"], chosen, tuple(rows), tuple(precisions), taken)
 
 
 def _run(bundle: _Bundle) -> tuple[dict[str, Tensor], Sequence[Precision]]:

@@ -14,6 +14,7 @@ from echo_rt.config import VaeConfig
 from echo_rt.errors import WeightsError
 from echo_rt.ops.backends import Backend, load_ops
 from echo_rt.runtime import Runtime
+from echo_rt.weights.choice import Taken
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class RecipeBundle:
         backend: str | None,
         graphs: bool | None,
         float8_except: Sequence[str],
-    ) -> tuple[dict[str, Tensor], Backend]:
-        """``latents.b`` of the first ``blocks``, with the prompts of ``switches``; the backend that made them."""
+    ) -> tuple[dict[str, Tensor], Backend, Taken]:
+        """``latents.b`` of the first ``blocks``, with the prompts of ``switches``; the backend, and what was taken."""
         initial = self.inputs.get("initial_latents")
         stride = VaeConfig().spatial_stride
         shape = self._input("noise.0").shape
@@ -68,7 +69,7 @@ class RecipeBundle:
             for number, block in enumerate(switches, start=1):
                 stream.set_prompt(prompt_embeds=self._input(f"prompt_embeds.{number}"), block=given + block)
             made = {f"latents.{block}": next(stream).latents for block in range(blocks)}
-            return made, Backend(load_ops(runtime.backend), runtime.backend_reason)
+            return made, Backend(load_ops(runtime.backend), runtime.backend_reason), runtime.taken
 
     def _path(self, name: str) -> Path:
         """A file or folder of the bundle's, whose path is relative to the bundle."""

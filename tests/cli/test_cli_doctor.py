@@ -24,6 +24,7 @@ def test_here_generate_can_run(echo_rt):
     assert (outcome.code, outcome.json["ok"]) == (0, True)
     assert facts["Python"]["value"] == sys.version.split()[0]
     assert facts["torch"]["value"].startswith(importlib.import_module("torch").__version__)
+    assert facts["recipes"]["value"].startswith("echo-infinity-short, echo-infinity-long, ")
     assert facts["H.264 encoder libx264"]["value"].startswith("works")
     assert {name for name in facts if name.startswith("backend ")} == {f"backend {b}" for b in available_backends()}
     assert all(fact["advice"] for fact in facts.values() if fact["status"] != "ok")

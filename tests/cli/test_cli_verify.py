@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -49,6 +50,11 @@ def test_a_bundle_of_a_recipe(echo_rt, golden_dir):
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith("longlive_early_switch (recipe)\n")
     assert "longlive_early_switch: passed, 9 of 9 tensors within bounds" in outcome.out
+    assert "  recipe longlive (asked for by name): the plain weights of " in outcome.out
+    outcome = echo_rt("verify", golden_dir / "recipes" / "longlive_early_switch", "--device", "cpu", "--json")
+    (bundle,) = outcome.json["bundles"]
+    assert (bundle["recipe"], bundle["ema"]) == ("longlive", False)
+    assert [Path(lora["file"]).name for lora in bundle["loras"]] == ["longlive_lora.pt"]
 
 
 def test_a_model_beside_a_bundle(echo_rt, golden_dir, small_model, tmp_path):
