@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -47,6 +49,9 @@ OVERRIDES = (
 RECIPE = "recipe"
 FOLDER_FACTS = ("width", "height", "tiny_seed", RECIPE)
 
+# LoRAs as callers name them: a path, or a sequence of paths of which each may have a strength.
+Lora = str | Path | Sequence[str | Path | tuple[str | Path, float]] | None
+
 _SEEDS = 2**64
 
 
@@ -74,7 +79,8 @@ class RuntimeOptions:
     """
 
     checkpoint: str | Path | None = None
-    lora: str | Path | None = None
+    lora: Lora = None
+    lora_alpha: float | None = None
     ema: bool | None = None
     recipe: str | None = None
     device: str | torch.device | None = None
@@ -104,6 +110,11 @@ class RuntimeOptions:
             raise ConfigError(
                 f"convolution must be text, names with commas between, or left out; got {self.convolution!r}"
             )
+        loras, alpha = lora_files(self.lora), self.lora_alpha
+        if alpha is not None and not (is_number(alpha) and alpha > 0):
+            raise ConfigError(f"lora_alpha must be a number above 0, got {alpha!r}")
+        if alpha is not None and not loras:
+            raise ConfigError(f"lora_alpha is that of LoRAs without one: expected a LoRA beside lora_alpha={alpha:g}")
         ahead = self.lookahead
         if ahead is not None and (isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 0):
             raise ConfigError(f"lookahead must be a number of blocks, 0 or more, got {ahead!r}")
@@ -111,6 +122,35 @@ class RuntimeOptions:
     def arguments(self) -> dict[str, Any]:
         """Return them by name, for :meth:`echo_rt.Runtime.from_pretrained`; of a subclass these fields alone."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(RuntimeOptions)}
+
+
+def is_path(value: object) -> bool:
+    """Return whether ``value`` is a path; an empty one, which would mean the working folder, is not."""
+    return isinstance(value, (str, os.PathLike)) and bool(os.fspath(value))
+
+
+def is_number(value: object) -> bool:
+    """Return whether ``value`` is a finite real number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def lora_files(lora: Lora) -> tuple[tuple[Path, float], ...]:
+    """The paths of LoRAs, each with its strength, which is 1 where none is given; raises :class:`ConfigError`."""
+    entries: Any = lora if isinstance(lora, Sequence) and not isinstance(lora, str) else [lora]
+    files = []
+    for entry in [] if lora is None else entries:
+        path, strength = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, 1.0)
+        if not is_path(path):
+            raise ConfigError(f"lora must be a path, a list of paths and (path, strength) pairs, or None; got {lora!r}")
+        if not is_number(strength):
+            raise ConfigError(f"the strength of a LoRA must be a finite number, got {strength!r} for {path}")
+        files.append((Path(path), float(strength)))
+    return tuple(files)
+
+
+def lora_text(path: str | Path, strength: float) -> str:
+    """A LoRA as the command line names it: ``FILE`` or ``FILE:STRENGTH``."""
+    return str(path) if strength == 1 else f"{path}:{strength}"
 
 
 def check_overrides(overrides: Mapping[str, Any], source: str, also: tuple[str, ...] = ()) -> dict[str, Any]:

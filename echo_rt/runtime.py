@@ -20,7 +20,7 @@ from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import Guard
 from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.ops.backends import choose_backend
-from echo_rt.options import WAN_VAE, MemoryMode, RuntimeOptions, check_seed
+from echo_rt.options import WAN_VAE, Lora, MemoryMode, RuntimeOptions, check_seed
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.ways import BACKEND, ways_of
 from echo_rt.stream import Stream
@@ -76,7 +76,8 @@ class Runtime:
         model: str | Path,
         *,
         checkpoint: str | Path | None = None,
-        lora: str | Path | None = None,
+        lora: Lora = None,
+        lora_alpha: float | None = None,
         ema: bool | None = None,
         recipe: str | None = None,
         device: str | torch.device | None = None,
@@ -103,7 +104,9 @@ class Runtime:
         Args:
             model: a folder with Wan2.1-T2V-1.3B in the original or the diffusers layout.
             checkpoint: generator weights (Echo-Infinity, Self-Forcing, ...) that replace the folder's transformer.
-            lora: a LoRA merged into the transformer; it may carry the memory encoder.
+            lora: LoRAs merged into the transformer, in order: a path, or a list of paths and (path, strength) pairs, of
+                which one may carry the memory encoder. A path is a file in any naming, or a folder of PEFT.
+            lora_alpha: alpha of the LoRAs that state none; None for their rank.
             ema: True for the checkpoint's EMA weights, False for the plain ones, None for those that the recipe takes,
                 where it has them; of no checkpoint neither can be asked for.
             recipe: how the checkpoint is sampled, a name in :data:`echo_rt.recipes.RECIPES`; ``overrides`` act on top.
@@ -153,6 +156,7 @@ class Runtime:
         options = RuntimeOptions(
             checkpoint=checkpoint,
             lora=lora,
+            lora_alpha=lora_alpha,
             ema=ema,
             recipe=recipe,
             device=device,

@@ -46,7 +46,7 @@ ALPHA, RANK = 4, 2
 def factors(transformer: Tensors) -> tuple[Tensors, Tensors]:
     """A LoRA's tensors under PEFT's keys, and the transformer it makes.
 
-    The factors are small multiples of a power of two, so their products are exact and the sum is rounded once.
+    The factors are small multiples of a power of two, so their products are exact, and so is the sum in float32.
     """
     generator = torch.Generator().manual_seed(3)
     lora, merged = {}, dict(transformer)
@@ -56,7 +56,7 @@ def factors(transformer: Tensors) -> tuple[Tensors, Tensors]:
         up = torch.randint(-3, 4, (weight.shape[0], RANK), generator=generator) / 32
         lora[f"base_model.model.{module}.lora_A.weight"] = down
         lora[f"base_model.model.{module}.lora_B.weight"] = up
-        merged[f"{module}.weight"] = (weight.double() + ALPHA / RANK * (up.double() @ down.double())).to(weight.dtype)
+        merged[f"{module}.weight"] = (weight.double() + ALPHA / RANK * (up.double() @ down.double())).float()
     return lora, merged
 
 
@@ -91,6 +91,28 @@ def test_a_lora_and_its_memory_encoder_make_the_video(
     if in_lora and in_checkpoint:
         with load(small_model, checkpoint=saved(tmp_path / "old.pt", merged, memory)) as runtime:
             assert not same(made, video(runtime, 6)), "the LoRA's memory encoder changes nothing"
+
+
+def test_a_snapshot_knows_the_strengths_of_its_loras(small_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lora.pt"
+    torch.save({"generator_lora": factors(checkpoint_of(small_model)[0])[0]}, path)
+    loras = [path, (path, -0.5)]
+    with (
+        load(small_model, lora=loras, lora_alpha=ALPHA) as runtime,
+        runtime.stream(prompt_embeds=embeds(runtime)) as stream,
+    ):
+        take(stream, 1)
+        snapshot = stream.snapshot()
+        after = take(stream, 1)
+    with load(small_model, lora=loras, lora_alpha=ALPHA) as runtime, runtime.resume(snapshot) as stream:
+        assert same(take(stream, 1), after)
+    said = "weights of the transformer are not those of the snapshot"
+    for strength in (0.5, 1.0):
+        with (
+            load(small_model, lora=[(path, strength)], lora_alpha=ALPHA) as runtime,
+            pytest.raises(echo_rt.StreamError, match=said),
+        ):
+            runtime.resume(snapshot)
 
 
 def test_a_lora_is_merged_in_float32_whatever_its_process_allows(

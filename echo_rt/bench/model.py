@@ -15,7 +15,7 @@ from torch import Tensor
 
 from echo_rt.bench.settings import RELEASED, BenchModel
 from echo_rt.config import ModelConfig, TransformerConfig, VaeConfig
-from echo_rt.options import RuntimeOptions
+from echo_rt.options import RuntimeOptions, lora_text
 from echo_rt.weights.choice import Taken
 from echo_rt.weights.load_model import load_model
 from echo_rt.weights.shapes import Shapes, memory_shapes, transformer_shapes, vae_shapes
@@ -75,8 +75,9 @@ def random_model(sizes: BenchModel, device: torch.device, seed: int) -> Model:
 def folder_model(model: str | Path, options: RuntimeOptions) -> Model:
     """The model of a folder, by the rules of :meth:`echo_rt.Runtime.from_pretrained`; its errors are that one's."""
     found = load_model(model, options)
+    loras = [lora_text(*lora) for lora in found.loras]
     return Model(
-        source=" with ".join(str(path) for path in (model, options.checkpoint, options.lora) if path is not None),
+        source=" with ".join(str(path) for path in (model, options.checkpoint, *loras) if path is not None),
         config=found.config,
         vae_config=found.folder.vae_config(),
         transformer=found.transformer,

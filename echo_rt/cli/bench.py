@@ -13,9 +13,11 @@ from echo_rt.cli.arguments import parse_number, parse_positive
 from echo_rt.cli.model_options import (
     BACKEND_HELP,
     add_float8_except,
+    add_lora,
     add_no_graphs,
     add_recipe,
     parse_ahead,
+    parse_lora_alpha,
     parse_tiles,
 )
 from echo_rt.cli.outputs import Named, check_apart
@@ -34,7 +36,7 @@ memory.
 """
 
 
-_FILES = ("model", "checkpoint", "lora")
+_FILES = ("model", "checkpoint")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -51,7 +53,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     model.add_argument("--size", choices=MODELS, help="random weights at these sizes; default: released on a GPU")
     model.add_argument("--model", type=parse_path, metavar="DIR", help="a Wan2.1 folder instead, original or diffusers")
     model.add_argument("--checkpoint", type=parse_path, metavar="FILE", help="generator weights that go with it")
-    model.add_argument("--lora", type=parse_path, metavar="FILE", help="LoRA to merge into the generator")
+    add_lora(model)
     add_recipe(model)
     model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
     add_float8_except(model)
@@ -102,10 +104,11 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
         if arguments.chart:
             require_matplotlib()
         read = [Named(f"--{name}", path) for name in _FILES if (path := getattr(arguments, name)) is not None]
-        _check_folder(arguments.out, read)
+        _check_folder(arguments.out, [*read, *(Named("--lora", path) for path, _ in arguments.lora)])
         names = {field.name for field in dataclasses.fields(Request)}
         facts: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name in names}
         facts |= {given.option.removeprefix("--"): str(given.path) for given in read}
+        facts |= {"lora": tuple(arguments.lora) or None, "lora_alpha": parse_lora_alpha(arguments)}
         facts |= counts | {"float8_except": tuple(arguments.float8_except), "vae_tiles": tiles, "seed": seed}
         request = Request(**facts | {"variants": variants, "lookahead": lookahead})
 

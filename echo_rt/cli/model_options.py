@@ -9,7 +9,7 @@ from typing import Any
 
 from echo_rt.cli.arguments import parse_number, parse_overrides, parse_positive, parse_size
 from echo_rt.cli.outputs import Named
-from echo_rt.cli.paths import parse_path
+from echo_rt.cli.paths import parse_lora, parse_path
 from echo_rt.errors import ConfigError
 from echo_rt.options import DTYPE_NAMES, TINY_VAE, VAE_DTYPE_NAMES, WAN_VAE, MemoryMode, RuntimeOptions
 
@@ -25,7 +25,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
     model.add_argument(
         "--checkpoint", type=parse_path, metavar="FILE", help="generator weights, with or without a memory"
     )
-    model.add_argument("--lora", type=parse_path, metavar="FILE", help="LoRA to merge into the generator")
+    add_lora(model)
     add_recipe(model)
     model.add_argument(
         "--memory",
@@ -66,7 +66,9 @@ def parse_model_options(arguments: argparse.Namespace) -> RuntimeOptions:
     given = {name: value for name, value in vars(arguments).items() if name in names}
     width, height = parse_size(arguments.size)
     given |= {
+        "lora": tuple(arguments.lora) or None,
         "lookahead": parse_lookahead(arguments.lookahead),
+        "lora_alpha": parse_lora_alpha(arguments),
         "vae_tiles": parse_tiles(arguments.vae_tiles),
         "float8_except": tuple(arguments.float8_except),
         "width": width,
@@ -79,8 +81,30 @@ def parse_model_options(arguments: argparse.Namespace) -> RuntimeOptions:
 def model_files(arguments: argparse.Namespace) -> list[Named]:
     """What the model is read from, for ``check_outputs`` and ``check_folder``."""
     vae = None if arguments.vae in (WAN_VAE, TINY_VAE) else Path(arguments.vae)
-    named = [(f"--{name}", getattr(arguments, name)) for name in ("model", "checkpoint", "lora")]
+    named = [(f"--{name}", getattr(arguments, name)) for name in ("model", "checkpoint")]
+    named += [("--lora", path) for path, _ in arguments.lora]
     return [Named(option, path) for option, path in (*named, ("--vae", vae)) if path is not None]
+
+
+def add_lora(parser: Any) -> None:
+    """Declare ``--lora``, a list of paths and strengths, and ``--lora-alpha``."""
+    parser.add_argument(
+        "--lora",
+        type=parse_lora,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="LoRA to merge into the generator, in any naming, or PEFT's folder; may be repeated",
+    )
+    parser.add_argument("--lora-alpha", metavar="ALPHA", help="of LoRAs that state none; default: their rank")
+
+
+def parse_lora_alpha(arguments: argparse.Namespace) -> float | None:
+    """The number of ``--lora-alpha``, None where it is left out; raises ``ConfigError``."""
+    if arguments.lora_alpha is not None and not arguments.lora:
+        raise ConfigError("--lora-alpha: expected --lora FILE with it, got none")
+    alpha: float | None = parse_positive("--lora-alpha", arguments.lora_alpha, float, "a number above 0")
+    return alpha
 
 
 def add_recipe(parser: Any) -> None:

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from echo_rt.errors import ConfigError
-from echo_rt.options import TINY_VAE, WAN_VAE, MemoryMode, RuntimeOptions, check_overrides, check_seed
+from echo_rt.options import (
+    TINY_VAE,
+    WAN_VAE,
+    MemoryMode,
+    RuntimeOptions,
+    check_overrides,
+    check_seed,
+    lora_files,
+    lora_text,
+)
 from echo_rt.utils.atomic_file import reason, write_whole
 
 MANIFEST_FILE = "soak.json"
@@ -156,7 +165,10 @@ class SoakConfig(RuntimeOptions):
         for name in ("out", "serve", "plots", "check", "keep_text_encoder"):  # where it lies and who looks on
             del facts[name]
         facts |= {f"limits.{name}": value for name, value in facts.pop("limits").items()}
-        files = ["model", "checkpoint", "lora"] + ([] if self.vae in (WAN_VAE, TINY_VAE) else ["vae"])
+        # One LoRA at full strength by its path alone, as soaks before there could be several have it.
+        loras = [lora_text(path.absolute(), strength) for path, strength in lora_files(self.lora)]
+        facts["lora"] = loras if len(loras) > 1 else next(iter(loras), None)
+        files = ["model", "checkpoint"] + ([] if self.vae in (WAN_VAE, TINY_VAE) else ["vae"])
         for name in files:
             if facts[name] is not None:
                 facts[name] = str(Path(facts[name]).absolute())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +11,8 @@ from echo_rt.config import MemoryConfig
 from echo_rt.errors import ConfigError
 from echo_rt.options import RECIPE
 from echo_rt.recipes import LONGVIDEO_FILE, RECIPES, Recipe, find_recipe, published_as
-from echo_rt.weights.files import open_tensors
 from echo_rt.weights.generator import BARE, GENERATOR_EMA, GeneratorTensors, holds_memory
+from echo_rt.weights.lora_file import lora_holds_memory
 from echo_rt.weights.tensors import TensorFile
 
 TAKEN = "taken"  # the fact of a snapshot's model: Taken as plain JSON types
@@ -97,7 +97,7 @@ def choose_recipe(
     of_folder: Mapping[str, Any],
     snapshot: Mapping[str, Any] | None,
     checkpoint: TensorFile | None,
-    lora: str | Path | None,
+    loras: Sequence[Path],
     model: str | Path,
 ) -> Choice:
     """The recipe that is named by the caller, by the snapshot to go on with or by the folder, or else the one that the
@@ -120,7 +120,7 @@ def choose_recipe(
         return Choice(find_recipe(of_folder[RECIPE], source), "the folder names it", "folder")
     if _is_whole(of_folder):
         return Choice(None, "the folder's config.json has its facts", "folder")
-    return _told_by_files(checkpoint, lora, model)
+    return _told_by_files(checkpoint, loras, model)
 
 
 def _is_whole(of_folder: Mapping[str, Any]) -> bool:
@@ -128,10 +128,10 @@ def _is_whole(of_folder: Mapping[str, Any]) -> bool:
     return of_folder.keys() >= _WINDOW
 
 
-def _told_by_files(checkpoint: TensorFile | None, lora: str | Path | None, model: str | Path) -> Choice:
+def _told_by_files(checkpoint: TensorFile | None, loras: Sequence[Path], model: str | Path) -> Choice:
     if checkpoint is None:
         raise _unknown(f"nothing says how {model} is sampled, a stock Wan2.1 without a checkpoint that is distilled")
-    if lora is not None and holds_memory(open_tensors(lora)):
+    if any(map(lora_holds_memory, loras)):
         return Choice(RECIPES["echo-infinity-long"], "the LoRA has a memory encoder", "files")
     if holds_memory(checkpoint):
         return Choice(RECIPES["echo-infinity-short"], "the checkpoint has a memory encoder", "files")

@@ -17,6 +17,7 @@ from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import counted
 from echo_rt.weights.files import check_tensors, open_tensors
 from echo_rt.weights.from_shapes import count_layers, memory_facts, shape_of
+from echo_rt.weights.lora_keys import is_factor
 from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes
 from echo_rt.weights.tensors import RenamedTensors, TensorFile, rename, without_wrappers
 
@@ -60,7 +61,7 @@ def take_generator(
 ) -> GeneratorTensors:
     """As :func:`load_generator`, of a file that is open."""
     sections = {name.split(".", 1)[0] for name in file}
-    if LORA_SECTION in sections or any(".lora_A." in name for name in file):
+    if LORA_SECTION in sections or any(map(is_factor, file)):
         raise WeightsError(f"{file.path}: expected a whole generator, came a LoRA, which is merged into one instead")
     part = _choose_part(sections, ema, prefer_ema, file.path)
     transformer, memory = _split(file, part)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,10 @@ from echo_rt.options import (
     MemoryMode,
     RuntimeOptions,
     check_overrides,
+    is_path,
     latent_size,
+    lora_files,
+    lora_text,
 )
 from echo_rt.recipes import Recipe
 from echo_rt.utils.device import parse_device
@@ -42,7 +44,8 @@ class LoadedModel:
 
     ``vae`` is the VAE whose latents these are; ``tiny_vae`` the decoder in place of the folder's own, which is then not
     looked at, None for that one. ``taken`` says by which recipe it runs and what it was made of, ``transformer_source``
-    and ``memory_source`` where tensors are from.
+    and ``memory_source`` where tensors are from; ``loras`` are the paths and strengths of what is merged into the
+    transformer.
     """
 
     folder: ModelFolder
@@ -54,23 +57,23 @@ class LoadedModel:
     tiny_vae: TinyVae | None
     transformer_source: str
     memory_source: str
+    loras: tuple[tuple[Path, float], ...]
     taken: Taken
 
 
 def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str, Any] | None = None) -> LoadedModel:
     """Open what :meth:`echo_rt.Runtime.from_pretrained` makes a runtime of; its errors are explained there.
 
-    A LoRA is merged on the device of ``options``. ``snapshot``: how the one to go on with describes its model.
+    LoRAs are merged on the device of ``options``. ``snapshot``: how the one to go on with describes its model.
     """
-    checkpoint, lora, ema, vae = options.checkpoint, options.lora, options.ema, options.vae
+    checkpoint, ema, vae = options.checkpoint, options.ema, options.vae
     if ema is not None and not isinstance(ema, bool):
         raise ConfigError(f"ema must be True, False or None, got {ema!r}")
-    for name, path in (("checkpoint", checkpoint), ("lora", lora)):
-        if path is not None and not _is_path(path):
-            raise ConfigError(f"{name} must be a path or None, got {path!r}")
+    if checkpoint is not None and not is_path(checkpoint):
+        raise ConfigError(f"checkpoint must be a path or None, got {checkpoint!r}")
     if ema is not None and checkpoint is None:
         raise ConfigError(f"ema says which weights of a checkpoint to take: expected a checkpoint beside ema={ema}")
-    if not _is_path(vae):
+    if not is_path(vae):
         raise ConfigError(f"vae must be {WAN_VAE!r}, {TINY_VAE!r} or a path, got {vae!r}")
     wanted = None if options.memory is None else MemoryMode.parse(options.memory)
     folder = ModelFolder.open(model)
@@ -78,7 +81,8 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     defaults = check_overrides(folder.rollout_defaults(), f"{model}: echo_rt in config.json", FOLDER_FACTS)
     overrides = check_overrides(options.overrides or {}, "overrides")
     opened = None if checkpoint is None else open_tensors(checkpoint)
-    choice = choose_recipe(options.recipe, defaults, snapshot, opened, lora, model)
+    loras = [path for path, _ in lora_files(options.lora)]
+    choice = choose_recipe(options.recipe, defaults, snapshot, opened, loras, model)
     recipe = choice.recipe
     facts = {**choice.facts(defaults), **overrides}
     width = facts.get("width", RELEASED_SIZE[0]) if options.width is None else options.width
@@ -101,11 +105,11 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         generator = take_generator(opened, transformer_config, ema=ema, prefer_ema=prefer_ema)
         tensors, memory_tensors = generator.transformer, generator.memory
         source = memory_source = str(checkpoint)
-    if lora is not None:
-        merged = merge_lora(tensors, lora, device=parse_device(options.device))
-        tensors, source = merged.transformer, f"{source} with {lora}"
-        if merged.memory is not None:
-            memory_tensors, memory_source = merged.memory, str(lora)
+    merged = merge_lora(tensors, options.lora, alpha=options.lora_alpha, device=parse_device(options.device))
+    if merged.loras:
+        tensors, source = merged.transformer, f"{source} with {', '.join(lora_text(*lora) for lora in merged.loras)}"
+    if merged.memory is not None:
+        memory_tensors, memory_source = merged.memory, str(merged.memory_path)
 
     if wanted is None:
         choice.check_memory(memory_tensors is not None, memory_source)
@@ -131,8 +135,8 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         ema_reason=ema_reason(ema, recipe, generator),
         model=str(model),
         checkpoint=None if checkpoint is None else str(checkpoint),
-        loras=() if lora is None else ((str(lora), 1.0),),
-        cautions=cautions(recipe, lora is not None, config.memory, memory_is_asked=wanted is not None),
+        loras=tuple((str(path), strength) for path, strength in merged.loras),
+        cautions=cautions(recipe, bool(merged.loras), config.memory, memory_is_asked=wanted is not None),
     )
     _tell(taken, recipe)
     return LoadedModel(
@@ -145,6 +149,7 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         tiny_vae=tiny_vae,
         transformer_source=source,
         memory_source=memory_source,
+        loras=merged.loras,
         taken=taken,
     )
 
@@ -157,10 +162,6 @@ def _tell(taken: Taken, recipe: Recipe | None) -> None:
             _logger.info("recipe %s: %s", recipe.name, note)
     for caution in taken.cautions:
         _logger.warning("%s", caution)
-
-
-def _is_path(value: object) -> bool:
-    return isinstance(value, (str, os.PathLike)) and bool(os.fspath(value))  # an empty one is the folder one is in
 
 
 def _transformer_facts(config: TransformerConfig) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def test_the_least_that_can_be_asked(call: Any, asked: list[Request]) -> None:
 
 def test_all_that_can_be_asked(call: Any, asked: list[Request], tmp_path: Path) -> None:
     text = (
-        "--model m --checkpoint c --lora l --no-ema --convolution conv3d,phases --vae-tiles 2 --no-graphs "
+        "--model m --checkpoint c --lora l --lora k:2 --no-ema --convolution conv3d,phases --vae-tiles 2 --no-graphs "
         "--dtype float8 --float8-except *.ffn.2 --device cpu --backend torch "
         "--attention sdpa --seed 9 "
         "--variants evolve,off --lookahead 2 --rounds 3 --blocks 4 --no-peers --no-chart"
@@ -79,7 +79,7 @@ def test_all_that_can_be_asked(call: Any, asked: list[Request], tmp_path: Path) 
         Request(
             model="m",
             checkpoint="c",
-            lora="l",
+            lora=((Path("l"), 1.0), (Path("k"), 2.0)),
             ema=False,
             convolution="conv3d,phases",
             vae_tiles=2,

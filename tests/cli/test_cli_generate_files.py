@@ -46,6 +46,7 @@ def test_two_outputs_of_one_name(echo_rt, fake_runtime, tmp_path):
         ("--checkpoint", "--latents", "c.safetensors.index.json", "c-00001-of-00002.safetensors"),
         ("--checkpoint", "--latents", "c", "c.safetensors"),
         ("--lora", "--save-prompt-embeds", "c.safetensors", "c.safetensors"),
+        ("--lora", "--save-prompt-embeds", "c.safetensors:0.5", "c.safetensors"),
         ("--prompt-embeds", "--latents", "9:c.safetensors", "c.safetensors"),
         ("--prompt-embeds", "--latents", "9:c.safetensors", "link.safetensors"),
         ("--lora", "--latents", "link.safetensors", "c.safetensors"),
@@ -61,7 +62,7 @@ def test_an_output_that_is_an_input(echo_rt, fake_runtime, tmp_path, monkeypatch
     outcome = echo_rt("generate", "--model", "m", *prompts, "-o", "v.mp4", given, value, output, written)
     assert outcome.code == 2
     assert f"{output}: expected a file apart from what is read, got {written!r}" in outcome.error
-    assert f"belongs to {given} {value.removeprefix('9:')}" in outcome.error
+    assert f"belongs to {given} {value.removeprefix('9:').removesuffix(':0.5')}" in outcome.error
     assert fake_runtime.loaded_with == {} and files(tmp_path) == before
     assert Path("c.safetensors").read_bytes() == b"weights"
 

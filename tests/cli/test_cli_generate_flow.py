@@ -57,8 +57,8 @@ def test_everything_at_once(echo_rt, fake_runtime, tmp_path, frame_count):
 
 
 def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
-    options = "--checkpoint c.pt --lora l.pt --no-ema --recipe longlive --device cpu --dtype float8 --memory prior"
-    options += " --backend torch"
+    options = "--checkpoint c.pt --lora l.pt --lora m.pt:-0.5 --lora-alpha 8 --no-ema --recipe longlive --device cpu"
+    options += " --dtype float8 --memory prior --backend torch"
     options += " --vae-dtype float32 --vae tiny --vae-tiles 3 --attention sdpa --convolution phases --lookahead 2"
     options += " --float8-except *.ffn.2 --float8-except blocks.0.* --no-graphs"
     options += " --size 128x96 --keep-text-encoder --frames 1 --quiet"
@@ -67,7 +67,8 @@ def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
     assert fake_runtime.loaded_with == {
         "model": Path("folder"),
         "checkpoint": Path("c.pt"),
-        "lora": Path("l.pt"),
+        "lora": ((Path("l.pt"), 1.0), (Path("m.pt"), -0.5)),
+        "lora_alpha": 8.0,
         "ema": False,
         "recipe": "longlive",
         "device": "cpu",
@@ -89,6 +90,15 @@ def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
         "overrides": {},
         "like": None,
     }
+
+
+def test_a_lora_with_a_colon_in_its_name(echo_rt, fake_runtime, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("step:100").mkdir()
+    options = ("--lora", "step:100", "--lora", "step:200", "--lora", "step:100:-1e-1")
+    assert echo_rt("generate", *PROMPT, "-o", "v.mp4", "--frames", 1, *options).code == 0
+    expected = ((Path("step:100"), 1.0), (Path("step"), 200.0), (Path("step:100"), -0.1))
+    assert fake_runtime.loaded_with["lora"] == expected
 
 
 @pytest.mark.parametrize(("seconds", "frames"), [("2", 32), ("0.01", 1), ("1.3", 21)])

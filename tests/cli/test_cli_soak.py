@@ -66,7 +66,7 @@ def test_all_that_can_be_asked(call: Any, asked: dict[str, Any]) -> None:
         out="o",
         hours=24.0,
         checkpoint="c",
-        lora="l",
+        lora=((Path("l"), 1.0),),
         ema=False,
         memory="prior",
         vae="tiny",

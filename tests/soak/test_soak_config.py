@@ -96,6 +96,15 @@ def test_files_are_known_by_their_whole_path(
     assert facts["vae"] == (fact if vae == fact else str(tmp_path / "a" / fact))
 
 
+def test_loras_are_known_by_their_whole_path_and_strength(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at full strength as manifests had it before there were several."""
+    monkeypatch.chdir(tmp_path)
+    assert config(tmp_path).facts()["lora"] is None
+    assert config(tmp_path, lora=((Path("l"), 1.0),)).facts()["lora"] == str(tmp_path / "l")
+    several = config(tmp_path, lora=["l", ("m", 0.5)]).facts()["lora"]
+    assert several == [str(tmp_path / "l"), f"{tmp_path / 'm'}:0.5"]
+
+
 def test_another_soak_is_refused_with_what_differs(tmp_path: Path) -> None:
     write_manifest(config(tmp_path), "1")
     other = config(tmp_path, seed=3, limits=Limits(drift=0.5))

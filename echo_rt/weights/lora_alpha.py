@@ -1,0 +1,130 @@
+"""Alphas and ranks that LoRA files state beside their tensors: in header fields, facts and PEFT's configs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from echo_rt.errors import WeightsError
+from echo_rt.weights.lora_keys import ALPHA, known, parse_key
+from echo_rt.weights.tensors import Fact
+
+# The header field in which diffusers stores PEFT's config as JSON.
+_CONFIG_IN_HEADER = "lora_adapter_metadata"
+# Values of sd-scripts that state nothing: every module has an alpha tensor then.
+_NO_ALPHA = ("Dynamic", "None", "")
+# Initializations that leave the base weights as they are; PEFT's others (PiSSA, OLoRA, ...) change them.
+_PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+# The precision of bfloat16, in which some trainers store alpha.
+_ROUNDING = 2**-8
+
+
+@dataclass(frozen=True)
+class Stated:
+    """A number (alpha or rank) that one place in a file states, for single modules or as the default of all.
+
+    ``label`` names the place in messages. ``patterns`` are PEFT's: regular expressions for the end of a module's name.
+    """
+
+    label: str
+    default: float | None = None
+    modules: Mapping[str, float] = field(default_factory=dict)
+    patterns: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, module: str, written: str) -> float | None:
+        """The number for ``module``, which the file calls ``written``; None where nothing is stated."""
+        for pattern, number in self.patterns.items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", written):
+                return number
+        return self.modules.get(module, self.default)
+
+
+def agreed(places: Iterable[Stated], module: str, written: str, what: str, source: str) -> float | None:
+    """The number that ``places`` state for ``module``, or None; ``WeightsError`` where two of them disagree."""
+    found = [(place.label, number) for place in places if (number := place.of(module, written)) is not None]
+    for label, number in found[1:]:
+        if not math.isclose(number, found[0][1], rel_tol=_ROUNDING):
+            raise WeightsError(
+                f"{source}: expected one {what} of {written}, "
+                f"found {found[0][1]:g} ({found[0][0]}) and {number:g} ({label})"
+            )
+    return found[0][1] if found else None
+
+
+def positive(value: Any, name: str, source: str) -> float:
+    """``value`` as a finite number above 0; raises ``WeightsError``."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise WeightsError(f"{source}: expected {name} to be a number above 0, found {value!r}")
+    return number
+
+
+def alphas_in(facts: Mapping[str, Fact], names: Mapping[str, str], source: str) -> list[Stated]:
+    """The alphas among ``facts``, one place for each shared one; ``names`` as of :func:`module_names`."""
+    modules: dict[str, float] = {}
+    shared: dict[str, float] = {}
+    for name, value in sorted(facts.items()):
+        key = parse_key(name)
+        if key is not None and key.part == ALPHA and value not in _NO_ALPHA:
+            place, by = (modules, known(key.module, names)) if key.module else (shared, name)
+            place[by] = positive(value, name, source)
+    if modules and not shared:
+        return [Stated("alphas of modules", None, modules)]
+    return [Stated(label, default, modules) for label, default in shared.items()]
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Alphas and ranks of PEFT's config; ``rank_stabilized``: alpha is divided by the square root of the rank."""
+
+    alpha: Stated
+    rank: Stated
+    rank_stabilized: bool
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any], label: str, source: str) -> AdapterConfig:
+        """Read the fields of the config called ``label``; ``WeightsError`` for another method than LoRA."""
+        method = "DoRA" if fields.get("use_dora") else fields.get("peft_type") or "LORA"
+        if method != "LORA":
+            raise WeightsError(f"{source}: expected a LoRA, found {method} (in {label})")
+        if fields.get("init_lora_weights") not in _PLAIN_BEGINNINGS:
+            raise WeightsError(
+                f"{source}: expected a LoRA of unchanged base weights, found init_lora_weights "
+                f"{fields['init_lora_weights']!r} (in {label}); let PEFT convert it"
+            )
+        alpha, rank = (
+            _stated(fields, name, pattern, f"{name} of {label}", source)
+            for name, pattern in (("lora_alpha", "alpha_pattern"), ("r", "rank_pattern"))
+        )
+        return cls(alpha, rank, bool(fields.get("use_rslora")))
+
+
+def _stated(fields: Mapping[str, Any], name: str, pattern: str, label: str, source: str) -> Stated:
+    value, patterns = fields.get(name), fields.get(pattern) or {}
+    try:
+        checked = {key: positive(number, f"{label} ({key})", source) for key, number in patterns.items()}
+        for key in checked:
+            re.compile(key)
+    except (AttributeError, re.error) as error:
+        raise WeightsError(f"{source}: expected {pattern} to map patterns of names to numbers ({error})") from None
+    return Stated(label, None if value is None else positive(value, label, source), patterns=checked)
+
+
+def config_in(facts: Mapping[str, Fact], source: str) -> AdapterConfig | None:
+    """PEFT's config in the header of a file of diffusers, or None; raises ``WeightsError``."""
+    text = facts.get(_CONFIG_IN_HEADER)
+    if text is None:
+        return None
+    try:
+        fields = json.loads(str(text))
+        own = {name.removeprefix("transformer."): value for name, value in fields.items()}
+    except (ValueError, AttributeError, RecursionError):
+        raise WeightsError(f"{source}: expected {_CONFIG_IN_HEADER} to be a JSON object, found {text!a:.80}") from None
+    return AdapterConfig.read(own, _CONFIG_IN_HEADER, source)
