@@ -88,6 +88,7 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     choice = choose_recipe(options.recipe, defaults, snapshot, opened, lora_files(options.lora), model)
     recipe = choice.recipe
     facts = {**choice.facts(defaults), **overrides}
+    MemoryConfig(**_memory_facts(facts))  # raises for a value that no memory has, also where there is none
     width = facts.get("width", RELEASED_SIZE[0]) if options.width is None else options.width
     height = facts.get("height", RELEASED_SIZE[1]) if options.height is None else options.height
     vae_config = folder.vae_config() if vae == WAN_VAE else folder.latents_config()
@@ -179,20 +180,25 @@ def _transformer_facts(config: TransformerConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
+def _memory_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a :class:`MemoryConfig` that recipes, folders and callers may state."""
+    fields = {"memory_frames": "frames", "memory_reads": "reads"}
+    fields["rebuild_on_prompt_switch"] = "rebuild_on_prompt_switch"
+    return {field: facts[name] for name, field in fields.items() if name in facts}
+
+
 def _with_memory(
     flat: Mapping[str, Any], without: ModelConfig, tensors: Mapping[str, Tensor], source: str
 ) -> ModelConfig:
     """The config with the memory that ``tensors`` hold, checked against the video's size."""
     facts = memory_facts(tensors, source)
     memory = MemoryConfig(
-        # Not what the tokens would give: a memory of 3 small frames is not one of 2 larger ones.
-        frames=flat.get("memory_frames", MemoryConfig.frames),
         layers=facts.layers,
         normalize_k=facts.normalize_k,
-        # Of the two released recipes, the long one, whose keys are not normalized, rebuilds.
-        rebuild_on_prompt_switch=flat.get("rebuild_on_prompt_switch", not facts.normalize_k),
         ffn_multiplier=facts.ffn_multiplier,
-        reads=flat.get("memory_reads", MemoryConfig.reads),
+        # Frames are not what the tokens would give: a memory of 3 small frames is not one of 2 larger ones.
+        # Of the two released recipes, the long one, whose keys are not normalized, rebuilds.
+        **{"rebuild_on_prompt_switch": not facts.normalize_k, **_memory_facts(flat)},
     )
     config = ModelConfig(
         transformer=without.transformer,

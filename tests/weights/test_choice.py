@@ -302,6 +302,12 @@ def test_a_recipe_that_does_not_fit_the_weights(stock: Path, tmp_path: Path) -> 
     assert "3 memory frames are more than frames_per_block 1" in told
 
 
+@pytest.mark.parametrize("fact", [{"memory_reads": "raw"}, {"memory_frames": 0}, {"rebuild_on_prompt_switch": 1}])
+def test_facts_of_a_memory_are_checked_where_there_is_none(stock: Path, tmp_path: Path, fact: dict[str, Any]) -> None:
+    told = refusal(stock, checkpoint=both(tmp_path / "a.pt"), recipe="self-forcing", overrides=fact)
+    assert "memory: " in told
+
+
 def test_what_is_not_as_published_is_a_warning(stock: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "echo_rt.recipe")
     path = both(tmp_path / "longlive_base.pt")
