@@ -109,11 +109,15 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
         with stop.interruptible():
             runtime = cleanup.enter_context(Runtime.from_pretrained(config.model, **options))
         cleanup.enter_context(share_cpu(device))
-        if begun != config.settings():  # only now: a mistyped model must not be tied to the folder
-            write_manifest(config)
-        journal = cleanup.enter_context(closing(Journal(config.folder)))
+        kept = _kept_embeds(config)
         with stop.interruptible():
-            embeds = _prompt_embeds(runtime, config)
+            embeds = kept or runtime.encode_prompts(config.prompts)
+        if begun != config.settings():  # only now: a mistyped model or prompt must not be tied to the folder
+            write_manifest(config)
+        if not kept:
+            for file, tensor, prompt in zip(_embeds_files(config), embeds, config.prompts, strict=True):
+                save_prompt_embeds(file, tensor, prompt)
+        journal = cleanup.enter_context(closing(Journal(config.folder)))
         loop = BlockLoop(config, runtime, embeds, journal, promises, snapshot, stop, watchers)
         cleanup.callback(loop.close)
         del snapshot, options  # gigabytes
@@ -180,12 +184,11 @@ def _require_no_other(folder: Path) -> None:
             raise ConfigError(f"{folder}: expected a folder of the soak's own, found {found} and no {MANIFEST_FILE}")
 
 
-def _prompt_embeds(runtime: Runtime, config: SoakConfig) -> list[Tensor]:
-    """Load the embeddings of an earlier process, or encode: text encoders may differ in the last bits."""
-    files = [config.folder / f"{_PROMPT_PREFIX}{index}.safetensors" for index in range(len(config.prompts))]
-    if all(file.exists() for file in files):
-        return [load_prompt_embeds(file)[0] for file in files]
-    embeds = runtime.encode_prompts(config.prompts)
-    for file, tensor, prompt in zip(files, embeds, config.prompts, strict=True):
-        save_prompt_embeds(file, tensor, prompt)
-    return embeds
+def _embeds_files(config: SoakConfig) -> list[Path]:
+    return [config.folder / f"{_PROMPT_PREFIX}{index}.safetensors" for index in range(len(config.prompts))]
+
+
+def _kept_embeds(config: SoakConfig) -> list[Tensor] | None:
+    """Load the embeddings of an earlier process, None without: text encoders may differ in the last bits."""
+    files = _embeds_files(config)
+    return [load_prompt_embeds(file)[0] for file in files] if all(file.exists() for file in files) else None

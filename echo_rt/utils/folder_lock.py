@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from echo_rt.errors import TargetError
@@ -18,15 +19,16 @@ class FolderClaim:
     """Makes ``folder`` if absent, and locks it until :meth:`release` or any end of the process.
 
     Otherwise two processes could write one recording, where it is resumed while the first still runs. Raises
-    ``TargetError`` where another process holds the folder, or it cannot be made. It leaves no file behind.
+    ``TargetError`` where another process holds the folder, or it cannot be made. It leaves no file behind, and no
+    folder of its own making that stayed empty.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
-            made = not self.folder.is_dir()
+            self._made = not self.folder.is_dir()
             self.folder.mkdir(exist_ok=True)
-            if made:
+            if self._made:
                 sync_folder(self.folder.parent)
             self._descriptor: int | None = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
@@ -48,5 +50,8 @@ class FolderClaim:
     def release(self) -> None:
         """Unlock the folder; may be called twice."""
         if self._descriptor is not None:
+            if self._made:
+                with suppress(OSError):  # it is no longer empty
+                    self.folder.rmdir()
             os.close(self._descriptor)
             self._descriptor = None

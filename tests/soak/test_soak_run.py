@@ -21,7 +21,15 @@ import echo_rt.soak
 import echo_rt.soak.session
 from echo_rt.chunk import Chunk
 from echo_rt.engine.pipeline import Pipeline
-from echo_rt.errors import BackendError, ConfigError, NumericalError, OutputError, TargetError, WeightsError
+from echo_rt.errors import (
+    BackendError,
+    ConfigError,
+    NumericalError,
+    OutputError,
+    PromptError,
+    TargetError,
+    WeightsError,
+)
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.soak import Outcome
 from echo_rt.soak.checks import Status
@@ -292,6 +300,9 @@ def test_refusals_come_before_the_model(smallest_model: Path, tmp_path: Path, mo
     out = tmp_path / "out"
     with pytest.raises(WeightsError):
         echo_rt.soak.run(soak_of(tmp_path / "mistyped", out, blocks=3))
+    with pytest.raises(PromptError, match="at most"):
+        echo_rt.soak.run(soak_of(smallest_model, out, blocks=3, prompts=("fox " * 10**5,)))
+    assert not out.exists()
     assert echo_rt.soak.run(soak_of(smallest_model, out, blocks=3)).exit_code == 0  # the mistake binds nobody
     monkeypatch.setattr("echo_rt.soak.session.Runtime", None)
     with pytest.raises(ConfigError, match="another soak, name another --out: seed was 0 and is 1"):
