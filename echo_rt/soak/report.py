@@ -230,4 +230,6 @@ def _setting(config: SoakConfig, device: str, last: Line) -> str:
     versions = f"echo-rt {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     machine = f"{platform.system()} {platform.machine()}, {device}. All figures: `{JOURNAL_FILE}`."
     settings = json.dumps(config.settings(), indent=2)
-    return f"## Setting\n\n{versions}, {machine}\n\n```json\n{settings}\n```\n"
+    taken = last.get("taken") or {}
+    recipe = f"Recipe {taken['recipe']} ({taken['recipe_reason']}).\n\n" if taken.get("recipe") else ""
+    return f"## Setting\n\n{versions}, {machine}\n\n{recipe}```json\n{settings}\n```\n"

@@ -383,6 +383,11 @@ def test_lines_are_json_that_everyone_reads(smallest_model: Path, tmp_path: Path
         json.loads(text, parse_constant=refuse)
 
 
+def test_the_report_names_the_recipe(smallest_model: Path, tmp_path: Path) -> None:
+    outcome = echo_rt.soak.run(soak_of(smallest_model, tmp_path / "out", blocks=1, recipe="echo-infinity-short"))
+    assert "\nRecipe echo-infinity-short (asked for by name).\n" in outcome.report.read_text()
+
+
 @pytest.mark.parametrize("found", ["recording.json", "snapshots/block-0000000004.safetensors"])
 def test_what_is_not_a_soaks_is_left_alone(found: str, smallest_model: Path, tmp_path: Path) -> None:
     (tmp_path / "snapshots").mkdir()
