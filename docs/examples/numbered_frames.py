@@ -20,7 +20,7 @@ from echo_rt import share_cpu
 
 
 def begin(runtime: echo_rt.Runtime, state: Path, prompt: str, turn_to: str | None) -> echo_rt.Stream:
-    """Return the video of the snapshot ``state``, with ``turn_to`` as its next prompt; without that file, a new video."""
+    """Return the video of the snapshot ``state``, turning to ``turn_to``; without that file, a new video."""
     if not state.exists():
         return runtime.stream(prompt)
     stream = runtime.resume(echo_rt.Snapshot.load(state))
