@@ -14,6 +14,7 @@ from echo_rt.output import VideoFile, VideoWriter
 from echo_rt.output.contact_sheet import ContactSheet
 
 av = pytest.importorskip("av")
+
 Moving = Callable[[int, int, int, int], NDArray[np.uint8]]
 
 
