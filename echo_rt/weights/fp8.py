@@ -67,8 +67,7 @@ def widened(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> Ma
     """
     float8 = {name for name in tensors if outline_of(tensors, name).dtype in FLOAT8}
     ends = {name: name.rpartition(".") for name in tensors}
-    # Whoever scales one weight scales all: one without is a damaged file's, whether that is marked or not.
-    marked = any(last in (_FILE_MARK, *_SCALES) for _, _, last in ends.values())
+    marked = any(last == _FILE_MARK for _, _, last in ends.values())
     layers = {name: module for name, (module, _, last) in ends.items() if last == _LAYER_MARK}
     scales = {f"{module}.{_WEIGHT}": name for name, (module, _, last) in ends.items() if last in _SCALES}
     if not (float8 or marked or layers or scales):
@@ -77,7 +76,13 @@ def widened(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> Ma
         _check_format(tensors[name], name, path)
     for weight, scale in scales.items():
         _check_scale(tensors, weight, scale, path)
-    lacking = sorted(name for name in float8 - set(scales) if name.endswith(f".{_WEIGHT}") and (marked or layers))
+    # Unless layers say of themselves that they are scaled, all are where one is, in a file without the mark too.
+    every = marked or (bool(scales) and not layers)
+    lacking = sorted(
+        name
+        for name in float8 - set(scales)
+        if name.endswith(f".{_WEIGHT}") and (every or name.removesuffix(f".{_WEIGHT}") in layers.values())
+    )
     if lacking:
         raise WeightsError(
             f"{path}: expected a scale for each weight of a scaled float8 file, found none for {len(lacking)} "
