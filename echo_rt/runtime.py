@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from echo_rt.engine.build import build_engine, open_networks
-from echo_rt.engine.caller_noise import CallerNoise
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import Guard
 from echo_rt.engine.initial_video import InitialVideo
-from echo_rt.engine.scheduler import Initial
+from echo_rt.engine.scheduler import CallerNoise, Initial
 from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.ops.backends import choose_backend
 from echo_rt.options import WAN_VAE, Lora, MemoryMode, RuntimeOptions, check_seed

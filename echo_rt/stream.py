@@ -14,11 +14,10 @@ from typing import Literal
 from torch import Tensor
 
 from echo_rt.chunk import Chunk
-from echo_rt.engine.caller_noise import CallerNoise
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.feeder import Feeder
 from echo_rt.engine.guard import Guard
-from echo_rt.engine.scheduler import Blocks, Initial
+from echo_rt.engine.scheduler import Blocks, CallerNoise, Initial
 from echo_rt.errors import ConfigError, StreamError
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.atomic_file import Closing

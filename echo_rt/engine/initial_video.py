@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from echo_rt.config import ModelConfig, VaeConfig
+from echo_rt.engine.prompts import check_dense
 from echo_rt.errors import ConfigError, NumericalError, WeightsError
 from echo_rt.model.vae_encoder import VaeEncoder
 from echo_rt.options import CROP, FITS, MOST_INITIAL_SECONDS
@@ -61,6 +62,8 @@ class InitialVideoEncoder:
             raise ConfigError(f"include_initial must be True or False, got {included!r}")
         if not isinstance(latents, Tensor | None):
             raise ConfigError(f"initial_latents must be a tensor or None, got {type_of(latents)}")
+        if latents is not None:
+            check_dense(latents, "initial_latents", ConfigError)
         if video is not None and latents is not None:
             raise ConfigError("give an initial_video or initial_latents, one of the two; got both")
         if video is None and fit is not None:

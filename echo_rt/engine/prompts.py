@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import TransformerConfig
-from echo_rt.errors import PromptError, StreamError
+from echo_rt.errors import EchoError, PromptError, StreamError
 from echo_rt.model.text import TextEncoder, clean_prompt
 from echo_rt.utils.atomic_file import write_whole
 from echo_rt.utils.device import model_context
@@ -105,6 +105,12 @@ class PromptEncoder:
             self._encoder = None
 
 
+def check_dense(tensor: Tensor, what: str, error: type[EchoError]) -> None:
+    """Raise ``error`` for a sparse tensor, and for one on torch's device "meta", which has no values."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise error(f"{what}: expected a dense tensor with values, found {tensor.layout} on {tensor.device}")
+
+
 def _check_matrix(embeds: Tensor) -> None:
     if not isinstance(embeds, Tensor):
         raise PromptError(f"prompt embeddings must be a tensor, got {type(embeds).__name__}")
@@ -112,8 +118,7 @@ def _check_matrix(embeds: Tensor) -> None:
         raise PromptError(f"prompt embeddings must be [length, width], got {list(embeds.shape)}")
     if embeds.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise PromptError(f"prompt embeddings must be floating point of 16, 32 or 64 bits, got {embeds.dtype}")
-    if embeds.layout != torch.strided or embeds.is_meta:
-        raise PromptError(f"prompt embeddings must be dense and have values, got {embeds.layout} on {embeds.device}")
+    check_dense(embeds, "prompt embeddings", PromptError)
     if not bool(embeds.isfinite().all()):
         raise PromptError(f"prompt embeddings {list(embeds.shape)} hold NaN or infinity")
 
