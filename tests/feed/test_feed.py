@@ -147,7 +147,7 @@ def test_a_snapshot_holds_what_waits_in_the_feed(
 
 
 @pytest.mark.parametrize("when_full", ["wait", "drop"])
-def test_snapshots_beside_a_feed_that_is_emptied_meanwhile(small_model: Path, when_full: Literal["wait", "drop"]) -> None:
+def test_snapshots_beside_a_feed_that_is_being_emptied(small_model: Path, when_full: Literal["wait", "drop"]) -> None:
     """Each is the video from the block it names on, whoever took or dropped blocks while it was made."""
     with load(small_model, lookahead=1, overrides={"denoising_steps": (1000, 500)}) as runtime:
         expected = video(runtime, 16)
