@@ -32,7 +32,7 @@ def test_the_published_video_from_initial_latents(shared_golden: Path) -> None:
     inputs, expected = load_file(bundle / "inputs.safetensors"), load_file(bundle / "expected.safetensors")
     _, _, rows, columns = inputs["initial_latents"].shape
     checkpoint = recipes / "files" / "generator_and_ema.pt"
-    options: dict[str, Any] = {"checkpoint": checkpoint, "ema": True, "memory": "off", "overrides": OFF}
+    options: dict[str, Any] = {"checkpoint": checkpoint, "recipe": "self-forcing", "memory": "off", "overrides": OFF}
     with load(recipes / "files" / "model", height=8 * rows, width=8 * columns, **options) as runtime:
         rollout = runtime._engine.rollout  # type: ignore[union-attr]
         rollout.start(inputs["prompt_embeds.0"])
@@ -101,7 +101,7 @@ def test_a_memory_may_be_updated_by_given_blocks_alone() -> None:
 def test_what_is_no_whole_block(change: Callable[[torch.Tensor], torch.Tensor], came: str) -> None:
     rollout = build_rollout(flat_config(), random_weights(flat_config()), "off")
     latents = torch.zeros(6, *rollout.config.latent_shape)
-    with pytest.raises(ConfigError, match=rf"begin with as float32 \[k\*3, 4, 4, 6\], {came}"):
+    with pytest.raises(ConfigError, match=rf"initial latents float32 \[k\*3, 4, 4, 6\], {came}"):
         rollout.split_blocks(change(latents))
 
 
