@@ -84,7 +84,6 @@ def fit_decoder(
     )
     decoder.attend_by(attended.attention)
     shapes = decoder.convolution_shapes(height, width, latents)
-    labels = {shape: convolution_label(shape) for shape in shapes.values()}
     convolved = select_convolutions(
         convolution_name,
         shapes.values(),
@@ -92,7 +91,7 @@ def fit_decoder(
         dtype=dtype,
         cache=convolution_cache(),
         candidates=convolution_candidates(ops),
-        prescribed={shape: prescribed[label] for shape, label in labels.items() if label in prescribed},
+        prescribed={s: prescribed[label] for s in shapes.values() if (label := convolution_label(s)) in prescribed},
     )
     decoder.use({name: convolved[shape].kind for name, shape in shapes.items()})
     return attended, convolved
@@ -227,15 +226,14 @@ def open_networks(loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapp
     )
     _logger.log(logging.WARNING if backend.fallback else logging.INFO, "backend %s: %s", backend.name, backend.reason)
     folder, tiny = loaded.folder, loaded.tiny_vae
-    decoder = (
-        (folder.vae_tensors(), f"{folder.vae_source} (VAE)")
-        if tiny is None
-        else (tiny.tensors, f"{tiny.path} (tiny decoder)")
-    )
+    if tiny is None:
+        decoder = FingerprintedTensors(folder.vae_tensors(), f"{folder.vae_source} (VAE)")
+    else:
+        decoder = FingerprintedTensors(tiny.tensors, f"{tiny.path} (tiny decoder)")
     tensors = ModelTensors(
         transformer=FingerprintedTensors(loaded.transformer, f"{loaded.transformer_source} (transformer)"),
         memory=FingerprintedTensors(loaded.memory or {}, f"{loaded.memory_source} (memory encoder)"),
-        vae=FingerprintedTensors(*decoder),
+        vae=decoder,
     )
     return Networks(loaded.config, tensors, options, backend, vae=loaded.vae, tiny=tiny, prescribed=prescribed)
 

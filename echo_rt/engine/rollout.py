@@ -52,8 +52,6 @@ class Rollout:
         mode: MemoryMode,
         executor: Executor,
     ) -> None:
-        if (memory is None) != (config.memory is None):
-            raise ConfigError("a rollout needs a memory encoder exactly where its config names a memory")
         if memory is None and mode is not MemoryMode.OFF:
             raise ConfigError(f"memory mode {mode.value!r} needs a memory encoder, and this model has none; use 'off'")
         if mode is MemoryMode.EVOLVE:
@@ -189,7 +187,7 @@ class Rollout:
         return self._schedule.steps(first=self.generated_blocks == 0)
 
     def _turning(self, previous: int, block: int) -> tuple[bool, bool]:
-        """Whether the memory takes in what ``block`` evicts, and whether the ids shift between the two blocks."""
+        """Whether the memory is updated with what ``block`` evicts, and whether ids shift between the two blocks."""
         evicting = self.mode is MemoryMode.EVOLVE and self._layout.evicts(block)
         return evicting, previous >= 0 and self._layout.shift(previous) != self._layout.shift(block)
 
