@@ -57,12 +57,12 @@ class Guard:
             raise ConfigError(f"guard: block_seconds must be a positive number or None, got {bound!r}")
 
     def save_evidence(
-        self, block: int, snapshot: Snapshot, before: Snapshot | None, vitals: Vitals, details: dict[str, Any]
+        self, block: int, snapshot: Snapshot, before: Snapshot | None, vitals: Vitals, facts: dict[str, Any]
     ) -> list[Path]:
         """Write what is known about ``block`` to the folder for evidence; returns the files.
 
         ``snapshot``: the state after the last block begun. ``before``: the last good state, if one is kept; resumed, it
-        makes the block again. ``details``: further entries of the JSON file. Raises :class:`OutputError`.
+        makes the block again. ``facts``: further entries of the JSON file. Raises :class:`OutputError`.
         """
         assert self.evidence is not None
         folder = Path(self.evidence)
@@ -83,7 +83,7 @@ class Guard:
             "seed": snapshot.seed,
             "echo_rt": __version__,
             "vitals": {name: _plain(value) for name, value in dataclasses.asdict(vitals).items()},
-            **details,
+            **facts,
         }
         try:
             for file, kept in states.items():
