@@ -15,6 +15,7 @@ from echo_rt.config import ModelConfig, VaeConfig
 from echo_rt.errors import ConfigError, NumericalError, WeightsError
 from echo_rt.model.vae_encoder import VaeEncoder
 from echo_rt.options import CROP, FITS, MOST_INITIAL_SECONDS
+from echo_rt.recipes import RECIPES
 from echo_rt.utils.device import give_memory_back, model_context
 from echo_rt.utils.wording import counted, type_of
 from echo_rt.weights.folder import ModelFolder
@@ -27,7 +28,7 @@ InitialVideo: TypeAlias = "Frames | Iterable[Frames]"
 """Frames uint8 ``[F, H, W, 3]`` RGB, whole or as an iterable of pieces."""
 
 # Those whose blocks are one latent frame, so that a picture is a block.
-_PICTURE_RECIPES = ("causal-forcing-framewise", "causal-forcing-framewise-2step", "causal-forcing-framewise-1step")
+_PICTURE_RECIPES = [name for name, recipe in RECIPES.items() if recipe.facts["frames_per_block"] == 1]
 
 
 class InitialVideoEncoder:

@@ -2,9 +2,9 @@
 
 from echo_rt.weights.files import check_tensors, open_tensors
 from echo_rt.weights.folder import ModelFolder
-from echo_rt.weights.from_shapes import MemoryFacts, memory_facts
 from echo_rt.weights.generator import GeneratorTensors, check_memory, load_generator
 from echo_rt.weights.lora import MergedLora, merge_lora
+from echo_rt.weights.shapes import MemoryFacts, memory_facts
 
 __all__ = [
     "GeneratorTensors",

@@ -6,7 +6,7 @@ rounded once, to the dtype that is computed in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from echo_rt.errors import WeightsError
 from echo_rt.options import Lora, lora_files
 from echo_rt.weights.lora_file import LoraFile, Term
+from echo_rt.weights.tensors import LazyTensors, Outline, outline_of
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,11 @@ class MergedLora:
     ranks: tuple[int, ...]
 
 
-class _MergedTensors(Mapping[str, Tensor]):
+class _MergedTensors(LazyTensors):
     def __init__(
         self, base: Mapping[str, Tensor], terms: Mapping[str, Sequence[Term]], device: torch.device | str
     ) -> None:
+        super().__init__(base)
         self._base, self._terms, self._device = base, terms, device
 
     def __getitem__(self, name: str) -> Tensor:
@@ -49,18 +51,12 @@ class _MergedTensors(Mapping[str, Tensor]):
                 tensor = term.added_to(tensor)
         return tensor
 
+    def outline(self, name: str) -> Outline:
+        base = outline_of(self._base, name)
+        return base._replace(dtype=torch.float32) if name in self._terms else base
+
     def origins(self, name: str) -> list[Tensor]:
-        """The tensors that a merged one is computed from: the base weight, then those of each term."""
         return [self._base[name], *(origin for term in self._terms.get(name, ()) for origin in term.origins())]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._base)
-
-    def __len__(self) -> int:
-        return len(self._base)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._base
 
 
 def merge_lora(
@@ -70,7 +66,7 @@ def merge_lora(
 
     A changed tensor is computed on ``device`` and stays there, the others come as they are in ``transformer``.
 
-    Each path is a weight file, or a folder of PEFT or diffusers. Its keys are in any naming of :mod:`.lora_keys`,
+    Each path is a weight file, or a folder of PEFT or diffusers. Its keys are in any naming of :mod:`.keymaps`,
     perhaps below ``generator_lora``; beside them may be a ``query_memory_encoder``. The rank is that of the factors.
     Alpha is what the file says (tensors, header, facts, PEFT's config), ``alpha`` where it says nothing, and the rank
     where neither does.
@@ -79,25 +75,26 @@ def merge_lora(
     a partner or do not fit, any other tensor among them, alphas that disagree, and two memory encoders.
     """
     loras = lora_files(lora)
-    files = [(LoraFile(path, transformer), path, strength) for path, strength in loras]
-    stated = {own for file, _, _ in files for own in file.alphas()}
+    files = [LoraFile(path, transformer) for path, _ in loras]
+    stated = {own for file in files for own in file.alphas.values()}
     if alpha is not None and None not in stated and stated != {alpha}:
         found = ", ".join(f"{own:g}" for own in stated if own is not None) or "no factors"
         paths = ", ".join(str(path) for path, _ in loras)
         raise WeightsError(f"{paths}: expected factors without an alpha, to take lora_alpha {alpha:g}, found {found}")
     terms: dict[str, list[Term]] = {}
-    for file, _, strength in files:
+    memory, memory_path = None, None
+    for file, (path, strength) in zip(files, loras, strict=True):
         for name, term in file.terms(strength, alpha):
             terms.setdefault(name, []).append(term)
-    memories = [(path, file.memory) for file, path, _ in files if file.memory is not None]
-    if len(memories) > 1:
-        raise WeightsError(f"{memories[1][0]}: expected one LoRA with a memory encoder, {memories[0][0]} has one too")
-    memory_path, memory = memories[0] if memories else (None, None)
+        if file.memory and memory:
+            raise WeightsError(f"{path}: expected one LoRA with a memory encoder, {memory_path} has one too")
+        if file.memory:
+            memory, memory_path = file.memory, path
     return MergedLora(
         loras=loras,
         transformer=_MergedTensors(transformer, terms, device),
         memory=memory,
         memory_path=memory_path,
         changed=len(terms),
-        ranks=tuple(sorted({rank for file, _, _ in files for rank in file.ranks()})),
+        ranks=tuple(sorted({rank for file in files for rank in file.ranks.values()})),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,9 +15,7 @@ from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import counted
 from echo_rt.weights.files import open_tensors
 from echo_rt.weights.generator import LORA_SECTION, split_memory
-from echo_rt.weights.json_files import read_object
-from echo_rt.weights.lora_alpha import AdapterConfig, Stated, agreed, alphas_in, config_in, positive
-from echo_rt.weights.lora_keys import (
+from echo_rt.weights.keymaps import (
     ALPHA,
     ALPHA_FIELDS,
     BIAS,
@@ -29,14 +27,15 @@ from echo_rt.weights.lora_keys import (
     known,
     module_names,
     other_method,
-    parse_key,
+    parse_lora_key,
+    without_wrappers,
 )
+from echo_rt.weights.lora_alpha import Stated, adapter_configs, agreed, alphas_in, positive
 from echo_rt.weights.shapes import MEMORY_PREFIX
-from echo_rt.weights.tensors import Fact, RenamedTensors, TensorFile, first_names, without_wrappers
+from echo_rt.weights.tensors import Fact, RenamedTensors, TensorFile, first_names, outline_of
 
-# What PEFT and diffusers call the file in a folder of theirs, and PEFT its config.
+# What PEFT and diffusers call the file in a folder of theirs.
 _FOLDER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
-_ADAPTER_CONFIG = "adapter_config.json"
 # A part that is of no use without another one.
 _PARTNERS = {DOWN: UP, UP: DOWN, UP_BIAS: UP}
 # The models that LoRAs are made for, by width.
@@ -63,16 +62,10 @@ class Term:
         return [*reversed(self.factors), torch.tensor(self.scale, device="cpu")]
 
 
-@dataclass
-class _Change:
-    """The tensors that change one module: part -> name in the file. ``written`` is the file's name of the module."""
-
-    written: str
-    parts: dict[str, str] = field(default_factory=dict)
-
-
 class LoraFile:
     """An opened LoRA file that fits ``transformer`` (original names); ``memory`` is its memory encoder or None.
+
+    ``ranks`` and ``alphas`` are those of the pairs of factors, by module; an alpha is None where the file states none.
 
     Raises ``WeightsError``, as :func:`echo_rt.weights.lora.merge_lora` explains.
     """
@@ -83,43 +76,36 @@ class LoraFile:
         self._tensors, memory, facts = _split(file)
         self.memory = memory or None
         names = module_names(transformer)
-        self._changes, in_tensors = self._sort(names)
-        configs = [config for config in (_config_beside(file.path), config_in(facts, self._source)) if config]
-        self._alphas = [in_tensors, *alphas_in(facts, names, self._source), *(config.alpha for config in configs)]
-        self._rank_stabilized = any(config.rank_stabilized for config in configs)
-        stray = sorted({name for stated in self._alphas for name in stated.modules} - self._changes.keys())
+        self._changes: dict[str, dict[str, str]] = {}  # module -> part -> the file's name of the tensor
+        self._written: dict[str, str] = {}  # module -> the file's name of it
+        in_tensors = self._sort(names)
+        self._check_changes()
+        configs = adapter_configs(file.path, facts, self._source)
+        alphas = [in_tensors, *alphas_in(facts, names, self._source), *(config.alpha for config in configs)]
+        stray = sorted({name for stated in alphas for name in stated.modules} - self._changes.keys())
         self._refuse(stray, "alphas of changed modules", "of others")
+        self._rank_stabilized = any(config.rank_stabilized for config in configs)
+        downs = {module: parts[DOWN] for module, parts in self._changes.items() if DOWN in parts}
+        self.ranks = {module: self._shape(name)[0] for module, name in downs.items()}
         self._check_ranks([config.rank for config in configs])
-
-    def ranks(self) -> set[int]:
-        """The ranks of the pairs of factors."""
-        return {self._rank(change) for change in self._changes.values() if DOWN in change.parts}
-
-    def alphas(self) -> set[float | None]:
-        """The alphas that the file states for its pairs of factors; None stands for a pair without one."""
-        return {self._alpha(module) for module, change in self._changes.items() if DOWN in change.parts}
+        self.alphas = {module: agreed(alphas, module, self._written[module], self._source) for module in downs}
 
     def terms(self, strength: float, alpha: float | None) -> Iterator[tuple[str, Term]]:
         """The changed tensors with their terms; ``alpha`` is for the pairs of factors that the file states none for."""
-        for module, change in self._changes.items():
+        for module, parts in self._changes.items():
             scale = 0.0
-            if DOWN in change.parts:
-                rank = self._rank(change)
+            if module in self.ranks:
+                rank = self.ranks[module]
                 divisor = math.sqrt(rank) if self._rank_stabilized else rank
-                scale = strength * (self._alpha(module) or alpha or float(rank)) / divisor
-                yield self._target(module, UP), Term((self._part(change, UP), self._part(change, DOWN)), scale)
+                scale = strength * (self.alphas[module] or alpha or float(rank)) / divisor
+                factors = (self._tensors[parts[UP]], self._tensors[parts[DOWN]])
+                yield self._target(module, UP), Term(factors, scale)
             for part, factor in ((UP_BIAS, scale), (WEIGHT, strength), (BIAS, strength)):
-                if part in change.parts:
-                    yield self._target(module, part), Term((self._part(change, part),), factor)
+                if part in parts:
+                    yield self._target(module, part), Term((self._tensors[parts[part]],), factor)
 
-    def _part(self, change: _Change, part: str) -> Tensor:
-        return self._tensors[change.parts[part]]
-
-    def _rank(self, change: _Change) -> int:
-        return self._part(change, DOWN).shape[0]
-
-    def _alpha(self, module: str) -> float | None:
-        return agreed(self._alphas, module, self._changes[module].written, "alpha", self._source)
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return outline_of(self._tensors, name).shape
 
     def _target(self, module: str, part: str) -> str:
         """The tensor of ``module`` that ``part`` changes."""
@@ -127,57 +113,54 @@ class LoraFile:
             return f"{module}.{BIAS}"
         return module if module in self._transformer else f"{module}.{WEIGHT}"
 
-    def _sort(self, names: Mapping[str, str]) -> tuple[dict[str, _Change], Stated]:
-        """The changes by module, and the alphas that are tensors."""
-        changes: dict[str, _Change] = {}
+    def _sort(self, names: Mapping[str, str]) -> Stated:
+        """Sort the tensors into changes by module; the alphas that are tensors."""
         alphas: dict[str, float] = {}
         others: list[str] = []
-        for name, tensor in self._tensors.items():
+        for name in self._tensors:
             if method := other_method(name):
                 raise WeightsError(f"{self._source}: expected a LoRA, found {method}: {name}")
-            key = parse_key(name)
-            if key is None or not (_is_scalar(tensor) if key.part == ALPHA else _is_dense_float(tensor)):
+            key, (shape, dtype, dense) = parse_lora_key(name), outline_of(self._tensors, name)
+            if (
+                key is None
+                or not dense
+                or not (math.prod(shape) == 1 if key.part == ALPHA else dtype.is_floating_point)
+            ):
                 others.append(name)
                 continue
             module = known(key.module, names)
             if key.part == ALPHA:
-                alphas[module] = positive(tensor.item(), name, self._source)
+                alphas[module] = positive(self._tensors[name].item(), name, self._source)
                 continue
-            parts = changes.setdefault(module, _Change(key.module)).parts
-            if key.part in parts:
-                raise WeightsError(f"{self._source}: expected one adapter, found {parts[key.part]} and {name}")
-            parts[key.part] = name
-        if not changes:
-            came = counted(len(self._tensors), "tensor")
-            raise WeightsError(f"{self._source}: expected a LoRA (lora_A and lora_B), found {came} without any")
+            self._written.setdefault(module, key.module)
+            first = self._changes.setdefault(module, {}).setdefault(key.part, name)
+            if first != name:
+                raise WeightsError(f"{self._source}: expected one adapter, found {first} and {name}")
+        if not self._changes:
+            found = counted(len(self._tensors), "tensor")
+            raise WeightsError(f"{self._source}: expected a LoRA (lora_A and lora_B), found {found} without any")
         self._refuse(others, "LoRA factors only", "of something else")
-        self._check(changes)
-        return changes, Stated("its alpha tensors", alphas.pop("", None), alphas)
+        return Stated("its alpha tensors", alphas.pop("", None), alphas)
 
-    def _check(self, changes: Mapping[str, _Change]) -> None:
+    def _check_changes(self) -> None:
         """Raises ``WeightsError`` unless every change is whole and fits the tensor that it is for."""
-        unpaired: list[str] = []
-        unknown: list[str] = []
-        for module, change in changes.items():
-            for part, name in change.parts.items():
-                if _PARTNERS.get(part, part) not in change.parts:
-                    unpaired.append(name)
-                if self._target(module, part) not in self._transformer:
-                    unknown.append(name)
+        every = [(module, part, name) for module, parts in self._changes.items() for part, name in parts.items()]
+        unpaired = [name for module, part, name in every if _PARTNERS.get(part, part) not in self._changes[module]]
         self._refuse(unpaired, "lora_A and lora_B in pairs", "without a partner")
+        unknown = [name for module, part, name in every if self._target(module, part) not in self._transformer]
         images = [name for name in unknown if is_of_images(name)]
         self._refuse(images, "a LoRA of a text-to-video model", "of an image-to-video one")
         # Shapes before unknown names: a LoRA of a larger model has more blocks too, but its width says which model.
-        for module, change in changes.items():
-            for part in change.parts:
-                if part != DOWN and self._target(module, part) in self._transformer:
-                    self._check_shape(self._target(module, part), change, part)
+        for module, part, name in every:
+            if part != DOWN and name not in unknown:
+                self._check_shape(module, part)
         self._refuse(unknown, "changes to this transformer", "of modules that it does not have")
 
-    def _check_shape(self, target: str, change: _Change, part: str) -> None:
-        names = [change.parts[each] for each in ((UP, DOWN) if part == UP else (part,))]
-        shapes = [tuple(self._tensors[name].shape) for name in names]
-        goal = tuple(self._transformer[target].shape)
+    def _check_shape(self, module: str, part: str) -> None:
+        target, parts = self._target(module, part), self._changes[module]
+        names = [parts[UP], parts[DOWN]] if part == UP else [parts[part]]
+        shapes = [self._shape(name) for name in names]
+        goal = outline_of(self._transformer, target).shape
         if part != UP:
             fits, what = shapes == [goal], f"a difference of {target}"
         else:
@@ -187,21 +170,21 @@ class LoraFile:
             matrices = [(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1]
             fits = len(goal) > 1 and rank > 0 and matrices == [(goal[0], rank), (rank, math.prod(goal[1:]))]
         if not fits:
-            came = " and ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
-            dim = self._transformer["patch_embedding.weight"].shape[0]
+            found = " and ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
+            dim = outline_of(self._transformer, "patch_embedding.weight").shape[0]
             width = next((size for shape in shapes for size in shape if size in _MODELS and size != dim), None)
             model = f": a LoRA of {_MODELS[width]}, {width} wide, for a model {dim} wide" if width else ""
-            raise WeightsError(f"{self._source}: expected {what} {list(goal)}, found {came}{model}")
+            raise WeightsError(f"{self._source}: expected {what} {list(goal)}, found {found}{model}")
 
     def _check_ranks(self, places: Sequence[Stated]) -> None:
         """Raises ``WeightsError`` where the factors do not have the ranks that PEFT's configs state."""
-        for module, change in self._changes.items():
+        for module, rank in self.ranks.items():
+            written = self._written[module]
             for place in places:
-                stated = place.of(module, change.written)
-                if DOWN in change.parts and stated not in (None, self._rank(change)):
+                stated = place.of(module, written)
+                if stated not in (None, rank):
                     raise WeightsError(
-                        f"{self._source}: expected {change.written} of rank {stated:g}, as {place.label} says, "
-                        f"found {self._rank(change)}"
+                        f"{self._source}: expected {written} of rank {stated:g}, as {place.label} says, found {rank}"
                     )
 
     def _refuse(self, names: Sequence[str], expected: str, fault: str) -> None:
@@ -209,24 +192,9 @@ class LoraFile:
             raise WeightsError(f"{self._source}: expected {expected}, found {len(names)} {fault}: {first_names(names)}")
 
 
-def _is_scalar(tensor: Tensor) -> bool:
-    return tensor.numel() == 1 and tensor.layout == torch.strided and not tensor.is_meta
-
-
-def _is_dense_float(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
-
-
 def open_lora(path: Path) -> TensorFile:
     """Open a LoRA: the weights in a folder of PEFT or diffusers, or the file itself."""
     return open_tensors(next((file for name in _FOLDER_FILES if os.path.exists(file := path / name)), path))
-
-
-def _config_beside(file: Path) -> AdapterConfig | None:
-    path = file.parent / _ADAPTER_CONFIG
-    if not os.path.exists(path):
-        return None
-    return AdapterConfig.read(read_object(path, "PEFT's config of an adapter"), _ADAPTER_CONFIG, str(file))
 
 
 def _split(file: TensorFile) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Fact]]:

@@ -14,16 +14,18 @@ from echo_rt.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import counted
 from echo_rt.weights.files import check_tensors, open_tensors
-from echo_rt.weights.from_shapes import check_depth, text_encoder_config_of, transformer_config_of, vae_config_of
-from echo_rt.weights.keymaps import (
-    KeyMap,
-    gguf_text_encoder_key_map,
-    text_encoder_key_map,
-    transformer_key_map,
-    vae_key_map,
+from echo_rt.weights.keymaps import TRANSFORMER_KEYS, UMT5_GGUF_KEYS, UMT5_KEYS, KeyMap, bare, vae_keys
+from echo_rt.weights.shapes import (
+    Shapes,
+    check_depth,
+    text_encoder_config_of,
+    text_encoder_shapes,
+    transformer_config_of,
+    transformer_shapes,
+    vae_config_of,
+    vae_shapes,
 )
-from echo_rt.weights.shapes import Shapes, text_encoder_shapes, transformer_shapes, vae_shapes
-from echo_rt.weights.tensors import RenamedTensors, bare
+from echo_rt.weights.tensors import RenamedTensors, rename, selected
 
 Config = TypeVar("Config", TransformerConfig, VaeConfig, TextEncoderConfig)
 
@@ -63,68 +65,70 @@ _SIGNS = (
 _EXTENDED = ("img_emb.", "image_embedder.", "vace_", ".downsamples.0.downsamples.", ".qweight", ".absmax")
 
 
-def what_is(tensors: Mapping[str, Tensor]) -> str:
+def _what_is(tensors: Mapping[str, Tensor]) -> str:
     """What a file with these tensors is, for a message."""
     known = next((what for sign, what in _SIGNS if any(sign in name for name in tensors)), None)
     return known or f"{counted(len(tensors), 'tensor')} ({', '.join(sorted(tensors)[:3]) or 'none'})"
 
 
-@dataclass(frozen=True)
-class _Naming(Generic[Config]):
-    """One set of names for a network: ``marks``, of which a file has one at least, and the way to the original names.
-
-    ``key_map`` takes the config, or None where only the names that sizes are read off are wanted; None for the
-    original names themselves.
-    """
-
-    marks: tuple[str, ...]
-    key_map: Callable[[Config | None], KeyMap] | None = None
+# From a config, or from None where only the names that sizes are read off are wanted, to the names of a file.
+_Naming = Callable[[Config | None], KeyMap]
 
 
 @dataclass(frozen=True)
 class Part(Generic[Config]):
-    """One network: what it is called, its namings (the first that fits a file holds), its sizes and tensors."""
+    """One network: what it is called, by layouts and in messages, its sizes and tensors.
 
+    ``namings``: names of which a file has one at least -> its naming, None for the original names; the first that fits
+    holds. ``widen_to``: the dtype in which quantized tensors come.
+    """
+
+    name: str
     what: str
-    namings: tuple[_Naming[Config], ...]
+    namings: Mapping[tuple[str, ...], _Naming[Config] | None]
     config_of: Callable[[Mapping[str, Tensor], str], Config]
     shapes_of: Callable[[Config], Shapes]
     depth_of: Callable[[Config], int]
+    widen_to: torch.dtype = torch.float32
 
 
 TRANSFORMER: Part[TransformerConfig] = Part(
+    "transformer",
     "a Wan2.1 text-to-video transformer",
-    (
-        _Naming(
-            ("condition_embedder.time_proj.weight", "condition_embedder.text_embedder.linear_1.weight"),
-            lambda _: transformer_key_map(),
+    {
+        ("condition_embedder.time_proj.weight", "condition_embedder.text_embedder.linear_1.weight"): (
+            lambda _: TRANSFORMER_KEYS
         ),
-        _Naming(("patch_embedding.weight", "time_projection.1.weight")),
-    ),
+        ("patch_embedding.weight", "time_projection.1.weight"): None,
+    },
     transformer_config_of,
     transformer_shapes,
     lambda config: config.num_layers,
 )
 VAE: Part[VaeConfig] = Part(
+    "vae",
     "the Wan2.1 VAE",
-    (
-        _Naming(("encoder.conv1.weight", "decoder.conv1.weight")),
-        _Naming(("encoder.down_blocks.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight"), vae_key_map),
-    ),
+    {
+        ("encoder.conv1.weight", "decoder.conv1.weight"): None,
+        ("encoder.down_blocks.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight"): vae_keys,
+    },
     vae_config_of,
     vae_shapes,
     lambda config: len(config.dim_mult) * config.num_res_blocks,
 )
 TEXT_ENCODER: Part[TextEncoderConfig] = Part(
+    "text_encoder",
     "a umT5 text encoder",
-    (
-        _Naming(("token_embedding.weight",)),
-        _Naming((_TABLE, _TABLE_AGAIN), lambda _: text_encoder_key_map()),
-        _Naming(("token_embd.weight",), lambda _: gguf_text_encoder_key_map()),
-    ),
+    {
+        ("token_embedding.weight",): None,
+        (_TABLE, _TABLE_AGAIN): lambda _: UMT5_KEYS,
+        ("token_embd.weight",): lambda _: UMT5_GGUF_KEYS,
+    },
     text_encoder_config_of,
     text_encoder_shapes,
     lambda config: config.num_layers,
+    # It is kept as it is stored or narrower: what was quantized takes no more room than the released file.
+    widen_to=torch.bfloat16,
 )
 
 
@@ -137,39 +141,45 @@ class PartTensors(Generic[Config]):
     """
 
     def __init__(self, part: Part[Config], tensors: Mapping[str, Tensor], source: str) -> None:
-        naming = next((n for n in part.namings if any(mark in tensors for mark in n.marks)), None)
-        if naming is None or any(sign in name for name in tensors for sign in _EXTENDED):
-            raise WeightsError(f"{source}: expected {part.what}, came {what_is(tensors)}")
+        fits = [naming for marks, naming in part.namings.items() if any(mark in tensors for mark in marks)]
+        if not fits or any(sign in name for name in tensors for sign in _EXTENDED):
+            raise WeightsError(f"{source}: expected {part.what}, found {_what_is(tensors)}")
         self._part: Part[Config] = part
-        self._key_map: Callable[[Config | None], KeyMap] | None = naming.key_map
+        self._naming: _Naming[Config] | None = fits[0]
         self._source, self._tensors = source, _without_tied_table(tensors, source)
-        self.named = self._tensors if naming.key_map is None else naming.key_map(None).originals(self._tensors)
+        self.named: Mapping[str, Tensor] = (
+            self._tensors if self._naming is None else self._naming(None).originals(self._tensors)
+        )
 
     def config(self) -> Config:
         """Its sizes, read off the tensors' shapes; ``WeightsError`` where they do not say them."""
         return self._part.config_of(self.named, self._source)
 
-    def original(self, config: Config) -> Mapping[str, Tensor]:
+    def original(self, config: Config | None = None) -> Mapping[str, Tensor]:
         """All tensors under the original names; ``WeightsError`` unless they are exactly those of ``config``.
 
-        The message has the names that the file itself uses: those are the ones its owner can look for.
+        None takes the sizes from the shapes. The message has the names that the file itself uses: those are the ones
+        its owner can look for.
         """
+        if config is None:
+            config = self.config()
         check_depth(self._part.depth_of(config), self._tensors, self._source, self._part.what)
         shapes = self._part.shapes_of(config)
-        if self._key_map is None:
+        if self._naming is None:
             check_tensors(self._tensors, shapes, self._source)
             return self._tensors
-        key_map = self._key_map(config)
-        check_tensors(self._tensors, key_map.to_other_shapes(shapes), self._source)
-        return key_map.original_view(self._tensors, shapes)
+        key_map = self._naming(config)
+        others = {name: key_map.to_other(name) for name in shapes}
+        check_tensors(self._tensors, {others[name]: shape for name, shape in shapes.items()}, self._source)
+        return RenamedTensors(self._tensors, others)
 
 
-def open_part(part: Part[Config], path: Path, *, widen_to: torch.dtype = torch.float32) -> PartTensors[Config]:
+def open_part(part: Part[Config], path: Path) -> PartTensors[Config]:
     """The tensors of ``part`` in a file, without trainers' and other programs' prefixes.
 
-    ``path`` and ``widen_to`` as for :func:`echo_rt.weights.files.open_tensors`, whose errors it raises too.
+    ``path`` as for :func:`echo_rt.weights.files.open_tensors`, whose errors it raises too.
     """
-    file = open_tensors(path, widen_to=widen_to)
+    file = open_tensors(path, widen_to=part.widen_to)
     return PartTensors(part, bare(file, str(file.path)), str(file.path))
 
 
@@ -177,11 +187,9 @@ def _without_tied_table(tensors: Mapping[str, Tensor], source: str) -> Mapping[s
     """``tensors`` with a umT5's token table under one name only; anything else as it is."""
     if _TABLE_AGAIN not in tensors:
         return tensors
-    names = {name: name for name in tensors if name != _TABLE_AGAIN}
-    again = tensors[_TABLE_AGAIN]
-    table = tensors.get(_TABLE)
-    if table is None:
-        names[_TABLE] = _TABLE_AGAIN
-    elif table.dtype != again.dtype or not torch.equal(table, again):
-        raise WeightsError(f"{source}: expected {_TABLE} and {_TABLE_AGAIN} to be one table, came two that differ")
-    return RenamedTensors(tensors, names)
+    if _TABLE not in tensors:
+        return rename(tensors, lambda name: _TABLE if name == _TABLE_AGAIN else name, source)
+    table, again = tensors[_TABLE], tensors[_TABLE_AGAIN]
+    if table.dtype != again.dtype or not torch.equal(table, again):
+        raise WeightsError(f"{source}: expected {_TABLE} and {_TABLE_AGAIN} to be one table, found two that differ")
+    return selected(tensors, lambda name: name != _TABLE_AGAIN)

@@ -20,7 +20,7 @@ from echo_rt.errors import OutputError, TargetError
 from echo_rt.options import RECIPE, check_seed, latent_size
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import counted
-from echo_rt.weights.layout_original import (
+from echo_rt.weights.layouts import (
     TEXT_ENCODER_FILE,
     TOKENIZER_FOLDER,
     TRANSFORMER_CONFIG,

@@ -20,9 +20,8 @@ from echo_rt.config import VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.options import TINY_VAE, WAN_VAE
 from echo_rt.weights.files import check_tensors, open_tensors
-from echo_rt.weights.from_shapes import shape_of
-from echo_rt.weights.shapes import Shapes
-from echo_rt.weights.tensors import RenamedTensors
+from echo_rt.weights.shapes import Shapes, shape_of
+from echo_rt.weights.tensors import selected
 
 _SUFFIXES = (".pth", ".safetensors")
 _ENCODER = "encoder."
@@ -139,15 +138,15 @@ def open_tiny_vae(vae: str | Path, folder: Path, like: VaeConfig) -> TinyVae:
         )
     kind = _kind_of(path)
     file = open_tensors(path)
-    tensors = RenamedTensors(file, {name: name for name in file if not name.startswith(_ENCODER)})
+    tensors = selected(file, lambda name: not name.startswith(_ENCODER))
     config = _config_of(tensors, kind, str(path))
-    for what, came, expected in (
+    for what, found, expected in (
         ("channels of a latent", config.z_dim, like.z_dim),
         ("pixels on a side of a latent pixel", config.spatial_stride, like.spatial_stride),
         ("frames of a latent", config.temporal_stride, like.temporal_stride),
     ):
-        if came != expected:
-            raise ConfigError(f"{path}: the tiny decoder has {came} {what}, the model's own VAE {expected}")
+        if found != expected:
+            raise ConfigError(f"{path}: the tiny decoder has {found} {what}, the model's own VAE {expected}")
     check_tensors(tensors, tiny_decoder_shapes(config), str(path))
     return TinyVae(path, kind, config, tensors)
 
@@ -193,7 +192,7 @@ def _config_of(tensors: Mapping[str, Tensor], kind: TinyVaeKind, source: str) ->
         if rows % widths[-1]:
             raise WeightsError(
                 f"{source}: expected {_WHAT} with a multiple of {widths[-1]} rows in {growth_name(level)}.weight, "
-                f"came {rows}"
+                f"found {rows}"
             )
         growth.append(rows // widths[-1])
         widths.append(shape_of(tensors, f"{outlet_name(level)}.weight", 4, source, _WHAT)[0])

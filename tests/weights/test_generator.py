@@ -101,16 +101,16 @@ def test_average_asked_for_and_missing(checkpoint: Path) -> None:
     saved(checkpoint, {"generator": plain()})
     assert load_generator(checkpoint, TRANSFORMER).part == "generator"
     message = refusal(lambda: load_generator(checkpoint, TRANSFORMER, ema=True))
-    assert message == f"{checkpoint}: expected generator_ema, which was asked for, came generator"
+    assert message == f"{checkpoint}: expected generator_ema, which was asked for, found generator"
     saved(checkpoint, plain())
-    assert "came neither" in refusal(lambda: load_generator(checkpoint, TRANSFORMER, ema=True))
+    assert "found neither" in refusal(lambda: load_generator(checkpoint, TRANSFORMER, ema=True))
 
 
 def test_average_only(checkpoint: Path) -> None:
     saved(checkpoint, {"generator_ema": averaged()})
     assert load_generator(checkpoint, TRANSFORMER).part == "generator_ema"
     message = refusal(lambda: load_generator(checkpoint, TRANSFORMER, ema=False))
-    assert "expected generator, which was asked for, came generator_ema" in message
+    assert "expected generator, which was asked for, found generator_ema" in message
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
@@ -162,12 +162,12 @@ def test_checkpoint_of_another_model(checkpoint: Path) -> None:
     wide = dataclasses.replace(TRANSFORMER, dim=48)
     saved(checkpoint, {"generator": keys(random_tensors(transformer_shapes(wide)))})
     message = refusal(lambda: load_generator(checkpoint, TRANSFORMER))
-    assert "expected a transformer 24 wide with 2 blocks, came one 48 wide with 2" in message
+    assert "expected a transformer 24 wide with 2 blocks, found one 48 wide with 2" in message
     deep = dataclasses.replace(TRANSFORMER, num_layers=3)
     saved(checkpoint, {"generator": keys(random_tensors(transformer_shapes(deep)))})
-    assert "24 wide with 2 blocks, came one 24 wide with 3" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
+    assert "24 wide with 2 blocks, found one 24 wide with 3" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
     saved(checkpoint, {"encoder.conv1.weight": torch.ones(2)})
-    assert "came 1 tensor (encoder.conv1.weight)" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
+    assert "found 1 tensor (encoder.conv1.weight)" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
     saved(checkpoint, {"patch_embedding.weight": torch.tensor(1.0)})
     assert "5-dimensional patch_embedding.weight" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
 
@@ -176,7 +176,7 @@ def test_lora_is_no_generator(checkpoint: Path) -> None:
     factor = {"base_model.model.blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 24)}
     for content in ({"generator_lora": factor}, factor):
         saved(checkpoint, content)
-        assert "expected a whole generator, came a LoRA" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
+        assert "expected a whole generator, found a LoRA" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
 
 
 @pytest.mark.parametrize("normalize_k", [True, False])
@@ -193,7 +193,7 @@ def test_memory_for_another_video_size() -> None:
     larger = dataclasses.replace(MODEL, latent_height=8, latent_width=10)
     assert refusal(lambda: check_memory(memory(), larger, "echo.pt")) == (
         "echo.pt: expected a memory of 2 frames x 20 tokens = 40 tokens for latents of 10x8, "
-        "came one of 12 tokens, made for another video size"
+        "found one of 12 tokens, made for another video size"
     )
 
 
@@ -204,10 +204,10 @@ def test_memory_of_another_shape() -> None:
     assert "layers.2.q.weight" in refusal(lambda: check_memory(memory(), deeper, "here"))
     for name, tensor, said in (
         ("query_init", None, "found no query_init"),
-        ("query_init", torch.zeros(12, 24), "3-dimensional query_init, came shape [12, 24]"),
-        ("query_init", torch.zeros(1, 0, 24), "came shape [1, 0, 24]"),
+        ("query_init", torch.zeros(12, 24), "3-dimensional query_init, found shape [12, 24]"),
+        ("query_init", torch.zeros(1, 0, 24), "found shape [1, 0, 24]"),
         ("layers.0.ffn.0.weight", None, "found no layers.0.ffn.0.weight"),
-        ("layers.0.ffn.0.weight", torch.zeros(50, 24), "multiple of 24 channels, came 50"),
+        ("layers.0.ffn.0.weight", torch.zeros(50, 24), "multiple of 24 channels, found 50"),
     ):
         tensors = {k: v for k, v in (memory() | {name: tensor}).items() if v is not None}
         assert said in refusal(lambda tensors=tensors: memory_facts(tensors, "here"))

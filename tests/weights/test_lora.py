@@ -18,7 +18,7 @@ from torch import Tensor
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.weights import merge_lora
 from echo_rt.weights.fingerprint import FingerprintedTensors
-from echo_rt.weights.keymaps import transformer_key_map
+from echo_rt.weights.keymaps import TRANSFORMER_KEYS
 from echo_rt.weights.shapes import MEMORY_PREFIX, transformer_shapes
 
 RANK, ALPHA = 4, 8
@@ -86,7 +86,7 @@ def test_every_linear_of_every_block() -> None:
 
 
 def to_diffusers(module: str) -> str:
-    return transformer_key_map().to_other(module)
+    return TRANSFORMER_KEYS.to_other(module)
 
 
 # What stands before a module, how modules are called, and what follows them for the two factors.
