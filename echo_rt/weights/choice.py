@@ -11,7 +11,7 @@ from echo_rt.config import MemoryConfig
 from echo_rt.errors import ConfigError
 from echo_rt.options import RECIPE
 from echo_rt.recipes import LONGVIDEO_FILE, RECIPES, Recipe, find_recipe, published_as
-from echo_rt.weights.generator import BARE, GENERATOR_EMA, GeneratorTensors, holds_memory
+from echo_rt.weights.generator import GeneratorTensors, holds_memory
 from echo_rt.weights.lora_file import open_lora
 from echo_rt.weights.tensors import TensorFile
 
@@ -154,14 +154,13 @@ def ema_reason(asked: bool | None, recipe: Recipe | None, generator: GeneratorTe
     """Why these weights of a checkpoint were taken and not others."""
     if generator is None:
         return "no checkpoint"
-    if generator.part == BARE:
+    if generator.ema is None:
         return "it has no others"
     if asked is not None:
         return "asked for"
-    took_ema = generator.part == GENERATOR_EMA
     if recipe is None:
-        return "it has them" if took_ema else "it has no EMA weights"
-    if took_ema == recipe.ema:
+        return "it has them" if generator.ema else "it has no EMA weights"
+    if generator.ema == recipe.ema:
         return "as in the recipe"
     return "it has no others, the recipe's are " + ("the EMA weights" if recipe.ema else "the plain ones")
 

@@ -21,24 +21,20 @@ from echo_rt.weights.parts import TRANSFORMER, PartTensors
 from echo_rt.weights.shapes import MEMORY_PREFIX, check_depth, count_layers, memory_facts, memory_shapes, shape_of
 from echo_rt.weights.tensors import TensorFile, below, rename, selected
 
-GENERATOR, GENERATOR_EMA = "generator", "generator_ema"
+_GENERATOR, _GENERATOR_EMA = "generator", "generator_ema"
 LORA_SECTION = "generator_lora"
-BARE = "bare"
 
 
 @dataclass(frozen=True)
 class GeneratorTensors:
     """A generator checkpoint: ``transformer`` as Wan names it, ``memory`` without its prefix (``None`` without one).
 
-    ``part`` and ``memory_part`` say which dict of the file they are from: ``"generator_ema"``, ``"generator"`` or
-    ``"bare"`` (a file that is no dict of dicts).
+    ``ema``: whether they are the averaged weights; ``None`` of a file that is no dict of dicts.
     """
 
-    path: Path
     transformer: Mapping[str, Tensor]
     memory: Mapping[str, Tensor] | None
-    part: str
-    memory_part: str | None
+    ema: bool | None
 
 
 def load_generator(
@@ -48,8 +44,8 @@ def load_generator(
 
     ``ema``: ``True`` takes ``generator_ema`` and fails without it, ``False`` takes ``generator`` and fails without it;
     ``None`` takes the average or not as ``prefer_ema`` says, and the other where the file has that one alone. A memory
-    encoder that the average lacks comes from ``generator``. The memory encoder fits or does not fit a video's size:
-    that is for :func:`check_memory`.
+    encoder that the average lacks comes from ``generator``. Whether the memory encoder fits a video's size says
+    :func:`check_memory`.
 
     Errors: ``WeightsError`` for a file that is damaged, lacks the part asked for, or holds another model.
     """
@@ -57,19 +53,13 @@ def load_generator(
     sections = {name.split(".", 1)[0] for name in file}
     if LORA_SECTION in sections or any(map(is_factor, file)):
         raise WeightsError(f"{file.path}: expected a whole generator, found a LoRA, which is merged into one instead")
-    part = memory_part = _choose_part(sections, ema, prefer_ema, file.path)
+    part = _choose_part(sections, ema, prefer_ema, file.path)
     transformer, memory = _split(file, part)
-    if not memory and part == GENERATOR_EMA and GENERATOR in sections:
-        _, memory = _split(file, memory_part := GENERATOR)
-    found = PartTensors(TRANSFORMER, transformer, f"{file.path} ({part})")
-    _check_same_model(found.named, config, f"{file.path} ({part})")
-    return GeneratorTensors(
-        path=file.path,
-        transformer=found.original(config),
-        memory=memory or None,
-        part=part,
-        memory_part=memory_part if memory else None,
-    )
+    if not memory and part == _GENERATOR_EMA and _GENERATOR in sections:
+        memory = _split(file, _GENERATOR)[1]
+    found = PartTensors(TRANSFORMER, transformer, f"{file.path} ({part or 'bare'})")
+    _check_same_model(found.named, config, f"{file.path} ({part or 'bare'})")
+    return GeneratorTensors(found.original(config), memory or None, None if part is None else part == _GENERATOR_EMA)
 
 
 def holds_memory(file: TensorFile) -> bool:
@@ -106,23 +96,21 @@ def split_memory(tensors: Mapping[str, Tensor], source: str) -> tuple[Mapping[st
     return others, memory
 
 
-def _split(file: TensorFile, part: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    source = f"{file.path} ({part})"
-    return split_memory(bare(file if part == BARE else below(file, f"{part}."), source), source)
+def _split(file: TensorFile, part: str | None) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    source = f"{file.path} ({part or 'bare'})"
+    return split_memory(bare(file if part is None else below(file, f"{part}."), source), source)
 
 
-def _choose_part(sections: set[str], ema: bool | None, prefer_ema: bool, path: Path) -> str:
-    has_ema, has_plain = GENERATOR_EMA in sections, GENERATOR in sections
-    if not (has_ema or has_plain) and not ema:
-        return BARE
-    wants_ema = ema if ema is not None else has_ema and (prefer_ema or not has_plain)
-    if wants_ema and has_ema:
-        return GENERATOR_EMA
-    if not wants_ema and has_plain:
-        return GENERATOR
-    wanted = GENERATOR_EMA if ema else GENERATOR
-    found = " and ".join(name for name in (GENERATOR, GENERATOR_EMA) if name in sections) or "neither it nor generator"
-    raise WeightsError(f"{path}: expected {wanted}, which was asked for, found {found}")
+def _choose_part(sections: set[str], ema: bool | None, prefer_ema: bool, path: Path) -> str | None:
+    """The dict of a checkpoint to take; None of a file without any."""
+    there = [name for name in (_GENERATOR, _GENERATOR_EMA) if name in sections]
+    if ema is None or (ema is False and not there):
+        return _GENERATOR_EMA if prefer_ema and _GENERATOR_EMA in there else next(iter(there), None)
+    wanted = _GENERATOR_EMA if ema else _GENERATOR
+    if wanted not in there:
+        found = " and ".join(there) or "neither it nor generator"
+        raise WeightsError(f"{path}: expected {wanted}, which was asked for, found {found}")
+    return wanted
 
 
 def _check_same_model(tensors: Mapping[str, Tensor], config: TransformerConfig, source: str) -> None:

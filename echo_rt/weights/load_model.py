@@ -31,7 +31,7 @@ from echo_rt.utils.device import parse_device
 from echo_rt.weights.choice import Taken, cautions, choose_recipe, ema_reason
 from echo_rt.weights.files import open_tensors
 from echo_rt.weights.folder import ModelFolder
-from echo_rt.weights.generator import BARE, GENERATOR_EMA, GeneratorTensors, check_memory, load_generator
+from echo_rt.weights.generator import GeneratorTensors, check_memory, load_generator
 from echo_rt.weights.lora import merge_lora
 from echo_rt.weights.shapes import memory_facts
 from echo_rt.weights.tiny_vae import TinyVae, open_tiny_vae
@@ -135,7 +135,7 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     taken = Taken(
         recipe=None if recipe is None else recipe.name,
         recipe_reason=choice.reason,
-        ema=None if generator is None or generator.part == BARE else generator.part == GENERATOR_EMA,
+        ema=None if generator is None else generator.ema,
         ema_reason=ema_reason(ema, recipe, generator),
         model=str(model),
         checkpoint=None if checkpoint is None else str(checkpoint),

@@ -25,15 +25,13 @@ class MergedLora:
 
     ``transformer`` computes a changed tensor anew whenever it is asked for, in float32: take each once. ``memory`` is
     the memory encoder of the file ``memory_path`` (names without prefix), which replaces that of the base checkpoint;
-    both are ``None`` without one. ``loras`` are paths and strengths, ``changed`` counts tensors.
+    both are ``None`` without one. ``loras`` are paths and strengths.
     """
 
     loras: tuple[tuple[Path, float], ...]
     transformer: Mapping[str, Tensor]
     memory: Mapping[str, Tensor] | None
     memory_path: Path | None
-    changed: int
-    ranks: tuple[int, ...]
 
 
 class _MergedTensors(LazyTensors):
@@ -90,11 +88,4 @@ def merge_lora(
             raise WeightsError(f"{path}: expected one LoRA with a memory encoder, {memory_path} has one too")
         if file.memory:
             memory, memory_path = file.memory, path
-    return MergedLora(
-        loras=loras,
-        transformer=_MergedTensors(transformer, terms, device),
-        memory=memory,
-        memory_path=memory_path,
-        changed=len(terms),
-        ranks=tuple(sorted({rank for file in files for rank in file.ranks.values()})),
-    )
+    return MergedLora(loras, _MergedTensors(transformer, terms, device), memory, memory_path)

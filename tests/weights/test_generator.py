@@ -77,12 +77,12 @@ def test_echo_infinity(tmp_path: Path, wrap: Callable[[Mapping[str, Tensor]], di
         save_file({f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}, path)
     for ema in (None, True):
         loaded = load_generator(path, TRANSFORMER, ema=ema)
-        assert (loaded.part, loaded.memory_part, loaded.path) == ("generator_ema", "generator_ema", path)
+        assert loaded.ema is True
         assert_same(loaded.transformer, transformer(EMA_SEED))
         assert loaded.memory is not None
         assert_same(loaded.memory, memory(EMA_MEMORY_SEED))
     loaded = load_generator(str(path), TRANSFORMER, ema=False)
-    assert (loaded.part, loaded.memory_part) == ("generator", "generator")
+    assert loaded.ema is False
     assert_same(loaded.transformer, transformer())
     assert loaded.memory is not None
     assert_same(loaded.memory, memory())
@@ -91,7 +91,7 @@ def test_echo_infinity(tmp_path: Path, wrap: Callable[[Mapping[str, Tensor]], di
 def test_average_without_memory_takes_that_of_the_generator(checkpoint: Path) -> None:
     saved(checkpoint, {"generator": plain(), "generator_ema": averaged(with_memory=False)})
     loaded = load_generator(checkpoint, TRANSFORMER, ema=True)
-    assert (loaded.part, loaded.memory_part) == ("generator_ema", "generator")
+    assert loaded.ema is True
     assert_same(loaded.transformer, transformer(EMA_SEED))
     assert loaded.memory is not None
     assert_same(loaded.memory, memory())
@@ -99,7 +99,7 @@ def test_average_without_memory_takes_that_of_the_generator(checkpoint: Path) ->
 
 def test_average_asked_for_and_missing(checkpoint: Path) -> None:
     saved(checkpoint, {"generator": plain()})
-    assert load_generator(checkpoint, TRANSFORMER).part == "generator"
+    assert load_generator(checkpoint, TRANSFORMER).ema is False
     message = refusal(lambda: load_generator(checkpoint, TRANSFORMER, ema=True))
     assert message == f"{checkpoint}: expected generator_ema, which was asked for, found generator"
     saved(checkpoint, plain())
@@ -108,7 +108,7 @@ def test_average_asked_for_and_missing(checkpoint: Path) -> None:
 
 def test_average_only(checkpoint: Path) -> None:
     saved(checkpoint, {"generator_ema": averaged()})
-    assert load_generator(checkpoint, TRANSFORMER).part == "generator_ema"
+    assert load_generator(checkpoint, TRANSFORMER).ema is True
     message = refusal(lambda: load_generator(checkpoint, TRANSFORMER, ema=False))
     assert "expected generator, which was asked for, found generator_ema" in message
 
@@ -119,20 +119,20 @@ def test_bare_tensors(checkpoint: Path, prefix: str, with_memory: bool) -> None:
     content = keys(transformer(), memory() if with_memory else None)
     saved(checkpoint, {prefix + name.removeprefix("model."): tensor for name, tensor in content.items()})
     loaded = load_generator(checkpoint, TRANSFORMER)
-    assert loaded.part == "bare"
+    assert loaded.ema is None
     assert_same(loaded.transformer, transformer())
     if with_memory:
-        assert loaded.memory is not None and loaded.memory_part == "bare"
+        assert loaded.memory is not None
         assert_same(loaded.memory, memory())
     else:
-        assert loaded.memory is None and loaded.memory_part is None
+        assert loaded.memory is None
 
 
 def test_kin_without_memory(checkpoint: Path) -> None:
     """Self-Forcing, Causal-Forcing, LongLive."""
     saved(checkpoint, {"generator": keys(transformer()), "generator_ema": fsdp(averaged(with_memory=False))})
     loaded = load_generator(checkpoint, TRANSFORMER)
-    assert loaded.memory is None and loaded.memory_part is None
+    assert loaded.memory is None
     assert_same(loaded.transformer, transformer(EMA_SEED))
 
 
