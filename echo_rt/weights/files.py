@@ -25,7 +25,7 @@ from echo_rt.weights.gguf_files import GGUF_MAGIC, open_gguf
 from echo_rt.weights.pickle_files import PICKLE_MAGICS, open_pickle
 from echo_rt.weights.safetensors_files import INDEX, is_safetensors, open_safetensors, open_sharded
 from echo_rt.weights.shapes import Shapes
-from echo_rt.weights.tensors import TensorFile, first_names, outline_of
+from echo_rt.weights.tensors import Contents, TensorFile, check_name, first_names, outline_of
 
 _SAFETENSORS = ".safetensors"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -47,11 +47,15 @@ def open_tensors(path: str | Path, *, widen_to: torch.dtype = torch.float32) -> 
     but tensors; ``BackendError`` for a GGUF file without the package that reads it.
     """
     path = _find(Path(path))
-    file = _open(path, _read_head(path), widen_to)
-    return TensorFile(path, widened(file, path, widen_to), file.facts)
+    tensors, facts = _open(path, _read_head(path), widen_to)
+    if not tensors:
+        raise WeightsError(f"{path}: expected tensors, found a file without any")
+    for name in tensors:
+        check_name(name, path)
+    return TensorFile(path, widened(tensors, path, widen_to), facts)
 
 
-def _open(path: Path, head: bytes, widen_to: torch.dtype) -> TensorFile:
+def _open(path: Path, head: bytes, widen_to: torch.dtype) -> Contents:
     if INDEX.search(path.name):
         return open_sharded(path, read_object(path, 'an index of shards with a "weight_map"'))
     if head.startswith(GGUF_MAGIC):

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from echo_rt.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
+from echo_rt.weights.files import open_tensors
+from echo_rt.weights.keymaps import bare
 from echo_rt.weights.layouts import DIFFUSERS_MARKS, DIFFUSERS_VAE_CONFIG, OPTIONS, ORIGINAL_MARKS, VAE_FILE, Layout
-from echo_rt.weights.parts import TEXT_ENCODER, TRANSFORMER, VAE, Config, Part, PartTensors, open_part
+from echo_rt.weights.parts import TEXT_ENCODER, TRANSFORMER, VAE, Config, Part, PartTensors
 
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -142,7 +144,9 @@ class ModelFolder:
         return stated
 
     def _open(self, part: Part[Config]) -> PartTensors[Config]:
-        return open_part(part, self._given.get(OPTIONS[part.name]) or self._layout.file(part.name))
+        path = self._given.get(OPTIONS[part.name]) or self._layout.file(part.name)
+        file = open_tensors(path, widen_to=part.widen_to)
+        return PartTensors(part, bare(file, str(file.path)), str(file.path))
 
 
 def holds_vae(folder: Path) -> bool:

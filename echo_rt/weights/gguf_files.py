@@ -12,7 +12,7 @@ from torch import Tensor
 
 from echo_rt.errors import BackendError, WeightsError
 from echo_rt.utils.wording import one_line
-from echo_rt.weights.tensors import Fact, LazyTensors, Outline, TensorFile, check_name
+from echo_rt.weights.tensors import Contents, Fact, LazyTensors, Outline
 
 GGUF_MAGIC = b"GGUF"
 # Values of general.architecture: Wan's transformer, umT5 by both its names, and converters that name no model.
@@ -45,7 +45,7 @@ class _GgufTensors(LazyTensors):
         return Outline(self._shapes[name], _STORED.get(self._entries[name].tensor_type.name, self._dtype))
 
 
-def open_gguf(path: Path, dtype: torch.dtype) -> TensorFile:
+def open_gguf(path: Path, dtype: torch.dtype) -> Contents:
     """The tensors of one file; quantized ones come as ``dtype``, the others as they are stored.
 
     Errors: ``BackendError`` without the package gguf; ``WeightsError`` for a damaged file and for another model's.
@@ -77,10 +77,7 @@ def open_gguf(path: Path, dtype: torch.dtype) -> TensorFile:
     architecture = facts.get(_ARCHITECTURE)
     if architecture is not None and architecture not in _ARCHITECTURES:
         raise WeightsError(f"{path}: expected a GGUF file of Wan2.1 or umT5, found one of {architecture!a:.60}")
-    if not shapes:
-        raise WeightsError(f"{path}: expected tensors, found a GGUF file with none")
-    entries = {check_name(entry.name, path): entry for entry in reader.tensors}
-    return TensorFile(path, _GgufTensors(entries, shapes, dtype), facts)
+    return _GgufTensors({entry.name: entry for entry in reader.tensors}, shapes, dtype), facts
 
 
 def _dequantized(entry: Any, dtype: torch.dtype) -> Tensor:

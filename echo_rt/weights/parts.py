@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor
 from echo_rt.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import counted
-from echo_rt.weights.files import check_tensors, open_tensors
-from echo_rt.weights.keymaps import TRANSFORMER_KEYS, UMT5_GGUF_KEYS, UMT5_KEYS, KeyMap, bare, vae_keys
+from echo_rt.weights.files import check_tensors
+from echo_rt.weights.keymaps import TRANSFORMER_KEYS, UMT5_GGUF_KEYS, UMT5_KEYS, KeyMap, vae_keys
 from echo_rt.weights.shapes import (
     Shapes,
     check_depth,
@@ -32,42 +31,39 @@ Config = TypeVar("Config", TransformerConfig, VaeConfig, TextEncoderConfig)
 # transformers' second name for the token table; older versions write both.
 _TABLE, _TABLE_AGAIN = "shared.weight", "encoder.embed_tokens.weight"
 
-# What a file is, by a piece of a name that others have not; the first that fits.
-_SIGNS = (
-    ("generator.", "a generator checkpoint, which is given as the checkpoint"),
-    ("generator_ema.", "a generator checkpoint, which is given as the checkpoint"),
-    ("lora_", "a LoRA, which is given as the LoRA"),
-    ("img_emb.", "a Wan image-to-video transformer"),
-    ("image_embedder.", "a Wan image-to-video transformer"),
-    ("vace_", "a Wan VACE transformer"),
-    (".qweight", "weights quantized with GPTQ or AWQ: give them in 16 bits, float8 or GGUF"),
-    (".absmax", "weights quantized with bitsandbytes: give them in 16 bits, float8 or GGUF"),
-    ("condition_embedder.", "a Wan transformer"),
-    ("time_projection.", "a Wan transformer"),
-    (".downsamples.0.downsamples.", "the VAE of Wan2.2 5B"),
-    ("encoder.down_blocks.0.conv1.", "the Wan2.1 VAE"),
-    ("encoder.downsamples.", "the Wan2.1 VAE"),
-    ("decoder.conv_in.", "the VAE of an image model"),
-    ("query_init", "a memory encoder"),
-    (".SelfAttention.", "a T5 text encoder"),
-    ("enc.blk.", "a T5 text encoder"),
-    ("token_embedding.", "a T5 text encoder"),
-    ("decoder.1.", "a tiny decoder, which is given as the vae"),
-    ("visual.", "a CLIP image encoder"),
-    ("vision_model.", "a CLIP image encoder"),
-    ("text_model.", "a CLIP text encoder"),
-    ("double_blocks.", "a transformer of Flux or HunyuanVideo"),
-    ("joint_blocks.", "a transformer of Stable Diffusion 3"),
-    ("input_blocks.", "a UNet of Stable Diffusion"),
-    ("layers.0.self_attn.", "a language model"),
-)
-# Of them those that have all that a Wan2.1 model has, and more.
+# What a file is, by pieces of names of which others have none; the first that fits.
+_SIGNS = {
+    "a generator checkpoint, which is given as the checkpoint": ("generator.", "generator_ema."),
+    "a LoRA, which is given as the LoRA": ("lora_",),
+    "a Wan image-to-video transformer": ("img_emb.", "image_embedder."),
+    "a Wan VACE transformer": ("vace_",),
+    "weights quantized with GPTQ or AWQ: give them in 16 bits, float8 or GGUF": (".qweight",),
+    "weights quantized with bitsandbytes: give them in 16 bits, float8 or GGUF": (".absmax",),
+    "a Wan transformer": ("condition_embedder.", "time_projection."),
+    "the VAE of Wan2.2 5B": (".downsamples.0.downsamples.",),
+    "the Wan2.1 VAE": ("encoder.down_blocks.0.conv1.", "encoder.downsamples."),
+    "the VAE of an image model": ("decoder.conv_in.",),
+    "a memory encoder": ("query_init",),
+    "a T5 text encoder": (".SelfAttention.", "enc.blk.", "token_embedding."),
+    "a tiny decoder, which is given as the vae": ("decoder.1.",),
+    "a CLIP image encoder": ("visual.", "vision_model."),
+    "a CLIP text encoder": ("text_model.",),
+    "a transformer of Flux or HunyuanVideo": ("double_blocks.",),
+    "a transformer of Stable Diffusion 3": ("joint_blocks.",),
+    "a UNet of Stable Diffusion": ("input_blocks.",),
+    "a language model": ("layers.0.self_attn.",),
+}
+# Of them those of models that have all that a Wan2.1 model has, and more.
 _EXTENDED = ("img_emb.", "image_embedder.", "vace_", ".downsamples.0.downsamples.", ".qweight", ".absmax")
+
+
+def _any_in(tensors: Mapping[str, Tensor], signs: tuple[str, ...]) -> bool:
+    return any(sign in name for name in tensors for sign in signs)
 
 
 def _what_is(tensors: Mapping[str, Tensor]) -> str:
     """What a file with these tensors is, for a message."""
-    known = next((what for sign, what in _SIGNS if any(sign in name for name in tensors)), None)
+    known = next((what for what, signs in _SIGNS.items() if _any_in(tensors, signs)), None)
     return known or f"{counted(len(tensors), 'tensor')} ({', '.join(sorted(tensors)[:3]) or 'none'})"
 
 
@@ -133,7 +129,7 @@ TEXT_ENCODER: Part[TextEncoderConfig] = Part(
 
 
 class PartTensors(Generic[Config]):
-    """The tensors of one network, under whichever of its names; ``source`` is what messages call them.
+    """The bare tensors of one network, under whichever of its names; ``source`` is what messages call them.
 
     ``named``: those that have an original name, under it; all that sizes are read off.
 
@@ -142,7 +138,7 @@ class PartTensors(Generic[Config]):
 
     def __init__(self, part: Part[Config], tensors: Mapping[str, Tensor], source: str) -> None:
         fits = [naming for marks, naming in part.namings.items() if any(mark in tensors for mark in marks)]
-        if not fits or any(sign in name for name in tensors for sign in _EXTENDED):
+        if not fits or _any_in(tensors, _EXTENDED):
             raise WeightsError(f"{source}: expected {part.what}, found {_what_is(tensors)}")
         self._part: Part[Config] = part
         self._naming: _Naming[Config] | None = fits[0]
@@ -165,22 +161,10 @@ class PartTensors(Generic[Config]):
             config = self.config()
         check_depth(self._part.depth_of(config), self._tensors, self._source, self._part.what)
         shapes = self._part.shapes_of(config)
-        if self._naming is None:
-            check_tensors(self._tensors, shapes, self._source)
-            return self._tensors
-        key_map = self._naming(config)
-        others = {name: key_map.to_other(name) for name in shapes}
-        check_tensors(self._tensors, {others[name]: shape for name, shape in shapes.items()}, self._source)
-        return RenamedTensors(self._tensors, others)
-
-
-def open_part(part: Part[Config], path: Path) -> PartTensors[Config]:
-    """The tensors of ``part`` in a file, without trainers' and other programs' prefixes.
-
-    ``path`` as for :func:`echo_rt.weights.files.open_tensors`, whose errors it raises too.
-    """
-    file = open_tensors(path, widen_to=part.widen_to)
-    return PartTensors(part, bare(file, str(file.path)), str(file.path))
+        in_file = str if self._naming is None else self._naming(config).to_other
+        names = {name: in_file(name) for name in shapes}
+        check_tensors(self._tensors, {names[name]: shape for name, shape in shapes.items()}, self._source)
+        return RenamedTensors(self._tensors, names)
 
 
 def _without_tied_table(tensors: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:

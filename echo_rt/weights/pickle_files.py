@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
-from echo_rt.utils.wording import counted, one_line, type_of
+from echo_rt.utils.wording import one_line, type_of
 from echo_rt.weights.formats import ZIP_MAGIC, other_format
-from echo_rt.weights.tensors import Fact, TensorFile, check_name
+from echo_rt.weights.tensors import Contents, Fact, check_name
 
 # torch's zip container and a pickle of protocol 2 or newer, as torch.save wrote it before there was one.
 PICKLE_MAGICS = (ZIP_MAGIC, *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
@@ -22,14 +22,13 @@ _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)|class (\S+)|module (\S+) is blocked"
 _REASON_LENGTH = 160
 
 
-def open_pickle(path: Path, head: bytes) -> TensorFile:
-    """The tensors of a ``.pt``/``.pth`` file, nested dicts joined with dots; ``head`` are its first bytes.
+def open_pickle(path: Path, head: bytes) -> Contents:
+    """The tensors and numbers of a torch file, nested dicts joined with dots; ``head`` are its first bytes.
 
-    Errors: ``WeightsError`` for a file that is damaged, holds code, or holds no dict of tensors.
+    Errors: ``WeightsError`` for a file that is damaged, holds code, or holds no dict.
     """
     # Before torch 1.6 there was no zip container; such a file is a stream in which nothing lies where it could be
-    # mapped, so it is read. Everything newer is mapped.
-    # So is one by the name of another format, which torch would take it for.
+    # mapped, so it is read. So is one with the suffix of another format, which torch would take it for.
     is_zip = head.startswith(ZIP_MAGIC)
     mappable = is_zip and path.suffix.lower() != ".safetensors"
     try:
@@ -48,12 +47,7 @@ def open_pickle(path: Path, head: bytes) -> TensorFile:
         _flatten(content, "", tensors, facts, path)
     except RecursionError as error:
         raise WeightsError(f"{path}: expected a dict of tensors, found dicts nested without end") from error
-    for name in tensors:
-        check_name(name, path)
-    if not tensors:
-        entries = counted(len(content), "entry", "entries")
-        raise WeightsError(f"{path}: expected a dict of tensors, found one of {entries} without any tensor")
-    return TensorFile(path, tensors, facts)
+    return tensors, facts
 
 
 def _flatten(

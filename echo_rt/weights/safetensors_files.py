@@ -12,7 +12,7 @@ from torch import Tensor
 
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import one_line
-from echo_rt.weights.tensors import Fact, LazyTensors, TensorFile, check_name
+from echo_rt.weights.tensors import Contents, LazyTensors, check_name
 
 # The index of a sharded file, of a variant too (diffusers: *.safetensors.index.fp16.json).
 INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
@@ -41,30 +41,22 @@ class _MappedTensors(LazyTensors):
         return tensor
 
 
-def _holders(path: Path) -> dict[str, Any]:
-    """The tensors' names in one file, each with the opened file."""
+def _opened(path: Path) -> Any:
     try:
-        file: Any = safe_open(path, framework="pt", device="cpu")
+        return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
             f"{path}: expected a safetensors file, found a damaged or other one ({one_line(error)})"
         ) from error
-    return {check_name(name, path): file for name in file.keys()}  # noqa: SIM118 - the opened file is no mapping
 
 
-def open_safetensors(path: Path) -> TensorFile:
-    """The tensors of one file; its metadata are the facts.
-
-    Errors: ``WeightsError`` for a file that is damaged, of another format, or without tensors.
-    """
-    holders = _holders(path)
-    if not holders:
-        raise WeightsError(f"{path}: expected tensors, found a safetensors file with none")
-    metadata: dict[str, Fact] = next(iter(holders.values())).metadata() or {}
-    return TensorFile(path, _MappedTensors(holders), metadata)
+def open_safetensors(path: Path) -> Contents:
+    """The tensors and metadata of one file; ``WeightsError`` for a damaged one or one of another format."""
+    file = _opened(path)
+    return _MappedTensors(dict.fromkeys(file.keys(), file)), file.metadata() or {}
 
 
-def open_sharded(index: Path, content: Mapping[str, Any]) -> TensorFile:
+def open_sharded(index: Path, content: Mapping[str, Any]) -> Contents:
     """The tensors of all shards that ``index`` (``*.safetensors.index.json``, with this ``content``) names.
 
     Errors: ``WeightsError`` for an index without its map, one that names files elsewhere or missing ones, or differs
@@ -80,14 +72,14 @@ def open_sharded(index: Path, content: Mapping[str, Any]) -> TensorFile:
         shard = index.parent / shard_name
         if not shard.is_file():
             raise WeightsError(f"{index}: expected the shard {shard_name} beside the index, found none")
-        own = _holders(shard)
-        for name in own:
-            if weight_map.get(name) != shard_name:
+        file = _opened(shard)
+        for name in file.keys():  # noqa: SIM118 - the opened file is no mapping
+            if weight_map.get(check_name(name, shard)) != shard_name:
                 raise WeightsError(f"{shard}: expected only tensors that {index.name} places here, found also {name}")
-        holders |= own
+            holders[name] = file
     missing = [check_name(name, index) for name in weight_map if name not in holders]
     if missing:
         raise WeightsError(
             f"{index}: expected {missing[0]} in {weight_map[missing[0]]}, which lacks it ({len(missing)} such tensors)"
         )
-    return TensorFile(index, _MappedTensors(holders), {})
+    return _MappedTensors(holders), {}

@@ -12,6 +12,7 @@ from torch import Tensor
 from echo_rt.errors import WeightsError
 
 Fact = int | float | str
+Contents = tuple[Mapping[str, Tensor], Mapping[str, Fact]]  # of a weight file: its tensors, and all that is none
 
 _NAMED_IN_MESSAGES = 5
 _LONGEST_NAME = 256

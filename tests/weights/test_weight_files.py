@@ -205,8 +205,8 @@ def test_folders_without_one_answer(tmp_path: Path) -> None:
         ([1, 2], "a list"),
         (torch.ones(3), "a Tensor"),
         (7, "an int"),
-        ({}, "without any tensor"),
-        ({"step": 3, "config": {"dim": 4}}, "without any tensor"),
+        ({}, "found a file without any"),
+        ({"step": 3, "config": {"dim": 4}}, "found a file without any"),
     ],
 )
 def test_torch_file_of_something_else(tmp_path: Path, content: object, said: str) -> None:
