@@ -64,16 +64,7 @@ class Recipe:
             {"hub": file.hub, "path": file.path, "option": file.role, "download": file.download}
             for file in (BASE, *self.files)
         ]
-        return {
-            "name": self.name,
-            "facts": facts,
-            "ema": self.ema,
-            "memory": self.memory,
-            "normalize_k": self.normalize_k,
-            "lora": self.lora,
-            "files": files,
-            "notes": list(self.notes),
-        }
+        return {**vars(self), "facts": facts, "files": files, "notes": list(self.notes)}
 
 
 BASE = PublishedFile("Wan-AI/Wan2.1-T2V-1.3B", None, "model")

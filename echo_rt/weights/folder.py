@@ -12,6 +12,7 @@ from torch import Tensor
 
 from echo_rt.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
+from echo_rt.options import is_path
 from echo_rt.weights.files import open_tensors
 from echo_rt.weights.keymaps import bare
 from echo_rt.weights.layouts import DIFFUSERS_MARKS, DIFFUSERS_VAE_CONFIG, OPTIONS, ORIGINAL_MARKS, VAE_FILE, Layout
@@ -56,7 +57,7 @@ class ModelFolder:
             raise WeightsError(f"expected the path of a folder with a Wan2.1 model, got {path!r}")
         named = {"text_encoder": text_encoder, "tokenizer": tokenizer, "vae_file": vae_file}
         for option, part in named.items():
-            if part is not None and not (isinstance(part, (str, os.PathLike)) and os.fspath(part)):
+            if part is not None and not is_path(part):
                 raise ConfigError(f"{option} must be a path or None, got {part!r}")
         given = {option: Path(part) for option, part in named.items() if part is not None}
         for option, part in given.items():

@@ -19,14 +19,7 @@ from echo_rt.weights.tensors import RenamedTensors, rename, selected
 
 Rows = tuple[tuple[str, str], ...]
 
-_ATTENTION: Rows = (
-    ("q", "to_q"),
-    ("k", "to_k"),
-    ("v", "to_v"),
-    ("o", "to_out.0"),
-    ("norm_q", "norm_q"),
-    ("norm_k", "norm_k"),
-)
+_ATTENTION: Rows = (*((x, f"to_{x}") for x in "qkv"), ("o", "to_out.0"), ("norm_q", "norm_q"), ("norm_k", "norm_k"))
 _TRANSFORMER: Rows = (
     ("patch_embedding", "patch_embedding"),
     ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
@@ -171,16 +164,8 @@ _TRAINING = ("optimizer", "generator_optimizer", "critic_optimizer", "optimizer_
 # Tensors that are no weights: a tokenizer inside ComfyUI's text encoders.
 _BAGGAGE = ("spiece_model",)
 # What trainers of LoRAs put before a module's name, in any order and number.
-_LORA_HOLDERS = (
-    *_OWNERS,
-    "diffusion_model.",
-    "transformer.",
-    "pipe.dit.",
-    "unet.",
-    "lora_unet_",
-    "lora_transformer_",
-    "lycoris_",
-)
+_FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
+_LORA_HOLDERS = (*_OWNERS, "diffusion_model.", "transformer.", "pipe.dit.", "unet.", *_FLAT)
 
 
 def without_wrappers(name: str) -> str:
@@ -213,14 +198,8 @@ DOWN, UP, UP_BIAS, ALPHA = "down", "up", "up_bias", "alpha"
 WEIGHT, BIAS = "weight", "bias"
 
 _FACTORS = {
-    "lora_A": DOWN,
-    "lora_B": UP,
-    "lora_down": DOWN,
-    "lora_up": UP,
-    "lora.down": DOWN,
-    "lora.up": UP,
-    "lora_linear_layer.down": DOWN,
-    "lora_linear_layer.up": UP,
+    **dict.fromkeys(("lora_A", "lora_down", "lora.down", "lora_linear_layer.down"), DOWN),
+    **dict.fromkeys(("lora_B", "lora_up", "lora.up", "lora_linear_layer.up"), UP),
 }
 _DIFFERENCES = {"diff": WEIGHT, "w_norm": WEIGHT, "diff_b": BIAS, "b_norm": BIAS}
 # Names of alpha: alone that of all modules, behind a module's name the alpha of that module.

@@ -188,6 +188,9 @@ _DIFFUSERS = _Places(
     ("tokenizer",),
 )
 
+# Of Wan's config of the transformer -> ours.
+WAN_FIELDS = _WAN_TRANSFORMER.required | _WAN_TRANSFORMER.optional
+
 # ComfyUI's folders, those of its downloads (split_files) among them, and other names of the same files, in lower case.
 _ROOTS = (".", "models", "split_files")
 _OTHER_FILES = {

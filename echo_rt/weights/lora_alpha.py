@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +22,6 @@ _CONFIG_FILE, _CONFIG_IN_HEADER = "adapter_config.json", "lora_adapter_metadata"
 _NO_ALPHA = ("Dynamic", "None", "")
 # Initializations that leave the base weights as they are; PEFT's others (PiSSA, OLoRA, ...) change them.
 _PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
-# The precision of bfloat16, in which some trainers store alpha.
-_ROUNDING = 2**-8
 
 
 @dataclass(frozen=True)
@@ -44,18 +42,6 @@ class Stated:
             if re.fullmatch(rf"(.*\.)?({pattern})", written):
                 return number
         return self.modules.get(module, self.default)
-
-
-def agreed(places: Iterable[Stated], module: str, written: str, source: str) -> float | None:
-    """The alpha that ``places`` state for ``module``, or None; ``WeightsError`` where two of them disagree."""
-    found = [(place.label, number) for place in places if (number := place.of(module, written)) is not None]
-    for label, number in found[1:]:
-        if not math.isclose(number, found[0][1], rel_tol=_ROUNDING):
-            raise WeightsError(
-                f"{source}: expected one alpha of {written}, "
-                f"found {found[0][1]:g} ({found[0][0]}) and {number:g} ({label})"
-            )
-    return found[0][1] if found else None
 
 
 def positive(value: Any, name: str, source: str) -> float:

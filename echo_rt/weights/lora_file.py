@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from echo_rt.weights.keymaps import (
     parse_lora_key,
     without_wrappers,
 )
-from echo_rt.weights.lora_alpha import Stated, adapter_configs, agreed, alphas_in, positive
+from echo_rt.weights.lora_alpha import Stated, adapter_configs, alphas_in, positive
 from echo_rt.weights.shapes import MEMORY_PREFIX
 from echo_rt.weights.tensors import Fact, RenamedTensors, TensorFile, first_names, outline_of
 
@@ -38,6 +38,8 @@ from echo_rt.weights.tensors import Fact, RenamedTensors, TensorFile, first_name
 _FOLDER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
 # A part that is of no use without another one.
 _PARTNERS = {DOWN: UP, UP: DOWN, UP_BIAS: UP}
+# The precision of bfloat16, in which some trainers store alpha.
+_ROUNDING = 2**-8
 # The models that LoRAs are made for, by width.
 _MODELS = {1536: "Wan2.1 1.3B", 3072: "Wan2.2 5B", 5120: "Wan 14B"}
 
@@ -87,8 +89,10 @@ class LoraFile:
         self._rank_stabilized = any(config.rank_stabilized for config in configs)
         downs = {module: parts[DOWN] for module, parts in self._changes.items() if DOWN in parts}
         self.ranks = {module: self._shape(name)[0] for module, name in downs.items()}
-        self._check_ranks([config.rank for config in configs])
-        self.alphas = {module: agreed(alphas, module, self._written[module], self._source) for module in downs}
+        ranks = [*(config.rank for config in configs), Stated("its factors", modules=self.ranks)]
+        for module in downs:
+            self._agreed("rank", ranks, module, 0)
+        self.alphas = {module: self._agreed("alpha", alphas, module, _ROUNDING) for module in downs}
 
     def terms(self, strength: float, alpha: float | None) -> Iterator[tuple[str, Term]]:
         """The changed tensors with their terms; ``alpha`` is for the pairs of factors that the file states none for."""
@@ -103,6 +107,18 @@ class LoraFile:
             for part, factor in ((UP_BIAS, scale), (WEIGHT, strength), (BIAS, strength)):
                 if part in parts:
                     yield self._target(module, part), Term((self._tensors[parts[part]],), factor)
+
+    def _agreed(self, what: str, places: Iterable[Stated], module: str, tolerance: float) -> float | None:
+        """The number that ``places`` state for ``module``, or None; ``WeightsError`` where two of them disagree."""
+        written = self._written[module]
+        found = [(place.label, number) for place in places if (number := place.of(module, written)) is not None]
+        for label, number in found[1:]:
+            if not math.isclose(number, found[0][1], rel_tol=tolerance):
+                raise WeightsError(
+                    f"{self._source}: expected one {what} of {written}, "
+                    f"found {found[0][1]:g} ({found[0][0]}) and {number:g} ({label})"
+                )
+        return found[0][1] if found else None
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return outline_of(self._tensors, name).shape
@@ -175,17 +191,6 @@ class LoraFile:
             width = next((size for shape in shapes for size in shape if size in _MODELS and size != dim), None)
             model = f": a LoRA of {_MODELS[width]}, {width} wide, for a model {dim} wide" if width else ""
             raise WeightsError(f"{self._source}: expected {what} {list(goal)}, found {found}{model}")
-
-    def _check_ranks(self, places: Sequence[Stated]) -> None:
-        """Raises ``WeightsError`` where the factors do not have the ranks that PEFT's configs state."""
-        for module, rank in self.ranks.items():
-            written = self._written[module]
-            for place in places:
-                stated = place.of(module, written)
-                if stated not in (None, rank):
-                    raise WeightsError(
-                        f"{self._source}: expected {written} of rank {stated:g}, as {place.label} says, found {rank}"
-                    )
 
     def _refuse(self, names: Sequence[str], expected: str, fault: str) -> None:
         if names:

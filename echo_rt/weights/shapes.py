@@ -30,18 +30,19 @@ _HEAD_DIM = 128  # of every Wan2.1 transformer; no shape says it
 _TENSORS_OF_A_LAYER = 4  # every network has more in each layer
 
 
-def _conv(name: str, out: int, channels: int, *kernel: int) -> Shapes:
+def convolution_shapes(name: str, out: int, channels: int, *kernel: int) -> Shapes:
+    """Weight and bias of a convolution."""
     return {f"{name}.weight": (out, channels, *kernel), f"{name}.bias": (out,)}
 
 
-_linear = _conv  # a kernel without dimensions
+_linear = convolution_shapes  # a kernel without dimensions
 
 
 def transformer_shapes(config: TransformerConfig) -> Shapes:
     """The diffusion transformer."""
     dim, ffn = config.dim, config.ffn_dim
     shapes: Shapes = {
-        **_conv("patch_embedding", dim, config.in_channels, *config.patch_size),
+        **convolution_shapes("patch_embedding", dim, config.in_channels, *config.patch_size),
         **_linear("text_embedding.0", dim, config.text_dim),
         **_linear("text_embedding.2", dim, dim),
         **_linear("time_embedding.0", dim, config.freq_dim),
@@ -78,12 +79,10 @@ def memory_shapes(config: ModelConfig) -> Shapes:
             shapes[f"layers.{layer}.{norm}.weight"] = (dim,)
         shapes |= _linear(f"layers.{layer}.ffn.0", ffn, dim)
         shapes |= _linear(f"layers.{layer}.ffn.2", dim, ffn)
-    shapes |= _linear("connector_proj.0", dim, dim)
-    shapes |= _linear("connector_proj.2", dim, dim)
-    shapes["connector_proj.3.weight"] = (dim,)
+    for square in ("connector_proj.0", "connector_proj.2", "to_k", "to_v"):
+        shapes |= _linear(square, dim, dim)
     shapes |= _linear("gate_linear", dim, 2 * dim)
-    shapes |= _linear("to_k", dim, dim)
-    shapes |= _linear("to_v", dim, dim)
+    shapes["connector_proj.3.weight"] = (dim,)
     if config.memory.normalize_k:
         shapes["norm_k_out.weight"] = (dim,)
     return shapes
@@ -92,12 +91,12 @@ def memory_shapes(config: ModelConfig) -> Shapes:
 def _residual_block(name: str, channels: int, out: int) -> Shapes:
     shapes: Shapes = {
         f"{name}.residual.0.gamma": (channels, 1, 1, 1),
-        **_conv(f"{name}.residual.2", out, channels, 3, 3, 3),
+        **convolution_shapes(f"{name}.residual.2", out, channels, 3, 3, 3),
         f"{name}.residual.3.gamma": (out, 1, 1, 1),
-        **_conv(f"{name}.residual.6", out, out, 3, 3, 3),
+        **convolution_shapes(f"{name}.residual.6", out, out, 3, 3, 3),
     }
     if channels != out:
-        shapes |= _conv(f"{name}.shortcut", out, channels, 1, 1, 1)
+        shapes |= convolution_shapes(f"{name}.shortcut", out, channels, 1, 1, 1)
     return shapes
 
 
@@ -105,8 +104,8 @@ def _middle(name: str, channels: int) -> Shapes:
     return {
         **_residual_block(f"{name}.0", channels, channels),
         f"{name}.1.norm.gamma": (channels, 1, 1),
-        **_conv(f"{name}.1.to_qkv", 3 * channels, channels, 1, 1),
-        **_conv(f"{name}.1.proj", channels, channels, 1, 1),
+        **convolution_shapes(f"{name}.1.to_qkv", 3 * channels, channels, 1, 1),
+        **convolution_shapes(f"{name}.1.proj", channels, channels, 1, 1),
         **_residual_block(f"{name}.2", channels, channels),
     }
 
@@ -115,8 +114,8 @@ def vae_decoder_shapes(config: VaeConfig) -> Shapes:
     """``conv2`` and ``decoder.*`` of the VAE file."""
     top = config.base_dim * config.dim_mult[-1]
     shapes: Shapes = {
-        **_conv("conv2", config.z_dim, config.z_dim, 1, 1, 1),
-        **_conv("decoder.conv1", top, config.z_dim, 3, 3, 3),
+        **convolution_shapes("conv2", config.z_dim, config.z_dim, 1, 1, 1),
+        **convolution_shapes("decoder.conv1", top, config.z_dim, 3, 3, 3),
         **_middle("decoder.middle", top),
     }
     index, channels = 0, top
@@ -127,19 +126,19 @@ def vae_decoder_shapes(config: VaeConfig) -> Shapes:
             index, channels = index + 1, out
         if level < len(config.dim_mult) - 1:
             if config.temporal_downsample[-1 - level]:
-                shapes |= _conv(f"decoder.upsamples.{index}.time_conv", 2 * channels, channels, 3, 1, 1)
-            shapes |= _conv(f"decoder.upsamples.{index}.resample.1", channels // 2, channels, 3, 3)
+                shapes |= convolution_shapes(f"decoder.upsamples.{index}.time_conv", 2 * channels, channels, 3, 1, 1)
+            shapes |= convolution_shapes(f"decoder.upsamples.{index}.resample.1", channels // 2, channels, 3, 3)
             index, channels = index + 1, channels // 2
     shapes["decoder.head.0.gamma"] = (channels, 1, 1, 1)
-    shapes |= _conv("decoder.head.2", 3, channels, 3, 3, 3)
+    shapes |= convolution_shapes("decoder.head.2", 3, channels, 3, 3, 3)
     return shapes
 
 
 def vae_encoder_shapes(config: VaeConfig) -> Shapes:
     """``conv1`` and ``encoder.*`` of the VAE file; the encoder gives mean and log-variance, hence twice ``z_dim``."""
     shapes: Shapes = {
-        **_conv("conv1", 2 * config.z_dim, 2 * config.z_dim, 1, 1, 1),
-        **_conv("encoder.conv1", config.base_dim, 3, 3, 3, 3),
+        **convolution_shapes("conv1", 2 * config.z_dim, 2 * config.z_dim, 1, 1, 1),
+        **convolution_shapes("encoder.conv1", config.base_dim, 3, 3, 3, 3),
     }
     index, channels = 0, config.base_dim
     for level, mult in enumerate(config.dim_mult):
@@ -148,13 +147,13 @@ def vae_encoder_shapes(config: VaeConfig) -> Shapes:
             shapes |= _residual_block(f"encoder.downsamples.{index}", channels, out)
             index, channels = index + 1, out
         if level < len(config.dim_mult) - 1:
-            shapes |= _conv(f"encoder.downsamples.{index}.resample.1", channels, channels, 3, 3)
+            shapes |= convolution_shapes(f"encoder.downsamples.{index}.resample.1", channels, channels, 3, 3)
             if config.temporal_downsample[level]:
-                shapes |= _conv(f"encoder.downsamples.{index}.time_conv", channels, channels, 3, 1, 1)
+                shapes |= convolution_shapes(f"encoder.downsamples.{index}.time_conv", channels, channels, 3, 1, 1)
             index += 1
     shapes |= _middle("encoder.middle", channels)
     shapes["encoder.head.0.gamma"] = (channels, 1, 1, 1)
-    shapes |= _conv("encoder.head.2", 2 * config.z_dim, channels, 3, 3, 3)
+    shapes |= convolution_shapes("encoder.head.2", 2 * config.z_dim, channels, 3, 3, 3)
     return shapes
 
 
@@ -165,22 +164,21 @@ def vae_shapes(config: VaeConfig) -> Shapes:
 
 def text_encoder_shapes(config: TextEncoderConfig) -> Shapes:
     """The umT5 encoder under Wan's key names; no biases, one relative position table in each layer."""
-    shapes: Shapes = {
-        "token_embedding.weight": (config.vocab_size, config.d_model),
-        "norm.weight": (config.d_model,),
+    width, attention, ffn = config.d_model, config.d_attn, config.d_ff
+    layer_shapes: Shapes = {
+        "norm1": (width,),
+        "norm2": (width,),
+        **dict.fromkeys(("attn.q", "attn.k", "attn.v"), (attention, width)),
+        "attn.o": (width, attention),
+        **dict.fromkeys(("ffn.gate.0", "ffn.fc1"), (ffn, width)),
+        "ffn.fc2": (width, ffn),
+        "pos_embedding.embedding": (config.relative_attention_num_buckets, config.num_heads),
     }
-    for layer in range(config.num_layers):
-        block = f"blocks.{layer}"
-        shapes[f"{block}.norm1.weight"] = (config.d_model,)
-        shapes[f"{block}.norm2.weight"] = (config.d_model,)
-        for projection in ("q", "k", "v"):
-            shapes[f"{block}.attn.{projection}.weight"] = (config.d_attn, config.d_model)
-        shapes[f"{block}.attn.o.weight"] = (config.d_model, config.d_attn)
-        shapes[f"{block}.ffn.gate.0.weight"] = (config.d_ff, config.d_model)
-        shapes[f"{block}.ffn.fc1.weight"] = (config.d_ff, config.d_model)
-        shapes[f"{block}.ffn.fc2.weight"] = (config.d_model, config.d_ff)
-        shapes[f"{block}.pos_embedding.embedding.weight"] = (config.relative_attention_num_buckets, config.num_heads)
-    return shapes
+    return {
+        "token_embedding.weight": (config.vocab_size, width),
+        "norm.weight": (width,),
+        **{f"blocks.{i}.{name}.weight": size for i in range(config.num_layers) for name, size in layer_shapes.items()},
+    }
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, source: str, what: str) -> tuple[int, ...]:

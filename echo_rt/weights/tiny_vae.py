@@ -20,7 +20,7 @@ from echo_rt.config import VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.options import TINY_VAE, WAN_VAE
 from echo_rt.weights.files import check_tensors, open_tensors
-from echo_rt.weights.shapes import Shapes, shape_of
+from echo_rt.weights.shapes import Shapes, convolution_shapes, shape_of
 from echo_rt.weights.tensors import selected
 
 _SUFFIXES = (".pth", ".safetensors")
@@ -96,21 +96,15 @@ def outlet_name(level: int) -> str:
 
 def tiny_decoder_shapes(config: TinyVaeConfig) -> Shapes:
     """``decoder.*`` of a tiny decoder's file."""
-    shapes: Shapes = {
-        f"{STEM}.weight": (config.widths[0], config.z_dim, 3, 3),
-        f"{STEM}.bias": (config.widths[0],),
-    }
+    shapes = convolution_shapes(STEM, config.widths[0], config.z_dim, 3, 3)
     for level, growth in enumerate(config.growth):
         width = config.widths[level]
         for block in block_names(level):
             for layer, channels in ((0, 2 * width), (2, width), (4, width)):
-                shapes[f"{block}.conv.{layer}.weight"] = (width, channels, 3, 3)
-                shapes[f"{block}.conv.{layer}.bias"] = (width,)
+                shapes |= convolution_shapes(f"{block}.conv.{layer}", width, channels, 3, 3)
         shapes[f"{growth_name(level)}.weight"] = (growth * width, width, 1, 1)
         shapes[f"{outlet_name(level)}.weight"] = (config.widths[level + 1], width, 3, 3)
-    shapes[f"{config.head}.weight"] = (3, config.widths[-1], 3, 3)
-    shapes[f"{config.head}.bias"] = (3,)
-    return shapes
+    return shapes | convolution_shapes(config.head, 3, config.widths[-1], 3, 3)
 
 
 @dataclass(frozen=True, eq=False)

@@ -308,7 +308,7 @@ def test_an_alpha_that_is_given_is_for_files_without_one(tmp_path: Path) -> None
             in_header({"lora_alpha": 4}),
             f"8 (lora_alpha of adapter_config.json) and 4 (lora_alpha of {IN_HEADER})",
         ),
-        (ADAPTER | {"r": 8}, None, "of rank 8, as r of adapter_config.json says, found 4"),
+        (ADAPTER | {"r": 8}, None, "found 8 (r of adapter_config.json) and 4 (its factors)"),
         (ADAPTER | {"use_dora": True}, None, "expected a LoRA, found DoRA (in adapter_config.json)"),
         (ADAPTER | {"peft_type": "LOKR"}, None, "expected a LoRA, found LOKR (in adapter_config.json)"),
         (ADAPTER | {"init_lora_weights": "pissa"}, None, "found init_lora_weights 'pissa'"),
