@@ -12,7 +12,7 @@ from echo_rt.errors import ConfigError
 from echo_rt.options import RECIPE
 from echo_rt.recipes import LONGVIDEO_FILE, RECIPES, Recipe, find_recipe, published_as
 from echo_rt.weights.generator import GeneratorTensors, holds_memory
-from echo_rt.weights.lora_file import open_lora
+from echo_rt.weights.lora import open_lora
 from echo_rt.weights.tensors import TensorFile
 
 TAKEN = "taken"  # the fact of a snapshot's model: Taken as plain JSON types

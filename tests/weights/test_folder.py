@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from echo_rt.config import TextEncoderConfig, VaeConfig
 from echo_rt.errors import WeightsError
-from echo_rt.weights import ModelFolder
+from echo_rt.weights.folder import ModelFolder
 from echo_rt.weights.keymaps import UMT5_KEYS
 from echo_rt.weights.shapes import (
     text_encoder_config_of,

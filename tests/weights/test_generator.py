@@ -16,8 +16,8 @@ from torch import Tensor
 
 from echo_rt.config import MemoryConfig, ModelConfig
 from echo_rt.errors import WeightsError
-from echo_rt.weights import MemoryFacts, check_memory, load_generator, memory_facts
-from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes
+from echo_rt.weights.generator import check_memory, load_generator
+from echo_rt.weights.shapes import MEMORY_PREFIX, MemoryFacts, memory_facts, memory_shapes, transformer_shapes
 
 EMA_SEED, EMA_MEMORY_SEED = 5, 105
 

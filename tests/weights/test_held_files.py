@@ -22,7 +22,10 @@ from torch import Tensor
 import echo_rt
 from echo_rt.config import TransformerConfig
 from echo_rt.errors import BackendError, WeightsError
-from echo_rt.weights import ModelFolder, gguf_files, load_generator, merge_lora, open_tensors
+from echo_rt.weights import gguf_files
+from echo_rt.weights.files import open_tensors
+from echo_rt.weights.folder import ModelFolder
+from echo_rt.weights.generator import load_generator
 from echo_rt.weights.keymaps import (
     TRANSFORMER_KEYS,
     UMT5_GGUF_KEYS,
@@ -30,6 +33,7 @@ from echo_rt.weights.keymaps import (
     vae_keys,
 )
 from echo_rt.weights.layouts import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
+from echo_rt.weights.lora import merge_lora
 from echo_rt.weights.shapes import transformer_shapes
 
 Tensors = dict[str, Tensor]

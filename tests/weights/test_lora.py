@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from echo_rt.errors import ConfigError, WeightsError
-from echo_rt.weights import merge_lora
 from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.keymaps import TRANSFORMER_KEYS
+from echo_rt.weights.lora import merge_lora
 from echo_rt.weights.shapes import MEMORY_PREFIX, transformer_shapes
 
 RANK, ALPHA = 4, 8

@@ -16,7 +16,7 @@ from random_weights import assert_same, random_tensors, write_json, write_shards
 from safetensors.torch import save_file
 
 from echo_rt.errors import WeightsError
-from echo_rt.weights import check_tensors, open_tensors
+from echo_rt.weights.files import check_tensors, open_tensors
 
 TENSORS = random_tensors({"a.weight": (3, 4), "a.bias": (4,), "b.0": (2, 1, 5), "c": ()}, dtype=torch.bfloat16)
 
