@@ -35,7 +35,7 @@ from echo_rt.weights.keymaps import (
     parse_lora_key,
     without_wrappers,
 )
-from echo_rt.weights.lora_alpha import Stated, adapter_configs, alphas_in, positive
+from echo_rt.weights.lora_alpha import Stated, adapter_configs, alphas_in
 from echo_rt.weights.shapes import MEMORY_PREFIX
 from echo_rt.weights.tensors import (
     Fact,
@@ -165,10 +165,14 @@ class _LoraFile:
         names = module_names(transformer)
         self._changes: dict[str, dict[str, str]] = {}  # module -> part -> the file's name of the tensor
         self._written: dict[str, str] = {}  # module -> the file's name of it
-        in_tensors = self._sort(names)
+        tensor_alphas = self._sort(names)
         self._check_changes()
         configs = adapter_configs(file.path, facts, self._source)
-        alphas = [in_tensors, *alphas_in(facts, names, self._source), *(config.alpha for config in configs)]
+        alphas = [
+            *alphas_in(tensor_alphas, names, self._source),
+            *alphas_in(facts, names, self._source),
+            *(config.alpha for config in configs),
+        ]
         stray = sorted({name for stated in alphas for name in stated.modules} - self._changes.keys())
         self._refuse(stray, "alphas of changed modules", "of others")
         self._rank_stabilized = any(config.rank_stabilized for config in configs)
@@ -214,25 +218,22 @@ class _LoraFile:
             return f"{module}.{BIAS}"
         return module if module in self._transformer else f"{module}.{WEIGHT}"
 
-    def _sort(self, names: Mapping[str, str]) -> Stated:
-        """Sort the tensors into changes by module; the alphas that are tensors."""
+    def _sort(self, names: Mapping[str, str]) -> dict[str, float]:
+        """Sort the tensors into changes by module; the alphas that are tensors, by name."""
         alphas: dict[str, float] = {}
         others: list[str] = []
         for name in self._tensors:
             if method := other_method(name):
                 raise WeightsError(f"{self._source}: expected a LoRA, found {method}: {name}")
             key, (shape, dtype, dense) = parse_lora_key(name), outline_of(self._tensors, name)
-            if (
-                key is None
-                or not dense
-                or not (math.prod(shape) == 1 if key.part == ALPHA else dtype.is_floating_point)
-            ):
+            is_alpha = key is not None and key.part == ALPHA
+            if key is None or not dense or not (math.prod(shape) == 1 if is_alpha else dtype.is_floating_point):
                 others.append(name)
                 continue
-            module = known(key.module, names)
-            if key.part == ALPHA:
-                alphas[module] = positive(self._tensors[name].item(), name, self._source)
+            if is_alpha:
+                alphas[name] = self._tensors[name].item()
                 continue
+            module = known(key.module, names)
             self._written.setdefault(module, key.module)
             first = self._changes.setdefault(module, {}).setdefault(key.part, name)
             if first != name:
@@ -241,7 +242,7 @@ class _LoraFile:
             found = counted(len(self._tensors), "tensor")
             raise WeightsError(f"{self._source}: expected a LoRA (lora_A and lora_B), found {found} without any")
         self._refuse(others, "LoRA factors only", "of something else")
-        return Stated("its alpha tensors", alphas.pop("", None), alphas)
+        return alphas
 
     def _check_changes(self) -> None:
         """Raises ``WeightsError`` unless every change is whole and fits the tensor that it is for."""

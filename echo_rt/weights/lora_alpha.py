@@ -44,7 +44,7 @@ class Stated:
         return self.modules.get(module, self.default)
 
 
-def positive(value: Any, name: str, source: str) -> float:
+def _positive(value: Any, name: str, source: str) -> float:
     """``value`` as a finite number above 0; raises ``WeightsError``."""
     try:
         number = float(value)
@@ -63,7 +63,7 @@ def alphas_in(facts: Mapping[str, Fact], names: Mapping[str, str], source: str) 
         key = parse_lora_key(name)
         if key is not None and key.part == ALPHA and value not in _NO_ALPHA:
             place, by = (modules, known(key.module, names)) if key.module else (shared, name)
-            place[by] = positive(value, name, source)
+            place[by] = _positive(value, name, source)
     if modules and not shared:
         return [Stated("alphas of modules", None, modules)]
     return [Stated(label, default, modules) for label, default in shared.items()]
@@ -114,9 +114,9 @@ def _adapter_config(fields: Mapping[str, Any], label: str, source: str) -> Adapt
 def _stated(fields: Mapping[str, Any], name: str, pattern: str, label: str, source: str) -> Stated:
     value, patterns = fields.get(name), fields.get(pattern) or {}
     try:
-        checked = {key: positive(number, f"{label} ({key})", source) for key, number in patterns.items()}
+        checked = {key: _positive(number, f"{label} ({key})", source) for key, number in patterns.items()}
         for key in checked:
             re.compile(key)
     except (AttributeError, re.error) as error:
         raise WeightsError(f"{source}: expected {pattern} to map patterns of names to numbers ({error})") from None
-    return Stated(label, None if value is None else positive(value, label, source), patterns=checked)
+    return Stated(label, None if value is None else _positive(value, label, source), patterns=checked)

@@ -328,7 +328,7 @@ def test_what_is_stated_is_refused(
 
 def test_alphas_of_tensors_and_facts_that_disagree(lora: Path) -> None:
     saved(lora, {"alpha": 16, "generator_lora": factors() | {f"{MODULES[0]}.alpha": torch.tensor(8.0)}})
-    said = f"expected one alpha of {MODULES[0]}, found 8 (its alpha tensors) and 16 (alpha)"
+    said = f"expected one alpha of {MODULES[0]}, found 8 (alphas of modules) and 16 (alpha)"
     assert said in refusal(lambda: merge_lora(transformer(), lora))
     # What bfloat16 makes of an alpha is no other alpha.
     rounded = torch.tensor(8.03, dtype=torch.bfloat16)
