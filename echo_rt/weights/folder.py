@@ -76,11 +76,6 @@ class ModelFolder:
             )
         return cls(model, layout, given)
 
-    @property
-    def layout(self) -> str:
-        """``"original"``, ``"diffusers"``, or ``"files"`` for single files with no config beside them."""
-        return self._layout.name
-
     def transformer_config(self) -> TransformerConfig:
         """Sizes of the transformer, from its ``config.json``, else from the shapes of its tensors."""
         return self._config(TRANSFORMER)

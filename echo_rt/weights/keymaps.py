@@ -88,19 +88,18 @@ _VAE: Rows = (
 class KeyMap:
     """The two names of every tensor of a model part, and the way from each to the other."""
 
-    def __init__(self, rows: Iterable[tuple[str, str]], layout: str) -> None:
+    def __init__(self, rows: Iterable[tuple[str, str]]) -> None:
         self._to_other = dict(rows)
         self._to_original = {other: original for original, other in self._to_other.items()}
-        self._layout = layout
         assert len(self._to_other) == len(self._to_original), "two modules of one layout share a name in the other"
 
     def to_other(self, name: str) -> str:
         """The name in the other layout of the tensor with this original name; ``WeightsError`` if there is none."""
-        return _translate(name, self._to_other, f"a tensor of the original layout with a name in {self._layout}")
+        return _translate(name, self._to_other)
 
     def to_original(self, name: str) -> str:
         """The original name of the tensor with this name in the other layout; ``WeightsError`` if there is none."""
-        return _translate(name, self._to_original, f"a tensor of {self._layout} with a name in the original layout")
+        return _translate(name, self._to_original)
 
     def originals(self, tensors: Mapping[str, Tensor]) -> RenamedTensors:
         """Those of ``tensors`` (names of the other layout) that have an original name, under it."""
@@ -111,7 +110,7 @@ class KeyMap:
         return RenamedTensors(tensors, names)
 
 
-def _translate(name: str, table: Mapping[str, str], expected: str) -> str:
+def _translate(name: str, table: Mapping[str, str]) -> str:
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
     for end in range(len(parts), 0, -1):
@@ -123,13 +122,13 @@ def _translate(name: str, table: Mapping[str, str], expected: str) -> str:
             generic = table.get(".".join([*module[:number], "#", *module[number + 1 :]]))
             if generic is not None:
                 return generic.replace("#", parts[number]) + rest
-    raise WeightsError(f"{name}: expected {expected}")
+    raise WeightsError(f"{name}: expected a tensor of the model, found a name of none")
 
 
 # Wan's transformer and diffusers' WanTransformer3DModel; Wan's umT5 and UMT5EncoderModel of transformers, or GGUF's T5.
-TRANSFORMER_KEYS = KeyMap(_TRANSFORMER, "diffusers")
-UMT5_KEYS = KeyMap(((wan, other) for wan, other, _ in _UMT5), "transformers")
-UMT5_GGUF_KEYS = KeyMap(((wan, other) for wan, _, other in _UMT5), "GGUF")
+TRANSFORMER_KEYS = KeyMap(_TRANSFORMER)
+UMT5_KEYS = KeyMap((wan, other) for wan, other, _ in _UMT5)
+UMT5_GGUF_KEYS = KeyMap((wan, other) for wan, _, other in _UMT5)
 
 
 def vae_keys(config: VaeConfig | None) -> KeyMap:
@@ -150,7 +149,7 @@ def vae_keys(config: VaeConfig | None) -> KeyMap:
         for index, (module, names) in enumerate(modules)
         for a, b in names
     ]
-    return KeyMap((*_VAE, *flat), "diffusers")
+    return KeyMap((*_VAE, *flat))
 
 
 # Modules that training wraps around others and that leave their names in the keys.

@@ -209,22 +209,15 @@ class Layout:
 
     def __init__(self, folder: Path, transformer: Path | None = None) -> None:
         self._folder, self._transformer = folder, transformer
-        self._marked = any((folder / mark).exists() for mark in ORIGINAL_MARKS)
         # The configs of a diffusers folder lie deeper; a stray config.json above them says nothing.
         self._diffusers = transformer is None and any((folder / mark).exists() for mark in DIFFUSERS_MARKS)
         self._places = _DIFFUSERS if self._diffusers else _ORIGINAL
 
     @property
-    def name(self) -> str:
-        """``"original"``, ``"diffusers"`` or ``"files"``."""
-        if self._diffusers:
-            return "diffusers"
-        return "original" if self._marked and self._transformer is None else "files"
-
-    @property
     def present(self) -> bool:
         """Whether there is any part of a model."""
-        return self._diffusers or self._marked or any(map(self._other_files, _OTHER_FILES))
+        marked = any((self._folder / mark).exists() for mark in ORIGINAL_MARKS)
+        return self._diffusers or marked or any(map(self._other_files, _OTHER_FILES))
 
     def file(self, part: str) -> Path:
         """The file of a part, or its stem, which need not be there: its usual name, else the only other one that fits.

@@ -385,7 +385,7 @@ def comfy_folder(folder: Path, root: str = ".") -> Path:
 @pytest.mark.parametrize("root", [".", "models", "split_files"])
 def test_comfyui_folder(tmp_path: Path, root: str) -> None:
     folder = model_of(comfy_folder(tmp_path, root))
-    assert folder.layout == "files" and folder.rollout_defaults() == {}
+    assert folder.rollout_defaults() == {}
     assert folder.transformer_config() == ONE_HEAD
     assert_same(folder.transformer_tensors(), plain_transformer())
     assert_same(folder.vae_tensors(), plain_vae())
