@@ -39,7 +39,7 @@ class PublishedFile:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint is sampled.
+    """The way a checkpoint is sampled.
 
     ``facts``: of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`. ``ema``: whether the publisher runs
     the averaged weights. ``memory``: whether there must be a memory encoder or must be none. ``normalize_k``: whether

@@ -148,7 +148,7 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Shapes, source: str) -> None:
-    """Raises ``WeightsError`` unless ``found`` has exactly the names and shapes of ``expected``, all dense floats.
+    """Raise ``WeightsError`` unless ``found`` has exactly the names and shapes of ``expected``, all dense floats.
 
     The one message lists what is missing, surplus and misshapen: the first few names of each, and how many.
     """

@@ -1,4 +1,4 @@
-"""Notes what is read from a set of weights: whether it is numbers at all, and which set it is."""
+"""A record of what is read from a set of weights: finite numbers only, and a digest that tells which set it is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _VALUES = 64
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; one pass that keeps nothing, where ``isfinite`` writes a tensor of bools."""
+    """Return whether all values are finite, in one pass; ``isfinite`` would write a tensor of bools."""
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor)  # NaN if any value is
@@ -25,7 +25,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 class FingerprintedTensors(LazyTensors):
-    """Passes tensors through, refuses what is not finite, and takes note of each one read.
+    """A view that refuses tensors with NaN or infinite values and records each one read.
 
     A NaN in a weight need not show in the video: torch's attention on a CPU turns NaN scores into zeros. So it is
     looked for here. ``source`` names the weights in the message of the :class:`WeightsError`.

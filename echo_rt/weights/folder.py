@@ -81,7 +81,7 @@ class ModelFolder:
         return self._config(TRANSFORMER)
 
     def rollout_defaults(self) -> dict[str, Any]:
-        """How this model's video is rolled out: the object ``echo_rt`` of the transformer's ``config.json``.
+        """Facts of the rollout of this model's video: the object ``echo_rt`` of the transformer's ``config.json``.
 
         ``width`` and ``height`` in pixels, and keys of ``ModelConfig.from_flat``; empty for a stock Wan folder.
         """
@@ -96,7 +96,7 @@ class ModelFolder:
         return self._config(VAE)
 
     def latents_config(self) -> VaeConfig:
-        """What another decoder of its latents has to know of the VAE, which need not be there; no weights are read.
+        """The VAE's sizes that another decoder of its latents needs; no weights are read, and the VAE may be missing.
 
         Wan2.1's, where no config says otherwise.
         """
@@ -125,7 +125,7 @@ class ModelFolder:
 
     @property
     def vae_source(self) -> Path:
-        """What the VAE is read from, for messages: its own file where one was given, else the model."""
+        """The path that the VAE is read from, for messages: its own file where one was given, else the model."""
         return self._given.get("vae_file", self.path)
 
     def _config(self, part: Part[Config]) -> Config:
@@ -146,13 +146,13 @@ class ModelFolder:
 
 
 def holds_vae(folder: Path) -> bool:
-    """Whether there is a VAE of a model, in either layout, whatever else there is or lacks."""
+    """Return whether ``folder`` holds a VAE in either layout, whatever else it holds or lacks."""
     # os.path answers False where a path cannot exist at all (too long a name); pathlib raises.
     return any(os.path.exists(folder / mark) for mark in (VAE_FILE, DIFFUSERS_VAE_CONFIG))
 
 
 def _cache_folder() -> Path:
-    """Where the tools of the Hugging Face hub keep what they download."""
+    """The folder in which the tools of the Hugging Face hub keep downloads."""
     given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if given:
         return Path(given).expanduser()

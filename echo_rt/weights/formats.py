@@ -46,7 +46,7 @@ _FOLDERS = {
 
 
 def other_format(path: Path, head: bytes) -> str | None:
-    """What ``path``, a file that begins with ``head`` or a folder, is, and what to do; None where that is not known."""
+    """Name the format of ``path``, a file that begins with ``head`` or a folder, and what to do; None if unknown."""
     if not head:
         return next((what for name, what in _FOLDERS.items() if (path / name).exists()), None)
     if head.startswith(ZIP_MAGIC):
@@ -60,7 +60,7 @@ def other_format(path: Path, head: bytes) -> str | None:
 
 
 def _zip_format(path: Path) -> str | None:
-    """What a zip archive is; None where it is damaged or looks like torch's."""
+    """Name the kind of a zip archive; None where it is damaged or looks like torch's."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.rpartition("/")[2] for name in archive.namelist()]

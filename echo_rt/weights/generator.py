@@ -63,12 +63,12 @@ def load_generator(
 
 
 def holds_memory(file: TensorFile) -> bool:
-    """Whether a memory encoder is in a checkpoint or LoRA file, in any of its parts."""
+    """Return whether a memory encoder is in a checkpoint or LoRA file, in any of its parts."""
     return any(MEMORY_PREFIX in name for name in file)
 
 
 def check_memory(tensors: Mapping[str, Tensor], config: ModelConfig, source: str) -> None:
-    """Raises ``WeightsError`` unless ``tensors`` are exactly the memory encoder that ``config`` describes.
+    """Raise ``WeightsError`` unless ``tensors`` are exactly the memory encoder that ``config`` describes.
 
     A memory encoder is made for one video size: it has as many tokens as ``config.memory_frames`` latent frames.
     """
@@ -114,7 +114,7 @@ def _choose_part(sections: set[str], ema: bool | None, prefer_ema: bool, path: P
 
 
 def _check_same_model(tensors: Mapping[str, Tensor], config: TransformerConfig, source: str) -> None:
-    """One plain sentence for a checkpoint of another model, where the list of tensors would be all of them."""
+    """Raise one plain ``WeightsError`` for another model, where the list of tensors would be all of them."""
     dim = shape_of(tensors, "patch_embedding.weight", 5, source, "a Wan transformer")[0]
     layers = count_layers(tensors, "blocks.")
     if (dim, layers) != (config.dim, config.num_layers):

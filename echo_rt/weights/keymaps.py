@@ -1,4 +1,4 @@
-"""What the same tensors are called: tables of names in models of other programs, training checkpoints and LoRAs.
+"""Tables of tensor names: models of other programs, training checkpoints and LoRAs.
 
 A row of a key map pairs two modules; what follows a module's name (``.weight``, ``.bias``, nothing for a bare
 parameter) is the same on both sides. ``#`` stands for the first number of a name, the layer.
@@ -102,7 +102,7 @@ class KeyMap:
         return _translate(name, self._to_original)
 
     def originals(self, tensors: Mapping[str, Tensor]) -> RenamedTensors:
-        """Those of ``tensors`` (names of the other layout) that have an original name, under it."""
+        """A view of those ``tensors`` (names of the other layout) that have an original name, under it."""
         names = {}
         for name in tensors:
             with suppress(WeightsError):

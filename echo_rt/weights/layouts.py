@@ -1,4 +1,4 @@
-"""Where the parts of a model are, in Wan2.1's own folder, diffusers' or files like ComfyUI's, and what its configs say.
+"""Places of a model's parts in Wan2.1's own folder, diffusers' or files like ComfyUI's, and the sizes in its configs.
 
 A part is called ``"transformer"``, ``"vae"`` or ``"text_encoder"``.
 """
@@ -162,7 +162,7 @@ def _diffusers_vae(config: dict[str, Any], path: Path) -> Any:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where a layout has its parts and their configs, by part; ``tokenizers``: the folders, of which one is enough."""
+    """Names of a layout's files and configs, by part; ``tokenizers``: the folders, of which one is enough."""
 
     files: Mapping[str, str]
     configs: Mapping[str, tuple[str, str, _Parse]]
@@ -202,7 +202,7 @@ OPTIONS = {"transformer": "model", "vae": "vae_file", "text_encoder": "text_enco
 
 
 class Layout:
-    """Where the parts of a model are in ``folder``, and their sizes where there is a config.
+    """The places of a model's parts in ``folder``, and their sizes where there is a config.
 
     ``transformer``: the transformer's file where that was named, which may be called anything.
     """
@@ -215,7 +215,7 @@ class Layout:
 
     @property
     def present(self) -> bool:
-        """Whether there is any part of a model."""
+        """Return whether there is any part of a model."""
         marked = any((self._folder / mark).exists() for mark in ORIGINAL_MARKS)
         return self._diffusers or marked or any(map(self._other_files, _OTHER_FILES))
 

@@ -245,7 +245,7 @@ class _LoraFile:
         return alphas
 
     def _check_changes(self) -> None:
-        """Raises ``WeightsError`` unless every change is whole and fits the tensor that it is for."""
+        """Raise ``WeightsError`` unless every change is whole and fits the tensor that it is for."""
         every = [(module, part, name) for module, parts in self._changes.items() for part, name in parts.items()]
         unpaired = [name for module, part, name in every if _PARTNERS.get(part, part) not in self._changes[module]]
         self._refuse(unpaired, "lora_A and lora_B in pairs", "without a partner")

@@ -1,4 +1,4 @@
-"""The networks of a model as files hold them: under which names, of what size, and what a file is that is none."""
+"""The networks of a model as files hold them: their names and sizes, and names for files of something else."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _any_in(tensors: Mapping[str, Tensor], signs: tuple[str, ...]) -> bool:
 
 
 def _what_is(tensors: Mapping[str, Tensor]) -> str:
-    """What a file with these tensors is, for a message."""
+    """Name the kind of file that has these tensors, for a message."""
     known = next((what for what, signs in _SIGNS.items() if _any_in(tensors, signs)), None)
     return known or f"{counted(len(tensors), 'tensor')} ({', '.join(sorted(tensors)[:3]) or 'none'})"
 
@@ -148,7 +148,7 @@ class PartTensors(Generic[Config]):
         )
 
     def config(self) -> Config:
-        """Its sizes, read off the tensors' shapes; ``WeightsError`` where they do not say them."""
+        """Sizes of the network, read off the tensors' shapes; ``WeightsError`` where they do not say them."""
         return self._part.config_of(self.named, self._source)
 
     def original(self, config: Config | None = None) -> Mapping[str, Tensor]:

@@ -21,7 +21,7 @@ _LENGTH_BYTES = 8
 
 
 def is_safetensors(head: bytes) -> bool:
-    """Whether a file begins with ``head`` as safetensors do: a length, then a JSON object."""
+    """Return whether ``head`` begins as safetensors files do: a length, then a JSON object."""
     return head[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{"
 
 

@@ -1,4 +1,4 @@
-"""Which tensors a model consists of: name -> shape, in the original (Wan, Echo-Infinity) naming; and back to sizes.
+"""The tensors of a model, name -> shape, in the original (Wan, Echo-Infinity) naming, and sizes read back from them.
 
 The tables are what a loaded file is held against, entry by entry, and what ``echo-rt tiny`` fills. Sizes are read off
 tensors where files carry no config: only what fixes them is looked at, ``check_tensors`` says whether all fit.
@@ -192,7 +192,7 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, source: str, w
 
 
 def count_layers(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """How many different numbers stand right behind ``prefix`` in the names; 0 where there is none.
+    """Count the different numbers right behind ``prefix`` in the names.
 
     Where the numbers have gaps this is no layer count, and the check of every tensor that follows finds it out.
     """
@@ -201,7 +201,7 @@ def count_layers(tensors: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def check_depth(layers: int, tensors: Mapping[str, Tensor], source: str, what: str) -> None:
-    """Raises ``WeightsError`` for more layers than ``tensors`` can be, before any name of theirs is made."""
+    """Raise ``WeightsError`` for more layers than ``tensors`` can be, before any name of theirs is made."""
     if layers * _TENSORS_OF_A_LAYER > len(tensors):
         raise WeightsError(
             f"{source}: expected {what} with {counted(layers, 'layer')}, found {counted(len(tensors), 'tensor')}"
@@ -300,7 +300,7 @@ def text_encoder_config_of(tensors: Mapping[str, Tensor], source: str) -> TextEn
 
 
 class MemoryFacts(NamedTuple):
-    """What the tensors of a memory encoder say of it."""
+    """Sizes of a memory encoder, read off its tensors."""
 
     memory_tokens: int
     layers: int

@@ -32,7 +32,7 @@ def check_name(name: str, path: Path) -> str:
 
 
 class Outline(NamedTuple):
-    """What can be known of a tensor without its values; ``dense``: it has values, each in a place of its own."""
+    """Shape and dtype of a tensor without its values; ``dense``: it has values, each in a place of its own."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

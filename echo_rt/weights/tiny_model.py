@@ -115,7 +115,7 @@ def _model_config(vae: VaeConfig, width: int, height: int) -> ModelConfig:
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
-    """Raises ``OutputError`` unless a folder may come to stand at ``target``."""
+    """Raise ``OutputError`` unless a folder may be put at ``target``."""
     try:
         if not target.exists():
             return

@@ -85,7 +85,7 @@ def block_names(level: int) -> list[str]:
 
 
 def growth_name(level: int) -> str:
-    """What makes more frames of each of a level's."""
+    """The convolution that makes several frames of each frame of a level."""
     return f"decoder.{_FIRST_LEVEL + level * _LEVEL + _BLOCKS + 1}.conv"
 
 
