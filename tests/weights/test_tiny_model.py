@@ -40,7 +40,6 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_every_part_loads(tiny: Path) -> None:
     folder = ModelFolder.open(tiny)
-    assert folder.layout == "original"
     config = folder.transformer_config()
     assert config.text_dim == folder.text_encoder_config().d_model
     # Each of these holds every name and shape against the tables.
