@@ -18,7 +18,7 @@ from torch import Tensor
 from echo_rt.config import MemoryConfig
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.options import MemoryMode, RuntimeOptions
-from echo_rt.recipes import BASE, RECIPES
+from echo_rt.recipes import RECIPES
 from echo_rt.weights.choice import TAKEN
 from echo_rt.weights.load_model import LoadedModel, load_model
 from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes
@@ -168,20 +168,6 @@ def test_one_that_is_named_wins(stock: Path, tmp_path: Path) -> None:
     assert load(stock, recipe="self-forcing").taken.recipe == "self-forcing", "the folder may hold what was distilled"
 
 
-@pytest.mark.parametrize(
-    "options", [{"recipe": "longlive"}, {"checkpoint": "models/longlive_base.pt"}], ids=["named", "published"]
-)
-def test_a_model_that_is_not_in_the_cache_is_told_with_all_files_of_the_recipe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(WeightsError) as caught:
-        load(Path(BASE.hub), **options)
-    hub = "Efficient-Large-Model/LongLive-1.3B"
-    commands = (BASE.download, f"hf download {hub} models/longlive_base.pt", f"hf download {hub} models/lora.pt")
-    assert str(caught.value).endswith(f"to download it: {' && '.join(commands)}")
-
-
 # ---------------------------------------------------------------- what the folder says
 
 
@@ -244,6 +230,29 @@ def test_a_snapshot_of_before_recipes_goes_on_as_before(
     loaded = load(stock, snapshot, checkpoint=path)
     assert (loaded.taken.recipe, seed_of(loaded)) == (None, EMA)
     assert loaded.config == dataclasses.replace(MODEL, memory=None, transformer=loaded.config.transformer)
+
+
+# ---------------------------------------------------------------- what is not downloaded yet
+
+
+def test_the_downloads_of_a_recipe_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+
+    def commands(**options: Any) -> str:
+        with pytest.raises(WeightsError, match="to download it: ") as caught:
+            load(Path("Wan-AI/Wan2.1-T2V-1.3B"), **options)
+        return str(caught.value).partition("to download it: ")[2]
+
+    base, hub = "hf download Wan-AI/Wan2.1-T2V-1.3B", "hf download Efficient-Large-Model/LongLive-1.3B models/"
+    assert commands() == base
+    assert commands(recipe="longlive") == f"{base} && {hub}longlive_base.pt && {hub}lora.pt"
+    assert commands(checkpoint=tmp_path / "longlive_base.pt") == commands(recipe="longlive"), "told by the name"
+    # What is there needs no download.
+    there = both(tmp_path / "a.pt")
+    assert commands(recipe="longlive", checkpoint=there) == f"{base} && {hub}lora.pt"
+    assert commands(recipe="longlive", checkpoint=there, lora=there) == base
+    # One repository, whole, for two options.
+    assert commands(recipe="echo-infinity-long") == f"{base} && hf download Echo-Team/Echo-Infinity"
 
 
 # ---------------------------------------------------------------- which weights
