@@ -62,6 +62,14 @@ def check_folder(output: Named, inputs: Sequence[Named]) -> None:
         raise TargetError(f"{output.path}: cannot be a folder: {error.strerror or error}") from None
 
 
+def check_results(output: Named, inputs: Sequence[Named]) -> None:
+    """Check a folder for results, which is made with its parents when it is needed; raises as :func:`check_folder`."""
+    from echo_rt.utils.atomic_file import check_results_folder
+
+    check_apart(output, inputs)
+    check_results_folder(output.path)
+
+
 def check_apart(output: Named, inputs: Sequence[Named], kind: str = "folder") -> None:
     """Raise ``ConfigError`` for a file or folder to write that lies in an input."""
     # Several views of one place: the name itself may lie in a model folder and be a link that leads out of it.

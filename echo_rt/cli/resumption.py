@@ -34,7 +34,7 @@ def notes_of(request: Request, hidden: int) -> dict[str, Any]:
     ``hidden``: how many frames of ``--from`` are not in the recording.
     """
     initial = request.arguments.initial
-    notes = {_SCRIPT: _entries(request.script), _SEED: request.seed}
+    notes = {_SCRIPT: _entries(request.script), _SEED: request.arguments.seed}
     return notes if initial is None else notes | {_FROM: str(initial), _HIDDEN: hidden}
 
 
@@ -95,9 +95,9 @@ class Resumption:
     @staticmethod
     def _require_same(index: RecordingIndex, request: Request) -> None:
         """Raise :class:`ConfigError` for a request of another video, or of another recording of it."""
-        seed = index.notes.get(_SEED, request.seed)
-        if seed != request.seed:
-            raise ConfigError(f"--seed: the video was begun with {seed}, got {request.seed}")
+        seed = index.notes.get(_SEED, request.arguments.seed)
+        if seed != request.arguments.seed:
+            raise ConfigError(f"--seed: the video was begun with {seed}, got {request.arguments.seed}")
         # A video that is resumed needs no video to begin with again; one that is named all the same is the same one.
         initial = request.arguments.initial
         begun_with = index.notes.get(_FROM)
