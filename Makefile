@@ -7,6 +7,7 @@ NVCC ?= nvcc
 TEST_WORKERS ?= 2
 JOBS ?= 2
 PYTEST_ARGS ?=
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --benchmark-disable
 
 BIN := $(VENV)/bin
 BUILD := build
@@ -22,7 +23,7 @@ GENCODE := $(foreach arch,$(call listed,csrc/architectures.txt),-gencode arch=co
 # A torch that is there already, with its CUDA, is used; nothing replaces it.
 HAS_TORCH := -c 'import sys, torch; sys.exit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10))' 2>/dev/null
 
-.PHONY: help install demo test test-virtual-gpu lint format kernels bench clean
+.PHONY: help install demo test test-long test-virtual-gpu lint format kernels bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -41,7 +42,12 @@ demo: $(DEMO)/demo.mp4 ## a 20-second video with a prompt switch, from a tiny ra
 	@echo "made $(DEMO)/demo.mp4 and $(DEMO)/demo.png"
 
 test: $(VENV)/.developed kernels ## every test; kernels are compiled where nvcc is
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --benchmark-disable $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-long: $(VENV)/.developed ## what takes hours: long soaks, then every test in two other orders, once beside 20 busy processes
+	ECHO_RT_LONG_SOAK=1 $(PYTEST) tests/soak $(PYTEST_ARGS)
+	$(PYTEST) --shuffle 1 $(PYTEST_ARGS)
+	$(BIN)/python tests/busy.py 20 env $(PYTEST) --shuffle 2 $(PYTEST_ARGS)
 
 test-virtual-gpu: ## the tests for GPUs, without one; PYTHON must have a torch with CUDA, and what the tests need
 	PYTHONPATH=tests $(PYTHON) -m virtual_gpu.build

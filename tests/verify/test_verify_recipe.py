@@ -44,11 +44,9 @@ def test_a_published_recipe_on_emulated_kernels(golden_dir: Path, name: str) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_published_recipe(shared_golden: Path, dtype: torch.dtype) -> None:
-    """But those of the repository itself, and what begins with latents, which no runtime is given."""
+    """But those of the repository itself."""
     bundles = {bundle.name: bundle for bundle in find_bundles(shared_golden / "recipes")}
     assert set(bundles) > set(RECIPES)
-    with pytest.raises(EchoError, match="expected a bundle without initial_latents"):
-        check(bundles.pop("self_forcing_initial_video"), dtype)
     for name in set(bundles) - set(RECIPES):
         check(bundles[name], dtype)
 
