@@ -1,4 +1,4 @@
-# Everything a user or a developer runs. `make` alone lists it.
+# All commands for users and developers. `make` alone lists them.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +20,7 @@ KERNELS := $(filter %.cu,$(call listed,csrc/sources.txt)) $(wildcard tests/csrc/
 KERNEL_OBJECTS := $(KERNELS:%.cu=$(BUILD)/kernels/%.o)
 GENCODE := $(foreach arch,$(call listed,csrc/architectures.txt),-gencode arch=compute_$(arch),code=sm_$(arch))
 
-# A torch that is there already, with its CUDA, is used; nothing replaces it.
+# An installed torch is used as it is, with its CUDA; nothing replaces it.
 HAS_TORCH := -c 'import sys, torch; sys.exit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10))' 2>/dev/null
 
 .PHONY: help install demo test test-long test-virtual-gpu lint format kernels bench clean
@@ -29,46 +29,46 @@ HAS_TORCH := -c 'import sys, torch; sys.exit(tuple(int(n) for n in torch.__versi
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 	@echo
-	@echo "  PYTHON=$(PYTHON)  interpreter that the environment is made of; its torch is used if it has one >= 2.10"
-	@echo "  VENV=$(VENV)  where the environment lies; one that is there already is used as it is"
-	@echo "  TORCH=$(TORCH)  what is installed where there is no torch >= 2.10"
-	@echo "  JOBS=$(JOBS)  kernels that nvcc compiles side by side; MAX_JOBS is the same for what install compiles"
-	@echo "  ECHO_RT_BUILD  cuda, emulated or none: what install makes of the kernels; unset, what torch and nvcc allow"
-	@echo "  ECHO_RT_CUDA_ARCHS  such as 90a or 80,90a: what install compiles for; unset, the GPUs seen, or all if none is"
+	@echo "  PYTHON=$(PYTHON)  interpreter of the virtual environment; its torch is used if it is 2.10 or newer"
+	@echo "  VENV=$(VENV)  folder of the virtual environment; an existing one is used as it is"
+	@echo "  TORCH=$(TORCH)  torch to install if there is none of 2.10 or newer"
+	@echo "  JOBS=$(JOBS)  kernels that nvcc compiles at once (make kernels); for make install: MAX_JOBS"
+	@echo "  ECHO_RT_BUILD  cuda, emulated or none: how make install builds the kernels; default: what torch and nvcc allow"
+	@echo "  ECHO_RT_CUDA_ARCHS  such as 90a or 80,90a: architectures for make install; default: the GPUs seen, or all if there is none"
 
-install: $(VENV)/.installed ## echo-rt, compiled, in an environment of its own
+install: $(VENV)/.installed ## build echo-rt and install it into the virtual environment
 
-demo: $(DEMO)/demo.mp4 ## a 20-second video with a prompt switch, from a tiny random model, on the CPU if need be
+demo: $(DEMO)/demo.mp4 ## make a 20-second video with a prompt switch from a tiny random model; no GPU needed
 	@echo "made $(DEMO)/demo.mp4 and $(DEMO)/demo.png"
 
-test: $(VENV)/.developed kernels ## every test; kernels are compiled where nvcc is
+test: $(VENV)/.developed kernels ## run every test; with nvcc on the PATH, compile the kernels too
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-long: $(VENV)/.developed ## what takes hours: long soaks, then every test in two other orders, once beside 20 busy processes
+test-long: $(VENV)/.developed ## run what takes hours: long soaks, then every test in two other orders, once beside 20 busy processes
 	ECHO_RT_LONG_SOAK=1 $(PYTEST) tests/soak $(PYTEST_ARGS)
 	$(PYTEST) --shuffle 1 $(PYTEST_ARGS)
 	$(BIN)/python tests/busy.py 20 env $(PYTEST) --shuffle 2 $(PYTEST_ARGS)
 
-test-virtual-gpu: ## the tests for GPUs, without one; PYTHON must have a torch with CUDA, and what the tests need
+test-virtual-gpu: ## run the tests for GPUs without one; PYTHON needs a torch with CUDA and the tests' packages
 	PYTHONPATH=tests $(PYTHON) -m virtual_gpu.build
 	PYTHONPATH=tests OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m virtual_gpu.run -m pytest -m cuda $(PYTEST_ARGS)
 
-lint: $(VENV)/.developed ## what the formatters and checkers object to
+lint: $(VENV)/.developed ## run the checkers: ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(call cxx_in,csrc bindings tests)
 
-format: $(VENV)/.developed ## let the formatters decide
+format: $(VENV)/.developed ## apply the formatters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(call cxx_in,csrc bindings tests)
 
-bench: $(VENV)/.developed ## time what has a benchmark
+bench: $(VENV)/.developed ## time each operation and a block of the tiny model
 	$(BIN)/python -m pytest bench --benchmark-only
 
 ifneq ($(shell command -v $(NVCC)),)
-kernels: ## every kernel for every GPU architecture: warnings and spilled registers are errors
+kernels: ## compile every kernel for every architecture: warnings and spilled registers are errors
 	@$(MAKE) --no-print-directory --jobs $(JOBS) $(KERNEL_OBJECTS)
 	@$(PYTHON) bench/registers.py $(KERNEL_OBJECTS:.o=.ptxas)
 else
@@ -76,19 +76,19 @@ kernels:
 	@echo "no $(NVCC) on the PATH: the kernels are not compiled"
 endif
 
-clean: ## remove what was built, made or installed here
+clean: ## remove everything that these targets made here
 	rm -rf $(BUILD) $(DEMO) .venv echo_rt/_C*.so echo_rt/_ops*.so *.egg-info
 
-# ---- the environment, in three steps
+# ---- the virtual environment, in three steps
 
-# torch first: what needs it is then content with the one that is there.
+# torch first, so that packages that need it find this one.
 $(VENV)/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) $(HAS_TORCH) && echo --system-site-packages) $(VENV)
 	$(BIN)/python $(HAS_TORCH) || $(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" ninja
 	@touch $@
 
-# The extension is compiled into this checkout, which may have been cleaned since.
+# The extension is built in this checkout, which may have been cleaned since.
 ifeq ($(wildcard echo_rt/_C*.so),)
 .PHONY: $(VENV)/.installed
 endif

@@ -17,10 +17,9 @@ for _folder in (ROOT / "bench", ROOT / "tests", ROOT):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
-from echo_rt.cli.arguments import parse_path  # noqa: E402
-
 from echo_rt.bench.settings import MODELS, RELEASED, TINY, BenchModel  # noqa: E402
 from echo_rt.bench.tables import results, write_results  # noqa: E402
+from echo_rt.cli.arguments import parse_path  # noqa: E402
 from echo_rt.errors import EchoError  # noqa: E402
 from echo_rt.utils.atomic_file import check_results_folder  # noqa: E402
 

@@ -17,7 +17,7 @@ DOC = Path(__file__).parent.parent / "docs" / "embedding.md"
 def test_the_code_runs_from_top_to_bottom(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = DOC.read_text(encoding="utf-8")
     pieces = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(pieces) == text.count("```") // 2 == 10
+    assert len(pieces) == text.count("```") // 2 == 11
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "tiny").symlink_to(small_model)
     monkeypatch.chdir(tmp_path)

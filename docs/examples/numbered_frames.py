@@ -1,10 +1,10 @@
-"""Writes the video as numbered PNG files, and goes on where it was when it is started again.
+"""Write the video as numbered PNG files; started again, continue where it ended.
 
     pip install pillow
     python numbered_frames.py MODEL FOLDER --checkpoint FILE --prompt "a red fox in the snow" --frames 160
 
-Ctrl-C ends it after a whole block. Killed, the same command goes on from the last state that was kept, and makes the
-frames since then again, the same ones. --turn-to is for going on with another prompt.
+Ctrl-C ends it after a whole block. After a kill, the same command continues from the last snapshot and makes the frames
+since then again, bit for bit. --turn-to continues with another prompt.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from echo_rt import share_cpu
 
 
 def begin(runtime: echo_rt.Runtime, state: Path, prompt: str, turn_to: str | None) -> echo_rt.Stream:
-    """The video that ``state`` is of, which turns to ``turn_to``; or one of ``prompt`` where there is no such file."""
+    """Return the video of the snapshot ``state``, turning to ``turn_to``; without that file, a new video."""
     if not state.exists():
         return runtime.stream(prompt)
     stream = runtime.resume(echo_rt.Snapshot.load(state))
@@ -34,11 +34,11 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--checkpoint")
-    parser.add_argument("--recipe", help="where the files do not tell how they are sampled; see echo-rt recipes")
-    parser.add_argument("--prompt", default="a red fox in the snow", help="what a video begins with")
-    parser.add_argument("--turn-to", metavar="PROMPT", help="what one that goes on turns to")
-    parser.add_argument("--frames", type=int, default=160, help="how many more, in whole blocks")
-    parser.add_argument("--keep-every", type=int, default=50, help="blocks between two states that are kept")
+    parser.add_argument("--recipe", help="needed if the files do not select one; see echo-rt recipes")
+    parser.add_argument("--prompt", default="a red fox in the snow", help="first prompt of a new video")
+    parser.add_argument("--turn-to", metavar="PROMPT", help="next prompt of a video that continues")
+    parser.add_argument("--frames", type=int, default=160, help="number of frames to add, in whole blocks")
+    parser.add_argument("--keep-every", type=int, default=50, help="blocks between two snapshots")
     options = parser.parse_args()
     state = options.folder / "state.safetensors"
     ended = threading.Event()
@@ -52,7 +52,7 @@ def main() -> None:
         options.folder.mkdir(parents=True, exist_ok=True)
         last = stream.video_frames + options.frames
         for chunk in stream:
-            # The chunk knows its place in the video, so numbers go on by themselves after a resume.
+            # The chunk knows its place in the video, so the numbers continue after a resume.
             for number, frame in enumerate(chunk.frames.numpy(), start=chunk.first_frame):
                 Image.fromarray(frame).save(options.folder / f"frame-{number:08d}.png")
             if (chunk.index + 1) % options.keep_every == 0:
@@ -65,6 +65,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except echo_rt.EchoError as error:  # one line that says what was expected and what came
+    except echo_rt.EchoError as error:  # one line: what was expected and what was found
         print(f"numbered_frames.py: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

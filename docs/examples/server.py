@@ -1,10 +1,10 @@
-"""Serves the stream as motion JPEG to any number of browsers, which all see the same video.
+"""Serve the stream as motion JPEG to any number of browsers, which all see the same video.
 
     pip install fastapi uvicorn pillow
     python server.py MODEL CHECKPOINT
     curl http://127.0.0.1:8000/prompt --data "the fox dives into a lake"
 
-A slow viewer misses frames, and holds up neither the others nor the stream.
+A slow viewer misses frames, but does not delay the others or the stream.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ def make_app(stream: echo_rt.Stream, fps: int) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        async with echo_rt.Feed(stream) as feed:  # one that fails ends the server: viewers would wait for ever
+        async with echo_rt.Feed(stream) as feed:  # a failure ends the server, or viewers would wait for ever
             task = asyncio.create_task(broadcast(feed))
             task.add_done_callback(lambda done: done.cancelled() or signal.raise_signal(signal.SIGTERM))
             yield
@@ -79,7 +79,7 @@ if __name__ == "__main__":
     try:
         runtime = echo_rt.Runtime.from_pretrained(model, checkpoint=checkpoint)
         with runtime, share_cpu(runtime.device), runtime.stream("a red fox in the snow") as stream:
-            uvicorn.run(make_app(stream, runtime.fps), timeout_graceful_shutdown=1)  # viewers never leave of themselves
-    except echo_rt.EchoError as error:  # one line that says what was expected and what came
+            uvicorn.run(make_app(stream, runtime.fps), timeout_graceful_shutdown=1)  # viewers never leave on their own
+    except echo_rt.EchoError as error:  # one line: what was expected and what was found
         print(f"server.py: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

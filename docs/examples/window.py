@@ -1,4 +1,4 @@
-"""Shows the stream in a window. Type another prompt below the picture and press Return to switch to it.
+"""Show the stream in a window. Type another prompt below the picture and press Return to switch to it.
 
     python window.py MODEL --checkpoint FILE --prompt "a red fox in the snow"
 
@@ -16,7 +16,7 @@ from echo_rt import share_cpu
 
 
 class Window:
-    """A picture and a line for prompts. Tk runs one thread, so nothing here may wait for a block."""
+    """A picture and a line for prompts. Tk runs on one thread, so nothing here may wait for a block."""
 
     def __init__(self, feed: echo_rt.Feed, fps: int) -> None:
         self.feed, self.seconds = feed, 1 / fps
@@ -35,7 +35,7 @@ class Window:
         frame = next(self.frames, None)
         try:
             chunk = self.feed.poll() if frame is None else None
-        except Exception as error:  # the stream has failed: who looks at the window should know
+        except Exception as error:  # the stream has failed: show it in the window
             self.picture.configure(text=f"{type(error).__name__}: {error}", image="")
             raise  # Tk prints it, and shows nothing more
         if chunk is not None:
@@ -43,15 +43,15 @@ class Window:
             frame = next(self.frames)
         if frame is not None:
             height, width, _ = frame.shape
-            # Tk reads PPM, which is bytes behind a header. It keeps no reference to the image, so we must.
+            # Tk reads PPM: a header, then bytes. Tk keeps no reference to the image, so we must.
             self.image = tkinter.PhotoImage(data=b"P6 %d %d 255 " % (width, height) + frame.tobytes())
             self.picture.configure(image=self.image)
-        # From the time it was due, not from now: delays would add up. Unless we are late because no block was there.
+        # Count from the due time, or delays would add up; but from now if no block was ready.
         self.due = max(self.due + self.seconds, time.monotonic())
         self.root.after(round(1000 * (self.due - time.monotonic())), self.show)
 
     def switch(self, event: object) -> None:
-        # Encoding a prompt takes seconds on a CPU, and the picture should go on meanwhile.
+        # Encoding a prompt takes seconds on a CPU, and the video should continue meanwhile.
         threading.Thread(target=self.feed.stream.set_prompt, args=[self.line.get()], daemon=True).start()
 
 
@@ -59,14 +59,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--checkpoint")
-    parser.add_argument("--recipe", help="where the files do not tell how they are sampled; see echo-rt recipes")
+    parser.add_argument("--recipe", help="needed if the files do not select one; see echo-rt recipes")
     parser.add_argument("--prompt", default="a red fox in the snow")
     options = parser.parse_args()
     with (
         echo_rt.Runtime.from_pretrained(options.model, checkpoint=options.checkpoint, recipe=options.recipe) as runtime,
         share_cpu(runtime.device),  # on a CPU: stay fast beside other programs
         runtime.stream(options.prompt) as stream,
-        echo_rt.Feed(stream) as feed,  # makes blocks on a thread of its own, two ahead at most
+        echo_rt.Feed(stream) as feed,  # makes blocks on a thread, at most two ahead
     ):
         Window(feed, runtime.fps).root.mainloop()
 
@@ -74,6 +74,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except echo_rt.EchoError as error:  # one line that says what was expected and what came
+    except echo_rt.EchoError as error:  # one line: what was expected and what was found
         print(f"window.py: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

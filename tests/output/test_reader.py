@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -13,6 +12,8 @@ from numpy.typing import NDArray
 from echo_rt.errors import ConfigError
 from echo_rt.output import VideoFile, VideoWriter
 from echo_rt.output.contact_sheet import ContactSheet
+
+av = pytest.importorskip("av")
 
 Moving = Callable[[int, int, int, int], NDArray[np.uint8]]
 

@@ -101,9 +101,9 @@ def test_files_are_known_by_their_whole_path(
 def test_loras_are_known_by_their_whole_path_and_strength(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One at full strength as manifests had it before there were several."""
     monkeypatch.chdir(tmp_path)
-    assert config(tmp_path).facts()["lora"] is None
-    assert config(tmp_path, lora=((Path("l"), 1.0),)).facts()["lora"] == str(tmp_path / "l")
-    several = config(tmp_path, lora=["l", ("m", 0.5)]).facts()["lora"]
+    assert config(tmp_path).settings()["lora"] is None
+    assert config(tmp_path, lora=((Path("l"), 1.0),)).settings()["lora"] == str(tmp_path / "l")
+    several = config(tmp_path, lora=["l", ("m", 0.5)]).settings()["lora"]
     assert several == [str(tmp_path / "l"), f"{tmp_path / 'm'}:0.5"]
 
 
