@@ -26,6 +26,9 @@ from echo_rt.utils.wording import first_line
 if TYPE_CHECKING:
     import torch
 
+HELP = "show what is installed, built and working"
+DESCRIPTION = "Show what is installed, built and working. Exit codes: 0 generate can run; 1 it cannot."
+
 _MARKS = {"ok": "✓", "absent": "-", "missing": "✗"}
 _OLDEST_PYTHON = (3, 10)
 _LOW_DISK_GIB = 1.0
@@ -57,14 +60,6 @@ class Fact(NamedTuple):
 
 def _checked(name: str, value: str, ok: bool, advice: str, status: Literal["absent", "missing"] = "absent") -> Fact:
     return Fact(name, value) if ok else Fact(name, value, status, advice)
-
-
-HELP = "show what is installed, built and working"
-DESCRIPTION = "Show what is installed, built and working. Exit codes: 0 generate can run; 1 it cannot."
-
-
-def declare(parser: argparse.ArgumentParser) -> None:
-    """Declare no options but those of all commands."""
 
 
 def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
@@ -240,15 +235,14 @@ def _compilers() -> Iterator[Fact]:
         ("nvcc", nvcc, "release", "needed only to build CUDA kernels: install the CUDA toolkit, or set CUDA_HOME"),
         ("C++ compiler", compiler, "", "needed only to build the compiled part: install g++ or clang++"),
     ):
-        if program is None:
-            yield Fact(name, "not found", "absent", advice)
-            continue
+        value, works = "not found", False
         try:
-            output = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20).stdout
+            if program is not None:
+                output = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20).stdout
+                value, works = next((text.strip() for text in output.splitlines() if line in text), program), True
         except (OSError, subprocess.SubprocessError) as error:
-            yield Fact(name, f"{program}: {first_line(error)}", "absent", advice)
-            continue
-        yield Fact(name, next((text.strip() for text in output.splitlines() if line in text), program))
+            value = f"{program}: {first_line(error)}"
+        yield _checked(name, value, works, advice)
 
 
 _Selected = list[tuple[str, str]]  # name of the implementation, reason
@@ -318,21 +312,19 @@ def _encoder() -> Iterator[Fact]:
     import av
     import numpy as np
 
-    name, advice = "H.264 encoder libx264", "install PyAV from its own wheels: pip install --force-reinstall av"
+    numbers = {key: ".".join(map(str, av.library_versions[key])) for key in ("libavcodec", "libavformat")}
+    value, works = f"works ({', '.join(f'{key} {number}' for key, number in numbers.items())})", True
     try:
         encoder = av.CodecContext.create("libx264", "w")
         encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 64, 64, "yuv420p", Fraction(1)
         frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24").reformat(format="yuv420p")
         frame.pts = 0
-        packets = [*encoder.encode(frame), *encoder.encode(None)]
+        if not [*encoder.encode(frame), *encoder.encode(None)]:
+            value, works = "made no packet", False
     except (av.FFmpegError, ValueError) as error:
-        yield Fact(name, first_line(error), "missing", advice)
-        return
-    if not packets:
-        yield Fact(name, "made no packet", "missing", advice)
-        return
-    numbers = {key: ".".join(map(str, av.library_versions[key])) for key in ("libavcodec", "libavformat")}
-    yield Fact(name, f"works ({', '.join(f'{key} {number}' for key, number in numbers.items())})")
+        value, works = first_line(error), False
+    advice = "install PyAV from its own wheels: pip install --force-reinstall av"
+    yield _checked("H.264 encoder libx264", value, works, advice, "missing")
 
 
 # The report's groups in their order, what fills them, and the modules that this needs. A module that cannot be imported

@@ -222,17 +222,17 @@ class _Generation:
         else:
             first = min(prompts)
             begun = first + 1
-            facts: dict[str, Any] = {
+            options: dict[str, Any] = {
                 "prompt_embeds": prompts[first][1],
                 "seed": self._arguments.seed,
                 "guard": self._guard(),
             }
             if self._initial is not None:
-                facts |= {"initial_video": self._initial, "fit": self._arguments.fit}
-                facts |= {"include_initial": not self._arguments.only_new}
+                options |= {"initial_video": self._initial, "fit": self._arguments.fit}
+                options |= {"include_initial": not self._arguments.only_new}
             # Encoding a long initial video takes long.
             with nullcontext() if self._initial is None else stop.interruptible():
-                stream = self._runtime.stream(**facts)
+                stream = self._runtime.stream(**options)
         for block, (_, embeds) in prompts.items():
             if block >= begun:
                 stream.set_prompt(prompt_embeds=embeds, block=block)

@@ -135,7 +135,7 @@ class Request:
             if arguments.latents == BESIDE_SEGMENTS:
                 raise ConfigError("--latents: expected FILE.safetensors, which only --segments can do without")
         elif arguments.contact_sheet is not None:
-            raise ConfigError("--contact-sheet: expected no --segments with it, which one run does not make whole")
+            raise ConfigError("--contact-sheet: expected no --segments with it: it needs the whole video in one run")
         elif arguments.latents not in (None, BESIDE_SEGMENTS):
             raise ConfigError(
                 f"--latents: expected no file with --segments, whose folder they go to, got {str(arguments.latents)!r}"

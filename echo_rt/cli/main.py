@@ -33,9 +33,8 @@ class _Layout(argparse.HelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         groups = itertools.groupby(text.strip().splitlines(), lambda line: not line or line.startswith(" "))
-        return "\n".join(
-            "\n".join(lines) if as_is else textwrap.fill(" ".join(lines), width) for as_is, lines in groups
-        )
+        wrapper = textwrap.TextWrapper(width, initial_indent=indent, subsequent_indent=indent)
+        return "\n".join("\n".join(lines) if as_is else wrapper.fill(" ".join(lines)) for as_is, lines in groups)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,7 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=module.HELP, description=module.DESCRIPTION, epilog=getattr(module, "EPILOG", None)
         )
-        module.declare(command)
+        if hasattr(module, "declare"):
+            module.declare(command)
         command.set_defaults(run=module.run)
         command.add_argument("--json", action="store_true", help="print one JSON object on standard output")
         command.add_argument(

@@ -1,4 +1,4 @@
-"""The files that a command is to write, checked before any work: names, places, what they would replace."""
+"""Checks of a command's output files before any work: their names, places and what they would replace."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named])
 def check_folder(output: Named, inputs: Sequence[Named]) -> None:
     """Check a folder to write into, which need not exist yet, against ``inputs``.
 
-    Raises ``ConfigError`` for one that lies in an input or contains one, ``TargetError`` where there can be none.
+    Raises ``ConfigError`` if it lies in an input or contains one, ``TargetError`` if it cannot be a folder.
     """
     check_apart(output, inputs)
     for given in inputs:

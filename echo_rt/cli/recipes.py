@@ -17,10 +17,6 @@ downloaded, and where this program differs.
 """
 
 
-def declare(parser: argparse.ArgumentParser) -> None:
-    """Declare no options but those of all commands."""
-
-
 def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
     """Print the table."""
     report["recipes"] = [recipe.as_json() for recipe in RECIPES.values()]

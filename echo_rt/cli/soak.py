@@ -53,7 +53,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("promises", "thresholds; 'off' leaves a promise out")
     for name, setting in numbers(Limits).items():
         default = getattr(Limits(), name)
-        shown = "off" if default is None else f"{default}" if default == "auto" else f"{default:.8g}"
+        shown = "off" if default is None else default if default == "auto" else f"{default:.8g}"
         shown += "" if setting.on_gpu is None else f": {setting.on_gpu:g} on a GPU, off on a CPU"
         words: dict[str, Any] = {"off": None} if setting.optional else {}
         words |= {} if setting.on_gpu is None else {"auto": "auto"}

@@ -122,11 +122,11 @@ def _verify(path: Path, arguments: argparse.Namespace) -> BundleReport:
     from echo_rt.verify.bundles import verify_bundle, verify_model
     from echo_rt.weights.folder import holds_vae
 
-    facts = {name: getattr(arguments, name) for name in ("device", "dtype", "backend", "dump")}
+    options = {name: getattr(arguments, name) for name in ("device", "dtype", "backend", "dump")}
     with share_cpu(parse_device(arguments.device)):
         if holds_vae(path):
-            return verify_model(path, **facts)
-        return verify_bundle(path, float8_except=arguments.float8_except or (), graphs=arguments.graphs, **facts)
+            return verify_model(path, **options)
+        return verify_bundle(path, float8_except=arguments.float8_except or (), graphs=arguments.graphs, **options)
 
 
 def _as_json(bundle: BundleReport) -> dict[str, Any]:

@@ -89,9 +89,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise WeightsError(
-            f"{folder} is not a golden bundle (config.json cannot be read: {error.strerror}), nor a model with a VAE"
-        ) from None
+        why = f"config.json cannot be read: {error.strerror}"
+        raise WeightsError(f"{folder} is not a golden bundle ({why}), nor a model with a VAE") from None
     except ValueError as error:
         raise WeightsError(f"{path}: expected JSON, got {error}") from None
     kind = config.get("kind") if isinstance(config, dict) else None
@@ -101,14 +100,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def find_bundles(folder: Path) -> list[Path]:
-    """The folders at and below ``folder`` whose ``config.json`` has a ``kind``, in order of their names."""
-    found = (Path(place) for place, _, files in os.walk(folder) if "config.json" in files)
-    return sorted(place for place in found if _has_kind(place / "config.json"))
+    """List the folders at and below ``folder`` whose ``config.json`` has a ``kind``, in order of their names."""
+    return sorted(Path(place) for place, _, files in os.walk(folder) if "config.json" in files and _has_kind(place))
 
 
-def _has_kind(path: Path) -> bool:
+def _has_kind(folder: str) -> bool:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False  # somebody else's file
     return isinstance(config, dict) and "kind" in config

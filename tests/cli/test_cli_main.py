@@ -92,6 +92,13 @@ def test_an_unexpected_error_is_one_line_too(echo_rt, broken_doctor, monkeypatch
     assert outcome.error == "unexpected RuntimeError: first line second line (ECHO_RT_DEBUG=1 shows where)"
 
 
+def test_a_package_that_is_not_there(echo_rt, broken_doctor):
+    broken_doctor(ModuleNotFoundError("No module named 'torch'"))
+    outcome = echo_rt("doctor")
+    assert outcome.code == 1
+    assert outcome.error.startswith("No module named 'torch'; echo-rt doctor shows what is missing")
+
+
 def test_debug_shows_the_traceback(echo_rt, broken_doctor, monkeypatch):
     broken_doctor(RuntimeError("there"))
     assert "Traceback" in echo_rt("doctor", "--debug").err
