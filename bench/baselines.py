@@ -28,7 +28,7 @@ from echo_rt.options import MemoryMode
 from echo_rt.utils.device import model_context
 from echo_rt.utils.wording import with_type
 from echo_rt.verify.bundles import bound_between, relative_error
-from echo_rt.weights.keymaps import KeyMap, transformer_key_map, vae_key_map
+from echo_rt.weights.keymaps import TRANSFORMER_KEYS, KeyMap, vae_keys
 
 if str(Path(__file__).parent) not in sys.path:  # echo-rt bench loads this file alone
     sys.path.append(str(Path(__file__).parent))
@@ -152,7 +152,7 @@ def wan_autoencoder(config: VaeConfig, tensors: Mapping[str, Tensor], device: to
             latents_std=list(config.latents_std),
         )
     _cast(vae, dtype)
-    _fill(vae, _decoder_tensors(tensors), vae_key_map(config))
+    _fill(vae, _decoder_tensors(tensors), vae_keys(config))
     vae.clear_cache()
     return vae
 
@@ -211,7 +211,7 @@ def _transformer(name: str, networks: Networks, prompt_embeds: Tensor, seed: int
             eps=sizes.eps,
         )
     _cast(model, dtype)
-    _fill(model, iter(networks.tensors.transformer.items()), transformer_key_map())
+    _fill(model, iter(networks.tensors.transformer.items()), TRANSFORMER_KEYS)
     text = torch.zeros(1, sizes.text_len, sizes.text_dim, device=device, dtype=dtype)
     text[0, : len(prompt_embeds)] = prompt_embeds
     latents = _noise(networks, seed).transpose(0, 1)[None].to(dtype)

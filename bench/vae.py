@@ -24,7 +24,7 @@ from torch import Tensor
 from echo_rt.bench.settings import RELEASED
 from echo_rt.bench.tables import columns, environment
 from echo_rt.config import VaeConfig
-from echo_rt.engine.decoding import convolutions_in_words, fit_decoder
+from echo_rt.engine.build import convolutions_in_words, fit_decoder
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.backends import BACKENDS, choose_backend, load_ops

@@ -68,7 +68,7 @@ __all__ = [
     "share_cpu",
 ]
 
-_HOMES = {
+_MODULES = {
     **dict.fromkeys(("Chunk", "ChunkStats", "Vitals"), "chunk"),
     **dict.fromkeys(("load_prompt_embeds", "save_prompt_embeds"), "engine.prompts"),
     "Guard": "engine.guard",
@@ -84,7 +84,7 @@ def __getattr__(name: str) -> Any:
     # Importing torch takes seconds; `echo-rt --help` and a mistyped option should not wait for it.
     if name not in __all__:
         raise AttributeError(f"module 'echo_rt' has no attribute {name!r}")
-    return getattr(import_module(f"echo_rt.{_HOMES.get(name, 'errors')}"), name)
+    return getattr(import_module(f"echo_rt.{_MODULES.get(name, 'errors')}"), name)
 
 
 def __dir__() -> list[str]:

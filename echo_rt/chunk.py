@@ -1,4 +1,4 @@
-"""What a stream hands out: a block of video, and the figures that say how it was made."""
+"""What a stream hands out: blocks of video and their statistics."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Vitals:
-    """Statistics of one block, formed on the device beside it: what a guard or a long run watches.
+    """Statistics of a block's values, computed on the device, for a guard or a long run to watch.
 
-    ``latent_*``: of the block's clean latents; ``video_*``: of the decoder's output, nominally in [-1, 1], before it
-    is clamped to bytes. ``*_nonfinite`` count NaN and infinite values; where there are any, the other figures may be
-    NaN too. ``memory_norm``: root mean square of the memory state, ``gate_mean``: how much of the old state the last
-    memory update kept (0..1); None where there is no memory, or no update yet.
+    ``latent_*``: of the block's clean latents; ``video_*``: of the decoder's output, nominally in [-1, 1], before it is
+    clamped to bytes. ``*_nonfinite`` count NaN and infinite values; where there are any, the others may be NaN too.
+    ``memory_norm``: root mean square of the memory state; ``gate_mean``: share of the old state that the last memory
+    update kept (0..1). These two are None without a memory, and before its first update.
     """
 
     latent_mean: float
@@ -29,10 +29,12 @@ class Vitals:
 
 @dataclass(frozen=True)
 class ChunkStats:
-    """How a block was made. Seconds are the device's, which may have other blocks too; decoding ends on the host.
+    """How a block was made.
 
-    ``newest_temporal_id`` is the RoPE id of the block's last frame: it never exceeds the model's maximum.
-    ``memory_attended``: whether the block's last pass attended to the memory (its first may have come too early).
+    ``generate_seconds``, ``decode_seconds``: time on the device, which may work on other blocks meanwhile; decoding
+    includes the copy to the host. ``newest_temporal_id``: RoPE id of the block's last frame, which never exceeds the
+    model's maximum; ``shift``: how far ids lie behind absolute frames. ``memory_attended``: whether the block's last
+    pass attended to the memory (its first one may have come before the memory's first update).
     """
 
     generate_seconds: float
@@ -47,9 +49,9 @@ class ChunkStats:
 class Chunk:
     """One block of video.
 
-    ``index``: the block's number, from 0. ``frames``: uint8 ``[T, height, width, 3]`` RGB on the host.
-    ``first_frame``: the number, in the whole video, of the first of them. ``latents``: float32
-    ``[frames_per_block, channels, h, w]`` on the host, normalized as the transformer makes them.
+    ``index``: number of the block, from 0. ``frames``: uint8 ``[T, height, width, 3]`` RGB on the host.
+    ``first_frame``: number of the first of them in the whole video. ``latents``: float32 ``[frames_per_block, channels,
+    h, w]`` on the host, normalized like the transformer's output.
     """
 
     index: int

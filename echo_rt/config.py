@@ -1,7 +1,7 @@
-"""What a model is: frozen dataclasses, checked when made, every size derived from the few that are free.
+"""What a model is: frozen dataclasses, checked when made; sizes that follow from others are properties.
 
-The names are those of the field: a *latent frame* is one time step of the VAE's latent video, a *block* is the
-group of latent frames that is generated together, a *token* is one patch of a latent frame.
+A *latent frame* is one time step of the VAE's latent video, a *block* is the group of latent frames that is generated
+together, a *token* is one patch of a latent frame.
 
 Attention sees three kinds of frames: the *sink* (the first frames of the video, kept for ever), the *memory*
 (a fixed number of frames' worth of tokens that evolves) and the *local window* (the most recent frames, the
@@ -19,7 +19,7 @@ from typing import Any
 
 from echo_rt.errors import ConfigError
 
-# What the memory encoder sees of the keys that leave the window.
+# How the memory encoder sees the keys that leave the window.
 MEMORY_READS = ("unrotated", "rotated")
 
 
@@ -37,7 +37,7 @@ def _require_flag(owner: str, name: str, value: object) -> None:
 def _require_number(
     owner: str, name: str, value: object, smallest: float, largest: float, *, inside: bool = False
 ) -> None:
-    """A real number from ``smallest`` to ``largest``; ``inside``: and neither of the two."""
+    """Require a real number from ``smallest`` to ``largest``; ``inside``: neither of the two."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and smallest <= value <= largest and not (inside and value in (smallest, largest)):  # type: ignore[operator]
         return
@@ -49,16 +49,16 @@ def _require_number(
 
 
 def _known_fields(cls: type, source: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of ``source`` that are fields of ``cls``, lists made tuples so that the result can be hashed."""
+    """The entries of ``source`` that are fields of ``cls``, with tuples for lists, so that they can be hashed."""
     names = {field.name for field in dataclasses.fields(cls)}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in source.items() if k in names}
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Widths and depths of the diffusion transformer (Wan's ``config.json``).
+    """Sizes of the diffusion transformer (Wan's ``config.json``).
 
-    The defaults are those of Wan2.1-T2V-1.3B for what its ``config.json`` does not name.
+    Defaults are the values of Wan2.1-T2V-1.3B that its ``config.json`` does not name.
     """
 
     dim: int
@@ -112,7 +112,7 @@ class TransformerConfig:
 
     @property
     def rope_dims(self) -> tuple[int, int, int]:
-        """Channels of a head that turn with the frame, the row and the column."""
+        """Channels of a head that are rotated by the frame, the row and the column."""
         spatial = 2 * (self.head_dim // 6)
         return self.head_dim - 2 * spatial, spatial, spatial
 
@@ -125,8 +125,8 @@ class TransformerConfig:
 class WindowConfig:
     """What a block attends to, in latent frames, and the largest temporal RoPE id the model was trained with.
 
-    ``sink_frames`` may be 0, but not beside a memory. ``recache_sink``: a prompt switch whose recache reaches frame 0
-    leaves the sink with the keys and values of the new prompt; otherwise the old ones are put back.
+    ``sink_frames`` may be 0 without a memory. ``recache_sink``: a prompt switch whose recache reaches frame 0 leaves
+    the sink with the keys and values of the new prompt; otherwise the old ones are restored.
     """
 
     frames_per_block: int = 3
@@ -166,10 +166,10 @@ class WindowConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """The evolving memory: how many frames' worth of tokens, and the facts in which the recipes differ.
+    """The evolving memory: its size in frames of tokens, and the settings in which recipes differ.
 
-    ``reads``: the memory encoder sees the keys of evicted frames before rotation, or as they are rotated by the ids
-    that these frames have while the block that evicts them is generated.
+    ``reads``: the memory encoder reads the keys of evicted frames before rotation, or rotated by the ids that these
+    frames have while the block that evicts them is generated.
     """
 
     frames: int = 3
@@ -193,9 +193,9 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """The few-step schedule: which of the training timesteps are visited, and the timestep of the context pass.
+    """The few-step schedule: the training timesteps of the denoising steps, and the timestep of the context pass.
 
-    ``first_block_steps``: those of the first block that is generated; none: the same as of all others.
+    ``first_block_steps``: the steps of the first generated block; empty for the same as all others.
     """
 
     denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
@@ -213,22 +213,22 @@ class SamplerConfig:
 
     @property
     def most_steps(self) -> int:
-        """Denoising steps of the block that has most of them."""
+        """The largest number of denoising steps of any block."""
         return max(len(self.denoising_steps), len(self.first_block_steps))
 
     def _require_steps(self, name: str, steps: tuple[int, ...]) -> None:
         whole = isinstance(steps, tuple) and all(isinstance(s, int) and not isinstance(s, bool) for s in steps)
         valid = whole and steps and all(1 <= s <= self.num_train_timesteps for s in steps)
         if not valid or any(a <= b for a, b in itertools.pairwise(steps)):
-            came = list(steps) if isinstance(steps, tuple) else steps
+            found = list(steps) if isinstance(steps, tuple) else steps
             raise ConfigError(
-                f"sampler: {name} must be falling integers in 1..{self.num_train_timesteps}, got {came!r}"
+                f"sampler: {name} must be falling integers in 1..{self.num_train_timesteps}, got {found!r}"
             )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that fixes the arithmetic of a rollout: transformer, window, memory, schedule, latent size."""
+    """Everything that determines the arithmetic of a rollout: transformer, window, memory, schedule, latent size."""
 
     transformer: TransformerConfig
     latent_height: int
@@ -268,7 +268,7 @@ class ModelConfig:
 
     @classmethod
     def from_flat(cls, source: Mapping[str, Any]) -> ModelConfig:
-        """The config of one flat JSON object, as golden bundles and snapshots carry it; unknown keys are ignored."""
+        """Make a config of one flat JSON object, as in golden bundles and snapshots; unknown keys are ignored."""
         try:
             transformer = _known_fields(TransformerConfig, source)
             transformer.setdefault("out_channels", transformer.get("in_channels", 16))
@@ -289,7 +289,7 @@ class ModelConfig:
             raise ConfigError(f"the config does not describe a model: {error}") from None
 
     def to_flat(self) -> dict[str, Any]:
-        """The inverse of :meth:`from_flat`: plain JSON types."""
+        """Return one flat object of plain JSON types, the inverse of :meth:`from_flat`."""
         flat: dict[str, Any] = {}
         for part in (self.transformer, self.window, self.sampler):
             flat.update(dataclasses.asdict(part))
@@ -375,21 +375,21 @@ class VaeConfig:
 
     @classmethod
     def from_flat(cls, source: Mapping[str, Any]) -> VaeConfig:
-        """The config of one flat JSON object; unknown keys are ignored."""
+        """Make a config of one flat JSON object; unknown keys are ignored."""
         return cls(**_known_fields(cls, source))
 
     @property
     def spatial_stride(self) -> int:
-        """Pixels of the video on a side of one latent pixel."""
+        """Video pixels per latent pixel, along a side."""
         return 1 << (len(self.dim_mult) - 1)
 
     @property
     def temporal_stride(self) -> int:
-        """Video frames that one latent frame decodes to (the first latent of a video decodes to one)."""
+        """Video frames per latent frame (the first latent frame of a video decodes to one)."""
         return 1 << self.temporal_downsample.count(True)
 
     def video_frames(self, latent_frames: int) -> int:
-        """Video frames that the first ``latent_frames`` latents of a stream decode to."""
+        """Number of video frames that the first ``latent_frames`` latents of a stream decode to."""
         return 0 if latent_frames == 0 else 1 + self.temporal_stride * (latent_frames - 1)
 
 
@@ -422,7 +422,7 @@ class TextEncoderConfig:
 
     @classmethod
     def from_flat(cls, source: Mapping[str, Any]) -> TextEncoderConfig:
-        """The config of one flat JSON object; unknown keys are ignored."""
+        """Make a config of one flat JSON object; unknown keys are ignored."""
         return cls(**_known_fields(cls, source))
 
     @property

@@ -1,6 +1,6 @@
 """Every error that echo-rt raises on purpose.
 
-``EchoError`` is what a caller can act on: its message is one line that says what was expected and what came.
+``EchoError`` is what a caller can act on: its message is one line that says what was expected and what was found.
 The command line prints it without a traceback and exits with ``exit_code``.
 """
 

@@ -1,4 +1,4 @@
-"""What a user may choose, checked: names of modes and dtypes, seeds, sizes, facts of the rollout. Knows no torch."""
+"""What users may choose, checked: modes, dtypes, seeds, sizes, settings of the rollout. Does not import torch."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from echo_rt.recipes import find_recipe
 if TYPE_CHECKING:
     import torch
 
-# Width and height of the released recipe's video, in pixels: what a stock Wan folder is used with.
+# Width and height of the released recipe's video in pixels, for a Wan folder that names none.
 RELEASED_SIZE = (832, 480)
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float8")
-# What the VAE decodes in; its own choice, beside the transformer's.
+# Dtypes that the VAE can decode in.
 VAE_DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
-# Which decoder makes the video: the model's own, or a tiny one beside it. A path says it as well.
+# The decoder that turns latents into frames: the model's own VAE, or a tiny one in its folder. Or a path.
 WAN_VAE, TINY_VAE = "wan", "tiny"
 
-# Facts of a rollout that a caller, or the object "echo_rt" in a model folder's config.json, may choose. The rest comes
-# from the weights.
+# Settings of a rollout that a caller may choose, or the object "echo_rt" in a model folder's config.json. All others
+# come from the weights.
 OVERRIDES = (
     "frames_per_block",
     "sink_frames",
@@ -45,23 +45,23 @@ OVERRIDES = (
     "rebuild_on_prompt_switch",
     "recache_sink",
 )
-# What a model folder may say beside them; the last one names what holds where it says no more.
+# Further settings of a model folder; its recipe has the values that the folder does not state.
 RECIPE = "recipe"
 FOLDER_FACTS = ("width", "height", "tiny_seed", RECIPE)
 
-# LoRAs as callers name them: a path, or a sequence of paths of which each may have a strength.
+# LoRAs as callers give them: a path, or a sequence of paths and (path, strength) pairs.
 Lora = str | Path | Sequence[str | Path | tuple[str | Path, float]] | None
 
-# What is done to a video to begin with that has another size: its edges cut off, or black ones added.
+# How an initial video of another size is fitted: cropped, or padded with black.
 FITS = CROP, PAD = "crop", "pad"
-# How long one may be, at the model's rate. The latents of all of it wait on the host: 0.1 MB a frame of 832x480.
+# Longest initial video, at the model's frame rate. Its latents wait on the host: 0.1 MB per frame of 832x480.
 MOST_INITIAL_SECONDS = 600
 
 _SEEDS = 2**64
 
 
 class MemoryMode(str, Enum):
-    """What the memory does: evolve with the video, stay at its learned start, or be left out."""
+    """How the memory behaves: it evolves with the video, stays as it was learned, or is off."""
 
     EVOLVE = "evolve"
     PRIOR = "prior"
@@ -69,7 +69,7 @@ class MemoryMode(str, Enum):
 
     @classmethod
     def parse(cls, value: str | MemoryMode) -> MemoryMode:
-        """The mode called ``value``; :class:`ConfigError` names the choices."""
+        """Return the mode called ``value``; :class:`ConfigError` names the choices."""
         try:
             return cls(value)
         except ValueError:
@@ -78,9 +78,9 @@ class MemoryMode(str, Enum):
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """How a model is loaded and runs: what :meth:`echo_rt.Runtime.from_pretrained` takes and explains.
+    """How a model is loaded and runs; :meth:`echo_rt.Runtime.from_pretrained` explains each option.
 
-    What needs neither a device nor the model's files is checked here; raises :class:`ConfigError`.
+    Raises :class:`ConfigError` for what is wrong on any device and with any model.
     """
 
     checkpoint: str | Path | None = None
@@ -132,7 +132,7 @@ class RuntimeOptions:
             raise ConfigError(f"lookahead must be a number of blocks, 0 or more, got {ahead!r}")
 
     def arguments(self) -> dict[str, Any]:
-        """Return them by name, for :meth:`echo_rt.Runtime.from_pretrained`; of a subclass these fields alone."""
+        """Return the options by name, for :meth:`echo_rt.Runtime.from_pretrained`; without a subclass's own."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(RuntimeOptions)}
 
 
@@ -147,7 +147,7 @@ def is_number(value: object) -> bool:
 
 
 def lora_files(lora: Lora) -> tuple[tuple[Path, float], ...]:
-    """The paths of LoRAs, each with its strength, which is 1 where none is given; raises :class:`ConfigError`."""
+    """Return the paths of LoRAs with their strengths, by default 1; raises :class:`ConfigError`."""
     entries: Any = lora if isinstance(lora, Sequence) and not isinstance(lora, str) else [lora]
     files = []
     for entry in [] if lora is None else entries:
@@ -161,12 +161,12 @@ def lora_files(lora: Lora) -> tuple[tuple[Path, float], ...]:
 
 
 def lora_text(path: str | Path, strength: float) -> str:
-    """A LoRA as the command line names it: ``FILE`` or ``FILE:STRENGTH``."""
+    """Write a LoRA as on the command line: ``FILE`` or ``FILE:STRENGTH``."""
     return str(path) if strength == 1 else f"{path}:{strength}"
 
 
 def check_overrides(overrides: Mapping[str, Any], source: str, also: tuple[str, ...] = ()) -> dict[str, Any]:
-    """``overrides`` as a dict; :class:`ConfigError` for a name that is not in :data:`OVERRIDES` or ``also``."""
+    """Return ``overrides`` as a dict; :class:`ConfigError` for a name not in :data:`OVERRIDES` or ``also``."""
     if not isinstance(overrides, Mapping):
         raise ConfigError(f"{source} must be a mapping of names to values, got {overrides!r}")
     unknown = sorted(map(str, set(overrides) - {*OVERRIDES, *also}))
@@ -176,7 +176,7 @@ def check_overrides(overrides: Mapping[str, Any], source: str, also: tuple[str, 
 
 
 def check_seed(seed: int) -> int:
-    """``seed``, if it is an integer in 0 .. 2^64-1; :class:`ConfigError` otherwise."""
+    """Return ``seed`` as an int; :class:`ConfigError` unless it is an integer in 0 .. 2^64-1."""
     try:
         whole = -1 if isinstance(seed, bool) else operator.index(seed)  # numpy's integers are integers too
     except TypeError:
@@ -187,7 +187,7 @@ def check_seed(seed: int) -> int:
 
 
 def latent_size(width: int, height: int, vae: VaeConfig, transformer: TransformerConfig) -> tuple[int, int]:
-    """Latent height and width of a video of ``width`` x ``height`` pixels; :class:`ConfigError` if there are none."""
+    """Latent height and width of a video; :class:`ConfigError` for pixels that are not multiples of a patch's."""
     _, patch_rows, patch_columns = transformer.patch_size
     for name, pixels, step in (
         ("width", width, vae.spatial_stride * patch_columns),

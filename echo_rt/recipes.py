@@ -39,7 +39,7 @@ class PublishedFile:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint is sampled.
+    """The way a checkpoint is sampled.
 
     ``facts``: of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`. ``ema``: whether the publisher runs
     the averaged weights. ``memory``: whether there must be a memory encoder or must be none. ``normalize_k``: whether
@@ -64,16 +64,7 @@ class Recipe:
             {"hub": file.hub, "path": file.path, "option": file.role, "download": file.download}
             for file in (BASE, *self.files)
         ]
-        return {
-            "name": self.name,
-            "facts": facts,
-            "ema": self.ema,
-            "memory": self.memory,
-            "normalize_k": self.normalize_k,
-            "lora": self.lora,
-            "files": files,
-            "notes": list(self.notes),
-        }
+        return {**vars(self), "facts": facts, "files": files, "notes": list(self.notes)}
 
 
 BASE = PublishedFile("Wan-AI/Wan2.1-T2V-1.3B", None, "model")

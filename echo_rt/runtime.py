@@ -1,4 +1,4 @@
-"""A loaded model: owns weights and buffers, lends them to one stream at a time."""
+"""A loaded model: owns weights and buffers, and lends them to one stream at a time."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from echo_rt.engine.build import build_engine, open_networks
-from echo_rt.engine.caller_noise import CallerNoise
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import Guard
 from echo_rt.engine.initial_video import InitialVideo
-from echo_rt.engine.scheduler import Initial
+from echo_rt.engine.scheduler import CallerNoise, Initial
 from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.ops.backends import choose_backend
 from echo_rt.options import WAN_VAE, Lora, MemoryMode, RuntimeOptions, check_seed
+from echo_rt.snapshot.implementations import BACKEND, implementations_of
 from echo_rt.snapshot.snapshot import Snapshot
-from echo_rt.snapshot.ways import BACKEND, ways_of
 from echo_rt.stream import Stream
 from echo_rt.utils.device import give_memory_back, parse_device, parse_dtype, parse_vae_dtype
 from echo_rt.utils.process import ProcessGuard, note_loading, release_on_error
@@ -34,23 +33,26 @@ from echo_rt.weights.load_model import LoadedModel, load_model
 
 _logger = logging.getLogger("echo_rt.runtime")
 
-# Engines that a device did not let go of: it may write to their buffers still, so nobody else is given them.
+# Engines of devices that are still busy: they may still write to these buffers, so the memory is not freed.
 _abandoned: list[Engine] = []
 
 
 class Runtime:
-    """A model on a device, ready to stream. Make one with :meth:`from_pretrained`; close it to give memory back.
+    """A model on a device, ready to stream. Make one with :meth:`from_pretrained`; close it to free its memory.
 
-    ``config`` and ``vae_config`` say what it computes, ``taken`` by which recipe and of which weights, ``dtype`` and
-    ``vae_dtype`` how precisely, ``vae`` who makes pictures of latents (``"wan"``, or the kind of a tiny decoder),
-    ``backend`` which implementation of the operations it has and ``backend_reason`` why, ``attention`` and
-    ``text_attention`` with which libraries and why, ``vae_attention`` and ``convolutions`` how the VAE's are computed
-    and why (a tiny decoder has None and none), ``frame_size`` the video's ``(width, height)`` in pixels and ``fps`` its
-    frames a second.
+    Attributes:
+        config, vae_config: sizes, window, memory and schedule of the model; sizes of its VAE.
+        taken: the recipe and the weights that were taken, and why.
+        memory, lookahead: the memory's mode; number of blocks begun ahead.
+        device, dtype, vae_dtype: where and in which dtypes it computes.
+        vae: the decoder that turns latents into frames: ``"wan"``, or the kind of a tiny decoder.
+        backend, backend_reason: the implementation of the operations, and why.
+        attention, text_attention: implementations of attention over the cache and over the text, and why.
+        vae_attention, convolutions: those of the VAE decoder; None and empty for a tiny decoder.
     """
 
     def __init__(self, loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapping[str, str]) -> None:
-        self._lock = threading.RLock()  # held while a stream comes to life, or the runtime to its end
+        self._lock = threading.RLock()  # held while a stream or the runtime itself begins or ends
         self._live: weakref.ref[Stream] | None = None
         self._process = ProcessGuard()
         networks = open_networks(loaded, options, prescribed)
@@ -66,10 +68,10 @@ class Runtime:
         self.attention, self.text_attention = networks.attention
         self.vae_attention, self.convolutions = networks.vae_attention, networks.convolutions
         self._engine: Engine | None = engine
-        # Torch knows its buffers by the stream they were made on, and would lend them out amid a block of the queues.
+        # Torch tracks buffers by the CUDA stream they were made on, and might reuse them while a queue still writes.
         self._ending = weakref.finalize(engine, engine.executor.synchronize)
         self._ending.atexit = False
-        engine.executor.synchronize()  # what was loaded on this thread's CUDA stream is there for any other
+        engine.executor.synchronize()  # weights loaded on this thread's CUDA stream are there for any other
 
     @classmethod
     @release_on_error
@@ -107,57 +109,57 @@ class Runtime:
         """Load a model from disk; nothing is ever downloaded.
 
         Args:
-            model: Wan2.1-T2V-1.3B: a folder in the original or the diffusers layout or with single files by ComfyUI's
-                names, the file of a transformer, or the id of a model in the local Hugging Face cache.
+            model: Wan2.1-T2V-1.3B: a folder in the original or the diffusers layout, or with single files under
+                ComfyUI's names; a transformer's file; or the id of a model in the local Hugging Face cache.
             checkpoint: generator weights (Echo-Infinity, Self-Forcing, ...) that replace the folder's transformer.
-            lora: LoRAs merged into the transformer, in order: a path, or a list of paths and (path, strength) pairs, of
-                which one may carry the memory encoder. A path is a file in any naming, or a folder of PEFT.
-            lora_alpha: alpha of the LoRAs that state none; None for their rank.
-            ema: True for the checkpoint's EMA weights, False for the plain ones, None for those that the recipe takes,
-                where it has them; of no checkpoint neither can be asked for.
-            recipe: how the checkpoint is sampled, a name in :data:`echo_rt.recipes.RECIPES`; ``overrides`` act on top.
-                None for the one that the model's folder names, or else the files tell by what they hold or are called.
+            lora: LoRAs to merge into the transformer, in order: a path, or a list of paths and (path, strength) pairs.
+                A path is a file with keys in any common naming, or a PEFT folder; one may have the memory encoder.
+            lora_alpha: alpha of the LoRAs that do not state one; None for their rank.
+            ema: True for the checkpoint's EMA weights, False for the plain ones; None for the recipe's choice, where
+                the checkpoint has both. Without a checkpoint, only None.
+            recipe: how the checkpoint is sampled, a name in :data:`echo_rt.recipes.RECIPES`; ``overrides`` change it.
+                None for the recipe that the model's folder names, or that the files' names and contents tell.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for a GPU where there is one.
-            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"float8"`` for the transformer's large products in
-                float8 and all else in bfloat16; None for bfloat16 on a GPU, float32 on a CPU.
-            vae_dtype: what the VAE decodes in, whatever the rest computes in; None for the same (float8: bfloat16).
+            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"float8"``, which computes the transformer's large
+                matmuls in float8 and the rest in bfloat16; None for bfloat16 on a GPU, float32 on a CPU.
+            vae_dtype: the VAE's dtype; None for ``dtype`` (with float8: bfloat16).
             memory: ``"evolve"``, ``"prior"`` or ``"off"``; None for evolve where the weights have a memory encoder.
-            vae: who makes pictures of latents: ``"wan"``, the model's own VAE; for previews ``"tiny"``, the tiny
-                decoder in the model's folder (``taew2_1`` of TAEHV or ``lighttaew2_1`` of LightX2V, ``.pth`` or
-                ``.safetensors``), or the path of such a file; the model's own VAE need not be there then.
-            vae_tiles: in how many bands of rows the model's own VAE decodes its two highest resolutions: the same video
-                in less device memory and more time.
-            vae_file, text_encoder, tokenizer: the VAE's file, the umT5 file and the tokenizer's folder, in place of the
-                model's own or where it has none.
-            backend: which implementation of the operations; None for ``ECHO_RT_BACKEND``, or else ``"cuda"`` on a GPU
-                that the kernels were built for and ``"torch"`` elsewhere. That is also where the kernels do not cover
-                the model, which is one whose memory evolves in float32 or has other head sizes.
-            width, height: of the video, in pixels; None for the model folder's own, or 832 and 480.
-            attention: which library computes attention, by the names ``echo-rt doctor`` lists; None for the one that a
-                trial on this model's shapes finds fastest, once for a GPU. The VAE's attention too, where the library
-                has heads of its size and its dtype, and the one that a trial finds elsewhere.
-            convolution: how the model's own VAE computes its convolutions wherever that works, by the names ``echo-rt
-                doctor`` lists; one for those over time and one for those that enlarge may be joined by a comma. None
-                for what a trial on their shapes finds fastest and right, once for a GPU.
-            graphs: whether what repeats from block to block is captured and replayed as CUDA graphs; None for: on a
-                GPU, yes. A stage that cannot be captured ends its stream with :class:`CaptureError`.
-            lookahead: how many blocks are begun before an earlier one is handed out, 0 or more: the device is busy
-                while a block is shown, and a prompt takes effect so much later; None for 1 on a GPU, 0 on a CPU.
+            vae: the decoder that turns latents into frames: ``"wan"``, the model's own VAE; for previews ``"tiny"``,
+                the tiny decoder in the model's folder (``taew2_1`` of TAEHV or ``lighttaew2_1`` of LightX2V, ``.pth``
+                or ``.safetensors``), or the path of such a file. A tiny decoder does not need the model's own VAE.
+            vae_tiles: number of horizontal tiles for the two highest resolutions of the model's own VAE: the same
+                video with less device memory, but more time.
+            vae_file, text_encoder, tokenizer: the VAE's file, the umT5 file and the tokenizer's folder, where they are
+                not in the model's folder or others are wanted.
+            backend: the implementation of the operations; None for ``ECHO_RT_BACKEND``, or else ``"cuda"`` on a GPU
+                that the kernels were built for and ``"torch"`` elsewhere, or where the kernels do not support the
+                model (its memory evolves in float32, or its heads have other sizes).
+            width, height: size of the video in pixels; None for that of the model's folder, or 832 and 480.
+            attention: the implementation of attention, a name that ``echo-rt doctor`` lists; None for the fastest one
+                on this model's shapes, measured once per GPU. The VAE uses it too where it supports the VAE's head
+                size and dtype, and the fastest one otherwise.
+            convolution: the implementation of the model's own VAE's convolutions, wherever it works, a name that
+                ``echo-rt doctor`` lists; one for convolutions over time and one for upsampling may be joined by a
+                comma. None for the fastest correct one on each shape, measured once per GPU.
+            graphs: whether stages that repeat are captured and replayed as CUDA graphs; None for yes on a GPU. A stage
+                that cannot be captured ends its stream with :class:`CaptureError`.
+            lookahead: number of blocks begun before an earlier one is handed out, 0 or more. The device stays busy
+                while a block is shown, and prompts take effect that many blocks later. None for 1 on a GPU, 0 on a CPU.
             check: assert on every block that the steady state allocates nothing, never waits for the device and moves
-                no buffer (:class:`SteadyStateError`); for debugging, and for this process's torch as a whole.
+                no buffer (:class:`SteadyStateError`). For debugging: it changes a setting of torch in the process.
             keep_text_encoder: keep the text encoder loaded between prompts.
-            overrides: other facts of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`.
-            float8_except: layers that stay in bfloat16 in dtype float8, as patterns of their weights' names such as
-                ``"blocks.0.*"`` or ``"*.ffn.2"``; one that matches none is an error. The projections q, k and v of
-                self-attention are one product: to keep one of them is to keep all three.
-            like: a snapshot to go on with: recipe, backend, attention and convolutions that are not asked for by name
-                are those of its video, whatever the files tell, ``ECHO_RT_BACKEND`` names or a trial would find.
+            overrides: other settings of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`.
+            float8_except: layers that stay in bfloat16 in dtype float8, as patterns of weight names such as
+                ``"blocks.0.*"`` or ``"*.ffn.2"``; a pattern without a match is an error. Self-attention computes q, k
+                and v in one matmul: keeping one of them keeps all three.
+            like: a snapshot to resume: recipe, backend, attention and convolutions that are not asked for by name are
+                those of its video, whatever the files, ``ECHO_RT_BACKEND`` or a measurement say.
 
         Raises:
             WeightsError: files that are missing, damaged, or of another model.
-            ConfigError: sizes, windows or options that the model cannot have, or the machine no memory for; no recipe
-                where nothing tells it, or one that does not fit the weights.
-            BackendError: a device or backend that is not there.
+            ConfigError: sizes, windows or options that the model cannot have, too little memory, or a recipe that is
+                unknown, cannot be told from the files, or does not fit the weights.
+            BackendError: a device or backend that is not available.
         """
         if not isinstance(like, Snapshot | None):
             raise ConfigError(f"like must be a Snapshot or None, got {type(like).__name__}")
@@ -191,42 +193,42 @@ class Runtime:
         place = parse_device(device)
         note_loading(place)
         parse_vae_dtype(vae_dtype, parse_dtype(dtype, place))
-        ways = {} if like is None else ways_of(like.model)
-        choose_backend(backend, place, prescribed=ways.get(BACKEND))  # one that was named is refused before the weights
-        return cls(load_model(model, options, None if like is None else like.model), options, ways)
+        prescribed = {} if like is None else implementations_of(like.model)
+        choose_backend(backend, place, prescribed=prescribed.get(BACKEND))  # raises before the weights are read
+        return cls(load_model(model, options, None if like is None else like.model), options, prescribed)
 
-    # ---------------------------------------------------------------- facts
+    # ---------------------------------------------------------------- properties
 
     @property
     def frame_size(self) -> tuple[int, int]:
-        """Width and height of the video in pixels."""
+        """``(width, height)`` of the video in pixels."""
         stride = self.vae_config.spatial_stride
         return self.config.latent_width * stride, self.config.latent_height * stride
 
     @property
     def fps(self) -> int:
-        """Frames of a second of video."""
+        """Frame rate of the video, in frames per second."""
         return self.vae_config.frame_rate
 
     @property
     def decoder_bytes(self) -> int:
-        """Device memory, in bytes, that the video decoder keeps for a stream; :class:`StreamError` once closed."""
+        """Device memory, in bytes, of the decoder's buffers for a stream; :class:`StreamError` once closed."""
         return self._require_open().pipeline.decoder_bytes
 
     @property
     def text_encoder_loaded(self) -> bool:
-        """Whether the text encoder is in memory at this moment."""
+        """Whether the text encoder is in memory now."""
         return self._engine is not None and self._engine.prompts.loaded
 
     # ---------------------------------------------------------------- prompts
 
     def encode_prompt(self, prompt: str) -> Tensor:
-        """Embeddings ``[length, text_dim]`` float32 of a prompt; :class:`PromptError` for an empty one."""
+        """Encode a prompt to float32 ``[length, text_dim]``, on the host; :class:`PromptError` for an empty one."""
         return self.encode_prompts([prompt])[0]
 
     @release_on_error
     def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Embeddings of several prompts. The text encoder is loaded for this, and released after it unless kept."""
+        """Encode several prompts. The text encoder is loaded for this, and released afterwards unless kept."""
         return self._require_open().prompts.encode(prompts)
 
     # ---------------------------------------------------------------- streams
@@ -245,37 +247,37 @@ class Runtime:
         fit: Literal["crop", "pad"] | None = None,
         include_initial: bool = True,
     ) -> Stream:
-        """Begin an endless video, or go on with a given one.
+        """Start an endless video, which may continue a given one.
 
         Args:
-            prompt: what to show; or ``prompt_embeds [length, text_dim]`` in its place.
+            prompt: the text; or ``prompt_embeds [length, text_dim]`` in its place.
             seed: 0 .. 2^64-1; the same seed and prompts give the same video.
-            guard: what to do about a block with NaN, or one that takes too long; None for an end with an error.
-            noise: the noise in the place of the seed's: a function ``(block, shape) -> float32 tensor`` that is called
-                once for each block that is generated, counted from 0, when the block is begun, in the thread that makes
-                it. ``shape`` is ``(steps, B, C, h, w)``: what the block begins with, then the fresh noise between its
-                steps. A resumed stream is given it again.
-            initial_video: what the video begins with: uint8 ``[F, H, W, 3]`` RGB as :attr:`Chunk.frames` is, a tensor
-                or an array, or an iterable of such pieces, read as they are encoded. F must fill whole blocks; a
-                picture, F of 1, does where a block is one latent frame. Encoded by the model's own VAE, which is loaded
-                for it. The first blocks of the video are these frames, as the decoder makes them of their latents.
-            initial_latents: such frames as normalized latents, float32 ``[frames, channels, h, w]`` like
-                :attr:`Chunk.latents`, whole blocks, in place of ``initial_video``; no encoder is needed.
-            fit: of an ``initial_video`` of another size, scaled to the video's: ``"crop"`` what sticks out, or
-                ``"pad"`` with black what is missing; None for an error.
-            include_initial: False leaves those blocks out of what is handed out; numbers of blocks and frames count
-                them all the same, so the first one is not 0. They are worked through before this returns.
+            guard: what to do about a block with NaN, or one that takes too long; None ends the stream with an error.
+            noise: replaces the seed's noise: a function ``(block, shape) -> float32 tensor``, called once for each
+                generated block, numbered from 0, when it begins, in the thread that makes it. ``shape`` is ``(steps, B,
+                C, h, w)``: the block's initial noise, then the fresh noise between its steps. Pass it again to resume.
+            initial_video: the frames that the video begins with: uint8 ``[F, H, W, 3]`` RGB like :attr:`Chunk.frames`,
+                a tensor or an array, or an iterable of such pieces, which are read while they are encoded. F must fill
+                whole blocks; a picture (F = 1) does so where a block is one latent frame. The model's own VAE is loaded
+                to encode them. The first blocks of the video are these frames, encoded and decoded.
+            initial_latents: normalized latents float32 ``[frames, channels, h, w]`` like :attr:`Chunk.latents`, whole
+                blocks, in place of ``initial_video``; the VAE encoder is not needed.
+            fit: how an ``initial_video`` of another size is fitted after scaling: ``"crop"`` its edges or ``"pad"``
+                with black; None raises an error.
+            include_initial: False does not hand out the given blocks. They are still counted, so that the first block
+                and frame handed out are not number 0, and are computed before this returns.
 
         Raises:
             StreamError: another stream of this runtime is live, or the runtime is closed.
-            PromptError: neither or both given, an empty prompt, embeddings that do not fit.
-            ConfigError: a seed, guard or noise that there cannot be, frames or latents of another size, number or kind;
-                from the stream, for noise of another kind.
-            WeightsError: ``initial_video`` is given, and the model's own VAE is not there.
-            NumericalError: its latents are not finite.
+            PromptError: neither or both of ``prompt`` and ``prompt_embeds``, an empty prompt, embeddings that do not
+                fit the model.
+            ConfigError: an invalid seed, guard, noise, or initial video or latents. The stream raises it for noise of
+                another shape or dtype.
+            WeightsError: an ``initial_video`` without the model's own VAE.
+            NumericalError: latents of the initial video that are not finite.
         """
         check_seed(seed)
-        with self._free() as engine:  # before a prompt is encoded, which takes long, and again after it
+        with self._free() as engine:  # now, as encoding a prompt takes long, and again after it
             engine.initial_video.check(initial_video, fit, include_initial, initial_latents)
         embeds = self._require_open().prompts.resolve(prompt, prompt_embeds)
         if initial_video is not None:
@@ -286,17 +288,23 @@ class Runtime:
 
     @release_on_error
     def resume(self, snapshot: Snapshot, *, guard: Guard | None = None, noise: CallerNoise | None = None) -> Stream:
-        """Go on, bit for bit, where :meth:`Stream.snapshot` was taken.
+        """Continue a video, bit for bit, from a :meth:`Stream.snapshot`.
 
-        :class:`StreamError` for a snapshot of another model, one whose video was computed by another backend or in
-        other ways than this runtime has, unless its user named these (see ``like``), or while another stream is live.
-        ``noise``: what :meth:`stream` was given; :class:`StreamError` where one of the two was given it alone.
+        Args:
+            snapshot: of this model; ``like=snapshot`` loads a runtime with the implementations of its video.
+            guard: as in :meth:`stream`.
+            noise: the function that :meth:`stream` was given, None if it was given none.
+
+        Raises:
+            StreamError: a snapshot of another model, of another backend or other implementations (unless they were
+                asked for by name), or with other ``noise``; another live stream of this runtime.
+            ConfigError: an invalid guard or noise.
         """
         with self._free() as engine:
             return self._enliven(Stream.restore(engine, snapshot, guard, noise))
 
     def _enliven(self, stream: Stream) -> Stream:
-        if self._engine is None:  # closed meanwhile, by a signal handler of this thread
+        if self._engine is None:  # closed meanwhile by a signal handler of this thread
             stream.close()
         self._require_open()
         self._live = weakref.ref(stream)
@@ -311,7 +319,7 @@ class Runtime:
 
     @contextmanager
     def _free(self) -> Iterator[Engine]:
-        """The engine, with the lock, while no stream is live; :class:`StreamError` where one is."""
+        """Yield the engine under the lock; :class:`StreamError` while a stream is live."""
         while True:
             with self._lock:
                 engine = self._require_open()
@@ -319,12 +327,12 @@ class Runtime:
                 if last is None:
                     yield engine
                     return
-            # A failed one may be out of everyone's reach, held by a traceback; of a closed one a last block may still
-            # be under way in the buffers. It is waited for without the lock, which a handler amid that block may want.
+            # A failed stream may be held only by a traceback, and a closed one may still be making its last block.
+            # Wait without the lock, which a signal handler amid that block may need.
             last.close()
 
     def _last(self) -> Stream | None:
-        """A stream that is over and has not let go of the buffers; :class:`StreamError` for one that is live."""
+        """A stream that has ended but not released the buffers, if any; :class:`StreamError` for a live one."""
         live = self._live() if self._live is not None else None
         if live is None or live.gone:
             return None
@@ -339,29 +347,29 @@ class Runtime:
     # ---------------------------------------------------------------- life
 
     def close(self) -> None:
-        """End the live stream and give every buffer back. Idempotent.
+        """End the live stream and free all memory. Idempotent.
 
-        A device that is lost, or still busy with a block that a guard gave up, is no error here but a warning in the
-        log: closing is what follows an error, and must not be told in its place.
+        A device that is lost, or still busy with a block that a guard gave up, is only a warning in the log, so that it
+        does not replace the error that led here.
         """
         if self._process.left:
             self._ending.detach()
-            self._engine = None  # a lock may be held by a thread that only the parent has
+            self._engine = None  # without a lock, which a thread that only the parent has may hold
             return
         with self._lock:
             live = self._live() if self._live is not None else None
             engine, self._engine = self._engine, None
         amid_block = live is not None and live.busy_in_this_thread
         if live is not None:
-            live.close()  # waits, but holds nothing that a signal's handler amid its block would wait for
+            live.close()  # waits without the lock, which a signal handler amid its block may need
         if engine is None:
             return
         try:
             engine.prompts.close()
             if amid_block:
-                return  # it is used on, until the block's end lets go of it
+                return  # the block still needs the engine; its end releases it
             self._ending.detach()
-            engine.executor.close()  # what is under way ends before its buffers go
+            engine.executor.close()  # submitted work ends before its buffers are freed
             engine = None
             give_memory_back(self.device)
         except (RuntimeError, StallError) as error:

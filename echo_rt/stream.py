@@ -1,4 +1,4 @@
-"""One endless video: blocks in, chunks of frames out; on request on a thread of its own."""
+"""One endless video as an iterator over its blocks, on request made by a thread of their own."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from typing import Literal
 from torch import Tensor
 
 from echo_rt.chunk import Chunk
-from echo_rt.engine.caller_noise import CallerNoise
 from echo_rt.engine.engine import Engine
-from echo_rt.engine.feeder import Feeder
 from echo_rt.engine.guard import Guard
-from echo_rt.engine.scheduler import Blocks, Initial
+from echo_rt.engine.ready import Feeder
+from echo_rt.engine.scheduler import Blocks, CallerNoise, Initial
 from echo_rt.errors import ConfigError, StreamError
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.atomic_file import Closing
@@ -30,18 +29,18 @@ WAIT, DROP = "wait", "drop"
 
 
 class Stream(Closing):
-    """An endless video. Iterate it, or call ``next``; made by :meth:`echo_rt.Runtime.stream`.
+    """An endless video, made by :meth:`echo_rt.Runtime.stream`. Iterate it, or call ``next``.
 
-    One block is generated at a time, whichever thread asks; ``set_prompt`` may be called from any thread meanwhile.
-    Closing the stream, from inside the loop or from another thread, ends a running ``for`` loop after its block;
-    ``next`` of a closed stream raises :class:`StreamError`, not ``StopIteration``: the video had no end.
+    Any thread may ask for blocks, which are made one at a time, and call ``set_prompt`` meanwhile. Closing the stream,
+    inside a ``for`` loop or from another thread, ends the loop after its block; ``next`` of a closed stream raises
+    :class:`StreamError`, not ``StopIteration``, as the video has no end.
     """
 
     def __init__(self, engine: Engine, blocks: Blocks) -> None:
         self._engine: Engine | None = engine
         self._blocks, self._ready = blocks, blocks.ready
         self._process = ProcessGuard()
-        # Held while a block is made. Reentrant: a signal's handler may close while its own thread takes or leaves it.
+        # Held while a block is made. Reentrant: a signal handler may close while its thread acquires or releases it.
         self._lock = threading.RLock()
         self._owner: int | None = None  # the thread that holds it
         self._closed = False
@@ -59,7 +58,7 @@ class Stream(Closing):
         noise: CallerNoise | None = None,
         initial: Initial | None = None,
     ) -> Stream:
-        """A new video in ``engine``'s buffers; the runtime makes sure that no other is live."""
+        """Start a new video in ``engine``'s buffers; the runtime ensures that no other is live."""
         blocks = Blocks(engine, seed, guard, noise)
         with model_context(engine.device, engine.dtype, engine.vae_dtype):
             blocks.start(engine, prompt_embeds, initial)
@@ -69,7 +68,7 @@ class Stream(Closing):
     def restore(
         cls, engine: Engine, snapshot: Snapshot, guard: Guard | None = None, noise: CallerNoise | None = None
     ) -> Stream:
-        """The video of ``snapshot``, at the block it was taken at; :class:`StreamError` if it is another model's."""
+        """Continue the video of ``snapshot``; :class:`StreamError` for one that does not fit the model or ``noise``."""
         if not isinstance(snapshot, Snapshot):
             raise StreamError(f"expected a Snapshot of stream.snapshot(), got {type(snapshot).__name__}")
         blocks = Blocks(engine, snapshot.seed, guard, noise)
@@ -78,13 +77,13 @@ class Stream(Closing):
         return cls(engine, blocks)
 
     def close(self) -> None:
-        """End the video; waits for a block that is being made. Its runtime can then start another. Idempotent."""
+        """End the video, after the block being made; its runtime can then start another. Idempotent."""
         self._closed = True
         if self._process.left:
             self._engine = None  # without a lock, which a thread may hold that only the parent has
             return
         if self.busy_in_this_thread:
-            return  # from a signal handler amid a block of this very thread: the block's end lets go
+            return  # in a signal handler amid a block of this thread: the block's end releases the engine
         with self._lock:
             self._let_go()
 
@@ -99,22 +98,22 @@ class Stream(Closing):
 
     @property
     def gone(self) -> bool:
-        """Whether it has let go of the runtime's buffers: closed, and no block of it under way."""
+        """Whether it has released the runtime's buffers: it is closed, and no block of it is being made."""
         return self._engine is None
 
     @property
     def busy_in_this_thread(self) -> bool:
-        """Whether the calling thread is in the middle of a block of this stream, as a signal handler can be."""
+        """Whether the calling thread is making a block of this stream, as in a signal handler."""
         return self._owner == threading.get_ident()
 
     @property
     def failure(self) -> str | None:
-        """What ended the video for good, or None."""
+        """The error that ended the video, in words, or None."""
         return self._failure
 
     @contextmanager
     def _exclusive(self) -> Iterator[Engine | None]:
-        """The engine, for one thread at a time; None once the stream is closed."""
+        """Yield the engine, for one thread at a time; None once the stream is closed."""
         self._process.require("stream")
         if self.busy_in_this_thread:
             raise StreamError("this thread is in the middle of a block of this stream")
@@ -131,44 +130,44 @@ class Stream(Closing):
 
     @property
     def next_block(self) -> int:
-        """The number of the block that is handed out next: 0 at the start."""
+        """Number of the next block to be handed out; 0 at the start, unless given blocks are not handed out."""
         return self._ready.next_block
 
     @property
     def next_prompt_block(self) -> int:
-        """The first block that a prompt can still reach: later than ``next_block`` where blocks are begun ahead."""
+        """Number of the first block that a new prompt can begin with, after those that are begun ahead."""
         return self._blocks.prompts.first_open
 
     @property
     def video_frames(self) -> int:
-        """How many video frames have been handed out."""
+        """Number of video frames before :attr:`next_block`."""
         return self._blocks.first_frame(self.next_block)
 
     @property
     def first_frame_seconds(self) -> float | None:
-        """Seconds from the start of the stream, its prompt encoded, to the first block of frames; None until then."""
+        """Seconds from the start, after its prompt was encoded, to the first block's frames; None until then."""
         return self._blocks.first_frame_seconds
 
     @property
     def rollbacks(self) -> int:
-        """How often the guard went back to a good state."""
+        """Number of times that the guard went back to a good state."""
         return self._blocks.rollbacks
 
     def __iter__(self) -> Iterator[Chunk]:
         self._require_open()
         while (chunk := self._take()) is not None:
             yield chunk
-            del chunk  # it is not for us to keep while the next one is made
+            del chunk  # free it while the next one is made
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """``async for``: blocks are made on a thread of their own; a cancelled wait loses none of them."""
+        """Iterate with ``async for``: another thread makes the blocks, and a cancelled wait loses none of them."""
         self._require_open()
         while (chunk := await self._take_async()) is not None:
             yield chunk
             del chunk
 
     def __next__(self) -> Chunk:
-        """The next block; :class:`StreamError` once the stream is closed or has failed."""
+        """Return the next block; :class:`StreamError` once the stream is closed or has failed."""
         self._require_open()
         chunk = self._take()
         if chunk is None:
@@ -176,7 +175,7 @@ class Stream(Closing):
         return chunk
 
     def feed(self, depth: int = 2, when_full: Literal["wait", "drop"] = "wait") -> Feed:
-        """Run on a thread of its own, so many blocks ahead of the consumer; see :class:`echo_rt.Feed`."""
+        """Make blocks on another thread, up to ``depth`` ahead of the consumer; see :class:`echo_rt.Feed`."""
         return Feed(self, depth, when_full)
 
     def _require_open(self) -> None:
@@ -190,7 +189,7 @@ class Stream(Closing):
 
     @release_on_error
     def _take(self) -> Chunk | None:
-        """The next block, made here unless it is ready; None once the stream is closed."""
+        """Return the next block, and make it unless it is ready; None once the stream is closed."""
         with self._exclusive() as engine:
             if engine is None:
                 return None
@@ -200,7 +199,7 @@ class Stream(Closing):
 
     async def _take_async(self) -> Chunk | None:
         loop, consumer = asyncio.get_running_loop(), object()
-        self._ready.attach(consumer)  # a block that is made for it comes, if the stream is closed meanwhile
+        self._ready.attach(consumer)  # it still gets its block if the stream is closed meanwhile
         try:
             while await loop.run_in_executor(None, self._make_ahead, 1):
                 if (chunk := self._ready.take()) is not None:
@@ -211,7 +210,7 @@ class Stream(Closing):
 
     @release_on_error
     def _make_ahead(self, depth: float) -> bool:
-        """Make one block more unless ``depth`` blocks are ready; False once the stream is closed."""
+        """Make one more block unless ``depth`` are ready; returns False once the stream is closed."""
         with self._exclusive() as engine:
             if engine is not None and len(self._ready) < depth:
                 self._make(engine)
@@ -224,7 +223,7 @@ class Stream(Closing):
 
     @contextmanager
     def _whole_or_over(self, engine: Engine) -> Iterator[None]:
-        """Work on blocks. An error ends this video, as half a block is in the buffers, but not the runtime."""
+        """Work on blocks; an error ends this video, whose buffers hold half a block, but not the runtime."""
         try:
             with model_context(engine.device, engine.dtype, engine.vae_dtype):
                 yield
@@ -238,16 +237,16 @@ class Stream(Closing):
     def set_prompt(
         self, prompt: str | None = None, *, prompt_embeds: Tensor | None = None, block: int | None = None
     ) -> None:
-        """Switch to another prompt, from any thread. The last call for a block counts.
+        """Switch to another prompt; may be called from any thread. The last call for a block counts.
 
         Args:
             prompt: the text; or ``prompt_embeds [length, text_dim]`` in its place.
-            block: the number of the block that begins with it; None for the next one that has not been begun,
+            block: number of the block that begins with it; None for the first that has not begun,
                 :attr:`next_prompt_block`.
 
         Raises:
             PromptError: neither or both given, an empty prompt, embeddings that do not fit; the old prompt stays.
-            StreamError: the stream is over, or ``block`` has been begun already.
+            StreamError: the stream is closed or has failed, or ``block`` has begun.
         """
         engine = self._engine
         if engine is None:
@@ -262,9 +261,10 @@ class Stream(Closing):
     # ---------------------------------------------------------------- snapshot
 
     def snapshot(self, path: str | Path | None = None) -> Snapshot:
-        """Everything needed to go on bit for bit after the last block handed out; waits for one that is being made.
+        """Copy everything needed to continue bit for bit after the last block handed out.
 
-        ``path``: where to write it as well (:meth:`Snapshot.save`), once the stream may go on.
+        Waits for a block that is being made. ``path``: a file to write it to as well (:meth:`Snapshot.save`), while the
+        stream may already go on.
         """
         snapshot = self._snapshot()
         if path is not None:
@@ -283,23 +283,23 @@ class Stream(Closing):
 
 
 class Feed(Closing):
-    """Runs a stream on a thread of its own and hands its blocks out, each of them once, to any number of threads.
+    """Makes a stream's blocks on another thread and hands out each of them once, to any number of threads.
 
-    Iterate it (``for`` or ``async for``), call ``next``, or :meth:`poll` it from a loop that has other things to do.
-    At most ``depth`` blocks wait to be taken, so memory does not grow however slow the consumer is. Prompts are set at
-    the stream; they reach :attr:`Stream.next_prompt_block`, which is behind what waits here.
+    Iterate it (``for`` or ``async for``), call ``next``, or :meth:`poll` it from a loop that has other work. The thread
+    pauses, or drops blocks, once ``depth`` blocks wait, so memory does not grow however slow the consumer is. Prompts
+    are set on the stream; they take effect at :attr:`Stream.next_prompt_block`, after the blocks that wait.
 
-    What ends the stream is raised at a consumer, once the blocks made before it have been taken. A feed that is closed,
-    or that nobody holds any more, leaves the blocks that wait to the stream, which can be used on.
+    An error that ends the stream is raised to a consumer, once the blocks made before it have been taken. A feed that
+    is closed, or that nobody holds any more, leaves waiting blocks to the stream, which can be used further.
 
     Args:
-        stream: an open stream; while the feed runs, leave its blocks to the feed.
-        depth: how many blocks may wait, 1 or more.
-        when_full: ``"wait"``: the stream pauses until one is taken. ``"drop"``: it goes on, and the oldest waiting
-            block is dropped and counted in :attr:`dropped`.
+        stream: an open stream; take no blocks from it while the feed runs.
+        depth: number of blocks that may wait, 1 or more.
+        when_full: ``"wait"`` pauses until a block is taken; ``"drop"`` goes on, and drops the oldest waiting block,
+            which :attr:`dropped` counts.
 
     Raises:
-        ConfigError: a depth or ``when_full`` that cannot be.
+        ConfigError: an invalid ``depth`` or ``when_full``.
         StreamError: the stream is closed.
     """
 
@@ -316,12 +316,12 @@ class Feed(Closing):
 
     @property
     def dropped(self) -> int:
-        """How many blocks were made and dropped because nobody took them."""
+        """Number of blocks that were made and dropped because nobody took them."""
         return self._feeder.policy.dropped
 
     @property
     def waiting(self) -> int:
-        """How many blocks are made and not yet taken."""
+        """Number of blocks that are made and not yet taken."""
         return 0 if self.closed else len(self._ready)
 
     @property
@@ -332,16 +332,16 @@ class Feed(Closing):
     # ---------------------------------------------------------------- blocks
 
     def poll(self, timeout: float = 0.0) -> Chunk | None:
-        """The next block, or None if there is none within ``timeout`` seconds.
+        """Return the next block, or None if there is none within ``timeout`` seconds.
 
-        Raises what ended the stream; :class:`StreamError` where the feed or the stream is closed.
+        Raises the error that ended the stream; :class:`StreamError` once the feed or the stream is closed.
         """
         self._require_thread()
         with self._ready.lock:
             return next(self) if self._ready.changed.wait_for(self._feeder.has_news, timeout) else None
 
     def __next__(self) -> Chunk:
-        """The next block, waited for; raises as :meth:`poll` does."""
+        """Wait for the next block; raises as :meth:`poll` does."""
         if (chunk := self._take()) is not None:
             return chunk
         self._require_open()
@@ -387,7 +387,7 @@ class Feed(Closing):
             self.stream._require_whole()
 
     def _require_thread(self) -> None:
-        # Asked before any lock is: in a fork, a thread may hold it that only the parent has.
+        # Before any lock is acquired: in a fork, a thread that only the parent has may hold it.
         if not self._feeder.is_alive() and not self._feeder.over:
             raise StreamError("the feed has no thread in this process, a fork of its own; make a feed where it is used")
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from echo_rt.engine.executor import Executor, _Instant
+from echo_rt.engine.executor import Event, Executor
 from echo_rt.engine.rollout import Rollout
 
 LATE = 3600.0  # seconds that a late block takes, by a clock that is put forward: no load makes another one so late
@@ -66,11 +66,11 @@ def late_block(patch: pytest.MonkeyPatch, block: int) -> None:
         if at == block:
             ahead[0] = LATE
 
-    def begin(event: _Instant) -> None:
+    def begin(event: Event) -> None:
         event.time = time.perf_counter() + ahead[0]
 
     amid_every_block(patch, put_forward)
-    patch.setattr(_Instant, "__init__", begin)
+    patch.setattr(Event, "__init__", begin)
 
 
 class LostDevice:
@@ -90,13 +90,13 @@ class LostDevice:
                 self._raise()
             untold.add(time.perf_counter())
 
-        def wait(event: _Instant, seconds: float | None = None) -> bool:
+        def wait(event: Event, seconds: float | None = None) -> bool:
             if untold and event.time > min(untold):
                 self._raise()
             return True
 
         amid_every_block(patch, illegal_access)
-        patch.setattr(_Instant, "wait", wait)
+        patch.setattr(Event, "wait", wait)
         for name in ("run", "record", "eager", "synchronize", "close"):
             patch.setattr(Executor, name, self._refusing(getattr(Executor, name)))
 

@@ -34,7 +34,7 @@ def _merged(*clocks: Mapping[str, int]) -> Clock:
 
 
 @dataclass
-class RecordedEvent:
+class RecordedEvent(Event):
     """A point in a queue: all that is known to have happened by then."""
 
     recorder: Recorder

@@ -50,8 +50,8 @@ def test_odd_arguments_of_a_stream(small_model: Path) -> None:
         width = runtime.config.transformer.text_dim
         dense = torch.zeros(2, width)
         for wrong, words in (
-            (dense.to_sparse(), "must be dense"),
-            (dense.to("meta"), "must be dense"),
+            (dense.to_sparse(), "expected a dense tensor"),
+            (dense.to("meta"), "expected a dense tensor"),
             (dense.to(torch.float8_e4m3fn), "16, 32 or 64 bits"),
         ):
             with pytest.raises(echo_rt.PromptError, match=words):

@@ -13,7 +13,7 @@ from echo_rt.attention import AttentionSelection
 from echo_rt.bench.run import Entry, Run
 from echo_rt.bench.runner import Model, median_p99
 from echo_rt.bench.tables import Table, columns, draw, results, write_results
-from echo_rt.engine.decoding import convolutions_in_words
+from echo_rt.engine.build import convolutions_in_words
 from echo_rt.utils.device import FLOAT8, dtype_name
 from echo_rt.utils.wording import counted
 

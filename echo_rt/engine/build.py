@@ -1,27 +1,33 @@
-"""From configs, tensors and what a user chose to an engine: the one place where a model is put together."""
+"""Builds an engine from configs, tensors and options: the one place where a model is put together."""
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from echo_rt.attention import AttentionSelection, attentions, cache_file
+from echo_rt.attention import AttentionSelection, attention_tuner, attentions
+from echo_rt.attention import cache_file as attention_cache
+from echo_rt.attention import implementations as attention_candidates
 from echo_rt.config import ModelConfig, VaeConfig
-from echo_rt.engine.decoding import Convolutions, fit_decoder
+from echo_rt.convolution import ConvolutionSelection, ConvolutionShape, select_convolutions
+from echo_rt.convolution import cache_file as convolution_cache
+from echo_rt.convolution import implementations as convolution_candidates
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.executor import Executor, make_executor
 from echo_rt.engine.initial_video import InitialVideoEncoder
-from echo_rt.engine.memory_budget import require_room
+from echo_rt.engine.memory_budget import require_capacity
 from echo_rt.engine.pipeline import Pipeline
 from echo_rt.engine.prompts import PromptEncoder
 from echo_rt.engine.rollout import Rollout
 from echo_rt.engine.steady_state import SteadyCheck
-from echo_rt.errors import ConfigError
+from echo_rt.errors import BackendError, ConfigError
 from echo_rt.model.decoder_protocol import VideoDecoder
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
@@ -29,9 +35,18 @@ from echo_rt.model.tiny_decoder import TinyDecoder
 from echo_rt.model.transformer import Transformer
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.backends import Backend, choose_backend
+from echo_rt.ops.schema import Ops
 from echo_rt.options import WAN_VAE, MemoryMode, RuntimeOptions
 from echo_rt.snapshot.fit import WEIGHTS
-from echo_rt.snapshot.ways import ATTENTION, BACKEND, TEXT_ATTENTION, WAYS, Ways
+from echo_rt.snapshot.implementations import (
+    ATTENTION,
+    BACKEND,
+    IMPLEMENTATIONS,
+    TEXT_ATTENTION,
+    VAE_ATTENTION,
+    Implementations,
+    convolution_label,
+)
 from echo_rt.utils.device import FLOAT8, model_context, parse_device, parse_dtype, parse_vae_dtype, working_dtype
 from echo_rt.weights.choice import TAKEN
 from echo_rt.weights.fingerprint import FingerprintedTensors
@@ -42,8 +57,50 @@ from echo_rt.weights.tiny_vae import TinyVae
 _logger = logging.getLogger("echo_rt.runtime")
 
 
-def _nothing() -> FingerprintedTensors:
-    return FingerprintedTensors({}, "")
+Convolutions = Mapping[ConvolutionShape, ConvolutionSelection]
+"""The implementation of each of a decoder's convolutions, and why; a tiny decoder has no choice."""
+
+
+def fit_decoder(
+    decoder: VaeDecoder,
+    block: tuple[int, int, int],
+    ops: Ops,
+    convolution_name: str | None = None,
+    attention_name: str | None = None,
+    prescribed: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[AttentionSelection, Convolutions]:
+    """Select the implementations of ``decoder``'s attention and convolutions, set them, and return the selections.
+
+    ``block``: latents of one call, their height and width. ``attention_name`` is the one asked for, taken where it can
+    compute the decoder's; ``prescribed``: those of the snapshot to continue, by label. The errors are those of
+    :meth:`echo_rt.autotune.tuner.Tuner.select` and :func:`echo_rt.convolution.select_convolutions`.
+    """
+    latents, height, width = block
+    device, dtype = decoder.device, decoder.dtype
+    # Forgiven: an attention asked for by name is the transformer's, and need not support the decoder's larger heads.
+    tuner = attention_tuner(device, dtype, decoder.attention_shapes(height, width), attention_candidates(ops))
+    attended = tuner.select(
+        attention_name, prescribed.get(VAE_ATTENTION), cache=attention_cache(), forgive=(BackendError,)
+    )
+    decoder.attend_by(attended.attention)
+    shapes = decoder.convolution_shapes(height, width, latents)
+    convolved = select_convolutions(
+        convolution_name,
+        shapes.values(),
+        device=device,
+        dtype=dtype,
+        cache=convolution_cache(),
+        candidates=convolution_candidates(ops),
+        prescribed={s: prescribed[label] for s in shapes.values() if (label := convolution_label(s)) in prescribed},
+    )
+    decoder.use({name: convolved[shape].kind for name, shape in shapes.items()})
+    return attended, convolved
+
+
+def convolutions_in_words(convolutions: Convolutions) -> str:
+    """Count the shapes of each implementation, in words."""
+    counts = Counter(choice.kind.name for choice in convolutions.values())
+    return ", ".join(f"{name} for {count}" for name, count in counts.most_common()) + f" of {counts.total()} shapes"
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,17 +108,16 @@ class ModelTensors:
     """Tensors by their original names; ``memory`` and ``vae`` are empty where the model has no such part."""
 
     transformer: FingerprintedTensors
-    memory: FingerprintedTensors = field(default_factory=_nothing)
-    vae: FingerprintedTensors = field(default_factory=_nothing)
+    memory: FingerprintedTensors = field(default_factory=lambda: FingerprintedTensors({}, ""))
+    vae: FingerprintedTensors = field(default_factory=lambda: FingerprintedTensors({}, ""))
 
 
 class Networks:
-    """A model's networks on the device: each is made when it is first asked for, and engines may share them.
+    """A model's networks on the device, each made at first use; engines may share them.
 
-    They are to be asked for in a :func:`model_context`, as :func:`build_engine` does. ``vae`` is the VAE whose latents
-    these are, ``tiny`` the decoder in its place; without either there is no decoder. ``attention``: the choices for the
-    cache and for the text, made here where it is None. ``prescribed``: the ways of the snapshot to go on with, by their
-    labels.
+    Use them in a :func:`model_context`, as :func:`build_engine` does. ``vae``: the VAE of the model's latents;
+    ``tiny``: the decoder in its place; without either there is no decoder. ``attention``: the selections for the cache
+    and for the text, None to make them here. ``prescribed``: the implementations of the snapshot to continue, by label.
     """
 
     def __init__(
@@ -80,21 +136,22 @@ class Networks:
         self.vae, self.tiny, self._given_attention, self._prescribed = vae, tiny, attention, prescribed or {}
         self.device = parse_device(options.device)
         self.model_dtype = parse_dtype(options.dtype, self.device)
-        self.dtype = working_dtype(self.model_dtype)  # what all is in that is not a float8 product
+        self.dtype = working_dtype(self.model_dtype)  # of everything but float8 matmuls
         self.vae_dtype = parse_vae_dtype(options.vae_dtype, self.model_dtype)
 
     @cached_property
     def attention(self) -> tuple[AttentionSelection, AttentionSelection]:
-        """Which libraries compute attention over the cache and over the text, and why."""
-        prescribed = (self._prescribed.get(ATTENTION), self._prescribed.get(TEXT_ATTENTION))
-        return self._given_attention or attentions(
+        """The implementations of attention over the cache and over the text, and why."""
+        if self._given_attention is not None:
+            return self._given_attention
+        return attentions(
             self.config,
             self.device,
             self.dtype,
             self.ops,
             self.options.attention,
-            cache=cache_file(),
-            prescribed=prescribed,
+            cache=attention_cache(),
+            prescribed=(self._prescribed.get(ATTENTION), self._prescribed.get(TEXT_ATTENTION)),
         )
 
     @cached_property
@@ -119,7 +176,7 @@ class Networks:
         return MemoryEncoder(self.config, self.tensors.memory, self.ops, device=self.device, dtype=self.dtype)
 
     def load(self, config: ModelConfig) -> None:
-        """Make all that an engine of ``config`` computes with, which is to be there before its buffers."""
+        """Make every network of an engine of ``config``, before its buffers are."""
         _ = self.transformer, self.memory if config.memory is not None else None, self.decoder
 
     @property
@@ -128,17 +185,17 @@ class Networks:
 
     @property
     def vae_attention(self) -> AttentionSelection | None:
-        """How the decoder computes attention, and why; a tiny one has none."""
+        """The implementation of the decoder's attention, and why; a tiny one has none."""
         return self._decoding[1]
 
     @property
     def convolutions(self) -> Convolutions:
-        """How the decoder computes its convolutions, and why; a tiny one has no choice."""
+        """The implementations of the decoder's convolutions, and why; empty for a tiny one."""
         return self._decoding[2]
 
     @property
     def vae_name(self) -> str:
-        """``"wan"``, or the kind of the tiny decoder."""
+        """Name of the decoder: ``"wan"``, or the kind of the tiny one."""
         return WAN_VAE if self.tiny is None else self.tiny.kind.name
 
     @cached_property
@@ -151,18 +208,14 @@ class Networks:
             named = (options.convolution, options.attention)
             return decoder, *fit_decoder(decoder, block, self.ops, *named, self._prescribed)
         if options.vae_tiles != 1:
-            raise ConfigError(
-                f"vae_tiles must be 1 for a tiny decoder, which needs little memory; got {options.vae_tiles}"
-            )
+            raise ConfigError(f"vae_tiles must be 1 for a tiny decoder, got {options.vae_tiles}")
         if options.convolution is not None:
-            raise ConfigError(
-                f"convolution must be left out for a tiny decoder, which has one way; got {options.convolution!r}"
-            )
+            raise ConfigError(f"convolution must be left out for a tiny decoder, got {options.convolution!r}")
         return TinyDecoder(self.tiny.config, tensors, self.vae, device=device, dtype=dtype), None, {}
 
 
 def open_networks(loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapping[str, str]) -> Networks:
-    """The networks of a loaded model, on the backend chosen for it; raises :class:`BackendError`."""
+    """Return the networks of a loaded model on the backend chosen for it; raises :class:`BackendError`."""
     device = parse_device(options.device)
     working = working_dtype(parse_dtype(options.dtype, device))
     backend = choose_backend(
@@ -173,21 +226,20 @@ def open_networks(loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapp
     )
     _logger.log(logging.WARNING if backend.fallback else logging.INFO, "backend %s: %s", backend.name, backend.reason)
     folder, tiny = loaded.folder, loaded.tiny_vae
-    decoder = (
-        (folder.vae_tensors(), f"{folder.vae_source} (VAE)")
-        if tiny is None
-        else (tiny.tensors, f"{tiny.path} (tiny decoder)")
-    )
+    if tiny is None:
+        decoder = FingerprintedTensors(folder.vae_tensors(), f"{folder.vae_source} (VAE)")
+    else:
+        decoder = FingerprintedTensors(tiny.tensors, f"{tiny.path} (tiny decoder)")
     tensors = ModelTensors(
         transformer=FingerprintedTensors(loaded.transformer, f"{loaded.transformer_source} (transformer)"),
         memory=FingerprintedTensors(loaded.memory or {}, f"{loaded.memory_source} (memory encoder)"),
-        vae=FingerprintedTensors(*decoder),
+        vae=decoder,
     )
     return Networks(loaded.config, tensors, options, backend, vae=loaded.vae, tiny=tiny, prescribed=prescribed)
 
 
 def build_rollout(config: ModelConfig, networks: Networks, mode: MemoryMode, executor: Executor) -> Rollout:
-    """A rollout of ``networks``, whose config ``config`` is, or the same without its memory."""
+    """Make a rollout of ``networks``; ``config`` is theirs, or the same without its memory."""
     memory = None if config.memory is None else networks.memory
     attention = networks.attention[0].attention
     return Rollout(config, networks.transformer, memory, networks.schedule, networks.ops, attention, mode, executor)
@@ -203,26 +255,26 @@ def build_engine(
     folder: ModelFolder | None = None,
     taken: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """An engine ready to stream: networks on the device, buffers made.
+    """Make an engine that is ready to stream: networks on the device, buffers allocated.
 
     Args:
-        config: that of ``networks``, or the same without its memory.
-        options: ``graphs``, ``lookahead``, ``check`` and ``keep_text_encoder`` are this engine's own.
+        config: the config of ``networks``, or the same without its memory.
+        options: read for ``graphs``, ``lookahead``, ``check`` and ``keep_text_encoder``.
         executor: in place of the device's usual one.
-        folder: where the text encoder is; without it the engine takes embeddings alone.
-        taken: what the model was made of, in plain JSON types, as its snapshots have it.
+        folder: with the text encoder; without it the engine takes only embeddings.
+        taken: what the model was made of, for its snapshots, in plain JSON types.
 
     Raises:
-        ConfigError, BackendError: for what the model cannot have, or the machine no memory for.
+        ConfigError, BackendError: for options that the model cannot have, or too little memory.
     """
     vae, tiny, device = networks.vae, networks.tiny, networks.device
     assert vae is not None
     executor = executor or make_executor(device, options.graphs)
     lookahead = options.lookahead
     if lookahead is None:
-        lookahead = 1 if device.type == "cuda" else 0  # on a CPU there is nothing to be busy beside
+        lookahead = 1 if device.type == "cuda" else 0  # a CPU computes one block at a time
     depth = 1 + lookahead
-    require_room(
+    require_capacity(
         config,
         vae,
         None if tiny is None else tiny.config,
@@ -232,22 +284,24 @@ def build_engine(
         vae_tiles=networks.options.vae_tiles,
         depth=depth,
     )
-    attention = networks.attention  # a trial of it takes memory that the weights will need
-    # float32 whatever the model's dtype: a LoRA is merged in it, and what comes out must not depend on the caller.
+    attention = networks.attention  # before the weights: its measurement takes memory that they will need
+    # float32 whatever the model's dtype: LoRAs are merged in it, and must not depend on the caller's TF32 settings.
     with model_context(device, networks.dtype, networks.vae_dtype, torch.float32):
         networks.load(config)
         rollout = build_rollout(config, networks, mode, executor)
         pipeline = Pipeline(rollout, networks.decoder, vae, networks.ops, executor, device=device, depth=depth)
-    ways = Ways.chosen(networks.backend, *attention, networks.vae_attention, networks.convolutions)
+    implementations = Implementations.selected(
+        networks.backend, *attention, networks.vae_attention, networks.convolutions
+    )
     tensors = networks.tensors
-    # A snapshot goes on with the same model alone: all that its video depends on, beside seed and prompts.
+    # All that a video depends on beside seed and prompts: a snapshot can be resumed only where this is the same.
     model = {
         **config.to_flat(),
         "memory_mode": mode.value,
         "vae": networks.vae_name,
         "dtype": str(networks.model_dtype),
         "vae_dtype": str(networks.vae_dtype),
-        WAYS: dict(ways.names),
+        IMPLEMENTATIONS: dict(implementations.names),
         WEIGHTS: [part.digest() for part in (tensors.transformer, tensors.memory, tensors.vae)],
     }
     if taken is not None:
@@ -263,7 +317,7 @@ def build_engine(
         executor=executor,
         vae=vae,
         model=model,
-        ways=ways,
+        implementations=implementations,
         prompts=PromptEncoder(
             folder, config.transformer, device, keep=options.keep_text_encoder, dtype=networks.model_dtype
         ),

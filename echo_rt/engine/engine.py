@@ -1,4 +1,4 @@
-"""What a runtime lends to a stream, and the state in it: saved as a snapshot, loaded from one."""
+"""What a runtime lends to a stream, and how its state is saved as a snapshot and loaded from one."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from echo_rt.engine.rollout import Rollout
 from echo_rt.engine.steady_state import SteadyCheck
 from echo_rt.errors import ConfigError, PromptError, StreamError
 from echo_rt.snapshot.fit import difference
+from echo_rt.snapshot.implementations import Implementations
 from echo_rt.snapshot.snapshot import Snapshot
-from echo_rt.snapshot.ways import Ways
 from echo_rt.utils.wording import plain
 
 
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """``lookahead``: blocks that are begun before an earlier one is handed out; ``check``: where it is asked for."""
+    """The parts of a model that make one video at a time.
+
+    ``model``: its description for snapshots; ``lookahead``: number of blocks begun ahead; ``check``: None unless asked
+    for.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -36,7 +40,7 @@ class Engine:
     executor: Executor
     vae: VaeConfig
     model: Mapping[str, Any]
-    ways: Ways
+    implementations: Implementations
     prompts: PromptEncoder
     initial_video: InitialVideoEncoder
     lookahead: int
@@ -48,26 +52,24 @@ class Engine:
         return self.rollout.state.block
 
     def start(self, prompt_embeds: Tensor, seed: int) -> None:
-        """Begin a new video with ``prompt_embeds [length, text_dim]``, whatever was in the buffers."""
+        """Start a new video with ``prompt_embeds [length, text_dim]``; the one before is forgotten."""
         self.pipeline.reset()
         self.rollout.start(prompt_embeds, seed)
 
     @property
     def initial_blocks(self) -> int:
-        """How many blocks at the beginning of the video are given, those that are still to come included."""
+        """Number of given blocks at the beginning of the video, those still to come included."""
         return self.rollout.state.initial_blocks + len(self.pipeline.given)
 
     def prefill(self, latents: Tensor) -> None:
-        """Have the video begin with ``latents`` float32 ``[frames, C, h, w]``, normalized, a whole number of blocks.
+        """Begin the video with ``latents`` float32 ``[frames, C, h, w]``, normalized, a whole number of blocks.
 
-        Each is begun, decoded and finished when it is its turn, as the generated ones behind it are, but passes through
-        the transformer once, for its keys and values. Call it behind :meth:`start`. :class:`ConfigError` for others.
+        Each is begun, decoded and finished like a generated block, but passes through the transformer only once, for
+        its keys and values. Call this after :meth:`start`. Raises :class:`ConfigError` for other shapes and dtypes.
         """
-        self.rollout.split_blocks(latents)  # refused before anything is done
-        own = latents.detach().to("cpu", copy=True)
-        if self.device.type == "cuda":
-            own = own.pin_memory()  # the host does not wait for a copy of it to the device
-        self.pipeline.given.extend(self.rollout.split_blocks(own))
+        blocks = self.rollout.split_blocks(latents.detach().to("cpu", copy=True))
+        # Pinned, the host does not wait for its copy to the device.
+        self.pipeline.given.extend(block.pin_memory() if self.device.type == "cuda" else block for block in blocks)
 
     def save_state(
         self,
@@ -77,11 +79,11 @@ class Engine:
         offset: int = 0,
         caller_noise: bool = False,
     ) -> Snapshot:
-        """Copy the state behind the last block begun to the host, once all that was asked for is done.
+        """Wait for all submitted work and copy the state after the last block begun to the host.
 
-        The rest is the stream's, which :class:`Snapshot` explains.
+        The arguments are the stream's part of a :class:`Snapshot`.
         """
-        pinned = self.device.type == "cuda"  # several times as fast as memory that may be paged out
+        pinned = self.device.type == "cuda"  # copied several times as fast as pageable memory
         self.executor.synchronize()
         copies: dict[str, Tensor] = {}
         with self.executor.eager():
@@ -106,49 +108,47 @@ class Engine:
         )
 
     def finite(self) -> bool:
-        """Whether all that the next block depends on is finite; waits for it."""
+        """Whether all that the next block depends on is finite; waits for submitted work."""
         with self.executor.eager():
-            # Without a memory some are empty.
+            # Some tensors are empty without a memory.
             values = [t for t in self.pipeline.live_tensors().values() if t.is_floating_point() and t.numel()]
             ends = [torch.aminmax(t) for t in values]
             return all(bool(torch.isfinite(low) & torch.isfinite(high)) for low, high in ends)
 
     def require_fit(self, snapshot: Snapshot) -> None:
-        """:class:`StreamError` for a snapshot of another model, one computed otherwise, or one that is not whole."""
+        """Raise :class:`StreamError` for a snapshot of another model or implementation, or an inconsistent one."""
         if different := difference(snapshot.model, self.model, self.vae.spatial_stride):
             raise StreamError(f"the snapshot is of another model: {different}")
-        if conflict := self.ways.conflict(snapshot.model):
+        if conflict := self.implementations.conflict(snapshot.model):
             raise StreamError(f"the snapshot cannot go on here bit for bit: {conflict}")
         frames = (snapshot.block + 1) * self.rollout.config.window.frames_per_block
-        whole = snapshot.block >= -1 and frames == snapshot.latents_decoded and snapshot.offset >= 0
-        passed, begun = snapshot.initial_blocks, snapshot.block + 1
-        whole &= passed == begun if snapshot.initial_latents is not None else 0 <= passed <= begun
-        if not whole or snapshot.next_block < 0:
+        begun, given, coming = snapshot.block + 1, snapshot.initial_blocks, snapshot.initial_latents
+        consistent = begun >= 0 and frames == snapshot.latents_decoded and snapshot.offset >= 0
+        consistent &= 0 <= given <= begun if coming is None else given == begun
+        if not consistent or snapshot.next_block < 0:
             raise StreamError(
                 f"the snapshot contradicts itself: {snapshot.latents_decoded} latents decoded and {len(snapshot.held)} "
-                f"blocks held at block {snapshot.block}, {snapshot.offset} behind the video's"
+                f"blocks held at block {snapshot.block}, {snapshot.offset} behind the video's, {given} of them given"
             )
         for name, tensor in self.pipeline.live_tensors().items():
             saved = snapshot.tensors.get(name)
             if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-                expected, came = (
-                    "nothing" if t is None else f"{plain(t.dtype)} {list(t.shape)}" for t in (tensor, saved)
+                found = "nothing" if saved is None else f"{plain(saved.dtype)} {list(saved.shape)}"
+                raise StreamError(
+                    f"snapshot tensor {name}: expected {plain(tensor.dtype)} {list(tensor.shape)}, found {found}"
                 )
-                raise StreamError(f"snapshot tensor {name}: expected {expected}, got {came}")
-        if snapshot.initial_latents is not None:
-            try:
-                self.rollout.split_blocks(snapshot.initial_latents)
-            except ConfigError as error:
-                raise StreamError(f"the snapshot's initial video: {error}") from None
-        text = self.rollout.config.transformer
-        for block, embeds in snapshot.prompts.items():
-            try:
+        part, text = "initial video", self.rollout.config.transformer
+        try:
+            if coming is not None:
+                self.rollout.split_blocks(coming)
+            for block, embeds in snapshot.prompts.items():
+                part = f"prompt for block {block}"
                 check_prompt_embeds(embeds, text.text_dim, text.text_len)
-            except PromptError as error:
-                raise StreamError(f"the snapshot's prompt for block {block}: {error}") from None
+        except (ConfigError, PromptError) as error:
+            raise StreamError(f"the snapshot's {part}: {error}") from None
 
     def load_state(self, snapshot: Snapshot, seed: int) -> None:
-        """Stand where ``snapshot``, which :meth:`require_fit` has passed, was taken; ``seed`` is the next noise's."""
+        """Load the state of ``snapshot``, which :meth:`require_fit` has passed; ``seed`` is that of the next noise."""
         state = self.rollout.state
         self.pipeline.reset()
         state.reset()
@@ -156,7 +156,7 @@ class Engine:
         with self.executor.eager():
             for name, tensor in self.pipeline.live_tensors().items():
                 tensor.copy_(snapshot.tensors[name])
-        self.executor.synchronize()  # the snapshot may be let go of
+        self.executor.synchronize()  # or the snapshot could be freed too early
         state.block = snapshot.block
         state.initial_blocks = snapshot.initial_blocks
         state.memory_ready = snapshot.memory_ready

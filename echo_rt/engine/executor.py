@@ -1,10 +1,10 @@
-"""How work reaches the device: queues that run beside one another, ordered by events, and graphs that replay.
+"""Submits work to the device: queues that run beside one another, ordered by events, and CUDA graphs.
 
-A *stage* is a function and its static arguments: all that the host decides. What else a stage reads or writes lies in
+A *stage* is a function and its static arguments: all that the host decides. All else that it reads or writes lies in
 tensors whose addresses never change. So a stage that comes again with the same arguments does the same work on the same
-addresses, and on a GPU a captured graph does it without the host: the first time a stage runs as it is (libraries make
-their workspaces and choices then), the second time it is captured, from then on replayed. What comes once in a video,
-like the filling of the window, is therefore never worth a graph, and gets none.
+addresses, and on a GPU its captured graph does it without the host. The first time a stage runs eagerly (libraries make
+their workspaces and plans then), the second time it is captured, from then on it is replayed. A stage that comes once
+in a video, such as those that fill the window, is not captured in a first video.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from functools import cache, partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -26,7 +26,7 @@ from echo_rt.utils.wording import first_line
 
 _logger = logging.getLogger("echo_rt.engine.executor")
 _DOMAIN = "echo_rt"  # of the NVTX ranges
-_POLL_SECONDS = 0.0005  # between two looks at an event that is waited for with a bound
+_POLL_SECONDS = 0.0005  # between two queries while the host waits with a timeout
 
 
 class Queue(Enum):
@@ -37,18 +37,23 @@ class Queue(Enum):
     DECODE = "decode"
 
 
-class Event(Protocol):
-    """A point in a queue."""
+class Event:
+    """A point in a queue. This one is of a CPU's queue, which is never behind the host."""
+
+    def __init__(self) -> None:
+        self.time = time.perf_counter()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Hold the host until the queue has passed the event; False if it has not after ``seconds``."""
+        return True
 
     def seconds_since(self, earlier: Event) -> float:
-        """Time between two events that have been passed."""
+        """Seconds between two events that have been passed."""
+        return self.time - earlier.time
 
 
 class Span(NamedTuple):
-    """A stage's time in its queue: from when it could begin, what it waits for being done, to its end."""
+    """A stage's time in its queue, from when it could begin, after what it waits for, to its end."""
 
     stage: str
     queue: Queue
@@ -57,13 +62,13 @@ class Span(NamedTuple):
 
 
 def stage_name(stage: Callable[..., None]) -> str:
-    """What a profiler shows for a stage: the function's own name."""
+    """Name of a stage in a profiler: the function's own."""
     return stage.__qualname__
 
 
 @cache
 def _ranges() -> Callable[[str], AbstractContextManager[None]]:
-    """What makes the NVTX range of a stage; without the package there are none, which the log says once."""
+    """Return the function that makes a stage's NVTX range; without the package there are none, and one warning."""
     try:
         import nvtx
     except ImportError as error:
@@ -72,25 +77,11 @@ def _ranges() -> Callable[[str], AbstractContextManager[None]]:
     return lambda name: nvtx.annotate(name, domain=_DOMAIN)
 
 
-class _Instant:
-    """An event of a queue that is never behind the host."""
-
-    def __init__(self) -> None:
-        self.time = time.perf_counter()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        return True
-
-    def seconds_since(self, earlier: Event) -> float:
-        assert isinstance(earlier, _Instant)
-        return self.time - earlier.time
-
-
 class Executor:
-    """Runs stages on queues, for one thread at a time. This one runs each at once, on the CPU: its queues are one.
+    """Runs stages on queues, for one thread at a time. This one, for the CPU, runs each stage at once.
 
-    ``runs`` counts the stages, ``replays`` those of them that were replayed. ``spans``: where a benchmark has put a
-    list, each stage and each stay in :meth:`eager` (``stage`` empty) adds its span, which costs two events.
+    ``runs`` counts stages, ``replays`` those that were replayed. ``spans``: a benchmark may set a list, to which each
+    stage and each block of :meth:`eager` (``stage`` empty) adds its span, at the cost of two events.
     """
 
     def __init__(self) -> None:
@@ -105,61 +96,56 @@ class Executor:
         queue: Queue = Queue.MAIN,
         after: Sequence[Event | None] = (),
     ) -> Event:
-        """``stage(*static_args)`` on ``queue``, once the queue has passed ``after`` (None: nothing to wait for).
+        """Run ``stage(*static_args)`` on ``queue`` after the events ``after`` (None: nothing to wait for).
 
-        The event is the stage's end; running the same stage again moves it. :class:`CaptureError` where a graph is
-        wanted of it and there can be none.
+        Returns the event of its end; running the same stage again moves it. Raises :class:`CaptureError` for a stage
+        that cannot be captured as a graph.
         """
         self.runs += 1
         with self._noting(stage_name(stage), queue), _ranges()(stage_name(stage)):
             stage(*static_args)
-        return _Instant()
+        return Event()
 
     @contextmanager
     def eager(self, queue: Queue = Queue.MAIN) -> Iterator[None]:
-        """Work on ``queue`` that is not a stage: never captured. It sees what the caller's CUDA stream has done."""
+        """Run work on ``queue`` that is not a stage, never captured, after the work of the caller's CUDA stream."""
         with self._noting("", queue):
             yield
 
     def record(self, queue: Queue, reuse: Event | None = None) -> Event:
-        """An event where ``queue`` is now; ``reuse`` is one that is no longer needed."""
-        return _Instant()
+        """Record an event in ``queue``; ``reuse``: one that is no longer needed."""
+        return Event()
 
     def synchronize(self) -> None:
-        """Hold the host until every queue is idle. :class:`StallError` where one is not, after :meth:`give_up`."""
+        """Hold the host until every queue is idle; after :meth:`give_up`, :class:`StallError` where one is not."""
 
     def give_up(self, seconds: float) -> None:
-        """A queue may never be idle again: from now on :meth:`synchronize` waits for it no longer than that."""
+        """Bound the wait of :meth:`synchronize`: a queue may never be idle again."""
 
     def close(self) -> None:
-        """Synchronize, then forget all stages and their graphs: of a lost device too, but not of one that is busy."""
+        """Synchronize, then release all graphs, also of a lost device, but not of one that is still busy."""
 
     @contextmanager
     def _noting(self, stage: str, queue: Queue) -> Iterator[None]:
-        """Add the span of what is done in it, where spans are wanted."""
+        """Add the span of the work inside, where spans are wanted."""
         begin = None if self.spans is None else self.record(queue)
         yield
         if self.spans is not None and begin is not None:
             self.spans.append(Span(stage, queue, begin, self.record(queue)))
 
 
-class CudaEvent:
+class CudaEvent(Event):
     """An event of a CUDA stream."""
 
     def __init__(self) -> None:
-        # Blocking: the host sleeps while it waits for a block, instead of spinning a core for a quarter of a second.
+        # Blocking: the host sleeps while it waits for a block, instead of keeping a core busy meanwhile.
         self.cuda = torch.cuda.Event(enable_timing=True, blocking=True)
 
     def wait(self, seconds: float | None = None) -> bool:
         if seconds is None:
             self.cuda.synchronize()
             return True
-        deadline = time.monotonic() + seconds
-        while not self.cuda.query():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_POLL_SECONDS)
-        return True
+        return _wait_for(self.cuda.query, seconds)
 
     def seconds_since(self, earlier: Event) -> float:
         assert isinstance(earlier, CudaEvent)
@@ -167,11 +153,21 @@ class CudaEvent:
         return milliseconds / 1000
 
 
+def _wait_for(done: Callable[[], bool], seconds: float) -> bool:
+    """Poll ``done`` for ``seconds`` at most; returns whether it was true."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
 class _Seen(threading.local):
     """The stages that the calling thread has run.
 
-    By thread, since libraries keep what they make for a shape (cuDNN its plans) by thread, and must not make it in a
-    capture. Not by the thread's number, which the next thread may be given.
+    By thread, since libraries keep what they make for a shape (such as cuDNN's plans) by thread, and must not make it
+    during a capture. Not by thread id, which the next thread may get.
     """
 
     def __init__(self) -> None:
@@ -184,16 +180,16 @@ class CudaExecutor(Executor):
     def __init__(self, device: torch.device, *, graphs: bool) -> None:
         super().__init__()
         self._device, self._graphs_wanted = device, graphs
-        # The decoder's many small launches go first: what it makes is waited for, the next block is not.
+        # The decoder's many small launches go first: its frames are waited for, the next block is not.
         self._streams = {
             queue: torch.cuda.Stream(device, priority=-1 if queue is Queue.DECODE else 0) for queue in Queue
         }
-        # Graphs of one pool may share memory, which is safe for those that never run at the same time.
+        # Graphs of a pool may share memory, which is safe only if they never run at the same time.
         self._pools = {queue: torch.cuda.graph_pool_handle() for queue in Queue}
         self._seen = _Seen()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._events: dict[Hashable, Event] = {}
-        self._patience: float | None = None  # seconds to synchronize in, once a queue was given up
+        self._patience: float | None = None  # bound of synchronize() in seconds, after give_up()
 
     def run(
         self,
@@ -202,7 +198,7 @@ class CudaExecutor(Executor):
         queue: Queue = Queue.MAIN,
         after: Sequence[Event | None] = (),
     ) -> Event:
-        # Not the bound method, which would hold its owner, all buffers with it, in a circle.
+        # Not the bound method, which would hold its owner and all buffers in a reference cycle.
         key = (getattr(stage, "__func__", stage), static_args)
         self.runs += 1
         stream = self._streams[queue]
@@ -210,7 +206,7 @@ class CudaExecutor(Executor):
             if event is not None:
                 assert isinstance(event, CudaEvent)
                 stream.wait_event(event.cuda)
-        # Behind the waits, which are not the stage's.
+        # After the waits, which do not count as the stage's time.
         with self._noting(stage_name(stage), queue), torch.cuda.stream(stream), _ranges()(stage_name(stage)):
             graph = self._graphs.get(key)
             if graph is None and self._graphs_wanted and key in self._seen.stages:
@@ -234,7 +230,7 @@ class CudaExecutor(Executor):
         except BaseException as error:
             self._pools[queue] = torch.cuda.graph_pool_handle()
             if not isinstance(error, Exception) or isinstance(error, (EchoError, torch.OutOfMemoryError)):
-                raise  # which say what is the matter, with graphs or without
+                raise  # no fault of the capture
             raise CaptureError(stage_name(stage), first_line(error)) from error
         return graph
 
@@ -252,12 +248,9 @@ class CudaExecutor(Executor):
         return event
 
     def synchronize(self) -> None:
-        if self._patience is not None:
-            deadline = time.monotonic() + self._patience
-            while not all(stream.query() for stream in self._streams.values()):
-                if time.monotonic() > deadline:
-                    raise StallError(f"{self._device} is still busy after {self._patience:g} s more")
-                time.sleep(_POLL_SECONDS)
+        bound = self._patience
+        if bound is not None and not _wait_for(lambda: all(s.query() for s in self._streams.values()), bound):
+            raise StallError(f"{self._device} is still busy after {bound:g} s more")
         # Not the device: another runtime's thread may be capturing on it.
         for stream in (torch.cuda.current_stream(self._device), *self._streams.values()):
             stream.synchronize()
@@ -270,7 +263,7 @@ class CudaExecutor(Executor):
         try:
             self.synchronize()
         except StallError:
-            raise  # graphs that may be running are kept with the buffers they write to
+            raise  # graphs that may be running must keep the buffers they write to
         except BaseException:
             self._forget()  # a device that is lost runs nothing
             raise
@@ -283,9 +276,9 @@ class CudaExecutor(Executor):
 
 
 def make_executor(device: torch.device, graphs: bool | None = None) -> Executor:
-    """The executor for ``device``; ``graphs`` None means where there can be any.
+    """Make the executor for ``device``; ``graphs`` None means on a GPU.
 
-    Raises :class:`BackendError` where graphs are asked for and cannot be.
+    Raises :class:`BackendError` where graphs are asked for on a CPU.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):

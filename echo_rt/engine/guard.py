@@ -1,4 +1,4 @@
-"""What a stream does about a block that went wrong: NaN or infinite values, or no end in sight."""
+"""What a stream does about a bad block: one with NaN or infinite values, or one that takes too long."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ STOP, ROLL_BACK = "stop", "roll_back"
 
 @dataclass(frozen=True)
 class Guard:
-    """Chosen for each stream.
+    """What a stream does about bad blocks.
 
-    Every block's values are counted on the device, beside it; the count comes with the frames, so a block that is not
-    finite is never handed out, and finding it costs no synchronization.
+    Values that are not finite are counted on the device, and the count arrives with the frames: a block with such
+    values is never handed out, and the check costs no synchronization.
 
     Args:
-        policy: ``"stop"`` ends the stream with :class:`NumericalError`. ``"roll_back"`` goes back to the last good
-            state and on from there with other noise: the video's numbering goes on, its content jumps back by up to
-            ``keep_every`` blocks. ``stream.rollbacks`` counts.
-        keep_every: blocks between two good states that ``roll_back`` keeps on the host; each copies the whole state.
-            The first is kept behind the blocks that are begun together; before it there is nothing to go back to.
-        attempts: rollbacks in a row, without a good block between them, after which the stream stops all the same.
-        evidence: a folder, made if it is not there, for the state and the figures of every such block, or None.
-        block_seconds: the longest that a block may take, or the stream ends with :class:`StallError`; None: no bound.
-            On a CPU, which cannot be left while it computes, it is seen when the block is there.
+        policy: ``"stop"`` ends the stream with :class:`NumericalError`. ``"roll_back"`` returns to the last good state
+            and continues from there with other noise: block numbers go on, the content jumps back by up to
+            ``keep_every`` blocks. ``stream.rollbacks`` counts them.
+        keep_every: blocks between two good states, which ``roll_back`` copies to the host. The first is kept after the
+            blocks that are begun together at the start; a bad block before it ends the stream.
+        attempts: rollbacks in a row, without a good block in between, after which the stream ends.
+        evidence: a folder, made if needed, for the state and the statistics of every bad block, or None.
+        block_seconds: seconds that a block may take before the stream ends with :class:`StallError`; None: no bound.
+            On a CPU this is only noticed at the end of the block.
     """
 
     policy: str = STOP
@@ -59,11 +59,10 @@ class Guard:
     def save_evidence(
         self, block: int, snapshot: Snapshot, before: Snapshot | None, vitals: Vitals, facts: dict[str, Any]
     ) -> list[Path]:
-        """Write what is known of ``block``; returns the files. Only where evidence is wanted.
+        """Write what is known about ``block`` to the folder for evidence; returns the files.
 
-        ``snapshot``: the state after it, or after the block that was begun behind it. ``before``: the last good state,
-        where one is kept; resumed, it makes the block again. The figures say which block each stands behind. Raises
-        :class:`OutputError`.
+        ``snapshot``: the state after the last block begun. ``before``: the last good state, if one is kept; resumed, it
+        makes the block again. ``facts``: further entries of the JSON file. Raises :class:`OutputError`.
         """
         assert self.evidence is not None
         folder = Path(self.evidence)
@@ -71,7 +70,7 @@ class Guard:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{folder}: cannot make the folder: {error.strerror}") from None
-        # A block that goes wrong again, in this run or a later one, takes nothing from what is known of the first time.
+        # A block that goes wrong again, in this run or a later one, does not overwrite the first evidence.
         stems = (f"block-{block:08d}{'' if time == 1 else f'-{time}'}" for time in itertools.count(1))
         stem = next(stem for stem in stems if not (folder / f"{stem}.json").exists())
         state, figures = folder / f"{stem}.safetensors", folder / f"{stem}.json"
@@ -98,5 +97,5 @@ class Guard:
 
 
 def _plain(value: float | None) -> float | str | None:
-    """For JSON, which has no NaN: what is no number is told by its name."""
+    """``value`` for JSON, which has no NaN or infinity: these become text."""
     return value if value is None or math.isfinite(value) else str(value)

@@ -1,4 +1,4 @@
-"""A video or a picture that a stream begins with: checked, brought to the video's size, encoded to latents."""
+"""A video or a picture that a stream begins with: checked, resized, encoded to latents."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from echo_rt.config import ModelConfig, VaeConfig
+from echo_rt.engine.prompts import check_dense
 from echo_rt.errors import ConfigError, NumericalError, WeightsError
 from echo_rt.model.vae_encoder import VaeEncoder
 from echo_rt.options import CROP, FITS, MOST_INITIAL_SECONDS
+from echo_rt.recipes import RECIPES
 from echo_rt.utils.device import give_memory_back, model_context
 from echo_rt.utils.wording import counted, type_of
 from echo_rt.weights.folder import ModelFolder
@@ -26,14 +28,14 @@ Frames: TypeAlias = "Tensor | NDArray[np.uint8]"
 InitialVideo: TypeAlias = "Frames | Iterable[Frames]"
 """Frames uint8 ``[F, H, W, 3]`` RGB, whole or as an iterable of pieces."""
 
-# Those whose blocks are one latent frame, so that a picture is a block.
-_PICTURE_RECIPES = ("causal-forcing-framewise", "causal-forcing-framewise-2step", "causal-forcing-framewise-1step")
+# Recipes whose blocks are one latent frame, so that a picture fills a block.
+_PICTURE_RECIPES = [name for name, recipe in RECIPES.items() if recipe.facts["frames_per_block"] == 1]
 
 
 class InitialVideoEncoder:
-    """The VAE's encoder of a model folder, loaded for each video and released after it.
+    """The VAE encoder of a model folder, loaded for each video and released after it.
 
-    ``vae``: the VAE whose latents the model makes, in ``dtype``. Without a folder there is no encoder.
+    ``vae``: the VAE of the model's latents; ``dtype``: what it encodes in. Without a folder there is no encoder.
     """
 
     def __init__(
@@ -51,22 +53,24 @@ class InitialVideoEncoder:
         included: bool = True,
         latents: Tensor | None = None,
     ) -> None:
-        """What can be said without encoding; :class:`ConfigError` for a video that the model cannot begin with.
+        """Check a video without encoding it; :class:`ConfigError` for one that the model cannot begin with.
 
-        The pieces of an iterable are checked as they are read. ``latents``: given in place of a video, if they are.
+        Pieces of an iterable are checked as they are read. ``latents``: given in place of a video, or None.
         """
         if fit not in (None, *FITS):
             raise ConfigError(f"fit must be {' or '.join(map(repr, FITS))}, or None; got {fit!r}")
         if not isinstance(included, bool):
             raise ConfigError(f"include_initial must be True or False, got {included!r}")
-        if not isinstance(latents, Tensor | None):
-            raise ConfigError(f"initial_latents must be a tensor or None, got {type_of(latents)}")
-        if video is not None and latents is not None:
-            raise ConfigError("give an initial_video or initial_latents, one of the two; got both")
+        if latents is not None:
+            if not isinstance(latents, Tensor):
+                raise ConfigError(f"initial_latents must be a tensor or None, got {type_of(latents)}")
+            if video is not None:
+                raise ConfigError("give an initial_video or initial_latents, one of the two; got both")
+            check_dense(latents, "initial_latents", ConfigError)
+        elif video is None and not included:
+            raise ConfigError("include_initial is about an initial_video: expected one, got None")
         if video is None and fit is not None:
             raise ConfigError("fit is about an initial_video: expected one, got None")
-        if video is None and latents is None and not included:
-            raise ConfigError("include_initial is about an initial_video: expected one, got None")
         if video is None:
             return
         if isinstance(video, (Tensor, np.ndarray)):
@@ -78,23 +82,23 @@ class InitialVideoEncoder:
             )
 
     def check_count(self, frames: int) -> None:
-        """:class:`ConfigError` unless so many frames are whole blocks, and not too many."""
+        """Raise :class:`ConfigError` unless a number of frames is whole blocks, and not too many."""
         self._check_length(frames)
         latents = 1 + (frames - 1) // self._vae.temporal_stride if frames else 0
         below, above = (self._vae.video_frames(self._block * (latents // self._block + more)) for more in (0, 1))
         if frames == below > 0:
             return
         nearest = f"{below} or {above}" if below else str(above)
-        picture = (
-            f"; a picture begins a video only where a block is 1 latent frame, as in the recipes "
-            f"{', '.join(_PICTURE_RECIPES)}"
-            if frames == 1
-            else ""
-        )
-        raise ConfigError(
+        message = (
             f"an initial video must fill blocks of {counted(self._block, 'latent frame')}: "
-            f"expected {nearest} frames, got {frames}{picture}"
+            f"expected {nearest} frames, got {frames}"
         )
+        if frames == 1:
+            message += (
+                "; a picture begins a video only where a block is 1 latent frame, as in the recipes "
+                + ", ".join(_PICTURE_RECIPES)
+            )
+        raise ConfigError(message)
 
     def _check_length(self, frames: int) -> None:
         most = MOST_INITIAL_SECONDS * self._vae.frame_rate
@@ -119,10 +123,10 @@ class InitialVideoEncoder:
             )
 
     def encode(self, video: InitialVideo, fit: str | None = None) -> Tensor:
-        """Normalized latents ``[frames, C, h, w]`` of a video that :meth:`check` has passed: float32, on the host.
+        """Encode a video that :meth:`check` has passed to normalized latents float32 ``[frames, C, h, w]``.
 
-        The memory it takes beside them does not grow with the video. Raises :class:`ConfigError` for frames that do
-        not fit, :class:`WeightsError` where the VAE is not there, :class:`NumericalError` where its dtype overflows.
+        On the host. Other memory does not grow with the video. Raises :class:`ConfigError` for frames of another size,
+        :class:`WeightsError` where the VAE is missing, :class:`NumericalError` where its dtype overflows.
         """
         with model_context(self._device, self._dtype):
             try:
@@ -145,16 +149,16 @@ class InitialVideoEncoder:
             config, tensors = self._folder.vae_config(), self._folder.vae_tensors()
         except WeightsError as error:
             raise WeightsError(f"an initial video is encoded by the model's own VAE: {error}") from None
-        expected, came = _latent_facts(self._vae), _latent_facts(config)
-        if came != expected:  # as can be where a tiny decoder is in its place
+        expected, found = _latents_of(self._vae), _latents_of(config)
+        if found != expected:  # possible beside a tiny decoder
             raise ConfigError(
                 f"{self._folder.path}: expected a VAE of the decoder's latents, with channels, strides, means and "
-                f"deviations {expected}; got {came}"
+                f"deviations {expected}; found {found}"
             )
         return VaeEncoder(config, tensors, device=self._device, dtype=self._dtype)
 
     def _groups(self, video: InitialVideo, fit: str | None) -> Iterator[Tensor]:
-        """The frames as the encoder takes them, ``[n, 3, H, W]`` in [-1, 1]: the first, then a group for a latent."""
+        """Yield frames for the encoder, ``[n, 3, H, W]`` in [-1, 1]: the first alone, then a group for each latent."""
         held: list[Tensor] = []
         count = 0
         for frame in self._frames(video, fit):
@@ -167,11 +171,11 @@ class InitialVideoEncoder:
         self.check_count(count)
 
     def _frames(self, video: InitialVideo, fit: str | None) -> Iterator[Tensor]:
-        """Frame by frame, ``[H, W, 3]``."""
+        """Yield the frames one by one, ``[H, W, 3]``."""
         for piece in [video] if isinstance(video, (Tensor, np.ndarray)) else video:
             self._check_frames(piece, fit)
             for frame in piece:
-                # A copy of an array, which may be read-only, or run backwards.
+                # Arrays are copied: they may be read-only or have negative strides.
                 yield frame if isinstance(frame, Tensor) else torch.tensor(np.ascontiguousarray(frame), device="cpu")
 
     def _fitted(self, frames: Tensor, fit: str | None) -> Tensor:
@@ -182,12 +186,12 @@ class InitialVideoEncoder:
             ratio = max(ratios) if fit == CROP else min(ratios)
             rows, columns = max(1, round(height * ratio)), max(1, round(width * ratio))
             x = functional.interpolate(x, (rows, columns), mode="bicubic", antialias=True).clamp_(0, 255)
-            # Negative where something is cut off.
+            # Negative padding crops.
             above, left = (self._height - rows) // 2, (self._width - columns) // 2
             x = functional.pad(x, (left, self._width - columns - left, above, self._height - rows - above))
         return x / 127.5 - 1
 
 
-def _latent_facts(vae: VaeConfig) -> tuple[object, ...]:
-    """What two VAEs have in common whose latents are the same."""
+def _latents_of(vae: VaeConfig) -> tuple[object, ...]:
+    """What VAEs with the same latents have in common."""
     return vae.z_dim, vae.spatial_stride, vae.temporal_stride, vae.latents_mean, vae.latents_std

@@ -1,4 +1,4 @@
-"""The KV buffer as the passes use it: where a layer's keys and values are stored, and which of them are attended to."""
+"""The KV buffer as the passes use it: where a layer stores its keys and values, and which of them it attends to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from echo_rt.ops.schema import Ops
 
 @dataclass(frozen=True)
 class Span:
-    """The rows of the KV buffer that a block's pass attends to, and whether the block is of the sink."""
+    """The rows of the KV buffer that a block's pass attends to, and whether the block belongs to the sink."""
 
     begin: int
     end: int
@@ -24,7 +24,7 @@ class Span:
 
 
 class BlockCache:
-    """A block's pass: its keys and values go into the block's own slot, over those of the pass before."""
+    """The cache of a block's pass, which overwrites the keys and values of the pass before in the block's slot."""
 
     def __init__(self, config: ModelConfig, state: RolloutState, ops: Ops, attention: Attention, span: Span) -> None:
         self._config, self._state, self._ops, self._attention, self._span = config, state, ops, attention, span
@@ -57,11 +57,10 @@ class BlockCache:
 
 
 class WindowCache:
-    """A prompt switch: fresh keys and values for the local frames, attended to together with the sink's.
+    """The cache of a prompt switch's pass, which stores new keys and values of the local frames.
 
-    Where the pass reaches back to frame 0 it sees fresh ones of the sink too. The old ones outlive it, put back behind
-    each layer, unless the window is one with ``recache_sink``. ``frames``: the numbers of the frames that the pass is
-    over, on the host.
+    A pass that reaches back to frame 0 attends to new keys and values of the sink too. After each layer the old ones
+    are restored, unless the window has ``recache_sink``. ``frames``: numbers of the pass's frames, on the host.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class WindowCache:
         layout, tokens, device = state.layout, config.tokens_per_frame, state.kv.device
         self._whole_video = int(frames[0]) == 0
         self._renews_sink = self._whole_video and config.window.recache_sink
-        # Never two frames of one slot: which of them an indexed copy would keep is undefined.
+        # Never two frames with the same slot: it is undefined which of them an indexed copy keeps.
         stored = [f for f in frames.tolist() if self._whole_video or f >= layout.oldest_local(state.block)]
         slots = torch.tensor([layout.slot(f) for f in stored], dtype=torch.int64, device="cpu")
         rows = slots[:, None] * tokens + torch.arange(tokens, device="cpu")
@@ -107,15 +106,15 @@ class WindowCache:
             s.sink_k[index, self._sink_rows - config.memory_tokens] = raw_k[self._sink_rows]
         if raw_k is not None and last:
             s.ring_k[self._ring_rows - config.ring_begin] = raw_k[self._ring_rows]
-            self._put_back(index)  # the pass ends here: nothing attends to the last layer's
+            self._restore_sink(index)  # the pass ends here: the last layer does not attend
         return q
 
     def attend(self, index: int, q: Tensor) -> Tensor:
         k, v = self._state.kv[index]
         out = self._attention(q, k[self._attended], v[self._attended])
-        self._put_back(index)
+        self._restore_sink(index)
         return out
 
-    def _put_back(self, index: int) -> None:
+    def _restore_sink(self, index: int) -> None:
         if self._kept is not None:
             self._state.kv[index, :, self._sink] = self._kept

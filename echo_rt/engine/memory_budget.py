@@ -1,8 +1,8 @@
-"""Whether the buffers of a video fit into the memory that is there: counted before the first of them is made.
+"""Whether the buffers of a video fit into the memory of the machine: counted before the first of them is allocated.
 
-A GPU says so when it has no more. A host does not: Linux promises memory that it does not have, and ends the process
-that writes to it. What is counted is what a stream holds on to, which is less than it takes while it computes, and
-what it is held against is all the memory there is, whoever has it now: nothing is refused that could have run.
+A GPU refuses what it has no memory for. Linux does not: it promises memory that it does not have, and kills the process
+that writes to it. Counted are the buffers that a stream keeps, less than it needs while it computes, and they are
+compared with all the memory there is, free or not: nothing is refused that could have run.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _NO_LIMIT = "max"
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes, of a GPU and of the host: what a stream holds on to beside the weights, or what there is."""
+    """Bytes of device and host memory that a stream keeps beside the weights."""
 
     device: int
     host: int
 
 
-def require_room(
+def require_capacity(
     config: ModelConfig,
     vae: VaeConfig,
     tiny: TinyVaeConfig | None,
@@ -51,46 +51,46 @@ def require_room(
     vae_tiles: int = 1,
     depth: int,
 ) -> None:
-    """:class:`ConfigError` for a video that has no room, however little else there is.
+    """Raise :class:`ConfigError` for a video whose buffers do not fit into the memory of ``device`` or of the host.
 
     ``tiny``: the tiny decoder in place of the VAE, if any; ``depth``: how many blocks may be in flight.
     """
-    room = Need(device=torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0, host=host_memory())
+
+    def require(need: Need) -> None:
+        on_host = need.host if device.type == "cuda" else need.device + need.host
+        checks = [("this host", on_host, host_memory())]
+        if device.type == "cuda":
+            checks.insert(0, (str(device), need.device, torch.cuda.mem_get_info(device)[1]))
+        for place, wanted, capacity in checks:
+            if wanted > capacity:
+                _, height, width, _ = frames_shape(config, vae)
+                raise ConfigError(
+                    f"expected a video whose buffers fit into the {capacity // _GIB} GiB of {place}, got one of "
+                    f"{width}x{height} with local_frames {config.window.local_frames} and lookahead {depth - 1}, "
+                    f"whose buffers need {-(-wanted // _GIB)} GiB or more"
+                )
+
     need = rollout_bytes(config, vae, dtype=dtype, vae_dtype=vae_dtype, depth=depth)
-    # Apart, as these are counted with tensors, and there are sizes that not even a tensor without bytes can have.
-    _require(need, room, config, vae, device, depth)
-    need = Need(need.device + decoder_bytes(config, vae, tiny, vae_dtype, vae_tiles), need.host)
-    _require(need, room, config, vae, device, depth)
-
-
-def _require(need: Need, room: Need, config: ModelConfig, vae: VaeConfig, device: torch.device, depth: int) -> None:
-    if device.type != "cuda":
-        need = Need(device=0, host=need.device + need.host)
-    for place, wanted, there in ((device, need.device, room.device), ("this host", need.host, room.host)):
-        if wanted > there:
-            _, height, width, _ = frames_shape(config, vae)
-            raise ConfigError(
-                f"expected a video whose buffers fit into the {there // _GIB} GiB of {place}, got one of "
-                f"{width}x{height} with local_frames {config.window.local_frames} and lookahead {depth - 1}, "
-                f"whose buffers need {-(-wanted // _GIB)} GiB or more"
-            )
+    # First without the decoder, whose bytes are counted with tensors: some sizes are too large even for those.
+    require(need)
+    require(Need(need.device + decoder_bytes(config, vae, tiny, vae_dtype, vae_tiles), need.host))
 
 
 def rollout_bytes(
     config: ModelConfig, vae: VaeConfig, *, dtype: torch.dtype, vae_dtype: torch.dtype, depth: int
 ) -> Need:
-    """Of the rollout, and of what is between it, the decoder and the host."""
+    """Bytes of the rollout's state, and of the buffers between it, the decoder and the host."""
     sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in state_sizes(config, dtype).items()}
     pixels = math.prod(frames_shape(config, vae))
     block = pixels + sizes["x"]  # its frames as bytes, and its latents
-    video = pixels * vae_dtype.itemsize  # the frames before they are bytes
+    video = pixels * vae_dtype.itemsize  # the decoder's output
     return Need(device=sum(sizes.values()) + block + video, host=depth * block)
 
 
 def decoder_bytes(
     config: ModelConfig, vae: VaeConfig, tiny: TinyVaeConfig | None, dtype: torch.dtype, tiles: int
 ) -> int:
-    """Of what the decoder remembers and works in, as it makes it."""
+    """Bytes of the decoder's history and scratch buffers."""
     size = (config.latent_height, config.latent_width, config.window.frames_per_block)
     state: DecoderState
     if tiny is not None:
@@ -108,17 +108,17 @@ def _empty(shapes: Shapes) -> dict[str, Tensor]:
 
 
 def host_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process can have at most: all that the machine has, or its control group, and what is swapped.
+    """Bytes that this process can have at most: the memory of the machine, or of its control group, and the swap.
 
-    ``root``: where ``/proc`` and ``/sys`` are.
+    ``root``: the folder of ``/proc`` and ``/sys``.
     """
-    facts = dict(line.split(":") for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines())
-    memory, swap = (int(facts[name].split()[0]) * _KIBIBYTE for name in ("MemTotal", "SwapTotal"))
+    entries = dict(line.split(":") for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines())
+    memory, swap = (int(entries[name].split()[0]) * _KIBIBYTE for name in ("MemTotal", "SwapTotal"))
     return min([memory, *_group_limits(root)]) + swap
 
 
 def _group_limits(root: Path) -> Iterator[int]:
-    """The limits of the control groups that the process is in, of either version, the outer ones included."""
+    """Memory limits, in bytes, of the process's control groups and of those around them; versions 1 and 2."""
     mounts = root / "sys/fs/cgroup"
     for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -131,6 +131,6 @@ def _group_limits(root: Path) -> Iterator[int]:
         group = PurePosixPath(path)
         for each in (group, *group.parents):
             file = base / each.relative_to("/") / name
-            # A container sees its own group as the root, and no file where those above it are named.
+            # A container sees its own group as the root, and has no files of the groups around it.
             if file.is_file() and (limit := file.read_text(encoding="ascii").strip()) != _NO_LIMIT:
                 yield int(limit)

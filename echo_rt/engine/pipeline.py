@@ -1,8 +1,8 @@
 """From latents to frames on the host: the decoder works on one block while the transformer makes the next.
 
-A block is begun (its work is submitted, to the queues of :mod:`echo_rt.engine.executor`) and later finished (waited
-for). The blocks between the two are in flight: each has a slot of host memory, pinned on a GPU, so there are never more
-of them than slots, and memory does not grow however slow the consumer is.
+A block is begun (its work is submitted to the queues of :mod:`echo_rt.engine.executor`) and later finished (waited
+for). In between it is in flight and occupies a slot of host memory, pinned on a GPU. The number of slots is fixed, so
+memory does not grow however slow the consumer is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def frames_shape(config: ModelConfig, vae: VaeConfig) -> tuple[int, int, int, in
 
 
 class _Slot:
-    """Host memory of one block in flight, and what the host knows of the block when it is begun."""
+    """Host memory of one block in flight, and what the host knows about the block when it begins."""
 
     def __init__(self, like_frames: Tensor, like_latents: Tensor, vitals: int, pinned: bool) -> None:
         def host(like: Tensor) -> Tensor:
@@ -47,36 +47,31 @@ class _Slot:
         self.memory_attended = self.memory_ready = self.memory_updated = False
 
     def read(self) -> Chunk:
-        """Copy the block that has arrived, so that the slot is free."""
+        """Copy the block that has arrived out of the slot."""
         assert self.begun is not None and self.made is not None and self.arrived is not None
-        values = dict(zip((*VITALS, *_VIDEO_VITALS), self.vitals.tolist(), strict=True))
-        vitals = Vitals(
-            latent_mean=values["latent_mean"],
-            latent_std=values["latent_std"],
-            latent_nonfinite=int(values["latent_nonfinite"]),
-            video_min=values["video_min"],
-            video_max=values["video_max"],
-            video_nonfinite=int(values["video_nonfinite"]),
-            memory_norm=values["memory_norm"] if self.memory_ready else None,
-            gate_mean=values["gate_mean"] if self.memory_updated else None,
-        )
+        values: dict[str, Any] = dict(zip((*VITALS, *_VIDEO_VITALS), self.vitals.tolist(), strict=True))
+        values |= {name: int(values[name]) for name in ("latent_nonfinite", "video_nonfinite")}
+        if not self.memory_ready:
+            values["memory_norm"] = None
+        if not self.memory_updated:
+            values["gate_mean"] = None
         stats = ChunkStats(
             generate_seconds=self.made.seconds_since(self.begun),
             decode_seconds=self.arrived.seconds_since(self.made),
             newest_temporal_id=self.newest_temporal_id,
             shift=self.shift,
             memory_attended=self.memory_attended,
-            vitals=vitals,
+            vitals=Vitals(**values),
         )
         frames, latents = self.frames[: self.count].clone(), self.latents.clone()
         return Chunk(index=self.index, frames=frames, first_frame=self.first_frame, latents=latents, stats=stats)
 
 
 class Pipeline:
-    """Owns the decoder's stream state and what is between the device and the host, for one rollout.
+    """Owns the decoder's state and the buffers between device and host, for one rollout.
 
-    ``depth``: how many blocks may be in flight. ``given``: latents ``[B, C, h, w]`` on the host that the next blocks
-    are, in place of generated ones.
+    ``depth``: how many blocks may be in flight. ``given``: latents ``[B, C, h, w]``, on the host, of the next blocks,
+    which are not generated.
     """
 
     def __init__(
@@ -112,11 +107,11 @@ class Pipeline:
 
     @property
     def decoder_bytes(self) -> int:
-        """Device memory, in bytes, of the decoder's state and scratch buffers for one stream."""
+        """Device memory, in bytes, of the decoder's history and scratch buffers."""
         return sum(tensor.nbytes for tensor in self.decoder_state.buffers().values())
 
     def buffers(self) -> dict[str, Tensor]:
-        """Every tensor that outlives a block, by name: the rollout's, the decoder's, and those between them."""
+        """Every tensor that outlives a block, by name: of the rollout, of the decoder, and between them."""
         state = self.rollout.state
         owners: dict[str, object] = {"state": state, "rope": state.rope, "pipeline": self}
         owners |= {f"slot {number}": slot for number, slot in enumerate(self._slots)}
@@ -129,23 +124,23 @@ class Pipeline:
         return found | {f"decoder {name}": tensor for name, tensor in self.decoder_state.buffers().items()}
 
     def live_tensors(self) -> dict[str, Tensor]:
-        """Every tensor that the next block depends on, by the name that a snapshot has it under; not copies."""
+        """Every tensor that the next block depends on, by its name in snapshots; the live tensors, not copies."""
         named = {f"rollout.{name}": tensor for name, tensor in self.rollout.state.tensors().items()}
         return named | {f"decoder.{name}": tensor for name, tensor in self.decoder_state.tensors().items()}
 
     def reset(self) -> None:
-        """Let go of what is in flight, and back to the start of a stream."""
+        """Drop the blocks in flight and go back to the start of a stream."""
         self._executor.synchronize()
         self.given.clear()
         self._flying.clear()
         self._last_arrival = None
-        with self._executor.eager():  # the queue in which a state is put back
+        with self._executor.eager():  # in the queue that loads a state
             self.decoder_state.reset()
 
     def begin(self, index: int | None = None, noise: Tensor | None = None) -> None:
-        """Submit the next block's work; there must be a free slot.
+        """Submit the next block's work to a free slot, of which there must be one.
 
-        ``index``: its number, None for the state's own. ``noise``: in place of the seed's, see ``Rollout.next_block``.
+        ``index``: the block's number, None for the state's. ``noise``: in place of the seed's, see ``next_block``.
         """
         assert len(self._flying) < self.depth
         executor, rollout, decoder = self._executor, self.rollout, self.decoder_state
@@ -159,7 +154,7 @@ class Pipeline:
         else:
             rollout.next_block(noise)
         slot.made = executor.record(Queue.MAIN, slot.made)
-        # There is one buffer between transformer and decoder: the block before must have left it.
+        # There is one buffer between transformer and decoder: it must be free of the block before.
         handed = executor.run(self._hand_over, after=[self._last_arrival])
         executor.run(self._decode, is_start, queue=Queue.DECODE, after=[handed])
         slot.count = video_frames(decoder.latents_seen + count) - video_frames(decoder.latents_seen)
@@ -178,10 +173,7 @@ class Pipeline:
         self._flying.append(slot)
 
     def finish(self, seconds: float | None = None) -> Chunk | None:
-        """Wait for the oldest block in flight and free its slot; None if it is not there after ``seconds``.
-
-        Tensors are the caller's. Seconds are the device's, which has other blocks too.
-        """
+        """Wait for the oldest block in flight, copy it and free its slot; None if it is not there after ``seconds``."""
         slot = self._flying[0]
         assert slot.arrived is not None
         if not slot.arrived.wait(seconds):

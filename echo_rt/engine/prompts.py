@@ -1,4 +1,4 @@
-"""Prompts of a runtime: text becomes embeddings, embeddings are checked, and kept in files."""
+"""Prompts of a runtime: encoding texts, checking embeddings, and files of embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import TransformerConfig
-from echo_rt.errors import PromptError, StreamError
+from echo_rt.errors import EchoError, PromptError, StreamError
 from echo_rt.model.text import TextEncoder, clean_prompt
 from echo_rt.utils.atomic_file import write_whole
 from echo_rt.utils.device import model_context
@@ -23,11 +23,11 @@ _PROMPT_KEY = "prompt"
 
 
 class PromptEncoder:
-    """The text encoder of a model folder, loaded when a prompt needs it and released after it unless ``keep``.
+    """The text encoder of a model folder, loaded for a prompt and released after it unless ``keep``.
 
-    Any thread may use it; one prompt is encoded at a time. Embeddings are float32 on the host, so that no stream or
-    snapshot depends on what happens to them on a device. Without a folder there is no text encoder. ``dtype``: the
-    model's; the encoder keeps float32 weights where that is float32, and narrows them to bfloat16 for any other.
+    Any thread may use it; one prompt is encoded at a time. Embeddings are float32 on the host, so that streams and
+    snapshots do not depend on the device. Without a folder there is no text encoder. ``dtype``: the model's; float32
+    weights of the encoder are kept only where that is float32, and converted to bfloat16 elsewhere.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class PromptEncoder:
         self.keep = keep
         self._widest = torch.float32 if dtype == torch.float32 else torch.bfloat16
         self._folder, self._config, self._device = folder, config, device
-        self._lock = threading.RLock()  # a signal's handler amid a prompt of its own thread may close
+        self._lock = threading.RLock()  # reentrant: a signal handler may close amid a prompt of its own thread
         self._encoding = False
         self._encoder: TextEncoder | None = None
         self._closed = False
@@ -53,17 +53,17 @@ class PromptEncoder:
         return self._encoder is not None
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Embeddings ``[length, text_dim]`` of each prompt; :class:`PromptError` for an empty or a far too long one."""
+        """Encode prompts to ``[length, text_dim]`` each; :class:`PromptError` for an empty or a far too long one."""
         if isinstance(prompts, str):  # whose items are prompts of one letter
             raise PromptError(f"expected a sequence of prompts, got one text: {prompts!r:.40}")
-        # The library makes tensors where the caller's default device says; that is ours meanwhile.
+        # Also the default device meanwhile: the library makes tensors on it.
         with self._lock, model_context(self._device, torch.float32), self._device:
             if self._closed:
                 raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
             if self._folder is None:
                 raise PromptError("expected embeddings: this model has no folder with a text encoder, got a text")
             for prompt in prompts:
-                clean_prompt(prompt)  # one that cannot be, or a missing package, is found before the encoder is read
+                clean_prompt(prompt)  # raises before the encoder is read
             self._encoding = True
             try:
                 if self._encoder is None:
@@ -82,10 +82,10 @@ class PromptEncoder:
                     self._release()
 
     def resolve(self, prompt: str | None, prompt_embeds: Tensor | None) -> Tensor:
-        """The embeddings of a prompt given as text or as embeddings; :class:`PromptError` for both or neither."""
+        """Return the embeddings of a text, or a copy of given ones; :class:`PromptError` for both or neither."""
         if (prompt is None) == (prompt_embeds is None):
-            came = "neither" if prompt is None else "both"
-            raise PromptError(f"give a prompt or prompt_embeds, one of the two; got {came}")
+            both = "neither" if prompt is None else "both"
+            raise PromptError(f"give a prompt or prompt_embeds, one of the two; got {both}")
         if prompt is not None:
             return self.encode([prompt])[0]
         assert prompt_embeds is not None
@@ -93,7 +93,7 @@ class PromptEncoder:
         return prompt_embeds.detach().to("cpu", torch.float32, copy=True)
 
     def close(self) -> None:
-        """Release the encoder for good; waits for a prompt that is being encoded."""
+        """Release the encoder; waits for a prompt that is being encoded."""
         with self._lock:
             self._closed = True
             if not self._encoding:
@@ -105,6 +105,12 @@ class PromptEncoder:
             self._encoder = None
 
 
+def check_dense(tensor: Tensor, what: str, error: type[EchoError]) -> None:
+    """Raise ``error`` for a sparse tensor, and for one on torch's device "meta", which has no values."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise error(f"{what}: expected a dense tensor with values, found {tensor.layout} on {tensor.device}")
+
+
 def _check_matrix(embeds: Tensor) -> None:
     if not isinstance(embeds, Tensor):
         raise PromptError(f"prompt embeddings must be a tensor, got {type(embeds).__name__}")
@@ -112,14 +118,13 @@ def _check_matrix(embeds: Tensor) -> None:
         raise PromptError(f"prompt embeddings must be [length, width], got {list(embeds.shape)}")
     if embeds.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise PromptError(f"prompt embeddings must be floating point of 16, 32 or 64 bits, got {embeds.dtype}")
-    if embeds.layout != torch.strided or embeds.is_meta:
-        raise PromptError(f"prompt embeddings must be dense and have values, got {embeds.layout} on {embeds.device}")
+    check_dense(embeds, "prompt embeddings", PromptError)
     if not bool(embeds.isfinite().all()):
         raise PromptError(f"prompt embeddings {list(embeds.shape)} hold NaN or infinity")
 
 
 def check_prompt_embeds(embeds: Tensor, text_dim: int, text_len: int) -> None:
-    """Raises ``PromptError`` unless ``embeds`` is ``[length, text_dim]``, finite, with ``1 <= length <= text_len``."""
+    """Raise ``PromptError`` unless ``embeds`` is ``[length, text_dim]``, finite, with ``1 <= length <= text_len``."""
     _check_matrix(embeds)
     length, width = embeds.shape
     if width != text_dim:
@@ -129,9 +134,9 @@ def check_prompt_embeds(embeds: Tensor, text_dim: int, text_len: int) -> None:
 
 
 def save_prompt_embeds(path: str | Path, embeds: Tensor, prompt: str | None = None) -> None:
-    """Writes embeddings ``[length, text_dim]`` (and the prompt they are of) to a safetensors file, all or nothing.
+    """Write embeddings ``[length, text_dim]`` and their prompt to a safetensors file that appears whole or not at all.
 
-    Errors: ``PromptError`` for embeddings that :func:`load_prompt_embeds` would refuse; ``OutputError`` when the file
+    Raises ``PromptError`` for embeddings that :func:`load_prompt_embeds` would refuse, ``OutputError`` where the file
     cannot be written.
     """
     _check_matrix(embeds)
@@ -141,11 +146,9 @@ def save_prompt_embeds(path: str | Path, embeds: Tensor, prompt: str | None = No
 
 
 def load_prompt_embeds(path: str | Path) -> tuple[Tensor, str | None]:
-    """Embeddings ``[length, text_dim]`` and the prompt they are of, where the file names it.
+    """Read embeddings ``[length, text_dim]`` and their prompt, None where the file has none.
 
-    Whether they fit a model is for :func:`check_prompt_embeds`, with that model's sizes.
-
-    Errors: ``PromptError`` for a file that is missing, damaged, or holds something else.
+    Raises ``PromptError`` for a file that is missing, damaged, or holds something else.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:

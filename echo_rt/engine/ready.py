@@ -1,20 +1,29 @@
-"""Finished blocks that wait for a consumer: the one place where a block is until somebody has taken it."""
+"""Finished blocks that wait for a consumer, and a thread that makes them ahead.
+
+A block is in the queue, and nowhere else, until somebody has taken it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import math
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from echo_rt.chunk import Chunk
+from echo_rt.errors import StreamError
+from echo_rt.utils.process import ProcessGuard
 
 
 @dataclass(eq=False)
 class DropOldest:
-    """A policy for a queue that nobody empties in time: at most ``depth`` blocks wait, and older ones are dropped."""
+    """A policy for a full queue: at most ``depth`` blocks wait, the oldest are dropped."""
 
     depth: int
     dropped: int = 0
@@ -23,10 +32,10 @@ class DropOldest:
 class ReadyQueue:
     """Finished blocks of one video, oldest first. Any thread may append and take; no call waits for a block.
 
-    Taking is one step and the last of every wait, so a wait that is cancelled, interrupted or timed out has taken
-    nothing. ``end`` is the number of the block that is finished next; ``policy`` says what happens to a block too many.
+    Taking is the last step of every wait, so a wait that is cancelled, interrupted or timed out has taken nothing.
+    ``end`` is the number of the next block to be finished; ``policy`` says what happens when the queue is full.
 
-    A closed queue keeps its blocks as long as a consumer is attached, which is still to get what was made for it.
+    A closed queue keeps its blocks while a consumer is attached, which is still to get the blocks made for it.
     """
 
     def __init__(self, blocks: Iterable[Chunk] = (), end: int = 0) -> None:
@@ -45,7 +54,7 @@ class ReadyQueue:
 
     @property
     def next_block(self) -> int:
-        """The number of the block that is taken next, ready or not."""
+        """Number of the next block to be taken, ready or not."""
         end = self.end  # read before the blocks: another thread may append or take meanwhile
         try:
             return self._blocks[0].index
@@ -54,12 +63,12 @@ class ReadyQueue:
 
     @property
     def blocks(self) -> tuple[Chunk, ...]:
-        """A copy of what waits, oldest first."""
+        """The blocks that wait, oldest first."""
         with self.lock:
             return tuple(self._blocks)
 
     def append(self, chunk: Chunk) -> None:
-        """Add a finished block; where the policy has no place for it, the oldest is dropped."""
+        """Add a finished block; the policy may drop the oldest for it."""
         with self.lock:
             policy = self.policy
             if policy is not None and len(self._blocks) >= policy.depth:
@@ -70,30 +79,30 @@ class ReadyQueue:
             self.notify()
 
     def take(self) -> Chunk | None:
-        """The oldest block, which is the caller's from then on; None if there is none."""
+        """Remove and return the oldest block; None if there is none."""
         with self.lock:
-            self.notify()  # whoever waits for a free place looks when this thread has left
+            self.notify()  # those that wait for a free place; they look once this thread has released the lock
             try:
                 return self._blocks.popleft()
-            except IndexError:  # asked for in one step: a signal handler may clear it between two
+            except IndexError:  # not checked before: a signal handler may clear the queue in between
                 return None
 
     def notify(self) -> None:
-        """Let everyone that waits for a change look again."""
+        """Wake every thread and event loop that waits for a change."""
         with self.lock:
             self.changed.notify_all()
-            for wake in tuple(self._wakers):  # a copy: the garbage collector may end a wait meanwhile
+            for wake in tuple(self._wakers):  # a copy: the garbage collector may end a wait in the loop
                 wake()
 
     # ---------------------------------------------------------------- consumers
 
     @contextlib.contextmanager
     def woken(self) -> Iterator[asyncio.Event]:
-        """An event of the running loop that every change sets."""
+        """Yield an event of the running loop that every change sets."""
         loop, event = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed, so nobody waits in it
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits in it
                 loop.call_soon_threadsafe(event.set)
 
         with self.lock:
@@ -105,19 +114,19 @@ class ReadyQueue:
                 self._wakers.discard(wake)
 
     def attach(self, consumer: object) -> None:
-        """Keep blocks for ``consumer`` after :meth:`close` too, until it is detached."""
+        """Keep blocks for ``consumer``, also after :meth:`close`, until it is detached."""
         with self.lock:
             self._consumers.add(consumer)
 
     def detach(self, consumer: object) -> None:
-        """``consumer`` takes no more blocks; what waits stays for others, unless the queue is closed."""
+        """Let go of ``consumer``; blocks that wait stay for others, unless the queue is closed."""
         with self.lock:
             self._consumers.discard(consumer)
             self._clear_if_abandoned()
             self.notify()
 
     def close(self) -> None:
-        """Nothing more is appended: free what no attached consumer is to get. Idempotent."""
+        """End the queue, and free its blocks unless a consumer is attached. Idempotent."""
         with self.lock:
             self.closed = True
             self._clear_if_abandoned()
@@ -127,3 +136,90 @@ class ReadyQueue:
         if self.closed and not self._consumers:
             self.end = self.next_block
             self._blocks.clear()
+
+
+class Feeder(threading.Thread):
+    """Keeps up to ``depth`` blocks in ``ready``; then it waits, or with ``drop`` goes on and drops the oldest.
+
+    ``make_ahead(depth)`` makes a block unless ``depth`` are ready; it returns False once there are no more.
+    ``stopped``: no more blocks are wanted; ``over``: no more come. It holds no reference to the feed, so that a feed
+    that nobody holds can be freed.
+    """
+
+    # Daemons, so that a forgotten one cannot block the interpreter's exit; but torch's work in a thread must be over
+    # before the interpreter is torn down, see _end_all.
+    running: ClassVar[set[Feeder]] = set()
+
+    def __init__(self, ready: ReadyQueue, make_ahead: Callable[[float], bool], depth: int, drop: bool) -> None:
+        super().__init__(name="echo_rt feed", daemon=True)
+        self.policy = DropOldest(depth)
+        self.stopped = self.over = False
+        self._ready, self._make_ahead = ready, make_ahead
+        self._depth = math.inf if drop else depth
+        self._error: BaseException | None = None
+        self._process = ProcessGuard()
+        ready.attach(self)
+        if drop:
+            ready.policy = self.policy
+        Feeder.running.add(self)
+        self.start()
+
+    def run(self) -> None:
+        """Make blocks until no more are wanted, or there are no more."""
+        try:
+            while self._wait_for_place() and self._make_ahead(self._depth):
+                pass
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # some of them hold this object, which will hold the error
+            self._error = error
+        finally:
+            self.over = True
+            self._ready.notify()
+            Feeder.running.discard(self)
+            del self  # so does this frame
+
+    def _wait_for_place(self) -> bool:
+        """Wait until one more block may be made; False if no more are wanted."""
+        ready = self._ready
+        with ready.lock:
+            ready.changed.wait_for(lambda: self.stopped or ready.closed or len(ready) < self._depth)
+            return not self.stopped
+
+    def stop(self) -> None:
+        """Stop after the block being made, without waiting for it; may be called anywhere, even in a finalizer."""
+        if self._process.left:
+            return  # in a fork, a thread that only the parent has may hold a lock
+        with self._ready.lock:
+            self.stopped = True
+            if self._ready.policy is self.policy:
+                self._ready.policy = None
+            self._ready.detach(self)
+
+    def has_news(self) -> bool:
+        """Whether :meth:`take` has a block, an error or the end to report."""
+        return self.stopped or self.over or len(self._ready) > 0
+
+    def take(self) -> Chunk | None:
+        """Once :meth:`has_news`: return the oldest block, or None at the end; raises the thread's error, once."""
+        if self.stopped:
+            return None
+        if (chunk := self._ready.take()) is not None:
+            return chunk
+        error, self._error = self._error, None
+        try:
+            if error is None:
+                return None
+            if isinstance(error, Exception):
+                raise error
+            # Not raised as it is: a SystemExit of that thread would end this one.
+            raise StreamError(f"the feed's thread died of {type(error).__name__}: {error}") from error
+        finally:
+            del error  # or this frame and the error would be a reference cycle
+
+
+@atexit.register
+def _end_all() -> None:
+    for feeder in list(Feeder.running):
+        if feeder.is_alive():  # after a fork, the parent's are not
+            feeder.stop()
+            feeder.join()

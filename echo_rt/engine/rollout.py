@@ -36,9 +36,9 @@ _FIRST_FRAME, _SHIFT = POSITION_FIELDS.index("first_frame"), POSITION_FIELDS.ind
 class Rollout:
     """Generates one video's latents, block after block, in the tensors of a :class:`RolloutState`.
 
-    A block is a sequence of stages (:mod:`echo_rt.engine.executor`): what the host decides about it are the stages'
-    facts, everything else lies in the state. A stage must not ask the host for anything that its facts do not say, or a
-    graph of it would go on doing what was right for the block it was captured from.
+    A block is a sequence of stages (:mod:`echo_rt.engine.executor`). What the host decides about it is in the stages'
+    static arguments, everything else is in the state. A stage must not read anything else from the host: a captured
+    graph would replay the values of the block it was captured from.
     """
 
     def __init__(
@@ -52,8 +52,6 @@ class Rollout:
         mode: MemoryMode,
         executor: Executor,
     ) -> None:
-        if (memory is None) != (config.memory is None):
-            raise ConfigError("a rollout needs a memory encoder exactly where its config names a memory")
         if memory is None and mode is not MemoryMode.OFF:
             raise ConfigError(f"memory mode {mode.value!r} needs a memory encoder, and this model has none; use 'off'")
         if mode is MemoryMode.EVOLVE:
@@ -68,7 +66,7 @@ class Rollout:
     # ---------------------------------------------------------------- prompts
 
     def start(self, prompt_embeds: Tensor, seed: int = 0) -> None:
-        """Forget any video before this one; ``prompt_embeds [length, text_dim]`` is the first prompt."""
+        """Start a new video with the prompt ``prompt_embeds [length, text_dim]``."""
         with self._executor.eager():
             self.state.reset()
             self.set_seed(seed)
@@ -80,13 +78,13 @@ class Rollout:
                 self.state.memory_ready = True
 
     def set_seed(self, seed: int) -> None:
-        """The seed (0 .. 2^64-1) of the noise of every block from the next on."""
+        """Set the seed (0 .. 2^64-1) of the noise from the next block on."""
         words = torch.tensor(seed_words(check_seed(seed)), device="cpu")
         with self._executor.eager():
             self.state.seed.copy_(words)
 
     def switch_prompt(self, prompt_embeds: Tensor) -> None:
-        """Take a new prompt between two blocks: new text keys, the window's keys made afresh, the memory rebuilt."""
+        """Switch the prompt between two blocks: recompute text keys and the window's keys, rebuild the memory."""
         with self._executor.eager():
             self._transformer.encode_text(prompt_embeds, self.state.text_kv)
             if self.state.block < 0:
@@ -99,10 +97,10 @@ class Rollout:
     # ---------------------------------------------------------------- blocks
 
     def next_block(self, noise: Tensor | None = None, observe: Observer | None = None) -> Tensor:
-        """Generate the next block; its clean latents ``[B, C, h, w]`` float32 are a view that the next call overwrites.
+        """Generate the next block; returns its clean latents float32 ``[B, C, h, w]``, which the next call overwrites.
 
-        ``noise`` float32 of :attr:`noise_shape` takes the place of the seed's. ``observe`` is shown the flow of every
-        denoising step. On a GPU the work has only been asked for when this returns: it is done in the main queue.
+        ``noise`` float32 of :attr:`noise_shape` replaces the seed's. ``observe`` is called with the flow of every
+        denoising step. On a GPU the work is only submitted to the main queue when this returns.
         """
         s, run = self.state, self._executor.run
         previous, block, steps = s.block, s.block + 1, self._steps
@@ -128,22 +126,22 @@ class Rollout:
         return s.x
 
     def given_block(self, latents: Tensor) -> Tensor:
-        """The next block is ``latents`` float32 ``[B, C, h, w]``: what :meth:`next_block` does, without the denoising.
+        """Take ``latents`` float32 ``[B, C, h, w]`` as the next block: :meth:`next_block` without the denoising.
 
-        Only before the first block that is generated. The context pass is the block's first, so it sees the memory as
-        it was; what the block evicts is in the memory from the next pass on.
+        Only before the first generated block. The context pass is the block's only one, so it sees the memory as it
+        was; what the block evicts is in the memory from the next pass on.
         """
         s, run = self.state, self._executor.run
         previous, block = s.block, s.block + 1
         if block != s.initial_blocks:
             raise ConfigError(f"a block can be given only before the first that is generated, got one after {previous}")
         with self._executor.eager():
-            s.noise[0].copy_(latents, non_blocking=True)  # what a block begins with, and here ends with too
+            s.noise[0].copy_(latents, non_blocking=True)  # _begin copies it to x, and here x stays so
         evicting, moved = self._turning(previous, block)
         span = self._span(block)
         begun = run(self._begin, 0, evicting, moved, self.memory_attended(block))
         updated = run(self._update_memory, s.memory_ready, queue=Queue.MEMORY, after=[begun]) if evicting else None
-        # After the update, of whose result the vitals tell; attended to is what had been published before.
+        # After the update, whose result the vitals describe; the pass attends to the memory published before.
         run(self._keep, span, s.memory_ready or evicting, after=[updated])
         if evicting:
             run(self._publish_memory, True)
@@ -152,44 +150,44 @@ class Rollout:
         return s.x
 
     def split_blocks(self, latents: Tensor) -> tuple[Tensor, ...]:
-        """``latents [frames, C, h, w]`` block by block; :class:`ConfigError` unless these are whole blocks of it."""
+        """Split ``latents [frames, C, h, w]`` into blocks; :class:`ConfigError` unless they are whole blocks."""
         frames, *shape = self.noise_shape[1:]
         whole = latents.shape[1:] == tuple(shape) and len(latents) > 0 and len(latents) % frames == 0
         if latents.dtype != torch.float32 or not whole:
             raise ConfigError(
-                f"expected latents to begin with as float32 [k*{frames}, {', '.join(map(str, shape))}], "
+                f"expected initial latents float32 [k*{frames}, {', '.join(map(str, shape))}], "
                 f"got {plain(latents.dtype)} {list(latents.shape)}"
             )
         blocks: tuple[Tensor, ...] = latents.split(frames)
         return blocks
 
     def memory_attended(self, block: int) -> bool:
-        """Whether a pass of ``block`` that began now would attend to the memory."""
+        """Whether a pass of ``block`` would attend to the memory now."""
         usable = self.mode is not MemoryMode.OFF and self.state.memory_ready
         return usable and self._layout.memory_fits(block)
 
     @property
     def memory(self) -> Tensor | None:
-        """The memory's state ``[tokens, dim]``, live; None until the first update."""
+        """The memory's state ``[tokens, dim]``, the live tensor; None before the first update."""
         return self.state.memory if self.state.memory_ready else None
 
     @property
     def generated_blocks(self) -> int:
-        """How many blocks have been generated: the number of the next one, what was given not counted."""
+        """Number of generated blocks so far, given ones not counted."""
         return self.state.block + 1 - self.state.initial_blocks
 
     @property
     def noise_shape(self) -> torch.Size:
-        """``[steps, B, C, h, w]``: what :meth:`next_block` draws for the next block, or is given."""
+        """Shape of the next block's noise, ``[steps, B, C, h, w]``."""
         return torch.Size((len(self._steps), *self.state.x.shape))
 
     @property
     def _steps(self) -> range:
-        """The next block's denoising steps, as they are numbered in the schedule."""
+        """The next block's denoising steps, by their numbers in the schedule."""
         return self._schedule.steps(first=self.generated_blocks == 0)
 
     def _turning(self, previous: int, block: int) -> tuple[bool, bool]:
-        """Whether the memory takes in what ``block`` evicts, and whether the ids shift between the two blocks."""
+        """Whether the memory is updated with what ``block`` evicts, and whether ids shift between the two blocks."""
         evicting = self.mode is MemoryMode.EVOLVE and self._layout.evicts(block)
         return evicting, previous >= 0 and self._layout.shift(previous) != self._layout.shift(block)
 
@@ -204,9 +202,9 @@ class Rollout:
     # ---------------------------------------------------------------- stages
 
     def _begin(self, drawn: int, evicting: bool, moved: bool, memory_attended: bool) -> None:
-        """The block's position and angles; what it evicts, set aside; keys turned to its ids; noise of its steps.
+        """Advance the position and its angles, copy what is evicted, rotate keys to the new ids, draw noise.
 
-        ``drawn``: for how many steps noise is drawn; 0 where the caller has given it.
+        ``drawn``: number of steps to draw noise for; 0 where the noise is given.
         """
         s, window = self.state, self.config.window
         self._ops.advance(
@@ -241,7 +239,7 @@ class Rollout:
         s.x.copy_(s.noise[0])
 
     def _denoise(self, row: int, renoise: int | None, span: Span, observed: bool) -> None:
-        """One denoising pass; ``x`` becomes what the next one begins with, or the clean latents.
+        """Run one denoising pass; ``x`` becomes the input of the next one, or the clean latents.
 
         ``row``: the step's number in the schedule; ``renoise``: that of the fresh noise, None after the last step.
         """
@@ -256,7 +254,7 @@ class Rollout:
         return BlockCache(self.config, self.state, self._ops, self._attention, span)
 
     def _keep(self, span: Span, memory_ready: bool) -> None:
-        """The context pass, which leaves the clean keys and values in the block's slot; latents and vitals kept."""
+        """Run the context pass, which stores clean keys and values in the block's slot; keep latents and vitals."""
         s = self.state
         self._transformer.store_keys(s.x, self._schedule.context, s.text_kv, self._cache(span))
         s.latents.index_copy_(0, s.latent_rows, s.x)
@@ -270,7 +268,7 @@ class Rollout:
     # ---------------------------------------------------------------- memory
 
     def _update_memory(self, ready: bool) -> None:
-        """What the memory becomes once it has seen what the block overwrites: staged, not yet attended to."""
+        """Stage the memory's update with the evicted keys and values; it is not attended to yet."""
         assert self._memory is not None
         s = self.state
         if not ready:
@@ -282,14 +280,14 @@ class Rollout:
         self._show_memory(k, s.evicted_v)
 
     def _show_memory(self, k: Tensor, v: Tensor) -> None:
-        """The memory sees keys ``k`` and values ``v [n, H, d]`` and is staged; its keys and values are made."""
+        """Update the memory with keys ``k`` and values ``v [n, H, d]``, and compute its own keys and values."""
         assert self._memory is not None
         s, gate = self.state, VITALS.index("gate_mean")
         self._memory.update(s.memory, k, v, s.staged_memory, s.vitals[gate : gate + 1])
         self._take_memory(s.staged_memory)
 
     def _rotated(self, keys: Tensor, ids: Tensor) -> Tensor:
-        """``keys [F·S, H, d]`` turned by the temporal ``ids`` [F] of their frames and by their places."""
+        """Rotate ``keys [F·S, H, d]`` by the temporal ``ids`` [F] of their frames and by their rows and columns."""
         rope = self.state.rope
         turns = rope.temporal_block.new_empty(len(ids), *rope.temporal_block.shape[1:])
         self._ops.rope_table(ids, rope.inverse_frequencies, turns)
@@ -298,7 +296,7 @@ class Rollout:
         return kv[0, 0]
 
     def _take_memory(self, memory: Tensor) -> None:
-        """``memory`` becomes the state; its keys and values are made, for all layers."""
+        """Set the memory's state, and compute its keys and values, which all layers share."""
         assert self._memory is not None
         s = self.state
         s.memory.copy_(memory)
@@ -307,7 +305,7 @@ class Rollout:
         s.memory_v.copy_(v)
 
     def _publish_memory(self, rotate: bool) -> None:
-        """The memory's keys and values go where all layers attend to them; unrotated ones wait for the next block."""
+        """Copy the memory's keys and values to where all layers attend to them; without ``rotate``, only the values."""
         s = self.state
         self._ops.reanchor(
             s.kv,
@@ -320,7 +318,7 @@ class Rollout:
         )
 
     def _rebuild_memory(self) -> None:
-        """The memory starts again and sees the whole local window once (nothing, while there is only the sink)."""
+        """Restart the memory and update it once with the whole local window, if that is not empty."""
         assert self._memory is not None
         s, layout, begin = self.state, self._layout, self.config.ring_begin
         s.memory.copy_(self._memory.query_init)
@@ -340,9 +338,9 @@ class Rollout:
     # ---------------------------------------------------------------- prompt switch
 
     def _recache(self) -> None:
-        """One pass at the context timestep over the last frames, whose keys and values replace the local ones.
+        """Run one pass at the context timestep over the last frames; its keys and values replace the local ones.
 
-        The queries are the last ``sink + local`` frames (or all there are). Rare, so it may allocate.
+        The frames are the last ``sink + local``, or all there are. Rare, so it may allocate.
         """
         s, window = self.state, self.config.window
         generated = self._layout.last_frame(s.block) + 1

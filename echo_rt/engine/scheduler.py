@@ -1,34 +1,39 @@
-"""The blocks of one video in order: begun ahead, finished, guarded, rolled back. Threads are its caller's affair."""
+"""The blocks of one video in order: begun ahead, finished, guarded, rolled back. For one thread at a time."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from echo_rt.chunk import Chunk
-from echo_rt.engine.caller_noise import CallerNoise, noise_of, require_noise
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import ROLL_BACK, Guard
+from echo_rt.engine.prompts import check_dense
 from echo_rt.engine.ready import ReadyQueue
 from echo_rt.errors import ConfigError, NumericalError, OutputError, StallError, StreamError
 from echo_rt.options import check_seed
 from echo_rt.snapshot.snapshot import Snapshot
-from echo_rt.utils.wording import counted, one_line
+from echo_rt.utils.wording import counted, one_line, plain, type_of
 
 _logger = logging.getLogger("echo_rt.engine.guard")
 
 _SEEDS = 2**64
-# Added to the seed at each rollback: odd, so that 2^64 of them are all different.
+# Added to the seed at each rollback: odd, so that 2^64 seeds in a row are all different.
 _RESEED = 0x9E3779B97F4A7C15
+
+# (number of the generated block, shape [steps, B, C, h, w]) -> float32 of that shape: the block's initial noise, then
+# the fresh noise between its steps
+CallerNoise = Callable[[int, tuple[int, ...]], Tensor]
 
 
 class PromptSchedule:
-    """Which prompt begins with which block; may be changed by any thread while blocks are made.
+    """Prompts by the block that begins with them. Any thread may set one while blocks are made.
 
     ``first_open`` is the first block of the video that has not been begun.
     """
@@ -39,7 +44,7 @@ class PromptSchedule:
         self.first_open = first_open
 
     def set(self, embeds: Tensor, block: int | None) -> None:
-        """``embeds`` from ``block`` on (None: the first open one); :class:`StreamError` for one that has been begun."""
+        """Set the prompt from ``block`` on (None: the first open one); :class:`StreamError` if it has been begun."""
         with self._lock:
             if block is not None and block < self.first_open:
                 raise StreamError(
@@ -48,7 +53,7 @@ class PromptSchedule:
             self._prompts[self.first_open if block is None else block] = embeds
 
     def begin(self) -> tuple[int, Tensor | None]:
-        """Begin the first open block: its number, and the prompt that it begins with if it is another."""
+        """Begin the first open block; returns its number, and its prompt where that is a new one."""
         with self._lock:
             block = self.first_open
             self.first_open += 1
@@ -59,36 +64,38 @@ class PromptSchedule:
             return block, embeds
 
     def reopen(self, block: int, prompts: Mapping[int, Tensor]) -> None:
-        """``block`` and those after it begin once more; ``prompts``, which later ones had begun with, wait again."""
+        """Let ``block`` and those after it begin again; ``prompts``, which later blocks had begun with, wait again."""
         with self._lock:
             self.first_open = block
             self._prompts = {**prompts, **self._prompts}
 
     def pending(self) -> dict[int, Tensor]:
-        """What has not begun yet."""
+        """The prompts of blocks that have not begun."""
         with self._lock:
             return dict(self._prompts)
 
 
 @dataclass(frozen=True, eq=False)
 class Initial:
-    """What a video begins with: latents ``[frames, C, h, w]``, whole blocks; ``shown``: whether they are handed out."""
+    """Latents ``[frames, C, h, w]`` of the given blocks that a video begins with; ``shown``: they are handed out."""
 
     latents: Tensor
     shown: bool = True
 
 
 class Blocks:
-    """The blocks of one video in the buffers of ``engine``, which is lent to each call.
+    """Makes the blocks of one video in the buffers of ``engine``, which is lent to each call.
 
     A block is begun (``prompts.first_open`` counts), finished in order into the queue ``ready``, and taken from there.
-    Numbers are the video's. After a rollback they are ahead of the state's own: the state goes back, the video goes on.
+    Block numbers are the video's. After a rollback they are ahead of the state's: the state goes back, the video does
+    not.
     """
 
     def __init__(self, engine: Engine, seed: int, guard: Guard | None, noise: CallerNoise | None = None) -> None:
         if not isinstance(guard, Guard | None):
             raise ConfigError(f"guard must be a Guard or None, got {guard!r}")
-        require_noise(noise)
+        if noise is not None and not callable(noise):
+            raise ConfigError(f"noise must be a function of a block and a shape, or None; got {noise!r}")
         self._noise = noise
         self._vae, self._frames_per_block = engine.vae, engine.rollout.config.window.frames_per_block
         self._guard = guard or Guard()
@@ -99,11 +106,11 @@ class Blocks:
         self.first_frame_seconds: float | None = None
         self._failures = 0  # rollbacks since the last good block
         self._good: Snapshot | None = None
-        self._prompts_since: dict[int, Tensor] = {}  # those that the good state does not know, by their blocks
+        self._prompts_since: dict[int, Tensor] = {}  # by block: prompts that began after the good state
         self._began = time.perf_counter()
 
     def start(self, engine: Engine, prompt_embeds: Tensor, initial: Initial | None = None) -> None:
-        """Begin a new video with ``prompt_embeds [length, text_dim]``, or go on with the ``initial`` one."""
+        """Start a video with ``prompt_embeds [length, text_dim]``; it begins with the ``initial`` blocks, if any."""
         engine.start(prompt_embeds, self._seed)
         if initial is None:
             return
@@ -115,18 +122,19 @@ class Blocks:
             self.first_frame_seconds = None
 
     def restore(self, engine: Engine, snapshot: Snapshot) -> None:
-        """Go on where ``snapshot`` was taken; :class:`StreamError` if it is another model's, or of other noise."""
+        """Continue where ``snapshot`` was taken; :class:`StreamError` for one of another model or kind of noise."""
         engine.require_fit(snapshot)
-        if snapshot.caller_noise and self._noise is None:
-            raise StreamError("the snapshot's video is made of noise that its caller gives: expected noise=, got none")
-        if self._noise is not None and not snapshot.caller_noise:
-            raise StreamError("the snapshot's video is made of its seed's noise: expected no noise=, got one")
+        if snapshot.caller_noise != (self._noise is not None):
+            made_of, expected, found = ("its seed's noise", "no noise=", "one")
+            if snapshot.caller_noise:
+                made_of, expected, found = ("noise that its caller gives", "noise=", "none")
+            raise StreamError(f"the snapshot's video is made of {made_of}: expected {expected}, found {found}")
         engine.load_state(snapshot, self._seed)
         self.prompts = PromptSchedule(snapshot.block + 1 + snapshot.offset, snapshot.prompts)
         self.ready = ReadyQueue(snapshot.held, self.prompts.first_open)
 
     def make(self, engine: Engine) -> None:
-        """Finish blocks until one more is ready; begin those behind it."""
+        """Finish blocks until one more is ready, and begin the next ones ahead of it."""
         block = self.ready.end
         while self.ready.end == block:
             due = self._good_state_due(engine)
@@ -139,19 +147,19 @@ class Blocks:
             self._finish(engine)
 
     def snapshot(self, engine: Engine) -> Snapshot:
-        """Everything needed to go on bit for bit behind the last block taken."""
+        """Finish what is in flight, and copy all that is needed to continue bit for bit after the last block taken."""
         while engine.pipeline.in_flight:
             self._finish(engine)
         return self._save(engine, self.ready.blocks)
 
     def close(self) -> None:
-        """Free what is kept for later: the video is over."""
+        """End the video: free what is kept for later."""
         self.ready.close()
         self._good = None
         self._prompts_since = {}
 
     def first_frame(self, block: int) -> int:
-        """The number of the first video frame of ``block``."""
+        """Number of the first video frame of ``block``."""
         return self._vae.video_frames(block * self._frames_per_block)
 
     # ---------------------------------------------------------------- one block
@@ -160,26 +168,40 @@ class Blocks:
         noise = self._next_noise(engine)
         block, prompt = self.prompts.begin()
         if prompt is not None:
-            self._prompts_since[block] = prompt
+            if self._good is not None:
+                self._prompts_since[block] = prompt
             engine.rollout.switch_prompt(prompt)
         if engine.check is None:
             engine.pipeline.begin(block, noise)
             return
-        from_host = noise is not None or engine.block + 1 == engine.initial_blocks  # the first generated one's
-        if prompt is not None or from_host:
+        # Neither a prompt switch, nor noise copied from the host, nor the first generated block is the steady state.
+        if prompt is not None or noise is not None or engine.block + 1 == engine.initial_blocks:
             engine.check.disturbed()
         with engine.check.block(block):
             engine.pipeline.begin(block, noise)
 
     def _next_noise(self, engine: Engine) -> Tensor | None:
-        """The caller's noise for the block that is begun next, None for the seed's."""
+        """The caller's noise of the next block, on the host; None for the seed's, and for a given block.
+
+        Raises :class:`ConfigError` for what is not finite float32 of the shape asked for.
+        """
         if self._noise is None or engine.pipeline.given:
             return None
-        block = engine.rollout.generated_blocks + self._offset(engine)
-        return noise_of(self._noise, block, engine.rollout.noise_shape)
+        block, shape = engine.rollout.generated_blocks + self._offset(engine), engine.rollout.noise_shape
+        noise = self._noise(block, shape)
+        expected = f"noise for block {block}: expected a float32 tensor {list(shape)}"
+        if not isinstance(noise, Tensor):
+            raise ConfigError(f"{expected}, found {type_of(noise)}")
+        if noise.dtype != torch.float32 or noise.shape != shape:
+            raise ConfigError(f"{expected}, found {plain(noise.dtype)} {list(noise.shape)}")
+        check_dense(noise, expected, ConfigError)
+        noise = noise.detach().cpu()
+        if bad := int(torch.isfinite(noise).logical_not_().sum()):
+            raise ConfigError(f"{expected} of finite values, found {bad} that are NaN or infinite")
+        return noise
 
     def _finish(self, engine: Engine) -> None:
-        """Wait for the oldest block in flight; a bad one is dealt with as the guard says."""
+        """Wait for the oldest block in flight and queue it; a bad one is handled as the guard says."""
         bound = self._guard.block_seconds
         chunk = engine.pipeline.finish(bound)
         if bound is not None:
@@ -196,13 +218,13 @@ class Blocks:
     def _require_in_time(self, engine: Engine, chunk: Chunk | None, bound: float) -> None:
         if chunk is None:
             engine.executor.give_up(bound)  # or closing the runtime would wait for what may never end
-            came = "is not there"
+            what = "is not there"
         else:
             seconds = chunk.stats.generate_seconds + chunk.stats.decode_seconds
             if seconds <= bound:
                 return
-            came = f"came after {seconds:.3g} s"
-        raise StallError(f"block {self.ready.end} {came}; the guard allows a block {bound:g} s")
+            what = f"took {seconds:.3g} s"
+        raise StallError(f"block {self.ready.end} {what}; the guard allows a block {bound:g} s")
 
     # ---------------------------------------------------------------- state
 
@@ -211,33 +233,33 @@ class Blocks:
         return engine.save_state(self._seed, self.prompts.pending(), held, self._offset(engine), given)
 
     def _offset(self, engine: Engine) -> int:
-        """How far numbers of the video are ahead of the state's own."""
+        """How far the video's block numbers are ahead of the state's."""
         return self.prompts.first_open - 1 - engine.block
 
     def _good_state_due(self, engine: Engine) -> bool:
         block = engine.block
-        # What is given would be no better another time: the first state to go back to is the one behind it.
+        # Given blocks would be no better the next time: the first state to go back to is the one after them.
         if self._guard.policy != ROLL_BACK or block < 0 or engine.pipeline.given:
             return False
         return self._good is None or block - self._good.block >= self._guard.keep_every
 
     def _keep_evidence(self, engine: Engine, chunk: Chunk, bad: str) -> str:
-        """What the message about a bad block says of the evidence for it."""
+        """Save the evidence of a bad block, if wanted; returns the end of the message that names its files."""
         if self._guard.evidence is None:
             return ""
         stats = chunk.stats
         position = {"newest_temporal_id": stats.newest_temporal_id, "shift": stats.shift}
-        facts = {"found": bad, "rollbacks": self.rollbacks, "position": position}
+        details = {"found": bad, "rollbacks": self.rollbacks, "position": position}
         try:
             after = self._save(engine, self.ready.blocks)
-            files = self._guard.save_evidence(chunk.index, after, self._good, stats.vitals, facts)
+            files = self._guard.save_evidence(chunk.index, after, self._good, stats.vitals, details)
         except (OutputError, RuntimeError) as error:  # a full disk; a device that is lost, which torch says
-            # What has happened to the block matters more.
+            # What happened to the block matters more than that its evidence is missing.
             return f"; no evidence: {one_line(error)}"
         return f"; evidence: {', '.join(map(str, files))}"
 
     def _refuse(self, engine: Engine, chunk: Chunk, bad: str) -> None:
-        """Deal with a block that is not finite: evidence, then a rollback or the end."""
+        """Handle a block that is not finite: save evidence, then roll back or end the video."""
         guard, block, good = self._guard, chunk.index, self._good
         what = f"block {block}: {bad}"
         kept = self._keep_evidence(engine, chunk, bad)
@@ -257,7 +279,7 @@ class Blocks:
 
 
 def _nonfinite(chunk: Chunk) -> str | None:
-    """What is wrong with a block's values, in words."""
+    """Name the values of a block that are not finite; None where all are."""
     vitals = chunk.stats.vitals
     for what, bad, values in (
         ("latent", vitals.latent_nonfinite, chunk.latents),

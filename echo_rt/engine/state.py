@@ -1,7 +1,7 @@
-"""One video's state: every tensor preallocated, at an address that never changes, whatever the length of the video.
+"""One video's state: all tensors are preallocated, at addresses that never change, however long the video.
 
-The KV buffer's rows are ``memory | sink | local ring``. Attention has no mask and does not care about the order of
-keys, so what a block attends to is always one contiguous slice of it.
+The KV buffer's rows are ``memory | sink | local ring``. Attention has no mask and does not depend on the order of keys,
+so a block always attends to one contiguous slice of it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _inverse_frequencies(channels: int, theta: float, device: torch.device) -> T
 
 
 class RopeTables:
-    """Angles of the 3-D rotation: constant for rows and columns, advanced once a block for time."""
+    """Angles of the 3-D rotation: constant for rows and columns, updated once per block for time."""
 
     def __init__(self, config: ModelConfig, ops: Ops, device: torch.device) -> None:
         theta = config.transformer.rope_theta
@@ -57,15 +57,14 @@ class RopeTables:
         self.temporal_anchor = self.spatial.new_zeros(anchors, pairs, 2)
 
 
-# Entries of the device-side record of a block's statistics; echo_rt.chunk.Vitals says what they are.
+# Entries of the device-side statistics of a block; echo_rt.chunk.Vitals explains them.
 VITALS = ("latent_mean", "latent_std", "latent_nonfinite", "memory_norm", "gate_mean")
-
 
 Sizes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def state_sizes(config: ModelConfig, dtype: torch.dtype) -> Sizes:
-    """Shape and dtype of each tensor of a rollout in ``dtype``, but for the tables of its angles; all begin as zero."""
+    """Shape and dtype of each tensor of a rollout in ``dtype`` except its tables of angles; all begin as zeros."""
     window, transformer = config.window, config.transformer
     heads = (transformer.num_heads, transformer.head_dim)
     layers, tokens = transformer.num_layers, config.tokens_per_frame
@@ -81,7 +80,7 @@ def state_sizes(config: ModelConfig, dtype: torch.dtype) -> Sizes:
         "memory_k": ((config.memory_tokens, *heads), dtype),  # before rotation
         "memory_v": ((config.memory_tokens, *heads), dtype),
         "staged_memory": (memory, dtype),
-        # What the last layer is about to overwrite, set aside: the memory looks at it beside the first pass.
+        # Copies of what the last layer is about to overwrite, which the memory reads beside the first pass.
         "evicted_k": (evicted, dtype),  # before rotation
         "evicted_v": (evicted, dtype),
         "latents": ((window.cached_frames, *config.latent_shape), torch.float32),  # clean, by frame % length
@@ -91,19 +90,19 @@ def state_sizes(config: ModelConfig, dtype: torch.dtype) -> Sizes:
         "seed": ((2,), torch.int64),  # its low and its high 32 bits
         "positions": ((len(POSITION_FIELDS),), torch.int64),
         "write_index": ((config.tokens_per_block,), torch.int64),
-        "ring_rows": ((config.tokens_per_block,), torch.int64),  # the same rows, counted from the ring's first
-        "latent_rows": ((window.frames_per_block,), torch.int64),  # of ``latents``, that the block occupies
+        "ring_rows": ((config.tokens_per_block,), torch.int64),  # the same rows, counted from the first of the ring
+        "latent_rows": ((window.frames_per_block,), torch.int64),  # rows of ``latents`` that the block occupies
         "vitals": ((len(VITALS),), torch.float32),
     }
 
 
 class RolloutState:
-    """The tensors of one rollout, and the host's mirror of the facts it needs to order the work.
+    """The tensors of one rollout, and what the host must know to order the work.
 
-    ``block``: the last block of the video (-1: none); ``initial_blocks``: how many at its beginning were given instead
-    of generated, so that the first generated one has this number; ``memory_ready``: the memory has been updated (or is
-    a prior's) since the start or the last rebuild, so it is attended to wherever its ids fit; ``memory_updated``: the
-    vitals hold the gate of an update. :func:`state_sizes` says what the tensors are.
+    ``block``: the last block of the video (-1: none); ``initial_blocks``: how many blocks at its beginning were given
+    instead of generated; ``memory_ready``: the memory has been updated (or is a prior) since the start or the last
+    rebuild, so it is attended to wherever its ids fit; ``memory_updated``: the vitals hold the gate of an update.
+    :func:`state_sizes` describes the tensors.
     """
 
     def __init__(self, config: ModelConfig, ops: Ops, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -131,28 +130,20 @@ class RolloutState:
         self.reset()
 
     def reset(self) -> None:
-        """Back to before the first block; the prompt's keys stay."""
+        """Go back to before the first block; the prompt's keys stay."""
         self.positions.zero_()
         self.positions[POSITION_FIELDS.index("block")] = -1
         for left in (self.vitals, self.kv, self.sink_k, self.ring_k, self.memory, self.memory_k, self.latents):
-            left.zero_()  # a video that ended in NaN leaves none to the next
+            left.zero_()  # a video that ended in NaN must leave none to the next
         self.block = -1
         self.initial_blocks = 0
         self.memory_ready = self.memory_updated = False
 
     def tensors(self) -> dict[str, Tensor]:
-        """What must be kept to go on bit for bit after this block, by name; the live tensors, not copies.
+        """Everything needed to continue bit for bit after this block, by name; the live tensors, not copies.
 
-        What each block computes afresh (``x``, noise, what was evicted, the staged memory, the angles) is not among
-        them, nor is the seed, which belongs to the stream.
+        Not what each block computes anew (``x``, noise, evicted keys, the staged memory, angles), nor the seed, which
+        belongs to the stream.
         """
-        return {
-            "kv": self.kv,
-            "sink_k": self.sink_k,
-            "ring_k": self.ring_k,
-            "text_kv": self.text_kv,
-            "memory": self.memory,
-            "memory_k": self.memory_k,
-            "latents": self.latents,
-            "positions": self.positions,
-        }
+        names = ("kv", "sink_k", "ring_k", "text_kv", "memory", "memory_k", "latents", "positions")
+        return {name: getattr(self, name) for name in names}

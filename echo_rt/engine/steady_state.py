@@ -1,7 +1,7 @@
-"""A debugging aid: what the steady state promises, asserted on every block.
+"""Asserts the promises of the steady state on every block, for debugging.
 
-Promised is that a block whose stages are all replayed allocates nothing, never waits for the device, and moves no
-buffer. The first two are facts of a GPU; the third holds anywhere.
+A block whose stages are all replayed allocates nothing, never waits for the device, and moves no buffer. The first two
+are checked on a GPU, the third anywhere.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from torch import Tensor
 from echo_rt.engine.executor import Executor
 from echo_rt.errors import SteadyStateError
 
-# What torch's message about a wait that was not to be has in every release.
-_TORCHS_WORD = "synchronizing"
+_TORCHS_WORD = "synchronizing"  # in torch's message about a forbidden wait, in every release
 
 
 class SteadyCheck:
-    """Watches blocks as they are begun; ``buffers`` gives the tensors whose addresses must never change."""
+    """Watches blocks as they begin; ``buffers`` returns the tensors whose addresses must never change."""
 
     def __init__(self, executor: Executor, device: torch.device, buffers: Callable[[], Mapping[str, Tensor]]) -> None:
         self._executor, self._device, self._buffers = executor, device, buffers
         self._addresses = self._now()
-        self._steady = False  # whether the block before was replayed whole
+        self._steady = False  # whether all stages of the block before were replayed
 
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
-        """The work of beginning block ``index``; raises :class:`SteadyStateError` behind it."""
+        """Check the work inside, which begins block ``index``; raises :class:`SteadyStateError` after it."""
         runs, replays = self._executor.runs, self._executor.replays
         allocations = self._allocations()
         with self._no_waiting(index):
@@ -46,7 +45,7 @@ class SteadyCheck:
 
     @contextmanager
     def _no_waiting(self, index: int) -> Iterator[None]:
-        """torch raises where the host waits for the device: in a block that ought to be all replays."""
+        """Have torch raise where the host waits for the device, in a block that should be all replays."""
         if self._device.type != "cuda" or not self._steady:
             yield
             return
@@ -56,13 +55,13 @@ class SteadyCheck:
             yield
         except RuntimeError as error:
             if _TORCHS_WORD not in str(error):
-                raise  # the device's own trouble
+                raise
             raise SteadyStateError(f"block {index}: expected no wait for {self._device}, got: {error}") from error
         finally:
             torch.cuda.set_sync_debug_mode(found)
 
     def disturbed(self) -> None:
-        """What comes next is no steady block: a prompt was switched, say."""
+        """Expect no steady state of the next block."""
         self._steady = False
 
     def _allocations(self) -> int:

@@ -25,7 +25,7 @@ from echo_rt.utils.device import give_memory_back
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import first_line
 from echo_rt.weights.files import check_tensors
-from echo_rt.weights.keymaps import umt5_to_transformers
+from echo_rt.weights.keymaps import UMT5_KEYS
 from echo_rt.weights.shapes import text_encoder_shapes
 
 # A prompt is cut to the model's few hundred tokens; what is far longer is no prompt, and would take minutes to clean.
@@ -94,7 +94,7 @@ def _build_umt5(
         stored = tensors[name]
         # Only ever narrowed: widening costs memory and changes nothing, the arithmetic is float32 anyway.
         keep = stored.dtype.itemsize <= dtype.itemsize
-        weights[umt5_to_transformers(name)] = stored.to(device, stored.dtype if keep else dtype)
+        weights[UMT5_KEYS.to_other(name)] = stored.to(device, stored.dtype if keep else dtype)
     weights["encoder.embed_tokens.weight"] = weights["shared.weight"]  # one table under two names
     model.load_state_dict(weights, strict=True, assign=True)
     model.encoder.final_layer_norm.float()

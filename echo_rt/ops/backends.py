@@ -1,4 +1,4 @@
-"""The backends that implement the operations: which are here, and which one a model is given."""
+"""The backends that implement the operations: which are available, and which one a model gets."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ BACKEND_VARIABLE = "ECHO_RT_BACKEND"
 
 
 def available_backends() -> dict[str, str]:
-    """Backend name -> ``"available"``, or why it is not and what to do about it.
+    """Map each backend's name to ``"available"``, or to why it is not and what to do about it.
 
-    ``emulated`` are the CUDA kernels executed on the host, for tests and for those who change them; they are slow.
+    ``emulated`` executes the CUDA kernels on the host: slow, for tests and development.
     """
     built = _kernels_built()
     return {"torch": "available", "emulated": _emulated_status(built), "cuda": _cuda_status(built)}
 
 
 def _kernels_built() -> tuple[str, str]:
-    """What the kernels were compiled for, and ""; or "" and why they cannot be had."""
+    """Return the backend that the kernels were compiled for, and ""; or "" and why there are none."""
     rebuild = "install echo-rt again: pip install --no-build-isolation ."
     try:
         import echo_rt._ops as _ops
@@ -67,10 +67,7 @@ def _cuda_status(built: tuple[str, str]) -> str:
 
 
 def load_ops(backend: str) -> Ops:
-    """The operations of ``backend``.
-
-    Raises :class:`BackendError` for a backend that is unknown or not there: there is no fallback.
-    """
+    """Return the operations of ``backend``; :class:`BackendError` if it is unknown or not available."""
     if backend not in BACKENDS:
         raise BackendError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     status = available_backends()[backend]
@@ -87,9 +84,9 @@ def load_ops(backend: str) -> Ops:
 
 @dataclass(frozen=True)
 class Backend:
-    """The operations that a model is given, and why these.
+    """The operations that a model gets, and why.
 
-    ``by_name``: whether its user asked for them; ``fallback``: whether they are torch's for want of kernels on a GPU.
+    ``by_name``: its user asked for them; ``fallback``: they are torch's on a GPU, as no kernels can be used.
     """
 
     ops: Ops
@@ -99,7 +96,7 @@ class Backend:
 
     @property
     def name(self) -> str:
-        """As :data:`BACKENDS` has it."""
+        """Name of the backend, one of :data:`BACKENDS`."""
         return self.ops.name
 
 
@@ -110,12 +107,11 @@ def choose_backend(
     memory: tuple[torch.dtype, int] | None = None,
     prescribed: str | None = None,
 ) -> Backend:
-    """The backend named ``requested``, else that of the snapshot to go on with, ``prescribed``, else the environment's.
+    """Choose the backend ``requested`` by name, or else ``prescribed`` by a snapshot, or else by the environment.
 
-    None of these: ``cuda`` where ``device`` is a GPU that the kernels were built for, ``torch`` elsewhere, and where
-    the kernels do not update the memory. ``memory``: dtype and head size of one that evolves, None where none does.
-    Raises :class:`BackendError` where the one that was named cannot be had or does not run: nothing else takes its
-    place.
+    Where none is named: ``cuda`` on a GPU that the kernels were built for, ``torch`` elsewhere and where the kernels do
+    not support the memory update. ``memory``: dtype and head size of a memory that evolves, or None. Raises
+    :class:`BackendError` where the named one is not available or does not run: there is no fallback for it.
     """
     if requested is not None:
         return Backend(_able(requested, device, memory), "asked for by name", by_name=True)
@@ -145,7 +141,7 @@ def choose_backend(
 
 
 def _able(name: str, device: torch.device, memory: tuple[torch.dtype, int] | None) -> Ops:
-    """The operations of ``name``, which run there; :class:`BackendError` where they do not."""
+    """Return the operations of ``name``; :class:`BackendError` where they do not run on ``device``."""
     ops = load_ops(name)
     check_device(ops, device)
     if memory is not None:
@@ -154,7 +150,7 @@ def _able(name: str, device: torch.device, memory: tuple[torch.dtype, int] | Non
 
 
 def memory_obstacle(ops: Ops, dtype: torch.dtype, head_dim: int) -> str:
-    """Why the backend has no memory update for ``dtype`` and head size, or ""."""
+    """Say why the backend has no memory update for ``dtype`` and head size, or ""."""
     if ops.name == "torch":
         return ""
     from echo_rt.ops.kernels import HEAD_SIZES
@@ -168,18 +164,18 @@ def memory_obstacle(ops: Ops, dtype: torch.dtype, head_dim: int) -> str:
 
 
 def check_memory(ops: Ops, dtype: torch.dtype, head_dim: int) -> None:
-    """Raises :class:`BackendError` where the backend has no memory update for ``dtype`` and head size.
+    """Raise :class:`BackendError` where the backend has no memory update for ``dtype`` and head size.
 
-    Asked when a model is loaded: the update itself comes blocks later.
+    Called when a model is loaded: the first update comes only blocks later.
     """
     if obstacle := memory_obstacle(ops, dtype, head_dim):
         raise BackendError(f"{obstacle}; choose memory 'prior' or 'off', or backend 'torch'")
 
 
 def check_device(ops: Ops, device: torch.device) -> None:
-    """Raises :class:`BackendError` where the backend's operations cannot run on ``device``.
+    """Raise :class:`BackendError` where the backend's operations cannot run on ``device``.
 
-    Asked when a model is loaded: a GPU that the kernels were not compiled for would refuse the first launch.
+    Called when a model is loaded: on a GPU that the kernels were not compiled for, the first launch would fail.
     """
     needed = {"emulated": "cpu", "cuda": "cuda"}.get(ops.name, device.type)
     if device.type != needed:
@@ -203,7 +199,7 @@ def _check_architecture(device: torch.device) -> None:
 
 
 def _runs_on(architecture: str, major: int, minor: int) -> bool:
-    """Whether machine code for ``"80"`` or ``"90a"`` runs on a GPU; there is no PTX that a driver could translate."""
+    """Whether machine code for ``"80"`` or ``"90a"`` runs on a GPU; the build has no PTX to translate."""
     number = int(architecture.rstrip("a"))
     if architecture.endswith("a"):
         return number == 10 * major + minor

@@ -1,11 +1,11 @@
-"""The operations that the hand-written kernels implement: one schema each, whatever the backend.
+"""The operations that the hand-written kernels implement, with one schema for all backends.
 
-:class:`Ops` is that schema, on one screen. A backend is any object that has these functions; ``torch`` is the
-module :mod:`echo_rt.ops.reference`, ``emulated`` and ``cuda`` are :mod:`echo_rt.ops.kernels`. A model is given its
-operations when it is made, so two runtimes with different backends can live in one process.
+A backend is any object with the functions of :class:`Ops`: ``torch`` is the module :mod:`echo_rt.ops.reference`,
+``emulated`` and ``cuda`` are :mod:`echo_rt.ops.kernels`. A model gets its operations when it is made, so runtimes with
+different backends can live in one process.
 
-Letters: ``F`` frames, ``S`` tokens in a frame, ``n`` = F·S tokens, ``H`` heads, ``d`` head size, ``dim`` = H·d,
-``L`` layers, ``M`` memory tokens, ``ct`` and ``cs`` rotary pairs that turn with time and with place (ct + cs = d/2).
+Letters: ``F`` frames, ``S`` tokens per frame, ``n`` = F·S tokens, ``H`` heads, ``d`` head size, ``dim`` = H·d, ``L``
+layers, ``M`` memory tokens, ``ct`` and ``cs`` rotary pairs of time and of rows and columns (ct + cs = d/2).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ POSITION_FIELDS = ("block", "first_frame", "shift", "memory_frame", "first_slot"
 
 
 class Ops(Protocol):
-    """One function an operation. Tensors marked (written) are changed in place; nothing else is."""
+    """One function per operation. Only tensors marked (written) are changed, in place."""
 
     @property
     def name(self) -> str: ...
 
     @staticmethod
     def rope_table(frames: Tensor, inverse_frequencies: Tensor, out: Tensor) -> None:
-        """Cosine and sine of float64 ``frames [F] · inverse_frequencies [c]`` into ``out [F, c, 2]`` (written)."""
+        """Write cosine and sine of float64 ``frames [F] · inverse_frequencies [c]`` to ``out [F, c, 2]`` (written)."""
 
     @staticmethod
     def advance(
@@ -41,7 +41,7 @@ class Ops(Protocol):
         temporal_anchor: Tensor,
         write_index: Tensor,
     ) -> None:
-        """Step the device-side position to the next block; nothing of it is ever read back by the host.
+        """Advance the device-side position to the next block; the host never reads it back.
 
         ``positions`` int64 [5] (written): block, its first frame, shift, the absolute frame whose angle the first
         memory frame takes, and the block's first slot in the KV buffer (memory | sink | ring, counted in frames).
@@ -73,10 +73,10 @@ class Ops(Protocol):
 
     @staticmethod
     def merge_attention(outputs: Tensor, logsumexps: Tensor) -> Tensor:
-        """Attention to all keys, ``[n, H·d]``, from attention to two, three or four pieces of them.
+        """Merge attention over two, three or four pieces of the keys into attention over all; returns ``[n, H·d]``.
 
-        ``outputs [pieces, n, H, d]``; ``logsumexps`` float32 ``[pieces, H, n]``: the natural logarithm of the sum of
-        the exponentials of the scaled scores. A piece weighs as much as its part of the whole sum.
+        ``outputs [pieces, n, H, d]``; ``logsumexps`` float32 ``[pieces, H, n]``: natural logarithm of the sum of the
+        exponentials of the scaled scores. A piece's weight is its share of the whole sum.
         """
 
     @staticmethod
@@ -91,8 +91,8 @@ class Ops(Protocol):
     ) -> None:
         """Rotate sink and memory keys from their unrotated copies into ``kv [L, 2, rows, H, d]`` (written).
 
-        ``sink_k [L, sink tokens, H, d]``; ``memory_k``, ``memory_v [M, H, d]`` are shared by all layers. What is
-        None stays as it is.
+        ``sink_k [L, sink tokens, H, d]``; ``memory_k``, ``memory_v [M, H, d]`` are shared by all layers. Rows whose
+        source is None keep their values.
         """
 
     @staticmethod
@@ -152,10 +152,10 @@ class Ops(Protocol):
 
     @staticmethod
     def counter_noise(out: Tensor, positions: Tensor, seed: Tensor, step: int) -> None:
-        """Standard normal noise of denoising step ``step`` of the block in ``positions``, into ``out`` (written).
+        """Draw standard normal noise of denoising step ``step`` of the block in ``positions`` into ``out`` (written).
 
         ``out`` float32, contiguous, of any shape; ``positions`` int64 [5] as :meth:`advance` writes it; ``seed`` int64
-        [2], its low and its high 32 bits. What is made depends on these alone: see :mod:`echo_rt.ops.noise`.
+        [2], its low and high 32 bits. The noise depends only on these: see :mod:`echo_rt.ops.noise`.
         """
 
     @staticmethod
@@ -175,30 +175,29 @@ class Ops(Protocol):
         history: Tensor | None,
         keep: bool,
     ) -> None:
-        """``v = x + bias + residual``, then ``silu(v / max(‖v‖, 1e-12) · sqrt(C) · gamma)`` after a window's past.
+        """Write ``silu(v / max(‖v‖, 1e-12) · sqrt(C) · gamma)`` of ``v = x + bias + residual`` after a window's past.
 
         ``x [T, h, w, C]`` (written: becomes v, where ``keep``), ``residual`` alike; ``bias``, ``gamma`` float32 [C];
-        ``window [past + T, h, w, C]`` (written). With a ``history [past, h, w, C]`` (written) the window's past is
-        what it remembers, and it remembers the window's last ``past`` frames from then on; without one, the window's
-        past stays as it is.
+        ``window [past + T, h, w, C]`` (written). A ``history [past, h, w, C]`` (written) is copied to the window's
+        past and then takes the window's last ``past`` frames; without one, the window's past keeps its values.
         """
 
     @staticmethod
     def frames_to_uint8(video: Tensor, out: Tensor) -> None:
-        """``video [F, h, w, 3]`` in [-1, 1] (clamped) to 0..255, rounded to nearest, into uint8 ``out`` (written)."""
+        """Map ``video [F, h, w, 3]`` in [-1, 1], clamped, to 0..255, rounded to nearest: uint8 ``out`` (written)."""
 
     @staticmethod
     def causal_conv(window: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
-        """``bias + residual`` + the convolution of ``window``, into ``out [T, h, w, Co]`` (written).
+        """Write ``bias + residual`` + the convolution of ``window`` into ``out [T, h, w, Co]`` (written).
 
-        ``window [kT - 1 + T, h, w, C]``, past frames first; zeros are around it in space. ``weight [Co, C, kT, k, k]``
-        in torch.channels_last_3d memory, k = 1 or 3. ``bias`` float32 [Co]. ``residual`` has the shape of ``out``
-        and may be it. Frames of the three may lie apart.
+        ``window [kT - 1 + T, h, w, C]``, past frames first, padded with zeros in space. ``weight [Co, C, kT, k, k]`` in
+        torch.channels_last_3d memory, k = 1 or 3. ``bias`` float32 [Co]. ``residual`` has the shape of ``out`` and may
+        be the same tensor. The stride between frames of the three may be larger than a frame.
         """
 
     @staticmethod
     def causal_conv_hopper(window: Tensor, weight: Tensor, out: Tensor) -> None:
-        """:meth:`causal_conv` of 3x3 pixels without bias and residual, on matrix products that Hopper alone has.
+        """:meth:`causal_conv` of 3x3 pixels without bias and residual, with Hopper's matrix instructions.
 
         ``weight [Co / 96, kT, C / 32, 9, 4, 96, 8]``: see :mod:`echo_rt.convolution.kernels`. ``out [T, h, w, Co]``
         (written).
@@ -206,11 +205,12 @@ class Ops(Protocol):
 
     @staticmethod
     def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """A 3x3 convolution of ``x [T, h, w, C]`` made twice as large, into ``out [T, 2h, 2w, Co]`` (written).
+        """Write a 3x3 convolution of ``x [T, h, w, C]``, upsampled by 2, into ``out [T, 2h, 2w, Co]`` (written).
 
-        Larger by nearest pixels. ``weight [4, Co, 2, 2, C]``, see :mod:`echo_rt.convolution.torch_conv`; ``bias``
+        Upsampled to the nearest pixel. ``weight [4, Co, 2, 2, C]``, see :mod:`echo_rt.convolution.torch_conv`; ``bias``
         float32 [Co]. Pixel (2y + a, 2x + b) is the bias + the sum over i and j of ``weight[2a + b, :, i, j] @
-        x[t, y + a - 1 + i, x + b - 1 + j]``, with zeros around ``x``. Frames of both may lie apart.
+        x[t, y + a - 1 + i, x + b - 1 + j]``, with zeros around ``x``. The stride between frames of both
+        may be larger than a frame.
         """
 
 

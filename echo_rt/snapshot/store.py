@@ -1,7 +1,7 @@
-"""Snapshots of a running stream in a folder: written beside the stream, the last few kept, the newest whole one found.
+"""A folder of snapshots of a running stream: written on a thread, the last few kept, the newest whole one found.
 
-A file is called ``block-0000000123.safetensors`` after the block that comes next. It is under that name only when all
-of it is on the disk, and older ones go only after that: whenever the process is killed, a whole one is there.
+A file is called ``block-0000000123.safetensors`` after the next block. It gets that name only once all of it is on the
+disk, and older files are removed after that: whenever the process is killed, a whole snapshot is there.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from echo_rt.errors import ConfigError, OutputError, SnapshotError, SnapshotVersionError, StreamError
@@ -22,7 +22,7 @@ _NAME = re.compile(rf"{_PREFIX}(\d{{10,}})\.safetensors")
 
 
 def snapshot_files(folder: str | Path) -> list[Path]:
-    """The snapshots in ``folder``, whole or not, newest first; none where there is no such folder."""
+    """Paths of the snapshots in ``folder``, whole or not, newest first; none where there is no such folder."""
     try:
         entries = [entry.name for entry in Path(folder).iterdir()]
     except FileNotFoundError:
@@ -34,11 +34,11 @@ def snapshot_files(folder: str | Path) -> list[Path]:
 
 
 def latest_snapshot(folder: str | Path) -> tuple[Path, Snapshot] | None:
-    """The newest whole snapshot in ``folder`` and its file; None where the folder holds none at all.
+    """Return the newest whole snapshot in ``folder`` and its file; None where there is no snapshot.
 
-    Damaged ones are passed over, each with a warning that names it. What only a person can decide is an error:
-    :class:`SnapshotError` where all are damaged, :class:`SnapshotVersionError` where the newest whole one is of another
-    version: to go on from an older one would in time remove it.
+    Damaged ones are passed over, each with a warning that names it. Raises :class:`SnapshotError` where all are
+    damaged, :class:`SnapshotVersionError` where the newest whole one is of another version: to go on from an older
+    one would in time remove it.
     """
     files = snapshot_files(folder)
     for file in files:
@@ -49,22 +49,22 @@ def latest_snapshot(folder: str | Path) -> tuple[Path, Snapshot] | None:
         except SnapshotError as error:
             warnings.warn(f"passed over: {error}", RuntimeWarning, stacklevel=2)
     if files:
-        raise SnapshotError(f"{folder}: expected a whole snapshot, came {len(files)} damaged ones")
+        raise SnapshotError(f"{folder}: expected a whole snapshot, found {len(files)} damaged ones")
     return None
 
 
 class SnapshotKeeper(Closing):
-    """Writes snapshots into ``folder`` on a thread of its own and keeps the last ``keep`` of them.
+    """Writes snapshots into ``folder`` on a thread and keeps the last ``keep`` of them.
 
-    One is written at a time. While it is, :meth:`offer` takes no other: the stream is held up by the copy to the host
-    alone, memory by one snapshot alone, and ``skipped`` counts the offers that were declined. What goes wrong on the
-    thread is raised by the next :meth:`offer`, :meth:`wait` or :meth:`close`, once.
+    One is written at a time. Meanwhile :meth:`offer` declines others, which ``skipped`` counts: the stream waits only
+    for the copy to the host, and memory holds one snapshot. An error of the thread is raised once, by the next
+    :meth:`offer`, :meth:`wait` or :meth:`close`.
 
-    A snapshot that was written makes those of later blocks stale, which come from a video that was given up (a resume
-    from an older one): they are removed with those that are too old. ``written`` counts the files put in place.
+    Snapshots of later blocks than the one written are of a video that was given up (by a resume from an older one):
+    they are removed like those that are too old. ``written`` counts the files put in place.
 
     Raises ``TargetError`` where another process holds the folder or it cannot be made, ``ConfigError`` for a ``keep``
-    below 1. More than one is wise: a file that the disk damages later is passed over for the one before.
+    below 1. With 2 or more, a file that the disk damages later is passed over for the one before.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 3) -> None:
@@ -84,11 +84,11 @@ class SnapshotKeeper(Closing):
 
     @property
     def busy(self) -> bool:
-        """Whether a snapshot is being written at this moment, so that an offer would be declined."""
+        """Whether a snapshot is being written, so that an offer would be declined."""
         return self._thread is not None and self._thread.is_alive()
 
     def offer(self, take: Callable[[], Snapshot]) -> bool:
-        """Have what ``take`` gives (``stream.snapshot``) written; whether it is. ``take`` is not called while busy."""
+        """Write what ``take`` (``stream.snapshot``) returns, and return True; while busy, return False."""
         if self._closed:
             raise StreamError(f"{self.folder}: this keeper of snapshots is closed")
         if self.busy:
@@ -101,7 +101,7 @@ class SnapshotKeeper(Closing):
         return True
 
     def wait(self) -> None:
-        """Return when nothing is being written any more; raises what went wrong since the last call."""
+        """Wait for the snapshot being written; raises the thread's error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -110,7 +110,7 @@ class SnapshotKeeper(Closing):
             raise problem
 
     def close(self) -> None:
-        """Wait for what is being written and let the folder go. May be called twice."""
+        """Wait for the snapshot being written and release the folder. Idempotent."""
         self._closed = True
         try:
             self.wait()
@@ -120,28 +120,20 @@ class SnapshotKeeper(Closing):
     def _write(self, snapshot: Snapshot) -> None:
         try:
             number = snapshot.next_block
-            # Processes that were killed before they had removed anything must not add up to more and more files.
-            self._remove(self._sorted_out(number)[1])
+            # Or killed processes, which had not removed anything yet, would leave more and more files.
+            self._remove_surplus(number, stale_too=False)
             snapshot.save(self.folder / f"{_PREFIX}{number:010}.safetensors")
             self.written += 1
-            stale, old = self._sorted_out(number)
-            self._remove([*stale, *old])
-        except BaseException as error:  # of whatever kind: it is raised again where someone can act on it
+            self._remove_surplus(number, stale_too=True)
+        except BaseException as error:  # of any kind: the stream's thread raises it
             self._problem = error
 
-    def _sorted_out(self, newest: int) -> tuple[list[Path], list[Path]]:
-        """The files of blocks after ``newest``, and those that are too old beside it."""
+    def _remove_surplus(self, newest: int, stale_too: bool) -> None:
+        """Remove files that are too old beside block ``newest``, and with ``stale_too`` those of later blocks."""
         files = snapshot_files(self.folder)
-        stale = [file for file in files if _number(file) > newest]
-        return stale, files[len(stale) + self.keep :]
-
-    def _remove(self, files: Iterable[Path]) -> None:
-        for file in files:
+        stale = [file for file in files if int(file.stem.removeprefix(_PREFIX)) > newest]
+        for file in [*(stale if stale_too else ()), *files[len(stale) + self.keep :]]:
             try:
                 file.unlink(missing_ok=True)
             except OSError as error:
                 raise OutputError(f"{file}: cannot remove an old snapshot: {reason(error)}") from None
-
-
-def _number(file: Path) -> int:
-    return int(file.stem.removeprefix(_PREFIX))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import VaeConfig
-from echo_rt.engine.decoding import fit_decoder
+from echo_rt.engine.build import fit_decoder
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.noise import fill_normal, seed_words
 from echo_rt.ops.schema import Ops

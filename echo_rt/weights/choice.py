@@ -1,4 +1,4 @@
-"""Which recipe a model's files are run by where none is named, and what was taken: said in one line, and kept."""
+"""The choice of a recipe for a model's files, and a record of what was taken, shown in one line and kept."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from echo_rt.config import MemoryConfig
 from echo_rt.errors import ConfigError
 from echo_rt.options import RECIPE
 from echo_rt.recipes import LONGVIDEO_FILE, RECIPES, Recipe, find_recipe, published_as
-from echo_rt.weights.generator import BARE, GENERATOR_EMA, GeneratorTensors, holds_memory
-from echo_rt.weights.lora_file import open_lora
+from echo_rt.weights.generator import GeneratorTensors, holds_memory
+from echo_rt.weights.lora import open_lora
 from echo_rt.weights.tensors import TensorFile
 
 TAKEN = "taken"  # the fact of a snapshot's model: Taken as plain JSON types
@@ -39,9 +39,11 @@ class Choice:
         return {**self.recipe.facts, **of_folder}
 
     def check_memory(self, there: bool, source: str) -> None:
-        """:class:`ConfigError` where the weights of ``source`` lack a memory encoder that the recipe needs, or have one
-        that it cannot use. A folder's recipe goes without: what checkpoint is put into it, it cannot know. What a
-        snapshot was made with, it says itself.
+        """Raise :class:`ConfigError` where the weights of ``source`` lack the memory encoder that the recipe needs, or
+        have one that it cannot use.
+
+        A recipe that a folder names runs without: the folder cannot know which checkpoint is given. A snapshot states
+        its memory itself.
         """
         if self.recipe is None or self.by == "snapshot" or there == (self.recipe.memory == "required"):
             return
@@ -56,10 +58,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Taken:
-    """What a model was made of, and why.
+    """The recipe, weights and LoRAs that a model was made of, and the reasons.
 
     ``ema``: whether the weights are the checkpoint's averaged ones, None of a checkpoint without parts, or of none.
-    ``loras``: file and strength of each. ``cautions``: in what the files are not as those that the recipe is made for.
+    ``loras``: file and strength of each. ``cautions``: differences from the files that the recipe is made for.
     """
 
     recipe: str | None
@@ -73,7 +75,7 @@ class Taken:
 
     @property
     def line(self) -> str:
-        """All of it but the cautions, in one line."""
+        """Everything but the cautions, in one line."""
         recipe = "no recipe" if self.recipe is None else f"recipe {self.recipe}"
         weights = {True: "the EMA weights", False: "the plain weights", None: "the weights"}[self.ema]
         where = self.model if self.checkpoint is None else f"{self.checkpoint} ({self.ema_reason})"
@@ -82,11 +84,11 @@ class Taken:
         return f"{recipe} ({self.recipe_reason}): {weights} of {where}{loras}{place}"
 
     def for_snapshots(self) -> dict[str, Any]:
-        """What a stream that goes on from a snapshot was made of as well: all but why this recipe."""
+        """The entries that a stream resumed from a snapshot shares: all but the reason for the recipe."""
         return {name: value for name, value in self.as_json().items() if name != "recipe_reason"}
 
     def as_json(self) -> dict[str, Any]:
-        """In plain JSON types, but the cautions."""
+        """Everything but the cautions, in plain JSON types."""
         plain = asdict(self)
         del plain["cautions"]
         return {**plain, "loras": [{"file": file, "strength": strength} for file, strength in self.loras]}
@@ -124,7 +126,7 @@ def choose_recipe(
 
 
 def _is_whole(of_folder: Mapping[str, Any]) -> bool:
-    """Whether a folder says all of the window itself, as those do that were written before there were recipes."""
+    """Return whether a folder states its whole window, as folders from before recipes do."""
     return of_folder.keys() >= _WINDOW
 
 
@@ -151,17 +153,16 @@ def _unknown(why: str) -> ConfigError:
 
 
 def ema_reason(asked: bool | None, recipe: Recipe | None, generator: GeneratorTensors | None) -> str:
-    """Why these weights of a checkpoint were taken and not others."""
+    """The reason why these weights of a checkpoint were taken."""
     if generator is None:
         return "no checkpoint"
-    if generator.part == BARE:
+    if generator.ema is None:
         return "it has no others"
     if asked is not None:
         return "asked for"
-    took_ema = generator.part == GENERATOR_EMA
     if recipe is None:
-        return "it has them" if took_ema else "it has no EMA weights"
-    if took_ema == recipe.ema:
+        return "it has them" if generator.ema else "it has no EMA weights"
+    if generator.ema == recipe.ema:
         return "as in the recipe"
     return "it has no others, the recipe's are " + ("the EMA weights" if recipe.ema else "the plain ones")
 
@@ -169,7 +170,7 @@ def ema_reason(asked: bool | None, recipe: Recipe | None, generator: GeneratorTe
 def cautions(
     recipe: Recipe | None, lora: bool, memory: MemoryConfig | None, *, memory_is_asked: bool
 ) -> tuple[str, ...]:
-    """In what the files are others than the recipe is published for, though they can be run by it.
+    """Differences between the files and those that the recipe is published for, where it can run them all the same.
 
     ``lora``: whether there is one; ``memory_is_asked``: whether the caller has said what the memory does.
     """

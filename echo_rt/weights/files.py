@@ -6,24 +6,26 @@ are mapped, and a tensor's bytes are read when it is used.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
-from echo_rt.utils.wording import plain
+from echo_rt.utils.wording import one_line, plain, type_of
 from echo_rt.weights.formats import other_format
 from echo_rt.weights.fp8 import widened
 from echo_rt.weights.gguf_files import GGUF_MAGIC, open_gguf
 from echo_rt.weights.pickle_files import PICKLE_MAGICS, open_pickle
 from echo_rt.weights.safetensors_files import INDEX, is_safetensors, open_safetensors, open_sharded
 from echo_rt.weights.shapes import Shapes
-from echo_rt.weights.tensors import TensorFile, first_names, outline_of
+from echo_rt.weights.tensors import Contents, TensorFile, check_name, first_names, outline_of
 
 _SAFETENSORS = ".safetensors"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -45,14 +47,17 @@ def open_tensors(path: str | Path, *, widen_to: torch.dtype = torch.float32) -> 
     but tensors; ``BackendError`` for a GGUF file without the package that reads it.
     """
     path = _find(Path(path))
-    head = read_head(path)
-    file = _open(path, head, widen_to)
-    return TensorFile(path, widened(file, path, widen_to), file.facts)
+    tensors, facts = _open(path, _read_head(path), widen_to)
+    if not tensors:
+        raise WeightsError(f"{path}: expected tensors, found a file without any")
+    for name in tensors:
+        check_name(name, path)
+    return TensorFile(path, widened(tensors, path, widen_to), facts)
 
 
-def _open(path: Path, head: bytes, widen_to: torch.dtype) -> TensorFile:
+def _open(path: Path, head: bytes, widen_to: torch.dtype) -> Contents:
     if INDEX.search(path.name):
-        return open_sharded(path, path.read_bytes())
+        return open_sharded(path, read_object(path, 'an index of shards with a "weight_map"'))
     if head.startswith(GGUF_MAGIC):
         return open_gguf(path, widen_to)
     if is_safetensors(head):  # before pickles: the length it begins with may look like one
@@ -60,10 +65,10 @@ def _open(path: Path, head: bytes, widen_to: torch.dtype) -> TensorFile:
     if head.startswith(PICKLE_MAGICS):
         return open_pickle(path, head)
     other = other_format(path, head)
+    if other is None and path.suffix.lower() not in SUFFIXES:
+        other = "another format"
     if other is not None:
-        raise WeightsError(f"{path}: expected weights in a safetensors, torch or GGUF file, came {other}")
-    if path.suffix.lower() not in SUFFIXES:
-        raise WeightsError(f"{path}: expected weights in a safetensors, torch or GGUF file, came another format")
+        raise WeightsError(f"{path}: expected weights in a safetensors, torch or GGUF file, found {other}")
     # A damaged file: its name says what it was to be.
     return open_pickle(path, head) if path.suffix.lower() in _PICKLES else open_safetensors(path)
 
@@ -76,19 +81,17 @@ def _find(path: Path) -> Path:
     if os.path.isdir(path):
         return _find_in(path)
     usual = [f"{path.name}{_SAFETENSORS}", f"{path.name}{_SAFETENSORS}.index.json"]
-    found = [path.with_name(name) for name in usual if os.path.exists(path.with_name(name))]
-    if not found and os.path.isdir(path.parent):
-        # What diffusers calls copies in another precision, single and sharded.
-        variant = re.compile(re.escape(path.name) + r"(\.\w+\.safetensors|\.safetensors\.index\.\w+\.json)")
-        found = sorted(file for file in path.parent.iterdir() if variant.fullmatch(file.name))
-        if len(found) > 1:
-            raise WeightsError(f"{path.parent}: expected one variant, found {first_names([f.name for f in found])}")
-    if not found:
-        older = [path.with_name(f"{prefix}{path.name}.bin") for prefix in ("", "pytorch_")]
-        found = [file for file in older if os.path.exists(file)]
+    older = [f"{path.name}.bin", f"pytorch_{path.name}.bin"]
+    # What diffusers calls copies in another precision, single and sharded.
+    variant = re.compile(re.escape(path.name) + r"(\.\w+\.safetensors|\.safetensors\.index\.\w+\.json)")
+    there = sorted(os.listdir(path.parent)) if os.path.isdir(path.parent) else []
+    variants = [name for name in there if variant.fullmatch(name) and name not in usual]
+    found = [name for name in usual if name in there] or variants or [name for name in older if name in there]
+    if found == variants and len(found) > 1:
+        raise WeightsError(f"{path.parent}: expected one variant, found {first_names(found)}")
     if not found:
         raise WeightsError(f"{path.parent}: expected {usual[0]} or {usual[1]}, found neither")
-    return found[0]
+    return path.with_name(found[0])
 
 
 def _find_in(folder: Path) -> Path:
@@ -99,15 +102,11 @@ def _find_in(folder: Path) -> Path:
             raise WeightsError(f"{folder}: expected one {pattern}, found {len(found)}: {names}")
         if found:
             return found[0]
-    other = other_format(folder, b"")
-    if other is not None:
-        raise WeightsError(f"{folder}: expected weights, came {other}")
-    raise WeightsError(
-        f"{folder}: expected a folder with a *{_SAFETENSORS} or a *{_SAFETENSORS}.index.json, found neither"
-    )
+    wanted = f"a folder with a *{_SAFETENSORS} or a *{_SAFETENSORS}.index.json"
+    raise WeightsError(f"{folder}: expected {wanted}, found {other_format(folder, b'') or 'neither'}")
 
 
-def read_head(path: Path) -> bytes:
+def _read_head(path: Path) -> bytes:
     """The first bytes of a file that must be there, be a file, and be downloaded.
 
     Errors: ``WeightsError`` for a missing, unreadable or empty file, a folder, or a git-lfs pointer.
@@ -115,24 +114,41 @@ def read_head(path: Path) -> bytes:
     try:
         mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to open a pipe is to wait for whoever fills it
-            raise WeightsError(f"{path}: expected a file, came a pipe or a device")
+            raise WeightsError(f"{path}: expected a file, found a pipe or a device")
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
     except FileNotFoundError:
         raise WeightsError(f"{path}: expected a file, found none") from None
     except IsADirectoryError:
-        raise WeightsError(f"{path}: expected a file, came a folder") from None
+        raise WeightsError(f"{path}: expected a file, found a folder") from None
     except OSError as error:
-        raise WeightsError(f"{path}: expected a readable file, came: {error.strerror or error}") from error
+        raise WeightsError(f"{path}: expected a readable file, found: {error.strerror or error}") from error
     if not head:
-        raise WeightsError(f"{path}: expected weights, came an empty file")
+        raise WeightsError(f"{path}: expected weights, found an empty file")
     if head.startswith(_LFS_POINTER):
-        raise WeightsError(f"{path}: expected weights, came a git-lfs pointer: the file itself was never downloaded")
+        raise WeightsError(f"{path}: expected weights, found a git-lfs pointer: the file itself was never downloaded")
     return head
 
 
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in ``path``; ``what`` says for messages what file was expected there.
+
+    Errors: ``WeightsError`` for a file that is missing or is no JSON object.
+    """
+    if not path.exists():
+        raise WeightsError(f"{path}: expected {what}, found no file")
+    _read_head(path)
+    try:
+        parsed = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: expected {what}, found no JSON ({one_line(error)})") from error
+    if not isinstance(parsed, dict):
+        raise WeightsError(f"{path}: expected {what} as a JSON object, found {type_of(parsed)}")
+    return parsed
+
+
 def check_tensors(found: Mapping[str, Tensor], expected: Shapes, source: str) -> None:
-    """Raises ``WeightsError`` unless ``found`` has exactly the names and shapes of ``expected``, all dense floats.
+    """Raise ``WeightsError`` unless ``found`` has exactly the names and shapes of ``expected``, all dense floats.
 
     The one message lists what is missing, surplus and misshapen: the first few names of each, and how many.
     """
@@ -142,9 +158,9 @@ def check_tensors(found: Mapping[str, Tensor], expected: Shapes, source: str) ->
     for name, shape in expected.items():
         if name not in found:
             continue
-        came, dtype, dense = outline_of(found, name)
-        if came != shape:
-            misshapen.append(f"{name} is {list(came)} for {list(shape)}")
+        own, dtype, dense = outline_of(found, name)
+        if own != shape:
+            misshapen.append(f"{name} is {list(own)} for {list(shape)}")
         elif dtype not in _FLOATS or not dense:
             mistyped.append(f"{name} is {plain(dtype)}")
     faults = [
@@ -158,4 +174,4 @@ def check_tensors(found: Mapping[str, Tensor], expected: Shapes, source: str) ->
         if names
     ]
     if faults:
-        raise WeightsError(f"{source}: expected {len(expected)} tensors, came {len(found)}: {'; '.join(faults)}")
+        raise WeightsError(f"{source}: expected {len(expected)} tensors, found {len(found)}: {'; '.join(faults)}")

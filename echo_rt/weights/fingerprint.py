@@ -1,45 +1,38 @@
-"""Notes what is read from a set of weights: whether it is numbers at all, and which set it is."""
+"""A record of what is read from a set of weights: finite numbers only, and a digest that tells which set it is."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
+from echo_rt.weights.tensors import LazyTensors
 
 # Values of each tensor that count: a merged LoRA or another training step changes the first ones of a matrix too.
 _VALUES = 64
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; one pass that keeps nothing, where ``isfinite`` writes a tensor of bools."""
+    """Return whether all values are finite, in one pass; ``isfinite`` would write a tensor of bools."""
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor)  # NaN if any value is
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
-@runtime_checkable
-class ComputedTensors(Protocol):
-    """Tensors of which some are made of others when they are asked for."""
-
-    def origins(self, name: str) -> list[Tensor]:
-        """All that tensor ``name`` is made of; itself where it is there as it is."""
-
-
-class FingerprintedTensors(Mapping[str, Tensor]):
-    """Passes tensors through, refuses what is not finite, and takes note of each one read.
+class FingerprintedTensors(LazyTensors):
+    """A view that refuses tensors with NaN or infinite values and records each one read.
 
     A NaN in a weight need not show in the video: torch's attention on a CPU turns NaN scores into zeros. So it is
     looked for here. ``source`` names the weights in the message of the :class:`WeightsError`.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        super().__init__(tensors)
         self._tensors = tensors
         self.source = source
         self._seen: dict[str, bytes] = {}
@@ -50,19 +43,10 @@ class FingerprintedTensors(Mapping[str, Tensor]):
             bad = int((~torch.isfinite(tensor)).sum())
             raise WeightsError(f"{self.source}: {bad} of {tensor.numel()} values of {name} are NaN or infinite")
         # What is computed at load may be rounded otherwise elsewhere: then it is told by what it is computed of.
-        origins = self._tensors.origins(name) if isinstance(self._tensors, ComputedTensors) else [tensor]
-        samples = [origin.flatten()[:_VALUES].to("cpu", torch.float32).contiguous() for origin in origins]
+        origins = self._tensors.origins(name) if isinstance(self._tensors, LazyTensors) else []
+        samples = [origin.flatten()[:_VALUES].to("cpu", torch.float32).contiguous() for origin in origins or [tensor]]
         self._seen[name] = b"".join(sample.numpy().tobytes() for sample in samples)
         return tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors  # the inherited one reads the tensor, which may mean merging a LoRA into it
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
     def digest(self) -> str:
         """SHA-256 over the names and first values of the tensors read so far, whatever the order of reading."""

@@ -3,52 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from echo_rt.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
-from echo_rt.weights import layout_diffusers, layout_original
-from echo_rt.weights.hub import local_model
-from echo_rt.weights.layout_diffusers import DiffusersLayout
-from echo_rt.weights.layout_original import OriginalLayout
-from echo_rt.weights.parts import TEXT_ENCODER, TRANSFORMER, VAE, PartTensors, open_part
+from echo_rt.options import is_path
+from echo_rt.weights.files import open_tensors
+from echo_rt.weights.keymaps import bare
+from echo_rt.weights.layouts import DIFFUSERS_MARKS, DIFFUSERS_VAE_CONFIG, OPTIONS, ORIGINAL_MARKS, VAE_FILE, Layout
+from echo_rt.weights.parts import TEXT_ENCODER, TRANSFORMER, VAE, Config, Part, PartTensors
 
-_ORIGINAL_MARKS = (
-    layout_original.TRANSFORMER_CONFIG,
-    layout_original.VAE_FILE,
-    layout_original.TEXT_ENCODER_FILE,
-)
-_DIFFUSERS_MARKS = (
-    layout_diffusers.TRANSFORMER_CONFIG,
-    layout_diffusers.VAE_CONFIG,
-    layout_diffusers.TEXT_ENCODER_CONFIG,
-)
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
-
-
-class _Layout(Protocol):
-    """Where the parts of a model are, and the sizes that a config says; None where shapes have to say them."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def transformer(self) -> Path: ...
-    @property
-    def vae(self) -> Path: ...
-    @property
-    def text_encoder(self) -> Path: ...
-    @property
-    def tokenizer(self) -> Path: ...
-
-    def transformer_config(self) -> TransformerConfig | None: ...
-    def rollout_defaults(self) -> dict[str, Any]: ...
-    def vae_config(self) -> VaeConfig | None: ...
-    def text_encoder_config(self) -> TextEncoderConfig | None: ...
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class ModelFolder:
@@ -58,7 +29,7 @@ class ModelFolder:
     names, are mapped rather than loaded, and are checked: a missing, surplus or misshapen one is a ``WeightsError``.
     """
 
-    def __init__(self, path: Path, layout: _Layout, given: Mapping[str, Path]) -> None:
+    def __init__(self, path: Path, layout: Layout, given: Mapping[str, Path]) -> None:
         self.path = path
         self._layout = layout
         self._given = given
@@ -86,39 +57,31 @@ class ModelFolder:
             raise WeightsError(f"expected the path of a folder with a Wan2.1 model, got {path!r}")
         named = {"text_encoder": text_encoder, "tokenizer": tokenizer, "vae_file": vae_file}
         for option, part in named.items():
-            if part is not None and not (isinstance(part, (str, os.PathLike)) and os.fspath(part)):
+            if part is not None and not is_path(part):
                 raise ConfigError(f"{option} must be a path or None, got {part!r}")
         given = {option: Path(part) for option, part in named.items() if part is not None}
         for option, part in given.items():
             if not os.path.exists(part):
                 raise WeightsError(f"{option}: expected a file or folder, found none at {part}")
-        model = local_model(Path(path), downloads)
+        model = _local_model(Path(path), downloads)
         if os.path.isfile(model):
-            return cls(model.parent, OriginalLayout(model.parent, model), given)
+            return cls(model.parent, Layout(model.parent, model), given)
         if not os.path.isdir(model):
             raise WeightsError(f"{model}: expected a Wan2.1 model folder or file, but it does not exist")
-        # The configs of a diffusers folder lie deeper; a stray config.json above them says nothing.
-        if any((model / mark).exists() for mark in _DIFFUSERS_MARKS):
-            return cls(model, DiffusersLayout(model), given)
-        layout = OriginalLayout(model)
+        layout = Layout(model)
         if not layout.present:
             raise WeightsError(
-                f"{model}: expected a Wan2.1 model, either {', '.join(_ORIGINAL_MARKS)} (original layout), "
-                f"{', '.join(_DIFFUSERS_MARKS)} (diffusers layout) or files with ComfyUI's names, found none of them"
+                f"{model}: expected a Wan2.1 model, either {', '.join(ORIGINAL_MARKS)} (original layout), "
+                f"{', '.join(DIFFUSERS_MARKS)} (diffusers layout) or files with ComfyUI's names, found none of them"
             )
         return cls(model, layout, given)
 
-    @property
-    def layout(self) -> str:
-        """``"original"``, ``"diffusers"``, or ``"files"`` for single files with no config beside them."""
-        return self._layout.name
-
     def transformer_config(self) -> TransformerConfig:
         """Sizes of the transformer, from its ``config.json``, else from the shapes of its tensors."""
-        return self._layout.transformer_config() or open_part(TRANSFORMER, self._layout.transformer).config()
+        return self._config(TRANSFORMER)
 
     def rollout_defaults(self) -> dict[str, Any]:
-        """How this model's video is rolled out: the object ``echo_rt`` of the transformer's ``config.json``.
+        """Facts of the rollout of this model's video: the object ``echo_rt`` of the transformer's ``config.json``.
 
         ``width`` and ``height`` in pixels, and keys of ``ModelConfig.from_flat``; empty for a stock Wan folder.
         """
@@ -126,34 +89,30 @@ class ModelFolder:
 
     def transformer_tensors(self) -> Mapping[str, Tensor]:
         """The transformer."""
-        config = self._layout.transformer_config()
-        found = open_part(TRANSFORMER, self._layout.transformer)
-        return found.original(config or found.config())
+        return self._tensors(TRANSFORMER)
 
     def vae_config(self) -> VaeConfig:
         """Sizes of the VAE, from its config, else from the shapes of its tensors."""
-        return self._configured_vae() or open_part(VAE, self._vae).config()
+        return self._config(VAE)
 
     def latents_config(self) -> VaeConfig:
-        """What another decoder of its latents has to know of the VAE, which need not be there; no weights are read.
+        """The VAE's sizes that another decoder of its latents needs; no weights are read, and the VAE may be missing.
 
         Wan2.1's, where no config says otherwise.
         """
-        return self._configured_vae() or VaeConfig()
+        return self._stated(VAE) or VaeConfig()
 
     def vae_tensors(self) -> Mapping[str, Tensor]:
         """The whole VAE, encoder and decoder."""
-        found = open_part(VAE, self._vae)
-        return found.original(self._configured_vae() or found.config())
+        return self._tensors(VAE)
 
     def text_encoder_config(self) -> TextEncoderConfig:
         """Sizes of the text encoder, from its config, else from the shapes of its tensors."""
-        return self._configured_text_encoder() or self._open_text_encoder().config()
+        return self._config(TEXT_ENCODER)
 
     def text_encoder_tensors(self) -> Mapping[str, Tensor]:
         """The umT5 encoder."""
-        found = self._open_text_encoder()
-        return found.original(self._configured_text_encoder() or found.config())
+        return self._tensors(TEXT_ENCODER)
 
     def tokenizer_path(self) -> Path:
         """The tokenizer's folder."""
@@ -166,26 +125,74 @@ class ModelFolder:
 
     @property
     def vae_source(self) -> Path:
-        """What the VAE is read from, for messages: its own file where one was given, else the model."""
+        """The path that the VAE is read from, for messages: its own file where one was given, else the model."""
         return self._given.get("vae_file", self.path)
 
-    @property
-    def _vae(self) -> Path:
-        return self._given.get("vae_file") or self._layout.vae
+    def _config(self, part: Part[Config]) -> Config:
+        return self._stated(part) or self._open(part).config()
 
-    def _configured_vae(self) -> VaeConfig | None:
-        return None if "vae_file" in self._given else self._layout.vae_config()
+    def _tensors(self, part: Part[Config]) -> Mapping[str, Tensor]:
+        return self._open(part).original(self._stated(part))
 
-    def _configured_text_encoder(self) -> TextEncoderConfig | None:
-        return None if "text_encoder" in self._given else self._layout.text_encoder_config()
+    def _stated(self, part: Part[Config]) -> Config | None:
+        """Sizes from a config, which is not that of a file given in place of the model's own."""
+        stated: Config | None = None if OPTIONS[part.name] in self._given else self._layout.config(part.name)
+        return stated
 
-    def _open_text_encoder(self) -> PartTensors[TextEncoderConfig]:
-        path = self._given.get("text_encoder") or self._layout.text_encoder
-        # It is kept as it is stored or narrower: what was quantized takes no more room than the released file.
-        return open_part(TEXT_ENCODER, path, widen_to=torch.bfloat16)
+    def _open(self, part: Part[Config]) -> PartTensors[Config]:
+        path = self._given.get(OPTIONS[part.name]) or self._layout.file(part.name)
+        file = open_tensors(path, widen_to=part.widen_to)
+        return PartTensors(part, bare(file, str(file.path)), str(file.path))
 
 
 def holds_vae(folder: Path) -> bool:
-    """Whether there is a VAE of a model, in either layout, whatever else there is or lacks."""
+    """Return whether ``folder`` holds a VAE in either layout, whatever else it holds or lacks."""
     # os.path answers False where a path cannot exist at all (too long a name); pathlib raises.
-    return any(os.path.exists(folder / mark) for mark in (layout_original.VAE_FILE, layout_diffusers.VAE_CONFIG))
+    return any(os.path.exists(folder / mark) for mark in (VAE_FILE, DIFFUSERS_VAE_CONFIG))
+
+
+def _cache_folder() -> Path:
+    """The folder in which the tools of the Hugging Face hub keep downloads."""
+    given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if given:
+        return Path(given).expanduser()
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HF_HOME") or f"{caches}/huggingface").expanduser() / "hub"
+
+
+def _local_model(model: Path, also: Sequence[str] = ()) -> Path:
+    """The folder or file that ``model`` means: itself, a repository's newest snapshot, or that of a hub id.
+
+    ``also``: further commands of a download, for the message about an id that is not in the cache.
+
+    Errors: ``WeightsError`` for an id without a snapshot, with the commands that download it.
+    """
+    # os.path answers False where a path cannot exist at all; pathlib raises.
+    if os.path.exists(model):
+        return _snapshot(model) or model
+    name = str(model)
+    if not _HUB_ID.fullmatch(name):
+        return model
+    found = _snapshot(_cache_folder() / f"models--{name.replace('/', '--')}")
+    if found is None:
+        commands = " && ".join((f"hf download {name}", *also))
+        raise WeightsError(
+            f"{name}: expected a folder, a file, or a model in the Hugging Face cache {_cache_folder()}, found none; "
+            f"to download it: {commands}"
+        )
+    return found
+
+
+def _snapshot(repository: Path) -> Path | None:
+    """The snapshot that main refers to, else the newest; None where ``repository`` is no folder of the cache."""
+    snapshots = repository / "snapshots"
+    if not os.path.isdir(snapshots):
+        return None
+    reference = repository / "refs" / "main"  # a download by a commit's name leaves none
+    if reference.is_file():
+        main = snapshots / reference.read_text(encoding="utf-8", errors="replace").strip()
+        if main.parent == snapshots and main.is_dir():
+            return main
+    return max(
+        (each for each in snapshots.iterdir() if each.is_dir()), key=lambda each: each.stat().st_mtime, default=None
+    )

@@ -5,32 +5,32 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
+ZIP_MAGIC = b"PK\x03\x04"
+
 _UNPACK = "unpack it and give the file inside"
 _SAVE = "save its state_dict() with safetensors.torch.save_file or torch.save"
 _CONVERT = "convert it with transformers or diffusers: from_pretrained(...), then save_pretrained(...)"
 
 # By their first bytes.
-_MAGICS: tuple[tuple[bytes, str], ...] = (
-    (b"\x89HDF", f"a Keras or HDF5 file: {_CONVERT}"),
-    (b"\x93NUMPY", "a NumPy array: save all tensors with safetensors.numpy.save_file"),
-    (b"\x1f\x8b", f"a gzip archive: {_UNPACK}"),
-    (b"\xfd7zXZ", f"an xz archive: {_UNPACK}"),
-    (b"7z\xbc\xaf", f"a 7z archive: {_UNPACK}"),
-    (b"Rar!", f"a rar archive: {_UNPACK}"),
-    (b"\x28\xb5\x2f\xfd", f"a zstd archive: {_UNPACK}"),
-)
+_MAGICS = {
+    b"\x89HDF": f"a Keras or HDF5 file: {_CONVERT}",
+    b"\x93NUMPY": "a NumPy array: save all tensors with safetensors.numpy.save_file",
+    b"\x1f\x8b": f"a gzip archive: {_UNPACK}",
+    b"\xfd7zXZ": f"an xz archive: {_UNPACK}",
+    b"7z\xbc\xaf": f"a 7z archive: {_UNPACK}",
+    b"Rar!": f"a rar archive: {_UNPACK}",
+    b"\x28\xb5\x2f\xfd": f"a zstd archive: {_UNPACK}",
+}
+_WEB_PAGE = "a web page: the download was one of a page about the file; download the file itself"
 # By how the text in them begins, in lower case.
-_TEXTS: tuple[tuple[bytes, str], ...] = (
-    (b"<!doctype html", "a web page: the download was one of a page about the file; download the file itself"),
-    (b"<html", "a web page: the download was one of a page about the file; download the file itself"),
-    (b"{", "a JSON file, which holds no weights"),
-)
+_TEXTS = {b"<!doctype html": _WEB_PAGE, b"<html": _WEB_PAGE, b"{": "a JSON file, which holds no weights"}
+_TENSORRT = "a TensorRT engine, built for one GPU: give the weights it was built from"
 # By their names, where their first bytes say nothing.
 _SUFFIXES = {
     ".onnx": f"an ONNX graph: give the weights it was exported from, or {_SAVE} there",
-    ".engine": "a TensorRT engine, built for one GPU: give the weights it was built from",
-    ".plan": "a TensorRT engine, built for one GPU: give the weights it was built from",
-    ".trt": "a TensorRT engine, built for one GPU: give the weights it was built from",
+    ".engine": _TENSORRT,
+    ".plan": _TENSORRT,
+    ".trt": _TENSORRT,
     ".msgpack": f"Flax weights: {_CONVERT}",
     ".pb": f"a TensorFlow graph: {_CONVERT}",
     ".npz": "NumPy arrays: save them with safetensors.numpy.save_file",
@@ -46,27 +46,28 @@ _FOLDERS = {
 
 
 def other_format(path: Path, head: bytes) -> str | None:
-    """What ``path``, a file that begins with ``head`` or a folder, is, and what to do; None where that is not known."""
+    """Name the format of ``path``, a file that begins with ``head`` or a folder, and what to do; None if unknown."""
     if not head:
         return next((what for name, what in _FOLDERS.items() if (path / name).exists()), None)
-    found = next((what for magic, what in _MAGICS if head.startswith(magic)), None)
-    if found is None and head[_TAR_AT:].startswith(_TAR_MAGIC):
+    if head.startswith(ZIP_MAGIC):
+        return _zip_format(path)
+    if head[_TAR_AT:].startswith(_TAR_MAGIC):
         return f"a tar archive: {_UNPACK}"
-    if found is None:
-        text = head.lstrip().lower()
-        found = next((what for start, what in _TEXTS if text.startswith(start)), None)
-    return found or _SUFFIXES.get(path.suffix.lower())
+    text = head.lstrip().lower()
+    known = [what for magic, what in _MAGICS.items() if head.startswith(magic)]
+    known += [what for start, what in _TEXTS.items() if text.startswith(start)]
+    return known[0] if known else _SUFFIXES.get(path.suffix.lower())
 
 
-def zip_format(path: Path) -> str | None:
-    """What a zip archive that torch does not load as tensors is, after "came"; None where it looks like torch's."""
+def _zip_format(path: Path) -> str | None:
+    """Name the kind of a zip archive; None where it is damaged or looks like torch's."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.rpartition("/")[2] for name in archive.namelist()]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return None
     if "constants.pkl" in names:
-        return f"came a TorchScript program: {_SAVE}"
+        return f"a TorchScript program: {_SAVE}"
     if any(name.endswith(".npy") for name in names):
-        return f"came {_SUFFIXES['.npz']}"
-    return None if "data.pkl" in names else f"came a zip archive of other files: {_UNPACK}"
+        return _SUFFIXES[".npz"]
+    return None if "data.pkl" in names else f"a zip archive of other files: {_UNPACK}"

@@ -8,7 +8,7 @@ of inputs (``scale_input``, ``input_scale``) are for float8 products of activati
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,24 +16,22 @@ from torch import Tensor
 
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import plain
-from echo_rt.weights.tensors import Outline, first_names, outline_of
+from echo_rt.weights.tensors import LazyTensors, Outline, first_names, outline_of
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
-_WEIGHT = "weight"
 _SCALES = ("scale_weight", "weight_scale")
-_INPUT_SCALES = ("scale_input", "input_scale")
 _FILE_MARK, _LAYER_MARK = "scaled_fp8", "comfy_quant"
+_BESIDE = (*_SCALES, "scale_input", "input_scale", _FILE_MARK, _LAYER_MARK)
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
-class WidenedTensors(Mapping[str, Tensor]):
+class WidenedTensors(LazyTensors):
     """``tensors`` with the float8 ones among them in ``dtype``, times their scales; the rest as they are."""
 
     def __init__(self, tensors: Mapping[str, Tensor], scales: Mapping[str, str], dtype: torch.dtype) -> None:
-        beside = {*_SCALES, *_INPUT_SCALES, _FILE_MARK, _LAYER_MARK}
+        super().__init__(name for name in tensors if name.rpartition(".")[2] not in _BESIDE)
         self._tensors, self._scales, self._dtype = tensors, scales, dtype
-        self._names = [name for name in tensors if name.rpartition(".")[2] not in beside]
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name]
@@ -45,18 +43,8 @@ class WidenedTensors(Mapping[str, Tensor]):
         return (tensor.float() * scale.reshape(-1, *[1] * (tensor.ndim - 1))).to(self._dtype)
 
     def outline(self, name: str) -> Outline:
-        """Shape and dtype of tensor ``name``."""
         stored = outline_of(self._tensors, name)
         return stored._replace(dtype=self._dtype) if stored.dtype in FLOAT8 else stored
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
 
 
 def widened(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> Mapping[str, Tensor]:
@@ -68,19 +56,16 @@ def widened(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> Ma
     float8 = {name for name in tensors if outline_of(tensors, name).dtype in FLOAT8}
     ends = {name: name.rpartition(".") for name in tensors}
     marked = any(last == _FILE_MARK for _, _, last in ends.values())
-    layers = {name: module for name, (module, _, last) in ends.items() if last == _LAYER_MARK}
-    scales = {f"{module}.{_WEIGHT}": name for name, (module, _, last) in ends.items() if last in _SCALES}
+    layers = {name: f"{module}.weight" for name, (module, _, last) in ends.items() if last == _LAYER_MARK}
+    scales = {f"{module}.weight": name for name, (module, _, last) in ends.items() if last in _SCALES}
     if not (float8 or marked or layers or scales):
         return tensors
     for name in layers:
         _check_format(tensors[name], name, path)
     for weight, scale in scales.items():
         _check_scale(tensors, weight, scale, path)
-    lacking = sorted(
-        name
-        for name in float8 - set(scales)
-        if name.endswith(f".{_WEIGHT}") and (marked or name.removesuffix(f".{_WEIGHT}") in layers.values())
-    )
+    scaled = {name for name in float8 if name.endswith(".weight")} if marked else float8.intersection(layers.values())
+    lacking = sorted(scaled - scales.keys())
     if lacking:
         raise WeightsError(
             f"{path}: expected a scale for each weight of a scaled float8 file, found none for {len(lacking)} "
@@ -91,12 +76,12 @@ def widened(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> Ma
 
 def _check_format(mark: Tensor, name: str, path: Path) -> None:
     try:
-        came = json.loads(bytes(mark.flatten().tolist()))["format"]
+        found = json.loads(bytes(mark.flatten().tolist()))["format"]
     except (ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"{path}: expected {name} to name a format as JSON, came something else") from error
-    if came not in _FORMATS:
+        raise WeightsError(f"{path}: expected {name} to name a format as JSON, found something else") from error
+    if found not in _FORMATS:
         raise WeightsError(
-            f"{path}: expected 16- or 32-bit weights, float8 or a GGUF file, came ComfyUI's format {came!r} ({name})"
+            f"{path}: expected 16- or 32-bit weights, float8 or a GGUF file, found ComfyUI's format {found!r} ({name})"
         )
 
 
@@ -105,10 +90,10 @@ def _check_scale(tensors: Mapping[str, Tensor], weight: str, scale: str, path: P
         raise WeightsError(f"{path}: expected {weight} beside {scale}, found none")
     shape, dtype, _ = outline_of(tensors, weight)
     if dtype not in FLOAT8:
-        raise WeightsError(f"{path}: expected {weight} in float8, as {scale} says, came {plain(dtype)}")
-    came = outline_of(tensors, scale).shape
+        raise WeightsError(f"{path}: expected {weight} in float8, as {scale} says, found {plain(dtype)}")
+    found = outline_of(tensors, scale).shape
     rows = shape[0] if shape else 1
-    if came not in ((), (1,), (1, 1), (rows,), (rows, *[1] * (len(shape) - 1))):
+    if found not in ((), (1,), (1, 1), (rows,), (rows, *[1] * (len(shape) - 1))):
         raise WeightsError(
-            f"{path}: expected {scale} to be one number or one of each of {rows} rows, came {list(came)}"
+            f"{path}: expected {scale} to be one number or one of each of {rows} rows, found {list(found)}"
         )

@@ -16,80 +16,59 @@ from echo_rt.config import ModelConfig, TransformerConfig
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import counted
 from echo_rt.weights.files import check_tensors, open_tensors
-from echo_rt.weights.from_shapes import check_depth, count_layers, memory_facts, shape_of
-from echo_rt.weights.lora_keys import is_factor
+from echo_rt.weights.keymaps import bare, is_factor, without_wrappers
 from echo_rt.weights.parts import TRANSFORMER, PartTensors
-from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes
-from echo_rt.weights.tensors import RenamedTensors, TensorFile, bare, rename, without_wrappers
+from echo_rt.weights.shapes import MEMORY_PREFIX, check_depth, count_layers, memory_facts, memory_shapes, shape_of
+from echo_rt.weights.tensors import TensorFile, below, rename, selected
 
-GENERATOR, GENERATOR_EMA = "generator", "generator_ema"
+_GENERATOR, _GENERATOR_EMA = "generator", "generator_ema"
 LORA_SECTION = "generator_lora"
-BARE = "bare"
 
 
 @dataclass(frozen=True)
 class GeneratorTensors:
     """A generator checkpoint: ``transformer`` as Wan names it, ``memory`` without its prefix (``None`` without one).
 
-    ``part`` and ``memory_part`` say which dict of the file they are from: ``"generator_ema"``, ``"generator"`` or
-    ``"bare"`` (a file that is no dict of dicts).
+    ``ema``: whether they are the averaged weights; ``None`` of a file that is no dict of dicts.
     """
 
-    path: Path
     transformer: Mapping[str, Tensor]
     memory: Mapping[str, Tensor] | None
-    part: str
-    memory_part: str | None
+    ema: bool | None
 
 
 def load_generator(
-    path: str | Path, config: TransformerConfig, *, ema: bool | None = None, prefer_ema: bool = True
+    source: str | Path | TensorFile, config: TransformerConfig, *, ema: bool | None = None, prefer_ema: bool = True
 ) -> GeneratorTensors:
-    """The generator of a checkpoint (``.pt``, ``.pth`` or ``.safetensors``), mapped, for a transformer of ``config``.
+    """The generator of a checkpoint (a weight file, opened or not), mapped, for a transformer of ``config``.
 
     ``ema``: ``True`` takes ``generator_ema`` and fails without it, ``False`` takes ``generator`` and fails without it;
     ``None`` takes the average or not as ``prefer_ema`` says, and the other where the file has that one alone. A memory
-    encoder that the average lacks comes from ``generator``. The memory encoder fits or does not fit a video's size:
-    that is for :func:`check_memory`.
+    encoder that the average lacks comes from ``generator``. Whether the memory encoder fits a video's size says
+    :func:`check_memory`.
 
     Errors: ``WeightsError`` for a file that is damaged, lacks the part asked for, or holds another model.
     """
-    return take_generator(open_tensors(path), config, ema=ema, prefer_ema=prefer_ema)
-
-
-def take_generator(
-    file: TensorFile, config: TransformerConfig, *, ema: bool | None = None, prefer_ema: bool = True
-) -> GeneratorTensors:
-    """As :func:`load_generator`, of a file that is open."""
+    file = source if isinstance(source, TensorFile) else open_tensors(source)
     sections = {name.split(".", 1)[0] for name in file}
     if LORA_SECTION in sections or any(map(is_factor, file)):
-        raise WeightsError(f"{file.path}: expected a whole generator, came a LoRA, which is merged into one instead")
+        raise WeightsError(f"{file.path}: expected a whole generator, found a LoRA, which is merged into one instead")
     part = _choose_part(sections, ema, prefer_ema, file.path)
     transformer, memory = _split(file, part)
-    memory_part = part
-    if not memory and part == GENERATOR_EMA and GENERATOR in sections:
-        _, memory = _split(file, GENERATOR)
-        memory_part = GENERATOR
-    source = f"{file.path} ({part})"
-    found = PartTensors(TRANSFORMER, transformer, source)
-    _check_same_model(found.named, config, source)
-    transformer = found.original(config)
-    return GeneratorTensors(
-        path=file.path,
-        transformer=transformer,
-        memory=memory or None,
-        part=part,
-        memory_part=memory_part if memory else None,
-    )
+    if not memory and part == _GENERATOR_EMA and _GENERATOR in sections:
+        memory = _split(file, _GENERATOR)[1]
+    found = PartTensors(TRANSFORMER, transformer, f"{file.path} ({part or 'bare'})")
+    _check_same_model(found.named, config, f"{file.path} ({part or 'bare'})")
+    return GeneratorTensors(found.original(config), memory or None, None if part is None else part == _GENERATOR_EMA)
 
 
 def holds_memory(file: TensorFile) -> bool:
-    """Whether a memory encoder is in a checkpoint or LoRA file, in any of its parts."""
+    """Return whether a memory encoder is in a checkpoint or LoRA file, in any of its parts."""
     return any(MEMORY_PREFIX in name for name in file)
 
 
 def check_memory(tensors: Mapping[str, Tensor], config: ModelConfig, source: str) -> None:
-    """Raises ``WeightsError`` unless ``tensors`` are exactly the memory encoder that ``config`` describes.
+    """Raise ``WeightsError`` unless ``tensors`` are exactly the memory encoder that ``config`` describes.
 
     A memory encoder is made for one video size: it has as many tokens as ``config.memory_frames`` latent frames.
     """
@@ -99,7 +78,7 @@ def check_memory(tensors: Mapping[str, Tensor], config: ModelConfig, source: str
         size = f"{config.latent_width}x{config.latent_height}"
         raise WeightsError(
             f"{source}: expected a memory of {counted(frames, 'frame')} x {counted(per_frame, 'token')} = "
-            f"{frames * per_frame} tokens for latents of {size}, came one of {counted(facts.memory_tokens, 'token')}, "
+            f"{frames * per_frame} tokens for latents of {size}, found one of {counted(facts.memory_tokens, 'token')}, "
             "made for another video size"
         )
     check_depth(facts.layers, tensors, source, "a memory encoder")
@@ -109,47 +88,37 @@ def check_memory(tensors: Mapping[str, Tensor], config: ModelConfig, source: str
 def split_memory(tensors: Mapping[str, Tensor], source: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """``tensors`` under their bare names, and apart from them the memory encoder's, without its prefix."""
     plain = rename(tensors, without_wrappers, source)
-    others = {name: name for name in plain if not name.startswith(MEMORY_PREFIX)}
-    memory = RenamedTensors(plain, {name: name for name in plain if name not in others})
-    return RenamedTensors(plain, others), rename(memory, _memory_name, source)
-
-
-def _memory_name(name: str) -> str:
+    others = selected(plain, lambda name: not name.startswith(MEMORY_PREFIX))
     # Where the memory encoder is a dict of its own, its tensors may repeat the whole path to it.
-    return without_wrappers(name.removeprefix(MEMORY_PREFIX)).removeprefix(MEMORY_PREFIX)
+    memory = rename(
+        below(plain, MEMORY_PREFIX), lambda name: without_wrappers(name).removeprefix(MEMORY_PREFIX), source
+    )
+    return others, memory
 
 
-def section(file: TensorFile, name: str) -> Mapping[str, Tensor]:
-    """The tensors below ``name.``, without it."""
-    prefix = f"{name}."
-    return RenamedTensors(file, {key.removeprefix(prefix): key for key in file if key.startswith(prefix)})
+def _split(file: TensorFile, part: str | None) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    source = f"{file.path} ({part or 'bare'})"
+    return split_memory(bare(file if part is None else below(file, f"{part}."), source), source)
 
 
-def _split(file: TensorFile, part: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    source = f"{file.path} ({part})"
-    return split_memory(bare(file if part == BARE else section(file, part), source), source)
-
-
-def _choose_part(sections: set[str], ema: bool | None, prefer_ema: bool, path: Path) -> str:
-    has_ema, has_plain = GENERATOR_EMA in sections, GENERATOR in sections
-    if not (has_ema or has_plain) and not ema:
-        return BARE
-    wants_ema = ema if ema is not None else has_ema and (prefer_ema or not has_plain)
-    if wants_ema and has_ema:
-        return GENERATOR_EMA
-    if not wants_ema and has_plain:
-        return GENERATOR
-    wanted = GENERATOR_EMA if ema else GENERATOR
-    came = " and ".join(name for name in (GENERATOR, GENERATOR_EMA) if name in sections) or "neither it nor generator"
-    raise WeightsError(f"{path}: expected {wanted}, which was asked for, came {came}")
+def _choose_part(sections: set[str], ema: bool | None, prefer_ema: bool, path: Path) -> str | None:
+    """The dict of a checkpoint to take; None of a file without any."""
+    there = [name for name in (_GENERATOR, _GENERATOR_EMA) if name in sections]
+    if ema is None or (ema is False and not there):
+        return _GENERATOR_EMA if prefer_ema and _GENERATOR_EMA in there else next(iter(there), None)
+    wanted = _GENERATOR_EMA if ema else _GENERATOR
+    if wanted not in there:
+        found = " and ".join(there) or "neither it nor generator"
+        raise WeightsError(f"{path}: expected {wanted}, which was asked for, found {found}")
+    return wanted
 
 
 def _check_same_model(tensors: Mapping[str, Tensor], config: TransformerConfig, source: str) -> None:
-    """One plain sentence for a checkpoint of another model, where the list of tensors would be all of them."""
+    """Raise one plain ``WeightsError`` for another model, where the list of tensors would be all of them."""
     dim = shape_of(tensors, "patch_embedding.weight", 5, source, "a Wan transformer")[0]
     layers = count_layers(tensors, "blocks.")
     if (dim, layers) != (config.dim, config.num_layers):
         raise WeightsError(
             f"{source}: expected a transformer {config.dim} wide with {counted(config.num_layers, 'block')}, "
-            f"came one {dim} wide with {layers}: the checkpoint of another model"
+            f"found one {dim} wide with {layers}: the checkpoint of another model"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from echo_rt.errors import BackendError, WeightsError
 from echo_rt.utils.wording import one_line
-from echo_rt.weights.tensors import Fact, Outline, TensorFile, check_name
+from echo_rt.weights.tensors import Contents, Fact, LazyTensors, Outline
 
 GGUF_MAGIC = b"GGUF"
 # Values of general.architecture: Wan's transformer, umT5 by both its names, and converters that name no model.
@@ -24,10 +24,11 @@ _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _STORED |= {"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 
 
-class _GgufTensors(Mapping[str, Tensor]):
+class _GgufTensors(LazyTensors):
     """Tensors by name; quantized ones are computed in float32 and given as ``dtype``."""
 
     def __init__(self, entries: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        super().__init__(entries)
         self._entries, self._shapes, self._dtype = entries, shapes, dtype
 
     def __getitem__(self, name: str) -> Tensor:
@@ -41,20 +42,10 @@ class _GgufTensors(Mapping[str, Tensor]):
             raise WeightsError(f"{name}: expected a type that gguf dequantizes, {one_line(error)}") from error
 
     def outline(self, name: str) -> Outline:
-        """Shape and dtype of tensor ``name``."""
         return Outline(self._shapes[name], _STORED.get(self._entries[name].tensor_type.name, self._dtype))
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
-
-def open_gguf(path: Path, dtype: torch.dtype) -> TensorFile:
+def open_gguf(path: Path, dtype: torch.dtype) -> Contents:
     """The tensors of one file; quantized ones come as ``dtype``, the others as they are stored.
 
     Errors: ``BackendError`` without the package gguf; ``WeightsError`` for a damaged file and for another model's.
@@ -81,15 +72,12 @@ def open_gguf(path: Path, dtype: torch.dtype) -> TensorFile:
         shapes = {entry.name: _shape(reader, entry) for entry in reader.tensors}
     except Exception as error:  # the package fails with whatever damaged bytes lead to
         raise WeightsError(
-            f"{path}: expected a GGUF file, came a damaged or truncated one ({one_line(error)})"
+            f"{path}: expected a GGUF file, found a damaged or truncated one ({one_line(error)})"
         ) from error
     architecture = facts.get(_ARCHITECTURE)
     if architecture is not None and architecture not in _ARCHITECTURES:
-        raise WeightsError(f"{path}: expected a GGUF file of Wan2.1 or umT5, came one of {architecture!a:.60}")
-    if not shapes:
-        raise WeightsError(f"{path}: expected tensors, came a GGUF file with none")
-    entries = {check_name(entry.name, path): entry for entry in reader.tensors}
-    return TensorFile(path, _GgufTensors(entries, shapes, dtype), facts)
+        raise WeightsError(f"{path}: expected a GGUF file of Wan2.1 or umT5, found one of {architecture!a:.60}")
+    return _GgufTensors({entry.name: entry for entry in reader.tensors}, shapes, dtype), facts
 
 
 def _dequantized(entry: Any, dtype: torch.dtype) -> Tensor:

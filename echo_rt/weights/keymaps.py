@@ -1,31 +1,25 @@
-"""The names of the same tensors in the original files and in those of diffusers and transformers.
+"""Tables of tensor names: models of other programs, training checkpoints and LoRAs.
 
-A table row pairs two modules; what follows a module's name (``.weight``, ``.bias``, nothing for a bare parameter) is
-the same on both sides. ``#`` stands for the first number of a name, the layer.
+A row of a key map pairs two modules; what follows a module's name (``.weight``, ``.bias``, nothing for a bare
+parameter) is the same on both sides. ``#`` stands for the first number of a name, the layer.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from typing import NamedTuple
 
 from torch import Tensor
 
 from echo_rt.config import VaeConfig
 from echo_rt.errors import WeightsError
-from echo_rt.weights.shapes import Shapes
-from echo_rt.weights.tensors import RenamedTensors
+from echo_rt.weights.tensors import RenamedTensors, rename, selected
 
 Rows = tuple[tuple[str, str], ...]
 
-_ATTENTION: Rows = (
-    ("q", "to_q"),
-    ("k", "to_k"),
-    ("v", "to_v"),
-    ("o", "to_out.0"),
-    ("norm_q", "norm_q"),
-    ("norm_k", "norm_k"),
-)
+_ATTENTION: Rows = (*((x, f"to_{x}") for x in "qkv"), ("o", "to_out.0"), ("norm_q", "norm_q"), ("norm_k", "norm_k"))
 _TRANSFORMER: Rows = (
     ("patch_embedding", "patch_embedding"),
     ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
@@ -44,28 +38,21 @@ _TRANSFORMER: Rows = (
     ("blocks.#.ffn.2", "blocks.#.ffn.net.2"),
 )
 _SELF_ATTENTION, _FEED_FORWARD = "encoder.block.#.layer.0", "encoder.block.#.layer.1"
-_UMT5: Rows = (
-    ("token_embedding", "shared"),
-    ("norm", "encoder.final_layer_norm"),
-    ("blocks.#.norm1", f"{_SELF_ATTENTION}.layer_norm"),
-    *((f"blocks.#.attn.{name}", f"{_SELF_ATTENTION}.SelfAttention.{name}") for name in ("q", "k", "v", "o")),
-    ("blocks.#.pos_embedding.embedding", f"{_SELF_ATTENTION}.SelfAttention.relative_attention_bias"),
-    ("blocks.#.norm2", f"{_FEED_FORWARD}.layer_norm"),
-    ("blocks.#.ffn.gate.0", f"{_FEED_FORWARD}.DenseReluDense.wi_0"),
-    ("blocks.#.ffn.fc1", f"{_FEED_FORWARD}.DenseReluDense.wi_1"),
-    ("blocks.#.ffn.fc2", f"{_FEED_FORWARD}.DenseReluDense.wo"),
-)
-# llama.cpp's names, which GGUF files have.
-_UMT5_GGUF: Rows = (
-    ("token_embedding", "token_embd"),
-    ("norm", "enc.output_norm"),
-    ("blocks.#.norm1", "enc.blk.#.attn_norm"),
-    *((f"blocks.#.attn.{name}", f"enc.blk.#.attn_{name}") for name in ("q", "k", "v", "o")),
-    ("blocks.#.pos_embedding.embedding", "enc.blk.#.attn_rel_b"),
-    ("blocks.#.norm2", "enc.blk.#.ffn_norm"),
-    ("blocks.#.ffn.gate.0", "enc.blk.#.ffn_gate"),
-    ("blocks.#.ffn.fc1", "enc.blk.#.ffn_up"),
-    ("blocks.#.ffn.fc2", "enc.blk.#.ffn_down"),
+# Wan, transformers, llama.cpp (whose names GGUF files have).
+_UMT5 = (
+    ("token_embedding", "shared", "token_embd"),
+    ("norm", "encoder.final_layer_norm", "enc.output_norm"),
+    ("blocks.#.norm1", f"{_SELF_ATTENTION}.layer_norm", "enc.blk.#.attn_norm"),
+    *((f"blocks.#.attn.{x}", f"{_SELF_ATTENTION}.SelfAttention.{x}", f"enc.blk.#.attn_{x}") for x in "qkvo"),
+    (
+        "blocks.#.pos_embedding.embedding",
+        f"{_SELF_ATTENTION}.SelfAttention.relative_attention_bias",
+        "enc.blk.#.attn_rel_b",
+    ),
+    ("blocks.#.norm2", f"{_FEED_FORWARD}.layer_norm", "enc.blk.#.ffn_norm"),
+    ("blocks.#.ffn.gate.0", f"{_FEED_FORWARD}.DenseReluDense.wi_0", "enc.blk.#.ffn_gate"),
+    ("blocks.#.ffn.fc1", f"{_FEED_FORWARD}.DenseReluDense.wi_1", "enc.blk.#.ffn_up"),
+    ("blocks.#.ffn.fc2", f"{_FEED_FORWARD}.DenseReluDense.wo", "enc.blk.#.ffn_down"),
 )
 _RESIDUAL: Rows = (
     ("residual.0", "norm1"),
@@ -101,30 +88,21 @@ _VAE: Rows = (
 class KeyMap:
     """The two names of every tensor of a model part, and the way from each to the other."""
 
-    def __init__(self, rows: Iterable[tuple[str, str]], layout: str) -> None:
+    def __init__(self, rows: Iterable[tuple[str, str]]) -> None:
         self._to_other = dict(rows)
         self._to_original = {other: original for original, other in self._to_other.items()}
-        self._layout = layout
         assert len(self._to_other) == len(self._to_original), "two modules of one layout share a name in the other"
 
     def to_other(self, name: str) -> str:
         """The name in the other layout of the tensor with this original name; ``WeightsError`` if there is none."""
-        return _translate(name, self._to_other, f"a tensor of the original layout with a name in {self._layout}")
+        return _translate(name, self._to_other)
 
     def to_original(self, name: str) -> str:
         """The original name of the tensor with this name in the other layout; ``WeightsError`` if there is none."""
-        return _translate(name, self._to_original, f"a tensor of {self._layout} with a name in the original layout")
-
-    def to_other_shapes(self, shapes: Shapes) -> Shapes:
-        """``shapes`` (original names) under the names of the other layout."""
-        return {self.to_other(name): shape for name, shape in shapes.items()}
-
-    def original_view(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> RenamedTensors:
-        """``tensors`` of the other layout under the original names in ``shapes``."""
-        return RenamedTensors(tensors, {name: self.to_other(name) for name in shapes})
+        return _translate(name, self._to_original)
 
     def originals(self, tensors: Mapping[str, Tensor]) -> RenamedTensors:
-        """Those of ``tensors`` (names of the other layout) that have an original name, under it."""
+        """A view of those ``tensors`` (names of the other layout) that have an original name, under it."""
         names = {}
         for name in tensors:
             with suppress(WeightsError):
@@ -132,7 +110,7 @@ class KeyMap:
         return RenamedTensors(tensors, names)
 
 
-def _translate(name: str, table: Mapping[str, str], expected: str) -> str:
+def _translate(name: str, table: Mapping[str, str]) -> str:
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
     for end in range(len(parts), 0, -1):
@@ -144,44 +122,169 @@ def _translate(name: str, table: Mapping[str, str], expected: str) -> str:
             generic = table.get(".".join([*module[:number], "#", *module[number + 1 :]]))
             if generic is not None:
                 return generic.replace("#", parts[number]) + rest
-    raise WeightsError(f"{name}: expected {expected}")
+    raise WeightsError(f"{name}: expected a tensor of the model, found a name of none")
 
 
-def transformer_key_map() -> KeyMap:
-    """The diffusion transformer: Wan and diffusers' ``WanTransformer3DModel``."""
-    return KeyMap(_TRANSFORMER, "diffusers")
+# Wan's transformer and diffusers' WanTransformer3DModel; Wan's umT5 and UMT5EncoderModel of transformers, or GGUF's T5.
+TRANSFORMER_KEYS = KeyMap(_TRANSFORMER)
+UMT5_KEYS = KeyMap((wan, other) for wan, other, _ in _UMT5)
+UMT5_GGUF_KEYS = KeyMap((wan, other) for wan, _, other in _UMT5)
 
 
-def text_encoder_key_map() -> KeyMap:
-    """The text encoder: Wan's umT5 and transformers' ``UMT5EncoderModel``."""
-    return KeyMap(_UMT5, "transformers")
-
-
-def gguf_text_encoder_key_map() -> KeyMap:
-    """The text encoder: Wan's umT5 and llama.cpp's T5."""
-    return KeyMap(_UMT5_GGUF, "GGUF")
-
-
-def vae_key_map(config: VaeConfig | None) -> KeyMap:
+def vae_keys(config: VaeConfig | None) -> KeyMap:
     """The VAE: Wan and diffusers' ``AutoencoderKLWan``.
 
     The original decoder is one flat list; diffusers groups it into levels, so their sizes decide the names. Without a
     config the decoder's levels are left out.
     """
-    rows = list(_VAE)
     levels, resnets = (0, 0) if config is None else (len(config.dim_mult), config.num_res_blocks + 1)
-    index = 0
+    modules: list[tuple[str, Rows]] = []
     for level in range(levels):
         block = f"decoder.up_blocks.{level}"
-        for resnet in range(resnets):
-            rows += ((f"decoder.upsamples.{index}.{a}", f"{block}.resnets.{resnet}.{b}") for a, b in _RESIDUAL)
-            index += 1
+        modules += ((f"{block}.resnets.{resnet}", _RESIDUAL) for resnet in range(resnets))
         if level < levels - 1:
-            rows += ((f"decoder.upsamples.{index}.{a}", f"{block}.upsamplers.0.{b}") for a, b in _RESAMPLE)
-            index += 1
-    return KeyMap(rows, "diffusers")
+            modules.append((f"{block}.upsamplers.0", _RESAMPLE))
+    flat = [
+        (f"decoder.upsamples.{index}.{a}", f"{module}.{b}")
+        for index, (module, names) in enumerate(modules)
+        for a, b in names
+    ]
+    return KeyMap((*_VAE, *flat))
 
 
-def umt5_to_transformers(name: str) -> str:
-    """The name in ``UMT5EncoderModel`` of a tensor of Wan's umT5; ``WeightsError`` for any other name."""
-    return text_encoder_key_map().to_other(name)
+# Modules that training wraps around others and that leave their names in the keys.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+# What the trained object as a whole is called: PEFT's wrapper, then the diffusion wrapper's attribute.
+_OWNERS = ("base_model.model.", "model.")
+# Dicts and modules that a whole model lies in, Lightning's and ComfyUI's among them. One may lie in another.
+_HOLDERS = (*_OWNERS, "state_dict.", "module.", "diffusion_model.")
+# Dicts of a training run beside the model: the state of its optimizers, and a model that is not generated with.
+_TRAINING = ("optimizer", "generator_optimizer", "critic_optimizer", "optimizer_states", "lr_schedulers", "critic")
+# Tensors that are no weights: a tokenizer inside ComfyUI's text encoders.
+_BAGGAGE = ("spiece_model",)
+# What trainers of LoRAs put before a module's name, in any order and number.
+_FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
+_LORA_HOLDERS = (*_OWNERS, "diffusion_model.", "transformer.", "pipe.dit.", "unet.", *_FLAT)
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a tensor in the bare model: FSDP's, PEFT's and the trainer's own prefixes taken off."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    for owner in _OWNERS:
+        name = name.removeprefix(owner)
+    return name
+
+
+def _bare(name: str, holders: tuple[str, ...]) -> str:
+    name = without_wrappers(name)
+    while holder := next((holder for holder in holders if name.startswith(holder)), None):
+        name = name.removeprefix(holder)
+    return name
+
+
+def bare(tensors: Mapping[str, Tensor], source: str) -> RenamedTensors:
+    """A whole model's tensors under their bare names, without what a training run or ComfyUI saves beside them."""
+
+    def is_weight(name: str) -> bool:
+        return name.split(".", 1)[0] not in _TRAINING and _bare(name, _HOLDERS) not in _BAGGAGE
+
+    return rename(selected(tensors, is_weight), lambda name: _bare(name, _HOLDERS), source)
+
+
+DOWN, UP, UP_BIAS, ALPHA = "down", "up", "up_bias", "alpha"
+# Differences are called by the tensor of the module that they change.
+WEIGHT, BIAS = "weight", "bias"
+
+_FACTORS = {
+    **dict.fromkeys(("lora_A", "lora_down", "lora.down", "lora_linear_layer.down"), DOWN),
+    **dict.fromkeys(("lora_B", "lora_up", "lora.up", "lora_linear_layer.up"), UP),
+}
+_DIFFERENCES = {"diff": WEIGHT, "w_norm": WEIGHT, "diff_b": BIAS, "b_norm": BIAS}
+# Names of alpha: alone that of all modules, behind a module's name the alpha of that module.
+ALPHA_FIELDS = ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha")
+# Other methods, which do not add a product of two factors, by how the names of their tensors begin.
+_OTHER_METHODS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+    "oft_": "OFT",
+    "lora_mid": "LoCon's Tucker decomposition",
+}
+# Modules that only image-to-video models have, in Wan's names and those of diffusers.
+_IMAGE_MODULES = ("k_img", "v_img", "img_emb", "add_k_proj", "add_v_proj", "norm_added_k", "image_embedder")
+
+
+def _either(names: Iterable[str]) -> str:
+    return "|".join(map(re.escape, names))
+
+
+# PEFT puts the adapter's name, mostly "default", between the factor and "weight", or leaves it out.
+_FACTOR = re.compile(rf"(?P<module>.+?)\.(?P<part>{_either(_FACTORS)})(\.(?!bias$)[^.]+)?(\.weight|(?P<bias>\.bias))?")
+_DIFFERENCE = re.compile(rf"(?P<module>.+)\.(?P<part>{_either(_DIFFERENCES)})")
+_ALPHA = re.compile(rf"((?P<module>.+)\.)?({_either(ALPHA_FIELDS)})")
+
+
+class LoraKey(NamedTuple):
+    """A key taken apart: the module without prefixes (``""``: all modules), and the part of its change."""
+
+    module: str
+    part: str
+
+
+def parse_lora_key(name: str) -> LoraKey | None:
+    """Take the key ``name`` of a LoRA file apart; None for a key that is no part of a LoRA."""
+    name = _bare(name, _LORA_HOLDERS)
+    # LightX2V's difference of a modulation, which is a bare parameter of the module.
+    if name.endswith(".diff_m"):
+        name = f"{name.removesuffix('.diff_m')}.modulation.diff"
+    if found := _FACTOR.fullmatch(name):
+        part = _FACTORS[found["part"]]
+        if found["bias"]:
+            return LoraKey(found["module"], UP_BIAS) if part == UP else None
+        return LoraKey(found["module"], part)
+    if found := _DIFFERENCE.fullmatch(name):
+        return LoraKey(found["module"], _DIFFERENCES[found["part"]])
+    if found := _ALPHA.fullmatch(name):
+        return LoraKey(found["module"] or "", ALPHA)
+    return None
+
+
+def is_factor(name: str) -> bool:
+    """Return whether a tensor of this name is a LoRA's factor, in any naming."""
+    key = parse_lora_key(name)
+    return key is not None and key.part in (DOWN, UP)
+
+
+def other_method(name: str) -> str | None:
+    """The method other than LoRA that has tensors of this name; None where there is none."""
+    return next((method for start, method in _OTHER_METHODS.items() if f".{start}" in name), None)
+
+
+def is_of_images(module: str) -> bool:
+    """Return whether only image-to-video models have a module of this name."""
+    return any(each in module for each in _IMAGE_MODULES)
+
+
+def module_names(tensors: Iterable[str]) -> dict[str, str]:
+    """Every name, with ``_`` for ``.``, of the modules of these ``tensors`` (Wan's names) -> Wan's name.
+
+    So one table holds Wan's names, those of diffusers and the flat ones of kohya's trainers.
+    """
+    modules: dict[str, str] = {}
+    for name in tensors:
+        module = _module_of(name)
+        others = (module, _module_of(TRANSFORMER_KEYS.to_other(name)))
+        modules |= {other.replace(".", "_"): module for other in others}
+    return modules
+
+
+def known(module: str, names: Mapping[str, str]) -> str:
+    """Wan's name of a file's ``module``, by :func:`module_names`; ``module`` itself where the model lacks it."""
+    return names.get(module.replace(".", "_"), module)
+
+
+def _module_of(tensor: str) -> str:
+    """The module that a tensor belongs to; a bare parameter, such as a modulation, is its own."""
+    return tensor.removesuffix(f".{WEIGHT}").removesuffix(f".{BIAS}")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
+from echo_rt.config import MemoryConfig, ModelConfig, VaeConfig
 from echo_rt.errors import ConfigError
 from echo_rt.options import (
     FOLDER_FACTS,
@@ -25,14 +26,14 @@ from echo_rt.options import (
     lora_files,
     lora_text,
 )
-from echo_rt.recipes import Recipe
+from echo_rt.recipes import find_recipe, published_as
 from echo_rt.utils.device import parse_device
 from echo_rt.weights.choice import Taken, cautions, choose_recipe, ema_reason
 from echo_rt.weights.files import open_tensors
 from echo_rt.weights.folder import ModelFolder
-from echo_rt.weights.from_shapes import memory_facts
-from echo_rt.weights.generator import BARE, GENERATOR_EMA, GeneratorTensors, check_memory, take_generator
+from echo_rt.weights.generator import GeneratorTensors, check_memory, load_generator
 from echo_rt.weights.lora import merge_lora
+from echo_rt.weights.shapes import memory_facts
 from echo_rt.weights.tiny_vae import TinyVae, open_tiny_vae
 
 _logger = logging.getLogger("echo_rt.recipe")
@@ -75,7 +76,11 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         raise ConfigError(f"vae must be {WAN_VAE!r}, {TINY_VAE!r} or a path, got {vae!r}")
     wanted = None if options.memory is None else MemoryMode.parse(options.memory)
     folder = ModelFolder.open(
-        model, text_encoder=options.text_encoder, tokenizer=options.tokenizer, vae_file=options.vae_file
+        model,
+        text_encoder=options.text_encoder,
+        tokenizer=options.tokenizer,
+        vae_file=options.vae_file,
+        downloads=_downloads(options),
     )
     transformer_config = folder.transformer_config()
     defaults = check_overrides(folder.rollout_defaults(), f"{model}: echo_rt in config.json", FOLDER_FACTS)
@@ -101,7 +106,7 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         tensors = folder.transformer_tensors()
     else:
         prefer_ema = recipe is None or recipe.ema
-        generator = take_generator(opened, transformer_config, ema=ema, prefer_ema=prefer_ema)
+        generator = load_generator(opened, transformer_config, ema=ema, prefer_ema=prefer_ema)
         tensors, memory_tensors = generator.transformer, generator.memory
         source = memory_source = str(checkpoint)
     merged = merge_lora(tensors, options.lora, alpha=options.lora_alpha, device=parse_device(options.device))
@@ -119,7 +124,7 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         raise ConfigError(f"memory mode {mode.value!r} needs a memory encoder, and {memory_source} has none; use 'off'")
     flat = {
         **facts,
-        **_transformer_facts(transformer_config),
+        **vars(transformer_config),  # which no override or default may change
         "latent_height": latent_height,
         "latent_width": latent_width,
         "memory": None,
@@ -130,14 +135,18 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     taken = Taken(
         recipe=None if recipe is None else recipe.name,
         recipe_reason=choice.reason,
-        ema=None if generator is None or generator.part == BARE else generator.part == GENERATOR_EMA,
+        ema=None if generator is None else generator.ema,
         ema_reason=ema_reason(ema, recipe, generator),
         model=str(model),
         checkpoint=None if checkpoint is None else str(checkpoint),
         loras=tuple((str(path), strength) for path, strength in merged.loras),
         cautions=cautions(recipe, bool(merged.loras), config.memory, memory_is_asked=wanted is not None),
     )
-    _tell(taken, recipe)
+    _logger.info("%s", taken.line)
+    for note in () if recipe is None else recipe.notes:
+        _logger.info("recipe %s: %s", taken.recipe, note)
+    for caution in taken.cautions:
+        _logger.warning("%s", caution)
     return LoadedModel(
         folder=folder,
         config=config,
@@ -152,19 +161,19 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     )
 
 
-def _tell(taken: Taken, recipe: Recipe | None) -> None:
-    """What was taken, in the log, and in what that is not as published."""
-    _logger.info("%s", taken.line)
-    if recipe is not None:
-        for note in recipe.notes:
-            _logger.info("recipe %s: %s", recipe.name, note)
-    for caution in taken.cautions:
-        _logger.warning("%s", caution)
-
-
-def _transformer_facts(config: TransformerConfig) -> dict[str, Any]:
-    """The transformer's own entries of a flat config; no override or default may change them."""
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+def _downloads(options: RuntimeOptions) -> list[str]:
+    """Commands that fetch the files of the recipe that is named, or published as the checkpoint, and not there yet."""
+    checkpoint = [] if options.checkpoint is None else [options.checkpoint]
+    recipe = published_as(checkpoint[0]) if options.recipe is None and checkpoint else None
+    if options.recipe is not None:
+        recipe = find_recipe(options.recipe)
+    given: dict[str, list[Any]] = {"checkpoint": checkpoint, "lora": [path for path, _ in lora_files(options.lora)]}
+    missing = (
+        file.download
+        for file in (() if recipe is None else recipe.files)
+        if not given[file.role] or not all(map(os.path.exists, given[file.role]))
+    )
+    return list(dict.fromkeys(missing))
 
 
 def _with_memory(
@@ -182,13 +191,6 @@ def _with_memory(
         ffn_multiplier=facts.ffn_multiplier,
         reads=flat.get("memory_reads", MemoryConfig.reads),
     )
-    config = ModelConfig(
-        transformer=without.transformer,
-        latent_height=without.latent_height,
-        latent_width=without.latent_width,
-        window=without.window,
-        memory=memory,
-        sampler=without.sampler,
-    )
+    config = replace(without, memory=memory)
     check_memory(tensors, config, source)
     return config

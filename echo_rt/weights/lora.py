@@ -1,4 +1,4 @@
-"""LoRAs merged into the transformer's weights, one tensor at a time.
+"""LoRAs merged into the transformer's weights, one tensor at a time, each change checked against the tensor it is for.
 
 ``W' = W + strength * (alpha/rank * B @ A + difference)`` for each of them, in float32. The sum stays float32: it is
 rounded once, to the dtype that is computed in.
@@ -6,7 +6,9 @@ rounded once, to the dtype that is computed in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,64 @@ from torch import Tensor
 
 from echo_rt.errors import WeightsError
 from echo_rt.options import Lora, lora_files
-from echo_rt.weights.lora_file import LoraFile, Term
+from echo_rt.utils.wording import counted
+from echo_rt.weights.files import open_tensors
+from echo_rt.weights.generator import LORA_SECTION, split_memory
+from echo_rt.weights.keymaps import (
+    ALPHA,
+    ALPHA_FIELDS,
+    BIAS,
+    DOWN,
+    UP,
+    UP_BIAS,
+    WEIGHT,
+    is_of_images,
+    known,
+    module_names,
+    other_method,
+    parse_lora_key,
+    without_wrappers,
+)
+from echo_rt.weights.lora_alpha import Stated, adapter_configs, alphas_in
+from echo_rt.weights.shapes import MEMORY_PREFIX
+from echo_rt.weights.tensors import (
+    Fact,
+    LazyTensors,
+    Outline,
+    RenamedTensors,
+    TensorFile,
+    first_names,
+    outline_of,
+)
+
+# What PEFT and diffusers call the file in a folder of theirs.
+_FOLDER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
+# A part that is of no use without another one.
+_PARTNERS = {DOWN: UP, UP: DOWN, UP_BIAS: UP}
+# The precision of bfloat16, in which some trainers store alpha.
+_ROUNDING = 2**-8
+# The models that LoRAs are made for, by width.
+_MODELS = {1536: "Wan2.1 1.3B", 3072: "Wan2.2 5B", 5120: "Wan 14B"}
+
+
+@dataclass(frozen=True)
+class Term:
+    """A summand of one tensor: ``scale`` times a difference, or times the product of two factors (up, down)."""
+
+    factors: tuple[Tensor, ...]
+    scale: float
+
+    def added_to(self, total: Tensor) -> Tensor:
+        """``total`` (float32) plus this term, on the device of ``total``."""
+        wide = [factor.to(total.device, torch.float32) for factor in self.factors]
+        if len(wide) == 1:
+            return torch.add(total, wide[0], alpha=self.scale)
+        up, down = (factor.flatten(1) for factor in wide)
+        return torch.addmm(total.flatten(1), up, down, alpha=self.scale).view(total.shape)
+
+    def origins(self) -> list[Tensor]:
+        """All tensors that the term depends on; the down factor first, which is the order of older snapshots."""
+        return [*reversed(self.factors), torch.tensor(self.scale, device="cpu")]
 
 
 @dataclass(frozen=True)
@@ -24,21 +83,20 @@ class MergedLora:
 
     ``transformer`` computes a changed tensor anew whenever it is asked for, in float32: take each once. ``memory`` is
     the memory encoder of the file ``memory_path`` (names without prefix), which replaces that of the base checkpoint;
-    both are ``None`` without one. ``loras`` are paths and strengths, ``changed`` counts tensors.
+    both are ``None`` without one. ``loras`` are paths and strengths.
     """
 
     loras: tuple[tuple[Path, float], ...]
     transformer: Mapping[str, Tensor]
     memory: Mapping[str, Tensor] | None
     memory_path: Path | None
-    changed: int
-    ranks: tuple[int, ...]
 
 
-class _MergedTensors(Mapping[str, Tensor]):
+class _MergedTensors(LazyTensors):
     def __init__(
         self, base: Mapping[str, Tensor], terms: Mapping[str, Sequence[Term]], device: torch.device | str
     ) -> None:
+        super().__init__(base)
         self._base, self._terms, self._device = base, terms, device
 
     def __getitem__(self, name: str) -> Tensor:
@@ -49,18 +107,12 @@ class _MergedTensors(Mapping[str, Tensor]):
                 tensor = term.added_to(tensor)
         return tensor
 
+    def outline(self, name: str) -> Outline:
+        base = outline_of(self._base, name)
+        return base._replace(dtype=torch.float32) if name in self._terms else base
+
     def origins(self, name: str) -> list[Tensor]:
-        """The tensors that a merged one is computed from: the base weight, then those of each term."""
         return [self._base[name], *(origin for term in self._terms.get(name, ()) for origin in term.origins())]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._base)
-
-    def __len__(self) -> int:
-        return len(self._base)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._base
 
 
 def merge_lora(
@@ -70,7 +122,7 @@ def merge_lora(
 
     A changed tensor is computed on ``device`` and stays there, the others come as they are in ``transformer``.
 
-    Each path is a weight file, or a folder of PEFT or diffusers. Its keys are in any naming of :mod:`.lora_keys`,
+    Each path is a weight file, or a folder of PEFT or diffusers. Its keys are in any naming of :mod:`.keymaps`,
     perhaps below ``generator_lora``; beside them may be a ``query_memory_encoder``. The rank is that of the factors.
     Alpha is what the file says (tensors, header, facts, PEFT's config), ``alpha`` where it says nothing, and the rank
     where neither does.
@@ -79,25 +131,174 @@ def merge_lora(
     a partner or do not fit, any other tensor among them, alphas that disagree, and two memory encoders.
     """
     loras = lora_files(lora)
-    files = [(LoraFile(path, transformer), path, strength) for path, strength in loras]
-    stated = {own for file, _, _ in files for own in file.alphas()}
+    files = [_LoraFile(path, transformer) for path, _ in loras]
+    stated = {own for file in files for own in file.alphas.values()}
     if alpha is not None and None not in stated and stated != {alpha}:
         found = ", ".join(f"{own:g}" for own in stated if own is not None) or "no factors"
         paths = ", ".join(str(path) for path, _ in loras)
         raise WeightsError(f"{paths}: expected factors without an alpha, to take lora_alpha {alpha:g}, found {found}")
     terms: dict[str, list[Term]] = {}
-    for file, _, strength in files:
+    memory, memory_path = None, None
+    for file, (path, strength) in zip(files, loras, strict=True):
         for name, term in file.terms(strength, alpha):
             terms.setdefault(name, []).append(term)
-    memories = [(path, file.memory) for file, path, _ in files if file.memory is not None]
-    if len(memories) > 1:
-        raise WeightsError(f"{memories[1][0]}: expected one LoRA with a memory encoder, {memories[0][0]} has one too")
-    memory_path, memory = memories[0] if memories else (None, None)
-    return MergedLora(
-        loras=loras,
-        transformer=_MergedTensors(transformer, terms, device),
-        memory=memory,
-        memory_path=memory_path,
-        changed=len(terms),
-        ranks=tuple(sorted({rank for file, _, _ in files for rank in file.ranks()})),
-    )
+        if file.memory and memory:
+            raise WeightsError(f"{path}: expected one LoRA with a memory encoder, {memory_path} has one too")
+        if file.memory:
+            memory, memory_path = file.memory, path
+    return MergedLora(loras, _MergedTensors(transformer, terms, device), memory, memory_path)
+
+
+class _LoraFile:
+    """An opened LoRA file that fits ``transformer`` (original names); ``memory`` is its memory encoder or None.
+
+    ``ranks`` and ``alphas`` are those of the pairs of factors, by module; an alpha is None where the file states none.
+
+    Raises ``WeightsError``, as :func:`merge_lora` explains.
+    """
+
+    def __init__(self, path: Path, transformer: Mapping[str, Tensor]) -> None:
+        file = open_lora(path)
+        self._source, self._transformer = str(file.path), transformer
+        self._tensors, memory, facts = _split(file)
+        self.memory = memory or None
+        names = module_names(transformer)
+        self._changes: dict[str, dict[str, str]] = {}  # module -> part -> the file's name of the tensor
+        self._written: dict[str, str] = {}  # module -> the file's name of it
+        tensor_alphas = self._sort(names)
+        self._check_changes()
+        configs = adapter_configs(file.path, facts, self._source)
+        alphas = [
+            *alphas_in(tensor_alphas, names, self._source),
+            *alphas_in(facts, names, self._source),
+            *(config.alpha for config in configs),
+        ]
+        stray = sorted({name for stated in alphas for name in stated.modules} - self._changes.keys())
+        self._refuse(stray, "alphas of changed modules", "of others")
+        self._rank_stabilized = any(config.rank_stabilized for config in configs)
+        downs = {module: parts[DOWN] for module, parts in self._changes.items() if DOWN in parts}
+        self.ranks = {module: self._shape(name)[0] for module, name in downs.items()}
+        ranks = [*(config.rank for config in configs), Stated("its factors", modules=self.ranks)]
+        for module in downs:
+            self._agreed("rank", ranks, module, 0)
+        self.alphas = {module: self._agreed("alpha", alphas, module, _ROUNDING) for module in downs}
+
+    def terms(self, strength: float, alpha: float | None) -> Iterator[tuple[str, Term]]:
+        """The changed tensors with their terms; ``alpha`` is for the pairs of factors that the file states none for."""
+        for module, parts in self._changes.items():
+            scale = 0.0
+            if module in self.ranks:
+                rank = self.ranks[module]
+                divisor = math.sqrt(rank) if self._rank_stabilized else rank
+                scale = strength * (self.alphas[module] or alpha or float(rank)) / divisor
+                factors = (self._tensors[parts[UP]], self._tensors[parts[DOWN]])
+                yield self._target(module, UP), Term(factors, scale)
+            for part, factor in ((UP_BIAS, scale), (WEIGHT, strength), (BIAS, strength)):
+                if part in parts:
+                    yield self._target(module, part), Term((self._tensors[parts[part]],), factor)
+
+    def _agreed(self, what: str, places: Iterable[Stated], module: str, tolerance: float) -> float | None:
+        """The number that ``places`` state for ``module``, or None; ``WeightsError`` where two of them disagree."""
+        written = self._written[module]
+        found = [(place.label, number) for place in places if (number := place.of(module, written)) is not None]
+        for label, number in found[1:]:
+            if not math.isclose(number, found[0][1], rel_tol=tolerance):
+                raise WeightsError(
+                    f"{self._source}: expected one {what} of {written}, "
+                    f"found {found[0][1]:g} ({found[0][0]}) and {number:g} ({label})"
+                )
+        return found[0][1] if found else None
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return outline_of(self._tensors, name).shape
+
+    def _target(self, module: str, part: str) -> str:
+        """The tensor of ``module`` that ``part`` changes."""
+        if part in (BIAS, UP_BIAS):
+            return f"{module}.{BIAS}"
+        return module if module in self._transformer else f"{module}.{WEIGHT}"
+
+    def _sort(self, names: Mapping[str, str]) -> dict[str, float]:
+        """Sort the tensors into changes by module; the alphas that are tensors, by name."""
+        alphas: dict[str, float] = {}
+        others: list[str] = []
+        for name in self._tensors:
+            if method := other_method(name):
+                raise WeightsError(f"{self._source}: expected a LoRA, found {method}: {name}")
+            key, (shape, dtype, dense) = parse_lora_key(name), outline_of(self._tensors, name)
+            is_alpha = key is not None and key.part == ALPHA
+            if key is None or not dense or not (math.prod(shape) == 1 if is_alpha else dtype.is_floating_point):
+                others.append(name)
+                continue
+            if is_alpha:
+                alphas[name] = self._tensors[name].item()
+                continue
+            module = known(key.module, names)
+            self._written.setdefault(module, key.module)
+            first = self._changes.setdefault(module, {}).setdefault(key.part, name)
+            if first != name:
+                raise WeightsError(f"{self._source}: expected one adapter, found {first} and {name}")
+        if not self._changes:
+            found = counted(len(self._tensors), "tensor")
+            raise WeightsError(f"{self._source}: expected a LoRA (lora_A and lora_B), found {found} without any")
+        self._refuse(others, "LoRA factors only", "of something else")
+        return alphas
+
+    def _check_changes(self) -> None:
+        """Raise ``WeightsError`` unless every change is whole and fits the tensor that it is for."""
+        every = [(module, part, name) for module, parts in self._changes.items() for part, name in parts.items()]
+        unpaired = [name for module, part, name in every if _PARTNERS.get(part, part) not in self._changes[module]]
+        self._refuse(unpaired, "lora_A and lora_B in pairs", "without a partner")
+        unknown = [name for module, part, name in every if self._target(module, part) not in self._transformer]
+        images = [name for name in unknown if is_of_images(name)]
+        self._refuse(images, "a LoRA of a text-to-video model", "of an image-to-video one")
+        # Shapes before unknown names: a LoRA of a larger model has more blocks too, but its width says which model.
+        for module, part, name in every:
+            if part != DOWN and name not in unknown:
+                self._check_shape(module, part)
+        self._refuse(unknown, "changes to this transformer", "of modules that it does not have")
+
+    def _check_shape(self, module: str, part: str) -> None:
+        target, parts = self._target(module, part), self._changes[module]
+        names = [parts[UP], parts[DOWN]] if part == UP else [parts[part]]
+        shapes = [self._shape(name) for name in names]
+        goal = outline_of(self._transformer, target).shape
+        if part != UP:
+            fits, what = shapes == [goal], f"a difference of {target}"
+        else:
+            what = "factors of a weight"
+            rank = (*shapes[1], 0)[0]
+            # The factors of a convolution are stored with its kernel, with ones in place of it, or as matrices.
+            matrices = [(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1]
+            fits = len(goal) > 1 and rank > 0 and matrices == [(goal[0], rank), (rank, math.prod(goal[1:]))]
+        if not fits:
+            found = " and ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
+            dim = outline_of(self._transformer, "patch_embedding.weight").shape[0]
+            width = next((size for shape in shapes for size in shape if size in _MODELS and size != dim), None)
+            model = f": a LoRA of {_MODELS[width]}, {width} wide, for a model {dim} wide" if width else ""
+            raise WeightsError(f"{self._source}: expected {what} {list(goal)}, found {found}{model}")
+
+    def _refuse(self, names: Sequence[str], expected: str, fault: str) -> None:
+        if names:
+            raise WeightsError(f"{self._source}: expected {expected}, found {len(names)} {fault}: {first_names(names)}")
+
+
+def open_lora(path: Path) -> TensorFile:
+    """Open a LoRA: the weights in a folder of PEFT or diffusers, or the file itself."""
+    return open_tensors(next((file for name in _FOLDER_FILES if os.path.exists(file := path / name)), path))
+
+
+def _split(file: TensorFile) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Fact]]:
+    """The LoRA's tensors, those of a memory encoder without its prefix, and the LoRA's facts."""
+    prefix = f"{LORA_SECTION}."
+    if not any(name.startswith(prefix) for name in file):
+        return *split_memory(file, str(file.path)), file.facts
+    # The other dicts of a training checkpoint (critic, optimizer) are no part of the generator.
+    own = {name.removeprefix(prefix): name for name in file if name.startswith(prefix)}
+    beside = {name: name for name in file if without_wrappers(name).startswith(MEMORY_PREFIX) or name in ALPHA_FIELDS}
+    facts = {
+        name.removeprefix(prefix): fact
+        for name, fact in file.facts.items()
+        if name.startswith(prefix) or "." not in name
+    }
+    return *split_memory(RenamedTensors(file, own | beside), str(file.path)), facts

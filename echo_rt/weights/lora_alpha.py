@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from echo_rt.errors import WeightsError
-from echo_rt.weights.lora_keys import ALPHA, known, parse_key
+from echo_rt.weights.files import read_object
+from echo_rt.weights.keymaps import ALPHA, known, parse_lora_key
 from echo_rt.weights.tensors import Fact
 
-# The header field in which diffusers stores PEFT's config as JSON.
-_CONFIG_IN_HEADER = "lora_adapter_metadata"
+# PEFT's config: its file beside the tensors, and the header field in which diffusers stores it as JSON.
+_CONFIG_FILE, _CONFIG_IN_HEADER = "adapter_config.json", "lora_adapter_metadata"
 # Values of sd-scripts that state nothing: every module has an alpha tensor then.
 _NO_ALPHA = ("Dynamic", "None", "")
 # Initializations that leave the base weights as they are; PEFT's others (PiSSA, OLoRA, ...) change them.
 _PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
-# The precision of bfloat16, in which some trainers store alpha.
-_ROUNDING = 2**-8
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,7 @@ class Stated:
         return self.modules.get(module, self.default)
 
 
-def agreed(places: Iterable[Stated], module: str, written: str, what: str, source: str) -> float | None:
-    """The number that ``places`` state for ``module``, or None; ``WeightsError`` where two of them disagree."""
-    found = [(place.label, number) for place in places if (number := place.of(module, written)) is not None]
-    for label, number in found[1:]:
-        if not math.isclose(number, found[0][1], rel_tol=_ROUNDING):
-            raise WeightsError(
-                f"{source}: expected one {what} of {written}, "
-                f"found {found[0][1]:g} ({found[0][0]}) and {number:g} ({label})"
-            )
-    return found[0][1] if found else None
-
-
-def positive(value: Any, name: str, source: str) -> float:
+def _positive(value: Any, name: str, source: str) -> float:
     """``value`` as a finite number above 0; raises ``WeightsError``."""
     try:
         number = float(value)
@@ -67,64 +56,67 @@ def positive(value: Any, name: str, source: str) -> float:
 
 
 def alphas_in(facts: Mapping[str, Fact], names: Mapping[str, str], source: str) -> list[Stated]:
-    """The alphas among ``facts``, one place for each shared one; ``names`` as of :func:`module_names`."""
+    """The alphas among ``facts``, one place for each shared one; ``names`` as of :func:`.keymaps.module_names`."""
     modules: dict[str, float] = {}
     shared: dict[str, float] = {}
     for name, value in sorted(facts.items()):
-        key = parse_key(name)
+        key = parse_lora_key(name)
         if key is not None and key.part == ALPHA and value not in _NO_ALPHA:
             place, by = (modules, known(key.module, names)) if key.module else (shared, name)
-            place[by] = positive(value, name, source)
+            place[by] = _positive(value, name, source)
     if modules and not shared:
         return [Stated("alphas of modules", None, modules)]
     return [Stated(label, default, modules) for label, default in shared.items()]
 
 
-@dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(NamedTuple):
     """Alphas and ranks of PEFT's config; ``rank_stabilized``: alpha is divided by the square root of the rank."""
 
     alpha: Stated
     rank: Stated
     rank_stabilized: bool
 
-    @classmethod
-    def read(cls, fields: Mapping[str, Any], label: str, source: str) -> AdapterConfig:
-        """Read the fields of the config called ``label``; ``WeightsError`` for another method than LoRA."""
-        method = "DoRA" if fields.get("use_dora") else fields.get("peft_type") or "LORA"
-        if method != "LORA":
-            raise WeightsError(f"{source}: expected a LoRA, found {method} (in {label})")
-        if fields.get("init_lora_weights") not in _PLAIN_BEGINNINGS:
+
+def adapter_configs(file: Path, facts: Mapping[str, Fact], source: str) -> list[AdapterConfig]:
+    """PEFT's configs beside ``file`` and in its header; ``WeightsError`` for another method than LoRA."""
+    configs: dict[str, Mapping[str, Any]] = {}
+    path = file.parent / _CONFIG_FILE
+    if os.path.exists(path):
+        configs[_CONFIG_FILE] = read_object(path, "PEFT's config of an adapter")
+    text = facts.get(_CONFIG_IN_HEADER)
+    if text is not None:
+        try:
+            fields = json.loads(str(text)).items()
+        except (ValueError, AttributeError, RecursionError):
             raise WeightsError(
-                f"{source}: expected a LoRA of unchanged base weights, found init_lora_weights "
-                f"{fields['init_lora_weights']!r} (in {label}); let PEFT convert it"
-            )
-        alpha, rank = (
-            _stated(fields, name, pattern, f"{name} of {label}", source)
-            for name, pattern in (("lora_alpha", "alpha_pattern"), ("r", "rank_pattern"))
+                f"{source}: expected {_CONFIG_IN_HEADER} to be a JSON object, found {text!a:.80}"
+            ) from None
+        configs[_CONFIG_IN_HEADER] = {name.removeprefix("transformer."): value for name, value in fields}
+    return [_adapter_config(fields, label, source) for label, fields in configs.items()]
+
+
+def _adapter_config(fields: Mapping[str, Any], label: str, source: str) -> AdapterConfig:
+    method = "DoRA" if fields.get("use_dora") else fields.get("peft_type") or "LORA"
+    if method != "LORA":
+        raise WeightsError(f"{source}: expected a LoRA, found {method} (in {label})")
+    if fields.get("init_lora_weights") not in _PLAIN_BEGINNINGS:
+        raise WeightsError(
+            f"{source}: expected a LoRA of unchanged base weights, found init_lora_weights "
+            f"{fields['init_lora_weights']!r} (in {label}); let PEFT convert it"
         )
-        return cls(alpha, rank, bool(fields.get("use_rslora")))
+    alpha, rank = (
+        _stated(fields, name, pattern, f"{name} of {label}", source)
+        for name, pattern in (("lora_alpha", "alpha_pattern"), ("r", "rank_pattern"))
+    )
+    return AdapterConfig(alpha, rank, bool(fields.get("use_rslora")))
 
 
 def _stated(fields: Mapping[str, Any], name: str, pattern: str, label: str, source: str) -> Stated:
     value, patterns = fields.get(name), fields.get(pattern) or {}
     try:
-        checked = {key: positive(number, f"{label} ({key})", source) for key, number in patterns.items()}
+        checked = {key: _positive(number, f"{label} ({key})", source) for key, number in patterns.items()}
         for key in checked:
             re.compile(key)
     except (AttributeError, re.error) as error:
         raise WeightsError(f"{source}: expected {pattern} to map patterns of names to numbers ({error})") from None
-    return Stated(label, None if value is None else positive(value, label, source), patterns=checked)
-
-
-def config_in(facts: Mapping[str, Fact], source: str) -> AdapterConfig | None:
-    """PEFT's config in the header of a file of diffusers, or None; raises ``WeightsError``."""
-    text = facts.get(_CONFIG_IN_HEADER)
-    if text is None:
-        return None
-    try:
-        fields = json.loads(str(text))
-        own = {name.removeprefix("transformer."): value for name, value in fields.items()}
-    except (ValueError, AttributeError, RecursionError):
-        raise WeightsError(f"{source}: expected {_CONFIG_IN_HEADER} to be a JSON object, found {text!a:.80}") from None
-    return AdapterConfig.read(own, _CONFIG_IN_HEADER, source)
+    return Stated(label, None if value is None else _positive(value, label, source), patterns=checked)

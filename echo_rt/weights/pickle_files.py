@@ -11,27 +11,25 @@ import torch
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
-from echo_rt.utils.wording import counted, one_line, type_of
-from echo_rt.weights.formats import zip_format
-from echo_rt.weights.tensors import Fact, TensorFile, check_name
+from echo_rt.utils.wording import one_line, type_of
+from echo_rt.weights.formats import ZIP_MAGIC, other_format
+from echo_rt.weights.tensors import Contents, Fact, check_name
 
-_ZIP_MAGIC = b"PK\x03\x04"
 # torch's zip container and a pickle of protocol 2 or newer, as torch.save wrote it before there was one.
-PICKLE_MAGICS = (_ZIP_MAGIC, *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
+PICKLE_MAGICS = (ZIP_MAGIC, *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
 # How torch's unpickler words its refusal of anything that is not plain data.
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)|class (\S+)|module (\S+) is blocked")
 _REASON_LENGTH = 160
 
 
-def open_pickle(path: Path, head: bytes) -> TensorFile:
-    """The tensors of a ``.pt``/``.pth`` file, nested dicts joined with dots; ``head`` are its first bytes.
+def open_pickle(path: Path, head: bytes) -> Contents:
+    """The tensors and numbers of a torch file, nested dicts joined with dots; ``head`` are its first bytes.
 
-    Errors: ``WeightsError`` for a file that is damaged, holds code, or holds no dict of tensors.
+    Errors: ``WeightsError`` for a file that is damaged, holds code, or holds no dict.
     """
     # Before torch 1.6 there was no zip container; such a file is a stream in which nothing lies where it could be
-    # mapped, so it is read. Everything newer is mapped.
-    # So is one by the name of another format, which torch would take it for.
-    is_zip = head.startswith(_ZIP_MAGIC)
+    # mapped, so it is read. So is one with the suffix of another format, which torch would take it for.
+    is_zip = head.startswith(ZIP_MAGIC)
     mappable = is_zip and path.suffix.lower() != ".safetensors"
     try:
         with warnings.catch_warnings(), path.open("rb") as opened:
@@ -39,22 +37,17 @@ def open_pickle(path: Path, head: bytes) -> TensorFile:
             warnings.simplefilter("ignore")
             content = torch.load(path if mappable else opened, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # unpickling damaged bytes fails with whatever those bytes lead to
-        other = zip_format(path) if is_zip else None
-        raise WeightsError(f"{path}: expected a torch file of tensors, {other or _reason(error)}") from error
+        found = (other_format(path, head) if is_zip else None) or _reason(error)
+        raise WeightsError(f"{path}: expected a torch file of tensors, found {found}") from error
     if not isinstance(content, Mapping):
-        raise WeightsError(f"{path}: expected a dict of tensors, came {type_of(content)}")
+        raise WeightsError(f"{path}: expected a dict of tensors, found {type_of(content)}")
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Fact] = {}
     try:
         _flatten(content, "", tensors, facts, path)
     except RecursionError as error:
-        raise WeightsError(f"{path}: expected a dict of tensors, came dicts nested without end") from error
-    for name in tensors:
-        check_name(name, path)
-    if not tensors:
-        entries = counted(len(content), "entry", "entries")
-        raise WeightsError(f"{path}: expected a dict of tensors, came one of {entries} without any tensor")
-    return TensorFile(path, tensors, facts)
+        raise WeightsError(f"{path}: expected a dict of tensors, found dicts nested without end") from error
+    return tensors, facts
 
 
 def _flatten(
@@ -67,7 +60,7 @@ def _flatten(
             _flatten(value, f"{name}.", tensors, facts, path)
         elif isinstance(value, Tensor):
             if name in tensors:
-                raise WeightsError(f"{path}: expected {check_name(name, path)} once, came twice in nested dicts")
+                raise WeightsError(f"{path}: expected {check_name(name, path)} once, found it twice in nested dicts")
             tensors[name] = value.detach()
         elif isinstance(value, (int, float, str)):
             facts[name] = value
@@ -81,6 +74,6 @@ def _reason(error: Exception) -> str:
         refused = _REFUSED_GLOBAL.search(text)
         if refused:
             name = next(group for group in refused.groups() if group)
-            return f"came a pickle that asks for {name}, which is code and is not run"
-        return "came a damaged file or a pickle of something else"
-    return f"came a damaged or truncated file ({text[:_REASON_LENGTH] or type(error).__name__})"
+            return f"a pickle that asks for {name}, which is code and is not run"
+        return "a damaged file or a pickle of something else"
+    return f"a damaged or truncated file ({text[:_REASON_LENGTH] or type(error).__name__})"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import one_line
-from echo_rt.weights.tensors import Fact, TensorFile, check_name
+from echo_rt.weights.tensors import Contents, LazyTensors, check_name
 
 # The index of a sharded file, of a variant too (diffusers: *.safetensors.index.fp16.json).
 INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
@@ -22,14 +21,15 @@ _LENGTH_BYTES = 8
 
 
 def is_safetensors(head: bytes) -> bool:
-    """Whether a file begins with ``head`` as safetensors do: a length, then a JSON object."""
+    """Return whether ``head`` begins as safetensors files do: a length, then a JSON object."""
     return head[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{"
 
 
-class _MappedTensors(Mapping[str, Tensor]):
+class _MappedTensors(LazyTensors):
     """Tensors by name, each with the opened file that holds it."""
 
     def __init__(self, holders: Mapping[str, Any]) -> None:
+        super().__init__(holders)
         self._holders = holders
 
     def __getitem__(self, name: str) -> Tensor:
@@ -40,72 +40,46 @@ class _MappedTensors(Mapping[str, Tensor]):
             raise WeightsError(f"{name}: expected a tensor that torch can hold, {error}") from error
         return tensor
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._holders)
 
-    def __len__(self) -> int:
-        return len(self._holders)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._holders
-
-
-def _open(path: Path) -> Any:
+def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
-            f"{path}: expected a safetensors file, came a damaged or other one ({one_line(error)})"
+            f"{path}: expected a safetensors file, found a damaged or other one ({one_line(error)})"
         ) from error
 
 
-def open_safetensors(path: Path) -> TensorFile:
-    """The tensors of one file; its metadata are the facts.
+def open_safetensors(path: Path) -> Contents:
+    """The tensors and metadata of one file; ``WeightsError`` for a damaged one or one of another format."""
+    file = _opened(path)
+    return _MappedTensors(dict.fromkeys(file.keys(), file)), file.metadata() or {}
 
-    Errors: ``WeightsError`` for a file that is damaged, of another format, or without tensors.
+
+def open_sharded(index: Path, content: Mapping[str, Any]) -> Contents:
+    """The tensors of all shards that ``index`` (``*.safetensors.index.json``, with this ``content``) names.
+
+    Errors: ``WeightsError`` for an index without its map, one that names files elsewhere or missing ones, or differs
+    from what the shards hold.
     """
-    file = _open(path)
-    holders = {check_name(name, path): file for name in file.keys()}  # noqa: SIM118 - the opened file is no mapping
-    if not holders:
-        raise WeightsError(f"{path}: expected tensors, came a safetensors file with none")
-    facts: dict[str, Fact] = dict(file.metadata() or {})
-    return TensorFile(path, _MappedTensors(holders), facts)
-
-
-def open_sharded(index: Path, content: bytes) -> TensorFile:
-    """The tensors of all shards that ``index`` (``*.safetensors.index.json``, its bytes in ``content``) names.
-
-    Errors: ``WeightsError`` for an index that is damaged, names files elsewhere or missing ones, or differs from what
-    the shards hold.
-    """
-    weight_map = _weight_map(index, content)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise WeightsError(f'{index}: expected an object "weight_map" of tensor names and files, found none')
     holders: dict[str, Any] = {}
     for shard_name in sorted(set(weight_map.values())):
         if Path(shard_name).name != shard_name:
-            raise WeightsError(f"{index}: expected shards beside the index, came {shard_name!r}")
+            raise WeightsError(f"{index}: expected shards beside the index, found {shard_name!r}")
         shard = index.parent / shard_name
         if not shard.is_file():
             raise WeightsError(f"{index}: expected the shard {shard_name} beside the index, found none")
-        file = _open(shard)
+        file = _opened(shard)
         for name in file.keys():  # noqa: SIM118 - the opened file is no mapping
-            check_name(name, shard)
-            if weight_map.get(name) != shard_name:
-                raise WeightsError(f"{shard}: expected only tensors that {index.name} places here, came also {name}")
+            if weight_map.get(check_name(name, shard)) != shard_name:
+                raise WeightsError(f"{shard}: expected only tensors that {index.name} places here, found also {name}")
             holders[name] = file
     missing = [check_name(name, index) for name in weight_map if name not in holders]
     if missing:
         raise WeightsError(
             f"{index}: expected {missing[0]} in {weight_map[missing[0]]}, which lacks it ({len(missing)} such tensors)"
         )
-    return TensorFile(index, _MappedTensors(holders), {})
-
-
-def _weight_map(index: Path, content: bytes) -> dict[str, str]:
-    try:
-        parsed = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{index}: expected a JSON index of shards, came no JSON ({error})") from error
-    weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise WeightsError(f'{index}: expected an object "weight_map" of tensor names and files, found none')
-    return weight_map
+    return _MappedTensors(holders), {}

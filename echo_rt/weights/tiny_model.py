@@ -20,12 +20,13 @@ from echo_rt.errors import OutputError, TargetError
 from echo_rt.options import RECIPE, check_seed, latent_size
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import counted
-from echo_rt.weights.layout_original import (
+from echo_rt.weights.layouts import (
     TEXT_ENCODER_FILE,
     TOKENIZER_FOLDER,
     TRANSFORMER_CONFIG,
     TRANSFORMER_STEM,
     VAE_FILE,
+    WAN_FIELDS,
 )
 from echo_rt.weights.shapes import MEMORY_PREFIX
 from echo_rt.weights.tiny_tensors import (
@@ -114,7 +115,7 @@ def _model_config(vae: VaeConfig, width: int, height: int) -> ModelConfig:
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
-    """Raises ``OutputError`` unless a folder may come to stand at ``target``."""
+    """Raise ``OutputError`` unless a folder may be put at ``target``."""
     try:
         if not target.exists():
             return
@@ -188,21 +189,8 @@ def _write_parts(part: Path, config: ModelConfig, vae: VaeConfig, seed: int, wid
 
 def wan_config(config: TransformerConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
     """``config.json`` under Wan's own field names, and what it leaves out."""
-    return {
-        "_class_name": "WanModel",
-        "model_type": "t2v",
-        "dim": config.dim,
-        "eps": config.eps,
-        "ffn_dim": config.ffn_dim,
-        "freq_dim": config.freq_dim,
-        "in_dim": config.in_channels,
-        "num_heads": config.num_heads,
-        "num_layers": config.num_layers,
-        "out_dim": config.out_channels,
-        "text_dim": config.text_dim,
-        "text_len": config.text_len,
-        "echo_rt": dict(facts),
-    }
+    fields = {theirs: getattr(config, ours) for theirs, ours in sorted(WAN_FIELDS.items()) if ours != "patch_size"}
+    return {"_class_name": "WanModel", "model_type": "t2v", **fields, "echo_rt": dict(facts)}
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

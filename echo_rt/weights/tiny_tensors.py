@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from echo_rt.config import ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.weights.shapes import Shapes, memory_shapes, text_encoder_shapes, transformer_shapes, vae_shapes
+from echo_rt.weights.tensors import LazyTensors
 from echo_rt.weights.tiny_vae import TinyVaeConfig, tiny_decoder_shapes
 
 Tensors = dict[str, Tensor]
@@ -81,27 +81,19 @@ def plain_tensor(draw: Draw, name: str, shape: tuple[int, ...]) -> Tensor:
     return x / math.sqrt(math.prod(shape[1:]))
 
 
-class RandomTensors(Mapping[str, Tensor]):
+class RandomTensors(LazyTensors):
     """Plain random weights of these ``shapes``: float32 on ``device``, drawn anew whenever they are asked for.
 
     A model of any size can be made of them without anyone holding them in between.
     """
 
     def __init__(self, shapes: Shapes, device: torch.device, seed: int = 0) -> None:
+        super().__init__(shapes)
         self._shapes, self._draw = shapes, Draw(seed, device, torch.float32)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = plain_tensor(self._draw, name, self._shapes[name])
         return tensor.add_(_GATE_BIAS) if name == _GATE else tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes  # the inherited one would draw the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
 
 
 def _plain_all(draw: Draw, shapes: Shapes) -> Tensors:

@@ -20,9 +20,8 @@ from echo_rt.config import VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.options import TINY_VAE, WAN_VAE
 from echo_rt.weights.files import check_tensors, open_tensors
-from echo_rt.weights.from_shapes import shape_of
-from echo_rt.weights.shapes import Shapes
-from echo_rt.weights.tensors import RenamedTensors
+from echo_rt.weights.shapes import Shapes, convolution_shapes, shape_of
+from echo_rt.weights.tensors import selected
 
 _SUFFIXES = (".pth", ".safetensors")
 _ENCODER = "encoder."
@@ -86,7 +85,7 @@ def block_names(level: int) -> list[str]:
 
 
 def growth_name(level: int) -> str:
-    """What makes more frames of each of a level's."""
+    """The convolution that makes several frames of each frame of a level."""
     return f"decoder.{_FIRST_LEVEL + level * _LEVEL + _BLOCKS + 1}.conv"
 
 
@@ -97,21 +96,15 @@ def outlet_name(level: int) -> str:
 
 def tiny_decoder_shapes(config: TinyVaeConfig) -> Shapes:
     """``decoder.*`` of a tiny decoder's file."""
-    shapes: Shapes = {
-        f"{STEM}.weight": (config.widths[0], config.z_dim, 3, 3),
-        f"{STEM}.bias": (config.widths[0],),
-    }
+    shapes = convolution_shapes(STEM, config.widths[0], config.z_dim, 3, 3)
     for level, growth in enumerate(config.growth):
         width = config.widths[level]
         for block in block_names(level):
             for layer, channels in ((0, 2 * width), (2, width), (4, width)):
-                shapes[f"{block}.conv.{layer}.weight"] = (width, channels, 3, 3)
-                shapes[f"{block}.conv.{layer}.bias"] = (width,)
+                shapes |= convolution_shapes(f"{block}.conv.{layer}", width, channels, 3, 3)
         shapes[f"{growth_name(level)}.weight"] = (growth * width, width, 1, 1)
         shapes[f"{outlet_name(level)}.weight"] = (config.widths[level + 1], width, 3, 3)
-    shapes[f"{config.head}.weight"] = (3, config.widths[-1], 3, 3)
-    shapes[f"{config.head}.bias"] = (3,)
-    return shapes
+    return shapes | convolution_shapes(config.head, 3, config.widths[-1], 3, 3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,15 +132,15 @@ def open_tiny_vae(vae: str | Path, folder: Path, like: VaeConfig) -> TinyVae:
         )
     kind = _kind_of(path)
     file = open_tensors(path)
-    tensors = RenamedTensors(file, {name: name for name in file if not name.startswith(_ENCODER)})
+    tensors = selected(file, lambda name: not name.startswith(_ENCODER))
     config = _config_of(tensors, kind, str(path))
-    for what, came, expected in (
+    for what, found, expected in (
         ("channels of a latent", config.z_dim, like.z_dim),
         ("pixels on a side of a latent pixel", config.spatial_stride, like.spatial_stride),
         ("frames of a latent", config.temporal_stride, like.temporal_stride),
     ):
-        if came != expected:
-            raise ConfigError(f"{path}: the tiny decoder has {came} {what}, the model's own VAE {expected}")
+        if found != expected:
+            raise ConfigError(f"{path}: the tiny decoder has {found} {what}, the model's own VAE {expected}")
     check_tensors(tensors, tiny_decoder_shapes(config), str(path))
     return TinyVae(path, kind, config, tensors)
 
@@ -193,7 +186,7 @@ def _config_of(tensors: Mapping[str, Tensor], kind: TinyVaeKind, source: str) ->
         if rows % widths[-1]:
             raise WeightsError(
                 f"{source}: expected {_WHAT} with a multiple of {widths[-1]} rows in {growth_name(level)}.weight, "
-                f"came {rows}"
+                f"found {rows}"
             )
         growth.append(rows // widths[-1])
         widths.append(shape_of(tensors, f"{outlet_name(level)}.weight", 4, source, _WHAT)[0])

@@ -31,11 +31,11 @@ def test_tiles_do_not_show(small_model: Path) -> None:
 
 
 def test_tiles_take_less_memory(small_model: Path) -> None:
-    def room(tiles: int) -> int:
+    def scratch(tiles: int) -> int:
         with load(small_model, width=32, height=96, memory="off", vae_tiles=tiles) as runtime:
             return sum(tensor.nbytes for tensor in runtime._engine.pipeline.decoder_state.buffers().values())
 
-    assert room(4) < room(1)
+    assert scratch(4) < scratch(1)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from streaming import load, video
 import echo_rt.engine.memory_budget
 from echo_rt.bench.settings import RELEASED
 from echo_rt.cli.main import main
-from echo_rt.engine.memory_budget import decoder_bytes, host_memory, require_room, rollout_bytes
+from echo_rt.engine.memory_budget import decoder_bytes, host_memory, require_capacity, rollout_bytes
 from echo_rt.errors import ConfigError
 from echo_rt.weights.tiny_vae import open_tiny_vae
 
@@ -79,7 +79,7 @@ def test_a_gpu_and_its_host_have_their_own(monkeypatch: pytest.MonkeyPatch, gpu:
     monkeypatch.setattr(echo_rt.engine.memory_budget, "host_memory", lambda: host * GIB)
 
     def require() -> None:
-        require_room(
+        require_capacity(
             RELEASED.config,
             RELEASED.vae,
             None,

@@ -78,7 +78,7 @@ def test_a_memory_may_be_updated_by_given_blocks_alone() -> None:
 def test_what_is_no_whole_block(change: Callable[[torch.Tensor], torch.Tensor], came: str) -> None:
     rollout = build_rollout(flat_config(), random_weights(flat_config()), "off")
     latents = torch.zeros(6, *rollout.config.latent_shape)
-    with pytest.raises(ConfigError, match=rf"begin with as float32 \[k\*3, 4, 4, 6\], {came}"):
+    with pytest.raises(ConfigError, match=rf"initial latents float32 \[k\*3, 4, 4, 6\], {came}"):
         rollout.split_blocks(change(latents))
 
 

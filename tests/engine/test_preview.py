@@ -16,7 +16,7 @@ from torch import Tensor
 
 import echo_rt
 from echo_rt.errors import ConfigError, StreamError, WeightsError
-from echo_rt.weights.layout_original import VAE_FILE
+from echo_rt.weights.layouts import VAE_FILE
 from echo_rt.weights.tiny_model import TINY_VAE_FILE
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
@@ -107,7 +107,7 @@ def test_the_other_kind_wants_the_latents_of_the_vae(
 
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_a_replayed_preview_is_the_preview(small_model: Path, lookahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a GPU replays graphs: the same addresses, nothing asked of the host, no two lanes in one another's way."""
+    """As a GPU replays graphs: the same addresses, nothing asked of the host, no two queues race."""
     with load(small_model, vae="tiny", overrides=FEW_STEPS) as plain:
         expected = video(plain, 15, seed=3)
     recorder = Recorder()

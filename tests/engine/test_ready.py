@@ -11,8 +11,7 @@ import pytest
 from streaming import within
 
 from echo_rt.chunk import Chunk
-from echo_rt.engine.feeder import Feeder
-from echo_rt.engine.ready import DropOldest, ReadyQueue
+from echo_rt.engine.ready import DropOldest, Feeder, ReadyQueue
 
 LONG = 30.0  # seconds; only a deadlock takes that long
 

@@ -53,6 +53,17 @@ def test_a_prompt_begins_with_its_block_whatever_is_gone_back_from(
         assert begun[6] == [False, False] and begun[7] == [True, True]
 
 
+@pytest.mark.parametrize("policy", ["stop", "roll_back"])
+def test_prompts_that_have_begun_are_kept_only_for_going_back(small_model: Path, policy: str) -> None:
+    """A long stream with many prompts must not keep them all."""
+    with load(small_model, lookahead=1, overrides=FEW_STEPS) as runtime:
+        stream = runtime.stream(prompt_embeds=embeds(runtime), guard=Guard(policy, keep_every=2))
+        for block in range(9):
+            stream.set_prompt(prompt_embeds=embeds(runtime, block))
+            next(stream)
+        assert len(stream._blocks._prompts_since) <= (0 if policy == "stop" else 3)
+
+
 @pytest.mark.parametrize("memory", ["evolve", "prior", "off"])
 def test_it_goes_back_in_every_memory_mode(small_model: Path, monkeypatch: pytest.MonkeyPatch, memory: str) -> None:
     with load(small_model, overrides=FEW_STEPS, memory=memory) as runtime:

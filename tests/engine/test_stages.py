@@ -1,4 +1,4 @@
-"""Stages replayed instead of run, and lanes beside one another: the same video, and nothing races.
+"""Stages replayed instead of run, and queues beside one another: the same video, and nothing races.
 
 A GPU replays graphs; here :mod:`recorder` replays lists of operations, with the addresses and the host's values of
 the second time a stage ran, and keeps who touched which buffer when.
@@ -75,7 +75,7 @@ def test_a_replayed_video_is_the_video(
     assert set(made.between) <= BETWEEN_STAGES, "work between stages that no graph holds"
 
 
-# A stage, one that it has to wait for in another lane, and the buffer that the two would race for.
+# A stage, one that it has to wait for in another queue, and the buffer that the two would race for.
 ORDERS = [
     ("Rollout._update_memory", "Rollout._begin", "state.evicted_k"),
     ("Rollout._publish_memory", "Rollout._update_memory", "state.memory_k"),

@@ -94,7 +94,7 @@ def test_what_the_decoder_keeps_is_told(small_model: Path, mixed: echo_rt.Runtim
             snapshot = stream.snapshot()
             assert half.decoder_bytes == before, "it is the same in the steady state"
         remembered = sum(t.nbytes for name, t in snapshot.tensors.items() if name.startswith("decoder."))
-        assert remembered < half.decoder_bytes, "with the room that it works in"
+        assert remembered < half.decoder_bytes, "with its scratch buffers"
     with pytest.raises(StreamError, match="closed"):
         _ = half.decoder_bytes
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from pathlib import Path
+from typing import Literal
 
 import pytest
 from feeding import LONG, feed_threads, until
-from streaming import Gate, embeds, same, take, within
+from streaming import Gate, embeds, load, same, take, video, within
 
 import echo_rt
 from echo_rt.errors import ConfigError, StreamError
@@ -142,6 +144,34 @@ def test_a_snapshot_holds_what_waits_in_the_feed(
     stream.close()
     with runtime.resume(snapshot) as resumed:
         assert same(made[:1] + take(resumed, 5), expected) and same(made, expected[:2])
+
+
+@pytest.mark.parametrize("when_full", ["wait", "drop"])
+def test_snapshots_beside_a_feed_that_is_being_emptied(small_model: Path, when_full: Literal["wait", "drop"]) -> None:
+    """Each is the video from the block it names on, whoever took or dropped blocks while it was made."""
+    with load(small_model, lookahead=1, overrides={"denoising_steps": (1000, 500)}) as runtime:
+        expected = video(runtime, 16)
+        snapshots: list[echo_rt.Snapshot] = []
+        with runtime.stream(prompt_embeds=embeds(runtime)) as stream:
+            with stream.feed(depth=2, when_full=when_full) as feed:
+
+                def consume() -> None:
+                    while next(feed).index < 8:
+                        pass
+
+                consumer = threading.Thread(target=consume)
+                consumer.start()
+                while consumer.is_alive() and len(snapshots) < 4:
+                    snapshots.append(stream.snapshot())
+                consumer.join()
+            snapshots.append(stream.snapshot())
+        assert len(snapshots) > 1
+        for snapshot in snapshots:
+            at = snapshot.next_block
+            assert [chunk.index for chunk in snapshot.held] == list(range(at, at + len(snapshot.held)))
+            if at + 3 <= len(expected):
+                with runtime.resume(snapshot) as resumed:
+                    assert same(take(resumed, 3), expected[at : at + 3])
 
 
 def test_prompts_reach_the_block_that_is_not_begun(runtime: echo_rt.Runtime, stream: echo_rt.Stream) -> None:

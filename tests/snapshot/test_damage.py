@@ -33,8 +33,8 @@ import echo_rt
 from echo_rt.config import TransformerConfig
 from echo_rt.errors import EchoError, SnapshotError
 from echo_rt.snapshot.snapshot import Snapshot
-from echo_rt.weights import load_generator
 from echo_rt.weights.fingerprint import FingerprintedTensors
+from echo_rt.weights.generator import load_generator
 from echo_rt.weights.shapes import transformer_shapes
 
 COUNT = int(os.environ.get("ECHO_RT_DAMAGES", "150"))

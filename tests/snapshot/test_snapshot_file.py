@@ -211,10 +211,10 @@ def test_files_that_are_no_snapshots(tmp_path: Path) -> None:
     assert "Is a directory" in refusal(path)
     path.rmdir()
     os.mkfifo(path)
-    assert "came a pipe" in within(10, lambda: refusal(path))
+    assert "found a pipe" in within(10, lambda: refusal(path))
     path.unlink()
     save_file({"a": torch.ones(3)}, path)
-    assert "came a file of tensors with no 'echo-rt snapshot'" in refusal(path)
+    assert "found a file of tensors with no 'echo-rt snapshot'" in refusal(path)
     torch.save({"a": torch.ones(3)}, path)
     assert "damaged" in refusal(path)
     for content in (b"", b"x", b"\0" * 8, b"\xff" * 100, b"\x02" + b"\0" * 7 + b"[]", b"\x02" + b"\0" * 7 + b"{}"):
@@ -250,7 +250,7 @@ def test_versions(snapshot: Snapshot, tmp_path: Path) -> None:
     with pytest.raises(SnapshotVersionError) as caught:
         Snapshot.load(path)
     assert str(caught.value) == (
-        f"{path}: expected a snapshot of version 1, came a whole one of version 2, written by echo-rt 9.1; "
+        f"{path}: expected a snapshot of version 1, found a whole one of version 2, written by echo-rt 9.1; "
         f"this is echo-rt {echo_rt.__version__}"
     )
 

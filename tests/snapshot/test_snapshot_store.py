@@ -91,7 +91,7 @@ def test_damaged_ones_are_passed_over_and_named(keeper: SnapshotKeeper, tmp_path
     older.write_bytes(b"")
     with (
         pytest.warns(RuntimeWarning, match="passed over"),
-        pytest.raises(SnapshotError, match="expected a whole snapshot, came 2 damaged ones"),
+        pytest.raises(SnapshotError, match="expected a whole snapshot, found 2 damaged ones"),
     ):
         latest_snapshot(tmp_path / "s")
 

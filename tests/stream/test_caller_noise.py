@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +20,13 @@ STEPS = {"denoising_steps": (1000, 500), "first_block_steps": (1000, 750, 250)}
 Noise = Callable[[int, tuple[int, ...]], Tensor]
 
 
-def as_seed(seed: int, asked: list[tuple[int, int]] | None = None) -> Noise:
-    """What a stream of ``seed`` draws; (block, steps) of each call go to ``asked``."""
+def as_seed(seed: int, asked: list[tuple[int, int]] | None = None, given: int = 0) -> Noise:
+    """What a stream of ``seed`` draws behind ``given`` blocks; (block, steps) of each call go to ``asked``."""
 
     def noise(block: int, shape: tuple[int, ...]) -> Tensor:
         if asked is not None:
             asked.append((block, shape[0]))
-        return drawn_noise(torch.Size(shape), seed, block)
+        return drawn_noise(torch.Size(shape), seed, block + given)
 
     return noise
 
@@ -42,12 +43,12 @@ def test_the_seeds_own_noise_makes_the_seeds_video(small_model: Path, lookahead:
 
 
 ODD: dict[str, tuple[object, str]] = {
-    "text": ("noise", "got a str"),
-    "half": (torch.zeros(2, 3, 4, 4, 4, dtype=torch.float16), r"got float16 \[2, 3, 4, 4, 4\]"),
-    "short": (torch.zeros(1), r"got float32 \[1\]"),
-    "sparse": (None, "dense and with values, got torch.sparse_coo on cpu"),
-    "meta": (None, "dense and with values, got torch.strided on meta"),
-    "infinite": (None, "of finite values, got 2 that are NaN or infinite"),
+    "text": ("noise", "found a str"),
+    "half": (torch.zeros(2, 3, 4, 4, 4, dtype=torch.float16), r"found float16 \[2, 3, 4, 4, 4\]"),
+    "short": (torch.zeros(1), r"found float32 \[1\]"),
+    "sparse": (None, "expected a dense tensor with values, found torch.sparse_coo on cpu"),
+    "meta": (None, "expected a dense tensor with values, found torch.strided on meta"),
+    "infinite": (None, "of finite values, found 2 that are NaN or infinite"),
 }
 
 
@@ -96,7 +97,7 @@ def test_a_resumed_stream_is_given_its_noise_again(small_model: Path, tmp_path: 
             expected = take(stream, 3)
         snapshot = Snapshot.load(path)
         assert snapshot.caller_noise and len(snapshot.held) == lookahead
-        with pytest.raises(StreamError, match="noise that its caller gives: expected noise=, got none"):
+        with pytest.raises(StreamError, match="noise that its caller gives: expected noise=, found none"):
             runtime.resume(snapshot)
         asked: list[tuple[int, int]] = []
         with runtime.resume(snapshot, noise=as_seed(5, asked)) as stream:
@@ -106,7 +107,7 @@ def test_a_resumed_stream_is_given_its_noise_again(small_model: Path, tmp_path: 
         with runtime.stream(prompt_embeds=embeds(runtime), seed=5) as stream:
             next(stream)
             own = stream.snapshot()
-        with pytest.raises(StreamError, match="its seed's noise: expected no noise=, got one"):
+        with pytest.raises(StreamError, match="its seed's noise: expected no noise=, found one"):
             runtime.resume(own, noise=as_seed(5))
 
 
@@ -121,3 +122,45 @@ def test_after_a_rollback_the_numbers_are_the_videos(small_model: Path, monkeypa
         assert [chunk.index for chunk in take(stream, 6)] == list(range(6))
         assert stream.rollbacks == 1
     assert [block for block, _ in asked] == [0, 1, 2, 3, 4, 4, 5]
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_given_blocks_need_no_noise(small_model: Path, lookahead: int) -> None:
+    """The first generated block is the caller's block 0, also where the given ones are interrupted or not shown."""
+    asked: list[tuple[int, int]] = []
+    generator = torch.Generator().manual_seed(2)
+    with load(small_model, overrides=STEPS, lookahead=lookahead, check=True) as runtime:
+        options: dict[str, Any] = {
+            "prompt_embeds": embeds(runtime),
+            "initial_latents": torch.randn(9, *runtime.config.latent_shape, generator=generator),
+        }
+        with runtime.stream(**options, seed=9) as stream:
+            expected = take(stream, 7)
+        with runtime.stream(**options, noise=as_seed(9, asked, given=3)) as stream:
+            made = take(stream, 1)
+            snapshot = stream.snapshot()
+            assert same(made + take(stream, 6), expected)
+        assert asked == [(block, 3 if block == 0 else 2) for block in range(4 + lookahead)]
+        assert snapshot.caller_noise and snapshot.initial_blocks == 1 + lookahead
+        with runtime.resume(snapshot, noise=as_seed(9, given=3)) as stream:
+            assert same(take(stream, 6), expected[1:])
+        with runtime.stream(**options, noise=as_seed(9, given=3), include_initial=False) as stream:
+            assert same(take(stream, 4), expected[3:])
+
+
+def test_going_back_to_given_blocks_asks_for_the_first_blocks_steps_again(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = echo_rt.Guard(policy="roll_back", keep_every=100)
+    asked: list[tuple[int, int]] = []
+    with load(small_model, overrides=STEPS) as runtime:
+        options: dict[str, Any] = {
+            "prompt_embeds": embeds(runtime),
+            "initial_latents": torch.zeros(6, *runtime.config.latent_shape),
+            "guard": guard,
+        }
+        with runtime.stream(**options, noise=as_seed(9, asked)) as stream:
+            poison(stream, monkeypatch, {4})
+            assert [chunk.index for chunk in take(stream, 6)] == list(range(6))
+            assert stream.rollbacks == 1
+    assert asked == [(0, 3), (1, 2), (2, 2), (2, 3), (3, 2)]

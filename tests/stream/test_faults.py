@@ -22,7 +22,7 @@ from streaming import embeds, load, same, take, video, within
 import echo_rt
 from echo_rt import Guard, NumericalError, Snapshot, StallError, StreamError
 from echo_rt.cli.main import main
-from echo_rt.engine.executor import CudaExecutor, Executor, Queue, _Instant
+from echo_rt.engine.executor import CudaExecutor, Event, Executor, Queue
 from echo_rt.engine.prompts import save_prompt_embeds
 from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
@@ -112,7 +112,7 @@ def test_closing_does_not_wait_for_a_block_that_never_comes(
     stream = runtime.stream(prompt_embeds=embeds(runtime), guard=Guard(block_seconds=30.0))
     next(stream)
     with monkeypatch.context() as patch:
-        patch.setattr(_Instant, "wait", lambda event, seconds=None: seconds is None and synchronize(Executor()))
+        patch.setattr(Event, "wait", lambda event, seconds=None: seconds is None and synchronize(Executor()))
         patch.setattr(Executor, "synchronize", synchronize)
         patch.setattr(Executor, "close", synchronize)
         patch.setattr(Executor, "give_up", lambda executor, seconds: given_up.append(seconds))
@@ -271,7 +271,7 @@ def test_a_recording_goes_on_behind_a_rollback(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--block-seconds", 1e-9), "StallError|block 0 came after .* s; the guard allows a block 1e-09 s"),
+        (("--block-seconds", 1e-9), "StallError|block 0 took .* s; the guard allows a block 1e-09 s"),
         (("--block-seconds", 0), "--block-seconds: expected a number of seconds above 0, got '0'"),
     ],
 )

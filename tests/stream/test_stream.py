@@ -152,7 +152,7 @@ def test_a_snapshot_of_another_model_is_refused(tiny_model: Path, runtime: echo_
     with load(tiny_model, ema=True) as other, pytest.raises(StreamError, match="weights of the transf"):
         other.resume(snapshot)
     broken = dataclasses.replace(snapshot, tensors={k: v for k, v in snapshot.tensors.items() if k != "rollout.kv"})
-    with pytest.raises(StreamError, match=r"rollout\.kv: expected .* got nothing"):
+    with pytest.raises(StreamError, match=r"rollout\.kv: expected .* found nothing"):
         runtime.resume(broken)
     with runtime.stream(PROMPT) as stream:
         take(stream, 1)

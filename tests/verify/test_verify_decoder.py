@@ -12,7 +12,7 @@ from naive_vae import Bundle, NaiveVae, random_weights, tiny_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from echo_rt.engine.decoding import fit_decoder
+from echo_rt.engine.build import fit_decoder
 from echo_rt.errors import WeightsError
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.backends import load_ops

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from echo_rt.config import MemoryConfig, ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from echo_rt.weights.keymaps import text_encoder_key_map, transformer_key_map, vae_key_map
+from echo_rt.weights.keymaps import TRANSFORMER_KEYS, UMT5_KEYS, vae_keys
 from echo_rt.weights.shapes import Shapes, memory_shapes, text_encoder_shapes, transformer_shapes, vae_shapes
 
 TRANSFORMER = TransformerConfig(dim=24, ffn_dim=40, freq_dim=16, num_heads=2, num_layers=2, text_dim=20, text_len=8)
@@ -115,7 +115,7 @@ def write_diffusers(folder: Path) -> Path:
         "qk_norm": "rms_norm_across_heads",
     }
     write_json(folder / "transformer" / "config.json", diffusers_transformer)
-    names = transformer_key_map()
+    names = TRANSFORMER_KEYS
     write_shards(
         folder / "transformer", "diffusion_pytorch_model", {names.to_other(k): v for k, v in transformer().items()}
     )
@@ -131,7 +131,7 @@ def write_diffusers(folder: Path) -> Path:
         "latents_std": list(VAE.latents_std),
     }
     write_json(folder / "vae" / "config.json", diffusers_vae)
-    names = vae_key_map(VAE)
+    names = vae_keys(VAE)
     save_file({names.to_other(k): v for k, v in vae().items()}, folder / "vae" / "diffusion_pytorch_model.safetensors")
     transformers_umt5 = {
         "architectures": ["UMT5EncoderModel"],
@@ -148,7 +148,7 @@ def write_diffusers(folder: Path) -> Path:
         "layer_norm_epsilon": 1e-6,
     }
     write_json(folder / "text_encoder" / "config.json", transformers_umt5)
-    names = text_encoder_key_map()
+    names = UMT5_KEYS
     write_shards(folder / "text_encoder", "model", {names.to_other(k): v for k, v in text_encoder().items()})
     write_tokenizer(folder / "tokenizer")
     return folder

@@ -227,6 +227,29 @@ def test_a_snapshot_of_before_recipes_goes_on_as_before(
     assert loaded.config == dataclasses.replace(MODEL, memory=None, transformer=loaded.config.transformer)
 
 
+# ---------------------------------------------------------------- what is not downloaded yet
+
+
+def test_the_downloads_of_a_recipe_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+
+    def commands(**options: Any) -> str:
+        with pytest.raises(WeightsError, match="to download it: ") as caught:
+            load(Path("Wan-AI/Wan2.1-T2V-1.3B"), **options)
+        return str(caught.value).partition("to download it: ")[2]
+
+    base, hub = "hf download Wan-AI/Wan2.1-T2V-1.3B", "hf download Efficient-Large-Model/LongLive-1.3B models/"
+    assert commands() == base
+    assert commands(recipe="longlive") == f"{base} && {hub}longlive_base.pt && {hub}lora.pt"
+    assert commands(checkpoint=tmp_path / "longlive_base.pt") == commands(recipe="longlive"), "told by the name"
+    # What is there needs no download.
+    there = both(tmp_path / "a.pt")
+    assert commands(recipe="longlive", checkpoint=there) == f"{base} && {hub}lora.pt"
+    assert commands(recipe="longlive", checkpoint=there, lora=there) == base
+    # One repository, whole, for two options.
+    assert commands(recipe="echo-infinity-long") == f"{base} && hf download Echo-Team/Echo-Infinity"
+
+
 # ---------------------------------------------------------------- which weights
 
 

@@ -28,10 +28,15 @@ from safetensors.torch import load_file, save_file
 
 from echo_rt.config import TextEncoderConfig, VaeConfig
 from echo_rt.errors import WeightsError
-from echo_rt.weights import ModelFolder
-from echo_rt.weights.from_shapes import text_encoder_config_of, vae_config_of
-from echo_rt.weights.keymaps import text_encoder_key_map
-from echo_rt.weights.shapes import text_encoder_shapes, transformer_shapes, vae_shapes
+from echo_rt.weights.folder import ModelFolder
+from echo_rt.weights.keymaps import UMT5_KEYS
+from echo_rt.weights.shapes import (
+    text_encoder_config_of,
+    text_encoder_shapes,
+    transformer_shapes,
+    vae_config_of,
+    vae_shapes,
+)
 
 WRITERS = {"original": write_original, "diffusers": write_diffusers}
 
@@ -63,7 +68,6 @@ def refusal(read: Callable[[], Any]) -> str:
 @pytest.mark.parametrize("layout", WRITERS)
 def test_every_part(written: dict[str, Path], layout: str) -> None:
     folder = ModelFolder.open(str(written[layout]))
-    assert folder.layout == layout
     # diffusers has no field for the length of the text.
     text_len = TRANSFORMER.text_len if layout == "original" else 512
     assert folder.transformer_config() == dataclasses.replace(TRANSFORMER, text_len=text_len)
@@ -134,16 +138,16 @@ def test_wrong_folders(tmp_path: Path) -> None:
     message = refusal(lambda: ModelFolder.open(tmp_path))
     assert "config.json, Wan2.1_VAE.pth" in message and "transformer/config.json" in message
     (tmp_path / "file").write_bytes(b"x")
-    assert "came another format" in refusal(ModelFolder.open(tmp_path / "file").transformer_tensors)
+    assert "found another format" in refusal(ModelFolder.open(tmp_path / "file").transformer_tensors)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "i2v", "in_dim": 36}, 'model_type "t2v"), came model_type "i2v"'),
-        ({"in_dim": 36}, "in_dim 36 and out_dim 16"),
+        ({"model_type": "i2v", "in_dim": 36}, 'model_type "t2v"), found model_type "i2v"'),
+        ({"in_dim": 36}, "(in_dim 16), found in_dim 36"),
         ({"dim": ...}, "found no dim"),
-        ({"dim": "1536"}, 'expected dim to be a number or a list of numbers, came "1536"'),
+        ({"dim": "1536"}, 'expected dim to be a number or a list of numbers, found "1536"'),
         ({"eps": None}, "expected eps"),
         ({"dim": 25}, "dim 25 is not a multiple of num_heads 2"),
         ({"num_layers": 0}, "num_layers must be a positive integer"),
@@ -161,16 +165,16 @@ def test_original_config_of_another_model(folders: Callable[[str], Path], change
 @pytest.mark.parametrize(
     ("file", "changes", "said"),
     [
-        ("transformer", {"image_dim": 1280, "added_kv_proj_dim": 1536}, "image_dim null), came image_dim 1280"),
+        ("transformer", {"image_dim": 1280, "added_kv_proj_dim": 1536}, "image_dim null), found image_dim 1280"),
         ("transformer", {"_class_name": "WanVACETransformer3DModel"}, "WanVACETransformer3DModel"),
         ("transformer", {"in_channels": 36}, "as many input as output channels"),
         ("transformer", {"num_attention_heads": ...}, "found no num_attention_heads"),
         ("transformer", {"attention_head_dim": "12"}, "attention_head_dim to be a positive integer"),
-        ("vae", {"is_residual": True, "z_dim": 48}, "is_residual false), came is_residual true"),
+        ("vae", {"is_residual": True, "z_dim": 48}, "is_residual false), found is_residual true"),
         ("vae", {"z_dim": 8}, "latents_mean and latents_std must have z_dim 8"),
         ("vae", {"temperal_downsample": [True]}, "temporal_downsample must name"),
         ("vae", {"base_dim": ...}, "found no base_dim"),
-        ("text_encoder", {"model_type": "t5"}, 'model_type "umt5"), came model_type "t5"'),
+        ("text_encoder", {"model_type": "t5"}, 'model_type "umt5"), found model_type "t5"'),
         ("text_encoder", {"d_kv": ...}, "found no d_kv"),
     ],
 )
@@ -211,7 +215,7 @@ def test_missing_and_damaged_parts(folders: Callable[[str], Path]) -> None:
     (path / "Wan2.1_VAE.pth").unlink()
     assert "Wan2.1_VAE.pth: expected a file, found none" in refusal(ModelFolder.open(path).vae_tensors)
     (path / "Wan2.1_VAE.pth").mkdir()
-    assert "Wan2.1_VAE.pth: expected a file, came a folder" in refusal(ModelFolder.open(path).vae_config)
+    assert "Wan2.1_VAE.pth: expected a file, found a folder" in refusal(ModelFolder.open(path).vae_config)
     shutil.rmtree(path / "google")
     assert "google/umt5-xxl: expected the tokenizer's folder" in refusal(ModelFolder.open(path).tokenizer_path)
     (path / "google" / "umt5-xxl").mkdir(parents=True)
@@ -241,7 +245,7 @@ def test_text_encoder_config_from_shapes_of_umt5_xxl() -> None:
     ("name", "replacement", "said"),
     [
         ("encoder.conv1.weight", None, "found no encoder.conv1.weight"),
-        ("encoder.conv1.weight", torch.zeros(4), "5-dimensional encoder.conv1.weight, came shape [4]"),
+        ("encoder.conv1.weight", torch.zeros(4), "5-dimensional encoder.conv1.weight, found shape [4]"),
         ("encoder.conv1.weight", torch.zeros(3, 3, 3, 3, 3), "multiples of 3"),
         ("encoder.downsamples.0.residual.2.weight", None, "found no encoder.downsamples.0.residual.2.weight"),
         ("encoder.downsamples.2.resample.1.weight", None, "found no encoder.downsamples.2.residual.2.weight"),
@@ -264,7 +268,7 @@ def test_uneven_vae_levels(folders: Callable[[str], Path]) -> None:
     path = folders("original")
     tensors = vae() | {"encoder.downsamples.11.residual.2.weight": torch.zeros(16, 16, 3, 3, 3)}
     torch.save(tensors, path / "Wan2.1_VAE.pth")
-    assert "as many residual blocks on every level, came [2, 2, 2, 3]" in refusal(ModelFolder.open(path).vae_config)
+    assert "as many residual blocks on every level, found [2, 2, 2, 3]" in refusal(ModelFolder.open(path).vae_config)
 
 
 def test_damaged_original_text_encoder(folders: Callable[[str], Path]) -> None:
@@ -273,7 +277,7 @@ def test_damaged_original_text_encoder(folders: Callable[[str], Path]) -> None:
     torch.save({k: v for k, v in text_encoder().items() if k != "blocks.1.attn.q.weight"}, file)
     assert "1 missing (blocks.1.attn.q.weight)" in refusal(ModelFolder.open(path).text_encoder_tensors)
     torch.save(vae(), file)
-    assert "expected a umT5 text encoder, came the Wan2.1 VAE" in refusal(ModelFolder.open(path).text_encoder_tensors)
+    assert "expected a umT5 text encoder, found the Wan2.1 VAE" in refusal(ModelFolder.open(path).text_encoder_tensors)
 
 
 def test_token_table_under_two_names(folders: Callable[[str], Path]) -> None:
@@ -281,7 +285,7 @@ def test_token_table_under_two_names(folders: Callable[[str], Path]) -> None:
     for shard in (path / "text_encoder").glob("model*"):
         shard.unlink()
     file = path / "text_encoder" / "model.safetensors"
-    names = text_encoder_key_map()
+    names = UMT5_KEYS
     tensors = {names.to_other(name): tensor for name, tensor in text_encoder().items()}
     table = tensors["shared.weight"]
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from echo_rt.config import MemoryConfig, ModelConfig
 from echo_rt.errors import WeightsError
-from echo_rt.weights import MemoryFacts, check_memory, load_generator, memory_facts
-from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes
+from echo_rt.weights.generator import check_memory, load_generator
+from echo_rt.weights.shapes import MEMORY_PREFIX, MemoryFacts, memory_facts, memory_shapes, transformer_shapes
 
 EMA_SEED, EMA_MEMORY_SEED = 5, 105
 
@@ -77,12 +77,12 @@ def test_echo_infinity(tmp_path: Path, wrap: Callable[[Mapping[str, Tensor]], di
         save_file({f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}, path)
     for ema in (None, True):
         loaded = load_generator(path, TRANSFORMER, ema=ema)
-        assert (loaded.part, loaded.memory_part, loaded.path) == ("generator_ema", "generator_ema", path)
+        assert loaded.ema is True
         assert_same(loaded.transformer, transformer(EMA_SEED))
         assert loaded.memory is not None
         assert_same(loaded.memory, memory(EMA_MEMORY_SEED))
     loaded = load_generator(str(path), TRANSFORMER, ema=False)
-    assert (loaded.part, loaded.memory_part) == ("generator", "generator")
+    assert loaded.ema is False
     assert_same(loaded.transformer, transformer())
     assert loaded.memory is not None
     assert_same(loaded.memory, memory())
@@ -91,7 +91,7 @@ def test_echo_infinity(tmp_path: Path, wrap: Callable[[Mapping[str, Tensor]], di
 def test_average_without_memory_takes_that_of_the_generator(checkpoint: Path) -> None:
     saved(checkpoint, {"generator": plain(), "generator_ema": averaged(with_memory=False)})
     loaded = load_generator(checkpoint, TRANSFORMER, ema=True)
-    assert (loaded.part, loaded.memory_part) == ("generator_ema", "generator")
+    assert loaded.ema is True
     assert_same(loaded.transformer, transformer(EMA_SEED))
     assert loaded.memory is not None
     assert_same(loaded.memory, memory())
@@ -99,18 +99,18 @@ def test_average_without_memory_takes_that_of_the_generator(checkpoint: Path) ->
 
 def test_average_asked_for_and_missing(checkpoint: Path) -> None:
     saved(checkpoint, {"generator": plain()})
-    assert load_generator(checkpoint, TRANSFORMER).part == "generator"
+    assert load_generator(checkpoint, TRANSFORMER).ema is False
     message = refusal(lambda: load_generator(checkpoint, TRANSFORMER, ema=True))
-    assert message == f"{checkpoint}: expected generator_ema, which was asked for, came generator"
+    assert message == f"{checkpoint}: expected generator_ema, which was asked for, found generator"
     saved(checkpoint, plain())
-    assert "came neither" in refusal(lambda: load_generator(checkpoint, TRANSFORMER, ema=True))
+    assert "found neither" in refusal(lambda: load_generator(checkpoint, TRANSFORMER, ema=True))
 
 
 def test_average_only(checkpoint: Path) -> None:
     saved(checkpoint, {"generator_ema": averaged()})
-    assert load_generator(checkpoint, TRANSFORMER).part == "generator_ema"
+    assert load_generator(checkpoint, TRANSFORMER).ema is True
     message = refusal(lambda: load_generator(checkpoint, TRANSFORMER, ema=False))
-    assert "expected generator, which was asked for, came generator_ema" in message
+    assert "expected generator, which was asked for, found generator_ema" in message
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
@@ -119,20 +119,20 @@ def test_bare_tensors(checkpoint: Path, prefix: str, with_memory: bool) -> None:
     content = keys(transformer(), memory() if with_memory else None)
     saved(checkpoint, {prefix + name.removeprefix("model."): tensor for name, tensor in content.items()})
     loaded = load_generator(checkpoint, TRANSFORMER)
-    assert loaded.part == "bare"
+    assert loaded.ema is None
     assert_same(loaded.transformer, transformer())
     if with_memory:
-        assert loaded.memory is not None and loaded.memory_part == "bare"
+        assert loaded.memory is not None
         assert_same(loaded.memory, memory())
     else:
-        assert loaded.memory is None and loaded.memory_part is None
+        assert loaded.memory is None
 
 
 def test_kin_without_memory(checkpoint: Path) -> None:
     """Self-Forcing, Causal-Forcing, LongLive."""
     saved(checkpoint, {"generator": keys(transformer()), "generator_ema": fsdp(averaged(with_memory=False))})
     loaded = load_generator(checkpoint, TRANSFORMER)
-    assert loaded.memory is None and loaded.memory_part is None
+    assert loaded.memory is None
     assert_same(loaded.transformer, transformer(EMA_SEED))
 
 
@@ -162,12 +162,12 @@ def test_checkpoint_of_another_model(checkpoint: Path) -> None:
     wide = dataclasses.replace(TRANSFORMER, dim=48)
     saved(checkpoint, {"generator": keys(random_tensors(transformer_shapes(wide)))})
     message = refusal(lambda: load_generator(checkpoint, TRANSFORMER))
-    assert "expected a transformer 24 wide with 2 blocks, came one 48 wide with 2" in message
+    assert "expected a transformer 24 wide with 2 blocks, found one 48 wide with 2" in message
     deep = dataclasses.replace(TRANSFORMER, num_layers=3)
     saved(checkpoint, {"generator": keys(random_tensors(transformer_shapes(deep)))})
-    assert "24 wide with 2 blocks, came one 24 wide with 3" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
+    assert "24 wide with 2 blocks, found one 24 wide with 3" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
     saved(checkpoint, {"encoder.conv1.weight": torch.ones(2)})
-    assert "came 1 tensor (encoder.conv1.weight)" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
+    assert "found 1 tensor (encoder.conv1.weight)" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
     saved(checkpoint, {"patch_embedding.weight": torch.tensor(1.0)})
     assert "5-dimensional patch_embedding.weight" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
 
@@ -176,7 +176,7 @@ def test_lora_is_no_generator(checkpoint: Path) -> None:
     factor = {"base_model.model.blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 24)}
     for content in ({"generator_lora": factor}, factor):
         saved(checkpoint, content)
-        assert "expected a whole generator, came a LoRA" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
+        assert "expected a whole generator, found a LoRA" in refusal(lambda: load_generator(checkpoint, TRANSFORMER))
 
 
 @pytest.mark.parametrize("normalize_k", [True, False])
@@ -193,7 +193,7 @@ def test_memory_for_another_video_size() -> None:
     larger = dataclasses.replace(MODEL, latent_height=8, latent_width=10)
     assert refusal(lambda: check_memory(memory(), larger, "echo.pt")) == (
         "echo.pt: expected a memory of 2 frames x 20 tokens = 40 tokens for latents of 10x8, "
-        "came one of 12 tokens, made for another video size"
+        "found one of 12 tokens, made for another video size"
     )
 
 
@@ -204,10 +204,10 @@ def test_memory_of_another_shape() -> None:
     assert "layers.2.q.weight" in refusal(lambda: check_memory(memory(), deeper, "here"))
     for name, tensor, said in (
         ("query_init", None, "found no query_init"),
-        ("query_init", torch.zeros(12, 24), "3-dimensional query_init, came shape [12, 24]"),
-        ("query_init", torch.zeros(1, 0, 24), "came shape [1, 0, 24]"),
+        ("query_init", torch.zeros(12, 24), "3-dimensional query_init, found shape [12, 24]"),
+        ("query_init", torch.zeros(1, 0, 24), "found shape [1, 0, 24]"),
         ("layers.0.ffn.0.weight", None, "found no layers.0.ffn.0.weight"),
-        ("layers.0.ffn.0.weight", torch.zeros(50, 24), "multiple of 24 channels, came 50"),
+        ("layers.0.ffn.0.weight", torch.zeros(50, 24), "multiple of 24 channels, found 50"),
     ):
         tensors = {k: v for k, v in (memory() | {name: tensor}).items() if v is not None}
         assert said in refusal(lambda tensors=tensors: memory_facts(tensors, "here"))

@@ -22,14 +22,18 @@ from torch import Tensor
 import echo_rt
 from echo_rt.config import TransformerConfig
 from echo_rt.errors import BackendError, WeightsError
-from echo_rt.weights import ModelFolder, gguf_files, load_generator, open_tensors
+from echo_rt.weights import gguf_files
+from echo_rt.weights.files import open_tensors
+from echo_rt.weights.folder import ModelFolder
+from echo_rt.weights.generator import load_generator
 from echo_rt.weights.keymaps import (
-    gguf_text_encoder_key_map,
-    text_encoder_key_map,
-    transformer_key_map,
-    vae_key_map,
+    TRANSFORMER_KEYS,
+    UMT5_GGUF_KEYS,
+    UMT5_KEYS,
+    vae_keys,
 )
-from echo_rt.weights.layout_original import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
+from echo_rt.weights.layouts import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
+from echo_rt.weights.lora import merge_lora
 from echo_rt.weights.shapes import transformer_shapes
 
 Tensors = dict[str, Tensor]
@@ -126,7 +130,7 @@ def test_transformer(tmp_path: Path, stored: str, prefix: str) -> None:
 def test_wrappers_and_namings_of_a_transformer(tmp_path: Path, prefix: str, naming: str, suffix: str) -> None:
     tensors, path = plain_transformer(), tmp_path / f"transformer{suffix}"
     if naming == "diffusers":
-        tensors = {transformer_key_map().to_other(name): tensor for name, tensor in tensors.items()}
+        tensors = {TRANSFORMER_KEYS.to_other(name): tensor for name, tensor in tensors.items()}
     content = prefixed(tensors, prefix)
     save_file(content, path) if suffix == ".safetensors" else torch.save(content, path)
     assert_same(model_of(path).transformer_tensors(), plain_transformer())
@@ -143,7 +147,7 @@ def test_dicts_of_a_training_run(tmp_path: Path) -> None:
 
 
 def transformers_names(tensors: Tensors) -> Tensors:
-    return {text_encoder_key_map().to_other(name): tensor for name, tensor in tensors.items()}
+    return {UMT5_KEYS.to_other(name): tensor for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("stored", STORED)
@@ -153,7 +157,7 @@ def test_text_encoder(tmp_path: Path, stored: str, naming: str) -> None:
     tensors, expected = STORED[stored](plain_text_encoder())
     if naming == "transformers":
         scales = {name: t for name, t in tensors.items() if not name.endswith((".weight", "_fp8"))}
-        names = {name: text_encoder_key_map().to_other(name.rpartition(".")[0] + ".weight") for name in scales}
+        names = {name: UMT5_KEYS.to_other(name.rpartition(".")[0] + ".weight") for name in scales}
         moved = {names[n].removesuffix("weight") + n.rpartition(".")[2]: t for n, t in scales.items()}
         beside = {name: t for name, t in tensors.items() if name.endswith("_fp8")}
         weights = {name: t for name, t in tensors.items() if name.endswith(".weight")}
@@ -172,7 +176,7 @@ def test_text_encoder(tmp_path: Path, stored: str, naming: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_vae(tmp_path: Path, naming: str, dtype: torch.dtype) -> None:
     expected = cast(plain_vae(), dtype)
-    names = vae_key_map(VAE)
+    names = vae_keys(VAE)
     path = tmp_path / "Wan2_1_VAE.safetensors"
     save_file({names.to_other(n) if naming == "diffusers" else n: t for n, t in expected.items()}, path)
     for folder in (model_of(tmp_path), model_of(tmp_path, vae_file=path)):
@@ -283,7 +287,7 @@ def test_gguf_transformer(tmp_path: Path, kind: str) -> None:
 
 
 def test_gguf_text_encoder(tmp_path: Path) -> None:
-    names = gguf_text_encoder_key_map()
+    names = UMT5_GGUF_KEYS
     path = tmp_path / "umt5-xxl-encoder-F16.gguf"
     expected = write_gguf(path, {names.to_other(n): t for n, t in plain_text_encoder().items()}, "F16", "t5encoder")
     folder = model_of(tmp_path)
@@ -299,6 +303,13 @@ def test_gguf_is_dequantized_when_it_is_used(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(quants, "dequantize", lambda *args: computed.append(1) or dequantize(*args))
     tensors = model_of(tmp_path / "x.gguf").transformer_tensors()
     assert len(tensors) == len(plain_transformer()) and not computed
+    # Nor to see whether a LoRA fits.
+    factors = {"lora_A.weight": torch.ones(2, 128), "lora_B.weight": torch.ones(256, 2)}
+    save_file({f"blocks.0.ffn.0.{name}": t for name, t in factors.items()}, tmp_path / "lora.safetensors")
+    merged = merge_lora(tensors, tmp_path / "lora.safetensors").transformer
+    assert not computed
+    assert merged["blocks.0.ffn.0.weight"].shape == (256, 128) and len(computed) == 1
+    computed.clear()
     whole = tensors["blocks.0.ffn.0.weight"]
     assert whole.dtype == torch.float32 and len(computed) == 1
     monkeypatch.setattr(gguf_files, "_VALUES_AT_ONCE", 1000)  # a few rows at a time
@@ -321,13 +332,13 @@ def test_gguf_shape_of_before(tmp_path: Path) -> None:
 def test_gguf_that_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.gguf"
     write_gguf(path, {"w": torch.ones(4)}, "F32", "flux")
-    assert "expected a GGUF file of Wan2.1 or umT5, came one of 'flux'" in refusal(lambda: open_tensors(path))
+    assert "expected a GGUF file of Wan2.1 or umT5, found one of 'flux'" in refusal(lambda: open_tensors(path))
     write_gguf(path, {"w": torch.ones(4)}, "F32")
-    assert "a Wan2.1 text-to-video transformer, came 1 tensor (w)" in refusal(model_of(path).transformer_tensors)
+    assert "a Wan2.1 text-to-video transformer, found 1 tensor (w)" in refusal(model_of(path).transformer_tensors)
     whole = path.read_bytes()
     for length in (*range(4, 40), *range(40, len(whole) - 32, 7)):  # padding may lack
         path.write_bytes(whole[:length])
-        assert "expected a GGUF file, came a damaged" in refusal(lambda: open_tensors(path)), length
+        assert "expected a GGUF file, found a damaged" in refusal(lambda: open_tensors(path)), length
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(BackendError, match=r"the package gguf .* found none \(pip install 'echo-rt\[gguf\]'\)"):
         open_tensors(path)
@@ -374,7 +385,7 @@ def comfy_folder(folder: Path, root: str = ".") -> Path:
 @pytest.mark.parametrize("root", [".", "models", "split_files"])
 def test_comfyui_folder(tmp_path: Path, root: str) -> None:
     folder = model_of(comfy_folder(tmp_path, root))
-    assert folder.layout == "files" and folder.rollout_defaults() == {}
+    assert folder.rollout_defaults() == {}
     assert folder.transformer_config() == ONE_HEAD
     assert_same(folder.transformer_tensors(), plain_transformer())
     assert_same(folder.vae_tensors(), plain_vae())
@@ -406,19 +417,23 @@ def test_files_in_place_of_a_folders_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "names", "said"),
     [
-        ("vae_file", ("token_embedding.weight",), "expected the Wan2.1 VAE, came a T5 text encoder"),
-        ("text_encoder", ("encoder.downsamples.0.shortcut.bias",), "a umT5 text encoder, came the Wan2.1 VAE"),
-        ("text_encoder", ("visual.proj",), "came a CLIP image encoder"),
-        ("text_encoder", ("text_model.embeddings.weight",), "came a CLIP text encoder"),
-        ("vae_file", ("decoder.1.weight",), "came a tiny decoder, which is given as the vae"),
-        ("vae_file", ("encoder.conv1.weight", "encoder.downsamples.0.downsamples.0.a"), "came the VAE of Wan2.2 5B"),
-        ("model", ("encoder.conv1.weight", "encoder.downsamples.0.a"), "transformer, came the Wan2.1 VAE"),
-        ("model", ("patch_embedding.weight", "img_emb.proj.0.weight"), "came a Wan image-to-video transformer"),
-        ("model", ("patch_embedding.weight", "vace_blocks.0.x"), "came a Wan VACE transformer"),
-        ("model", ("double_blocks.0.x",), "came a transformer of Flux or HunyuanVideo"),
-        ("model", ("blocks.0.self_attn.q.lora_A.weight",), "came a LoRA, which is given as the LoRA"),
-        ("model", ("generator.model.patch_embedding.weight",), "came a generator checkpoint, which is given as the ch"),
-        ("model", ("patch_embedding.weight", "blocks.0.q.qweight"), "came weights quantized with GPTQ or AWQ"),
+        ("vae_file", ("token_embedding.weight",), "expected the Wan2.1 VAE, found a T5 text encoder"),
+        ("text_encoder", ("encoder.downsamples.0.shortcut.bias",), "a umT5 text encoder, found the Wan2.1 VAE"),
+        ("text_encoder", ("visual.proj",), "found a CLIP image encoder"),
+        ("text_encoder", ("text_model.embeddings.weight",), "found a CLIP text encoder"),
+        ("vae_file", ("decoder.1.weight",), "found a tiny decoder, which is given as the vae"),
+        ("vae_file", ("encoder.conv1.weight", "encoder.downsamples.0.downsamples.0.a"), "found the VAE of Wan2.2 5B"),
+        ("model", ("encoder.conv1.weight", "encoder.downsamples.0.a"), "transformer, found the Wan2.1 VAE"),
+        ("model", ("patch_embedding.weight", "img_emb.proj.0.weight"), "found a Wan image-to-video transformer"),
+        ("model", ("patch_embedding.weight", "vace_blocks.0.x"), "found a Wan VACE transformer"),
+        ("model", ("double_blocks.0.x",), "found a transformer of Flux or HunyuanVideo"),
+        ("model", ("blocks.0.self_attn.q.lora_A.weight",), "found a LoRA, which is given as the LoRA"),
+        (
+            "model",
+            ("generator.model.patch_embedding.weight",),
+            "found a generator checkpoint, which is given as the ch",
+        ),
+        ("model", ("patch_embedding.weight", "blocks.0.q.qweight"), "found weights quantized with GPTQ or AWQ"),
     ],
 )
 def test_another_network_is_named(tmp_path: Path, part: str, names: tuple[str, ...], said: str) -> None:
@@ -433,7 +448,7 @@ def test_t5_is_not_umt5(tmp_path: Path) -> None:
     tensors = transformers_names(plain_text_encoder())
     del tensors["encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"]
     save_file(tensors, tmp_path / "umt5_xxl.safetensors")
-    assert "came a T5, with them in the first" in refusal(model_of(tmp_path).text_encoder_config)
+    assert "found a T5, with them in the first" in refusal(model_of(tmp_path).text_encoder_config)
 
 
 def test_no_more_layers_than_the_file_holds(tmp_path: Path) -> None:
@@ -442,7 +457,7 @@ def test_no_more_layers_than_the_file_holds(tmp_path: Path) -> None:
     sizes = {"dim": 128, "ffn_dim": 256, "freq_dim": 32, "num_heads": 1, "num_layers": 10**9, "text_dim": 64}
     write_json(tmp_path / "config.json", sizes)
     message = refusal(model_of(tmp_path).transformer_tensors)
-    assert f"with 1000000000 layers, came {len(plain_transformer())} tensors" in message
+    assert f"with 1000000000 layers, found {len(plain_transformer())} tensors" in message
     (tmp_path / "config.json").unlink()
     many = plain_transformer() | {f"blocks.{layer}.x": torch.zeros(1) for layer in range(2, 500)}
     save_file(many, tmp_path / "diffusion_pytorch_model.safetensors")

@@ -14,20 +14,19 @@ from torch import Tensor
 from echo_rt.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import WeightsError
 from echo_rt.weights.keymaps import (
+    TRANSFORMER_KEYS,
+    UMT5_KEYS,
     KeyMap,
-    text_encoder_key_map,
-    transformer_key_map,
-    umt5_to_transformers,
-    vae_key_map,
+    vae_keys,
 )
 from echo_rt.weights.shapes import Shapes, text_encoder_shapes, transformer_shapes, vae_shapes
 
 WIDE_VAE = VaeConfig(base_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, False))
 PARTS = {
-    "transformer": (transformer_key_map(), transformer_shapes(TRANSFORMER)),
-    "vae": (vae_key_map(VAE), vae_shapes(VAE)),
-    "vae of other depths": (vae_key_map(WIDE_VAE), vae_shapes(WIDE_VAE)),
-    "text encoder": (text_encoder_key_map(), text_encoder_shapes(TEXT_ENCODER)),
+    "transformer": (TRANSFORMER_KEYS, transformer_shapes(TRANSFORMER)),
+    "vae": (vae_keys(VAE), vae_shapes(VAE)),
+    "vae of other depths": (vae_keys(WIDE_VAE), vae_shapes(WIDE_VAE)),
+    "text encoder": (UMT5_KEYS, text_encoder_shapes(TEXT_ENCODER)),
 }
 
 
@@ -70,7 +69,7 @@ def test_transformer_is_that_of_diffusers() -> None:
         text_dim=TRANSFORMER.text_dim,
     )
     names, shapes = PARTS["transformer"]
-    assert names.to_other_shapes(shapes) == shapes_of(model)
+    assert {names.to_other(name): shape for name, shape in shapes.items()} == shapes_of(model)
 
 
 def test_vae_is_that_of_diffusers() -> None:
@@ -83,7 +82,8 @@ def test_vae_is_that_of_diffusers() -> None:
             num_res_blocks=config.num_res_blocks,
             temperal_downsample=list(config.temporal_downsample),
         )
-        assert vae_key_map(config).to_other_shapes(vae_shapes(config)) == shapes_of(model)
+        names = vae_keys(config)
+        assert {names.to_other(name): shape for name, shape in vae_shapes(config).items()} == shapes_of(model)
 
 
 def test_mapped_transformer_computes_the_golden_flow(golden_dir: Path) -> None:
@@ -101,7 +101,7 @@ def test_mapped_transformer_computes_the_golden_flow(golden_dir: Path) -> None:
     ).eval()
     weights = load_file(bundle / "weights.safetensors")
     own = {name: weights[name] for name in transformer_shapes(config)}
-    model.load_state_dict(as_other(own, transformer_key_map()), strict=True)
+    model.load_state_dict(as_other(own, TRANSFORMER_KEYS), strict=True)
     inputs = load_file(bundle / "inputs.safetensors")
     text = inputs["prompt_embeds.0"]
     padded = torch.nn.functional.pad(text, (0, 0, 0, config.text_len - len(text)))
@@ -119,7 +119,7 @@ def test_mapped_vae_computes_the_golden_video_and_latents(golden_dir: Path) -> N
     bundle = golden_dir / "vae"
     config = VaeConfig(base_dim=8)
     model = diffusers.AutoencoderKLWan(base_dim=config.base_dim).eval()
-    model.load_state_dict(as_other(load_file(bundle / "weights.safetensors"), vae_key_map(config)), strict=True)
+    model.load_state_dict(as_other(load_file(bundle / "weights.safetensors"), vae_keys(config)), strict=True)
     inputs, expected = load_file(bundle / "inputs.safetensors"), load_file(bundle / "expected.safetensors")
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_mapped_text_encoder_computes_the_golden_embeddings(golden_dir: Path) ->
                 feed_forward_proj="gated-gelu",
             )
         ).eval()
-    weights = as_other(load_file(bundle / "weights.safetensors"), text_encoder_key_map())
+    weights = as_other(load_file(bundle / "weights.safetensors"), UMT5_KEYS)
     # The library calls the one token table by two names.
     assert set(shapes_of(model)) - set(weights) == {"encoder.embed_tokens.weight"}
     model.load_state_dict(weights | {"encoder.embed_tokens.weight": weights["shared.weight"]}, strict=True)
@@ -160,4 +160,4 @@ def test_mapped_text_encoder_computes_the_golden_embeddings(golden_dir: Path) ->
 
 
 def test_umt5_name_alone() -> None:
-    assert umt5_to_transformers("blocks.11.ffn.gate.0.weight") == "encoder.block.11.layer.1.DenseReluDense.wi_0.weight"
+    assert UMT5_KEYS.to_other("blocks.11.ffn.gate.0.weight") == "encoder.block.11.layer.1.DenseReluDense.wi_0.weight"

@@ -100,7 +100,7 @@ def test_a_name_that_says_neither(tmp_path: Path) -> None:
         ({"decoder.22.bias": torch.ones(3, dtype=torch.int64)}, "decoder.22.bias is int64"),
         ({"decoder.1.weight": None}, "expected a tiny video decoder, found no decoder.1.weight"),
         ({"decoder.13.conv.weight": None}, "found no decoder.13.conv.weight"),
-        ({"decoder.13.conv.weight": torch.ones(7, 5, 1, 1)}, "a multiple of 5 rows in decoder.13.conv.weight, came 7"),
+        ({"decoder.13.conv.weight": torch.ones(7, 5, 1, 1)}, "a multiple of 5 rows in decoder.13.conv.weight, found 7"),
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ from random_weights import assert_same, random_tensors, write_json, write_shards
 from safetensors.torch import save_file
 
 from echo_rt.errors import WeightsError
-from echo_rt.weights import check_tensors, open_tensors
+from echo_rt.weights.files import check_tensors, open_tensors
 
 TENSORS = random_tensors({"a.weight": (3, 4), "a.bias": (4,), "b.0": (2, 1, 5), "c": ()}, dtype=torch.bfloat16)
 
@@ -90,13 +90,13 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_not_a_weight_file(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.mkdir()
-    assert "came a folder" in refusal(path)
+    assert "found a folder" in refusal(path)
     path.rmdir()
     os.mkfifo(path)
-    assert "came a pipe or a device" in refusal(path)
+    assert "found a pipe or a device" in refusal(path)
     path.unlink()
     path.write_bytes(b"")
-    assert "came an empty file" in refusal(path)
+    assert "found an empty file" in refusal(path)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     assert "git-lfs pointer" in refusal(path)
     for content in (b"<!DOCTYPE html><html>", b"\0" * 4096, b"PK\x03\x04", b"{", random.Random(1).randbytes(3000)):
@@ -148,7 +148,7 @@ def archive(path: Path, *names: str) -> None:
 def test_other_formats_are_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     message = refusal(tmp_path / name)
-    assert f"came {said}" in message and "damaged" not in message
+    assert f"found {said}" in message and "damaged" not in message
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_other_formats_are_named(tmp_path: Path, name: str, content: bytes, said
 )
 def test_other_zip_archives_are_named(tmp_path: Path, entries: tuple[str, ...], said: str) -> None:
     archive(tmp_path / "model.pt", *entries)
-    assert f"expected a torch file of tensors, came {said}" in refusal(tmp_path / "model.pt")
+    assert f"expected a torch file of tensors, found {said}" in refusal(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_other_zip_archives_are_named(tmp_path: Path, entries: tuple[str, ...], 
 )
 def test_other_folders_are_named(tmp_path: Path, file: str, said: str) -> None:
     (tmp_path / file).write_text("x")
-    assert f"came {said}" in refusal(tmp_path)
+    assert f"found {said}" in refusal(tmp_path)
 
 
 def test_variants_of_a_stem(tmp_path: Path) -> None:
@@ -200,18 +200,18 @@ def test_folders_without_one_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "came"),
+    ("content", "said"),
     [
         ([1, 2], "a list"),
         (torch.ones(3), "a Tensor"),
         (7, "an int"),
-        ({}, "without any tensor"),
-        ({"step": 3, "config": {"dim": 4}}, "without any tensor"),
+        ({}, "found a file without any"),
+        ({"step": 3, "config": {"dim": 4}}, "found a file without any"),
     ],
 )
-def test_torch_file_of_something_else(tmp_path: Path, content: object, came: str) -> None:
+def test_torch_file_of_something_else(tmp_path: Path, content: object, said: str) -> None:
     torch.save(content, tmp_path / "model.pt")
-    assert came in refusal(tmp_path / "model.pt")
+    assert said in refusal(tmp_path / "model.pt")
 
 
 def test_names_that_collide(tmp_path: Path) -> None:
@@ -222,9 +222,9 @@ def test_names_that_collide(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "x" * 300])
 def test_names_that_no_message_could_repeat(tmp_path: Path, name: str) -> None:
     torch.save({name: torch.ones(1)}, tmp_path / "model.pt")
-    assert "expected names of tensors, came '" in refusal(tmp_path / "model.pt")
+    assert "expected names of tensors, found '" in refusal(tmp_path / "model.pt")
     save_file({name: torch.ones(1)}, tmp_path / "model.safetensors")
-    assert "expected names of tensors, came '" in refusal(tmp_path / "model.safetensors")
+    assert "expected names of tensors, found '" in refusal(tmp_path / "model.safetensors")
 
 
 def test_keys_that_are_no_names(tmp_path: Path) -> None:
@@ -345,14 +345,14 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
         write_json(index, broken)
         assert "weight_map" in refusal(index)
     index.write_text("{")
-    assert "came no JSON" in refusal(index)
+    assert "found no JSON" in refusal(index)
 
     write_json(index, {"weight_map": whole["weight_map"] | {"a.weight": f"../{first}"}})
-    assert f"expected shards beside the index, came '../{first}'" in refusal(index)
+    assert f"expected shards beside the index, found '../{first}'" in refusal(index)
     write_json(index, {"weight_map": whole["weight_map"] | {"extra": first}})
     assert f"expected extra in {first}, which lacks it" in refusal(index)
     write_json(index, {"weight_map": {k: v for k, v in whole["weight_map"].items() if k != "c"}})
-    assert "came also c" in refusal(index)
+    assert "found also c" in refusal(index)
 
     write_json(index, whole)
     (tmp_path / second).unlink()
@@ -377,7 +377,7 @@ def test_check_tensors_lists_everything_in_one_message() -> None:
     with pytest.raises(WeightsError) as caught:
         check_tensors(found, shapes, "model.pt")
     assert str(caught.value) == (
-        "model.pt: expected 12 tensors, came 15: 4 missing (w0, w1, w2, w3); "
+        "model.pt: expected 12 tensors, found 15: 4 missing (w0, w1, w2, w3); "
         "7 surplus (x0, x1, x2, x3, x4 and 2 more); 1 misshapen (w4 is [3, 2] for [2, 3]); "
         "3 not dense 16- to 64-bit floats (w5 is float8_e4m3fn, w6 is int32, w7 is float32)"
     )

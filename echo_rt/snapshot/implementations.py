@@ -1,7 +1,7 @@
-"""By which libraries and kernels a video is computed, as its snapshots have it.
+"""The libraries and kernels that a video is computed by, as its snapshots name them.
 
-Two ways to compute the same differ in the last bits. Which one a model is given depends on the machine and on a trial,
-which may find another one later; so a video that is to go on bit for bit is computed by those that its snapshot names.
+Two implementations of the same operation differ in the last bits, and the autotuner may pick another one later or on
+another machine. So a video that is to go on bit for bit is computed by those that its snapshot names.
 """
 
 from __future__ import annotations
@@ -14,41 +14,41 @@ from echo_rt import attention, convolution
 from echo_rt.autotune.tuner import Selection
 from echo_rt.ops.backends import Backend
 
-WAYS = "computed_by"  # the fact of a model: names of implementations by labels
+IMPLEMENTATIONS = "computed_by"  # entry of a snapshot's model: names of implementations by label
 BACKEND = "backend"
 ATTENTION, TEXT_ATTENTION, VAE_ATTENTION = "attention", "attention to the text", "attention of the VAE"
 
 
 def convolution_label(shape: convolution.ConvolutionShape) -> str:
-    """Of all convolutions of a shape; decoding in another number of bands makes other shapes."""
+    """Label of all convolutions of a shape, which depends on the number of the decoder's tiles."""
     return f"convolution of {shape}"
 
 
-def ways_of(model: Mapping[str, Any]) -> dict[str, str]:
-    """Those of a snapshot's model, by their labels; in one of before they were kept, the backend alone."""
-    ways = model.get(WAYS)
-    pairs = ways.items() if isinstance(ways, dict) else ()
+def implementations_of(model: Mapping[str, Any]) -> dict[str, str]:
+    """Return the implementations that a snapshot's model names, by label; an old snapshot has only a backend."""
+    named = model.get(IMPLEMENTATIONS)
+    pairs = named.items() if isinstance(named, dict) else ()
     known = {label: name for label, name in pairs if isinstance(label, str) and isinstance(name, str)}
-    return {BACKEND: "torch"} | known  # which it was unless somebody named another, before it was kept
+    return {BACKEND: "torch"} | known  # the default of the versions that did not store it
 
 
 @dataclass(frozen=True)
-class Ways:
-    """The ways of a runtime, by their labels; ``asked``: the labels of those that its user asked for by name."""
+class Implementations:
+    """A runtime's implementations by label; ``asked``: labels of those that its user asked for by name."""
 
     names: Mapping[str, str]
     asked: Collection[str]
 
     @classmethod
-    def chosen(
+    def selected(
         cls,
         backend: Backend,
         over_cache: attention.AttentionSelection,
         over_text: attention.AttentionSelection,
         of_vae: attention.AttentionSelection | None,
         convolutions: Mapping[convolution.ConvolutionShape, convolution.ConvolutionSelection],
-    ) -> Ways:
-        """Those of the whole model, of its transformer, and of a decoder that has a choice."""
+    ) -> Implementations:
+        """Collect the selections of a whole model."""
         named: dict[str, Backend | Selection[Any] | None] = {
             BACKEND: backend,
             ATTENTION: over_cache,
@@ -56,13 +56,13 @@ class Ways:
             VAE_ATTENTION: of_vae,
             **{convolution_label(shape): selection for shape, selection in convolutions.items()},
         }
-        there = {label: one for label, one in named.items() if one is not None}
-        names = {label: one.name for label, one in there.items()}
-        return cls(names, [label for label, one in there.items() if one.by_name])
+        present = {label: one for label, one in named.items() if one is not None}
+        names = {label: one.name for label, one in present.items()}
+        return cls(names, [label for label, one in present.items() if one.by_name])
 
     def conflict(self, model: Mapping[str, Any]) -> str | None:
-        """What is computed otherwise than in a snapshot's video, unasked, and what to do; None where nothing is."""
-        for label, theirs in ways_of(model).items():
+        """Name an implementation that differs from the snapshot's though nobody asked for it, and the remedy."""
+        for label, theirs in implementations_of(model).items():
             own = self.names.get(label, theirs)
             if own != theirs and label not in self.asked:
                 return (

@@ -12,11 +12,11 @@ from streaming import embeds, load, require, same, take
 import echo_rt
 from echo_rt.errors import BackendError, ConfigError, StreamError
 from echo_rt.ops.backends import BACKEND_VARIABLE, available_backends
+from echo_rt.snapshot.implementations import BACKEND, IMPLEMENTATIONS, VAE_ATTENTION, implementations_of
 from echo_rt.snapshot.snapshot import Snapshot
-from echo_rt.snapshot.ways import BACKEND, VAE_ATTENTION, WAYS, ways_of
 
 # None of which a CPU is given by itself in float32.
-OTHER_WAYS = {"attention": "sdpa-math", "convolution": "conv3d,phases"}
+OTHERS = {"attention": "sdpa-math", "convolution": "conv3d,phases"}
 
 
 def begun(folder: Path, path: Path | None = None, **options: Any) -> tuple[Snapshot, list[echo_rt.Chunk]]:
@@ -27,20 +27,25 @@ def begun(folder: Path, path: Path | None = None, **options: Any) -> tuple[Snaps
         return snapshot, take(stream, 3)
 
 
+def by_others(snapshot: Snapshot, names: dict[str, str]) -> Snapshot:
+    named = {**snapshot.model[IMPLEMENTATIONS], **names}
+    return dataclasses.replace(snapshot, model={**snapshot.model, IMPLEMENTATIONS: named})
+
+
 @pytest.fixture(scope="module")
 def other(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Snapshot, list[echo_rt.Chunk]]:
-    """Of a video that was computed in other ways than a trial finds here, and read from its file."""
+    """Of a video that was computed by other implementations than a trial finds here, and read from its file."""
     path = tmp_path_factory.mktemp("other") / "s.safetensors"
-    _, further = begun(small_model, path, **OTHER_WAYS)
+    _, further = begun(small_model, path, **OTHERS)
     return Snapshot.load(path), further
 
 
 def test_a_snapshot_names_every_way(other: tuple[Snapshot, list[echo_rt.Chunk]]) -> None:
-    ways = other[0].model[WAYS]
-    assert ways["backend"] == "torch"
-    assert ways["attention"] == ways["attention to the text"] == ways["attention of the VAE"] == "sdpa-math"
-    convolutions = {label: name for label, name in ways.items() if label.startswith("convolution of ")}
-    assert len(convolutions) == len(ways) - 4 and set(convolutions.values()) == {"conv3d", "phases"}
+    named = other[0].model[IMPLEMENTATIONS]
+    assert named["backend"] == "torch"
+    assert named["attention"] == named["attention to the text"] == named["attention of the VAE"] == "sdpa-math"
+    convolutions = {label: name for label, name in named.items() if label.startswith("convolution of ")}
+    assert len(convolutions) == len(named) - 4 and set(convolutions.values()) == {"conv3d", "phases"}
     assert all(name == "phases" for label, name in convolutions.items() if label.endswith("after enlarging"))
 
 
@@ -68,11 +73,13 @@ def test_one_that_computes_otherwise_refuses(small_model: Path, other: tuple[Sna
         assert "load the runtime with like=snapshot" in str(caught.value) and "\n" not in str(caught.value)
         with runtime.stream(prompt_embeds=embeds(runtime)) as stream:
             own = stream.snapshot()
-        label = next(label for label in own.model[WAYS] if label.startswith("convolution of "))
-        changed = dataclasses.replace(own, model={**own.model, WAYS: {**own.model[WAYS], label: "conv3d"}})
+        label = next(label for label in own.model[IMPLEMENTATIONS] if label.startswith("convolution of "))
+        changed = dataclasses.replace(
+            own, model={**own.model, IMPLEMENTATIONS: {**own.model[IMPLEMENTATIONS], label: "conv3d"}}
+        )
         with pytest.raises(StreamError, match=r"convolution of .* was conv3d for its video and is three-products here"):
             runtime.resume(changed)
-        changed = dataclasses.replace(own, model={**own.model, WAYS: {**own.model[WAYS], VAE_ATTENTION: "products"}})
+        changed = by_others(own, {VAE_ATTENTION: "products"})
         with pytest.raises(StreamError, match="attention of the VAE was products for its video and is sdpa here"):
             runtime.resume(changed)
         runtime.resume(own).close()
@@ -95,13 +102,13 @@ def test_who_asks_by_name_goes_on_by_that(small_model: Path, other: tuple[Snapsh
     assert all((a.latents - b.latents).norm() < 1e-2 * b.latents.norm() for a, b in zip(made, expected, strict=True))
 
 
-@pytest.mark.parametrize("ways", [None, "x", {"attention": 3}])
-def test_snapshots_of_before_ways_were_kept(small_model: Path, ways: object) -> None:
+@pytest.mark.parametrize("named", [None, "x", {"attention": 3}])
+def test_snapshots_of_before_implementations_were_kept(small_model: Path, named: object) -> None:
     """Nothing is known of them, so nothing is held against them."""
     snapshot, expected = begun(small_model)
-    model = {name: fact for name, fact in snapshot.model.items() if name != WAYS}
-    old = dataclasses.replace(snapshot, model=model if ways is None else {**model, WAYS: ways})
-    assert ways_of(old.model) == {BACKEND: "torch"}
+    model = {name: fact for name, fact in snapshot.model.items() if name != IMPLEMENTATIONS}
+    old = dataclasses.replace(snapshot, model=model if named is None else {**model, IMPLEMENTATIONS: named})
+    assert implementations_of(old.model) == {BACKEND: "torch"}
     with load(small_model, like=old) as runtime, runtime.resume(old) as stream:
         assert same(take(stream, 3), expected)
 
@@ -109,8 +116,8 @@ def test_snapshots_of_before_ways_were_kept(small_model: Path, ways: object) -> 
 def test_snapshots_of_before_the_attention_of_the_vae_was_chosen(small_model: Path) -> None:
     """It was torch's own, as it is on a CPU; nothing is held against another one."""
     snapshot, expected = begun(small_model)
-    ways = {label: name for label, name in ways_of(snapshot.model).items() if label != VAE_ATTENTION}
-    old = dataclasses.replace(snapshot, model={**snapshot.model, WAYS: ways})
+    named = {label: name for label, name in implementations_of(snapshot.model).items() if label != VAE_ATTENTION}
+    old = dataclasses.replace(snapshot, model={**snapshot.model, IMPLEMENTATIONS: named})
     with load(small_model, like=old) as runtime, runtime.resume(old) as stream:
         assert runtime.vae_attention is not None and runtime.vae_attention.reason == "torch's own on a CPU"
         assert same(take(stream, 3), expected)
@@ -120,8 +127,8 @@ def test_snapshots_of_before_the_attention_of_the_vae_was_chosen(small_model: Pa
 
 def test_a_tiny_decoder_has_no_attention(small_model: Path) -> None:
     snapshot, expected = begun(small_model, vae="tiny", attention="products")
-    ways = {"backend": "torch", "attention": "products", "attention to the text": "products"}
-    assert ways_of(snapshot.model) == ways
+    named = {"backend": "torch", "attention": "products", "attention to the text": "products"}
+    assert implementations_of(snapshot.model) == named
     with load(small_model, vae="tiny", like=snapshot) as runtime, runtime.resume(snapshot) as stream:
         assert runtime.vae_attention is None and same(take(stream, 3), expected)
 
@@ -129,11 +136,11 @@ def test_a_tiny_decoder_has_no_attention(small_model: Path) -> None:
 def test_shapes_that_a_snapshot_does_not_have(small_model: Path) -> None:
     """As those of another number of bands are: nothing is known of them, so they are computed as ever."""
     snapshot, expected = begun(small_model)
-    ways = {
+    named = {
         f"{label}0" if label.startswith("convolution") else label: name
-        for label, name in ways_of(snapshot.model).items()
+        for label, name in implementations_of(snapshot.model).items()
     }
-    foreign = dataclasses.replace(snapshot, model={**snapshot.model, WAYS: ways})
+    foreign = dataclasses.replace(snapshot, model={**snapshot.model, IMPLEMENTATIONS: named})
     with load(small_model, like=foreign) as runtime, runtime.resume(foreign) as stream:
         assert {choice.reason for choice in runtime.convolutions.values()} == {"torch's own on a CPU"}
         assert same(take(stream, 3), expected)
@@ -153,8 +160,8 @@ def test_shapes_that_a_snapshot_does_not_have(small_model: Path) -> None:
 def test_a_way_that_is_not_to_be_had(
     small_model: Path, other: tuple[Snapshot, list[echo_rt.Chunk]], option: str, name: str, why: str
 ) -> None:
-    label = next(label for label in other[0].model[WAYS] if label.startswith(option))
-    like = dataclasses.replace(other[0], model={WAYS: {label: name}})
+    label = next(label for label in other[0].model[IMPLEMENTATIONS] if label.startswith(option))
+    like = dataclasses.replace(other[0], model={IMPLEMENTATIONS: {label: name}})
     with pytest.raises(BackendError) as caught:
         load(small_model, like=like)
     assert why in str(caught.value) and "\n" not in str(caught.value)
@@ -166,7 +173,7 @@ def test_like_what(small_model: Path) -> None:
         load(small_model, like="s.safetensors")
 
 
-# ---- the backend, which is one of the ways
+# ---- the backend, which is one of them
 
 EMULATED = pytest.mark.skipif(
     available_backends()["emulated"] != "available", reason="this build has no emulated kernels"
@@ -221,15 +228,15 @@ def test_another_backend_refuses_unless_it_was_named(
 
 
 @EMULATED
-@pytest.mark.parametrize("before", ["all ways", "the backend"])
+@pytest.mark.parametrize("before", ["all of them", "the backend"])
 def test_snapshots_of_before_the_backend_was_kept(
     small_model: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
     """It was torch, whatever the environment says now."""
     snapshot, expected = begun(small_model, **STEADY)
-    gone = WAYS if before == "all ways" else None
-    ways = {label: name for label, name in ways_of(snapshot.model).items() if label != BACKEND}
-    model = {name: ways if name == WAYS else fact for name, fact in snapshot.model.items() if name != gone}
+    gone = IMPLEMENTATIONS if before == "all of them" else None
+    named = {label: name for label, name in implementations_of(snapshot.model).items() if label != BACKEND}
+    model = {name: named if name == IMPLEMENTATIONS else fact for name, fact in snapshot.model.items() if name != gone}
     old = dataclasses.replace(snapshot, model=model)
     monkeypatch.setenv(BACKEND_VARIABLE, "emulated")
     with load(small_model, like=old, **STEADY) as runtime, runtime.resume(old) as stream:
@@ -246,7 +253,7 @@ def test_snapshots_of_before_the_backend_was_kept(
 )
 def test_a_backend_that_is_not_to_be_had(tmp_path: Path, name: str, why: str) -> None:
     """Found out before any weights are read: there are none."""
-    like = Snapshot({WAYS: {BACKEND: name}}, 0, 0, True, 3, {}, {})
+    like = Snapshot({IMPLEMENTATIONS: {BACKEND: name}}, 0, 0, True, 3, {}, {})
     with pytest.raises(BackendError) as caught:
         load(tmp_path, like=like)
     assert str(caught.value).startswith(why) and "\n" not in str(caught.value)
