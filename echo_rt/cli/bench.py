@@ -3,94 +3,67 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from echo_rt.bench.settings import MODELS, NAMES, Request
-from echo_rt.cli.arguments import parse_number, parse_path, parse_positive
-from echo_rt.cli.model_options import (
-    BACKEND_HELP,
-    add_float8_except,
-    add_lora,
-    add_no_graphs,
-    add_recipe,
-    parse_ahead,
-    parse_lora_alpha,
-    parse_tiles,
-)
-from echo_rt.cli.outputs import Named, check_apart
+from echo_rt.cli.arguments import add_options, model_files, number, options_of, parse_path
+from echo_rt.cli.outputs import Named, check_results
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import complain, say
 from echo_rt.errors import BackendError, TargetError
-from echo_rt.options import DTYPE_NAMES
 
-_EPILOG = """
-Nothing is downloaded: without --model the weights are random. On a GPU these are the released sizes (Wan2.1-T2V-1.3B at
-832x480), on a CPU tiny ones, whose times show that it works and are no results.
-Exit codes: 0 all variants were right and measured; 1 one differs from the torch backend, or a stage of it could not be
-captured as a CUDA graph, and it was measured without graphs; 2 a mistake in the request, or a GPU with too little
-memory.
+HELP = "measure a whole block on this machine"
+DESCRIPTION = """
+Measure a whole block in the steady state: transformer, memory update, VAE, frames on the host. Variants are the memory
+evolving, at its prior and off, a run without CUDA graphs, the torch backend, and other code that is installed.
 """
+EPILOG = """
+Nothing is downloaded: without --model the weights are random. A GPU runs the released sizes (Wan2.1-T2V-1.3B at
+832x480), a CPU tiny ones, whose times show that it works and are no results.
+
+Exit codes: 0 all variants were right and measured; 1 a variant differs from the torch backend, or could not be captured
+as CUDA graphs and was measured without them; 2 a mistake in the request, or a GPU with too little memory.
+"""
+_SHARED = (
+    *("--model", "--checkpoint", "--lora", "--lora-alpha", "--recipe", "--ema", "--dtype", "--float8-except"),
+    *("--device", "--backend", "--attention", "--convolution", "--vae-tiles", "--no-graphs", "--seed"),
+)
 
 
-_FILES = ("model", "checkpoint")
-
-
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Declare the subcommand."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "bench",
-        help="measure a whole block on this machine",
-        description="Measure a whole block in the steady state: transformer, memory update, VAE, frames on the host; "
-        "with the memory evolving, at its prior and off, against the torch backend and what else is installed.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     model = parser.add_argument_group("model")
     model.add_argument("--size", choices=MODELS, help="random weights at these sizes; default: released on a GPU")
-    model.add_argument("--model", type=parse_path, metavar="DIR", help="a Wan2.1 folder instead, original or diffusers")
-    model.add_argument("--checkpoint", type=parse_path, metavar="FILE", help="generator weights that go with it")
-    add_lora(model)
-    add_recipe(model)
-    model.add_argument("--dtype", choices=DTYPE_NAMES, help="default: bfloat16 on a GPU, else float32")
-    add_float8_except(model)
-    model.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    model.add_argument("--backend", help=BACKEND_HELP)
-    model.add_argument("--attention", metavar="NAME", help="which attention; default: the fastest (see echo-rt doctor)")
-    model.add_argument(
-        "--convolution", metavar="NAME[,NAME]", help="how the VAE's convolutions are computed (see echo-rt doctor)"
+    add_options(
+        model,
+        _SHARED,
+        model={"required": False, "metavar": "DIR", "help": "Wan2.1 model folder to use instead of random weights"},
+        seed={"help": "seed of weights, prompt and noise (default 0)"},
     )
-    model.add_argument("--vae-tiles", metavar="N", help="decode in N bands of rows; default: 1")
-    add_no_graphs(model)
-    model.add_argument("--seed", default="0", metavar="N", help="of weights, prompt and noise (default 0)")
-
     run = parser.add_argument_group("run")
-    run.add_argument("--variants", metavar="NAME,...", help=f"only these of {', '.join(NAMES)}")
-    run.add_argument("--lookahead", default="1", metavar="N", help="blocks begun ahead in a stream (default 1)")
-    run.add_argument("--rounds", metavar="N", help="how often the variants take turns; default: 5 on a GPU, else 2")
-    run.add_argument("--blocks", metavar="N", help="measured blocks of each turn; default: 10 on a GPU, else 2")
+    names = f"only these of {', '.join(NAMES)}"
+    run.add_argument("--variants", type=lambda text: text.split(","), metavar="NAME,...", help=names)
+    add_options(run, ["--lookahead"], lookahead={"default": 1, "help": "number of blocks begun ahead (default 1)"})
+    count = number(int, "an integer of 1 or more", positive=True)
+    run.add_argument("--rounds", type=count, metavar="N", help="turns of each variant; default: 5 on a GPU, else 2")
+    run.add_argument("--blocks", type=count, metavar="N", help="blocks per turn; default: 10 on a GPU, else 2")
     run.add_argument(
-        "--peers", action=argparse.BooleanOptionalAction, default=True, help="others' code too, where installed"
+        "--peers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure other installed implementations too (default), or not",
     )
-
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=parse_path, metavar="DIR", help="write block.json, block.md and block.png there")
-    output.add_argument("--chart", action=argparse.BooleanOptionalAction, help="block.png; default: if possible")
-    return parser
+    output.add_argument("--out", type=parse_path, metavar="DIR", help="folder for block.json, block.md and block.png")
+    output.add_argument(
+        "--chart", action=argparse.BooleanOptionalAction, help="write block.png; default: if matplotlib is installed"
+    )
 
 
 def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
     """Measure, print and write; the exit code says whether all was right."""
-    expected = "an integer of 1 or more"
-    counts = {
-        name: parse_positive(f"--{name}", getattr(arguments, name), int, expected) for name in ("rounds", "blocks")
-    }
-    lookahead = parse_ahead(arguments.lookahead)
-    tiles = parse_tiles(arguments.vae_tiles)
-    seed = parse_number("--seed", arguments.seed, int, "an integer of 0 or more")
-    variants = None if arguments.variants is None else tuple(arguments.variants.split(","))
     with stop.interruptible():
         from echo_rt.bench.report import Report
         from echo_rt.bench.run import Run
@@ -100,14 +73,9 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
             raise TargetError("--chart: expected --out DIR, the folder to draw it into")
         if arguments.chart and not can_draw():
             raise BackendError("a chart needs matplotlib, which is not installed: pip install 'echo-rt[bench]'")
-        read = [Named(f"--{name}", path) for name in _FILES if (path := getattr(arguments, name)) is not None]
-        _check_folder(arguments.out, [*read, *(Named("--lora", path) for path, _ in arguments.lora)])
-        names = {field.name for field in dataclasses.fields(Request)}
-        facts: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name in names}
-        facts |= {given.option.removeprefix("--"): str(given.path) for given in read}
-        facts |= {"lora": tuple(arguments.lora) or None, "lora_alpha": parse_lora_alpha(arguments)}
-        facts |= counts | {"float8_except": tuple(arguments.float8_except), "vae_tiles": tiles, "seed": seed}
-        request = Request(**facts | {"variants": variants, "lookahead": lookahead})
+        if arguments.out is not None:
+            _make_folder(arguments.out, model_files(arguments))
+        request = options_of(Request, arguments)
 
         def save(run: Run) -> None:  # the time may run out
             if arguments.out is not None:
@@ -125,17 +93,11 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     return 0 if found.run.passed else 1
 
 
-def _check_folder(out: Path | None, read: Sequence[Named]) -> None:
-    """Raises ``TargetError`` now, and not after the run, where nothing can be written into ``out``.
+def _make_folder(out: Path, read: Sequence[Named]) -> None:
+    """Make the folder for results; raises ``TargetError``, and ``ConfigError`` if it lies in what is ``read``."""
+    from echo_rt.utils.atomic_file import check_writable, reason
 
-    ``ConfigError`` where that is not apart from what is ``read``.
-    """
-    if out is None:
-        return
-    check_apart(Named("--out", out), read)
-    from echo_rt.utils.atomic_file import check_results_folder, check_writable, reason
-
-    check_results_folder(out)
+    check_results(Named("--out", out), read)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

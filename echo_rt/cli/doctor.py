@@ -12,7 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -27,6 +27,9 @@ from echo_rt.utils.wording import first_line
 if TYPE_CHECKING:
     import torch
 
+HELP = "show what is installed, built and working"
+DESCRIPTION = "Show what is installed, built and working. Exit codes: 0 generate can run; 1 it cannot."
+
 _MARKS = {"ok": "✓", "absent": "-", "missing": "✗"}
 _OLDEST_PYTHON = (3, 10)
 _LOW_DISK_GIB = 1.0
@@ -34,22 +37,22 @@ _LOW_DISK_GIB = 1.0
 # Module, distribution, what it is for, whether generate needs it.
 _DEPENDENCIES = (
     ("torch", "torch", "tensors, attention, the torch backend", True),
-    ("numpy", "numpy", "frames on their way to a file", True),
+    ("numpy", "numpy", "video frames", True),
     ("safetensors", "safetensors", "weights, latents, prompt embeddings", True),
     ("transformers", "transformers", "the umT5 text encoder and its tokenizer", True),
-    ("ftfy", "ftfy", "cleaning prompts as in training", True),
+    ("ftfy", "ftfy", "cleaning of prompts", True),
     ("av", "av", "PyAV: H.264, MP4 and PNG", True),
     ("rich", "rich", "progress bars", False),
     ("nvtx", "nvtx", "named ranges in Nsight", False),
     ("pynvml", "nvidia-ml-py", "driver and memory of NVIDIA GPUs", False),
-    ("matplotlib", "matplotlib", "pictures of soak and bench", False),
-    ("prometheus_client", "prometheus-client", "figures of soak --port", False),
+    ("matplotlib", "matplotlib", "plots of soak and bench", False),
+    ("prometheus_client", "prometheus-client", "soak --port", False),
     ("gguf", "gguf", "weights in GGUF files", False),
 )
 
 
 class Fact(NamedTuple):
-    """One line of the report. "absent" can be done without, "missing" cannot; ``advice`` says what to do."""
+    """One line of the report: "missing" keeps generate from running, "absent" does not; ``advice`` says what to do."""
 
     name: str
     value: str
@@ -59,16 +62,6 @@ class Fact(NamedTuple):
 
 def _checked(name: str, value: str, ok: bool, advice: str, status: Literal["absent", "missing"] = "absent") -> Fact:
     return Fact(name, value) if ok else Fact(name, value, status, advice)
-
-
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Declare the subcommand."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "doctor",
-        help="show what is installed, built and working",
-        description="Show what is installed, built and working. Exit code 0 if generate can run, 1 if not.",
-    )
-    return parser
 
 
 def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
@@ -85,8 +78,19 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
 
 
 def gather() -> list[tuple[str, Fact]]:
-    """Run all checks; the facts in the order of the report, with their groups."""
-    return [(group, fact) for group, check in CHECKS for fact in check()]
+    """Run all checks and return the facts with their groups, in the order of the report."""
+    return [(group, fact) for group, check, needs in CHECKS if not any(map(_problem_of, needs)) for fact in check()]
+
+
+def _problem_of(module: str) -> str:
+    """Why ``module`` cannot be imported; empty if it can."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(module)
+    except Exception as error:  # a broken installation can raise anything
+        return "not installed" if isinstance(error, ModuleNotFoundError) else first_line(error)
+    return ""
 
 
 def _page(facts: Sequence[tuple[str, Fact]]) -> Iterator[str]:
@@ -124,11 +128,8 @@ def _compiled_part() -> Iterator[Fact]:
         yield Fact("compiled part", first_line(error), "missing", advice)
         return
     cuda = f"CUDA for {', '.join(built.cuda_archs)}" if built.cuda_archs else "no CUDA kernels"
-    value, advice = (
-        f"{built.compiler}, C++{built.cxx_standard}, {cuda}",
-        f"it is of version {built.version}: install again",
-    )
-    yield _checked("compiled part", value, built.is_current, advice)
+    value = f"{built.compiler}, C++{built.cxx_standard}, {cuda}"
+    yield _checked("compiled part", value, built.is_current, f"it is of version {built.version}: install again")
 
 
 def _backends() -> Iterator[Fact]:
@@ -138,15 +139,15 @@ def _backends() -> Iterator[Fact]:
         yield Fact("backends", first_line(error), "missing", "install what is missing below")
         return
     for name, state in available_backends().items():
-        there = state == "available"
-        yield _checked(
-            f"backend {name}", state if there else "no", there, state, "missing" if name == "torch" else "absent"
-        )
+        if state == "available":
+            yield Fact(f"backend {name}", state)
+        else:
+            yield Fact(f"backend {name}", "no", "missing" if name == "torch" else "absent", state)
     yield from _default_backend()
 
 
 def _default_backend() -> Iterator[Fact]:
-    """Default backend of a model on the best device, and why."""
+    """Default backend on the best device, and the reason."""
     from echo_rt.ops.backends import BACKEND_VARIABLE, BACKENDS, choose_backend
 
     named = os.environ.get(BACKEND_VARIABLE)
@@ -165,13 +166,7 @@ def _default_backend() -> Iterator[Fact]:
 
 def _packages() -> Iterator[Fact]:
     for module, distribution, purpose, required in _DEPENDENCIES:
-        problem = ""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                importlib.import_module(module)
-        except Exception as error:  # a broken installation can raise anything
-            problem = "not installed" if isinstance(error, ModuleNotFoundError) else first_line(error)
+        problem = _problem_of(module)
         try:
             version = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
@@ -182,15 +177,12 @@ def _packages() -> Iterator[Fact]:
 
 
 def _torch() -> Iterator[Fact]:
-    try:
-        import torch
-    except (ImportError, OSError):
-        return  # reported among the packages
+    import torch
+
     yield Fact("torch is built for", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only")
     if not torch.cuda.is_available():
-        remedy = "for real time, an NVIDIA GPU with a recent driver"
-        if not torch.version.cuda:
-            remedy = "for a GPU, install a CUDA build of torch"
+        recent = "for real time, use an NVIDIA GPU with a recent driver"
+        remedy = recent if torch.version.cuda else "for a GPU, install a CUDA build of torch"
         yield Fact("torch sees", "no GPU", "absent", f"generate runs on the CPU, slowly; {remedy}")
         return
     for index in range(torch.cuda.device_count()):
@@ -201,14 +193,14 @@ def _torch() -> Iterator[Fact]:
 
 
 def _cudnn() -> Iterator[Fact]:
-    """torch's convolution library, some of whose releases are wrong in 16 bits."""
+    """cuDNN, of which some releases compute wrong 16-bit convolutions."""
     import torch
 
     from echo_rt.utils.device import warn_of_faulty_convolutions
 
     number = torch.backends.cudnn.version()
     if number is None:
-        yield Fact("cuDNN", "not there", "absent", "convolutions will be slow: install a torch that has it")
+        yield Fact("cuDNN", "not there", "absent", "convolutions will be slow: install a torch with cuDNN")
         return
     version = f"{number // 10_000}.{number // 100 % 100}.{number % 100} ({number})"
     with warnings.catch_warnings(record=True) as caught:
@@ -218,11 +210,9 @@ def _cudnn() -> Iterator[Fact]:
 
 
 def _driver() -> Iterator[Fact]:
-    """The driver's own answers, which a torch without CUDA cannot give."""
-    try:
-        import pynvml
-    except ImportError:
-        return  # reported among the packages
+    """NVIDIA driver and boards, which a torch without CUDA cannot report."""
+    import pynvml
+
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
@@ -248,80 +238,71 @@ def _compilers() -> Iterator[Fact]:
         ("nvcc", nvcc, "release", "needed only to build CUDA kernels: install the CUDA toolkit, or set CUDA_HOME"),
         ("C++ compiler", compiler, "", "needed only to build the compiled part: install g++ or clang++"),
     ):
-        if program is None:
-            yield Fact(name, "not found", "absent", advice)
-            continue
+        value, works = "not found", False
         try:
-            output = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20).stdout
+            if program is not None:
+                output = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20).stdout
+                value, works = next((text.strip() for text in output.splitlines() if line in text), program), True
         except (OSError, subprocess.SubprocessError) as error:
-            yield Fact(name, f"{program}: {first_line(error)}", "absent", advice)
-            continue
-        yield Fact(name, next((text.strip() for text in output.splitlines() if line in text), program))
+            value = f"{program}: {first_line(error)}"
+        yield _checked(name, value, works, advice)
+
+
+_Selected = list[tuple[str, str]]  # name of the implementation, reason
 
 
 def _attention() -> Iterator[Fact]:
     """Implementations that work on the best device, and those selected for the models loaded there so far."""
-    found = yield from _autotuned("echo_rt.attention", "available_attention")
-    if found is None:
-        return
-    device, cache, chosen = found
-    for name, reason in dict.fromkeys(chosen):
-        yield Fact("chosen", f"{name}: {reason}")
-    if not chosen:
-        yield _not_measured("chosen", cache)
-    elif cache and device.type == "cuda":
-        yield Fact("remembered in", f"{cache} (without it, measured again)")
+
+    def shown(device: torch.device, cache: Path | None, chosen: _Selected) -> Iterator[Fact]:
+        for name, reason in dict.fromkeys(chosen):
+            yield Fact("chosen", f"{name}: {reason}")
+        if cache and device.type == "cuda":
+            yield Fact("remembered in", f"{cache} (without it, measured again)")
+
+    return _autotuned("echo_rt.attention", "available_attention", "chosen", shown)
 
 
 def _convolution() -> Iterator[Fact]:
-    """The same of the decoder's convolutions; there are dozens of shapes, so they are counted."""
-    found = yield from _autotuned("echo_rt.convolution", "available_convolutions")
-    if found is None:
-        return
-    device, cache, chosen = found
-    name, counts = "convolutions chosen", Counter(kind for kind, _ in chosen)
-    if device.type != "cuda":
-        yield Fact(name, f"{' and '.join(counts)}: torch's own on a {device.type.upper()}")
-    elif not chosen:
-        yield _not_measured(name, cache)
-    else:
+    """The same for the decoder's convolutions, counted, as there are dozens of shapes."""
+
+    def shown(device: torch.device, cache: Path | None, chosen: _Selected) -> Iterator[Fact]:
+        counts = Counter(kind for kind, _ in chosen)
         shapes = ", ".join(f"{kind} for {count}" for kind, count in counts.most_common())
-        yield Fact(name, f"{shapes} of {counts.total()} shapes, as {cache} remembers")
+        value = f"{shapes} of {counts.total()} shapes, as {cache} remembers"
+        on_cpu = f"{' and '.join(counts)}: torch's own on a {device.type.upper()}"
+        yield Fact("convolutions chosen", value if device.type == "cuda" else on_cpu)
+
+    return _autotuned("echo_rt.convolution", "available_convolutions", "convolutions chosen", shown)
 
 
-_Selected = tuple["torch.device", Path | None, list[tuple[str, str]]]
+def _autotuned(
+    module: str, available: str, name: str, shown: Callable[[torch.device, Path | None, _Selected], Iterator[Fact]]
+) -> Iterator[Fact]:
+    """Which of a module's implementations work on the best device, and what the autotuner has selected there."""
+    from echo_rt.ops.backends import available_backends, load_ops
 
-
-def _autotuned(module: str, available: str) -> Generator[Fact, None, _Selected | None]:
-    """Report which of a module's implementations work on the best device.
-
-    Returns the device, the autotuner's cache and the (name, reason) of each selection in it; None where none works.
-    """
-    try:
-        family = importlib.import_module(module)
-        from echo_rt.ops.backends import available_backends, load_ops
-    except (ImportError, OSError):
-        return None  # reported among the packages
-    backends = [name for name in ("torch", "cuda") if available_backends()[name] == "available"]
-    every, device = [family.implementations(load_ops(name)) for name in backends], _best_device()
+    family = importlib.import_module(module)
+    backends = [backend for backend in ("torch", "cuda") if available_backends()[backend] == "available"]
+    every, device = [family.implementations(load_ops(backend)) for backend in backends], _best_device()
     try:
         states: dict[str, str] = getattr(family, available)(device, every[-1])
     except Exception as error:  # of the driver: the GPU may be full, or in an error state
         yield Fact(f"on {device}", first_line(error), "missing", "see nvidia-smi, and free the GPU")
-        return None
-    for name, state in states.items():
+        return
+    for kind, state in states.items():
         there, (why, _, advice) = state == "available", state.partition("; ")
-        yield _checked(name, f"works on {device}" if there else why, there, advice or "another one is used")
+        yield _checked(kind, f"works on {device}" if there else why, there, advice or "another one is used")
     if "available" not in states.values():
         yield Fact("any of them", f"none works on {device}", "missing", "install torch again")
-        return None
+        return
     cache = family.cache_file()
-    return device, cache, [one for candidates in every for one in family.known_selections(device, cache, candidates)]
-
-
-def _not_measured(name: str, cache: Path | None) -> Fact:
-    advice = "it is measured when a model is loaded" + ("" if cache else "; to remember it, set ECHO_RT_CACHE_DIR")
-    return Fact(name, "not measured yet", "absent", advice)
+    chosen = [one for candidates in every for one in family.known_selections(device, cache, candidates)]
+    if chosen:
+        yield from shown(device, cache, chosen)
+    else:
+        advice = "it is measured when a model is loaded" + ("" if cache else "; to remember it, set ECHO_RT_CACHE_DIR")
+        yield Fact(name, "not measured yet", "absent", advice)
 
 
 def _best_device() -> torch.device:
@@ -331,38 +312,35 @@ def _best_device() -> torch.device:
 
 
 def _encoder() -> Iterator[Fact]:
-    try:
-        import av
-        import numpy as np
-    except ImportError:
-        return
-    name, advice = "H.264 encoder libx264", "install PyAV from its own wheels: pip install --force-reinstall av"
+    import av
+    import numpy as np
+
+    numbers = {key: ".".join(map(str, av.library_versions[key])) for key in ("libavcodec", "libavformat")}
+    value, works = f"works ({', '.join(f'{key} {number}' for key, number in numbers.items())})", True
     try:
         encoder = av.CodecContext.create("libx264", "w")
         encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 64, 64, "yuv420p", Fraction(1)
         frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24").reformat(format="yuv420p")
         frame.pts = 0
-        packets = [*encoder.encode(frame), *encoder.encode(None)]
+        if not [*encoder.encode(frame), *encoder.encode(None)]:
+            value, works = "made no packet", False
     except (av.FFmpegError, ValueError) as error:
-        yield Fact(name, first_line(error), "missing", advice)
-        return
-    if not packets:
-        yield Fact(name, "made no packet", "missing", advice)
-        return
-    numbers = {key: ".".join(map(str, av.library_versions[key])) for key in ("libavcodec", "libavformat")}
-    yield Fact(name, f"works ({', '.join(f'{key} {number}' for key, number in numbers.items())})")
+        value, works = first_line(error), False
+    advice = "install PyAV from its own wheels: pip install --force-reinstall av"
+    yield _checked("H.264 encoder libx264", value, works, advice, "missing")
 
 
-# The report's groups, in its order, and what fills them.
-CHECKS: tuple[tuple[str, Callable[[], Iterator[Fact]]], ...] = (
-    ("system", _system),
-    ("echo-rt", _compiled_part),
-    ("echo-rt", _backends),
-    ("packages", _packages),
-    ("GPU", _torch),
-    ("GPU", _driver),
-    ("build tools", _compilers),
-    ("attention", _attention),
-    ("convolution", _convolution),
-    ("video", _encoder),
+# The report's groups in their order, what fills them, and the modules that this needs. A module that cannot be imported
+# is reported among the packages.
+CHECKS: tuple[tuple[str, Callable[[], Iterator[Fact]], tuple[str, ...]], ...] = (
+    ("system", _system, ()),
+    ("echo-rt", _compiled_part, ()),
+    ("echo-rt", _backends, ()),
+    ("packages", _packages, ()),
+    ("GPU", _torch, ("torch",)),
+    ("GPU", _driver, ("pynvml",)),
+    ("build tools", _compilers, ()),
+    ("attention", _attention, ("echo_rt.attention",)),
+    ("convolution", _convolution, ("echo_rt.convolution",)),
+    ("video", _encoder, ("av", "numpy")),
 )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import itertools
 import json
 import os
 import signal
 import sys
+import textwrap
 import traceback
 import warnings
-from collections.abc import Sequence
-from typing import Any, NoReturn, TextIO
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 from echo_rt.cli import bench, doctor, generate, recipes, soak, stdio, tiny, verify
 from echo_rt.cli.signals import StopNow, StopRequest
@@ -19,39 +22,68 @@ from echo_rt.errors import ConfigError, OutputError
 from echo_rt.utils.build_info import __version__
 
 
+def _similar(word: str, known: Iterable[str]) -> str:
+    """A question to add to a message: which of the ``known`` words was meant; empty if none is similar."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class _Layout(argparse.HelpFormatter):
+    """Wraps a text of help paragraph by paragraph; indented lines are examples and stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        groups = itertools.groupby(text.strip().splitlines(), lambda line: not line or line.startswith(" "))
+        wrapper = textwrap.TextWrapper(width, initial_indent=indent, subsequent_indent=indent)
+        return "\n".join("\n".join(lines) if as_is else wrapper.fill(" ".join(lines)) for as_is, lines in groups)
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are errors like all others, not a page of usage; options only by their full names."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{**options, "allow_abbrev": False})
+        super().__init__(**{**options, "formatter_class": _Layout, "allow_abbrev": False})
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += _similar(str(value), map(str, action.choices or ()))
+            raise
 
     def error(self, message: str) -> NoReturn:
         if message.endswith("expected one argument"):
             message += "; one that begins with - is written --option=VALUE"
-        raise ConfigError(f"{message} (see {self.prog} --help)")
+        raise ConfigError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
 
 
 class _Command(_Parser):
-    """A subcommand's parser. Of what it does not know argparse would tell the whole command line's page of help."""
+    """A subcommand's parser. It refuses unknown arguments itself: its parent would point at the wrong page of help."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            option = next((word for word in unknown if word.startswith("--")), "")
+            similar = _similar(option.partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{similar}")
         return known, unknown
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; imports nothing heavy."""
-    parser = _Parser(prog="echo-rt", description="Endless video from Wan2.1 with evolving memory.")
+    """Build the parser of the whole command line; imports nothing heavy."""
+    parser = _Parser(prog="echo-rt", description="Stream endless video from Wan2.1 with an evolving memory.")
     parser.add_argument("--version", action="version", version=f"echo-rt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Command)
     for module in (generate, soak, bench, verify, recipes, tiny, doctor):
-        command = module.add_parser(commands)
+        name = module.__name__.rpartition(".")[2]
+        command = commands.add_parser(
+            name, help=module.HELP, description=module.DESCRIPTION, epilog=getattr(module, "EPILOG", None)
+        )
+        if hasattr(module, "declare"):
+            module.declare(command)
         command.set_defaults(run=module.run)
         command.add_argument("--json", action="store_true", help="print one JSON object on standard output")
         command.add_argument(
-            "--debug", action="store_true", help=f"show tracebacks (so does {DEBUG_VARIABLE}=1 in the environment)"
+            "--debug", action="store_true", help=f"show tracebacks, as {DEBUG_VARIABLE}=1 in the environment does"
         )
     return parser
 
@@ -94,14 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
     report: dict[str, Any] = {}
 
-    def show_warning(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def show_warning(message: Warning | str, *_: object, **__: object) -> None:
         warn(report, message)
 
     # Signals are held until the report is printed: a second one while files are closed must not cost it.

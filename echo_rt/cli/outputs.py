@@ -1,4 +1,4 @@
-"""The files that a command is to write, checked before any work: names, places, what they would replace."""
+"""Checks of a command's output files before any work: their names, places and what they would replace."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named])
 def check_folder(output: Named, inputs: Sequence[Named]) -> None:
     """Check a folder to write into, which need not exist yet, against ``inputs``.
 
-    Raises ``ConfigError`` for one that lies in an input or contains one, ``TargetError`` where there can be none.
+    Raises ``ConfigError`` if it lies in an input or contains one, ``TargetError`` if it cannot be a folder.
     """
     check_apart(output, inputs)
     for given in inputs:
@@ -60,6 +60,14 @@ def check_folder(output: Named, inputs: Sequence[Named]) -> None:
             raise TargetError(f"{output.path}: expected a folder to write into, got {found}")
     except OSError as error:  # a name that no folder can have
         raise TargetError(f"{output.path}: cannot be a folder: {error.strerror or error}") from None
+
+
+def check_results(output: Named, inputs: Sequence[Named]) -> None:
+    """Check a folder for results, which is made with its parents when it is needed; raises as :func:`check_folder`."""
+    from echo_rt.utils.atomic_file import check_results_folder
+
+    check_apart(output, inputs)
+    check_results_folder(output.path)
 
 
 def check_apart(output: Named, inputs: Sequence[Named], kind: str = "folder") -> None:

@@ -3,18 +3,54 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections import deque
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from echo_rt.cli.stdio import can_draw, complain
+from echo_rt.cli.stdio import complain
 from echo_rt.utils.wording import clock
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.console import RenderableType
+    from rich.live import Live
 
-_RATE_BLOCKS = 16  # the rate shown is that of the last so many blocks
+_RATE_BLOCKS = 16  # the rate is that of the latest so many blocks
 _PLAIN_SECONDS = 5.0  # between two plain lines
+_BAR_WIDTH = 20  # characters
+
+
+class Display:
+    """A place on the terminal that rich redraws: ``on`` if standard error is a terminal and rich is installed.
+
+    A terminal that is lost ends the display, not the command.
+    """
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._live: Live | None = None
+        self.on = not quiet and sys.stderr.isatty() and find_spec("rich") is not None
+        if self.on:
+            from rich.console import Console
+            from rich.live import Live
+
+            # Without a thread: one that fails to draw would end with a traceback.
+            self._live = Live(console=Console(stderr=True), auto_refresh=False)
+            with contextlib.suppress(OSError):
+                self._live.start()
+
+    def draw(self, shown: RenderableType) -> None:
+        """Replace what is shown."""
+        if self._live is not None:
+            with contextlib.suppress(OSError):
+                self._live.update(shown, refresh=True)
+
+    def close(self) -> None:
+        """Leave what was drawn last; may be called twice."""
+        live, self._live = self._live, None
+        if live is not None:
+            with contextlib.suppress(OSError):
+                live.stop()
 
 
 class ProgressReport:
@@ -37,9 +73,7 @@ class ProgressReport:
         self._started = self._next_line = time.monotonic()
         self._marks: deque[tuple[float, int]] = deque([(self._started, 0)], maxlen=_RATE_BLOCKS + 1)
         self._quiet = quiet
-        self._bar: Progress | None = None
-        if not quiet and can_draw():
-            self._bar = _open_bar(self.total_frames)
+        self._display = Display(quiet=quiet)
 
     @property
     def elapsed(self) -> float:
@@ -53,15 +87,14 @@ class ProgressReport:
         return (last - first) / (end - start) if end > start else 0.0
 
     def block_done(self, frames: int, prompt: str) -> None:
-        """Count one more block of ``frames`` frames; ``prompt`` is the one it shows."""
+        """Count one more block of ``frames`` frames, made with ``prompt``."""
         self.blocks += 1
         self.frames += frames
         now = time.monotonic()
         self._marks.append((now, self.frames))
-        reached, line = self._first_frame + self.frames, self._line(prompt)
-        if self._bar is not None:
-            with contextlib.suppress(OSError):  # a lost terminal does not end the video
-                self._bar.update(self._bar.task_ids[0], completed=reached, description=line, refresh=True)
+        line = self._line(prompt)
+        if self._display.on:
+            self._display.draw(_bar(line, self._first_frame + self.frames, self.total_frames))
         elif not self._quiet and now >= self._next_line:
             self._next_line = now + _PLAIN_SECONDS
             complain(f"echo-rt: {line}")
@@ -81,22 +114,17 @@ class ProgressReport:
         return " · ".join([*parts, prompt])
 
     def close(self) -> None:
-        """Take the live line off; may be called twice."""
-        bar, self._bar, self._quiet = self._bar, None, True
-        if bar is not None:
-            with contextlib.suppress(OSError):
-                bar.stop()
+        """End the live line; may be called twice."""
+        self._display.close()
 
 
-def _open_bar(total: int | None) -> Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-    from rich.table import Column
+def _bar(line: str, reached: int, total: int | None) -> RenderableType:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
 
-    text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
-    # Without a thread: one that fails to draw would end with a traceback, and only blocks change the line.
-    bar = Progress(BarColumn(bar_width=20), text, console=Console(stderr=True), auto_refresh=False)
-    bar.add_task("first block", total=total)
-    with contextlib.suppress(OSError):
-        bar.start()
-    return bar
+    row = Table.grid(padding=(0, 1))
+    row.add_column()
+    row.add_column(no_wrap=True, overflow="ellipsis")
+    row.add_row(ProgressBar(total, reached, width=_BAR_WIDTH), Text(line))
+    return row

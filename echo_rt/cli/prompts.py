@@ -1,4 +1,4 @@
-"""The script of a video: which prompt begins when."""
+"""Script of a video: prompts and the times at which they begin."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 _TIMED = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*:(.*)", re.DOTALL)
 _ESCAPED = 'a text that begins with a number and a colon is written "0:16:9 ..."'
 _SHOWN = 40
-_NEVER = 2.0**53  # frames: a prompt may come as late as one likes
+_NEVER = 2.0**53  # frames: the latest start of a prompt
 
 
 @dataclass(frozen=True)
 class TimedPrompt:
-    """A prompt and the second of video at which it begins: ``text``, or the name of a file of embeddings."""
+    """A prompt (``text`` or the name of an embeddings ``file``) and the second of video at which it begins."""
 
     seconds: float
     text: str | None = None
@@ -54,7 +54,7 @@ def parse_script(texts: Sequence[str], files: Sequence[str]) -> list[TimedPrompt
     """Return the prompts of ``--prompt`` and ``--prompt-embeds`` in the order in which they begin.
 
     ``T:text`` begins at T seconds of video, plain text at 0 (text that begins like this is written ``0:10: a clock``).
-    Raises ``PromptError`` for no prompt at all, none at 0, two at one time, an empty one.
+    Raises ``PromptError`` if there is no prompt, none at 0, two at one time, or an empty one.
     """
     script = [TimedPrompt(seconds, text=text) for seconds, text in (_split(one, "--prompt") for one in texts)]
     script += [TimedPrompt(seconds, file=file) for seconds, file in (_split(one, "--prompt-embeds") for one in files)]
@@ -74,10 +74,7 @@ def parse_script(texts: Sequence[str], files: Sequence[str]) -> list[TimedPrompt
 
 
 def parse_untimed(texts: Sequence[str]) -> tuple[str, ...]:
-    """Return the prompts of a ``--prompt`` without times: the same texts as :func:`parse_script`.
-
-    Raises ``PromptError`` for one with a time, and for an empty one.
-    """
+    """Return the texts of ``--prompt`` without times; raises ``PromptError`` for one with a time or an empty one."""
     split = [(argument, *_split(argument, "--prompt")) for argument in texts]
     for argument, seconds, _ in split:
         if seconds > 0:
@@ -87,9 +84,9 @@ def parse_untimed(texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def first_block(seconds: float, runtime: Runtime, hidden: int = 0) -> int:
-    """Number of the first block of ``runtime``'s videos that begins at ``seconds`` of video or later.
+    """Number of the first block that begins at ``seconds`` of the recording or later.
 
-    ``hidden``: frames at the beginning, whole blocks, that are not part of what is recorded, where seconds count.
+    ``hidden``: frames in whole blocks at the beginning that are not recorded.
     """
     frames_per_block = runtime.config.window.frames_per_block
 

@@ -10,16 +10,11 @@ from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import say
 from echo_rt.recipes import RECIPES, Recipe
 
-
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Declare the subcommand."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "recipes",
-        help="show how each published checkpoint is sampled",
-        description="Show the recipes that --recipe names, with every value: how each published checkpoint is sampled "
-        "by its publisher, what has to be downloaded, and where this program differs.",
-    )
-    return parser
+HELP = "show how each published checkpoint is sampled"
+DESCRIPTION = """
+Show the recipes that --recipe names, with every value: how the publisher samples each checkpoint, what has to be
+downloaded, and where this program differs.
+"""
 
 
 def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:

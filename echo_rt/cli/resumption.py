@@ -1,4 +1,4 @@
-"""``generate --resume``: what the folder of an interrupted video holds, and whether the command can continue it."""
+"""``generate --resume``: reads the folder of an interrupted video and checks that the command continues it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,9 @@ _SCRIPT, _SEED, _FROM, _HIDDEN = "script", "seed", "from", "hidden_frames"
 
 
 def notes_of(request: Request, hidden: int) -> dict[str, Any]:
-    """What the index records of the request, for :meth:`Resumption.begin` after a kill.
-
-    ``hidden``: how many frames of ``--from`` are not in the recording.
-    """
+    """What the index notes about the request, to resume it; ``hidden``: frames of ``--from`` that are not recorded."""
     initial = request.arguments.initial
-    notes = {_SCRIPT: _entries(request.script), _SEED: request.seed}
+    notes = {_SCRIPT: _entries(request.script), _SEED: request.arguments.seed}
     return notes if initial is None else notes | {_FROM: str(initial), _HIDDEN: hidden}
 
 
@@ -95,12 +92,11 @@ class Resumption:
     @staticmethod
     def _require_same(index: RecordingIndex, request: Request) -> None:
         """Raise :class:`ConfigError` for a request of another video, or of another recording of it."""
-        seed = index.notes.get(_SEED, request.seed)
-        if seed != request.seed:
-            raise ConfigError(f"--seed: the video was begun with {seed}, got {request.seed}")
-        # A video that is resumed needs no video to begin with again; one that is named all the same is the same one.
-        initial = request.arguments.initial
-        begun_with = index.notes.get(_FROM)
+        seed = index.notes.get(_SEED, request.arguments.seed)
+        if seed != request.arguments.seed:
+            raise ConfigError(f"--seed: the video was begun with {seed}, got {request.arguments.seed}")
+        # A resumed video needs no --from; if it is given, it must be the same.
+        initial, begun_with = request.arguments.initial, index.notes.get(_FROM)
         if initial is not None and begun_with != str(initial):
             with_what = "none" if begun_with is None else repr(begun_with)
             raise ConfigError(f"--from: the video was begun with {with_what}, got {str(initial)!r}")
@@ -111,7 +107,7 @@ class Resumption:
 
     @property
     def hidden(self) -> int:
-        """How many frames at the beginning of the video are not in the recording."""
+        """Number of frames at the beginning of the video that are not recorded."""
         frames = self.index.notes.get(_HIDDEN, 0)
         return frames if isinstance(frames, int) else 0
 
@@ -126,7 +122,7 @@ class Resumption:
         if made != recorded:
             recording, model = ("{}x{} at {} fps".format(*size) for size in (recorded, made))
             raise ConfigError(f"{self.folder}: the recording is {recording}, the model makes {model}")
-        snapshot, self.snapshot = self.snapshot, None  # gigabytes, which a day of video has no use for
+        snapshot, self.snapshot = self.snapshot, None  # frees gigabytes when the stream has begun
         assert snapshot is not None, "begun twice"
         begun = snapshot.next_block + len(snapshot.held)
         before = _begun(self.index.notes.get(_SCRIPT), begun, runtime, self.hidden)

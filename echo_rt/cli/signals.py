@@ -1,9 +1,8 @@
-"""Orderly stops: what Ctrl-C and SIGTERM do depends on what is going on.
+"""Orderly stops by Ctrl-C, SIGTERM and SIGHUP.
 
-SIGINT is handled even where it was ignored when the process began. A shell without job control, such as a script,
-starts its background jobs with SIGINT ignored, and ``kill -INT`` is how a script ends an endless video. The price:
-Ctrl-C at the terminal of such a script ends the video too, in the same orderly way. An ignored SIGHUP stays ignored:
-that is ``nohup``, which somebody asked for.
+SIGINT is handled even if it was ignored when the process began: a shell without job control starts background jobs
+with SIGINT ignored, and ``kill -INT`` is how a script ends an endless video. So Ctrl-C at the terminal of such a script
+ends the video too, in the same orderly way. An ignored SIGHUP stays ignored: that is ``nohup``.
 """
 
 from __future__ import annotations

@@ -4,117 +4,86 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import Any
 
-from echo_rt.cli.arguments import parse_number, parse_path
-from echo_rt.cli.model_options import add_model_options, model_files, parse_model_options
+from echo_rt.cli.arguments import MODEL, add_options, model_files, number, options_of, parse_path, require
 from echo_rt.cli.outputs import Named, check_folder
 from echo_rt.cli.prompts import parse_untimed
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import complain, say
-from echo_rt.errors import ConfigError, OutputError
-from echo_rt.options import OVERRIDES
-from echo_rt.soak.config import Limits, SoakConfig, numbers, option_of
+from echo_rt.errors import OutputError
+from echo_rt.soak.config import Limits, Number, SoakConfig, numbers, option_of
 
-_EPILOG = """
+HELP = "run for hours and check what was promised"
+DESCRIPTION = "Run a stream for a long time, write figures, snapshots and a report, and check what was promised."
+EPILOG = """
 The same command with the same --out continues a killed soak from its newest snapshot.
-Exit codes: 0 every promise held; 1 the disk is full or the like; 2 a mistake in the request; 3 a promise was broken;
-4 the stream failed; 130 or 143 Ctrl-C or SIGTERM, no promise broken until then. docs/soak.md explains the figures.
+
+Exit codes: 0 every promise held; 1 a file could not be written, for example because the disk is full; 2 a mistake in
+the request; 3 a promise was broken; 4 the stream failed; 130 or 143 Ctrl-C or SIGTERM, no promise broken until then.
+
+docs/soak.md explains the figures.
 """
 _ADDRESS = "127.0.0.1"
-_LARGEST_PORT = 65535
-_FIELDS = {field.name: field for field in dataclasses.fields(SoakConfig)}
+_MOST_PORT = 65535
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Declare the subcommand."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "soak",
-        help="run for hours and check what was promised",
-        description="Run a stream for a long time, write its figures, snapshots and a report, check its promises.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    model = add_model_options(parser)
-    model.add_argument("--size", metavar="WIDTHxHEIGHT", help="in pixels, such as 832x480")
-    shown = f"a setting of the rollout: {', '.join(OVERRIDES)}"
-    model.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=shown)
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    model = parser.add_argument_group("model")
+    add_options(model, [*MODEL, "--size", "--set"])
 
     run = parser.add_argument_group("run")
-    shown = "folder for figures, snapshots and the report; holds the soak to continue"
+    shown = "folder for figures, snapshots and the report; if it holds a soak, that is continued"
     run.add_argument("--out", type=parse_path, required=True, metavar="DIR", help=shown)
     length = run.add_mutually_exclusive_group(required=True)
-    for name, number in numbers(SoakConfig).items():
-        group = length if name in ("hours", "blocks") else run
-        default = _FIELDS[name].default
-        shown = number.meaning if default is None else f"{number.meaning} (default {default:g})"
-        group.add_argument(option_of(name), metavar=number.metavar, help=shown)
-    shown = "several to switch between, without times (see --switch-every); default: one of a fox"
-    run.add_argument("--prompt", action="append", metavar="TEXT", help=shown)
-    run.add_argument("--seed", default="0", metavar="N", help="same seed, same video (default 0)")
-    run.add_argument("--roll-back", action="store_true", help="go back to a good state at a NaN, instead of ending")
-    run.add_argument("--port", metavar="[ADDRESS:]P", help=f"serve Prometheus; the default address is {_ADDRESS}")
-    shown = "pictures in the report; default: if matplotlib is installed"
+    defaults = {field.name: field.default for field in dataclasses.fields(SoakConfig)}
+    for name, setting in numbers(SoakConfig).items():
+        shown = "" if defaults[name] is None else f" (default {defaults[name]:g})"
+        _add_number(length if name in ("hours", "blocks") else run, name, setting, shown)
+    shown = "may be repeated, without times (--switch-every says when the next begins); default: a fox"
+    run.add_argument("--prompt", dest="prompts", action="append", metavar="TEXT", help=shown)
+    add_options(run, ["--seed", "--roll-back"])
+    shown = f"serve figures for Prometheus there; default address {_ADDRESS}"
+    run.add_argument("--port", dest="serve", type=_parse_address, metavar="[ADDRESS:]P", help=shown)
+    shown = "plots in the report, or none; default: if matplotlib is installed"
     run.add_argument("--plots", action=argparse.BooleanOptionalAction, help=shown)
     run.add_argument("--quiet", action="store_true", help="no panel and no summary")
 
     limits = parser.add_argument_group("promises", "thresholds; 'off' leaves a promise out")
-    for name, number in numbers(Limits).items():
+    for name, setting in numbers(Limits).items():
         default = getattr(Limits(), name)
-        shown = "off" if default is None else f"{default}" if default == "auto" else f"{default:.8g}"
-        shown += "" if number.on_gpu is None else f": {number.on_gpu:g} on a GPU, off on a CPU"
-        limits.add_argument(option_of(name), metavar=number.metavar, help=f"{number.meaning} (default {shown})")
-    return parser
+        shown = "off" if default is None else default if default == "auto" else f"{default:.8g}"
+        shown += "" if setting.on_gpu is None else f": {setting.on_gpu:g} on a GPU, off on a CPU"
+        words: dict[str, Any] = {"off": None} if setting.optional else {}
+        words |= {} if setting.on_gpu is None else {"auto": "auto"}
+        _add_number(limits, name, setting, f" (default {shown})", words, default=argparse.SUPPRESS)
 
 
-def _limits(arguments: argparse.Namespace) -> Limits:
-    given: dict[str, Any] = {}
-    for name, number in numbers(Limits).items():
-        text = getattr(arguments, name)
-        words: dict[str, str | None] = {"off": None} if number.optional else {}
-        words |= {"auto": "auto"} if number.on_gpu is not None else {}
-        if text in words:
-            given[name] = words[text]
-        elif text is not None:
-            expected = ", or ".join([number.expected, *map(repr, words)])
-            given[name] = parse_number(option_of(name), text, number.kind, expected)
-    return Limits(**given)
+def _add_number(
+    group: Any, name: str, setting: Number, shown: str, words: dict[str, Any] | None = None, **keywords: Any
+) -> None:
+    """Declare the option of a field; the field's class checks the bounds."""
+    expected = ", or ".join([setting.expected, *map(repr, words or {})])
+    kind = number(setting.kind, expected, words=words)
+    group.add_argument(
+        option_of(name), type=kind, metavar=setting.metavar, help=f"{setting.meaning}{shown}", **keywords
+    )
 
 
-def _address(text: str | None) -> tuple[str, int] | None:
-    if text is None:
-        return None
+def _parse_address(text: str) -> tuple[str, int]:
     address, _, port = text.rpartition(":")
-    number = parse_number("--port", port, int, "PORT or ADDRESS:PORT")
-    if not 1 <= number <= _LARGEST_PORT:
-        raise ConfigError(f"--port: expected a port in 1..{_LARGEST_PORT}, got {number}")
-    return address or _ADDRESS, number
+    expected = f"PORT or ADDRESS:PORT with a port in 1..{_MOST_PORT}"
+    return address or _ADDRESS, number(int, expected, least=1, most=_MOST_PORT)(port)
 
 
 def parse_config(arguments: argparse.Namespace) -> SoakConfig:
     """Return the requested soak; raises ``ConfigError``, and ``TargetError`` for an impossible ``--out``."""
-    given = {name: value for name, value in parse_model_options(arguments).arguments().items() if value is not None}
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    for name, number in numbers(SoakConfig).items():
-        text = getattr(arguments, name)
-        if text is not None:
-            given[name] = parse_number(option_of(name), text, number.kind, number.expected)
-    if arguments.keep is not None and arguments.snapshot_every is None:
-        raise ConfigError("--keep: expected --snapshot-every N with it, got none")
-    if arguments.prompt is not None:
-        given["prompts"] = parse_untimed(arguments.prompt)
+    require("--keep", arguments.keep, "--snapshot-every N", arguments.snapshot_every)
+    more = {} if arguments.prompts is None else {"prompts": parse_untimed(arguments.prompts)}
     check_folder(Named("--out", arguments.out), model_files(arguments))
-    return SoakConfig(
-        model=str(arguments.model),
-        out=str(arguments.out),
-        **given,
-        seed=parse_number("--seed", arguments.seed, int, "an integer of 0 or more"),
-        roll_back=arguments.roll_back,
-        limits=_limits(arguments),
-        serve=_address(arguments.port),
-        plots=arguments.plots,
-    )
+    limits = Limits(**{name: value for name, value in vars(arguments).items() if name in numbers(Limits)})
+    return options_of(SoakConfig, arguments, limits=limits, **more)
 
 
 def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:

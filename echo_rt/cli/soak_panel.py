@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from echo_rt.cli.stdio import can_draw, complain
+from echo_rt.cli.progress import Display
+from echo_rt.cli.stdio import complain
 from echo_rt.soak.checks import Status, Verdict
 from echo_rt.soak.config import SoakConfig
 from echo_rt.soak.journal import Line
 from echo_rt.utils.wording import clock, counted
-
-if TYPE_CHECKING:
-    from rich.live import Live
 
 _BETWEEN_DRAWINGS = 0.25  # seconds
 _MEBIBYTE = 2**20
@@ -59,28 +56,19 @@ class Panel:
         self._verdicts: Sequence[Verdict] = ()
         self._next_drawing = 0.0
         self._quiet = quiet
-        self._live: Live | None = None
-        if not quiet and can_draw():
-            from rich.console import Console
-            from rich.live import Live
-
-            # Without a thread: one that fails to draw would end with a traceback.
-            self._live = Live(console=Console(stderr=True), auto_refresh=False)
-            with contextlib.suppress(OSError):
-                self._live.start()
+        self._display = Display(quiet=quiet)
 
     def block_done(self, block: int, frames: int, seconds: float) -> None:
         """Redraw now and then."""
         now = time.monotonic()
-        if self._live is not None and now >= self._next_drawing:
+        if self._display.on and now >= self._next_drawing:
             self._next_drawing = now + _BETWEEN_DRAWINGS
-            with contextlib.suppress(OSError):  # a lost terminal does not end the soak
-                self._live.update(self._box(f"block {block}{self._total}, {1e3 * seconds:.0f} ms"), refresh=True)
+            self._display.draw(self._box(f"block {block}{self._total}, {1e3 * seconds:.0f} ms"))
 
     def line_done(self, line: Line, verdicts: Sequence[Verdict]) -> None:
         """Show the figures of ``line``."""
         self._line, self._verdicts = line, verdicts
-        if self._live is None and not self._quiet:
+        if not self._display.on and not self._quiet:
             broken = [verdict.promise for verdict in verdicts if verdict.status is Status.BROKEN]
             shown = " · ".join(f"{name} {value}" for name, value in rows(line).items())
             promises = f"BROKEN: {', '.join(broken)}" if broken else "no promise broken"
@@ -105,7 +93,4 @@ class Panel:
 
     def close(self) -> None:
         """Leave the panel as it was drawn last; may be called twice."""
-        live, self._live, self._quiet = self._live, None, True
-        if live is not None:
-            with contextlib.suppress(OSError):
-                live.stop()
+        self._display.close()

@@ -1,4 +1,4 @@
-"""Standard output and standard error in whatever state: closed, on a full disk, without a reader.
+"""Standard output and standard error, even if they are closed, on a full disk or without a reader.
 
 Errors and warnings are one line each.
 """
@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any, TextIO
 
 from echo_rt.errors import EchoError, OutputError
@@ -71,11 +70,6 @@ def complain(text: str) -> None:
         return  # release() drops what is left in the buffer
 
 
-def can_draw() -> bool:
-    """Whether standard error is a terminal and rich, which draws on it, is installed. Otherwise, print plain lines."""
-    return sys.stderr.isatty() and find_spec("rich") is not None
-
-
 def release() -> None:
     """Drop what standard error does not take: at the end of the process it would change the exit code."""
     try:
@@ -109,6 +103,8 @@ def describe(error: Exception) -> tuple[str, int]:
         return one_line(error), error.exit_code
     if _is_no_memory(error):  # only the first line: torch may append the C++ stack
         return one_line(f"out of memory: {first_line(error)}; use a smaller --size"), 1
+    if isinstance(error, ImportError):  # torch, for example
+        return one_line(f"{first_line(error)}; echo-rt doctor shows what is missing ({DEBUG_VARIABLE}=1: where)"), 1
     return one_line(f"unexpected {type(error).__name__}: {error} ({DEBUG_VARIABLE}=1 shows where)"), 1
 
 
@@ -119,31 +115,26 @@ def warn(report: dict[str, Any], text: object) -> None:
     complain(f"echo-rt: warning: {line}")
 
 
-class _RecipeHandler(logging.Handler):
-    def __init__(self, report: dict[str, Any], quiet: bool) -> None:
-        super().__init__()
-        self._report, self._quiet = report, quiet
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.WARNING:
-            warn(self._report, record.getMessage())
-        elif not self._quiet:
-            complain(f"echo-rt: {one_line(record.getMessage())}")
-
-
 @contextmanager
 def tell_recipe(report: dict[str, Any], *, quiet: bool) -> Iterator[None]:
-    """Show by which recipe a model that is loaded meanwhile runs; in what its files are not as published, as warnings.
+    """Show which recipe a model loaded meanwhile runs by, and warn where its files differ from the published ones.
 
-    ``quiet``: those alone.
+    ``quiet``: show the warnings alone.
     """
-    logger, handler = logging.getLogger("echo_rt.recipe"), _RecipeHandler(report, quiet)
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
+
+    def tell(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            warn(report, record.getMessage())
+        elif not quiet:
+            complain(f"echo-rt: {one_line(record.getMessage())}")
+        return False  # no other handler shows it again
+
+    logger = logging.getLogger("echo_rt.recipe")
+    level = logger.level
+    logger.addFilter(tell)
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # or a warning would be told twice
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.level, logger.propagate = before
+        logger.removeFilter(tell)
+        logger.setLevel(level)

@@ -5,128 +5,110 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echo_rt.cli.arguments import parse_path
-from echo_rt.cli.model_options import BACKEND_HELP, add_float8_except, add_no_graphs
-from echo_rt.cli.outputs import Named, check_apart
+from echo_rt.cli.arguments import add_options, parse_path
+from echo_rt.cli.outputs import Named, check_results
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import complain, describe, say
 from echo_rt.errors import ConfigError, EchoError
-from echo_rt.options import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from echo_rt.verify.bundles import BundleReport
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Declare the subcommand."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "verify",
-        help="hold golden bundles, or a model's decoder, against this installation",
-        description="Run golden bundles and compare every tensor with the published implementation's; of a model's "
-        "folder, decode a few random latents in groups of several sizes, which must not show. Of both, show how other "
-        "precisions of the decoder look beside float32. "
-        "Exit code 0 if all are within bounds, 1 if not, 2 if a folder cannot be run; the others are run all the same.",
-    )
+HELP = "check golden bundles or a model's decoder on this installation"
+DESCRIPTION = """
+Run golden bundles and compare every tensor with that of the published implementation. For a model folder, decode a few
+random latents in groups of several sizes, which must all give the same frames. For both, show how close the decoder's
+other dtypes are to float32.
+"""
+EPILOG = """
+Exit codes: 0 all tensors are within their bounds; 1 one is not; 2 a folder cannot be run; the others run anyway.
+"""
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
     parser.add_argument(
         "bundles",
         nargs="+",
         type=parse_path,
         metavar="BUNDLE",
-        help="folder of a golden bundle, of several in folders below it, or of a model",
+        help="folder of a golden bundle, folder with bundles below it, or model folder",
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="default: float32")
-    add_float8_except(parser)
-    parser.add_argument("--backend", help=BACKEND_HELP)
-    add_no_graphs(parser)
-    parser.add_argument("--dump", type=parse_path, metavar="DIR", help="keep what was computed in DIR/BUNDLE/")
-    parser.set_defaults(quiet=True)  # what a recipe's bundle ran by stands below its tensors
-    return parser
+    options = ("--device", "--dtype", "--float8-except", "--backend", "--no-graphs")
+    add_options(parser, options, dtype={"default": "float32", "help": "dtype to check (default float32)"})
+    parser.add_argument("--dump", type=parse_path, metavar="DIR", help="write the computed tensors to DIR/BUNDLE/")
+    parser.set_defaults(quiet=True)  # a bundle's report tells what it ran by
 
 
 def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
     """Verify every bundle and print its tensors; 0 if all are within bounds, 1 if not, or the worst error's code."""
     if arguments.float8_except and arguments.dtype != "float8":
         raise ConfigError(f"--float8-except: expected --dtype float8 with it, got {arguments.dtype}")
-    report["passed"] = False  # until the last one is through
     entries: list[dict[str, Any]] = []
-    report["bundles"] = entries
+    report |= {"passed": False, "bundles": entries}  # passed is set when the last one is through
     worst = 0
-    # A bundle is a folder; `verify golden/*` also names the README beside them.
-    files = [path for path in arguments.bundles if os.path.isfile(path)]  # pathlib raises for too long a name
-    folders = [path for path in arguments.bundles if path not in files]
-    for path in files:
-        complain(f"echo-rt: {path}: a file, not the folder of a bundle; left out")
-    if not folders:
-        raise ConfigError(f"expected the folder of a golden bundle or of a model, got the file {str(files[0])!r}")
     with stop.interruptible():
-        from echo_rt.verify.bundles import find_bundles
-
-        folders = [found for path in folders for found in find_bundles(path) or [path]]
-    names = [path.resolve().name for path in folders]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if arguments.dump is not None and twice is not None:
-        raise ConfigError(f"--dump: expected bundles of different names, got two called {twice!r}")
-    if arguments.dump is not None:
-        from echo_rt.utils.atomic_file import check_results_folder
-
-        for path, name in zip(folders, names, strict=True):
-            check_apart(Named("--dump", arguments.dump / name), [Named("the bundle", path)])
-            check_results_folder(arguments.dump / name)
-    with stop.interruptible():
-        _check_patterns(arguments.float8_except, folders)
+        folders = _find_folders(arguments.bundles)
+        if arguments.dump is not None:
+            _check_dump(arguments.dump, folders)
+        if arguments.float8_except:
+            _check_patterns(arguments.float8_except, folders)
     for path in folders:
         try:
             with stop.interruptible():
-                from echo_rt.utils.device import parse_device
-                from echo_rt.utils.threads import share_cpu
-                from echo_rt.verify.bundles import verify_bundle
-                from echo_rt.verify.model import verify_model
-                from echo_rt.weights.folder import holds_vae
-
-                facts = {name: getattr(arguments, name) for name in ("device", "dtype", "backend", "dump")}
-                with share_cpu(parse_device(arguments.device)):
-                    if holds_vae(path):
-                        bundle = verify_model(path, **facts)
-                    else:
-                        bundle = verify_bundle(
-                            path, float8_except=arguments.float8_except, graphs=arguments.graphs, **facts
-                        )
+                bundle = _verify(path, arguments)
         except EchoError as error:
             text, code = describe(error)
-            worst = max(worst, code)
             entries.append({"name": path.resolve().name, "passed": False, "error": text})
             complain(f"echo-rt: error: {text}")
-            continue
-        worst = max(worst, 0 if bundle.passed else 1)
-        entries.append(_as_json(bundle))
-        if not arguments.json:
-            _print(bundle)
+        else:
+            code = 0 if bundle.passed else 1
+            entries.append(_as_json(bundle))
+            if not arguments.json:
+                say("\n".join(_page(bundle)))
+        worst = max(worst, code)
     report["passed"] = worst == 0
     return worst
 
 
-def _check_patterns(patterns: Sequence[str], folders: Sequence[Path]) -> None:
-    """Raises ``ConfigError`` for ``--float8-except`` where nothing has layers that could be float8.
+def _find_folders(paths: Sequence[Path]) -> list[Path]:
+    """The bundles at and below ``paths``; files, which ``golden/*`` can name too, are left out."""
+    from echo_rt.verify.folder import find_bundles
 
-    Whether a pattern matches those of a rollout is seen when that is run.
-    """
-    if not patterns:
-        return
+    files = [path for path in paths if os.path.isfile(path)]  # pathlib raises for too long a name
+    for path in files:
+        complain(f"echo-rt: {path}: a file, not the folder of a bundle; left out")
+    if len(files) == len(paths):
+        raise ConfigError(f"expected the folder of a golden bundle or of a model, got the file {str(files[0])!r}")
+    return [found for path in paths if path not in files for found in find_bundles(path) or [path]]
+
+
+def _check_dump(dump: Path, folders: Sequence[Path]) -> None:
+    names = [path.resolve().name for path in folders]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--dump: expected bundles of different names, got two called {twice!r}")
+    for path, name in zip(folders, names, strict=True):
+        check_results(Named("--dump", dump / name), [Named("the bundle", path)])
+
+
+def _check_patterns(patterns: Sequence[str], folders: Sequence[Path]) -> None:
+    """Raise ``ConfigError`` if no folder has layers that can be float8; a rollout checks its patterns when it runs."""
     from echo_rt.model.linear import float8_layers
-    from echo_rt.verify.bundles import has_float8_layers
+    from echo_rt.verify.folder import FLOAT8_KINDS, read_config
     from echo_rt.weights.folder import holds_vae
 
     for path in folders:
         try:
-            if not holds_vae(path) and has_float8_layers(path):
+            if not holds_vae(path) and read_config(path)["kind"] in FLOAT8_KINDS:
                 return
         except EchoError:
-            return  # when its turn comes, it is refused for what it is
+            return  # the error is reported when it runs
     named = ", ".join(map(repr, patterns))
     raise ConfigError(
         f"--float8-except: {named} matches no layer of what is verified: only bundles of a rollout have layers "
@@ -134,17 +116,21 @@ def _check_patterns(patterns: Sequence[str], folders: Sequence[Path]) -> None:
     )
 
 
+def _verify(path: Path, arguments: argparse.Namespace) -> BundleReport:
+    from echo_rt.utils.device import parse_device
+    from echo_rt.utils.threads import share_cpu
+    from echo_rt.verify.bundles import verify_bundle, verify_model
+    from echo_rt.weights.folder import holds_vae
+
+    options = {name: getattr(arguments, name) for name in ("device", "dtype", "backend", "dump")}
+    with share_cpu(parse_device(arguments.device)):
+        if holds_vae(path):
+            return verify_model(path, **options)
+        return verify_bundle(path, float8_except=arguments.float8_except or (), graphs=arguments.graphs, **options)
+
+
 def _as_json(bundle: BundleReport) -> dict[str, Any]:
-    # JSON has no infinity and no NaN: an error that is not a number is null.
-    tensors = [
-        {
-            "name": row.name,
-            "error": _number(row.error),
-            "bound": row.bound,
-            "ok": row.ok,
-        }
-        for row in bundle.rows
-    ]
+    tensors = [{"name": row.name, "error": _number(row.error), "bound": row.bound, "ok": row.ok} for row in bundle.rows]
     precisions = [
         {"dtype": each.dtype, "psnr": _number(each.quality.psnr), "ssim": _number(each.quality.ssim)}
         for each in bundle.precisions
@@ -162,19 +148,21 @@ def _as_json(bundle: BundleReport) -> dict[str, Any]:
 
 
 def _number(value: float | None) -> float | None:
+    # JSON has no infinity and no NaN.
     return value if value is not None and math.isfinite(value) else None
 
 
-def _print(bundle: BundleReport) -> None:
+def _page(bundle: BundleReport) -> Iterator[str]:
     wide = max(len(name) for name in ("tensor", *(row.name for row in bundle.rows)))
-    lines = [f"{bundle.name} ({bundle.kind})", f"  {'tensor':<{wide}}  {'error':>8}  {'bound':>8}"]
+    yield f"{bundle.name} ({bundle.kind})"
+    yield f"  {'tensor':<{wide}}  {'error':>8}  {'bound':>8}"
     for row in bundle.rows:
-        lines.append(f"  {row.name:<{wide}}  {row.error:8.2e}  {row.bound:8.1e}  {'ok' if row.ok else 'off'}")
-    lines.append(f"  backend {bundle.backend.name}: {bundle.backend.reason}")
+        yield f"  {row.name:<{wide}}  {row.error:8.2e}  {row.bound:8.1e}  {'ok' if row.ok else 'off'}"
+    yield f"  backend {bundle.backend.name}: {bundle.backend.reason}"
     if bundle.taken is not None:
-        lines.append(f"  {bundle.taken.line}")
+        yield f"  {bundle.taken.line}"
     for each in bundle.precisions:
         ssim = "-" if each.quality.ssim is None else f"{each.quality.ssim:.5f}"
-        lines.append(f"  video in {each.dtype} beside float32: PSNR {each.quality.psnr:.1f} dB, SSIM {ssim}")
+        yield f"  video in {each.dtype} beside float32: PSNR {each.quality.psnr:.1f} dB, SSIM {ssim}"
     good, state = sum(row.ok for row in bundle.rows), "passed" if bundle.passed else "failed"
-    say("\n".join([*lines, f"{bundle.name}: {state}, {good} of {len(bundle.rows)} tensors within bounds\n"]))
+    yield f"{bundle.name}: {state}, {good} of {len(bundle.rows)} tensors within bounds\n"

@@ -94,15 +94,19 @@ def _check_numbers(settings: Any) -> None:
 class Limits:
     """The thresholds of the promises; None leaves a promise out. "auto" leaves limits on time out on a CPU."""
 
-    warmup_blocks: int = _number(10, int, "N", "first blocks of a process, not judged by the following")
-    device_growth: float | None = _limit(0.0, "BYTES", "by which the device's memory may differ after warm-up")
-    host_slope: float | None = _limit(1024.0, "BYTES", "per block by which the host's memory may grow")
-    host_slack: float = _limit(32.0 * 2**20, "BYTES", "of growth that --host-slope allows", optional=False)
-    latency_ratio: float | Literal["auto"] | None = _auto(1.05, "X", "p99/p50 of the block latency")
-    latency_zscore: float | Literal["auto"] | None = _auto(10.0, "Z", "from which a block is an outlier")
-    outliers: float = _limit(0.001, "SHARE", "of blocks that may be outliers", most=1, optional=False)
-    snapshot_stall: float | Literal["auto"] | None = _auto(2000.0, "MS", "for which a snapshot may delay the stream")
-    drift: float | None = _limit(None, "X", "standard deviations by which the latents' statistics may move")
+    warmup_blocks: int = _number(10, int, "N", "first blocks of a process, which the limits below ignore")
+    device_growth: float | None = _limit(0.0, "BYTES", "largest change of the device's memory after warm-up")
+    host_slope: float | None = _limit(1024.0, "BYTES", "largest growth of the host's memory per block")
+    host_slack: float = _limit(
+        32.0 * 2**20, "BYTES", "growth of the host's memory that --host-slope ignores", optional=False
+    )
+    latency_ratio: float | Literal["auto"] | None = _auto(1.05, "X", "largest p99/p50 of the block latency")
+    latency_zscore: float | Literal["auto"] | None = _auto(
+        10.0, "Z", "z-score of the latency from which a block is an outlier"
+    )
+    outliers: float = _limit(0.001, "SHARE", "largest share of blocks that are outliers", most=1, optional=False)
+    snapshot_stall: float | Literal["auto"] | None = _auto(2000.0, "MS", "longest delay of the stream by a snapshot")
+    drift: float | None = _limit(None, "X", "largest change of the latents' statistics, in standard deviations")
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -135,13 +139,13 @@ class SoakConfig(RuntimeOptions):
     )
     seed: int = 0
     snapshot_every: int | None = _number(
-        None, int, "N", "blocks between two snapshots; default: none are taken", least=1, optional=True
+        None, int, "N", "blocks between two snapshots; default: no snapshots", least=1, optional=True
     )
     keep: int = _number(3, int, "K", "number of snapshots kept", least=1)
     roll_back: bool = False
-    block_seconds: float | None = _limit(None, "S", "end when a block takes longer; default: no bound", positive=True)
+    block_seconds: float | None = _limit(None, "S", "end when a block takes longer; default: no limit", positive=True)
     # An interval bounds the memory of its line.
-    interval: float = _number(10.0, float, "S", "seconds per line", positive=True, most=3600.0)
+    interval: float = _number(10.0, float, "S", "seconds of streaming per line of figures", positive=True, most=3600.0)
     hash_every: int = _number(100, int, "N", "hash every Nth block", least=1)
     limits: Limits = field(default_factory=Limits)
     serve: tuple[str, int] | None = None

@@ -1,1 +1,1 @@
-"""Golden bundles and decoders held against what they must compute."""
+"""Comparison of golden bundles and decoders with what they must compute."""

@@ -1,8 +1,4 @@
-"""A video decoder held against itself: pictures of other precisions, and latents in other groups.
-
-What can be said of any weights, for which nobody has computed what to expect. It completes a golden bundle, and is all
-there is to check of a model's folder.
-"""
+"""Checks of a VAE decoder that need no expected tensors: its frames in other precisions and in other groupings."""
 
 from __future__ import annotations
 
@@ -24,17 +20,17 @@ from echo_rt.verify.metrics import Quality, compare_videos
 from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.folder import ModelFolder
 
-GROUPS = (1, 2, 3, 5)  # latents in every call
-MIXED = (1, 3, 2, 5)  # in one call after the other
-# Of a model's folder: so many latents that each group is called more than once, in frames that have room for SSIM's
-# window and that a CPU decodes in reasonable time with released weights too. Width and height in pixels.
+GROUPS = (1, 2, 3, 5)  # latents per call
+MIXED = (1, 3, 2, 5)  # latents of successive calls
+# For a model folder: enough latents to call each group more than once, and frames (width, height in pixels) that are
+# large enough for SSIM's window and small enough for released weights on a CPU.
 _LATENTS = sum(MIXED)
 _SIZE = (64, 48)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How a video decoded in ``dtype`` looks beside the same one decoded in float32."""
+    """How close a video decoded in ``dtype`` is to the same one decoded in float32."""
 
     dtype: str
     quality: Quality
@@ -42,7 +38,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class Decoding:
-    """A VAE and the latents ``[T, z, h, w]`` that are decoded again and again; ``ops`` of one backend."""
+    """A VAE, the ``ops`` of a backend, and the latents ``[T, z, h, w]`` to decode."""
 
     config: VaeConfig
     tensors: Mapping[str, Tensor]
@@ -51,8 +47,7 @@ class Decoding:
     latents: Tensor
 
     def video(self, dtype: torch.dtype, groups: Sequence[int]) -> Tensor:
-        """The whole stream, so many latents in a call, as ``[F, H, W, 3]`` float32 on the host."""
-        # Of its own, as float32 wants other settings than the run that it is beside.
+        """Decode all latents, ``groups`` latents per call, to ``[F, H, W, 3]`` float32 on the host."""
         with model_context(self.device, dtype):
             _, _, height, width = self.latents.shape
             decoder = VaeDecoder(self.config, self.tensors, self.ops, device=self.device, dtype=dtype)
@@ -62,7 +57,7 @@ class Decoding:
             return torch.cat(parts).float().cpu()
 
     def precisions(self) -> tuple[Precision, ...]:
-        """Every selectable precision but float32, one latent in a call, against that."""
+        """Compare every selectable precision with float32, decoding one latent per call."""
         one_by_one = [1] * len(self.latents)
         reference = self.video(torch.float32, one_by_one)
         return tuple(
@@ -72,7 +67,7 @@ class Decoding:
         )
 
     def in_groups(self, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-        """The video of all latents in one call, and those of each grouping, by name."""
+        """Decode all latents in one call, and in each grouping, by name."""
         latents = len(self.latents)
         groupings = {f"in groups of {n}": [min(n, latents - at) for at in range(0, latents, n)] for n in GROUPS}
         groupings["in mixed groups"] = list(MIXED)
@@ -81,7 +76,7 @@ class Decoding:
 
 
 def folder_decoding(folder: Path, ops: Ops, device: torch.device, seed: int = 0) -> Decoding:
-    """The VAE of a model's folder, and a few random latents; the errors are those of reading it."""
+    """The VAE of a model folder and a few random latents; raises the errors of reading the folder."""
     model = ModelFolder.open(folder)
     config = model.vae_config()
     width, height = (pixels // config.spatial_stride for pixels in _SIZE)

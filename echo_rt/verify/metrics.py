@@ -1,8 +1,7 @@
-"""How far a video is from another as a viewer sees it: PSNR and SSIM, in float64.
+"""Differences between two videos as a viewer sees them: PSNR and SSIM, in float64.
 
-Videos are ``[F, H, W, C]``: bytes in 0..255, or floating point, which is nominally in [-1, 1] and is clamped to that
-first, as it is where frames are made of it. Both videos are of one kind. Either is brought to 0..1 from black to
-white, as SSIM compares means and has no meaning for negative ones: bytes and what they were made of measure the same.
+Videos are ``[F, H, W, C]``, both in bytes 0..255 or both in floating point, which is clamped to [-1, 1]. Both kinds are
+scaled to 0..1 from black to white, so bytes measure the same as the floating point that they were made of.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch.nn import functional
 
 from echo_rt.errors import ConfigError
 
-# The window and the constants of SSIM as it was published (Wang et al. 2004).
+# Window in pixels and constants of SSIM as published (Wang et al. 2004).
 SSIM_WINDOW = 11
 _SIGMA = 1.5
 _K1, _K2 = 0.01, 0.03
@@ -32,13 +31,13 @@ class Quality:
 
 
 def compare_videos(video: Tensor, reference: Tensor) -> Quality:
-    """Both measures; :class:`ConfigError` for videos that differ in shape or kind, or are empty."""
+    """Measure both; raises :class:`ConfigError` for videos that differ in shape or kind, or are empty."""
     fits = min(video.shape[1:3], default=0) >= SSIM_WINDOW
     return Quality(psnr(video, reference), ssim(video, reference) if fits else None)
 
 
 def psnr(video: Tensor, reference: Tensor) -> float:
-    """Peak signal to noise in dB, of the mean square over all frames, pixels and channels; NaN where there is a NaN."""
+    """Peak signal-to-noise ratio in dB, over all frames, pixels and channels; NaN if a value is NaN."""
     _check(video, reference)
     frames = [(_wide(one) - _wide(other)).square().mean() for one, other in zip(video, reference, strict=True)]
     mean = float(torch.stack(frames).mean())
@@ -46,10 +45,9 @@ def psnr(video: Tensor, reference: Tensor) -> float:
 
 
 def ssim(video: Tensor, reference: Tensor) -> float:
-    """Structural similarity: of every frame and channel, at every place where the window fits, their mean.
+    """Structural similarity, the mean over frames, channels and positions of an 11x11 Gaussian window; symmetric.
 
-    A Gaussian window of 11x11 with a sigma of 1.5 pixels weighs means, variances and covariance. It is the same from
-    either side; 1 for equal videos. :class:`ConfigError` for frames that are smaller than the window.
+    1 for equal videos. Raises :class:`ConfigError` for frames that are smaller than the window.
     """
     _check(video, reference)
     _, height, width, _ = video.shape
@@ -64,8 +62,8 @@ def _check(video: Tensor, reference: Tensor) -> None:
         raise ConfigError(
             f"expected two videos of one shape [F, H, W, C], got {[*video.shape]} and {[*reference.shape]}"
         )
-    bytes_both = video.dtype == reference.dtype == torch.uint8
-    if not bytes_both and not (video.is_floating_point() and reference.is_floating_point()):
+    both_bytes = video.dtype == reference.dtype == torch.uint8
+    if not both_bytes and not (video.is_floating_point() and reference.is_floating_point()):
         raise ConfigError(
             f"expected two videos of bytes or two of floating point, got {video.dtype} and {reference.dtype}"
         )
@@ -88,7 +86,7 @@ def _frame_ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _windowed(x: Tensor) -> Tensor:
-    """Weighted means over the window, wherever all of it lies inside: two passes, as the Gaussian is a product."""
+    """Gaussian means over the window at all positions inside the frame, as two 1-D passes."""
     offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=x.device) - SSIM_WINDOW // 2
     weights = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
     weights = weights / weights.sum()

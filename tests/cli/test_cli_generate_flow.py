@@ -67,7 +67,7 @@ def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
     assert fake_runtime.loaded_with == {
         "model": Path("folder"),
-        "checkpoint": Path("c.pt"),
+        "checkpoint": "c.pt",
         "lora": ((Path("l.pt"), 1.0), (Path("m.pt"), -0.5)),
         "lora_alpha": 8.0,
         "ema": False,
@@ -80,8 +80,8 @@ def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
         "vae": "tiny",
         "vae_tiles": 3,
         "vae_file": None,
-        "text_encoder": Path("t.gguf"),
-        "tokenizer": Path("words"),
+        "text_encoder": "t.gguf",
+        "tokenizer": "words",
         "backend": "torch",
         "attention": "sdpa",
         "convolution": "phases",
@@ -155,11 +155,11 @@ def test_embeddings_are_saved_and_read(echo_rt, fake_runtime, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--frames", "0"], "one frame or more, got '0'"),
+        (["--frames", "0"], "of 1 or more and at most 1000000000, got '0'"),
         (["--frames", "-3"], "got '-3'"),
         (["--frames", "1.5"], "got '1.5'"),
         (["--frames", "many"], "got 'many'"),
-        (["--seconds", "0"], "one frame or more, got '0'"),
+        (["--seconds", "0"], "above 0 and at most 1000000000, got '0'"),
         (["--seconds", "-1"], "got '-1'"),
         (["--seconds", "nan"], "got 'nan'"),
         (["--seconds", "inf"], "got 'inf'"),

@@ -160,7 +160,7 @@ def test_a_folder_that_is_not_there(echo_rt, model, tmp_path):
     assert outcome.error.startswith(f"--resume: {folder}: ") and "with -o" in outcome.error
     outcome = echo_rt(*model, "--resume", folder, "-o", folder, *lasting)
     assert (outcome.code, outcome.json["frames"]) == (0, 9), outcome.err
-    assert outcome.json["warnings"][0] == f"{folder}: nothing there to go on from, a new video begins"
+    assert outcome.json["warnings"][0] == f"{folder}: nothing to resume there, a new video begins"
 
 
 KILLED_AMID_ITS_FIRST_SNAPSHOT = """
@@ -196,7 +196,7 @@ def test_killed_before_it_has_made_anything(echo_rt, model, tmp_path, unbroken):
         assert outcome.code == 2 and message in outcome.error and state(folder) == before
     outcome = echo_rt(*model, "--resume", folder, *lasting, "--json")
     assert (outcome.code, outcome.json["frames"]) == (0, 21), outcome.err
-    assert outcome.json["warnings"][0] == f"{folder}: nothing there to go on from, a new video begins"
+    assert outcome.json["warnings"][0] == f"{folder}: nothing to resume there, a new video begins"
     assert torch.equal(recorded(folder), unbroken[:6]) and not list(folder.glob("snapshots/.block-*.part"))
 
 

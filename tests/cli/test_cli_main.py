@@ -44,13 +44,18 @@ def test_version_as_a_module():
     [
         ([], "COMMAND"),
         (["paint"], "paint"),
+        (["genrate"], "did you mean generate?"),
+        (["generate", "--model", "m", "--promt=a fox"], "did you mean --prompt?"),
         (["generate"], "--model"),
         (["generate", "--model", "m", "-o", "o.mp4", "--frames", "1", "--seconds", "1"], "not allowed with"),
         (["generate", "--model", "m", "-o", "o.mp4", "--memory", "maybe"], "maybe"),
         (["generate", "--model", "m", "-o", "o.mp4", "--dtype", "int8"], "int8"),
         (["generate", "--model", "m", "-o", "o.mp4", "--prom", "a fox"], "--prom"),
         (["generate", "--model", "m", "-o", "o.mp4", "--prompt", "-fox"], "begins with - is written --option=VALUE"),
-        (["generate", "--model", "m", "--qualty", "3"], "arguments: --qualty 3 (see echo-rt generate --help)"),
+        (
+            ["generate", "--model", "m", "--qualty", "3"],
+            "--qualty 3; did you mean --quiet? (see echo-rt generate --help)",
+        ),
         (["doctor", "me"], "unrecognized arguments: me (see echo-rt doctor --help)"),
         (["verify"], "BUNDLE"),
         (["tiny"], "DIR"),
@@ -85,6 +90,13 @@ def test_an_unexpected_error_is_one_line_too(echo_rt, broken_doctor, monkeypatch
     outcome = echo_rt("doctor")
     assert outcome.code == 1
     assert outcome.error == "unexpected RuntimeError: first line second line (ECHO_RT_DEBUG=1 shows where)"
+
+
+def test_a_package_that_is_not_there(echo_rt, broken_doctor):
+    broken_doctor(ModuleNotFoundError("No module named 'torch'"))
+    outcome = echo_rt("doctor")
+    assert outcome.code == 1
+    assert outcome.error.startswith("No module named 'torch'; echo-rt doctor shows what is missing")
 
 
 def test_debug_shows_the_traceback(echo_rt, broken_doctor, monkeypatch):

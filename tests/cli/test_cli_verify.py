@@ -68,7 +68,7 @@ def test_a_model_beside_a_bundle(echo_rt, golden_dir, small_model, tmp_path):
 
 def test_a_model_whose_groups_show_fails(echo_rt, small_model, monkeypatch):
     monkeypatch.setattr("echo_rt.verify.decoder._SIZE", (16, 16))
-    monkeypatch.setattr("echo_rt.verify.model.relative_error", lambda one, other: float("nan"))
+    monkeypatch.setattr("echo_rt.verify.bundles.relative_error", lambda one, other: float("nan"))
     outcome = echo_rt("verify", small_model, "--device", "cpu", "--json")
     assert outcome.code == 1 and outcome.json["passed"] is False
     assert outcome.json["bundles"][0]["kind"] == "model"
