@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -98,8 +99,9 @@ class Lives(AbstractContextManager["Lives"]):
 
 
 def _place(request: dict[str, Any]) -> None:
-    """Standard streams, and a session of its own."""
+    """Standard streams, and a session of its own, which is not under nohup though the tests may be."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if request["terminal"]:
         terminal = os.open(request["terminal"], os.O_RDWR)
         fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)

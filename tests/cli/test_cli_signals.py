@@ -69,10 +69,14 @@ def test_an_ignored_ctrl_c_is_taken_all_the_same():
 
 def test_handlers_come_back():
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(signum) for signum in signals]
-    with StopRequest():
-        assert all(signal.getsignal(signum) != old for signum, old in zip(signals, before, strict=True))
-    assert [signal.getsignal(signum) for signum in signals] == before
+    under_nohup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        before = [signal.getsignal(signum) for signum in signals]
+        with StopRequest():
+            assert all(signal.getsignal(signum) != old for signum, old in zip(signals, before, strict=True))
+        assert [signal.getsignal(signum) for signum in signals] == before
+    finally:
+        signal.signal(signal.SIGHUP, under_nohup)
 
 
 def test_nohup_is_respected():
