@@ -262,7 +262,14 @@ def test_an_interrupted_check_keeps_what_it_has(tmp_path: Path, number: signal.S
     python = fake_python(tmp_path, f"echo half a line; echo >{fifo}; exec sleep 1000")
     environment = {**os.environ, "PYTHON": python}
     command = ["bash", str(ROOT / "bench" / "gpu.sh"), str(out), "--steps=machine,doctor", "--device=cpu"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # A shell ignores for ever what is ignored when it starts, as SIGINT is where the tests run in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     group = None
     try:
         fifo.read_text()  # until the step has begun
