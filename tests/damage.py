@@ -205,3 +205,26 @@ def with_valid_digest(content: bytes) -> bytes:
         return content
     digest = hashlib.sha256(content[:8] + text.replace(claimed, b"0" * 64) + data).hexdigest().encode()
     return content[:8] + text.replace(claimed, digest) + data
+
+
+# -------------------------------------------------------------------- weight files
+
+
+def refusals(path: Path, rounds: int) -> int:
+    """Count how often the weight file ``path`` with one to three bytes changed is refused; it may load too."""
+    from echo_rt.errors import WeightsError
+    from echo_rt.weights.files import open_tensors
+
+    whole, dice, refused = path.read_bytes(), random.Random(7), 0
+    for _ in range(rounds):
+        damaged = bytearray(whole)
+        for _ in range(dice.randrange(1, 4)):
+            damaged[dice.randrange(len(damaged))] = dice.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            for tensor in open_tensors(path).values():
+                tensor.double().sum()
+        except WeightsError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    return refused
