@@ -44,3 +44,8 @@ def with_type(error: BaseException) -> str:
 def one_line(text: object) -> str:
     """``text`` without line breaks and runs of blanks."""
     return " ".join(str(text).split())
+
+
+def printable(text: object) -> str:
+    """``text`` with everything that a terminal would obey (escape sequences, line breaks) as backslash escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))

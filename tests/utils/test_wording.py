@@ -8,7 +8,7 @@ import pytest
 
 from echo_rt.errors import WeightsError
 from echo_rt.soak import Outcome
-from echo_rt.utils.wording import counted, type_of
+from echo_rt.utils.wording import counted, printable, type_of
 from echo_rt.weights.folder import ModelFolder
 
 
@@ -32,3 +32,7 @@ def test_a_config_of_something_else(small_model: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("3")
     with pytest.raises(WeightsError, match="an int"):
         ModelFolder.open(tmp_path).transformer_config()
+
+
+def test_printable_leaves_nothing_for_a_terminal_to_obey() -> None:
+    assert printable("a\x1b[31m\nb\ud800é\u202e中 c") == "a\\x1b[31m\\nb\\ud800é\\u202e中 c"
