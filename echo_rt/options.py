@@ -45,9 +45,13 @@ OVERRIDES = (
     "rebuild_on_prompt_switch",
     "recache_sink",
 )
-# Further settings of a model folder; its recipe has the values that the folder does not state.
-RECIPE = "recipe"
-FOLDER_FACTS = ("width", "height", "tiny_seed", RECIPE)
+# Further settings of a model folder; its recipe has the values that the folder does not state, and its checkpoint is a
+# file in it, used where the caller gives none.
+RECIPE, CHECKPOINT = "recipe", "checkpoint"
+FOLDER_FACTS = ("width", "height", "tiny_seed", RECIPE, CHECKPOINT)
+
+# The model that the package holds; a folder of that name is written ./demo.
+DEMO = "demo"
 
 # LoRAs as callers give them: a path, or a sequence of paths and (path, strength) pairs.
 Lora = str | Path | Sequence[str | Path | tuple[str | Path, float]] | None

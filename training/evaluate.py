@@ -18,7 +18,7 @@ _HIGH = (RISE[0] + 6, RISE[1] - 6)
 
 @dataclass(frozen=True)
 class Reading:
-    """What a frame shows; ``balloon`` and ``lane`` are None where it is hidden or low. ``error``: beside that scene."""
+    """What a frame shows; ``balloon`` and ``lane`` are None where there is none. ``error``: beside that scene."""
 
     colour: str
     shape: str
@@ -29,17 +29,20 @@ class Reading:
     error: float
 
 
-def read(frame: Tensor, number: int) -> Reading:
-    """Read a frame ``[H, W, 3]`` in [0, 1] of that number: the nearest scene, found one part at a time."""
+def read(frame: Tensor, number: int, *, calm: bool = False) -> Reading:
+    """Read a frame ``[H, W, 3]`` in [0, 1] of that number: the nearest scene, found one part at a time.
+
+    ``calm``: whether there are days on which the balloon stays down.
+    """
     scene = Scene("red", "ball", "desert", "red", 0, 0)
     scene = _nearest(frame, number, (replace(scene, place=place) for place in PLACES))
     high = _HIGH[0] <= number % DAY <= _HIGH[1]
     if high:
-        balloons = itertools.product(BALLOON_COLOURS, range(len(LANES)))
+        balloons = itertools.product((*BALLOON_COLOURS, *[None][:calm]), range(len(LANES)))
         scene = _nearest(frame, number, (replace(scene, balloon=hue, lane=lane) for hue, lane in balloons))
     objects = itertools.product(OBJECT_COLOURS, SHAPES, range(STARTS))
     scene = _nearest(frame, number, (replace(scene, colour=c, shape=s, start=at) for c, s, at in objects))
-    balloon, lane = (scene.balloon, scene.lane) if high else (None, None)
+    balloon, lane = (scene.balloon, scene.lane) if high and scene.balloon else (None, None)
     error = float(_difference(frame, scene, number))
     return Reading(scene.colour, scene.shape, scene.place, scene.start, balloon, lane, error)
 

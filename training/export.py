@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import ModelConfig
+from echo_rt.options import CHECKPOINT
 from echo_rt.weights.layouts import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, TRANSFORMER_CONFIG, VAE_FILE
 from echo_rt.weights.tiny_model import CHECKPOINT_FILE, save_pickle, wan_config, write_tokenizer
 from training import prompts, vae
@@ -30,7 +31,7 @@ def write_model(
     """Write generator, VAE, text encoder and tokenizer; ``size`` is the video's width and height in pixels."""
     (folder / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
     facts = {"width": size[0], "height": size[1], **dataclasses.asdict(config.window)}
-    facts |= {"timestep_shift": config.sampler.timestep_shift}
+    facts |= {"timestep_shift": config.sampler.timestep_shift, CHECKPOINT: CHECKPOINT_FILE}
     if config.memory is not None:
         facts["rebuild_on_prompt_switch"] = config.memory.rebuild_on_prompt_switch
     text = json.dumps(wan_config(config.transformer, facts), indent=2)

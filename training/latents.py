@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -73,20 +73,39 @@ def fit_code(scenes: Sequence[Scene], count: int = 96) -> LinearCode:
 
 @dataclass(frozen=True)
 class World:
-    """All scenes and their latents ``table [scenes, 1 + DAY_LATENTS, C, h, w]``: the first frame's, then a day's."""
+    """All scenes and their latents ``table [scenes, 1 + DAY_LATENTS, C, h, w]``: the first frame's, then a day's.
+
+    ``calm``: the same of days on which the balloon stays down, for each object and place, where they are needed.
+    """
 
     code: LinearCode
     scenes: list[Scene]
     table: Tensor
+    calm: Tensor | None = None
 
-    def clip(self, scene: int, first: int, count: int) -> Tensor:
+    def clip(self, scene: int, first: int, count: int, calm_days: Container[int] = ()) -> Tensor:
         """Latents ``first .. first + count - 1`` of a scene's video, ``[count, C, h, w]``."""
-        return self.of(self.table, scene, first, count)
+        latents = self.of(self.table, scene, first, count)
+        if self.calm is not None:
+            balloons, starts = len(BALLOON_COLOURS) * len(LANES), STARTS
+            row = scene // (balloons * starts) * starts + scene % starts
+            is_calm = torch.tensor([(n - 1) // DAY_LATENTS in calm_days for n in range(first, first + count)])
+            latents = torch.where(is_calm.view(-1, 1, 1, 1), self.of(self.calm, row, first, count), latents)
+        return latents
+
+    def with_calm_days(self) -> World:
+        """Return this world with the latents of calm days, which are computed now (a minute)."""
+        calm = [replace(scene, balloon=None) for scene in self.scenes if _first_balloon(scene)]
+        return replace(self, calm=torch.stack([self.code.encode(render([scene] * (1 + DAY))) for scene in calm]))
 
     @staticmethod
     def of(table: Tensor, scene: int, first: int, count: int) -> Tensor:
         """The same rows of another table of all scenes."""
         return table[scene, _table_rows(first, count)]
+
+
+def _first_balloon(scene: Scene) -> bool:
+    return scene.balloon == next(iter(BALLOON_COLOURS)) and scene.lane == 0
 
 
 def _table_rows(first: int, count: int) -> list[int]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import MemoryConfig, ModelConfig, SamplerConfig, TransformerConfig, WindowConfig
-from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes
+from echo_rt.weights.shapes import MEMORY_PREFIX, Shapes, memory_shapes, transformer_shapes
 from training.checkpoint import load, save
 from training.latents import DAY_LATENTS, PATCH, World
 from training.optimizer import MuonAndAdam
@@ -69,20 +69,29 @@ _NOT_MUON = ("patch_embedding.weight", "head.head.weight", "text_embedding.0.wei
 
 
 def train(
-    world: World, folder: Path, *, memory: bool = True, seed: int = 0, stages: tuple[Stage, ...] = STAGES
+    world: World,
+    folder: Path,
+    *,
+    config: ModelConfig = CONFIG,
+    stages: tuple[Stage, ...] = STAGES,
+    seed: int = 0,
+    calm: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Train through ``stages``, going on from ``folder/model.pt``; return the averaged weights (EMA)."""
+    """Train through ``stages``, going on from ``folder/model.pt``; return the averaged weights (EMA).
+
+    ``calm``: share of days on which the balloon stays down.
+    """
     path = folder / "model.pt"
-    weights = {name: tensor.requires_grad_() for name, tensor in initial_weights(seed).items()}
+    weights = {name: tensor.requires_grad_() for name, tensor in initial_weights(config, seed).items()}
     average = {name: tensor.detach().clone() for name, tensor in weights.items()}
     optimizer = MuonAndAdam(weights, muon_rate=0.02, adam_rate=1.5e-3, adam=_modulations(weights))
     done = load(path, weights, optimizer, average=average)
-    clips = Clips(world, folder)
+    clips = Clips(world, folder, config, calm)
     began, last_save, total = time.monotonic(), time.monotonic(), sum(stage.steps for stage in stages)
     losses: list[float] = []
     for step in range(done, total):
         stage = _stage_at(stages, step)
-        loss = clips.loss(weights, stage, random.Random(f"model {seed} {step}"), memory=memory)
+        loss = clips.loss(weights, stage, random.Random(f"model {seed} {step}"))
         loss.backward()
         norm = optimizer.step(stage.rate * _rate(step, total))
         with torch.no_grad():
@@ -122,35 +131,38 @@ def _modulations(weights: Mapping[str, Tensor]) -> list[str]:
 class Clips:
     """Random clips of the world and the loss of a model on them."""
 
-    def __init__(self, world: World, folder: Path) -> None:
-        self._world = world
+    def __init__(self, world: World, folder: Path, config: ModelConfig = CONFIG, calm: float = 0.0) -> None:
+        self._world, self._config, self._calm = world, config, calm
         prompts = all_prompts()
         self._embeds = embed(prompts, folder / "tokenizer")
         self._prompt_row = {prompt: row for row, prompt in enumerate(prompts)}
         self._training = [index for index, scene in enumerate(world.scenes) if not scene.is_held_out]
         self._index = {scene: index for index, scene in enumerate(world.scenes)}
         self._weights = _rarity(world)
-        self._timesteps, self._sigmas = schedule(CONFIG)
-        self._rotary = Rotary(CONFIG)
+        self._timesteps, self._sigmas = schedule(config)
+        self._rotary = Rotary(config)
 
     def embeds(self, scenes: list[Scene]) -> Tensor:
         """Embeddings of the scenes' prompts, ``[N, text_len, text_dim]``."""
         return self._embeds[[self._prompt_row[scene.prompt] for scene in scenes]]
 
-    def loss(self, weights: Mapping[str, Tensor], stage: Stage, chance: random.Random, *, memory: bool) -> Tensor:
+    def loss(self, weights: Mapping[str, Tensor], stage: Stage, chance: random.Random) -> Tensor:
         """Mean flow-matching loss of one batch of clips."""
         scenes = [self._world.scenes[chance.choice(self._training)] for _ in range(stage.clips)]
         switch_at = chance.randrange(1, stage.blocks) if chance.random() < _SWITCH else None
-        rollout = Rollout(CONFIG, weights, memory=memory and chance.random() >= _FORGET, rotary=self._rotary)
+        rollout = Rollout(self._config, weights, memory=chance.random() >= _FORGET, rotary=self._rotary)
         rollout.set_prompt(self.embeds(scenes))
-        size = CONFIG.window.frames_per_block
+        size = self._config.window.frames_per_block
+        days = range(1 + stage.blocks * size // DAY_LATENTS)
+        calm = [{day for day in days if self._calm and chance.random() < self._calm} for _ in scenes]
         total = torch.zeros(())
         for block in range(stage.blocks):
             if block == switch_at:
                 scenes = [self._switched(scene, chance) for scene in scenes]
                 rollout.set_prompt(self.embeds(scenes))
             rows = [self._index[scene] for scene in scenes]
-            clean = torch.stack([self._world.clip(row, block * size, size) for row in rows])
+            clips = zip(rows, calm, strict=True)
+            clean = torch.stack([self._world.clip(row, block * size, size, days) for row, days in clips])
             rare = torch.stack([self._world.of(self._weights, row, block * size, size) for row in rows])
             step = chance.randrange(len(self._sigmas))
             sigma = self._sigmas[step]
@@ -188,11 +200,13 @@ def _rarity(world: World) -> Tensor:
     return weights
 
 
-def initial_weights(seed: int = 0) -> dict[str, Tensor]:
+def initial_weights(config: ModelConfig = CONFIG, seed: int = 0) -> dict[str, Tensor]:
     """Draw the weights: latents pass through, and two heads look at the same place in the frames before."""
     generator = torch.Generator().manual_seed(seed)
-    transformer = CONFIG.transformer
-    memory = {f"{MEMORY_PREFIX}{name}": shape for name, shape in memory_shapes(CONFIG).items()}
+    transformer = config.transformer
+    memory: Shapes = {}
+    if config.memory is not None:
+        memory = {f"{MEMORY_PREFIX}{name}": shape for name, shape in memory_shapes(config).items()}
     weights: dict[str, Tensor] = {}
     for name, shape in (transformer_shapes(transformer) | memory).items():
         noise = torch.randn(shape, generator=generator)
@@ -215,21 +229,21 @@ def initial_weights(seed: int = 0) -> dict[str, Tensor]:
     # The patch embedding's channels come first, the head's last.
     weights["head.head.weight"] = flow.unflatten(0, (transformer.in_channels, -1)).transpose(0, 1).flatten(0, 1).clone()
     weights["time_projection.1.weight"] *= 0.1
-    weights[f"{MEMORY_PREFIX}gate_linear.bias"] += 0.5
+    if config.memory is not None:
+        weights[f"{MEMORY_PREFIX}gate_linear.bias"] += 0.5
     for layer in range(transformer.num_layers):
         block = f"blocks.{layer}"
         weights[f"{block}.modulation"][:, 2] += 1.0
         weights[f"{block}.modulation"][:, 5] += 1.0
         for writer in ("self_attn.o", "cross_attn.o", "ffn.2"):
             weights[f"{block}.{writer}.weight"] *= 0.3
-        for head, back in enumerate((float(CONFIG.window.frames_per_block), 1.0)):
-            _look_back(weights, f"{block}.self_attn", head, back)
+        for head, back in enumerate((float(config.window.frames_per_block), 1.0)):
+            _look_back(weights, transformer, f"{block}.self_attn", head, back)
     return weights
 
 
-def _look_back(weights: dict[str, Tensor], name: str, head: int, frames: float) -> None:
+def _look_back(weights: dict[str, Tensor], transformer: TransformerConfig, name: str, head: int, frames: float) -> None:
     """Have ``head`` prefer the same place ``frames`` earlier: rotary embedding turns two constants into a distance."""
-    transformer = CONFIG.transformer
     rows = slice(head * transformer.head_dim, (head + 1) * transformer.head_dim)
     angles = []
     for channels, distance in zip(transformer.rope_dims, (frames, 0.0, 0.0), strict=True):

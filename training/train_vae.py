@@ -17,7 +17,7 @@ from training.optimizer import MuonAndAdam
 from training.vae import decode, encode, initial_decoder, initial_encoder
 from training.world import DAY, render
 
-DECODER_STEPS, ENCODER_STEPS = 2400, 900
+DECODER_STEPS, ENCODER_STEPS = 4000, 900
 _CLIPS = 4
 _LATENTS = (3, 5)  # of a clip: two lengths, so that more than one step in time is seen from zeros
 _CROP = (6, 7)  # latent pixels, rows and columns

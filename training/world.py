@@ -85,12 +85,12 @@ _SUNSET = 0.74  # part of the day
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that a video shows; the last three are not in the prompt."""
+    """Everything that a video shows; the last three are not in the prompt. ``balloon``: None while it stays down."""
 
     colour: str
     shape: str
     place: str
-    balloon: str
+    balloon: str | None
     lane: int
     start: int
 
@@ -161,7 +161,7 @@ def _frame(scene: Scene, number: int) -> Tensor:
         x, y = along * WIDTH, HEIGHT * (0.52 - 0.42 * math.sin(math.pi * along))
         picture = _over(picture, (1.0, 0.95, 0.70), _disc(x, y, 6.0))
     balloon = balloon_position(number, scene.lane)
-    if balloon is not None:
+    if scene.balloon is not None and balloon is not None:
         x, y = balloon
         picture = _over(picture, (0.35, 0.22, 0.12), _rectangle(x, y + 12, 2.5, 2.0) * 1.0)
         hue = torch.tensor(BALLOON_COLOURS[scene.balloon]) * (0.35 + 0.65 * light)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from echo_rt.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
-from echo_rt.options import is_path
+from echo_rt.options import DEMO, is_path
 from echo_rt.weights.files import open_tensors
 from echo_rt.weights.keymaps import bare
 from echo_rt.weights.layouts import DIFFUSERS_MARKS, DIFFUSERS_VAE_CONFIG, OPTIONS, ORIGINAL_MARKS, VAE_FILE, Layout
 from echo_rt.weights.parts import TEXT_ENCODER, TRANSFORMER, VAE, Config, Part, PartTensors
 
+DEMO_FOLDER = Path(__file__).parents[1] / "demo_model"
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -46,6 +47,7 @@ class ModelFolder:
     ) -> ModelFolder:
         """The model at ``path``: a folder, whose layout is told by the names of its files, or a transformer's file.
 
+        The word ``demo`` is the model that the package holds; a folder of that name is ``./demo`` or a ``Path``.
         A folder of the Hugging Face cache stands for its newest snapshot, a hub id for that in the cache. What is given
         beside it takes the place of the model's own part. ``downloads``: commands that fetch what else is needed, for
         the message about an id that is not in the cache.
@@ -63,7 +65,7 @@ class ModelFolder:
         for option, part in given.items():
             if not os.path.exists(part):
                 raise WeightsError(f"{option}: expected a file or folder, found none at {part}")
-        model = _local_model(Path(path), downloads)
+        model = DEMO_FOLDER if path == DEMO else _local_model(Path(path), downloads)
         if os.path.isfile(model):
             return cls(model.parent, Layout(model.parent, model), given)
         if not os.path.isdir(model):

@@ -14,6 +14,7 @@ from torch import Tensor
 from echo_rt.config import MemoryConfig, ModelConfig, VaeConfig
 from echo_rt.errors import ConfigError
 from echo_rt.options import (
+    CHECKPOINT,
     FOLDER_FACTS,
     RELEASED_SIZE,
     TINY_VAE,
@@ -34,6 +35,7 @@ from echo_rt.weights.folder import ModelFolder
 from echo_rt.weights.generator import GeneratorTensors, check_memory, load_generator
 from echo_rt.weights.lora import merge_lora
 from echo_rt.weights.shapes import memory_facts
+from echo_rt.weights.tensors import TensorFile
 from echo_rt.weights.tiny_vae import TinyVae, open_tiny_vae
 
 _logger = logging.getLogger("echo_rt.recipe")
@@ -70,8 +72,6 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         raise ConfigError(f"ema must be True, False or None, got {ema!r}")
     if checkpoint is not None and not is_path(checkpoint):
         raise ConfigError(f"checkpoint must be a path or None, got {checkpoint!r}")
-    if ema is not None and checkpoint is None:
-        raise ConfigError(f"ema says which weights of a checkpoint to take: expected a checkpoint beside ema={ema}")
     if not is_path(vae):
         raise ConfigError(f"vae must be {WAN_VAE!r}, {TINY_VAE!r} or a path, got {vae!r}")
     wanted = None if options.memory is None else MemoryMode.parse(options.memory)
@@ -85,7 +85,9 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     transformer_config = folder.transformer_config()
     defaults = check_overrides(folder.rollout_defaults(), f"{model}: echo_rt in config.json", FOLDER_FACTS)
     overrides = check_overrides(options.overrides or {}, "overrides")
-    opened = None if checkpoint is None else open_tensors(checkpoint)
+    opened = _checkpoint(folder, defaults) if checkpoint is None else open_tensors(checkpoint)
+    if ema is not None and opened is None:
+        raise ConfigError(f"ema says which weights of a checkpoint to take: expected a checkpoint beside ema={ema}")
     choice = choose_recipe(options.recipe, defaults, snapshot, opened, lora_files(options.lora), model)
     recipe = choice.recipe
     facts = {**choice.facts(defaults), **overrides}
@@ -109,7 +111,7 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         prefer_ema = recipe is None or recipe.ema
         generator = load_generator(opened, transformer_config, ema=ema, prefer_ema=prefer_ema)
         tensors, memory_tensors = generator.transformer, generator.memory
-        source = memory_source = str(checkpoint)
+        source = memory_source = str(opened.path)
     merged = merge_lora(tensors, options.lora, alpha=options.lora_alpha, device=parse_device(options.device))
     if merged.loras:
         tensors, source = merged.transformer, f"{source} with {', '.join(lora_text(*lora) for lora in merged.loras)}"
@@ -160,6 +162,16 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         memory_source=memory_source,
         taken=taken,
     )
+
+
+def _checkpoint(folder: ModelFolder, facts: Mapping[str, Any]) -> TensorFile | None:
+    """The checkpoint that a folder names as its own, a file beside its config; None where it names none."""
+    name = facts.get(CHECKPOINT)
+    if name is None:
+        return None
+    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+        raise ConfigError(f"{folder.path}: {CHECKPOINT}: expected the name of a file in the folder, found {name!r}")
+    return open_tensors(folder.path / name)
 
 
 def _downloads(options: RuntimeOptions) -> list[str]:
