@@ -46,12 +46,12 @@ Opener = Callable[..., Runtime]
 
 def frames_of(chunks: Iterable[Chunk], numbers: Sequence[int]) -> dict[int, Tensor]:
     """Return the frames with these ``numbers``, ``[H, W, 3]`` in [0, 1]; reads no further than the last."""
-    wanted, found, first = set(numbers), {}, 0
+    wanted, found = set(numbers), {}
     for chunk in chunks:
-        for number in wanted & set(range(first, first + len(chunk.frames))):
-            found[number] = chunk.frames[number - first].float() / 255
-        first += len(chunk.frames)
-        if first > max(wanted):
+        end = chunk.first_frame + len(chunk.frames)
+        for number in wanted & set(range(chunk.first_frame, end)):
+            found[number] = chunk.frames[number - chunk.first_frame].float() / 255
+        if end > max(wanted):
             break
     return found
 
@@ -190,12 +190,26 @@ def hidden(runtime: Runtime, days: int = 8) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"size": [], "kept": []}
     with runtime.stream(scene.prompt, seed=_FIRST_SEED) as stream:
         for chunk in stream:
-            if chunk.memory_norm is not None and chunk.gate_mean is not None:
-                found["size"].append(chunk.memory_norm)
-                found["kept"].append(chunk.gate_mean)
-            if chunk.index * runtime.config.window.frames_per_block * 4 > days * DAY:
+            vitals = chunk.stats.vitals
+            if vitals.memory_norm is not None and vitals.gate_mean is not None:
+                found["size"].append(vitals.memory_norm)
+                found["kept"].append(vitals.gate_mean)
+            if chunk.first_frame > days * DAY:
                 return found
     raise AssertionError("a stream has no end")
+
+
+def positions(open_runtime: Opener, days: Sequence[int]) -> dict[str, Any]:
+    """Follow the prompt with bounded temporal ids, and with ids that run on past those of training; share by day."""
+    scene = random_scene(random.Random("positions"))
+    hours = range(0, DAY, 6)
+    result: dict[str, Any] = {"day": list(days)}
+    for name, overrides in (("bounded", {}), ("running on", {"max_temporal_id": DAY * (max(days) + 1)})):
+        with open_runtime(overrides=overrides) as runtime, runtime.stream(scene.prompt, seed=_FIRST_SEED) as stream:
+            frames = frames_of(stream, [DAY * day + hour for day in days for hour in hours])
+        numbers = [[DAY * day + hour for hour in hours] for day in days]
+        result[name] = [share(follows(read(frames[n], n), scene) for n in day) for day in numbers]
+    return result
 
 
 def precision(open_runtime: Opener, dtypes: Sequence[str], sizes: Sizes, seconds: float = 3.0) -> dict[str, Any]:
@@ -228,6 +242,8 @@ def measure(open_runtime: Opener, sizes: Sizes, report: Callable[[str, Any], Non
         report("recall over days", recall(runtime, sizes.long, sizes.long_days))
         report("memory", hidden(runtime))
         report("drift", drift(runtime, sizes.drift_days))
+    days = [day for day in (0, 1, 2, 4, 8, 16, 32, 64) if day < sizes.drift_days]
+    report("positions", positions(open_runtime, days))
     report("precision", precision(open_runtime, ("bfloat16", "float16", "float8"), sizes))
     for mode in MODES:
         with open_runtime(memory=mode) as runtime:

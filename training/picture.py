@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from echo_rt import Chunk, Runtime
+from echo_rt import Runtime
 from training.world import DAY
 
 _SCALE = 3
