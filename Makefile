@@ -23,7 +23,7 @@ GENCODE := $(foreach arch,$(call listed,csrc/architectures.txt),-gencode arch=co
 # An installed torch is used as it is, with its CUDA; nothing replaces it.
 HAS_TORCH := -c 'import sys, torch; sys.exit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10))' 2>/dev/null
 
-.PHONY: help install demo train-demo test test-long test-virtual-gpu lint format kernels bench clean
+.PHONY: help install demo train-demo measure-demo test test-long test-virtual-gpu lint format kernels bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -43,6 +43,12 @@ demo: $(DEMO)/demo.mp4 ## make a 20-second video with a prompt switch from a tin
 
 train-demo: $(VENV)/.developed ## train the demo model on the CPU, for hours; goes on where it was stopped
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m training
+
+measure-demo: $(VENV)/.developed ## measure what the demo model shows and remembers, for hours; writes docs/memory.md and its pictures
+	$(BIN)/python -m training.picture
+	$(BIN)/python -m training.measure
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m training.claim
+	$(BIN)/python -m training.report
 
 test: $(VENV)/.developed kernels ## run every test; with nvcc on the PATH, compile the kernels too
 	$(PYTEST) $(PYTEST_ARGS)
