@@ -32,6 +32,7 @@ def encoder_weights(seed: int = 0) -> dict[str, Tensor]:
 
 def embed(prompts: Sequence[str], tokenizer: Path) -> Tensor:
     """Embed prompts: float32 ``[N, TEXT_LEN, d_model]``, zero where a prompt has ended."""
+    tokenizer.mkdir(parents=True, exist_ok=True)
     write_tokenizer(tokenizer, CONFIG.vocab_size, TEXT_LEN)
     out = torch.zeros(len(prompts), TEXT_LEN, CONFIG.d_model)
     with TextEncoder(CONFIG, encoder_weights(), tokenizer, text_len=TEXT_LEN) as encoder:

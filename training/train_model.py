@@ -59,6 +59,7 @@ STAGES = (
     Stage("recall", blocks=7, clips=6, steps=700),
     Stage("own context", blocks=7, clips=6, steps=1300, own=0.4, rate=0.7),
     Stage("days", blocks=11, clips=4, steps=500, own=0.5, rate=0.3),
+    Stage("finish", blocks=7, clips=7, steps=600, own=0.5, rate=0.5),
 )
 _FORGET = 0.15  # share of clips without memory, so that the model works with it off
 _SWITCH = 0.3  # share of clips with a prompt switch
