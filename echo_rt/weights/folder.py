@@ -13,12 +13,28 @@ from torch import Tensor
 from echo_rt.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.options import is_path
-from echo_rt.weights.files import open_tensors
+from echo_rt.utils.wording import type_of
+from echo_rt.weights.files import SUFFIXES, open_tensors
 from echo_rt.weights.keymaps import bare
-from echo_rt.weights.layouts import DIFFUSERS_MARKS, DIFFUSERS_VAE_CONFIG, OPTIONS, ORIGINAL_MARKS, VAE_FILE, Layout
+from echo_rt.weights.layouts import (
+    DIFFUSERS,
+    DIFFUSERS_MARKS,
+    DIFFUSERS_VAE_CONFIG,
+    OPTIONS,
+    ORIGINAL,
+    ORIGINAL_MARKS,
+    OTHER_FILES,
+    ROOTS,
+    TOKENIZERS,
+    VAE_FILE,
+)
 from echo_rt.weights.parts import TEXT_ENCODER, TRANSFORMER, VAE, Config, Part, PartTensors
+from echo_rt.weights.reading import read_object
+from echo_rt.weights.tensors import first_names
 
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
+_DEFAULTS_KEY = "echo_rt"
+_WAN_FIELD = "freq_dim"  # both Wan's and diffusers' config of the transformer have it, and no other model's
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -29,10 +45,12 @@ class ModelFolder:
     names, are mapped rather than loaded, and are checked: a missing, surplus or misshapen one is a ``WeightsError``.
     """
 
-    def __init__(self, path: Path, layout: Layout, given: Mapping[str, Path]) -> None:
-        self.path = path
-        self._layout = layout
-        self._given = given
+    def __init__(self, path: Path, transformer: Path | None, given: Mapping[str, Path]) -> None:
+        """A model in ``path``; ``transformer``: its file where that was named, ``given``: parts by their options."""
+        self.path, self._transformer, self._given = path, transformer, given
+        # The configs of a diffusers folder lie deeper; a stray config.json above them says nothing.
+        self._diffusers = transformer is None and any((path / mark).exists() for mark in DIFFUSERS_MARKS)
+        self._places = DIFFUSERS if self._diffusers else ORIGINAL
 
     @classmethod
     def open(
@@ -55,26 +73,28 @@ class ModelFolder:
         """
         if not isinstance(path, (str, os.PathLike)):
             raise WeightsError(f"expected the path of a folder with a Wan2.1 model, got {path!r}")
-        named = {"text_encoder": text_encoder, "tokenizer": tokenizer, "vae_file": vae_file}
-        for option, part in named.items():
-            if part is not None and not is_path(part):
+        given: dict[str, Path] = {}
+        for option, part in (("text_encoder", text_encoder), ("tokenizer", tokenizer), ("vae_file", vae_file)):
+            if part is None:
+                continue
+            if not is_path(part):
                 raise ConfigError(f"{option} must be a path or None, got {part!r}")
-        given = {option: Path(part) for option, part in named.items() if part is not None}
-        for option, part in given.items():
             if not os.path.exists(part):
                 raise WeightsError(f"{option}: expected a file or folder, found none at {part}")
+            given[option] = Path(part)
         model = _local_model(Path(path), downloads)
         if os.path.isfile(model):
-            return cls(model.parent, Layout(model.parent, model), given)
+            return cls(model.parent, model, given)
         if not os.path.isdir(model):
             raise WeightsError(f"{model}: expected a Wan2.1 model folder or file, but it does not exist")
-        layout = Layout(model)
-        if not layout.present:
+        folder = cls(model, None, given)
+        marked = any((model / mark).exists() for mark in ORIGINAL_MARKS)
+        if not (folder._diffusers or marked or any(map(folder._other_files, OTHER_FILES))):
             raise WeightsError(
                 f"{model}: expected a Wan2.1 model, either {', '.join(ORIGINAL_MARKS)} (original layout), "
                 f"{', '.join(DIFFUSERS_MARKS)} (diffusers layout) or files with ComfyUI's names, found none of them"
             )
-        return cls(model, layout, given)
+        return folder
 
     def transformer_config(self) -> TransformerConfig:
         """Sizes of the transformer, from its ``config.json``, else from the shapes of its tensors."""
@@ -85,7 +105,11 @@ class ModelFolder:
 
         ``width`` and ``height`` in pixels, and keys of ``ModelConfig.from_flat``; empty for a stock Wan folder.
         """
-        return self._layout.rollout_defaults()
+        config, path = self._read("transformer") or ({}, self.path)
+        defaults = config.get(_DEFAULTS_KEY, {})
+        if not isinstance(defaults, dict):
+            raise WeightsError(f'{path}: expected "{_DEFAULTS_KEY}" to be an object, found {type_of(defaults)}')
+        return dict(defaults)
 
     def transformer_tensors(self) -> Mapping[str, Tensor]:
         """The transformer."""
@@ -116,7 +140,9 @@ class ModelFolder:
 
     def tokenizer_path(self) -> Path:
         """The tokenizer's folder."""
-        path = self._given.get("tokenizer") or self._layout.tokenizer
+        names = ("tokenizer",) if self._diffusers else TOKENIZERS
+        places = [self.path / name for name in names]
+        path = self._given.get("tokenizer") or next((place for place in places if place.is_dir()), places[0])
         if not path.is_dir():
             raise WeightsError(f"{path}: expected the tokenizer's folder, found none (another is given as tokenizer)")
         if not any((path / name).is_file() for name in _TOKENIZER_FILES):
@@ -136,13 +162,55 @@ class ModelFolder:
 
     def _stated(self, part: Part[Config]) -> Config | None:
         """Sizes from a config, which is not that of a file given in place of the model's own."""
-        stated: Config | None = None if OPTIONS[part.name] in self._given else self._layout.config(part.name)
+        found = None if OPTIONS[part.name] in self._given else self._read(part.name)
+        if found is None:
+            return None
+        formats = self._places[part.name].formats
+        stated: Config = formats[-1 if "num_attention_heads" in found[0] else 0].parse(*found)
         return stated
 
+    def _read(self, part: str) -> tuple[dict[str, Any], Path] | None:
+        """The content and path of a part's config; None where shapes have to say the sizes."""
+        place = self._places[part]
+        path = self.path / (place.config or "")
+        if place.config is None or not (path.exists() or (self._diffusers and part == "transformer")):
+            return None
+        config = read_object(path, place.formats[0].what)
+        # Beside a file that was named there may be the config of anything.
+        return None if self._transformer is not None and _WAN_FIELD not in config else (config, path)
+
     def _open(self, part: Part[Config]) -> PartTensors[Config]:
-        path = self._given.get(OPTIONS[part.name]) or self._layout.file(part.name)
-        file = open_tensors(path, widen_to=part.widen_to)
+        file = open_tensors(self._given.get(OPTIONS[part.name]) or self._file(part.name), widen_to=part.widen_to)
         return PartTensors(part, bare(file, str(file.path)), str(file.path))
+
+    def _file(self, part: str) -> Path:
+        """The file of a part, or its stem, which need not be there: its usual name, else the only other one that fits.
+
+        Errors: ``WeightsError`` for several that fit.
+        """
+        if part == "transformer" and self._transformer is not None:
+            return self._transformer
+        usual = self.path / self._places[part].file
+        if self._diffusers or usual.exists() or (not usual.suffix and any(usual.parent.glob(f"{usual.name}.*"))):
+            return usual
+        found = self._other_files(part)
+        if len(found) > 1:
+            listed = first_names([str(file.relative_to(self.path)) for file in found])
+            raise WeightsError(
+                f"{self.path}: expected one file, found {listed}; give the one to use as {OPTIONS[part]}"
+            )
+        return found[0] if found else usual
+
+    def _other_files(self, part: str) -> list[Path]:
+        names, subfolders = OTHER_FILES[part]
+        folders = [self.path / root / sub for root in ROOTS for sub in (".", *subfolders)]
+        return sorted(
+            file
+            for folder in folders
+            if folder.is_dir()
+            for file in folder.iterdir()
+            if file.suffix.lower() in SUFFIXES and names.search(file.name.lower())
+        )
 
 
 def holds_vae(folder: Path) -> bool:

@@ -50,7 +50,7 @@ def other_format(path: Path, head: bytes) -> str | None:
     if not head:
         return next((what for name, what in _FOLDERS.items() if (path / name).exists()), None)
     if head.startswith(ZIP_MAGIC):
-        return _zip_format(path)
+        return zip_format(path)
     if head[_TAR_AT:].startswith(_TAR_MAGIC):
         return f"a tar archive: {_UNPACK}"
     text = head.lstrip().lower()
@@ -59,15 +59,19 @@ def other_format(path: Path, head: bytes) -> str | None:
     return known[0] if known else _SUFFIXES.get(path.suffix.lower())
 
 
-def _zip_format(path: Path) -> str | None:
-    """Name the kind of a zip archive; None where it is damaged or looks like torch's."""
+def zip_format(path: Path) -> str | None:
+    """Name the kind of a zip archive; None where it is damaged or looks like torch's, which compresses nothing."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name.rpartition("/")[2] for name in archive.namelist()]
+            entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return None
+    names = [entry.filename.rpartition("/")[2] for entry in entries]
     if "constants.pkl" in names:
         return f"a TorchScript program: {_SAVE}"
     if any(name.endswith(".npy") for name in names):
         return _SUFFIXES[".npz"]
-    return None if "data.pkl" in names else f"a zip archive of other files: {_UNPACK}"
+    if "data.pkl" not in names:
+        return f"a zip archive of other files: {_UNPACK}"
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    return "a torch file that was compressed: unpack it, and pack it again without compression" if packed else None

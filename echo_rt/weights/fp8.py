@@ -7,14 +7,15 @@ of inputs (``scale_input``, ``input_scale``) are for float8 products of activati
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
+from echo_rt.utils.checked_json import read_json
 from echo_rt.utils.wording import plain
 from echo_rt.weights.tensors import LazyTensors, Outline, first_names, outline_of
 
@@ -24,6 +25,12 @@ _SCALES = ("scale_weight", "weight_scale")
 _FILE_MARK, _LAYER_MARK = "scaled_fp8", "comfy_quant"
 _BESIDE = (*_SCALES, "scale_input", "input_scale", _FILE_MARK, _LAYER_MARK)
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")
+_LONGEST_MARK = 2**16
+
+
+@dataclass
+class _Mark:
+    format: str
 
 
 class WidenedTensors(LazyTensors):
@@ -77,13 +84,14 @@ def widened(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> Ma
 
 
 def _check_format(mark: Tensor, name: str, path: Path) -> None:
-    try:
-        found = json.loads(bytes(mark.flatten().tolist()))["format"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"{path}: expected {name} to name a format as JSON, found something else") from error
+    expected = f"{path}: expected {name} to name a format as JSON"
+    if mark.layout != torch.strided or mark.dtype != torch.uint8 or mark.numel() > _LONGEST_MARK:
+        raise WeightsError(f"{expected}, found {list(mark.shape)} values of {plain(mark.dtype)}")
+    found = read_json(bytes(mark.flatten().tolist()), _Mark, f"{expected}, found something else", WeightsError).format
     if found not in _FORMATS:
         raise WeightsError(
-            f"{path}: expected 16- or 32-bit weights, float8 or a GGUF file, found ComfyUI's format {found!r} ({name})"
+            f"{path}: expected 16- or 32-bit weights, float8 or a GGUF file, "
+            f"found ComfyUI's format {found!r:.80} ({name})"
         )
 
 

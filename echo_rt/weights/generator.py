@@ -18,7 +18,7 @@ from echo_rt.utils.wording import counted
 from echo_rt.weights.files import check_tensors, open_tensors
 from echo_rt.weights.keymaps import bare, is_factor, without_wrappers
 from echo_rt.weights.parts import TRANSFORMER, PartTensors
-from echo_rt.weights.shapes import MEMORY_PREFIX, check_depth, count_layers, memory_facts, memory_shapes, shape_of
+from echo_rt.weights.shapes import MEMORY_PREFIX, count_layers, memory_facts, memory_shapes, shape_of
 from echo_rt.weights.tensors import TensorFile, below, rename, selected
 
 _GENERATOR, _GENERATOR_EMA = "generator", "generator_ema"
@@ -81,7 +81,6 @@ def check_memory(tensors: Mapping[str, Tensor], config: ModelConfig, source: str
             f"{frames * per_frame} tokens for latents of {size}, found one of {counted(facts.memory_tokens, 'token')}, "
             "made for another video size"
         )
-    check_depth(facts.layers, tensors, source, "a memory encoder")
     check_tensors(tensors, memory_shapes(config), source)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from echo_rt.errors import BackendError, WeightsError
 from echo_rt.utils.wording import one_line
+from echo_rt.weights.reading import not_opened, reason_of
 from echo_rt.weights.tensors import Contents, Fact, LazyTensors, Outline
 
 GGUF_MAGIC = b"GGUF"
@@ -70,10 +71,11 @@ def open_gguf(path: Path, dtype: torch.dtype) -> Contents:
         # Arrays are left alone: a tokenizer's vocabulary is long.
         facts = {name: _plain(field.contents()) for name, field in reader.fields.items() if len(field.types) == 1}
         shapes = {entry.name: _shape(reader, entry) for entry in reader.tensors}
+        if sum(int(entry.n_bytes) for entry in reader.tensors) > path.stat().st_size:
+            raise ValueError("its tensors lie upon one another")
     except Exception as error:  # the package fails with whatever damaged bytes lead to
-        raise WeightsError(
-            f"{path}: expected a GGUF file, found a damaged or truncated one ({one_line(error)})"
-        ) from error
+        found = f"a damaged or truncated one ({reason_of(error)})"
+        raise not_opened(path, error, "a GGUF file", found) from error
     architecture = facts.get(_ARCHITECTURE)
     if architecture is not None and architecture not in _ARCHITECTURES:
         raise WeightsError(f"{path}: expected a GGUF file of Wan2.1 or umT5, found one of {architecture!a:.60}")

@@ -1,4 +1,4 @@
-"""Places of a model's parts in Wan2.1's own folder, diffusers' or files like ComfyUI's, and the sizes in its configs.
+"""Places of a model's parts in Wan2.1's own folder, in diffusers' and among files like ComfyUI's, and their configs.
 
 A part is called ``"transformer"``, ``"vae"`` or ``"text_encoder"``.
 """
@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from echo_rt.config import TextEncoderConfig, TransformerConfig, VaeConfig
+from echo_rt.config import Size, TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import WeightsError
-from echo_rt.utils.wording import type_of
-from echo_rt.weights.files import SUFFIXES, read_object
+from echo_rt.utils.checked_json import convert
 from echo_rt.weights.shapes import configured
-from echo_rt.weights.tensors import first_names
 
 TRANSFORMER_CONFIG = "config.json"
 TRANSFORMER_STEM = "diffusion_pytorch_model"
@@ -28,78 +26,57 @@ ORIGINAL_MARKS = (TRANSFORMER_CONFIG, VAE_FILE, TEXT_ENCODER_FILE)
 DIFFUSERS_VAE_CONFIG = "vae/config.json"
 DIFFUSERS_MARKS = ("transformer/config.json", DIFFUSERS_VAE_CONFIG, "text_encoder/config.json")
 
-_DEFAULTS_KEY = "echo_rt"
-_WAN_FIELD = "freq_dim"  # both Wan's and diffusers' config of the transformer have it, and no other model's
-
 
 @dataclass(frozen=True)
-class _Format:
+class Format:
     """The config of one network as one program writes it.
 
     ``expected``: values of fields that tell ``what`` from other networks, each of which may be left out; ``required``
     and ``optional``: the program's name of a field -> ours; ``product``: our name of a size -> the two whole numbers
-    that it is the product of.
+    that it is the product of; ``adapted``: what else the program means by a config.
     """
 
     what: str
     make: type
-    expected: dict[str, tuple[Any, ...]]
-    required: dict[str, str]
-    optional: dict[str, str]
+    expected: Mapping[str, tuple[Any, ...]]
+    required: Mapping[str, str]
+    optional: Mapping[str, str]
     product: tuple[str, str, str] | None = None
+    adapted: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
-    def parse(self, config: Mapping[str, Any], path: Path, **more: tuple[Any, ...]) -> Any:
-        """The sizes in ``config``, the content of ``path``; ``more`` are further values as in ``expected``.
-
-        Errors: ``WeightsError``, which names file and field, for what is no such config.
-        """
-        for name, allowed in (self.expected | more).items():
+    def parse(self, config: dict[str, Any], path: Path) -> Any:
+        """The sizes in ``config``, the content of ``path``; ``WeightsError``, which names it, for no such config."""
+        config = self.adapted(config)
+        for name, allowed in self.expected.items():
             if name in config and config[name] not in allowed:
                 wanted = " or ".join(json.dumps(value) for value in allowed)
-                raise WeightsError(
-                    f"{path}: expected {self.what} ({name} {wanted}), found {name} {json.dumps(config[name])}"
-                )
-        names = dict.fromkeys((*self.required, *(self.product or ())[1:]))
-        missing = [name for name in names if name not in config]
+                found = json.dumps(config[name])
+                raise WeightsError(f"{path}: expected {self.what} ({name} {wanted}), found {name} {found:.80}")
+        size, *factors = self.product or ("",)
+        needed = dict.fromkeys((*self.required, *factors))
+        missing = [name for name in needed if name not in config]
         if missing:
-            raise WeightsError(f"{path}: expected the fields {', '.join(names)}, found no {', '.join(missing)}")
-        fields = {ours: config[name] for name, ours in (self.required | self.optional).items() if name in config}
-        for name, value in fields.items():
-            if not all(isinstance(number, (int, float)) for number in (value if isinstance(value, list) else [value])):
-                raise WeightsError(
-                    f"{path}: expected {name} to be a number or a list of numbers, found {json.dumps(value)}"
-                )
-        sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-        if self.product is not None:
-            size, *factors = self.product
-            sizes[size] = _positive(config, factors[0], path) * _positive(config, factors[1], path)
-        try:
-            return configured(self.make, path, **sizes)
-        except TypeError as error:
-            raise WeightsError(
-                f"{path}: expected the sizes of a model, found fields of another type ({error})"
-            ) from error
-
-
-def _positive(config: Mapping[str, Any], name: str, path: Path) -> int:
-    value = config[name]
-    if not isinstance(value, int) or value < 1:
-        raise WeightsError(f"{path}: expected {name} to be a positive integer, found {value!r}")
-    return value
+            raise WeightsError(f"{path}: expected the fields {', '.join(needed)}, found no {', '.join(missing)}")
+        stated = {ours: config[name] for name, ours in {**self.required, **self.optional}.items() if name in config}
+        sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
+        if factors:
+            one, other = (convert(config[name], Size, f"{path}: {name}", WeightsError) for name in factors)
+            sizes[size] = one * other
+        return configured(self.make, path, **sizes)
 
 
 def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
-_WAN_TRANSFORMER = _Format(
+_WAN_TRANSFORMER = Format(
     "the config of a Wan2.1 text-to-video model",
     TransformerConfig,
     {"model_type": ("t2v",)},
     _same("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers"),
     {"in_dim": "in_channels", "out_dim": "out_channels"} | _same("text_dim", "text_len", "patch_size", "eps"),
 )
-_DIFFUSERS_TRANSFORMER = _Format(
+_DIFFUSERS_TRANSFORMER = Format(
     "the config of a Wan2.1 text-to-video transformer",
     TransformerConfig,
     {
@@ -114,8 +91,10 @@ _DIFFUSERS_TRANSFORMER = _Format(
     {"num_attention_heads": "num_heads"} | _same("ffn_dim", "freq_dim", "num_layers", "in_channels"),
     _same("out_channels", "text_dim", "text_len", "patch_size", "eps"),
     ("dim", "num_attention_heads", "attention_head_dim"),
+    # diffusers takes null for "as many as go in".
+    lambda config: {**config, "out_channels": config.get("out_channels") or config.get("in_channels")},
 )
-_DIFFUSERS_VAE = _Format(
+_DIFFUSERS_VAE = Format(
     "the config of the Wan2.1 VAE",
     VaeConfig,
     {
@@ -126,12 +105,17 @@ _DIFFUSERS_VAE = _Format(
         "attn_scales": ([],),
         "in_channels": (3,),
         "out_channels": (3,),
+        "decoder_base_dim": (None,),
     },
     _same("base_dim", "z_dim"),
     # The misspelling is diffusers' own.
     {"temperal_downsample": "temporal_downsample"} | _same("dim_mult", "num_res_blocks", "latents_mean", "latents_std"),
+    adapted=lambda config: {
+        name: None if name == "decoder_base_dim" and value == config.get("base_dim") else value
+        for name, value in config.items()
+    },
 )
-_TRANSFORMERS_UMT5 = _Format(
+_TRANSFORMERS_UMT5 = Format(
     "the config of a umT5 encoder",
     TextEncoderConfig,
     {"model_type": ("umt5",), "feed_forward_proj": ("gated-gelu",)},
@@ -140,140 +124,36 @@ _TRANSFORMERS_UMT5 = _Format(
     ("d_attn", "num_heads", "d_kv"),
 )
 
-
-_Parse = Callable[[dict[str, Any], Path], Any]
-
-
-def _diffusers_transformer(config: dict[str, Any], path: Path) -> Any:
-    # diffusers takes null for "as many as go in".
-    channels = config.get("out_channels") or config.get("in_channels")
-    return _DIFFUSERS_TRANSFORMER.parse({**config, "out_channels": channels}, path)
-
-
-def _any_transformer(config: dict[str, Any], path: Path) -> Any:
-    if "num_attention_heads" in config:
-        return _diffusers_transformer(config, path)
-    return _WAN_TRANSFORMER.parse(config, path, in_dim=(config.get("out_dim"),), out_dim=(config.get("in_dim"),))
-
-
-def _diffusers_vae(config: dict[str, Any], path: Path) -> Any:
-    return _DIFFUSERS_VAE.parse(config, path, decoder_base_dim=(None, config.get("base_dim")))
+# Of Wan's config of the transformer -> ours.
+WAN_FIELDS = {**_WAN_TRANSFORMER.required, **_WAN_TRANSFORMER.optional}
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Names of a layout's files and configs, by part; ``tokenizers``: the folders, of which one is enough."""
+class Place:
+    """The file of a part in one layout, or its stem, and its config, which the last of ``formats`` is by a mark."""
 
-    files: Mapping[str, str]
-    configs: Mapping[str, tuple[str, str, _Parse]]
-    tokenizers: tuple[str, ...]
+    file: str
+    config: str | None = None
+    formats: tuple[Format, ...] = ()
 
 
-_ORIGINAL = _Places(
-    {"transformer": TRANSFORMER_STEM, "vae": VAE_FILE, "text_encoder": TEXT_ENCODER_FILE},
-    {"transformer": (TRANSFORMER_CONFIG, _WAN_TRANSFORMER.what, _any_transformer)},
-    (TOKENIZER_FOLDER, "tokenizer", "umt5-xxl"),
-)
-_DIFFUSERS = _Places(
-    {
-        "transformer": "transformer/diffusion_pytorch_model",
-        "vae": "vae/diffusion_pytorch_model",
-        "text_encoder": "text_encoder/model",
-    },
-    {
-        "transformer": (DIFFUSERS_MARKS[0], _DIFFUSERS_TRANSFORMER.what, _diffusers_transformer),
-        "vae": (DIFFUSERS_VAE_CONFIG, _DIFFUSERS_VAE.what, _diffusers_vae),
-        "text_encoder": (DIFFUSERS_MARKS[2], _TRANSFORMERS_UMT5.what, _TRANSFORMERS_UMT5.parse),
-    },
-    ("tokenizer",),
-)
-
-# Of Wan's config of the transformer -> ours.
-WAN_FIELDS = _WAN_TRANSFORMER.required | _WAN_TRANSFORMER.optional
+ORIGINAL = {
+    "transformer": Place(TRANSFORMER_STEM, TRANSFORMER_CONFIG, (_WAN_TRANSFORMER, _DIFFUSERS_TRANSFORMER)),
+    "vae": Place(VAE_FILE),
+    "text_encoder": Place(TEXT_ENCODER_FILE),
+}
+DIFFUSERS = {
+    "transformer": Place("transformer/diffusion_pytorch_model", DIFFUSERS_MARKS[0], (_DIFFUSERS_TRANSFORMER,)),
+    "vae": Place("vae/diffusion_pytorch_model", DIFFUSERS_VAE_CONFIG, (_DIFFUSERS_VAE,)),
+    "text_encoder": Place("text_encoder/model", DIFFUSERS_MARKS[2], (_TRANSFORMERS_UMT5,)),
+}
+TOKENIZERS = (TOKENIZER_FOLDER, "tokenizer", "umt5-xxl")  # of which one is enough
 
 # ComfyUI's folders, those of its downloads (split_files) among them, and other names of the same files, in lower case.
-_ROOTS = (".", "models", "split_files")
-_OTHER_FILES = {
+ROOTS = (".", "models", "split_files")
+OTHER_FILES = {
     "transformer": (re.compile(r"wan.*t2v.*1[._]3b"), ("diffusion_models", "unet")),
     "vae": (re.compile(r"wan_?(2[._]1)?_?vae"), ("vae",)),
     "text_encoder": (re.compile(r"umt5[_-]xxl"), ("text_encoders", "clip")),
 }
 OPTIONS = {"transformer": "model", "vae": "vae_file", "text_encoder": "text_encoder"}
-
-
-class Layout:
-    """The places of a model's parts in ``folder``, and their sizes where there is a config.
-
-    ``transformer``: the transformer's file where that was named, which may be called anything.
-    """
-
-    def __init__(self, folder: Path, transformer: Path | None = None) -> None:
-        self._folder, self._transformer = folder, transformer
-        # The configs of a diffusers folder lie deeper; a stray config.json above them says nothing.
-        self._diffusers = transformer is None and any((folder / mark).exists() for mark in DIFFUSERS_MARKS)
-        self._places = _DIFFUSERS if self._diffusers else _ORIGINAL
-
-    @property
-    def present(self) -> bool:
-        """Return whether there is any part of a model."""
-        marked = any((self._folder / mark).exists() for mark in ORIGINAL_MARKS)
-        return self._diffusers or marked or any(map(self._other_files, _OTHER_FILES))
-
-    def file(self, part: str) -> Path:
-        """The file of a part, or its stem, which need not be there: its usual name, else the only other one that fits.
-
-        Errors: ``WeightsError`` for several that fit.
-        """
-        if part == "transformer" and self._transformer is not None:
-            return self._transformer
-        usual = self._folder / self._places.files[part]
-        if self._diffusers or usual.exists() or (not usual.suffix and any(usual.parent.glob(f"{usual.name}.*"))):
-            return usual
-        found = self._other_files(part)
-        if len(found) > 1:
-            listed = first_names([str(file.relative_to(self._folder)) for file in found])
-            raise WeightsError(
-                f"{self._folder}: expected one file, found {listed}; give the one to use as {OPTIONS[part]}"
-            )
-        return found[0] if found else usual
-
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer's folder, which need not be there."""
-        places = [self._folder / name for name in self._places.tokenizers]
-        return next((place for place in places if place.is_dir()), places[0])
-
-    def config(self, part: str) -> Any:
-        """The sizes that a part's config says, None where shapes have to say them; ``WeightsError`` for a wrong one."""
-        found = self._read(part)
-        return None if found is None else self._places.configs[part][2](*found)
-
-    def rollout_defaults(self) -> dict[str, Any]:
-        """The object ``echo_rt`` of the transformer's config: how its video is rolled out; empty without one."""
-        config, path = self._read("transformer") or ({}, self._folder)
-        defaults = config.get(_DEFAULTS_KEY, {})
-        if not isinstance(defaults, dict):
-            raise WeightsError(f'{path}: expected "{_DEFAULTS_KEY}" to be an object, found {type_of(defaults)}')
-        return dict(defaults)
-
-    def _read(self, part: str) -> tuple[dict[str, Any], Path] | None:
-        if part not in self._places.configs:
-            return None
-        name, what, _ = self._places.configs[part]
-        path = self._folder / name
-        if not path.exists() and not (self._diffusers and part == "transformer"):
-            return None
-        config = read_object(path, what)
-        # Beside a file that was named there may be the config of anything.
-        return None if self._transformer is not None and _WAN_FIELD not in config else (config, path)
-
-    def _other_files(self, part: str) -> list[Path]:
-        names, subfolders = _OTHER_FILES[part]
-        folders = [self._folder / root / sub for root in _ROOTS for sub in (".", *subfolders)]
-        return sorted(
-            file
-            for folder in folders
-            if folder.is_dir()
-            for file in folder.iterdir()
-            if file.suffix.lower() in SUFFIXES and names.search(file.name.lower())
-        )

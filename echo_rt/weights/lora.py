@@ -168,17 +168,18 @@ class _LoraFile:
         tensor_alphas = self._sort(names)
         self._check_changes()
         configs = adapter_configs(file.path, facts, self._source)
+        stated = [config.stated(label, self._source) for label, config in configs.items()]
         alphas = [
             *alphas_in(tensor_alphas, names, self._source),
             *alphas_in(facts, names, self._source),
-            *(config.alpha for config in configs),
+            *(alpha for alpha, _ in stated),
         ]
-        stray = sorted({name for stated in alphas for name in stated.modules} - self._changes.keys())
+        stray = sorted({name for place in alphas for name in place.modules} - self._changes.keys())
         self._refuse(stray, "alphas of changed modules", "of others")
-        self._rank_stabilized = any(config.rank_stabilized for config in configs)
+        self._rank_stabilized = any(config.use_rslora for config in configs.values())
         downs = {module: parts[DOWN] for module, parts in self._changes.items() if DOWN in parts}
         self.ranks = {module: self._shape(name)[0] for module, name in downs.items()}
-        ranks = [*(config.rank for config in configs), Stated("its factors", modules=self.ranks)]
+        ranks = [*(rank for _, rank in stated), Stated("its factors", modules=self.ranks)]
         for module in downs:
             self._agreed("rank", ranks, module, 0)
         self.alphas = {module: self._agreed("alpha", alphas, module, _ROUNDING) for module in downs}

@@ -16,7 +16,6 @@ from echo_rt.weights.files import check_tensors
 from echo_rt.weights.keymaps import TRANSFORMER_KEYS, UMT5_GGUF_KEYS, UMT5_KEYS, KeyMap, vae_keys
 from echo_rt.weights.shapes import (
     Shapes,
-    check_depth,
     text_encoder_config_of,
     text_encoder_shapes,
     transformer_config_of,
@@ -86,7 +85,6 @@ class Part(Generic[Config]):
     namings: Mapping[tuple[str, ...], _Naming[Config] | None]
     config_of: Callable[[Mapping[str, Tensor], str], Config]
     shapes_of: Callable[[Config], Shapes]
-    depth_of: Callable[[Config], int]
     widen_to: torch.dtype = torch.float32
 
 
@@ -101,7 +99,6 @@ TRANSFORMER: Part[TransformerConfig] = Part(
     },
     transformer_config_of,
     transformer_shapes,
-    lambda config: config.num_layers,
 )
 VAE: Part[VaeConfig] = Part(
     "vae",
@@ -112,7 +109,6 @@ VAE: Part[VaeConfig] = Part(
     },
     vae_config_of,
     vae_shapes,
-    lambda config: len(config.dim_mult) * config.num_res_blocks,
 )
 TEXT_ENCODER: Part[TextEncoderConfig] = Part(
     "text_encoder",
@@ -124,7 +120,6 @@ TEXT_ENCODER: Part[TextEncoderConfig] = Part(
     },
     text_encoder_config_of,
     text_encoder_shapes,
-    lambda config: config.num_layers,
     # It is kept as it is stored or narrower: what was quantized takes no more room than the released file.
     widen_to=torch.bfloat16,
 )
@@ -165,7 +160,6 @@ class PartTensors(Generic[Config]):
         """
         if config is None:
             config = self.config()
-        check_depth(self._part.depth_of(config), self._tensors, self._source, self._part.what)
         shapes = self._part.shapes_of(config)
         in_file = str if self._naming is None else self._naming(config).to_other
         names = {name: in_file(name) for name in shapes}

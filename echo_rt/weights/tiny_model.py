@@ -1,4 +1,4 @@
-"""A complete, small, random model folder in Wan's original layout: for trying things, for tests, for the demo."""
+"""A complete, small, random model folder in Wan's original layout: for trying things and for tests."""
 
 from __future__ import annotations
 
@@ -28,17 +28,9 @@ from echo_rt.weights.layouts import (
     VAE_FILE,
     WAN_FIELDS,
 )
-from echo_rt.weights.shapes import MEMORY_PREFIX
-from echo_rt.weights.tiny_tensors import (
-    Draw,
-    memory_tensors,
-    nudged,
-    text_encoder_tensors,
-    tiny_decoder_tensors,
-    transformer_tensors,
-    vae_tensors,
-)
-from echo_rt.weights.tiny_vae import TAEW, TinyVaeConfig
+from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes, vae_shapes
+from echo_rt.weights.tiny_tensors import Draw, Tensors, random_tensors, text_encoder_tensors
+from echo_rt.weights.tiny_vae import TAEW, TinyVaeConfig, tiny_decoder_shapes
 
 CHECKPOINT_FILE = "echo_infinity.pt"
 TINY_VAE_FILE = f"{TAEW.name}.pth"
@@ -55,8 +47,6 @@ _FILES = {
 }
 _MARK = "tiny_seed"  # in config.json, tells a folder that was written here from anyone else's
 _RECIPE = "echo-infinity-long"  # whose memory encoder this one is
-_GENERATOR_PREFIX = "model."
-_TRAINED, _TRAINED_EMA = 0.02, 0.01  # how far the checkpoint's weights are from the folder's
 
 _PAD, _END = "<pad>", "</s>"  # ids 0 and 1, as in umT5
 # Whole tokens for what prompts are made of; anything else is spelled in pieces, if need be byte by byte.
@@ -163,22 +153,20 @@ def _write_parts(part: Path, config: ModelConfig, vae: VaeConfig, seed: int, wid
     transformer, draw = config.transformer, Draw(seed)
     facts = {_MARK: seed, "width": width, "height": height, RECIPE: _RECIPE}
     (part / TRANSFORMER_CONFIG).write_text(json.dumps(wan_config(transformer, facts), indent=2) + "\n")
-    base = transformer_tensors(transformer, draw)
-    data = safetensors.torch.save(_cast(base, torch.bfloat16), {"format": "pt"})
-    (part / _TRANSFORMER_FILE).write_bytes(data)
+    base = _cast(random_tensors(transformer_shapes(transformer), draw), torch.bfloat16)
+    (part / _TRANSFORMER_FILE).write_bytes(safetensors.torch.save(base, {"format": "pt"}))
 
-    memory = {f"{MEMORY_PREFIX}{name}": tensor for name, tensor in memory_tensors(config, draw).items()}
-    checkpoint = {
-        name: _cast(
-            {f"{_GENERATOR_PREFIX}{key}": tensor for key, tensor in (nudged(base, draw, amount) | memory).items()},
-            torch.bfloat16,
-        )
-        for name, amount in (("generator", _TRAINED), ("generator_ema", _TRAINED_EMA))
-    }
+    shapes = transformer_shapes(transformer) | {MEMORY_PREFIX + n: shape for n, shape in memory_shapes(config).items()}
+    checkpoint = {}
+    for name in ("generator", "generator_ema"):
+        tensors = random_tensors(shapes, Draw(f"{seed}/{name}"))
+        checkpoint[name] = _cast({f"model.{key}": tensor for key, tensor in tensors.items()}, torch.bfloat16)
     save_pickle(part / CHECKPOINT_FILE, checkpoint)
-    save_pickle(part / VAE_FILE, _cast(vae_tensors(vae, draw), torch.float32))
-    tiny_decoder = TinyVaeConfig(vae.z_dim, widths=(16, 12, 8, 8))
-    save_pickle(part / TINY_VAE_FILE, _cast(tiny_decoder_tensors(tiny_decoder, draw), torch.float16))
+    save_pickle(part / VAE_FILE, _cast(random_tensors(vae_shapes(vae), draw), torch.float32))
+    tiny_vae = TinyVaeConfig(vae.z_dim, widths=(16, 12, 8, 8))
+    tiny_decoder = random_tensors(tiny_decoder_shapes(tiny_vae), draw)
+    tiny_decoder[f"{tiny_vae.head}.bias"].fill_(0.5)  # colours are in [0, 1]
+    save_pickle(part / TINY_VAE_FILE, _cast(tiny_decoder, torch.float16))
 
     text_encoder = TextEncoderConfig(
         vocab_size=1024, d_model=transformer.text_dim, d_attn=32, d_ff=64, num_heads=4, num_layers=2
@@ -193,7 +181,7 @@ def wan_config(config: TransformerConfig, facts: Mapping[str, Any]) -> dict[str,
     return {"_class_name": "WanModel", "model_type": "t2v", **fields, "echo_rt": dict(facts)}
 
 
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
 
