@@ -55,7 +55,7 @@ class _Checked:
         cls._what = what
 
     def __post_init__(self) -> None:
-        for name, kind in _checked_fields(type(self)).items():
+        for name, kind in _checked_fields(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name)
             try:
                 msgspec.convert(float(value) if isinstance(value, float) else value, kind)  # NumPy's is one

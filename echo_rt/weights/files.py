@@ -16,11 +16,10 @@ from torch import Tensor
 
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import plain
-from echo_rt.weights.formats import other_format
 from echo_rt.weights.fp8 import widened
 from echo_rt.weights.gguf_files import GGUF_MAGIC, open_gguf
 from echo_rt.weights.pickle_files import PICKLE_MAGICS, open_pickle
-from echo_rt.weights.reading import read_head
+from echo_rt.weights.reading import other_format, read_head
 from echo_rt.weights.safetensors_files import INDEX, is_safetensors, open_safetensors, open_sharded
 from echo_rt.weights.shapes import Shapes
 from echo_rt.weights.tensors import MOST_TENSORS, Contents, TensorFile, check_name, first_names, outline_of

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import one_line, type_of
-from echo_rt.weights.formats import ZIP_MAGIC, zip_format
-from echo_rt.weights.reading import not_opened, reason_of
+from echo_rt.weights.reading import ZIP_MAGIC, not_opened, reason_of, zip_format
 from echo_rt.weights.tensors import MOST_TENSORS, Contents, Fact, check_name
 
 # torch's zip container and a pickle of protocol 2 or newer, as torch.save wrote it before there was one.

@@ -1,12 +1,17 @@
-"""A complete, small, random model folder in Wan's original layout: for trying things and for tests."""
+"""Random tensors of any model, and a complete small model folder of them, for trying things and for tests.
+
+They are noise at the scale of real weights, and depend on a seed and names alone.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,7 @@ from echo_rt.errors import OutputError, TargetError
 from echo_rt.options import RECIPE, check_seed, latent_size
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import counted
-from echo_rt.weights.layouts import (
+from echo_rt.weights.folder import (
     TEXT_ENCODER_FILE,
     TOKENIZER_FOLDER,
     TRANSFORMER_CONFIG,
@@ -28,9 +33,22 @@ from echo_rt.weights.layouts import (
     VAE_FILE,
     WAN_FIELDS,
 )
-from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes, vae_shapes
-from echo_rt.weights.tiny_tensors import Draw, Tensors, random_tensors, text_encoder_tensors
+from echo_rt.weights.shapes import (
+    MEMORY_PREFIX,
+    Shapes,
+    memory_shapes,
+    text_encoder_shapes,
+    transformer_shapes,
+    vae_shapes,
+)
+from echo_rt.weights.tensors import LazyTensors
 from echo_rt.weights.tiny_vae import TAEW, TinyVaeConfig, tiny_decoder_shapes
+
+Tensors = dict[str, Tensor]
+
+_NORMS = ("norm", "gamma", "connector_proj.3")
+_SMALL = 0.05  # spread of what is near a constant: norm weights, biases
+_GATE, _GATE_BIAS = "gate_linear.bias", 2.0  # the memory's gate begins near "keep"
 
 CHECKPOINT_FILE = "echo_infinity.pt"
 TINY_VAE_FILE = f"{TAEW.name}.pth"
@@ -222,3 +240,54 @@ def write_tokenizer(folder: Path, vocab_size: int, text_len: int) -> None:
     content = (tokenizer.to_str(pretty=True), json.dumps(library_config, indent=2) + "\n")
     for name, text in zip(_TOKENIZER_FILES, content, strict=True):
         (folder / name).write_text(text, encoding="utf-8")
+
+
+class Draw:
+    """Normal random tensors that depend on a seed, a name and the kind of device, not on the order of drawing."""
+
+    def __init__(self, seed: int | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64) -> None:
+        self._seed, self._device, self._dtype = seed, device, dtype
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(f"{self._seed}/{name}".encode()))
+        return torch.randn(shape, generator=generator, device=self._device, dtype=self._dtype)
+
+
+def random_tensor(draw: Draw, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor at the scale that keeps amplitudes: unit gain for matrices, near 1 for norms, near 0 for biases."""
+    x = draw(name, *shape)
+    if name.endswith(_GATE):
+        return _SMALL * x + _GATE_BIAS
+    if name.endswith(".bias"):
+        return _SMALL * x
+    if any(norm in name for norm in _NORMS):
+        return 1 + _SMALL * x
+    if name.endswith("modulation"):
+        return x / math.sqrt(shape[-1])
+    if name.endswith("query_init"):
+        return x
+    return x / math.sqrt(math.prod(shape[1:]))
+
+
+def random_tensors(shapes: Shapes, draw: Draw) -> Tensors:
+    """All tensors of ``shapes``."""
+    return {name: random_tensor(draw, name, shape) for name, shape in shapes.items()}
+
+
+def text_encoder_tensors(config: TextEncoderConfig, draw: Draw) -> Tensors:
+    """The umT5 encoder."""
+    return random_tensors(text_encoder_shapes(config), draw)
+
+
+class RandomTensors(LazyTensors):
+    """Random weights of these ``shapes``: float32 on ``device``, drawn anew whenever they are asked for.
+
+    A model of any size can be made of them without anyone holding them in between.
+    """
+
+    def __init__(self, shapes: Shapes, device: torch.device, seed: int = 0) -> None:
+        super().__init__(shapes)
+        self._shapes, self._draw = shapes, Draw(seed, device, torch.float32)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return random_tensor(self._draw, name, self._shapes[name])

@@ -25,7 +25,7 @@ from echo_rt.config import TransformerConfig
 from echo_rt.errors import BackendError, WeightsError
 from echo_rt.weights import gguf_files
 from echo_rt.weights.files import open_tensors
-from echo_rt.weights.folder import ModelFolder
+from echo_rt.weights.folder import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE, ModelFolder
 from echo_rt.weights.generator import load_generator
 from echo_rt.weights.keymaps import (
     TRANSFORMER_KEYS,
@@ -33,7 +33,6 @@ from echo_rt.weights.keymaps import (
     UMT5_KEYS,
     vae_keys,
 )
-from echo_rt.weights.layouts import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
 from echo_rt.weights.lora import merge_lora
 from echo_rt.weights.shapes import transformer_shapes
 
