@@ -38,6 +38,7 @@ _DIFFUSERS_MARKS = ("transformer/config.json", _DIFFUSERS_VAE_CONFIG, "text_enco
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 _DEFAULTS_KEY = "echo_rt"
 _WAN_FIELD = "freq_dim"  # both Wan's and diffusers' config of the transformer have it, and no other model's
+_HUB_NAME = 200  # characters at most, of a snapshot
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -393,7 +394,8 @@ def _snapshot(repository: Path) -> Path | None:
         return None
     reference = repository / "refs" / "main"  # a download by a commit's name leaves none
     if reference.is_file():
-        main = snapshots / reference.read_text(encoding="utf-8", errors="replace").strip()
+        with reference.open(encoding="utf-8", errors="replace") as file:
+            main = snapshots / file.read(_HUB_NAME).strip()
         if main.parent == snapshots and main.is_dir():
             return main
     return max(
