@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,8 @@ class _Format:
     """The config of one network as one program writes it.
 
     ``expected``: values of fields that tell ``what`` from other networks, each of which may be left out; ``required``
-    and ``optional``: the program's name of a field -> ours; ``product``: our name of a size -> the two whole numbers
-    that it is the product of; ``adapted``: what else the program means by a config.
+    and ``optional`` (left out or null): the program's name of a field -> ours; ``product``: our name of a size and the
+    two whole numbers that it is the product of.
     """
 
     what: str
@@ -57,11 +57,9 @@ class _Format:
     required: Mapping[str, str]
     optional: Mapping[str, str]
     product: tuple[str, str, str] | None = None
-    adapted: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
     def parse(self, config: dict[str, Any], path: Path) -> Any:
         """The sizes in ``config``, the content of ``path``; ``WeightsError``, which names it, for no such config."""
-        config = self.adapted(config)
         for name, allowed in self.expected.items():
             if name in config and config[name] not in allowed:
                 wanted = " or ".join(json.dumps(value) for value in allowed)
@@ -72,7 +70,8 @@ class _Format:
         missing = [name for name in needed if name not in config]
         if missing:
             raise WeightsError(f"{path}: expected the fields {', '.join(needed)}, found no {', '.join(missing)}")
-        stated = {ours: config[name] for name, ours in {**self.required, **self.optional}.items() if name in config}
+        names = {name: ours for name, ours in self.optional.items() if config.get(name) is not None}
+        stated = {ours: config[name] for name, ours in {**self.required, **names}.items()}
         sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
         if factors:
             one, other = (convert(config[name], Size, f"{path}: {name}", WeightsError) for name in factors)
@@ -106,8 +105,6 @@ _DIFFUSERS_TRANSFORMER = _Format(
     {"num_attention_heads": "num_heads"} | _same("ffn_dim", "freq_dim", "num_layers", "in_channels"),
     _same("out_channels", "text_dim", "text_len", "patch_size", "eps"),
     ("dim", "num_attention_heads", "attention_head_dim"),
-    # diffusers takes null for "as many as go in".
-    lambda config: {**config, "out_channels": config.get("out_channels") or config.get("in_channels")},
 )
 _DIFFUSERS_VAE = _Format(
     "the config of the Wan2.1 VAE",
@@ -125,10 +122,6 @@ _DIFFUSERS_VAE = _Format(
     _same("base_dim", "z_dim"),
     # The misspelling is diffusers' own.
     {"temperal_downsample": "temporal_downsample"} | _same("dim_mult", "num_res_blocks", "latents_mean", "latents_std"),
-    adapted=lambda config: {
-        name: None if name == "decoder_base_dim" and value == config.get("base_dim") else value
-        for name, value in config.items()
-    },
 )
 _TRANSFORMERS_UMT5 = _Format(
     "the config of a umT5 encoder",

@@ -148,7 +148,7 @@ def test_wrong_folders(tmp_path: Path) -> None:
         ({"in_dim": 36}, "as many input as output channels, got in 36 and out 16"),
         ({"dim": ...}, "found no dim"),
         ({"dim": "1536"}, "dim must be a positive integer of at most 1048576, got '1536'"),
-        ({"eps": None}, "eps must be a number in 0..1, got None"),
+        ({"eps": "small"}, "eps must be a number in 0..1, got 'small'"),
         ({"dim": 25}, "dim 25 is not a multiple of num_heads 2"),
         ({"num_layers": 0}, "num_layers must be a positive integer"),
         ({"patch_size": 2}, "patch_size must be (1, rows, columns), got 2"),
