@@ -70,7 +70,15 @@ def widened(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> Ma
     for name in layers:
         _check_format(tensors[name], name, path)
     for weight, scale in scales.items():
-        _check_scale(tensors, weight, scale, path)
+        if weight not in float8:
+            found = plain(outline_of(tensors, weight).dtype) if weight in tensors else "none"
+            raise WeightsError(f"{path}: expected {weight} in float8 beside {scale}, found {found}")
+        shape, sizes = outline_of(tensors, weight).shape, outline_of(tensors, scale).shape
+        rows = shape[0] if shape else 1
+        if sizes not in ((), (1,), (1, 1), (rows,), (rows, *[1] * (len(shape) - 1))):
+            raise WeightsError(
+                f"{path}: expected {scale} to be one number or one of each of {rows} rows, found {list(sizes)}"
+            )
     # Unless layers say of themselves that they are scaled, all are where one is, in a file without the mark too.
     every = marked or (bool(scales) and not layers)
     scaled = {name for name in float8 if name.endswith(".weight")} if every else float8.intersection(layers.values())
@@ -92,18 +100,4 @@ def _check_format(mark: Tensor, name: str, path: Path) -> None:
         raise WeightsError(
             f"{path}: expected 16- or 32-bit weights, float8 or a GGUF file, "
             f"found ComfyUI's format {found!r:.80} ({name})"
-        )
-
-
-def _check_scale(tensors: Mapping[str, Tensor], weight: str, scale: str, path: Path) -> None:
-    if weight not in tensors:
-        raise WeightsError(f"{path}: expected {weight} beside {scale}, found none")
-    shape, dtype, _ = outline_of(tensors, weight)
-    if dtype not in FLOAT8:
-        raise WeightsError(f"{path}: expected {weight} in float8, as {scale} says, found {plain(dtype)}")
-    found = outline_of(tensors, scale).shape
-    rows = shape[0] if shape else 1
-    if found not in ((), (1,), (1, 1), (rows,), (rows, *[1] * (len(shape) - 1))):
-        raise WeightsError(
-            f"{path}: expected {scale} to be one number or one of each of {rows} rows, found {list(found)}"
         )

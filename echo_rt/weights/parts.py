@@ -62,12 +62,6 @@ def _any_in(tensors: Mapping[str, Tensor], signs: tuple[str, ...]) -> bool:
     return any(sign in name for name in tensors for sign in signs)
 
 
-def _what_is(tensors: Mapping[str, Tensor]) -> str:
-    """Name the kind of file that has these tensors, for a message."""
-    known = next((what for what, signs in _SIGNS.items() if _any_in(tensors, signs)), None)
-    return known or f"{counted(len(tensors), 'tensor')} ({', '.join(sorted(tensors)[:3]) or 'none'})"
-
-
 # From a config, or from None where only the names that sizes are read off are wanted, to the names of a file.
 _Naming = Callable[[Config | None], KeyMap]
 
@@ -136,10 +130,12 @@ class PartTensors(Generic[Config]):
     def __init__(self, part: Part[Config], tensors: Mapping[str, Tensor], source: str) -> None:
         fits = [naming for marks, naming in part.namings.items() if any(mark in tensors for mark in marks)]
         if not fits or _any_in(tensors, _EXTENDED):
-            found = _what_is(tensors)
-            below = _below(part, tensors) if found in _OWN else None
-            if below is not None:
-                found = f"one whose names begin with {below!r}: take that off them"
+            listed = f"{counted(len(tensors), 'tensor')} ({', '.join(sorted(tensors)[:3]) or 'none'})"
+            found = next((what for what, signs in _SIGNS.items() if _any_in(tensors, signs)), listed)
+            marks = [f".{mark}" for namings in part.namings for mark in namings]
+            below = [name.removesuffix(mark) for name in tensors for mark in marks if name.endswith(mark)]
+            if found in _OWN and below:
+                found = f"one whose names begin with {f'{below[0]}.'!r}: take that off them"
             raise WeightsError(f"{source}: expected {part.what}, found {found}")
         self._part: Part[Config] = part
         self._naming: _Naming[Config] | None = fits[0]
@@ -165,12 +161,6 @@ class PartTensors(Generic[Config]):
         names = {name: in_file(name) for name in shapes}
         check_tensors(self._tensors, {names[name]: shape for name, shape in shapes.items()}, self._source)
         return RenamedTensors(self._tensors, names)
-
-
-def _below(part: Part[Config], tensors: Mapping[str, Tensor]) -> str | None:
-    """The prefix before the names of ``part`` in a file that has them below another one; None without."""
-    marks = tuple(f".{mark}" for namings in part.namings for mark in namings)
-    return next((name.removesuffix(mark) + "." for name in tensors for mark in marks if name.endswith(mark)), None)
 
 
 def _without_tied_table(tensors: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import MemoryConfig, ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from echo_rt.errors import OutputError, TargetError
+from echo_rt.errors import OutputError, TargetError, WeightsError
 from echo_rt.options import RECIPE, check_seed, latent_size
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import counted
@@ -33,6 +33,7 @@ from echo_rt.weights.folder import (
     VAE_FILE,
     WAN_FIELDS,
 )
+from echo_rt.weights.reading import read_object
 from echo_rt.weights.shapes import (
     MEMORY_PREFIX,
     Shapes,
@@ -105,14 +106,25 @@ def write_tiny_model(
     target = Path(os.path.realpath(folder))
     _check_replaceable(target, overwrite)
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    old = part.with_suffix(".old")
     try:
         (part / TOKENIZER_FOLDER).mkdir(parents=True)
         _write_parts(part, config, vae, seed, width, height)
-        _put_in_place(part, target)
+        replaced = target.exists()
+        if replaced:
+            target.rename(old)
+        try:
+            part.rename(target)
+        except OSError:
+            if replaced:
+                old.rename(target)
+            raise
     except OSError as error:
         raise OutputError(f"{folder}: cannot write the model: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _model_config(vae: VaeConfig, width: int, height: int) -> ModelConfig:
@@ -132,7 +144,11 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
         if not found:
             return
-        if not _is_tiny(target / TRANSFORMER_CONFIG):
+        try:
+            tiny = _MARK in read_object(target / TRANSFORMER_CONFIG, "a config")["echo_rt"]
+        except (WeightsError, TypeError, KeyError):
+            tiny = False
+        if not tiny:
             raise TargetError(f"{target}: is not empty and holds no model written here; name another folder")
         if not overwrite:
             raise TargetError(f"{target}: already holds a small random model; --overwrite it, or name another")
@@ -142,29 +158,6 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
             raise TargetError(f"{target}: not replaced, since it holds {others} ({added[0]})")
     except OSError as error:
         raise TargetError(f"{target}: cannot write the model: {error.strerror or error}") from error
-
-
-def _is_tiny(config: Path) -> bool:
-    try:
-        parsed = json.loads(config.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return False
-    facts = parsed.get("echo_rt") if isinstance(parsed, dict) else None
-    return isinstance(facts, dict) and _MARK in facts
-
-
-def _put_in_place(part: Path, target: Path) -> None:
-    if not target.exists():
-        part.rename(target)
-        return
-    old = part.with_suffix(".old")
-    target.rename(old)
-    try:
-        part.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
 
 
 def _write_parts(part: Path, config: ModelConfig, vae: VaeConfig, seed: int, width: int, height: int) -> None:
