@@ -6,10 +6,8 @@ Nor can a small one ask for much memory: what it says of sizes is held against t
 from __future__ import annotations
 
 import mmap
-import os
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import one_line, type_of
-from echo_rt.weights.reading import ZIP_MAGIC, not_opened, reason_of, zip_format
+from echo_rt.weights.reading import ANY_SIZE, MAKES_ANY_SIZE, ZIP_MAGIC, not_opened, reason_of, zip_format
 from echo_rt.weights.tensors import MOST_TENSORS, Contents, Fact, check_name
 
 # torch's zip container and a pickle of protocol 2 or newer, as torch.save wrote it before there was one.
@@ -26,8 +24,6 @@ PICKLE_MAGICS = (ZIP_MAGIC, *(b"\x80" + bytes([protocol]) for protocol in range(
 # How torch's unpickler words its refusal of anything that is not plain data.
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)|class (\S+)|module (\S+) is blocked")
 _ALLOCATED = re.compile(r"tried to allocate (\d+) bytes")
-# The one name that makes an object of any size, filled with zeros, which torch takes for plain data.
-_ANY_SIZE = b"\nbytearray\n"
 _SHARED = 8  # names at most that all of a file's values have: of tied weights, of one dict under two names
 
 
@@ -45,8 +41,10 @@ def open_pickle(path: Path, head: bytes) -> Contents:
     if other is not None:
         raise WeightsError(f"{path}: expected a torch file of tensors, found {other}")
     try:
-        if _asks_for_any_size(path, is_zip):
-            raise WeightsError(f"{path}: expected a torch file of tensors, found one that makes bytes of any number")
+        if not is_zip:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+                if whole.find(ANY_SIZE) >= 0:
+                    raise WeightsError(f"{path}: expected a torch file of tensors, found {MAKES_ANY_SIZE}")
         with warnings.catch_warnings(), path.open("rb") as opened:
             warnings.simplefilter("ignore")  # of protocols that an error is about to name
             content = torch.load(path if mappable else opened, map_location="cpu", weights_only=True, mmap=mappable)
@@ -78,18 +76,6 @@ def open_pickle(path: Path, head: bytes) -> Contents:
         raise WeightsError(f"{path}: expected a dict of tensors, found dicts nested without end") from error
     _check_sizes(tensors, path)
     return tensors, facts
-
-
-def _asks_for_any_size(path: Path, is_zip: bool) -> bool:
-    with path.open("rb") as file:
-        if not is_zip:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return content.find(_ANY_SIZE) >= 0
-        with zipfile.ZipFile(file) as archive:
-            pickles = [entry for entry in archive.infolist() if entry.filename.endswith(".pkl")]
-        # As it lies there, after a header: torch can leave out the checksums, without which zipfile reads nothing.
-        regions = (os.pread(file.fileno(), entry.file_size + 2**17, entry.header_offset) for entry in pickles)
-        return any(_ANY_SIZE in region for region in regions)
 
 
 def _flattened(content: Mapping[object, object], prefix: str) -> Iterator[tuple[str, object]]:

@@ -24,6 +24,8 @@ _HEAD_BYTES = 512
 _LONGEST_JSON = 2**26
 _REASON_LENGTH = 160
 ZIP_MAGIC = b"PK\x03\x04"
+# The one name that makes an object of any size, filled with zeros, which torch takes for plain data.
+ANY_SIZE, MAKES_ANY_SIZE = b"\nbytearray\n", "one that makes bytes of any number"
 
 _UNPACK = "unpack it and give the file inside"
 _SAVE = "save its state_dict() with safetensors.torch.save_file or torch.save"
@@ -143,16 +145,22 @@ def other_format(path: Path, head: bytes) -> str | None:
 def zip_format(path: Path) -> str | None:
     """Name the kind of a zip archive; None where it is damaged or looks like torch's, which compresses nothing."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            entries = {entry: entry.filename.rpartition("/")[2] for entry in archive.infolist()}
+            names = list(entries.values())
+            if names.count("data.pkl") == 1:
+                (entry,) = (entry for entry, name in entries.items() if name == "data.pkl")
+                # As it lies there, after a header: torch can leave out the checksums, without which zipfile reads none.
+                size = min(entry.file_size, os.fstat(file.fileno()).st_size) + 2**18
+                content = os.pread(file.fileno(), size, entry.header_offset)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return None
-    names = [entry.filename.rpartition("/")[2] for entry in entries]
     if "constants.pkl" in names:
         return f"a TorchScript program: {_SAVE}"
     if any(name.endswith(".npy") for name in names):
         return _SUFFIXES[".npz"]
-    if "data.pkl" not in names:
+    if names.count("data.pkl") != 1:
         return f"a zip archive of other files: {_UNPACK}"
-    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-    return "a torch file that was compressed: unpack it, and pack it again without compression" if packed else None
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        return "a torch file that was compressed: unpack it, and pack it again without compression"
+    return MAKES_ANY_SIZE if ANY_SIZE in content else None
