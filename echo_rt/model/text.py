@@ -27,7 +27,7 @@ from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import first_line
 from echo_rt.weights.files import check_tensors
 from echo_rt.weights.keymaps import UMT5_KEYS
-from echo_rt.weights.reading import not_opened
+from echo_rt.weights.reading import names_in, not_opened
 from echo_rt.weights.shapes import text_encoder_shapes
 
 # A prompt is cut to the model's few hundred tokens; what is far longer is no prompt, and would take minutes to clean.
@@ -123,7 +123,7 @@ def _load_tokenizer(folder: Path, vocab_size: int) -> Any:
         raise WeightsError(f"{folder}: expected the tokenizer's folder, found none")
     with needing("transformers", "the tokenizer"):
         from transformers import AutoTokenizer
-    for path in folder.iterdir():
+    for path in [folder / name for name in names_in(folder)]:
         if path.exists() and not (path.is_file() or path.is_dir()):  # to open a pipe is to wait for whoever fills it
             raise WeightsError(f"{path}: expected a file of the tokenizer, found a pipe or a device")
     with _refusing(folder):

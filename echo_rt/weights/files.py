@@ -19,7 +19,7 @@ from echo_rt.utils.wording import plain
 from echo_rt.weights.fp8 import widened
 from echo_rt.weights.gguf_files import GGUF_MAGIC, open_gguf
 from echo_rt.weights.pickle_files import PICKLE_MAGICS, open_pickle
-from echo_rt.weights.reading import other_format, read_head
+from echo_rt.weights.reading import names_in, other_format, read_head
 from echo_rt.weights.safetensors_files import INDEX, is_safetensors, open_safetensors, open_sharded
 from echo_rt.weights.shapes import Shapes
 from echo_rt.weights.tensors import MOST_TENSORS, Contents, TensorFile, check_name, first_names, outline_of
@@ -75,13 +75,21 @@ def _find(path: Path) -> Path:
     # os.path answers False where a path cannot exist at all (too long a name); pathlib raises.
     if path.suffix.lower() in SUFFIXES or INDEX.search(path.name) or os.path.isfile(path):
         return path
+    there = names_in(path) if os.path.isdir(path) else []
+    for ending in (f"{_SAFETENSORS}.index.json", _SAFETENSORS):
+        found = [name for name in there if name.endswith(ending)]
+        if len(found) > 1:
+            raise WeightsError(f"{path}: expected one *{ending}, found {len(found)}: {first_names(found)}")
+        if found:
+            return path / found[0]
     if os.path.isdir(path):
-        return _find_in(path)
+        wanted = f"a folder with a *{_SAFETENSORS} or a *{_SAFETENSORS}.index.json"
+        raise WeightsError(f"{path}: expected {wanted}, found {other_format(path, b'') or 'neither'}")
     usual = [f"{path.name}{_SAFETENSORS}", f"{path.name}{_SAFETENSORS}.index.json"]
     older = [f"{path.name}.bin", f"pytorch_{path.name}.bin"]
     # What diffusers calls copies in another precision, single and sharded.
     variant = re.compile(re.escape(path.name) + r"(\.\w+\.safetensors|\.safetensors\.index\.\w+\.json)")
-    there = sorted(os.listdir(path.parent)) if os.path.isdir(path.parent) else []
+    there = names_in(path.parent) if os.path.isdir(path.parent) else []
     variants = [name for name in there if variant.fullmatch(name) and name not in usual]
     found = [name for name in usual if name in there] or variants or [name for name in older if name in there]
     if found == variants and len(found) > 1:
@@ -89,18 +97,6 @@ def _find(path: Path) -> Path:
     if not found:
         raise WeightsError(f"{path.parent}: expected {usual[0]} or {usual[1]}, found neither")
     return path.with_name(found[0])
-
-
-def _find_in(folder: Path) -> Path:
-    for pattern in (f"*{_SAFETENSORS}.index.json", f"*{_SAFETENSORS}"):
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
-            names = first_names([file.name for file in found])
-            raise WeightsError(f"{folder}: expected one {pattern}, found {len(found)}: {names}")
-        if found:
-            return found[0]
-    wanted = f"a folder with a *{_SAFETENSORS} or a *{_SAFETENSORS}.index.json"
-    raise WeightsError(f"{folder}: expected {wanted}, found {other_format(folder, b'') or 'neither'}")
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Shapes, source: str) -> None:

@@ -23,7 +23,7 @@ from echo_rt.utils.wording import type_of
 from echo_rt.weights.files import SUFFIXES, open_tensors
 from echo_rt.weights.keymaps import bare
 from echo_rt.weights.parts import TEXT_ENCODER, TRANSFORMER, VAE, Config, Part, PartTensors
-from echo_rt.weights.reading import read_object
+from echo_rt.weights.reading import names_in, read_object
 from echo_rt.weights.shapes import configured
 from echo_rt.weights.tensors import first_names
 
@@ -320,7 +320,8 @@ class ModelFolder:
         if part == "transformer" and self._transformer is not None:
             return self._transformer
         usual = self.path / self._places[part].file
-        if self._diffusers or usual.exists() or (not usual.suffix and any(usual.parent.glob(f"{usual.name}.*"))):
+        stem = "" if usual.suffix else f"{usual.name}."
+        if self._diffusers or usual.exists() or (stem and any(n.startswith(stem) for n in names_in(usual.parent))):
             return usual
         found = self._other_files(part)
         if len(found) > 1:
@@ -333,13 +334,8 @@ class ModelFolder:
     def _other_files(self, part: str) -> list[Path]:
         names, subfolders = _OTHER_FILES[part]
         folders = [self.path / root / sub for root in _ROOTS for sub in (".", *subfolders)]
-        return sorted(
-            file
-            for folder in folders
-            if folder.is_dir()
-            for file in folder.iterdir()
-            if file.suffix.lower() in SUFFIXES and names.search(file.name.lower())
-        )
+        files = [folder / name for folder in folders if folder.is_dir() for name in names_in(folder)]
+        return sorted(file for file in files if file.suffix.lower() in SUFFIXES and names.search(file.name.lower()))
 
 
 def holds_vae(folder: Path) -> bool:
@@ -391,6 +387,5 @@ def _snapshot(repository: Path) -> Path | None:
             main = snapshots / file.read(_HUB_NAME).strip()
         if main.parent == snapshots and main.is_dir():
             return main
-    return max(
-        (each for each in snapshots.iterdir() if each.is_dir()), key=lambda each: each.stat().st_mtime, default=None
-    )
+    found = [snapshots / name for name in names_in(snapshots)]
+    return max((each for each in found if each.is_dir()), key=lambda each: each.stat().st_mtime, default=None)

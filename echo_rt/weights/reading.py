@@ -89,6 +89,14 @@ def read_head(path: Path, what: str = "weights") -> bytes:
     return head
 
 
+def names_in(folder: Path) -> list[str]:
+    """The names of what lies in ``folder``, in order; ``WeightsError`` for one that cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise not_opened(folder, error, "a readable folder", error.strerror or str(error)) from error
+
+
 def read_object(path: Path, what: str, kind: type[T] = dict[str, Any]) -> T:  # type: ignore[assignment]
     """The JSON object in ``path`` as a ``kind``; ``what`` says for messages which file was expected there.
 

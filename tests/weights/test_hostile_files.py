@@ -235,6 +235,25 @@ def test_a_library_that_calls_a_file_missing_which_it_has_no_descriptor_for(tmp_
         assert "Too many open files" in refusal(lambda: open_safetensors(path), ResourceError)
 
 
+def test_descriptors_that_are_used_up_while_a_folder_is_looked_through(tmp_path: Path) -> None:
+    original = write_original(tmp_path / "original")
+    single = tmp_path / "single" / "vae"
+    single.mkdir(parents=True)
+    (original / "Wan2.1_VAE.pth").rename(single / "wan_2.1_vae.pth")
+    reads: tuple[Callable[[], Any], ...] = (
+        ModelFolder.open(original).transformer_config,
+        ModelFolder.open(original).transformer_tensors,
+        ModelFolder.open(single.parent).vae_config,
+        lambda: ModelFolder.open(single.parent),
+        lambda: open_tensors(original),
+        lambda: open_tensors(original / "diffusion_pytorch_model"),
+    )
+    with no_more_descriptors():
+        for read in reads:
+            assert "Too many open files" in refusal(read, ResourceError)
+    assert ModelFolder.open(single.parent).vae_config().base_dim == 4
+
+
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
 def test_memory_that_is_used_up_is_no_damage(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, 2**23)  # 32 MiB
