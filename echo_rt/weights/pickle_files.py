@@ -24,6 +24,7 @@ PICKLE_MAGICS = (ZIP_MAGIC, *(b"\x80" + bytes([protocol]) for protocol in range(
 # How torch's unpickler words its refusal of anything that is not plain data.
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)|class (\S+)|module (\S+) is blocked")
 _ALLOCATED = re.compile(r"tried to allocate (\d+) bytes")
+_LONGEST_PATH = 1024  # of dicts inside one another, in characters: a name is as long for each entry below
 _SHARED = 8  # names at most that all of a file's values have: of tied weights, of one dict under two names
 
 
@@ -82,6 +83,8 @@ def _flattened(content: Mapping[object, object], prefix: str) -> Iterator[tuple[
     for key, value in content.items():
         # Anything can be a key, a tensor too; what it looks like would be pages.
         name = f"{prefix}{key if isinstance(key, (str, int)) else f'<{type(key).__name__}>'}"
+        if len(name) > _LONGEST_PATH:
+            raise RecursionError
         if isinstance(value, Mapping):
             yield from _flattened(value, f"{name}.")
         else:

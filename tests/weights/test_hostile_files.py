@@ -57,6 +57,15 @@ def test_dicts_that_hold_one_another_many_times(tmp_path: Path) -> None:
     assert "expected at most 65536 entries" in refusal(lambda: open_tensors(tmp_path / "model.pt"))
 
 
+def test_long_names_of_dicts_in_dicts(tmp_path: Path) -> None:
+    """A hundred kilobytes of keys before each of sixty thousand names would be six gigabytes of names."""
+    content: dict[str, Any] = dict.fromkeys(map(str, range(60_000)), 1)
+    for depth in range(100):
+        content = {f"{depth}{'x' * 1000}": content}
+    torch.save(content, tmp_path / "model.pt")
+    assert "found dicts nested without end" in refusal(lambda: open_tensors(tmp_path / "model.pt"))
+
+
 @pytest.mark.parametrize("name", ["a", "optimizer.state.0.exp_avg", "m.comfy_quant"])
 def test_shapes_for_which_nothing_is_stored(tmp_path: Path, name: str) -> None:
     path = tmp_path / "model.pt"
