@@ -57,6 +57,8 @@ class _Checked:
     def __post_init__(self) -> None:
         for name, kind in _checked_fields(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name)
+            if isinstance(value, list):  # as JSON has it; a config can be hashed
+                object.__setattr__(self, name, tuple(value))
             try:
                 msgspec.convert(float(value) if isinstance(value, float) else value, kind)  # NumPy's is one
             except msgspec.ValidationError:
@@ -66,8 +68,7 @@ class _Checked:
     def from_flat(cls, source: Mapping[str, Any]) -> Self:
         """Make a config of one flat JSON object; unknown keys are ignored."""
         names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        # Tuples for lists, so that a config can be hashed.
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in source.items() if k in names})
+        return cls(**{name: value for name, value in source.items() if name in names})
 
     def _refuse(self, name: str, expected: str) -> NoReturn:
         value = getattr(self, name)

@@ -103,7 +103,7 @@ def test_flat_round_trip(recipe: str) -> None:
     changes = RECIPES.get(recipe, {})
     config = ModelConfig.from_flat(flat_config(**changes))
     flat = json.loads(json.dumps(config.to_flat()))
-    assert ModelConfig.from_flat(flat) == config
+    assert ModelConfig.from_flat(flat) == config and hash(ModelConfig.from_flat(flat)) == hash(config)
     assert flat | {**changes, "memory": flat["memory"]} == flat
 
 

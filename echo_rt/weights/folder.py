@@ -71,8 +71,7 @@ class _Format:
         if missing:
             raise WeightsError(f"{path}: expected the fields {', '.join(needed)}, found no {', '.join(missing)}")
         names = {name: ours for name, ours in self.optional.items() if config.get(name) is not None}
-        stated = {ours: config[name] for name, ours in {**self.required, **names}.items()}
-        sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
+        sizes = {ours: config[name] for name, ours in {**self.required, **names}.items()}
         if factors:
             one, other = (convert(config[name], Size, f"{path}: {name}", WeightsError) for name in factors)
             sizes[size] = one * other
