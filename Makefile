@@ -55,6 +55,7 @@ test: $(VENV)/.developed kernels ## run every test; with nvcc on the PATH, compi
 
 test-long: $(VENV)/.developed ## run what takes hours: long soaks, then every test in two other orders, once beside 20 busy processes
 	ECHO_RT_LONG_SOAK=1 $(PYTEST) tests/soak $(PYTEST_ARGS)
+	ECHO_RT_LONG_FUZZ=1 $(PYTEST) tests/weights/test_fuzz.py $(PYTEST_ARGS)
 	$(PYTEST) --shuffle 1 $(PYTEST_ARGS)
 	$(BIN)/python tests/busy.py 20 env $(PYTEST) --shuffle 2 $(PYTEST_ARGS)
 

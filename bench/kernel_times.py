@@ -32,7 +32,7 @@ from echo_rt.utils.device import DTYPES, FLOAT8, parse_device
 from echo_rt.utils.wording import counted, plain, with_type
 from echo_rt.verify.bundles import BOUNDS as ROLLOUT_BOUNDS
 from echo_rt.weights.shapes import memory_shapes
-from echo_rt.weights.tiny_tensors import RandomTensors
+from echo_rt.weights.tiny_model import RandomTensors
 
 MEMORY_UPDATE = "memory_update"
 MEMORY_SHARE = 0.85  # of the copy rate, the target of kernels that memory limits

@@ -35,7 +35,7 @@ from echo_rt.utils.device import DTYPES, model_context, parse_device, warn_of_fa
 from echo_rt.utils.wording import counted, first_line, plain
 from echo_rt.verify.bundles import bound_between, relative_error
 from echo_rt.weights.shapes import vae_decoder_shapes, vae_shapes
-from echo_rt.weights.tiny_tensors import RandomTensors
+from echo_rt.weights.tiny_model import RandomTensors
 
 Row = dict[str, Any]
 OURS, TORCH, DIFFUSERS = "echo-rt", "torch backend", "diffusers AutoencoderKLWan"

@@ -11,86 +11,95 @@ block being generated included). Sources: arXiv 2606.04527 and its released reci
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+
+import msgspec
+from msgspec import Meta
 
 from echo_rt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # How the memory encoder sees the keys that leave the window.
 MEMORY_READS = ("unrotated", "rotated")
 
-
-def _require_positive(owner: str, **values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{owner}: {name} must be a positive integer, got {value!r}")
-
-
-def _require_flag(owner: str, name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{owner}: {name} must be true or false, got {value!r}")
-
-
-def _require_number(
-    owner: str, name: str, value: object, smallest: float, largest: float, *, inside: bool = False
-) -> None:
-    """Require a real number from ``smallest`` to ``largest``; ``inside``: neither of the two."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and smallest <= value <= largest and not (inside and value in (smallest, largest)):  # type: ignore[operator]
-        return
-    if inside and largest == math.inf:
-        where = f"above {smallest:g}, and finite"
-    else:
-        where = f"between {smallest:g} and {largest:g}" if inside else f"in {smallest:g}..{largest:g}"
-    raise ConfigError(f"{owner}: {name} must be a number {where}, got {value!r}")
+# What a field can be. Numbers come from files: those past the limits describe no model, and work would grow with them.
+Size = Annotated[int, Meta(ge=1, le=2**20, description="a positive integer of at most 1048576")]
+Depth = Annotated[int, Meta(ge=1, le=1024, description="a positive integer of at most 1024")]
+_Flag = Annotated[bool, Meta(description="true or false")]
+_Number = Annotated[float, Meta(ge=-1e6, le=1e6, description="a finite number")]
+_Numbers = Annotated[tuple[_Number, ...], Meta(max_length=2**20, description="finite numbers")]
+_Fraction = Annotated[float, Meta(ge=0.0, le=1.0, description="a number in 0..1")]
+_Levels = Annotated[tuple[Depth, ...], Meta(min_length=1, max_length=16, description="1 to 16 positive integers")]
+_Flags = Annotated[tuple[bool, ...], Meta(description="true or false for each")]
+_Steps = Annotated[tuple[int, ...], Meta(max_length=1000, description="falling integers in 1..1000")]
 
 
-def _known_fields(cls: type, source: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of ``source`` that are fields of ``cls``, with tuples for lists, so that they can be hashed."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in source.items() if k in names}
+@functools.cache
+def _checked_fields(config: type) -> dict[str, Any]:
+    hints = get_type_hints(config, include_extras=True)
+    return {name: hint for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+
+
+class _Checked:
+    """A config whose values are held against the types and limits of its fields when it is made."""
+
+    _what: str  # names it in messages
+
+    def __init_subclass__(cls, what: str) -> None:
+        cls._what = what
+
+    def __post_init__(self) -> None:
+        for name, kind in _checked_fields(type(self)).items():  # type: ignore[arg-type]
+            value = getattr(self, name)
+            if isinstance(value, list):  # as JSON has it; a config can be hashed
+                object.__setattr__(self, name, tuple(value))
+            try:
+                msgspec.convert(float(value) if isinstance(value, float) else value, kind)  # NumPy's is one
+            except msgspec.ValidationError:
+                self._refuse(name, kind.__metadata__[0].description)
+
+    @classmethod
+    def from_flat(cls, source: Mapping[str, Any]) -> Self:
+        """Make a config of one flat JSON object; unknown keys are ignored."""
+        names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        return cls(**{name: value for name, value in source.items() if name in names})
+
+    def _refuse(self, name: str, expected: str) -> NoReturn:
+        value = getattr(self, name)
+        found = f"{list(value) if isinstance(value, tuple) else value!r}"
+        raise ConfigError(f"{self._what}: {name} must be {expected}, got {found:.100}")
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(_Checked, what="transformer"):
     """Sizes of the diffusion transformer (Wan's ``config.json``).
 
     Defaults are the values of Wan2.1-T2V-1.3B that its ``config.json`` does not name.
     """
 
-    dim: int
-    ffn_dim: int
-    freq_dim: int
-    num_heads: int
-    num_layers: int
-    in_channels: int = 16
-    out_channels: int = 16
-    text_dim: int = 4096
-    text_len: int = 512
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    eps: float = 1e-6
-    rope_theta: float = 10000.0
+    dim: Size
+    ffn_dim: Size
+    freq_dim: Size
+    num_heads: Size
+    num_layers: Depth
+    in_channels: Size = 16
+    out_channels: Size = 16
+    text_dim: Size = 4096
+    text_len: Size = 512
+    patch_size: Annotated[tuple[Size, Size, Size], Meta(description="(1, rows, columns)")] = (1, 2, 2)
+    eps: _Fraction = 1e-6
+    rope_theta: Annotated[float, Meta(gt=0, le=1e12, description="a number above 0")] = 10000.0
 
     def __post_init__(self) -> None:
-        _require_positive(
-            "transformer",
-            dim=self.dim,
-            ffn_dim=self.ffn_dim,
-            freq_dim=self.freq_dim,
-            num_heads=self.num_heads,
-            num_layers=self.num_layers,
-            in_channels=self.in_channels,
-            out_channels=self.out_channels,
-            text_dim=self.text_dim,
-            text_len=self.text_len,
-        )
-        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
-            raise ConfigError(f"transformer: patch_size must be (1, rows, columns), got {self.patch_size}")
-        _require_positive("transformer", patch_rows=self.patch_size[1], patch_columns=self.patch_size[2])
-        _require_number("transformer", "eps", self.eps, 0.0, 1.0)
+        super().__post_init__()
+        if self.patch_size[0] != 1:
+            self._refuse("patch_size", "(1, rows, columns)")
         if self.in_channels != self.out_channels:
             raise ConfigError(
                 "transformer: a text-to-video model has as many input as output channels, "
@@ -122,30 +131,21 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
-class WindowConfig:
+class WindowConfig(_Checked, what="window"):
     """What a block attends to, in latent frames, and the largest temporal RoPE id the model was trained with.
 
     ``sink_frames`` may be 0 without a memory. ``recache_sink``: a prompt switch whose recache reaches frame 0 leaves
     the sink with the keys and values of the new prompt; otherwise the old ones are restored.
     """
 
-    frames_per_block: int = 3
-    sink_frames: int = 3
-    local_frames: int = 9
-    max_temporal_id: int = 20
-    recache_sink: bool = False
+    frames_per_block: Size = 3
+    sink_frames: Annotated[int, Meta(ge=0, le=2**20, description="an integer of 0 or more")] = 3
+    local_frames: Size = 9
+    max_temporal_id: Size = 20
+    recache_sink: _Flag = False
 
     def __post_init__(self) -> None:
-        _require_positive(
-            "window",
-            frames_per_block=self.frames_per_block,
-            local_frames=self.local_frames,
-            max_temporal_id=self.max_temporal_id,
-        )
-        sink = self.sink_frames
-        if isinstance(sink, bool) or not isinstance(sink, int) or sink < 0:
-            raise ConfigError(f"window: sink_frames must be an integer of 0 or more, got {sink!r}")
-        _require_flag("window", "recache_sink", self.recache_sink)
+        super().__post_init__()
         for name, frames in (("sink_frames", self.sink_frames), ("local_frames", self.local_frames)):
             if frames % self.frames_per_block:
                 raise ConfigError(
@@ -165,26 +165,24 @@ class WindowConfig:
 
 
 @dataclass(frozen=True)
-class MemoryConfig:
+class MemoryConfig(_Checked, what="memory"):
     """The evolving memory: its size in frames of tokens, and the settings in which recipes differ.
 
     ``reads``: the memory encoder reads the keys of evicted frames before rotation, or rotated by the ids that these
     frames have while the block that evicts them is generated.
     """
 
-    frames: int = 3
-    layers: int = 2
-    normalize_k: bool = False
-    rebuild_on_prompt_switch: bool = True
-    ffn_multiplier: int = 4
+    frames: Size = 3
+    layers: Depth = 2
+    normalize_k: _Flag = False
+    rebuild_on_prompt_switch: _Flag = True
+    ffn_multiplier: Depth = 4
     reads: str = MEMORY_READS[0]
 
     def __post_init__(self) -> None:
-        _require_positive("memory", frames=self.frames, layers=self.layers, ffn_multiplier=self.ffn_multiplier)
-        for name in ("normalize_k", "rebuild_on_prompt_switch"):
-            _require_flag("memory", name, getattr(self, name))
+        super().__post_init__()
         if self.reads not in MEMORY_READS:
-            raise ConfigError(f"memory: memory_reads must be one of {', '.join(MEMORY_READS)}; got {self.reads!r}")
+            raise ConfigError(f"memory: memory_reads must be one of {', '.join(MEMORY_READS)}; got {self.reads!r:.100}")
 
     @property
     def reads_rotated(self) -> bool:
@@ -192,53 +190,48 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
+class SamplerConfig(_Checked, what="sampler"):
     """The few-step schedule: the training timesteps of the denoising steps, and the timestep of the context pass.
 
     ``first_block_steps``: the steps of the first generated block; empty for the same as all others.
     """
 
-    denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
-    timestep_shift: float = 5.0
-    context_timestep: float = 0.0
-    num_train_timesteps: int = 1000
-    first_block_steps: tuple[int, ...] = ()
+    denoising_steps: _Steps = (1000, 750, 500, 250)
+    timestep_shift: Annotated[float, Meta(gt=0, le=1e6, description="a number above 0, and finite")] = 5.0
+    context_timestep: _Number = 0.0
+    num_train_timesteps: Size = 1000
+    first_block_steps: _Steps = ()
 
     def __post_init__(self) -> None:
-        self._require_steps("denoising_steps", self.denoising_steps)
-        if self.first_block_steps != ():
-            self._require_steps("first_block_steps", self.first_block_steps)
-        _require_number("sampler", "timestep_shift", self.timestep_shift, 0.0, math.inf, inside=True)
-        _require_number("sampler", "context_timestep", self.context_timestep, 0.0, self.num_train_timesteps)
+        super().__post_init__()
+        for name, steps in (("denoising_steps", self.denoising_steps), ("first_block_steps", self.first_block_steps)):
+            rises = any(a <= b for a, b in itertools.pairwise(steps))
+            if rises or not all(1 <= step <= self.num_train_timesteps for step in steps):
+                self._refuse(name, f"falling integers in 1..{self.num_train_timesteps}")
+        if not self.denoising_steps:
+            self._refuse("denoising_steps", "one step at least")
+        if not 0 <= self.context_timestep <= self.num_train_timesteps:
+            self._refuse("context_timestep", f"a number in 0..{self.num_train_timesteps}")
 
     @property
     def most_steps(self) -> int:
         """The largest number of denoising steps of any block."""
         return max(len(self.denoising_steps), len(self.first_block_steps))
 
-    def _require_steps(self, name: str, steps: tuple[int, ...]) -> None:
-        whole = isinstance(steps, tuple) and all(isinstance(s, int) and not isinstance(s, bool) for s in steps)
-        valid = whole and steps and all(1 <= s <= self.num_train_timesteps for s in steps)
-        if not valid or any(a <= b for a, b in itertools.pairwise(steps)):
-            found = list(steps) if isinstance(steps, tuple) else steps
-            raise ConfigError(
-                f"sampler: {name} must be falling integers in 1..{self.num_train_timesteps}, got {found!r}"
-            )
-
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Checked, what="latent size"):
     """Everything that determines the arithmetic of a rollout: transformer, window, memory, schedule, latent size."""
 
     transformer: TransformerConfig
-    latent_height: int
-    latent_width: int
+    latent_height: Size
+    latent_width: Size
     window: WindowConfig = WindowConfig()
     memory: MemoryConfig | None = None
     sampler: SamplerConfig = SamplerConfig()
 
     def __post_init__(self) -> None:
-        _require_positive("latent size", latent_height=self.latent_height, latent_width=self.latent_width)
+        super().__post_init__()
         _, patch_rows, patch_columns = self.transformer.patch_size
         if self.latent_height % patch_rows or self.latent_width % patch_columns:
             raise ConfigError(
@@ -267,21 +260,20 @@ class ModelConfig:
             )
 
     @classmethod
-    def from_flat(cls, source: Mapping[str, Any]) -> ModelConfig:
+    def from_flat(cls, source: Mapping[str, Any]) -> Self:
         """Make a config of one flat JSON object, as in golden bundles and snapshots; unknown keys are ignored."""
         try:
-            transformer = _known_fields(TransformerConfig, source)
-            transformer.setdefault("out_channels", transformer.get("in_channels", 16))
+            channels = source.get("in_channels", 16)
             memory = source.get("memory")
             if memory is not None and not isinstance(memory, Mapping):
                 raise ConfigError(f"memory must be an object or null, got {memory!r}")
             return cls(
-                transformer=TransformerConfig(**transformer),
+                transformer=TransformerConfig.from_flat({"out_channels": channels, **source}),
                 latent_height=source["latent_height"],
                 latent_width=source["latent_width"],
-                window=WindowConfig(**_known_fields(WindowConfig, source)),
-                memory=None if memory is None else MemoryConfig(**_known_fields(MemoryConfig, memory)),
-                sampler=SamplerConfig(**_known_fields(SamplerConfig, source)),
+                window=WindowConfig.from_flat(source),
+                memory=None if memory is None else MemoryConfig.from_flat(memory),
+                sampler=SamplerConfig.from_flat(source),
             )
         except KeyError as missing:
             raise ConfigError(f"the config lacks {missing.args[0]!r}") from None
@@ -348,20 +340,20 @@ _WAN_LATENTS_STD = (
 
 
 @dataclass(frozen=True)
-class VaeConfig:
+class VaeConfig(_Checked, what="vae"):
     """The causal video VAE; the defaults are those of Wan2.1."""
 
-    base_dim: int = 96
-    z_dim: int = 16
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    temporal_downsample: tuple[bool, ...] = (False, True, True)
-    latents_mean: tuple[float, ...] = _WAN_LATENTS_MEAN
-    latents_std: tuple[float, ...] = _WAN_LATENTS_STD
-    frame_rate: int = 16  # video frames a second that Wan2.1 was trained at
+    base_dim: Size = 96
+    z_dim: Size = 16
+    dim_mult: _Levels = (1, 2, 4, 4)
+    num_res_blocks: Depth = 2
+    temporal_downsample: _Flags = (False, True, True)
+    latents_mean: _Numbers = _WAN_LATENTS_MEAN
+    latents_std: _Numbers = _WAN_LATENTS_STD
+    frame_rate: Size = 16  # video frames a second that Wan2.1 was trained at
 
     def __post_init__(self) -> None:
-        _require_positive("vae", base_dim=self.base_dim, z_dim=self.z_dim, num_res_blocks=self.num_res_blocks)
+        super().__post_init__()
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ConfigError(
                 f"vae: temporal_downsample must name one choice between each two of the {len(self.dim_mult)} "
@@ -372,11 +364,6 @@ class VaeConfig:
                 f"vae: latents_mean and latents_std must have z_dim {self.z_dim} entries, "
                 f"got {len(self.latents_mean)} and {len(self.latents_std)}"
             )
-
-    @classmethod
-    def from_flat(cls, source: Mapping[str, Any]) -> VaeConfig:
-        """Make a config of one flat JSON object; unknown keys are ignored."""
-        return cls(**_known_fields(cls, source))
 
     @property
     def spatial_stride(self) -> int:
@@ -394,36 +381,23 @@ class VaeConfig:
 
 
 @dataclass(frozen=True)
-class TextEncoderConfig:
+class TextEncoderConfig(_Checked, what="text encoder"):
     """The umT5 encoder; the defaults are those of umT5-xxl."""
 
-    vocab_size: int = 256384
-    d_model: int = 4096
-    d_attn: int = 4096
-    d_ff: int = 10240
-    num_heads: int = 64
-    num_layers: int = 24
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    eps: float = 1e-6
+    vocab_size: Size = 256384
+    d_model: Size = 4096
+    d_attn: Size = 4096
+    d_ff: Size = 10240
+    num_heads: Size = 64
+    num_layers: Depth = 24
+    relative_attention_num_buckets: Size = 32
+    relative_attention_max_distance: Size = 128
+    eps: _Fraction = 1e-6
 
     def __post_init__(self) -> None:
-        _require_positive(
-            "text encoder",
-            vocab_size=self.vocab_size,
-            d_model=self.d_model,
-            d_attn=self.d_attn,
-            d_ff=self.d_ff,
-            num_heads=self.num_heads,
-            num_layers=self.num_layers,
-        )
+        super().__post_init__()
         if self.d_attn % self.num_heads:
             raise ConfigError(f"text encoder: d_attn {self.d_attn} is not a multiple of num_heads {self.num_heads}")
-
-    @classmethod
-    def from_flat(cls, source: Mapping[str, Any]) -> TextEncoderConfig:
-        """Make a config of one flat JSON object; unknown keys are ignored."""
-        return cls(**_known_fields(cls, source))
 
     @property
     def d_kv(self) -> int:

@@ -21,6 +21,12 @@ class WeightsError(EchoError):
     """A weight folder or file that is missing, damaged, or does not hold the model it should."""
 
 
+class ResourceError(EchoError):
+    """Memory or file descriptors that this machine does not have; nothing is wrong with what was given."""
+
+    exit_code = 1
+
+
 class PromptError(EchoError):
     """A prompt, or prompt embeddings, that cannot be used."""
 

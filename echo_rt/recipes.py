@@ -73,135 +73,91 @@ _CAUSAL_FORCING = "zhuhz22/Causal-Forcing"
 _LONGLIVE = "Efficient-Large-Model/LongLive-1.3B"
 
 _FOUR_STEPS = (1000, 750, 500, 250)
-_PAST_21 = "the publisher's program makes 21 latent frames (81 of video) at most; what follows is our rolling window"
-_SWITCH = "the publisher has no prompt switch; ours makes the keys of the whole window anew"
+_SHARED = {  # by most recipes
+    "frames_per_block": 3,
+    "sink_frames": 3,
+    "local_frames": 9,
+    "max_temporal_id": 20,
+    "denoising_steps": _FOUR_STEPS,
+    "first_block_steps": (),
+    "timestep_shift": 5.0,
+    "context_timestep": 0.0,
+    "recache_sink": False,
+}
+_ECHO_NOTE = (
+    "the publisher's program makes 21 latent frames and no prompt switch; past frame 20 nothing is published: "
+    "ours goes on with bounded ids, and the memory reads keys rotated by them"
+)
+_FORCING_NOTES = (
+    "the publisher's program makes 21 latent frames (81 of video) at most; what follows is our rolling window",
+    "the publisher has no prompt switch; ours makes the keys of the whole window anew",
+)
+_LONGLIVE_NOTE = (
+    "positions are absolute up to frame 1023, where the publisher's program ends; ours goes on with bounded ids"
+)
 _LONGLIVE_FILES = (
     PublishedFile(_LONGLIVE, "models/longlive_base.pt", "checkpoint", known_by="longlive_base.pt"),
     PublishedFile(_LONGLIVE, "models/lora.pt", "lora"),
 )
 
 
-def _facts(**others: Any) -> dict[str, Any]:
-    """The facts of a rollout: those that most recipes share, and ``others``."""
-    return {
-        "frames_per_block": 3,
-        "sink_frames": 3,
-        "local_frames": 9,
-        "max_temporal_id": 20,
-        "denoising_steps": _FOUR_STEPS,
-        "first_block_steps": (),
-        "timestep_shift": 5.0,
-        "context_timestep": 0.0,
-        "recache_sink": False,
-        **others,
-    }
-
-
-def _echo_infinity(
-    name: str, *, normalize_k: bool, lora: bool, reads: str, rebuild: bool, notes: tuple[str, ...] = ()
+def _recipe(
+    name: str,
+    facts: Mapping[str, Any],
+    *files: PublishedFile,
+    ema: bool = False,
+    normalize_k: bool | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Recipe:
-    memory = {"memory_frames": 3, "memory_reads": reads, "rebuild_on_prompt_switch": rebuild}
-    roles: tuple[Literal["checkpoint", "lora"], ...] = ("checkpoint", "lora") if lora else ("checkpoint",)
-    return Recipe(
-        name=name,
-        facts=_facts(**memory),
-        ema=False,
-        memory="required",
-        normalize_k=normalize_k,
-        lora=lora,
-        files=tuple(PublishedFile(_ECHO_INFINITY, None, role) for role in roles),
-        notes=notes,
-    )
+    lora = any(file.role == "lora" for file in files)
+    memory: Literal["required", "absent"] = "absent" if normalize_k is None else "required"
+    return Recipe(name, {**_SHARED, **facts}, ema, memory, normalize_k, lora, files, notes)
 
 
-def _forcing(name: str, hub: str, path: str, known_by: str, *, ema: bool, **others: Any) -> Recipe:
+def _forcing(name: str, hub: str, folder: str, known_by: str, *, ema: bool = False, **facts: Any) -> Recipe:
     """A recipe without sink and memory: a window as long as what the publisher makes, and absolute positions."""
-    return Recipe(
-        name=name,
-        facts=_facts(**{"sink_frames": 0, "local_frames": 21, "max_temporal_id": 1023, **others}),
-        ema=ema,
-        memory="absent",
-        normalize_k=None,
-        lora=False,
-        files=(PublishedFile(hub, path, "checkpoint", known_by),),
-        notes=(_PAST_21, _SWITCH),
-    )
-
-
-def _longlive(name: str, max_temporal_id: int, notes: tuple[str, ...] = ()) -> Recipe:
-    return Recipe(
-        name=name,
-        facts=_facts(max_temporal_id=max_temporal_id, recache_sink=True),
-        ema=False,
-        memory="absent",
-        normalize_k=None,
-        lora=True,
-        files=_LONGLIVE_FILES,
-        notes=notes,
-    )
+    path = f"{folder}/{known_by}" if folder else known_by
+    window = {"sink_frames": 0, "local_frames": 21, "max_temporal_id": 1023}
+    file = PublishedFile(hub, path, "checkpoint", known_by)
+    return _recipe(name, {**window, **facts}, file, ema=ema, notes=_FORCING_NOTES)
 
 
 _TABLE = (
-    _echo_infinity(
+    _recipe(
         "echo-infinity-short",
+        {"memory_frames": 3, "memory_reads": "rotated", "rebuild_on_prompt_switch": False},
+        PublishedFile(_ECHO_INFINITY, None, "checkpoint"),
         normalize_k=True,
-        lora=False,
-        reads="rotated",
-        rebuild=False,
-        notes=(
-            "the publisher's program makes 21 latent frames and no prompt switch; past frame 20 nothing is published: "
-            "ours goes on with bounded ids, and the memory reads keys rotated by them",
-        ),
+        notes=(_ECHO_NOTE,),
     ),
-    _echo_infinity(
+    _recipe(
         "echo-infinity-long",
+        {"memory_frames": 3, "memory_reads": "unrotated", "rebuild_on_prompt_switch": True},
+        PublishedFile(_ECHO_INFINITY, None, "checkpoint"),
+        PublishedFile(_ECHO_INFINITY, None, "lora"),
         normalize_k=False,
-        lora=True,
-        reads="unrotated",
-        rebuild=True,
     ),
-    _forcing("self-forcing", "gdhe17/Self-Forcing", "checkpoints/self_forcing_dmd.pt", "self_forcing_dmd.pt", ema=True),
+    _forcing("self-forcing", "gdhe17/Self-Forcing", "checkpoints", "self_forcing_dmd.pt", ema=True),
+    _forcing("causal-forcing-chunkwise", _CAUSAL_FORCING, "", "chunkwise/causal_forcing.pt"),
     _forcing(
-        "causal-forcing-chunkwise",
-        _CAUSAL_FORCING,
-        "chunkwise/causal_forcing.pt",
-        "chunkwise/causal_forcing.pt",
-        ema=False,
+        "causal-forcing-framewise", _CAUSAL_FORCING, "", "framewise/causal_forcing.pt", ema=True, frames_per_block=1
     ),
-    _forcing(
-        "causal-forcing-framewise",
-        _CAUSAL_FORCING,
-        "framewise/causal_forcing.pt",
-        "framewise/causal_forcing.pt",
-        ema=True,
-        frames_per_block=1,
+    *(
+        _forcing(
+            f"causal-forcing-framewise-{len(steps)}step",
+            _CAUSAL_FORCING,
+            "causal-forcing++",
+            f"framewise-{len(steps)}step.pt",
+            ema=True,
+            frames_per_block=1,
+            denoising_steps=steps,
+            first_block_steps=_FOUR_STEPS,
+        )
+        for steps in ((1000, 500), (1000,))
     ),
-    _forcing(
-        "causal-forcing-framewise-2step",
-        _CAUSAL_FORCING,
-        "causal-forcing++/framewise-2step.pt",
-        "framewise-2step.pt",
-        ema=True,
-        frames_per_block=1,
-        denoising_steps=(1000, 500),
-        first_block_steps=_FOUR_STEPS,
-    ),
-    _forcing(
-        "causal-forcing-framewise-1step",
-        _CAUSAL_FORCING,
-        "causal-forcing++/framewise-1step.pt",
-        "framewise-1step.pt",
-        ema=True,
-        frames_per_block=1,
-        denoising_steps=(1000,),
-        first_block_steps=_FOUR_STEPS,
-    ),
-    _longlive(
-        "longlive",
-        1023,
-        ("positions are absolute up to frame 1023, where the publisher's program ends; ours goes on with bounded ids",),
-    ),
-    _longlive("longlive-infinity", 11),  # of the same files, whose names select the one above
+    _recipe("longlive", {"max_temporal_id": 1023, "recache_sink": True}, *_LONGLIVE_FILES, notes=(_LONGLIVE_NOTE,)),
+    # Of the same files, whose names select the one above.
+    _recipe("longlive-infinity", {"max_temporal_id": 11, "recache_sink": True}, *_LONGLIVE_FILES),
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _TABLE}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from echo_rt.config import ModelConfig
 from echo_rt.options import CHECKPOINT
-from echo_rt.weights.layouts import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, TRANSFORMER_CONFIG, VAE_FILE
+from echo_rt.weights.folder import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, TRANSFORMER_CONFIG, VAE_FILE
 from echo_rt.weights.tiny_model import CHECKPOINT_FILE, save_pickle, wan_config, write_tokenizer
 from training import prompts, vae
 

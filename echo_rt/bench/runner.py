@@ -33,7 +33,7 @@ from echo_rt.weights.choice import Taken
 from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.load_model import load_model
 from echo_rt.weights.shapes import memory_shapes, transformer_shapes, vae_shapes
-from echo_rt.weights.tiny_tensors import RandomTensors
+from echo_rt.weights.tiny_model import RandomTensors
 
 _MOST_BLOCKS = 300  # a steady state that comes later is none that anyone waits for
 _PROMPT_TOKENS = 77  # of random embeddings; how many there are changes no size

@@ -7,11 +7,12 @@ result, and float16 overflows in its feed-forward layers. A prompt is encoded on
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import html
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +27,7 @@ from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import first_line
 from echo_rt.weights.files import check_tensors
 from echo_rt.weights.keymaps import UMT5_KEYS
+from echo_rt.weights.reading import names_in, not_opened
 from echo_rt.weights.shapes import text_encoder_shapes
 
 # A prompt is cut to the model's few hundred tokens; what is far longer is no prompt, and would take minutes to clean.
@@ -102,21 +104,35 @@ def _build_umt5(
     return model.eval().requires_grad_(False)
 
 
+@contextlib.contextmanager
+def _refusing(folder: Path | None) -> Iterator[None]:
+    """Make one error of whatever the tokenizer's library raises for files that it cannot use."""
+    try:
+        yield
+    except BaseException as error:
+        # The panics of its half in Rust are no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        found = f"one that the library fails with: {first_line(error)}"
+        raise not_opened(folder or Path(), error, "a tokenizer", found) from error
+
+
 def _load_tokenizer(folder: Path, vocab_size: int) -> Any:
     if not folder.is_dir():
         # The library would take the name of a folder that does not exist for that of a model on the network.
         raise WeightsError(f"{folder}: expected the tokenizer's folder, found none")
     with needing("transformers", "the tokenizer"):
         from transformers import AutoTokenizer
-    try:
+    for path in [folder / name for name in names_in(folder)]:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # to open a pipe is to wait for whoever fills it
+            raise WeightsError(f"{path}: expected a file of the tokenizer, found a pipe or a device")
+    with _refusing(folder):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the library raises anything from OSError to bare Exception for a damaged file
-        raise WeightsError(f"{folder}: no tokenizer can be loaded from here: {first_line(error)}") from error
+        probe = tokenizer(_PROBE).input_ids
     if len(tokenizer) > vocab_size:
         raise WeightsError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the text encoder's table only {vocab_size}"
         )
-    probe = tokenizer(_PROBE).input_ids
     if tokenizer.eos_token_id is None or not probe or probe[-1] != tokenizer.eos_token_id:
         raise WeightsError(f"{folder}: expected a tokenizer that appends an end token, got {probe} for {_PROBE!r}")
     return tokenizer
@@ -152,6 +168,7 @@ class TextEncoder:
         self.device = torch.device(device)
         check_tensors(tensors, text_encoder_shapes(config), "text encoder")
         # The tokenizer first: it is quick to load and quick to be found missing.
+        self._tokenizer_path = tokenizer_path
         self._tokenizer = None if tokenizer_path is None else _load_tokenizer(Path(tokenizer_path), config.vocab_size)
         self._model: Any = _build_umt5(config, tensors, self.device, dtype)
 
@@ -162,7 +179,9 @@ class TextEncoder:
         """
         if self._tokenizer is None:
             raise StreamError("this text encoder has no tokenizer: it was closed, or made without one")
-        ids: list[int] = self._tokenizer(clean_prompt(prompt), verbose=False).input_ids
+        cleaned = clean_prompt(prompt)
+        with _refusing(self._tokenizer_path):
+            ids: list[int] = self._tokenizer(cleaned, verbose=False).input_ids
         if len(ids) > self.text_len:
             warnings.warn(
                 f"the prompt has {len(ids)} tokens, the model takes {self.text_len}: the rest is left out", stacklevel=3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,10 @@ from echo_rt.weights.tensors import TensorFile
 
 _ALONE = "it has no others"
 TAKEN = "taken"  # the fact of a snapshot's model: Taken as plain JSON types
+_LONGVIDEO = (
+    "has the name of a checkpoint for Rolling-Forcing, a window of four blocks at different noise levels, "
+    "which is none of the recipes"
+)
 _WINDOW = {"frames_per_block", "sink_frames", "local_frames", "max_temporal_id"}
 
 
@@ -79,10 +83,11 @@ class Taken:
         """Everything but the cautions, in one line."""
         recipe = "no recipe" if self.recipe is None else f"recipe {self.recipe}"
         weights = {True: "the EMA weights", False: "the plain weights", None: "the weights"}[self.ema]
-        where = self.model if self.checkpoint is None else f"{self.checkpoint} ({self.ema_reason})"
         loras = "".join(f", with the LoRA {file} at strength {strength:g}" for file, strength in self.loras)
-        place = "" if self.checkpoint is None else f", in {self.model}"
-        return f"{recipe} ({self.recipe_reason}): {weights} of {where}{loras}{place}"
+        where = f"{self.model}{loras}"
+        if self.checkpoint is not None:
+            where = f"{self.checkpoint} ({self.ema_reason}){loras}, in {self.model}"
+        return f"{recipe} ({self.recipe_reason}): {weights} of {where}"
 
     def for_snapshots(self) -> dict[str, Any]:
         """The entries that a stream resumed from a snapshot shares: all but the reason for the recipe."""
@@ -90,8 +95,7 @@ class Taken:
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the cautions, in plain JSON types."""
-        plain = asdict(self)
-        del plain["cautions"]
+        plain = {name: value for name, value in vars(self).items() if name != "cautions"}
         return {**plain, "loras": [{"file": file, "strength": strength} for file, strength in self.loras]}
 
 
@@ -119,21 +123,12 @@ def choose_recipe(
             return Choice(None, "as in the snapshot, which names none", "snapshot")
         return Choice(find_recipe(name, "the snapshot's recipe"), "as in the snapshot", "snapshot")
     if checkpoint is not None and checkpoint.path.name == LONGVIDEO_FILE:
-        raise _unknown(_is_longvideo(checkpoint))
+        raise _unknown(f"{checkpoint.path} {_LONGVIDEO}")
     if RECIPE in of_folder:
         source = f"{model}: echo_rt in config.json: {RECIPE}"
         return Choice(find_recipe(of_folder[RECIPE], source), "the folder names it", "folder")
     if _is_whole(of_folder):
         return Choice(None, "the folder's config.json has its facts", "folder")
-    return _told_by_files(checkpoint, loras, model)
-
-
-def _is_whole(of_folder: Mapping[str, Any]) -> bool:
-    """Return whether a folder states its whole window, as folders from before recipes do."""
-    return of_folder.keys() >= _WINDOW
-
-
-def _told_by_files(checkpoint: TensorFile | None, loras: Sequence[tuple[Path, float]], model: str | Path) -> Choice:
     if checkpoint is None:
         raise _unknown(f"nothing says how {model} is sampled, a stock Wan2.1 without a checkpoint that is distilled")
     if any(holds_memory(open_lora(path)) for path, _ in loras):
@@ -146,11 +141,9 @@ def _told_by_files(checkpoint: TensorFile | None, loras: Sequence[tuple[Path, fl
     raise _unknown(f"neither tensors nor name of {checkpoint.path} tell how it is sampled")
 
 
-def _is_longvideo(checkpoint: TensorFile) -> str:
-    return (
-        f"{checkpoint.path} has the name of a checkpoint for Rolling-Forcing, a window of four blocks at different "
-        "noise levels, which is none of the recipes"
-    )
+def _is_whole(of_folder: Mapping[str, Any]) -> bool:
+    """Return whether a folder states its whole window, as folders from before recipes do."""
+    return of_folder.keys() >= _WINDOW
 
 
 def _unknown(why: str) -> ConfigError:
@@ -189,7 +182,7 @@ def cautions(
         return ()
     found = []
     if checkpoint is not None and checkpoint.path.name == LONGVIDEO_FILE:
-        found.append(_is_longvideo(checkpoint))
+        found.append(f"{checkpoint.path} {_LONGVIDEO}")
     if recipe.lora and recipe.memory == "absent" and not lora:
         found.append(f"recipe {recipe.name} is published with a LoRA, and none is given")
     if recipe.memory == "required" and memory is None and not memory_is_asked:

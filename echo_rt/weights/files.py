@@ -6,32 +6,27 @@ are mapped, and a tensor's bytes are read when it is used.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
-from echo_rt.utils.wording import one_line, plain, type_of
-from echo_rt.weights.formats import other_format
+from echo_rt.utils.wording import plain
 from echo_rt.weights.fp8 import widened
 from echo_rt.weights.gguf_files import GGUF_MAGIC, open_gguf
 from echo_rt.weights.pickle_files import PICKLE_MAGICS, open_pickle
+from echo_rt.weights.reading import names_in, other_format, read_head
 from echo_rt.weights.safetensors_files import INDEX, is_safetensors, open_safetensors, open_sharded
 from echo_rt.weights.shapes import Shapes
-from echo_rt.weights.tensors import Contents, TensorFile, check_name, first_names, outline_of
+from echo_rt.weights.tensors import MOST_TENSORS, Contents, TensorFile, check_name, first_names, outline_of
 
 _SAFETENSORS = ".safetensors"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (_SAFETENSORS, *_PICKLES, ".gguf")
-_LFS_POINTER = b"version https://git-lfs"
-_HEAD_BYTES = 512
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -47,9 +42,11 @@ def open_tensors(path: str | Path, *, widen_to: torch.dtype = torch.float32) -> 
     but tensors; ``BackendError`` for a GGUF file without the package that reads it.
     """
     path = _find(Path(path))
-    tensors, facts = _open(path, _read_head(path), widen_to)
+    tensors, facts = _open(path, read_head(path), widen_to)
     if not tensors:
         raise WeightsError(f"{path}: expected tensors, found a file without any")
+    if len(tensors) > MOST_TENSORS:
+        raise WeightsError(f"{path}: expected at most {MOST_TENSORS} tensors, found {len(tensors)}")
     for name in tensors:
         check_name(name, path)
     return TensorFile(path, widened(tensors, path, widen_to), facts)
@@ -57,7 +54,7 @@ def open_tensors(path: str | Path, *, widen_to: torch.dtype = torch.float32) -> 
 
 def _open(path: Path, head: bytes, widen_to: torch.dtype) -> Contents:
     if INDEX.search(path.name):
-        return open_sharded(path, read_object(path, 'an index of shards with a "weight_map"'))
+        return open_sharded(path)
     if head.startswith(GGUF_MAGIC):
         return open_gguf(path, widen_to)
     if is_safetensors(head):  # before pickles: the length it begins with may look like one
@@ -78,13 +75,21 @@ def _find(path: Path) -> Path:
     # os.path answers False where a path cannot exist at all (too long a name); pathlib raises.
     if path.suffix.lower() in SUFFIXES or INDEX.search(path.name) or os.path.isfile(path):
         return path
+    there = names_in(path) if os.path.isdir(path) else []
+    for ending in (f"{_SAFETENSORS}.index.json", _SAFETENSORS):
+        found = [name for name in there if name.endswith(ending)]
+        if len(found) > 1:
+            raise WeightsError(f"{path}: expected one *{ending}, found {len(found)}: {first_names(found)}")
+        if found:
+            return path / found[0]
     if os.path.isdir(path):
-        return _find_in(path)
+        wanted = f"a folder with a *{_SAFETENSORS} or a *{_SAFETENSORS}.index.json"
+        raise WeightsError(f"{path}: expected {wanted}, found {other_format(path, b'') or 'neither'}")
     usual = [f"{path.name}{_SAFETENSORS}", f"{path.name}{_SAFETENSORS}.index.json"]
     older = [f"{path.name}.bin", f"pytorch_{path.name}.bin"]
     # What diffusers calls copies in another precision, single and sharded.
     variant = re.compile(re.escape(path.name) + r"(\.\w+\.safetensors|\.safetensors\.index\.\w+\.json)")
-    there = sorted(os.listdir(path.parent)) if os.path.isdir(path.parent) else []
+    there = names_in(path.parent) if os.path.isdir(path.parent) else []
     variants = [name for name in there if variant.fullmatch(name) and name not in usual]
     found = [name for name in usual if name in there] or variants or [name for name in older if name in there]
     if found == variants and len(found) > 1:
@@ -92,59 +97,6 @@ def _find(path: Path) -> Path:
     if not found:
         raise WeightsError(f"{path.parent}: expected {usual[0]} or {usual[1]}, found neither")
     return path.with_name(found[0])
-
-
-def _find_in(folder: Path) -> Path:
-    for pattern in (f"*{_SAFETENSORS}.index.json", f"*{_SAFETENSORS}"):
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
-            names = first_names([file.name for file in found])
-            raise WeightsError(f"{folder}: expected one {pattern}, found {len(found)}: {names}")
-        if found:
-            return found[0]
-    wanted = f"a folder with a *{_SAFETENSORS} or a *{_SAFETENSORS}.index.json"
-    raise WeightsError(f"{folder}: expected {wanted}, found {other_format(folder, b'') or 'neither'}")
-
-
-def _read_head(path: Path) -> bytes:
-    """The first bytes of a file that must be there, be a file, and be downloaded.
-
-    Errors: ``WeightsError`` for a missing, unreadable or empty file, a folder, or a git-lfs pointer.
-    """
-    try:
-        mode = path.stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to open a pipe is to wait for whoever fills it
-            raise WeightsError(f"{path}: expected a file, found a pipe or a device")
-        with path.open("rb") as file:
-            head = file.read(_HEAD_BYTES)
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: expected a file, found none") from None
-    except IsADirectoryError:
-        raise WeightsError(f"{path}: expected a file, found a folder") from None
-    except OSError as error:
-        raise WeightsError(f"{path}: expected a readable file, found: {error.strerror or error}") from error
-    if not head:
-        raise WeightsError(f"{path}: expected weights, found an empty file")
-    if head.startswith(_LFS_POINTER):
-        raise WeightsError(f"{path}: expected weights, found a git-lfs pointer: the file itself was never downloaded")
-    return head
-
-
-def read_object(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in ``path``; ``what`` says for messages what file was expected there.
-
-    Errors: ``WeightsError`` for a file that is missing or is no JSON object.
-    """
-    if not path.exists():
-        raise WeightsError(f"{path}: expected {what}, found no file")
-    _read_head(path)
-    try:
-        parsed = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: expected {what}, found no JSON ({one_line(error)})") from error
-    if not isinstance(parsed, dict):
-        raise WeightsError(f"{path}: expected {what} as a JSON object, found {type_of(parsed)}")
-    return parsed
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Shapes, source: str) -> None:

@@ -16,14 +16,6 @@ from echo_rt.weights.tensors import LazyTensors
 _VALUES = 64
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Return whether all values are finite, in one pass; ``isfinite`` would write a tensor of bools."""
-    if tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor)  # NaN if any value is
-    return math.isfinite(low.item()) and math.isfinite(high.item())
-
-
 class FingerprintedTensors(LazyTensors):
     """A view that refuses tensors with NaN or infinite values and records each one read.
 
@@ -39,7 +31,9 @@ class FingerprintedTensors(LazyTensors):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name]
-        if not _is_finite(tensor):
+        # In one pass; NaN if any value is. ``isfinite`` would write a tensor of bools.
+        ends = torch.aminmax(tensor) if tensor.numel() else ()
+        if not all(math.isfinite(end.item()) for end in ends):
             bad = int((~torch.isfinite(tensor)).sum())
             raise WeightsError(f"{self.source}: {bad} of {tensor.numel()} values of {name} are NaN or infinite")
         # What is computed at load may be rounded otherwise elsewhere: then it is told by what it is computed of.

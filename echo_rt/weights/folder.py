@@ -1,26 +1,170 @@
-"""A whole Wan2.1 model, in a folder of its original or the diffusers layout or in single files, read part by part."""
+"""A whole Wan2.1 model, read part by part: in its own folder, in diffusers', or in single files like ComfyUI's.
+
+A part is called ``"transformer"``, ``"vae"`` or ``"text_encoder"``. Its sizes are those of its config, if there is one.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from echo_rt.config import TextEncoderConfig, TransformerConfig, VaeConfig
+from echo_rt.config import Size, TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.options import DEMO, is_path
-from echo_rt.weights.files import open_tensors
+from echo_rt.utils.checked_json import convert
+from echo_rt.utils.wording import type_of
+from echo_rt.weights.files import SUFFIXES, open_tensors
 from echo_rt.weights.keymaps import bare
-from echo_rt.weights.layouts import DIFFUSERS_MARKS, DIFFUSERS_VAE_CONFIG, OPTIONS, ORIGINAL_MARKS, VAE_FILE, Layout
 from echo_rt.weights.parts import TEXT_ENCODER, TRANSFORMER, VAE, Config, Part, PartTensors
+from echo_rt.weights.reading import names_in, read_object
+from echo_rt.weights.shapes import configured
+from echo_rt.weights.tensors import first_names
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo_model"
+TRANSFORMER_CONFIG = "config.json"
+TRANSFORMER_STEM = "diffusion_pytorch_model"
+VAE_FILE = "Wan2.1_VAE.pth"
+TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+TOKENIZER_FOLDER = "google/umt5-xxl"
+_ORIGINAL_MARKS = (TRANSFORMER_CONFIG, VAE_FILE, TEXT_ENCODER_FILE)
+_DIFFUSERS_VAE_CONFIG = "vae/config.json"
+_DIFFUSERS_MARKS = ("transformer/config.json", _DIFFUSERS_VAE_CONFIG, "text_encoder/config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
+_DEFAULTS_KEY = "echo_rt"
+_WAN_FIELD = "freq_dim"  # both Wan's and diffusers' config of the transformer have it, and no other model's
+_HUB_NAME = 200  # characters at most, of a snapshot
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True)
+class _Format:
+    """The config of one network as one program writes it.
+
+    ``expected``: values of fields that tell ``what`` from other networks, each of which may be left out; ``required``
+    and ``optional`` (left out or null): the program's name of a field -> ours; ``product``: our name of a size and the
+    two whole numbers that it is the product of.
+    """
+
+    what: str
+    make: type
+    expected: Mapping[str, tuple[Any, ...]]
+    required: Mapping[str, str]
+    optional: Mapping[str, str]
+    product: tuple[str, str, str] | None = None
+
+    def parse(self, config: dict[str, Any], path: Path) -> Any:
+        """The sizes in ``config``, the content of ``path``; ``WeightsError``, which names it, for no such config."""
+        for name, allowed in self.expected.items():
+            if name in config and config[name] not in allowed:
+                wanted = " or ".join(json.dumps(value) for value in allowed)
+                found = json.dumps(config[name])
+                raise WeightsError(f"{path}: expected {self.what} ({name} {wanted}), found {name} {found:.80}")
+        size, *factors = self.product or ("",)
+        needed = dict.fromkeys((*self.required, *factors))
+        missing = [name for name in needed if name not in config]
+        if missing:
+            raise WeightsError(f"{path}: expected the fields {', '.join(needed)}, found no {', '.join(missing)}")
+        names = {name: ours for name, ours in self.optional.items() if config.get(name) is not None}
+        sizes = {ours: config[name] for name, ours in {**self.required, **names}.items()}
+        if factors:
+            one, other = (convert(config[name], Size, f"{path}: {name}", WeightsError) for name in factors)
+            sizes[size] = one * other
+        return configured(self.make, path, **sizes)
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+_WAN_TRANSFORMER = _Format(
+    "the config of a Wan2.1 text-to-video model",
+    TransformerConfig,
+    {"model_type": ("t2v",)},
+    _same("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers"),
+    {"in_dim": "in_channels", "out_dim": "out_channels"} | _same("text_dim", "text_len", "patch_size", "eps"),
+)
+_DIFFUSERS_TRANSFORMER = _Format(
+    "the config of a Wan2.1 text-to-video transformer",
+    TransformerConfig,
+    {
+        # The second is FastVideo's: the same tensors under the same names.
+        "_class_name": ("WanTransformer3DModel", "CausalWanTransformer3DModel"),
+        # Set only where images condition the video.
+        "image_dim": (None,),
+        "added_kv_proj_dim": (None,),
+        "cross_attn_norm": (True,),
+        "qk_norm": ("rms_norm_across_heads",),
+    },
+    {"num_attention_heads": "num_heads"} | _same("ffn_dim", "freq_dim", "num_layers", "in_channels"),
+    _same("out_channels", "text_dim", "text_len", "patch_size", "eps"),
+    ("dim", "num_attention_heads", "attention_head_dim"),
+)
+_DIFFUSERS_VAE = _Format(
+    "the config of the Wan2.1 VAE",
+    VaeConfig,
+    {
+        "_class_name": ("AutoencoderKLWan",),
+        # What Wan2.2's VAE adds to this one.
+        "is_residual": (False,),
+        "patch_size": (None,),
+        "attn_scales": ([],),
+        "in_channels": (3,),
+        "out_channels": (3,),
+        "decoder_base_dim": (None,),
+    },
+    _same("base_dim", "z_dim"),
+    # The misspelling is diffusers' own.
+    {"temperal_downsample": "temporal_downsample"} | _same("dim_mult", "num_res_blocks", "latents_mean", "latents_std"),
+)
+_TRANSFORMERS_UMT5 = _Format(
+    "the config of a umT5 encoder",
+    TextEncoderConfig,
+    {"model_type": ("umt5",), "feed_forward_proj": ("gated-gelu",)},
+    _same("vocab_size", "d_model", "d_ff", "num_heads", "num_layers"),
+    {"layer_norm_epsilon": "eps"} | _same("relative_attention_num_buckets", "relative_attention_max_distance"),
+    ("d_attn", "num_heads", "d_kv"),
+)
+
+# Of Wan's config of the transformer -> ours.
+WAN_FIELDS = {**_WAN_TRANSFORMER.required, **_WAN_TRANSFORMER.optional}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The file of a part in one layout, or its stem, and its config, which the last of ``formats`` is by a mark."""
+
+    file: str
+    config: str | None = None
+    formats: tuple[_Format, ...] = ()
+
+
+_ORIGINAL = {
+    "transformer": _Place(TRANSFORMER_STEM, TRANSFORMER_CONFIG, (_WAN_TRANSFORMER, _DIFFUSERS_TRANSFORMER)),
+    "vae": _Place(VAE_FILE),
+    "text_encoder": _Place(TEXT_ENCODER_FILE),
+}
+_DIFFUSERS = {
+    "transformer": _Place("transformer/diffusion_pytorch_model", _DIFFUSERS_MARKS[0], (_DIFFUSERS_TRANSFORMER,)),
+    "vae": _Place("vae/diffusion_pytorch_model", _DIFFUSERS_VAE_CONFIG, (_DIFFUSERS_VAE,)),
+    "text_encoder": _Place("text_encoder/model", _DIFFUSERS_MARKS[2], (_TRANSFORMERS_UMT5,)),
+}
+_TOKENIZERS = (TOKENIZER_FOLDER, "tokenizer", "umt5-xxl")  # of which one is enough
+
+# ComfyUI's folders, those of its downloads (split_files) among them, and other names of the same files, in lower case.
+_ROOTS = (".", "models", "split_files")
+_OTHER_FILES = {
+    "transformer": (re.compile(r"wan.*t2v.*1[._]3b"), ("diffusion_models", "unet")),
+    "vae": (re.compile(r"wan_?(2[._]1)?_?vae"), ("vae",)),
+    "text_encoder": (re.compile(r"umt5[_-]xxl"), ("text_encoders", "clip")),
+}
+_OPTIONS = {"transformer": "model", "vae": "vae_file", "text_encoder": "text_encoder"}
 
 
 class ModelFolder:
@@ -30,10 +174,12 @@ class ModelFolder:
     names, are mapped rather than loaded, and are checked: a missing, surplus or misshapen one is a ``WeightsError``.
     """
 
-    def __init__(self, path: Path, layout: Layout, given: Mapping[str, Path]) -> None:
-        self.path = path
-        self._layout = layout
-        self._given = given
+    def __init__(self, path: Path, transformer: Path | None, given: Mapping[str, Path]) -> None:
+        """A model in ``path``; ``transformer``: its file where that was named, ``given``: parts by their options."""
+        self.path, self._transformer, self._given = path, transformer, given
+        # The configs of a diffusers folder lie deeper; a stray config.json above them says nothing.
+        self._diffusers = transformer is None and any((path / mark).exists() for mark in _DIFFUSERS_MARKS)
+        self._places = _DIFFUSERS if self._diffusers else _ORIGINAL
 
     @classmethod
     def open(
@@ -57,26 +203,28 @@ class ModelFolder:
         """
         if not isinstance(path, (str, os.PathLike)):
             raise WeightsError(f"expected the path of a folder with a Wan2.1 model, got {path!r}")
-        named = {"text_encoder": text_encoder, "tokenizer": tokenizer, "vae_file": vae_file}
-        for option, part in named.items():
-            if part is not None and not is_path(part):
+        given: dict[str, Path] = {}
+        for option, part in (("text_encoder", text_encoder), ("tokenizer", tokenizer), ("vae_file", vae_file)):
+            if part is None:
+                continue
+            if not is_path(part):
                 raise ConfigError(f"{option} must be a path or None, got {part!r}")
-        given = {option: Path(part) for option, part in named.items() if part is not None}
-        for option, part in given.items():
             if not os.path.exists(part):
                 raise WeightsError(f"{option}: expected a file or folder, found none at {part}")
+            given[option] = Path(part)
         model = DEMO_FOLDER if path == DEMO else _local_model(Path(path), downloads)
         if os.path.isfile(model):
-            return cls(model.parent, Layout(model.parent, model), given)
+            return cls(model.parent, model, given)
         if not os.path.isdir(model):
             raise WeightsError(f"{model}: expected a Wan2.1 model folder or file, but it does not exist")
-        layout = Layout(model)
-        if not layout.present:
+        folder = cls(model, None, given)
+        marked = any((model / mark).exists() for mark in _ORIGINAL_MARKS)
+        if not (folder._diffusers or marked or any(map(folder._other_files, _OTHER_FILES))):
             raise WeightsError(
-                f"{model}: expected a Wan2.1 model, either {', '.join(ORIGINAL_MARKS)} (original layout), "
-                f"{', '.join(DIFFUSERS_MARKS)} (diffusers layout) or files with ComfyUI's names, found none of them"
+                f"{model}: expected a Wan2.1 model, either {', '.join(_ORIGINAL_MARKS)} (original layout), "
+                f"{', '.join(_DIFFUSERS_MARKS)} (diffusers layout) or files with ComfyUI's names, found none of them"
             )
-        return cls(model, layout, given)
+        return folder
 
     def transformer_config(self) -> TransformerConfig:
         """Sizes of the transformer, from its ``config.json``, else from the shapes of its tensors."""
@@ -87,7 +235,11 @@ class ModelFolder:
 
         ``width`` and ``height`` in pixels, and keys of ``ModelConfig.from_flat``; empty for a stock Wan folder.
         """
-        return self._layout.rollout_defaults()
+        config, path = self._read("transformer") or ({}, self.path)
+        defaults = config.get(_DEFAULTS_KEY, {})
+        if not isinstance(defaults, dict):
+            raise WeightsError(f'{path}: expected "{_DEFAULTS_KEY}" to be an object, found {type_of(defaults)}')
+        return dict(defaults)
 
     def transformer_tensors(self) -> Mapping[str, Tensor]:
         """The transformer."""
@@ -118,7 +270,9 @@ class ModelFolder:
 
     def tokenizer_path(self) -> Path:
         """The tokenizer's folder."""
-        path = self._given.get("tokenizer") or self._layout.tokenizer
+        names = ("tokenizer",) if self._diffusers else _TOKENIZERS
+        places = [self.path / name for name in names]
+        path = self._given.get("tokenizer") or next((place for place in places if place.is_dir()), places[0])
         if not path.is_dir():
             raise WeightsError(f"{path}: expected the tokenizer's folder, found none (another is given as tokenizer)")
         if not any((path / name).is_file() for name in _TOKENIZER_FILES):
@@ -138,19 +292,57 @@ class ModelFolder:
 
     def _stated(self, part: Part[Config]) -> Config | None:
         """Sizes from a config, which is not that of a file given in place of the model's own."""
-        stated: Config | None = None if OPTIONS[part.name] in self._given else self._layout.config(part.name)
+        found = None if _OPTIONS[part.name] in self._given else self._read(part.name)
+        if found is None:
+            return None
+        formats = self._places[part.name].formats
+        stated: Config = formats[-1 if "num_attention_heads" in found[0] else 0].parse(*found)
         return stated
 
+    def _read(self, part: str) -> tuple[dict[str, Any], Path] | None:
+        """The content and path of a part's config; None where shapes have to say the sizes."""
+        place = self._places[part]
+        path = self.path / (place.config or "")
+        if place.config is None or not (path.exists() or (self._diffusers and part == "transformer")):
+            return None
+        config: dict[str, Any] = read_object(path, place.formats[0].what)
+        # Beside a file that was named there may be the config of anything.
+        return None if self._transformer is not None and _WAN_FIELD not in config else (config, path)
+
     def _open(self, part: Part[Config]) -> PartTensors[Config]:
-        path = self._given.get(OPTIONS[part.name]) or self._layout.file(part.name)
-        file = open_tensors(path, widen_to=part.widen_to)
+        file = open_tensors(self._given.get(_OPTIONS[part.name]) or self._file(part.name), widen_to=part.widen_to)
         return PartTensors(part, bare(file, str(file.path)), str(file.path))
+
+    def _file(self, part: str) -> Path:
+        """The file of a part, or its stem, which need not be there: its usual name, else the only other one that fits.
+
+        Errors: ``WeightsError`` for several that fit.
+        """
+        if part == "transformer" and self._transformer is not None:
+            return self._transformer
+        usual = self.path / self._places[part].file
+        stem = "" if usual.suffix else f"{usual.name}."
+        if self._diffusers or usual.exists() or (stem and any(n.startswith(stem) for n in names_in(usual.parent))):
+            return usual
+        found = self._other_files(part)
+        if len(found) > 1:
+            listed = first_names([str(file.relative_to(self.path)) for file in found])
+            raise WeightsError(
+                f"{self.path}: expected one file, found {listed}; give the one to use as {_OPTIONS[part]}"
+            )
+        return found[0] if found else usual
+
+    def _other_files(self, part: str) -> list[Path]:
+        names, subfolders = _OTHER_FILES[part]
+        folders = [self.path / root / sub for root in _ROOTS for sub in (".", *subfolders)]
+        files = [folder / name for folder in folders if folder.is_dir() for name in names_in(folder)]
+        return sorted(file for file in files if file.suffix.lower() in SUFFIXES and names.search(file.name.lower()))
 
 
 def holds_vae(folder: Path) -> bool:
     """Return whether ``folder`` holds a VAE in either layout, whatever else it holds or lacks."""
     # os.path answers False where a path cannot exist at all (too long a name); pathlib raises.
-    return any(os.path.exists(folder / mark) for mark in (VAE_FILE, DIFFUSERS_VAE_CONFIG))
+    return any(os.path.exists(folder / mark) for mark in (VAE_FILE, _DIFFUSERS_VAE_CONFIG))
 
 
 def _cache_folder() -> Path:
@@ -192,9 +384,9 @@ def _snapshot(repository: Path) -> Path | None:
         return None
     reference = repository / "refs" / "main"  # a download by a commit's name leaves none
     if reference.is_file():
-        main = snapshots / reference.read_text(encoding="utf-8", errors="replace").strip()
+        with reference.open(encoding="utf-8", errors="replace") as file:
+            main = snapshots / file.read(_HUB_NAME).strip()
         if main.parent == snapshots and main.is_dir():
             return main
-    return max(
-        (each for each in snapshots.iterdir() if each.is_dir()), key=lambda each: each.stat().st_mtime, default=None
-    )
+    found = [snapshots / name for name in names_in(snapshots)]
+    return max((each for each in found if each.is_dir()), key=lambda each: each.stat().st_mtime, default=None)

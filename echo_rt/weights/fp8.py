@@ -7,14 +7,15 @@ of inputs (``scale_input``, ``input_scale``) are for float8 products of activati
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
+from echo_rt.utils.checked_json import read_json
 from echo_rt.utils.wording import plain
 from echo_rt.weights.tensors import LazyTensors, Outline, first_names, outline_of
 
@@ -24,6 +25,12 @@ _SCALES = ("scale_weight", "weight_scale")
 _FILE_MARK, _LAYER_MARK = "scaled_fp8", "comfy_quant"
 _BESIDE = (*_SCALES, "scale_input", "input_scale", _FILE_MARK, _LAYER_MARK)
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")
+_LONGEST_MARK = 2**16
+
+
+@dataclass
+class _Mark:
+    format: str
 
 
 class WidenedTensors(LazyTensors):
@@ -63,7 +70,15 @@ def widened(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> Ma
     for name in layers:
         _check_format(tensors[name], name, path)
     for weight, scale in scales.items():
-        _check_scale(tensors, weight, scale, path)
+        if weight not in float8:
+            found = plain(outline_of(tensors, weight).dtype) if weight in tensors else "none"
+            raise WeightsError(f"{path}: expected {weight} in float8 beside {scale}, found {found}")
+        shape, sizes = outline_of(tensors, weight).shape, outline_of(tensors, scale).shape
+        rows = shape[0] if shape else 1
+        if sizes not in ((), (1,), (1, 1), (rows,), (rows, *[1] * (len(shape) - 1))):
+            raise WeightsError(
+                f"{path}: expected {scale} to be one number or one of each of {rows} rows, found {list(sizes)}"
+            )
     # Unless layers say of themselves that they are scaled, all are where one is, in a file without the mark too.
     every = marked or (bool(scales) and not layers)
     scaled = {name for name in float8 if name.endswith(".weight")} if every else float8.intersection(layers.values())
@@ -77,25 +92,12 @@ def widened(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> Ma
 
 
 def _check_format(mark: Tensor, name: str, path: Path) -> None:
-    try:
-        found = json.loads(bytes(mark.flatten().tolist()))["format"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"{path}: expected {name} to name a format as JSON, found something else") from error
+    expected = f"{path}: expected {name} to name a format as JSON"
+    if mark.layout != torch.strided or mark.dtype != torch.uint8 or mark.numel() > _LONGEST_MARK:
+        raise WeightsError(f"{expected}, found {list(mark.shape)} values of {plain(mark.dtype)}")
+    found = read_json(bytes(mark.flatten().tolist()), _Mark, f"{expected}, found something else", WeightsError).format
     if found not in _FORMATS:
         raise WeightsError(
-            f"{path}: expected 16- or 32-bit weights, float8 or a GGUF file, found ComfyUI's format {found!r} ({name})"
-        )
-
-
-def _check_scale(tensors: Mapping[str, Tensor], weight: str, scale: str, path: Path) -> None:
-    if weight not in tensors:
-        raise WeightsError(f"{path}: expected {weight} beside {scale}, found none")
-    shape, dtype, _ = outline_of(tensors, weight)
-    if dtype not in FLOAT8:
-        raise WeightsError(f"{path}: expected {weight} in float8, as {scale} says, found {plain(dtype)}")
-    found = outline_of(tensors, scale).shape
-    rows = shape[0] if shape else 1
-    if found not in ((), (1,), (1, 1), (rows,), (rows, *[1] * (len(shape) - 1))):
-        raise WeightsError(
-            f"{path}: expected {scale} to be one number or one of each of {rows} rows, found {list(found)}"
+            f"{path}: expected 16- or 32-bit weights, float8 or a GGUF file, "
+            f"found ComfyUI's format {found!r:.80} ({name})"
         )

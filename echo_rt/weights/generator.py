@@ -18,7 +18,7 @@ from echo_rt.utils.wording import counted
 from echo_rt.weights.files import check_tensors, open_tensors
 from echo_rt.weights.keymaps import bare, is_factor, without_wrappers
 from echo_rt.weights.parts import TRANSFORMER, PartTensors
-from echo_rt.weights.shapes import MEMORY_PREFIX, check_depth, count_layers, memory_facts, memory_shapes, shape_of
+from echo_rt.weights.shapes import MEMORY_PREFIX, count_layers, memory_facts, memory_shapes, shape_of
 from echo_rt.weights.tensors import TensorFile, below, rename, selected
 
 _GENERATOR, _GENERATOR_EMA = "generator", "generator_ema"
@@ -53,12 +53,25 @@ def load_generator(
     sections = {name.split(".", 1)[0] for name in file}
     if LORA_SECTION in sections or any(map(is_factor, file)):
         raise WeightsError(f"{file.path}: expected a whole generator, found a LoRA, which is merged into one instead")
-    part = _choose_part(sections, ema, prefer_ema, file.path)
+    there = [name for name in (_GENERATOR, _GENERATOR_EMA) if name in sections]
+    if ema is None or (ema is False and not there):
+        part = _GENERATOR_EMA if prefer_ema and _GENERATOR_EMA in there else next(iter(there), None)
+    elif (part := _GENERATOR_EMA if ema else _GENERATOR) not in there:
+        others = " and ".join(there) or "neither it nor generator"
+        raise WeightsError(f"{file.path}: expected {part}, which was asked for, found {others}")
     transformer, memory = _split(file, part)
     if not memory and part == _GENERATOR_EMA and _GENERATOR in sections:
         memory = _split(file, _GENERATOR)[1]
-    found = PartTensors(TRANSFORMER, transformer, f"{file.path} ({part or 'bare'})")
-    _check_same_model(found.named, config, f"{file.path} ({part or 'bare'})")
+    source = f"{file.path} ({part or 'bare'})"
+    found = PartTensors(TRANSFORMER, transformer, source)
+    # Another model is one plain error, where the list of tensors would be all of them.
+    dim = shape_of(found.named, "patch_embedding.weight", 5, source, "a Wan transformer")[0]
+    layers = count_layers(found.named, "blocks.")
+    if (dim, layers) != (config.dim, config.num_layers):
+        raise WeightsError(
+            f"{source}: expected a transformer {config.dim} wide with {counted(config.num_layers, 'block')}, "
+            f"found one {dim} wide with {layers}: the checkpoint of another model"
+        )
     return GeneratorTensors(found.original(config), memory or None, None if part is None else part == _GENERATOR_EMA)
 
 
@@ -81,7 +94,6 @@ def check_memory(tensors: Mapping[str, Tensor], config: ModelConfig, source: str
             f"{frames * per_frame} tokens for latents of {size}, found one of {counted(facts.memory_tokens, 'token')}, "
             "made for another video size"
         )
-    check_depth(facts.layers, tensors, source, "a memory encoder")
     check_tensors(tensors, memory_shapes(config), source)
 
 
@@ -99,26 +111,3 @@ def split_memory(tensors: Mapping[str, Tensor], source: str) -> tuple[Mapping[st
 def _split(file: TensorFile, part: str | None) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     source = f"{file.path} ({part or 'bare'})"
     return split_memory(bare(file if part is None else below(file, f"{part}."), source), source)
-
-
-def _choose_part(sections: set[str], ema: bool | None, prefer_ema: bool, path: Path) -> str | None:
-    """The dict of a checkpoint to take; None of a file without any."""
-    there = [name for name in (_GENERATOR, _GENERATOR_EMA) if name in sections]
-    if ema is None or (ema is False and not there):
-        return _GENERATOR_EMA if prefer_ema and _GENERATOR_EMA in there else next(iter(there), None)
-    wanted = _GENERATOR_EMA if ema else _GENERATOR
-    if wanted not in there:
-        found = " and ".join(there) or "neither it nor generator"
-        raise WeightsError(f"{path}: expected {wanted}, which was asked for, found {found}")
-    return wanted
-
-
-def _check_same_model(tensors: Mapping[str, Tensor], config: TransformerConfig, source: str) -> None:
-    """Raise one plain ``WeightsError`` for another model, where the list of tensors would be all of them."""
-    dim = shape_of(tensors, "patch_embedding.weight", 5, source, "a Wan transformer")[0]
-    layers = count_layers(tensors, "blocks.")
-    if (dim, layers) != (config.dim, config.num_layers):
-        raise WeightsError(
-            f"{source}: expected a transformer {config.dim} wide with {counted(config.num_layers, 'block')}, "
-            f"found one {dim} wide with {layers}: the checkpoint of another model"
-        )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from echo_rt.errors import BackendError, WeightsError
 from echo_rt.utils.wording import one_line
-from echo_rt.weights.tensors import Contents, Fact, LazyTensors, Outline
+from echo_rt.weights.reading import not_opened, reason_of
+from echo_rt.weights.tensors import Contents, LazyTensors, Outline
 
 GGUF_MAGIC = b"GGUF"
 # Values of general.architecture: Wan's transformer, umT5 by both its names, and converters that name no model.
@@ -68,12 +69,13 @@ def open_gguf(path: Path, dtype: torch.dtype) -> Contents:
     try:
         reader = Reader(path, "c")  # torch wants memory that it may write to; the file stays as it is
         # Arrays are left alone: a tokenizer's vocabulary is long.
-        facts = {name: _plain(field.contents()) for name, field in reader.fields.items() if len(field.types) == 1}
+        found = {name: field.contents() for name, field in reader.fields.items() if len(field.types) == 1}
+        facts = {name: value.item() if isinstance(value, np.generic) else value for name, value in found.items()}
         shapes = {entry.name: _shape(reader, entry) for entry in reader.tensors}
+        if sum(int(entry.n_bytes) for entry in reader.tensors) > path.stat().st_size:
+            raise ValueError("its tensors lie upon one another")
     except Exception as error:  # the package fails with whatever damaged bytes lead to
-        raise WeightsError(
-            f"{path}: expected a GGUF file, found a damaged or truncated one ({one_line(error)})"
-        ) from error
+        raise not_opened(path, error, "a GGUF file", f"a damaged or truncated one ({reason_of(error)})") from error
     architecture = facts.get(_ARCHITECTURE)
     if architecture is not None and architecture not in _ARCHITECTURES:
         raise WeightsError(f"{path}: expected a GGUF file of Wan2.1 or umT5, found one of {architecture!a:.60}")
@@ -90,10 +92,6 @@ def _dequantized(entry: Any, dtype: torch.dtype) -> Tensor:
     for at in range(0, len(rows), step):
         values[at : at + step] = torch.from_numpy(quants.dequantize(rows[at : at + step], entry.tensor_type))
     return values
-
-
-def _plain(value: Any) -> Fact:
-    return value if isinstance(value, str) else value.item() if isinstance(value, np.generic) else value
 
 
 def _shape(reader: Any, entry: Any) -> tuple[int, ...]:

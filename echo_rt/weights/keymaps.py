@@ -204,7 +204,7 @@ _DIFFERENCES = {"diff": WEIGHT, "w_norm": WEIGHT, "diff_b": BIAS, "b_norm": BIAS
 # Names of alpha: alone that of all modules, behind a module's name the alpha of that module.
 ALPHA_FIELDS = ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha")
 # Other methods, which do not add a product of two factors, by how the names of their tensors begin.
-_OTHER_METHODS = {
+OTHER_METHODS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
     "lokr_": "LoKr",
@@ -213,7 +213,7 @@ _OTHER_METHODS = {
     "lora_mid": "LoCon's Tucker decomposition",
 }
 # Modules that only image-to-video models have, in Wan's names and those of diffusers.
-_IMAGE_MODULES = ("k_img", "v_img", "img_emb", "add_k_proj", "add_v_proj", "norm_added_k", "image_embedder")
+IMAGE_MODULES = ("k_img", "v_img", "img_emb", "add_k_proj", "add_v_proj", "norm_added_k", "image_embedder")
 
 
 def _either(names: Iterable[str]) -> str:
@@ -257,16 +257,6 @@ def is_factor(name: str) -> bool:
     return key is not None and key.part in (DOWN, UP)
 
 
-def other_method(name: str) -> str | None:
-    """The method other than LoRA that has tensors of this name; None where there is none."""
-    return next((method for start, method in _OTHER_METHODS.items() if f".{start}" in name), None)
-
-
-def is_of_images(module: str) -> bool:
-    """Return whether only image-to-video models have a module of this name."""
-    return any(each in module for each in _IMAGE_MODULES)
-
-
 def module_names(tensors: Iterable[str]) -> dict[str, str]:
     """Every name, with ``_`` for ``.``, of the modules of these ``tensors`` (Wan's names) -> Wan's name.
 
@@ -278,11 +268,6 @@ def module_names(tensors: Iterable[str]) -> dict[str, str]:
         others = (module, _module_of(TRANSFORMER_KEYS.to_other(name)))
         modules |= {other.replace(".", "_"): module for other in others}
     return modules
-
-
-def known(module: str, names: Mapping[str, str]) -> str:
-    """Wan's name of a file's ``module``, by :func:`module_names`; ``module`` itself where the model lacks it."""
-    return names.get(module.replace(".", "_"), module)
 
 
 def _module_of(tensor: str) -> str:

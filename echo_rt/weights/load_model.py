@@ -38,6 +38,11 @@ from echo_rt.weights.shapes import memory_facts
 from echo_rt.weights.tensors import TensorFile
 from echo_rt.weights.tiny_vae import TinyVae, open_tiny_vae
 
+_MEMORY_FIELDS = {
+    "memory_frames": "frames",
+    "memory_reads": "reads",
+    "rebuild_on_prompt_switch": "rebuild_on_prompt_switch",
+}
 _logger = logging.getLogger("echo_rt.recipe")
 
 
@@ -134,7 +139,17 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     }
     config = ModelConfig.from_flat(flat)
     if memory_tensors is not None:
-        config = _with_memory(flat, config, memory_tensors, memory_source)
+        read = memory_facts(memory_tensors, memory_source)
+        memory = MemoryConfig(
+            layers=read.layers,
+            normalize_k=read.normalize_k,
+            ffn_multiplier=read.ffn_multiplier,
+            # Frames are not what the tokens would give: a memory of 3 small frames is not one of 2 larger ones.
+            # Of the two released recipes, the long one, whose keys are not normalized, rebuilds.
+            **{"rebuild_on_prompt_switch": not read.normalize_k, **_memory_fields(facts)},
+        )
+        config = replace(config, memory=memory)
+        check_memory(memory_tensors, config, memory_source)
     taken = Taken(
         recipe=None if recipe is None else recipe.name,
         recipe_reason=choice.reason,
@@ -191,24 +206,4 @@ def _downloads(options: RuntimeOptions) -> list[str]:
 
 def _memory_fields(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a :class:`MemoryConfig` that recipes, folders and callers may state."""
-    fields = {"memory_frames": "frames", "memory_reads": "reads"}
-    fields["rebuild_on_prompt_switch"] = "rebuild_on_prompt_switch"
-    return {field: facts[name] for name, field in fields.items() if name in facts}
-
-
-def _with_memory(
-    flat: Mapping[str, Any], without: ModelConfig, tensors: Mapping[str, Tensor], source: str
-) -> ModelConfig:
-    """The config with the memory that ``tensors`` hold, checked against the video's size."""
-    facts = memory_facts(tensors, source)
-    memory = MemoryConfig(
-        layers=facts.layers,
-        normalize_k=facts.normalize_k,
-        ffn_multiplier=facts.ffn_multiplier,
-        # Frames are not what the tokens would give: a memory of 3 small frames is not one of 2 larger ones.
-        # Of the two released recipes, the long one, whose keys are not normalized, rebuilds.
-        **{"rebuild_on_prompt_switch": not facts.normalize_k, **_memory_fields(flat)},
-    )
-    config = replace(without, memory=memory)
-    check_memory(tensors, config, source)
-    return config
+    return {field: facts[name] for name, field in _MEMORY_FIELDS.items() if name in facts}

@@ -1,22 +1,27 @@
 """LoRAs merged into the transformer's weights, one tensor at a time, each change checked against the tensor it is for.
 
 ``W' = W + strength * (alpha/rank * B @ A + difference)`` for each of them, in float32. The sum stays float32: it is
-rounded once, to the dtype that is computed in.
+rounded once, to the dtype that is computed in. Alphas and ranks are what tensors, header fields, facts and PEFT's
+configs state; places that disagree are an error.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
 from echo_rt.options import Lora, lora_files
+from echo_rt.utils.checked_json import convert, read_json
 from echo_rt.utils.wording import counted
 from echo_rt.weights.files import open_tensors
 from echo_rt.weights.generator import LORA_SECTION, split_memory
@@ -25,27 +30,18 @@ from echo_rt.weights.keymaps import (
     ALPHA_FIELDS,
     BIAS,
     DOWN,
+    IMAGE_MODULES,
+    OTHER_METHODS,
     UP,
     UP_BIAS,
     WEIGHT,
-    is_of_images,
-    known,
     module_names,
-    other_method,
     parse_lora_key,
     without_wrappers,
 )
-from echo_rt.weights.lora_alpha import Stated, adapter_configs, alphas_in
+from echo_rt.weights.reading import read_object
 from echo_rt.weights.shapes import MEMORY_PREFIX
-from echo_rt.weights.tensors import (
-    Fact,
-    LazyTensors,
-    Outline,
-    RenamedTensors,
-    TensorFile,
-    first_names,
-    outline_of,
-)
+from echo_rt.weights.tensors import Fact, LazyTensors, Outline, RenamedTensors, TensorFile, first_names, outline_of
 
 # What PEFT and diffusers call the file in a folder of theirs.
 _FOLDER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
@@ -55,6 +51,20 @@ _PARTNERS = {DOWN: UP, UP: DOWN, UP_BIAS: UP}
 _ROUNDING = 2**-8
 # The models that LoRAs are made for, by width.
 _MODELS = {1536: "Wan2.1 1.3B", 3072: "Wan2.2 5B", 5120: "Wan 14B"}
+
+# PEFT's config: its file beside the tensors, and the header field in which diffusers stores it as JSON.
+_CONFIG_FILE, _CONFIG_IN_HEADER = "adapter_config.json", "lora_adapter_metadata"
+# Values of sd-scripts that state nothing: every module has an alpha tensor then.
+_NO_ALPHA = ("Dynamic", "None", "")
+# Initializations that leave the base weights as they are; PEFT's others (PiSSA, OLoRA, ...) change them.
+_PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+_Number = Annotated[float, Meta(gt=0, le=1e9)]
+_Patterns = Annotated[dict[str, _Number], Meta(max_length=2**11)]
+# Of a pattern that a crafted file could take hours to match: repeated groups, and more than two repetitions.
+_LONGEST_PATTERN = 256
+_SLOW = re.compile(r"\)[*+{]|([*+{].*){3}", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -149,6 +159,110 @@ def merge_lora(
     return MergedLora(loras, _MergedTensors(transformer, terms, device), memory, memory_path)
 
 
+@dataclass(frozen=True)
+class Stated:
+    """A number (alpha or rank) that one place in a file states, for single modules or as the default of all.
+
+    ``label`` names the place in messages. ``patterns`` are PEFT's, for the end of a module's name.
+    """
+
+    label: str
+    default: float | None = None
+    modules: Mapping[str, float] = field(default_factory=dict)
+    patterns: Mapping[re.Pattern[str], float] = field(default_factory=dict)
+
+    def of(self, module: str, written: str) -> float | None:
+        """The number for ``module``, which the file calls ``written``; None where nothing is stated."""
+        matched = (number for pattern, number in self.patterns.items() if pattern.fullmatch(written))
+        return next(matched, self.modules.get(module, self.default))
+
+
+def _positive(value: Any, name: str, source: str) -> float:
+    """``value`` as a finite number above 0; raises ``WeightsError``."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise WeightsError(f"{source}: expected {name} to be a number above 0, found {value!r:.80}")
+    return number
+
+
+def alphas_in(facts: Mapping[str, Fact], names: Mapping[str, str], source: str) -> list[Stated]:
+    """The alphas among ``facts``, one place for each shared one; ``names`` as of :func:`.keymaps.module_names`."""
+    modules: dict[str, float] = {}
+    shared: dict[str, float] = {}
+    for name, value in sorted(facts.items()):
+        key = parse_lora_key(name)
+        if key is not None and key.part == ALPHA and value not in _NO_ALPHA:
+            own = names.get(key.module.replace(".", "_"), key.module)
+            place, by = (modules, own) if key.module else (shared, name)
+            place[by] = _positive(value, name, source)
+    if modules and not shared:
+        return [Stated("alphas of modules", None, modules)]
+    return [Stated(label, default, modules) for label, default in shared.items()]
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """PEFT's config, as far as merged weights depend on it; ``use_rslora``: alpha is over the root of the rank."""
+
+    peft_type: str | None = None
+    use_dora: bool | None = None
+    use_rslora: bool | None = None
+    init_lora_weights: bool | str | None = None
+    lora_alpha: _Number | None = None
+    r: _Number | None = None
+    alpha_pattern: _Patterns | None = None
+    rank_pattern: _Patterns | None = None
+
+    def stated(self, label: str, source: str) -> tuple[Stated, Stated]:
+        """The alphas and ranks; ``WeightsError`` for another method than LoRA, and for patterns that are none."""
+        method = "DoRA" if self.use_dora else self.peft_type or "LORA"
+        if method != "LORA":
+            raise WeightsError(f"{source}: expected a LoRA, found {method:.80} (in {label})")
+        if self.init_lora_weights not in _PLAIN_BEGINNINGS:
+            raise WeightsError(
+                f"{source}: expected a LoRA of unchanged base weights, found init_lora_weights "
+                f"{self.init_lora_weights!r:.80} (in {label}); let PEFT convert it"
+            )
+        return (
+            Stated(f"lora_alpha of {label}", self.lora_alpha, patterns=_compiled(self.alpha_pattern, label, source)),
+            Stated(f"r of {label}", self.r, patterns=_compiled(self.rank_pattern, label, source)),
+        )
+
+
+def _compiled(patterns: Mapping[str, float] | None, label: str, source: str) -> dict[re.Pattern[str], float]:
+    compiled = {}
+    for pattern, number in (patterns or {}).items():
+        try:
+            compiled[re.compile(rf"(.*\.)?({pattern})")] = number
+        except (re.error, RecursionError, OverflowError):
+            slow = True
+        else:
+            slow = len(pattern) > _LONGEST_PATTERN or bool(_SLOW.search(pattern))
+        if slow:
+            raise WeightsError(
+                f"{source}: expected simple patterns of modules' names in {label}, found {pattern!a:.80}"
+            )
+    return compiled
+
+
+def adapter_configs(file: Path, facts: Mapping[str, Fact], source: str) -> dict[str, AdapterConfig]:
+    """PEFT's configs beside ``file`` and in its header, by what messages call them."""
+    configs: dict[str, AdapterConfig] = {}
+    path = file.parent / _CONFIG_FILE
+    if os.path.exists(path):
+        configs[_CONFIG_FILE] = read_object(path, "PEFT's config of an adapter", AdapterConfig)
+    text = facts.get(_CONFIG_IN_HEADER)
+    if text is not None:
+        expected = f"{source}: expected {_CONFIG_IN_HEADER} to be PEFT's config as a JSON object"
+        fields = read_json(str(text), dict[str, Any], expected, WeightsError)
+        fields = {name.removeprefix("transformer."): value for name, value in fields.items()}
+        configs[_CONFIG_IN_HEADER] = convert(fields, AdapterConfig, expected, WeightsError)
+    return configs
+
+
 class _LoraFile:
     """An opened LoRA file that fits ``transformer`` (original names); ``memory`` is its memory encoder or None.
 
@@ -168,17 +282,18 @@ class _LoraFile:
         tensor_alphas = self._sort(names)
         self._check_changes()
         configs = adapter_configs(file.path, facts, self._source)
+        stated = [config.stated(label, self._source) for label, config in configs.items()]
         alphas = [
             *alphas_in(tensor_alphas, names, self._source),
             *alphas_in(facts, names, self._source),
-            *(config.alpha for config in configs),
+            *(alpha for alpha, _ in stated),
         ]
-        stray = sorted({name for stated in alphas for name in stated.modules} - self._changes.keys())
+        stray = sorted({name for place in alphas for name in place.modules} - self._changes.keys())
         self._refuse(stray, "alphas of changed modules", "of others")
-        self._rank_stabilized = any(config.rank_stabilized for config in configs)
+        self._rank_stabilized = any(config.use_rslora for config in configs.values())
         downs = {module: parts[DOWN] for module, parts in self._changes.items() if DOWN in parts}
         self.ranks = {module: self._shape(name)[0] for module, name in downs.items()}
-        ranks = [*(config.rank for config in configs), Stated("its factors", modules=self.ranks)]
+        ranks = [*(rank for _, rank in stated), Stated("its factors", modules=self.ranks)]
         for module in downs:
             self._agreed("rank", ranks, module, 0)
         self.alphas = {module: self._agreed("alpha", alphas, module, _ROUNDING) for module in downs}
@@ -228,7 +343,8 @@ class _LoraFile:
         alphas: dict[str, float] = {}
         others: list[str] = []
         for name in self._tensors:
-            if method := other_method(name):
+            method = next((method for start, method in OTHER_METHODS.items() if f".{start}" in name), None)
+            if method is not None:
                 raise WeightsError(f"{self._source}: expected a LoRA, found {method}: {name}")
             key, (shape, dtype, dense) = parse_lora_key(name), outline_of(self._tensors, name)
             is_alpha = key is not None and key.part == ALPHA
@@ -238,7 +354,7 @@ class _LoraFile:
             if is_alpha:
                 alphas[name] = self._tensors[name].item()
                 continue
-            module = known(key.module, names)
+            module = names.get(key.module.replace(".", "_"), key.module)
             self._written.setdefault(module, key.module)
             first = self._changes.setdefault(module, {}).setdefault(key.part, name)
             if first != name:
@@ -255,11 +371,11 @@ class _LoraFile:
         unpaired = [name for module, part, name in every if _PARTNERS.get(part, part) not in self._changes[module]]
         self._refuse(unpaired, "lora_A and lora_B in pairs", "without a partner")
         unknown = [name for module, part, name in every if self._target(module, part) not in self._transformer]
-        images = [name for name in unknown if is_of_images(name)]
+        images = [name for name in unknown if any(module in name for module in IMAGE_MODULES)]
         self._refuse(images, "a LoRA of a text-to-video model", "of an image-to-video one")
         # Shapes before unknown names: a LoRA of a larger model has more blocks too, but its width says which model.
-        for module, part, name in every:
-            if part != DOWN and name not in unknown:
+        for module, part, _ in every:
+            if part != DOWN and self._target(module, part) in self._transformer:
                 self._check_shape(module, part)
         self._refuse(unknown, "changes to this transformer", "of modules that it does not have")
 

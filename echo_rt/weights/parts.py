@@ -16,7 +16,6 @@ from echo_rt.weights.files import check_tensors
 from echo_rt.weights.keymaps import TRANSFORMER_KEYS, UMT5_GGUF_KEYS, UMT5_KEYS, KeyMap, vae_keys
 from echo_rt.weights.shapes import (
     Shapes,
-    check_depth,
     text_encoder_config_of,
     text_encoder_shapes,
     transformer_config_of,
@@ -63,12 +62,6 @@ def _any_in(tensors: Mapping[str, Tensor], signs: tuple[str, ...]) -> bool:
     return any(sign in name for name in tensors for sign in signs)
 
 
-def _what_is(tensors: Mapping[str, Tensor]) -> str:
-    """Name the kind of file that has these tensors, for a message."""
-    known = next((what for what, signs in _SIGNS.items() if _any_in(tensors, signs)), None)
-    return known or f"{counted(len(tensors), 'tensor')} ({', '.join(sorted(tensors)[:3]) or 'none'})"
-
-
 # From a config, or from None where only the names that sizes are read off are wanted, to the names of a file.
 _Naming = Callable[[Config | None], KeyMap]
 
@@ -86,7 +79,6 @@ class Part(Generic[Config]):
     namings: Mapping[tuple[str, ...], _Naming[Config] | None]
     config_of: Callable[[Mapping[str, Tensor], str], Config]
     shapes_of: Callable[[Config], Shapes]
-    depth_of: Callable[[Config], int]
     widen_to: torch.dtype = torch.float32
 
 
@@ -101,7 +93,6 @@ TRANSFORMER: Part[TransformerConfig] = Part(
     },
     transformer_config_of,
     transformer_shapes,
-    lambda config: config.num_layers,
 )
 VAE: Part[VaeConfig] = Part(
     "vae",
@@ -112,7 +103,6 @@ VAE: Part[VaeConfig] = Part(
     },
     vae_config_of,
     vae_shapes,
-    lambda config: len(config.dim_mult) * config.num_res_blocks,
 )
 TEXT_ENCODER: Part[TextEncoderConfig] = Part(
     "text_encoder",
@@ -124,7 +114,6 @@ TEXT_ENCODER: Part[TextEncoderConfig] = Part(
     },
     text_encoder_config_of,
     text_encoder_shapes,
-    lambda config: config.num_layers,
     # It is kept as it is stored or narrower: what was quantized takes no more room than the released file.
     widen_to=torch.bfloat16,
 )
@@ -141,10 +130,12 @@ class PartTensors(Generic[Config]):
     def __init__(self, part: Part[Config], tensors: Mapping[str, Tensor], source: str) -> None:
         fits = [naming for marks, naming in part.namings.items() if any(mark in tensors for mark in marks)]
         if not fits or _any_in(tensors, _EXTENDED):
-            found = _what_is(tensors)
-            below = _below(part, tensors) if found in _OWN else None
-            if below is not None:
-                found = f"one whose names begin with {below!r}: take that off them"
+            listed = f"{counted(len(tensors), 'tensor')} ({', '.join(sorted(tensors)[:3]) or 'none'})"
+            found = next((what for what, signs in _SIGNS.items() if _any_in(tensors, signs)), listed)
+            marks = [f".{mark}" for namings in part.namings for mark in namings]
+            below = [name.removesuffix(mark) for name in tensors for mark in marks if name.endswith(mark)]
+            if found in _OWN and below:
+                found = f"one whose names begin with {f'{below[0]}.'!r}: take that off them"
             raise WeightsError(f"{source}: expected {part.what}, found {found}")
         self._part: Part[Config] = part
         self._naming: _Naming[Config] | None = fits[0]
@@ -165,18 +156,11 @@ class PartTensors(Generic[Config]):
         """
         if config is None:
             config = self.config()
-        check_depth(self._part.depth_of(config), self._tensors, self._source, self._part.what)
         shapes = self._part.shapes_of(config)
         in_file = str if self._naming is None else self._naming(config).to_other
         names = {name: in_file(name) for name in shapes}
         check_tensors(self._tensors, {names[name]: shape for name, shape in shapes.items()}, self._source)
         return RenamedTensors(self._tensors, names)
-
-
-def _below(part: Part[Config], tensors: Mapping[str, Tensor]) -> str | None:
-    """The prefix before the names of ``part`` in a file that has them below another one; None without."""
-    marks = tuple(f".{mark}" for namings in part.namings for mark in namings)
-    return next((name.removesuffix(mark) + "." for name in tensors for mark in marks if name.endswith(mark)), None)
 
 
 def _without_tied_table(tensors: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:

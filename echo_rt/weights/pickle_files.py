@@ -1,10 +1,14 @@
-"""``.pt`` and ``.pth`` files: opened with ``weights_only``, so that a file can hold numbers but never run code."""
+"""``.pt`` and ``.pth`` files: opened with ``weights_only``, so that a file can hold numbers but never run code.
+
+Nor can a small one ask for much memory: what it says of sizes is held against the bytes that it has.
+"""
 
 from __future__ import annotations
 
+import mmap
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,59 +16,94 @@ from torch import Tensor
 
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import one_line, type_of
-from echo_rt.weights.formats import ZIP_MAGIC, other_format
-from echo_rt.weights.tensors import Contents, Fact, check_name
+from echo_rt.weights.reading import ANY_SIZE, MAKES_ANY_SIZE, ZIP_MAGIC, not_opened, reason_of, zip_format
+from echo_rt.weights.tensors import MOST_TENSORS, Contents, Fact, check_name
 
 # torch's zip container and a pickle of protocol 2 or newer, as torch.save wrote it before there was one.
 PICKLE_MAGICS = (ZIP_MAGIC, *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
 # How torch's unpickler words its refusal of anything that is not plain data.
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)|class (\S+)|module (\S+) is blocked")
-_REASON_LENGTH = 160
+_ALLOCATED = re.compile(r"tried to allocate (\d+) bytes")
+_LONGEST_PATH = 1024  # of dicts inside one another, in characters: a name is as long for each entry below
+_SHARED = 8  # names at most that all of a file's values have: of tied weights, of one dict under two names
 
 
 def open_pickle(path: Path, head: bytes) -> Contents:
     """The tensors and numbers of a torch file, nested dicts joined with dots; ``head`` are its first bytes.
 
-    Errors: ``WeightsError`` for a file that is damaged, holds code, or holds no dict.
+    Errors: ``WeightsError`` for a file that is damaged, holds code, states sizes that it does not have, or holds no
+    dict.
     """
     # Before torch 1.6 there was no zip container; such a file is a stream in which nothing lies where it could be
     # mapped, so it is read. So is one with the suffix of another format, which torch would take it for.
     is_zip = head.startswith(ZIP_MAGIC)
     mappable = is_zip and path.suffix.lower() != ".safetensors"
+    other = zip_format(path) if is_zip else None
+    if other is not None:
+        raise WeightsError(f"{path}: expected a torch file of tensors, found {other}")
     try:
+        if not is_zip:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+                if whole.find(ANY_SIZE) >= 0:
+                    raise WeightsError(f"{path}: expected a torch file of tensors, found {MAKES_ANY_SIZE}")
         with warnings.catch_warnings(), path.open("rb") as opened:
-            # A TorchScript archive is announced with a warning before it is refused with an error.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # of protocols that an error is about to name
             content = torch.load(path if mappable else opened, map_location="cpu", weights_only=True, mmap=mappable)
+    except WeightsError:
+        raise
     except Exception as error:  # unpickling damaged bytes fails with whatever those bytes lead to
-        found = (other_format(path, head) if is_zip else None) or _reason(error)
-        raise WeightsError(f"{path}: expected a torch file of tensors, found {found}") from error
+        asked = _ALLOCATED.search(str(error))
+        if asked and int(asked[1]) > path.stat().st_size:
+            error = ValueError(f"it states {asked[1]} bytes of values")
+        raise not_opened(path, error, "a torch file of tensors", _reason(error)) from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: expected a dict of tensors, found {type_of(content)}")
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Fact] = {}
     try:
-        _flatten(content, "", tensors, facts, path)
+        for count, (name, value) in enumerate(_flattened(content, "")):
+            if count >= MOST_TENSORS:
+                raise WeightsError(f"{path}: expected at most {MOST_TENSORS} entries, found more in nested dicts")
+            if isinstance(value, Tensor):
+                if name in tensors:
+                    raise WeightsError(
+                        f"{path}: expected {check_name(name, path)} once, found it twice in nested dicts"
+                    )
+                tensors[name] = value.detach()
+            elif isinstance(value, (int, float, str)):
+                facts[name] = value
+            # Lists and the like are optimizer settings: no weights, and of no use here.
     except RecursionError as error:
         raise WeightsError(f"{path}: expected a dict of tensors, found dicts nested without end") from error
+    _check_sizes(tensors, path)
     return tensors, facts
 
 
-def _flatten(
-    content: Mapping[object, object], prefix: str, tensors: dict[str, Tensor], facts: dict[str, Fact], path: Path
-) -> None:
+def _flattened(content: Mapping[object, object], prefix: str) -> Iterator[tuple[str, object]]:
     for key, value in content.items():
         # Anything can be a key, a tensor too; what it looks like would be pages.
         name = f"{prefix}{key if isinstance(key, (str, int)) else f'<{type(key).__name__}>'}"
+        if len(name) > _LONGEST_PATH:
+            raise RecursionError
         if isinstance(value, Mapping):
-            _flatten(value, f"{name}.", tensors, facts, path)
-        elif isinstance(value, Tensor):
-            if name in tensors:
-                raise WeightsError(f"{path}: expected {check_name(name, path)} once, found it twice in nested dicts")
-            tensors[name] = value.detach()
-        elif isinstance(value, (int, float, str)):
-            facts[name] = value
-        # Lists and the like are optimizer settings: no weights, and of no use here.
+            yield from _flattened(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _check_sizes(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ``WeightsError`` for tensors of more values than are stored, which strides make of a few."""
+    total, stored = 0, path.stat().st_size
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta:
+            continue  # refused where it is asked for
+        size, has = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        total += size
+        if size > min(has, stored) or total > _SHARED * stored:
+            raise WeightsError(
+                f"{path}: expected tensors as large as what is stored, found {check_name(name, path)} "
+                f"{list(tensor.shape)} of {min(has, stored)} bytes"
+            )
 
 
 def _reason(error: Exception) -> str:
@@ -76,4 +115,4 @@ def _reason(error: Exception) -> str:
             name = next(group for group in refused.groups() if group)
             return f"a pickle that asks for {name}, which is code and is not run"
         return "a damaged file or a pickle of something else"
-    return f"a damaged or truncated file ({text[:_REASON_LENGTH] or type(error).__name__})"
+    return f"a damaged or truncated file ({reason_of(error)})"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
-from echo_rt.utils.wording import one_line
+from echo_rt.weights.reading import not_opened, read_head, read_object, reason_of
 from echo_rt.weights.tensors import Contents, LazyTensors, check_name
 
 # The index of a sharded file, of a variant too (diffusers: *.safetensors.index.fp16.json).
@@ -44,10 +47,9 @@ class _MappedTensors(LazyTensors):
 def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(
-            f"{path}: expected a safetensors file, found a damaged or other one ({one_line(error)})"
-        ) from error
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        found = f"a damaged or other one ({reason_of(error)})"
+        raise not_opened(path, error, "a safetensors file", found) from error
 
 
 def open_safetensors(path: Path) -> Contents:
@@ -56,22 +58,26 @@ def open_safetensors(path: Path) -> Contents:
     return _MappedTensors(dict.fromkeys(file.keys(), file)), file.metadata() or {}
 
 
-def open_sharded(index: Path, content: Mapping[str, Any]) -> Contents:
-    """The tensors of all shards that ``index`` (``*.safetensors.index.json``, with this ``content``) names.
+@dataclass
+class _Index:
+    weight_map: Annotated[dict[str, str], Meta(min_length=1)]
+
+
+def open_sharded(index: Path) -> Contents:
+    """The tensors of all shards that ``index`` (``*.safetensors.index.json``) names.
 
     Errors: ``WeightsError`` for an index without its map, one that names files elsewhere or missing ones, or differs
     from what the shards hold.
     """
-    weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise WeightsError(f'{index}: expected an object "weight_map" of tensor names and files, found none')
+    weight_map = read_object(index, 'an index of shards with a "weight_map"', _Index).weight_map
     holders: dict[str, Any] = {}
     for shard_name in sorted(set(weight_map.values())):
         if Path(shard_name).name != shard_name:
-            raise WeightsError(f"{index}: expected shards beside the index, found {shard_name!r}")
+            raise WeightsError(f"{index}: expected shards beside the index, found {shard_name!r:.300}")
         shard = index.parent / shard_name
-        if not shard.is_file():
-            raise WeightsError(f"{index}: expected the shard {shard_name} beside the index, found none")
+        if not os.path.isfile(shard):  # pathlib raises for a name that cannot be
+            raise WeightsError(f"{index}: expected the shard {shard_name:.300} beside the index, found none")
+        read_head(shard)
         file = _opened(shard)
         for name in file.keys():  # noqa: SIM118 - the opened file is no mapping
             if weight_map.get(check_name(name, shard)) != shard_name:

@@ -27,7 +27,6 @@ MEMORY_PREFIX = "query_memory_encoder."
 _MODULATION_ROWS_BLOCK = 6
 _MODULATION_ROWS_HEAD = 2
 _HEAD_DIM = 128  # of every Wan2.1 transformer; no shape says it
-_TENSORS_OF_A_LAYER = 4  # every network has more in each layer
 
 
 def convolution_shapes(name: str, out: int, channels: int, *kernel: int) -> Shapes:
@@ -198,14 +197,6 @@ def count_layers(tensors: Mapping[str, Tensor], prefix: str) -> int:
     """
     numbers = (name.removeprefix(prefix).split(".", 1)[0] for name in tensors if name.startswith(prefix))
     return len({number for number in numbers if number.isdecimal()})
-
-
-def check_depth(layers: int, tensors: Mapping[str, Tensor], source: str, what: str) -> None:
-    """Raise ``WeightsError`` for more layers than ``tensors`` can be, before any name of theirs is made."""
-    if layers * _TENSORS_OF_A_LAYER > len(tensors):
-        raise WeightsError(
-            f"{source}: expected {what} with {counted(layers, 'layer')}, found {counted(len(tensors), 'tensor')}"
-        )
 
 
 def configured(make: Callable[..., T], source: object, **sizes: Any) -> T:

@@ -14,6 +14,7 @@ from echo_rt.errors import WeightsError
 Fact = int | float | str
 Contents = tuple[Mapping[str, Tensor], Mapping[str, Fact]]  # of a weight file: its tensors, and all that is none
 
+MOST_TENSORS = 2**16  # of a file, dicts of an optimizer among them; a model has a thousand
 _NAMED_IN_MESSAGES = 5
 _LONGEST_NAME = 256
 

@@ -1,12 +1,17 @@
-"""A complete, small, random model folder in Wan's original layout: for trying things, for tests, for the demo."""
+"""Random tensors of any model, and a complete small model folder of them, for trying things and for tests.
+
+They are noise at the scale of real weights, and depend on a seed and names alone.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +21,11 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import MemoryConfig, ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from echo_rt.errors import OutputError, TargetError
+from echo_rt.errors import OutputError, TargetError, WeightsError
 from echo_rt.options import RECIPE, check_seed, latent_size
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import counted
-from echo_rt.weights.layouts import (
+from echo_rt.weights.folder import (
     TEXT_ENCODER_FILE,
     TOKENIZER_FOLDER,
     TRANSFORMER_CONFIG,
@@ -28,17 +33,23 @@ from echo_rt.weights.layouts import (
     VAE_FILE,
     WAN_FIELDS,
 )
-from echo_rt.weights.shapes import MEMORY_PREFIX
-from echo_rt.weights.tiny_tensors import (
-    Draw,
-    memory_tensors,
-    nudged,
-    text_encoder_tensors,
-    tiny_decoder_tensors,
-    transformer_tensors,
-    vae_tensors,
+from echo_rt.weights.reading import read_object
+from echo_rt.weights.shapes import (
+    MEMORY_PREFIX,
+    Shapes,
+    memory_shapes,
+    text_encoder_shapes,
+    transformer_shapes,
+    vae_shapes,
 )
-from echo_rt.weights.tiny_vae import TAEW, TinyVaeConfig
+from echo_rt.weights.tensors import LazyTensors
+from echo_rt.weights.tiny_vae import TAEW, TinyVaeConfig, tiny_decoder_shapes
+
+Tensors = dict[str, Tensor]
+
+_NORMS = ("norm", "gamma", "connector_proj.3")
+_SMALL = 0.05  # spread of what is near a constant: norm weights, biases
+_GATE, _GATE_BIAS = "gate_linear.bias", 2.0  # the memory's gate begins near "keep"
 
 CHECKPOINT_FILE = "echo_infinity.pt"
 TINY_VAE_FILE = f"{TAEW.name}.pth"
@@ -55,8 +66,6 @@ _FILES = {
 }
 _MARK = "tiny_seed"  # in config.json, tells a folder that was written here from anyone else's
 _RECIPE = "echo-infinity-long"  # whose memory encoder this one is
-_GENERATOR_PREFIX = "model."
-_TRAINED, _TRAINED_EMA = 0.02, 0.01  # how far the checkpoint's weights are from the folder's
 
 _PAD, _END = "<pad>", "</s>"  # ids 0 and 1, as in umT5
 # Whole tokens for what prompts are made of; anything else is spelled in pieces, if need be byte by byte.
@@ -97,14 +106,25 @@ def write_tiny_model(
     target = Path(os.path.realpath(folder))
     _check_replaceable(target, overwrite)
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    old = part.with_suffix(".old")
     try:
         (part / TOKENIZER_FOLDER).mkdir(parents=True)
         _write_parts(part, config, vae, seed, width, height)
-        _put_in_place(part, target)
+        replaced = target.exists()
+        if replaced:
+            target.rename(old)
+        try:
+            part.rename(target)
+        except OSError:
+            if replaced:
+                old.rename(target)
+            raise
     except OSError as error:
         raise OutputError(f"{folder}: cannot write the model: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _model_config(vae: VaeConfig, width: int, height: int) -> ModelConfig:
@@ -124,7 +144,11 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
         if not found:
             return
-        if not _is_tiny(target / TRANSFORMER_CONFIG):
+        try:
+            tiny = _MARK in read_object(target / TRANSFORMER_CONFIG, "a config")["echo_rt"]
+        except (WeightsError, TypeError, KeyError):
+            tiny = False
+        if not tiny:
             raise TargetError(f"{target}: is not empty and holds no model written here; name another folder")
         if not overwrite:
             raise TargetError(f"{target}: already holds a small random model; --overwrite it, or name another")
@@ -136,49 +160,24 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         raise TargetError(f"{target}: cannot write the model: {error.strerror or error}") from error
 
 
-def _is_tiny(config: Path) -> bool:
-    try:
-        parsed = json.loads(config.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return False
-    facts = parsed.get("echo_rt") if isinstance(parsed, dict) else None
-    return isinstance(facts, dict) and _MARK in facts
-
-
-def _put_in_place(part: Path, target: Path) -> None:
-    if not target.exists():
-        part.rename(target)
-        return
-    old = part.with_suffix(".old")
-    target.rename(old)
-    try:
-        part.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
-
-
 def _write_parts(part: Path, config: ModelConfig, vae: VaeConfig, seed: int, width: int, height: int) -> None:
     transformer, draw = config.transformer, Draw(seed)
     facts = {_MARK: seed, "width": width, "height": height, RECIPE: _RECIPE}
     (part / TRANSFORMER_CONFIG).write_text(json.dumps(wan_config(transformer, facts), indent=2) + "\n")
-    base = transformer_tensors(transformer, draw)
-    data = safetensors.torch.save(_cast(base, torch.bfloat16), {"format": "pt"})
-    (part / _TRANSFORMER_FILE).write_bytes(data)
+    base = _cast(random_tensors(transformer_shapes(transformer), draw), torch.bfloat16)
+    (part / _TRANSFORMER_FILE).write_bytes(safetensors.torch.save(base, {"format": "pt"}))
 
-    memory = {f"{MEMORY_PREFIX}{name}": tensor for name, tensor in memory_tensors(config, draw).items()}
-    checkpoint = {
-        name: _cast(
-            {f"{_GENERATOR_PREFIX}{key}": tensor for key, tensor in (nudged(base, draw, amount) | memory).items()},
-            torch.bfloat16,
-        )
-        for name, amount in (("generator", _TRAINED), ("generator_ema", _TRAINED_EMA))
-    }
+    shapes = transformer_shapes(transformer) | {MEMORY_PREFIX + n: shape for n, shape in memory_shapes(config).items()}
+    checkpoint = {}
+    for name in ("generator", "generator_ema"):
+        tensors = random_tensors(shapes, Draw(f"{seed}/{name}"))
+        checkpoint[name] = _cast({f"model.{key}": tensor for key, tensor in tensors.items()}, torch.bfloat16)
     save_pickle(part / CHECKPOINT_FILE, checkpoint)
-    save_pickle(part / VAE_FILE, _cast(vae_tensors(vae, draw), torch.float32))
-    tiny_decoder = TinyVaeConfig(vae.z_dim, widths=(16, 12, 8, 8))
-    save_pickle(part / TINY_VAE_FILE, _cast(tiny_decoder_tensors(tiny_decoder, draw), torch.float16))
+    save_pickle(part / VAE_FILE, _cast(random_tensors(vae_shapes(vae), draw), torch.float32))
+    tiny_vae = TinyVaeConfig(vae.z_dim, widths=(16, 12, 8, 8))
+    tiny_decoder = random_tensors(tiny_decoder_shapes(tiny_vae), draw)
+    tiny_decoder[f"{tiny_vae.head}.bias"].fill_(0.5)  # colours are in [0, 1]
+    save_pickle(part / TINY_VAE_FILE, _cast(tiny_decoder, torch.float16))
 
     text_encoder = TextEncoderConfig(
         vocab_size=1024, d_model=transformer.text_dim, d_attn=32, d_ff=64, num_heads=4, num_layers=2
@@ -193,7 +192,7 @@ def wan_config(config: TransformerConfig, facts: Mapping[str, Any]) -> dict[str,
     return {"_class_name": "WanModel", "model_type": "t2v", **fields, "echo_rt": dict(facts)}
 
 
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
 
@@ -234,3 +233,54 @@ def write_tokenizer(folder: Path, vocab_size: int, text_len: int) -> None:
     content = (tokenizer.to_str(pretty=True), json.dumps(library_config, indent=2) + "\n")
     for name, text in zip(_TOKENIZER_FILES, content, strict=True):
         (folder / name).write_text(text, encoding="utf-8")
+
+
+class Draw:
+    """Normal random tensors that depend on a seed, a name and the kind of device, not on the order of drawing."""
+
+    def __init__(self, seed: int | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64) -> None:
+        self._seed, self._device, self._dtype = seed, device, dtype
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(f"{self._seed}/{name}".encode()))
+        return torch.randn(shape, generator=generator, device=self._device, dtype=self._dtype)
+
+
+def random_tensor(draw: Draw, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor at the scale that keeps amplitudes: unit gain for matrices, near 1 for norms, near 0 for biases."""
+    x = draw(name, *shape)
+    if name.endswith(_GATE):
+        return _SMALL * x + _GATE_BIAS
+    if name.endswith(".bias"):
+        return _SMALL * x
+    if any(norm in name for norm in _NORMS):
+        return 1 + _SMALL * x
+    if name.endswith("modulation"):
+        return x / math.sqrt(shape[-1])
+    if name.endswith("query_init"):
+        return x
+    return x / math.sqrt(math.prod(shape[1:]))
+
+
+def random_tensors(shapes: Shapes, draw: Draw) -> Tensors:
+    """All tensors of ``shapes``."""
+    return {name: random_tensor(draw, name, shape) for name, shape in shapes.items()}
+
+
+def text_encoder_tensors(config: TextEncoderConfig, draw: Draw) -> Tensors:
+    """The umT5 encoder."""
+    return random_tensors(text_encoder_shapes(config), draw)
+
+
+class RandomTensors(LazyTensors):
+    """Random weights of these ``shapes``: float32 on ``device``, drawn anew whenever they are asked for.
+
+    A model of any size can be made of them without anyone holding them in between.
+    """
+
+    def __init__(self, shapes: Shapes, device: torch.device, seed: int = 0) -> None:
+        super().__init__(shapes)
+        self._shapes, self._draw = shapes, Draw(seed, device, torch.float32)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return random_tensor(self._draw, name, self._shapes[name])

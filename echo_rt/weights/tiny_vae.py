@@ -45,7 +45,8 @@ class TinyVaeKind:
 
 TAEW = TinyVaeKind("taew2_1", "madebyollin's TAEHV", normalized=True)
 LIGHTTAEW = TinyVaeKind("lighttaew2_1", "LightX2V's Autoencoders", normalized=False)
-KINDS = (TAEW, LIGHTTAEW)
+KINDS = (LIGHTTAEW, TAEW)  # the name of the second is a part of the first's
+_USUAL_FILES = " or ".join(f"{kind.name}{{{','.join(_SUFFIXES)}}} (of {kind.project})" for kind in (TAEW, LIGHTTAEW))
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,14 @@ def open_tiny_vae(vae: str | Path, folder: Path, like: VaeConfig) -> TinyVae:
             f"vae: expected {WAN_VAE!r}, {TINY_VAE!r} or the path of a tiny decoder's file, "
             f"got {str(vae)!r}, and no such file"
         )
-    kind = _kind_of(path)
-    file = open_tensors(path)
-    tensors = selected(file, lambda name: not name.startswith(_ENCODER))
+    named = [kind for kind in KINDS if kind.name in path.name.lower()]
+    if not named:
+        raise WeightsError(
+            f"{path}: expected a name that says which tiny decoder it is, like {_USUAL_FILES}; "
+            f"their tensors have the same names, but one wants normalized latents and the other does not"
+        )
+    kind = named[0]
+    tensors = selected(open_tensors(path), lambda name: not name.startswith(_ENCODER))
     config = _config_of(tensors, kind, str(path))
     for what, found, expected in (
         ("channels of a latent", config.z_dim, like.z_dim),
@@ -147,10 +153,12 @@ def open_tiny_vae(vae: str | Path, folder: Path, like: VaeConfig) -> TinyVae:
 
 def _find(folder: Path) -> Path:
     """The one tiny decoder in a model's folder."""
-    found = [path for kind in KINDS for suffix in _SUFFIXES if (path := folder / f"{kind.name}{suffix}").exists()]
+    found = [
+        path for kind in (TAEW, LIGHTTAEW) for suffix in _SUFFIXES if (path := folder / f"{kind.name}{suffix}").exists()
+    ]
     if not found:
         raise WeightsError(
-            f"{folder}: expected a tiny decoder, {_usual_files()}, found none of them: put one there, or give its path"
+            f"{folder}: expected a tiny decoder, {_USUAL_FILES}, found none of them: put one there, or give its path"
         )
     if len(found) > 1:
         raise WeightsError(
@@ -160,34 +168,22 @@ def _find(folder: Path) -> Path:
     return found[0]
 
 
-def _usual_files() -> str:
-    return " or ".join(f"{kind.name}{{{','.join(_SUFFIXES)}}} (of {kind.project})" for kind in KINDS)
-
-
-def _kind_of(path: Path) -> TinyVaeKind:
-    # Each name is looked for as a whole: the shorter of the two is a part of the longer.
-    for kind in sorted(KINDS, key=lambda kind: -len(kind.name)):
-        if kind.name in path.name.lower():
-            return kind
-    raise WeightsError(
-        f"{path}: expected a name that says which tiny decoder it is, like {_usual_files()}; "
-        f"their tensors have the same names, but one wants normalized latents and the other does not"
-    )
-
-
 def _config_of(tensors: Mapping[str, Tensor], kind: TinyVaeKind, source: str) -> TinyVaeConfig:
     """The sizes of the decoder in ``tensors``, as far as its convolutions say; the rest is for ``check_tensors``."""
-    width, z_dim = shape_of(tensors, f"{STEM}.weight", 4, source, _WHAT)[:2]
-    widths = [width]
-    growth: list[int] = []
+
+    def shape(module: str) -> tuple[int, ...]:
+        return shape_of(tensors, f"{module}.weight", 4, source, _WHAT)
+
+    width, z_dim = shape(STEM)[:2]
+    widths, growth = [width], list[int]()
     while f"{outlet_name(len(growth))}.weight" in tensors:
         level = len(growth)
-        rows = shape_of(tensors, f"{growth_name(level)}.weight", 4, source, _WHAT)[0]
+        rows = shape(growth_name(level))[0]
         if rows % widths[-1]:
             raise WeightsError(
                 f"{source}: expected {_WHAT} with a multiple of {widths[-1]} rows in {growth_name(level)}.weight, "
                 f"found {rows}"
             )
         growth.append(rows // widths[-1])
-        widths.append(shape_of(tensors, f"{outlet_name(level)}.weight", 4, source, _WHAT)[0])
+        widths.append(shape(outlet_name(level))[0])
     return TinyVaeConfig(z_dim=z_dim, widths=tuple(widths), growth=tuple(growth), normalized=kind.normalized)

@@ -18,8 +18,7 @@ import echo_rt
 from echo_rt.engine.initial_video import InitialVideoEncoder
 from echo_rt.errors import ConfigError, NumericalError, WeightsError
 from echo_rt.model.vae_encoder import VaeEncoder
-from echo_rt.weights.folder import ModelFolder
-from echo_rt.weights.layouts import VAE_FILE
+from echo_rt.weights.folder import VAE_FILE, ModelFolder
 
 SIDE = 32  # pixels of the small model's frames
 FIRST, BOTH = 9, 21  # frames of its first block, and of its first two

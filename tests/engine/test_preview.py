@@ -16,7 +16,7 @@ from torch import Tensor
 
 import echo_rt
 from echo_rt.errors import ConfigError, StreamError, WeightsError
-from echo_rt.weights.layouts import VAE_FILE
+from echo_rt.weights.folder import VAE_FILE
 from echo_rt.weights.tiny_model import TINY_VAE_FILE
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -277,7 +278,7 @@ def test_tokenizer_is_damaged(folder: ModelFolder, tmp_path: Path, content: str 
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
         (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(WeightsError, match="no tokenizer can be loaded") as caught:
+    with pytest.raises(WeightsError, match="expected a tokenizer, found one that the library fails with") as caught:
         make_encoder(folder, tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -286,6 +287,46 @@ def copy_tokenizer(folder: ModelFolder, to: Path, change: dict[str, object]) -> 
     tokenizer = json.loads((folder.tokenizer_path() / "tokenizer.json").read_text())
     (to / "tokenizer.json").write_text(json.dumps(tokenizer | change))
     (to / "tokenizer_config.json").write_text((folder.tokenizer_path() / "tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # a panic when it is loaded
+        {  # and one when it is used
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            }
+        },
+    ],
+    ids=["normalizer", "post_processor"],
+)
+def test_a_panic_of_the_tokenizers_library_is_one_line(
+    folder: ModelFolder, tmp_path: Path, change: dict[str, object]
+) -> None:
+    """It is a BaseException, which nothing would catch on its way to a traceback."""
+    copy_tokenizer(folder, tmp_path, change)
+    with pytest.raises(WeightsError, match="expected a tokenizer, found one that the library fails with") as caught:
+        make_encoder(folder, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "spiece.model", "added_tokens.json"])
+def test_a_pipe_among_the_tokenizers_files_is_not_waited_for(folder: ModelFolder, tmp_path: Path, name: str) -> None:
+    copy_tokenizer(folder, tmp_path, {})
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / name).symlink_to(tmp_path / "pipe")
+    with pytest.raises(WeightsError, match="expected a file of the tokenizer, found a pipe or a device"):
+        make_encoder(folder, tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / "pipe").unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(WeightsError, match=f"{name}: expected a file of the tokenizer, found a pipe or a device"):
+        make_encoder(folder, tmp_path)
 
 
 def test_tokenizer_without_end_token(folder: ModelFolder, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import echo_rt
 from echo_rt import ConfigError, Guard, NumericalError, Snapshot, StreamError
-from echo_rt.weights.layouts import VAE_FILE
+from echo_rt.weights.folder import VAE_FILE
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
 GIVEN, FRAMES, BLOCKS = 3, 33, 9  # blocks, and their frames; blocks of the whole video

@@ -292,8 +292,8 @@ def test_a_damaged_bundle_is_a_clear_error(golden_dir: Path, tmp_path: Path, dam
     [
         ("vae", change_tensor("inputs.safetensors", "latents", lambda t: t[0].clone()), "latents with 4 dimensions"),
         ("text_encoder", change_tensor("inputs.safetensors", "input_ids", lambda t: t[0].clone()), "2 dimensions"),
-        ("text_encoder", change_config(num_heads=0), "num_heads must be a positive integer, got 0"),
-        ("text_encoder", change_config(d_model="x"), "d_model must be a positive integer, got 'x'"),
+        ("text_encoder", change_config(num_heads=0), "num_heads must be a positive integer of at most 1048576, got 0"),
+        ("text_encoder", change_config(d_model="x"), "d_model must be a positive integer of at most 1048576, got 'x'"),
     ],
 )
 def test_other_kinds_damaged(

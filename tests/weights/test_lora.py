@@ -313,10 +313,21 @@ def test_an_alpha_that_is_given_is_for_files_without_one(tmp_path: Path) -> None
         (ADAPTER | {"use_dora": True}, None, "expected a LoRA, found DoRA (in adapter_config.json)"),
         (ADAPTER | {"peft_type": "LOKR"}, None, "expected a LoRA, found LOKR (in adapter_config.json)"),
         (ADAPTER | {"init_lora_weights": "pissa"}, None, "found init_lora_weights 'pissa'"),
-        (ADAPTER | {"lora_alpha": "much"}, None, "expected lora_alpha of adapter_config.json to be a number above 0"),
-        (ADAPTER | {"alpha_pattern": {"(": 8}}, None, "expected alpha_pattern to map patterns"),
-        (ADAPTER | {"alpha_pattern": [8]}, None, "expected alpha_pattern to map patterns"),
-        (None, {IN_HEADER: "8"}, f"expected {IN_HEADER} to be a JSON object"),
+        (
+            ADAPTER | {"lora_alpha": "much"},
+            None,
+            "config of an adapter, found no JSON of one: Expected `float | null`",
+        ),
+        (ADAPTER | {"lora_alpha": -1}, None, "Expected `float` > 0.0 - at `$.lora_alpha`"),
+        (ADAPTER | {"alpha_pattern": {"(": 8}}, None, "expected simple patterns of modules' names in adapter_config"),
+        # Each would take years to match a name of a hundred letters.
+        (ADAPTER | {"alpha_pattern": {"(a+)+": 8}}, None, "expected simple patterns"),
+        (ADAPTER | {"rank_pattern": {"(.|.)*x": 8}}, None, "expected simple patterns"),
+        (ADAPTER | {"rank_pattern": {".*.*.*x": 8}}, None, "expected simple patterns"),
+        (ADAPTER | {"rank_pattern": {f"a{i}": 8 for i in range(3000)}}, None, "length <= 2048 - at `$.rank_pattern`"),
+        (ADAPTER | {"alpha_pattern": [8]}, None, "Expected `object | null`, got `array` - at `$.alpha_pattern`"),
+        (None, {IN_HEADER: "8"}, f"expected {IN_HEADER} to be PEFT's config as a JSON object"),
+        (None, {IN_HEADER: "[" * 100_000}, f"expected {IN_HEADER} to be PEFT's config as a JSON object"),
         (None, {"ss_network_alpha": "-8"}, "expected ss_network_alpha to be a number above 0"),
     ],
 )
@@ -468,7 +479,7 @@ def test_memory_encoder_in_safetensors(tmp_path: Path) -> None:
                     f"{MODULES[0]}.lora_B.weight": torch.ones(1).expand(24, 10**7),
                 }
             ),
-            "expected LoRA factors only, found 2 of something else",
+            "expected tensors as large as what is stored, found",
         ),
         (lambda t: t | {f"{MODULES[0]}.lora_A.weight": torch.ones(0, 24)}, "lora_A.weight [0, 24]"),
         (
