@@ -269,7 +269,7 @@ class Run:
             "reserved": reserved,
             "first_frame_cold": cold,
             "first_frame_warm": warm,
-            "snapshot": sum(tensor.nbytes for tensor in runner.pipeline.live_tensors().values()),
+            "snapshot": sum(tensor.nbytes for tensor in runner.engine.saved_tensors().values()),
             "decoder": runner.pipeline.decoder_bytes,
         }
 
