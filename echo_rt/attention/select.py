@@ -27,7 +27,7 @@ from echo_rt.config import ModelConfig
 from echo_rt.ops.schema import Ops
 
 AttentionSelection = Selection[Attention]
-CACHE = Cache("attention", lambda fields: AttentionShapes(**fields))
+CACHE = Cache("attention", AttentionShapes)
 cache_file = CACHE.path
 
 # Shapes to try candidates on without a model; the head size is Wan's.

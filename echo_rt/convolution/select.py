@@ -19,7 +19,7 @@ from echo_rt.convolution.backends import REMOVED, ConvolutionCandidate
 from echo_rt.convolution.shapes import ConvolutionShape
 from echo_rt.errors import BackendError
 
-CACHE = Cache("convolution", ConvolutionShape.from_fields)
+CACHE = Cache("convolution", ConvolutionShape)
 cache_file = CACHE.path
 
 ConvolutionSelection = Selection[ConvolutionCandidate]

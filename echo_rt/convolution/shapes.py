@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -38,16 +37,6 @@ class ConvolutionShape:
             f"{self.frames} frames of {self.width}x{self.height}, {self.channels} to {self.out_channels} channels, "
             f"kernel {kernel}{enlarged}"
         )
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> ConvolutionShape:
-        """Make one of its fields as JSON stores them. Raises ``TypeError`` or ``ValueError`` for anything else."""
-        depth, height, width = fields["kernel"]
-        shape = cls(**{**fields, "kernel": (depth, height, width)})
-        sizes = (shape.frames, shape.height, shape.width, shape.channels, shape.out_channels, *shape.kernel)
-        if not all(type(size) is int for size in sizes) or type(shape.enlarge) is not bool:
-            raise ValueError("values of other types")
-        return shape
 
 
 class Prepared(Protocol):
