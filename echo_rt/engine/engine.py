@@ -18,8 +18,7 @@ from echo_rt.engine.prompts import PromptEncoder, check_prompt_embeds
 from echo_rt.engine.rollout import Rollout
 from echo_rt.engine.steady_state import SteadyCheck
 from echo_rt.errors import ConfigError, PromptError, StreamError
-from echo_rt.snapshot.fit import difference
-from echo_rt.snapshot.implementations import Implementations
+from echo_rt.snapshot.fit import Implementations, difference
 from echo_rt.snapshot.kv_rows import MEMORY, SINK, copy_rows, same_bits, shapes_in_snapshots, split_kv
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.wording import plain

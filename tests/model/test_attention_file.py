@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from streaming import within
 
-from echo_rt.attention import AttentionShapes, cache_file
-from echo_rt.attention.select import CACHE
+from echo_rt.attention import CACHE, AttentionShapes, cache_file
 from echo_rt.autotune.cache import Case, Entry
 
 
