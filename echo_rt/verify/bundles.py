@@ -54,6 +54,11 @@ BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2, torch.float16: 2e-3, FLOA
 RECIPE_BOUNDS = BOUNDS | {torch.float32: 1e-5}
 
 
+def bound_between(dtype: torch.dtype) -> float:
+    """The largest error between two results in ``dtype``: both are rounded, in a bundle only one of them."""
+    return 2 * BOUNDS[dtype]
+
+
 @dataclass
 class _Script:
     num_blocks: Annotated[int, Meta(ge=0)]
@@ -259,7 +264,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         why = f"config.json cannot be read: {error.strerror}"
         raise WeightsError(f"{folder} is not a golden bundle ({why}), nor a model with a VAE") from None
     config = read_json(content, dict[str, Any], f"{path}: expected JSON", WeightsError)
-    if config.get("kind") not in RUN:
+    if config.get("kind") not in tuple(RUN):  # which may be of any type
         raise WeightsError(f"{path}: expected a kind of {', '.join(RUN)}; got {config.get('kind')!r}")
     return config
 
@@ -275,11 +280,6 @@ def find_bundles(folder: Path) -> list[Path]:
             return False  # somebody else's file
 
     return sorted(Path(place) for place, _, files in os.walk(folder) if "config.json" in files and has_kind(place))
-
-
-def bound_between(dtype: torch.dtype) -> float:
-    """The largest error between two results in ``dtype``: both are rounded, in a bundle only one of them."""
-    return 2 * BOUNDS[dtype]
 
 
 @dataclass(frozen=True)
