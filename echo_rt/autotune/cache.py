@@ -30,7 +30,7 @@ CACHE_VARIABLE = "ECHO_RT_CACHE_DIR"
 
 _FORMAT = 1
 _LARGEST = 2**24  # bytes of a file that is read
-_LOCK_SECONDS = 10.0  # for which the file's lock is waited for
+_LOCK_SECONDS = 5.0  # for which the file's lock is waited for
 
 Shapes = TypeVar("Shapes")  # a dataclass
 

@@ -23,12 +23,11 @@ from echo_rt.attention import Attention, AttentionShapes
 from echo_rt.config import VaeConfig
 from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape
 from echo_rt.errors import ConfigError
+from echo_rt.model.decoder_protocol import VideoDecoder
 from echo_rt.model.vae_layers import CausalConv, Middle, NormConv, ResidualBlock, Terms, UpsampleConv, VaeWeights
 from echo_rt.model.vae_windows import BandWindows, Rows, StreamWindows, Windows, WindowSize
 from echo_rt.ops.schema import Ops
 from echo_rt.weights.shapes import vae_decoder_shapes
-
-_OWNER = "vae decoder"
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class DecodingPlan:
     """
 
     latent_shape: tuple[int, int, int]
+    max_latents: int
     sizes: Sequence[WindowSize]
     frames_at_once: tuple[int, ...]
     bands: Bands | None
@@ -58,14 +58,10 @@ class DecodingPlan:
 
 
 class VaeDecoderState:
-    """The state of one stream at its start, allocated once.
-
-    ``latents_seen`` is the number of latents decoded so far. To go on bit for bit, copy it and :meth:`tensors` into a
-    new state of the same size.
-    """
+    """The state of one stream at its start, allocated once."""
 
     def __init__(self, plan: DecodingPlan, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.plan = plan
+        self.plan, self.latent_shape, self.max_latents = plan, plan.latent_shape, plan.max_latents
         # A stream may be decoded with or without inference mode; tensors born inside it could not be written outside.
         with torch.inference_mode(False):
             self.windows = StreamWindows(plan.sizes, device=device, dtype=dtype)
@@ -96,8 +92,8 @@ class VaeDecoderState:
         self.latents_seen = 0
 
 
-class VaeDecoder:
-    """The decoder. It holds no state of a stream, so one decoder serves any number of streams.
+class VaeDecoder(VideoDecoder[VaeDecoderState]):
+    """The decoder.
 
     ``tensors``: the VAE's weights under their original names; others are ignored. ``ops``: a backend's operations.
     ``tiles``: number of horizontal tiles for the two highest resolutions, for GPUs with little memory. Raises
@@ -105,6 +101,8 @@ class VaeDecoder:
 
     ``levels`` are the resolutions from lowest to highest; ``head`` turns the output of the last into RGB.
     """
+
+    owner = "vae decoder"
 
     def __init__(
         self,
@@ -116,7 +114,7 @@ class VaeDecoder:
         dtype: torch.dtype,
         tiles: int = 1,
     ) -> None:
-        weights = VaeWeights(tensors, vae_decoder_shapes(config), _OWNER, device=torch.device(device), dtype=dtype)
+        weights = VaeWeights(tensors, vae_decoder_shapes(config), self.owner, device=torch.device(device), dtype=dtype)
         self.config, self.tiles = config, tiles
         self.device, self.dtype = weights.device, dtype
         # Latents are a handful of channels: what touches them alone stays float32.
@@ -175,15 +173,8 @@ class VaeDecoder:
     def _plan(self, latent_height: int, latent_width: int, latents: int, frames_at_full: int | None) -> DecodingPlan:
         if frames_at_full is None:
             frames_at_full = self.config.temporal_stride if self.tiles == 1 else 1
-        for name, value in (
-            ("height of latents", latent_height),
-            ("width of latents", latent_width),
-            ("latents", latents),
-            ("frames_at_full", frames_at_full),
-            ("tiles", self.tiles),
-        ):
-            if value < 1:
-                raise ConfigError(f"{_OWNER}: expected {name} to be at least 1, got {value}")
+        self.require_positive(height_of_latents=latent_height, width_of_latents=latent_width, latents=latents)
+        self.require_positive(frames_at_full=frames_at_full, tiles=self.tiles)
         return plan_decoding(
             self.levels,
             self.head.conv,
@@ -193,25 +184,7 @@ class VaeDecoder:
             tiles=self.tiles,
         )
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor, state: VaeDecoderState) -> Tensor:
-        """Decode the next ``latents [T, z, h, w]`` of a stream (normalized, any float dtype) to video ``[F, H, W, 3]``.
-
-        The video has the decoder's dtype, is nominally in [-1, 1] and is not clamped. For Wan F is 4T, or 1 + 4(T-1)
-        at the start of a stream. T may be any number. Raises :class:`ConfigError` for latents of another size than the
-        state's.
-        """
-        if latents.dim() != 4 or len(latents) < 1 or latents.shape[1:] != state.plan.latent_shape:
-            expected = ", ".join(str(size) for size in state.plan.latent_shape)
-            raise ConfigError(
-                f"{_OWNER}: expected latents [T >= 1, {expected}] (channels, height, width), got {list(latents.shape)}"
-            )
-        video = self.decode_next(latents, state, is_start=state.latents_seen == 0)
-        state.latents_seen += len(latents)
-        return video
-
     def decode_next(self, latents: Tensor, state: VaeDecoderState, *, is_start: bool) -> Tensor:
-        """Decode as :meth:`decode` does, without its checks and its count, so that it can be captured in a graph."""
         before = 0 if is_start else 1  # any later place in a stream has as many frames as the second
         frames = self.config.video_frames(before + len(latents)) - self.config.video_frames(before)
         stride = self.config.spatial_stride
@@ -378,7 +351,7 @@ def plan_decoding(
             rows = None if rows is None else [each.upsampled() for each in rows]
         add(level.convs, rows)
     add([head], None if bands is None else [band[-1] for band in bands.bands])
-    return DecodingPlan(latent_shape, sizes, tuple(at_once), bands, margins, convolutions)
+    return DecodingPlan(latent_shape, latents, sizes, tuple(at_once), bands, margins, convolutions)
 
 
 def _bands(levels: Sequence[Level], head: CausalConv, latent_height: int, tiles: int) -> Bands:
