@@ -16,10 +16,9 @@ import torch
 from timing import HOST_CLOCK, HostTimer
 from torch import Tensor
 
-from echo_rt.attention import AttentionShapes, implementations
-from echo_rt.attention.select import AttentionCheck
+from echo_rt.attention import AttentionCheck, AttentionShapes, implementations
 from echo_rt.autotune.tuner import TOLERANCES
-from echo_rt.bench.runner import median_p99
+from echo_rt.bench.run import median_p99
 from echo_rt.bench.tables import columns, environment
 from echo_rt.errors import BackendError
 from echo_rt.ops.backends import load_ops

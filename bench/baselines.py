@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from echo_rt.bench.run import BASELINES
-from echo_rt.bench.runner import BlockRunner, median_p99
+from echo_rt.bench.run import BASELINES, BlockRunner, median_p99
 from echo_rt.config import VaeConfig
 from echo_rt.engine.build import Networks
 from echo_rt.errors import BackendError

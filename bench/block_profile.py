@@ -18,7 +18,7 @@ from registers import short_name
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from echo_rt.bench.runner import BlockRunner, busy_seconds, open_model
+from echo_rt.bench.run import BlockRunner, busy_seconds, open_model
 from echo_rt.bench.settings import Request
 from echo_rt.bench.tables import columns, environment
 from echo_rt.errors import CaptureError

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from echo_rt.convolution.kernels import untiled
+from echo_rt.convolution.backends import untiled
 from echo_rt.ops import reference
 
 # Which argument holds the result of an operation that returns nothing.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from echo_rt.bench.settings import BenchModel
 from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape
-from echo_rt.convolution.kernels import hopper_limit
+from echo_rt.convolution.backends import hopper_limit
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.schema import Ops
 from echo_rt.weights.shapes import vae_decoder_shapes

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from echo_rt.bench.run import DEVICE_CLOCK, HOST_CLOCK
-from echo_rt.bench.runner import median_p99
+from echo_rt.bench.run import DEVICE_CLOCK, HOST_CLOCK, median_p99
 from echo_rt.errors import ConfigError
 
 # A buffer of twice the cache leaves nothing of what was there, whatever the cache's rule of replacement.

@@ -22,7 +22,7 @@ from echo_rt.engine.scheduler import CallerNoise, Initial
 from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.ops.backends import choose_backend
 from echo_rt.options import WAN_VAE, Lora, MemoryMode, RuntimeOptions, check_seed
-from echo_rt.snapshot.implementations import BACKEND, implementations_of
+from echo_rt.snapshot.fit import BACKEND, implementations_of
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.stream import Stream
 from echo_rt.utils.device import give_memory_back, parse_device, parse_dtype, parse_vae_dtype

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_rt.convolution.kernels import COLUMNS, DEPTH, tiled
+from echo_rt.convolution.backends import COLUMNS, DEPTH, tiled
 from echo_rt.utils.device import FLOAT8
 
 

@@ -183,12 +183,12 @@ def header_edited(content: bytes, dice: random.Random) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
-def as_of_another_version(path: Path) -> None:
-    """Makes of the snapshot at ``path`` what echo-rt 9.1 would have written, in format version 2."""
+def as_of_another_version(path: Path, version: str = "3", echo_rt: str = "9.1") -> None:
+    """Makes of the snapshot at ``path`` what another echo-rt would have written, in another format version."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] |= {"version": "2", "echo_rt": "9.1"}
+    header["__metadata__"] |= {"version": version, "echo_rt": echo_rt}
     text = json.dumps(header).encode()
     path.write_bytes(with_valid_digest(len(text).to_bytes(8, "little") + text + content[8 + length :]))
 

@@ -1,30 +1,116 @@
-"""Attention without a mask, by whichever library is fastest here.
+"""Attention without a mask, by whichever implementation is fastest here: on a GPU measured on the model's own shapes.
 
-A model is given its attention when it is loaded, as it is given its operations: :func:`attention_tuner` measures what
-is installed, on the model's own shapes, and remembers the outcome in a file.
+A model is given its attention when it is loaded, as it is given its operations.
 """
 
-from echo_rt.attention.backends import Attention, AttentionCandidate, AttentionShapes, implementations
-from echo_rt.attention.select import (
-    AttentionSelection,
-    attention_tuner,
-    attentions,
-    available_attention,
-    cache_file,
-    known_selections,
-    untried_attention,
-)
+from __future__ import annotations
 
-__all__ = [
-    "Attention",
-    "AttentionCandidate",
-    "AttentionSelection",
-    "AttentionShapes",
-    "attention_tuner",
-    "attentions",
-    "available_attention",
-    "cache_file",
-    "implementations",
-    "known_selections",
-    "untried_attention",
-]
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from echo_rt.attention.backends import IMPLEMENTATIONS, Library, Matmul
+from echo_rt.attention.backends import Attention as Attention
+from echo_rt.attention.backends import AttentionCandidate as AttentionCandidate
+from echo_rt.attention.backends import AttentionShapes as AttentionShapes
+from echo_rt.attention.backends import implementations as implementations
+from echo_rt.autotune.cache import Cache
+from echo_rt.autotune.tuner import Check, Selection, Tuner
+from echo_rt.config import ModelConfig
+from echo_rt.ops.schema import Ops
+
+AttentionSelection = Selection[Attention]
+CACHE = Cache("attention", AttentionShapes)
+cache_file = CACHE.path
+
+# Shapes to try candidates on without a model; the head size is Wan's.
+_PROBE = AttentionShapes(queries=64, keys=200, heads=2, head_dim=128)
+_CHECKED_QUERIES = 32
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute the formula in float64, ``[n, H·d]``; head by head, as the scores are large."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    heads = [
+        torch.softmax(q[:, head].double() @ k[:, head].double().T * scale, dim=-1) @ v[:, head].double()
+        for head in range(q.shape[1])
+    ]
+    return torch.stack(heads, dim=1).flatten(1)
+
+
+class AttentionCheck(Check[Attention]):
+    """Random ``q``, ``k`` and ``v`` of ``shapes``, with k and v laid out as in the KV buffer."""
+
+    calls = 4
+
+    def __init__(self, shapes: AttentionShapes, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(device, dtype, (shapes.queries, shapes.heads * shapes.head_dim))
+        self.q = self.normal(shapes.queries, shapes.heads, shapes.head_dim)
+        self.k, self.v = self.normal(2, shapes.keys, shapes.heads, shapes.head_dim)
+
+    def call(self, attention: Attention, /) -> Callable[[], Tensor]:
+        return partial(attention, self.q, self.k, self.v)
+
+    def errors(self, out: Tensor) -> Tensor:
+        """Return the errors of queries spread from first to last."""
+        checked = min(_CHECKED_QUERIES, len(out))
+        rows = torch.linspace(0, len(out) - 1, checked, device=out.device).round().long()
+        exact = exact_attention(self.q[rows], self.k, self.v)
+        errors: Tensor = (out[rows].double() - exact).norm(dim=1) / exact.norm(dim=1)
+        return errors
+
+
+def attention_tuner(
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: AttentionShapes,
+    candidates: Sequence[AttentionCandidate] = IMPLEMENTATIONS,
+) -> Tuner[Attention, AttentionShapes]:
+    """Return the tuner that selects an attention for ``shapes``."""
+    return Tuner(CACHE, device, dtype, shapes, candidates, partial(AttentionCheck, shapes, device, dtype))
+
+
+def attentions(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    ops: Ops,
+    requested: str | None = None,
+    *,
+    cache: Path | None,
+    prescribed: tuple[str | None, str | None] = (None, None),
+) -> tuple[AttentionSelection, AttentionSelection]:
+    """Select the attention of a model over its full KV buffer, and over the text."""
+    transformer = config.transformer
+    heads, head_dim = transformer.num_heads, transformer.head_dim
+    over_cache = AttentionShapes(config.tokens_per_block, config.cached_tokens, heads, head_dim)
+    over_text = dataclasses.replace(over_cache, keys=transformer.text_len)
+    first, second = (
+        attention_tuner(device, dtype, shapes, implementations(ops)).select(requested, name, cache=cache)
+        for shapes, name in zip((over_cache, over_text), prescribed, strict=True)
+    )
+    return first, second
+
+
+def untried_attention(device: torch.device) -> Attention:
+    """Return an attention that works for any head size on ``device`` without trying: torch's own on a CPU."""
+    return Library("sdpa", scaled_dot_product_attention) if device.type == "cpu" else Matmul()
+
+
+def known_selections(
+    device: torch.device, cache: Path | None, candidates: Sequence[AttentionCandidate]
+) -> Iterator[tuple[str, str]]:
+    """Yield name and reason of what models on ``device`` would get now, as far as known without measuring."""
+    return attention_tuner(device, torch.float32, _PROBE, candidates).known(cache)
+
+
+def available_attention(device: torch.device, candidates: Sequence[AttentionCandidate]) -> dict[str, str]:
+    """Run each candidate on ``device``; return name -> ``"available"``, or ``"why it is not; what to do"``."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return attention_tuner(device, dtype, _PROBE, candidates).available()

@@ -6,28 +6,41 @@ A file that is damaged, or cannot be written, costs a measurement and a warning,
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+import stat
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
-from echo_rt.errors import OutputError
+from echo_rt.errors import EchoError, OutputError
 from echo_rt.utils.atomic_file import reason, write_whole
 from echo_rt.utils.build_info import __version__
-from echo_rt.utils.wording import one_line
+from echo_rt.utils.checked_json import convert, read_json
 
 CACHE_VARIABLE = "ECHO_RT_CACHE_DIR"
 
 _FORMAT = 1
+_LARGEST = 2**24  # bytes of a file that is read
+_LOCK_SECONDS = 5.0  # for which the file's lock is waited for
 
 Shapes = TypeVar("Shapes")  # a dataclass
+
+
+class _NotPlainError(OSError):
+    """A link, pipe, folder or device in place of a file of ours."""
+
+
+class _DamagedError(EchoError):
+    """A file with something else in it."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +72,24 @@ class Entry(Generic[Shapes]):
         return f"{what} on {self.case.machine['gpu']}: {listed}"
 
 
-class Cache(Generic[Shapes]):
-    """The file of one ``subject``, which is also the name of the field of the winner.
+@dataclass
+class _File:
+    format: Literal[1]
+    entries: list[dict[str, Any]]
 
-    ``shapes`` makes an object of its fields as JSON stores them, and may raise what wrong values raise.
+
+class Cache(Generic[Shapes]):
+    """The file of one ``subject``, which is also the name of the field of the winner; ``shapes``: the dataclass.
+
+    Each problem of a file is told once in a process.
     """
 
-    def __init__(self, subject: str, shapes: Callable[[Mapping[str, Any]], Shapes]) -> None:
+    def __init__(self, subject: str, shapes: type[Shapes]) -> None:
         self.subject = subject
-        self._shapes = shapes
+        self._entry_of: Any = Entry[shapes]  # type: ignore[valid-type]
         self._logger = logging.getLogger(f"echo_rt.{subject}")
+        self._told: set[str] = set()
+        self._given_up: set[Path] = set()  # files that this process writes no more
 
     def path(self) -> Path | None:
         """Return the file in ``ECHO_RT_CACHE_DIR``, or in the user's cache folder; None for a user without a home."""
@@ -85,17 +106,17 @@ class Cache(Generic[Shapes]):
     def entries(self, path: Path) -> list[Entry[Shapes]]:
         """Return the entries of ``path``, oldest first; none, with a warning, where it cannot be read."""
         try:
-            content = json.loads(path.read_bytes())
-            if content["format"] != _FORMAT:
-                raise ValueError(f"format {content['format']!r}, expected {_FORMAT}")
-            return [self._entry(item) for item in content["entries"]]
+            content = read_json(_read(path), _File, str(path), _DamagedError)
+            return [self._entry(item) for item in content.entries]
         except FileNotFoundError:
             return []
+        except _NotPlainError as error:
+            self._given_up.add(path)
+            self._tell(f"{path} cannot be read ({error}): {self.subject} is measured at every start")
         except OSError as error:
-            problem = f"cannot be read ({reason(error)})"
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            problem = f"is damaged ({type(error).__name__}: {one_line(error)})"
-        self._logger.warning("%s %s: %s is measured anew", path, problem, self.subject)
+            self._tell(f"{path} cannot be read ({reason(error)}): {self.subject} is measured anew")
+        except _DamagedError as error:
+            self._tell(f"{path} is damaged ({error}): {self.subject} is measured anew")
         return []
 
     def recall(self, path: Path, case: Case[Shapes]) -> Entry[Shapes] | None:
@@ -104,28 +125,35 @@ class Cache(Generic[Shapes]):
 
     def remember(self, path: Path, entry: Entry[Shapes]) -> None:
         """Add ``entry`` to the file, in place of one of the same case; entries added by others meanwhile are kept."""
+        if path in self._given_up:
+            return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_suffix(".lock")):
                 kept = [other for other in self.entries(path) if other.case != entry.case]
                 content = {"format": _FORMAT, "entries": [self._fields(item) for item in (*kept, entry)]}
-                write_whole(path, json.dumps(content, indent=1).encode() + b"\n")
+                if path not in self._given_up:
+                    write_whole(path, json.dumps(content, indent=1).encode() + b"\n")
         except (OSError, OutputError) as error:
+            if isinstance(error, TimeoutError):
+                self._given_up.add(path)
             problem = f"{path} cannot be written ({reason(error)})" if isinstance(error, OSError) else error
-            self._logger.warning("%s: %s is measured at every start", problem, self.subject)
+            self._tell(f"{problem}: {self.subject} is measured at every start")
+
+    def _tell(self, problem: str) -> None:
+        if problem not in self._told:
+            self._told.add(problem)
+            self._logger.warning("%s", problem)
 
     def _fields(self, entry: Entry[Shapes]) -> dict[str, Any]:
         return {self.subject if name == "winner" else name: value for name, value in dataclasses.asdict(entry).items()}
 
-    def _entry(self, item: Any) -> Entry[Shapes]:
-        if item.keys() != {"case", self.subject, "milliseconds", "rejected"}:
-            raise ValueError(f"an entry of {', '.join(map(str, item))}")
-        case, winner, rejected = item["case"], item[self.subject], item["rejected"]
-        texts = (case["dtype"], winner, *rejected.values())
-        if not (isinstance(case["machine"], dict) and all(isinstance(text, str) for text in texts)):
-            raise ValueError("values of other types")
-        times = {name: float(time) for name, time in item["milliseconds"].items()}
-        return Entry(Case(case["machine"], case["dtype"], self._shapes(case["shapes"])), winner, times, rejected)
+    def _entry(self, item: dict[str, Any]) -> Entry[Shapes]:
+        fields = {"winner" if name == self.subject else name: value for name, value in item.items()}
+        entry: Entry[Shapes] = convert(fields, self._entry_of, "an entry", _DamagedError)
+        if json.loads(json.dumps(self._fields(entry))) != item:
+            raise _DamagedError("an entry of unknown fields")
+        return entry
 
 
 def machine_facts(device: torch.device, versions: Mapping[str, str | None]) -> dict[str, Any]:
@@ -162,9 +190,41 @@ def _driver() -> str | None:
         return None
 
 
+def _open(path: Path, flags: int) -> int:
+    """Return a descriptor of a plain file, never of what a link points to; a pipe is not waited for."""
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _NotPlainError("it is a symbolic link") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _NotPlainError("it is not a plain file")
+    return descriptor
+
+
+def _read(path: Path) -> bytes:
+    with os.fdopen(_open(path, os.O_RDONLY), "rb") as file:
+        return file.read(_LARGEST)
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock on ``path``; the system releases it however the process ends."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold a lock on ``path``; the system releases it however the process ends, but not while one is stopped.
+
+    Raises ``TimeoutError`` where another process keeps it.
+    """
+    descriptor, end = _open(path, os.O_RDWR | os.O_CREAT), time.monotonic() + _LOCK_SECONDS
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise TimeoutError(f"another process has held its lock for {_LOCK_SECONDS:g} s") from None
+                time.sleep(0.02)
         yield
+    finally:
+        os.close(descriptor)

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from echo_rt.attention import AttentionSelection
-from echo_rt.bench.run import Entry, Run
-from echo_rt.bench.runner import Model, median_p99
+from echo_rt.bench.run import Entry, Run, median_p99
 from echo_rt.bench.tables import Table, columns, draw, results, write_results
 from echo_rt.engine.build import convolutions_in_words
 from echo_rt.utils.device import FLOAT8, dtype_name
@@ -225,20 +223,25 @@ class Report:
     # ---------------------------------------------------------------- all else
 
     def _facts(self) -> dict[str, Any]:
-        run = self.run
+        run, taken = self.run, self.run.model.taken
+        recipe = {} if taken is None else taken.as_json()
+        recipe.pop("model", None)  # where it is from is told already
         return {
             "passed": run.passed,
             "complete": run.complete,
             "result": run.on_gpu,
             "clock": run.clock if run.on_gpu else f"{run.clock}: no result",
             "model": {"source": run.model.source, **run.model.config.to_flat()},
-            **_recipe(run.model),
+            **recipe,
             "dtype": dtype_name(run.dtype),
             "backend": run.backend.name,
             "backend_reason": run.backend.reason,
             "float8_except": list(run.request.float8_except),
-            "attention": [_selection(each) for each in run.attention],
-            "convolutions": {str(s): {"name": e.kind.name, "reason": e.reason} for s, e in run.convolutions.items()},
+            "attention": [
+                {"name": e.name, "reason": e.reason, "milliseconds": dict(e.timings), "rejected": dict(e.rejected)}
+                for e in run.attention
+            ],
+            "convolutions": {str(s): {"name": e.name, "reason": e.reason} for s, e in run.convolutions.items()},
             "vae_tiles": run.request.vae_tiles,
             "lookahead": self.ahead,
             "rounds": run.rounds,
@@ -272,7 +275,7 @@ class Report:
             "x torch: the time of the torch variant over that of this one. Errors: relative, of one steady block, "
             "against the torch backend without graphs, which begins it from the same state.",
             f"Backend: {run.backend.name}, {run.backend.reason}.",
-            *(f"Attention {place}: {each.attention.name}, {each.reason}." for place, each in used),
+            *(f"Attention {place}: {each.name}, {each.reason}." for place, each in used),
             f"Convolutions of the decoder: {convolutions_in_words(run.convolutions)}.",
             f"The decoder works in {bands} bands of rows, that of the torch variant in one." if bands > 1 else "",
             *(
@@ -284,18 +287,3 @@ class Report:
             *(f"Not measured: {name}: {why}." for name, why in run.absent.items()),
         ]
         return [line for line in lines if line]
-
-
-def _recipe(model: Model) -> dict[str, Any]:
-    """By which recipe a model runs, and of which weights; nothing of random ones."""
-    taken = {} if model.taken is None else model.taken.as_json()
-    return {name: value for name, value in taken.items() if name != "model"}  # where it is from is told already
-
-
-def _selection(each: AttentionSelection) -> dict[str, Any]:
-    return {
-        "name": each.attention.name,
-        "reason": each.reason,
-        "milliseconds": dict(each.timings),
-        "rejected": dict(each.rejected),
-    }

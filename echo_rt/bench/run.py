@@ -1,28 +1,41 @@
-"""The run: every variant is made ready, held against the torch backend, and measured in turns with the others."""
+"""What ``echo-rt bench`` measures: every variant made ready, held against the torch backend, then measured in turns.
+
+What runs is the rollout, decoder and queues of :class:`echo_rt.Runtime`. The runners of several variants live side by
+side; the networks that they compute with are shared.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
 import importlib.util
+import itertools
+import math
+import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from echo_rt.bench.runner import BlockRunner, Sample, open_model
-from echo_rt.bench.settings import VARIANTS, Request, Variant, plan, turns_of
+from echo_rt.attention import AttentionSelection
+from echo_rt.bench.settings import MODELS, RELEASED, TINY, VARIANTS, Request, Variant, plan, turns_of
 from echo_rt.bench.tables import ROOT, environment
-from echo_rt.engine.build import Networks
-from echo_rt.errors import BackendError, CaptureError
+from echo_rt.chunk import Chunk
+from echo_rt.config import ModelConfig, VaeConfig
+from echo_rt.engine.build import ModelTensors, Networks, build_engine
+from echo_rt.engine.executor import Event, Queue, Span, make_executor
+from echo_rt.engine.rollout import Rollout
+from echo_rt.errors import BackendError, CaptureError, ConfigError
 from echo_rt.model.linear import kept_from_float8
-from echo_rt.ops.backends import choose_backend, load_ops
-from echo_rt.options import MemoryMode, RuntimeOptions
+from echo_rt.ops.backends import Backend, choose_backend, load_ops
+from echo_rt.ops.schema import Ops
+from echo_rt.options import MemoryMode, RuntimeOptions, lora_text
 from echo_rt.soak.probes import gpu_health, host_memory
 from echo_rt.utils.device import (
     give_memory_back,
@@ -33,9 +46,16 @@ from echo_rt.utils.device import (
     working_dtype,
 )
 from echo_rt.verify.bundles import bound_between, relative_error
+from echo_rt.weights.choice import Taken
+from echo_rt.weights.fingerprint import FingerprintedTensors
+from echo_rt.weights.load_model import load_model
+from echo_rt.weights.shapes import memory_shapes, transformer_shapes, vae_shapes
+from echo_rt.weights.tiny_model import RandomTensors
 
 T = TypeVar("T")
 
+_MOST_BLOCKS = 300  # a steady state that comes later is none that anyone waits for
+_PROMPT_TOKENS = 77  # of random embeddings; how many there are changes no size
 BASELINES = ("diffusers AutoencoderKLWan", "diffusers WanTransformer3DModel", "FlashDreams")
 _SCRIPT = "bench/baselines.py"
 _TORCH = "torch"
@@ -43,6 +63,234 @@ DEVICE_CLOCK, HOST_CLOCK = "device events, cold L2", "host clock, warm caches"  
 _ROUNDS = {"cuda": 5, "cpu": 2}
 _BLOCKS = {"cuda": 10, "cpu": 2}  # of a variant in each round
 _MEMORY_BLOCKS = 5  # over which the device's memory has to stay as it is
+
+
+class Model(NamedTuple):
+    """Sizes and tensors of a model; ``source`` says what they are, ``taken`` by which recipe they run, if any."""
+
+    source: str
+    config: ModelConfig
+    vae: VaeConfig
+    tensors: ModelTensors
+    taken: Taken | None = None
+
+    @property
+    def released(self) -> bool:
+        """Whether these are the sizes that the targets speak of."""
+        config = replace(self.config, memory=self.config.memory or RELEASED.config.memory)
+        return (config, self.vae) == (RELEASED.config, RELEASED.vae)
+
+    def random_prompt(self, device: torch.device, seed: int) -> Tensor:
+        """Embeddings ``[length, text_dim]`` of no prompt."""
+        config, generator = self.config.transformer, torch.Generator().manual_seed(seed)
+        length = min(_PROMPT_TOKENS, config.text_len)
+        return torch.randn(length, config.text_dim, generator=generator).to(device)
+
+    def networks(
+        self, ops: Ops, options: RuntimeOptions, attention: tuple[AttentionSelection, AttentionSelection] | None = None
+    ) -> Networks:
+        """Its networks on a backend. ``options``: device, dtype, and how attention and decoder compute."""
+        backend = Backend(ops, "measured")
+        return Networks(self.config, self.tensors, options, backend, vae=self.vae, attention=attention)
+
+
+def open_model(request: Request, device: torch.device) -> Model:
+    """The model of a folder, by the rules of :meth:`echo_rt.Runtime.from_pretrained`, or one of random weights.
+
+    Raises :class:`ConfigError` for the released sizes on a CPU, and all errors of loading a folder.
+    """
+    if request.model is not None:
+        found = load_model(request.model, request)
+        loras = [lora_text(*lora) for lora in found.taken.loras]
+        source = " with ".join(str(each) for each in (request.model, request.checkpoint, *loras) if each)
+        config, vae, taken = found.config, found.vae, found.taken
+        tensors = [found.transformer, found.memory or {}, found.folder.vae_tensors()]
+    else:
+        sizes = MODELS[request.size or (RELEASED if device.type == "cuda" else TINY).name]
+        if sizes is RELEASED and device.type != "cuda":
+            raise ConfigError(
+                f"--size: the {sizes.name} sizes need a GPU, a block would take minutes on {str(device)!r}; "
+                f"use {TINY.name!r}"
+            )
+        config, vae, taken = sizes.config, sizes.vae, None
+        source = f"random weights at the {sizes.name} sizes, seed {request.seed}"
+        shapes = (transformer_shapes(config.transformer), memory_shapes(config), vae_shapes(vae))
+        tensors = [RandomTensors(each, device, request.seed) for each in shapes]
+    return Model(source, config, vae, ModelTensors(*(FingerprintedTensors(part, source) for part in tensors)), taken)
+
+
+class Interval(NamedTuple):
+    """A span in seconds since the start of its turn."""
+
+    stage: str
+    queue: Queue
+    begin: float
+    end: float
+
+
+def intervals(spans: Iterable[Span], since: Event) -> list[Interval]:
+    """The spans, whose events have been passed, on the clock that began with ``since``."""
+    return [Interval(s.stage, s.queue, s.begin.seconds_since(since), s.end.seconds_since(since)) for s in spans]
+
+
+def busy_seconds(spans: Iterable[tuple[float, float]], begin: float, end: float) -> float:
+    """The time from ``begin`` to ``end`` in which at least one of ``spans``, each from its begin to its end, ran."""
+    busy, until = 0.0, begin
+    for first, last in sorted(spans):
+        start, stop = max(first, until), min(last, end)
+        if stop > start:
+            busy += stop - start
+            until = stop
+    return busy
+
+
+@dataclass
+class Sample:
+    """What was measured of one variant at one lookahead, all turns together. Seconds a block, in order."""
+
+    transformer: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+    window: float = 0.0
+    busy: float = 0.0
+    joules: float | None = None
+    joules_blocks: int = 0
+
+    def add_turn(self, warm: Sequence[Interval], measured: Sequence[Sequence[Interval]], every: list[Interval]) -> None:
+        """Add a turn: its last block before the measured ones, those, and all that ran in it.
+
+        A whole block is the time between two arrivals on the host. The transformer's is from the rollout's first stage
+        in the main queue to the end of its last, waiting included; memory's and decoder's are sums of their stages.
+        """
+        arrivals = [max(each.end for each in block if each.queue is Queue.DECODE) for block in (warm, *measured)]
+        self.whole += [after - before for before, after in itertools.pairwise(arrivals)]
+        for block in measured:
+            passes = [each for each in block if each.queue is Queue.MAIN and each.stage.startswith(Rollout.__name__)]
+            self.transformer.append(max(each.end for each in passes) - min(each.begin for each in passes))
+            self.memory.append(sum(each.end - each.begin for each in block if each.queue is Queue.MEMORY))
+            decoding = (each for each in block if each.queue is Queue.DECODE and each.stage)  # not the copy
+            self.decode.append(sum(each.end - each.begin for each in decoding))
+        self.window += arrivals[-1] - arrivals[0]
+        self.busy += busy_seconds(((each.begin, each.end) for each in every), arrivals[0], arrivals[-1])
+
+    def add_energy(self, joules: float | None, blocks: int) -> None:
+        """Add what ``blocks`` took; None where the board does not tell."""
+        if joules is not None:
+            self.joules = (self.joules or 0.0) + joules
+            self.joules_blocks += blocks
+
+    @property
+    def idle(self) -> float:
+        """Share of the time in which no queue was in a stage."""
+        return 1 - self.busy / self.window
+
+    @property
+    def joules_a_block(self) -> float | None:
+        return None if self.joules is None else self.joules / self.joules_blocks
+
+
+def median_p99(times: Sequence[float]) -> tuple[float, float]:
+    """The median, and the smallest of the times that 99 % of them do not exceed: what every benchmark reports."""
+    return statistics.median(times), sorted(times)[math.ceil(len(times) * 99 / 100) - 1]
+
+
+class Block(NamedTuple):
+    """A block on the host, and the spans of its stages; their times can be read once the runner has settled."""
+
+    made: Chunk
+    spans: tuple[Span, ...]
+
+
+class BlockRunner:
+    """One video that goes on and on; ``depth`` is how many blocks may be in flight."""
+
+    def __init__(self, networks: Networks, mode: MemoryMode, *, graphs: bool | None, depth: int) -> None:
+        self.mode, self._context = mode, (networks.device, networks.dtype)
+        self._graphs = graphs is not False and networks.device.type == "cuda"
+        self.executor = make_executor(networks.device, graphs)
+        self._spans: list[Span] = []
+        self.executor.spans = self._spans
+        config = replace(networks.config, memory=None) if mode is MemoryMode.OFF else networks.config
+        options = RuntimeOptions(graphs=graphs, lookahead=depth - 1)
+        self.engine = build_engine(config, networks, options, mode, executor=self.executor)
+        self.rollout, self.pipeline = self.engine.rollout, self.engine.pipeline
+        self._begun: deque[tuple[Span, ...]] = deque()
+        self.executor.synchronize()
+
+    def start(self, prompt_embeds: Tensor, seed: int) -> None:
+        """Begin a new video."""
+        with model_context(*self._context):
+            self._begun.clear()
+            self.engine.start(prompt_embeds, seed)
+        self._spans.clear()
+
+    def block(self, lookahead: int) -> Block:
+        """Make the next block, begun as early as ``lookahead`` allows: what ``Stream`` does when asked for one."""
+        with model_context(*self._context):
+            while self.pipeline.in_flight <= lookahead:
+                self.pipeline.begin()
+                self._begun.append(tuple(self._spans))
+                self._spans.clear()
+            made = self.pipeline.finish()
+            assert made is not None  # it was waited for without a bound
+            return Block(made, self._begun.popleft())
+
+    def turn(self, lookahead: int, blocks: int, sample: Sample, joules: Callable[[], float | None]) -> None:
+        """Make ``blocks`` blocks that count towards ``sample``; the runner is idle before and after.
+
+        Blocks that are begun ahead come sooner the first time, so one more than that many do not count. The energy is
+        that of one block more than those that count, so that reading it falls into no time that counts.
+        """
+        since = self.executor.record(Queue.MAIN)
+        warm = [self.block(lookahead) for _ in range(lookahead)]
+        before = joules()
+        warm.append(self.block(lookahead))
+        measured = [self.block(lookahead) for _ in range(blocks)]
+        after = joules()
+        ahead = [span for spans in self._begun for span in spans]
+        self.drain()
+        times = [intervals(block.spans, since) for block in (*warm, *measured)]
+        every = [each for block in times for each in block] + intervals(ahead, since)
+        sample.add_turn(times[len(warm) - 1], times[len(warm) :], every)
+        sample.add_energy(None if before is None or after is None else after - before, blocks + 1)
+
+    def drain(self) -> None:
+        """Finish what is in flight, and leave the device idle."""
+        with model_context(*self._context):
+            while self.pipeline.in_flight:
+                self.pipeline.finish()
+        self._begun.clear()
+        self.executor.synchronize()
+
+    def warm_up(self) -> None:
+        """Go on until the ids have saturated and, where graphs are captured, a block is nothing but replays.
+
+        Raises :class:`ConfigError` for a model that does not come to that within a few hundred blocks.
+        """
+        for _ in range(_MOST_BLOCKS):
+            runs, replays = self.executor.runs, self.executor.replays
+            before = self.block(0).made.index - 1
+            saturated = before >= 0 and self.rollout.state.layout.shift(before) > 0
+            replayed = self.executor.runs - runs == self.executor.replays - replays
+            if saturated and (replayed or not self._graphs):
+                self.drain()
+                return
+        raise ConfigError(f"expected a steady state to measure, and there was none within {_MOST_BLOCKS} blocks")
+
+    def adopt(self, other: BlockRunner, seed: int) -> None:
+        """Stand where ``other``, a runner of the same mode, stands: the next block of both is the same one."""
+        other.drain()
+        with model_context(*self._context):
+            self._begun.clear()
+            self.engine.load_state(other.engine.save_state(seed), seed)
+            other.rollout.set_seed(seed)
+        self._spans.clear()
+        other._spans.clear()
+
+    def close(self) -> None:
+        """Let go of queues and graphs."""
+        self.executor.close()
 
 
 @dataclass
@@ -269,7 +517,7 @@ class Run:
             "reserved": reserved,
             "first_frame_cold": cold,
             "first_frame_warm": warm,
-            "snapshot": sum(tensor.nbytes for tensor in runner.pipeline.live_tensors().values()),
+            "snapshot": sum(tensor.nbytes for tensor in runner.engine.saved_tensors().values()),
             "decoder": runner.pipeline.decoder_bytes,
         }
 

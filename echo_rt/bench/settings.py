@@ -97,13 +97,6 @@ def turns_of(round_number: int, names: Sequence[str]) -> list[str]:
     return [*names[first:], *names[:first]]
 
 
-# Options of a runtime that a benchmark sets itself, or that say nothing about it.
-_NOT_ASKED = (
-    *("vae_dtype", "memory", "vae", "width", "height", "overrides", "check", "keep_text_encoder"),
-    *("text_encoder", "tokenizer", "vae_file"),
-)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Request(RuntimeOptions):
     """What a run is asked for. None means: released sizes on a GPU, tiny ones on a CPU; every variant; as a runtime.
@@ -123,16 +116,6 @@ class Request(RuntimeOptions):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in _NOT_ASKED:
-            if getattr(self, name) != getattr(RuntimeOptions, name):
-                raise ConfigError(f"{name}: expected it left out of a benchmark, got {getattr(self, name)!r}")
-        for name, least in (("rounds", 1), ("blocks", 1), ("vae_tiles", 1), ("lookahead", 0)):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and value >= least):
-                raise ConfigError(f"{name} must be a whole number of {least} or more, got {value!r}")
-        if self.size is not None and self.size not in MODELS:
-            raise ConfigError(f"size must be one of {', '.join(MODELS)}; got {self.size!r}")
         if self.model is not None and self.size is not None:
             raise ConfigError("--size and --model: expected one of them, got both")
         for option in ("checkpoint", "lora", "recipe"):

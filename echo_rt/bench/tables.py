@@ -11,7 +11,6 @@ import datetime
 import importlib.util
 import io
 import json
-import math
 import os
 import platform
 import re
@@ -19,6 +18,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import msgspec
 
 from echo_rt.errors import ConfigError, TargetError
 from echo_rt.utils.atomic_file import reason, write_whole
@@ -57,7 +58,7 @@ def environment(device: str) -> dict[str, Any]:
         "commit": _commit(missing),
         "echo_rt": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "kernels": _kernels(missing),
@@ -151,12 +152,9 @@ def columns(*words: str) -> tuple[Column, ...]:
 Table = tuple[Sequence[Any], Sequence[Column]]  # rows, each a dataclass or a mapping, and their columns
 
 
-def as_mapping(row: Any) -> dict[str, Any]:
-    """A row's entries by name."""
-    return dataclasses.asdict(row) if dataclasses.is_dataclass(row) and not isinstance(row, type) else dict(row)
-
-
-def _cell(row: Mapping[str, Any], column: Column) -> str:
+def _cell(row: Any, column: Column) -> str:
+    if dataclasses.is_dataclass(row):
+        row = vars(row)
     if column.key not in row:
         raise ConfigError(f"a row lacks {column.key!r}; it has {', '.join(row)}")
     value = row[column.key]
@@ -167,7 +165,7 @@ def _cell(row: Mapping[str, Any], column: Column) -> str:
 
 def markdown(rows: Sequence[Any], columns: Sequence[Column]) -> str:
     """The table, with columns as wide as what they hold; None is a dash."""
-    body = [[_cell(as_mapping(row), column) for column in columns] for row in rows]
+    body = [[_cell(row, column) for column in columns] for row in rows]
     head = [column.heading for column in columns]
     # Three dashes, one of which may be the colon, are the least that Markdown takes for a rule.
     widths = [max(3, *map(len, cells)) for cells in zip(head, *body, strict=True)]
@@ -182,27 +180,19 @@ def markdown(rows: Sequence[Any], columns: Sequence[Column]) -> str:
     return "\n".join([line(head), line(rule), *map(line, body)]) + "\n"
 
 
-def _finite(value: Any) -> Any:
-    """``value`` for JSON, which has no infinity and no NaN: those become None."""
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def results(
     title: str, header: Mapping[str, Any], tables: Mapping[str, Table], notes: Sequence[str] = (), **facts: Any
 ) -> tuple[dict[str, Any], str]:
     """The content of the JSON, and the page. ``tables``: by heading; ``facts``: further entries of the JSON."""
-    rows = {heading: [as_mapping(row) for row in rows] for heading, (rows, _) in tables.items()}
+    rows = {heading: list(rows) for heading, (rows, _) in tables.items()}
     content = {"title": title, "environment": header, **facts, "tables": rows, "notes": list(notes)}
     parts = [f"# {title}\n", f"{summary_line(header)}\n"]
     for heading, table in tables.items():
         parts += [f"## {heading}\n", markdown(*table)]
     if notes:
         parts.append("".join(f"- {note}\n" for note in notes))
-    return _finite(content), "\n".join(parts)
+    # JSON has no infinity and no NaN: those become None.
+    return msgspec.json.decode(msgspec.json.encode(content)), "\n".join(parts)
 
 
 def write_results(folder: Path, name: str, content: Mapping[str, Any], page: str) -> str:

@@ -17,7 +17,7 @@ from echo_rt.output.recorder import SNAPSHOT_FOLDER
 from echo_rt.output.segment_index import RecordingIndex
 from echo_rt.output.segments import check_free
 from echo_rt.snapshot.snapshot import Snapshot
-from echo_rt.snapshot.store import latest_snapshot, snapshot_files
+from echo_rt.snapshot.store import latest_snapshot, require_seed, snapshot_files
 from echo_rt.utils.wording import counted, one_line
 
 if TYPE_CHECKING:
@@ -84,9 +84,10 @@ class Resumption:
         found = latest_snapshot(folder / SNAPSHOT_FOLDER)
         if found is None:
             raise TargetError(f"{folder / SNAPSHOT_FOLDER}: the snapshots have vanished")
-        _, snapshot = found
+        file, snapshot = found
         index.notes.setdefault(_SEED, snapshot.seed)  # the notes' seed counts: a rollback changes the snapshot's
         cls._require_same(index, request)
+        require_seed(file, snapshot, request.arguments.seed)
         return cls(folder, index, snapshot)
 
     @staticmethod

@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
 
 def _find_folders(paths: Sequence[Path]) -> list[Path]:
     """The bundles at and below ``paths``; files, which ``golden/*`` can name too, are left out."""
-    from echo_rt.verify.folder import find_bundles
+    from echo_rt.verify.bundles import find_bundles
 
     files = [path for path in paths if os.path.isfile(path)]  # pathlib raises for too long a name
     for path in files:
@@ -100,7 +100,7 @@ def _check_dump(dump: Path, folders: Sequence[Path]) -> None:
 def _check_patterns(patterns: Sequence[str], folders: Sequence[Path]) -> None:
     """Raise ``ConfigError`` if no folder has layers that can be float8; a rollout checks its patterns when it runs."""
     from echo_rt.model.linear import float8_layers
-    from echo_rt.verify.folder import FLOAT8_KINDS, read_config
+    from echo_rt.verify.bundles import FLOAT8_KINDS, read_config
     from echo_rt.weights.folder import holds_vae
 
     for path in folders:

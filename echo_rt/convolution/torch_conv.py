@@ -1,4 +1,4 @@
-"""Convolutions by torch, with the process-wide switches of cuDNN set per call (except ``cudnn.enabled``).
+"""The shape of a convolution, and convolutions by torch, with cuDNN's process-wide switches (but one) set per call.
 
 cuDNN makes a plan at the first call with new sizes, strides, dtype or address alignment, and caches it per thread. Only
 deterministic plans are requested, without its search ("benchmark"): the plan is then the first of cuDNN's list that
@@ -8,14 +8,60 @@ and process, its result can be neither read nor set, and a resumed video would d
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor
-
-from echo_rt.convolution.shapes import Prepared
 
 # For even and odd output rows (or columns): which of the three taps fall on the first and on the second of the two
 # input rows.
 _MEETING = (((0,), (1, 2)), ((0, 1), (2,)))
+
+
+@dataclass(frozen=True)
+class ConvolutionShape:
+    """Shape of one call on ``frames`` (history and new) of ``height x width`` pixels.
+
+    ``kernel`` is (time, height, width): causal in time, zero-padded in space, so there are ``frames - kernel[0] + 1``
+    frames of output. With ``enlarge`` the frames are upsampled by two first, and the kernel is one frame deep.
+    """
+
+    frames: int
+    height: int
+    width: int
+    channels: int
+    out_channels: int
+    kernel: tuple[int, int, int]
+    enlarge: bool = False
+
+    @property
+    def out_size(self) -> tuple[int, int, int, int]:
+        """``[frames, height, width, channels]`` of the output."""
+        scale = 2 if self.enlarge else 1
+        return (self.frames - self.kernel[0] + 1, scale * self.height, scale * self.width, self.out_channels)
+
+    def __str__(self) -> str:
+        kernel = "x".join(map(str, self.kernel))
+        enlarged = " after enlarging" if self.enlarge else ""
+        return (
+            f"{self.frames} frames of {self.width}x{self.height}, {self.channels} to {self.out_channels} channels, "
+            f"kernel {kernel}{enlarged}"
+        )
+
+
+class Prepared(Protocol):
+    """A convolution with its weight, for any number and size of frames. It does not add the bias.
+
+    It keeps no state between calls, changes no input and does not synchronize after its first call in a thread, so a
+    thread that has called it with some sizes can capture it with these.
+    """
+
+    def __call__(self, frames: Tensor, /) -> Tensor:
+        """Convolve ``[past + T, H, W, C]`` to ``[T, H, W, Co]``, or ``[T, 2H, 2W, Co]`` upsampled, all contiguous.
+
+        Zero padding in space, none in time.
+        """
 
 
 def convolve(x: Tensor, weight: Tensor, padding: tuple[int, ...], *, stride: tuple[int, ...] | None = None) -> Tensor:
@@ -120,7 +166,7 @@ def subpixel_convolution(weight: Tensor) -> Prepared:
 def subpixel_weights(weight: Tensor) -> Tensor:
     """Turn a 3x3 convolution after nearest upsampling into four 2x2 ones of the small frame.
 
-    ``weight [Co, C, 3, 3]`` -> ``[4, Co, 2, 2, C]``, for :meth:`echo_rt.ops.schema.Ops.upsample_conv`; index 2a + b
+    ``weight [Co, C, 3, 3]`` -> ``[4, Co, 2, 2, C]``, for :func:`echo_rt.ops.reference.upsample_conv`; index 2a + b
     is for rows of parity a and columns of parity b.
 
     After upsampling every pixel fills two rows and two columns. Of the three rows that an even output row reads, the

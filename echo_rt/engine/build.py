@@ -37,13 +37,13 @@ from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.backends import Backend, choose_backend
 from echo_rt.ops.schema import Ops
 from echo_rt.options import WAN_VAE, MemoryMode, RuntimeOptions
-from echo_rt.snapshot.fit import WEIGHTS
-from echo_rt.snapshot.implementations import (
+from echo_rt.snapshot.fit import (
     ATTENTION,
     BACKEND,
     IMPLEMENTATIONS,
     TEXT_ATTENTION,
     VAE_ATTENTION,
+    WEIGHTS,
     Implementations,
     convolution_label,
 )

@@ -18,8 +18,8 @@ from echo_rt.engine.prompts import PromptEncoder, check_prompt_embeds
 from echo_rt.engine.rollout import Rollout
 from echo_rt.engine.steady_state import SteadyCheck
 from echo_rt.errors import ConfigError, PromptError, StreamError
-from echo_rt.snapshot.fit import difference
-from echo_rt.snapshot.implementations import Implementations
+from echo_rt.snapshot.fit import Implementations, difference
+from echo_rt.snapshot.kv_rows import MEMORY, SINK, copy_rows, same_bits, shapes_in_snapshots, split_kv
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.wording import plain
 
@@ -87,9 +87,9 @@ class Engine:
         self.executor.synchronize()
         copies: dict[str, Tensor] = {}
         with self.executor.eager():
-            for name, tensor in self.pipeline.live_tensors().items():
+            for name, tensor in self.saved_tensors().items():
                 copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
-                copies[name].copy_(tensor, non_blocking=True)
+                copy_rows(copies[name], tensor)
         self.executor.synchronize()
         given = self.pipeline.given
         return Snapshot(
@@ -106,6 +106,20 @@ class Engine:
             caller_noise=caller_noise,
             initial_latents=torch.cat(list(given)) if given else None,
         )
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """The live tensors of a snapshot by name, without what :meth:`load_state` computes to the same bits."""
+        live = self._with_kv_split(self.pipeline.live_tensors())
+        memory, sink = live[MEMORY], live[SINK]
+        if all(same_bits(memory[0], layer) for layer in memory[1:]):
+            live[MEMORY] = memory[:1]
+        if all(same_bits(keys, self.rollout.rotated_sink(layer)) for layer, (keys, _) in enumerate(sink)):
+            live[SINK] = sink[:, 1:]
+        return live
+
+    def _with_kv_split(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        config = self.rollout.config
+        return split_kv(tensors, config.memory_tokens, config.ring_begin - config.memory_tokens)
 
     def finite(self) -> bool:
         """Whether all that the next block depends on is finite; waits for submitted work."""
@@ -130,9 +144,12 @@ class Engine:
                 f"the snapshot contradicts itself: {snapshot.latents_decoded} latents decoded and {len(snapshot.held)} "
                 f"blocks held at block {snapshot.block}, {snapshot.offset} behind the video's, {given} of them given"
             )
-        for name, tensor in self.pipeline.live_tensors().items():
-            saved = snapshot.tensors.get(name)
-            if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+        live, tensors = (self._with_kv_split(each) for each in (self.pipeline.live_tensors(), snapshot.tensors))
+        if unknown := sorted(set(tensors) - set(live)):
+            raise StreamError(f"snapshot tensor {unknown[0]}: expected no tensor of that name")
+        for name, tensor in live.items():
+            saved, shapes = tensors.get(name), shapes_in_snapshots(name, tensor.shape)
+            if saved is None or tuple(saved.shape) not in shapes or saved.dtype != tensor.dtype:
                 found = "nothing" if saved is None else f"{plain(saved.dtype)} {list(saved.shape)}"
                 raise StreamError(
                     f"snapshot tensor {name}: expected {plain(tensor.dtype)} {list(tensor.shape)}, found {found}"
@@ -153,9 +170,15 @@ class Engine:
         self.pipeline.reset()
         state.reset()
         self.rollout.set_seed(seed)
+        live, saved = (self._with_kv_split(each) for each in (self.pipeline.live_tensors(), snapshot.tensors))
+        sink = live[SINK]
+        live[SINK] = sink[:, -saved[SINK].shape[1] :]  # values alone, or keys too
         with self.executor.eager():
-            for name, tensor in self.pipeline.live_tensors().items():
-                tensor.copy_(snapshot.tensors[name])
+            for name, tensor in live.items():
+                copy_rows(tensor, saved[name])
+            if live[SINK].shape[1] == 1:
+                for layer, (keys, _) in enumerate(sink):
+                    keys.copy_(self.rollout.rotated_sink(layer))
         self.executor.synchronize()  # or the snapshot could be freed too early
         state.block = snapshot.block
         state.initial_blocks = snapshot.initial_blocks

@@ -295,6 +295,12 @@ class Rollout:
         self._ops.reanchor(kv, turns, rope.spatial, keys[None], None, None, 0)  # as the sink of a model of one layer
         return kv[0, 0]
 
+    def rotated_sink(self, layer: int) -> Tensor:
+        """Rotate the sink keys of a layer ``[n, H, d]`` to their present ids, as each shift of ids does."""
+        s, frames = self.state, self.config.window.sink_frames
+        ids = torch.arange(frames, device=s.sink_k.device) + s.positions[_SHIFT]
+        return self._rotated(s.sink_k[layer], ids) if frames else s.sink_k[layer]
+
     def _take_memory(self, memory: Tensor) -> None:
         """Set the memory's state, and compute its keys and values, which all layers share."""
         assert self._memory is not None

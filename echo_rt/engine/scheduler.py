@@ -18,14 +18,10 @@ from echo_rt.engine.prompts import check_dense
 from echo_rt.engine.ready import ReadyQueue
 from echo_rt.errors import ConfigError, NumericalError, OutputError, StallError, StreamError
 from echo_rt.options import check_seed
-from echo_rt.snapshot.snapshot import Snapshot
+from echo_rt.snapshot.snapshot import Snapshot, reseeded
 from echo_rt.utils.wording import counted, one_line, plain, type_of
 
 _logger = logging.getLogger("echo_rt.engine.guard")
-
-_SEEDS = 2**64
-# Added to the seed at each rollback: odd, so that 2^64 seeds in a row are all different.
-_RESEED = 0x9E3779B97F4A7C15
 
 # (number of the generated block, shape [steps, B, C, h, w]) -> float32 of that shape: the block's initial noise, then
 # the fresh noise between its steps
@@ -268,7 +264,7 @@ class Blocks:
             raise NumericalError(f"{what}{tried}{kept}")
         self._failures += 1
         self.rollbacks += 1
-        self._seed = (self._seed + _RESEED) % _SEEDS
+        self._seed = reseeded(self._seed)
         engine.load_state(good, self._seed)
         since = self._prompts_since
         self._prompts_since = {at: embeds for at, embeds in since.items() if at <= block}

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from abc import ABC, abstractmethod
+from typing import Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
+
+from echo_rt.errors import ConfigError
 
 
 class DecoderState(Protocol):
-    """What a decoder remembers of one stream. All its tensors keep their addresses."""
+    """What a decoder remembers of one stream. All its tensors keep their addresses.
+
+    ``latents_seen`` is the number of latents decoded so far. To go on bit for bit, copy it and :meth:`tensors` into a
+    new state of the same size. At most ``max_latents`` of ``latent_shape`` are decoded at a time.
+    """
 
     latents_seen: int
+    max_latents: int
+    latent_shape: tuple[int, int, int]
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a stream needs to go on, beside ``latents_seen``, by name; live views."""
@@ -25,18 +35,39 @@ class DecoderState(Protocol):
 S = TypeVar("S", bound=DecoderState)
 
 
-class VideoDecoder(Protocol[S]):
-    """Latents to frames, a few at a time. The decoder has no state of its own: ``S`` is that of a stream."""
+class VideoDecoder(ABC, Generic[S]):
+    """Latents to frames. It holds no state of a stream (``S``), so one decoder serves any number of streams."""
 
+    owner: str  # for messages
+
+    @abstractmethod
     def new_state(self, latent_height: int, latent_width: int, latents: int) -> S:
-        """The state of a new stream of latents of this size, of which up to ``latents`` are decoded in one go."""
+        """Return the state of a new stream of latents of this size, decoded at most ``latents`` at a time."""
 
+    @torch.no_grad()
     def decode(self, latents: Tensor, state: S) -> Tensor:
-        """The next ``latents [T, z, h, w]`` (normalized, any float dtype) as video ``[F, H, W, 3]``.
+        """Decode the next ``latents [T, z, h, w]`` of a stream (normalized, any float dtype) to video ``[F, H, W, 3]``.
 
-        The video is nominally in [-1, 1] and is not clamped. Raises :class:`ConfigError` for latents that are not of
-        the state's size.
+        The video has the decoder's dtype, is nominally in [-1, 1] and is not clamped. For Wan F is 4T, or 1 + 4(T-1)
+        at the start of a stream. T may be any number. Raises :class:`ConfigError` for latents of another size than the
+        state's.
         """
+        if latents.dim() != 4 or len(latents) < 1 or latents.shape[1:] != state.latent_shape:
+            sizes = ", ".join(map(str, state.latent_shape))
+            expected = f"latents [T >= 1, {sizes}] (channels, height, width)"
+            raise ConfigError(f"{self.owner}: expected {expected}, got {list(latents.shape)}")
+        parts = []
+        for part in latents.split(state.max_latents):
+            parts.append(self.decode_next(part, state, is_start=state.latents_seen == 0))
+            state.latents_seen += len(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    @abstractmethod
     def decode_next(self, latents: Tensor, state: S, *, is_start: bool) -> Tensor:
-        """:meth:`decode` without its checks and its count, so without anything that a captured graph could not do."""
+        """Decode as :meth:`decode` does, without its checks and its count, so that it can be captured in a graph."""
+
+    def require_positive(self, **sizes: int) -> None:
+        """Raise :class:`ConfigError` for a size below 1."""
+        for name, value in sizes.items():
+            if value < 1:
+                raise ConfigError(f"{self.owner}: expected {name.replace('_', ' ')} to be at least 1, got {value}")

@@ -22,12 +22,7 @@ from echo_rt.utils.device import FLOAT8, dtype_name
 
 # The products of a layer that read what a kernel of ours writes, by the names of their weights. Those of one line are
 # one product. The output projections of both attentions read what a library wrote: quantizing that were another pass.
-FLOAT8_PRODUCTS = (
-    ("self_attn.q", "self_attn.k", "self_attn.v"),
-    ("cross_attn.q",),
-    ("ffn.0",),
-    ("ffn.2",),
-)
+FLOAT8_PRODUCTS = (("self_attn.q", "self_attn.k", "self_attn.v"), ("cross_attn.q",), ("ffn.0",), ("ffn.2",))
 
 
 class Product(Protocol):

@@ -33,13 +33,7 @@ class MemoryEncoder:
     """Weights of the memory encoder; the state itself belongs to the stream (:mod:`echo_rt.engine.state`)."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        tensors: Mapping[str, Tensor],
-        ops: Ops,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, config: ModelConfig, tensors: Mapping[str, Tensor], ops: Ops, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         assert config.memory is not None
         self._ops, self._eps = ops, config.transformer.eps

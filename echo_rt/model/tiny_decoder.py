@@ -13,21 +13,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from echo_rt.config import VaeConfig
-from echo_rt.errors import ConfigError
+from echo_rt.model.decoder_protocol import VideoDecoder
 from echo_rt.weights.tiny_vae import STEM, TinyVaeConfig, block_names, growth_name, outlet_name
 
-_OWNER = "tiny decoder"
 _LIMIT = 3.0  # latents are bent towards it, on either side
 
 Past = Mapping[str, Tensor]
 
 
 class TinyDecoderState:
-    """The state of one stream: the last input frame ``[H, W, C]`` of each block.
-
-    ``latents_seen`` is the number of latents decoded so far. To go on bit for bit, copy it and :meth:`tensors` into a
-    new state of the same size.
-    """
+    """The state of one stream: the last input frame ``[H, W, C]`` of each block."""
 
     def __init__(self, past: Past, latent_shape: tuple[int, int, int], max_latents: int) -> None:
         self.past = past
@@ -50,11 +45,13 @@ class TinyDecoderState:
         self.latents_seen = 0
 
 
-class TinyDecoder:
-    """The decoder. It holds no state of a stream, so one decoder serves any number of streams.
+class TinyDecoder(VideoDecoder[TinyDecoderState]):
+    """The decoder.
 
     ``tensors``: all of :func:`echo_rt.weights.tiny_vae.tiny_decoder_shapes`. ``like``: the VAE whose latents these are.
     """
+
+    owner = "tiny decoder"
 
     def __init__(
         self,
@@ -83,10 +80,7 @@ class TinyDecoder:
         self._head = weights.convolution(config.head, scale=2.0, shift=-1.0)
 
     def new_state(self, latent_height: int, latent_width: int, latents: int) -> TinyDecoderState:
-        """Return the state of a new stream of latents of this size, decoded at most ``latents`` at a time."""
-        for name, value in (("height", latent_height), ("width", latent_width), ("number", latents)):
-            if value < 1:
-                raise ConfigError(f"{_OWNER}: expected {name} of latents to be at least 1, got {value}")
+        self.require_positive(height_of_latents=latent_height, width_of_latents=latent_width, number_of_latents=latents)
         past: dict[str, Tensor] = {}
         # A stream may be decoded with or without inference mode; tensors born inside it could not be written outside.
         with torch.inference_mode(False):
@@ -98,26 +92,7 @@ class TinyDecoder:
                     )
         return TinyDecoderState(past, (self.config.z_dim, latent_height, latent_width), latents)
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor, state: TinyDecoderState) -> Tensor:
-        """Decode the next ``latents [T, z, h, w]`` of a stream (normalized, any float dtype) to video ``[F, H, W, 3]``.
-
-        The video has the decoder's dtype, is nominally in [-1, 1] and is not clamped. For Wan F is 4T, or 1 + 4(T-1)
-        at the start of a stream. Raises :class:`ConfigError` for latents of another size than the state's.
-        """
-        if latents.dim() != 4 or len(latents) < 1 or latents.shape[1:] != state.latent_shape:
-            expected = ", ".join(str(size) for size in state.latent_shape)
-            raise ConfigError(
-                f"{_OWNER}: expected latents [T >= 1, {expected}] (channels, height, width), got {list(latents.shape)}"
-            )
-        parts = []
-        for part in latents.split(state.max_latents):
-            parts.append(self.decode_next(part, state, is_start=state.latents_seen == 0))
-            state.latents_seen += len(part)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
     def decode_next(self, latents: Tensor, state: TinyDecoderState, *, is_start: bool) -> Tensor:
-        """Decode as :meth:`decode` does, without its checks and its count, so that it can be captured in a graph."""
         z = latents.to(self._weights.device, torch.float32).permute(0, 2, 3, 1)
         if self._statistics is not None:
             std, mean = self._statistics

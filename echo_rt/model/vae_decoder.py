@@ -2,11 +2,18 @@
 
 Latents decoded one by one, in groups or all at once give the same video. In Wan the first latent of a stream decodes to
 one frame, every later one to four.
+
+The higher the resolution, the fewer frames are computed at once. The low resolutions take a whole block, which fills
+the GPU; the full resolution takes at most the frames of one latent, which fill it too; no level works on more bytes. So
+memory does not grow with the number of latents per call, and nothing is computed twice. With tiles, the two highest
+resolutions are decoded in bands of rows, each with the rows around it that it depends on (:class:`Bands`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,17 +23,77 @@ from echo_rt.attention import Attention, AttentionShapes
 from echo_rt.config import VaeConfig
 from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape
 from echo_rt.errors import ConfigError
-from echo_rt.model.vae_decoder_state import DecodingPlan, LevelShape, VaeDecoderState, plan_decoding
+from echo_rt.model.decoder_protocol import VideoDecoder
 from echo_rt.model.vae_layers import CausalConv, Middle, NormConv, ResidualBlock, Terms, UpsampleConv, VaeWeights
-from echo_rt.model.vae_windows import Rows, Windows
+from echo_rt.model.vae_windows import BandWindows, Rows, StreamWindows, Windows, WindowSize
 from echo_rt.ops.schema import Ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
-_OWNER = "vae decoder"
+
+@dataclass(frozen=True)
+class Bands:
+    """The horizontal bands of the levels from ``first`` on.
+
+    ``bands[b][i]`` are the rows of band ``b`` at the input of level ``first + i``; the last entry is the head's.
+    """
+
+    first: int
+    bands: tuple[tuple[Rows, ...], ...]
 
 
-class VaeDecoder:
-    """The decoder. It holds no state of a stream, so one decoder serves any number of streams.
+@dataclass(frozen=True)
+class DecodingPlan:
+    """How a stream is decoded: ``sizes`` of its windows, ``frames_at_once`` of each level, ``margins`` of bands.
+
+    ``convolutions``: the largest shape of each convolution, by its name in the weights.
+    """
+
+    latent_shape: tuple[int, int, int]
+    max_latents: int
+    sizes: Sequence[WindowSize]
+    frames_at_once: tuple[int, ...]
+    bands: Bands | None
+    margins: Mapping[str, int]
+    convolutions: Mapping[str, ConvolutionShape]
+
+
+class VaeDecoderState:
+    """The state of one stream at its start, allocated once."""
+
+    def __init__(self, plan: DecodingPlan, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.plan, self.latent_shape, self.max_latents = plan, plan.latent_shape, plan.max_latents
+        # A stream may be decoded with or without inference mode; tensors born inside it could not be written outside.
+        with torch.inference_mode(False):
+            self.windows = StreamWindows(plan.sizes, device=device, dtype=dtype)
+            self.kept: dict[str, Tensor] = {}
+            for name, margin in plan.margins.items():
+                past, _, *size = self.windows.histories[name].shape
+                if past and margin:
+                    self.kept[name] = torch.zeros(past, margin, *size, device=device, dtype=dtype)
+        self.latents_seen = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the history ``[past, H, W, C]`` of each convolution, by its name in the weights; live views."""
+        return dict(self.windows.histories)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return every tensor that outlives a call, by name."""
+        named = {f"history {name}": tensor for name, tensor in self.windows.histories.items()}
+        return named | {f"kept {name}": tensor for name, tensor in self.kept.items()} | {"room": self.windows.room}
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of the state, in bytes."""
+        return sum(tensor.nbytes for tensor in self.buffers().values())
+
+    def reset(self) -> None:
+        """Go back to the start of a stream, in place."""
+        self.windows.reset()
+        self.latents_seen = 0
+
+
+class VaeDecoder(VideoDecoder[VaeDecoderState]):
+    """The decoder.
 
     ``tensors``: the VAE's weights under their original names; others are ignored. ``ops``: a backend's operations.
     ``tiles``: number of horizontal tiles for the two highest resolutions, for GPUs with little memory. Raises
@@ -34,6 +101,8 @@ class VaeDecoder:
 
     ``levels`` are the resolutions from lowest to highest; ``head`` turns the output of the last into RGB.
     """
+
+    owner = "vae decoder"
 
     def __init__(
         self,
@@ -45,7 +114,7 @@ class VaeDecoder:
         dtype: torch.dtype,
         tiles: int = 1,
     ) -> None:
-        weights = VaeWeights(tensors, vae_decoder_shapes(config), _OWNER, device=torch.device(device), dtype=dtype)
+        weights = VaeWeights(tensors, vae_decoder_shapes(config), self.owner, device=torch.device(device), dtype=dtype)
         self.config, self.tiles = config, tiles
         self.device, self.dtype = weights.device, dtype
         # Latents are a handful of channels: what touches them alone stays float32.
@@ -62,7 +131,8 @@ class VaeDecoder:
             blocks = [
                 ResidualBlock(f"decoder.upsamples.{index + n}", weights, ops) for n in range(config.num_res_blocks + 1)
             ]
-            self.levels.append(Level(upsample, blocks))
+            entry = [] if self.levels else [self._input, *self._middle.convs]
+            self.levels.append(Level(entry, upsample, blocks))
             index += len(blocks)
             name = f"decoder.upsamples.{index}"
             upsample = Upsample(name, weights) if f"{name}.resample.1.weight" in weights else None
@@ -78,7 +148,7 @@ class VaeDecoder:
         where the decoder has ``tiles``. The frames that one frame is upsampled to in time are never split.
         """
         plan = self._plan(latent_height, latent_width, latents, frames_at_full)
-        return plan.new_state(device=self.device, dtype=self.dtype)
+        return VaeDecoderState(plan, device=self.device, dtype=self.dtype)
 
     def convolution_shapes(self, latent_height: int, latent_width: int, latents: int) -> dict[str, ConvolutionShape]:
         """Return the shape of each convolution, by its name in the weights, in the steady state of a stream."""
@@ -94,30 +164,19 @@ class VaeDecoder:
 
     def use(self, candidates: Mapping[str, ConvolutionCandidate]) -> None:
         """Compute each convolution by the candidate under its name from now on. May be called once."""
-        for level in self._shapes():
-            for convolution in level.convolutions:
-                convolution.use(candidates[convolution.name])
-        self.head.conv.use(candidates[self.head.conv.name])
-
-    def _shapes(self) -> list[LevelShape]:
-        lowest, *others = (level.shape for level in self.levels)
-        entry = [self._input, *self._middle.convs]
-        return [LevelShape(entry, lowest.convs, lowest.upsample, lowest.rate), *others]
+        convolutions: list[CausalConv | UpsampleConv] = [self.head.conv]
+        for level in self.levels:
+            convolutions += [*level.entry, *([] if level.space is None else [level.space]), *level.convs]
+        for convolution in convolutions:
+            convolution.use(candidates[convolution.name])
 
     def _plan(self, latent_height: int, latent_width: int, latents: int, frames_at_full: int | None) -> DecodingPlan:
         if frames_at_full is None:
             frames_at_full = self.config.temporal_stride if self.tiles == 1 else 1
-        for name, value in (
-            ("height of latents", latent_height),
-            ("width of latents", latent_width),
-            ("latents", latents),
-            ("frames_at_full", frames_at_full),
-            ("tiles", self.tiles),
-        ):
-            if value < 1:
-                raise ConfigError(f"{_OWNER}: expected {name} to be at least 1, got {value}")
+        self.require_positive(height_of_latents=latent_height, width_of_latents=latent_width, latents=latents)
+        self.require_positive(frames_at_full=frames_at_full, tiles=self.tiles)
         return plan_decoding(
-            self._shapes(),
+            self.levels,
             self.head.conv,
             (self.config.z_dim, latent_height, latent_width),
             latents,
@@ -125,25 +184,7 @@ class VaeDecoder:
             tiles=self.tiles,
         )
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor, state: VaeDecoderState) -> Tensor:
-        """Decode the next ``latents [T, z, h, w]`` of a stream (normalized, any float dtype) to video ``[F, H, W, 3]``.
-
-        The video has the decoder's dtype, is nominally in [-1, 1] and is not clamped. For Wan F is 4T, or 1 + 4(T-1)
-        at the start of a stream. T may be any number. Raises :class:`ConfigError` for latents of another size than the
-        state's.
-        """
-        if latents.dim() != 4 or len(latents) < 1 or latents.shape[1:] != state.latent_shape:
-            expected = ", ".join(str(size) for size in state.latent_shape)
-            raise ConfigError(
-                f"{_OWNER}: expected latents [T >= 1, {expected}] (channels, height, width), got {list(latents.shape)}"
-            )
-        video = self.decode_next(latents, state, is_start=state.latents_seen == 0)
-        state.latents_seen += len(latents)
-        return video
-
     def decode_next(self, latents: Tensor, state: VaeDecoderState, *, is_start: bool) -> Tensor:
-        """Decode as :meth:`decode` does, without its checks and its count, so that it can be captured in a graph."""
         before = 0 if is_start else 1  # any later place in a stream has as many frames as the second
         frames = self.config.video_frames(before + len(latents)) - self.config.video_frames(before)
         stride = self.config.spatial_stride
@@ -164,11 +205,11 @@ class VaeDecoder:
         Each level takes at most its own number of frames at once.
         """
         done = 0
-        most = state.frames_at_once[index]
+        most, bands = state.plan.frames_at_once[index], state.plan.bands
         for first in range(0, len(x), most):
             part, is_first = x[first : first + most], is_start and first == 0
-            if state.bands is not None and index == state.bands.first:
-                done += self._in_bands(part, state, is_first, video[done:])
+            if bands is not None and index == bands.first:
+                done += self._in_bands(part, bands, state, is_first, video[done:])
                 continue
             terms = Terms(part) if index > 0 else self.enter(part, state.windows)
             terms = self.levels[index](terms, state.windows, is_first)
@@ -180,42 +221,42 @@ class VaeDecoder:
             done += len(frames)
         return done
 
-    def _in_bands(self, x: Tensor, state: VaeDecoderState, is_start: bool, video: Tensor) -> int:
+    def _in_bands(self, x: Tensor, bands: Bands, state: VaeDecoderState, is_start: bool, video: Tensor) -> int:
         """Decode as :meth:`_from_level` does from the first tiled level on, one band of rows after the other."""
-        assert state.bands is not None
         frames = 0
-        for entered in state.bands.bands:
+        for entered in bands.bands:
             terms, seen = Terms(x), Rows.around(0, x.shape[1], 0, x.shape[1])
-            for level, rows in zip(self.levels[state.bands.first :], entered, strict=False):
-                windows = state.band_windows(rows)
+            for level, rows in zip(self.levels[bands.first :], entered, strict=False):
+                windows = BandWindows(state.windows, state.kept, rows)
                 terms = level(Terms(terms.total()[:, rows.part_of(seen)].contiguous()), windows, is_start)
                 seen = rows.upsampled()
             rows = entered[-1]
             part = terms.total()[:, rows.part_of(seen)].contiguous()
-            picture = self.head(Terms(part), state.band_windows(rows), keep=False).total()
+            picture = self.head(Terms(part), BandWindows(state.windows, state.kept, rows), keep=False).total()
             frames = len(picture)
             video[:frames, rows.begin : rows.end].copy_(picture[:, rows.wanted])
         return frames
 
 
 class Level:
-    """One resolution: upsampling, except at the lowest, and residual blocks."""
+    """One resolution: upsampling, except at the lowest, and residual blocks.
 
-    def __init__(self, upsample: Upsample | None, blocks: list[ResidualBlock]) -> None:
-        self.upsample, self.blocks = upsample, blocks
+    ``entry``: the convolutions before ``space``, which doubles height and width if there is one; ``convs``: those after
+    it; ``rate``: output frames per input frame.
+    """
 
-    @property
-    def shape(self) -> LevelShape:
-        convs = [conv for block in self.blocks for conv in block.convs]
-        if self.upsample is None:
-            return LevelShape([], convs, upsample=None, rate=1)
-        return LevelShape(self.upsample.convs, convs, upsample=self.upsample.space, rate=self.upsample.rate)
+    def __init__(self, entry: Sequence[CausalConv], upsample: Upsample | None, blocks: list[ResidualBlock]) -> None:
+        self._upsample, self._blocks = upsample, blocks
+        self.entry = entry if upsample is None else upsample.convs
+        self.space = None if upsample is None else upsample.space
+        self.rate = 1 if upsample is None else upsample.rate
+        self.convs = [conv for block in blocks for conv in block.convs]
 
     def __call__(self, terms: Terms, windows: Windows, is_start: bool) -> Terms:
-        if self.upsample is not None:
-            terms = self.upsample(terms.total(), windows, is_start)
+        if self._upsample is not None:
+            terms = self._upsample(terms.total(), windows, is_start)
             windows = windows.upsampled()
-        for block in self.blocks:
+        for block in self._blocks:
             terms = block(terms, windows)
         return terms
 
@@ -255,3 +296,87 @@ class Upsample:
         torch.add(pairs, bias, out=small[single:].view(doubled, self.rate, height, width, channels))
         del made, pairs  # before the upsampled frames are allocated
         return self.space(small)
+
+
+def plan_decoding(
+    levels: Sequence[Level],
+    head: CausalConv,
+    latent_shape: tuple[int, int, int],
+    latents: int,
+    *,
+    frames_at_full: int,
+    tiles: int,
+) -> DecodingPlan:
+    """Plan the decoding of at most ``latents`` per call, with ``frames_at_full`` frames of full resolution at once.
+
+    ``tiles``: number of horizontal tiles for the two highest resolutions. Raises :class:`ConfigError` where a tile
+    would have too few rows.
+    """
+    _, height, width = latent_shape
+    bands = None if tiles == 1 else _bands(levels, head, height, tiles)
+    sizes: list[WindowSize] = []
+    at_once: list[int] = []
+    margins: dict[str, int] = {}
+    convolutions: dict[str, ConvolutionShape] = {}
+    frames = latents
+    enlarged = 2 ** sum(level.space is not None for level in levels)
+    # No tensor between two convolutions is larger than those at full resolution.
+    numbers_at_once = frames_at_full * (height * enlarged) * (width * enlarged) * levels[-1].convs[-1].channels
+
+    def tallest(at: Sequence[Rows] | None) -> int:
+        return height if at is None else max(rows.last - rows.first for rows in at)
+
+    def add(convs: Sequence[CausalConv], at: Sequence[Rows] | None) -> None:
+        for conv in convs:
+            convolutions[conv.name] = conv.shape(frames, tallest(at), width)
+            sizes.append(WindowSize(conv.name, conv.past, frames, tallest(at), height, width, conv.channels))
+            if at is not None:
+                margins[conv.name] = max(rows.begin - rows.first for rows in at)
+
+    for index, level in enumerate(levels):
+        rows = None if bands is None or index < bands.first else [band[index - bands.first] for band in bands.bands]
+        if bands is None or index <= bands.first:
+            pixels = level.rate * height * width * (1 if level.space is None else 4)
+            limit = numbers_at_once // (pixels * level.convs[-1].channels)
+            if bands is not None and index == bands.first:  # frames are not split from here on
+                limit = frames_at_full // math.prod(each.rate for each in levels[index:])
+            slices = math.ceil(frames / max(1, limit))
+            frames = math.ceil(frames / slices)  # slices of equal size
+            at_once.append(frames)
+        add(level.entry, rows)
+        frames *= level.rate
+        if level.space is not None:
+            convolutions[level.space.name] = level.space.shape(frames, tallest(rows), width)
+            height, width = 2 * height, 2 * width
+            rows = None if rows is None else [each.upsampled() for each in rows]
+        add(level.convs, rows)
+    add([head], None if bands is None else [band[-1] for band in bands.bands])
+    return DecodingPlan(latent_shape, latents, sizes, tuple(at_once), bands, margins, convolutions)
+
+
+def _bands(levels: Sequence[Level], head: CausalConv, latent_height: int, tiles: int) -> Bands:
+    """Return the bands of the two highest resolutions, or of the highest where only that one upsamples."""
+    first = max(1, len(levels) - 2)
+    height = latent_height * 2 ** sum(level.space is not None for level in levels[:first])
+    if first == len(levels):
+        raise ConfigError(f"vae_tiles: expected 1 for a VAE of one resolution, got {tiles}")
+    # From the output back to the first tiled level: the margin of rows that each level needs.
+    margins = [head.reach]
+    for level in reversed(levels[first:]):
+        seen = margins[0] + sum(conv.reach for conv in level.convs)
+        if level.space is not None:
+            seen += level.space.reach
+        margins.insert(0, -(-seen // 2))
+    most = height // margins[0]
+    if not 1 <= tiles <= most:
+        able = f"1 to {most}" if most > 1 else "1"
+        raise ConfigError(f"vae_tiles: expected {able} for latents {latent_height} rows high, got {tiles}")
+    bands = []
+    for index in range(tiles):
+        begin, end = (height * at // tiles for at in (index, index + 1))
+        entered = [
+            Rows.around(begin * 2**doubled, end * 2**doubled, margin, height * 2**doubled)
+            for doubled, margin in enumerate(margins)
+        ]
+        bands.append(tuple(entered))
+    return Bands(first, tuple(bands))

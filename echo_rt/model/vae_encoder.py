@@ -14,16 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from echo_rt.config import VaeConfig
+from echo_rt.convolution.torch_conv import convolve
 from echo_rt.errors import ConfigError
-from echo_rt.model.vae_layers import (
-    CausalConv,
-    Middle,
-    NormConv,
-    ResidualBlock,
-    Terms,
-    VaeWeights,
-    spatial_conv,
-)
+from echo_rt.model.vae_layers import CausalConv, Middle, NormConv, ResidualBlock, Terms, VaeWeights
 from echo_rt.model.vae_windows import StreamWindows, Windows, WindowSize
 from echo_rt.ops.backends import load_ops
 from echo_rt.weights.shapes import vae_encoder_shapes
@@ -182,7 +175,9 @@ class Downsample:
 
     def __call__(self, terms: Terms, windows: Windows, is_start: bool) -> Terms:
         padded = functional.pad(terms.total(), (0, 0, 0, 1, 0, 1))  # one column on the right, one row at the bottom
-        x = spatial_conv(padded, *self._space, stride=2)
+        weight, bias = self._space
+        out = convolve(padded.permute(0, 3, 1, 2), weight, (0, 0), stride=(2, 2))
+        x = Terms(out.permute(0, 2, 3, 1).contiguous(), bias)
         if self._time is None:
             return x
         if not is_start:

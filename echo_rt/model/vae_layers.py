@@ -19,14 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from echo_rt.attention import Attention, AttentionShapes, untried_attention
-from echo_rt.convolution import (
-    ConvolutionCandidate,
-    ConvolutionShape,
-    Prepared,
-    library_convolution,
-    upsample_convolution,
-)
-from echo_rt.convolution.torch_conv import convolve
+from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape
+from echo_rt.convolution.torch_conv import Prepared, library_convolution, upsample_convolution
 from echo_rt.errors import WeightsError
 from echo_rt.model.vae_windows import Windows
 from echo_rt.ops.schema import Ops
@@ -40,13 +34,7 @@ class VaeWeights:
     """The tensors of one half of the VAE, checked, on their device, in the layouts the layers want."""
 
     def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        expected: Shapes,
-        owner: str,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, tensors: Mapping[str, Tensor], expected: Shapes, owner: str, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         for name, shape in expected.items():
             if name not in tensors:
@@ -274,9 +262,3 @@ def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     length = wide.norm(dim=-1, keepdim=True).clamp_min(_NORM_FLOOR)
     normed: Tensor = wide / length * (math.sqrt(x.shape[-1]) * gamma)
     return normed.to(x.dtype)
-
-
-def spatial_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Terms:
-    """Convolve channels-last frames ``[T, H, W, C]`` in 2-D, frame by frame."""
-    out = convolve(x.permute(0, 3, 1, 2), weight, (0, 0), stride=(stride, stride))
-    return Terms(out.permute(0, 2, 3, 1).contiguous(), bias)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,19 +35,6 @@ class Window:
         self.frames[past:].copy_(x)
         if self.history is not None:
             self.history.copy_(self.frames[len(x) :])
-
-
-class Windows(Protocol):
-    """The windows of one stream."""
-
-    def open(self, name: str, new: int) -> Window:
-        """Return the window of convolution ``name`` for ``new`` frames; valid until the next one is opened."""
-
-    def close(self, name: str, window: Window) -> None:
-        """Update the history, now that the new frames are in the window."""
-
-    def upsampled(self) -> Windows:
-        """Return the windows for frames of twice the height and width."""
 
 
 class WindowSize(NamedTuple):
@@ -79,6 +66,7 @@ class StreamWindows:
         return self.room[: math.prod(shape)].view(shape)
 
     def open(self, name: str, new: int) -> Window:
+        """Return the window of convolution ``name`` for ``new`` frames; valid until the next one is opened."""
         history = self.histories[name]
         past, *size = history.shape
         return Window(self.piece(past + new, *size), history)
@@ -151,6 +139,7 @@ class BandWindows:
         return Window(frames, None)
 
     def close(self, name: str, window: Window) -> None:
+        """Update the history, now that the new frames are in the window."""
         history, rows = self._whole.histories[name], self.rows
         past, height, *_ = history.shape
         if rows.end < height and name in self._kept:
@@ -158,3 +147,6 @@ class BandWindows:
             kept.copy_(history[:, rows.end - kept.shape[1] : rows.end])
         if past:
             history[:, rows.begin : rows.end].copy_(window.frames[-past:, rows.wanted])
+
+
+Windows = StreamWindows | BandWindows

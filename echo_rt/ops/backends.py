@@ -22,8 +22,22 @@ def available_backends() -> dict[str, str]:
 
     ``emulated`` executes the CUDA kernels on the host: slow, for tests and development.
     """
-    built = _kernels_built()
-    return {"torch": "available", "emulated": _emulated_status(built), "cuda": _cuda_status(built)}
+    built, problem = _kernels_built()
+    if built == "cuda":
+        emulated = "this build has the kernels for the GPU instead; ECHO_RT_BUILD=emulated when installing chooses"
+    else:
+        emulated = problem or "available"
+    if torch.version.cuda is None:
+        cuda = f"needs a CUDA build of torch, and this is {torch.__version__}; install one, then echo-rt again"
+    elif built == "emulated":
+        cuda = "this build has the emulated kernels; with nvcc on the PATH (or CUDA_HOME set), install echo-rt again"
+    elif problem:
+        cuda = problem
+    else:
+        cuda = (
+            "available" if torch.cuda.is_available() else "torch sees no GPU; install an NVIDIA driver, see nvidia-smi"
+        )
+    return {"torch": "available", "emulated": emulated, "cuda": cuda}
 
 
 def _kernels_built() -> tuple[str, str]:
@@ -46,24 +60,6 @@ def _kernels_built() -> tuple[str, str]:
     if compiled != found:
         return "", f"the kernels were compiled with torch {_ops.TORCH}, and this is {torch.__version__}; {rebuild}"
     return _ops.BACKEND, ""
-
-
-def _emulated_status(built: tuple[str, str]) -> str:
-    backend, problem = built
-    if backend == "cuda":
-        return "this build has the kernels for the GPU instead; ECHO_RT_BUILD=emulated when installing chooses"
-    return problem or "available"
-
-
-def _cuda_status(built: tuple[str, str]) -> str:
-    backend, problem = built
-    if torch.version.cuda is None:
-        return f"needs a CUDA build of torch, and this is {torch.__version__}; install one, then echo-rt again"
-    if backend == "emulated":
-        return "this build has the emulated kernels; with nvcc on the PATH (or CUDA_HOME set), install echo-rt again"
-    if problem:
-        return problem
-    return "available" if torch.cuda.is_available() else "torch sees no GPU; install an NVIDIA driver, see nvidia-smi"
 
 
 def load_ops(backend: str) -> Ops:
@@ -142,8 +138,7 @@ def choose_backend(
 
 def _able(name: str, device: torch.device, memory: tuple[torch.dtype, int] | None) -> Ops:
     """Return the operations of ``name``; :class:`BackendError` where they do not run on ``device``."""
-    ops = load_ops(name)
-    check_device(ops, device)
+    check_device(ops := load_ops(name), device)
     if memory is not None:
         check_memory(ops, *memory)
     return ops
@@ -182,11 +177,8 @@ def check_device(ops: Ops, device: torch.device) -> None:
         raise BackendError(
             f"backend {ops.name!r} runs on device {needed!r}, got {str(device)!r}; choose another of them"
         )
-    if ops.name == "cuda":
-        _check_architecture(device)
-
-
-def _check_architecture(device: torch.device) -> None:
+    if ops.name != "cuda":
+        return
     import echo_rt._ops as _ops
 
     major, minor = torch.cuda.get_device_capability(device)

@@ -2,7 +2,8 @@
 
 The metadata of a file has the format and its version, the version of echo-rt, ``facts`` (one JSON object), and
 ``sha256``: the digest of the whole file, itself taken as zeros. Files of every version have format, version and
-digest, so a whole file of another version can be told from a damaged one.
+digest, so a whole file of another version can be told from a damaged one. Versions 1 and 2 differ in the tensors of
+the KV buffer alone (:mod:`echo_rt.snapshot.kv_rows`).
 
 Files are read and written by hand. The safetensors library maps a file (one that shrinks meanwhile is a bus error, and
 what is used is not what was checked) or makes a second copy of all tensors, and it writes metadata in an order that
@@ -17,24 +18,27 @@ import math
 import os
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from echo_rt.errors import SnapshotError, SnapshotVersionError
 from echo_rt.utils.atomic_file import reason, whole_file
 from echo_rt.utils.build_info import __version__
+from echo_rt.utils.checked_json import convert, read_json
 from echo_rt.utils.wording import plain
 
-FORMAT, VERSION = "echo-rt snapshot", 1
+FORMAT, VERSION = "echo-rt snapshot", 2
+_READ = ("1", "2")  # versions
 _LENGTH_BYTES = 8
 _ALIGNMENT = 64
 _LONGEST_HEADER = 2**24  # names and shapes of some hundred tensors are a thousandth of this
 _ZEROS = "0" * 64
-_MOST_DIMENSIONS = 16
 _PIECE = 2**20  # bytes of another version's file in memory at once
 
 _DTYPES = {
@@ -106,8 +110,19 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 # -------------------------------------------------------------------- reading
 
+_Counts = list[Annotated[int, Meta(ge=0)]]
 
-def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+
+@dataclass
+class _Entry:
+    """The description of a tensor in the header."""
+
+    dtype: str
+    shape: Annotated[_Counts, Meta(max_length=16)]
+    data_offsets: _Counts
+
+
+def read_file(path: str | Path) -> tuple[dict[str, Tensor], Any]:
     """Return the tensors, on the host, and the metadata that :func:`write_file` wrote to ``path``.
 
     Raises :class:`SnapshotError`, in one line, for a file that is missing, damaged (in a single bit, or cut short), or
@@ -122,7 +137,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise SnapshotError(f"{path}: expected a snapshot, cannot read it: {reason(error)}") from None
 
 
-def _read(file: BufferedReader, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(file: BufferedReader, path: str | Path) -> tuple[dict[str, Tensor], Any]:
     size = file.seek(0, 2)
     file.seek(0)
     start = file.read(_LENGTH_BYTES)
@@ -132,19 +147,19 @@ def _read(file: BufferedReader, path: str | Path) -> tuple[dict[str, Tensor], di
     if length > _LONGEST_HEADER:
         raise damaged(path, f"its header is {length} bytes long, more than {_LONGEST_HEADER}")
     text = file.read(length)
-    header = _json(text, path)
+    what = f"{path}: expected a snapshot, found a damaged file or one of something else"
+    header = read_json(text, dict[str, Any], what, SnapshotError)
     labels = header.pop("__metadata__", None)
-    if not isinstance(labels, dict) or not all(isinstance(value, str) for value in labels.values()):
-        labels = {}
-    if labels.get("format") != FORMAT:
+    if not isinstance(labels, dict) or labels.get("format") != FORMAT:
         raise SnapshotError(f"{path}: expected a snapshot, found a file of tensors with no {FORMAT!r} in its metadata")
+    labels = convert(labels, dict[str, str], f"{path}: the snapshot is damaged", SnapshotError)
     claimed = labels.get("sha256", "")
     if len(claimed) != len(_ZEROS) or text.count(claimed.encode()) != 1:
         raise damaged(path, "it has no checksum")
     digest = hashlib.sha256(start + text.replace(claimed.encode(), _ZEROS.encode()))
     tensors: dict[str, Tensor] = {}
-    whole = labels.get("version") == str(VERSION)
-    if whole:
+    known = labels.get("version") in _READ
+    if known:
         for name, (dtype, shape) in _layout(header, size - _LENGTH_BYTES - length, path).items():
             try:
                 tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
@@ -159,13 +174,16 @@ def _read(file: BufferedReader, path: str | Path) -> tuple[dict[str, Tensor], di
             digest.update(piece)
     if digest.hexdigest() != claimed:
         raise damaged(path, "its checksum is not that of its contents")
-    if not whole:
+    if not known:
         raise SnapshotVersionError(
-            f"{path}: expected a snapshot of version {VERSION}, found a whole one of version "
+            f"{path}: expected a snapshot of version {' or '.join(_READ)}, found a whole one of version "
             f"{labels.get('version')!s:.20}, written by echo-rt {labels.get('echo_rt')!s:.20}; "
             f"this is echo-rt {__version__}"
         )
-    return tensors, _json(labels.get("facts", ""), path)
+    try:  # by the library of :func:`write_file`: a statistic of a block may be NaN
+        return tensors, json.loads(labels.get("facts", ""))
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"its facts are not JSON: {error}") from None
 
 
 def damaged(path: str | Path, what: str) -> SnapshotError:
@@ -173,36 +191,19 @@ def damaged(path: str | Path, what: str) -> SnapshotError:
     return SnapshotError(f"{path}: the snapshot is damaged: {what}")
 
 
-def _json(text: str | bytes, path: str | Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError):
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise SnapshotError(f"{path}: expected a snapshot, found a damaged file or one of something else")
-    return parsed
-
-
-def _layout(header: Mapping[str, Any], size: int, path: str | Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _layout(header: Mapping[str, Any], size: int, path: str | Path) -> dict[str, tuple[torch.dtype, list[int]]]:
     """Dtype and shape of every tensor, in the order of the file; together they are exactly ``size`` bytes."""
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    layout: dict[str, tuple[torch.dtype, list[int]]] = {}
     end = 0
-    for name, entry in header.items():
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise damaged(path, f"{name!r:.80} is not described by dtype, shape and offsets")
-        code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(code, str) or code not in _DTYPES:
-            raise damaged(path, f"{name!r:.80} has the unknown dtype {code!r:.20}")
-        if not _are_counts(shape) or len(shape) > _MOST_DIMENSIONS or not _are_counts(offsets):
-            raise damaged(path, f"{name!r:.80} has the shape {shape!r:.80} at {offsets!r:.80}")
-        begin, end = end, end + math.prod(shape) * _DTYPES[code].itemsize
-        if offsets != [begin, end]:
+    for name, described in header.items():
+        entry = convert(described, _Entry, f"{path}: the snapshot is damaged: {name!r:.80}", SnapshotError)
+        dtype = _DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise damaged(path, f"{name!r:.80} has the unknown dtype {entry.dtype!r:.20}")
+        begin, end = end, end + math.prod(entry.shape) * dtype.itemsize
+        if entry.data_offsets != [begin, end]:
             raise damaged(path, f"{name!r:.80} does not begin where the tensor before it ends")
-        layout[name] = (_DTYPES[code], tuple(shape))
+        layout[name] = (dtype, entry.shape)
     if end != size:
         raise damaged(path, f"expected {end} bytes of tensors, found {size}")
     return layout
-
-
-def _are_counts(values: object) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)

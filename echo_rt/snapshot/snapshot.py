@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,22 +20,41 @@ from echo_rt.chunk import Chunk, ChunkStats
 from echo_rt.errors import ConfigError, SnapshotError
 from echo_rt.options import check_seed
 from echo_rt.snapshot.file import damaged, read_file, write_file
-
-T = TypeVar("T")
+from echo_rt.utils.checked_json import convert
 
 _STATE, _PROMPT, _HELD, _INITIAL = "state.", "prompt.", "held.", "initial.latents"
 _LONGEST_NUMBER = 20  # digits
-_METADATA = {
-    "model": dict,
-    "seed": int,
-    "block": int,
-    "memory_ready": bool,
-    "latents_decoded": int,
-    "held": list,
-    "offset": int,
-}
-# Written only where they differ from these values, which most videos have.
-_OPTIONAL: dict[str, bool | int] = {"initial_blocks": 0, "caller_noise": False}
+_SEEDS = 2**64
+# Added to the seed at each rollback: odd, so that 2^64 seeds in a row are all different.
+_RESEED = 0x9E3779B97F4A7C15
+_MOST_ROLLBACKS = 2**20
+
+
+def reseeded(seed: int) -> int:
+    """Return the seed of a video's noise after one more rollback."""
+    return (seed + _RESEED) % _SEEDS
+
+
+@dataclass
+class _HeldBlock:
+    index: int
+    first_frame: int
+    stats: ChunkStats
+
+
+@dataclass
+class _Facts:
+    """The metadata of a file: all of a :class:`Snapshot` that is no tensor."""
+
+    model: dict[str, Any]
+    seed: int
+    block: int
+    memory_ready: bool
+    latents_decoded: int
+    held: list[_HeldBlock]
+    offset: int
+    initial_blocks: int = 0
+    caller_noise: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,32 +111,32 @@ class Snapshot:
             survives = False
         if not survives:
             raise SnapshotError(f"{path}: the model's description is not plain JSON and would come back changed")
-        held = [
-            {"index": c.index, "first_frame": c.first_frame, "stats": dataclasses.asdict(c.stats)} for c in self.held
-        ]
-        values = {name: getattr(self, name) for name in (*_METADATA, *_OPTIONAL)} | {"model": model, "held": held}
-        return {name: value for name, value in values.items() if name not in _OPTIONAL or value != _OPTIONAL[name]}
+        held = [_HeldBlock(chunk.index, chunk.first_frame, chunk.stats) for chunk in self.held]
+        own = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(_Facts)}
+        facts = dataclasses.asdict(_Facts(**own | {"model": model, "held": held}))
+        return {name: value for name, value in facts.items() if value != getattr(_Facts, name, None)}  # no defaults
+
+    def is_of_video(self, seed: int) -> bool:
+        """Whether its video may have been begun with ``seed``, which each rollback since then has changed."""
+        rollbacks = (self.seed - seed) * pow(_RESEED, -1, _SEEDS) % _SEEDS
+        return rollbacks <= _MOST_ROLLBACKS
 
     @staticmethod
     def load(path: str | Path) -> Snapshot:
         """Read what :meth:`save` wrote to ``path``; :class:`SnapshotError` for a damaged file, or another one."""
         tensors, metadata = read_file(path)
-        if set(metadata) - set(_OPTIONAL) != set(_METADATA):
-            raise damaged(path, f"expected {', '.join(_METADATA)}, found {', '.join(metadata) or 'none':.200}")
-        metadata = _OPTIONAL | metadata
-        for name, kind in (_METADATA | {name: type(value) for name, value in _OPTIONAL.items()}).items():
-            if type(metadata[name]) is not kind:
-                raise damaged(path, f"expected {name} to be {kind.__name__}, found {type(metadata[name]).__name__}")
+        facts = convert(metadata, _Facts, f"{path}: the snapshot is damaged", SnapshotError)
         try:
-            check_seed(metadata["seed"])
+            check_seed(facts.seed)
         except ConfigError as error:
             raise damaged(path, str(error)) from None
-        metadata["prompts"] = _prompts(tensors, path)
-        metadata["held"] = tuple(_chunk(number, entry, tensors, path) for number, entry in enumerate(metadata["held"]))
-        metadata["initial_latents"] = tensors.pop(_INITIAL, None)
+        values = {entry.name: getattr(facts, entry.name) for entry in dataclasses.fields(facts)}
+        values["held"] = tuple(_chunk(number, block, tensors, path) for number, block in enumerate(facts.held))
+        values["prompts"] = _prompts(tensors, path)
+        values["initial_latents"] = tensors.pop(_INITIAL, None)
         if surplus := [name for name in tensors if not name.startswith(_STATE)]:
             raise damaged(path, f"it holds tensors that no snapshot has: {', '.join(surplus):.200}")
-        return Snapshot(tensors={name.removeprefix(_STATE): t for name, t in tensors.items()}, **metadata)
+        return Snapshot(tensors={name.removeprefix(_STATE): t for name, t in tensors.items()}, **values)
 
 
 def _prompts(tensors: dict[str, Tensor], path: str | Path) -> dict[int, Tensor]:
@@ -131,39 +150,12 @@ def _prompts(tensors: dict[str, Tensor], path: str | Path) -> dict[int, Tensor]:
     return prompts
 
 
-def _chunk(number: int, entry: object, tensors: dict[str, Tensor], path: str | Path) -> Chunk:
-    """Take held block ``number`` out of ``tensors``; ``entry`` is its metadata."""
+def _chunk(number: int, block: _HeldBlock, tensors: dict[str, Tensor], path: str | Path) -> Chunk:
+    """Take the tensors of held block ``number`` out of ``tensors``."""
     frames = tensors.pop(f"{_HELD}{number}.frames", None)
     latents = tensors.pop(f"{_HELD}{number}.latents", None)
     if frames is None or frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[3] != 3:
         raise damaged(path, f"held block {number} has no frames")
     if latents is None or latents.dtype != torch.float32 or latents.dim() != 4:
         raise damaged(path, f"held block {number} has no latents")
-    try:
-        if not isinstance(entry, dict) or set(entry) != {"index", "first_frame", "stats"}:
-            raise TypeError
-        if type(entry["index"]) is not int or type(entry["first_frame"]) is not int:
-            raise TypeError
-        stats = _record(ChunkStats, entry["stats"])
-    except TypeError:
-        raise damaged(path, f"the metadata of held block {number} is not that of a block") from None
-    return Chunk(index=entry["index"], frames=frames, first_frame=entry["first_frame"], latents=latents, stats=stats)
-
-
-def _record(kind: type[T], values: object) -> T:
-    """Make a dataclass of plain values from its ``asdict``; ``TypeError`` unless each value is of its field's type."""
-    hints = get_type_hints(kind)
-    if not isinstance(values, dict) or set(values) != set(hints):
-        raise TypeError
-    made: dict[str, Any] = {}
-    for name, hint in hints.items():
-        value = values[name]
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            made[name] = _record(hint, value)
-        elif type(value) is bool and hint is not bool:
-            raise TypeError
-        elif isinstance(value, hint) or (type(value) is int and isinstance(0.0, hint)):
-            made[name] = value
-        else:
-            raise TypeError
-    return kind(**made)
+    return Chunk(block.index, frames, block.first_frame, latents, block.stats)

@@ -53,6 +53,12 @@ def latest_snapshot(folder: str | Path) -> tuple[Path, Snapshot] | None:
     return None
 
 
+def require_seed(file: Path, snapshot: Snapshot, seed: int) -> None:
+    """Raise :class:`SnapshotError` unless the snapshot in ``file`` can be of the video that was begun with ``seed``."""
+    if not snapshot.is_of_video(seed):
+        raise SnapshotError(f"{file}: expected a snapshot of the video with seed {seed}, found one of {snapshot.seed}")
+
+
 class SnapshotKeeper(Closing):
     """Writes snapshots into ``folder`` on a thread and keeps the last ``keep`` of them.
 

@@ -15,7 +15,7 @@ from echo_rt.engine.prompts import load_prompt_embeds, save_prompt_embeds
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.output.segment_index import INDEX_FILE
 from echo_rt.runtime import Runtime
-from echo_rt.snapshot.store import latest_snapshot, snapshot_files
+from echo_rt.snapshot.store import latest_snapshot, require_seed, snapshot_files
 from echo_rt.soak.checks import Promises, Status, Verdict
 from echo_rt.soak.config import MANIFEST_FILE, SoakConfig, check_manifest, write_manifest
 from echo_rt.soak.journal import Journal, Line, read_lines
@@ -104,7 +104,9 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
             return _conclude(config, name, promises, last)
         if config.serve is not None:
             watchers = [*watchers, cleanup.enter_context(closing(Exporter(*config.serve)))]
-        _, snapshot = latest_snapshot(config.folder / SNAPSHOT_FOLDER) or (None, None)
+        file, snapshot = latest_snapshot(config.folder / SNAPSHOT_FOLDER) or (None, None)
+        if file is not None and snapshot is not None:
+            require_seed(file, snapshot, config.seed)
         options = config.arguments() | {"device": device, "like": snapshot}
         with stop.interruptible():
             runtime = cleanup.enter_context(Runtime.from_pretrained(config.model, **options))

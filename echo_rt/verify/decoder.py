@@ -1,22 +1,29 @@
-"""Checks of a VAE decoder that need no expected tensors: its frames in other precisions and in other groupings."""
+"""Checks of a VAE decoder that need no expected tensors: its frames in other precisions and in other groupings.
+
+Two videos differ as a viewer sees them, by PSNR and SSIM, in float64. Videos are ``[F, H, W, C]``, both in bytes 0..255
+or both in floating point, which is clamped to [-1, 1]. Both kinds are scaled to 0..1 from black to white, so bytes
+measure the same as the floating point that they were made of.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from echo_rt.config import VaeConfig
 from echo_rt.engine.build import fit_decoder
+from echo_rt.errors import ConfigError
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.noise import fill_normal, seed_words
 from echo_rt.ops.schema import Ops
 from echo_rt.options import VAE_DTYPE_NAMES
 from echo_rt.utils.device import DTYPES, model_context
-from echo_rt.verify.metrics import Quality, compare_videos
 from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.folder import ModelFolder
 
@@ -26,6 +33,82 @@ MIXED = (1, 3, 2, 5)  # latents of successive calls
 # large enough for SSIM's window and small enough for released weights on a CPU.
 _LATENTS = sum(MIXED)
 _SIZE = (64, 48)
+# Window in pixels and constants of SSIM as published (Wang et al. 2004).
+SSIM_WINDOW = 11
+_SIGMA = 1.5
+_K1, _K2 = 0.01, 0.03
+_WHITE = 255
+
+
+@dataclass(frozen=True)
+class Quality:
+    """``psnr`` in dB, infinite for equal videos; ``ssim`` at most 1, None for frames smaller than its window."""
+
+    psnr: float
+    ssim: float | None
+
+
+def compare_videos(video: Tensor, reference: Tensor) -> Quality:
+    """Measure both; raises :class:`ConfigError` for videos that differ in shape or kind, or are empty."""
+    fits = min(video.shape[1:3], default=0) >= SSIM_WINDOW
+    return Quality(psnr(video, reference), ssim(video, reference) if fits else None)
+
+
+def psnr(video: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, over all frames, pixels and channels; NaN if a value is NaN."""
+    _check(video, reference)
+    frames = [(_wide(one) - _wide(other)).square().mean() for one, other in zip(video, reference, strict=True)]
+    mean = float(torch.stack(frames).mean())
+    return math.inf if mean == 0 else -10 * math.log10(mean)
+
+
+def ssim(video: Tensor, reference: Tensor) -> float:
+    """Structural similarity, the mean over frames, channels and positions of an 11x11 Gaussian window; symmetric.
+
+    1 for equal videos. Raises :class:`ConfigError` for frames that are smaller than the window.
+    """
+    _check(video, reference)
+    _, height, width, _ = video.shape
+    if min(height, width) < SSIM_WINDOW:
+        raise ConfigError(f"SSIM: expected frames of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels, got {width}x{height}")
+    frames = [_frame_ssim(_wide(one), _wide(other)) for one, other in zip(video, reference, strict=True)]
+    return float(torch.stack(frames).mean())
+
+
+def _check(video: Tensor, reference: Tensor) -> None:
+    if video.dim() != 4 or video.numel() == 0 or video.shape != reference.shape:
+        raise ConfigError(
+            f"expected two videos of one shape [F, H, W, C], got {[*video.shape]} and {[*reference.shape]}"
+        )
+    both_bytes = video.dtype == reference.dtype == torch.uint8
+    if not both_bytes and not (video.is_floating_point() and reference.is_floating_point()):
+        raise ConfigError(
+            f"expected two videos of bytes or two of floating point, got {video.dtype} and {reference.dtype}"
+        )
+
+
+def _wide(frame: Tensor) -> Tensor:
+    """``[H, W, C]`` as ``[C, 1, H, W]`` in float64, 0 for black and 1 for white."""
+    wide = frame.double().movedim(-1, 0).unsqueeze(1)
+    return (wide.clamp(-1, 1) + 1) / 2 if frame.is_floating_point() else wide / _WHITE
+
+
+def _frame_ssim(x: Tensor, y: Tensor) -> Tensor:
+    mean_x, mean_y = _windowed(x), _windowed(y)
+    variance_x, variance_y = _windowed(x * x) - mean_x**2, _windowed(y * y) - mean_y**2
+    covariance = _windowed(x * y) - mean_x * mean_y
+    steady_mean, steady_contrast = _K1**2, _K2**2  # of a range of 1
+    luminance = (2 * mean_x * mean_y + steady_mean) / (mean_x**2 + mean_y**2 + steady_mean)
+    contrast = (2 * covariance + steady_contrast) / (variance_x + variance_y + steady_contrast)
+    return (luminance * contrast).mean()
+
+
+def _windowed(x: Tensor) -> Tensor:
+    """Gaussian means over the window at all positions inside the frame, as two 1-D passes."""
+    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=x.device) - SSIM_WINDOW // 2
+    weights = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
+    weights = weights / weights.sum()
+    return functional.conv2d(functional.conv2d(x, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
 
 
 @dataclass(frozen=True)

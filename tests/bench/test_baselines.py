@@ -18,7 +18,7 @@ from torch import Tensor
 
 from echo_rt.bench import run as run_module
 from echo_rt.bench import settings
-from echo_rt.bench.runner import open_model
+from echo_rt.bench.run import open_model
 from echo_rt.bench.settings import BenchModel, Request
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
 from echo_rt.engine.build import Networks

@@ -262,8 +262,7 @@ def test_attention_that_is_not_there_comes_with_its_remedy(monkeypatch):
 def test_the_attention_that_was_chosen_and_why(monkeypatch, tmp_path):
     import torch
 
-    from echo_rt.attention import AttentionShapes, implementations
-    from echo_rt.attention.select import CACHE
+    from echo_rt.attention import CACHE, AttentionShapes, implementations
     from echo_rt.autotune.cache import Case, Entry, machine_facts
     from echo_rt.ops.backends import load_ops
 
@@ -318,8 +317,7 @@ def test_the_convolutions_that_were_chosen(monkeypatch, tmp_path):
 
     import echo_rt.convolution
     from echo_rt.autotune.cache import Case, Entry, machine_facts
-    from echo_rt.convolution import ConvolutionShape, implementations
-    from echo_rt.convolution.select import CACHE
+    from echo_rt.convolution import CACHE, ConvolutionShape, implementations
 
     properties = SimpleNamespace(name="Imaginary 9000", major=9, minor=0)
     cache = tmp_path / "convolution.json"

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from echo_rt.engine.prompts import save_prompt_embeds
 from echo_rt.output import segments
+from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import snapshot_files
 
 PROMPT = ("--model", "folder", "--prompt", "1")
@@ -249,8 +250,6 @@ def test_it_goes_on_by_what_its_snapshot_names(echo_rt, model, tmp_path, unbroke
 
 def test_it_goes_on_by_the_backend_of_its_snapshot(echo_rt, model, day, unbroken, monkeypatch):
     """And says so; where that is not to be had, what to do. One of before backends were kept is torch's."""
-    from echo_rt.snapshot.snapshot import Snapshot
-
     until = (*LASTING, "--latents", "--json", "--frames", 93)
     newest = snapshot_files(day / "snapshots")[0]
     made = Snapshot.load(newest)
@@ -286,6 +285,7 @@ def test_it_goes_on_by_the_backend_of_its_snapshot(echo_rt, model, day, unbroken
             "expected snapshots to resume from (--snapshot-every makes them), found a recording of 69 f",
         ),
         ("damage", (), "3 damaged ones"),
+        ("foreign", (), "expected a snapshot of the video with seed 0, found one of 1"),
         ("segment", (), "video-00001.mp4: expected"),
         ("index", (), "expected a recording in segments, found no recording.json"),
     ],
@@ -308,6 +308,9 @@ def test_what_cannot_be_resumed_stays_as_it_is(echo_rt, model, day, change, argu
     elif change == "damage":
         for file in snapshot_files(day / "snapshots"):
             file.write_bytes(b"damage")
+    elif change == "foreign":
+        newest = snapshot_files(day / "snapshots")[0]
+        dataclasses.replace(Snapshot.load(newest), seed=1).save(newest)
     elif change == "segment":
         (day / "video-00001.mp4").unlink()
     elif change == "index":
@@ -327,8 +330,6 @@ def test_a_new_video_has_a_place_of_its_own(echo_rt, fake_runtime, day):
 
 def test_a_snapshot_that_cannot_be_written_ends_the_video(echo_rt, model, tmp_path, monkeypatch, frame_count):
     """At once where it is the first, which is waited for; later with the next that is due."""
-    from echo_rt.snapshot.snapshot import Snapshot
-
     save = Snapshot.save
 
     def fail_after(good: int):

@@ -97,7 +97,7 @@ def cache(tmp_path):
 
 
 def choose(judge, shapes, kinds=STAND_INS, requested=None, cache=None, dtype=torch.bfloat16, device=GPU):
-    with mock.patch("echo_rt.convolution.select.ConvolutionCheck", judge):
+    with mock.patch("echo_rt.convolution.ConvolutionCheck", judge):
         return select_convolutions(requested, shapes, device=device, dtype=dtype, cache=cache, candidates=kinds)
 
 
@@ -314,14 +314,14 @@ def test_other_dtypes_are_their_own(cache):
 def test_what_is_available():
     every = (kind("a"), kind("b"), kind("c", devices=("cpu",)), kind("grow", enlarges=True))
     judge = FakeJudge(errors={"b": math.inf, "grow": RuntimeError("no kernel image")})
-    with mock.patch("echo_rt.convolution.select.ConvolutionCheck", judge):
+    with mock.patch("echo_rt.convolution.ConvolutionCheck", judge):
         states = available_convolutions(GPU, every)
     assert states["a"] == "available" and "its result is wrong" in states["b"]
     assert states["c"].startswith("it runs on cpu, the device is cuda:0; choose conv3d")
     assert "no kernel image; choose another" in states["grow"]
     assert {case[2] for case in judge.asked} == {torch.bfloat16}, "the dtype that models have on a GPU"
     twins = (kind("a"), kind("a", enlarges=True), kind("b", devices=("cpu",)), kind("b", enlarges=True))
-    with mock.patch("echo_rt.convolution.select.ConvolutionCheck", FakeJudge()):
+    with mock.patch("echo_rt.convolution.ConvolutionCheck", FakeJudge()):
         both = available_convolutions(GPU, twins)
     assert list(both) == ["a", "b", "b (enlarging)"]
     assert both["b"] != both["b (enlarging)"] == "available"

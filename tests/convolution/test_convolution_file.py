@@ -8,8 +8,7 @@ import logging
 import pytest
 
 from echo_rt.autotune.cache import Case, Entry
-from echo_rt.convolution import ConvolutionShape, cache_file
-from echo_rt.convolution.select import CACHE
+from echo_rt.convolution import CACHE, ConvolutionShape, cache_file
 
 CAUSAL = ConvolutionShape(14, 60, 104, 384, 384, (3, 3, 3))
 GROWING = ConvolutionShape(12, 60, 104, 384, 192, (1, 3, 3), enlarge=True)

@@ -10,8 +10,7 @@ from closeness import relative_error
 from naive_convolution import inputs, naive
 
 from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape, implementations
-from echo_rt.convolution.backends import REMOVED
-from echo_rt.convolution.kernels import tiled, untiled
+from echo_rt.convolution.backends import REMOVED, tiled, untiled
 from echo_rt.ops import reference
 from echo_rt.ops.backends import available_backends, load_ops
 

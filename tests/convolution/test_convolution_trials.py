@@ -15,8 +15,14 @@ import torch
 from naive_convolution import inputs, naive
 
 from echo_rt.autotune.tuner import TOLERANCES
-from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape, implementations, select_convolutions
-from echo_rt.convolution.select import ConvolutionCheck, exact_pixels
+from echo_rt.convolution import (
+    ConvolutionCandidate,
+    ConvolutionCheck,
+    ConvolutionShape,
+    exact_pixels,
+    implementations,
+    select_convolutions,
+)
 from echo_rt.errors import BackendError
 from echo_rt.ops.backends import available_backends, load_ops
 
@@ -246,7 +252,7 @@ def test_a_capture_that_memory_does_not_suffice_for(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
 
-    monkeypatch.setattr("echo_rt.convolution.select.ConvolutionCheck", on_the_cpu)
+    monkeypatch.setattr("echo_rt.convolution.ConvolutionCheck", on_the_cpu)
 
     def hungry(weight):
         def call(frames):
@@ -295,7 +301,7 @@ def test_a_faulty_library_is_found_out_and_not_remembered(monkeypatch, tmp_path)
     properties = SimpleNamespace(name="Imaginary 9000", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
-    monkeypatch.setattr("echo_rt.convolution.select.ConvolutionCheck", on_the_cpu)
+    monkeypatch.setattr("echo_rt.convolution.ConvolutionCheck", on_the_cpu)
 
     def chosen(every, requested=None):
         return select_convolutions(

@@ -92,7 +92,7 @@ def choose(
     prescribed=None,
     forgive=(),
 ):
-    with mock.patch("echo_rt.attention.select.AttentionCheck", judge):
+    with mock.patch("echo_rt.attention.AttentionCheck", judge):
         return attention_tuner(device, dtype, shapes, kinds).select(requested, prescribed, cache=cache, forgive=forgive)
 
 
@@ -218,7 +218,7 @@ def test_no_memory_for_any_is_an_error_that_says_so():
         choose(judge, [kind("a"), kind("b")])
     with pytest.raises(shortage, match=r"attention 'a': it runs out of memory .*2\.00 GiB by a"):
         choose(judge, [kind("a"), kind("b")], requested="a")
-    with mock.patch("echo_rt.attention.select.AttentionCheck", judge):
+    with mock.patch("echo_rt.attention.AttentionCheck", judge):
         assert available_attention(GPU, [kind("a"), kind("b")])["a"].startswith("it runs out of memory")
 
 
@@ -399,7 +399,7 @@ def test_a_winner_that_is_gone_is_not_missed(cache, caplog):
 
 def test_what_is_available():
     judge = FakeJudge({}, errors={"b": RuntimeError("no kernel image"), "c": math.inf})
-    with mock.patch("echo_rt.attention.select.AttentionCheck", judge):
+    with mock.patch("echo_rt.attention.AttentionCheck", judge):
         states = available_attention(GPU, [kind("a"), kind("b"), kind("c"), absent("d", "gone; get it")])
     assert states["a"] == "available" and states["d"] == "gone; get it"
     assert "no kernel image; choose another" in states["b"] and "its result is wrong" in states["c"]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from streaming import within
 
-from echo_rt.attention import AttentionShapes, cache_file
-from echo_rt.attention.select import CACHE
+from echo_rt.attention import CACHE, AttentionShapes, cache_file
 from echo_rt.autotune.cache import Case, Entry
 
 
@@ -107,13 +111,78 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, caplog, monkeypatch):
     assert "No space left on device" in warnings_of(caplog)[0]
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe", "device", "dangling"])
+@pytest.mark.parametrize("name", ["attention.json", "attention.lock"])
+def test_what_is_no_plain_file_stays_as_it_is(tmp_path, caplog, name, kind):
+    """Nothing is written through a link, a pipe is not waited for, and one warning says so, however many shapes."""
+    path, elsewhere = tmp_path / "attention.json", tmp_path / "elsewhere"
+    if kind == "link":
+        CACHE.remember(elsewhere, entry(1))
+    before = elsewhere.read_bytes() if kind == "link" else None
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero" if kind == "device" else elsewhere)
+
+    def start() -> None:
+        for number in (1, 2):
+            assert CACHE.recall(path, entry(number).case) is None
+            CACHE.remember(path, entry(number))
+
+    within(20, start)
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith(str(path)) and warning.endswith("attention is measured at every start")
+    assert ("it is not a plain file" if kind == "pipe" else "it is a symbolic link") in warning
+    assert not (tmp_path / name).is_file() or (tmp_path / name).is_symlink()
+    assert before == (elsewhere.read_bytes() if elsewhere.exists() else None)
+    if name.endswith("lock"):
+        assert not path.exists()
+
+
+def test_a_hard_link_is_not_written_through(tmp_path, caplog):
+    path, other = tmp_path / "attention.json", tmp_path / "other"
+    CACHE.remember(path, entry(1))
+    os.link(path, other)
+    before = other.read_bytes()
+    CACHE.remember(path, entry(2))
+    assert other.read_bytes() == before and CACHE.entries(path) == [entry(1), entry(2)]
+
+
+def test_a_lock_that_a_stopped_process_holds_does_not_hang_a_start(tmp_path, caplog, monkeypatch):
+    path = tmp_path / "attention.json"
+    CACHE.remember(path, entry(1))
+    monkeypatch.setattr("echo_rt.autotune.cache._LOCK_SECONDS", 0.1)
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(path.with_suffix(".lock"))], stdout=subprocess.PIPE) as it:
+        assert it.stdout.readline() == b"locked\n"
+        it.send_signal(signal.SIGSTOP)
+        try:
+            for number in (2, 3):
+                assert CACHE.recall(path, entry(number).case) is None
+                within(20, lambda number=number: CACHE.remember(path, entry(number)))
+            (warning,) = warnings_of(caplog)
+            assert "another process has held its lock for 0.1 s" in warning and "at every start" in warning
+            assert CACHE.entries(path) == [entry(1)], "what is there is still read"
+        finally:
+            it.kill()
+
+
+HOLDER = """
+import fcntl, sys, time
+with open(sys.argv[1], "a") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
 def _write(path: Path, first: int, barrier) -> None:
     barrier.wait()
     for number in range(first, first + 10):
         CACHE.remember(path, entry(number))
 
 
-def test_processes_that_write_at_once_lose_nothing(tmp_path):
+def test_processes_that_write_at_once_lose_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("echo_rt.autotune.cache._LOCK_SECONDS", 600)  # however busy the machine
     path = tmp_path / "attention.json"
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(2)

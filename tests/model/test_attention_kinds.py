@@ -11,9 +11,8 @@ import pytest
 import torch
 from closeness import relative_error
 
-from echo_rt.attention import AttentionShapes, attention_tuner, backends
+from echo_rt.attention import AttentionShapes, attention_tuner, backends, exact_attention
 from echo_rt.attention.backends import IMPLEMENTATIONS, AttentionCandidate, Matmul
-from echo_rt.attention.select import exact_attention
 from echo_rt.autotune.tuner import TOLERANCES
 from echo_rt.errors import BackendError
 

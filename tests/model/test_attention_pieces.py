@@ -8,9 +8,8 @@ import pytest
 import torch
 from closeness import relative_error
 
-from echo_rt.attention import AttentionCandidate, AttentionShapes, attention_tuner, implementations
+from echo_rt.attention import AttentionCandidate, AttentionShapes, attention_tuner, exact_attention, implementations
 from echo_rt.attention.backends import IMPLEMENTATIONS, SPLITS, SplitKV, split_kv
-from echo_rt.attention.select import exact_attention
 from echo_rt.autotune.tuner import TOLERANCES
 from echo_rt.errors import BackendError
 from echo_rt.ops import reference
@@ -114,7 +113,7 @@ def chosen(keys: int, monkeypatch):
     monkeypatch.setattr("echo_rt.autotune.tuner.give_memory_back", lambda device: None)
     monkeypatch.setattr("echo_rt.autotune.tuner.machine_facts", lambda device, versions: {"gpu": "imaginary"})
     torchs = [kind for kind in IMPLEMENTATIONS if kind.distribution is None]
-    monkeypatch.setattr("echo_rt.attention.select.AttentionCheck", Judge)
+    monkeypatch.setattr("echo_rt.attention.AttentionCheck", Judge)
     shapes = AttentionShapes(queries=6, keys=keys, heads=2, head_dim=8)
     return attention_tuner(GPU, torch.bfloat16, shapes, [*torchs, *IN_PIECES]).select(cache=None)
 

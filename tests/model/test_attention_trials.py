@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from echo_rt.attention import AttentionShapes
+from echo_rt.attention import AttentionCheck, AttentionShapes
 from echo_rt.attention.backends import IMPLEMENTATIONS, Library
-from echo_rt.attention.select import AttentionCheck
 from echo_rt.autotune.tuner import TOLERANCES
 
 CPU = torch.device("cpu")

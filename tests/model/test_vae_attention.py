@@ -15,7 +15,7 @@ from echo_rt.engine.build import fit_decoder
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.model.vae_encoder import VaeEncoder
 from echo_rt.ops.backends import load_ops
-from echo_rt.snapshot.implementations import VAE_ATTENTION
+from echo_rt.snapshot.fit import VAE_ATTENTION
 from echo_rt.weights.shapes import vae_decoder_shapes, vae_encoder_shapes
 
 CONFIG = tiny_config(dim_mult=(1, 1, 3), temporal_downsample=(True, False), num_res_blocks=1)

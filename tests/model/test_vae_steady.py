@@ -13,8 +13,7 @@ from naive_vae import random_weights, tiny_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from echo_rt.model.vae_decoder import VaeDecoder
-from echo_rt.model.vae_decoder_state import VaeDecoderState
+from echo_rt.model.vae_decoder import VaeDecoder, VaeDecoderState
 from echo_rt.ops.backends import available_backends, load_ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
@@ -115,7 +114,7 @@ def test_nothing_is_kept(decoder: VaeDecoder) -> None:
 def test_what_was_read_is_let_go_of(decoder: VaeDecoder) -> None:
     """At full resolution: a sum that is a residual later, and what the convolution behind it makes, no more."""
     state, latents = steady_state(decoder)
-    frames = 2 * state.frames_at_once[-1]
+    frames = 2 * state.plan.frames_at_once[-1]
     slice_bytes = frames * math.prod(state.tensors()["decoder.head.2"].shape[1:]) * 2
     video_bytes = decoder.decode(latents, state).nbytes
     # The most is held where a picture of twice the channels is enlarged: it, its result, and the slices below.

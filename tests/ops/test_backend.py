@@ -224,7 +224,7 @@ def test_a_bundle_is_verified_on_what_a_runtime_would_have(
         asked.append(facts.get("memory"))
         return choose_backend(requested, device, **facts)
 
-    monkeypatch.setattr("echo_rt.verify.kinds.choose_backend", noted)
+    monkeypatch.setattr("echo_rt.verify.bundles.choose_backend", noted)
     report = verify_bundle(golden_dir / bundle, device="cpu", dtype=dtype)
     assert asked == [memory] and report.passed
     assert (report.backend.name, report.backend.reason) == ("torch", "the device is cpu")

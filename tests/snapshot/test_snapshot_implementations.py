@@ -12,7 +12,7 @@ from streaming import embeds, load, require, same, take
 import echo_rt
 from echo_rt.errors import BackendError, ConfigError, StreamError
 from echo_rt.ops.backends import BACKEND_VARIABLE, available_backends
-from echo_rt.snapshot.implementations import BACKEND, IMPLEMENTATIONS, VAE_ATTENTION, implementations_of
+from echo_rt.snapshot.fit import BACKEND, IMPLEMENTATIONS, VAE_ATTENTION, implementations_of
 from echo_rt.snapshot.snapshot import Snapshot
 
 # None of which a CPU is given by itself in float32.

@@ -102,7 +102,7 @@ def test_those_of_another_version_are_no_damaged_ones(keeper: SnapshotKeeper, tm
         put(keeper, block)
     newest, older = snapshot_files(tmp_path / "s")
     as_of_another_version(newest)
-    with warnings.catch_warnings(), pytest.raises(SnapshotVersionError, match=f"{newest}: .* whole one of version 2"):
+    with warnings.catch_warnings(), pytest.raises(SnapshotVersionError, match=f"{newest}: .* whole one of version 3"):
         warnings.simplefilter("error")
         latest_snapshot(tmp_path / "s")
     newest.write_bytes(newest.read_bytes()[:-1])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
@@ -339,6 +340,15 @@ def test_a_clock_that_goes_back(smallest_model: Path, tmp_path: Path, monkeypatc
         seen = [line["elapsed"] for line in lines if line["run"] == run]
         assert seen == sorted(seen) and seen[-1] < 600
     assert len(elapsed) == len(lines) and all(line["fps"] > 0 for line in intervals(config.folder))
+
+
+def test_a_snapshot_of_another_seed_is_refused(smallest_model: Path, tmp_path: Path) -> None:
+    config = soak_of(smallest_model, tmp_path / "out", blocks=2, snapshot_every=2)
+    echo_rt.soak.run(config)
+    (file,) = snapshot_files(config.folder / "snapshots")
+    dataclasses.replace(Snapshot.load(file), seed=5).save(file)
+    with pytest.raises(SnapshotError, match=f"{file}: expected a snapshot of the video with seed 0, found one of 5"):
+        echo_rt.soak.run(dataclasses.replace(config, blocks=4))
 
 
 # -------------------------------------------------------------------- whoever is at the other end

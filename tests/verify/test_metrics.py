@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.errors import ConfigError
-from echo_rt.verify.metrics import compare_videos, psnr, ssim
+from echo_rt.verify.decoder import compare_videos, psnr, ssim
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

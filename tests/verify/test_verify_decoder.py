@@ -19,7 +19,7 @@ from echo_rt.ops.backends import load_ops
 from echo_rt.ops.schema import Ops
 from echo_rt.verify import decoder as verify_decoder
 from echo_rt.verify.bundles import BOUNDS, verify_bundle, verify_model
-from echo_rt.verify.metrics import psnr, ssim
+from echo_rt.verify.decoder import psnr, ssim
 from echo_rt.weights.folder import holds_vae
 from echo_rt.weights.shapes import vae_shapes
 

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 from echo_rt.errors import EchoError
 from echo_rt.ops.backends import available_backends
-from echo_rt.verify.bundles import RECIPE_BOUNDS, verify_bundle
-from echo_rt.verify.folder import find_bundles
+from echo_rt.verify.bundles import RECIPE_BOUNDS, find_bundles, verify_bundle
 
 RECIPES = ("causal_forcing_framewise_2step", "echo_infinity_short", "longlive_early_switch")
 # float32 agrees better than its bound; this keeps it so.
