@@ -104,7 +104,7 @@ def log_threads(device: torch.device) -> None:
             "waiting threads spin, which is fast on free cores and very slow beside other programs; "
             "for those, use echo_rt.share_cpu, or set OMP_WAIT_POLICY=PASSIVE before importing torch"
         )
-    _logger.info("CPU threads: %d on %s; %s", threads, Cores.available(), waiting)
+    _logger.debug("CPU threads: %d on %s; %s", threads, Cores.available(), waiting)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,3 +51,11 @@ def one_line(text: object) -> str:
 def printable(text: object) -> str:
     """``text`` with everything that a terminal would obey (escape sequences, line breaks) as backslash escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, in the name of the line that called this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("echo_rt", "contextlib"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

@@ -207,7 +207,7 @@ def test_a_runtime_on_a_cpu_says_once_how_its_threads_wait(
     small_model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = dict(os.environ), threading.active_count()
-    with caplog.at_level(logging.INFO, "echo_rt.utils.threads"), load(small_model):
+    with caplog.at_level(logging.DEBUG, "echo_rt.utils.threads"), load(small_model):
         assert (dict(os.environ), threading.active_count()) == before  # a library only tells
     (line,) = [record.getMessage() for record in caplog.records if record.name == "echo_rt.utils.threads"]
     assert line.startswith(f"CPU threads: {torch.get_num_threads()} on {len(os.sched_getaffinity(0))} core")
