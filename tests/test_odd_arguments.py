@@ -64,7 +64,7 @@ def test_odd_arguments_of_a_stream(small_model: Path) -> None:
             runtime.stream(prompt_embeds=dense, guard="stop")  # type: ignore[arg-type]
         with pytest.raises(echo_rt.StreamError, match=r"expected a Snapshot .*, got an int"):
             runtime.resume(3)  # type: ignore[arg-type]
-        with pytest.raises(echo_rt.SnapshotError, match="^x: "):
+        with pytest.raises(echo_rt.SnapshotError, match="x: "):
             runtime.resume("x")
         with runtime.stream(prompt_embeds=dense, seed=np.int64(3)) as stream:  # type: ignore[arg-type]
             next(stream)
