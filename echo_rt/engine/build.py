@@ -20,13 +20,12 @@ from echo_rt.convolution import ConvolutionSelection, ConvolutionShape, select_c
 from echo_rt.convolution import cache_file as convolution_cache
 from echo_rt.convolution import implementations as convolution_candidates
 from echo_rt.engine.engine import Engine
-from echo_rt.engine.executor import Executor, make_executor
+from echo_rt.engine.executor import Executor, SteadyCheck, make_executor
 from echo_rt.engine.initial_video import InitialVideoEncoder
 from echo_rt.engine.memory_budget import require_capacity
 from echo_rt.engine.pipeline import Pipeline
 from echo_rt.engine.prompts import PromptEncoder
 from echo_rt.engine.rollout import Rollout
-from echo_rt.engine.steady_state import SteadyCheck
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.model.decoder_protocol import VideoDecoder
 from echo_rt.model.memory import MemoryEncoder

@@ -15,8 +15,7 @@ from torch import Tensor
 from echo_rt.attention import Attention
 from echo_rt.config import ModelConfig
 from echo_rt.engine.executor import Event, Executor, Queue
-from echo_rt.engine.kv_cache import BlockCache, Span, WindowCache
-from echo_rt.engine.state import VITALS, RolloutState
+from echo_rt.engine.state import VITALS, BlockCache, RolloutState, Span, WindowCache
 from echo_rt.errors import ConfigError
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
