@@ -60,7 +60,7 @@ def test_a_feed_of_a_runtime_is_refused_at_once(runtime: Any) -> None:
 
 
 def test_what_they_look_like(runtime: echo_rt.Runtime, small_model: Path) -> None:
-    assert repr(runtime) == f"<Runtime of {small_model}, recipe echo-infinity, 32x32, float32 on cpu, open>"
+    assert repr(runtime) == f"<Runtime of {small_model}, recipe echo-infinity-long, 32x32, float32 on cpu, open>"
     with runtime.stream(prompt_embeds=embeds(runtime), seed=3) as stream, stream.feed() as feed:
         next(feed)
         assert repr(feed).startswith("<Feed of <Stream None, seed 3, next block ") and "0 dropped" in repr(feed)
@@ -102,7 +102,7 @@ def test_pictures(expected: list[echo_rt.Chunk], monkeypatch: pytest.MonkeyPatch
 def test_loading_says_one_line(small_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "echo_rt"), load(small_model):
         pass
-    assert len(caplog.records) == 1 and caplog.records[0].getMessage().startswith("recipe echo-infinity ")
+    assert len(caplog.records) == 1 and caplog.records[0].getMessage().startswith("recipe echo-infinity-long ")
 
 
 def test_warnings_name_the_callers_line(runtime: echo_rt.Runtime) -> None:
