@@ -366,7 +366,7 @@ class Feed(_Source):
     @property
     def dropped(self) -> int:
         """Number of blocks that were made and dropped because nobody took them."""
-        return self._feeder.policy.dropped
+        return self._feeder.dropped
 
     @property
     def waiting(self) -> int:

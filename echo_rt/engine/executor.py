@@ -165,17 +165,6 @@ def _wait_for(done: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-class _Seen(threading.local):
-    """The stages that the calling thread has run.
-
-    By thread, since libraries keep what they make for a shape (such as cuDNN's plans) by thread, and must not make it
-    during a capture. Not by thread id, which the next thread may get.
-    """
-
-    def __init__(self) -> None:
-        self.stages: set[Hashable] = set()
-
-
 class CudaExecutor(Executor):
     """Queues are CUDA streams; stages that come again are replayed as graphs, if ``graphs``."""
 
@@ -188,7 +177,9 @@ class CudaExecutor(Executor):
         }
         # Graphs of a pool may share memory, which is safe only if they never run at the same time.
         self._pools = {queue: torch.cuda.graph_pool_handle() for queue in Queue}
-        self._seen = _Seen()
+        # The stages that a thread has run: libraries keep what they make for a shape (such as cuDNN's plans) by thread,
+        # and must not make it during a capture. Not by thread id, which the next thread may get.
+        self._seen_by_thread = threading.local()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._events: dict[Hashable, Event] = {}
         self._patience: float | None = None  # bound of synchronize() in seconds, after give_up()
@@ -210,14 +201,14 @@ class CudaExecutor(Executor):
                 stream.wait_event(event.cuda)
         # After the waits, which do not count as the stage's time.
         with self._noting(stage_name(stage), queue), torch.cuda.stream(stream), _ranges()(stage_name(stage)):
-            graph = self._graphs.get(key)
-            if graph is None and self._graphs_wanted and key in self._seen.stages:
+            graph, seen = self._graphs.get(key), self._seen_by_thread.__dict__.setdefault("stages", set())
+            if graph is None and self._graphs_wanted and key in seen:
                 graph = self._graphs[key] = self._capture(stage, static_args, queue)
             elif graph is not None:
                 self.replays += 1
             if graph is None:
                 stage(*static_args)
-                self._seen.stages.add(key)
+                seen.add(key)
             else:
                 graph.replay()
         self._events[key] = self.record(queue, self._events.get(key))
@@ -274,7 +265,7 @@ class CudaExecutor(Executor):
     def _forget(self) -> None:
         self._graphs.clear()
         self._events.clear()
-        self._seen = _Seen()
+        self._seen_by_thread = threading.local()
 
 
 def make_executor(device: torch.device, graphs: bool | None = None) -> Executor:

@@ -42,20 +42,20 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     try:
         parsed = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ConfigError(f"device must be 'cpu', 'cuda' or 'cuda:N'; got {str(device)!r}") from None
-    if parsed.type not in ("cpu", "cuda"):
+        parsed = None
+    if parsed is None or parsed.type not in ("cpu", "cuda"):
         raise ConfigError(f"device must be 'cpu', 'cuda' or 'cuda:N'; got {str(device)!r}")
-    if parsed.type == "cuda":
-        require_cuda_usable()
-    if parsed.type == "cuda" and not torch.cuda.is_available():
+    if parsed.type == "cpu":
+        return parsed
+    require_cuda_usable()
+    asked = f"device {str(device)!r} was asked for, but"
+    if not torch.cuda.is_available():
         built = "is built without CUDA" if torch.version.cuda is None else "finds no usable GPU"
-        raise BackendError(f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) {built}")
-    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
-        raise BackendError(f"device {str(device)!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
-    if str(parsed) == "cuda":
-        # Each thread has its own current GPU; a model stays where it was loaded.
-        parsed = torch.device("cuda", torch.cuda.current_device())
-    return parsed
+        raise BackendError(f"{asked} this torch ({torch.__version__}) {built}")
+    if (parsed.index or 0) >= torch.cuda.device_count():
+        raise BackendError(f"{asked} there are {torch.cuda.device_count()} GPUs")
+    # Each thread has its own current GPU; a model stays where it was loaded.
+    return parsed if parsed.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 def require_products(device: torch.device) -> None:
