@@ -151,31 +151,20 @@ def _libgomp() -> ctypes.CDLL | None:
     return library
 
 
-@dataclass(frozen=True)
-class _Usage:
-    """CPU seconds so far, of all programs and of this process, at the time ``at`` in seconds."""
-
-    at: float
-    all: float
-    own: float
-
-    @classmethod
-    def now(cls, cores: Cores) -> _Usage:
-        busy = busy_seconds(_STAT.read_text(encoding="ascii"), cores.numbers)
-        return cls(time.monotonic(), busy, time.process_time())
-
-    def others_since(self, then: _Usage) -> float:
-        """Cores used by other programs since ``then``."""
-        return max(0.0, (self.all - then.all) - (self.own - then.own)) / (self.at - then.at)
+def _others(cores: Cores) -> tuple[float, float]:
+    """The time in seconds, and the CPU seconds that other programs have had until then."""
+    busy = busy_seconds(_STAT.read_text(encoding="ascii"), cores.numbers)
+    return time.monotonic(), busy - time.process_time()
 
 
 def _watch(openmp: ctypes.CDLL, over: threading.Event) -> None:
     cores, threads = Cores.available(), torch.get_num_threads()
     idle: IdleTeam | None = None
-    then = _Usage.now(cores)
+    since, before = _others(cores)
     while not over.wait(_PERIOD):
-        now = _Usage.now(cores)
-        others, then = now.others_since(then), now
+        now, until_now = _others(cores)
+        others = max(0.0, until_now - before) / (now - since)
+        since, before = now, until_now
         crowded = cores.free(others) < threads - _SLACK
         if crowded == (idle is not None):
             continue

@@ -67,19 +67,15 @@ class Machine:
     """Two cores of which ``others`` are used by other programs; ``teams`` tells of each team made and ended."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.others = 0.0
+        self.others = self.used = self.time = 0.0
         self.looks = threading.Semaphore(0)
         self.teams: queue.Queue[str] = queue.Queue()
         machine = self
 
-        class Usage:
-            @classmethod
-            def now(cls, cores: Cores) -> Usage:
-                return cls()
-
-            def others_since(self, then: Usage) -> float:
-                machine.looks.release()
-                return machine.others
+        def others(cores: Cores) -> tuple[float, float]:
+            machine.looks.release()
+            machine.time, machine.used = machine.time + 1, machine.used + machine.others
+            return machine.time, machine.used
 
         class Team:
             def __init__(self, openmp: object, threads: int) -> None:
@@ -93,7 +89,7 @@ class Machine:
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         monkeypatch.setattr(Cores, "available", lambda: Cores(frozenset({0, 1}), float("inf")))
         monkeypatch.setattr(echo_rt.utils.threads, "_PERIOD", 0.001)
-        monkeypatch.setattr(echo_rt.utils.threads, "_Usage", Usage)
+        monkeypatch.setattr(echo_rt.utils.threads, "_others", others)
         monkeypatch.setattr(echo_rt.utils.threads, "IdleTeam", Team)
         monkeypatch.setattr(echo_rt.utils.threads, "_libgomp", object)
 
