@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from echo_rt.chunk import Chunk
+from echo_rt.chunk import Vitals
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.atomic_file import write_whole
@@ -55,12 +57,12 @@ class Guard:
             raise ConfigError(f"guard: block_seconds must be a positive number or None, got {bound!r}")
 
     def save_evidence(
-        self, chunk: Chunk, found: str, rollbacks: int, snapshot: Snapshot, before: Snapshot | None
+        self, block: int, snapshot: Snapshot, before: Snapshot | None, vitals: Vitals, facts: dict[str, Any]
     ) -> list[Path]:
-        """Write what is known about a bad block, and what was ``found``, to the folder for evidence; returns the files.
+        """Write what is known about ``block`` to the folder for evidence; returns the files.
 
         ``snapshot``: the state after the last block begun. ``before``: the last good state, if one is kept; resumed, it
-        makes the block again. Raises :class:`OutputError`.
+        makes the block again. ``facts``: further entries of the JSON file. Raises :class:`OutputError`.
         """
         assert self.evidence is not None
         folder = Path(self.evidence)
@@ -69,22 +71,19 @@ class Guard:
         except OSError as error:
             raise OutputError(f"{folder}: cannot make the folder: {error.strerror}") from None
         # A block that goes wrong again, in this run or a later one, does not overwrite the first evidence.
-        stems = (f"block-{chunk.index:08d}{'' if time == 1 else f'-{time}'}" for time in itertools.count(1))
+        stems = (f"block-{block:08d}{'' if time == 1 else f'-{time}'}" for time in itertools.count(1))
         stem = next(stem for stem in stems if not (folder / f"{stem}.json").exists())
         state, figures = folder / f"{stem}.safetensors", folder / f"{stem}.json"
         states = {state: snapshot}
         if before is not None:
             states[folder / f"{stem}-before.safetensors"] = before
-        stats = chunk.stats
         told = {
-            "block": chunk.index,
+            "block": block,
             "states": {file.name: kept.block + kept.offset for file, kept in states.items()},
             "seed": snapshot.seed,
             "echo_rt": __version__,
-            "vitals": {name: _plain(value) for name, value in vars(stats.vitals).items()},
-            "found": found,
-            "rollbacks": rollbacks,
-            "position": {"newest_temporal_id": stats.newest_temporal_id, "shift": stats.shift},
+            "vitals": {name: _plain(value) for name, value in dataclasses.asdict(vitals).items()},
+            **facts,
         }
         try:
             for file, kept in states.items():

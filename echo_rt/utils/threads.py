@@ -144,7 +144,7 @@ def _libgomp() -> ctypes.CDLL | None:
         library = None
     # Intel's and LLVM's OpenMP export GNU's entry points as well, but wait by other rules.
     if library is None or not hasattr(library, "GOMP_parallel") or hasattr(library, "__kmpc_fork_call"):
-        _logger.info("torch's OpenMP is not GNU's libgomp: how its CPU threads wait is left as it is")
+        _logger.debug("torch's OpenMP is not GNU's libgomp: how its CPU threads wait is left as it is")
         return None
     library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     library.GOMP_parallel.restype = None
@@ -174,7 +174,7 @@ def _watch(openmp: ctypes.CDLL, over: threading.Event) -> None:
             idle.close()
             idle = None
         waiting = "sleep" if crowded else "spin"
-        _logger.info("other programs use %.1f of %s: CPU threads %s while they wait", others, cores, waiting)
+        _logger.debug("other programs use %.1f of %s: CPU threads %s while they wait", others, cores, waiting)
     if idle is not None:
         idle.close()
 

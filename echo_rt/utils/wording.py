@@ -53,9 +53,9 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
 
 
-def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn, in the name of the line that called this package."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("echo_rt", "contextlib"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
+def warn_caller(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn with the line of code outside this package that led here."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "echo_rt":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level)

@@ -106,7 +106,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def test_threads_sleep_while_other_programs_need_their_cores(
     machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "echo_rt.utils.threads"), share_cpu(CPU):
+    with caplog.at_level(logging.DEBUG, "echo_rt.utils.threads"), share_cpu(CPU):
         machine.others = 0.1
         machine.wait_for_looks(5)
         assert machine.teams.empty()
@@ -212,7 +212,7 @@ def test_a_runtime_on_a_cpu_says_once_how_its_threads_wait(
 def test_the_line_has_the_advice_only_for_threads_that_spin(
     machine: Machine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.INFO, "echo_rt.utils.threads")
+    caplog.set_level(logging.DEBUG, "echo_rt.utils.threads")
     log_threads(torch.device("cuda"))
     log_threads(CPU)
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
