@@ -21,6 +21,7 @@ from echo_rt.engine.prompts import check_over
 from echo_rt.engine.ready import Feeder
 from echo_rt.engine.scheduler import Blocks
 from echo_rt.errors import ConfigError, StreamError
+from echo_rt.options import explains_habits
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.atomic_file import Closing
 from echo_rt.utils.device import model_context
@@ -262,6 +263,7 @@ class Stream(_Source):
     # ---------------------------------------------------------------- prompts
 
     @computes
+    @explains_habits
     def set_prompt(
         self,
         prompt: str | None = None,

@@ -50,6 +50,9 @@ def test_two_dtypes_are_one_too_many(small_model: Path) -> None:
 def test_arguments_that_a_stream_has_not(runtime: Any, name: str, answer: str) -> None:
     with pytest.raises(ConfigError, match=f"^Runtime.stream has no {name}: .*{answer}"):
         runtime.stream(PROMPT, **{name: 1})
+    refused = pytest.raises(ConfigError, match=f"^Stream.set_prompt has no {name}: .*{answer}")
+    with runtime.stream(prompt_embeds=embeds(runtime)) as stream, refused:
+        stream.set_prompt(PROMPT, **{name: 1})
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         runtime.stream(PROMPT, colour=1)
 
