@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from echo_rt.chunk import Chunk
 from echo_rt.errors import StreamError
-from echo_rt.utils.process import ProcessGuard
+from echo_rt.utils.process import EXITING, ProcessGuard
 
 
 class ReadyQueue:
@@ -203,6 +203,8 @@ class Feeder(threading.Thread):
             return None
         if (chunk := self._ready.take()) is not None:
             return chunk
+        if getattr(self._error, "code", None) is EXITING:
+            raise SystemExit(EXITING)  # whoever waited for its blocks ends too
         error, self._error = self._error, None
         try:
             if error is None:

@@ -83,6 +83,10 @@ def note_loading(device: torch.device) -> None:
         )
 
 
+# The code of a SystemExit in a thread that would compute while the interpreter ends. That very class ends it silently.
+EXITING = "the interpreter is ending"
+
+
 class _Computing:
     """The threads that are computing; the interpreter's exit waits for them, and ends those that come later.
 
@@ -103,7 +107,7 @@ class _Computing:
             return
         with self._changed:
             if self._ended_by not in (None, me):
-                raise SystemExit  # ends the thread without a word
+                raise SystemExit(EXITING)
             self._threads.add(me)
         try:
             yield
