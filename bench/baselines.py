@@ -129,7 +129,7 @@ def _decoder_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tenso
 
 def _decode_error(networks: Networks, normalized: Tensor, video: Tensor, *, clamp: bool = False) -> float:
     """Relative error of ``video [1, 3, F, H, W]``, of a block that comes after the same latents, against ours."""
-    decoder: Any = networks.decoding.decoder
+    decoder: Any = networks.decoder
     state = decoder.new_state(*networks.config.latent_shape[1:], latents=1)
     decoder.decode(normalized, state)
     ours = decoder.decode(normalized, state).float()

@@ -69,7 +69,7 @@ class Runtime(Closing, Bound):
         self.backend, self.backend_reason = networks.backend.name, networks.backend.reason
         self.vae, self.lookahead = networks.vae_name, engine.lookahead
         self.attention, self.text_attention = networks.attention
-        _, self.vae_attention, self.convolutions = networks.decoding
+        self.vae_attention, self.convolutions = networks.vae_attention, networks.convolutions
         self._engine: Engine | None = engine
         # Torch tracks buffers by the CUDA stream they were made on, and might reuse them while a queue still writes.
         self._ending = weakref.finalize(engine, engine.executor.synchronize)

@@ -170,9 +170,9 @@ class Run:
         self.resources = self._or_without_graphs(first, self._alone)
         self.header = environment(str(self.device))  # now, while the clocks are those of a device at work
         own = self._networks[first.backend]
-        _, of_decoder, self.convolutions = own.decoding
+        of_decoder = own.vae_attention
         assert of_decoder is not None  # no tiny decoder is measured here
-        self.attention = (*own.attention, of_decoder)
+        self.attention, self.convolutions = (*own.attention, of_decoder), own.convolutions
         # The first number there is: should the time run out while the others are made ready, it has been told.
         self._or_without_graphs(first, self._variant_turn)
         save(self)
@@ -246,7 +246,7 @@ class Run:
         """
         device = self.device
         with model_context(device, working_dtype(self.dtype)):
-            _ = self._networks[entry.backend].decoding  # a trial of its convolutions takes memory that no stream does
+            _ = self._networks[entry.backend].decoder  # a trial of its convolutions takes memory that no stream does
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         runner = self._runner(entry)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -102,14 +102,6 @@ def convolutions_in_words(convolutions: Convolutions) -> str:
     return ", ".join(f"{name} for {count}" for name, count in counts.most_common()) + f" of {counts.total()} shapes"
 
 
-class Decoding(NamedTuple):
-    """A decoder and the implementations of its attention and convolutions; a tiny one has no choice of them."""
-
-    decoder: VideoDecoder[Any]
-    attention: AttentionSelection | None
-    convolutions: Convolutions
-
-
 @dataclass(frozen=True, eq=False)
 class ModelTensors:
     """Tensors by their original names; ``memory`` and ``vae`` are empty where the model has no such part."""
@@ -182,25 +174,43 @@ class Networks:
     def memory(self) -> MemoryEncoder:
         return MemoryEncoder(self.config, self.tensors.memory, self.ops, device=self.device, dtype=self.dtype)
 
+    def load(self, config: ModelConfig) -> None:
+        """Make every network of an engine of ``config``, before its buffers are."""
+        _ = self.transformer, self.memory if config.memory is not None else None, self.decoder
+
+    @property
+    def decoder(self) -> VideoDecoder[Any]:
+        return self._decoding[0]
+
+    @property
+    def vae_attention(self) -> AttentionSelection | None:
+        """The implementation of the decoder's attention, and why; a tiny one has none."""
+        return self._decoding[1]
+
+    @property
+    def convolutions(self) -> Convolutions:
+        """The implementations of the decoder's convolutions, and why; empty for a tiny one."""
+        return self._decoding[2]
+
     @property
     def vae_name(self) -> str:
         """Name of the decoder: ``"wan"``, or the kind of the tiny one."""
         return WAN_VAE if self.tiny is None else self.tiny.kind.name
 
     @cached_property
-    def decoding(self) -> Decoding:
+    def _decoding(self) -> tuple[VideoDecoder[Any], AttentionSelection | None, Convolutions]:
         assert self.vae is not None
         tensors, options, device, dtype = self.tensors.vae, self.options, self.device, self.vae_dtype
         if self.tiny is None:
             decoder = VaeDecoder(self.vae, tensors, self.ops, device=device, dtype=dtype, tiles=options.vae_tiles)
             block = (self.config.window.frames_per_block, self.config.latent_height, self.config.latent_width)
             named = (options.convolution, options.attention)
-            return Decoding(decoder, *fit_decoder(decoder, block, self.ops, *named, self._prescribed))
+            return decoder, *fit_decoder(decoder, block, self.ops, *named, self._prescribed)
         if options.vae_tiles != 1:
             raise ConfigError(f"vae_tiles must be 1 for a tiny decoder, got {options.vae_tiles}")
         if options.convolution is not None:
             raise ConfigError(f"convolution must be left out for a tiny decoder, got {options.convolution!r}")
-        return Decoding(TinyDecoder(self.tiny.config, tensors, self.vae, device=device, dtype=dtype), None, {})
+        return TinyDecoder(self.tiny.config, tensors, self.vae, device=device, dtype=dtype), None, {}
 
 
 def open_networks(loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapping[str, str]) -> Networks:
@@ -276,10 +286,12 @@ def build_engine(
     attention = networks.attention  # before the weights: its measurement takes memory that they will need
     # float32 whatever the model's dtype: LoRAs are merged in it, and must not depend on the caller's TF32 settings.
     with model_context(device, networks.dtype, networks.vae_dtype, torch.float32):
-        decoding = networks.decoding
+        networks.load(config)
         rollout = build_rollout(config, networks, mode, executor)
-        pipeline = Pipeline(rollout, decoding.decoder, vae, networks.ops, executor, device=device, depth=depth)
-    implementations = Implementations.selected(networks.backend, *attention, decoding.attention, decoding.convolutions)
+        pipeline = Pipeline(rollout, networks.decoder, vae, networks.ops, executor, device=device, depth=depth)
+    implementations = Implementations.selected(
+        networks.backend, *attention, networks.vae_attention, networks.convolutions
+    )
     tensors = networks.tensors
     # All that a video depends on beside seed and prompts: a snapshot can be resumed only where this is the same.
     model = {
