@@ -11,7 +11,6 @@ import contextlib
 import gc
 import html
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +23,7 @@ from echo_rt.config import TextEncoderConfig
 from echo_rt.errors import PromptError, StreamError, WeightsError
 from echo_rt.utils.device import give_memory_back
 from echo_rt.utils.packages import needing
-from echo_rt.utils.wording import first_line
+from echo_rt.utils.wording import first_line, warn_caller
 from echo_rt.weights.files import check_tensors
 from echo_rt.weights.keymaps import UMT5_KEYS
 from echo_rt.weights.reading import names_in, not_opened
@@ -183,9 +182,7 @@ class TextEncoder:
         with _refusing(self._tokenizer_path):
             ids: list[int] = self._tokenizer(cleaned, verbose=False).input_ids
         if len(ids) > self.text_len:
-            warnings.warn(
-                f"the prompt has {len(ids)} tokens, the model takes {self.text_len}: the rest is left out", stacklevel=3
-            )
+            warn_caller(f"the prompt has {len(ids)} tokens, the model takes {self.text_len}: the rest is left out")
             ids = [*ids[: self.text_len - 1], ids[-1]]
         return ids
 

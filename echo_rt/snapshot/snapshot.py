@@ -22,7 +22,7 @@ from echo_rt.options import check_seed
 from echo_rt.snapshot.file import damaged, read_file, write_file
 from echo_rt.utils.checked_json import convert
 
-_STATE, _PROMPT, _HELD, _INITIAL = "state.", "prompt.", "held.", "initial.latents"
+_STATE, _PROMPT, _HELD, _INITIAL, _NOW = "state.", "prompt.", "held.", "initial.latents", "prompt"
 _LONGEST_NUMBER = 20  # digits
 _SEEDS = 2**64
 # Added to the seed at each rollback: odd, so that 2^64 seeds in a row are all different.
@@ -55,6 +55,7 @@ class _Facts:
     offset: int
     initial_blocks: int = 0
     caller_noise: bool = False
+    prompt_facts: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,8 @@ class Snapshot:
     ``model`` describes the runtime it fits, in plain JSON types: a runtime that differs in any entry refuses it, except
     for the implementations that its user asked for by name.
     ``block``: the last block begun, in the numbers of the state; ``tensors``: the state behind it.
-    ``prompts``: prompts that have not begun yet, by the block that begins with them.
+    ``prompts``: prompts that have not begun yet, by the block that begins with them; ``prompt``: that of the last block
+    begun, None in the files of older versions. ``prompt_facts``: text and blend of each, by its block, or ``"now"``.
     ``held``: blocks that were made and not taken; a resumed stream hands them out first.
     ``offset``: how far the video's block numbers are ahead of the state's, after rollbacks.
     ``initial_blocks``: number of given blocks that the state begins with; ``initial_latents [frames, C, h, w]``: given
@@ -84,6 +86,8 @@ class Snapshot:
     initial_blocks: int = 0
     caller_noise: bool = False
     initial_latents: Tensor | None = field(default=None, repr=False)
+    prompt: Tensor | None = field(default=None, repr=False)
+    prompt_facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def next_block(self) -> int:
@@ -101,6 +105,8 @@ class Snapshot:
             tensors |= {f"{_HELD}{number}.frames": chunk.frames, f"{_HELD}{number}.latents": chunk.latents}
         if self.initial_latents is not None:
             tensors[_INITIAL] = self.initial_latents
+        if self.prompt is not None:
+            tensors[_NOW] = self.prompt
         write_file(path, tensors, self._metadata(path))
 
     def _metadata(self, path: str | Path) -> dict[str, Any]:
@@ -113,7 +119,9 @@ class Snapshot:
             raise SnapshotError(f"{path}: the model's description is not plain JSON and would come back changed")
         held = [_HeldBlock(chunk.index, chunk.first_frame, chunk.stats) for chunk in self.held]
         own = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(_Facts)}
-        facts = dataclasses.asdict(_Facts(**own | {"model": model, "held": held}))
+        facts = dataclasses.asdict(
+            _Facts(**own | {"model": model, "held": held, "prompt_facts": self.prompt_facts or None})
+        )
         return {name: value for name, value in facts.items() if value != getattr(_Facts, name, None)}  # no defaults
 
     def is_of_video(self, seed: int) -> bool:
@@ -133,7 +141,8 @@ class Snapshot:
         values = {entry.name: getattr(facts, entry.name) for entry in dataclasses.fields(facts)}
         values["held"] = tuple(_chunk(number, block, tensors, path) for number, block in enumerate(facts.held))
         values["prompts"] = _prompts(tensors, path)
-        values["initial_latents"] = tensors.pop(_INITIAL, None)
+        values["initial_latents"], values["prompt"] = tensors.pop(_INITIAL, None), tensors.pop(_NOW, None)
+        values["prompt_facts"] = facts.prompt_facts or {}
         if surplus := [name for name in tensors if not name.startswith(_STATE)]:
             raise damaged(path, f"it holds tensors that no snapshot has: {', '.join(surplus):.200}")
         return Snapshot(tensors={name.removeprefix(_STATE): t for name, t in tensors.items()}, **values)

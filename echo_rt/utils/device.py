@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 
 from echo_rt.errors import BackendError, ConfigError
-from echo_rt.options import DTYPE_NAMES, VAE_DTYPE_NAMES
+from echo_rt.options import DTYPE_ALIASES, DTYPE_NAMES, VAE_DTYPE_NAMES
 from echo_rt.utils.process import require_cuda_usable
+from echo_rt.utils.wording import warn_caller
 
 FLOAT8 = torch.float8_e4m3fn
 # Compute capability of the first GPUs whose tensor cores multiply float8.
@@ -42,20 +42,20 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     try:
         parsed = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ConfigError(f"device must be 'cpu', 'cuda' or 'cuda:N'; got {str(device)!r}") from None
-    if parsed.type not in ("cpu", "cuda"):
+        parsed = None
+    if parsed is None or parsed.type not in ("cpu", "cuda"):
         raise ConfigError(f"device must be 'cpu', 'cuda' or 'cuda:N'; got {str(device)!r}")
-    if parsed.type == "cuda":
-        require_cuda_usable()
-    if parsed.type == "cuda" and not torch.cuda.is_available():
+    if parsed.type == "cpu":
+        return parsed
+    require_cuda_usable()
+    asked = f"device {str(device)!r} was asked for, but"
+    if not torch.cuda.is_available():
         built = "is built without CUDA" if torch.version.cuda is None else "finds no usable GPU"
-        raise BackendError(f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) {built}")
-    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
-        raise BackendError(f"device {str(device)!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
-    if str(parsed) == "cuda":
-        # Each thread has its own current GPU; a model stays where it was loaded.
-        parsed = torch.device("cuda", torch.cuda.current_device())
-    return parsed
+        raise BackendError(f"{asked} this torch ({torch.__version__}) {built}")
+    if (parsed.index or 0) >= torch.cuda.device_count():
+        raise BackendError(f"{asked} there are {torch.cuda.device_count()} GPUs")
+    # Each thread has its own current GPU; a model stays where it was loaded.
+    return parsed if parsed.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 def require_products(device: torch.device) -> None:
@@ -78,12 +78,18 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
     """
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    for name, known in _MODEL_DTYPES.items():
-        if dtype in (name, known):
-            if known == FLOAT8:
-                require_products(device)
-            return known
-    raise ConfigError(f"dtype must be one of {', '.join(DTYPE_NAMES)}; got {str(dtype)!r}")
+    parsed = _one_of(DTYPE_NAMES, dtype, "dtype")
+    if parsed == FLOAT8:
+        require_products(device)
+    return parsed
+
+
+def _one_of(names: Sequence[str], dtype: str | torch.dtype, option: str) -> torch.dtype:
+    full = DTYPE_ALIASES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    for name in names:
+        if full in (name, _MODEL_DTYPES[name]):
+            return _MODEL_DTYPES[name]
+    raise ConfigError(f"{option} must be one of {', '.join(names)}; got {str(dtype)!r}")
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
@@ -98,12 +104,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def parse_vae_dtype(vae_dtype: str | torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the decoder; None means that of the model. :class:`ConfigError` names the choices."""
-    if vae_dtype is None:
-        return working_dtype(dtype)
-    for name in VAE_DTYPE_NAMES:
-        if vae_dtype in (name, DTYPES[name]):
-            return DTYPES[name]
-    raise ConfigError(f"vae_dtype must be one of {', '.join(VAE_DTYPE_NAMES)}; got {str(vae_dtype)!r}")
+    return working_dtype(dtype) if vae_dtype is None else _one_of(VAE_DTYPE_NAMES, vae_dtype, "vae_dtype")
 
 
 # Torch captures one graph at a time per process. The beginning of a capture synchronizes the device and empties its
@@ -159,10 +160,9 @@ def warn_of_faulty_convolutions(device: torch.device, dtype: torch.dtype) -> Non
         return
     version = torch.backends.cudnn.version()
     if version in _CUDNN_FAULTY:
-        warnings.warn(
+        warn_caller(
             f"cuDNN {version} is known for faulty 16-bit 3-D convolutions, which the VAE consists of: "
-            f"use a torch with cuDNN {_CUDNN_FAULTY.stop} or newer, or decode in float32 (vae_dtype)",
-            stacklevel=3,
+            f"use a torch with cuDNN {_CUDNN_FAULTY.stop} or newer, or decode in float32 (vae_dtype)"
         )
 
 
