@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
-from echo_rt.cli.arguments import MODEL, PATH, Arguments, flag, model_files, number, option, options_of, require, shared
+from echo_rt.cli.arguments import (
+    MODEL,
+    PATH,
+    Arguments,
+    Value,
+    flag,
+    model_files,
+    number,
+    option,
+    options_of,
+    require,
+    shared,
+)
 from echo_rt.cli.outputs import Named, check_folder, check_outputs
 from echo_rt.cli.prompts import parse_script
 from echo_rt.errors import ConfigError, TargetError
@@ -43,6 +56,8 @@ BESIDE_SEGMENTS = Path(".")
 _MOST = 10**9  # frames or seconds: a longer video is one without an end
 
 
+_CODECS = ("h264", "hevc", "av1", "h264_nvenc", "hevc_nvenc", "av1_nvenc")
+_CODEC = Value(str, words=_CODECS)
 _SECONDS = number(float, "seconds of video above 0", positive=True)
 OPTIONS = {
     "model": shared(MODEL),
@@ -84,6 +99,21 @@ OPTIONS = {
             flag_value=BESIDE_SEGMENTS,
         ),
         option("--contact-sheet", "also write an overview picture", "FILE.png", type=PATH),
+        flag("--overwrite", "replace files that exist"),
+    ),
+    "encoding": (
+        option(
+            "--codec",
+            f"{', '.join(_CODECS)} (nvenc: on GPUs that encode); default h264",
+            "NAME",
+            type=_CODEC,
+            default="h264",
+        ),
+        option("--preset", "speed of the encoder, in its own words; default of h264: veryfast", "NAME"),
+        option(
+            "--crf", "quality; 0 is the best; default of h264: 18", "Q", type=number(float, "a number of 0 or more")
+        ),
+        flag("--fragmented", "leave the finished video in the fragments in which it is written"),
     ),
     "long videos": (
         option("--segments", "write segments of S seconds and a playlist into a folder", "S", type=_SECONDS),
@@ -147,6 +177,8 @@ class Request:
                 require(option, given, "--segments S", None, " (a single file cannot be resumed)")
             if arguments.latents == BESIDE_SEGMENTS:
                 raise ConfigError("--latents: expected FILE.safetensors, which only --segments can do without")
+        elif arguments.fragmented:
+            raise ConfigError("--fragmented: expected no --segments with it: segments always are")
         elif arguments.contact_sheet is not None:
             raise ConfigError("--contact-sheet: expected no --segments with it: it needs the whole video in one run")
         elif arguments.latents not in (None, BESIDE_SEGMENTS):
@@ -169,7 +201,8 @@ class Request:
         embeds = [Named("--prompt-embeds", Path(prompt.file)) for prompt in self.script if prompt.file is not None]
         initial = [] if arguments.initial is None else [Named("--from", arguments.initial)]
         read = [*model_files(arguments), *embeds, *initial]
-        check_outputs([(Named(option, path), suffix) for option, path, suffix in outputs if path is not None], read)
+        named = [(Named(option, path), suffix) for option, path, suffix in outputs if path is not None]
+        check_outputs(named, read, overwrite=arguments.overwrite)
         if arguments.evidence is not None:
             check_folder(Named("--evidence", arguments.evidence), read)
         if not whole:
@@ -183,6 +216,11 @@ class Request:
     def keeps_latents(self) -> bool:
         """Whether the latents go into the segments' folder."""
         return bool(self.arguments.latents == BESIDE_SEGMENTS)
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """Keywords of the writers of video."""
+        return {name: getattr(self.arguments, name) for name in ("codec", "preset", "crf")}
 
     def frame_limit(self, fps: float) -> int | None:
         """Frames of the video, None for no end."""

@@ -124,7 +124,7 @@ def _target(path: str | Path) -> Path:
     return target
 
 
-def append_whole(file: io.FileIO, size: int, data: bytes | memoryview) -> int:
+def append_whole(file: io.FileIO, size: int, data: bytes | bytearray | memoryview) -> int:
     """Append all of ``data`` to a file of ``size`` bytes and return the new size, or leave it as it was and raise."""
     view = memoryview(data)
     try:
@@ -161,14 +161,15 @@ class PartFile:
         self.size = 0
         self.in_place = False
 
-    def append(self, data: bytes | memoryview) -> None:
+    def append(self, data: bytes | bytearray | memoryview) -> None:
         """Write all of ``data`` at the end, or leave the file as it was and raise ``OSError``."""
         self.size = append_whole(self._file, self.size, data)
 
     def overwrite(self, offset: int, data: bytes) -> None:
-        """Replace bytes that are already written; raises ``OSError``."""
+        """Replace bytes that are already written, when all of them are on the disk; raises ``OSError``."""
         if offset + len(data) > self.size:
             raise ValueError(f"bytes {offset}..{offset + len(data)} are not all within the {self.size} written")
+        os.fsync(self._file.fileno())
         os.pwrite(self._file.fileno(), data, offset)
 
     def commit(self) -> None:
