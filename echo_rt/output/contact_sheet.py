@@ -128,6 +128,6 @@ class ContactSheet(Closing):
         """``text`` in lines of at most ``width`` pixels, as much of it as there is room for."""
         for characters in range(width, 1, -1):
             lines = textwrap.wrap(one_line(text), characters, max_lines=_LINES, placeholder="…")
-            if max(map(self._font.getlength, lines)) <= width:
+            if max(map(self._font.getlength, lines), default=0) <= width:
                 return "\n".join(lines)
         return ""

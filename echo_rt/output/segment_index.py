@@ -22,7 +22,6 @@ from echo_rt.errors import OutputError, TargetError
 from echo_rt.utils.atomic_file import (
     append_whole,
     check_plain,
-    is_same,
     open_plain,
     place,
     read_plain,
@@ -160,28 +159,20 @@ class RecordingIndex:
 
 
 class Log:
-    """A file that begins with ``content`` and is only appended to. Raises ``OutputError``."""
+    """A file that begins with ``content`` and is only appended to, by this process alone. Raises ``OutputError``."""
 
     def __init__(self, path: Path, content: bytes) -> None:
         self.path, self._size = path, len(content)
         write_whole(path, content)
-        try:
-            self._file = os.fdopen(open_plain(path, os.O_WRONLY), "wb", buffering=0)
-            self._file.seek(self._size)
-        except OSError as error:
-            raise OutputError(f"{path}: cannot write: {reason(error)}") from None
 
     def append(self, text: bytes, *, sync: bool = False) -> None:
         """Write ``text``, all of it or none, and with ``sync`` wait until it is on the disk."""
         try:
-            if not is_same(self.path, self._file.fileno()):
-                raise OSError(errno.ENOENT, "the file was removed or replaced meanwhile")
-            self._size = append_whole(self._file, self._size, text)
-            if sync:
-                os.fsync(self._file.fileno())
+            with open(open_plain(self.path, os.O_WRONLY), "wb", buffering=0) as file:
+                if file.seek(0, os.SEEK_END) != self._size:
+                    raise OSError(errno.ESTALE, "another program has changed or replaced it")
+                self._size = append_whole(file, self._size, text)
+                if sync:
+                    os.fsync(file.fileno())
         except OSError as error:
             raise OutputError(f"{self.path}: cannot write on: {reason(error)}") from None
-
-    def close(self) -> None:
-        """Close the file; may be called twice."""
-        self._file.close()

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 PLAYLIST_FILE = "video.m3u8"
-_FORMER_PLAYLIST = "video.ffconcat"
+_FORMER_PLAYLIST = "video.ffconcat"  # of recordings of version 1, whose segments all begin at 0 seconds
 _VIDEO, _LATENTS, _INIT = "video-", "latents-", "init-"
 _PIECE = re.compile(r"video-\d{5,}\.mp4|init-[0-9a-f]{8}\.mp4|latents-\d{5,}\.safetensors")
-_HEAD = "#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-PLAYLIST-TYPE:EVENT\n#EXT-X-INDEPENDENT-SEGMENTS\n"
+_HEAD = "#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-MEDIA-SEQUENCE:0\n#EXT-X-PLAYLIST-TYPE:EVENT\n#EXT-X-INDEPENDENT-SEGMENTS\n"
 
 
 def check_free(
@@ -139,6 +139,7 @@ class SegmentedWriter(Closing):
         self.segments_on_disk, self.frames_on_disk = len(segments), index.frames
         self.latents_on_disk = sum(segment.latent_frames for segment in segments)
         self._noted = deepcopy(index.notes)
+        self._former = any(segment.init is None for segment in segments)
         self._log = Log(index.path(self.folder), b"".join(index.lines))
         self._begin_list(segments)
         index.segments = []  # those are on the disk; a week of them would not be small
@@ -148,7 +149,7 @@ class SegmentedWriter(Closing):
     @property
     def playlist(self) -> Path:
         """Path of the list that plays the whole recording."""
-        return self.folder / PLAYLIST_FILE
+        return self.folder / (_FORMER_PLAYLIST if self._former else PLAYLIST_FILE)
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -183,8 +184,8 @@ class SegmentedWriter(Closing):
 
     def _enter(self, video: VideoWriter, latents: LatentsWriter | None) -> None:
         # What players load first; the same for every segment, unless the encoding changes with a resume.
-        init = f"{_INIT}{zlib.crc32(video.header):08x}.mp4"
-        if init != self._written:
+        init = None if self._former else f"{_INIT}{zlib.crc32(video.header):08x}.mp4"
+        if init is not None and init != self._written:
             write_whole(self.folder / init, video.header)
             self._written = init
         changed = self.notes != self._noted
@@ -214,8 +215,8 @@ class SegmentedWriter(Closing):
         if self._closed:
             return
         self._closed = True
-        end = partial(self._list.append, b"#EXT-X-ENDLIST\n")
-        problems = close_all([self.cut, end, self._list.close, self._log.close, self._claim.release])
+        end = partial(self._list.append, b"" if self._former else b"#EXT-X-ENDLIST\n")
+        problems = close_all([self.cut, end, self._claim.release])
         if problems:
             raise problems[0]
 
@@ -227,7 +228,8 @@ class SegmentedWriter(Closing):
                 index.width,
                 index.height,
                 index.frame_rate,
-                continues=self.frames_on_disk,
+                fragmented=True,
+                continues=None if self._former else self.frames_on_disk,
                 **self._encoding,
             )
             if index.latent_shape is not None:
@@ -242,20 +244,21 @@ class SegmentedWriter(Closing):
 
     def _begin_list(self, segments: Sequence[Segment]) -> None:
         """Write the playlist whole. It promises how long a segment is at most, so a longer one begins it anew."""
-        rate = self.index.frame_rate
-        longest = max((segment.frames for segment in segments), default=0) / rate
+        longest = max((segment.frames for segment in segments), default=0) / self.index.frame_rate
         self._longest = math.ceil(max(self.seconds, float(longest))) + 1
         self._init: str | None = None
-        head = f"{_HEAD}#EXT-X-TARGETDURATION:{self._longest}\n"
+        head = "ffconcat version 1.0\n" if self._former else f"{_HEAD}#EXT-X-TARGETDURATION:{self._longest}\n"
         self._list = Log(self.playlist, "".join([head, *map(self._listed, segments)]).encode())
 
     def _listed(self, segment: Segment) -> str:
         """The lines of the segment after those of the one before."""
-        lines = [f"#EXTINF:{float(segment.frames / self.index.frame_rate):.6f},", segment.file, ""]
-        if segment.init is None or segment.init != self._init:
-            # The times of a segment without an init begin at 0.
-            start = ["#EXT-X-DISCONTINUITY"] if segment.first_frame else []
-            lines = [*start, *([f'#EXT-X-MAP:URI="{segment.init}"'] if segment.init else []), *lines]
+        seconds = f"{float(segment.frames / self.index.frame_rate):.6f}"
+        if self._former:
+            return f"file {segment.file}\nduration {seconds}\n"
+        lines = [f"#EXTINF:{seconds},", segment.file, ""]
+        if segment.init != self._init:
+            start = [] if self._init is None else ["#EXT-X-DISCONTINUITY"]
+            lines = [*start, f'#EXT-X-MAP:URI="{segment.init}"', *lines]
         self._init = segment.init
         return "\n".join(lines)
 
@@ -263,9 +266,11 @@ class SegmentedWriter(Closing):
         """Remove files of the recording that are not ``named``, and part files of killed processes."""
         try:
             for name in names_in(self.folder):
-                if name == _FORMER_PLAYLIST or (_PIECE.fullmatch(name) and name not in named):
+                if _PIECE.fullmatch(name) and name not in named:
                     remove(self.folder / name)
-            for prefix in (_VIDEO, _LATENTS, _INIT, PLAYLIST_FILE, INDEX_FILE):
+            if not self._former:
+                remove(self.folder / _FORMER_PLAYLIST)
+            for prefix in (_VIDEO, _LATENTS, _INIT, PLAYLIST_FILE, _FORMER_PLAYLIST, INDEX_FILE):
                 self._claim.remove_parts(prefix)
         except OSError as error:
             raise OutputError(f"{self.folder}: cannot remove unused files: {reason(error)}") from None

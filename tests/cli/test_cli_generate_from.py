@@ -146,7 +146,7 @@ def test_another_size_has_to_be_fitted(echo_rt, command, tmp_path):
     assert outcome.code == 2 and "expected frames of 32x32 pixels, got 64x48; " in outcome.error
     assert "--fit" in outcome.error and not out.exists()
     for fit in ("crop", "pad"):
-        assert echo_rt(*arguments, "--fit", fit).code == 0
+        assert echo_rt(*arguments, "--overwrite", "--fit", fit).code == 0
     assert out.exists()
 
 
