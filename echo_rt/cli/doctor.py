@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import os
@@ -17,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from echo_rt.cli.arguments import Arguments
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import say
 from echo_rt.errors import EchoError
@@ -27,7 +27,6 @@ from echo_rt.utils.wording import first_line
 if TYPE_CHECKING:
     import torch
 
-HELP = "show what is installed, built and working"
 DESCRIPTION = "Show what is installed, built and working. Exit codes: 0 generate can run; 1 it cannot."
 
 _MARKS = {"ok": "✓", "absent": "-", "missing": "✗"}
@@ -64,7 +63,7 @@ def _checked(name: str, value: str, ok: bool, advice: str, status: Literal["abse
     return Fact(name, value) if ok else Fact(name, value, status, advice)
 
 
-def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
+def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Gather the facts and print them; 0 if ``generate`` can run."""
     with stop.interruptible():
         facts = gather()
@@ -72,7 +71,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     report["ok"] = not missing
     report["facts"] = [{"group": group, **fact._asdict()} for group, fact in facts]
     if not arguments.json:
-        say("\n".join(_page(facts)))
+        say(*_page(facts))
         say(f"generate cannot run: {', '.join(missing)}" if missing else "generate can run")
     return 1 if missing else 0
 
