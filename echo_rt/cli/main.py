@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from echo_rt.cli import stdio
-from echo_rt.cli.arguments import Arguments, Options, flag
+from echo_rt.cli.arguments import Arguments, Options, table
 from echo_rt.cli.signals import StopNow, StopRequest
 from echo_rt.cli.stdio import DEBUG_VARIABLE, describe, warn
 from echo_rt.errors import OutputError
@@ -35,6 +35,10 @@ COMMANDS = {
     "doctor": "show what is installed, built and working",
 }
 _PROGRAM, _COMPLETION = "echo-rt", "_ECHO_RT_COMPLETE"
+_EVERYWHERE = f"""
+--json   print one JSON object on standard output
+--debug  show tracebacks, as {DEBUG_VARIABLE}=1 in the environment does
+"""
 _Run = Callable[[Arguments, dict[str, Any], StopRequest], int]
 
 
@@ -45,11 +49,7 @@ class _Command(click.Command):
         module = importlib.import_module(f"echo_rt.cli.{self.name}")
         self.help, self.epilog = module.DESCRIPTION, getattr(module, "EPILOG", None)
         groups: Options = getattr(module, "OPTIONS", {})
-        everywhere = (
-            flag("--json", "print one JSON object on standard output"),
-            flag("--debug", f"show tracebacks, as {DEBUG_VARIABLE}=1 in the environment does"),
-        )
-        self._groups = {**groups, "general": (*groups.get("general", ()), *everywhere)}
+        self._groups = {**groups, "general": (*groups.get("general", ()), *table(_EVERYWHERE))}
         self.params = [*itertools.chain(*self._groups.values())]
         self.callback = lambda **given: (module.run, Arguments(**given))
         return super().make_context(*args, **keywords)

@@ -48,7 +48,7 @@ def test_version_as_a_module():
         (["generate", "--model", "m", "--promt=a fox"], "'--prompt'"),
         (["generate"], "--model"),
         (
-            "generate --model m -o o.mp4 --prompt a --frames 1 --seconds 1".split(),
+            ["generate", "--model", "m", "-o", "o.mp4", "--prompt", "a", "--frames", "1", "--seconds", "1"],
             "--frames and --seconds: expected one of them, got both",
         ),
         (["generate", "--model", "m", "-o", "o.mp4", "--memory", "maybe"], "maybe"),
