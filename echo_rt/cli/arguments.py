@@ -103,12 +103,6 @@ def _parse_lora(text: str) -> tuple[Path, float]:
     return parse_path(file), number(float, expected, least=-math.inf).convert(strength, None, None)
 
 
-def _parse_vae(text: str) -> str:
-    if not text:  # as a path it would be the current folder
-        raise ValueError(f"expected {WAN_VAE}, {TINY_VAE} or the path of a tiny decoder's file, got ''")
-    return text
-
-
 def _parse_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d{0,8})[xX\u00d7]([1-9]\d{0,8})", text.strip())
     if match is None:
@@ -134,8 +128,9 @@ def _parse_override(text: str) -> tuple[str, Any]:
 def _by_name(ctx: click.Context, param: click.Parameter, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     collected: dict[str, Any] = {}
     for name, value in pairs:
-        if collected.setdefault(name, value) is not value:
+        if name in collected:
             raise click.BadParameter(f"expected each NAME once, got {name} again with {value!r}", ctx, param)
+        collected[name] = value
     return collected
 
 
@@ -214,7 +209,7 @@ _SHARED = table(
     recipe={"type": Value(str, words=RECIPES)},
     ema={"default": None},
     memory={"type": click.Choice([mode.value for mode in MemoryMode])},
-    vae={"type": Value(_parse_vae, files=True), "default": WAN_VAE},
+    vae={"default": WAN_VAE},
     dtype={"type": click.Choice(DTYPE_NAMES)},
     vae_dtype={"type": click.Choice(VAE_DTYPE_NAMES)},
     float8_except={"multiple": True},

@@ -32,11 +32,11 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Check, load, generate, finish the files; 0, or the exit code of the signal that ended it."""
     request = Request(arguments)
     with stop.interruptible():
-        from echo_rt.output.video import load_av
+        from echo_rt.output.video import check_encoding
         from echo_rt.runtime import Runtime
         from echo_rt.utils.threads import share_cpu
 
-        load_av()  # a missing PyAV fails before the model is loaded
+        check_encoding(**request.encoding)  # a missing PyAV fails before the model is loaded
         resumption = _find_resumption(request, report)
         initial = None if resumption is not None else _read_initial(request)
         from_files = _read_embeds(request)
@@ -129,7 +129,7 @@ class _Generation:
         self._shown: list[dict[str, Any]] = []
         self._rollbacks = 0
         # Frames at the beginning of the stream that are not recorded.
-        self._hidden = 0 if resumption is None else resumption.hidden
+        self._hidden = 0 if resumption is None else resumption.notes.hidden_frames
         if initial is not None and self._arguments.only_new:
             self._hidden = initial.frames
 
@@ -161,6 +161,9 @@ class _Generation:
             warn(self._report, describe(further)[0])
         stopped = None if recorder.full else stop.request
         self._report |= recorder.report()
+        if recorder.held_up > max(1, elapsed / 20):
+            how = f"{elapsed:.0f} s; a faster --preset or another --codec takes less"
+            warn(self._report, f"encoding the video held up its blocks for {recorder.held_up:.1f} of {how}")
         if checkpoints is not None:
             self._report["snapshots"] = checkpoints.report()
         if self._resumption is not None:
@@ -253,20 +256,24 @@ class _Generation:
                 latent_shape=runtime.config.latent_shape,
                 frame_limit=self._limit,
                 metadata={"seed": str(arguments.seed), "prompt": self._request.script[0].label},
+                fragmented=arguments.fragmented,
+                **self._request.encoding,
             )
             return recorder, None
         from echo_rt.output import Checkpoints, SegmentRecorder
 
-        writer = self._open_segments(frame)
+        segments = SegmentRecorder(self._open_segments(frame), first_frame=frame, frame_limit=self._limit)
         checkpoints = None
         try:
             if arguments.snapshot_every is not None:
                 resumed_at = None if self._resumption is None else block
-                checkpoints = Checkpoints(self._request.output, writer, arguments.snapshot_every, resumed_at=resumed_at)
+                checkpoints = Checkpoints(
+                    self._request.output, segments, arguments.snapshot_every, resumed_at=resumed_at
+                )
         except BaseException:
-            writer.close()
+            segments.close()
             raise
-        return SegmentRecorder(writer, first_frame=frame, frame_limit=self._limit), checkpoints
+        return segments, checkpoints
 
     def _open_segments(self, frame: int) -> SegmentedWriter:
         from echo_rt.cli.resumption import notes_of
@@ -282,13 +289,14 @@ class _Generation:
                 seconds=arguments.segments,
                 latent_shape=runtime.config.latent_shape if request.keeps_latents else None,
                 notes=notes,
+                **request.encoding,
             )
         recorded = self._resumption.index.frames
         if self._limit is not None and recorded > self._limit:  # frames after the snapshot are made again, not dropped
             asked = "--seconds" if arguments.frames is None else "--frames"
             expected = f"expected a video of {counted(recorded, 'frame')} or more, which are recorded"
             raise ConfigError(f"{asked}: {expected}, got one of {self._limit}")
-        writer = SegmentedWriter.resume(request.output, frame, seconds=arguments.segments)
+        writer = SegmentedWriter.resume(request.output, frame, seconds=arguments.segments, **request.encoding)
         writer.notes.update(notes)
         return writer
 
@@ -315,7 +323,7 @@ class _Generation:
                     chunk = next(stream)
                 self._rollbacks = stream.rollbacks
                 before = recorder.frames
-                recorder.write(chunk)
+                recorder.write(chunk, prompt.label if prompt.text is None else prompt.text)
                 progress.block_done(recorder.frames - before, prompt.label)
             # Not if the video ends amid a block: one that resumes there would lack the block's other frames.
             if checkpoints is not None and recorder.frames == self._recorded(stream):
