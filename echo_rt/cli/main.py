@@ -94,7 +94,7 @@ def _run(argv: list[str], report: dict[str, Any], debug: bool, stop: StopRequest
     try:
         with stop.interruptible():
             run, arguments = _parse(argv)
-        with stdio.ShownLog(report, quiet=getattr(arguments, "quiet", False)):
+        with stdio.ShownLog(report, quiet=getattr(arguments, "quiet", True)):
             return run(arguments, report, stop)
     except (KeyboardInterrupt, click.Abort):  # not of our handlers' making: in a thread, or called by other code
         return _stopped(StopNow(signal.SIGINT), report)

@@ -109,7 +109,6 @@ def test_warnings_and_logs(echo_rt: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     def gather() -> list[object]:
         warnings.warn(f"warned {FORGED}", stacklevel=1)
         logging.getLogger("echo_rt.somewhere").warning("logged %s", FORGED)
-        logging.getLogger("echo_rt.recipe").info("told %s", FORGED)
         return []
 
     monkeypatch.setattr("echo_rt.cli.doctor.gather", gather)
@@ -117,10 +116,19 @@ def test_warnings_and_logs(echo_rt: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         warnings.simplefilter("always")
         outcome = echo_rt("doctor", "--json")
     assert_printable(outcome.err)
-    warned, logged, told = outcome.err.splitlines()
+    warned, logged = outcome.err.splitlines()
     assert warned.startswith("echo-rt: warning: warned a fox echo-rt: error")
-    assert logged.startswith("echo-rt: warning: logged a fox") and told.startswith("echo-rt: told a fox")
+    assert logged.startswith("echo-rt: warning: logged a fox")
     assert [text.split()[0] for text in outcome.json["warnings"]] == ["warned", "logged"]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_log_at_level_info(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with stdio.ShownLog({}, quiet=quiet):
+        logging.getLogger("echo_rt.recipe").info("told %s", FORGED)
+        logging.getLogger("echo_rt.recipe").debug("a detail")
+    told = capsys.readouterr().err
+    assert told == ("" if quiet else "echo-rt: told a fox echo-rt: error: the disk is full\\x1b]0;owned\\x07\\u202e\n")
 
 
 @pytest.mark.parametrize("show", [stdio.say, stdio.complain])
