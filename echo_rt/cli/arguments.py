@@ -138,34 +138,22 @@ TEXT = Value(str)
 PATH = Value(parse_path, files=True)
 
 
-def option(names: str, help_text: str, metavar: str | None = None, **keywords: Any) -> click.Option:
-    """Declare an option with a value: ``names`` with blanks between, and at last that of the argument if it differs."""
-    return click.Option(names.split(), help=help_text, metavar=metavar, **{"type": TEXT, **keywords})
-
-
-def flag(names: str, help_text: str, **keywords: Any) -> click.Option:
-    """Declare an option without a value; ``--yes/--no`` has an opposite."""
-    return click.Option(names.split(), help=help_text, is_flag=True, **keywords)
-
-
 def table(text: str, **keywords: dict[str, Any]) -> tuple[click.Option, ...]:
-    """Declare options in rows: the names, what stands for the value in capitals, after two blanks the help text.
+    """Declare options in rows: names, what stands for the value in capitals, and after two blanks the help text.
 
-    A row without a value is a flag; a value with FILE or DIR in it is a path, if ``keywords`` have no other type.
-    ``keywords``: those of ``click.Option``, by the name of the argument.
+    The last name is that of the argument if it has no dashes. A row without a value is a flag, with an opposite if it
+    is ``--yes/--no``. A value with FILE or DIR in it is a path if ``keywords`` have no other type. ``keywords``: those
+    of ``click.Option``, by the name of the argument.
     """
     options = []
     for row in re.split(r"\n(?=-)", text.strip()):
         declared, _, help_text = row.partition("  ")
-        names, help_text = declared.split(), " ".join(help_text.split())
+        names = declared.split()
         metavar = names.pop() if any(map(str.isupper, names[-1])) else None
-        more = keywords.get(names[-1].partition("/")[0].lstrip("-").replace("-", "_"), {})
-        if metavar is None:
-            options.append(flag(" ".join(names), help_text, **more))
-            continue
-        more = {"type": PATH if re.search("FILE|DIR|OUT", metavar) else TEXT, **more}
-        shown = None if isinstance(more["type"], click.Choice) else metavar
-        options.append(option(" ".join(names), help_text, shown, **more))
+        kind = {"is_flag": True} if metavar is None else {"type": PATH if re.search("FILE|DIR|OUT", metavar) else TEXT}
+        kind |= keywords.get(names[-1].partition("/")[0].lstrip("-").replace("-", "_"), {})
+        shown = None if isinstance(kind.get("type"), click.Choice) else metavar
+        options.append(click.Option(names, help=" ".join(help_text.split()), metavar=shown, **kind))
     return tuple(options)
 
 
