@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from echo_rt.cli.main import COMMANDS
+
 HEAVY = "import sys; from echo_rt.cli.main import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("echo-rt ", ["generate", "soak", "bench", "verify", "recipes", "tiny", "doctor"]),
+        ("echo-rt ", list(COMMANDS)),
         ("echo-rt ge", ["generate"]),
         ("echo-rt generate --vae-", ["--vae-file", "--vae-dtype", "--vae-tiles"]),
         ("echo-rt generate --recipe longlive-", ["longlive-infinity"]),
