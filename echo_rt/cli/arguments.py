@@ -103,12 +103,6 @@ def _parse_lora(text: str) -> tuple[Path, float]:
     return parse_path(file), number(float, expected, least=-math.inf).convert(strength, None, None)
 
 
-def _parse_vae(text: str) -> str:
-    if not text:  # as a path it would be the current folder
-        raise ValueError(f"expected {WAN_VAE}, {TINY_VAE} or the path of a tiny decoder's file, got ''")
-    return text
-
-
 def _parse_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d{0,8})[xX\u00d7]([1-9]\d{0,8})", text.strip())
     if match is None:
@@ -134,8 +128,9 @@ def _parse_override(text: str) -> tuple[str, Any]:
 def _by_name(ctx: click.Context, param: click.Parameter, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     collected: dict[str, Any] = {}
     for name, value in pairs:
-        if collected.setdefault(name, value) is not value:
+        if name in collected:
             raise click.BadParameter(f"expected each NAME once, got {name} again with {value!r}", ctx, param)
+        collected[name] = value
     return collected
 
 
@@ -143,129 +138,81 @@ TEXT = Value(str)
 PATH = Value(parse_path, files=True)
 
 
-def option(names: str, help_text: str, metavar: str | None = None, **keywords: Any) -> click.Option:
-    """Declare an option with a value: ``names`` with blanks between, and at last that of the argument if it differs."""
-    return click.Option(names.split(), help=help_text, metavar=metavar, **{"type": TEXT, **keywords})
+def table(text: str, **keywords: dict[str, Any]) -> tuple[click.Option, ...]:
+    """Declare options in rows: names, what stands for the value in capitals, and after two blanks the help text.
 
-
-def flag(names: str, help_text: str, **keywords: Any) -> click.Option:
-    """Declare an option without a value; ``--yes/--no`` has an opposite."""
-    return click.Option(names.split(), help=help_text, is_flag=True, **keywords)
+    The last name is that of the argument if it has no dashes. A row without a value is a flag, with an opposite if it
+    is ``--yes/--no``. A value with FILE or DIR in it is a path if ``keywords`` have no other type. ``keywords``: those
+    of ``click.Option``, by the name of the argument.
+    """
+    options = []
+    for row in re.split(r"\n(?=-)", text.strip()):
+        declared, _, help_text = row.partition("  ")
+        names = declared.split()
+        metavar = names.pop() if any(map(str.isupper, names[-1])) else None
+        kind = {"is_flag": True} if metavar is None else {"type": PATH if re.search("FILE|DIR|OUT", metavar) else TEXT}
+        kind |= keywords.get(names[-1].partition("/")[0].lstrip("-").replace("-", "_"), {})
+        shown = None if isinstance(kind.get("type"), click.Choice) else metavar
+        options.append(click.Option(names, help=" ".join(help_text.split()), metavar=shown, **kind))
+    return tuple(options)
 
 
 # An option's argument has the name of the field that it sets in RuntimeOptions or in a command's own request.
-_SHARED = (
-    option(
-        "--model",
-        "Wan2.1 model folder (original, diffusers or with ComfyUI's files), transformer file, or id of a model in the "
-        "Hugging Face cache",
-        "DIR|FILE",
-        type=PATH,
-        required=True,
-    ),
-    option("--checkpoint", "generator weights, with or without a memory encoder", "FILE", type=PATH),
-    option(
-        "--lora",
-        "LoRA to merge into the generator, in any key naming, or a PEFT folder; may be repeated",
-        "FILE[:STRENGTH]",
-        type=Value(_parse_lora, files=True),
-        multiple=True,
-    ),
-    option(
-        "--lora-alpha",
-        "alpha of LoRA files that state none; default: their rank",
-        "ALPHA",
-        type=number(float, "a number above 0", positive=True),
-    ),
-    option(
-        "--recipe",
-        "how the checkpoint is sampled (see echo-rt recipes); default: what the folder names or the files imply",
-        "NAME",
-        type=Value(str, words=RECIPES),
-    ),
-    flag(
-        "--ema/--no-ema",
-        "use the averaged (EMA) weights of the checkpoint, or not; default: as in the recipe",
-        default=None,
-    ),
-    option(
-        "--memory",
-        "memory mode; default: evolve if the weights have a memory encoder",
-        type=click.Choice([mode.value for mode in MemoryMode]),
-    ),
-    option(
-        "--vae",
-        "decoder that turns latents into frames: the model's own VAE, or for previews the tiny decoder in the model "
-        f"folder or in FILE (default {WAN_VAE})",
-        f"{WAN_VAE}|{TINY_VAE}|FILE",
-        type=Value(_parse_vae, files=True),
-        default=WAN_VAE,
-    ),
-    option("--vae-file", "VAE to use instead of the model's own", "FILE", type=PATH),
-    option("--text-encoder", "umT5 to use instead of the model's own", "FILE", type=PATH),
-    option("--tokenizer", "tokenizer to use instead of the model's own", "DIR", type=PATH),
-    option("--dtype", "the model's dtype; default: bfloat16 on a GPU, else float32", type=click.Choice(DTYPE_NAMES)),
-    option("--vae-dtype", "the VAE's dtype; default: as --dtype", type=click.Choice(VAE_DTYPE_NAMES)),
-    option(
-        "--float8-except",
-        "with --dtype float8: layers that stay in bfloat16, such as 'blocks.0.*' or '*.ffn.2'; may be repeated",
-        "PATTERN",
-        multiple=True,
-    ),
-    option(
-        "--device",
-        "cpu, cuda or cuda:N; default: cuda if there is a GPU",
-        "DEVICE",
-        type=Value(str, words=("cpu", "cuda")),
-    ),
-    option(
-        "--backend",
-        "implementation of the operations (see echo-rt doctor); default: cuda on a GPU that has the kernels, else "
-        "torch",
-        "NAME",
-        type=Value(str, words=("torch", "cuda", "emulated")),
-    ),
-    option("--attention", "implementation of attention (see echo-rt doctor); default: the fastest", "NAME"),
-    option(
-        "--convolution",
-        "implementations of the VAE's convolutions (see echo-rt doctor); default: the fastest",
-        "NAME[,NAME]",
-    ),
-    flag(
-        "--no-graphs graphs",
-        "run without CUDA graphs: the same video, slower (a CPU never uses graphs)",
-        flag_value=False,
-        default=None,
-    ),
-    option(
-        "--lookahead",
-        "number of blocks begun ahead; default: 1 on a GPU, 0 on a CPU",
-        "N",
-        type=number(int, f"an integer in 0..{_MOST_AHEAD}", most=_MOST_AHEAD),
-    ),
-    option(
-        "--vae-tiles",
-        "number of horizontal tiles that the VAE decodes, for GPUs with little memory; default: 1",
-        "N",
-        type=number(int, "a number of tiles of 1 or more", positive=True),
-    ),
-    option("--size frame_size", "frame size in pixels, such as 832x480", "WIDTHxHEIGHT", type=Value(_parse_size)),
-    option(
-        "--set overrides",
-        f"another setting of the rollout: {', '.join(OVERRIDES)}; a list is written as 1000,500",
-        "NAME=VALUE",
-        type=Value(_parse_override, words=[f"{name}=" for name in OVERRIDES]),
-        multiple=True,
-        callback=_by_name,
-    ),
-    option(
-        "--seed",
-        "the same seed makes the same video (default 0)",
-        "N",
-        type=number(int, "an integer in 0..2^64-1", most=_MOST_SEED),
-        default=0,
-    ),
-    flag("--roll-back", "return to an earlier state when a block contains NaN, instead of ending"),
+_SHARED = table(
+    f"""
+--model DIR|FILE         Wan2.1 model folder (original, diffusers or with ComfyUI's files), transformer file, or id of a
+                         model in the Hugging Face cache
+--checkpoint FILE        generator weights, with or without a memory encoder
+--lora FILE[:STRENGTH]   LoRA to merge into the generator, in any key naming, or a PEFT folder; may be repeated
+--lora-alpha ALPHA       alpha of LoRA files that state none; default: their rank
+--recipe NAME            how the checkpoint is sampled (see echo-rt recipes); default: what the folder names or the
+                         files imply
+--ema/--no-ema           use the averaged (EMA) weights of the checkpoint, or not; default: as in the recipe
+--memory MODE            memory mode; default: evolve if the weights have a memory encoder
+--vae wan|tiny|FILE      decoder that turns latents into frames: the model's own VAE, or for previews the tiny decoder
+                         in the model folder or in FILE (default {WAN_VAE})
+--vae-file FILE          VAE to use instead of the model's own
+--text-encoder FILE      umT5 to use instead of the model's own
+--tokenizer DIR          tokenizer to use instead of the model's own
+--dtype DTYPE            the model's dtype; default: bfloat16 on a GPU, else float32
+--vae-dtype DTYPE        the VAE's dtype; default: as --dtype
+--float8-except PATTERN  with --dtype float8: layers that stay in bfloat16, such as 'blocks.0.*' or '*.ffn.2'; may be
+                         repeated
+--device DEVICE          cpu, cuda or cuda:N; default: cuda if there is a GPU
+--backend NAME           implementation of the operations (see echo-rt doctor); default: cuda on a GPU that has the
+                         kernels, else torch
+--attention NAME         implementation of attention (see echo-rt doctor); default: the fastest
+--convolution NAME[,NAME]  implementations of the VAE's convolutions (see echo-rt doctor); default: the fastest
+--no-graphs graphs       run without CUDA graphs: the same video, slower (a CPU never uses graphs)
+--lookahead N            number of blocks begun ahead; default: 1 on a GPU, 0 on a CPU
+--vae-tiles N            number of horizontal tiles that the VAE decodes, for GPUs with little memory; default: 1
+--size frame_size WIDTHxHEIGHT  frame size in pixels, such as 832x480
+--set overrides NAME=VALUE  another setting of the rollout: {", ".join(OVERRIDES)}; a list is written as 1000,500
+--seed N                 the same seed makes the same video (default 0)
+--roll-back              return to an earlier state when a block contains NaN, instead of ending
+""",
+    model={"required": True},
+    lora={"type": Value(_parse_lora, files=True), "multiple": True},
+    lora_alpha={"type": number(float, "a number above 0", positive=True)},
+    recipe={"type": Value(str, words=RECIPES)},
+    ema={"default": None},
+    memory={"type": click.Choice([mode.value for mode in MemoryMode])},
+    vae={"default": WAN_VAE},
+    dtype={"type": click.Choice(DTYPE_NAMES)},
+    vae_dtype={"type": click.Choice(VAE_DTYPE_NAMES)},
+    float8_except={"multiple": True},
+    device={"type": Value(str, words=("cpu", "cuda"))},
+    backend={"type": Value(str, words=("torch", "cuda", "emulated"))},
+    graphs={"flag_value": False, "default": None},
+    lookahead={"type": number(int, f"an integer in 0..{_MOST_AHEAD}", most=_MOST_AHEAD)},
+    vae_tiles={"type": number(int, "a number of tiles of 1 or more", positive=True)},
+    frame_size={"type": Value(_parse_size)},
+    overrides={
+        "type": Value(_parse_override, words=[f"{name}=" for name in OVERRIDES]),
+        "multiple": True,
+        "callback": _by_name,
+    },
+    seed={"type": number(int, "an integer in 0..2^64-1", most=_MOST_SEED), "default": 0},
 )
 OPTIONS = {one.opts[0]: one for one in _SHARED}
 _AFTER_MODEL = ("--size", "--set", "--seed", "--roll-back")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from echo_rt.bench.settings import MODELS, NAMES, Request
-from echo_rt.cli.arguments import PATH, Arguments, Value, flag, model_files, number, option, options_of, shared
+from echo_rt.cli.arguments import Arguments, Value, model_files, number, options_of, shared, table
 from echo_rt.cli.outputs import Named, check_results
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import complain, say
@@ -30,11 +30,21 @@ _SHARED = (
     *("--model", "--checkpoint", "--lora", "--lora-alpha", "--recipe", "--ema", "--dtype", "--float8-except"),
     *("--device", "--backend", "--attention", "--convolution", "--vae-tiles", "--no-graphs", "--seed"),
 )
-_NAMES = Value(lambda text: tuple(text.split(",")), words=NAMES)
-_COUNT = number(int, "an integer of 1 or more", positive=True)
+_COUNT = {"type": number(int, "an integer of 1 or more", positive=True)}
+_MODEL = "--size NAME           random weights at these sizes; default: released on a GPU"
+_RUN = f"""
+--variants NAME,...           only these of {", ".join(NAMES)}
+--rounds N                    turns of each variant; default: 5 on a GPU, else 2
+--blocks N                    blocks per turn; default: 10 on a GPU, else 2
+--peers/--no-peers            measure other installed implementations too (default), or not
+"""
+_RESULTS = """
+--out DIR                     folder for block.json, block.md and block.png
+--chart/--no-chart            write block.png; default: if matplotlib is installed
+"""
 OPTIONS = {
     "model": (
-        option("--size", "random weights at these sizes; default: released on a GPU", type=click.Choice(list(MODELS))),
+        *table(_MODEL, size={"type": click.Choice(list(MODELS))}),
         *shared(
             _SHARED,
             model={"required": False, "metavar": "DIR", "help": "Wan2.1 model folder to use instead of random weights"},
@@ -42,21 +52,16 @@ OPTIONS = {
         ),
     ),
     "run": (
-        option(
-            "--variants",
-            f"only these of {', '.join(NAMES)}",
-            "NAME,...",
-            type=Value(lambda text: tuple(text.split(","))),
+        *table(
+            _RUN,
+            variants={"type": Value(lambda text: tuple(text.split(",")), words=NAMES)},
+            rounds=_COUNT,
+            blocks=_COUNT,
+            peers={"default": True},
         ),
         *shared(["--lookahead"], lookahead={"default": 1, "help": "number of blocks begun ahead (default 1)"}),
-        option("--rounds", "turns of each variant; default: 5 on a GPU, else 2", "N", type=_COUNT),
-        option("--blocks", "blocks per turn; default: 10 on a GPU, else 2", "N", type=_COUNT),
-        flag("--peers/--no-peers", "measure other installed implementations too (default), or not", default=True),
     ),
-    "results": (
-        option("--out", "folder for block.json, block.md and block.png", "DIR", type=PATH),
-        flag("--chart/--no-chart", "write block.png; default: if matplotlib is installed", default=None),
-    ),
+    "results": table(_RESULTS, chart={"default": None}),
 }
 
 

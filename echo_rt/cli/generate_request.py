@@ -8,19 +8,7 @@ from typing import Any
 
 import click
 
-from echo_rt.cli.arguments import (
-    MODEL,
-    PATH,
-    Arguments,
-    Value,
-    flag,
-    model_files,
-    number,
-    option,
-    options_of,
-    require,
-    shared,
-)
+from echo_rt.cli.arguments import MODEL, TEXT, Arguments, Value, model_files, number, options_of, require, shared, table
 from echo_rt.cli.outputs import Named, check_folder, check_outputs
 from echo_rt.cli.prompts import parse_script
 from echo_rt.errors import ConfigError, TargetError
@@ -56,86 +44,71 @@ BESIDE_SEGMENTS = Path(".")
 _MOST = 10**9  # frames or seconds: a longer video is one without an end
 
 
+_PROMPT = """
+--prompt [T:]TEXT            prompt from second T on (default 0)
+--prompt-embeds [T:]FILE     saved embeddings in place of a text
+--save-prompt-embeds FILE    write the embeddings (safetensors); several prompts go to FILE with .0, .1, ... before the
+                             ending
+--keep-text-encoder          keep the text encoder in memory
+"""
+_VIDEO = """
+-o --output OUT.mp4          file of the video; with --segments its folder
+--frames N                   end after N frames
+--seconds S                  end after S seconds of video
+--from initial FILE          video or picture to begin with
+--fit HOW                    scale a --from of another size, then crop or pad it
+--only-new                   leave the frames of --from out of the video
+--latents FILE.safetensors   also write the latents, in whole blocks; with --segments without a FILE: they go into the
+                             folder
+--contact-sheet FILE.png     also write an overview picture
+--overwrite                  replace files that exist
+"""
 _CODECS = ("h264", "hevc", "av1", "h264_nvenc", "hevc_nvenc", "av1_nvenc")
-_CODEC = Value(str, words=_CODECS)
-_SECONDS = number(float, "seconds of video above 0", positive=True)
+_ENCODING = f"""
+--codec NAME                 {", ".join(_CODECS)} (nvenc: on GPUs that encode); default h264
+--preset NAME                speed of the encoder, in its own words; default of h264: veryfast
+--crf Q                      quality; 0 is the best; default of h264: 18
+--fragmented                 leave the finished video in the fragments in which it is written
+"""
+_LASTING = """
+--segments S                 write segments of S seconds and a playlist into a folder
+--snapshot-every N           save a snapshot to resume from every N blocks, in the folder
+--resume DIR                 continue the video in this folder
+"""
+_FAULTS = """
+--evidence DIR               folder for state and statistics of a block that contains NaN
+--block-seconds S            end when a block takes longer; default: no limit
+"""
+_REPEATED: dict[str, Any] = {"type": TEXT, "multiple": True}
+_SECONDS = f"a number of seconds above 0 and at most {_MOST}"
 OPTIONS = {
     "model": shared(MODEL),
-    "prompt": (
-        option("--prompt", "prompt from second T on (default 0)", "[T:]TEXT", multiple=True),
-        option("--prompt-embeds", "saved embeddings in place of a text", "[T:]FILE", multiple=True),
-        option(
-            "--save-prompt-embeds",
-            "write the embeddings (safetensors); several prompts go to FILE with .0, .1, ... before the ending",
-            "FILE",
-            type=PATH,
-        ),
-        flag("--keep-text-encoder", "keep the text encoder in memory"),
-    ),
+    "prompt": table(_PROMPT, prompt=_REPEATED, prompt_embeds=_REPEATED),
     "video": (
-        option("-o --output", "file of the video; with --segments its folder", "OUT.mp4", type=PATH),
-        option(
-            "--frames",
-            "end after N frames",
-            "N",
-            type=number(int, f"a number of frames of 1 or more and at most {_MOST}", least=1, most=_MOST),
+        *table(
+            _VIDEO,
+            frames={"type": number(int, f"a number of frames of 1 or more and at most {_MOST}", least=1, most=_MOST)},
+            seconds={"type": number(float, _SECONDS, positive=True, most=_MOST)},
+            fit={"type": click.Choice(FITS)},
+            latents={"is_flag": False, "flag_value": BESIDE_SEGMENTS},
         ),
-        option(
-            "--seconds",
-            "end after S seconds of video",
-            "S",
-            type=number(float, f"a number of seconds above 0 and at most {_MOST}", positive=True, most=_MOST),
-        ),
-        option("--from initial", "video or picture to begin with", "FILE", type=PATH),
-        option("--fit", "scale a --from of another size, then crop or pad it", type=click.Choice(FITS)),
-        flag("--only-new", "leave the frames of --from out of the video"),
         *shared(["--size", "--set", "--seed"]),
-        option(
-            "--latents",
-            "also write the latents, in whole blocks; with --segments without a FILE: they go into the folder",
-            "FILE.safetensors",
-            type=PATH,
-            is_flag=False,
-            flag_value=BESIDE_SEGMENTS,
-        ),
-        option("--contact-sheet", "also write an overview picture", "FILE.png", type=PATH),
-        flag("--overwrite", "replace files that exist"),
     ),
-    "encoding": (
-        option(
-            "--codec",
-            f"{', '.join(_CODECS)} (nvenc: on GPUs that encode); default h264",
-            "NAME",
-            type=_CODEC,
-            default="h264",
-        ),
-        option("--preset", "speed of the encoder, in its own words; default of h264: veryfast", "NAME"),
-        option(
-            "--crf", "quality; 0 is the best; default of h264: 18", "Q", type=number(float, "a number of 0 or more")
-        ),
-        flag("--fragmented", "leave the finished video in the fragments in which it is written"),
+    "encoding": table(
+        _ENCODING,
+        codec={"type": Value(str, words=_CODECS), "default": "h264"},
+        crf={"type": number(float, "a number of 0 or more")},
     ),
-    "long videos": (
-        option("--segments", "write segments of S seconds and a playlist into a folder", "S", type=_SECONDS),
-        option(
-            "--snapshot-every",
-            "save a snapshot to resume from every N blocks, in the folder",
-            "N",
-            type=number(int, "a number of blocks of 1 or more", positive=True),
-        ),
-        option("--resume", "continue the video in this folder", "DIR", type=PATH),
+    "long videos": table(
+        _LASTING,
+        segments={"type": number(float, "seconds of video above 0", positive=True)},
+        snapshot_every={"type": number(int, "a number of blocks of 1 or more", positive=True)},
     ),
     "faults": (
         *shared(["--roll-back"]),
-        option("--evidence", "folder for state and statistics of a block that contains NaN", "DIR", type=PATH),
-        option(
-            "--block-seconds",
-            "end when a block takes longer; default: no limit",
-            "S",
-            type=number(float, "a number of seconds above 0", positive=True),
-        ),
+        *table(_FAULTS, block_seconds={"type": number(float, "a number of seconds above 0", positive=True)}),
     ),
-    "general": (flag("--quiet", "no progress and no summary"),),
+    "general": table("--quiet  no progress and no summary"),
 }
 
 

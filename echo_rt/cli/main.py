@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from echo_rt.cli import stdio
-from echo_rt.cli.arguments import Arguments, Options, flag
+from echo_rt.cli.arguments import Arguments, Options, table
 from echo_rt.cli.signals import StopNow, StopRequest
 from echo_rt.cli.stdio import DEBUG_VARIABLE, describe, warn
 from echo_rt.errors import OutputError
@@ -35,6 +35,10 @@ COMMANDS = {
     "doctor": "show what is installed, built and working",
 }
 _PROGRAM, _COMPLETION = "echo-rt", "_ECHO_RT_COMPLETE"
+_EVERYWHERE = f"""
+--json   print one JSON object on standard output
+--debug  show tracebacks, as {DEBUG_VARIABLE}=1 in the environment does
+"""
 _Run = Callable[[Arguments, dict[str, Any], StopRequest], int]
 
 
@@ -45,11 +49,7 @@ class _Command(click.Command):
         module = importlib.import_module(f"echo_rt.cli.{self.name}")
         self.help, self.epilog = module.DESCRIPTION, getattr(module, "EPILOG", None)
         groups: Options = getattr(module, "OPTIONS", {})
-        everywhere = (
-            flag("--json", "print one JSON object on standard output"),
-            flag("--debug", f"show tracebacks, as {DEBUG_VARIABLE}=1 in the environment does"),
-        )
-        self._groups = {**groups, "general": (*groups.get("general", ()), *everywhere)}
+        self._groups = {**groups, "general": (*groups.get("general", ()), *table(_EVERYWHERE))}
         self.params = [*itertools.chain(*self._groups.values())]
         self.callback = lambda **given: (module.run, Arguments(**given))
         return super().make_context(*args, **keywords)
@@ -94,7 +94,7 @@ def _run(argv: list[str], report: dict[str, Any], debug: bool, stop: StopRequest
     try:
         with stop.interruptible():
             run, arguments = _parse(argv)
-        with stdio.tell_recipe(report, quiet=getattr(arguments, "quiet", False)):
+        with stdio.ShownLog(report, quiet=getattr(arguments, "quiet", True)):
             return run(arguments, report, stop)
     except (KeyboardInterrupt, click.Abort):  # not of our handlers' making: in a thread, or called by other code
         return _stopped(StopNow(signal.SIGINT), report)
@@ -104,7 +104,7 @@ def _run(argv: list[str], report: dict[str, Any], debug: bool, stop: StopRequest
         raise
     except Exception as error:
         if debug:
-            stdio.complain(*traceback.format_exc().splitlines())
+            stdio.complain(*(f"  {line}" for line in traceback.format_exc().splitlines()))  # none like the error's
         report["error"], code = describe(error)
         stdio.complain(f"echo-rt: error: {report['error']}")
         return code
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warnings.showwarning = show_warning
                 code = _run(argv, report, debug, stop)
             if as_json:
-                stdio.say(json.dumps({**report, "exit_code": code}))
+                stdio.say(json.dumps({**report, "exit_code": code}).replace("\x7f", "\\u007f"))
             return code
         except BrokenPipeError:
             return 1  # whoever read our output has left

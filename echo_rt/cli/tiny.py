@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from echo_rt.cli.arguments import PATH, Arguments, flag, number, option
+from echo_rt.cli.arguments import PATH, Arguments, number, table
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import say
 
@@ -17,20 +17,12 @@ DESCRIPTION = """
 Write a complete, small, random model into the folder DIR, in the original layout. Its videos are coloured noise in
 motion: they show that everything runs, not what a trained model makes.
 """
-_INTEGER = number(int, "an integer", least=-math.inf)
-OPTIONS = {
-    "model": (
-        click.Argument(["folder"], type=PATH, metavar="DIR"),
-        option(
-            "--seed",
-            "seed of the random weights (default 0)",
-            "N",
-            type=number(int, "an integer", least=-math.inf),
-            default=0,
-        ),
-        flag("--overwrite", "replace what an earlier run wrote there"),
-    )
-}
+_SEED = {"type": number(int, "an integer", least=-math.inf), "default": 0}
+_MODEL = """
+--seed N     seed of the random weights (default 0)
+--overwrite  replace what an earlier run wrote there
+"""
+OPTIONS = {"model": (click.Argument(["folder"], type=PATH, metavar="DIR"), *table(_MODEL, seed=_SEED))}
 
 
 def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:

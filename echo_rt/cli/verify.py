@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from echo_rt.cli.arguments import PATH, Arguments, option, shared
+from echo_rt.cli.arguments import PATH, Arguments, shared, table
 from echo_rt.cli.outputs import Named, check_results
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import complain, describe, say
@@ -33,7 +33,7 @@ OPTIONS = {
     "check": (
         click.Argument(["bundles"], nargs=-1, required=True, type=PATH, metavar="BUNDLE..."),
         *shared(_SHARED, dtype={"default": "float32", "help": "dtype to check (default float32)"}),
-        option("--dump", "write the computed tensors to DIR/BUNDLE/", "DIR", type=PATH),
+        *table("--dump DIR  write the computed tensors to DIR/BUNDLE/"),
     )
 }
 

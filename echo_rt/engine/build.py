@@ -224,7 +224,7 @@ def open_networks(loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapp
         memory=(working, loaded.config.transformer.head_dim) if loaded.mode is MemoryMode.EVOLVE else None,
         prescribed=prescribed.get(BACKEND),
     )
-    _logger.log(logging.WARNING if backend.fallback else logging.INFO, "backend %s: %s", backend.name, backend.reason)
+    _logger.log(logging.WARNING if backend.fallback else logging.DEBUG, "backend %s: %s", backend.name, backend.reason)
     folder, tiny = loaded.folder, loaded.tiny_vae
     if tiny is None:
         decoder = FingerprintedTensors(folder.vae_tensors(), f"{folder.vae_source} (VAE)")

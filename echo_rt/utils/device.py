@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.options import DTYPE_NAMES, VAE_DTYPE_NAMES
 from echo_rt.utils.process import require_cuda_usable
+from echo_rt.utils.wording import warn_caller
 
 FLOAT8 = torch.float8_e4m3fn
 # Compute capability of the first GPUs whose tensor cores multiply float8.
@@ -159,10 +159,9 @@ def warn_of_faulty_convolutions(device: torch.device, dtype: torch.dtype) -> Non
         return
     version = torch.backends.cudnn.version()
     if version in _CUDNN_FAULTY:
-        warnings.warn(
+        warn_caller(
             f"cuDNN {version} is known for faulty 16-bit 3-D convolutions, which the VAE consists of: "
-            f"use a torch with cuDNN {_CUDNN_FAULTY.stop} or newer, or decode in float32 (vae_dtype)",
-            stacklevel=3,
+            f"use a torch with cuDNN {_CUDNN_FAULTY.stop} or newer, or decode in float32 (vae_dtype)"
         )
 
 

@@ -104,7 +104,7 @@ def log_threads(device: torch.device) -> None:
             "waiting threads spin, which is fast on free cores and very slow beside other programs; "
             "for those, use echo_rt.share_cpu, or set OMP_WAIT_POLICY=PASSIVE before importing torch"
         )
-    _logger.info("CPU threads: %d on %s; %s", threads, Cores.available(), waiting)
+    _logger.debug("CPU threads: %d on %s; %s", threads, Cores.available(), waiting)
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def _libgomp() -> ctypes.CDLL | None:
         library = None
     # Intel's and LLVM's OpenMP export GNU's entry points as well, but wait by other rules.
     if library is None or not hasattr(library, "GOMP_parallel") or hasattr(library, "__kmpc_fork_call"):
-        _logger.info("torch's OpenMP is not GNU's libgomp: how its CPU threads wait is left as it is")
+        _logger.debug("torch's OpenMP is not GNU's libgomp: how its CPU threads wait is left as it is")
         return None
     library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     library.GOMP_parallel.restype = None
@@ -185,7 +185,7 @@ def _watch(openmp: ctypes.CDLL, over: threading.Event) -> None:
             idle.close()
             idle = None
         waiting = "sleep" if crowded else "spin"
-        _logger.info("other programs use %.1f of %s: CPU threads %s while they wait", others, cores, waiting)
+        _logger.debug("other programs use %.1f of %s: CPU threads %s while they wait", others, cores, waiting)
     if idle is not None:
         idle.close()
 

@@ -110,7 +110,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def test_threads_sleep_while_other_programs_need_their_cores(
     machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "echo_rt.utils.threads"), share_cpu(CPU):
+    with caplog.at_level(logging.DEBUG, "echo_rt.utils.threads"), share_cpu(CPU):
         machine.others = 0.1
         machine.wait_for_looks(5)
         assert machine.teams.empty()
@@ -207,7 +207,7 @@ def test_a_runtime_on_a_cpu_says_once_how_its_threads_wait(
     small_model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = dict(os.environ), threading.active_count()
-    with caplog.at_level(logging.INFO, "echo_rt.utils.threads"), load(small_model):
+    with caplog.at_level(logging.DEBUG, "echo_rt.utils.threads"), load(small_model):
         assert (dict(os.environ), threading.active_count()) == before  # a library only tells
     (line,) = [record.getMessage() for record in caplog.records if record.name == "echo_rt.utils.threads"]
     assert line.startswith(f"CPU threads: {torch.get_num_threads()} on {len(os.sched_getaffinity(0))} core")
@@ -216,7 +216,7 @@ def test_a_runtime_on_a_cpu_says_once_how_its_threads_wait(
 def test_the_line_has_the_advice_only_for_threads_that_spin(
     machine: Machine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.INFO, "echo_rt.utils.threads")
+    caplog.set_level(logging.DEBUG, "echo_rt.utils.threads")
     log_threads(torch.device("cuda"))
     log_threads(CPU)
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
