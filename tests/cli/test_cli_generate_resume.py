@@ -280,6 +280,8 @@ def test_it_goes_on_by_the_backend_of_its_snapshot(echo_rt, model, day, unbroken
         (None, ("--set", "sink_frames=6"), "the snapshot is of another model: sink_frames is 3 in the snapshot"),
         ("size", (), "the recording is 64x32 at 16 fps, the model makes 32x32 at 16"),
         ("script", (), "--prompt: expected the prompts of the 6 blocks made so far: "),
+        ("nan", (), "recording.json: the index is damaged: "),
+        ("notes", (), "recording.json: the notes are damaged: "),
         ("latents", (), "--latents: the recording has none so far"),
         (
             "snapshots",
@@ -295,6 +297,10 @@ def test_what_cannot_be_resumed_stays_as_it_is(echo_rt, model, day, change, argu
     index = day / "recording.json"
     if change == "script":
         index.write_text(index.read_text().replace("1.safetensors", "3.safetensors"))
+    elif change == "nan":
+        index.write_text(index.read_text().replace('"seconds":2.5', '"seconds":NaN'))
+    elif change == "notes":
+        index.write_text(index.read_text().replace('"seconds":2.5', '"seconds":[2.5]'))
     elif change == "size":
         index.write_text(index.read_text().replace('"width":32', '"width":64'))
     elif change == "latents":

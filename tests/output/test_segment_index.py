@@ -11,13 +11,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
+from echo_rt.cli.resumption import _Notes
 from echo_rt.errors import OutputError, TargetError
 from echo_rt.output.segment_index import RecordingIndex
 from echo_rt.output.segments import SegmentedWriter
 from echo_rt.output.video import VideoWriter
+from echo_rt.utils.checked_json import convert
 
 av = pytest.importorskip("av")
 
@@ -234,3 +238,70 @@ def test_a_folder_that_is_gone_is_no_mistake_in_the_request(tmp_path: Path) -> N
     with pytest.raises(OutputError) as caught:
         writer.write(block(0))
     assert caught.value.exit_code == 1
+
+
+# ---- an index of any content
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "recording.json").read_text().splitlines()]
+
+
+WORDS = st.sampled_from(
+    [None, True, 0, -1, 1, 2**63, 10**40, 1.5, float("nan"), "", "16", "1/0", "video-00000.mp4", "../a", [], [[]], {}]
+)
+KEYS = ["format", "version", "width", "height", "fps", "latent_shape", "notes", "segments", "file", "first_frame"]
+KEYS += ["frames", "size", "latents_file", "latent_frames", "latents_size", "init"]
+NOTES = st.dictionaries(st.sampled_from(["script", "seed", "from", "hidden_frames"]), st.one_of(WORDS, st.lists(WORDS)))
+EDITS = st.lists(st.tuples(st.integers(0, 2), st.sampled_from(KEYS), st.one_of(WORDS, NOTES)), max_size=3)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("whole") / "r"
+    with begin(folder, notes={"seed": 3}) as writer:
+        writer.write(block(0))
+        writer.write(block(1))
+    return lines_of(folder)
+
+
+def only_a_clear_error(folder: Path, content: bytes) -> None:
+    (folder / "recording.json").write_bytes(content)
+    try:
+        index = RecordingIndex.read(folder)
+    except TargetError as error:
+        assert "\n" not in str(error)
+        return
+    assert index.frame_rate > 0 and index.frames == sum(segment.frames for segment in index.segments)
+    assert b"".join(index.lines).count(b"\n") == 1 + len(index.segments)
+    try:
+        convert(index.notes, _Notes, "notes", TargetError)
+    except TargetError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.fixture(scope="module")
+def somewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("somewhere")
+
+
+@hypothesis.given(edits=EDITS, torn=st.integers(0, 40))
+def test_changed_fields(somewhere: Path, whole: list[dict[str, Any]], edits: list[Any], torn: int) -> None:
+    lines = [dict(line) for line in whole]
+    for number, key, value in edits:
+        lines[number][key] = value
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    only_a_clear_error(somewhere, content[: len(content) - torn])
+
+
+@hypothesis.given(content=st.binary(max_size=200))
+def test_any_bytes(somewhere: Path, whole: list[dict[str, Any]], content: bytes) -> None:
+    only_a_clear_error(somewhere, content)
+    only_a_clear_error(somewhere, json.dumps(whole[0]).encode() + b"\n" + content)
+
+
+@hypothesis.given(depth=st.integers(0, 100_000))
+@hypothesis.settings(max_examples=10)
+def test_any_depth(somewhere: Path, whole: list[dict[str, Any]], depth: int) -> None:
+    head = json.dumps(whole[0] | {"notes": {"a": "DEEP"}}).replace('"DEEP"', "[" * depth + "]" * depth)
+    only_a_clear_error(somewhere, head.encode() + b"\n")
