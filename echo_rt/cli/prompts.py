@@ -47,6 +47,9 @@ def _split(argument: str, option: str) -> tuple[float, str]:
     if not value.strip():
         expected = "a prompt" if option == "--prompt" else "a file"
         raise PromptError(f"{option} {argument!r}: expected {expected}, got nothing")
+    if seconds > 0 and option == "--prompt" and value[0].isdigit():
+        either = f"got what can be either; a blank after the colon makes it a text at {seconds:g} s, and {_ESCAPED}"
+        raise PromptError(f"{option} {argument[:_SHOWN]!r}: expected a time or a text, {either}")
     return seconds, value.strip()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -11,8 +12,10 @@ import sys
 import pytest
 import torch
 
-from echo_rt.cli.main import main
+from echo_rt.cli.arguments import OPTIONS
+from echo_rt.cli.main import COMMANDS, main
 from echo_rt.cli.signals import StopNow
+from echo_rt.options import RuntimeOptions
 from echo_rt.utils.build_info import __version__
 
 
@@ -34,6 +37,28 @@ except SystemExit as done:
     assert [flag for flag in flags.split() if flag not in done.stdout] == []
 
 
+def test_every_option_of_a_runtime_is_in_the_table():
+    fields = {field.name for field in dataclasses.fields(RuntimeOptions)}
+    declared = {option.name for option in OPTIONS.values()}
+    assert {"width", "height", "check", "keep_text_encoder"} >= fields - declared
+    assert declared - fields == {"model", "frame_size", "seed", "roll_back"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_page_of_help(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    page = capsys.readouterr().out
+    assert done.value.code == 0 and page.startswith(f"Usage: echo-rt {command} ")
+    assert "--json" in page and "--debug" in page
+
+
+def test_a_setting_that_is_given_twice(echo_rt):
+    twice = ("--set", "local_frames=6", "--set", "local_frames=6")
+    outcome = echo_rt("generate", "--model", "m", "--prompt", "a", "-o", "v.mp4", *twice)
+    assert outcome.code == 2 and "--set: expected each NAME once, got local_frames again with 6" in outcome.error
+
+
 def test_version_as_a_module():
     done = subprocess.run([sys.executable, "-m", "echo_rt", "--version"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, f"echo-rt {__version__}\n")
@@ -42,21 +67,25 @@ def test_version_as_a_module():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "COMMAND"),
+        ([], "Missing command"),
         (["paint"], "paint"),
-        (["genrate"], "did you mean generate?"),
-        (["generate", "--model", "m", "--promt=a fox"], "did you mean --prompt?"),
+        (["genrate"], "Did you mean 'generate'?"),
+        (["generate", "--model", "m", "--promt=a fox"], "'--prompt'"),
         (["generate"], "--model"),
-        (["generate", "--model", "m", "-o", "o.mp4", "--frames", "1", "--seconds", "1"], "not allowed with"),
+        (
+            ["generate", "--model", "m", "-o", "o.mp4", "--prompt", "a", "--frames", "1", "--seconds", "1"],
+            "--frames and --seconds: expected one of them, got both",
+        ),
         (["generate", "--model", "m", "-o", "o.mp4", "--memory", "maybe"], "maybe"),
         (["generate", "--model", "m", "-o", "o.mp4", "--dtype", "int8"], "int8"),
         (["generate", "--model", "m", "-o", "o.mp4", "--prom", "a fox"], "--prom"),
-        (["generate", "--model", "m", "-o", "o.mp4", "--prompt", "-fox"], "begins with - is written --option=VALUE"),
+        (["generate", "--model", "m", "--prompt", "--quiet"], "--prompt: expected a value, got the option --quiet"),
+        (["generate", "--model", "m", "--prompt", "-fox"], "expected -o OUT.mp4"),
         (
             ["generate", "--model", "m", "--qualty", "3"],
-            "--qualty 3; did you mean --quiet? (see echo-rt generate --help)",
+            "No such option '--qualty'. Did you mean '--quiet'? (see echo-rt generate --help)",
         ),
-        (["doctor", "me"], "unrecognized arguments: me (see echo-rt doctor --help)"),
+        (["doctor", "me"], "unexpected extra argument (me) (see echo-rt doctor --help)"),
         (["verify"], "BUNDLE"),
         (["tiny"], "DIR"),
     ],
