@@ -24,6 +24,8 @@ C = TypeVar("C", bound="Closing")
 # Keeps a part's name short enough for every file system, at four bytes per character.
 _NAME_KEPT = 32
 
+_KINDS = {stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
 # The folders that this process has claimed, by absolute path, with their descriptors.
 claimed: dict[str, int] = {}
 
@@ -64,9 +66,10 @@ def check_plain(path: str | Path) -> None:
     """Raise ``OSError`` for anything but a plain file; for a link too, in a claimed folder."""
     name, folder = place(path)
     mode = os.stat(name, dir_fd=folder, follow_symlinks=folder is None).st_mode
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(mode):
-        found = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder"}.get(stat.S_IFMT(mode), "a device, pipe or socket")
-        raise OSError(errno.EINVAL, f"expected a plain file, found {found}")
+        raise OSError(errno.EINVAL, f"expected a plain file, found {_KINDS.get(stat.S_IFMT(mode), 'a device')}")
 
 
 def open_plain(path: str | Path, flags: int = os.O_RDONLY) -> int:

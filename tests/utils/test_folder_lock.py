@@ -65,15 +65,19 @@ def test_links_are_not_written_through(day: FolderClaim, tmp_path: Path) -> None
         FolderClaim(day.folder / "snapshots")
     with pytest.raises(OSError, match="found a link"):
         check_plain(day.folder / "snapshots")
+    check_plain(outside)
 
 
 def test_special_files_are_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
-        for odd in (tmp_path / "pipe", tmp_path / "socket", tmp_path, Path("/dev/zero")):
-            with pytest.raises(OSError, match="expected a plain file, found a"):
+        kinds = {"pipe": tmp_path / "pipe", "socket": tmp_path / "socket", "device": Path("/dev/zero")}
+        for kind, odd in kinds.items():
+            with pytest.raises(OSError, match=f"expected a plain file, found a {kind}"):
                 read_plain(odd)
+    with pytest.raises(IsADirectoryError):
+        read_plain(tmp_path)
 
 
 def test_a_large_file_is_not_read(tmp_path: Path) -> None:
