@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +73,18 @@ def late_block(patch: pytest.MonkeyPatch, block: int) -> None:
 
     amid_every_block(patch, put_forward)
     patch.setattr(Event, "__init__", begin)
+
+
+def stop_amid(patch: pytest.MonkeyPatch, block: int) -> None:
+    """The process is stopped amid ``block``, once, until somebody continues it."""
+    left = [True]
+
+    def stop(rollout: Rollout, at: int, step: int) -> None:
+        if at == block and left.pop():
+            left.append(False)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    amid_every_block(patch, stop)
 
 
 class LostDevice:
@@ -147,4 +161,5 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch, int], Any]] = {
     "lost, told later": partial(LostDevice, later=True),
     "nan": nan_in,
     "nans": nan_again_and_again,
+    "stopped": stop_amid,
 }

@@ -35,7 +35,7 @@ class Guard:
         attempts: rollbacks in a row, without a good block in between, after which the stream ends.
         evidence: a folder, made if needed, for the state and the statistics of every bad block, or None.
         block_seconds: seconds that a block may take before the stream ends with :class:`StallError`; None: no bound.
-            On a CPU this is only noticed at the end of the block.
+            On a CPU this is only noticed at the end of the block. Time in which this process was stopped is left out.
     """
 
     policy: str = STOP

@@ -19,6 +19,7 @@ from echo_rt.engine.ready import ReadyQueue
 from echo_rt.errors import ConfigError, NumericalError, OutputError, StallError, StreamError
 from echo_rt.options import check_seed
 from echo_rt.snapshot.snapshot import Snapshot
+from echo_rt.utils.stopped_time import stopped_seconds
 from echo_rt.utils.wording import counted, one_line, plain, type_of
 
 _logger = logging.getLogger("echo_rt.engine.guard")
@@ -107,6 +108,7 @@ class Blocks:
         self._failures = 0  # rollbacks since the last good block
         self._good: Snapshot | None = None
         self._prompts_since: dict[int, Tensor] = {}  # by block: prompts that began after the good state
+        self._stopped_before: dict[int, float] = {}  # by block in flight: stopped seconds when it began
         self._began = time.perf_counter()
 
     def start(self, engine: Engine, prompt_embeds: Tensor, initial: Initial | None = None) -> None:
@@ -167,6 +169,8 @@ class Blocks:
     def _begin(self, engine: Engine) -> None:
         noise = self._next_noise(engine)
         block, prompt = self.prompts.begin()
+        if self._guard.block_seconds is not None:
+            self._stopped_before[block] = stopped_seconds()
         if prompt is not None:
             if self._good is not None:
                 self._prompts_since[block] = prompt
@@ -220,7 +224,8 @@ class Blocks:
             engine.executor.give_up(bound)  # or closing the runtime would wait for what may never end
             what = "is not there"
         else:
-            seconds = chunk.stats.generate_seconds + chunk.stats.decode_seconds
+            stopped = stopped_seconds() - self._stopped_before.pop(chunk.index)
+            seconds = chunk.stats.generate_seconds + chunk.stats.decode_seconds - stopped
             if seconds <= bound:
                 return
             what = f"took {seconds:.3g} s"

@@ -157,6 +157,18 @@ def test_the_stream_fails_and_the_disk_is_full(
         assert echo_rt.soak.run(config).end == "complete"
 
 
+def test_a_stopped_process_is_not_late(lives: Lives, smallest_model: Path, tmp_path: Path) -> None:
+    """By SIGSTOP amid a block, for longer than a block may take."""
+    config = soak_of(smallest_model, tmp_path / "out", blocks=7)
+    life = lives.begin(*arguments(config, "--block-seconds", "4", "--json"), fault=("stopped", 5))
+    state = Path(f"/proc/{life.pid}/stat")
+    wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T", life)
+    time.sleep(5)
+    life.send_signal(signal.SIGCONT)
+    assert life.wait() == 0, life.err
+    assert max(line["latency"]["max"] for line in intervals(config.folder)) > 5000, "it was not stopped amid a block"
+
+
 # -------------------------------------------------------------------- rollbacks
 
 
