@@ -7,7 +7,7 @@ replaced count as well: a broken promise stays broken.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -40,11 +40,29 @@ class Verdict:
 
 
 @dataclass
+class Made:
+    """How many ``blocks`` were made, also more than once, and the number of the first that was ``never`` made."""
+
+    blocks: int = 0
+    never: int = 0
+
+    def see(self, line: Line) -> None:
+        """Take in one more line."""
+        self.blocks += line.get("blocks", 0) + line.get("replayed", 0)
+        self.never = max(self.never, line["block"] + 1 if "blocks" in line else 0)
+
+    @property
+    def again(self) -> int:
+        """How many were made again: after a resume, or at the end of the soak to compare them."""
+        return self.blocks - self.never
+
+
+@dataclass
 class Seen:
     """What one check has seen so far.
 
     ``evidence``: in words, None while too little was seen. ``over``: the soak as a whole is beyond the threshold, which
-    may get better again; ``broken``: evidence of the first breach, which stays.
+    may get better again; ``broken``: evidence of the first breach, which stays. ``made``: the same of all checks.
     """
 
     evidence: str | None = None
@@ -53,6 +71,7 @@ class Seen:
     count: int = 0
     state: Any = None  # what the check adds up, or compares later lines with
     worst: tuple[float, int] | None = None
+    made: Made = field(default_factory=Made)
 
     def breaks(self, evidence: str | None) -> None:
         """Mark the promise as broken; only the first time counts."""
@@ -69,9 +88,8 @@ class Seen:
 
 
 def _stream(seen: Seen, line: Line) -> None:
-    seen.count += line.get("blocks", 0)
-    if seen.count:
-        seen.evidence = f"made: {counted(seen.count, 'block')}"
+    if seen.made.blocks:
+        seen.evidence = f"made: {counted(seen.made.blocks, 'block')}, {seen.made.again} of them made again"
     if line.get("failure"):
         seen.breaks(f"block {line['block']}: {line['failure']}")
 
@@ -79,10 +97,10 @@ def _stream(seen: Seen, line: Line) -> None:
 def _finite(seen: Seen, line: Line) -> None:
     if line.get("nonfinite_failure"):
         seen.breaks(f"block {line['block']}: {line['failure']}")
+    if seen.made.blocks:
+        seen.evidence = f"none in {counted(seen.made.blocks, 'block')}"
     if "blocks" not in line:
         return
-    seen.count += line["blocks"]
-    seen.evidence = f"none in {counted(seen.count, 'block')}"
     if line["rollbacks"]:
         seen.breaks(f"block {line['block']} or before: the stream went back {counted(line['rollbacks'], 'time')}")
     found = line["nonfinite"]
@@ -97,13 +115,13 @@ def _positions(seen: Seen, line: Line) -> None:
     seen.state = least, most, max(shift, place["shift"])
     seen.evidence = f"newest id {least}..{most}, shift up to {seen.state[2]}"
     if place["misplaced"]:
-        seen.breaks("block {}: {}".format(*place["misplaced"]))
+        seen.breaks("block {}: {}".format(*place["misplaced"], ""))
 
 
 def _hashes(seen: Seen, line: Line) -> None:
     seen.count += line["compared"]
     if seen.count:
-        seen.evidence = f"{counted(seen.count, 'block')} made again, with the same hash"
+        seen.evidence = f"{seen.count} of {counted(seen.made.again, 'block')} made again had a hash, which is the same"
     for block, before, now in line["mismatches"]:
         seen.breaks(f"block {block}: expected {before}, found {now}")
 
@@ -272,12 +290,14 @@ class Promises:
     """State of all :data:`CHECKS`, under ``limits`` that are resolved for the device."""
 
     def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self._all = [(check, [getattr(limits, name) for name in check.bounds], Seen()) for check in CHECKS]
+        self.limits, self.made = limits, Made()
+        bounds = [[getattr(limits, name) for name in check.bounds] for check in CHECKS]
+        self._all = [(check, bound, Seen(made=self.made)) for check, bound in zip(CHECKS, bounds, strict=True)]
         assert all("auto" not in bounds for _, bounds, _ in self._all)
 
     def see(self, line: Line) -> None:
         """Take in one more line of the journal."""
+        self.made.see(line)
         for check, bounds, seen in self._all:
             if None not in bounds and check.judged(line):
                 check.see(seen, line, *bounds)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from socketserver import ThreadingMixIn
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.soak.checks import Status, Verdict
@@ -14,6 +19,7 @@ from echo_rt.utils.atomic_file import reason
 
 _PREFIX = "echo_rt_soak"
 _NOT_FIGURES = {"bins", "hashes", "mismatches", "misplaced"}
+_MOST_CONNECTIONS, _CONNECTION_SECONDS = 8, 5.0
 _VALUES = {Status.KEPT: 1.0, Status.BROKEN: 0.0, Status.UNCHECKED: math.nan}
 
 
@@ -29,6 +35,48 @@ def figures(line: Mapping[str, Any], prefix: str = _PREFIX) -> Iterator[tuple[st
             yield path, math.nan if value is None else float(value)
 
 
+class _Handler(WSGIRequestHandler):
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Say nothing: the terminal is the soak's."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A few connections at a time, each for a few seconds; more are closed at once, so that no file is wanting."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: Any) -> None:
+        self._until: dict[socket.socket, float] = {}  # of the open connections
+        self.address_family = socket.getaddrinfo(*address)[0][0]
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer on a thread."""
+        if len(self._until) >= _MOST_CONNECTIONS:
+            super().shutdown_request(request)
+            return
+        self._until[request] = time.monotonic() + _CONNECTION_SECONDS
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        self._until.pop(request, None)
+        super().shutdown_request(request)
+
+    def end_late(self, now: float) -> None:
+        """End what is to be over by ``now``: its thread reads or writes the end of the connection."""
+        for request in [request for request, until in self._until.copy().items() if until < now]:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                request.shutdown(socket.SHUT_RDWR)
+
+    def service_actions(self) -> None:
+        """Look for late connections, twice a second."""
+        self.end_late(time.monotonic())
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a reader that has left."""
+
+
 class Exporter:
     """A :class:`Watcher` that serves from the moment it is made. ``port`` 0 takes a free one, which :attr:`port` names.
 
@@ -37,7 +85,7 @@ class Exporter:
 
     def __init__(self, address: str, port: int) -> None:
         try:
-            import prometheus_client
+            from prometheus_client import CollectorRegistry, make_wsgi_app
             from prometheus_client.core import GaugeMetricFamily
         except ImportError:
             raise BackendError(
@@ -48,13 +96,15 @@ class Exporter:
         self._line: Line = {}
         self._verdicts: Sequence[Verdict] = ()
         self._block = (0, 0, math.nan)
-        registry = prometheus_client.CollectorRegistry()
+        registry = CollectorRegistry()
         registry.register(self)
         try:
-            self._server, self._thread = prometheus_client.start_http_server(port, address, registry)
+            self._server = make_server(address, port, make_wsgi_app(registry), _Server, _Handler)
         except OSError as error:
             raise ConfigError(f"--port: cannot serve at {address}:{port}: {reason(error)}") from None
         self.port = int(self._server.server_port)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="echo-rt figures", daemon=True)
+        self._thread.start()
 
     def block_done(self, block: int, frames: int, seconds: float) -> None:
         """Note the newest block."""
@@ -83,5 +133,6 @@ class Exporter:
     def close(self) -> None:
         """Stop serving; may be called twice."""
         self._server.shutdown()
+        self._server.end_late(math.inf)
         self._server.server_close()
         self._thread.join()

@@ -200,9 +200,9 @@ class PartFile:
 
 def sync_folder(folder: Path) -> None:
     """Flush a folder's names to the disk: until then a power cut can undo a rename. Raises ``OSError``."""
+    held = claimed.get(str(folder.absolute()))
     try:
-        held = claimed.get(str(folder.absolute()))
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY) if held is None else os.dup(held)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY) if held is None else held
     except PermissionError:
         return  # a folder may be writable and not readable; the system flushes its names later
     try:
@@ -211,7 +211,8 @@ def sync_folder(folder: Path) -> None:
         if error.errno != errno.EINVAL:  # a file system that cannot flush folders
             raise
     finally:
-        os.close(descriptor)
+        if held is None:
+            os.close(descriptor)
 
 
 def check_writable(path: str | Path) -> None:

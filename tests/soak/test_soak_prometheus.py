@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
+import socket
 import sys
+import threading
+import time
 import urllib.request
 from typing import Any
 
@@ -61,6 +66,57 @@ def test_a_port_that_is_taken() -> None:
             Exporter("127.0.0.1", exporter.port)
     finally:
         exporter.close()
+
+
+def test_silent_connections_are_few_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of them must not leave the soak without files to open."""
+    pytest.importorskip("prometheus_client")
+    monkeypatch.setattr("echo_rt.soak.prometheus._CONNECTION_SECONDS", 1e9)
+    exporter = Exporter("127.0.0.1", 0)
+    open_before, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    silent = [socket.create_connection(("127.0.0.1", exporter.port), 60) for _ in range(100)]
+    try:
+        for connection in silent[8:]:
+            assert connection.recv(1) == b"", "it is closed at once"
+            connection.close()
+        assert len(os.listdir("/proc/self/fd")) <= open_before + 16
+        assert threading.active_count() <= threads + 8
+        exporter._server.end_late(math.inf)  # as its thread does once their time is over
+        for connection in silent[:8]:
+            assert connection.recv(1) == b""
+        while exporter._server._until:
+            time.sleep(0.01)
+        assert "echo_rt_soak_current_block" in fetch(exporter.port)
+    finally:
+        for connection in silent:
+            connection.close()
+        exporter.close()
+
+
+def test_a_slow_reader_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that sends a byte now and then, and one that is there when the soak ends."""
+    pytest.importorskip("prometheus_client")
+    monkeypatch.setattr("echo_rt.soak.prometheus._CONNECTION_SECONDS", 0.1)
+    exporter = Exporter("127.0.0.1", 0)
+    with socket.create_connection(("127.0.0.1", exporter.port), 60) as slow:
+        slow.sendall(b"G")
+        assert slow.recv(1) == b""
+    monkeypatch.setattr("echo_rt.soak.prometheus._CONNECTION_SECONDS", 1e9)
+    with socket.create_connection(("127.0.0.1", exporter.port), 60) as last:
+        while not exporter._server._until:
+            time.sleep(0.01)
+        exporter.close()
+        assert last.recv(1) == b""
+
+
+@pytest.mark.parametrize("address", ["::1", "localhost"])
+def test_other_addresses(address: str) -> None:
+    pytest.importorskip("prometheus_client")
+    try:
+        exporter = Exporter(address, 0)
+    except ConfigError:
+        pytest.skip(f"no {address} here")
+    exporter.close()
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

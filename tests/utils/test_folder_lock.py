@@ -34,6 +34,8 @@ def test_a_moved_folder_keeps_what_belongs_into_it(day: FolderClaim, tmp_path: P
     assert sorted(names_in(inner.folder)) == ["begun", "next"] and read_plain(inner.folder / "next") == b"3"
     remove(inner.folder / "theirs")
     assert day.path == tmp_path / "old" and inner.path == tmp_path / "old" / "snapshots"
+    with pytest.raises(TargetError, match="this process holds another folder by that name"):
+        FolderClaim(day.folder)
     inner.release()
     assert (tmp_path / "old" / "report").read_bytes() == b"4"
     assert sorted(file.name for file in (tmp_path / "day").rglob("*")) == ["snapshots", "theirs"]
