@@ -128,8 +128,11 @@ class LostDevice:
 
 
 @contextmanager
-def file_system_of(size: int, folder: Path) -> Iterator[Path]:
-    """A file system of ``size`` bytes, mounted on the new ``folder``; skips the test where nobody may mount one."""
+def file_system_of(size: int | str, folder: Path) -> Iterator[Path]:
+    """A file system of ``size`` bytes (or ``"2m,nr_inodes=40"``), mounted on the new ``folder``.
+
+    Skips the test where nobody may mount one.
+    """
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:

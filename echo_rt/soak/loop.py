@@ -224,8 +224,8 @@ class BlockLoop:
         }
         prompt = self._config.prompt_of(self._checker.block - 1)
         line = interval.line(elapsed=self._elapsed, fps=self._runtime.fps, probes=probes, prompt=prompt)
+        self._history.see(line)  # first: it belongs into the report even where the journal is gone
         self._journal.append(line)
-        self._history.see(line)
         verdicts = self._history.promises.verdicts()
         for watcher in self._watchers:
             watcher.line_done(line, verdicts)
