@@ -34,6 +34,7 @@ def _entries(**kinds: Any) -> Any:
 
 
 _Count = Annotated[int, Meta(ge=0, le=2**53)]
+_Run = Annotated[int, Meta(ge=1, le=2**53)]
 _Float = Annotated[float, Meta(ge=-1e100, le=1e100)]
 _Figure = _Float | None
 _Text = str | None
@@ -41,7 +42,7 @@ _Bins = dict[Annotated[int, Meta(ge=-20_000, le=20_000)], _Count]  # 1.001^20000
 _Mismatches = list[tuple[_Count, str, str]]
 # What is read of a line; it has more, for other readers.
 _Interval = _entries(
-    run=_Count,
+    run=_Run,
     first_block=_Count,
     block=_Count,
     blocks=_Count,
@@ -71,7 +72,7 @@ _Interval = _entries(
     snapshots=_entries(written=_Count, skipped=_Count, stall=_Figure) | None,
 )
 _End = _entries(
-    run=_Count,
+    run=_Run,
     block=_Count,
     end=str,
     elapsed=_Float,

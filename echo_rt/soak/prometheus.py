@@ -6,9 +6,7 @@ import contextlib
 import math
 import socket
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -19,7 +17,7 @@ from echo_rt.utils.atomic_file import reason
 
 _PREFIX = "echo_rt_soak"
 _NOT_FIGURES = {"bins", "hashes", "mismatches", "misplaced"}
-_MOST_CONNECTIONS, _CONNECTION_SECONDS = 8, 5.0
+_CONNECTION_SECONDS = 2.0
 _VALUES = {Status.KEPT: 1.0, Status.BROKEN: 0.0, Status.UNCHECKED: math.nan}
 
 
@@ -40,38 +38,26 @@ class _Handler(WSGIRequestHandler):
         """Say nothing: the terminal is the soak's."""
 
 
-class _Server(ThreadingMixIn, WSGIServer):
-    """A few connections at a time, each for a few seconds; more are closed at once, so that no file is wanting."""
+def _end(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        connection.shutdown(socket.SHUT_RDWR)
 
-    daemon_threads = True
+
+class _Server(WSGIServer):
+    """One connection at a time, for a short time, on one thread: whoever is silent takes nothing from the stream."""
 
     def __init__(self, address: tuple[str, int], handler: Any) -> None:
-        self._until: dict[socket.socket, float] = {}  # of the open connections
         self.address_family = socket.getaddrinfo(*address)[0][0]
         super().__init__(address, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer on a thread."""
-        if len(self._until) >= _MOST_CONNECTIONS:
-            super().shutdown_request(request)
-            return
-        self._until[request] = time.monotonic() + _CONNECTION_SECONDS
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection."""
-        self._until.pop(request, None)
-        super().shutdown_request(request)
-
-    def end_late(self, now: float) -> None:
-        """End what is to be over by ``now``: its thread reads or writes the end of the connection."""
-        for request in [request for request, until in self._until.copy().items() if until < now]:
-            with contextlib.suppress(OSError):  # closed meanwhile
-                request.shutdown(socket.SHUT_RDWR)
-
-    def service_actions(self) -> None:
-        """Look for late connections, twice a second."""
-        self.end_late(time.monotonic())
+        """Answer; when the time is over, the connection reads and writes its end."""
+        late = threading.Timer(_CONNECTION_SECONDS, _end, [request])
+        late.start()
+        try:
+            super().process_request(request, client_address)
+        finally:
+            late.cancel()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of a reader that has left."""
@@ -133,6 +119,5 @@ class Exporter:
     def close(self) -> None:
         """Stop serving; may be called twice."""
         self._server.shutdown()
-        self._server.end_late(math.inf)
         self._server.server_close()
         self._thread.join()

@@ -103,11 +103,8 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
         claim = FolderClaim(config.folder)
         cleanup.callback(claim.release)
         conclude = partial(_conclude, config, name, history, claim)
-        _check_folder(config.folder)
         begun = check_manifest(config)
-        if begun is None:
-            _require_no_other(config.folder)
-        _remove_parts(claim)
+        _check_folder(claim, begun is not None)
         last: Line = {}
         for last in read_lines(config.folder):
             history.see(last)
@@ -205,38 +202,26 @@ def _conclude(
         )
 
 
-def _remove_parts(claim: FolderClaim) -> None:
-    """Remove the part files of processes that were killed."""
-    try:
-        for name in (MANIFEST_FILE, REPORT_FILE, PAGE_FILE, _PROMPT_PREFIX, *PICTURES):
-            claim.remove_parts(name)
-        if (claim.folder / EVIDENCE_FOLDER).is_dir():
-            evidence = FolderClaim(claim.folder / EVIDENCE_FOLDER)
-            evidence.remove_parts("")
-            evidence.release()
-    except OSError as error:
-        raise OutputError(f"{claim.folder}: cannot remove a killed process's files: {reason(error)}") from None
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise :class:`ConfigError` for a link or a special file in place of one of the soak's own."""
-    files = {MANIFEST_FILE, JOURNAL_FILE, REPORT_FILE, PAGE_FILE, *PICTURES}
-    for name in names_in(folder):
-        try:
-            if name in files or name.startswith(_PROMPT_PREFIX):
-                os.close(open_plain(folder / name, os.O_RDWR if name == JOURNAL_FILE else os.O_RDONLY))
-            elif name in (SNAPSHOT_FOLDER, EVIDENCE_FOLDER) and (folder / name).is_symlink():
-                raise OSError("expected a folder, found a link")
-        except OSError as error:
-            raise ConfigError(f"{folder / name}: {reason(error)}") from None
-
-
-def _require_no_other(folder: Path) -> None:
-    """Raise :class:`ConfigError` for a folder with another command's video, or a soak's files without its manifest."""
-    for other in (folder / INDEX_FILE, folder / JOURNAL_FILE, *snapshot_files(folder / SNAPSHOT_FOLDER)):
-        if other.exists():
-            found = other.relative_to(folder)
+def _check_folder(claim: FolderClaim, begun: bool) -> None:
+    """Raise ``ConfigError`` for what is no soak's, links and special files too; remove what killed processes left."""
+    folder, files = claim.folder, (JOURNAL_FILE, REPORT_FILE, PAGE_FILE, *PICTURES)
+    foreign = [] if begun else [folder / INDEX_FILE, folder / JOURNAL_FILE, *snapshot_files(folder / SNAPSHOT_FOLDER)]
+    for path in foreign:
+        if path.exists():
+            found = path.relative_to(folder)
             raise ConfigError(f"{folder}: expected a folder of the soak's own, found {found} and no {MANIFEST_FILE}")
+    path = folder
+    try:
+        for path in map(folder.joinpath, names_in(folder)):
+            if path.name in (SNAPSHOT_FOLDER, EVIDENCE_FOLDER):
+                inner = FolderClaim(path)
+                inner.remove_parts("")
+                inner.release()
+            elif path.name in files or path.name.startswith(_PROMPT_PREFIX):
+                os.close(open_plain(path, os.O_RDWR if path.name == JOURNAL_FILE else os.O_RDONLY))
+        claim.remove_parts("")
+    except OSError as error:
+        raise ConfigError(f"{path}: {reason(error)}") from None
 
 
 def _embeds_files(config: SoakConfig) -> list[Path]:
