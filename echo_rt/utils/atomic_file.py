@@ -193,9 +193,10 @@ class PartFile:
             raise OutputError(f"{self.path}: may not be whole on the disk: {reason(problem)}")
 
     def discard(self) -> None:
-        """Remove the part; ``path`` stays as it was."""
+        """Remove the part, unless the disk refuses; ``path`` stays as it was."""
         self._file.close()
-        remove(self._part)
+        with contextlib.suppress(OSError):  # the first error says more; the next process removes the part
+            remove(self._part)
 
 
 def sync_folder(folder: Path) -> None:
