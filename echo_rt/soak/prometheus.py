@@ -7,6 +7,7 @@ import math
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -71,19 +72,15 @@ class Exporter:
 
     def __init__(self, address: str, port: int) -> None:
         try:
-            from prometheus_client import CollectorRegistry, make_wsgi_app
-            from prometheus_client.core import GaugeMetricFamily
+            from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
         except ImportError:
             raise BackendError(
                 "figures for Prometheus need prometheus-client, which is not installed: pip install 'echo-rt[soak]'"
             ) from None
-        self._family: Any = GaugeMetricFamily
-        self._lock = threading.Lock()
-        self._line: Line = {}
-        self._verdicts: Sequence[Verdict] = ()
-        self._block = (0, 0, math.nan)
         registry = CollectorRegistry()
-        registry.register(self)
+        self._gauge = cache(partial(Gauge, registry=registry))
+        self._promise = Gauge(f"{_PREFIX}_promise", "1 kept, 0 broken, NaN not checked", ["promise"], registry=registry)
+        self.block_done(0, 0, math.nan)
         try:
             self._server = make_server(address, port, make_wsgi_app(registry), _Server, _Handler)
         except OSError as error:
@@ -93,28 +90,17 @@ class Exporter:
         self._thread.start()
 
     def block_done(self, block: int, frames: int, seconds: float) -> None:
-        """Note the newest block."""
-        with self._lock:
-            self._block = (block, frames, seconds)
+        """Serve the newest block."""
+        self._gauge(f"{_PREFIX}_current_block", "number of the newest block").set(block)
+        self._gauge(f"{_PREFIX}_current_frames", "frames of video so far").set(frames)
+        self._gauge(f"{_PREFIX}_current_block_seconds", "how long the newest block took").set(seconds)
 
     def line_done(self, line: Line, verdicts: Sequence[Verdict]) -> None:
-        """Note the newest line."""
-        with self._lock:
-            self._line, self._verdicts = line, verdicts
-
-    def collect(self) -> Iterator[Any]:
-        """Yield all metrics; the registry calls it at every request."""
-        with self._lock:
-            line, verdicts, (block, frames, seconds) = self._line, self._verdicts, self._block
-        yield self._family(f"{_PREFIX}_current_block", "number of the newest block", value=block)
-        yield self._family(f"{_PREFIX}_current_frames", "frames of video so far", value=frames)
-        yield self._family(f"{_PREFIX}_current_block_seconds", "how long the newest block took", value=seconds)
+        """Serve the newest line."""
         for name, value in figures(line):
-            yield self._family(name, "of the newest line of soak.jsonl", value=value)
-        promise = self._family(f"{_PREFIX}_promise", "1 kept, 0 broken, NaN not checked", labels=["promise"])
+            self._gauge(name, "of the newest line of soak.jsonl").set(value)
         for verdict in verdicts:
-            promise.add_metric([verdict.promise], _VALUES[verdict.status])
-        yield promise
+            self._promise.labels(verdict.promise).set(_VALUES[verdict.status])
 
     def close(self) -> None:
         """Stop serving; may be called twice."""
