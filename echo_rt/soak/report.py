@@ -31,6 +31,7 @@ _SIZE = (10.0, 3.5)  # of a panel, in inches
 _CAPACITY = 4096  # points of a curve; a picture is not that wide
 _MARKS = 200  # of a kind in a picture
 _ROOM = 1.5  # a threshold this far above the figures is out of the picture
+_FROM_WARM = ("first_block", "block", "device", "host", "latents")  # of a line; its hashes are many
 _STYLE = """<style>body { font: 15px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; } th, td { border: 1px solid #ccc; padding: .2rem .6rem; text-align: left; }
 svg { width: 100%; height: auto; } pre { overflow: auto; background: #f4f4f4; padding: .6rem; }</style>"""
@@ -86,7 +87,7 @@ class Curve:
 
 @dataclass
 class Life:
-    """One process: its blocks ``first .. last``, and its first line after the warm-up."""
+    """One process: its blocks ``first .. last``, and figures of its first line after the warm-up."""
 
     first: int
     last: int
@@ -157,8 +158,8 @@ class History:
         for curve in self.curves:
             curve.add(line["block"], curve.value(line))
         self.lives[-1].last = line["block"]
-        if line["warm"]:
-            self.lives[-1].warm = self.lives[-1].warm or line
+        if line["warm"] and self.lives[-1].warm is None:
+            self.lives[-1].warm = {name: line[name] for name in _FROM_WARM}
         self.newest = line
 
     def thresholds(self, warm: Line) -> dict[str, tuple[float | None, float | None, float]]:

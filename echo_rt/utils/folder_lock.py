@@ -19,10 +19,11 @@ class FolderClaim:
     """Makes ``folder`` if absent, and holds it until :meth:`release` or any end of the process.
 
     Otherwise two processes could write one recording, where it is resumed while the first still runs. ``shared``: other
-    claims that are shared may hold it as well; ``new``: it must be absent. Meanwhile all that
-    :mod:`echo_rt.utils.atomic_file` does in ``folder`` goes by its descriptor, so the folder may be moved: what belongs
-    into it still gets there, and nothing gets into another folder of that name. A folder within a claimed one is not
-    claimed through a link.
+    claims that are shared, and those of this process, may hold it as well; ``new``: it must be absent.
+
+    Meanwhile all that :mod:`echo_rt.utils.atomic_file` does in ``folder`` goes by its descriptor, so the folder may be
+    moved: what belongs into it still gets there, and nothing gets into another folder of that name. A folder within a
+    claimed one is not claimed through a link.
 
     Raises ``TargetError`` where another process holds the folder, or it cannot be made. It leaves no file behind, and
     no folder of its own making that stayed empty.
@@ -34,7 +35,12 @@ class FolderClaim:
         beyond = 0 if within is None else os.O_NOFOLLOW
         self._descriptor: int | None = None
         self._made = False
+        self._key = str(self.folder.absolute())
+        ours = claimed.get(self._key) if shared else None
         try:
+            if ours is not None:
+                self._descriptor = os.dup(ours)
+                return
             with nullcontext() if new else suppress(FileExistsError):
                 os.mkdir(name, dir_fd=within)
                 self._made = True
@@ -42,20 +48,16 @@ class FolderClaim:
             self._descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | beyond, dir_fd=within)
         except OSError as error:
             raise TargetError(f"{folder}: cannot be a folder to write into: {reason(error)}") from None
-        self._key = str(self.folder.absolute())
         try:
             fcntl.flock(self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             self.release()
             taken = "another process writes into it" if isinstance(error, BlockingIOError) else reason(error)
             raise TargetError(f"{folder}: cannot be written into: {taken}") from None
-        if shared:
-            claimed.setdefault(self._key, self._descriptor)
-        elif self._key in claimed:  # and was moved since
+        if not shared and self._key in claimed:  # and was moved since
             self.release()
             raise TargetError(f"{folder}: cannot be written into: this process holds another folder by that name")
-        else:
-            claimed[self._key] = self._descriptor
+        claimed.setdefault(self._key, self._descriptor)
 
     @property
     def path(self) -> Path:

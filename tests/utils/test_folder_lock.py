@@ -96,4 +96,9 @@ def test_shared_claims(tmp_path: Path) -> None:
     second.release()
     first.release()
     assert not (tmp_path / "a").exists()
+    whole = FolderClaim(tmp_path / "a")
+    FolderClaim(tmp_path / "a", shared=True).release()  # of the same process
+    with pytest.raises(TargetError, match="another process writes into it"):
+        FolderClaim(tmp_path / "a")
+    whole.release()
     FolderClaim(tmp_path / "a").release()
