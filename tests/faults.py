@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -73,6 +75,18 @@ def late_block(patch: pytest.MonkeyPatch, block: int) -> None:
     patch.setattr(Event, "__init__", begin)
 
 
+def stop_amid(patch: pytest.MonkeyPatch, block: int) -> None:
+    """The process is stopped amid ``block``, once, until somebody continues it."""
+    left = [True]
+
+    def stop(rollout: Rollout, at: int, step: int) -> None:
+        if at == block and left.pop():
+            left.append(False)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    amid_every_block(patch, stop)
+
+
 class LostDevice:
     """From ``block`` on, whatever is asked of the device raises, as after an illegal access; errors are numbered.
 
@@ -114,8 +128,11 @@ class LostDevice:
 
 
 @contextmanager
-def file_system_of(size: int, folder: Path) -> Iterator[Path]:
-    """A file system of ``size`` bytes, mounted on the new ``folder``; skips the test where nobody may mount one."""
+def file_system_of(size: int | str, folder: Path) -> Iterator[Path]:
+    """A file system of ``size`` bytes (or ``"2m,nr_inodes=40"``), mounted on the new ``folder``.
+
+    Skips the test where nobody may mount one.
+    """
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
@@ -147,4 +164,5 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch, int], Any]] = {
     "lost, told later": partial(LostDevice, later=True),
     "nan": nan_in,
     "nans": nan_again_and_again,
+    "stopped": stop_amid,
 }

@@ -30,7 +30,7 @@ class Life:
     def __init__(self, server: subprocess.Popen[bytes], folder: Path) -> None:
         self._server, self._folder = server, folder
         self._code: int | None = None
-        self.pid = int(self._answer(60) or -1)
+        self.pid = int(self._answer(300) or -1)
 
     def _answer(self, seconds: float) -> bytes:
         assert self._server.stdout is not None
@@ -41,7 +41,7 @@ class Life:
         """As of a ``Popen``."""
         return self.wait(0, expect=False)
 
-    def wait(self, seconds: float = 60, *, expect: bool = True) -> int | None:
+    def wait(self, seconds: float = 300, *, expect: bool = True) -> int | None:
         """The exit code; below 0 for a signal. Fails where it has not ended by then, if that is expected."""
         if self._code is None and (answer := self._answer(seconds)):
             self._code = int(answer)

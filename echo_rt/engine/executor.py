@@ -23,6 +23,7 @@ from torch import Tensor
 
 from echo_rt.errors import BackendError, CaptureError, EchoError, StallError, SteadyStateError
 from echo_rt.utils.device import capture
+from echo_rt.utils.stopped_time import stopped_seconds
 from echo_rt.utils.wording import first_line
 
 _logger = logging.getLogger("echo_rt.engine.executor")
@@ -156,10 +157,10 @@ class CudaEvent(Event):
 
 
 def _wait_for(done: Callable[[], bool], seconds: float) -> bool:
-    """Poll ``done`` for ``seconds`` at most; returns whether it was true."""
-    deadline = time.monotonic() + seconds
+    """Poll ``done`` for ``seconds`` at most in which this process could run; returns whether it was true."""
+    deadline = time.monotonic() + seconds - stopped_seconds()
     while not done():
-        if time.monotonic() > deadline:
+        if time.monotonic() - stopped_seconds() > deadline:
             return False
         time.sleep(_POLL_SECONDS)
     return True

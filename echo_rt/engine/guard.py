@@ -13,8 +13,9 @@ from typing import Any
 from echo_rt.chunk import Vitals
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.snapshot.snapshot import Snapshot
-from echo_rt.utils.atomic_file import write_whole
+from echo_rt.utils.atomic_file import names_in, place, remove, write_whole
 from echo_rt.utils.build_info import __version__
+from echo_rt.utils.folder_lock import FolderClaim
 
 STOP, ROLL_BACK = "stop", "roll_back"
 
@@ -35,7 +36,7 @@ class Guard:
         attempts: rollbacks in a row, without a good block in between, after which the stream ends.
         evidence: a folder, made if needed, for the state and the statistics of every bad block, or None.
         block_seconds: seconds that a block may take before the stream ends with :class:`StallError`; None: no bound.
-            On a CPU this is only noticed at the end of the block.
+            On a CPU this is only noticed at the end of the block. Time in which this process was stopped is left out.
     """
 
     policy: str = STOP
@@ -67,12 +68,24 @@ class Guard:
         assert self.evidence is not None
         folder = Path(self.evidence)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if place(folder)[1] is None:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+            claim = FolderClaim(folder, shared=True)
         except OSError as error:
             raise OutputError(f"{folder}: cannot make the folder: {error.strerror}") from None
+        try:
+            return self._write_evidence(folder, block, snapshot, before, vitals, facts)
+        finally:
+            claim.release()
+
+    @staticmethod
+    def _write_evidence(
+        folder: Path, block: int, snapshot: Snapshot, before: Snapshot | None, vitals: Vitals, facts: dict[str, Any]
+    ) -> list[Path]:
         # A block that goes wrong again, in this run or a later one, does not overwrite the first evidence.
+        there = names_in(folder)
         stems = (f"block-{block:08d}{'' if time == 1 else f'-{time}'}" for time in itertools.count(1))
-        stem = next(stem for stem in stems if not (folder / f"{stem}.json").exists())
+        stem = next(stem for stem in stems if f"{stem}.json" not in there)
         state, figures = folder / f"{stem}.safetensors", folder / f"{stem}.json"
         states = {state: snapshot}
         if before is not None:
@@ -91,7 +104,7 @@ class Guard:
             write_whole(figures, json.dumps(told, indent=2).encode() + b"\n")
         except OutputError:
             for file in states:
-                file.unlink(missing_ok=True)  # all or nothing
+                remove(file)  # all or nothing
             raise
         return [*states, figures]
 

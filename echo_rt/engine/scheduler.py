@@ -20,6 +20,7 @@ from echo_rt.engine.ready import ReadyQueue
 from echo_rt.errors import ConfigError, NumericalError, OutputError, StallError, StreamError
 from echo_rt.options import check_seed
 from echo_rt.snapshot.snapshot import Snapshot, reseeded
+from echo_rt.utils.stopped_time import stopped_seconds
 from echo_rt.utils.wording import counted, one_line, plain, type_of
 
 _logger = logging.getLogger("echo_rt.engine.guard")
@@ -140,6 +141,7 @@ class Blocks:
         self._good: Snapshot | None = None
         self._good_prompt: Prompt | None = None
         self._prompts_since: dict[int, Prompt] = {}  # by block: prompts that began after the good state
+        self._stopped_before: dict[int, float] = {}  # by block in flight: stopped seconds when it began
         self._began = 0.0
 
     def start(self, engine: Engine, prompt: Prompt, initial: Tensor | None, shown: bool) -> None:
@@ -205,6 +207,8 @@ class Blocks:
     def _begin(self, engine: Engine) -> None:
         noise = self._next_noise(engine)
         block, prompt = self.prompts.begin()
+        if self._guard.block_seconds is not None:
+            self._stopped_before[block] = stopped_seconds()
         if prompt is not None:
             if self._good is not None:
                 self._prompts_since[block] = prompt
@@ -258,7 +262,8 @@ class Blocks:
             engine.executor.give_up(bound)  # or closing the runtime would wait for what may never end
             what = "is not there"
         else:
-            seconds = chunk.stats.generate_seconds + chunk.stats.decode_seconds
+            stopped = stopped_seconds() - self._stopped_before.pop(chunk.index)
+            seconds = chunk.stats.generate_seconds + chunk.stats.decode_seconds - stopped
             if seconds <= bound:
                 return
             what = f"took {seconds:.3g} s"

@@ -7,7 +7,7 @@ replaced count as well: a broken promise stays broken.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -40,11 +40,29 @@ class Verdict:
 
 
 @dataclass
+class Made:
+    """How many ``blocks`` were made, also more than once, and the number of the first that was ``never`` made."""
+
+    blocks: int = 0
+    never: int = 0
+
+    def see(self, line: Line) -> None:
+        """Take in one more line."""
+        self.blocks += line.get("blocks", 0) + line.get("replayed", 0)
+        self.never = max(self.never, line["block"] + 1 if "blocks" in line else 0)
+
+    @property
+    def again(self) -> int:
+        """How many were made again: after a resume, or at the end of the soak to compare them."""
+        return self.blocks - self.never
+
+
+@dataclass
 class Seen:
     """What one check has seen so far.
 
     ``evidence``: in words, None while too little was seen. ``over``: the soak as a whole is beyond the threshold, which
-    may get better again; ``broken``: evidence of the first breach, which stays.
+    may get better again; ``broken``: evidence of the first breach, which stays. ``made``: the same of all checks.
     """
 
     evidence: str | None = None
@@ -53,6 +71,7 @@ class Seen:
     count: int = 0
     state: Any = None  # what the check adds up, or compares later lines with
     worst: tuple[float, int] | None = None
+    made: Made = field(default_factory=Made)
 
     def breaks(self, evidence: str | None) -> None:
         """Mark the promise as broken; only the first time counts."""
@@ -65,24 +84,53 @@ class Seen:
         return self.worst
 
 
-# ---- the video: it continues, is finite, in its place, and reproducible
+class Check(NamedTuple):
+    """One promise.
+
+    ``see(seen, line, *bounds)`` takes in a line whose entry ``judged`` is neither absent nor false or 0; ``limit`` is
+    the threshold in words, with the bounds in it. ``bounds`` names fields of :class:`Limits`; where the first is None,
+    nobody asked for the promise. ``unchecked``: why there is no evidence.
+    """
+
+    name: str
+    judged: str
+    see: Callable[..., None]
+    limit: str
+    bounds: tuple[str, ...]
+    unchecked: str
 
 
+CHECKS: list[Check] = []
+
+
+def _promise(
+    name: str, judged: str, limit: str, *bounds: str, unchecked: str = "no block was made"
+) -> Callable[[Callable[..., None]], None]:
+    return lambda see: CHECKS.append(Check(name, judged, see, limit, bounds, unchecked))
+
+
+_TWICE = "no hashed block was made twice (a resume or a snapshot before a hashed block is needed)"
+_FEW = f"fewer than {_ENOUGH_BLOCKS} blocks, or {_ENOUGH_LINES} intervals, after warm-up"
+_NO_GPU = "no GPU, or fewer than two intervals after warm-up"
+_DRIFT = "mean and standard deviation within {:g} standard deviations of those after warm-up"
+
+
+@_promise("stream", "run", "no failure")
 def _stream(seen: Seen, line: Line) -> None:
-    seen.count += line.get("blocks", 0)
-    if seen.count:
-        seen.evidence = f"made: {counted(seen.count, 'block')}"
+    if seen.made.blocks:
+        seen.evidence = f"made: {counted(seen.made.blocks, 'block')}, {seen.made.again} of them made again"
     if line.get("failure"):
         seen.breaks(f"block {line['block']}: {line['failure']}")
 
 
+@_promise("finite", "run", "0 NaN or infinite values, no rollback")
 def _finite(seen: Seen, line: Line) -> None:
     if line.get("nonfinite_failure"):
         seen.breaks(f"block {line['block']}: {line['failure']}")
+    if seen.made.blocks:
+        seen.evidence = f"none in {counted(seen.made.blocks, 'block')}"
     if "blocks" not in line:
         return
-    seen.count += line["blocks"]
-    seen.evidence = f"none in {counted(seen.count, 'block')}"
     if line["rollbacks"]:
         seen.breaks(f"block {line['block']} or before: the stream went back {counted(line['rollbacks'], 'time')}")
     found = line["nonfinite"]
@@ -90,6 +138,7 @@ def _finite(seen: Seen, line: Line) -> None:
         seen.breaks(f"block {found['block']}: {found['latent']} in latents, {found['video']} in the video")
 
 
+@_promise("positions", "blocks", "ids in 0..max, shift never back, no block or frame left out")
 def _positions(seen: Seen, line: Line) -> None:
     place = line["position"]
     least, most, shift = seen.state or (place["least_newest_id"], place["most_newest_id"], 0)
@@ -97,34 +146,19 @@ def _positions(seen: Seen, line: Line) -> None:
     seen.state = least, most, max(shift, place["shift"])
     seen.evidence = f"newest id {least}..{most}, shift up to {seen.state[2]}"
     if place["misplaced"]:
-        seen.breaks("block {}: {}".format(*place["misplaced"]))
+        seen.breaks("block {}: {}".format(*place["misplaced"], ""))
 
 
+@_promise("hashes", "run", "every block that is made again is the same", unchecked=_TWICE)
 def _hashes(seen: Seen, line: Line) -> None:
     seen.count += line["compared"]
     if seen.count:
-        seen.evidence = f"{counted(seen.count, 'block')} made again, with the same hash"
+        seen.evidence = f"{seen.count} of {counted(seen.made.again, 'block')} made again had a hash, which is the same"
     for block, before, now in line["mismatches"]:
         seen.breaks(f"block {block}: expected {before}, found {now}")
 
 
-def _latent_drift(seen: Seen, line: Line, bound: float) -> None:
-    mean, deviation = line["latents"]["mean"], line["latents"]["std"]
-    if mean is None or deviation is None:
-        return  # not finite, which is a promise of its own
-    if seen.state is None:
-        seen.state = mean, deviation
-        return
-    first_mean, first_deviation = seen.state
-    off = max(abs(mean - first_mean), abs(deviation - first_deviation)) / max(first_deviation, 1e-12)
-    seen.evidence = "{:.3g} at most, at block {}".format(*seen.most(off, line["block"]))
-    if off > bound:
-        seen.breaks(f"block {line['block']}: mean {mean:.4g}, deviation {deviation:.4g}, {off:.3g} away")
-
-
-# ---- the machine: steady memory, steady latency, a GPU without errors
-
-
+@_promise("device memory", "warm", "at most {:g} bytes off after warm-up", "device_growth", unchecked=_NO_GPU)
 def _device_memory(seen: Seen, line: Line, growth: float) -> None:
     if line["device"] is None:
         return
@@ -141,6 +175,7 @@ def _device_memory(seen: Seen, line: Line, growth: float) -> None:
             seen.breaks(f"block {line['block']}: {name} {line['device'][name]} bytes, {off:+} since warm-up")
 
 
+@_promise("host memory", "warm", "{:g} bytes per block beyond {:.0f} bytes", "host_slope", "host_slack", unchecked=_FEW)
 def _host_memory(seen: Seen, line: Line, bound: float, slack: float) -> None:
     """Slope of a straight line through the resident bytes of a process."""
     block, rss = line["block"], line["host"]["rss"]
@@ -163,6 +198,7 @@ def _host_memory(seen: Seen, line: Line, bound: float, slack: float) -> None:
     seen.over = slope > bound and slope * x > slack
 
 
+@_promise("latency p99/p50", "blocks", "at most {:g}", "latency_ratio", unchecked=_FEW)
 def _latency_ratio(seen: Seen, line: Line, bound: float) -> None:
     """Over all warm blocks except those of a prompt switch."""
     latencies = seen.state = seen.state or Histogram()
@@ -173,6 +209,9 @@ def _latency_ratio(seen: Seen, line: Line, bound: float) -> None:
         seen.over = slow / middle > bound
 
 
+@_promise(
+    "latency z-score", "blocks", "above {:g} for at most {:g} of blocks", "latency_zscore", "outliers", unchecked=_FEW
+)
 def _outliers(seen: Seen, line: Line, _: float, share: float) -> None:
     """Number of blocks that take much longer than the blocks right before them."""
     found, (judged, outliers) = line["zscore"], seen.state or (0, 0)
@@ -184,6 +223,7 @@ def _outliers(seen: Seen, line: Line, _: float, share: float) -> None:
         seen.over = outliers > share * judged
 
 
+@_promise("snapshot stall", "blocks", "at most {:g} ms", "snapshot_stall", unchecked="no snapshot was taken")
 def _stall(seen: Seen, line: Line, milliseconds: float) -> None:
     stall = (line.get("snapshots") or {}).get("stall")
     if stall is None:
@@ -193,6 +233,22 @@ def _stall(seen: Seen, line: Line, milliseconds: float) -> None:
         seen.breaks(f"before block {line['block'] + 1}: {stall:g} ms")
 
 
+@_promise("latent drift", "warm", _DRIFT, "drift", unchecked="fewer than two intervals after warm-up")
+def _latent_drift(seen: Seen, line: Line, bound: float) -> None:
+    mean, deviation = line["latents"]["mean"], line["latents"]["std"]
+    if mean is None or deviation is None:
+        return  # not finite, which is a promise of its own
+    if seen.state is None:
+        seen.state = mean, deviation
+        return
+    first_mean, first_deviation = seen.state
+    off = max(abs(mean - first_mean), abs(deviation - first_deviation)) / max(first_deviation, 1e-12)
+    seen.evidence = "{:.3g} at most, at block {}".format(*seen.most(off, line["block"]))
+    if off > bound:
+        seen.breaks(f"block {line['block']}: mean {mean:.4g}, deviation {deviation:.4g}, {off:.3g} away")
+
+
+@_promise("GPU errors", "blocks", "0 new uncorrected ECC errors", unchecked="no GPU, or one that counts none")
 def _gpu_errors(seen: Seen, line: Line) -> None:
     count = (line.get("gpu") or {}).get("ecc_uncorrected")
     if count is None:
@@ -205,81 +261,20 @@ def _gpu_errors(seen: Seen, line: Line) -> None:
         seen.breaks(f"block {line['block']}: {count - seen.state[1]} more")
 
 
-def _any(line: Line) -> bool:
-    return True
-
-
-def _interval(line: Line) -> bool:
-    return "blocks" in line
-
-
-def _warm(line: Line) -> bool:
-    return bool(line.get("warm"))
-
-
-class Check(NamedTuple):
-    """One promise.
-
-    ``see(seen, line, *bounds)`` takes in a line that is ``judged``; ``limit`` is the threshold in words, with the
-    bounds in it. ``bounds`` names fields of :class:`Limits`; where the first is None, nobody asked for the promise.
-    ``unchecked``: why there is no evidence.
-    """
-
-    name: str
-    judged: Callable[[Line], bool]
-    see: Callable[..., None]
-    limit: str
-    bounds: tuple[str, ...] = ()
-    unchecked: str = "no block was made"
-
-
-_TWICE = "no hashed block was made twice (a resume or a snapshot before a hashed block is needed)"
-_FEW = f"fewer than {_ENOUGH_BLOCKS} blocks, or {_ENOUGH_LINES} intervals, after warm-up"
-_ONE = "fewer than two intervals after warm-up"
-_NO_GPU = "no GPU, or fewer than two intervals after warm-up"
-_DRIFT = "mean and standard deviation within {:g} standard deviations of those after warm-up"
-
-CHECKS = (
-    Check("stream", _any, _stream, "no failure"),
-    Check("finite", _any, _finite, "0 NaN or infinite values, no rollback"),
-    Check("positions", _interval, _positions, "ids in 0..max, shift never back, no block or frame left out"),
-    Check("hashes", _any, _hashes, "every block that is made again is the same", (), _TWICE),
-    Check("device memory", _warm, _device_memory, "at most {:g} bytes off after warm-up", ("device_growth",), _NO_GPU),
-    Check(
-        "host memory",
-        _warm,
-        _host_memory,
-        "{:g} bytes per block beyond {:.0f} bytes",
-        ("host_slope", "host_slack"),
-        _FEW,
-    ),
-    Check("latency p99/p50", _interval, _latency_ratio, "at most {:g}", ("latency_ratio",), _FEW),
-    Check(
-        "latency z-score",
-        _interval,
-        _outliers,
-        "above {:g} for at most {:g} of blocks",
-        ("latency_zscore", "outliers"),
-        _FEW,
-    ),
-    Check("snapshot stall", _interval, _stall, "at most {:g} ms", ("snapshot_stall",), "no snapshot was taken"),
-    Check("latent drift", _warm, _latent_drift, _DRIFT, ("drift",), _ONE),
-    Check("GPU errors", _interval, _gpu_errors, "0 new uncorrected ECC errors", (), "no GPU, or one that counts none"),
-)
-
-
 class Promises:
     """State of all :data:`CHECKS`, under ``limits`` that are resolved for the device."""
 
     def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self._all = [(check, [getattr(limits, name) for name in check.bounds], Seen()) for check in CHECKS]
+        self.limits, self.made = limits, Made()
+        bounds = [[getattr(limits, name) for name in check.bounds] for check in CHECKS]
+        self._all = [(check, bound, Seen(made=self.made)) for check, bound in zip(CHECKS, bounds, strict=True)]
         assert all("auto" not in bounds for _, bounds, _ in self._all)
 
     def see(self, line: Line) -> None:
         """Take in one more line of the journal."""
+        self.made.see(line)
         for check, bounds, seen in self._all:
-            if None not in bounds and check.judged(line):
+            if None not in bounds and line.get(check.judged):
                 check.see(seen, line, *bounds)
 
     def verdicts(self) -> list[Verdict]:

@@ -21,8 +21,9 @@ from echo_rt.options import (
     lora_files,
     lora_text,
 )
-from echo_rt.utils.atomic_file import reason, write_whole
+from echo_rt.utils.atomic_file import read_plain, reason, write_whole
 from echo_rt.utils.build_info import __version__
+from echo_rt.utils.checked_json import read_json
 
 MANIFEST_FILE = "soak.json"
 _FORMAT = 1
@@ -60,7 +61,7 @@ class Number:
         real = isinstance(value, int if self.kind is int else (int, float)) and not isinstance(value, bool)
         within = real and self.least <= value <= self.most and value < math.inf and (value > 0 or not self.positive)
         if not within:
-            raise ConfigError(f"soak: {option} must be {self.expected}, got {value!r}")
+            raise ConfigError(f"soak: {option} must be {self.expected}, got {value!r:.40}")
 
 
 def numbers(settings: Any) -> dict[str, Number]:
@@ -207,6 +208,12 @@ class SoakConfig(RuntimeOptions):
         return plain
 
 
+@dataclass(frozen=True)
+class _Manifest:
+    config: dict[str, Any]
+    format: Literal[1] = 1
+
+
 def check_manifest(config: SoakConfig) -> dict[str, Any] | None:
     """Return the settings of the soak in ``out``, the same as ``config``'s or a shorter one's; None without a manifest.
 
@@ -214,15 +221,14 @@ def check_manifest(config: SoakConfig) -> dict[str, Any] | None:
     """
     path = config.folder / MANIFEST_FILE
     asked = config.settings()
+    expected = f"{path}: expected the manifest of a soak; name another --out"
     try:
-        begun: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["config"]
-        different = sorted(name for name in {*begun, *asked} if begun.get(name) != asked.get(name))
+        begun = read_json(read_plain(path), _Manifest, expected, ConfigError).config
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ConfigError(f"{path}: expected the manifest of a soak, cannot read it: {reason(error)}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{path}: expected the manifest of a soak, found another file; name another --out") from None
+        raise ConfigError(f"{expected}: cannot read it: {reason(error)}") from None
+    different = sorted(name for name in {*begun, *asked} if begun.get(name) != asked.get(name))
     longer = different in (["blocks"], ["hours"]) and _exceeds(asked[different[0]], begun.get(different[0]))
     if different and not longer:
         listed = "; ".join(f"{name} was {begun.get(name)!r} and is {asked.get(name)!r}" for name in different)

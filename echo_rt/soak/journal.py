@@ -11,28 +11,97 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
 
 from echo_rt.errors import OutputError, StreamError
-from echo_rt.utils.atomic_file import append_whole, reason
+from echo_rt.utils.atomic_file import append_whole, is_same, open_plain, reason
+from echo_rt.utils.checked_json import read_json
 
 JOURNAL_FILE = "soak.jsonl"
 
 Line = dict[str, Any]
 
+_PIECE = 2**20  # bytes
+_LONGEST = 2**28  # bytes of a line: twice an hour of hashes at a thousand blocks a second
+
+
+def _entries(**kinds: Any) -> Any:
+    """A JSON object with at least these entries; one of ``(kind, default)`` may be absent."""
+    return msgspec.defstruct("Entries", [(name, *(k if isinstance(k, tuple) else (k,))) for name, k in kinds.items()])
+
+
+_Count = Annotated[int, Meta(ge=0, le=2**53)]
+_Run = Annotated[int, Meta(ge=1, le=2**53)]
+_Float = Annotated[float, Meta(ge=-1e100, le=1e100)]
+_Figure = _Float | None
+_Text = str | None
+_Bins = dict[Annotated[int, Meta(ge=-20_000, le=20_000)], _Count]  # 1.001^20000 seconds are years
+_Mismatches = list[tuple[_Count, str, str]]
+# What is read of a line; it has more, for other readers.
+_Interval = _entries(
+    run=_Run,
+    first_block=_Count,
+    block=_Count,
+    blocks=_Count,
+    frame=_Count,
+    video_seconds=_Float,
+    elapsed=_Float,
+    fps=_Float,
+    warm=bool,
+    latency=_entries(p50=_Figure, p99=_Figure, max=_Float, max_block=_Count, bins=_Bins),
+    switch_latency=_entries(blocks=_Count, max=_Figure),
+    zscore=_entries(max=_Figure, block=_Count | None, judged=_Count, outliers=_Count),
+    position=_entries(
+        shift=_Count,
+        least_newest_id=int,
+        most_newest_id=int,
+        misplaced=Annotated[list[int | str], Meta(max_length=2)],
+    ),
+    latents=_entries(mean=_Figure, std=_Figure),
+    nonfinite=_entries(latent=_Count, video=_Count, block=_Count | None),
+    rollbacks=_Count,
+    hashes=list[tuple[_Count, str]],
+    compared=_Count,
+    mismatches=_Mismatches,
+    device=_entries(allocated=_Count, reserved=_Count) | None,
+    host=_entries(rss=_Count | None),
+    gpu=_entries(ecc_uncorrected=_Count | None) | None,
+    snapshots=_entries(written=_Count, skipped=_Count, stall=_Figure) | None,
+)
+_End = _entries(
+    run=_Run,
+    block=_Count,
+    end=str,
+    elapsed=_Float,
+    failure=_Text,
+    problem=_Text,
+    nonfinite_failure=bool,
+    compared=_Count,
+    mismatches=_Mismatches,
+    replayed=(_Count, 0),
+    backend=(_Text, None),
+    backend_reason=(_Text, None),
+    taken=(_entries(recipe=(_Text, None), recipe_reason=(_Text, None)) | None, None),
+)
+
 
 class Journal:
     """The file, open for appending. A torn last line, left by a kill in the middle of a write, is cut off.
 
-    All methods raise ``OutputError`` where the disk refuses.
+    All methods raise ``OutputError`` where the disk refuses, or the file is no longer there.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / JOURNAL_FILE
         try:
-            self._file = self.path.open("ab", buffering=0)
-            with self.path.open("rb") as file:
-                self._size = sum(len(text) for text in file if text.endswith(b"\n"))
+            self._file = os.fdopen(open_plain(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+b", buffering=0)
+            self._size = end = 0
+            while piece := self._file.read(_PIECE):
+                end, whole = end + len(piece), piece.rfind(b"\n") + 1
+                self._size = end - len(piece) + whole if whole else self._size
             self._file.truncate(self._size)
         except OSError as error:
             raise OutputError(f"{self.path}: cannot write: {reason(error)}") from None
@@ -40,6 +109,8 @@ class Journal:
     def append(self, line: Line) -> None:
         """Write one line, all of it or none."""
         data = (json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n").encode()
+        if not is_same(self.path, self._file.fileno()):
+            raise OutputError(f"{self.path}: cannot write: somebody removed or replaced the file")
         try:
             self._size = append_whole(self._file, self._size, data)
         except OSError as error:
@@ -64,21 +135,26 @@ def read_lines(folder: Path) -> Iterator[Line]:
     """
     path = folder / JOURNAL_FILE
     try:
-        with path.open("rb") as file:
-            for number, text in enumerate(file, 1):
-                if not text.endswith(b"\n"):
+        with open(open_plain(path), "rb") as file:
+            number = 0
+            while text := file.readline(_LONGEST):
+                number += 1
+                if text.endswith(b"\n"):
+                    yield _parse(text, f"{path}: line {number}: expected a line of a soak")
+                elif len(text) == _LONGEST:
+                    raise StreamError(f"{path}: line {number}: expected a line of a soak, found one without an end")
+                else:
                     return  # torn
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    line = None
-                if not isinstance(line, dict) or not ("blocks" in line or "end" in line):
-                    raise StreamError(f"{path}: line {number}: expected a line of a soak, found {text[:40]!r}")
-                yield line
     except FileNotFoundError:
         return
     except OSError as error:
         raise StreamError(f"{path}: cannot be read: {reason(error)}") from None
+
+
+def _parse(text: bytes, what: str) -> Line:
+    line = read_json(text, Line, what, StreamError)
+    read_json(text, _Interval if "blocks" in line else _End, what, StreamError)
+    return line
 
 
 class Past:
@@ -100,7 +176,7 @@ class Past:
             self.runs = line["run"]
             if "blocks" not in line:
                 continue
-            if line.get("rollbacks", 0) > rollbacks:
+            if line["rollbacks"] > rollbacks:
                 rollbacks = line["rollbacks"]
                 self.hashes = {number: made for number, made in self.hashes.items() if number < line["first_block"]}
                 branched = line["block"] >= block

@@ -17,11 +17,12 @@ from echo_rt.errors import NumericalError
 from echo_rt.runtime import Runtime
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import SnapshotKeeper, snapshot_files
-from echo_rt.soak.checks import Promises, Verdict
+from echo_rt.soak.checks import Verdict
 from echo_rt.soak.config import SoakConfig
 from echo_rt.soak.interval import Checker, Interval, digest
 from echo_rt.soak.journal import Journal, Line, Past
 from echo_rt.soak.probes import device_memory, gpu_health, host_memory
+from echo_rt.soak.report import History
 from echo_rt.stream import Stream
 
 EVIDENCE_FOLDER, SNAPSHOT_FOLDER = "evidence", "snapshots"
@@ -58,7 +59,8 @@ class Stop(Protocol):
 class BlockLoop:
     """Generates the blocks of one process, from ``snapshot`` on, or from the beginning of the video.
 
-    ``failure``: what the stream raised; ``problem``: what anything else did; ``finished``: all blocks are there.
+    ``failure``: what the stream raised; ``problem``: what anything else did; ``begun``: there was a stream;
+    ``finished``: all blocks are there.
     """
 
     def __init__(
@@ -67,19 +69,20 @@ class BlockLoop:
         runtime: Runtime,
         embeds: Sequence[Tensor],
         journal: Journal,
-        promises: Promises,
+        history: History,
+        past: Past,
         snapshot: Snapshot | None,
         stop: Stop,
         watchers: Sequence[Watcher],
     ) -> None:
         self.failure: Exception | None = None
         self.problem: Exception | None = None
-        self.finished = False
+        self.finished = self.begun = False
         self._config, self._runtime, self._embeds = config, runtime, embeds
-        self._journal, self._promises, self._stop, self._watchers = journal, promises, stop, watchers
+        self._journal, self._history, self._stop, self._watchers = journal, history, stop, watchers
+        self._limits = history.promises.limits
         self._snapshot = snapshot
         begin, offset = (0, 0) if snapshot is None else (snapshot.next_block, snapshot.offset)
-        past = Past(config.folder, begin)
         self._run, self._elapsed_before = past.runs + 1, past.elapsed
         self._checker = Checker(
             runtime.config, past.hashes, block=begin, frame=past.frames, hash_every=config.hash_every, offset=offset
@@ -93,7 +96,7 @@ class BlockLoop:
         self._switched = self._snapshot_taken = False
         self._stall: float | None = None  # longest stall of the stream by a snapshot since the last line, in ms
         self._replayed: list[tuple[int, str, str]] = []
-        self._compared = 0
+        self._compared = self._again = 0
         window = (config.keep + 1) * (config.snapshot_every or 0) // config.hash_every + 2
         self._recent: deque[tuple[int, str]] = deque(maxlen=window)
         self._rollbacks = 0
@@ -133,6 +136,7 @@ class BlockLoop:
     def _stream(self) -> None:
         config, checker, stop = self._config, self._checker, self._stop
         with self._begin() as stream:
+            self.begun = True
             self._began = time.monotonic()
             interval = self._interval()
             self.finished = config.is_over(checker.block, self._elapsed)
@@ -165,7 +169,7 @@ class BlockLoop:
         return self._runtime.stream(prompt_embeds=first, seed=self._config.seed, guard=self._guard)
 
     def _interval(self) -> Interval:
-        zscore = self._promises.limits.latency_zscore
+        zscore = self._limits.latency_zscore
         assert zscore != "auto"
         return Interval(self._checker, self._run, zscore)
 
@@ -207,7 +211,7 @@ class BlockLoop:
         config = self._config
         switched = config.switch_every is None or self._switched
         snapped = config.snapshot_every is None or self._snapshot_taken
-        return self._made > self._promises.limits.warmup_blocks and switched and snapped
+        return self._made > self._limits.warmup_blocks and switched and snapped
 
     def _write(self, interval: Interval) -> None:
         keeper, stall, self._stall = self._keeper, self._stall, None
@@ -220,9 +224,9 @@ class BlockLoop:
         }
         prompt = self._config.prompt_of(self._checker.block - 1)
         line = interval.line(elapsed=self._elapsed, fps=self._runtime.fps, probes=probes, prompt=prompt)
+        self._history.see(line)  # first: it belongs into the report even where the journal is gone
         self._journal.append(line)
-        self._promises.see(line)
-        verdicts = self._promises.verdicts()
+        verdicts = self._history.promises.verdicts()
         for watcher in self._watchers:
             watcher.line_done(line, verdicts)
 
@@ -260,6 +264,7 @@ class BlockLoop:
                 chunk = None if self._stop.request is not None else self._next(stream)
                 if chunk is None:
                     return
+                self._again += 1
                 if block in known:
                     made = digest(chunk)
                     self._compared += 1
@@ -279,6 +284,7 @@ class BlockLoop:
             "nonfinite_failure": isinstance(self.failure, NumericalError),
             "compared": self._compared,
             "mismatches": self._replayed,
+            "replayed": self._again,
             "backend": self._runtime.backend,
             "backend_reason": self._runtime.backend_reason,
             "taken": self._runtime.taken.as_json(),

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from echo_rt.utils.atomic_file import reason
+
 _STATM = Path("/proc/self/statm")
 _KIBIBYTE = 1024  # the unit of ru_maxrss on Linux
 
@@ -19,12 +21,17 @@ _KIBIBYTE = 1024  # the unit of ru_maxrss on Linux
 _BOARD, _PARTITION = "GPU-", "MIG-"
 
 
-def host_memory() -> dict[str, int | None]:
-    """Bytes: ``rss`` now (None without /proc), ``peak`` of the process so far."""
-    rss = None
-    if _STATM.exists():
-        rss = int(_STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return {"rss": rss, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIBIBYTE}
+def host_memory() -> dict[str, Any]:
+    """Bytes: ``rss`` now, ``peak`` of the process so far. ``rss`` is None where it cannot be read; ``unread`` says why.
+
+    That happens without /proc, and where the process may not open one more file.
+    """
+    figures: dict[str, Any] = {"rss": None}
+    try:
+        figures["rss"] = int(_STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError as error:
+        figures["unread"] = reason(error)
+    return figures | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIBIBYTE}
 
 
 def device_memory(device: torch.device) -> dict[str, int] | None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.soak.checks import Status, Verdict
@@ -14,6 +18,7 @@ from echo_rt.utils.atomic_file import reason
 
 _PREFIX = "echo_rt_soak"
 _NOT_FIGURES = {"bins", "hashes", "mismatches", "misplaced"}
+_CONNECTION_SECONDS = 2.0
 _VALUES = {Status.KEPT: 1.0, Status.BROKEN: 0.0, Status.UNCHECKED: math.nan}
 
 
@@ -29,6 +34,36 @@ def figures(line: Mapping[str, Any], prefix: str = _PREFIX) -> Iterator[tuple[st
             yield path, math.nan if value is None else float(value)
 
 
+class _Handler(WSGIRequestHandler):
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Say nothing: the terminal is the soak's."""
+
+
+def _end(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+class _Server(WSGIServer):
+    """One connection at a time, for a short time, on one thread: whoever is silent takes nothing from the stream."""
+
+    def __init__(self, address: tuple[str, int], handler: Any) -> None:
+        self.address_family = socket.getaddrinfo(*address)[0][0]
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer; when the time is over, the connection reads and writes its end."""
+        late = threading.Timer(_CONNECTION_SECONDS, _end, [request])
+        late.start()
+        try:
+            super().process_request(request, client_address)
+        finally:
+            late.cancel()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a reader that has left."""
+
+
 class Exporter:
     """A :class:`Watcher` that serves from the moment it is made. ``port`` 0 takes a free one, which :attr:`port` names.
 
@@ -37,48 +72,35 @@ class Exporter:
 
     def __init__(self, address: str, port: int) -> None:
         try:
-            import prometheus_client
-            from prometheus_client.core import GaugeMetricFamily
+            from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
         except ImportError:
             raise BackendError(
                 "figures for Prometheus need prometheus-client, which is not installed: pip install 'echo-rt[soak]'"
             ) from None
-        self._family: Any = GaugeMetricFamily
-        self._lock = threading.Lock()
-        self._line: Line = {}
-        self._verdicts: Sequence[Verdict] = ()
-        self._block = (0, 0, math.nan)
-        registry = prometheus_client.CollectorRegistry()
-        registry.register(self)
+        registry = CollectorRegistry()
+        self._gauge = cache(partial(Gauge, registry=registry))
+        self._promise = Gauge(f"{_PREFIX}_promise", "1 kept, 0 broken, NaN not checked", ["promise"], registry=registry)
+        self.block_done(0, 0, math.nan)
         try:
-            self._server, self._thread = prometheus_client.start_http_server(port, address, registry)
+            self._server = make_server(address, port, make_wsgi_app(registry), _Server, _Handler)
         except OSError as error:
             raise ConfigError(f"--port: cannot serve at {address}:{port}: {reason(error)}") from None
         self.port = int(self._server.server_port)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="echo-rt figures", daemon=True)
+        self._thread.start()
 
     def block_done(self, block: int, frames: int, seconds: float) -> None:
-        """Note the newest block."""
-        with self._lock:
-            self._block = (block, frames, seconds)
+        """Serve the newest block."""
+        self._gauge(f"{_PREFIX}_current_block", "number of the newest block").set(block)
+        self._gauge(f"{_PREFIX}_current_frames", "frames of video so far").set(frames)
+        self._gauge(f"{_PREFIX}_current_block_seconds", "how long the newest block took").set(seconds)
 
     def line_done(self, line: Line, verdicts: Sequence[Verdict]) -> None:
-        """Note the newest line."""
-        with self._lock:
-            self._line, self._verdicts = line, verdicts
-
-    def collect(self) -> Iterator[Any]:
-        """Yield all metrics; the registry calls it at every request."""
-        with self._lock:
-            line, verdicts, (block, frames, seconds) = self._line, self._verdicts, self._block
-        yield self._family(f"{_PREFIX}_current_block", "number of the newest block", value=block)
-        yield self._family(f"{_PREFIX}_current_frames", "frames of video so far", value=frames)
-        yield self._family(f"{_PREFIX}_current_block_seconds", "how long the newest block took", value=seconds)
+        """Serve the newest line."""
         for name, value in figures(line):
-            yield self._family(name, "of the newest line of soak.jsonl", value=value)
-        promise = self._family(f"{_PREFIX}_promise", "1 kept, 0 broken, NaN not checked", labels=["promise"])
+            self._gauge(name, "of the newest line of soak.jsonl").set(value)
         for verdict in verdicts:
-            promise.add_metric([verdict.promise], _VALUES[verdict.status])
-        yield promise
+            self._promise.labels(verdict.promise).set(_VALUES[verdict.status])
 
     def close(self) -> None:
         """Stop serving; may be called twice."""

@@ -1,4 +1,4 @@
-"""``report.md``: what was run, how each promise stands, the figures; with plots where matplotlib is installed."""
+"""``report.md`` and ``report.html``: what was run, how each promise stands, the figures, plots where matplotlib is."""
 
 from __future__ import annotations
 
@@ -6,28 +6,35 @@ import importlib.util
 import io
 import json
 import platform
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from markdown_it import MarkdownIt
 
-from echo_rt.errors import BackendError
-from echo_rt.soak.checks import Verdict
+from echo_rt.errors import BackendError, OutputError
+from echo_rt.soak.checks import Promises
 from echo_rt.soak.config import SoakConfig
 from echo_rt.soak.interval import Histogram
-from echo_rt.soak.journal import JOURNAL_FILE, Line, read_lines
-from echo_rt.utils.atomic_file import write_whole
+from echo_rt.soak.journal import JOURNAL_FILE, Line
+from echo_rt.utils.atomic_file import PartFile, reason, write_whole
 from echo_rt.utils.build_info import __version__
-from echo_rt.utils.wording import counted
+from echo_rt.utils.wording import counted, printable
 
-REPORT_FILE = "report.md"
-PICTURES = ("latency.png", "memory.png", "latents.png")
+REPORT_FILE, PAGE_FILE = "report.md", "report.html"
+PICTURES = ("latency.svg", "memory.svg", "latents.svg")
 _NO_MATPLOTLIB = "plots need matplotlib, which is not installed: pip install 'echo-rt[soak]'"
 _MEBIBYTE = 2.0**20
-_SIZE = (10.0, 4.0)  # of a panel, in inches
+_SIZE = (10.0, 3.5)  # of a panel, in inches
 _CAPACITY = 4096  # points of a curve; a picture is not that wide
+_MARKS = 200  # of a kind in a picture
+_ROOM = 1.5  # a threshold this far above the figures is out of the picture
+_FROM_WARM = ("first_block", "block", "device", "host", "latents")  # of a line; its hashes are many
+_STYLE = """<style>body { font: 15px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; } th, td { border: 1px solid #ccc; padding: .2rem .6rem; text-align: left; }
+svg { width: 100%; height: auto; } pre { overflow: auto; background: #f4f4f4; padding: .6rem; }</style>"""
 
 
 def can_plot() -> bool:
@@ -44,6 +51,9 @@ def require_matplotlib() -> None:
 def device_name(device: torch.device) -> str:
     """Name of the device for the report. Ask before the soak: a GPU that is lost does not answer."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+# ---------------------------------------------------------------- what is told
 
 
 def _mean(a: float, b: float) -> float:
@@ -75,97 +85,175 @@ class Curve:
             self.points.pop()
 
 
-class History:
-    """The journal in bounded memory: totals, which include blocks that were made twice, and curves, which do not.
+@dataclass
+class Life:
+    """One process: its blocks ``first .. last``, and figures of its first line after the warm-up."""
 
-    ``plots``: by file, the title, the unit, its size in the line's unit, and the panels with their curves.
+    first: int
+    last: int
+    warm: Line | None = None
+
+
+class Panel(NamedTuple):
+    """Curves over one axis, in ``unit``, which is ``scale`` of the lines' units.
+
+    ``threshold``: its name in :meth:`History.thresholds`. ``from_zero``: where the axis begins; otherwise it is as high
+    as a standard deviation at least. Either way a small change does not look like a large one.
     """
 
-    def __init__(self) -> None:
+    threshold: str
+    unit: str
+    scale: float
+    curves: list[Curve]
+    from_zero: bool = True
+
+
+class History:
+    """The journal in bounded memory: promises, totals with the blocks that were made twice, curves without them."""
+
+    def __init__(self, promises: Promises) -> None:
+        self.promises = promises
         self.latency = Histogram()
         self.longest = (0.0, 0)
-        self.made = self.runs = self.switches = 0
+        self.runs = self.switches = 0
         self.slowest_switch = self.longest_stall = 0.0
         self.newest: Line = {}
-        self.resumes: list[int] = []
+        self.lives: list[Life] = []
         latency = [
             Curve("p50", lambda line: line["latency"]["p50"], _mean),
             Curve("p99", lambda line: line["latency"]["p99"]),
             Curve("longest", lambda line: line["latency"]["max"]),
         ]
         device = [
-            Curve("device allocated", lambda line: (line["device"] or {}).get("allocated")),
             Curve("device reserved", lambda line: (line["device"] or {}).get("reserved")),
+            Curve("device allocated", lambda line: (line["device"] or {}).get("allocated")),
         ]
         host = [Curve("host resident", lambda line: line["host"]["rss"])]
         mean = [Curve("mean", lambda line: line["latents"]["mean"], _mean)]
         deviation = [Curve("standard deviation", lambda line: line["latents"]["std"], _mean)]
-        self.plots: dict[str, tuple[str, str, float, list[list[Curve]]]] = {
-            "latency.png": ("Block latency", "ms", 1.0, [latency]),
-            "memory.png": ("Memory", "MiB", _MEBIBYTE, [device, host]),
-            "latents.png": ("Drift of the latent statistics", "", 1.0, [mean, deviation]),
+        memory = [Panel("device", "MiB", _MEBIBYTE, device), Panel("host", "MiB", _MEBIBYTE, host)]
+        latents = [Panel("mean", "", 1.0, mean, from_zero=False), Panel("std", "", 1.0, deviation)]
+        self.plots: dict[str, tuple[str, list[Panel]]] = {
+            "latency.svg": ("Block latency", [Panel("latency", "ms", 1.0, latency)]),
+            "memory.svg": ("Memory", memory),
+            "latents.svg": ("Drift of the latent statistics", latents),
         }
-        self.curves = [*latency, *device, *host, *mean, *deviation]
+        self.curves = [curve for _, panels in self.plots.values() for panel in panels for curve in panel.curves]
 
     def see(self, line: Line) -> None:
         """Take in one more line."""
-        if "blocks" in line:
-            self.made += line["blocks"]
-            self.latency.merge(Histogram(line["latency"]["bins"]))
-            self.longest = max(self.longest, (line["latency"]["max"], line["latency"]["max_block"]))
-            self.switches += line["switch_latency"]["blocks"]
-            self.slowest_switch = max(self.slowest_switch, line["switch_latency"]["max"] or 0.0)
-            self.longest_stall = max(self.longest_stall, (line["snapshots"] or {}).get("stall") or 0.0)
-            resumed = self.newest and line["run"] != self.newest["run"]
-            if resumed:
-                self.resumes.append(line["first_block"])
-            for curve in self.curves:
-                if resumed:
-                    curve.cut(line["first_block"])
-                curve.add(line["block"], curve.value(line))
-            self.newest = line
+        self.promises.see(line)
         self.runs = line["run"]
+        if "blocks" not in line:
+            return
+        self.latency.merge(Histogram(line["latency"]["bins"]))
+        self.longest = max(self.longest, (line["latency"]["max"], line["latency"]["max_block"]))
+        self.switches += line["switch_latency"]["blocks"]
+        self.slowest_switch = max(self.slowest_switch, line["switch_latency"]["max"] or 0.0)
+        self.longest_stall = max(self.longest_stall, (line["snapshots"] or {}).get("stall") or 0.0)
+        if not self.newest or line["run"] != self.newest["run"]:
+            self.lives.append(Life(line["first_block"], line["block"]))
+            for curve in self.curves:
+                curve.cut(line["first_block"])
+        for curve in self.curves:
+            curve.add(line["block"], curve.value(line))
+        self.lives[-1].last = line["block"]
+        if line["warm"] and self.lives[-1].warm is None:
+            self.lives[-1].warm = {name: line[name] for name in _FROM_WARM}
+        self.newest = line
+
+    def thresholds(self, warm: Line) -> dict[str, tuple[float | None, float | None, float]]:
+        """By panel: the value at a process's first ``warm`` line, and what may be added: a constant, and per block."""
+        limits, middle = self.promises.limits, 1e3 * (self.latency.quantile(0.5) or 0.0)
+        ratio, latents = limits.latency_ratio, warm["latents"]
+        drift = None if limits.drift is None or latents["std"] is None else limits.drift * latents["std"]
+        slack = None if limits.host_slope is None else limits.host_slack
+        return {
+            "latency": (middle, middle * (ratio - 1) if isinstance(ratio, (int, float)) and middle else None, 0.0),
+            "device": ((warm["device"] or {}).get("reserved"), limits.device_growth, 0.0),
+            "host": (warm["host"]["rss"], slack, limits.host_slope or 0.0),
+            "mean": (latents["mean"], drift, 0.0),
+            "std": (latents["std"], drift, 0.0),
+        }
 
 
-def write_report(config: SoakConfig, verdicts: Sequence[Verdict], last: Line, device: str = "CPU") -> Path:
-    """Write the report of the journal in ``config.out``; ``last`` is its last line. Raises ``OutputError``."""
-    history = History()
-    for line in read_lines(config.folder):
-        history.see(line)
-    path = config.folder / REPORT_FILE
-    promises = [[v.promise, f"**{v.status.value}**", v.limit, v.evidence] for v in verdicts]
+# ---------------------------------------------------------------- the report
+
+
+def write_report(config: SoakConfig, history: History, last: Line, device: str, part: PartFile) -> None:
+    """Write the report into ``part``, and page and pictures into ``config.out``; raises ``OutputError``.
+
+    ``last`` is the journal's last line. The report goes first: where the disk takes no more files, ``part`` is there.
+    """
+    promises = [[v.promise, f"**{v.status.value}**", v.limit, v.evidence] for v in history.promises.verdicts()]
+    pictures, missing = _pictures(config, history)
+    shown = "".join(f"\n![{history.plots[name][0]}]({name})\n" for name in pictures)
     parts = (
         _head(last),
         "## Promises\n\n" + _table(["promise", "status", "threshold", "evidence"], promises),
+        _warm_up(config),
         "## Figures\n\n" + _table(["figure", "value"], _figures(history, last)),
-        f"## Plots\n\n{_plots(config, history)}",
+        f"## Plots\n\n{_LEGEND if pictures else missing}\n{shown}",
         _setting(config, device, last),
     )
-    write_whole(path, "\n".join(parts).encode())
-    return path
+    text = "\n".join(parts)
+    try:
+        part.append(text.encode())
+    except OSError as error:
+        part.discard()
+        raise OutputError(f"{part.path}: cannot write: {reason(error)}") from None
+    part.commit()
+    for file, content in ((PAGE_FILE, _page(text, pictures)), *pictures.items()):
+        write_whole(config.folder / file, content.encode())
+
+
+def _page(text: str, pictures: Mapping[str, str]) -> str:
+    """The same as one page of HTML that needs no other file."""
+    body = MarkdownIt("js-default").render(text)
+    for name, svg in pictures.items():
+        before, _, after = body.partition(f'<img src="{name}"')
+        body = before + svg + after.partition(">")[2]
+    return f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Soak</title>{_STYLE}\n{body}</html>\n'
+
+
+def _plain(text: str) -> str:
+    """``text`` in Markdown, without links or pictures of its own."""
+    return re.sub(r"([|\[])", r"\\\1", printable(text))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    lines = [head, ["---"] * len(head), *([_plain(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _head(last: Line) -> str:
     said, problem = "", last["problem"]
     if last["failure"] is not None:
-        said = f"\nThe stream failed before block {last['block']}: {last['failure']}\n"
+        said = f"\nThe stream failed before block {last['block']}: {_plain(last['failure'])}\n"
     if problem is not None:
-        said += f"\nAfter that: {problem}\n" if said else f"\nThe stream did not fail; the soak ended with: {problem}\n"
-    return f"# Soak: {last['end']} after {counted(last['block'], 'block')}\n{said}"
+        why = "After that" if said else "The stream did not fail; the soak ended with"
+        said += f"\n{why}: {_plain(problem)}\n"
+    return f"# Soak: {_plain(last['end'])} after {counted(last['block'], 'block')}\n{said}"
+
+
+def _warm_up(config: SoakConfig) -> str:
+    until = [f"{config.limits.warmup_blocks} blocks"]
+    until += ["its first prompt switch"] * (config.switch_every is not None)
+    until += ["its first snapshot"] * (config.snapshot_every is not None)
+    return (
+        f"Each process has a warm-up: {', '.join(until)}. All lasting allocations are made in it, so memory may rise "
+        "there in a step; the limits on memory and latency hold from its end on.\n"
+    )
 
 
 def _figures(history: History, last: Line) -> list[list[str]]:
+    made, newest = history.promises.made, history.newest
     rows = [
         ["processes", str(history.runs)],
-        ["blocks, including those made again", str(history.made)],
+        ["blocks, including those made again", str(made.blocks)],
+        ["blocks made again", str(made.again)],
         ["hours of streaming", f"{last['elapsed'] / 3600:.3f}"],
     ]
-    newest = history.newest
     if not newest:
         return rows
     p50, p99 = (history.latency.quantile(share) for share in (0.5, 0.99))
@@ -187,49 +275,95 @@ def _figures(history: History, last: Line) -> list[list[str]]:
     ]
 
 
-def _plots(config: SoakConfig, history: History) -> str:
-    """Draw the plots that have points, and return the lines that show them."""
-    if config.plots is False:
-        return "Left out, as asked.\n"
-    if not can_plot():
-        return f"Left out: {_NO_MATPLOTLIB}; then give the same command again.\n"
-    shown = []
-    for name, (title, unit, scale, panels) in history.plots.items():
-        drawn = [panel for panel in ([curve for curve in curves if curve.points] for curves in panels) if panel]
-        if drawn:
-            write_whole(config.folder / name, _picture(title, unit, scale, drawn, history.resumes))
-            shown.append(f"![{title}]({name})\n")
-    return "\n".join(shown)
-
-
-def _picture(title: str, unit: str, scale: float, panels: Sequence[Sequence[Curve]], resumes: Sequence[int]) -> bytes:
-    # Figure itself, not pyplot, which keeps every figure and asks for a display.
-    from matplotlib.figure import Figure
-
-    figure: Any = Figure(figsize=(_SIZE[0], _SIZE[1] * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, panel in zip(axes, panels, strict=True):
-        for curve in panel:
-            blocks, values = zip(*curve.points, strict=True)
-            marker = "." if len(blocks) == 1 else None  # a line of one point is invisible
-            axis.plot(blocks, [value / scale for value in values], label=curve.label, linewidth=1, marker=marker)
-        for block in resumes:
-            axis.axvline(block, color="grey", linewidth=0.5, linestyle=":")
-        axis.set_ylabel(unit)
-        axis.legend(loc="upper left")
-    axes[0].set_title(title)
-    axes[-1].set_xlabel("block")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
-
-
 def _setting(config: SoakConfig, device: str, last: Line) -> str:
     if "backend" in last:
         device += f", backend {last['backend']} ({last['backend_reason']})"
     versions = f"echo-rt {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    machine = f"{platform.system()} {platform.machine()}, {device}. All figures: `{JOURNAL_FILE}`."
+    machine = f"{platform.system()} {platform.machine()}, {_plain(device)}. All figures: `{JOURNAL_FILE}`."
     settings = json.dumps(config.settings(), indent=2)
     taken = last.get("taken") or {}
-    recipe = f"Recipe {taken['recipe']} ({taken['recipe_reason']}).\n\n" if taken.get("recipe") else ""
+    named = f"Recipe {taken['recipe']} ({taken.get('recipe_reason')})" if taken.get("recipe") else ""
+    recipe = f"{_plain(named)}.\n\n" if named else ""
     return f"## Setting\n\n{versions}, {machine}\n\n{recipe}```json\n{settings}\n```\n"
+
+
+# ---------------------------------------------------------------- plots
+
+_LEGEND = (
+    "Grey: the warm-up of a process. Dotted: a process began. Dashed: the threshold. Triangles: prompt switches above, "
+    f"snapshots below, at most {_MARKS} of each. Axes begin at 0, or show a standard deviation, so that only what "
+    "matters looks large."
+)
+
+
+def _pictures(config: SoakConfig, history: History) -> tuple[dict[str, str], str]:
+    """Return the SVG by file name of each plot that has points, or why there is none."""
+    if config.plots is False:
+        return {}, "Left out, as asked."
+    if not can_plot():
+        return {}, f"Left out: {_NO_MATPLOTLIB}; then give the same command again."
+    made = {}
+    try:
+        for name, (title, panels) in history.plots.items():
+            drawn = [panel for panel in panels if any(curve.points for curve in panel.curves)]
+            if drawn:
+                made[name] = _picture(name, title, drawn, config, history)
+    except OSError as error:  # a soak that has used up its files has a report
+        return {}, f"Left out: {reason(error)}."
+    return made, "There is no line to draw."
+
+
+def _picture(name: str, title: str, panels: Sequence[Panel], config: SoakConfig, history: History) -> str:
+    # Figure itself, not pyplot, which keeps every figure and asks for a display.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure: Any = Figure(figsize=(_SIZE[0], _SIZE[1] * len(panels)), layout="constrained")
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, panel in zip(axes, panels, strict=True):
+            _draw(axis, panel, config, history)
+        axes[0].set_title(title)
+        axes[-1].set_xlabel("block")
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _draw(axis: Any, panel: Panel, config: SoakConfig, history: History) -> None:
+    curves = [curve for curve in panel.curves if curve.points]
+    for curve in curves:
+        blocks, values = zip(*curve.points, strict=True)
+        marker = "." if len(blocks) == 1 else None  # a line of one point is invisible
+        axis.plot(blocks, [value / panel.scale for value in values], label=curve.label, linewidth=1, marker=marker)
+    shown = [y / panel.scale for curve in curves for _, y in curve.points]
+    low, high = min(shown), max(shown)
+    for life in _some(history.lives):
+        axis.axvspan(life.first, life.warm["first_block"] if life.warm else life.last, color="grey", alpha=0.15)
+        axis.axvline(life.first, color="grey", linewidth=0.7, linestyle=":")
+        if life.warm is None:
+            continue
+        base, more, slope = history.thresholds(life.warm)[panel.threshold]
+        if base is None or more is None:
+            continue
+        blocks = (life.warm["block"], life.warm["block"] + more / slope if slope else life.last, life.last)
+        limits = [(base + max(more, slope * (x - blocks[0]))) / panel.scale for x in blocks if x <= life.last]
+        axis.plot([x for x in blocks if x <= life.last], limits, color="tab:red", linewidth=1, linestyle="--")
+        high = max([high, *(limit for limit in limits if limit < _ROOM * high)])
+    for every, marker, y in ((config.switch_every, "v", 0.96), (config.snapshot_every, "^", 0.04)):
+        if every is not None:
+            at = _some(range(every, history.promises.made.never, every))
+            where = axis.get_xaxis_transform()
+            axis.plot(at, [y] * len(at), marker, markersize=3, color="grey", transform=where)
+    if panel.from_zero:
+        axis.set_ylim(min(0.0, low), 1.15 * high or 1.0)
+    else:
+        around = max(0.6 * (high - low), 0.5 * (history.newest["latents"]["std"] or 1.0))
+        axis.set_ylim((low + high) / 2 - around, (low + high) / 2 + around)
+    axis.set_ylabel(panel.unit)
+    axis.legend(loc="lower left", fontsize="small")
+
+
+def _some(marks: Sequence[Any]) -> Sequence[Any]:
+    return marks[:: 1 + len(marks) // _MARKS]

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from echo_rt.engine.prompts import load_prompt_embeds, save_prompt_embeds
-from echo_rt.errors import ConfigError, OutputError
+from echo_rt.errors import ConfigError, EchoError, OutputError
 from echo_rt.output.segment_index import INDEX_FILE
 from echo_rt.runtime import Runtime
 from echo_rt.snapshot.store import latest_snapshot, require_seed, snapshot_files
 from echo_rt.soak.checks import Promises, Status, Verdict
 from echo_rt.soak.config import MANIFEST_FILE, SoakConfig, check_manifest, write_manifest
-from echo_rt.soak.journal import Journal, Line, read_lines
+from echo_rt.soak.journal import JOURNAL_FILE, Journal, Line, Past, read_lines
 from echo_rt.soak.loop import EVIDENCE_FOLDER, SNAPSHOT_FOLDER, BlockLoop, Stop, StopSignal, Watcher
 from echo_rt.soak.prometheus import Exporter
-from echo_rt.soak.report import PICTURES, REPORT_FILE, device_name, require_matplotlib, write_report
-from echo_rt.utils.atomic_file import reason
+from echo_rt.soak.report import (
+    PAGE_FILE,
+    PICTURES,
+    REPORT_FILE,
+    History,
+    device_name,
+    require_matplotlib,
+    write_report,
+)
+from echo_rt.utils.atomic_file import PartFile, names_in, open_plain, reason
 from echo_rt.utils.device import parse_device
 from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.threads import share_cpu
@@ -81,32 +91,32 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
     """Run the soak, or continue the one in ``config.out``, and write its report.
 
     A stream that fails is an outcome, with a report, and so is a ``stop``. Raises :class:`ConfigError` for another
-    soak's folder, the errors of loading a model, and :class:`OutputError` where the folder cannot be written: its files
-    stay readable, and the same call continues from there.
+    soak's folder, the errors of loading a model, and :class:`OutputError` for all that goes wrong after that, of which
+    there is a report if one can be written: the files stay readable, and the same call continues from there.
     """
     if config.plots:
         require_matplotlib()
     device = parse_device(config.device)
-    promises, name = Promises(config.limits.resolved(device.type)), device_name(device)
+    history, name = History(Promises(config.limits.resolved(device.type))), device_name(device)
     stop = stop or _NeverStop()
     with contextlib.ExitStack() as cleanup:
         claim = FolderClaim(config.folder)
         cleanup.callback(claim.release)
+        conclude = partial(_conclude, config, name, history, claim)
         begun = check_manifest(config)
-        if begun is None:
-            _require_no_other(config.folder)
-        _remove_parts(claim)
+        _check_folder(claim, begun is not None)
         last: Line = {}
         for last in read_lines(config.folder):
-            promises.see(last)
+            history.see(last)
         # A complete soak may lack its report, or be asked for more blocks.
         if last.get("end") == _COMPLETE and config.is_over(last["block"], last["elapsed"]):
-            return _conclude(config, name, promises, last)
+            return conclude(last)
         if config.serve is not None:
             watchers = [*watchers, cleanup.enter_context(closing(Exporter(*config.serve)))]
         file, snapshot = latest_snapshot(config.folder / SNAPSHOT_FOLDER) or (None, None)
         if file is not None and snapshot is not None:
             require_seed(file, snapshot, config.seed)
+        past = Past(config.folder, 0 if snapshot is None else snapshot.next_block)
         options = config.arguments() | {"device": device, "like": snapshot}
         with stop.interruptible():
             runtime = cleanup.enter_context(Runtime.from_pretrained(config.model, **options))
@@ -114,76 +124,106 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
         kept = _kept_embeds(config)
         with stop.interruptible():
             embeds = kept or runtime.encode_prompts(config.prompts)
-        if begun != config.settings():  # only now: a mistyped model or prompt must not be tied to the folder
-            write_manifest(config)
-        if not kept:
-            for file, tensor, prompt in zip(_embeds_files(config), embeds, config.prompts, strict=True):
-                save_prompt_embeds(file, tensor, prompt)
-        journal = cleanup.enter_context(closing(Journal(config.folder)))
-        loop = BlockLoop(config, runtime, embeds, journal, promises, snapshot, stop, watchers)
+        with _accepted():
+            if begun != config.settings():  # only now: a mistyped model or prompt must not be tied to the folder
+                write_manifest(config)
+            if not kept:
+                for file, tensor, prompt in zip(_embeds_files(config), embeds, config.prompts, strict=True):
+                    save_prompt_embeds(file, tensor, prompt)
+            report = PartFile(config.folder / REPORT_FILE)
+            cleanup.callback(report.discard)
+            journal = cleanup.enter_context(closing(Journal(config.folder)))
+            loop = BlockLoop(config, runtime, embeds, journal, history, past, snapshot, stop, watchers)
         cleanup.callback(loop.close)
         del snapshot, options  # gigabytes
-        return _soak(config, name, loop, journal, promises, stop)
+        return _soak(conclude, loop, journal, history, stop, report)
+
+
+@contextlib.contextmanager
+def _accepted() -> Iterator[None]:
+    """Whatever goes wrong here is not a mistake in the request."""
+    try:
+        yield
+    except (EchoError, OSError) as error:
+        if isinstance(error, EchoError) and error.exit_code == 1:
+            raise
+        raise OutputError(str(error)) from error
 
 
 def _soak(
-    config: SoakConfig, device: str, loop: BlockLoop, journal: Journal, promises: Promises, stop: Stop
+    conclude: Callable[..., Outcome], loop: BlockLoop, journal: Journal, history: History, stop: Stop, report: PartFile
 ) -> Outcome:
     loop.run()
     request = None if loop.finished else stop.request
-    error = loop.failure or loop.problem  # the failure of a stream causes what goes wrong after it
-    last = loop.end_line("failed" if error else request.reason if request else _COMPLETE)
-    promises.see(last)
+    # The failure of a stream causes what goes wrong after it, and of several problems the first says most.
+    last = loop.end_line("failed" if loop.failure or loop.problem else request.reason if request else _COMPLETE)
     try:
         journal.append(last)
         journal.sync()
-        outcome = _conclude(config, device, promises, last, None if request is None else request.exit_code)
-    except OutputError:
-        # A full disk may refuse the line and the report too; the first error says more.
-        if error is None:
-            raise
-        raise error from None
-    if loop.failure is None and loop.problem is not None:
-        raise loop.problem
+    except OutputError as error:
+        loop.problem = loop.problem or error
+        last = loop.end_line("failed")
+    journal.close()  # so that pictures can be written where no more files can be open
+    history.see(last)
+    problem = None if loop.failure else loop.problem
+    try:
+        outcome = conclude(last, report, None if request is None else request.exit_code)
+    except (OutputError, OSError) as error:
+        problem = loop.failure or loop.problem or error
+    if problem is not None:
+        with _accepted() if loop.begun else contextlib.nullcontext():
+            raise problem
     return outcome
 
 
 def _conclude(
-    config: SoakConfig, device: str, promises: Promises, last: Line, signal_code: int | None = None
+    config: SoakConfig,
+    device: str,
+    history: History,
+    claim: FolderClaim,
+    last: Line,
+    report: PartFile | None = None,
+    signal_code: int | None = None,
 ) -> Outcome:
-    verdicts = promises.verdicts()
-    return Outcome(
-        end=last["end"],
-        blocks=last["block"],
-        verdicts=verdicts,
-        report=write_report(config, verdicts, last, device),
-        backend=last.get("backend"),
-        backend_reason=last.get("backend_reason"),
-        taken=last.get("taken"),
-        failure=last["failure"],
-        signal_code=signal_code,
-    )
+    with contextlib.ExitStack() as cleanup:
+        if claim.removed:  # there is a report all the same, in a new folder if nobody has made one
+            claim.release()
+            claim, report = FolderClaim(config.folder, new=True), None
+            cleanup.callback(claim.release)
+        write_report(config, history, last, device, report or PartFile(config.folder / REPORT_FILE))
+        return Outcome(
+            end=last["end"],
+            blocks=last["block"],
+            verdicts=history.promises.verdicts(),
+            report=claim.path / REPORT_FILE,
+            backend=last.get("backend"),
+            backend_reason=last.get("backend_reason"),
+            taken=last.get("taken"),
+            failure=last["failure"],
+            signal_code=signal_code,
+        )
 
 
-def _remove_parts(claim: FolderClaim) -> None:
-    """Remove the part files of processes that were killed."""
-    try:
-        for name in (MANIFEST_FILE, REPORT_FILE, _PROMPT_PREFIX, *PICTURES):
-            claim.remove_parts(name)
-        if (claim.folder / EVIDENCE_FOLDER).is_dir():
-            evidence = FolderClaim(claim.folder / EVIDENCE_FOLDER)
-            evidence.remove_parts("")
-            evidence.release()
-    except OSError as error:
-        raise OutputError(f"{claim.folder}: cannot remove a killed process's files: {reason(error)}") from None
-
-
-def _require_no_other(folder: Path) -> None:
-    """Raise :class:`ConfigError` for a folder with another command's video or snapshots."""
-    for other in (folder / INDEX_FILE, *snapshot_files(folder / SNAPSHOT_FOLDER)):
-        if other.exists():
-            found = other.relative_to(folder)
+def _check_folder(claim: FolderClaim, begun: bool) -> None:
+    """Raise ``ConfigError`` for what is no soak's, links and special files too; remove what killed processes left."""
+    folder, files = claim.folder, (JOURNAL_FILE, REPORT_FILE, PAGE_FILE, *PICTURES)
+    foreign = [] if begun else [folder / INDEX_FILE, folder / JOURNAL_FILE, *snapshot_files(folder / SNAPSHOT_FOLDER)]
+    for path in foreign:
+        if path.exists():
+            found = path.relative_to(folder)
             raise ConfigError(f"{folder}: expected a folder of the soak's own, found {found} and no {MANIFEST_FILE}")
+    path = folder
+    try:
+        for path in map(folder.joinpath, names_in(folder)):
+            if path.name in (SNAPSHOT_FOLDER, EVIDENCE_FOLDER):
+                inner = FolderClaim(path)
+                inner.remove_parts("")
+                inner.release()
+            elif path.name in files or path.name.startswith(_PROMPT_PREFIX):
+                os.close(open_plain(path, os.O_RDWR if path.name == JOURNAL_FILE else os.O_RDONLY))
+        claim.remove_parts("")
+    except OSError as error:
+        raise ConfigError(f"{path}: {reason(error)}") from None
 
 
 def _embeds_files(config: SoakConfig) -> list[Path]:

@@ -194,16 +194,17 @@ class PartFile:
             raise OutputError(f"{self.path}: may not be whole on the disk: {reason(problem)}")
 
     def discard(self) -> None:
-        """Remove the part; ``path`` stays as it was."""
+        """Remove the part, unless the disk refuses; ``path`` stays as it was."""
         self._file.close()
-        remove(self._part)
+        with contextlib.suppress(OSError):  # the first error says more; the next process removes the part
+            remove(self._part)
 
 
 def sync_folder(folder: Path) -> None:
     """Flush a folder's names to the disk: until then a power cut can undo a rename. Raises ``OSError``."""
+    held = claimed.get(str(folder.absolute()))
     try:
-        held = claimed.get(str(folder.absolute()))
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY) if held is None else os.dup(held)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY) if held is None else held
     except PermissionError:
         return  # a folder may be writable and not readable; the system flushes its names later
     try:
@@ -212,7 +213,8 @@ def sync_folder(folder: Path) -> None:
         if error.errno != errno.EINVAL:  # a file system that cannot flush folders
             raise
     finally:
-        os.close(descriptor)
+        if held is None:
+            os.close(descriptor)
 
 
 def check_writable(path: str | Path) -> None:

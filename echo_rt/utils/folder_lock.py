@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from echo_rt.errors import TargetError
@@ -19,22 +19,29 @@ class FolderClaim:
     """Makes ``folder`` if absent, and holds it until :meth:`release` or any end of the process.
 
     Otherwise two processes could write one recording, where it is resumed while the first still runs. ``shared``: other
-    claims that are shared may hold it as well. Meanwhile all that :mod:`echo_rt.utils.atomic_file` does in ``folder``
-    goes by its descriptor, so the folder may be moved: what belongs into it still gets there, and nothing gets into
-    another folder of that name. A folder within a claimed one is not claimed through a link.
+    claims that are shared, and those of this process, may hold it as well; ``new``: it must be absent.
+
+    Meanwhile all that :mod:`echo_rt.utils.atomic_file` does in ``folder`` goes by its descriptor, so the folder may be
+    moved: what belongs into it still gets there, and nothing gets into another folder of that name. A folder within a
+    claimed one is not claimed through a link.
 
     Raises ``TargetError`` where another process holds the folder, or it cannot be made. It leaves no file behind, and
     no folder of its own making that stayed empty.
     """
 
-    def __init__(self, folder: str | Path, *, shared: bool = False) -> None:
+    def __init__(self, folder: str | Path, *, shared: bool = False, new: bool = False) -> None:
         self.folder = Path(folder)
         name, within = place(self.folder)
         beyond = 0 if within is None else os.O_NOFOLLOW
         self._descriptor: int | None = None
         self._made = False
+        self._key = str(self.folder.absolute())
+        ours = claimed.get(self._key) if shared else None
         try:
-            with suppress(FileExistsError):
+            if ours is not None:
+                self._descriptor = os.dup(ours)
+                return
+            with nullcontext() if new else suppress(FileExistsError):
                 os.mkdir(name, dir_fd=within)
                 self._made = True
                 sync_folder(self.folder.parent)
@@ -48,7 +55,10 @@ class FolderClaim:
             self.release()
             taken = "another process writes into it" if isinstance(error, BlockingIOError) else reason(error)
             raise TargetError(f"{folder}: cannot be written into: {taken}") from None
-        claimed[self._key] = self._descriptor
+        if not shared and self._key in claimed:  # and was moved since
+            self.release()
+            raise TargetError(f"{folder}: cannot be written into: this process holds another folder by that name")
+        claimed.setdefault(self._key, self._descriptor)
 
     @property
     def path(self) -> Path:
@@ -57,6 +67,11 @@ class FolderClaim:
             return self.folder
         found = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
         return self.folder if self.folder.resolve() == found else found
+
+    @property
+    def removed(self) -> bool:
+        """Whether somebody removed the folder."""
+        return self._descriptor is not None and os.fstat(self._descriptor).st_nlink == 0
 
     def remove_parts(self, prefix: str) -> None:
         """Remove the part files of killed processes, of files whose names begin with ``prefix``."""

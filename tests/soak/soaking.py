@@ -82,5 +82,41 @@ def hashes(folder: Path) -> dict[int, str]:
     return {block: made for line in intervals(folder) for block, made in line["hashes"]}
 
 
+def line_of(first: int, last: int, run: int = 1, **changes: Any) -> Line:
+    """A line of blocks ``first .. last`` that keeps every promise; ``changes`` replace entries."""
+    line: Line = {
+        "run": run,
+        "first_block": first,
+        "block": last,
+        "blocks": last - first + 1,
+        "frame": 12 * (last + 1) - 3,
+        "video_seconds": 0.75 * (last + 1),
+        "elapsed": 1.0 * (last + 1),
+        "fps": 16.5,
+        "warm": first > 0,
+        "latency": {"p50": 250.0, "p99": 251.0, "max": 300.0, "max_block": first, "bins": {"-1387": last - first + 1}},
+        "switch_latency": {"blocks": 0, "max": None},
+        "zscore": {"max": 2.0, "block": first, "judged": last - first + 1, "outliers": 0},
+        "position": {"shift": first, "least_newest_id": 20, "most_newest_id": 20, "misplaced": []},
+        "latents": {"mean": 0.1, "std": 1.0},
+        "nonfinite": {"latent": 0, "video": 0, "block": None},
+        "rollbacks": 0,
+        "hashes": [],
+        "compared": 0,
+        "mismatches": [],
+        "device": None,
+        "host": {"rss": 500 * 2**20},
+        "gpu": None,
+        "snapshots": None,
+    }
+    return line | changes
+
+
+def end_of(run: int, block: int, **changes: Any) -> Line:
+    """The line of a process that has made the whole soak; ``changes`` replace entries."""
+    figures = {"elapsed": 1.0 * block, "failure": None, "problem": None, "nonfinite_failure": False}
+    return {"run": run, "block": block, "end": "complete", "compared": 0, "mismatches": []} | figures | changes
+
+
 def intervals(folder: Path) -> list[Line]:
     return [line for line in read_lines(folder) if "blocks" in line]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from faults import nan_again_and_again
 from random_model import flat_config
 from soaking import LONG, PROMPTS, hashes, intervals, soak_of
 
@@ -20,9 +22,11 @@ from echo_rt.ops.schema import POSITION_FIELDS
 from echo_rt.runtime import Runtime
 from echo_rt.soak import Limits, Outcome
 from echo_rt.soak.checks import Status
+from echo_rt.soak.journal import JOURNAL_FILE, Line, read_lines
 from echo_rt.soak.probes import host_memory
 from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
+VERY_LONG = int(os.environ.get("ECHO_RT_LONG_BLOCKS", "100000"))
 DAY = 1_400_000  # latent frames; a day of 16 video frames a second has a fourth of that
 BACKENDS = [name for name, status in available_backends().items() if status == "available" and name != "cuda"]
 
@@ -166,6 +170,50 @@ def test_every_promise_across_every_boundary(blocks: int, lives: int, smallest_m
     assert {line["run"] for line in lines} == set(range(1, lives + 1))
     assert sum(line["switch_latency"]["blocks"] for line in lines) >= blocks // 7
     assert sorted(hashes(tmp_path / "out")) == list(range(0, blocks, 3))
+
+
+class _Census(_Reaper):
+    """What a process holds, at every line: resident bytes, Python objects, open files, threads."""
+
+    def __init__(self, block: int, held: list[tuple[int, ...]]) -> None:
+        super().__init__(block)
+        self._held = held
+
+    def line_done(self, line: Line, verdicts: object) -> None:
+        gc.collect()
+        counts = len(gc.get_objects()), len(os.listdir("/proc/self/fd")), threading.active_count()
+        self._held.append((line["block"], host_memory()["rss"], *counts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("blocks", "lives", "growth"), [(400, 2, 12), pytest.param(VERY_LONG, 10, 4, marks=LONG)])
+def test_nothing_grows(
+    blocks: int, lives: int, growth: int, smallest_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompt switches, snapshots, processes that are gone, rollbacks: ``growth`` MiB at most after the first fifth."""
+    every = blocks // (2 * lives)  # of so many blocks that are made, one is not finite
+    nan_again_and_again(monkeypatch, every)
+    video = dict(prompts=PROMPTS, switch_every=100, snapshot_every=max(30, blocks // 200), hash_every=10)
+    limits = Limits(latency_ratio=None, latency_zscore=None, snapshot_stall=None)
+    given = dict(blocks=blocks, vae="tiny", roll_back=True, interval=min(5.0, blocks / 4000), limits=limits)
+    config = soak_of(smallest_model, tmp_path / "out", **video, **given)
+    held: list[tuple[int, ...]] = []
+    for life in range(1, lives):
+        with pytest.raises(_Gone):
+            echo_rt.soak.run(config, watchers=[_Census(blocks * life // lives, held)])
+    outcome = echo_rt.soak.run(config, watchers=[_Census(blocks, held)])
+    assert outcome.end == "complete" and outcome.exit_code == 3
+    assert [v.promise for v in outcome.verdicts if v.status is Status.BROKEN] == ["finite"]
+    first, *later = [each for each in held if each[0] >= blocks // 5]
+    print(f"held at block {first[0]}: {first[1:]}, at block {later[-1][0]}: {later[-1][1:]}")
+    most = [max(each[kind] for each in later) - first[kind] for kind in range(1, 5)]
+    assert most[0] <= growth * 2**20, "resident bytes"
+    assert most[1] < 3000 and most[2] <= 2 and most[3] <= 1, "objects, files, threads"
+    lines = list(read_lines(config.folder))
+    made = {block for line in lines if "blocks" in line for block in range(line["first_block"], line["block"] + 1)}
+    assert made == set(range(blocks)) and max(line.get("rollbacks", 0) for line in lines) > 0
+    assert len(list((config.folder / "snapshots").iterdir())) <= config.keep
+    assert (config.folder / JOURNAL_FILE).stat().st_size < 300 * blocks + 2000 * len(lines)
 
 
 @pytest.mark.parametrize("blocks", [150, pytest.param(5000, marks=LONG)])

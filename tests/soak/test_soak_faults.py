@@ -24,7 +24,7 @@ import faults
 import pytest
 from faults import ILLEGAL, LOST, file_system_of, fill, nan_in
 from lives import NO_READER, Lives
-from soaking import PROMPTS, command_of, hashes, intervals, lines_of, soak_of, wait_until
+from soaking import PROMPTS, command_of, hashes, intervals, line_of, lines_of, soak_of, wait_until
 
 import echo_rt.soak
 from echo_rt.errors import NumericalError, OutputError, SnapshotError, TargetError
@@ -154,8 +154,20 @@ def test_the_stream_fails_and_the_disk_is_full(
             with pytest.raises(NumericalError, match=r"block 4: latent: .*; no evidence: .*No space left on device"):
                 echo_rt.soak.run(config, watchers=[full])
         (disk / "filler").unlink()
-        assert list((config.folder / "evidence").iterdir()) == []
+        assert not list(config.folder.glob("evidence/*"))
         assert echo_rt.soak.run(config).end == "complete"
+
+
+def test_a_stopped_process_is_not_late(lives: Lives, smallest_model: Path, tmp_path: Path) -> None:
+    """By SIGSTOP amid a block, for longer than a block may take."""
+    config = soak_of(smallest_model, tmp_path / "out", blocks=7)
+    life = lives.begin(*arguments(config, "--block-seconds", "4", "--json"), fault=("stopped", 5))
+    state = Path(f"/proc/{life.pid}/stat")
+    wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T", life)
+    time.sleep(5)
+    life.send_signal(signal.SIGCONT)
+    assert life.wait() == 0, life.err
+    assert max(line["latency"]["max"] for line in intervals(config.folder)) > 5000, "it was not stopped amid a block"
 
 
 # -------------------------------------------------------------------- rollbacks
@@ -217,8 +229,7 @@ def test_killed_and_rolled_back(
 def test_which_hashes_can_come_again(tmp_path: Path) -> None:
     def line(run: int, first: int, last: int, rollbacks: int) -> dict[str, Any]:
         made = [[block, f"{run}:{block}"] for block in range(first, last + 1)]
-        place = {"first_block": first, "block": last, "blocks": last + 1 - first, "frame": 1, "elapsed": 1.0}
-        return {"run": run, **place, "rollbacks": rollbacks, "hashes": made}
+        return line_of(first, last, run, rollbacks=rollbacks, hashes=made)
 
     lines = [line(1, 0, 4, 0), line(1, 5, 9, 0), line(2, 5, 6, 0), line(2, 7, 8, 1), line(2, 9, 9, 1)]
     (tmp_path / JOURNAL_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in lines))

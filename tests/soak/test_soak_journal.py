@@ -10,21 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from soaking import end_of, line_of
 
 from echo_rt.errors import OutputError, StreamError
 from echo_rt.soak.journal import JOURNAL_FILE, Journal, Past, read_lines
 
 
 def line(first: int, last: int, *, run: int = 1, made: str = "x") -> dict[str, Any]:
-    return {
-        "run": run,
-        "first_block": first,
-        "block": last,
-        "blocks": last - first + 1,
-        "frame": 12 * (last + 1) - 3,
-        "elapsed": 1.0 * (last + 1),
-        "hashes": [[block, f"{made}{block}"] for block in range(first, last + 1)],
-    }
+    return line_of(first, last, run, hashes=[[block, f"{made}{block}"] for block in range(first, last + 1)])
 
 
 def write(folder: Path, *lines: dict[str, Any]) -> None:
@@ -36,7 +29,7 @@ def write(folder: Path, *lines: dict[str, Any]) -> None:
 
 def test_lines_come_back(tmp_path: Path) -> None:
     write(tmp_path, line(0, 4))
-    write(tmp_path, line(5, 9), {"run": 1, "end": "complete"})
+    write(tmp_path, line(5, 9), end_of(1, 10))
     assert [entry.get("first_block") for entry in read_lines(tmp_path)] == [0, 5, None]
     assert list(read_lines(tmp_path / "nowhere")) == []
 
@@ -101,7 +94,7 @@ def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
 
 def test_the_past_of_a_resume(tmp_path: Path) -> None:
     assert (Past(tmp_path, 0).runs, Past(tmp_path, 0).hashes) == (0, {})
-    write(tmp_path, line(0, 4), line(5, 9), {"run": 1, "end": "failed"}, line(10, 11), line(10, 14, run=2, made="y"))
+    write(tmp_path, line(0, 4), line(5, 9), end_of(1, 10, end="failed"), line(10, 11), line(10, 14, run=2, made="y"))
     past = Past(tmp_path, 10)
     assert (past.runs, past.frames, past.elapsed) == (2, 117, 10.0)
     assert past.hashes == {block: f"y{block}" for block in range(10, 15)}

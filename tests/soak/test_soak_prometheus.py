@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
+import threading
 import urllib.request
 from typing import Any
 
@@ -61,6 +64,40 @@ def test_a_port_that_is_taken() -> None:
             Exporter("127.0.0.1", exporter.port)
     finally:
         exporter.close()
+
+
+def test_silent_connections_cost_one_file_and_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of them must not leave the soak without files to open; one that sends a byte now and then neither."""
+    pytest.importorskip("prometheus_client")
+    monkeypatch.setattr("echo_rt.soak.prometheus._CONNECTION_SECONDS", 0.1)
+    exporter = Exporter("127.0.0.1", 0)
+    open_before, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    silent = [socket.socket() for _ in range(200)]
+    try:
+        for connection in silent:
+            connection.setblocking(False)
+            connection.connect_ex(("127.0.0.1", exporter.port))
+        assert len(os.listdir("/proc/self/fd")) <= open_before + len(silent) + 1
+        assert threading.active_count() <= threads + 1
+        first = silent[0]
+        first.setblocking(True)
+        first.sendall(b"G")
+        assert first.recv(1) == b"", "its time is over"
+        for connection in silent:
+            connection.close()
+        assert "echo_rt_soak_current_block" in fetch(exporter.port)
+    finally:
+        exporter.close()
+
+
+@pytest.mark.parametrize("address", ["::1", "localhost"])
+def test_other_addresses(address: str) -> None:
+    pytest.importorskip("prometheus_client")
+    try:
+        exporter = Exporter(address, 0)
+    except ConfigError:
+        pytest.skip(f"no {address} here")
+    exporter.close()
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,31 +1,30 @@
-"""The report and its pictures."""
+"""The report, its page and its plots."""
 
 from __future__ import annotations
 
+import re
+import xml.etree.ElementTree
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from soaking import end_of, line_of
 
 from echo_rt.errors import BackendError
-from echo_rt.soak import SoakConfig, report
-from echo_rt.soak.checks import Status, Verdict
-from echo_rt.soak.journal import Journal
-from echo_rt.soak.report import Curve, History, write_report
+from echo_rt.soak import Limits, SoakConfig, report
+from echo_rt.soak.checks import Promises
+from echo_rt.soak.journal import Line
+from echo_rt.soak.report import REPORT_FILE, Curve, History, write_report
+from echo_rt.utils.atomic_file import PartFile
 
-VERDICTS = [Verdict("finite", Status.KEPT, "none", "a|b"), Verdict("drift", Status.BROKEN, "1", "block 9: 3")]
+MIB = 2**20
+END = end_of(2, 60, end="failed", elapsed=7200.0, failure="RuntimeError: gone|away [x](http://y)")
 
 
-def line(begin: int, run: int = 1, **changes: Any) -> dict[str, Any]:
-    made: dict[str, Any] = {
-        "run": run,
-        "first_block": begin,
-        "block": begin + 9,
-        "blocks": 10,
-        "frame": 12 * (begin + 10) - 3,
-        "video_seconds": 10.0,
-        "elapsed": 0.1 * begin,
-        "fps": 16.5,
+def line(begin: int, run: int = 1, **changes: Any) -> Line:
+    made: Line = {
+        "warm": begin not in (0, 30) or (run == 1 and begin > 0),
         "latency": {
             "p50": 300.0 + begin,
             "p99": 310.0,
@@ -35,36 +34,42 @@ def line(begin: int, run: int = 1, **changes: Any) -> dict[str, Any]:
         },
         "switch_latency": {"blocks": 2, "max": 400.0},
         "device": {"allocated": 3 * 2**30, "reserved": 4 * 2**30},
-        "host": {"rss": 2**30},
-        "latents": {"mean": 0.1, "std": 1.0},
+        "host": {"rss": 400 * MIB + begin * MIB // 30},
         "snapshots": {"written": 3, "skipped": 1, "stall": 4.25},
     }
-    return made | changes
+    return line_of(begin, begin + 9, run, **(made | changes))
 
 
-END = {"run": 2, "block": 60, "end": "failed", "elapsed": 7200.0, "failure": "RuntimeError: gone", "problem": None}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    journal = Journal(tmp_path)
-    for entry in [*(line(begin) for begin in range(0, 50, 10)), *(line(begin, 2) for begin in (30, 40, 50)), END]:
-        journal.append(entry)
-    journal.close()
-    return tmp_path
+LINES = [*(line(begin) for begin in range(0, 50, 10)), *(line(begin, 2) for begin in (30, 40, 50)), END]
 
 
 def config(folder: Path, **changes: Any) -> SoakConfig:
     return SoakConfig(model="m", out=str(folder), blocks=100, **changes)
 
 
-def test_the_report_says_what_happened(folder: Path) -> None:
-    text = write_report(config(folder, plots=False), VERDICTS, END).read_text()
-    assert text.startswith("# Soak: failed after 60 blocks\n\nThe stream failed before block 60: RuntimeError: gone\n")
-    assert "| finite | **kept** | none | a\\|b |" in text and "| drift | **broken** | 1 | block 9: 3 |" in text
+def history_of(lines: list[Line], limits: Limits = Limits()) -> History:  # noqa: B008
+    history = History(Promises(limits.resolved("cpu")))
+    for entry in lines:
+        history.see(entry)
+    return history
+
+
+def report_of(folder: Path, lines: list[Line] = LINES, limits: Limits = Limits(), **changes: Any) -> str:  # noqa: B008
+    given = config(folder, limits=limits, **changes)
+    write_report(given, history_of(lines, limits), lines[-1], "CPU", PartFile(folder / REPORT_FILE))
+    return (folder / REPORT_FILE).read_text()
+
+
+def test_the_report_says_what_happened(tmp_path: Path) -> None:
+    text = report_of(tmp_path, plots=False)
+    failed = "The stream failed before block 60: RuntimeError: gone\\|away \\[x](http://y)\n"
+    assert text.startswith(f"# Soak: failed after 60 blocks\n\n{failed}")
+    assert "| stream | **broken** | no failure | block 60: RuntimeError: gone\\|away" in text
+    assert "| finite | **kept** | 0 NaN or infinite values, no rollback | none in 80 blocks |" in text
     for row in (
         "| processes | 2 |",
         "| blocks, including those made again | 80 |",
+        "| blocks made again | 20 |",
         "| hours of streaming | 2.000 |",
         "| video frames | 717 |",
         "| block latency p50 after warm-up | 300.3 ms |",
@@ -75,32 +80,114 @@ def test_the_report_says_what_happened(folder: Path) -> None:
     ):
         assert row in text
     assert "Left out, as asked." in text and '"blocks": 100' in text
-    assert not list(folder.glob("*.png"))
+    assert not list(tmp_path.glob("*.svg"))
+
+
+def test_blocks_made_again_are_counted_alike(tmp_path: Path) -> None:
+    """After a resume and at the end of the soak: in the figures and in the promises."""
+    lines = [*LINES[:-1], end_of(2, 60, compared=3, replayed=5)]
+    lines[6] = line(40, 2, compared=4)
+    text = report_of(tmp_path, lines, plots=False)
+    assert "| blocks, including those made again | 85 |" in text and "| blocks made again | 25 |" in text
+    assert "made: 85 blocks, 25 of them made again" in text and "none in 85 blocks" in text
+    assert "| 7 of 25 blocks made again had a hash, which is the same |" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "until"),
+    [
+        ({}, "a warm-up: 10 blocks. "),
+        ({"prompts": ("a", "b"), "switch_every": 5}, "a warm-up: 10 blocks, its first prompt switch. "),
+        ({"snapshot_every": 5}, "a warm-up: 10 blocks, its first snapshot. "),
+    ],
+)
+def test_the_warm_up_is_explained(changes: dict[str, Any], until: str, tmp_path: Path) -> None:
+    assert until in report_of(tmp_path, plots=False, **changes)
 
 
 def test_what_was_not_the_streams_fault(tmp_path: Path) -> None:
-    end = END | {"failure": None, "problem": "OutputError: disk full"}
-    text = write_report(config(tmp_path), [], end).read_text()
+    text = report_of(tmp_path, [end_of(1, 0, problem="OutputError: disk full")])
     assert "OutputError: disk full" in text and "The stream failed" not in text
 
 
 def test_a_soak_without_a_line_has_a_report(tmp_path: Path) -> None:
-    end = END | {"block": 0, "end": "interrupted", "failure": None, "elapsed": 0.0}
-    text = write_report(config(tmp_path), [], end).read_text()
+    text = report_of(tmp_path, [end_of(1, 0, end="interrupted")])
     assert text.startswith("# Soak: interrupted after 0 blocks\n")
 
 
-def test_pictures(folder: Path) -> None:
+class Page(HTMLParser):
+    """What a page refers to, and whether its elements are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.outside: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.outside += [str(v) for k, v in attrs if k in ("src", "href", "xlink:href") and not str(v).startswith("#")]
+
+
+def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    text = write_report(config(folder), VERDICTS, END).read_text()
-    for name in ("latency.png", "memory.png", "latents.png"):
+    report_of(tmp_path, prompts=("a</script><b>", "b"), switch_every=5, snapshot_every=20)
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert page.outside == [] and not {"script", "link", "img", "b"} & set(page.tags)
+    assert page.tags.count("svg") == 3 and page.tags.count("table") == 2 and page.tags.count("h2") == 4
+    assert "url(http" not in text and "@import" not in text
+
+
+def drawn(path: Path) -> tuple[str, xml.etree.ElementTree.Element]:
+    text = path.read_text()
+    return text, xml.etree.ElementTree.fromstring(text)
+
+
+def test_plots_show_thresholds_and_marks(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    limits = Limits(latency_ratio=1.05, drift=0.5)
+    text = report_of(tmp_path, limits=limits, prompts=("a", "b"), switch_every=5, snapshot_every=20)
+    history = history_of(LINES, limits)
+    for name, panels in {"latency.svg": 1, "memory.svg": 2, "latents.svg": 2}.items():
         assert f"]({name})" in text
-        assert (folder / name).read_bytes().startswith(b"\x89PNG") and (folder / name).stat().st_size > 5000
+        picture, root = drawn(tmp_path / name)
+        ids = [element.get("id", "") for element in root.iter()]
+        assert sum(bool(re.fullmatch(r"axes_\d+", name)) for name in ids) == panels
+        # Two processes in each panel: their warm-up, their beginning, their threshold.
+        assert picture.count("stroke-dasharray") >= 4 * panels, "no thresholds or restarts"
+        assert picture.count("opacity: 0.15") == 2 * panels, "no warm-up"
+        assert len(re.findall(r"<use ", picture)) >= 13 * panels, "no switches or snapshots"
+    assert history.thresholds(LINES[1])["latency"] == pytest.approx((300.3, 15.0, 0.0), abs=0.1)
+    assert history.thresholds(LINES[1])["host"] == (LINES[1]["host"]["rss"], 32 * MIB, 1024.0)
+    assert history.thresholds(LINES[1])["std"] == (1.0, 0.5, 0.0)
 
 
-def test_pictures_without_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_change_is_no_cliff(tmp_path: Path) -> None:
+    """1.8 MiB of 400: the axis begins at 0, and the threshold is in the picture."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    history = history_of(LINES)
+    axis: Any = Figure().subplots()
+    report._draw(axis, history.plots["memory.svg"][1][1], config(tmp_path), history)
+    low, high = axis.get_ylim()
+    assert low == 0 and 432 < high < 600
+    report._draw(axis, history.plots["latents.svg"][1][0], config(tmp_path), history)
+    low, high = axis.get_ylim()
+    assert high - low >= 1.0, "less than a standard deviation"
+
+
+def test_few_marks_of_a_long_run(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    lines = [line_of(begin, begin + 999, run) for run, begin in enumerate(range(0, 1_000_000, 1000), 1)]
+    report_of(tmp_path, [*lines, end_of(1000, 10**6)], prompts=("a", "b"), switch_every=7, snapshot_every=9)
+    assert all(file.stat().st_size < 2**20 for file in tmp_path.iterdir())
+
+
+def test_pictures_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "can_plot", lambda: False)
-    text = write_report(config(folder), VERDICTS, END).read_text()
+    text = report_of(tmp_path)
     assert "Left out: plots need matplotlib, which is not installed: pip install 'echo-rt[soak]'" in text
     with pytest.raises(BackendError, match="matplotlib"):
         report.require_matplotlib()
@@ -108,11 +195,9 @@ def test_pictures_without_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_curves_are_those_of_the_blocks_that_stayed() -> None:
     lines = [*(line(begin) for begin in range(0, 50, 10)), *(line(begin, 2) for begin in (30, 40)), END]
-    lines[-3]["latency"]["max"] = 999.0
-    history = History()
-    for entry in lines:
-        history.see(entry)
-    assert history.resumes == [30]
+    lines[-3] = line(30, 2, latency=lines[-3]["latency"] | {"max": 999.0})
+    history = history_of(lines)
+    assert [life.first for life in history.lives] == [0, 30]
     assert history.curves[2].points == [(9, 320.0), (19, 330.0), (29, 340.0), (39, 999.0), (49, 360.0)]
     assert [len(curve.points) for curve in history.curves[3:]] == [5] * 5
 

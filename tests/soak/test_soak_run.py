@@ -388,7 +388,7 @@ def test_the_report_names_the_recipe(smallest_model: Path, tmp_path: Path) -> No
     assert "\nRecipe echo-infinity-short (asked for by name).\n" in outcome.report.read_text()
 
 
-@pytest.mark.parametrize("found", ["recording.json", "snapshots/block-0000000004.safetensors"])
+@pytest.mark.parametrize("found", ["recording.json", "snapshots/block-0000000004.safetensors", "soak.jsonl"])
 def test_what_is_not_a_soaks_is_left_alone(found: str, smallest_model: Path, tmp_path: Path) -> None:
     (tmp_path / "snapshots").mkdir()
     (tmp_path / found).write_text("{}")

@@ -34,6 +34,8 @@ def test_a_moved_folder_keeps_what_belongs_into_it(day: FolderClaim, tmp_path: P
     assert sorted(names_in(inner.folder)) == ["begun", "next"] and read_plain(inner.folder / "next") == b"3"
     remove(inner.folder / "theirs")
     assert day.path == tmp_path / "old" and inner.path == tmp_path / "old" / "snapshots"
+    with pytest.raises(TargetError, match="this process holds another folder by that name"):
+        FolderClaim(day.folder)
     inner.release()
     assert (tmp_path / "old" / "report").read_bytes() == b"4"
     assert sorted(file.name for file in (tmp_path / "day").rglob("*")) == ["snapshots", "theirs"]
@@ -94,4 +96,9 @@ def test_shared_claims(tmp_path: Path) -> None:
     second.release()
     first.release()
     assert not (tmp_path / "a").exists()
+    whole = FolderClaim(tmp_path / "a")
+    FolderClaim(tmp_path / "a", shared=True).release()  # of the same process
+    with pytest.raises(TargetError, match="another process writes into it"):
+        FolderClaim(tmp_path / "a")
+    whole.release()
     FolderClaim(tmp_path / "a").release()
