@@ -23,7 +23,7 @@ GENCODE := $(foreach arch,$(call listed,csrc/architectures.txt),-gencode arch=co
 # An installed torch is used as it is, with its CUDA; nothing replaces it.
 HAS_TORCH := -c 'import sys, torch; sys.exit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10))' 2>/dev/null
 
-.PHONY: help install demo train-demo test test-long test-virtual-gpu lint format kernels bench clean
+.PHONY: help install demo train-demo test test-long test-virtual-gpu lint format kernels bench site wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -70,6 +70,14 @@ format: $(VENV)/.developed ## apply the formatters
 bench: $(VENV)/.developed ## time each operation and a block of the tiny model
 	$(BIN)/python -m pytest bench --benchmark-only
 
+site: $(VENV)/.installed ## build the documentation into build/site; its pages load nothing from other hosts
+	$(BIN)/python -m pip install --quiet "echo-rt[site]"
+	$(BIN)/python tools/site.py
+
+wheel: $(VENV)/.installed ## build the source distribution and manylinux wheels into dist, and try each in an empty environment
+	$(BIN)/python -m pip install --quiet "echo-rt[wheel]"
+	$(BIN)/python tools/wheel.py dist
+
 ifneq ($(shell command -v $(NVCC)),)
 kernels: ## compile every kernel for every architecture: warnings and spilled registers are errors
 	@$(MAKE) --no-print-directory --jobs $(JOBS) $(KERNEL_OBJECTS)
@@ -80,7 +88,7 @@ kernels:
 endif
 
 clean: ## remove everything that these targets made here
-	rm -rf $(BUILD) $(DEMO) .venv echo_rt/_C*.so echo_rt/_ops*.so *.egg-info
+	rm -rf $(BUILD) $(DEMO) dist .venv echo_rt/_C*.so echo_rt/_ops*.so *.egg-info
 
 # ---- the virtual environment, in three steps
 
