@@ -90,9 +90,10 @@ def test_the_extension_says_how_it_was_built() -> None:
     assert set(info.cuda_archs) <= set(listed("csrc/architectures.txt"))
 
 
-def test_the_wheel_carries_every_python_file_and_the_type_hints(packed: Path) -> None:
+def test_the_wheel_carries_every_file_of_the_package_and_the_type_hints(packed: Path) -> None:
     package = ROOT / "echo_rt"
-    wanted = {p.relative_to(package) for pattern in ("*.py", "*.pyi", "py.typed") for p in package.rglob(pattern)}
+    made = ("*.so", "*.pyc", "__pycache__")
+    wanted = {p.relative_to(package) for p in package.rglob("*") if p.is_file() and not any(map(p.match, made))}
     carried = packed / "lib" / "echo_rt"
     assert {Path("py.typed"), Path("_C.pyi")} < wanted
     assert wanted == {p.relative_to(carried) for p in carried.rglob("*") if p.is_file()}
