@@ -47,7 +47,7 @@ train-demo: $(VENV)/.developed ## train the demo model on the CPU, for hours; go
 test: $(VENV)/.developed kernels ## run every test; with nvcc on the PATH, compile the kernels too
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-long: $(VENV)/.developed ## run what takes hours: long soaks, then every test in two other orders, once beside 20 busy processes
+test-long: $(VENV)/.developed wheel ## run what takes hours: wheels, long soaks, then every test in two other orders, once beside 20 busy processes
 	ECHO_RT_LONG_SOAK=1 $(PYTEST) tests/soak $(PYTEST_ARGS)
 	$(PYTEST) --shuffle 1 $(PYTEST_ARGS)
 	$(BIN)/python tests/busy.py 20 env $(PYTEST) --shuffle 2 $(PYTEST_ARGS)
@@ -94,9 +94,10 @@ clean: ## remove everything that these targets made here
 
 # torch first, so that packages that need it find this one.
 $(VENV)/.torch:
-	test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) $(HAS_TORCH) && echo --system-site-packages) $(VENV)
-	$(BIN)/python $(HAS_TORCH) || $(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" ninja
+	@echo "preparing $(VENV), with torch"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) $(HAS_TORCH) && echo --system-site-packages) $(VENV)
+	@$(BIN)/python $(HAS_TORCH) || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	@$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" ninja
 	@touch $@
 
 # The extension is built in this checkout, which may have been cleaned since.
@@ -104,7 +105,8 @@ ifeq ($(wildcard echo_rt/_C*.so),)
 .PHONY: $(VENV)/.installed
 endif
 $(VENV)/.installed: $(VENV)/.torch $(COMPILED)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	@echo "compiling and installing echo-rt, which takes minutes"
+	@$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.developed: $(VENV)/.installed

@@ -15,14 +15,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.egg_info import egg_info
 from setuptools.errors import CompileError
 
+TOOLS = 'pip install "setuptools>=77" "pybind11>=2.13" ninja'
 try:
     from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 except ImportError:
-    raise SystemExit("to build without isolation, first: pip install setuptools pybind11") from None
+    raise SystemExit(f"to build without isolation, first: {TOOLS}") from None
+if int(setuptools.__version__.split(".")[0]) < 77:  # which would call the license in pyproject.toml an error
+    raise SystemExit(f"expected setuptools 77 or newer, found {setuptools.__version__}: {TOOLS}")
 
 try:
     import torch
@@ -160,7 +164,7 @@ DEMANDED = demanded_architectures()  # checked whatever is built, or a mistake w
 CUDA_ARCHS = (DEMANDED or seen_architectures()) if BUILD == "cuda" else []
 NO_KERNELS = (
     "echo-rt is built without its kernels, because this build sees no torch; the torch backend runs. For the kernels,\n"
-    "with the torch of your environment: pip install setuptools pybind11 ninja; pip install --no-build-isolation ."
+    f"with the torch of your environment: {TOOLS}; pip install --no-build-isolation ."
 )
 MACROS = [("ECHO_RT_VERSION", f'"{version()}"'), ("ECHO_RT_CUDA_ARCHS", f'"{" ".join(CUDA_ARCHS)}"')]
 

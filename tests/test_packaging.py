@@ -6,6 +6,7 @@ import ast
 import importlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -195,6 +196,17 @@ def test_the_version_of_a_wheel_says_what_its_kernels_were_compiled_with(tmp_pat
     assert Parser().parsestr(text)["Version"] == f"{__version__}+cpu.torch{minor}"
 
 
+@pytest.mark.parametrize(
+    ("old", "words"),
+    [("setuptools.__version__ = '65.5.0'", "found 65.5.0"), ("sys.modules['pybind11.setup_helpers'] = None", "first")],
+)
+def test_old_or_missing_build_tools_are_told_in_a_line(old: str, words: str) -> None:
+    program = f"import runpy, setuptools, sys; {old}; sys.argv[1:] = ['--version']; runpy.run_path('setup.py')"
+    done = execute(sys.executable, "-c", program, ECHO_RT_BUILD="none")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert words in done.stderr and 'pip install "setuptools>=77" "pybind11>=2.13" ninja' in done.stderr
+
+
 WITHOUT_TORCH = """
 import runpy, sys
 from setuptools.command import build_ext
@@ -214,6 +226,12 @@ def test_a_build_that_sees_no_torch_says_how_to_get_the_kernels(
     done = execute(sys.executable, "-c", WITHOUT_TORCH.format(folder=str(tmp_path)), **variables)
     assert done.returncode == 0, done.stderr
     assert ("pip install --no-build-isolation ." in done.stderr) != demanded
+
+
+def test_the_environment_that_a_wheel_is_tried_in_has_torch_and_what_it_requires_alone() -> None:
+    closure = runpy.run_path(str(ROOT / "tools" / "wheel.py"))["closure"]("torch")
+    assert {"torch", "sympy"} <= closure
+    assert not closure & {"numpy", "transformers", "av", "echo-rt"}
 
 
 def test_building_needs_no_torch() -> None:
