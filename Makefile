@@ -23,7 +23,7 @@ GENCODE := $(foreach arch,$(call listed,csrc/architectures.txt),-gencode arch=co
 # An installed torch is used as it is, with its CUDA; nothing replaces it.
 HAS_TORCH := -c 'import sys, torch; sys.exit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10))' 2>/dev/null
 
-.PHONY: help install demo train-demo measure-demo test test-long test-virtual-gpu lint format kernels bench clean
+.PHONY: help install demo train-demo measure-demo test test-long test-virtual-gpu lint format kernels bench site wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -53,7 +53,7 @@ measure-demo: $(VENV)/.developed ## measure what the demo model shows and rememb
 test: $(VENV)/.developed kernels ## run every test; with nvcc on the PATH, compile the kernels too
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-long: $(VENV)/.developed ## run what takes hours: long soaks, then every test in two other orders, once beside 20 busy processes
+test-long: $(VENV)/.developed wheel ## run what takes hours: wheels, long soaks, then every test in two other orders, once beside 20 busy processes
 	ECHO_RT_LONG_SOAK=1 $(PYTEST) tests/soak $(PYTEST_ARGS)
 	ECHO_RT_LONG_FUZZ=1 $(PYTEST) tests/weights/test_fuzz.py $(PYTEST_ARGS)
 	$(PYTEST) --shuffle 1 $(PYTEST_ARGS)
@@ -77,6 +77,14 @@ format: $(VENV)/.developed ## apply the formatters
 bench: $(VENV)/.developed ## time each operation and a block of the tiny model
 	$(BIN)/python -m pytest bench --benchmark-only
 
+site: $(VENV)/.installed ## build the documentation into build/site; its pages load nothing from other hosts
+	$(BIN)/python -m pip install --quiet "echo-rt[site]"
+	$(BIN)/python tools/site.py
+
+wheel: $(VENV)/.installed ## build the source distribution and manylinux wheels into dist, and try each in an empty environment
+	$(BIN)/python -m pip install --quiet "echo-rt[wheel]"
+	$(BIN)/python tools/wheel.py dist
+
 ifneq ($(shell command -v $(NVCC)),)
 kernels: ## compile every kernel for every architecture: warnings and spilled registers are errors
 	@$(MAKE) --no-print-directory --jobs $(JOBS) $(KERNEL_OBJECTS)
@@ -87,15 +95,16 @@ kernels:
 endif
 
 clean: ## remove everything that these targets made here
-	rm -rf $(BUILD) $(DEMO) .venv echo_rt/_C*.so echo_rt/_ops*.so *.egg-info
+	rm -rf $(BUILD) $(DEMO) dist .venv echo_rt/_C*.so echo_rt/_ops*.so *.egg-info
 
 # ---- the virtual environment, in three steps
 
 # torch first, so that packages that need it find this one.
 $(VENV)/.torch:
-	test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) $(HAS_TORCH) && echo --system-site-packages) $(VENV)
-	$(BIN)/python $(HAS_TORCH) || $(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" ninja
+	@echo "preparing $(VENV), with torch"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) $(HAS_TORCH) && echo --system-site-packages) $(VENV)
+	@$(BIN)/python $(HAS_TORCH) || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	@$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" ninja
 	@touch $@
 
 # The extension is built in this checkout, which may have been cleaned since.
@@ -103,7 +112,8 @@ ifeq ($(wildcard echo_rt/_C*.so),)
 .PHONY: $(VENV)/.installed
 endif
 $(VENV)/.installed: $(VENV)/.torch $(COMPILED)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	@echo "compiling and installing echo-rt, which takes minutes"
+	@$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.developed: $(VENV)/.installed

@@ -2,7 +2,8 @@
 
 The kernels in echo_rt._ops are compiled by nvcc where torch has CUDA and nvcc is there, and otherwise by the host's
 compiler against csrc/emulation. ECHO_RT_BUILD=cuda, emulated or none demands one of the three; ECHO_RT_CUDA_ARCHS="80
-90a" demands architectures in place of those of the GPUs seen.
+90a" demands architectures in place of those of the GPUs seen. ECHO_RT_WHEEL=1 adds to the version what the kernels were
+compiled for, as in 0.1.0+cu130.torch2.13, so that wheels of several builds can lie in one folder.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import Extension, setup
+from setuptools.command.egg_info import egg_info
 from setuptools.errors import CompileError
 
+TOOLS = 'pip install "setuptools>=77" "pybind11>=2.13" ninja'
 try:
     from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 except ImportError:
-    raise SystemExit("to build without isolation, first: pip install setuptools pybind11") from None
+    raise SystemExit(f"to build without isolation, first: {TOOLS}") from None
+if int(setuptools.__version__.split(".")[0]) < 77:  # which would call the license in pyproject.toml an error
+    raise SystemExit(f"expected setuptools 77 or newer, found {setuptools.__version__}: {TOOLS}")
 
 try:
     import torch
@@ -56,6 +62,43 @@ def version() -> str:
     return found[1]
 
 
+def local_version() -> str:
+    """What ECHO_RT_WHEEL=1 adds to the version: ``+cpu.torch2.13``, ``+cu130.torch2.13``, or ``+nokernels``."""
+    if os.environ.get("ECHO_RT_WHEEL") != "1":
+        return ""
+    if BUILD == "none":
+        return "+nokernels"
+    device = f"cu{torch.version.cuda}".replace(".", "") if BUILD == "cuda" else "cpu"
+    return f"+{device}.torch{'.'.join(torch.__version__.split('.')[:2])}"
+
+
+def readme() -> str:
+    """The README for readers outside the repository: relative links lead to the repository, if it has an address.
+
+    The address is ``Repository`` in ``[project.urls]``. Without one, a link is its text, and a picture is left out.
+    """
+    found = re.search(r'^Repository = "(.+?)/?"', text_of("pyproject.toml"), re.MULTILINE)
+
+    def absolute(link: re.Match[str]) -> str:
+        picture, text, target = link.groups()
+        if re.match(r"https?://|#", target):
+            return link[0]
+        if found is None:
+            return "" if picture else text
+        return f"{picture}[{text}]({found[1]}/{'raw' if picture else 'blob'}/HEAD/{target})"
+
+    return re.sub(r"(!?)\[([^][]*)\]\(([^)]+)\)", absolute, text_of("README.md"))
+
+
+def announce(text: str) -> None:
+    """Show ``text`` on the terminal, if there is one: pip hides what a build prints, unless it fails."""
+    try:
+        with open("/dev/tty", "w", encoding="utf-8") as terminal:
+            terminal.write(f"\n{text}\n")
+    except OSError:
+        print(text, file=sys.stderr)
+
+
 def files_beside() -> list[str]:
     """All that takes part in compiling: a change of any compiles anew, and a source distribution carries it."""
     headers = [path for folder in ("csrc", "bindings") for path in (ROOT / folder).rglob("*.*h")]
@@ -76,7 +119,13 @@ def chosen_build() -> str:
     can_cuda = torch.version.cuda is not None and nvcc is not None
     if demanded == "cuda" and not can_cuda:
         raise SystemExit(f"ECHO_RT_BUILD=cuda needs nvcc (found: {nvcc}) and a CUDA torch (found: {torch.__version__})")
-    return demanded or ("cuda" if can_cuda else "emulated")
+    build = demanded or ("cuda" if can_cuda else "emulated")
+    headers = cpp_extension.CUDA_HOME and Path(cpp_extension.CUDA_HOME) / "include"
+    if build == "cuda" and headers and not (headers / "cuda_bf16.h").exists():
+        raise SystemExit(
+            f"nvcc is {nvcc}, but {headers} has none of CUDA's headers: set CUDA_HOME to the toolkit's folder"
+        )
+    return build
 
 
 def number(architecture: str) -> int:
@@ -113,6 +162,10 @@ def seen_architectures() -> list[str]:
 BUILD = chosen_build()
 DEMANDED = demanded_architectures()  # checked whatever is built, or a mistake would show on the next machine only
 CUDA_ARCHS = (DEMANDED or seen_architectures()) if BUILD == "cuda" else []
+NO_KERNELS = (
+    "echo-rt is built without its kernels, because this build sees no torch; the torch backend runs. For the kernels,\n"
+    f"with the torch of your environment: {TOOLS}; pip install --no-build-isolation ."
+)
 MACROS = [("ECHO_RT_VERSION", f'"{version()}"'), ("ECHO_RT_CUDA_ARCHS", f'"{" ".join(CUDA_ARCHS)}"')]
 
 
@@ -161,6 +214,8 @@ class BuildExtensions(cpp_extension.BuildExtension if BUILD != "none" else build
             self.build_temp = str(ROOT / "build" / "editable")
 
     def build_extensions(self) -> None:
+        if BUILD == "none" and not os.environ.get("ECHO_RT_BUILD"):
+            announce(NO_KERNELS)
         if BUILD == "emulated":
             for extension in self.extensions:
                 extension.sources = [self.host_source(source) for source in extension.sources]
@@ -183,9 +238,22 @@ class BuildExtensions(cpp_extension.BuildExtension if BUILD != "none" else build
         return str(host)
 
 
+class TaggedMetadata(egg_info):  # type: ignore[misc]
+    """Adds :func:`local_version`; not an option, because the setup.cfg of a source distribution would replace it."""
+
+    def finalize_options(self) -> None:
+        self.tag_build = local_version()
+        super().finalize_options()
+
+
 if BUILD == "none":
     ParallelCompile("MAX_JOBS").install()
 else:
     # Where pip puts ninja, which torch looks for on the PATH; without it nothing is compiled side by side.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-setup(ext_modules=[core(), *kernels()], cmdclass={"build_ext": BuildExtensions})
+setup(
+    ext_modules=[core(), *kernels()],
+    cmdclass={"build_ext": BuildExtensions, "egg_info": TaggedMetadata},
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+)

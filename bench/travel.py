@@ -26,7 +26,7 @@ MIB = 2**20
 def requirement(name: str) -> str:
     """``name`` with the versions that pyproject.toml asks for, if it does."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(rf'^ +"({re.escape(name)}[<>=!~][^"]*)"', text, re.MULTILINE)
+    found = re.search(rf'"({re.escape(name)}[<>=!~][^"]*)"', text)
     return name if found is None else found[1]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -23,14 +25,22 @@ ROOT = Path(__file__).parent.parent
 
 
 def execute(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | variables
     words = [str(c) for c in command]
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    # In a session of its own: what setup.py shows on a terminal goes to standard error without one.
+    return subprocess.run(
+        words,
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        start_new_session=True,
+    )
 
 
-def run(*command: str | Path) -> str:
+def run(*command: str | Path, **variables: str) -> str:
     """What the command printed; where it failed, the test fails with all of it."""
-    done = execute(*command)
+    done = execute(*command, **variables)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -81,9 +91,10 @@ def test_the_extension_says_how_it_was_built() -> None:
     assert set(info.cuda_archs) <= set(listed("csrc/architectures.txt"))
 
 
-def test_the_wheel_carries_every_python_file_and_the_type_hints(packed: Path) -> None:
+def test_the_wheel_carries_every_file_of_the_package_and_the_type_hints(packed: Path) -> None:
     package = ROOT / "echo_rt"
-    wanted = {p.relative_to(package) for pattern in ("*.py", "*.pyi", "py.typed") for p in package.rglob(pattern)}
+    made = ("*.so", "*.pyc", "__pycache__")
+    wanted = {p.relative_to(package) for p in package.rglob("*") if p.is_file() and not any(map(p.match, made))}
     carried = packed / "lib" / "echo_rt"
     assert {Path("py.typed"), Path("_C.pyi")} < wanted
     assert wanted == {p.relative_to(carried) for p in carried.rglob("*") if p.is_file()}
@@ -100,6 +111,127 @@ def test_the_source_distribution_carries_what_is_compiled(packed: Path) -> None:
     compiled = [p for folder in ("csrc", "bindings") for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
     wanted = {str(p.relative_to(ROOT)) for p in compiled} | {"csrc/sources.txt", "csrc/architectures.txt", "LICENSE"}
     assert wanted <= carried, wanted - carried
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout")
+def test_the_source_distribution_carries_the_whole_checkout(packed: Path) -> None:
+    carried = set((packed / "echo_rt.egg-info" / "SOURCES.txt").read_text(encoding="utf-8").splitlines())
+    tracked = {line for line in run("git", "ls-files").splitlines() if (ROOT / line).is_file()}
+    assert {"docs/index.md", "docs/examples/window.py", "tests/test_packaging.py", "Makefile"} <= tracked
+    assert tracked - carried == {".ci/run", ".gitignore"}
+
+
+# Import name -> distribution, where they differ.
+DISTRIBUTIONS = {"PIL": "pillow", "pynvml": "nvidia-ml-py", "prometheus_client": "prometheus-client"}
+# What a plain installation has, and what its largest packages are for.
+BASE = {
+    "torch",
+    "numpy",
+    "safetensors",
+    "msgspec",
+    "click",
+    "transformers",  # umT5 and its tokenizer: every prompt
+    "ftfy",  # every prompt
+    "av",  # every MP4
+    "rich",  # progress of generate; transformers brings it too
+    "nvidia-ml-py",  # the driver's version in the autotuner's cache, of every command on a GPU
+}
+
+
+def requirements(metadata: Message) -> dict[str, str]:
+    """Distribution -> the extra that has it, empty for a plain installation's."""
+    found: dict[str, str] = {}
+    for text in metadata.get_all("Requires-Dist", []):
+        name, extra = re.match(r"[\w.-]+", text), re.search(r'extra == "(\w+)"', text)
+        assert name is not None
+        found.setdefault(name[0], "" if extra is None else extra[1])
+    return found
+
+
+def test_a_plain_installation_has_what_generate_needs_and_extras_the_rest(metadata: Message) -> None:
+    required = requirements(metadata)
+    assert {name for name, extra in required.items() if not extra} == BASE
+    imported = set()
+    for path in (ROOT / "echo_rt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(str(node.module).partition(".")[0])
+    imported -= {"echo_rt", *sys.stdlib_module_names}
+    # transformers brings the libraries of Hugging Face.
+    known = {*required, "tokenizers", "huggingface_hub"}
+    assert {"torch", "nvtx", "gguf"} <= imported
+    assert {name for name in imported if DISTRIBUTIONS.get(name, name) not in known} == set()
+
+
+SETUP = """
+import pathlib, runpy, setuptools, sys
+read, address = pathlib.Path.read_text, {address!r}
+def with_address(path, *given, **options):
+    return read(path, *given, **options) + (address if path.name == "pyproject.toml" else "")
+pathlib.Path.read_text = with_address
+setuptools.setup = lambda **options: print(options["long_description"])
+runpy.run_path("setup.py")
+"""
+
+
+@pytest.mark.parametrize("address", ["", '\nRepository = "https://forge.invalid/echo-rt/"\n'])
+def test_links_of_the_readme_work_outside_the_repository(address: str) -> None:
+    text = run(sys.executable, "-c", SETUP.format(address=address), ECHO_RT_BUILD="none")
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    links = dict(re.findall(r"\[([^][]*)\]\(([^)]+)\)", text))
+    assert all(target.startswith("https://") for target in links.values()), links
+    assert links["Echo-Infinity"] == "https://arxiv.org/abs/2606.04527"
+    assert "In your own program" in text
+    of_the_page = "https://forge.invalid/echo-rt/blob/HEAD/docs/embedding.md" if address else None
+    assert links.get("In your own program") == of_the_page
+
+
+def test_the_version_of_a_wheel_says_what_its_kernels_were_compiled_with(tmp_path: Path) -> None:
+    variables = {"ECHO_RT_WHEEL": "1", "ECHO_RT_BUILD": "emulated"}
+    run(sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path, **variables)
+    text = (tmp_path / "echo_rt.egg-info" / "PKG-INFO").read_text(encoding="utf-8")
+    minor = ".".join(torch.__version__.split(".")[:2])
+    assert Parser().parsestr(text)["Version"] == f"{__version__}+cpu.torch{minor}"
+
+
+@pytest.mark.parametrize(
+    ("old", "words"),
+    [("setuptools.__version__ = '65.5.0'", "found 65.5.0"), ("sys.modules['pybind11.setup_helpers'] = None", "first")],
+)
+def test_old_or_missing_build_tools_are_told_in_a_line(old: str, words: str) -> None:
+    program = f"import runpy, setuptools, sys; {old}; sys.argv[1:] = ['--version']; runpy.run_path('setup.py')"
+    done = execute(sys.executable, "-c", program, ECHO_RT_BUILD="none")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert words in done.stderr and 'pip install "setuptools>=77" "pybind11>=2.13" ninja' in done.stderr
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+from setuptools.command import build_ext
+sys.modules["torch"] = None
+build_ext.build_ext.build_extensions = lambda self: None
+sys.argv[1:] = ["--quiet", "build_ext", "--build-temp", {folder!r}, "--build-lib", {folder!r}]
+runpy.run_path("setup.py")
+"""
+
+
+@pytest.mark.parametrize("demanded", [False, True])
+def test_a_build_that_sees_no_torch_says_how_to_get_the_kernels(
+    demanded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ECHO_RT_BUILD", raising=False)
+    variables = {"ECHO_RT_BUILD": "none"} if demanded else {}
+    done = execute(sys.executable, "-c", WITHOUT_TORCH.format(folder=str(tmp_path)), **variables)
+    assert done.returncode == 0, done.stderr
+    assert ("pip install --no-build-isolation ." in done.stderr) != demanded
+
+
+def test_the_environment_that_a_wheel_is_tried_in_has_torch_and_what_it_requires_alone() -> None:
+    closure = runpy.run_path(str(ROOT / "tools" / "wheel.py"))["closure"]("torch")
+    assert {"torch", "sympy"} <= closure
+    assert not closure & {"numpy", "transformers", "av", "echo-rt"}
 
 
 def test_building_needs_no_torch() -> None:
@@ -233,7 +365,7 @@ IMPORT = """
 import sys
 import echo_rt
 import torch
-heavy = {"transformers", "diffusers", "av", "accelerate", "flash_attn"} & set(sys.modules)
+heavy = {"transformers", "diffusers", "av", "accelerate", "flash_attn", "rich", "nvtx", "ftfy"} & set(sys.modules)
 print(sorted(heavy), torch.cuda.is_initialized())
 """
 

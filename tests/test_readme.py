@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to do, done: the demo and the Python example."""
+"""What the README and the first pages tell a newcomer to do, done: the demo, the Python examples, commands, links."""
 
 from __future__ import annotations
 
@@ -84,21 +84,37 @@ def test_the_demo_is_a_playable_video_of_what_the_library_makes(
     assert (demo_model.parent / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_python_example_runs_as_it_stands(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    assert len(example.strip().splitlines()) <= 10
-    monkeypatch.chdir(demo_model.parent.parent)
+def python_of(document: str) -> str:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.S)
+    return str(example)
+
+
+def printed_by(document: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines that the document's Python prints, run in ``folder``."""
+    monkeypatch.chdir(folder)
     out = io.StringIO()
     with redirect_stdout(out):
-        exec(compile(example, "README.md", "exec"), {})
-    lines = out.getvalue().splitlines()
+        exec(compile(python_of(document), document, "exec"), {})
+    return out.getvalue().splitlines()
+
+
+def test_the_python_example_runs_as_it_stands(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(python_of("README.md").strip().splitlines()) <= 10
+    lines = printed_by("README.md", demo_model.parent.parent, monkeypatch)
     assert lines[0].startswith("0 (9, 80, 128, 3)") and lines[10].startswith("10 (12, 80, 128, 3)")
 
 
-def test_every_command_and_option_in_the_readme_exists() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = set(re.findall(r"(?:`|^(?=.* --))echo-rt ([a-z]+)", readme, re.M))
-    assert commands >= {"generate", "verify", "tiny", "doctor"}
+@pytest.mark.slow
+def test_the_profile_of_a_block_names_what_takes_its_time(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = printed_by("docs/profile.md", demo_model.parent.parent, monkeypatch)
+    assert any(line.split()[:1] == ["aten::addmm"] for line in lines), lines
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/index.md"])
+def test_every_command_and_option_that_is_named_exists(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    commands = set(re.findall(r"(?:`|^ *(?=.* --))echo-rt ([a-z]+)", text, re.M))
+    assert commands >= {"generate", "recipes", "doctor"}
     known = set()
     for command in commands:
         out = io.StringIO()
@@ -106,5 +122,22 @@ def test_every_command_and_option_in_the_readme_exists() -> None:
             main([command, "--help"])
         assert done.value.code == 0
         known |= set(re.findall(r"--[a-z][a-z-]+", out.getvalue()))
-    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) - {"--no-build-isolation", "--inplace", "--help"}
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--no-build-isolation", "--help"}
     assert used <= known, used - known
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 100, "one screen of why and how; the rest goes to docs/"
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if not target.startswith("https://")]
+    assert "docs/testing.md" in targets
+    shown = [target for target in targets if "docs/images/demo.webp" not in target]  # the place of the picture
+    assert [target for target in shown if not (ROOT / target).exists()] == []
+
+
+def test_targets_of_make_that_documents_name_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    text = "".join(path.read_text(encoding="utf-8") for path in documents)
+    named = set(re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.M))
+    assert {"demo", "test", "site", "wheel"} <= named <= targets, named - targets

@@ -1,0 +1,103 @@
+"""The site: every page has its place, links are adapted, and nothing is loaded from other hosts."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def site() -> ModuleType:
+    """tools/site.py; its name is that of a module of Python."""
+    spec = importlib.util.spec_from_file_location("echo_rt_site", ROOT / "tools" / "site.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pages_of(nav: Any) -> Iterator[str]:
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for entry in nav.values() if isinstance(nav, dict) else nav:
+            yield from pages_of(entry)
+
+
+def test_every_page_is_in_the_navigation_and_every_entry_is_a_page(site: ModuleType, tmp_path: Path) -> None:
+    site.stage(tmp_path / "docs")
+    there = {str(path.relative_to(tmp_path / "docs")) for path in (tmp_path / "docs").rglob("*.md")}
+    navigation = list(pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+    assert len(navigation) == len(set(navigation)) and set(navigation) == there
+
+
+def test_links_and_pictures_of_every_page_lead_somewhere(site: ModuleType, tmp_path: Path) -> None:
+    site.stage(tmp_path)
+    links = 0
+    for page in tmp_path.rglob("*.md"):
+        text = re.sub(r"^```.*?^```$|<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if not target.startswith(("https://", "#")):
+                links += 1
+                assert (page.parent / target.partition("#")[0]).is_file(), f"{page.relative_to(tmp_path)}: {target}"
+    assert links > 50
+
+
+@pytest.mark.parametrize(
+    ("address", "text", "adapted"),
+    [
+        (None, "[a](../CONTRIBUTING.md#house-rules)", "[a](contributing.md#house-rules)"),
+        (None, "[a](../bench/README.md), [b](examples/)", "[a](bench.md), [b](examples/README.md)"),
+        (None, "[a](soak.md#figures) [b](https://arxiv.org/x) [c](#here)", None),
+        (None, "see [the script](../bench/gpu.sh)", "see the script"),
+        (
+            "https://x.invalid",
+            "[the script](../bench/gpu.sh)",
+            "[the script](https://x.invalid/blob/HEAD/bench/gpu.sh)",
+        ),
+        (None, "```python\nf = table[name](../bench/gpu.sh)\n```", None),
+        (None, "![picture](images/method-ids.svg)", None),
+    ],
+)
+def test_links_of_a_page_are_adapted(site: ModuleType, address: str | None, text: str, adapted: str | None) -> None:
+    found = site.adapted(text, Path("docs/embedding.md"), Path("embedding.md"), address)
+    assert found == (text if adapted is None else adapted)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "count"),
+    [
+        ("a.html", '<script src="https://cdn.invalid/x.js"></script>', 1),
+        ("a.html", '<img src="//cdn.invalid/x.png"><img srcset="http://cdn.invalid/x.png 2x">', 2),
+        (
+            "a.html",
+            '<link rel="preconnect" href="https://fonts.invalid"><style>@import "https://x.invalid";</style>',
+            2,
+        ),
+        ("a.html", '<p style="background: url(https://x.invalid/y.png)">', 1),
+        ("a/b.css", "a { background: url('https://x.invalid/y.png') } @import url(//x.invalid/z.css);", 2),
+        ("a.svg", '<svg><image href="https://x.invalid/y.png"/></svg>', 1),
+        (
+            "a.html",
+            '<a href="https://arxiv.org/x"></a><link rel="canonical" href="https://x.invalid"><img src="y.png">',
+            0,
+        ),
+        ("a.css", "a { background: url(data:image/svg+xml,x) } /* https://x.invalid */", 0),
+    ],
+)
+def test_what_pages_load_from_other_hosts_is_found(
+    site: ModuleType, tmp_path: Path, name: str, text: str, count: int
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    found = site.loads_elsewhere(tmp_path)
+    assert len(found) == count and all("invalid" in line for line in found), found
