@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from echo_rt.cli import bench, doctor, generate, recipes, soak, stdio, tiny, verify
+from echo_rt.cli import bench, doctor, generate, recipes, serve, soak, stdio, tiny, verify
 from echo_rt.cli.signals import StopNow, StopRequest
 from echo_rt.cli.stdio import DEBUG_VARIABLE, describe, warn
 from echo_rt.errors import ConfigError, OutputError
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="echo-rt", description="Stream endless video from Wan2.1 with an evolving memory.")
     parser.add_argument("--version", action="version", version=f"echo-rt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Command)
-    for module in (generate, soak, bench, verify, recipes, tiny, doctor):
+    for module in (generate, serve, soak, bench, verify, recipes, tiny, doctor):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(
             name, help=module.HELP, description=module.DESCRIPTION, epilog=getattr(module, "EPILOG", None)
