@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+
 from echo_rt.bench.settings import MODELS, NAMES, Request
-from echo_rt.cli.arguments import add_options, model_files, number, options_of, parse_path
+from echo_rt.cli.arguments import Arguments, Value, model_files, number, options_of, shared, table
 from echo_rt.cli.outputs import Named, check_results
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import complain, say
 from echo_rt.errors import BackendError, TargetError
 
-HELP = "measure a whole block on this machine"
 DESCRIPTION = """
 Measure a whole block in the steady state: transformer, memory update, VAE, frames on the host. Variants are the memory
 evolving, at its prior and off, a run without CUDA graphs, the torch backend, and other code that is installed.
@@ -30,39 +30,42 @@ _SHARED = (
     *("--model", "--checkpoint", "--lora", "--lora-alpha", "--recipe", "--ema", "--dtype", "--float8-except"),
     *("--device", "--backend", "--attention", "--convolution", "--vae-tiles", "--no-graphs", "--seed"),
 )
+_COUNT = {"type": number(int, "an integer of 1 or more", positive=True)}
+_MODEL = "--size NAME           random weights at these sizes; default: released on a GPU"
+_RUN = f"""
+--variants NAME,...           only these of {", ".join(NAMES)}
+--rounds N                    turns of each variant; default: 5 on a GPU, else 2
+--blocks N                    blocks per turn; default: 10 on a GPU, else 2
+--peers/--no-peers            measure other installed implementations too (default), or not
+"""
+_RESULTS = """
+--out DIR                     folder for block.json, block.md and block.png
+--chart/--no-chart            write block.png; default: if matplotlib is installed
+"""
+OPTIONS = {
+    "model": (
+        *table(_MODEL, size={"type": click.Choice(list(MODELS))}),
+        *shared(
+            _SHARED,
+            model={"required": False, "metavar": "DIR", "help": "Wan2.1 model folder to use instead of random weights"},
+            seed={"help": "seed of weights, prompt and noise (default 0)"},
+        ),
+    ),
+    "run": (
+        *table(
+            _RUN,
+            variants={"type": Value(lambda text: tuple(text.split(",")), words=NAMES)},
+            rounds=_COUNT,
+            blocks=_COUNT,
+            peers={"default": True},
+        ),
+        *shared(["--lookahead"], lookahead={"default": 1, "help": "number of blocks begun ahead (default 1)"}),
+    ),
+    "results": table(_RESULTS, chart={"default": None}),
+}
 
 
-def declare(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    model = parser.add_argument_group("model")
-    model.add_argument("--size", choices=MODELS, help="random weights at these sizes; default: released on a GPU")
-    add_options(
-        model,
-        _SHARED,
-        model={"required": False, "metavar": "DIR", "help": "Wan2.1 model folder to use instead of random weights"},
-        seed={"help": "seed of weights, prompt and noise (default 0)"},
-    )
-    run = parser.add_argument_group("run")
-    names = f"only these of {', '.join(NAMES)}"
-    run.add_argument("--variants", type=lambda text: text.split(","), metavar="NAME,...", help=names)
-    add_options(run, ["--lookahead"], lookahead={"default": 1, "help": "number of blocks begun ahead (default 1)"})
-    count = number(int, "an integer of 1 or more", positive=True)
-    run.add_argument("--rounds", type=count, metavar="N", help="turns of each variant; default: 5 on a GPU, else 2")
-    run.add_argument("--blocks", type=count, metavar="N", help="blocks per turn; default: 10 on a GPU, else 2")
-    run.add_argument(
-        "--peers",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="measure other installed implementations too (default), or not",
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", type=parse_path, metavar="DIR", help="folder for block.json, block.md and block.png")
-    output.add_argument(
-        "--chart", action=argparse.BooleanOptionalAction, help="write block.png; default: if matplotlib is installed"
-    )
-
-
-def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
+def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Measure, print and write; the exit code says whether all was right."""
     with stop.interruptible():
         from echo_rt.bench.report import Report
@@ -89,7 +92,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
         files = found.write(arguments.out, picture=picture)
         report["files"] = [str(path) for path in files]
     if not arguments.json:
-        say(page, end="")
+        say(*page.splitlines())
     return 0 if found.run.passed else 1
 
 

@@ -1,22 +1,23 @@
-"""``echo-rt doctor``: what is installed, built and working, and what to do about the rest."""
+"""``echo-rt doctor``: what is wrong here and how to mend it, then what is installed, built and working."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
+import logging
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from echo_rt.cli.arguments import Arguments
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import say
 from echo_rt.errors import EchoError
@@ -27,12 +28,17 @@ from echo_rt.utils.wording import first_line
 if TYPE_CHECKING:
     import torch
 
-HELP = "show what is installed, built and working"
-DESCRIPTION = "Show what is installed, built and working. Exit codes: 0 generate can run; 1 it cannot."
-
+DESCRIPTION = """
+Show what is wrong on this machine and how to mend it, then what is installed, built and working. What only a GPU can
+use is left out where there is none. Exit codes: 0 generate can run; 1 it cannot.
+"""
 _MARKS = {"ok": "✓", "absent": "-", "missing": "✗"}
+_WRONG = {"missing": "what keeps generate from running", "absent": "what could be better"}  # by status
 _OLDEST_PYTHON = (3, 10)
 _LOW_DISK_GIB = 1.0
+_MOST_REASONS = 4  # of shapes that the autotuner has measured; more are counted
+_ATTENTION = ("echo_rt.attention", "available_attention", "chosen")
+_CONVOLUTION = ("echo_rt.convolution", "available_convolutions", "convolutions chosen")
 
 # Module, distribution, what it is for, whether generate needs it.
 _DEPENDENCIES = (
@@ -64,7 +70,7 @@ def _checked(name: str, value: str, ok: bool, advice: str, status: Literal["abse
     return Fact(name, value) if ok else Fact(name, value, status, advice)
 
 
-def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
+def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Gather the facts and print them; 0 if ``generate`` can run."""
     with stop.interruptible():
         facts = gather()
@@ -72,41 +78,45 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
     report["ok"] = not missing
     report["facts"] = [{"group": group, **fact._asdict()} for group, fact in facts]
     if not arguments.json:
-        say("\n".join(_page(facts)))
-        say(f"generate cannot run: {', '.join(missing)}" if missing else "generate can run")
+        say(*_page(facts), f"generate cannot run: {', '.join(missing)}" if missing else "generate can run")
     return 1 if missing else 0
 
 
 def gather() -> list[tuple[str, Fact]]:
-    """Run all checks and return the facts with their groups, in the order of the report."""
+    """Run all checks and return the facts with their groups."""
     return [(group, fact) for group, check, needs in CHECKS if not any(map(_problem_of, needs)) for fact in check()]
 
 
 def _problem_of(module: str) -> str:
     """Why ``module`` cannot be imported; empty if it can."""
+    disabled = logging.root.manager.disable
+    logging.disable()  # what a library has to say about it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module(module)
     except Exception as error:  # a broken installation can raise anything
         return "not installed" if isinstance(error, ModuleNotFoundError) else first_line(error)
+    finally:
+        logging.disable(disabled)
     return ""
 
 
 def _page(facts: Sequence[tuple[str, Fact]]) -> Iterator[str]:
     # Plain text: the package that draws tables may be the missing one.
     width = max(len(fact.name) for _, fact in facts)
-    shown = ""
+    grouped: dict[str, list[Fact]] = {title: [] for title in _WRONG.values()}
     for group, fact in facts:
-        if group != shown:
-            shown = group
-            yield group
-        yield f"  {_MARKS[fact.status]} {fact.name:<{width}}  {fact.value}"
-        if fact.advice:
-            yield f"    {'':<{width}}  -> {fact.advice}"
+        grouped.setdefault(_WRONG.get(fact.status, group), []).append(fact)
+    for title, group_facts in grouped.items():
+        yield from [title] if group_facts else []
+        for fact in group_facts:
+            yield f"  {_MARKS[fact.status]} {fact.name:<{width}}  {fact.value}"
+            if fact.advice:
+                yield f"    {'':<{width}}  -> {fact.advice}"
 
 
-# ---- the checks: each yields what it found, and raises nothing
+# ---- the checks: each yields what it found and what can apply here, and raises nothing
 
 
 def _system() -> Iterator[Fact]:
@@ -132,24 +142,33 @@ def _compiled_part() -> Iterator[Fact]:
     yield _checked("compiled part", value, built.is_current, f"it is of version {built.version}: install again")
 
 
-def _backends() -> Iterator[Fact]:
+def _compilers() -> Iterator[Fact]:
+    """What echo-rt is built with; what is not there is told where it would have to be built again."""
     try:
-        from echo_rt.ops.backends import available_backends
-    except (ImportError, OSError) as error:
-        yield Fact("backends", first_line(error), "missing", "install what is missing below")
-        return
+        built = build_info()
+        needed = not built.is_current or (_sees_gpu() and not built.cuda_archs)
+    except EchoError:
+        needed = True
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    for name, programs, advice in (
+        ("nvcc", ("nvcc", f"{home}/bin/nvcc"), "CUDA kernels: install the CUDA toolkit, or set CUDA_HOME"),
+        ("C++ compiler", ("c++", "g++", "clang++"), "the compiled part: install g++ or clang++"),
+    ):
+        found = next(filter(None, map(shutil.which, programs)), None)
+        if found or needed:
+            yield _checked(name, found or "not found", bool(found), f"needed only to build {advice}")
+
+
+def _backends() -> Iterator[Fact]:
+    """Backends, and the default one on the best device with the reason."""
+    from echo_rt.ops.backends import BACKEND_VARIABLE, BACKENDS, available_backends, choose_backend
+
+    apply = {"torch"} | ({"cuda"} if _sees_gpu() else set())  # what is built for tests alone is missed by nobody
     for name, state in available_backends().items():
         if state == "available":
             yield Fact(f"backend {name}", state)
-        else:
+        elif name in apply:
             yield Fact(f"backend {name}", "no", "missing" if name == "torch" else "absent", state)
-    yield from _default_backend()
-
-
-def _default_backend() -> Iterator[Fact]:
-    """Default backend on the best device, and the reason."""
-    from echo_rt.ops.backends import BACKEND_VARIABLE, BACKENDS, choose_backend
-
     named = os.environ.get(BACKEND_VARIABLE)
     try:
         backend = choose_backend(None, _best_device())
@@ -177,27 +196,22 @@ def _packages() -> Iterator[Fact]:
 
 
 def _torch() -> Iterator[Fact]:
+    """GPUs as torch sees them, and cuDNN, of which some releases compute wrong 16-bit convolutions."""
     import torch
+
+    from echo_rt.utils.device import warn_of_faulty_convolutions
 
     yield Fact("torch is built for", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only")
     if not torch.cuda.is_available():
-        recent = "for real time, use an NVIDIA GPU with a recent driver"
-        remedy = recent if torch.version.cuda else "for a GPU, install a CUDA build of torch"
-        yield Fact("torch sees", "no GPU", "absent", f"generate runs on the CPU, slowly; {remedy}")
+        remedy = "use an NVIDIA GPU with a recent driver" + (
+            "" if torch.version.cuda else ", and a CUDA build of torch"
+        )
+        yield Fact("torch sees", "no GPU", "absent", f"generate runs on the CPU, slowly; for real time, {remedy}")
         return
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         capability = f"compute capability {gpu.major}.{gpu.minor}"
         yield Fact(f"cuda:{index}", f"{gpu.name}, {capability}, {gpu.total_memory / 2**30:.0f} GiB")
-    yield from _cudnn()
-
-
-def _cudnn() -> Iterator[Fact]:
-    """cuDNN, of which some releases compute wrong 16-bit convolutions."""
-    import torch
-
-    from echo_rt.utils.device import warn_of_faulty_convolutions
-
     number = torch.backends.cudnn.version()
     if number is None:
         yield Fact("cuDNN", "not there", "absent", "convolutions will be slow: install a torch with cuDNN")
@@ -209,14 +223,22 @@ def _cudnn() -> Iterator[Fact]:
     yield _checked("cuDNN", version, not caught, first_line(caught[0].message) if caught else "")
 
 
+def _sees_gpu() -> bool:
+    """Whether torch sees a GPU, or the driver does, which a torch without CUDA does not ask."""
+    return (not _problem_of("torch") and _best_device().type == "cuda") or any(
+        fact.status == "ok" for fact in _driver()
+    )
+
+
 def _driver() -> Iterator[Fact]:
-    """NVIDIA driver and boards, which a torch without CUDA cannot report."""
+    """NVIDIA driver and boards; nothing where there is no driver."""
+    if _problem_of("pynvml"):
+        return
     import pynvml
 
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        yield Fact("NVIDIA driver", first_line(error), "absent", "needed only for a GPU: install the driver")
+    except pynvml.NVMLError:
         return
     try:
         yield Fact("NVIDIA driver", pynvml.nvmlSystemGetDriverVersion())
@@ -230,79 +252,37 @@ def _driver() -> Iterator[Fact]:
         pynvml.nvmlShutdown()
 
 
-def _compilers() -> Iterator[Fact]:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    for name, program, line, advice in (
-        ("nvcc", nvcc, "release", "needed only to build CUDA kernels: install the CUDA toolkit, or set CUDA_HOME"),
-        ("C++ compiler", compiler, "", "needed only to build the compiled part: install g++ or clang++"),
-    ):
-        value, works = "not found", False
-        try:
-            if program is not None:
-                output = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20).stdout
-                value, works = next((text.strip() for text in output.splitlines() if line in text), program), True
-        except (OSError, subprocess.SubprocessError) as error:
-            value = f"{program}: {first_line(error)}"
-        yield _checked(name, value, works, advice)
-
-
-_Selected = list[tuple[str, str]]  # name of the implementation, reason
-
-
-def _attention() -> Iterator[Fact]:
-    """Implementations that work on the best device, and those selected for the models loaded there so far."""
-
-    def shown(device: torch.device, cache: Path | None, chosen: _Selected) -> Iterator[Fact]:
-        for name, reason in dict.fromkeys(chosen):
-            yield Fact("chosen", f"{name}: {reason}")
-        if cache and device.type == "cuda":
-            yield Fact("remembered in", f"{cache} (without it, measured again)")
-
-    return _autotuned("echo_rt.attention", "available_attention", "chosen", shown)
-
-
-def _convolution() -> Iterator[Fact]:
-    """The same for the decoder's convolutions, counted, as there are dozens of shapes."""
-
-    def shown(device: torch.device, cache: Path | None, chosen: _Selected) -> Iterator[Fact]:
-        counts = Counter(kind for kind, _ in chosen)
-        shapes = ", ".join(f"{kind} for {count}" for kind, count in counts.most_common())
-        value = f"{shapes} of {counts.total()} shapes, as {cache} remembers"
-        on_cpu = f"{' and '.join(counts)}: torch's own on a {device.type.upper()}"
-        yield Fact("convolutions chosen", value if device.type == "cuda" else on_cpu)
-
-    return _autotuned("echo_rt.convolution", "available_convolutions", "convolutions chosen", shown)
-
-
-def _autotuned(
-    module: str, available: str, name: str, shown: Callable[[torch.device, Path | None, _Selected], Iterator[Fact]]
-) -> Iterator[Fact]:
-    """Which of a module's implementations work on the best device, and what the autotuner has selected there."""
+def _autotuned(family: str, available: str, name: str) -> Iterator[Fact]:
+    """Which implementations of a ``family`` work on the best device, and what the autotuner has selected there."""
     from echo_rt.ops.backends import available_backends, load_ops
 
-    family = importlib.import_module(module)
+    module = importlib.import_module(family)
     backends = [backend for backend in ("torch", "cuda") if available_backends()[backend] == "available"]
-    every, device = [family.implementations(load_ops(backend)) for backend in backends], _best_device()
+    every, device = [module.implementations(load_ops(backend)) for backend in backends], _best_device()
     try:
-        states: dict[str, str] = getattr(family, available)(device, every[-1])
+        states: dict[str, str] = getattr(module, available)(device, every[-1])
     except Exception as error:  # of the driver: the GPU may be full, or in an error state
         yield Fact(f"on {device}", first_line(error), "missing", "see nvidia-smi, and free the GPU")
         return
     for kind, state in states.items():
         there, (why, _, advice) = state == "available", state.partition("; ")
-        yield _checked(kind, f"works on {device}" if there else why, there, advice or "another one is used")
+        if there or device.type == "cuda":
+            yield _checked(kind, f"works on {device}" if there else why, there, advice or "another one is used")
     if "available" not in states.values():
         yield Fact("any of them", f"none works on {device}", "missing", "install torch again")
         return
-    cache = family.cache_file()
-    chosen = [one for candidates in every for one in family.known_selections(device, cache, candidates)]
-    if chosen:
-        yield from shown(device, cache, chosen)
-    else:
+    cache = module.cache_file()
+    chosen = [one for candidates in every for one in module.known_selections(device, cache, candidates)]
+    where = f" (remembered in {cache})" if cache and device.type == "cuda" else ""
+    if not chosen:
         advice = "it is measured when a model is loaded" + ("" if cache else "; to remember it, set ECHO_RT_CACHE_DIR")
         yield Fact(name, "not measured yet", "absent", advice)
+    elif len(chosen) <= _MOST_REASONS:
+        yield from (Fact(name, f"{kind}: {reason}{where}") for kind, reason in dict.fromkeys(chosen))
+    else:  # a decoder has convolutions of dozens of shapes
+        counts = Counter(kind for kind, _ in chosen).most_common()
+        shapes = ", ".join(f"{kind} for {count}" for kind, count in counts)
+        yield Fact(name, f"{shapes} of {len(chosen)} shapes{where}")
 
 
 def _best_device() -> torch.device:
@@ -313,17 +293,15 @@ def _best_device() -> torch.device:
 
 def _encoder() -> Iterator[Fact]:
     import av
-    import numpy as np
 
-    numbers = {key: ".".join(map(str, av.library_versions[key])) for key in ("libavcodec", "libavformat")}
-    value, works = f"works ({', '.join(f'{key} {number}' for key, number in numbers.items())})", True
+    numbers = ", ".join(
+        f"{key} {'.'.join(map(str, av.library_versions[key]))}" for key in ("libavcodec", "libavformat")
+    )
+    value, works = f"works ({numbers})", True
     try:
         encoder = av.CodecContext.create("libx264", "w")
         encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 64, 64, "yuv420p", Fraction(1)
-        frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24").reformat(format="yuv420p")
-        frame.pts = 0
-        if not [*encoder.encode(frame), *encoder.encode(None)]:
-            value, works = "made no packet", False
+        encoder.open()
     except (av.FFmpegError, ValueError) as error:
         value, works = first_line(error), False
     advice = "install PyAV from its own wheels: pip install --force-reinstall av"
@@ -335,12 +313,12 @@ def _encoder() -> Iterator[Fact]:
 CHECKS: tuple[tuple[str, Callable[[], Iterator[Fact]], tuple[str, ...]], ...] = (
     ("system", _system, ()),
     ("echo-rt", _compiled_part, ()),
-    ("echo-rt", _backends, ()),
+    ("echo-rt", _backends, ("torch", "echo_rt.ops.backends")),
     ("packages", _packages, ()),
     ("GPU", _torch, ("torch",)),
-    ("GPU", _driver, ("pynvml",)),
+    ("GPU", _driver, ()),
     ("build tools", _compilers, ()),
-    ("attention", _attention, ("echo_rt.attention",)),
-    ("convolution", _convolution, ("echo_rt.convolution",)),
-    ("video", _encoder, ("av", "numpy")),
+    ("attention", partial(_autotuned, *_ATTENTION), ("echo_rt.attention",)),
+    ("convolution", partial(_autotuned, *_CONVOLUTION), ("echo_rt.convolution",)),
+    ("video", _encoder, ("av",)),
 )

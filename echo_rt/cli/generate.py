@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from echo_rt.cli.generate_request import DESCRIPTION, EPILOG, HELP, Request, declare
+from echo_rt.cli.arguments import Arguments
+from echo_rt.cli.generate_request import DESCRIPTION, EPILOG, OPTIONS, Request
 from echo_rt.cli.progress import ProgressReport
 from echo_rt.cli.prompts import TimedPrompt, first_block
 from echo_rt.cli.signals import StopNow, StopRequest
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from echo_rt.runtime import Runtime
     from echo_rt.stream import Stream
 
-__all__ = ["DESCRIPTION", "EPILOG", "HELP", "declare", "run"]
+__all__ = ["DESCRIPTION", "EPILOG", "OPTIONS", "run"]
 
 _Prompts = dict[int, tuple[TimedPrompt, "Tensor"]]  # by the block that each begins with
 
 
-def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
+def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Check, load, generate, finish the files; 0, or the exit code of the signal that ended it."""
     request = Request(arguments)
     with stop.interruptible():

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
 
-from echo_rt.cli.arguments import MODEL, add_options, model_files, number, options_of, parse_path, require
+import click
+
+from echo_rt.cli.arguments import MODEL, TEXT, Arguments, model_files, number, options_of, require, shared, table
 from echo_rt.cli.outputs import Named, check_folder, check_outputs
 from echo_rt.cli.prompts import parse_script
 from echo_rt.errors import ConfigError, TargetError
 from echo_rt.options import FITS, RuntimeOptions
 from echo_rt.soak.config import MANIFEST_FILE
 
-HELP = "make a video from prompts"
 DESCRIPTION = "Make a video from one or more prompts and write it to an MP4 while it is made."
 EPILOG = """
 A prompt that begins with a number and a colon takes over at that second of the video, with the next block:
+
+\b
   echo-rt generate --model DIR --prompt "a red fox in the snow" --prompt "10:the fox dives into a lake" -o fox.mp4
 
 Without --frames and --seconds the video continues until Ctrl-C or SIGTERM; the file keeps all that was made by then.
 
 A long video survives a power cut in segments, with snapshots to resume from; after a kill, repeat it with --resume:
+
+\b
   echo-rt generate --model DIR --prompt "a red fox" -o day --segments 10 --snapshot-every 100
   echo-rt generate --model DIR --prompt "a red fox" --resume day --segments 10 --snapshot-every 100
+
 With both -o day and --resume day, the same command begins the video and resumes it.
 
 With --from a video continues another video or a picture. The frames of that file are the first frames of the video and
@@ -39,74 +44,72 @@ BESIDE_SEGMENTS = Path(".")
 _MOST = 10**9  # frames or seconds: a longer video is one without an end
 
 
-def declare(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    add_options(parser.add_argument_group("model"), MODEL)
-
-    prompt = parser.add_argument_group("prompt")
-    repeated: dict[str, Any] = {"action": "append", "default": []}
-    prompt.add_argument("--prompt", **repeated, metavar="[T:]TEXT", help="prompt from second T on (default 0)")
-    prompt.add_argument("--prompt-embeds", **repeated, metavar="[T:]FILE", help="saved embeddings in place of a text")
-    prompt.add_argument(
-        "--save-prompt-embeds",
-        type=parse_path,
-        metavar="FILE",
-        help="write the embeddings (safetensors); several prompts go to FILE with .0, .1, ... before the ending",
-    )
-    prompt.add_argument("--keep-text-encoder", action="store_true", help="keep the text encoder in memory")
-
-    video = parser.add_argument_group("video")
-    shown = "file of the video; with --segments its folder"
-    video.add_argument("-o", "--output", type=parse_path, metavar="OUT.mp4", help=shown)
-    length = video.add_mutually_exclusive_group()
-    frames = number(int, f"a number of frames of 1 or more and at most {_MOST}", least=1, most=_MOST)
-    length.add_argument("--frames", type=frames, metavar="N", help="end after N frames")
-    seconds = number(float, f"a number of seconds above 0 and at most {_MOST}", positive=True, most=_MOST)
-    length.add_argument("--seconds", type=seconds, metavar="S", help="end after S seconds of video")
-    shown = "video or picture to begin with"
-    video.add_argument("--from", dest="initial", type=parse_path, metavar="FILE", help=shown)
-    video.add_argument("--fit", choices=FITS, help="scale a --from of another size, then crop or pad it")
-    video.add_argument("--only-new", action="store_true", help="leave the frames of --from out of the video")
-    add_options(video, ["--size", "--set", "--seed"])
-    video.add_argument(
-        "--latents",
-        type=parse_path,
-        nargs="?",
-        const=BESIDE_SEGMENTS,
-        metavar="FILE.safetensors",
-        help="also write the latents, in whole blocks; with --segments without a FILE: they go into the folder",
-    )
-    shown = "also write an overview picture"
-    video.add_argument("--contact-sheet", type=parse_path, metavar="FILE.png", help=shown)
-
-    lasting = parser.add_argument_group("long videos")
-    seconds = number(float, "seconds of video above 0", positive=True)
-    shown = "write segments of S seconds and a playlist into a folder"
-    lasting.add_argument("--segments", type=seconds, metavar="S", help=shown)
-    blocks = number(int, "a number of blocks of 1 or more", positive=True)
-    shown = "save a snapshot to resume from every N blocks, in the folder"
-    lasting.add_argument("--snapshot-every", type=blocks, metavar="N", help=shown)
-    lasting.add_argument("--resume", type=parse_path, metavar="DIR", help="continue the video in this folder")
-
-    faults = parser.add_argument_group("faults")
-    add_options(faults, ["--roll-back"])
-    shown = "folder for state and statistics of a block that contains NaN"
-    faults.add_argument("--evidence", type=parse_path, metavar="DIR", help=shown)
-    seconds = number(float, "a number of seconds above 0", positive=True)
-    shown = "end when a block takes longer; default: no limit"
-    faults.add_argument("--block-seconds", type=seconds, metavar="S", help=shown)
-    parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
+_PROMPT = """
+--prompt [T:]TEXT            prompt from second T on (default 0)
+--prompt-embeds [T:]FILE     saved embeddings in place of a text
+--save-prompt-embeds FILE    write the embeddings (safetensors); several prompts go to FILE with .0, .1, ... before the
+                             ending
+--keep-text-encoder          keep the text encoder in memory
+"""
+_VIDEO = """
+-o --output OUT.mp4          file of the video; with --segments its folder
+--frames N                   end after N frames
+--seconds S                  end after S seconds of video
+--from initial FILE          video or picture to begin with
+--fit HOW                    scale a --from of another size, then crop or pad it
+--only-new                   leave the frames of --from out of the video
+--latents FILE.safetensors   also write the latents, in whole blocks; with --segments without a FILE: they go into the
+                             folder
+--contact-sheet FILE.png     also write an overview picture
+"""
+_LASTING = """
+--segments S                 write segments of S seconds and a playlist into a folder
+--snapshot-every N           save a snapshot to resume from every N blocks, in the folder
+--resume DIR                 continue the video in this folder
+"""
+_FAULTS = """
+--evidence DIR               folder for state and statistics of a block that contains NaN
+--block-seconds S            end when a block takes longer; default: no limit
+"""
+_REPEATED: dict[str, Any] = {"type": TEXT, "multiple": True}
+_SECONDS = f"a number of seconds above 0 and at most {_MOST}"
+OPTIONS = {
+    "model": shared(MODEL),
+    "prompt": table(_PROMPT, prompt=_REPEATED, prompt_embeds=_REPEATED),
+    "video": (
+        *table(
+            _VIDEO,
+            frames={"type": number(int, f"a number of frames of 1 or more and at most {_MOST}", least=1, most=_MOST)},
+            seconds={"type": number(float, _SECONDS, positive=True, most=_MOST)},
+            fit={"type": click.Choice(FITS)},
+            latents={"is_flag": False, "flag_value": BESIDE_SEGMENTS},
+        ),
+        *shared(["--size", "--set", "--seed"]),
+    ),
+    "long videos": table(
+        _LASTING,
+        segments={"type": number(float, "seconds of video above 0", positive=True)},
+        snapshot_every={"type": number(int, "a number of blocks of 1 or more", positive=True)},
+    ),
+    "faults": (
+        *shared(["--roll-back"]),
+        *table(_FAULTS, block_seconds={"type": number(float, "a number of seconds above 0", positive=True)}),
+    ),
+    "general": table("--quiet  no progress and no summary"),
+}
 
 
 class Request:
     """The arguments, checked as far as that is possible without the model."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
         self.script = parse_script(arguments.prompt, arguments.prompt_embeds)
         self.options = options_of(RuntimeOptions, arguments)
-        for option, given in (("--fit", arguments.fit), ("--only-new", arguments.only_new or None)):
-            require(option, given, "--from FILE", arguments.initial)
+        if arguments.frames is not None and arguments.seconds is not None:
+            raise ConfigError("--frames and --seconds: expected one of them, got both")
+        for name, given in (("--fit", arguments.fit), ("--only-new", arguments.only_new or None)):
+            require(name, given, "--from FILE", arguments.initial)
         self.embeds_files = self._embeds_files(arguments.save_prompt_embeds)
         self.output = self._output()
         self._check_outputs()

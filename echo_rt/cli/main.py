@@ -2,101 +2,102 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
+import importlib
+import io
 import itertools
 import json
 import os
 import signal
 import sys
-import textwrap
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from typing import Any
 
-from echo_rt.cli import bench, doctor, generate, recipes, serve, soak, stdio, tiny, verify
+import click
+
+from echo_rt.cli import stdio
+from echo_rt.cli.arguments import Arguments, Options, table
 from echo_rt.cli.signals import StopNow, StopRequest
 from echo_rt.cli.stdio import DEBUG_VARIABLE, describe, warn
-from echo_rt.errors import ConfigError, OutputError
+from echo_rt.errors import OutputError
 from echo_rt.utils.build_info import __version__
 
-
-def _similar(word: str, known: Iterable[str]) -> str:
-    """A question to add to a message: which of the ``known`` words was meant; empty if none is similar."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-class _Layout(argparse.HelpFormatter):
-    """Wraps a text of help paragraph by paragraph; indented lines are examples and stay as they are."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        groups = itertools.groupby(text.strip().splitlines(), lambda line: not line or line.startswith(" "))
-        wrapper = textwrap.TextWrapper(width, initial_indent=indent, subsequent_indent=indent)
-        return "\n".join("\n".join(lines) if as_is else wrapper.fill(" ".join(lines)) for as_is, lines in groups)
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are errors like all others, not a page of usage; options only by their full names."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{**options, "formatter_class": _Layout, "allow_abbrev": False})
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        try:
-            super()._check_value(action, value)
-        except argparse.ArgumentError as error:
-            error.message += _similar(str(value), map(str, action.choices or ()))
-            raise
-
-    def error(self, message: str) -> NoReturn:
-        if message.endswith("expected one argument"):
-            message += "; one that begins with - is written --option=VALUE"
-        raise ConfigError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+# Modules of this folder, each imported when it is needed, with the line that --help shows.
+COMMANDS = {
+    "generate": "make a video from prompts",
+    "serve": "serve one live video to any number of viewers",
+    "soak": "run for hours and check what was promised",
+    "bench": "measure a whole block on this machine",
+    "verify": "check golden bundles or a model's decoder on this installation",
+    "recipes": "show how each published checkpoint is sampled",
+    "tiny": "write a small random model folder",
+    "doctor": "show what is installed, built and working",
+}
+_PROGRAM, _COMPLETION = "echo-rt", "_ECHO_RT_COMPLETE"
+_EVERYWHERE = f"""
+--json   print one JSON object on standard output
+--debug  show tracebacks, as {DEBUG_VARIABLE}=1 in the environment does
+"""
+_Run = Callable[[Arguments, dict[str, Any], StopRequest], int]
 
 
-class _Command(_Parser):
-    """A subcommand's parser. It refuses unknown arguments itself: its parent would point at the wrong page of help."""
+class _Command(click.Command):
+    """A subcommand, whose module is imported when its arguments are parsed; what it calls back is ``run``."""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        known, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            option = next((word for word in unknown if word.startswith("--")), "")
-            similar = _similar(option.partition("=")[0], self._option_string_actions)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{similar}")
-        return known, unknown
+    def make_context(self, *args: Any, **keywords: Any) -> click.Context:
+        module = importlib.import_module(f"echo_rt.cli.{self.name}")
+        self.help, self.epilog = module.DESCRIPTION, getattr(module, "EPILOG", None)
+        groups: Options = getattr(module, "OPTIONS", {})
+        self._groups = {**groups, "general": (*groups.get("general", ()), *table(_EVERYWHERE))}
+        self.params = [*itertools.chain(*self._groups.values())]
+        self.callback = lambda **given: (module.run, Arguments(**given))
+        return super().make_context(*args, **keywords)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, options in self._groups.items():
+            with formatter.section(title):
+                formatter.write_dl([record for one in options if (record := one.get_help_record(ctx))])
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of the whole command line; imports nothing heavy."""
-    parser = _Parser(prog="echo-rt", description="Stream endless video from Wan2.1 with an evolving memory.")
-    parser.add_argument("--version", action="version", version=f"echo-rt {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Command)
-    for module in (generate, serve, soak, bench, verify, recipes, tiny, doctor):
-        name = module.__name__.rpartition(".")[2]
-        command = commands.add_parser(
-            name, help=module.HELP, description=module.DESCRIPTION, epilog=getattr(module, "EPILOG", None)
-        )
-        if hasattr(module, "declare"):
-            module.declare(command)
-        command.set_defaults(run=module.run)
-        command.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-        command.add_argument(
-            "--debug", action="store_true", help=f"show tracebacks, as {DEBUG_VARIABLE}=1 in the environment does"
-        )
-    return parser
+class _Group(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # not in the order of the alphabet
+
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(
+    cls=_Group,
+    commands={name: _Command(name, short_help=text, context_settings=_SETTINGS) for name, text in COMMANDS.items()},
+    context_settings=_SETTINGS,
+    no_args_is_help=False,
+)
+@click.version_option(__version__, message=f"{_PROGRAM} %(version)s")
+def _echo_rt() -> None:
+    """Stream endless video from Wan2.1 with an evolving memory."""
+
+
+def _parse(argv: list[str]) -> tuple[_Run, Arguments]:
+    """Return what runs the subcommand, and its arguments; prints a page of help and exits if that is asked for."""
+    with redirect_stdout(io.StringIO()) as page:
+        parsed: tuple[_Run, Arguments] | int = _echo_rt.main(argv, _PROGRAM, standalone_mode=False)
+    if isinstance(parsed, int):
+        stdio.say(*page.getvalue().splitlines())
+        raise SystemExit(parsed)
+    return parsed
 
 
 def _run(argv: list[str], report: dict[str, Any], debug: bool, stop: StopRequest) -> int:
     """Run the subcommand, which fills ``report``; whatever ends it becomes an exit code."""
     try:
         with stop.interruptible():
-            arguments = build_parser().parse_args(argv)
+            run, arguments = _parse(argv)
         with stdio.tell_recipe(report, quiet=getattr(arguments, "quiet", False)):
-            code: int = arguments.run(arguments, report, stop)
-        return code
-    except KeyboardInterrupt:  # not of our handlers' making: main may run in a thread, or be called by other code
+            return run(arguments, report, stop)
+    except (KeyboardInterrupt, click.Abort):  # not of our handlers' making: in a thread, or called by other code
         return _stopped(StopNow(signal.SIGINT), report)
     except StopNow as request:
         return _stopped(request, report)
@@ -104,7 +105,7 @@ def _run(argv: list[str], report: dict[str, Any], debug: bool, stop: StopRequest
         raise
     except Exception as error:
         if debug:
-            stdio.complain(traceback.format_exc().rstrip())
+            stdio.complain(*traceback.format_exc().splitlines())
         report["error"], code = describe(error)
         stdio.complain(f"echo-rt: error: {report['error']}")
         return code
@@ -120,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     ``argv`` is without the name of the program; None means that of the process.
     """
+    if os.environ.get(_COMPLETION):
+        _echo_rt.main(prog_name=_PROGRAM, complete_var=_COMPLETION)  # exits
     argv = sys.argv[1:] if argv is None else list(argv)
     # Looked for before parsing, because parsing can fail too.
     as_json = "--json" in argv
@@ -133,14 +136,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with StopRequest() as stop:
         stdio.prepare()
         try:
-            try:
-                with warnings.catch_warnings():
-                    warnings.showwarning = show_warning
-                    code = _run(argv, report, debug, stop)
-            except SystemExit:
-                stdio.say("", end="")  # argparse has printed a page of help, which may still be in the buffer
-                raise
-            stdio.say(json.dumps({**report, "exit_code": code}) if as_json else "", end="\n" if as_json else "")
+            with warnings.catch_warnings():
+                warnings.showwarning = show_warning
+                code = _run(argv, report, debug, stop)
+            if as_json:
+                stdio.say(json.dumps({**report, "exit_code": code}))
             return code
         except BrokenPipeError:
             return 1  # whoever read our output has left

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from typing import Any
 
+from echo_rt.cli.arguments import Arguments
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import say
 from echo_rt.recipes import RECIPES, Recipe
 
-HELP = "show how each published checkpoint is sampled"
 DESCRIPTION = """
 Show the recipes that --recipe names, with every value: how the publisher samples each checkpoint, what has to be
 downloaded, and where this program differs.
 """
 
 
-def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
+def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Print the table."""
     report["recipes"] = [recipe.as_json() for recipe in RECIPES.values()]
     if not arguments.json:
-        say("\n\n".join("\n".join(_page(recipe)) for recipe in RECIPES.values()))
+        say(*[line for recipe in RECIPES.values() for line in ("", *_page(recipe))][1:])
     return 0
 
 

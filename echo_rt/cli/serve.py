@@ -2,56 +2,65 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import ipaddress
 import secrets
 from pathlib import Path
 from typing import Any
 
-from echo_rt.cli.arguments import MODEL, add_options, model_files, number, options_of, parse_path
+from echo_rt.cli.arguments import MODEL, Arguments, model_files, number, options_of, shared, table
 from echo_rt.cli.outputs import Named, check_folder
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import say
 from echo_rt.options import RuntimeOptions
 from echo_rt.utils.packages import needing
 
-HELP = "serve one live video to any number of viewers"
 DESCRIPTION = """
 Serve one live video: a page to watch and steer it, WebRTC, fragmented MP4 over a WebSocket, and an API (/docs). Only
 this machine can reach it, unless --host names another address; then a token is needed, which is printed.
 """
-EPILOG = "Ctrl-C or SIGTERM ends it: the recording is closed and a snapshot is written, which --resume goes on from."
+EPILOG = """
+Ctrl-C or SIGTERM ends it: the recording is closed, and a snapshot is written that --resume goes on from. docs/serve.md
+has more, such as how to serve behind a proxy.
+"""
 _PROMPT = "a red fox in the snow"
+_VIDEO = f"""
+--prompt TEXT   the first prompt (default: {_PROMPT})
+--out DIR       folder for snapshots and recordings (default echo-rt-live)
+--resume        go on from the newest snapshot in --out, or begin where there is none
+--megabits N    most megabits a second of a viewer (default 4)
+"""
+_SERVER = """
+--host ADDRESS     address to serve at (default 127.0.0.1)
+--port N           port; 0 takes a free one (default 8000)
+--token TEXT       what a request must have to be answered; default: a random one for all but this machine
+--allow-host NAME  a name that browsers reach it by, such as that of a proxy; may be repeated
+--ice URL          STUN or TURN server for WebRTC, such as turn:USER:PASSWORD@HOST:3478; may be repeated
+--viewers N        most viewers (default 64)
+"""
+OPTIONS = {
+    "model": shared([*MODEL, "--size", "--set"]),
+    "video": (
+        *table(
+            _VIDEO,
+            prompt={"default": _PROMPT},
+            out={"default": Path("echo-rt-live")},
+            megabits={"type": number(float, "a number above 0", positive=True), "default": 4.0},
+        ),
+        *shared(["--seed"]),
+    ),
+    "server": table(
+        _SERVER,
+        host={"default": "127.0.0.1"},
+        port={"type": number(int, "a port in 0..65535", most=65535), "default": 8000},
+        allow_host={"multiple": True},
+        ice={"multiple": True},
+        viewers={"type": number(int, "a number of 1 or more", positive=True), "default": 64},
+    ),
+}
 
 
-def declare(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    add_options(parser.add_argument_group("model"), [*MODEL, "--size", "--set"])
-    video = parser.add_argument_group("video")
-    video.add_argument("--prompt", default=_PROMPT, metavar="TEXT", help=f"the first prompt (default: {_PROMPT})")
-    add_options(video, ["--seed"])
-    out = "folder for snapshots and recordings (default echo-rt-live)"
-    video.add_argument("--out", type=parse_path, default=Path("echo-rt-live"), metavar="DIR", help=out)
-    resume = "go on from the newest snapshot in --out, or begin where there is none"
-    video.add_argument("--resume", action="store_true", help=resume)
-    megabits = number(float, "a number of megabits a second above 0", positive=True)
-    video.add_argument("--megabits", type=megabits, default=4.0, metavar="N", help="most Mbit/s a viewer (default 4)")
-    server = parser.add_argument_group("server")
-    server.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address (default 127.0.0.1)")
-    port = number(int, "a port in 0..65535", most=65535)
-    server.add_argument("--port", type=port, default=8000, metavar="P", help="port; 0 takes a free one (default 8000)")
-    token = "needed to reach it; default: none for this machine, a random one elsewhere"
-    server.add_argument("--token", metavar="TEXT", help=token)
-    allow = "another name that browsers may reach it under, such as that of a proxy; may be repeated"
-    server.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=allow)
-    ice = "STUN or TURN server for WebRTC, such as turn:USER:PASSWORD@HOST:3478; may be repeated"
-    server.add_argument("--ice", action="append", default=[], metavar="URL", help=ice)
-    viewers = number(int, "a number of viewers of 1 or more", positive=True)
-    server.add_argument("--viewers", type=viewers, default=64, metavar="N", help="most viewers (default 64)")
-
-
-def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
+def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Serve until a signal; returns its exit code."""
     check_folder(Named("--out", arguments.out), model_files(arguments))
     options = options_of(RuntimeOptions, arguments)
@@ -80,10 +89,12 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
             resume=arguments.resume,
             megabits=arguments.megabits,
         )
-    hosts = frozenset([*arguments.allow_host, host])
-    ice = [_ice_server(url) for url in arguments.ice]
-    rules = guard.Rules(token, hosts)
-    application = app.make_app({"main": session}, rules, most_viewers=arguments.viewers, ice_servers=ice)
+    application = app.make_app(
+        {"main": session},
+        guard.Rules(token, frozenset([*arguments.allow_host, host])),
+        most_viewers=arguments.viewers,
+        ice_servers=[_ice_server(url) for url in arguments.ice],
+    )
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
     report.update(address=address, token=token, resumed=session.resumed)
     if not arguments.json:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
-from echo_rt.cli.arguments import MODEL, add_options, model_files, number, options_of, parse_path, require
+import click
+
+from echo_rt.cli.arguments import (
+    MODEL,
+    PATH,
+    Arguments,
+    Value,
+    flag,
+    model_files,
+    number,
+    option,
+    options_of,
+    require,
+    shared,
+)
 from echo_rt.cli.outputs import Named, check_folder
 from echo_rt.cli.prompts import parse_untimed
 from echo_rt.cli.signals import StopRequest
@@ -14,7 +28,6 @@ from echo_rt.cli.stdio import complain, say
 from echo_rt.errors import OutputError
 from echo_rt.soak.config import Limits, Number, SoakConfig, numbers, option_of
 
-HELP = "run for hours and check what was promised"
 DESCRIPTION = "Run a stream for a long time, write figures, snapshots and a report, and check what was promised."
 EPILOG = """
 The same command with the same --out continues a killed soak from its newest snapshot.
@@ -28,65 +41,78 @@ _ADDRESS = "127.0.0.1"
 _MOST_PORT = 65535
 
 
-def declare(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    model = parser.add_argument_group("model")
-    add_options(model, [*MODEL, "--size", "--set"])
+def _parse_address(text: str) -> tuple[str, int]:
+    address, _, port = text.rpartition(":")
+    expected = f"PORT or ADDRESS:PORT with a port in 1..{_MOST_PORT}"
+    return address or _ADDRESS, number(int, expected, least=1, most=_MOST_PORT).convert(port, None, None)
 
-    run = parser.add_argument_group("run")
-    shown = "folder for figures, snapshots and the report; if it holds a soak, that is continued"
-    run.add_argument("--out", type=parse_path, required=True, metavar="DIR", help=shown)
-    length = run.add_mutually_exclusive_group(required=True)
+
+def _number_of(name: str, setting: Number, shown: str, words: dict[str, Any], **keywords: Any) -> click.Option:
+    """Declare the option of a field; the field's class checks the bounds."""
+    expected = ", or ".join([setting.expected, *map(repr, words)])
+    kind = number(setting.kind, expected, words=words)
+    return option(option_of(name), f"{setting.meaning}{shown}", setting.metavar, type=kind, **keywords)
+
+
+def _settings() -> Iterator[click.Option]:
+    """Declare the numbers of a soak; one that is not given has the default of its field."""
     defaults = {field.name: field.default for field in dataclasses.fields(SoakConfig)}
     for name, setting in numbers(SoakConfig).items():
-        shown = "" if defaults[name] is None else f" (default {defaults[name]:g})"
-        _add_number(length if name in ("hours", "blocks") else run, name, setting, shown)
-    shown = "may be repeated, without times (--switch-every says when the next begins); default: a fox"
-    run.add_argument("--prompt", dest="prompts", action="append", metavar="TEXT", help=shown)
-    add_options(run, ["--seed", "--roll-back"])
-    shown = f"serve figures for Prometheus there; default address {_ADDRESS}"
-    run.add_argument("--port", dest="serve", type=_parse_address, metavar="[ADDRESS:]P", help=shown)
-    shown = "plots in the report, or none; default: if matplotlib is installed"
-    run.add_argument("--plots", action=argparse.BooleanOptionalAction, help=shown)
-    run.add_argument("--quiet", action="store_true", help="no panel and no summary")
+        yield _number_of(name, setting, "" if defaults[name] is None else f" (default {defaults[name]:g})", {})
 
-    limits = parser.add_argument_group("promises", "thresholds; 'off' leaves a promise out")
+
+def _promises() -> Iterator[click.Option]:
+    """Declare the thresholds of the promises."""
     for name, setting in numbers(Limits).items():
         default = getattr(Limits(), name)
         shown = "off" if default is None else default if default == "auto" else f"{default:.8g}"
         shown += "" if setting.on_gpu is None else f": {setting.on_gpu:g} on a GPU, off on a CPU"
         words: dict[str, Any] = {"off": None} if setting.optional else {}
         words |= {} if setting.on_gpu is None else {"auto": "auto"}
-        _add_number(limits, name, setting, f" (default {shown})", words, default=argparse.SUPPRESS)
+        yield _number_of(name, setting, f" (default {shown})", words, default=default)
 
 
-def _add_number(
-    group: Any, name: str, setting: Number, shown: str, words: dict[str, Any] | None = None, **keywords: Any
-) -> None:
-    """Declare the option of a field; the field's class checks the bounds."""
-    expected = ", or ".join([setting.expected, *map(repr, words or {})])
-    kind = number(setting.kind, expected, words=words)
-    group.add_argument(
-        option_of(name), type=kind, metavar=setting.metavar, help=f"{setting.meaning}{shown}", **keywords
-    )
+OPTIONS = {
+    "model": shared([*MODEL, "--size", "--set"]),
+    "run": (
+        option(
+            "--out",
+            "folder for figures, snapshots and the report; if it holds a soak, that is continued",
+            "DIR",
+            type=PATH,
+            required=True,
+        ),
+        *_settings(),
+        option(
+            "--prompt prompts",
+            "may be repeated, without times (--switch-every says when the next begins); default: a fox",
+            "TEXT",
+            multiple=True,
+        ),
+        *shared(["--seed", "--roll-back"]),
+        option(
+            "--port serve",
+            f"serve figures for Prometheus there; default address {_ADDRESS}",
+            "[ADDRESS:]P",
+            type=Value(_parse_address),
+        ),
+        flag("--plots/--no-plots", "plots in the report, or none; default: if matplotlib is installed", default=None),
+    ),
+    "promises (thresholds; 'off' leaves a promise out)": [*_promises()],
+    "general": (flag("--quiet", "no panel and no summary"),),
+}
 
 
-def _parse_address(text: str) -> tuple[str, int]:
-    address, _, port = text.rpartition(":")
-    expected = f"PORT or ADDRESS:PORT with a port in 1..{_MOST_PORT}"
-    return address or _ADDRESS, number(int, expected, least=1, most=_MOST_PORT)(port)
-
-
-def parse_config(arguments: argparse.Namespace) -> SoakConfig:
+def parse_config(arguments: Arguments) -> SoakConfig:
     """Return the requested soak; raises ``ConfigError``, and ``TargetError`` for an impossible ``--out``."""
     require("--keep", arguments.keep, "--snapshot-every N", arguments.snapshot_every)
-    more = {} if arguments.prompts is None else {"prompts": parse_untimed(arguments.prompts)}
+    more = {"prompts": parse_untimed(arguments.prompts)} if arguments.prompts else {}
     check_folder(Named("--out", arguments.out), model_files(arguments))
     limits = Limits(**{name: value for name, value in vars(arguments).items() if name in numbers(Limits)})
     return options_of(SoakConfig, arguments, limits=limits, **more)
 
 
-def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
+def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Run the soak and return its exit code."""
     config = parse_config(arguments)
     with stop.interruptible():

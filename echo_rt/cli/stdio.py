@@ -1,6 +1,7 @@
 """Standard output and standard error, even if they are closed, on a full disk or without a reader.
 
-Errors and warnings are one line each.
+All text for the terminal goes through here: errors and warnings are one line each, and nothing that a file or a user
+says reaches the terminal as an escape sequence or as a line of its own.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+import click
+
 from echo_rt.errors import EchoError, OutputError
-from echo_rt.utils.wording import first_line, one_line
+from echo_rt.utils.wording import first_line, one_line, printable
 
 DEBUG_VARIABLE = "ECHO_RT_DEBUG"
 
@@ -48,13 +51,13 @@ def prepare() -> None:
             stream.reconfigure(errors="replace")  # a prompt may hold characters that the terminal cannot show
 
 
-def say(text: str, end: str = "\n") -> None:
-    """Print on standard output and flush.
+def say(*lines: str) -> None:
+    """Print lines on standard output and flush.
 
     Raises ``OutputError`` where that fails, ``BrokenPipeError`` where the reader has left.
     """
     try:
-        print(text, end=end, flush=True)
+        print(*map(printable, lines), sep="\n", flush=True)
     except OSError as error:
         _abandon(sys.stdout)
         if isinstance(error, BrokenPipeError):
@@ -62,10 +65,10 @@ def say(text: str, end: str = "\n") -> None:
         raise OutputError(f"standard output: cannot write: {error.strerror or error}") from None
 
 
-def complain(text: str) -> None:
-    """Print on standard error, if possible: a line without a reader is no reason to end."""
+def complain(*lines: str) -> None:
+    """Print lines on standard error, if possible: a line without a reader is no reason to end."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
     except OSError:
         return  # release() drops what is left in the buffer
 
@@ -101,11 +104,22 @@ def describe(error: Exception) -> tuple[str, int]:
     """Return the line and the exit code for ``error``; an unexpected one with its type and a way to see more."""
     if isinstance(error, EchoError):
         return one_line(error), error.exit_code
+    if isinstance(error, click.UsageError):
+        return _describe_usage(error), error.exit_code
     if _is_no_memory(error):  # only the first line: torch may append the C++ stack
         return one_line(f"out of memory: {first_line(error)}; use a smaller --size"), 1
     if isinstance(error, ImportError):  # torch, for example
         return one_line(f"{first_line(error)}; echo-rt doctor shows what is missing ({DEBUG_VARIABLE}=1: where)"), 1
     return one_line(f"unexpected {type(error).__name__}: {error} ({DEBUG_VARIABLE}=1 shows where)"), 1
+
+
+def _describe_usage(error: click.UsageError) -> str:
+    """What is wrong with the arguments, which option it is, and where to read on."""
+    message = error.format_message()
+    if isinstance(error, click.BadParameter) and error.param is not None and error.message:
+        message = f"{'/'.join(error.param.opts)}: {error.message}"
+    page = "echo-rt" if error.ctx is None else error.ctx.command_path
+    return one_line(f"{message} (see {page} --help)")
 
 
 def warn(report: dict[str, Any], text: object) -> None:

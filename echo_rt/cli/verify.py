@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echo_rt.cli.arguments import add_options, parse_path
+import click
+
+from echo_rt.cli.arguments import PATH, Arguments, shared, table
 from echo_rt.cli.outputs import Named, check_results
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import complain, describe, say
@@ -19,33 +20,25 @@ if TYPE_CHECKING:
     from echo_rt.verify.bundles import BundleReport
 
 
-HELP = "check golden bundles or a model's decoder on this installation"
 DESCRIPTION = """
-Run golden bundles and compare every tensor with that of the published implementation. For a model folder, decode a few
-random latents in groups of several sizes, which must all give the same frames. For both, show how close the decoder's
-other dtypes are to float32.
+Run golden bundles and compare every tensor with that of the published implementation. A BUNDLE is the folder of one, a
+folder with bundles below it, or a model folder. For a model, decode a few random latents in groups of several sizes,
+which must all give the same frames. For both, show how close the decoder's other dtypes are to float32.
 """
 EPILOG = """
 Exit codes: 0 all tensors are within their bounds; 1 one is not; 2 a folder cannot be run; the others run anyway.
 """
-
-
-def declare(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument(
-        "bundles",
-        nargs="+",
-        type=parse_path,
-        metavar="BUNDLE",
-        help="folder of a golden bundle, folder with bundles below it, or model folder",
+_SHARED = ("--device", "--dtype", "--float8-except", "--backend", "--no-graphs")
+OPTIONS = {
+    "check": (
+        click.Argument(["bundles"], nargs=-1, required=True, type=PATH, metavar="BUNDLE..."),
+        *shared(_SHARED, dtype={"default": "float32", "help": "dtype to check (default float32)"}),
+        *table("--dump DIR  write the computed tensors to DIR/BUNDLE/"),
     )
-    options = ("--device", "--dtype", "--float8-except", "--backend", "--no-graphs")
-    add_options(parser, options, dtype={"default": "float32", "help": "dtype to check (default float32)"})
-    parser.add_argument("--dump", type=parse_path, metavar="DIR", help="write the computed tensors to DIR/BUNDLE/")
-    parser.set_defaults(quiet=True)  # a bundle's report tells what it ran by
+}
 
 
-def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest) -> int:
+def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Verify every bundle and print its tensors; 0 if all are within bounds, 1 if not, or the worst error's code."""
     if arguments.float8_except and arguments.dtype != "float8":
         raise ConfigError(f"--float8-except: expected --dtype float8 with it, got {arguments.dtype}")
@@ -70,7 +63,7 @@ def run(arguments: argparse.Namespace, report: dict[str, Any], stop: StopRequest
             code = 0 if bundle.passed else 1
             entries.append(_as_json(bundle))
             if not arguments.json:
-                say("\n".join(_page(bundle)))
+                say(*_page(bundle))
         worst = max(worst, code)
     report["passed"] = worst == 0
     return worst
@@ -116,7 +109,7 @@ def _check_patterns(patterns: Sequence[str], folders: Sequence[Path]) -> None:
     )
 
 
-def _verify(path: Path, arguments: argparse.Namespace) -> BundleReport:
+def _verify(path: Path, arguments: Arguments) -> BundleReport:
     from echo_rt.utils.device import parse_device
     from echo_rt.utils.threads import share_cpu
     from echo_rt.verify.bundles import verify_bundle, verify_model
@@ -126,7 +119,7 @@ def _verify(path: Path, arguments: argparse.Namespace) -> BundleReport:
     with share_cpu(parse_device(arguments.device)):
         if holds_vae(path):
             return verify_model(path, **options)
-        return verify_bundle(path, float8_except=arguments.float8_except or (), graphs=arguments.graphs, **options)
+        return verify_bundle(path, float8_except=arguments.float8_except, graphs=arguments.graphs, **options)
 
 
 def _as_json(bundle: BundleReport) -> dict[str, Any]:
@@ -165,4 +158,5 @@ def _page(bundle: BundleReport) -> Iterator[str]:
         ssim = "-" if each.quality.ssim is None else f"{each.quality.ssim:.5f}"
         yield f"  video in {each.dtype} beside float32: PSNR {each.quality.psnr:.1f} dB, SSIM {ssim}"
     good, state = sum(row.ok for row in bundle.rows), "passed" if bundle.passed else "failed"
-    yield f"{bundle.name}: {state}, {good} of {len(bundle.rows)} tensors within bounds\n"
+    yield f"{bundle.name}: {state}, {good} of {len(bundle.rows)} tensors within bounds"
+    yield ""
