@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from echo_rt.errors import BackendError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -59,3 +67,15 @@ class Chunk:
     first_frame: int
     latents: Tensor = field(repr=False)
     stats: ChunkStats
+
+    def numpy(self) -> NDArray[np.uint8]:
+        """The frames as an array ``[T, height, width, 3]``, which shares their memory."""
+        return self.frames.numpy()
+
+    def pil(self) -> list[Image]:
+        """The frames as pictures of Pillow; :class:`BackendError` without that package."""
+        try:
+            from PIL.Image import fromarray
+        except ImportError as error:
+            raise BackendError(f"chunk.pil() needs the package pillow: {error} (pip install pillow)") from None
+        return [fromarray(frame) for frame in self.numpy()]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from echo_rt.config import TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 RELEASED_SIZE = (832, 480)
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float8")
+DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp8": "float8"}
 # Dtypes that the VAE can decode in.
 VAE_DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
@@ -58,6 +60,33 @@ FITS = CROP, PAD = "crop", "pad"
 MOST_INITIAL_SECONDS = 600
 
 _SEEDS = 2**64
+
+_GUIDANCE = "these models are distilled, and guidance is in their weights; say in the prompt what there should be"
+# What other libraries have and a stream has not, and what to do instead.
+_NOT_HERE = {
+    "num_frames": "a stream has no end; take as many blocks as you need, as in itertools.islice(stream, 10)",
+    "negative_prompt": _GUIDANCE,
+    "guidance_scale": _GUIDANCE,
+    "num_inference_steps": "the weights are trained for their recipe's steps; from_pretrained(..., "
+    "overrides={'denoising_steps': ...}) changes them",
+    "generator": "noise is a function of the seed; give seed=, an integer, or noise=, a function",
+    "device_map": "a model is on one device; give device=",
+}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def explains_habits(function: Callable[P, R]) -> Callable[P, R]:
+    """Wrap a function so that arguments of other libraries' functions get an answer: :class:`ConfigError`."""
+
+    @functools.wraps(function)
+    def explaining(*arguments: P.args, **options: P.kwargs) -> R:
+        for name in _NOT_HERE.keys() & options.keys():
+            raise ConfigError(f"{function.__qualname__} has no {name}: {_NOT_HERE[name]}")
+        return function(*arguments, **options)
+
+    return explaining
 
 
 class MemoryMode(str, Enum):
@@ -107,7 +136,7 @@ class RuntimeOptions:
     height: int | None = None
     overrides: Mapping[str, Any] | None = None
     check: bool = False
-    keep_text_encoder: bool = False
+    keep_text_encoder: bool | None = None
 
     def __post_init__(self) -> None:
         if self.recipe is not None:

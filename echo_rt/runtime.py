@@ -7,8 +7,8 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -18,17 +18,18 @@ from echo_rt.engine.build import build_engine, open_networks
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import Guard
 from echo_rt.engine.initial_video import InitialVideo
-from echo_rt.engine.scheduler import CallerNoise, Initial
+from echo_rt.engine.scheduler import Blocks, CallerNoise
 from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.ops.backends import choose_backend
-from echo_rt.options import WAN_VAE, Lora, MemoryMode, RuntimeOptions, check_seed
+from echo_rt.options import WAN_VAE, Lora, MemoryMode, RuntimeOptions, explains_habits
 from echo_rt.snapshot.implementations import BACKEND, implementations_of
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.stream import Stream
-from echo_rt.utils.device import give_memory_back, parse_device, parse_dtype, parse_vae_dtype
-from echo_rt.utils.process import ProcessGuard, note_loading, release_on_error
+from echo_rt.utils.atomic_file import Closing
+from echo_rt.utils.device import dtype_name, give_memory_back, model_context, parse_device, parse_dtype, parse_vae_dtype
+from echo_rt.utils.process import Bound, ProcessGuard, computes, note_loading
 from echo_rt.utils.threads import log_threads
-from echo_rt.utils.wording import one_line
+from echo_rt.utils.wording import one_line, type_of
 from echo_rt.weights.load_model import LoadedModel, load_model
 
 _logger = logging.getLogger("echo_rt.runtime")
@@ -37,7 +38,7 @@ _logger = logging.getLogger("echo_rt.runtime")
 _abandoned: list[Engine] = []
 
 
-class Runtime:
+class Runtime(Closing, Bound):
     """A model on a device, ready to stream. Make one with :meth:`from_pretrained`; close it to free its memory.
 
     Attributes:
@@ -50,6 +51,8 @@ class Runtime:
         attention, text_attention: implementations of attention over the cache and over the text, and why.
         vae_attention, convolutions: those of the VAE decoder; None and empty for a tiny decoder.
     """
+
+    _instead = "load another with Runtime.from_pretrained(...) in the process that uses it"
 
     def __init__(self, loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapping[str, str]) -> None:
         self._lock = threading.RLock()  # held while a stream or the runtime itself begins or ends
@@ -74,7 +77,8 @@ class Runtime:
         engine.executor.synchronize()  # weights loaded on this thread's CUDA stream are there for any other
 
     @classmethod
-    @release_on_error
+    @computes
+    @explains_habits
     def from_pretrained(
         cls,
         model: str | Path,
@@ -86,6 +90,7 @@ class Runtime:
         recipe: str | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
         vae_dtype: str | torch.dtype | None = None,
         memory: str | MemoryMode | None = None,
         vae: str | Path = WAN_VAE,
@@ -101,7 +106,7 @@ class Runtime:
         graphs: bool | None = None,
         lookahead: int | None = None,
         check: bool = False,
-        keep_text_encoder: bool = False,
+        keep_text_encoder: bool | None = None,
         overrides: Mapping[str, Any] | None = None,
         float8_except: Sequence[str] = (),
         like: Snapshot | None = None,
@@ -121,7 +126,8 @@ class Runtime:
                 None for the recipe that the model's folder names, or that the files' names and contents tell.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for a GPU where there is one.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"float8"``, which computes the transformer's large
-                matmuls in float8 and the rest in bfloat16; None for bfloat16 on a GPU, float32 on a CPU.
+                matmuls in float8 and the rest in bfloat16; None for bfloat16 on a GPU, float32 on a CPU. Short names
+                such as ``"bf16"`` are understood, and ``torch_dtype`` as another name of the option.
             vae_dtype: the VAE's dtype; None for ``dtype`` (with float8: bfloat16).
             memory: ``"evolve"``, ``"prior"`` or ``"off"``; None for evolve where the weights have a memory encoder.
             vae: the decoder that turns latents into frames: ``"wan"``, the model's own VAE; for previews ``"tiny"``,
@@ -147,7 +153,8 @@ class Runtime:
                 while a block is shown, and prompts take effect that many blocks later. None for 1 on a GPU, 0 on a CPU.
             check: assert on every block that the steady state allocates nothing, never waits for the device and moves
                 no buffer (:class:`SteadyStateError`). For debugging: it changes a setting of torch in the process.
-            keep_text_encoder: keep the text encoder loaded between prompts.
+            keep_text_encoder: whether the text encoder stays loaded between prompts; None for while a stream is live,
+                if an eighth of the memory is free beside it.
             overrides: other settings of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`.
             float8_except: layers that stay in bfloat16 in dtype float8, as patterns of weight names such as
                 ``"blocks.0.*"`` or ``"*.ffn.2"``; a pattern without a match is an error. Self-attention computes q, k
@@ -161,41 +168,29 @@ class Runtime:
                 unknown, cannot be told from the files, or does not fit the weights.
             BackendError: a device or backend that is not available.
         """
+        given = locals()
         if not isinstance(like, Snapshot | None):
             raise ConfigError(f"like must be a Snapshot or None, got {type(like).__name__}")
-        options = RuntimeOptions(
-            checkpoint=checkpoint,
-            lora=lora,
-            lora_alpha=lora_alpha,
-            ema=ema,
-            recipe=recipe,
-            device=device,
-            dtype=dtype,
-            float8_except=float8_except,
-            vae_dtype=vae_dtype,
-            memory=memory,
-            vae=vae,
-            vae_tiles=vae_tiles,
-            vae_file=vae_file,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            backend=backend,
-            attention=attention,
-            convolution=convolution,
-            graphs=graphs,
-            lookahead=lookahead,
-            width=width,
-            height=height,
-            overrides=overrides,
-            check=check,
-            keep_text_encoder=keep_text_encoder,
-        )
+        if torch_dtype is not None and dtype is not None:
+            raise ConfigError(
+                f"torch_dtype is another name of dtype: expected one of them, got {torch_dtype!r} and {dtype!r}"
+            )
+        given |= {"dtype": torch_dtype if dtype is None else dtype}
+        options = RuntimeOptions(**{field.name: given[field.name] for field in fields(RuntimeOptions)})
         place = parse_device(device)
         note_loading(place)
-        parse_vae_dtype(vae_dtype, parse_dtype(dtype, place))
+        parse_vae_dtype(vae_dtype, parse_dtype(options.dtype, place))
         prescribed = {} if like is None else implementations_of(like.model)
         choose_backend(backend, place, prescribed=prescribed.get(BACKEND))  # raises before the weights are read
         return cls(load_model(model, options, None if like is None else like.model), options, prescribed)
+
+    def __repr__(self) -> str:
+        width, height = self.frame_size
+        state = "closed" if self._process.closed else "open"
+        return (
+            f"<Runtime of {self.taken.model}, recipe {self.taken.recipe}, {width}x{height}, "
+            f"{dtype_name(self.dtype)} on {self.device}, {state}>"
+        )
 
     # ---------------------------------------------------------------- properties
 
@@ -226,14 +221,15 @@ class Runtime:
         """Encode a prompt to float32 ``[length, text_dim]``, on the host; :class:`PromptError` for an empty one."""
         return self.encode_prompts([prompt])[0]
 
-    @release_on_error
+    @computes
     def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
         """Encode several prompts. The text encoder is loaded for this, and released afterwards unless kept."""
         return self._require_open().prompts.encode(prompts)
 
     # ---------------------------------------------------------------- streams
 
-    @release_on_error
+    @computes
+    @explains_habits
     def stream(
         self,
         prompt: str | None = None,
@@ -276,34 +272,52 @@ class Runtime:
             WeightsError: an ``initial_video`` without the model's own VAE.
             NumericalError: latents of the initial video that are not finite.
         """
-        check_seed(seed)
         with self._free() as engine:  # now, as encoding a prompt takes long, and again after it
             engine.initial_video.check(initial_video, fit, include_initial, initial_latents)
-        embeds = self._require_open().prompts.resolve(prompt, prompt_embeds)
-        if initial_video is not None:
-            initial_latents = self._require_open().initial_video.encode(initial_video, fit)
-        initial = None if initial_latents is None else Initial(initial_latents, shown=include_initial)
-        with self._free() as engine:
-            return self._enliven(Stream.begin(engine, embeds, seed, guard, noise, initial))
+            blocks, prompts = Blocks(engine, seed, guard, noise), engine.prompts
+        del engine  # the runtime may be closed meanwhile
+        try:
+            if initial_video is None:  # whose encoder would need the memory
+                prompts.hold(blocks)
+            first = prompts.resolve(prompt, prompt_embeds)
+            if initial_video is not None:
+                initial_latents = self._require_open().initial_video.encode(initial_video, fit)
+            with self._free() as engine, model_context(engine.device, engine.dtype, engine.vae_dtype):
+                blocks.start(engine, first, initial_latents, include_initial)
+                return self._enliven(engine, blocks)
+        except BaseException:
+            prompts.let_go(blocks)
+            raise
 
-    @release_on_error
-    def resume(self, snapshot: Snapshot, *, guard: Guard | None = None, noise: CallerNoise | None = None) -> Stream:
+    @computes
+    def resume(
+        self, snapshot: Snapshot | str | Path, *, guard: Guard | None = None, noise: CallerNoise | None = None
+    ) -> Stream:
         """Continue a video, bit for bit, from a :meth:`Stream.snapshot`.
 
         Args:
-            snapshot: of this model; ``like=snapshot`` loads a runtime with the implementations of its video.
+            snapshot: of this model, or its file; ``like=snapshot`` loads a runtime with the implementations of its
+                video.
             guard: as in :meth:`stream`.
             noise: the function that :meth:`stream` was given, None if it was given none.
 
         Raises:
             StreamError: a snapshot of another model, of another backend or other implementations (unless they were
                 asked for by name), or with other ``noise``; another live stream of this runtime.
+            SnapshotError: a file that is missing, damaged, or no snapshot.
             ConfigError: an invalid guard or noise.
         """
-        with self._free() as engine:
-            return self._enliven(Stream.restore(engine, snapshot, guard, noise))
+        if isinstance(snapshot, str | Path):
+            snapshot = Snapshot.load(snapshot)
+        if not isinstance(snapshot, Snapshot):
+            raise StreamError(f"expected a Snapshot of stream.snapshot(), or its file, got {type_of(snapshot)}")
+        with self._free() as engine, model_context(engine.device, engine.dtype, engine.vae_dtype):
+            blocks = Blocks(engine, snapshot.seed, guard, noise)
+            blocks.restore(engine, snapshot)
+            return self._enliven(engine, blocks)
 
-    def _enliven(self, stream: Stream) -> Stream:
+    def _enliven(self, engine: Engine, blocks: Blocks) -> Stream:
+        stream = Stream(engine, blocks, self._process)
         if self._engine is None:  # closed meanwhile by a signal handler of this thread
             stream.close()
         self._require_open()
@@ -311,10 +325,9 @@ class Runtime:
         return stream
 
     def _require_open(self) -> Engine:
+        engine = self._engine  # read first: it goes after the runtime is closed
         self._process.require("runtime")
-        engine = self._engine
-        if engine is None:
-            raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
+        assert engine is not None
         return engine
 
     @contextmanager
@@ -334,13 +347,13 @@ class Runtime:
     def _last(self) -> Stream | None:
         """A stream that has ended but not released the buffers, if any; :class:`StreamError` for a live one."""
         live = self._live() if self._live is not None else None
-        if live is None or live.gone:
+        if live is None or live._engine is None:
             return None
         if not live.closed and live.failure is None:
             raise StreamError(
                 f"this runtime has a live stream, at block {live.next_block}; close it first, or load another runtime"
             )
-        if live.busy_in_this_thread:
+        if live._busy_here:
             raise StreamError("this thread is in the middle of a block of the runtime's stream; let it end first")
         return live
 
@@ -352,6 +365,7 @@ class Runtime:
         A device that is lost, or still busy with a block that a guard gave up, is only a warning in the log, so that it
         does not replace the error that led here.
         """
+        self._process.closed = True
         if self._process.left:
             self._ending.detach()
             self._engine = None  # without a lock, which a thread that only the parent has may hold
@@ -359,7 +373,7 @@ class Runtime:
         with self._lock:
             live = self._live() if self._live is not None else None
             engine, self._engine = self._engine, None
-        amid_block = live is not None and live.busy_in_this_thread
+        amid_block = live is not None and live._busy_here
         if live is not None:
             live.close()  # waits without the lock, which a signal handler amid its block may need
         if engine is None:
@@ -376,11 +390,3 @@ class Runtime:
             if isinstance(error, StallError) and engine is not None:
                 _abandoned.append(engine)
             _logger.warning("closing the runtime: %s", one_line(error))
-
-    def __enter__(self) -> Runtime:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -15,20 +16,21 @@ from torch import Tensor
 
 from echo_rt.chunk import Chunk
 from echo_rt.engine.engine import Engine
-from echo_rt.engine.guard import Guard
+from echo_rt.engine.prompts import check_over
 from echo_rt.engine.ready import Feeder
-from echo_rt.engine.scheduler import Blocks, CallerNoise, Initial
+from echo_rt.engine.scheduler import Blocks
 from echo_rt.errors import ConfigError, StreamError
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.atomic_file import Closing
 from echo_rt.utils.device import model_context
-from echo_rt.utils.process import ProcessGuard, release_on_error
-from echo_rt.utils.wording import one_line
+from echo_rt.utils.process import Bound, ProcessGuard, computes, interrupts_last
+from echo_rt.utils.wording import one_line, type_of
 
 WAIT, DROP = "wait", "drop"
+_CLOSED = "the stream is closed; start another with runtime.stream(...)"
 
 
-class Stream(Closing):
+class Stream(Closing, Bound):
     """An endless video, made by :meth:`echo_rt.Runtime.stream`. Iterate it, or call ``next``.
 
     Any thread may ask for blocks, which are made one at a time, and call ``set_prompt`` meanwhile. Closing the stream,
@@ -36,45 +38,23 @@ class Stream(Closing):
     :class:`StreamError`, not ``StopIteration``, as the video has no end.
     """
 
-    def __init__(self, engine: Engine, blocks: Blocks) -> None:
+    _instead = "take a snapshot(), which can be pickled, and resume it on a runtime of its own"
+
+    def __init__(self, engine: Engine, blocks: Blocks, process: ProcessGuard) -> None:
         self._engine: Engine | None = engine
-        self._blocks, self._ready = blocks, blocks.ready
-        self._process = ProcessGuard()
+        self._blocks, self._ready, self._process = blocks, blocks.ready, process
         # Held while a block is made. Reentrant: a signal handler may close while its thread acquires or releases it.
         self._lock = threading.RLock()
         self._owner: int | None = None  # the thread that holds it
         self._closed = False
         self._failure: str | None = None
+        engine.prompts.hold(blocks)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else self._failure or f"next block {self.next_block}"
+        return f"<Stream {self.prompt!r:.60}, seed {self.seed}, {state}>"
 
     # ---------------------------------------------------------------- life
-
-    @classmethod
-    def begin(
-        cls,
-        engine: Engine,
-        prompt_embeds: Tensor,
-        seed: int,
-        guard: Guard | None = None,
-        noise: CallerNoise | None = None,
-        initial: Initial | None = None,
-    ) -> Stream:
-        """Start a new video in ``engine``'s buffers; the runtime ensures that no other is live."""
-        blocks = Blocks(engine, seed, guard, noise)
-        with model_context(engine.device, engine.dtype, engine.vae_dtype):
-            blocks.start(engine, prompt_embeds, initial)
-        return cls(engine, blocks)
-
-    @classmethod
-    def restore(
-        cls, engine: Engine, snapshot: Snapshot, guard: Guard | None = None, noise: CallerNoise | None = None
-    ) -> Stream:
-        """Continue the video of ``snapshot``; :class:`StreamError` for one that does not fit the model or ``noise``."""
-        if not isinstance(snapshot, Snapshot):
-            raise StreamError(f"expected a Snapshot of stream.snapshot(), got {type(snapshot).__name__}")
-        blocks = Blocks(engine, snapshot.seed, guard, noise)
-        with model_context(engine.device, engine.dtype, engine.vae_dtype):
-            blocks.restore(engine, snapshot)
-        return cls(engine, blocks)
 
     def close(self) -> None:
         """End the video, after the block being made; its runtime can then start another. Idempotent."""
@@ -82,13 +62,15 @@ class Stream(Closing):
         if self._process.left:
             self._engine = None  # without a lock, which a thread may hold that only the parent has
             return
-        if self.busy_in_this_thread:
+        if self._busy_here:
             return  # in a signal handler amid a block of this thread: the block's end releases the engine
         with self._lock:
             self._let_go()
 
     def _let_go(self) -> None:
-        self._engine = None
+        if self._engine is not None:
+            self._engine.prompts.let_go(self._blocks)
+        self._engine = None  # the runtime's buffers are free for another stream
         self._blocks.close()
 
     @property
@@ -97,12 +79,7 @@ class Stream(Closing):
         return self._closed
 
     @property
-    def gone(self) -> bool:
-        """Whether it has released the runtime's buffers: it is closed, and no block of it is being made."""
-        return self._engine is None
-
-    @property
-    def busy_in_this_thread(self) -> bool:
+    def _busy_here(self) -> bool:
         """Whether the calling thread is making a block of this stream, as in a signal handler."""
         return self._owner == threading.get_ident()
 
@@ -114,8 +91,8 @@ class Stream(Closing):
     @contextmanager
     def _exclusive(self) -> Iterator[Engine | None]:
         """Yield the engine, for one thread at a time; None once the stream is closed."""
-        self._process.require("stream")
-        if self.busy_in_this_thread:
+        self._process.require_here("stream")
+        if self._busy_here:
             raise StreamError("this thread is in the middle of a block of this stream")
         with self._lock:
             self._owner = threading.get_ident()
@@ -137,6 +114,31 @@ class Stream(Closing):
     def next_prompt_block(self) -> int:
         """Number of the first block that a new prompt can begin with, after those that are begun ahead."""
         return self._blocks.prompts.first_open
+
+    @property
+    def frames_until_prompt(self) -> int:
+        """Number of video frames that are still handed out before those of a prompt that is set now.
+
+        Those of the blocks that wait or are begun. With a full feed of depth 2 and a lookahead of 1 they are three
+        blocks, of 12 frames each in most recipes; what is left of the block on show comes before them.
+        """
+        return self._blocks.first_frame(self.next_prompt_block) - self.video_frames
+
+    @property
+    def prompt(self) -> str | None:
+        """Text of the prompt at :attr:`next_prompt_block`; None if only embeddings are known of it."""
+        prompt = self._blocks.prompts.next
+        return None if prompt is None else prompt.text
+
+    @property
+    def seed(self) -> int:
+        """The seed of the noise; each rollback of the guard changes it."""
+        return self._blocks.seed
+
+    @property
+    def skipped(self) -> int:
+        """Number of blocks that ``set_prompt(..., flush=True)`` has dropped."""
+        return self._ready.skipped
 
     @property
     def video_frames(self) -> int:
@@ -169,10 +171,18 @@ class Stream(Closing):
     def __next__(self) -> Chunk:
         """Return the next block; :class:`StreamError` once the stream is closed or has failed."""
         self._require_open()
-        chunk = self._take()
+        return self._required(self._take())
+
+    def _required(self, chunk: Chunk | None) -> Chunk:
         if chunk is None:
+            self._process.require("stream")
             raise StreamError("the stream was closed while a block was waited for")
         return chunk
+
+    async def __anext__(self) -> Chunk:
+        """Return the next block as ``next`` does, with ``await anext(stream)``."""
+        self._require_open()
+        return self._required(await self._take_async())
 
     def feed(self, depth: int = 2, when_full: Literal["wait", "drop"] = "wait") -> Feed:
         """Make blocks on another thread, up to ``depth`` ahead of the consumer; see :class:`echo_rt.Feed`."""
@@ -181,13 +191,13 @@ class Stream(Closing):
     def _require_open(self) -> None:
         self._process.require("stream")
         if self._closed:
-            raise StreamError("the stream is closed; start another with runtime.stream(...)")
+            raise StreamError(_CLOSED)
 
     def _require_whole(self) -> None:
         if self._failure is not None:
             raise StreamError(f"the stream cannot go on: {self._failure}; start or resume another")
 
-    @release_on_error
+    @computes
     def _take(self) -> Chunk | None:
         """Return the next block, and make it unless it is ready; None once the stream is closed."""
         with self._exclusive() as engine:
@@ -208,7 +218,7 @@ class Stream(Closing):
         finally:
             self._ready.detach(consumer)
 
-    @release_on_error
+    @computes
     def _make_ahead(self, depth: float) -> bool:
         """Make one more block unless ``depth`` are ready; returns False once the stream is closed."""
         with self._exclusive() as engine:
@@ -224,18 +234,25 @@ class Stream(Closing):
     @contextmanager
     def _whole_or_over(self, engine: Engine) -> Iterator[None]:
         """Work on blocks; an error ends this video, whose buffers hold half a block, but not the runtime."""
-        try:
-            with model_context(engine.device, engine.dtype, engine.vae_dtype):
-                yield
-        except BaseException as error:
-            self._failure = f"block {self._ready.end} failed ({type(error).__name__}: {one_line(error)})"
-            raise
+        with interrupts_last():
+            try:
+                with model_context(engine.device, engine.dtype, engine.vae_dtype):
+                    yield
+            except BaseException as error:
+                self._failure = f"block {self._ready.end} failed ({type(error).__name__}: {one_line(error)})"
+                raise
 
     # ---------------------------------------------------------------- prompts
 
-    @release_on_error
+    @computes
     def set_prompt(
-        self, prompt: str | None = None, *, prompt_embeds: Tensor | None = None, block: int | None = None
+        self,
+        prompt: str | None = None,
+        *,
+        prompt_embeds: Tensor | None = None,
+        block: int | None = None,
+        over: int = 1,
+        flush: bool = False,
     ) -> None:
         """Switch to another prompt; may be called from any thread. The last call for a block counts.
 
@@ -243,46 +260,54 @@ class Stream(Closing):
             prompt: the text; or ``prompt_embeds [length, text_dim]`` in its place.
             block: number of the block that begins with it; None for the first that has not begun,
                 :attr:`next_prompt_block`.
+            over: number of blocks in which to blend from the old prompt: the embeddings change by equal steps, one per
+                block. Another prompt that begins meanwhile ends the blend. Where the recipe rebuilds the memory, it
+                does so at the first of them.
+            flush: drop the blocks that are made or begun, so that the next one handed out begins with the prompt. The
+                video jumps: their numbers are skipped, and counted in :attr:`skipped`.
 
         Raises:
             PromptError: neither or both given, an empty prompt, embeddings that do not fit; the old prompt stays.
-            StreamError: the stream is closed or has failed, or ``block`` has begun.
+            StreamError: the stream is closed or has failed, or ``block`` has begun; a blend without the old embeddings,
+                which snapshots of older versions lack.
+            ConfigError: an invalid ``block`` or ``over``, or ``flush`` beside ``block``.
         """
-        engine = self._engine
-        if engine is None:
-            raise StreamError("the stream is closed; start another with runtime.stream(...)")
         self._require_open()
         self._require_whole()
+        engine = self._engine
+        if engine is None:
+            raise StreamError(_CLOSED)
         if block is not None and (isinstance(block, bool) or not isinstance(block, int)):
             raise ConfigError(f"block must be a block's number or None, got {block!r}")
-        embeds = engine.prompts.resolve(prompt, prompt_embeds)
-        self._blocks.prompts.set(embeds, block)
+        if flush and block is not None:
+            raise ConfigError(f"flush makes way for the prompt at once: expected no block beside it, got {block}")
+        check_over(over)
+        begins = self._blocks.prompts.set(replace(engine.prompts.resolve(prompt, prompt_embeds), over=over), block)
+        if flush:
+            self._ready.skip_to(begins)
 
     # ---------------------------------------------------------------- snapshot
 
+    @computes
     def snapshot(self, path: str | Path | None = None) -> Snapshot:
         """Copy everything needed to continue bit for bit after the last block handed out.
 
         Waits for a block that is being made. ``path``: a file to write it to as well (:meth:`Snapshot.save`), while the
         stream may already go on.
         """
-        snapshot = self._snapshot()
-        if path is not None:
-            snapshot.save(path)
-        return snapshot
-
-    @release_on_error
-    def _snapshot(self) -> Snapshot:
         self._require_open()
         with self._exclusive() as engine:
             if engine is None:
                 raise StreamError("the stream was closed while a snapshot was waited for")
             self._require_whole()
             with self._whole_or_over(engine):
-                return self._blocks.snapshot(engine)
+                snapshot = self._blocks.snapshot(engine)
+        if path is not None:
+            snapshot.save(path)
+        return snapshot
 
 
-class Feed(Closing):
+class Feed(Closing, Bound):
     """Makes a stream's blocks on another thread and hands out each of them once, to any number of threads.
 
     Iterate it (``for`` or ``async for``), call ``next``, or :meth:`poll` it from a loop that has other work. The thread
@@ -303,7 +328,11 @@ class Feed(Closing):
         StreamError: the stream is closed.
     """
 
+    _instead = "pass its blocks on, or make another feed where it is used"
+
     def __init__(self, stream: Stream, depth: int = 2, when_full: Literal["wait", "drop"] = "wait") -> None:
+        if not isinstance(stream, Stream):
+            raise ConfigError(f"expected a Stream, which runtime.stream(...) makes, got {type_of(stream)}")
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
             raise ConfigError(f"depth must be a number of blocks, 1 or more, got {depth!r}")
         if when_full not in (WAIT, DROP):
@@ -313,6 +342,10 @@ class Feed(Closing):
         self._ready = stream._ready
         self._feeder = Feeder(stream._ready, stream._make_ahead, depth, drop=when_full == DROP)
         weakref.finalize(self, self._feeder.stop).atexit = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.waiting} waiting, {self.dropped} dropped"
+        return f"<Feed of {self.stream!r}, {state}>"
 
     @property
     def dropped(self) -> int:
@@ -342,11 +375,18 @@ class Feed(Closing):
 
     def __next__(self) -> Chunk:
         """Wait for the next block; raises as :meth:`poll` does."""
-        if (chunk := self._take()) is not None:
-            return chunk
-        self._require_open()
-        self.stream._require_whole()
-        raise StreamError("the stream is closed; start another with runtime.stream(...)")
+        return self._required(self._take())
+
+    async def __anext__(self) -> Chunk:
+        """Wait for the next block as ``next`` does, with ``await anext(feed)``."""
+        return self._required(await self._take_async())
+
+    def _required(self, chunk: Chunk | None) -> Chunk:
+        if chunk is None:
+            self._require_open()
+            self._require_whole()
+            self.stream._require_open()
+        return self.stream._required(chunk)
 
     def __iter__(self) -> Iterator[Chunk]:
         self._require_open()
@@ -380,6 +420,7 @@ class Feed(Closing):
 
     def _require_open(self) -> None:
         if self.closed:
+            self.stream._require_open()
             raise StreamError("the feed is closed; make another with stream.feed(...)")
 
     def _require_whole(self) -> None:

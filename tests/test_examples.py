@@ -171,6 +171,7 @@ class StandIn:
         self.act = act  # called between two pictures; False closes the window
         self.shown: list[bytes] = []
         self.text = ""  # in place of a picture
+        self.notes: list[str] = []
         self.later: list[Callable[[], None]] = []
         self.bound: dict[str, Callable[[object], None]] = {}
         self.typed = ""
@@ -179,7 +180,7 @@ class StandIn:
     def module(self) -> types.ModuleType:
         tkinter = types.ModuleType("tkinter")
         for name in ("Tk", "Label", "Entry"):
-            setattr(tkinter, name, lambda *_: self)
+            setattr(tkinter, name, lambda *_, **options: self)
         tkinter.PhotoImage = lambda data: data  # type: ignore[attr-defined]
         return tkinter
 
@@ -195,9 +196,11 @@ class StandIn:
     def get(self) -> str:
         return self.typed
 
-    def configure(self, image: bytes | str, text: str = "") -> None:
+    def configure(self, image: bytes | str | None = None, text: str = "") -> None:
         assert threading.current_thread() is self.thread, "Tk is for one thread"
-        if isinstance(image, bytes):
+        if image is None:
+            self.notes.append(text)
+        elif isinstance(image, bytes):
             self.shown.append(image)
         else:
             self.text = text
@@ -266,6 +269,21 @@ def test_the_window_says_how_the_stream_failed(
     with pytest.raises(SystemExit):  # here alone: Tk prints the error, and the window stays
         run("window.py", small_model, "--checkpoint", small_model / CHECKPOINT_FILE)
     assert window.text == "StreamError: block 3: the device is lost" and not window.shown and not window.later
+
+
+def test_the_window_shows_what_is_wrong_with_a_prompt(
+    run: Callable[..., Any], small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def act(window: StandIn) -> bool:
+        if len(window.shown) == 1 and not any(window.notes):
+            window.bound["<Return>"](None)  # nothing was typed
+        return not any(window.notes)
+
+    window = StandIn(act)
+    monkeypatch.setitem(sys.modules, "tkinter", window.module())
+    with contextlib.suppress(SystemExit):
+        run("window.py", small_model, "--checkpoint", small_model / CHECKPOINT_FILE)
+    assert window.notes[-1].startswith("PromptError: the prompt is empty") and window.shown
 
 
 @pytest.mark.skipif(not os.environ.get("DISPLAY"), reason="no screen")

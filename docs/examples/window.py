@@ -12,7 +12,6 @@ import time
 import tkinter
 
 import echo_rt
-from echo_rt import share_cpu
 
 
 class Window:
@@ -22,11 +21,11 @@ class Window:
         self.feed, self.seconds = feed, 1 / fps
         self.root = tkinter.Tk()
         self.root.title("echo-rt")
-        self.picture = tkinter.Label(self.root)
-        self.picture.pack()
-        self.line = tkinter.Entry(self.root)
-        self.line.pack(fill="x")
+        self.picture, self.line, self.note = (make(self.root) for make in (tkinter.Label, tkinter.Entry, tkinter.Label))
+        for part in (self.picture, self.line, self.note):
+            part.pack(fill="x")
         self.line.bind("<Return>", self.switch)
+        self.error = ""  # what was wrong with the last prompt
         self.frames = iter(())  # of the block that is shown
         self.due = time.monotonic()
         self.root.after(0, self.show)
@@ -42,17 +41,24 @@ class Window:
             self.frames = iter(chunk.frames.numpy())
             frame = next(self.frames)
         if frame is not None:
-            height, width, _ = frame.shape
             # Tk reads PPM: a header, then bytes. Tk keeps no reference to the image, so we must.
-            self.image = tkinter.PhotoImage(data=b"P6 %d %d 255 " % (width, height) + frame.tobytes())
+            self.image = tkinter.PhotoImage(data=b"P6 %d %d 255 " % frame.shape[1::-1] + frame.tobytes())
             self.picture.configure(image=self.image)
+        self.note.configure(text=self.error)
         # Count from the due time, or delays would add up; but from now if no block was ready.
         self.due = max(self.due + self.seconds, time.monotonic())
         self.root.after(round(1000 * (self.due - time.monotonic())), self.show)
 
     def switch(self, event: object) -> None:
-        # Encoding a prompt takes seconds on a CPU, and the video should continue meanwhile.
-        threading.Thread(target=self.feed.stream.set_prompt, args=[self.line.get()], daemon=True).start()
+        # Encoding a prompt takes a while, and the video should continue meanwhile.
+        threading.Thread(target=self.set_prompt, args=[self.line.get()], daemon=True).start()
+
+    def set_prompt(self, prompt: str) -> None:
+        try:
+            self.feed.stream.set_prompt(prompt)
+            self.error = ""
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {error}"
 
 
 def main() -> None:
@@ -64,7 +70,7 @@ def main() -> None:
     options = parser.parse_args()
     with (
         echo_rt.Runtime.from_pretrained(options.model, checkpoint=options.checkpoint, recipe=options.recipe) as runtime,
-        share_cpu(runtime.device),  # on a CPU: stay fast beside other programs
+        echo_rt.share_cpu(runtime.device),  # on a CPU: stay fast beside other programs
         runtime.stream(options.prompt) as stream,
         echo_rt.Feed(stream) as feed,  # makes blocks on a thread, at most two ahead
     ):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from echo_rt.chunk import Chunk
 from echo_rt.config import VaeConfig
 from echo_rt.engine.executor import Executor
 from echo_rt.engine.initial_video import InitialVideoEncoder
 from echo_rt.engine.pipeline import Pipeline
-from echo_rt.engine.prompts import PromptEncoder, check_prompt_embeds
+from echo_rt.engine.prompts import NOW, PromptEncoder, check_prompt_embeds, prompt_of
 from echo_rt.engine.rollout import Rollout
 from echo_rt.engine.steady_state import SteadyCheck
 from echo_rt.errors import ConfigError, PromptError, StreamError
@@ -71,17 +70,10 @@ class Engine:
         # Pinned, the host does not wait for its copy to the device.
         self.pipeline.given.extend(block.pin_memory() if self.device.type == "cuda" else block for block in blocks)
 
-    def save_state(
-        self,
-        seed: int,
-        prompts: Mapping[int, Tensor] | None = None,
-        held: Sequence[Chunk] = (),
-        offset: int = 0,
-        caller_noise: bool = False,
-    ) -> Snapshot:
+    def save_state(self, seed: int, **of_stream: Any) -> Snapshot:
         """Wait for all submitted work and copy the state after the last block begun to the host.
 
-        The arguments are the stream's part of a :class:`Snapshot`.
+        The arguments are the stream's part of a :class:`Snapshot`, by its fields.
         """
         pinned = self.device.type == "cuda"  # copied several times as fast as pageable memory
         self.executor.synchronize()
@@ -99,12 +91,9 @@ class Engine:
             memory_ready=self.rollout.state.memory_ready,
             latents_decoded=self.pipeline.decoder_state.latents_seen,
             tensors=copies,
-            prompts=dict(prompts or {}),
-            held=tuple(held),
-            offset=offset,
             initial_blocks=self.rollout.state.initial_blocks,
-            caller_noise=caller_noise,
             initial_latents=torch.cat(list(given)) if given else None,
+            **{"prompts": {}} | of_stream,
         )
 
     def finite(self) -> bool:
@@ -138,12 +127,16 @@ class Engine:
                     f"snapshot tensor {name}: expected {plain(tensor.dtype)} {list(tensor.shape)}, found {found}"
                 )
         part, text = "initial video", self.rollout.config.transformer
+        prompts: dict[str, Tensor] = {str(block): embeds for block, embeds in snapshot.prompts.items()}
+        if snapshot.prompt is not None:
+            prompts[NOW] = snapshot.prompt
         try:
             if coming is not None:
                 self.rollout.split_blocks(coming)
-            for block, embeds in snapshot.prompts.items():
+            for block, embeds in prompts.items():
                 part = f"prompt for block {block}"
                 check_prompt_embeds(embeds, text.text_dim, text.text_len)
+                prompt_of(embeds, snapshot.prompt_facts.get(block))
         except (ConfigError, PromptError) as error:
             raise StreamError(f"the snapshot's {part}: {error}") from None
 

@@ -30,6 +30,7 @@ _META = torch.device("meta")  # tensors with a size and no bytes
 _GIB = 2**30
 _KIBIBYTE = 1024  # the unit of /proc/meminfo
 _NO_LIMIT = "max"
+_ROOM = 8
 
 
 @dataclass(frozen=True)
@@ -107,30 +108,49 @@ def _empty(shapes: Shapes) -> dict[str, Tensor]:
     return {name: torch.empty(shape, device=_META) for name, shape in shapes.items()}
 
 
+def has_room(device: torch.device) -> bool:
+    """Whether an eighth of the memory of ``device`` is free: for the graphs and workspaces of a stream, and others."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        free, total = host_memory_free(), host_memory()
+    return free > total // _ROOM
+
+
 def host_memory(root: Path = Path("/")) -> int:
     """Bytes that this process can have at most: the memory of the machine, or of its control group, and the swap.
 
     ``root``: the folder of ``/proc`` and ``/sys``.
     """
-    entries = dict(line.split(":") for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines())
-    memory, swap = (int(entries[name].split()[0]) * _KIBIBYTE for name in ("MemTotal", "SwapTotal"))
-    return min([memory, *_group_limits(root)]) + swap
+    return min([_meminfo(root, "MemTotal"), *(limit for limit, _ in _groups(root))]) + _meminfo(root, "SwapTotal")
 
 
-def _group_limits(root: Path) -> Iterator[int]:
-    """Memory limits, in bytes, of the process's control groups and of those around them; versions 1 and 2."""
+def host_memory_free(root: Path = Path("/")) -> int:
+    """Bytes that this process can have without swapping, beside those in use."""
+    free = [limit - int(used.read_text(encoding="ascii")) for limit, used in _groups(root)]
+    return min([_meminfo(root, "MemAvailable"), *free])
+
+
+def _meminfo(root: Path, name: str) -> int:
+    lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * _KIBIBYTE
+
+
+def _groups(root: Path) -> Iterator[tuple[int, Path]]:
+    """Limit in bytes and file of the use of the process's control groups and those around them; versions 1 and 2."""
     mounts = root / "sys/fs/cgroup"
     for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            base, name = mounts, "memory.max"
+            base, names = mounts, ("memory.max", "memory.current")
         elif "memory" in controllers.split(","):
-            base, name = mounts / "memory", "memory.limit_in_bytes"
+            base, names = mounts / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
         else:
             continue
         group = PurePosixPath(path)
         for each in (group, *group.parents):
-            file = base / each.relative_to("/") / name
+            limit, used = (base / each.relative_to("/") / name for name in names)
             # A container sees its own group as the root, and has no files of the groups around it.
-            if file.is_file() and (limit := file.read_text(encoding="ascii").strip()) != _NO_LIMIT:
-                yield int(limit)
+            if limit.is_file() and (most := limit.read_text(encoding="ascii").strip()) != _NO_LIMIT:
+                yield int(most), used

@@ -1,33 +1,89 @@
-"""Prompts of a runtime: encoding texts, checking embeddings, and files of embeddings."""
+"""Prompts of a runtime: encoding texts, checking embeddings, blending them, and files of embeddings."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from echo_rt.config import TransformerConfig
-from echo_rt.errors import EchoError, PromptError, StreamError
+from echo_rt.engine.memory_budget import has_room
+from echo_rt.errors import ConfigError, EchoError, PromptError, StreamError
 from echo_rt.model.text import TextEncoder, clean_prompt
 from echo_rt.utils.atomic_file import write_whole
+from echo_rt.utils.checked_json import convert
 from echo_rt.utils.device import model_context
 from echo_rt.weights.folder import ModelFolder
 
 _EMBEDS_KEY = "prompt_embeds"
 _PROMPT_KEY = "prompt"
+NOW = "now"  # key, among the facts of prompts in a snapshot, of the one of the last block begun
+_MOST_BLOCKS = 10_000  # of a blend
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFacts:
+    """What is known of a prompt beside its embeddings, in plain JSON types.
+
+    ``text``: None if only the embeddings were given. ``over``: number of blocks in which they are reached, the next one
+    included. ``continued``: an earlier block began the blend, so the memory is not rebuilt again.
+    """
+
+    text: str | None = None
+    over: Annotated[int, msgspec.Meta(ge=1, le=_MOST_BLOCKS)] = 1
+    continued: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt(PromptFacts):
+    """Embeddings float32 ``[length, text_dim]`` on the host, and how blocks come to them."""
+
+    embeds: Tensor
+
+    def step(self, now: Tensor) -> tuple[Prompt, Prompt | None]:
+        """Return the prompt of the next block, where ``now`` is that of the last one, and what is left of the blend."""
+        if self.over == 1:
+            return self, None
+        # The transformer pads a text with zeros, so a shorter one may be padded here.
+        length = max(len(now), len(self.embeds))
+        old, new = (pad(embeds, (0, 0, 0, length - len(embeds))) for embeds in (now, self.embeds))
+        blended = torch.lerp(old, new, 1 / self.over)
+        return replace(self, embeds=blended, over=1), replace(self, over=self.over - 1, continued=True)
+
+    def facts(self) -> dict[str, Any]:
+        """The facts that are not their defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(PromptFacts) if getattr(self, f.name) != f.default}
+
+
+def prompt_of(embeds: Tensor, facts: Mapping[str, Any] | None) -> Prompt:
+    """Make a prompt of what a snapshot holds; :class:`PromptError` for facts that are none."""
+    return Prompt(**vars(convert(facts or {}, PromptFacts, "facts", PromptError)), embeds=embeds)
+
+
+def check_over(over: int) -> int:
+    """Return the number of blocks of a blend; :class:`ConfigError` for what is none."""
+    if isinstance(over, bool) or not isinstance(over, int) or not 1 <= over <= _MOST_BLOCKS:
+        raise ConfigError(f"over must be a number of blocks in 1..{_MOST_BLOCKS}, got {over!r}")
+    return over
 
 
 class PromptEncoder:
     """The text encoder of a model folder, loaded for a prompt and released after it unless ``keep``.
 
-    Any thread may use it; one prompt is encoded at a time. Embeddings are float32 on the host, so that streams and
-    snapshots do not depend on the device. Without a folder there is no text encoder. ``dtype``: the model's; float32
-    weights of the encoder are kept only where that is float32, and converted to bfloat16 elsewhere.
+    ``keep`` None keeps it for a video that is live, where the memory of the device has room. Any thread may use it; one
+    prompt is encoded at a time. Embeddings are float32 on the host, so that streams and snapshots do not depend on
+    the device. Without a folder there is no text encoder. ``dtype``: the model's; float32 weights of the encoder are
+    kept only where that is float32, and converted to bfloat16 elsewhere.
     """
 
     def __init__(
@@ -36,10 +92,11 @@ class PromptEncoder:
         config: TransformerConfig,
         device: torch.device,
         *,
-        keep: bool,
+        keep: bool | None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self.keep = keep
+        self._keep = keep
+        self._videos: weakref.WeakSet[object] = weakref.WeakSet()
         self._widest = torch.float32 if dtype == torch.float32 else torch.bfloat16
         self._folder, self._config, self._device = folder, config, device
         self._lock = threading.RLock()  # reentrant: a signal handler may close amid a prompt of its own thread
@@ -56,53 +113,73 @@ class PromptEncoder:
         """Encode prompts to ``[length, text_dim]`` each; :class:`PromptError` for an empty or a far too long one."""
         if isinstance(prompts, str):  # whose items are prompts of one letter
             raise PromptError(f"expected a sequence of prompts, got one text: {prompts!r:.40}")
-        # Also the default device meanwhile: the library makes tensors on it.
-        with self._lock, model_context(self._device, torch.float32), self._device:
-            if self._closed:
-                raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
-            if self._folder is None:
-                raise PromptError("expected embeddings: this model has no folder with a text encoder, got a text")
-            for prompt in prompts:
-                clean_prompt(prompt)  # raises before the encoder is read
-            self._encoding = True
-            try:
-                if self._encoder is None:
-                    self._encoder = TextEncoder(
-                        self._folder.text_encoder_config(),
-                        self._folder.text_encoder_tensors(),
-                        self._folder.tokenizer_path(),
-                        text_len=self._config.text_len,
-                        device=self._device,
-                        dtype=self._widest,
-                    )
-                return [self._encoder.encode(prompt).to("cpu", torch.float32) for prompt in prompts]
-            finally:
-                self._encoding = False
-                if not self.keep or self._closed:
-                    self._release()
+        try:
+            # Also the default device meanwhile: the library makes tensors on it.
+            with self._lock, model_context(self._device, torch.float32), self._device:
+                return self._encode(prompts)
+        finally:
+            self._release_unless_kept()
 
-    def resolve(self, prompt: str | None, prompt_embeds: Tensor | None) -> Tensor:
-        """Return the embeddings of a text, or a copy of given ones; :class:`PromptError` for both or neither."""
+    def _encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        if self._closed:
+            raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
+        if self._folder is None:
+            raise PromptError("expected embeddings: this model has no folder with a text encoder, got a text")
+        for prompt in prompts:
+            clean_prompt(prompt)  # raises before the encoder is read
+        self._encoding = True
+        try:
+            if self._encoder is None:
+                self._encoder = TextEncoder(
+                    self._folder.text_encoder_config(),
+                    self._folder.text_encoder_tensors(),
+                    self._folder.tokenizer_path(),
+                    text_len=self._config.text_len,
+                    device=self._device,
+                    dtype=self._widest,
+                )
+            return [self._encoder.encode(prompt).to("cpu", torch.float32) for prompt in prompts]
+        finally:
+            self._encoding = False
+
+    def resolve(self, prompt: str | None, prompt_embeds: Tensor | None) -> Prompt:
+        """Return the prompt of a text, or of a copy of given embeddings; :class:`PromptError` for both or neither."""
         if (prompt is None) == (prompt_embeds is None):
             both = "neither" if prompt is None else "both"
             raise PromptError(f"give a prompt or prompt_embeds, one of the two; got {both}")
         if prompt is not None:
-            return self.encode([prompt])[0]
+            return Prompt(text=prompt, embeds=self.encode([prompt])[0])
         assert prompt_embeds is not None
         check_prompt_embeds(prompt_embeds, self._config.text_dim, self._config.text_len)
-        return prompt_embeds.detach().to("cpu", torch.float32, copy=True)
+        return Prompt(embeds=prompt_embeds.detach().to("cpu", torch.float32, copy=True))
+
+    def hold(self, video: object) -> None:
+        """Keep the encoder, unless told otherwise, for ``video``, which may be given prompts at any time."""
+        self._videos.add(video)
+
+    def let_go(self, video: object) -> None:
+        """Forget ``video``. From any thread; never waits."""
+        self._videos.discard(video)
+        self._release_unless_kept()
 
     def close(self) -> None:
         """Release the encoder; waits for a prompt that is being encoded."""
+        self._closed = True
         with self._lock:
-            self._closed = True
-            if not self._encoding:
-                self._release()
+            self._release_unless_kept()
 
-    def _release(self) -> None:
-        if self._encoder is not None:
-            self._encoder.close()
-            self._encoder = None
+    def _release_unless_kept(self) -> None:
+        # Where another thread is encoding, it does this afterwards.
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._encoder is None or self._encoding:
+                    return
+                keep = bool(self._videos) and has_room(self._device) if self._keep is None else self._keep
+                if self._closed or not keep:
+                    self._encoder.close()
+                    self._encoder = None
+            finally:
+                self._lock.release()
 
 
 def check_dense(tensor: Tensor, what: str, error: type[EchoError]) -> None:

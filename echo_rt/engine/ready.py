@@ -6,7 +6,6 @@ A block is in the queue, and nowhere else, until somebody has taken it.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import math
 import threading
@@ -14,7 +13,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from echo_rt.chunk import Chunk
 from echo_rt.errors import StreamError
@@ -33,7 +31,8 @@ class ReadyQueue:
     """Finished blocks of one video, oldest first. Any thread may append and take; no call waits for a block.
 
     Taking is the last step of every wait, so a wait that is cancelled, interrupted or timed out has taken nothing.
-    ``end`` is the number of the next block to be finished; ``policy`` says what happens when the queue is full.
+    ``end`` is the number of the next block to be finished; ``policy`` says what happens when the queue is full. Blocks
+    before ``wanted`` are not handed out any more; ``skipped`` counts those.
 
     A closed queue keeps its blocks while a consumer is attached, which is still to get the blocks made for it.
     """
@@ -43,6 +42,7 @@ class ReadyQueue:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.end = end
+        self.wanted = self.skipped = 0
         self.policy: DropOldest | None = None
         self.closed = False
         self._blocks = deque(blocks)
@@ -55,7 +55,7 @@ class ReadyQueue:
     @property
     def next_block(self) -> int:
         """Number of the next block to be taken, ready or not."""
-        end = self.end  # read before the blocks: another thread may append or take meanwhile
+        end = max(self.end, self.wanted)  # read before the blocks: another thread may append or take meanwhile
         try:
             return self._blocks[0].index
         except IndexError:
@@ -70,12 +70,24 @@ class ReadyQueue:
     def append(self, chunk: Chunk) -> None:
         """Add a finished block; the policy may drop the oldest for it."""
         with self.lock:
+            if chunk.index < self.wanted:
+                self.end = chunk.index + 1
+                return
             policy = self.policy
             if policy is not None and len(self._blocks) >= policy.depth:
                 self.take()
                 policy.dropped += 1
             self._blocks.append(chunk)
             self.end = chunk.index + 1
+            self.notify()
+
+    def skip_to(self, block: int) -> None:
+        """Drop the blocks before ``block``, those that wait and those still to be finished."""
+        with self.lock:
+            self.skipped += max(0, block - self.next_block)
+            self.wanted = max(block, self.wanted)
+            while self._blocks and self._blocks[0].index < block:
+                self._blocks.popleft()
             self.notify()
 
     def take(self) -> Chunk | None:
@@ -143,12 +155,8 @@ class Feeder(threading.Thread):
 
     ``make_ahead(depth)`` makes a block unless ``depth`` are ready; it returns False once there are no more.
     ``stopped``: no more blocks are wanted; ``over``: no more come. It holds no reference to the feed, so that a feed
-    that nobody holds can be freed.
+    that nobody holds can be freed. It is a daemon, so that a forgotten one cannot block the interpreter's exit.
     """
-
-    # Daemons, so that a forgotten one cannot block the interpreter's exit; but torch's work in a thread must be over
-    # before the interpreter is torn down, see _end_all.
-    running: ClassVar[set[Feeder]] = set()
 
     def __init__(self, ready: ReadyQueue, make_ahead: Callable[[float], bool], depth: int, drop: bool) -> None:
         super().__init__(name="echo_rt feed", daemon=True)
@@ -161,7 +169,6 @@ class Feeder(threading.Thread):
         ready.attach(self)
         if drop:
             ready.policy = self.policy
-        Feeder.running.add(self)
         self.start()
 
     def run(self) -> None:
@@ -175,7 +182,6 @@ class Feeder(threading.Thread):
         finally:
             self.over = True
             self._ready.notify()
-            Feeder.running.discard(self)
             del self  # so does this frame
 
     def _wait_for_place(self) -> bool:
@@ -215,11 +221,3 @@ class Feeder(threading.Thread):
             raise StreamError(f"the feed's thread died of {type(error).__name__}: {error}") from error
         finally:
             del error  # or this frame and the error would be a reference cycle
-
-
-@atexit.register
-def _end_all() -> None:
-    for feeder in list(Feeder.running):
-        if feeder.is_alive():  # after a fork, the parent's are not
-            feeder.stop()
-            feeder.join()

@@ -83,15 +83,18 @@ class Rollout:
         with self._executor.eager():
             self.state.seed.copy_(words)
 
-    def switch_prompt(self, prompt_embeds: Tensor) -> None:
-        """Switch the prompt between two blocks: recompute text keys and the window's keys, rebuild the memory."""
+    def switch_prompt(self, prompt_embeds: Tensor, rebuild: bool = True) -> None:
+        """Switch the prompt between two blocks: recompute text keys and the window's keys, rebuild the memory.
+
+        ``rebuild``: False keeps the memory also where the recipe rebuilds it.
+        """
         with self._executor.eager():
             self._transformer.encode_text(prompt_embeds, self.state.text_kv)
             if self.state.block < 0:
                 return
             self._recache()
-            evolving = self.mode is MemoryMode.EVOLVE and self.config.memory is not None
-            if evolving and self.config.memory.rebuild_on_prompt_switch:  # type: ignore[union-attr]
+            memory = self.config.memory if self.mode is MemoryMode.EVOLVE else None
+            if rebuild and memory is not None and memory.rebuild_on_prompt_switch:
                 self._rebuild_memory()
 
     # ---------------------------------------------------------------- blocks

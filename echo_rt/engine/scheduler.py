@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from echo_rt.chunk import Chunk
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import ROLL_BACK, Guard
-from echo_rt.engine.prompts import check_dense
+from echo_rt.engine.prompts import NOW, Prompt, check_dense, prompt_of
 from echo_rt.engine.ready import ReadyQueue
 from echo_rt.errors import ConfigError, NumericalError, OutputError, StallError, StreamError
 from echo_rt.options import check_seed
@@ -35,52 +35,81 @@ CallerNoise = Callable[[int, tuple[int, ...]], Tensor]
 class PromptSchedule:
     """Prompts by the block that begins with them. Any thread may set one while blocks are made.
 
-    ``first_open`` is the first block of the video that has not been begun.
+    ``now``: that of the last block begun, None where an older snapshot does not say; ``first_open``: the first block of
+    the video that has not been begun.
     """
 
-    def __init__(self, first_open: int = 0, prompts: Mapping[int, Tensor] | None = None) -> None:
+    def __init__(self, now: Prompt | None, first_open: int = 0, prompts: Mapping[int, Prompt] | None = None) -> None:
         self._lock = threading.Lock()
-        self._prompts = dict(prompts or {})
-        self.first_open = first_open
+        self._waiting = dict(prompts or {})
+        self.now, self.first_open = now, first_open
 
-    def set(self, embeds: Tensor, block: int | None) -> None:
-        """Set the prompt from ``block`` on (None: the first open one); :class:`StreamError` if it has been begun."""
+    @property
+    def next(self) -> Prompt | None:
+        """The prompt of the first open block, or the one that it begins to turn to."""
+        with self._lock:
+            due = self._due()
+            return self._waiting[max(due)] if due else self.now
+
+    def set(self, prompt: Prompt, block: int | None) -> int:
+        """Set the prompt from ``block`` on (None: the first open one), and return its number.
+
+        :class:`StreamError` if it has been begun, or a blend has nothing to begin with.
+        """
         with self._lock:
             if block is not None and block < self.first_open:
                 raise StreamError(
                     f"block {block} has been begun; a prompt can begin with block {self.first_open} or later"
                 )
-            self._prompts[self.first_open if block is None else block] = embeds
+            if prompt.over > 1 and self.now is None:
+                raise StreamError("the snapshot of this video is of an older version, without its prompt to blend from")
+            at = self.first_open if block is None else block
+            self._waiting[at] = prompt
+            return at
 
-    def begin(self) -> tuple[int, Tensor | None]:
+    def begin(self) -> tuple[int, Prompt | None]:
         """Begin the first open block; returns its number, and its prompt where that is a new one."""
         with self._lock:
-            block = self.first_open
+            due, block = self._due(), self.first_open
             self.first_open += 1
-            due = [at for at in self._prompts if at <= block]
-            embeds = self._prompts[max(due)] if due else None
+            if not due:
+                return block, None
+            prompt = self._waiting[max(due)]
             for at in due:
-                del self._prompts[at]
-            return block, embeds
+                del self._waiting[at]
+            if self.now is not None:
+                prompt, rest = prompt.step(self.now.embeds)
+                if rest is not None:
+                    self._waiting.setdefault(block + 1, rest)  # another prompt that begins there ends the blend
+            self.now = prompt
+            return block, prompt
 
-    def reopen(self, block: int, prompts: Mapping[int, Tensor]) -> None:
+    def _due(self) -> list[int]:
+        return [at for at in self._waiting if at <= self.first_open]
+
+    def reopen(self, block: int, now: Prompt | None, prompts: Mapping[int, Prompt]) -> None:
         """Let ``block`` and those after it begin again; ``prompts``, which later blocks had begun with, wait again."""
         with self._lock:
-            self.first_open = block
-            self._prompts = {**prompts, **self._prompts}
+            self.first_open, self.now = block, now
+            self._waiting = {**prompts, **self._waiting}
 
-    def pending(self) -> dict[int, Tensor]:
-        """The prompts of blocks that have not begun."""
+    def for_snapshot(self) -> dict[str, Any]:
+        """The fields of a :class:`Snapshot` about prompts."""
         with self._lock:
-            return dict(self._prompts)
+            named = {str(at): prompt for at, prompt in self._waiting.items()} | ({NOW: self.now} if self.now else {})
+            return {
+                "prompts": {at: prompt.embeds for at, prompt in self._waiting.items()},
+                "prompt": self.now and self.now.embeds,
+                "prompt_facts": {name: facts for name, prompt in named.items() if (facts := prompt.facts())},
+            }
 
-
-@dataclass(frozen=True, eq=False)
-class Initial:
-    """Latents ``[frames, C, h, w]`` of the given blocks that a video begins with; ``shown``: they are handed out."""
-
-    latents: Tensor
-    shown: bool = True
+    @classmethod
+    def of_snapshot(cls, snapshot: Snapshot) -> PromptSchedule:
+        """Return the schedule that a snapshot holds."""
+        facts, now = snapshot.prompt_facts, snapshot.prompt
+        waiting = {at: prompt_of(embeds, facts.get(str(at))) for at, embeds in snapshot.prompts.items()}
+        begun = None if now is None else prompt_of(now, facts.get(NOW))
+        return cls(begun, snapshot.block + 1 + snapshot.offset, waiting)
 
 
 class Blocks:
@@ -99,23 +128,26 @@ class Blocks:
         self._noise = noise
         self._vae, self._frames_per_block = engine.vae, engine.rollout.config.window.frames_per_block
         self._guard = guard or Guard()
-        self._seed = check_seed(seed)
-        self.prompts = PromptSchedule()
+        self.seed = check_seed(seed)
+        self.prompts = PromptSchedule(None)
         self.ready = ReadyQueue()
         self.rollbacks = 0
         self.first_frame_seconds: float | None = None
         self._failures = 0  # rollbacks since the last good block
         self._good: Snapshot | None = None
-        self._prompts_since: dict[int, Tensor] = {}  # by block: prompts that began after the good state
-        self._began = time.perf_counter()
+        self._good_prompt: Prompt | None = None
+        self._prompts_since: dict[int, Prompt] = {}  # by block: prompts that began after the good state
+        self._began = 0.0
 
-    def start(self, engine: Engine, prompt_embeds: Tensor, initial: Initial | None = None) -> None:
-        """Start a video with ``prompt_embeds [length, text_dim]``; it begins with the ``initial`` blocks, if any."""
-        engine.start(prompt_embeds, self._seed)
+    def start(self, engine: Engine, prompt: Prompt, initial: Tensor | None, shown: bool) -> None:
+        """Start a video; it begins with the blocks of ``initial [frames, C, h, w]``, handed out if ``shown``."""
+        self._began = time.perf_counter()
+        self.prompts.now = prompt
+        engine.start(prompt.embeds, self.seed)
         if initial is None:
             return
-        engine.prefill(initial.latents)
-        while engine.pipeline.given and not initial.shown:
+        engine.prefill(initial)
+        while engine.pipeline.given and not shown:
             self._begin(engine)
             self._finish(engine)
             self.ready.take()
@@ -129,8 +161,9 @@ class Blocks:
             if snapshot.caller_noise:
                 made_of, expected, found = ("noise that its caller gives", "noise=", "none")
             raise StreamError(f"the snapshot's video is made of {made_of}: expected {expected}, found {found}")
-        engine.load_state(snapshot, self._seed)
-        self.prompts = PromptSchedule(snapshot.block + 1 + snapshot.offset, snapshot.prompts)
+        self._began = time.perf_counter()
+        engine.load_state(snapshot, self.seed)
+        self.prompts = PromptSchedule.of_snapshot(snapshot)
         self.ready = ReadyQueue(snapshot.held, self.prompts.first_open)
 
     def make(self, engine: Engine) -> None:
@@ -141,7 +174,8 @@ class Blocks:
             if due and not engine.pipeline.in_flight:
                 due = False
                 if engine.finite():
-                    self._good, self._prompts_since = self._save(engine, held=()), {}
+                    self._good, self._good_prompt = self._save(engine, held=()), self.prompts.now
+                    self._prompts_since = {}
             while not due and engine.pipeline.in_flight <= engine.lookahead:
                 self._begin(engine)
             self._finish(engine)
@@ -170,7 +204,7 @@ class Blocks:
         if prompt is not None:
             if self._good is not None:
                 self._prompts_since[block] = prompt
-            engine.rollout.switch_prompt(prompt)
+            engine.rollout.switch_prompt(prompt.embeds, rebuild=not prompt.continued)
         if engine.check is None:
             engine.pipeline.begin(block, noise)
             return
@@ -229,8 +263,13 @@ class Blocks:
     # ---------------------------------------------------------------- state
 
     def _save(self, engine: Engine, held: Sequence[Chunk]) -> Snapshot:
-        given = self._noise is not None
-        return engine.save_state(self._seed, self.prompts.pending(), held, self._offset(engine), given)
+        return engine.save_state(
+            self.seed,
+            held=tuple(held),
+            offset=self._offset(engine),
+            caller_noise=self._noise is not None,
+            **self.prompts.for_snapshot(),
+        )
 
     def _offset(self, engine: Engine) -> int:
         """How far the video's block numbers are ahead of the state's."""
@@ -268,13 +307,18 @@ class Blocks:
             raise NumericalError(f"{what}{tried}{kept}")
         self._failures += 1
         self.rollbacks += 1
-        self._seed = (self._seed + _RESEED) % _SEEDS
-        engine.load_state(good, self._seed)
-        since = self._prompts_since
-        self._prompts_since = {at: embeds for at, embeds in since.items() if at <= block}
-        self.prompts.reopen(block, {at: embeds for at, embeds in since.items() if at > block})
-        if self._prompts_since:
-            engine.rollout.switch_prompt(self._prompts_since[max(self._prompts_since)])
+        self.seed = (self.seed + _RESEED) % _SEEDS
+        engine.load_state(good, self.seed)
+        begun = self._prompts_since
+        self._prompts_since = {at: prompt for at, prompt in begun.items() if at <= block}
+        now = self._prompts_since[max(self._prompts_since)] if self._prompts_since else self._good_prompt
+        # Numbers that a flush has skipped stay so.
+        self.prompts.reopen(
+            max(block, self.ready.wanted), now, {at: prompt for at, prompt in begun.items() if at > block}
+        )
+        if self._prompts_since and now is not None:
+            rebuild = any(not prompt.continued for prompt in self._prompts_since.values())
+            engine.rollout.switch_prompt(now.embeds, rebuild)
         _logger.warning("%s; back to the state after block %d, with other noise%s", what, good.block, kept)
 
 

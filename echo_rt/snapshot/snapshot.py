@@ -23,7 +23,7 @@ from echo_rt.snapshot.file import damaged, read_file, write_file
 
 T = TypeVar("T")
 
-_STATE, _PROMPT, _HELD, _INITIAL = "state.", "prompt.", "held.", "initial.latents"
+_STATE, _PROMPT, _HELD, _INITIAL, _NOW = "state.", "prompt.", "held.", "initial.latents", "prompt"
 _LONGEST_NUMBER = 20  # digits
 _METADATA = {
     "model": dict,
@@ -35,7 +35,7 @@ _METADATA = {
     "offset": int,
 }
 # Written only where they differ from these values, which most videos have.
-_OPTIONAL: dict[str, bool | int] = {"initial_blocks": 0, "caller_noise": False}
+_OPTIONAL: dict[str, Any] = {"initial_blocks": 0, "caller_noise": False, "prompt_facts": {}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,8 @@ class Snapshot:
     ``model`` describes the runtime it fits, in plain JSON types: a runtime that differs in any entry refuses it, except
     for the implementations that its user asked for by name.
     ``block``: the last block begun, in the numbers of the state; ``tensors``: the state behind it.
-    ``prompts``: prompts that have not begun yet, by the block that begins with them.
+    ``prompts``: prompts that have not begun yet, by the block that begins with them; ``prompt``: that of the last block
+    begun, None in the files of older versions. ``prompt_facts``: text and blend of each, by its block, or ``"now"``.
     ``held``: blocks that were made and not taken; a resumed stream hands them out first.
     ``offset``: how far the video's block numbers are ahead of the state's, after rollbacks.
     ``initial_blocks``: number of given blocks that the state begins with; ``initial_latents [frames, C, h, w]``: given
@@ -65,6 +66,8 @@ class Snapshot:
     initial_blocks: int = 0
     caller_noise: bool = False
     initial_latents: Tensor | None = field(default=None, repr=False)
+    prompt: Tensor | None = field(default=None, repr=False)
+    prompt_facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def next_block(self) -> int:
@@ -82,6 +85,8 @@ class Snapshot:
             tensors |= {f"{_HELD}{number}.frames": chunk.frames, f"{_HELD}{number}.latents": chunk.latents}
         if self.initial_latents is not None:
             tensors[_INITIAL] = self.initial_latents
+        if self.prompt is not None:
+            tensors[_NOW] = self.prompt
         write_file(path, tensors, self._metadata(path))
 
     def _metadata(self, path: str | Path) -> dict[str, Any]:
@@ -114,7 +119,7 @@ class Snapshot:
             raise damaged(path, str(error)) from None
         metadata["prompts"] = _prompts(tensors, path)
         metadata["held"] = tuple(_chunk(number, entry, tensors, path) for number, entry in enumerate(metadata["held"]))
-        metadata["initial_latents"] = tensors.pop(_INITIAL, None)
+        metadata["initial_latents"], metadata["prompt"] = tensors.pop(_INITIAL, None), tensors.pop(_NOW, None)
         if surplus := [name for name in tensors if not name.startswith(_STATE)]:
             raise damaged(path, f"it holds tensors that no snapshot has: {', '.join(surplus):.200}")
         return Snapshot(tensors={name.removeprefix(_STATE): t for name, t in tensors.items()}, **metadata)

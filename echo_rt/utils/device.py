@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.errors import BackendError, ConfigError
-from echo_rt.options import DTYPE_NAMES, VAE_DTYPE_NAMES
+from echo_rt.options import DTYPE_ALIASES, DTYPE_NAMES, VAE_DTYPE_NAMES
 from echo_rt.utils.process import require_cuda_usable
 
 FLOAT8 = torch.float8_e4m3fn
@@ -78,12 +78,18 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
     """
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    for name, known in _MODEL_DTYPES.items():
-        if dtype in (name, known):
-            if known == FLOAT8:
-                require_products(device)
-            return known
-    raise ConfigError(f"dtype must be one of {', '.join(DTYPE_NAMES)}; got {str(dtype)!r}")
+    parsed = _one_of(DTYPE_NAMES, dtype, "dtype")
+    if parsed == FLOAT8:
+        require_products(device)
+    return parsed
+
+
+def _one_of(names: Sequence[str], dtype: str | torch.dtype, option: str) -> torch.dtype:
+    full = DTYPE_ALIASES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    for name in names:
+        if full in (name, _MODEL_DTYPES[name]):
+            return _MODEL_DTYPES[name]
+    raise ConfigError(f"{option} must be one of {', '.join(names)}; got {str(dtype)!r}")
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
@@ -98,12 +104,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def parse_vae_dtype(vae_dtype: str | torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the decoder; None means that of the model. :class:`ConfigError` names the choices."""
-    if vae_dtype is None:
-        return working_dtype(dtype)
-    for name in VAE_DTYPE_NAMES:
-        if vae_dtype in (name, DTYPES[name]):
-            return DTYPES[name]
-    raise ConfigError(f"vae_dtype must be one of {', '.join(VAE_DTYPE_NAMES)}; got {str(vae_dtype)!r}")
+    return working_dtype(dtype) if vae_dtype is None else _one_of(VAE_DTYPE_NAMES, vae_dtype, "vae_dtype")
 
 
 # Torch captures one graph at a time per process. The beginning of a capture synchronizes the device and empties its

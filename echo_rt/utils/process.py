@@ -1,4 +1,4 @@
-"""Forked processes, which cannot use a runtime, and errors, which must not hold its memory.
+"""What a runtime's process does to it: forks, pickling, signals, the interpreter's exit, and errors that hold memory.
 
 A fork copies memory and no threads. Torch's pool of CPU threads is gone in it, and an operation that needs the pool
 waits forever; CUDA refuses to work at all; and a lock that another thread held stays locked.
@@ -6,11 +6,15 @@ waits forever; CUDA refuses to work at all; and a lock that another thread held 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
+import signal
+import threading
 import traceback
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar, NoReturn, ParamSpec, TypeVar
 
 import torch
 
@@ -26,23 +30,39 @@ _first_loaded_in: int | None = None
 
 
 class ProcessGuard:
-    """Remembers the process that it was made in, and refuses forks of it."""
+    """Remembers the process that a runtime was loaded in, and whether it is closed; its streams share it."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
+        self.closed = False
 
     @property
     def left(self) -> bool:
         """Whether this process is a fork."""
         return os.getpid() != self._process
 
-    def require(self, what: str) -> None:
+    def require_here(self, what: str) -> None:
         """Raise :class:`StreamError` in a fork."""
         if self.left:
             raise StreamError(
                 f"the {what} belongs to process {self._process}, and this is {os.getpid()}, a fork of it: "
                 "load a runtime in the process that uses it"
             )
+
+    def require(self, what: str) -> None:
+        """Raise :class:`StreamError` in a fork, and where the runtime is closed."""
+        self.require_here(what)
+        if self.closed:
+            raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
+
+
+class Bound:
+    """Base of what belongs to one process: it cannot be copied or pickled. ``_instead``: what to do."""
+
+    _instead: ClassVar[str]
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:  # copy asks for it too
+        raise StreamError(f"a {type(self).__name__} cannot be copied or pickled: {self._instead}")
 
 
 def require_cuda_usable() -> None:
@@ -63,24 +83,90 @@ def note_loading(device: torch.device) -> None:
         )
 
 
-def release_on_error(function: Callable[P, R]) -> Callable[P, R]:
-    """Wrap ``function`` so that its errors hold no memory: tracebacks keep their lines, and frames drop their tensors.
+class _Computing:
+    """The threads that are computing; the interpreter's exit waits for them, and holds those that come later.
+
+    The exit ends a daemon thread as soon as that comes back from a library. Torch's frames do not survive this, and the
+    process would abort.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._threads: set[int] = set()
+        self._ended_by: int | None = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        me = threading.get_ident()
+        if me in self._threads:  # a call within a call
+            yield
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended_by in (None, me))
+            self._threads.add(me)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._threads.discard(me)
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        with self._changed:
+            self._ended_by = me = threading.get_ident()
+            self._changed.wait_for(lambda: self._threads <= {me})
+
+
+_computing = _Computing()
+atexit.register(lambda: _computing.end())
+os.register_at_fork(after_in_child=lambda: _computing.__init__())  # type: ignore[misc]  # it has no other thread
+
+
+def computes(function: Callable[P, R]) -> Callable[P, R]:
+    """Wrap a function that computes: the interpreter's exit waits for its end, and its errors hold no memory.
 
     A caller may load a smaller model in the ``except`` clause of an error about memory. There the exception is alive,
-    and so is every frame in its traceback, with its tensors. Torch's errors about memory are of several subclasses of
-    ``RuntimeError``.
+    and so is every frame in its traceback, with its tensors: tracebacks keep their lines, and frames drop their
+    tensors. Torch's errors about memory are of several subclasses of ``RuntimeError``.
     """
 
     @functools.wraps(function)
-    def freeing(*arguments: P.args, **options: P.kwargs) -> R:
+    def computing(*arguments: P.args, **options: P.kwargs) -> R:
         try:
-            return function(*arguments, **options)
+            with _computing():
+                return function(*arguments, **options)
         except (EchoError, RuntimeError, MemoryError) as error:
             free(error)
             del arguments, options  # this frame is one of them
             raise
 
-    return freeing
+    return computing
+
+
+@contextmanager
+def interrupts_last() -> Iterator[None]:
+    """Let Ctrl-C, where it would raise ``KeyboardInterrupt``, wait for the end of the work inside; a second one raises.
+
+    Work that changes buffers in place cannot be taken up again in its middle.
+    """
+    default = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not default:
+        yield  # Python raises it in the main thread alone
+        return
+    came = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, default)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, default)
+    if came:
+        raise KeyboardInterrupt
 
 
 def free(error: BaseException) -> None:

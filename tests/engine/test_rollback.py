@@ -32,9 +32,9 @@ def test_a_prompt_begins_with_its_block_whatever_is_gone_back_from(
         told = [False]
         switch, next_block, put_back = rollout.switch_prompt, rollout.next_block, type(engine).load_state
 
-        def switched(prompt: Tensor) -> None:
+        def switched(prompt: Tensor, rebuild: bool) -> None:
             told[0] = torch.equal(prompt, later)
-            switch(prompt)
+            switch(prompt, rebuild)
 
         def noted(noise: Tensor | None) -> Tensor:
             begun.setdefault(stream.next_prompt_block - 1, []).append(told[0])
@@ -145,7 +145,7 @@ def test_blocks_are_numbered_as_the_video_is_behind_a_rollback(
 
         def note(stream: echo_rt.Stream) -> None:
             rollout = stream._engine.rollout  # type: ignore[union-attr]
-            monkeypatch.setattr(rollout, "switch_prompt", lambda prompt: switched.append(stream.next_block))
+            monkeypatch.setattr(rollout, "switch_prompt", lambda prompt, rebuild: switched.append(stream.next_block))
 
         note(stream)
         assert (stream.rollbacks, stream.next_prompt_block) == (1, 6)

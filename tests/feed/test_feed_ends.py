@@ -100,7 +100,7 @@ def test_closing_the_stream_or_the_runtime_ends_the_loop(small_model: Path) -> N
                 (stream if close == "stream" else runtime).close()
                 # What was made before still comes, then the end.
                 assert within(LONG, lambda feed=feed: [chunk.index for chunk in feed])[:1] in ([], [1])
-                with pytest.raises(StreamError, match="the stream is closed"):
+                with pytest.raises(StreamError, match=f"the {close} is closed"):
                     feed.poll()
 
 

@@ -181,9 +181,9 @@ def test_a_stream_is_its_rollout(small_model: Path, device: str, monkeypatch: py
         calls: list[int] = []
         switch = rollout.switch_prompt
 
-        def counted(prompt_embeds: torch.Tensor) -> None:
+        def counted(prompt_embeds: torch.Tensor, rebuild: bool) -> None:
             calls.append(rollout.state.block + 1)
-            switch(prompt_embeds)
+            switch(prompt_embeds, rebuild)
 
         monkeypatch.setattr(rollout, "switch_prompt", counted)
         with runtime.stream(prompt_embeds=embeds(runtime), seed=4) as stream:

@@ -21,6 +21,7 @@ import echo_rt.soak
 import echo_rt.soak.session
 from echo_rt.chunk import Chunk
 from echo_rt.engine.pipeline import Pipeline
+from echo_rt.engine.scheduler import Blocks
 from echo_rt.errors import (
     BackendError,
     ConfigError,
@@ -218,14 +219,13 @@ def test_the_end_is_made_again_from_a_snapshot(
     config = soak_of(smallest_model, tmp_path / "out", blocks=9, snapshot_every=4, prompts=PROMPTS, switch_every=2)
     assert status(echo_rt.soak.run(config))["hashes"] is Status.KEPT
     # A restore that forgets something shows, in a video that nothing ever interrupted.
-    real = Stream.restore.__func__  # type: ignore[attr-defined]
+    restore = Blocks.restore
 
-    def forgetful(cls: type[Stream], engine: Any, *arguments: Any) -> Stream:
-        stream = real(cls, engine, *arguments)
+    def forgetful(self: Blocks, engine: Any, snapshot: Any) -> None:
+        restore(self, engine, snapshot)
         engine.rollout.state.kv.zero_()
-        return stream
 
-    monkeypatch.setattr(Stream, "restore", classmethod(forgetful))
+    monkeypatch.setattr(Blocks, "restore", forgetful)
     outcome = echo_rt.soak.run(soak_of(smallest_model, tmp_path / "forgetful", blocks=9, snapshot_every=4))
     assert outcome.exit_code == 3 and status(outcome)["hashes"] is Status.BROKEN
 

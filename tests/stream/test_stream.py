@@ -351,9 +351,36 @@ def test_asking_for_a_gpu_that_is_not_there_is_an_error(tiny_model: Path) -> Non
         echo_rt.Runtime.from_pretrained(tiny_model, device="cuda")
 
 
-def test_text_encoder_is_released_unless_kept(tiny_model: Path) -> None:
-    with load(tiny_model) as runtime:
+@pytest.mark.parametrize("room", [True, False])
+def test_text_encoder_is_kept_for_a_live_stream_where_there_is_room(
+    small_model: Path, room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(echo_rt.engine.prompts, "has_room", lambda device: room)
+    with load(small_model) as runtime:
         runtime.encode_prompt(PROMPT)
+        assert not runtime.text_encoder_loaded
+        with runtime.stream(PROMPT) as stream:
+            assert runtime.text_encoder_loaded == room
+            with pytest.raises(StreamError, match="live stream"):
+                runtime.stream(OTHER)
+            runtime.encode_prompt(OTHER)
+            stream.set_prompt(OTHER)
+            assert runtime.text_encoder_loaded == room
+        assert not runtime.text_encoder_loaded
+        with pytest.raises(ConfigError, match="expected initial latents"):
+            runtime.stream(PROMPT, initial_latents=torch.zeros(1))
+        assert not runtime.text_encoder_loaded
+        forgotten = runtime.stream(PROMPT)
+        next(forgotten)
+        del forgotten
+        gc.collect()
+        runtime.encode_prompt(OTHER)
+        assert not runtime.text_encoder_loaded
+
+
+def test_text_encoder_is_released_or_kept_as_asked(tiny_model: Path) -> None:
+    with load(tiny_model, keep_text_encoder=False) as runtime, runtime.stream(PROMPT) as stream:
+        stream.set_prompt(OTHER)
         assert not runtime.text_encoder_loaded
     with load(tiny_model, keep_text_encoder=True) as runtime:
         runtime.encode_prompt(PROMPT)

@@ -14,7 +14,9 @@ from streaming import OTHER, PROMPT, Gate, amid_blocks, embeds, load, same, take
 from torch import Tensor
 
 import echo_rt
+from echo_rt.engine.prompts import Prompt
 from echo_rt.engine.rollout import Rollout
+from echo_rt.engine.scheduler import Blocks
 from echo_rt.errors import NumericalError, StreamError
 from echo_rt.model.text import TextEncoder
 
@@ -97,21 +99,21 @@ def test_a_new_stream_after_a_close_amid_a_block(
 
 
 def test_of_two_that_race_for_the_runtime_one_wins(runtime: echo_rt.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin = echo_rt.Stream.begin
+    start = Blocks.start
 
-    def slow(*arguments: Any) -> echo_rt.Stream:
+    def slow(*arguments: Any) -> None:
         time.sleep(0.02)  # long enough for the other to come between
-        return begin(*arguments)
+        start(*arguments)
 
     # Both have found the runtime free before either has its prompt.
     barrier = threading.Barrier(2)
 
-    def resolve(prompt: None, prompt_embeds: Tensor) -> Tensor:
+    def resolve(prompt: None, prompt_embeds: Tensor) -> Prompt:
         barrier.wait(LONG)
-        return prompt_embeds
+        return Prompt(embeds=prompt_embeds)
 
     assert runtime._engine is not None
-    monkeypatch.setattr(echo_rt.Stream, "begin", staticmethod(slow))
+    monkeypatch.setattr(Blocks, "start", slow)
     monkeypatch.setattr(runtime._engine.prompts, "resolve", resolve)
     for attempt in range(10):
         won: list[echo_rt.Stream] = []
@@ -166,7 +168,6 @@ def test_prompts_from_many_threads_while_blocks_are_made(
         asker.join(LONG)
     assert not errors and len(encoded) == len(texts)
     assert all(torch.equal(embedding, expected[text]) for text, embedding in encoded)
-    assert not runtime.text_encoder_loaded
     # Whichever came last counts, whole.
     pending = stream.snapshot().prompts
     assert all(any(torch.equal(tensor, embedding) for embedding in expected.values()) for tensor in pending.values())
@@ -213,7 +214,7 @@ def test_closing_amid_a_block_of_the_same_thread(
     # The block in which it was closed is whole and still comes.
     assert same(within(LONG, lambda: list(stream)), expected)
     assert stream.closed and stream._engine is None
-    with pytest.raises(StreamError, match="the stream is closed"):
+    with pytest.raises(StreamError, match=f"the {through} is closed"):
         next(stream)
     if through == "stream":
         assert same(video(runtime, 2), expected)

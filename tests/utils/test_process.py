@@ -8,7 +8,7 @@ import pytest
 import torch
 from streaming import within
 
-from echo_rt.utils.process import release_on_error
+from echo_rt.utils.process import computes
 
 
 def test_what_every_error_behind_a_failure_holds_is_let_go() -> None:
@@ -23,7 +23,7 @@ def test_what_every_error_behind_a_failure_holds_is_let_go() -> None:
         except RuntimeError as error:
             return error
 
-    @release_on_error
+    @computes
     def work() -> None:
         cause = fails("the cause")
         try:
@@ -40,7 +40,7 @@ def test_what_every_error_behind_a_failure_holds_is_let_go() -> None:
 
 
 def test_errors_in_a_ring() -> None:
-    @release_on_error
+    @computes
     def work() -> None:
         first, second = RuntimeError("first"), RuntimeError("second")
         first.__cause__, second.__cause__ = second, first
