@@ -66,7 +66,7 @@ class Live(Closing):
                 part.append(data)
 
     def frames(self) -> Iterator[NDArray[np.uint8]]:
-        """Yield frames as they are shown, uint8 ``[height, width, 3]`` RGB; a slow consumer misses some."""
+        """Connect, and yield frames as they are shown, uint8 ``[height, width, 3]`` RGB; who is slow misses some."""
         decoder = load_av().CodecContext.create("h264", "r")
         for data in self._messages("/video?format=h264"):
             if isinstance(data, bytes):
@@ -74,7 +74,7 @@ class Live(Closing):
                     yield frame.to_ndarray(format="rgb24")
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Yield what happens: blocks that are shown, prompts that were taken."""
+        """Connect, and yield what happens; first a ``hello``, then blocks that are shown, prompts that are taken, ..."""
         return (json.loads(text) for text in self._messages("/events"))
 
     def _messages(self, path: str) -> Iterator[str | bytes]:
@@ -88,7 +88,10 @@ class Live(Closing):
                 raise StreamError(f"the server sends no more: {end}") from None
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        answer = self._http.request(method, self._root + path, json=body or None)
+        try:
+            answer = self._http.request(method, self._root + path, json=body or None)
+        except httpx.TransportError as error:
+            raise StreamError(f"the server cannot be reached: {error}") from None
         _check(answer)
         found: dict[str, Any] = answer.json()
         return found

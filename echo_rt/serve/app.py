@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -159,6 +159,11 @@ def make_app(
         found = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:5])
         return JSONResponse({"detail": found.encode(errors="replace").decode()}, 422)
 
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        # FastAPI's 400 is for a body that is no JSON, which is as wrong as JSON that does not fit.
+        return JSONResponse({"detail": error.detail}, 422 if error.status_code == 400 else error.status_code)
+
     @app.get(f"{_ROOT}/recordings/{{file}}", tags=["session"], summary="Download a recording, an MP4.")
     async def recording(name: str, file: str) -> FileResponse:
         return FileResponse((await ask(name, "recording", file=file))["path"], media_type="video/mp4", filename=file)
@@ -196,7 +201,7 @@ def make_app(
                     family = GaugeMetricFamily(f"echo_rt_live_{key}", key.replace("_", " "), labels=["session"])
                     found.setdefault(key, family).add_metric([name], float(value))
         registry = CollectorRegistry()
-        registry.register(_Collected(list(found.values())))
+        registry.register(_Collected(found.values()))
         return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     # ---------------------------------------------------------------- viewers
@@ -265,8 +270,11 @@ async def _send(socket: WebSocket, entry: Any) -> None:
     await asyncio.wait_for(sent, _SILENT_SECONDS)
 
 
-class _Collected(list[GaugeMetricFamily]):
+class _Collected:
     """Metrics that were collected before."""
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        yield from self
+    def __init__(self, families: Iterable[GaugeMetricFamily]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        return self._families

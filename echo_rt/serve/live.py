@@ -325,7 +325,7 @@ class LiveSession:
             self._fail(error)
             done.set_exception(error)
             return False
-        self._failure = self._chunk = None
+        self._failure, self._chunk, self._figures = None, None, {}
         done.set_result(None)
         return True
 
