@@ -47,8 +47,9 @@ train-demo: $(VENV)/.developed ## train the demo model on the CPU, for hours; go
 test: $(VENV)/.developed kernels ## run every test; with nvcc on the PATH, compile the kernels too
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-long: $(VENV)/.developed ## run what takes hours: long soaks, then every test in two other orders, once beside 20 busy processes
+test-long: $(VENV)/.developed ## run what takes hours: long soaks, a server under load, then every test in two other orders, once beside 20 busy processes
 	ECHO_RT_LONG_SOAK=1 $(PYTEST) tests/soak $(PYTEST_ARGS)
+	ECHO_RT_LONG_SERVE=1 $(BIN)/python -m pytest tests/serve $(PYTEST_ARGS)
 	$(PYTEST) --shuffle 1 $(PYTEST_ARGS)
 	$(BIN)/python tests/busy.py 20 env $(PYTEST) --shuffle 2 $(PYTEST_ARGS)
 

@@ -74,7 +74,7 @@ class Live(Closing):
                     yield frame.to_ndarray(format="rgb24")
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Connect, and yield what happens; first a ``hello``, then blocks that are shown, prompts that are taken, ..."""
+        """Connect, and yield what happens; first a ``hello``, then blocks that are shown, prompts, ..."""
         return (json.loads(text) for text in self._messages("/events"))
 
     def _messages(self, path: str) -> Iterator[str | bytes]:

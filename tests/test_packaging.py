@@ -83,7 +83,8 @@ def test_the_extension_says_how_it_was_built() -> None:
 
 def test_the_wheel_carries_every_python_file_and_the_type_hints(packed: Path) -> None:
     package = ROOT / "echo_rt"
-    wanted = {p.relative_to(package) for pattern in ("*.py", "*.pyi", "py.typed") for p in package.rglob(pattern)}
+    patterns = ("*.py", "*.pyi", "py.typed", "serve/page/*")
+    wanted = {p.relative_to(package) for pattern in patterns for p in package.rglob(pattern)}
     carried = packed / "lib" / "echo_rt"
     assert {Path("py.typed"), Path("_C.pyi")} < wanted
     assert wanted == {p.relative_to(carried) for p in carried.rglob("*") if p.is_file()}

@@ -63,16 +63,23 @@ class Served:
 
 @contextmanager
 def served(
-    model: Path, folder: Path, *, rules: Rules | None = None, resume: bool = False, most_viewers: int = 8, **live: Any
+    model: Path,
+    folder: Path,
+    *,
+    rules: Rules | None = None,
+    resume: bool = False,
+    most_viewers: int = 8,
+    port: int = 0,
+    **live: Any,
 ) -> Iterator[Served]:
-    """Serve a model's live video at a free port of 127.0.0.1, to the end of the context."""
+    """Serve a model's live video at 127.0.0.1, by default at a free port, to the end of the context."""
 
     def runtime(memory: str | None, like: Any) -> echo_rt.Runtime:
         return load(model, memory=memory, like=like)
 
     session = LiveSession(runtime, folder, PROMPT, resume=resume)
     app = make_app({"main": session}, rules or Rules(), most_viewers=most_viewers)
-    listener = listen("127.0.0.1", 0)
+    listener = listen("127.0.0.1", port)
     server = make_server(app, most_connections=8 * most_viewers)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
