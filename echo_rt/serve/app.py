@@ -51,7 +51,7 @@ class Pause(_Body):
 
 
 class Restart(_Body):
-    """What the new video begins with; what is not given stays as it is."""
+    """What the new video begins with; what is not given stays as it is. ``seed`` may be a text of digits."""
 
     seed: Annotated[int, Field(ge=0, lt=2**64)]
     prompt: str | None = None

@@ -7,7 +7,6 @@ import hmac
 import ipaddress
 from dataclasses import dataclass
 from http.cookies import SimpleCookie
-from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -15,13 +14,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 COOKIE = "echo_rt_token"
 _OPEN = {"/healthz", "/readyz"}
-_POLICY = "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; frame-ancestors 'none'"
-_HEADERS = {
-    "content-security-policy": _POLICY,
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",
-}
+_POLICY = b"default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; frame-ancestors 'none'"
+_HEADERS = [
+    (b"content-security-policy", _POLICY),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-cache"),
+]
+_MOST_COOKIES = 4096  # characters
 
 
 @dataclass(frozen=True)
@@ -42,37 +42,47 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request or WebSocket."""
-        if scope["type"] not in ("http", "websocket"):
-            await self._app(scope, receive, send)
-            return
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        refusal = self._refuse(scope, headers)
-        if refusal is None and scope["type"] == "http":
-            found = await self._read(headers, receive)
-            if isinstance(found, Response):
-                refusal = found
-            else:
-                receive = found
-        if refusal is None:
-            await self._app(scope, receive, _with_headers(send) if scope["type"] == "http" else send)
-        elif scope["type"] == "http":
-            await refusal(scope, receive, send)
-        else:
+        refusal, body = None, b""
+        if scope["type"] in ("http", "websocket"):
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            refusal = self._refuse(scope, headers)
+        if refusal is not None and scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1008})  # before it was accepted: a plain 403
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if refusal is None:
+            try:
+                body = await asyncio.wait_for(self._read(headers, receive), self._rules.body_seconds)
+            except asyncio.TimeoutError:
+                refusal = _error(408, f"expected the whole body within {self._rules.body_seconds:g} seconds")
+            except _TooLongError:
+                refusal = _error(413, f"expected a body of {self._rules.most_body} bytes at most")
+        parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def whole() -> Message:
+            return parts.pop() if parts else await receive()
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *_HEADERS]
+            await send(message)
+
+        await (refusal or self._app)(scope, whole, with_headers)
 
     def _refuse(self, scope: Scope, headers: dict[str, str]) -> Response | None:
-        host = headers.get("host", "")
-        if not self._known(host):
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not self._known(urlsplit(f"//{host}").hostname or ""):
             return _error(421, f"expected this server's name in Host, found {host[:80]!r}")
-        origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
             return _error(403, f"expected a request of this server's own page, found one of {origin[:80]!r}")
         token = self._rules.token
         if token is None or scope["path"] in _OPEN:
             return None
         asked = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        cookie = SimpleCookie(headers.get("cookie", "")[:4096]).get(COOKIE)
+        cookie = SimpleCookie(headers.get("cookie", "")[:_MOST_COOKIES]).get(COOKIE)
         given = (headers.get("authorization", "").removeprefix("Bearer "), cookie.value if cookie else "", asked)
         if not any(hmac.compare_digest(one.encode(), token.encode()) for one in given):
             return _error(401, "expected the token that the server printed: open its address with ?token=TOKEN")
@@ -82,56 +92,29 @@ class Guard:
             return answer
         return None
 
-    def _known(self, host: str) -> bool:
+    def _known(self, name: str) -> bool:
         # A page that was rebound to this address still has its own name in Host; a number cannot be rebound.
-        name = urlsplit(f"//{host}").hostname or ""
         try:
-            ipaddress.ip_address(name)
+            return bool(ipaddress.ip_address(name))
         except ValueError:
             return name == "localhost" or name in self._rules.hosts
-        return True
 
-    async def _read(self, headers: dict[str, str], receive: Receive) -> Receive | Response:
-        """Read the body; returns what gives it to the application, or a refusal."""
-        too_long = _error(413, f"expected a body of {self._rules.most_body} bytes at most")
-        if int(headers.get("content-length", "0")) > self._rules.most_body:
-            return too_long
-        body = bytearray()
+    async def _read(self, headers: dict[str, str], receive: Receive) -> bytes:
+        most, body, more = self._rules.most_body, bytearray(), True
+        if int(headers.get("content-length", "0")) > most:
+            raise _TooLongError
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > most:
+                raise _TooLongError
+        return bytes(body)
 
-        async def whole() -> bool:
-            while True:
-                message = await receive()
-                body.extend(message.get("body", b""))
-                if len(body) > self._rules.most_body or not message.get("more_body"):
-                    return len(body) <= self._rules.most_body
 
-        try:
-            if not await asyncio.wait_for(whole(), self._rules.body_seconds):
-                return too_long
-        except asyncio.TimeoutError:
-            return _error(408, f"expected the whole body within {self._rules.body_seconds:g} seconds")
-        read = False
-
-        async def once() -> Message:
-            nonlocal read
-            if read:
-                return await receive()
-            read = True
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
-
-        return once
+class _TooLongError(Exception):
+    pass
 
 
 def _error(status: int, detail: str) -> Response:
-    return JSONResponse({"detail": detail}, status, headers={**_HEADERS, "connection": "close"})
-
-
-def _with_headers(send: Send) -> Send:
-    extra = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
-
-    async def wrapped(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message["headers"], *extra]}
-        await send(message)
-
-    return wrapped
+    return JSONResponse({"detail": detail}, status, headers={"connection": "close"})

@@ -144,7 +144,7 @@ class LiveSession:
             return {
                 "state": state if self._chunk or state == "failed" else "starting",
                 "failure": self._failure,
-                "seed": self._notes.seed,
+                "seed": str(self._notes.seed),  # larger than a browser's numbers are exact
                 "memory": self._runtime.memory.value,
                 "recording": None if recording is None else recording.path.name,
                 **self._figures,
@@ -230,7 +230,9 @@ class LiveSession:
         notes = Notes(seed=seed, memory=memory or self._notes.memory)
         self._replace(begin, notes)
         self._note_prompt(text, 0, None)
-        return self._publish({"type": "restarted", "seed": seed, "prompt": text, "memory": self._runtime.memory.value})
+        return self._publish(
+            {"type": "restarted", "seed": str(seed), "prompt": text, "memory": self._runtime.memory.value}
+        )
 
     def _do_snapshot(self) -> dict[str, Any]:
         return self._publish({"type": "snapshot", "name": self._shelf.keep(self._stream.snapshot(), self._notes)})
@@ -259,11 +261,9 @@ class LiveSession:
     def _do_record(self) -> dict[str, Any]:
         if self._recording is not None:
             raise ConfigError("a recording is running; stop it first")
-        self._recording, self._key_wanted = self._new_recording(), True
+        self._recording = Recording(self._shelf.new_recording(), self._encoder, self._runtime.fps)
+        self._key_wanted = True
         return self._publish({"type": "recording", "name": self._recording.path.name})
-
-    def _new_recording(self) -> Recording:
-        return Recording(self._shelf.new_recording(), self._encoder, self._runtime.fps)
 
     def _do_stop_recording(self) -> dict[str, Any]:
         with self._changed:

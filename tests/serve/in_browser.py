@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from serving import LONG, Served, plain, served
-from streaming import OTHER
+from streaming import OTHER, PROMPT
 from test_serve_api import shown
 from websockets.sync.client import connect
 
@@ -99,7 +99,7 @@ PIXELS = """() => {
 def test_the_pictures_move_and_a_typed_prompt_shows_at_its_block(
     browser: Browser, server: Served, transport: str
 ) -> None:
-    server.live.post("/restart", seed=0)
+    server.live.post("/restart", seed=0, prompt=PROMPT)
     page = open_page(browser, server.port, transport, viewport={"width": 1440, "height": 900})
     before = page.evaluate(PIXELS)
     more_frames(page, 20)
@@ -117,13 +117,13 @@ def test_the_pictures_move_and_a_typed_prompt_shows_at_its_block(
     switch = server.live.get("/prompts")["prompts"][-1]["block"]
     expect(row).to_have_class("now")
     expect(row).to_contain_text(f"since block {switch}")
+    keep(page, f"page-{transport}")
     blocks = shown(server, 1, first=switch)
+    assert page.wrong == []  # type: ignore[attr-defined]
+    page.close()
     video = plain(server.model, max(blocks) + 1, (switch, OTHER))
     without = plain(server.model, max(blocks) + 1)
     assert all(frames == video[index] != without[index] for index, frames in blocks.items())
-    keep(page, f"page-{transport}")
-    assert page.wrong == []  # type: ignore[attr-defined]
-    page.close()
 
 
 def test_controls_keys_and_a_recording(browser: Browser, server: Served, tmp_path: Path) -> None:

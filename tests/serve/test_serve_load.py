@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Watch:
     def gaps(self, since: float) -> list[float]:
         """Milliseconds between pictures."""
         times = [at for at in self.times if at >= since]
-        return sorted(1000 * (b - a) for a, b in zip(times, times[1:], strict=False))
+        return sorted(1000 * (b - a) for a, b in pairwise(times))
 
 
 async def slow(address: str, number: int) -> None:

@@ -287,14 +287,9 @@ document.addEventListener("keydown", (event) => {
 });
 $("restart").addEventListener("submit", (event) => {
   event.preventDefault();
-  // A seed may be larger than JavaScript's numbers are exact: its digits go into the JSON as they are.
-  const seed = /^[0-9]{1,20}$/.test($("seed").value) ? $("seed").value : "0";
   act(event.submitter, async () => {
-    const answer = await fetch(`${ROOT}/restart`, {
-      method: "POST", headers: { "content-type": "application/json" },
-      body: `{"seed": ${BigInt(seed)}, "memory": ${JSON.stringify($("memory").value || null)}}`,
-    });
-    if (!answer.ok) throw new Error((await answer.json()).detail);
+    // As a text: a seed may be larger than JavaScript's numbers are exact.
+    await call("/restart", { seed: $("seed").value, memory: $("memory").value || null });
     tell("A new video has begun.");
   });
 });
@@ -340,7 +335,7 @@ document.documentElement.dataset.theme = localStorage.theme ?? (matchMedia("(pre
 $("transport").value = localStorage.transport ?? "auto";
 about = await (await fetch(ROOT)).json();
 $("model").textContent = `${about.model} · ${about.size.join("×")}`;
-$("stage").style.setProperty("--shape", about.size.join(" / "));
+$("stage").style.setProperty("--ratio", about.size[0] / about.size[1]);
 $("memory").replaceChildren(...about.memories.map((mode) => new Option(mode, mode)));
 $("blend-label").hidden = !about.blend;
 events = new Events(ROOT, heard);
