@@ -101,6 +101,8 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
         resumed = f", going on from {session.resumed}" if session.resumed else ""
         say(f"serving at {address}{f'?token={token}' if token else ''}{resumed}")
     server.make_server(application, most_connections=8 * arguments.viewers).run([listener])
+    if session.problem is not None:
+        raise session.problem
     report["snapshot"] = session.saved
     if session.saved and not arguments.json:
         say(f"wrote the snapshot {session.saved} in {arguments.out}")

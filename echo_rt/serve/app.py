@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,8 +13,7 @@ from fastapi import FastAPI, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.websockets import WebSocketDisconnect
@@ -38,7 +37,7 @@ class _Body(BaseModel):
 
 
 class Prompt(_Body):
-    """``over``: number of blocks that the prompt is blended in over, where the session can blend."""
+    """``over``: number of blocks that the old prompt turns into this one over."""
 
     text: str
     over: Annotated[int, Field(ge=1, le=64)] | None = None
@@ -194,14 +193,16 @@ def make_app(
 
     @app.get("/metrics", tags=["health"], summary="Figures of all sessions, for Prometheus.")
     async def metrics() -> PlainTextResponse:
-        found: dict[str, GaugeMetricFamily] = {}
+        registry = CollectorRegistry()
+        gauges: dict[str, Gauge] = {}
         for name in sessions:
             for key, value in (await figures(name)).items():
                 if isinstance(value, int | float):
-                    family = GaugeMetricFamily(f"echo_rt_live_{key}", key.replace("_", " "), labels=["session"])
-                    found.setdefault(key, family).add_metric([name], float(value))
-        registry = CollectorRegistry()
-        registry.register(_Collected(found.values()))
+                    if key not in gauges:
+                        gauges[key] = Gauge(
+                            f"echo_rt_live_{key}", key.replace("_", " "), ["session"], registry=registry
+                        )
+                    gauges[key].labels(name).set(value)
         return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     # ---------------------------------------------------------------- viewers
@@ -268,13 +269,3 @@ async def _push(socket: WebSocket, viewer: Viewer, first: list[Any]) -> None:
 async def _send(socket: WebSocket, entry: Any) -> None:
     sent = socket.send_bytes(entry) if isinstance(entry, bytes) else socket.send_json(entry)
     await asyncio.wait_for(sent, _SILENT_SECONDS)
-
-
-class _Collected:
-    """Metrics that were collected before."""
-
-    def __init__(self, families: Iterable[GaugeMetricFamily]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        return self._families

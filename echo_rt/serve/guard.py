@@ -6,9 +6,9 @@ import asyncio
 import hmac
 import ipaddress
 from dataclasses import dataclass
-from http.cookies import SimpleCookie
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
+from starlette.requests import cookie_parser
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,7 +21,6 @@ _HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-cache"),
 ]
-_MOST_COOKIES = 4096  # characters
 
 
 @dataclass(frozen=True)
@@ -74,16 +73,16 @@ class Guard:
 
     def _refuse(self, scope: Scope, headers: dict[str, str]) -> Response | None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        if not self._known(urlsplit(f"//{host}").hostname or ""):
+        if not self._known(_split(f"//{host}").hostname or ""):
             return _error(421, f"expected this server's name in Host, found {host[:80]!r}")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             return _error(403, f"expected a request of this server's own page, found one of {origin[:80]!r}")
         token = self._rules.token
         if token is None or scope["path"] in _OPEN:
             return None
         asked = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        cookie = SimpleCookie(headers.get("cookie", "")[:_MOST_COOKIES]).get(COOKIE)
-        given = (headers.get("authorization", "").removeprefix("Bearer "), cookie.value if cookie else "", asked)
+        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
+        given = (headers.get("authorization", "").removeprefix("Bearer "), cookie, asked)
         if not any(hmac.compare_digest(one.encode(), token.encode()) for one in given):
             return _error(401, "expected the token that the server printed: open its address with ?token=TOKEN")
         if asked and scope["path"] == "/":  # once: it leaves the address bar and the history
@@ -114,6 +113,13 @@ class Guard:
 
 class _TooLongError(Exception):
     pass
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # brackets that are no IPv6 address
+        return urlsplit("")
 
 
 def _error(status: int, detail: str) -> Response:

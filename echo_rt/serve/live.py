@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
 import time
 from collections import deque
@@ -36,6 +35,7 @@ _RECORDED_SECONDS = 3600
 _KEPT = 256  # pictures and events, for a reader that is late
 _NEWS_SECONDS = 1.0
 _KEY_SECONDS = 0.25  # between two key frames that viewers asked for
+_STILL_SECONDS = 0.5  # between two pictures of a video that pauses
 _TRIES = 100
 
 
@@ -49,7 +49,8 @@ class LiveSession:
         resume: go on from the newest snapshot in the folder, if there is one; ``resumed`` is its name.
         megabits: most megabits a second to one viewer.
 
-    ``saved``: the snapshot that :meth:`close` wrote. Raises what loading and beginning raise.
+    ``saved``: the snapshot that :meth:`close` wrote; ``problem``: what it could not do. Raises what loading and
+    beginning raise.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class LiveSession:
         self._figures: dict[str, Any] = {}
         self.resumed: str | None = None
         self.saved: str | None = None
+        self.problem: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="echo-rt live", daemon=True)
         self._shelf = Shelf(folder)
         runtime = None
@@ -119,7 +121,6 @@ class LiveSession:
             "model": self._runtime.taken.recipe,
             "device": str(self._runtime.device),
             "memories": [mode.value for mode in MemoryMode],
-            "blend": "over" in inspect.signature(Stream.set_prompt).parameters,
         }
 
     async def next(self, after: int) -> list[tuple[int, Item]]:
@@ -183,11 +184,10 @@ class LiveSession:
     def _do_prompt(self, text: str, over: int | None = None) -> dict[str, Any]:
         text = _checked(text)
         embeds = self._runtime.encode_prompt(text)
-        blend: dict[str, Any] = {} if over is None else {"over": over}
         for _ in range(_TRIES):
             block = self._stream.next_prompt_block
             try:
-                self._stream.set_prompt(prompt_embeds=embeds, block=block, **blend)
+                self._stream.set_prompt(prompt_embeds=embeds, block=block, over=over or 1)
                 break
             except StreamError:  # the block was begun meanwhile, or the video is over
                 if self._stream.failure is not None or self._stream.closed:
@@ -290,8 +290,7 @@ class LiveSession:
         with self._commands:
             steps: list[Callable[[], object]] = [] if self._recording is None else [self._recording.close]
             errors = close_all([*steps, self._save, self._runtime.close, self._shelf.close])
-        if errors:
-            raise errors[0]
+        self.problem = errors[0] if errors else None
 
     def _save(self) -> None:
         if self._failure is None:
@@ -346,8 +345,9 @@ class LiveSession:
             for self._shown, frame in enumerate(frames):
                 with self._changed:
                     self._changed.wait_for(lambda: self._leave, max(0.0, due - time.monotonic()))
-                    if self._paused:
-                        self._changed.wait_for(lambda: self._leave or not self._paused)
+                    while self._paused and not self._leave:
+                        self._show_frame(frame, recorded=False)  # so that who comes now sees it
+                        self._changed.wait_for(lambda: self._leave or not self._paused, _STILL_SECONDS)
                         arrived = time.monotonic()
                     if self._leave:
                         return
@@ -375,7 +375,7 @@ class LiveSession:
         begun = [entry["text"] for entry in self._notes.prompts if entry["block"] == chunk.index]
         self._publish({"type": "block", **self._figures, "prompt": begun[-1] if begun else None})
 
-    def _show_frame(self, frame: NDArray[np.uint8]) -> None:
+    def _show_frame(self, frame: NDArray[np.uint8], *, recorded: bool = True) -> None:
         now = time.monotonic()
         key = self._key_wanted and now - self._key_at >= _KEY_SECONDS
         if key:
@@ -384,7 +384,7 @@ class LiveSession:
         self._append(picture)
         with self._changed:
             recording, problem = self._recording, None
-            if recording is None:
+            if recording is None or not recorded:
                 return
             try:
                 recording.write(picture)

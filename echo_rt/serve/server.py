@@ -83,7 +83,7 @@ def make_server(app: FastAPI, *, most_connections: int = 512) -> uvicorn.Server:
         h11_max_incomplete_event_size=_HEADER_BYTES,
         timeout_keep_alive=5,
         timeout_graceful_shutdown=_END_SECONDS,
-        log_level="warning",
+        log_level="error",
         server_header=False,
     )
     return uvicorn.Server(config)

@@ -11,6 +11,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -191,15 +192,16 @@ def test_ten_viewers_and_one_that_is_frozen(browser: Browser, server: Served) ->
     """Viewers in the browser and without one; a frozen one takes nothing of what is sent."""
     pages = [open_page(browser, server.port, "webrtc" if number % 2 else "mp4") for number in range(10 if FULL else 2)]
     address = f"ws://127.0.0.1:{server.port}/api/sessions/main/video?format=h264"
-    frozen = connect(address, max_queue=1, compression=None)
-    others = [connect(address, compression=None) for _ in range(10 - len(pages))]
-    for viewer in others:
-        assert all(viewer.recv(LONG) for _ in range(30))
+    with ExitStack() as stack:
+        stack.enter_context(connect(address, max_queue=1, compression=None))  # the frozen one
+        others = [stack.enter_context(connect(address, compression=None)) for _ in range(10 - len(pages))]
+        for viewer in others:
+            assert all(viewer.recv(LONG) for _ in range(30))
+        for page in pages:
+            more_frames(page, 30)
+        assert server.live.get("/figures")["viewers"] == 11
     for page in pages:
-        more_frames(page, 30)
-    assert server.live.get("/figures")["viewers"] == 11
-    for one in (*others, frozen, *pages):
-        one.close()  # type: ignore[attr-defined]
+        page.close()
 
 
 # ---------------------------------------------------------------- the delay, by a counter in the picture
@@ -237,7 +239,7 @@ class Counting:
 
     async def describe(self) -> dict[str, Any]:
         about = {"size": list(self.size), "fps": self.fps, "codec": self._encoder.codec, "epoch": self._epoch}
-        return {**about, "header": self._encoder.header, "model": "-", "device": "-", "memories": [], "blend": False}
+        return {**about, "header": self._encoder.header, "model": "-", "device": "-", "memories": []}
 
     async def next(self, after: int) -> list[Any]:
         while not (found := [item for item in self._items if item[0] > after]):

@@ -337,7 +337,6 @@ about = await (await fetch(ROOT)).json();
 $("model").textContent = `${about.model} · ${about.size.join("×")}`;
 $("stage").style.setProperty("--ratio", about.size[0] / about.size[1]);
 $("memory").replaceChildren(...about.memories.map((mode) => new Option(mode, mode)));
-$("blend-label").hidden = !about.blend;
 events = new Events(ROOT, heard);
 choose();
 setInterval(watchConnection, 250);
