@@ -289,6 +289,14 @@ def test_clocks_can_be_compared(server: Served) -> None:
     assert pong["pong"] == 12.5 and abs(pong["now"] - server.live.get("")["epoch"]) < 3600
 
 
+def test_the_lines_of_the_docs(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{server.port}"), {})
+    said = capsys.readouterr().out
+    assert "'block': " in said and "(32, 32, 3)" in said
+
+
 # ---------------------------------------------------------------- as SGLang's
 
 
