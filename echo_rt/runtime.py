@@ -359,6 +359,7 @@ class Runtime(Closing, Bound):
 
     # ---------------------------------------------------------------- life
 
+    @computes
     def close(self) -> None:
         """End the live stream and free all memory. Idempotent.
 

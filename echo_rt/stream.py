@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
+from abc import abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from echo_rt.engine.prompts import check_over
 from echo_rt.engine.ready import Feeder
 from echo_rt.engine.scheduler import Blocks
 from echo_rt.errors import ConfigError, StreamError
+from echo_rt.options import explains_habits
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.atomic_file import Closing
 from echo_rt.utils.device import model_context
@@ -30,12 +32,67 @@ WAIT, DROP = "wait", "drop"
 _CLOSED = "the stream is closed; start another with runtime.stream(...)"
 
 
-class Stream(Closing, Bound):
+class _Source(Closing, Bound):
+    """Hands out blocks, each of them once: to ``for``, ``async for``, ``next`` and ``anext``."""
+
+    _process: ProcessGuard
+
+    @abstractmethod
+    def _take(self) -> Chunk | None:
+        """Wait for the next block; None once there are no more."""
+
+    @abstractmethod
+    async def _take_async(self) -> Chunk | None: ...
+
+    @abstractmethod
+    def _require_open(self) -> None:
+        """Raise :class:`StreamError` once it is closed."""
+
+    def _end(self) -> None:
+        """Raise what there is to say when no more blocks come."""
+
+    def __iter__(self) -> Iterator[Chunk]:
+        self._require_open()
+        while (chunk := self._take()) is not None:
+            yield chunk
+            del chunk  # free it while the next one is made
+        self._end()
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        """Iterate with ``async for``: another thread makes the blocks, and a cancelled wait loses none of them."""
+        self._require_open()
+        while (chunk := await self._take_async()) is not None:
+            yield chunk
+            del chunk
+        self._end()
+
+    def __next__(self) -> Chunk:
+        """Return the next block; :class:`StreamError` once it is closed, or the stream is closed or has failed."""
+        return self._required(self._take())
+
+    async def __anext__(self) -> Chunk:
+        """Return the next block as ``next`` does, with ``await anext(...)``."""
+        return self._required(await self._take_async())
+
+    def _required(self, chunk: Chunk | None) -> Chunk:
+        if chunk is None:
+            self._require_open()
+            self._end()
+            self._process.require("stream")
+            raise StreamError(_CLOSED)
+        return chunk
+
+
+class Stream(_Source):
     """An endless video, made by :meth:`echo_rt.Runtime.stream`. Iterate it, or call ``next``.
 
     Any thread may ask for blocks, which are made one at a time, and call ``set_prompt`` meanwhile. Closing the stream,
     inside a ``for`` loop or from another thread, ends the loop after its block; ``next`` of a closed stream raises
     :class:`StreamError`, not ``StopIteration``, as the video has no end.
+
+    Attributes:
+        closed: whether :meth:`close` was called.
+        failure: the error that ended the video, in words, or None.
     """
 
     _instead = "take a snapshot(), which can be pickled, and resume it on a runtime of its own"
@@ -46,19 +103,19 @@ class Stream(Closing, Bound):
         # Held while a block is made. Reentrant: a signal handler may close while its thread acquires or releases it.
         self._lock = threading.RLock()
         self._owner: int | None = None  # the thread that holds it
-        self._closed = False
-        self._failure: str | None = None
+        self.closed = False
+        self.failure: str | None = None
         engine.prompts.hold(blocks)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else self._failure or f"next block {self.next_block}"
+        state = "closed" if self.closed else self.failure or f"next block {self.next_block}"
         return f"<Stream {self.prompt!r:.60}, seed {self.seed}, {state}>"
 
     # ---------------------------------------------------------------- life
 
     def close(self) -> None:
         """End the video, after the block being made; its runtime can then start another. Idempotent."""
-        self._closed = True
+        self.closed = True
         if self._process.left:
             self._engine = None  # without a lock, which a thread may hold that only the parent has
             return
@@ -74,19 +131,9 @@ class Stream(Closing, Bound):
         self._blocks.close()
 
     @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return self._closed
-
-    @property
     def _busy_here(self) -> bool:
         """Whether the calling thread is making a block of this stream, as in a signal handler."""
         return self._owner == threading.get_ident()
-
-    @property
-    def failure(self) -> str | None:
-        """The error that ended the video, in words, or None."""
-        return self._failure
 
     @contextmanager
     def _exclusive(self) -> Iterator[Engine | None]:
@@ -97,10 +144,10 @@ class Stream(Closing, Bound):
         with self._lock:
             self._owner = threading.get_ident()
             try:
-                yield None if self._closed else self._engine
+                yield None if self.closed else self._engine
             finally:
                 self._owner = None
-                if self._closed:
+                if self.closed:
                     self._let_go()
 
     # ---------------------------------------------------------------- video
@@ -155,47 +202,18 @@ class Stream(Closing, Bound):
         """Number of times that the guard went back to a good state."""
         return self._blocks.rollbacks
 
-    def __iter__(self) -> Iterator[Chunk]:
-        self._require_open()
-        while (chunk := self._take()) is not None:
-            yield chunk
-            del chunk  # free it while the next one is made
-
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """Iterate with ``async for``: another thread makes the blocks, and a cancelled wait loses none of them."""
-        self._require_open()
-        while (chunk := await self._take_async()) is not None:
-            yield chunk
-            del chunk
-
-    def __next__(self) -> Chunk:
-        """Return the next block; :class:`StreamError` once the stream is closed or has failed."""
-        self._require_open()
-        return self._required(self._take())
-
-    def _required(self, chunk: Chunk | None) -> Chunk:
-        if chunk is None:
-            self._process.require("stream")
-            raise StreamError("the stream was closed while a block was waited for")
-        return chunk
-
-    async def __anext__(self) -> Chunk:
-        """Return the next block as ``next`` does, with ``await anext(stream)``."""
-        self._require_open()
-        return self._required(await self._take_async())
-
     def feed(self, depth: int = 2, when_full: Literal["wait", "drop"] = "wait") -> Feed:
         """Make blocks on another thread, up to ``depth`` ahead of the consumer; see :class:`echo_rt.Feed`."""
         return Feed(self, depth, when_full)
 
     def _require_open(self) -> None:
         self._process.require("stream")
-        if self._closed:
+        if self.closed:
             raise StreamError(_CLOSED)
 
     def _require_whole(self) -> None:
-        if self._failure is not None:
-            raise StreamError(f"the stream cannot go on: {self._failure}; start or resume another")
+        if self.failure is not None:
+            raise StreamError(f"the stream cannot go on: {self.failure}; start or resume another")
 
     @computes
     def _take(self) -> Chunk | None:
@@ -239,12 +257,13 @@ class Stream(Closing, Bound):
                 with model_context(engine.device, engine.dtype, engine.vae_dtype):
                     yield
             except BaseException as error:
-                self._failure = f"block {self._ready.end} failed ({type(error).__name__}: {one_line(error)})"
+                self.failure = f"block {self._ready.end} failed ({type(error).__name__}: {one_line(error)})"
                 raise
 
     # ---------------------------------------------------------------- prompts
 
     @computes
+    @explains_habits
     def set_prompt(
         self,
         prompt: str | None = None,
@@ -297,9 +316,9 @@ class Stream(Closing, Bound):
         """
         self._require_open()
         with self._exclusive() as engine:
-            if engine is None:
-                raise StreamError("the stream was closed while a snapshot was waited for")
+            self._require_open()
             self._require_whole()
+            assert engine is not None
             with self._whole_or_over(engine):
                 snapshot = self._blocks.snapshot(engine)
         if path is not None:
@@ -307,7 +326,7 @@ class Stream(Closing, Bound):
         return snapshot
 
 
-class Feed(Closing, Bound):
+class Feed(_Source):
     """Makes a stream's blocks on another thread and hands out each of them once, to any number of threads.
 
     Iterate it (``for`` or ``async for``), call ``next``, or :meth:`poll` it from a loop that has other work. The thread
@@ -338,8 +357,7 @@ class Feed(Closing, Bound):
         if when_full not in (WAIT, DROP):
             raise ConfigError(f"when_full must be {WAIT!r} or {DROP!r}, got {when_full!r}")
         stream._require_open()
-        self.stream = stream
-        self._ready = stream._ready
+        self.stream, self._ready, self._process = stream, stream._ready, stream._process
         self._feeder = Feeder(stream._ready, stream._make_ahead, depth, drop=when_full == DROP)
         weakref.finalize(self, self._feeder.stop).atexit = False
 
@@ -350,7 +368,7 @@ class Feed(Closing, Bound):
     @property
     def dropped(self) -> int:
         """Number of blocks that were made and dropped because nobody took them."""
-        return self._feeder.policy.dropped
+        return self._feeder.dropped
 
     @property
     def waiting(self) -> int:
@@ -373,35 +391,6 @@ class Feed(Closing, Bound):
         with self._ready.lock:
             return next(self) if self._ready.changed.wait_for(self._feeder.has_news, timeout) else None
 
-    def __next__(self) -> Chunk:
-        """Wait for the next block; raises as :meth:`poll` does."""
-        return self._required(self._take())
-
-    async def __anext__(self) -> Chunk:
-        """Wait for the next block as ``next`` does, with ``await anext(feed)``."""
-        return self._required(await self._take_async())
-
-    def _required(self, chunk: Chunk | None) -> Chunk:
-        if chunk is None:
-            self._require_open()
-            self._require_whole()
-            self.stream._require_open()
-        return self.stream._required(chunk)
-
-    def __iter__(self) -> Iterator[Chunk]:
-        self._require_open()
-        while (chunk := self._take()) is not None:
-            yield chunk
-            del chunk
-        self._require_whole()
-
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
-        self._require_open()
-        while (chunk := await self._take_async()) is not None:
-            yield chunk
-            del chunk
-        self._require_whole()
-
     def _take(self) -> Chunk | None:
         self._require_thread()
         with self._ready.lock:
@@ -423,7 +412,7 @@ class Feed(Closing, Bound):
             self.stream._require_open()
             raise StreamError("the feed is closed; make another with stream.feed(...)")
 
-    def _require_whole(self) -> None:
+    def _end(self) -> None:
         if not self.closed:
             self.stream._require_whole()
 

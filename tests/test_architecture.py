@@ -9,8 +9,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "echo_rt"
 # Each line may import itself and the lines above it; what stands on one line may not import its neighbours.
 LAYERS = (
-    ("_C", "_ops", "errors", "chunk"),
-    ("config", "recipes"),
+    ("_C", "_ops", "errors"),
+    ("config", "recipes", "chunk"),
     ("options",),
     ("utils",),
     ("ops",),

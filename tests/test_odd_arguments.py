@@ -62,8 +62,10 @@ def test_odd_arguments_of_a_stream(small_model: Path) -> None:
             runtime.encode_prompts("a fox")
         with pytest.raises(ConfigError, match="guard must be a Guard or None, got 'stop'"):
             runtime.stream(prompt_embeds=dense, guard="stop")  # type: ignore[arg-type]
-        with pytest.raises(echo_rt.StreamError, match=r"expected a Snapshot .*, got str"):
-            runtime.resume("x")  # type: ignore[arg-type]
+        with pytest.raises(echo_rt.StreamError, match=r"expected a Snapshot .*, got an int"):
+            runtime.resume(3)  # type: ignore[arg-type]
+        with pytest.raises(echo_rt.SnapshotError, match="x: "):
+            runtime.resume("x")
         with runtime.stream(prompt_embeds=dense, seed=np.int64(3)) as stream:  # type: ignore[arg-type]
             next(stream)
             snapshot = stream.snapshot()

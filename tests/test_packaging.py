@@ -250,3 +250,10 @@ def test_cmake_configures_and_its_tests_pass(tmp_path: Path) -> None:
     run("cmake", "-S", ROOT, "-B", tmp_path, f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_CUDA_COMPILER=NOTFOUND")
     run("cmake", "--build", tmp_path, "--target", "ring_layout_test")
     assert "100% tests passed" in run("ctest", "--test-dir", tmp_path)
+
+
+def test_an_editable_install_is_a_path_that_type_checkers_follow() -> None:
+    """The default is an import hook, in which mypy and pyright find no module, whatever ``py.typed`` says."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^\[tool\.distutils\.editable_wheel\]\nmode = "compat"', project, re.M)
+    assert (Path(echo_rt.__file__).parent / "py.typed").exists()

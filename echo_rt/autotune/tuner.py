@@ -239,7 +239,7 @@ class Tuner(Generic[Loaded, Shapes]):
                 selection = self._unrequested(prescribed, cache)
         selection = replace(selection, reason=selection.reason + unable)
         give_memory_back(self.device)  # the pool of the graphs
-        self._logger.info("%s for %s: %s", selection.name, self.shapes, selection.reason)
+        self._logger.debug("%s for %s: %s", selection.name, self.shapes, selection.reason)
         return selection
 
     def available(self) -> dict[str, str]:

@@ -20,13 +20,12 @@ from echo_rt.convolution import ConvolutionSelection, ConvolutionShape, select_c
 from echo_rt.convolution import cache_file as convolution_cache
 from echo_rt.convolution import implementations as convolution_candidates
 from echo_rt.engine.engine import Engine
-from echo_rt.engine.executor import Executor, make_executor
+from echo_rt.engine.executor import Executor, SteadyCheck, make_executor
 from echo_rt.engine.initial_video import InitialVideoEncoder
 from echo_rt.engine.memory_budget import require_capacity
 from echo_rt.engine.pipeline import Pipeline
 from echo_rt.engine.prompts import PromptEncoder
 from echo_rt.engine.rollout import Rollout
-from echo_rt.engine.steady_state import SteadyCheck
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.model.decoder_protocol import VideoDecoder
 from echo_rt.model.memory import MemoryEncoder
@@ -224,7 +223,7 @@ def open_networks(loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapp
         memory=(working, loaded.config.transformer.head_dim) if loaded.mode is MemoryMode.EVOLVE else None,
         prescribed=prescribed.get(BACKEND),
     )
-    _logger.log(logging.WARNING if backend.fallback else logging.INFO, "backend %s: %s", backend.name, backend.reason)
+    _logger.log(logging.WARNING if backend.fallback else logging.DEBUG, "backend %s: %s", backend.name, backend.reason)
     folder, tiny = loaded.folder, loaded.tiny_vae
     if tiny is None:
         decoder = FingerprintedTensors(folder.vae_tensors(), f"{folder.vae_source} (VAE)")

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import VaeConfig
-from echo_rt.engine.executor import Executor
+from echo_rt.engine.executor import Executor, SteadyCheck
 from echo_rt.engine.initial_video import InitialVideoEncoder
 from echo_rt.engine.pipeline import Pipeline
 from echo_rt.engine.prompts import NOW, PromptEncoder, check_prompt_embeds, prompt_of
 from echo_rt.engine.rollout import Rollout
-from echo_rt.engine.steady_state import SteadyCheck
 from echo_rt.errors import ConfigError, PromptError, StreamError
 from echo_rt.snapshot.fit import difference
 from echo_rt.snapshot.implementations import Implementations

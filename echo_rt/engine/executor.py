@@ -12,20 +12,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from functools import cache, partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from echo_rt.errors import BackendError, CaptureError, EchoError, StallError
+from echo_rt.errors import BackendError, CaptureError, EchoError, StallError, SteadyStateError
 from echo_rt.utils.device import capture
 from echo_rt.utils.wording import first_line
 
 _logger = logging.getLogger("echo_rt.engine.executor")
 _DOMAIN = "echo_rt"  # of the NVTX ranges
+_SYNCHRONIZING = "synchronizing"  # in torch's message about a forbidden wait, in every release
 _POLL_SECONDS = 0.0005  # between two queries while the host waits with a timeout
 
 
@@ -163,17 +165,6 @@ def _wait_for(done: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-class _Seen(threading.local):
-    """The stages that the calling thread has run.
-
-    By thread, since libraries keep what they make for a shape (such as cuDNN's plans) by thread, and must not make it
-    during a capture. Not by thread id, which the next thread may get.
-    """
-
-    def __init__(self) -> None:
-        self.stages: set[Hashable] = set()
-
-
 class CudaExecutor(Executor):
     """Queues are CUDA streams; stages that come again are replayed as graphs, if ``graphs``."""
 
@@ -186,7 +177,9 @@ class CudaExecutor(Executor):
         }
         # Graphs of a pool may share memory, which is safe only if they never run at the same time.
         self._pools = {queue: torch.cuda.graph_pool_handle() for queue in Queue}
-        self._seen = _Seen()
+        # The stages that a thread has run: libraries keep what they make for a shape (such as cuDNN's plans) by thread,
+        # and must not make it during a capture. Not by thread id, which the next thread may get.
+        self._seen_by_thread = threading.local()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._events: dict[Hashable, Event] = {}
         self._patience: float | None = None  # bound of synchronize() in seconds, after give_up()
@@ -208,14 +201,14 @@ class CudaExecutor(Executor):
                 stream.wait_event(event.cuda)
         # After the waits, which do not count as the stage's time.
         with self._noting(stage_name(stage), queue), torch.cuda.stream(stream), _ranges()(stage_name(stage)):
-            graph = self._graphs.get(key)
-            if graph is None and self._graphs_wanted and key in self._seen.stages:
+            graph, seen = self._graphs.get(key), self._seen_by_thread.__dict__.setdefault("stages", set())
+            if graph is None and self._graphs_wanted and key in seen:
                 graph = self._graphs[key] = self._capture(stage, static_args, queue)
             elif graph is not None:
                 self.replays += 1
             if graph is None:
                 stage(*static_args)
-                self._seen.stages.add(key)
+                seen.add(key)
             else:
                 graph.replay()
         self._events[key] = self.record(queue, self._events.get(key))
@@ -272,7 +265,7 @@ class CudaExecutor(Executor):
     def _forget(self) -> None:
         self._graphs.clear()
         self._events.clear()
-        self._seen = _Seen()
+        self._seen_by_thread = threading.local()
 
 
 def make_executor(device: torch.device, graphs: bool | None = None) -> Executor:
@@ -286,3 +279,62 @@ def make_executor(device: torch.device, graphs: bool | None = None) -> Executor:
     if graphs:
         raise BackendError(f"graphs=True needs a CUDA device, and this model is on {str(device)!r}; leave graphs out")
     return Executor()
+
+
+class SteadyCheck:
+    """Asserts the promises of the steady state on every block that begins, for debugging.
+
+    A block whose stages are all replayed allocates nothing, never waits for the device, and moves no buffer. The first
+    two are checked on a GPU, the third anywhere. ``buffers`` returns the tensors whose addresses must never change.
+    """
+
+    def __init__(self, executor: Executor, device: torch.device, buffers: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._executor, self._device, self._buffers = executor, device, buffers
+        self._addresses = self._now()
+        self._steady = False  # whether all stages of the block before were replayed
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[None]:
+        """Check the work inside, which begins block ``index``; raises :class:`SteadyStateError` after it."""
+        runs, replays = self._executor.runs, self._executor.replays
+        allocations = self._allocations()
+        with self._no_waiting(index):
+            yield
+        replayed = self._executor.runs - runs == self._executor.replays - replays
+        made = self._allocations() - allocations
+        if replayed and made:
+            raise SteadyStateError(f"block {index}: expected no allocation on {self._device}, got {made}")
+        now = self._now()
+        moved = sorted(name for name in {*now, *self._addresses} if now.get(name) != self._addresses.get(name))
+        if moved:
+            raise SteadyStateError(f"block {index}: buffers have moved: {', '.join(moved)}")
+        self._steady = replayed
+
+    @contextmanager
+    def _no_waiting(self, index: int) -> Iterator[None]:
+        """Have torch raise where the host waits for the device, in a block that should be all replays."""
+        if self._device.type != "cuda" or not self._steady:
+            yield
+            return
+        found = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        except RuntimeError as error:
+            if _SYNCHRONIZING not in str(error):
+                raise
+            raise SteadyStateError(f"block {index}: expected no wait for {self._device}, got: {error}") from error
+        finally:
+            torch.cuda.set_sync_debug_mode(found)
+
+    def disturbed(self) -> None:
+        """Expect no steady state of the next block."""
+        self._steady = False
+
+    def _allocations(self) -> int:
+        if self._device.type != "cuda":
+            return 0
+        return int(torch.cuda.memory_stats(self._device).get("allocation.all.allocated", 0))
+
+    def _now(self) -> dict[str, int]:
+        return {name: tensor.data_ptr() for name, tensor in self._buffers().items()}

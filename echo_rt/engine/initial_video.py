@@ -28,9 +28,6 @@ Frames: TypeAlias = "Tensor | NDArray[np.uint8]"
 InitialVideo: TypeAlias = "Frames | Iterable[Frames]"
 """Frames uint8 ``[F, H, W, 3]`` RGB, whole or as an iterable of pieces."""
 
-# Recipes whose blocks are one latent frame, so that a picture fills a block.
-_PICTURE_RECIPES = [name for name, recipe in RECIPES.items() if recipe.facts["frames_per_block"] == 1]
-
 
 class InitialVideoEncoder:
     """The VAE encoder of a model folder, loaded for each video and released after it.
@@ -88,16 +85,13 @@ class InitialVideoEncoder:
         below, above = (self._vae.video_frames(self._block * (latents // self._block + more)) for more in (0, 1))
         if frames == below > 0:
             return
-        nearest = f"{below} or {above}" if below else str(above)
         message = (
             f"an initial video must fill blocks of {counted(self._block, 'latent frame')}: "
-            f"expected {nearest} frames, got {frames}"
+            f"expected {f'{below} or {above}' if below else above} frames, got {frames}"
         )
         if frames == 1:
-            message += (
-                "; a picture begins a video only where a block is 1 latent frame, as in the recipes "
-                + ", ".join(_PICTURE_RECIPES)
-            )
+            recipes = ", ".join(name for name, recipe in RECIPES.items() if recipe.facts["frames_per_block"] == 1)
+            message += f"; a picture begins a video only where a block is 1 latent frame, as in the recipes {recipes}"
         raise ConfigError(message)
 
     def _check_length(self, frames: int) -> None:

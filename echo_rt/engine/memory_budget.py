@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from echo_rt.config import ModelConfig, VaeConfig
 from echo_rt.engine.pipeline import frames_shape
 from echo_rt.engine.state import state_sizes
 from echo_rt.errors import ConfigError
-from echo_rt.model.decoder_protocol import DecoderState
+from echo_rt.model.decoder_protocol import VideoDecoder
 from echo_rt.model.tiny_decoder import TinyDecoder
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.backends import load_ops
@@ -31,14 +31,6 @@ _GIB = 2**30
 _KIBIBYTE = 1024  # the unit of /proc/meminfo
 _NO_LIMIT = "max"
 _ROOM = 8
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes of device and host memory that a stream keeps beside the weights."""
-
-    device: int
-    host: int
 
 
 def require_capacity(
@@ -56,51 +48,46 @@ def require_capacity(
 
     ``tiny``: the tiny decoder in place of the VAE, if any; ``depth``: how many blocks may be in flight.
     """
-
-    def require(need: Need) -> None:
-        on_host = need.host if device.type == "cuda" else need.device + need.host
-        checks = [("this host", on_host, host_memory())]
-        if device.type == "cuda":
-            checks.insert(0, (str(device), need.device, torch.cuda.mem_get_info(device)[1]))
-        for place, wanted, capacity in checks:
-            if wanted > capacity:
+    on_device, on_host = rollout_bytes(config, vae, dtype=dtype, vae_dtype=vae_dtype, depth=depth)
+    capacities = {"this host": host_memory()}
+    if device.type == "cuda":
+        capacities = {str(device): torch.cuda.mem_get_info(device)[1]} | capacities
+    # First without the decoder, whose bytes are counted with tensors: some sizes are too large even for those.
+    for with_decoder in (False, True):
+        on_device += decoder_bytes(config, vae, tiny, vae_dtype, vae_tiles) if with_decoder else 0
+        wanted = [on_device, on_host] if device.type == "cuda" else [on_device + on_host]
+        for (place, capacity), bytes_wanted in zip(capacities.items(), wanted, strict=True):
+            if bytes_wanted > capacity:
                 _, height, width, _ = frames_shape(config, vae)
                 raise ConfigError(
                     f"expected a video whose buffers fit into the {capacity // _GIB} GiB of {place}, got one of "
                     f"{width}x{height} with local_frames {config.window.local_frames} and lookahead {depth - 1}, "
-                    f"whose buffers need {-(-wanted // _GIB)} GiB or more"
+                    f"whose buffers need {-(-bytes_wanted // _GIB)} GiB or more"
                 )
-
-    need = rollout_bytes(config, vae, dtype=dtype, vae_dtype=vae_dtype, depth=depth)
-    # First without the decoder, whose bytes are counted with tensors: some sizes are too large even for those.
-    require(need)
-    require(Need(need.device + decoder_bytes(config, vae, tiny, vae_dtype, vae_tiles), need.host))
 
 
 def rollout_bytes(
     config: ModelConfig, vae: VaeConfig, *, dtype: torch.dtype, vae_dtype: torch.dtype, depth: int
-) -> Need:
-    """Bytes of the rollout's state, and of the buffers between it, the decoder and the host."""
+) -> tuple[int, int]:
+    """Bytes, of device and host, of the rollout's state and of the buffers between it, the decoder and the host."""
     sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in state_sizes(config, dtype).items()}
     pixels = math.prod(frames_shape(config, vae))
     block = pixels + sizes["x"]  # its frames as bytes, and its latents
     video = pixels * vae_dtype.itemsize  # the decoder's output
-    return Need(device=sum(sizes.values()) + block + video, host=depth * block)
+    return sum(sizes.values()) + block + video, depth * block
 
 
 def decoder_bytes(
     config: ModelConfig, vae: VaeConfig, tiny: TinyVaeConfig | None, dtype: torch.dtype, tiles: int
 ) -> int:
     """Bytes of the decoder's history and scratch buffers."""
-    size = (config.latent_height, config.latent_width, config.window.frames_per_block)
-    state: DecoderState
+    decoder: VideoDecoder[Any]
     if tiny is not None:
-        tensors = _empty(tiny_decoder_shapes(tiny))
-        state = TinyDecoder(tiny, tensors, vae, device=_META, dtype=dtype).new_state(*size)
+        decoder = TinyDecoder(tiny, _empty(tiny_decoder_shapes(tiny)), vae, device=_META, dtype=dtype)
     else:
         tensors = _empty(vae_decoder_shapes(vae))
-        wan = VaeDecoder(vae, tensors, load_ops("torch"), device=_META, dtype=dtype, tiles=tiles)
-        state = wan.new_state(*size)
+        decoder = VaeDecoder(vae, tensors, load_ops("torch"), device=_META, dtype=dtype, tiles=tiles)
+    state = decoder.new_state(config.latent_height, config.latent_width, config.window.frames_per_block)
     return sum(tensor.nbytes for tensor in state.buffers().values())
 
 

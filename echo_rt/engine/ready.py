@@ -12,27 +12,19 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 from echo_rt.chunk import Chunk
 from echo_rt.errors import StreamError
-from echo_rt.utils.process import ProcessGuard
-
-
-@dataclass(eq=False)
-class DropOldest:
-    """A policy for a full queue: at most ``depth`` blocks wait, the oldest are dropped."""
-
-    depth: int
-    dropped: int = 0
+from echo_rt.utils.process import EXITING, ProcessGuard
 
 
 class ReadyQueue:
     """Finished blocks of one video, oldest first. Any thread may append and take; no call waits for a block.
 
     Taking is the last step of every wait, so a wait that is cancelled, interrupted or timed out has taken nothing.
-    ``end`` is the number of the next block to be finished; ``policy`` says what happens when the queue is full. Blocks
-    before ``wanted`` are not handed out any more; ``skipped`` counts those.
+    ``end`` is the number of the next block to be finished; ``dropping`` is the feeder, if any, that has the oldest
+    block dropped when its depth is reached. Blocks before ``wanted`` are not handed out any more; ``skipped`` counts
+    those.
 
     A closed queue keeps its blocks while a consumer is attached, which is still to get the blocks made for it.
     """
@@ -43,7 +35,7 @@ class ReadyQueue:
         self.changed = threading.Condition(self.lock)
         self.end = end
         self.wanted = self.skipped = 0
-        self.policy: DropOldest | None = None
+        self.dropping: Feeder | None = None
         self.closed = False
         self._blocks = deque(blocks)
         self._consumers: set[object] = set()
@@ -68,15 +60,15 @@ class ReadyQueue:
             return tuple(self._blocks)
 
     def append(self, chunk: Chunk) -> None:
-        """Add a finished block; the policy may drop the oldest for it."""
+        """Add a finished block; the oldest may be dropped for it."""
         with self.lock:
             if chunk.index < self.wanted:
                 self.end = chunk.index + 1
                 return
-            policy = self.policy
-            if policy is not None and len(self._blocks) >= policy.depth:
+            feeder = self.dropping
+            if feeder is not None and len(self._blocks) >= feeder.depth:
                 self.take()
-                policy.dropped += 1
+                feeder.dropped += 1
             self._blocks.append(chunk)
             self.end = chunk.index + 1
             self.notify()
@@ -160,21 +152,21 @@ class Feeder(threading.Thread):
 
     def __init__(self, ready: ReadyQueue, make_ahead: Callable[[float], bool], depth: int, drop: bool) -> None:
         super().__init__(name="echo_rt feed", daemon=True)
-        self.policy = DropOldest(depth)
+        self.depth, self.dropped = depth, 0
         self.stopped = self.over = False
         self._ready, self._make_ahead = ready, make_ahead
-        self._depth = math.inf if drop else depth
+        self._ahead = math.inf if drop else depth
         self._error: BaseException | None = None
         self._process = ProcessGuard()
         ready.attach(self)
         if drop:
-            ready.policy = self.policy
+            ready.dropping = self
         self.start()
 
     def run(self) -> None:
         """Make blocks until no more are wanted, or there are no more."""
         try:
-            while self._wait_for_place() and self._make_ahead(self._depth):
+            while self._wait_for_place() and self._make_ahead(self._ahead):
                 pass
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # some of them hold this object, which will hold the error
@@ -188,7 +180,7 @@ class Feeder(threading.Thread):
         """Wait until one more block may be made; False if no more are wanted."""
         ready = self._ready
         with ready.lock:
-            ready.changed.wait_for(lambda: self.stopped or ready.closed or len(ready) < self._depth)
+            ready.changed.wait_for(lambda: self.stopped or ready.closed or len(ready) < self._ahead)
             return not self.stopped
 
     def stop(self) -> None:
@@ -197,8 +189,8 @@ class Feeder(threading.Thread):
             return  # in a fork, a thread that only the parent has may hold a lock
         with self._ready.lock:
             self.stopped = True
-            if self._ready.policy is self.policy:
-                self._ready.policy = None
+            if self._ready.dropping is self:
+                self._ready.dropping = None
             self._ready.detach(self)
 
     def has_news(self) -> bool:
@@ -211,6 +203,8 @@ class Feeder(threading.Thread):
             return None
         if (chunk := self._ready.take()) is not None:
             return chunk
+        if getattr(self._error, "code", None) is EXITING:
+            raise SystemExit(EXITING)  # whoever waited for its blocks ends too
         error, self._error = self._error, None
         try:
             if error is None:

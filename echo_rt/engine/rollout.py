@@ -15,8 +15,7 @@ from torch import Tensor
 from echo_rt.attention import Attention
 from echo_rt.config import ModelConfig
 from echo_rt.engine.executor import Event, Executor, Queue
-from echo_rt.engine.kv_cache import BlockCache, Span, WindowCache
-from echo_rt.engine.state import VITALS, RolloutState
+from echo_rt.engine.state import VITALS, BlockCache, RolloutState, Span, WindowCache
 from echo_rt.errors import ConfigError
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
@@ -105,28 +104,21 @@ class Rollout:
         ``noise`` float32 of :attr:`noise_shape` replaces the seed's. ``observe`` is called with the flow of every
         denoising step. On a GPU the work is only submitted to the main queue when this returns.
         """
-        s, run = self.state, self._executor.run
-        previous, block, steps = s.block, s.block + 1, self._steps
-        evicting, moved = self._turning(previous, block)
+        steps, run = self._steps, self._executor.run
         if noise is not None:
             with self._executor.eager():
-                s.noise[: len(steps)].copy_(noise)
-        drawn = len(steps) if noise is None else 0
-        begun = run(self._begin, drawn, evicting, moved, self.memory_attended(block))
-        updated: Event | None = None
-        if evicting:
-            updated = run(self._update_memory, s.memory_ready, queue=Queue.MEMORY, after=[begun])
+                self.state.noise[: len(steps)].copy_(noise)
+        block, updated = self._turn(len(steps) if noise is None else 0)
         for step, row in enumerate(steps):
             renoise = step + 1 if step + 1 < len(steps) else None
             run(self._denoise, row, renoise, self._span(block), observe is not None)
-            if step == 0 and evicting:
-                run(self._publish_memory, True, after=[updated])
-                s.memory_ready = s.memory_updated = True
+            if step == 0:
+                self._publish_update(updated)
             if observe is not None:
-                observe(block, step, s.flow)
-        run(self._keep, self._span(block), s.memory_ready)
-        s.block = block
-        return s.x
+                observe(block, step, self.state.flow)
+        run(self._keep, self._span(block), self.state.memory_ready)
+        self.state.block = block
+        return self.state.x
 
     def given_block(self, latents: Tensor) -> Tensor:
         """Take ``latents`` float32 ``[B, C, h, w]`` as the next block: :meth:`next_block` without the denoising.
@@ -134,23 +126,37 @@ class Rollout:
         Only before the first generated block. The context pass is the block's only one, so it sees the memory as it
         was; what the block evicts is in the memory from the next pass on.
         """
-        s, run = self.state, self._executor.run
-        previous, block = s.block, s.block + 1
-        if block != s.initial_blocks:
-            raise ConfigError(f"a block can be given only before the first that is generated, got one after {previous}")
+        s = self.state
+        if s.block + 1 != s.initial_blocks:
+            raise ConfigError(f"a block can be given only before the first that is generated, got one after {s.block}")
         with self._executor.eager():
             s.noise[0].copy_(latents, non_blocking=True)  # _begin copies it to x, and here x stays so
-        evicting, moved = self._turning(previous, block)
-        span = self._span(block)
-        begun = run(self._begin, 0, evicting, moved, self.memory_attended(block))
-        updated = run(self._update_memory, s.memory_ready, queue=Queue.MEMORY, after=[begun]) if evicting else None
+        block, updated = self._turn(0)
         # After the update, whose result the vitals describe; the pass attends to the memory published before.
-        run(self._keep, span, s.memory_ready or evicting, after=[updated])
-        if evicting:
-            run(self._publish_memory, True)
-            s.memory_ready = s.memory_updated = True
+        self._executor.run(self._keep, self._span(block), s.memory_ready or updated is not None, after=[updated])
+        self._publish_update(updated)
         s.block, s.initial_blocks = block, block + 1
         return s.x
+
+    def _turn(self, drawn: int) -> tuple[int, Event | None]:
+        """Begin the next block, with noise drawn for ``drawn`` steps, and update the memory if it evicts frames.
+
+        Returns its number, and the event of the update.
+        """
+        s, layout, run = self.state, self._layout, self._executor.run
+        block = s.block + 1
+        evicting = self.mode is MemoryMode.EVOLVE and layout.evicts(block)
+        moved = s.block >= 0 and layout.shift(s.block) != layout.shift(block)
+        begun = run(self._begin, drawn, evicting, moved, self.memory_attended(block))
+        if not evicting:
+            return block, None
+        return block, run(self._update_memory, s.memory_ready, queue=Queue.MEMORY, after=[begun])
+
+    def _publish_update(self, updated: Event | None) -> None:
+        """Have the next passes attend to the updated memory, once ``updated`` has passed; None: there is none."""
+        if updated is not None:
+            self._executor.run(self._publish_memory, True, after=[updated])
+            self.state.memory_ready = self.state.memory_updated = True
 
     def split_blocks(self, latents: Tensor) -> tuple[Tensor, ...]:
         """Split ``latents [frames, C, h, w]`` into blocks; :class:`ConfigError` unless they are whole blocks."""
@@ -189,11 +195,6 @@ class Rollout:
         """The next block's denoising steps, by their numbers in the schedule."""
         return self._schedule.steps(first=self.generated_blocks == 0)
 
-    def _turning(self, previous: int, block: int) -> tuple[bool, bool]:
-        """Whether the memory is updated with what ``block`` evicts, and whether ids shift between the two blocks."""
-        evicting = self.mode is MemoryMode.EVOLVE and self._layout.evicts(block)
-        return evicting, previous >= 0 and self._layout.shift(previous) != self._layout.shift(block)
-
     def _span(self, block: int) -> Span:
         layout, tokens = self._layout, self.config.tokens_per_frame
         return Span(
@@ -228,15 +229,7 @@ class Rollout:
             torch.sub(s.write_index, self.config.ring_begin, out=s.ring_rows)
             torch.index_select(s.ring_k, 0, s.ring_rows, out=s.evicted_k)
             torch.index_select(s.kv[-1, 1], 0, s.write_index, out=s.evicted_v)
-        self._ops.reanchor(
-            s.kv,
-            s.rope.temporal_anchor,
-            s.rope.spatial,
-            s.sink_k if moved and window.sink_frames else None,
-            s.memory_k if memory_attended else None,
-            None,
-            self.config.memory_tokens,
-        )
+        self._reanchor(s.sink_k if moved and window.sink_frames else None, s.memory_k if memory_attended else None)
         for step, noise in enumerate(s.noise[:drawn]):
             self._ops.counter_noise(noise, s.positions, s.seed, step)
         s.x.copy_(s.noise[0])
@@ -309,16 +302,12 @@ class Rollout:
 
     def _publish_memory(self, rotate: bool) -> None:
         """Copy the memory's keys and values to where all layers attend to them; without ``rotate``, only the values."""
-        s = self.state
-        self._ops.reanchor(
-            s.kv,
-            s.rope.temporal_anchor,
-            s.rope.spatial,
-            None,
-            s.memory_k if rotate else None,
-            s.memory_v,
-            self.config.memory_tokens,
-        )
+        self._reanchor(None, self.state.memory_k if rotate else None, self.state.memory_v)
+
+    def _reanchor(self, sink_k: Tensor | None, memory_k: Tensor | None, memory_v: Tensor | None = None) -> None:
+        """Rotate unrotated keys to their ids, and copy values, to where all layers attend to them; None: not these."""
+        s, tokens = self.state, self.config.memory_tokens
+        self._ops.reanchor(s.kv, s.rope.temporal_anchor, s.rope.spatial, sink_k, memory_k, memory_v, tokens)
 
     def _rebuild_memory(self) -> None:
         """Restart the memory and update it once with the whole local window, if that is not empty."""

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class PromptSchedule:
     """
 
     def __init__(self, now: Prompt | None, first_open: int = 0, prompts: Mapping[int, Prompt] | None = None) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant: a signal handler may close amid a change of its own thread
         self._waiting = dict(prompts or {})
         self.now, self.first_open = now, first_open
 
@@ -92,6 +93,12 @@ class PromptSchedule:
         with self._lock:
             self.first_open, self.now = block, now
             self._waiting = {**prompts, **self._waiting}
+
+    def close(self) -> None:
+        """Free the embeddings; the text of the last prompt stays."""
+        with self._lock:
+            self._waiting.clear()
+            self.now = self.now and replace(self.now, embeds=torch.empty(0, device="cpu"))
 
     def for_snapshot(self) -> dict[str, Any]:
         """The fields of a :class:`Snapshot` about prompts."""
@@ -189,7 +196,8 @@ class Blocks:
     def close(self) -> None:
         """End the video: free what is kept for later."""
         self.ready.close()
-        self._good = None
+        self.prompts.close()
+        self._good = self._good_prompt = None
         self._prompts_since = {}
 
     def first_frame(self, block: int) -> int:

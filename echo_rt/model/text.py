@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import html
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +22,7 @@ from echo_rt.config import TextEncoderConfig
 from echo_rt.errors import PromptError, StreamError, WeightsError
 from echo_rt.utils.device import give_memory_back
 from echo_rt.utils.packages import needing
-from echo_rt.utils.wording import first_line
+from echo_rt.utils.wording import first_line, warn_caller
 from echo_rt.weights.files import check_tensors
 from echo_rt.weights.keymaps import UMT5_KEYS
 from echo_rt.weights.shapes import text_encoder_shapes
@@ -164,9 +163,7 @@ class TextEncoder:
             raise StreamError("this text encoder has no tokenizer: it was closed, or made without one")
         ids: list[int] = self._tokenizer(clean_prompt(prompt), verbose=False).input_ids
         if len(ids) > self.text_len:
-            warnings.warn(
-                f"the prompt has {len(ids)} tokens, the model takes {self.text_len}: the rest is left out", stacklevel=3
-            )
+            warn_caller(f"the prompt has {len(ids)} tokens, the model takes {self.text_len}: the rest is left out")
             ids = [*ids[: self.text_len - 1], ids[-1]]
         return ids
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from echo_rt.errors import ConfigError, OutputError, SnapshotError, SnapshotVers
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.atomic_file import Closing, reason
 from echo_rt.utils.folder_lock import FolderClaim
+from echo_rt.utils.wording import warn_caller
 
 _PREFIX = "block-"
 _NAME = re.compile(rf"{_PREFIX}(\d{{10,}})\.safetensors")
@@ -47,7 +47,7 @@ def latest_snapshot(folder: str | Path) -> tuple[Path, Snapshot] | None:
         except SnapshotVersionError:
             raise
         except SnapshotError as error:
-            warnings.warn(f"passed over: {error}", RuntimeWarning, stacklevel=2)
+            warn_caller(f"passed over: {error}", RuntimeWarning)
     if files:
         raise SnapshotError(f"{folder}: expected a whole snapshot, found {len(files)} damaged ones")
     return None

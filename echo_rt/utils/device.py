@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.options import DTYPE_ALIASES, DTYPE_NAMES, VAE_DTYPE_NAMES
 from echo_rt.utils.process import require_cuda_usable
+from echo_rt.utils.wording import warn_caller
 
 FLOAT8 = torch.float8_e4m3fn
 # Compute capability of the first GPUs whose tensor cores multiply float8.
@@ -42,20 +42,20 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     try:
         parsed = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ConfigError(f"device must be 'cpu', 'cuda' or 'cuda:N'; got {str(device)!r}") from None
-    if parsed.type not in ("cpu", "cuda"):
+        parsed = None
+    if parsed is None or parsed.type not in ("cpu", "cuda"):
         raise ConfigError(f"device must be 'cpu', 'cuda' or 'cuda:N'; got {str(device)!r}")
-    if parsed.type == "cuda":
-        require_cuda_usable()
-    if parsed.type == "cuda" and not torch.cuda.is_available():
+    if parsed.type == "cpu":
+        return parsed
+    require_cuda_usable()
+    asked = f"device {str(device)!r} was asked for, but"
+    if not torch.cuda.is_available():
         built = "is built without CUDA" if torch.version.cuda is None else "finds no usable GPU"
-        raise BackendError(f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) {built}")
-    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
-        raise BackendError(f"device {str(device)!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
-    if str(parsed) == "cuda":
-        # Each thread has its own current GPU; a model stays where it was loaded.
-        parsed = torch.device("cuda", torch.cuda.current_device())
-    return parsed
+        raise BackendError(f"{asked} this torch ({torch.__version__}) {built}")
+    if (parsed.index or 0) >= torch.cuda.device_count():
+        raise BackendError(f"{asked} there are {torch.cuda.device_count()} GPUs")
+    # Each thread has its own current GPU; a model stays where it was loaded.
+    return parsed if parsed.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 def require_products(device: torch.device) -> None:
@@ -160,10 +160,9 @@ def warn_of_faulty_convolutions(device: torch.device, dtype: torch.dtype) -> Non
         return
     version = torch.backends.cudnn.version()
     if version in _CUDNN_FAULTY:
-        warnings.warn(
+        warn_caller(
             f"cuDNN {version} is known for faulty 16-bit 3-D convolutions, which the VAE consists of: "
-            f"use a torch with cuDNN {_CUDNN_FAULTY.stop} or newer, or decode in float32 (vae_dtype)",
-            stacklevel=3,
+            f"use a torch with cuDNN {_CUDNN_FAULTY.stop} or newer, or decode in float32 (vae_dtype)"
         )
 
 

@@ -83,8 +83,12 @@ def note_loading(device: torch.device) -> None:
         )
 
 
+# The code of a SystemExit in a thread that would compute while the interpreter ends. That very class ends it silently.
+EXITING = "the interpreter is ending"
+
+
 class _Computing:
-    """The threads that are computing; the interpreter's exit waits for them, and holds those that come later.
+    """The threads that are computing; the interpreter's exit waits for them, and ends those that come later.
 
     The exit ends a daemon thread as soon as that comes back from a library. Torch's frames do not survive this, and the
     process would abort.
@@ -102,7 +106,8 @@ class _Computing:
             yield
             return
         with self._changed:
-            self._changed.wait_for(lambda: self._ended_by in (None, me))
+            if self._ended_by not in (None, me):
+                raise SystemExit(EXITING)
             self._threads.add(me)
         try:
             yield

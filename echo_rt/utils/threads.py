@@ -104,7 +104,7 @@ def log_threads(device: torch.device) -> None:
             "waiting threads spin, which is fast on free cores and very slow beside other programs; "
             "for those, use echo_rt.share_cpu, or set OMP_WAIT_POLICY=PASSIVE before importing torch"
         )
-    _logger.info("CPU threads: %d on %s; %s", threads, Cores.available(), waiting)
+    _logger.debug("CPU threads: %d on %s; %s", threads, Cores.available(), waiting)
 
 
 @contextmanager
@@ -144,38 +144,27 @@ def _libgomp() -> ctypes.CDLL | None:
         library = None
     # Intel's and LLVM's OpenMP export GNU's entry points as well, but wait by other rules.
     if library is None or not hasattr(library, "GOMP_parallel") or hasattr(library, "__kmpc_fork_call"):
-        _logger.info("torch's OpenMP is not GNU's libgomp: how its CPU threads wait is left as it is")
+        _logger.debug("torch's OpenMP is not GNU's libgomp: how its CPU threads wait is left as it is")
         return None
     library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     library.GOMP_parallel.restype = None
     return library
 
 
-@dataclass(frozen=True)
-class _Usage:
-    """CPU seconds so far, of all programs and of this process, at the time ``at`` in seconds."""
-
-    at: float
-    all: float
-    own: float
-
-    @classmethod
-    def now(cls, cores: Cores) -> _Usage:
-        busy = busy_seconds(_STAT.read_text(encoding="ascii"), cores.numbers)
-        return cls(time.monotonic(), busy, time.process_time())
-
-    def others_since(self, then: _Usage) -> float:
-        """Cores used by other programs since ``then``."""
-        return max(0.0, (self.all - then.all) - (self.own - then.own)) / (self.at - then.at)
+def _others(cores: Cores) -> tuple[float, float]:
+    """The time in seconds, and the CPU seconds that other programs have had until then."""
+    busy = busy_seconds(_STAT.read_text(encoding="ascii"), cores.numbers)
+    return time.monotonic(), busy - time.process_time()
 
 
 def _watch(openmp: ctypes.CDLL, over: threading.Event) -> None:
     cores, threads = Cores.available(), torch.get_num_threads()
     idle: IdleTeam | None = None
-    then = _Usage.now(cores)
+    since, before = _others(cores)
     while not over.wait(_PERIOD):
-        now = _Usage.now(cores)
-        others, then = now.others_since(then), now
+        now, until_now = _others(cores)
+        others = max(0.0, until_now - before) / (now - since)
+        since, before = now, until_now
         crowded = cores.free(others) < threads - _SLACK
         if crowded == (idle is not None):
             continue
@@ -185,7 +174,7 @@ def _watch(openmp: ctypes.CDLL, over: threading.Event) -> None:
             idle.close()
             idle = None
         waiting = "sleep" if crowded else "spin"
-        _logger.info("other programs use %.1f of %s: CPU threads %s while they wait", others, cores, waiting)
+        _logger.debug("other programs use %.1f of %s: CPU threads %s while they wait", others, cores, waiting)
     if idle is not None:
         idle.close()
 

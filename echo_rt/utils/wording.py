@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,3 +51,11 @@ def one_line(text: object) -> str:
 def printable(text: object) -> str:
     """``text`` with everything that a terminal would obey (escape sequences, line breaks) as backslash escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+def warn_caller(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn with the line of code outside this package that led here."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "echo_rt":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level)

@@ -107,7 +107,7 @@ def names(choices) -> list[str]:
 
 def test_each_shape_gets_the_fastest_of_its_family(caplog, gpu):
     judge = FakeJudge({("a", CAUSAL): 2.0, ("b", CAUSAL): 0.5, "a": 1.0, "b": 3.0, "grow-a": 0.25, "grow-b": 0.125})
-    with caplog.at_level(logging.INFO, "echo_rt.convolution"):
+    with caplog.at_level(logging.DEBUG, "echo_rt.convolution"):
         choices = choose(judge, [CAUSAL, WIDER, GROWING, CAUSAL])
     assert list(choices) == [CAUSAL, WIDER, GROWING] and names(choices) == ["b", "a", "grow-b"]
     assert choices[CAUSAL].reason == "fastest on Imaginary 9000: b 0.500 ms, a 2.000 ms"

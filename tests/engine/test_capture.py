@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from echo_rt import SteadyStateError
-from echo_rt.engine.executor import CudaExecutor, Executor
-from echo_rt.engine.steady_state import SteadyCheck
+from echo_rt.engine.executor import CudaExecutor, Executor, SteadyCheck
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
 LONG = 20.0

@@ -62,7 +62,7 @@ def test_what_is_counted_is_what_is_made(
         tiny = None if runtime.vae == "wan" else open_tiny_vae("tiny", tiny_model, runtime.vae_config).config
         sizes = runtime.config, runtime.vae_config
         need = rollout_bytes(*sizes, dtype=runtime.dtype, vae_dtype=runtime.vae_dtype, depth=pipeline.depth)
-        total = need.device + need.host + decoder_bytes(*sizes, tiny, runtime.vae_dtype, options.get("vae_tiles", 1))
+        total = sum(need) + decoder_bytes(*sizes, tiny, runtime.vae_dtype, options.get("vae_tiles", 1))
     assert total == made + pixels
     monkeypatch.setattr(echo_rt.engine.memory_budget, "host_memory", lambda: total)
     with load(tiny_model, **options) as runtime:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from streaming import within
 
 from echo_rt.chunk import Chunk
-from echo_rt.engine.ready import DropOldest, Feeder, ReadyQueue
+from echo_rt.engine.ready import Feeder, ReadyQueue
 
 LONG = 30.0  # seconds; only a deadlock takes that long
 
@@ -42,14 +43,25 @@ def test_blocks_are_taken_in_order_and_numbers_follow() -> None:
     assert queue.take() is None and queue.next_block == queue.end == 8
 
 
-def test_a_policy_keeps_the_newest() -> None:
+def test_a_feeder_that_drops_keeps_the_newest() -> None:
     queue = filled(0, 1, 2)
-    queue.policy = DropOldest(2)
+    queue.dropping = feeder = SimpleNamespace(depth=2, dropped=0)  # type: ignore[assignment]
     queue.append(block(3))
-    assert indices(queue) == [1, 2, 3] and queue.policy.dropped == 1, "what was there before it is not its to drop"
+    assert indices(queue) == [1, 2, 3] and feeder.dropped == 1, "what was there before it is not its to drop"
     queue.take()
     queue.append(block(4))
-    assert indices(queue) == [3, 4] and queue.policy.dropped == 2 and queue.next_block == 3
+    assert indices(queue) == [3, 4] and feeder.dropped == 2 and queue.next_block == 3
+
+
+def test_what_is_skipped_is_dropped_now_and_when_it_is_finished() -> None:
+    queue = filled(2, 3, 4)
+    queue.skip_to(6)
+    assert (queue.next_block, len(queue), queue.skipped, queue.end) == (6, 0, 4, 5)
+    queue.append(block(5))
+    assert (queue.next_block, len(queue), queue.skipped) == (6, 0, 4)
+    queue.append(block(6))
+    queue.skip_to(6)
+    assert (queue.next_block, indices(queue), queue.skipped, queue.end) == (6, [6], 4, 7)
 
 
 def test_a_closed_queue_keeps_blocks_only_for_who_is_attached() -> None:
@@ -129,10 +141,10 @@ def test_a_feeder_keeps_its_depth_and_leaves_all_of_it(drop: bool) -> None:
     assert enough.wait(LONG)
     feeder.stop()
     within(LONG, feeder.join)
-    assert indices(queue) == ([7, 8, 9] if drop else [0, 1, 2]) and feeder.policy.dropped == (7 if drop else 0)
-    assert feeder.take() is None and len(queue) == 3 and queue.policy is None
+    assert indices(queue) == ([7, 8, 9] if drop else [0, 1, 2]) and feeder.dropped == (7 if drop else 0)
+    assert feeder.take() is None and len(queue) == 3 and queue.dropping is None
     queue.append(block(made[0]))
-    assert len(queue) == 4, "its policy ended with it"
+    assert len(queue) == 4, "it drops no more once it has ended"
 
 
 def test_a_feeder_that_failed_tells_it_once_and_holds_nothing() -> None:

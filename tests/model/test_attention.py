@@ -98,7 +98,7 @@ def choose(
 
 def test_the_fastest_is_chosen_and_the_reason_says_so(caplog):
     judge = FakeJudge({"a": 2.0, "b": 0.5, "c": 1.0})
-    with caplog.at_level(logging.INFO, "echo_rt.attention"):
+    with caplog.at_level(logging.DEBUG, "echo_rt.attention"):
         choice = choose(judge, [kind("a"), kind("b"), kind("c")])
     assert choice.attention.name == "b"
     assert choice.timings == {"a": 2.0, "b": 0.5, "c": 1.0} and choice.rejected == {}

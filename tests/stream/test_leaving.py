@@ -21,7 +21,8 @@ from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
 # The main thread ends while another one is certainly in a library, and certainly comes back from it.
 PROGRAM = """
-import sys, threading
+import atexit, sys, threading
+atexit.register(lambda: feed and feed.close())  # before the package's own, so it is called after that
 import torch
 import echo_rt
 
@@ -39,7 +40,6 @@ next(stream)
 places = {
     "next(stream)": (type(runtime._engine.rollout), "next_block"),
     "stream.set_prompt('a bear')": (type(runtime._engine.prompts), "encode"),
-    "runtime.encode_prompt('a bear')": (type(runtime._engine.prompts), "encode"),
     "stream.snapshot(path)": (type(runtime._engine), "save_state"),
     "next(feed)": (type(runtime._engine.rollout), "next_block"),
 }

@@ -67,19 +67,15 @@ class Machine:
     """Two cores of which ``others`` are used by other programs; ``teams`` tells of each team made and ended."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.others = 0.0
+        self.others = self.used = self.time = 0.0
         self.looks = threading.Semaphore(0)
         self.teams: queue.Queue[str] = queue.Queue()
         machine = self
 
-        class Usage:
-            @classmethod
-            def now(cls, cores: Cores) -> Usage:
-                return cls()
-
-            def others_since(self, then: Usage) -> float:
-                machine.looks.release()
-                return machine.others
+        def others(cores: Cores) -> tuple[float, float]:
+            machine.looks.release()
+            machine.time, machine.used = machine.time + 1, machine.used + machine.others
+            return machine.time, machine.used
 
         class Team:
             def __init__(self, openmp: object, threads: int) -> None:
@@ -93,7 +89,7 @@ class Machine:
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         monkeypatch.setattr(Cores, "available", lambda: Cores(frozenset({0, 1}), float("inf")))
         monkeypatch.setattr(echo_rt.utils.threads, "_PERIOD", 0.001)
-        monkeypatch.setattr(echo_rt.utils.threads, "_Usage", Usage)
+        monkeypatch.setattr(echo_rt.utils.threads, "_others", others)
         monkeypatch.setattr(echo_rt.utils.threads, "IdleTeam", Team)
         monkeypatch.setattr(echo_rt.utils.threads, "_libgomp", object)
 
@@ -110,7 +106,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def test_threads_sleep_while_other_programs_need_their_cores(
     machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "echo_rt.utils.threads"), share_cpu(CPU):
+    with caplog.at_level(logging.DEBUG, "echo_rt.utils.threads"), share_cpu(CPU):
         machine.others = 0.1
         machine.wait_for_looks(5)
         assert machine.teams.empty()
@@ -207,7 +203,7 @@ def test_a_runtime_on_a_cpu_says_once_how_its_threads_wait(
     small_model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = dict(os.environ), threading.active_count()
-    with caplog.at_level(logging.INFO, "echo_rt.utils.threads"), load(small_model):
+    with caplog.at_level(logging.DEBUG, "echo_rt.utils.threads"), load(small_model):
         assert (dict(os.environ), threading.active_count()) == before  # a library only tells
     (line,) = [record.getMessage() for record in caplog.records if record.name == "echo_rt.utils.threads"]
     assert line.startswith(f"CPU threads: {torch.get_num_threads()} on {len(os.sched_getaffinity(0))} core")
@@ -216,7 +212,7 @@ def test_a_runtime_on_a_cpu_says_once_how_its_threads_wait(
 def test_the_line_has_the_advice_only_for_threads_that_spin(
     machine: Machine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.INFO, "echo_rt.utils.threads")
+    caplog.set_level(logging.DEBUG, "echo_rt.utils.threads")
     log_threads(torch.device("cuda"))
     log_threads(CPU)
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
