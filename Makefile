@@ -121,4 +121,4 @@ $(DEMO)/tiny: | $(VENV)/.installed
 $(DEMO)/demo.mp4: $(VENV)/.installed | $(DEMO)/tiny
 	$(BIN)/echo-rt generate --model $(DEMO)/tiny --checkpoint $(DEMO)/tiny/echo_infinity.pt --seconds 20 \
 	    --prompt "0:a red fox in the snow" --prompt "10:the fox dives into a lake" \
-	    --output $@ --contact-sheet $(@:.mp4=.png)
+	    --output $@ --contact-sheet $(@:.mp4=.png) --overwrite

@@ -103,12 +103,6 @@ def _parse_lora(text: str) -> tuple[Path, float]:
     return parse_path(file), number(float, expected, least=-math.inf).convert(strength, None, None)
 
 
-def _parse_vae(text: str) -> str:
-    if not text:  # as a path it would be the current folder
-        raise ValueError(f"expected {WAN_VAE}, {TINY_VAE} or the path of a tiny decoder's file, got ''")
-    return text
-
-
 def _parse_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d{0,8})[xX\u00d7]([1-9]\d{0,8})", text.strip())
     if match is None:
@@ -134,8 +128,9 @@ def _parse_override(text: str) -> tuple[str, Any]:
 def _by_name(ctx: click.Context, param: click.Parameter, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     collected: dict[str, Any] = {}
     for name, value in pairs:
-        if collected.setdefault(name, value) is not value:
+        if name in collected:
             raise click.BadParameter(f"expected each NAME once, got {name} again with {value!r}", ctx, param)
+        collected[name] = value
     return collected
 
 
@@ -143,34 +138,22 @@ TEXT = Value(str)
 PATH = Value(parse_path, files=True)
 
 
-def option(names: str, help_text: str, metavar: str | None = None, **keywords: Any) -> click.Option:
-    """Declare an option with a value: ``names`` with blanks between, and at last that of the argument if it differs."""
-    return click.Option(names.split(), help=help_text, metavar=metavar, **{"type": TEXT, **keywords})
-
-
-def flag(names: str, help_text: str, **keywords: Any) -> click.Option:
-    """Declare an option without a value; ``--yes/--no`` has an opposite."""
-    return click.Option(names.split(), help=help_text, is_flag=True, **keywords)
-
-
 def table(text: str, **keywords: dict[str, Any]) -> tuple[click.Option, ...]:
-    """Declare options in rows: the names, what stands for the value in capitals, after two blanks the help text.
+    """Declare options in rows: names, what stands for the value in capitals, and after two blanks the help text.
 
-    A row without a value is a flag; a value with FILE or DIR in it is a path, if ``keywords`` have no other type.
-    ``keywords``: those of ``click.Option``, by the name of the argument.
+    The last name is that of the argument if it has no dashes. A row without a value is a flag, with an opposite if it
+    is ``--yes/--no``. A value with FILE or DIR in it is a path if ``keywords`` have no other type. ``keywords``: those
+    of ``click.Option``, by the name of the argument.
     """
     options = []
     for row in re.split(r"\n(?=-)", text.strip()):
         declared, _, help_text = row.partition("  ")
-        names, help_text = declared.split(), " ".join(help_text.split())
+        names = declared.split()
         metavar = names.pop() if any(map(str.isupper, names[-1])) else None
-        more = keywords.get(names[-1].partition("/")[0].lstrip("-").replace("-", "_"), {})
-        if metavar is None:
-            options.append(flag(" ".join(names), help_text, **more))
-            continue
-        more = {"type": PATH if re.search("FILE|DIR|OUT", metavar) else TEXT, **more}
-        shown = None if isinstance(more["type"], click.Choice) else metavar
-        options.append(option(" ".join(names), help_text, shown, **more))
+        kind = {"is_flag": True} if metavar is None else {"type": PATH if re.search("FILE|DIR|OUT", metavar) else TEXT}
+        kind |= keywords.get(names[-1].partition("/")[0].lstrip("-").replace("-", "_"), {})
+        shown = None if isinstance(kind.get("type"), click.Choice) else metavar
+        options.append(click.Option(names, help=" ".join(help_text.split()), metavar=shown, **kind))
     return tuple(options)
 
 
@@ -214,7 +197,7 @@ _SHARED = table(
     recipe={"type": Value(str, words=RECIPES)},
     ema={"default": None},
     memory={"type": click.Choice([mode.value for mode in MemoryMode])},
-    vae={"type": Value(_parse_vae, files=True), "default": WAN_VAE},
+    vae={"default": WAN_VAE},
     dtype={"type": click.Choice(DTYPE_NAMES)},
     vae_dtype={"type": click.Choice(VAE_DTYPE_NAMES)},
     float8_except={"multiple": True},

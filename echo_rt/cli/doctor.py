@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -48,12 +47,14 @@ _DEPENDENCIES = (
     ("transformers", "transformers", "the umT5 text encoder and its tokenizer", True),
     ("ftfy", "ftfy", "cleaning of prompts", True),
     ("av", "av", "PyAV: H.264, MP4 and PNG", True),
+    ("msgspec", "msgspec", "configs, journals and indices", True),
     ("rich", "rich", "progress bars", False),
     ("nvtx", "nvtx", "named ranges in Nsight", False),
     ("pynvml", "nvidia-ml-py", "driver and memory of NVIDIA GPUs", False),
     ("matplotlib", "matplotlib", "plots of soak and bench", False),
     ("prometheus_client", "prometheus-client", "soak --port", False),
     ("gguf", "gguf", "weights in GGUF files", False),
+    ("PIL", "pillow", "contact sheets", False),
 )
 
 
@@ -292,17 +293,12 @@ def _best_device() -> torch.device:
 
 
 def _encoder() -> Iterator[Fact]:
-    import av
+    from echo_rt.output.video import check_encoding
 
-    numbers = ", ".join(
-        f"{key} {'.'.join(map(str, av.library_versions[key]))}" for key in ("libavcodec", "libavformat")
-    )
-    value, works = f"works ({numbers})", True
+    value, works = "works", True
     try:
-        encoder = av.CodecContext.create("libx264", "w")
-        encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 64, 64, "yuv420p", Fraction(1)
-        encoder.open()
-    except (av.FFmpegError, ValueError) as error:
+        check_encoding()
+    except EchoError as error:
         value, works = first_line(error), False
     advice = "install PyAV from its own wheels: pip install --force-reinstall av"
     yield _checked("H.264 encoder libx264", value, works, advice, "missing")
@@ -320,5 +316,5 @@ CHECKS: tuple[tuple[str, Callable[[], Iterator[Fact]], tuple[str, ...]], ...] = 
     ("build tools", _compilers, ()),
     ("attention", partial(_autotuned, *_ATTENTION), ("echo_rt.attention",)),
     ("convolution", partial(_autotuned, *_CONVOLUTION), ("echo_rt.convolution",)),
-    ("video", _encoder, ("av",)),
+    ("video", _encoder, ("av", "echo_rt.output.video")),
 )

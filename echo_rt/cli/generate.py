@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from echo_rt.cli.arguments import Arguments
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from echo_rt.cli.resumption import Resumption
-    from echo_rt.engine.guard import Guard
     from echo_rt.output import Checkpoints, Recorder, SegmentedWriter, SegmentRecorder, VideoFile
     from echo_rt.runtime import Runtime
     from echo_rt.stream import Stream
@@ -32,14 +32,20 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Check, load, generate, finish the files; 0, or the exit code of the signal that ended it."""
     request = Request(arguments)
     with stop.interruptible():
-        from echo_rt.output.video import load_av
+        from echo_rt.config import VaeConfig
+        from echo_rt.engine.prompts import load_prompt_embeds
+        from echo_rt.options import MOST_INITIAL_SECONDS
+        from echo_rt.output.reader import VideoFile
+        from echo_rt.output.video import check_encoding
         from echo_rt.runtime import Runtime
         from echo_rt.utils.threads import share_cpu
 
-        load_av()  # a missing PyAV fails before the model is loaded
+        check_encoding(**request.encoding)  # a missing PyAV fails before the model is loaded
         resumption = _find_resumption(request, report)
-        initial = None if resumption is not None else _read_initial(request)
-        from_files = _read_embeds(request)
+        initial = None
+        if resumption is None and arguments.initial is not None:
+            initial = VideoFile(arguments.initial, most=MOST_INITIAL_SECONDS * VaeConfig.frame_rate)
+        from_files = {one.file: load_prompt_embeds(one.file)[0] for one in request.script if one.file is not None}
         runtime = Runtime.from_pretrained(
             arguments.model, **request.options.arguments(), like=None if resumption is None else resumption.snapshot
         )
@@ -49,49 +55,20 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
         return _Generation(runtime, request, resumption, initial, report).run(embeds, stop)
 
 
-# ---- before the model is loaded
-
-
 def _find_resumption(request: Request, report: dict[str, Any]) -> Resumption | None:
     """What to resume; None for a new video, whose folder must be free."""
+    from echo_rt.cli.resumption import Resumption
+    from echo_rt.output.segments import check_free
+
     if request.arguments.segments is None:
         return None
     if request.arguments.resume is None:
-        from echo_rt.output.segments import check_free
-
         check_free(request.output)
         return None
-    from echo_rt.cli.resumption import Resumption
-
     resumption = Resumption.find(request)
     if resumption is None:
         warn(report, f"{request.output}: nothing to resume there, a new video begins")
     return resumption
-
-
-def _read_initial(request: Request) -> VideoFile | None:
-    """Open the video or picture of ``--from`` and check it."""
-    path = request.arguments.initial
-    if path is None:
-        return None
-    from echo_rt.config import VaeConfig
-    from echo_rt.options import MOST_INITIAL_SECONDS
-    from echo_rt.output.reader import VideoFile
-
-    return VideoFile(path, most=MOST_INITIAL_SECONDS * VaeConfig.frame_rate)
-
-
-def _read_embeds(request: Request) -> dict[str, Tensor]:
-    """Read the embeddings files of the script, by name."""
-    files = [prompt.file for prompt in request.script if prompt.file is not None]
-    if not files:
-        return {}
-    from echo_rt.engine.prompts import load_prompt_embeds
-
-    return {file: load_prompt_embeds(file)[0] for file in files}
-
-
-# ---- with the model
 
 
 def _embed_prompts(runtime: Runtime, request: Request, from_files: dict[str, Tensor]) -> list[Tensor]:
@@ -112,26 +89,25 @@ def _embed_prompts(runtime: Runtime, request: Request, from_files: dict[str, Ten
     return embeds
 
 
+@dataclass
 class _Generation:
     """One video of a loaded model: begins the stream, records its blocks, closes the files, fills ``report``."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        request: Request,
-        resumption: Resumption | None,
-        initial: VideoFile | None,
-        report: dict[str, Any],
-    ) -> None:
-        self._runtime, self._request, self._arguments = runtime, request, request.arguments
-        self._resumption, self._initial, self._report = resumption, initial, report
-        self._limit = request.frame_limit(runtime.fps)
+    _runtime: Runtime
+    _request: Request
+    _resumption: Resumption | None
+    _initial: VideoFile | None
+    _report: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self._arguments = self._request.arguments
+        self._limit = self._request.frame_limit(self._runtime.fps)
         self._shown: list[dict[str, Any]] = []
-        self._rollbacks = 0
+        self._prompt: TimedPrompt | None = None
         # Frames at the beginning of the stream that are not recorded.
-        self._hidden = 0 if resumption is None else resumption.hidden
-        if initial is not None and self._arguments.only_new:
-            self._hidden = initial.frames
+        self._hidden = 0 if self._resumption is None else self._resumption.notes.hidden_frames
+        if self._initial is not None and self._arguments.only_new:
+            self._hidden = self._initial.frames
 
     def run(self, embeds: list[Tensor], stop: StopRequest) -> int:
         """Make the video with the ``embeds`` of the script's prompts; return the exit code."""
@@ -147,7 +123,20 @@ class _Generation:
         progress = ProgressReport(self._limit, self._runtime.fps, quiet=self._arguments.quiet, begun_at=begun_at)
         problem: BaseException | None = None
         try:
-            self._make_blocks(stream, prompts, recorder, checkpoints, progress, stop)
+            with stream:  # until the video has its length, or a stop is requested
+                while not recorder.full and stop.request is None:
+                    prompt, _ = prompts[max(block for block in prompts if block <= stream.next_block)]
+                    self._note(prompt, self._recorded(stream))
+                    if checkpoints is not None:
+                        checkpoints.before_block(stream)
+                    with stop.after_block():
+                        chunk = next(stream)
+                    before = recorder.frames
+                    recorder.write(chunk, prompt.label if prompt.text is None else prompt.text)
+                    progress.block_done(recorder.frames - before, prompt.label)
+                # Not if the video ends amid a block: one that resumes there would lack the block's other frames.
+                if checkpoints is not None and recorder.frames == self._recorded(stream):
+                    checkpoints.after_last_block(stream)
         except StopNow:
             pass  # stop.request says so as well
         except BaseException as error:  # raised again below, when the files are safe
@@ -160,13 +149,12 @@ class _Generation:
         for further in errors:
             warn(self._report, describe(further)[0])
         stopped = None if recorder.full else stop.request
-        self._report |= recorder.report()
-        if checkpoints is not None:
-            self._report["snapshots"] = checkpoints.report()
-        if self._resumption is not None:
-            self._report["resumed_at_frame"] = begun_at[1]
-        if self._arguments.roll_back:
-            self._report["rollbacks"] = self._rollbacks
+        if recorder.held_up > max(1, elapsed / 20):
+            how = f"{elapsed:.0f} s; a faster --preset or another --codec takes less"
+            warn(self._report, f"encoding the video held up its blocks for {recorder.held_up:.1f} of {how}")
+        self._report |= recorder.report() | ({} if checkpoints is None else {"snapshots": checkpoints.report()})
+        self._report |= {} if self._resumption is None else {"resumed_at_frame": begun_at[1]}
+        self._report |= {"rollbacks": stream.rollbacks} if self._arguments.roll_back else {}
         self._report.update(
             blocks=progress.blocks,
             fps=round(progress.frames / elapsed, 3),
@@ -205,33 +193,24 @@ class _Generation:
             frames = counted(initial.frames, "frame")
             warn(self._report, f"the video ends within the {frames} of {initial.path}: none are new")
 
-    def _guard(self) -> Guard:
-        from echo_rt.engine.guard import ROLL_BACK, STOP, Guard
-
-        return Guard(
-            policy=ROLL_BACK if self._arguments.roll_back else STOP,
-            evidence=self._arguments.evidence,
-            block_seconds=self._arguments.block_seconds,
-        )
-
     def _begin(self, prompts: _Prompts, stop: StopRequest) -> Stream:
         """Begin or resume the stream, and announce all prompts: each begins with its block at any lookahead."""
+        from echo_rt.engine.guard import ROLL_BACK, STOP, Guard
+
+        arguments, initial = self._arguments, self._initial
+        policy = ROLL_BACK if arguments.roll_back else STOP
+        guard = Guard(policy=policy, evidence=arguments.evidence, block_seconds=arguments.block_seconds)
         if self._resumption is not None:
-            stream = self._resumption.begin(self._runtime, self._request.script, self._guard())
+            stream = self._resumption.begin(self._runtime, self._request.script, guard)
             begun = stream.next_prompt_block
         else:
             first = min(prompts)
             begun = first + 1
-            options: dict[str, Any] = {
-                "prompt_embeds": prompts[first][1],
-                "seed": self._arguments.seed,
-                "guard": self._guard(),
-            }
-            if self._initial is not None:
-                options |= {"initial_video": self._initial, "fit": self._arguments.fit}
-                options |= {"include_initial": not self._arguments.only_new}
+            options: dict[str, Any] = {"prompt_embeds": prompts[first][1], "seed": arguments.seed, "guard": guard}
+            if initial is not None:
+                options |= {"initial_video": initial, "fit": arguments.fit, "include_initial": not arguments.only_new}
             # Encoding a long initial video takes long.
-            with nullcontext() if self._initial is None else stop.interruptible():
+            with nullcontext() if initial is None else stop.interruptible():
                 stream = self._runtime.stream(**options)
         for block, (_, embeds) in prompts.items():
             if block >= begun:
@@ -240,94 +219,65 @@ class _Generation:
 
     def _open_recorder(self, block: int, frame: int) -> tuple[Recorder | SegmentRecorder, Checkpoints | None]:
         """Open the video from ``block`` and recorded ``frame`` on, and the place of its snapshots if it has any."""
-        arguments, runtime = self._arguments, self._runtime
-        if arguments.segments is None:
-            from echo_rt.output import Recorder
+        from echo_rt import output
 
-            recorder = Recorder(
-                self._request.output,
+        request, arguments, runtime = self._request, self._arguments, self._runtime
+        if arguments.segments is None:
+            recorder = output.Recorder(
+                request.output,
                 arguments.latents,
                 arguments.contact_sheet,
                 frame_size=runtime.frame_size,
                 fps=runtime.fps,
                 latent_shape=runtime.config.latent_shape,
                 frame_limit=self._limit,
-                metadata={"seed": str(arguments.seed), "prompt": self._request.script[0].label},
+                metadata={"seed": str(arguments.seed), "prompt": request.script[0].label},
+                fragmented=arguments.fragmented,
+                **request.encoding,
             )
             return recorder, None
-        from echo_rt.output import Checkpoints, SegmentRecorder
-
-        writer = self._open_segments(frame)
-        checkpoints = None
+        segments = output.SegmentRecorder(self._open_segments(frame), first_frame=frame, frame_limit=self._limit)
+        if arguments.snapshot_every is None:
+            return segments, None
+        resumed_at = None if self._resumption is None else block
         try:
-            if arguments.snapshot_every is not None:
-                resumed_at = None if self._resumption is None else block
-                checkpoints = Checkpoints(self._request.output, writer, arguments.snapshot_every, resumed_at=resumed_at)
+            return segments, output.Checkpoints(
+                request.output, segments, arguments.snapshot_every, resumed_at=resumed_at
+            )
         except BaseException:
-            writer.close()
+            segments.close()
             raise
-        return SegmentRecorder(writer, first_frame=frame, frame_limit=self._limit), checkpoints
 
     def _open_segments(self, frame: int) -> SegmentedWriter:
         from echo_rt.cli.resumption import notes_of
         from echo_rt.output import SegmentedWriter
 
         request, arguments, runtime = self._request, self._arguments, self._runtime
-        notes = notes_of(request, self._hidden)
+        notes, seconds = notes_of(request, self._hidden), arguments.segments
         if self._resumption is None:
-            return SegmentedWriter(
-                request.output,
-                *runtime.frame_size,
-                runtime.fps,
-                seconds=arguments.segments,
-                latent_shape=runtime.config.latent_shape if request.keeps_latents else None,
-                notes=notes,
-            )
+            latent_shape = runtime.config.latent_shape if request.keeps_latents else None
+            width, height = runtime.frame_size
+            kept = {"seconds": seconds, "latent_shape": latent_shape, "notes": notes, **request.encoding}
+            return SegmentedWriter(request.output, width, height, runtime.fps, **kept)
         recorded = self._resumption.index.frames
         if self._limit is not None and recorded > self._limit:  # frames after the snapshot are made again, not dropped
             asked = "--seconds" if arguments.frames is None else "--frames"
             expected = f"expected a video of {counted(recorded, 'frame')} or more, which are recorded"
             raise ConfigError(f"{asked}: {expected}, got one of {self._limit}")
-        writer = SegmentedWriter.resume(request.output, frame, seconds=arguments.segments)
+        writer = SegmentedWriter.resume(request.output, frame, seconds=seconds, **request.encoding)
         writer.notes.update(notes)
         return writer
-
-    def _make_blocks(
-        self,
-        stream: Stream,
-        prompts: _Prompts,
-        recorder: Recorder | SegmentRecorder,
-        checkpoints: Checkpoints | None,
-        progress: ProgressReport,
-        stop: StopRequest,
-    ) -> None:
-        """Make and record blocks until the video has its length or ``stop`` has a request; closes the stream."""
-        with stream:
-            shown: TimedPrompt | None = None
-            while not recorder.full and stop.request is None:
-                prompt, _ = prompts[max(block for block in prompts if block <= stream.next_block)]
-                if prompt is not shown:
-                    shown = prompt
-                    self._note(prompt, self._recorded(stream))
-                if checkpoints is not None:
-                    checkpoints.before_block(stream)
-                with stop.after_block():
-                    chunk = next(stream)
-                self._rollbacks = stream.rollbacks
-                before = recorder.frames
-                recorder.write(chunk)
-                progress.block_done(recorder.frames - before, prompt.label)
-            # Not if the video ends amid a block: one that resumes there would lack the block's other frames.
-            if checkpoints is not None and recorder.frames == self._recorded(stream):
-                checkpoints.after_last_block(stream)
 
     def _recorded(self, stream: Stream) -> int:
         """Number of frames in a recording of everything that ``stream`` has delivered."""
         return stream.video_frames - self._hidden
 
     def _note(self, prompt: TimedPrompt, frame: int) -> None:
-        what = {"text": prompt.text} if prompt.file is None else {"file": prompt.file}
-        self._shown.append({"frame": frame, "seconds": frame / self._runtime.fps, **what})
+        """Note for the report that ``prompt`` is shown from ``frame`` on."""
+        if prompt is not self._prompt:
+            self._prompt = prompt
+            what = {"text": prompt.text} if prompt.file is None else {"file": prompt.file}
+            self._shown.append({"frame": frame, "seconds": frame / self._runtime.fps, **what})
 
 
 def _summary(report: dict[str, Any]) -> str:

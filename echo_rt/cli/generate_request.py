@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from echo_rt.cli.arguments import MODEL, TEXT, Arguments, model_files, number, options_of, require, shared, table
+from echo_rt.cli.arguments import MODEL, TEXT, Arguments, Value, model_files, number, options_of, require, shared, table
 from echo_rt.cli.outputs import Named, check_folder, check_outputs
 from echo_rt.cli.prompts import parse_script
 from echo_rt.errors import ConfigError, TargetError
@@ -61,6 +61,14 @@ _VIDEO = """
 --latents FILE.safetensors   also write the latents, in whole blocks; with --segments without a FILE: they go into the
                              folder
 --contact-sheet FILE.png     also write an overview picture
+--overwrite                  replace files that exist
+"""
+_CODECS = ("h264", "hevc", "av1", "h264_nvenc", "hevc_nvenc", "av1_nvenc")
+_ENCODING = f"""
+--codec NAME                 {", ".join(_CODECS)} (nvenc: on GPUs that encode); default h264
+--preset NAME                speed of the encoder, in its own words; default of h264: veryfast
+--crf Q                      quality; 0 is the best; default of h264: 18
+--fragmented                 leave the finished video in the fragments in which it is written
 """
 _LASTING = """
 --segments S                 write segments of S seconds and a playlist into a folder
@@ -85,6 +93,11 @@ OPTIONS = {
             latents={"is_flag": False, "flag_value": BESIDE_SEGMENTS},
         ),
         *shared(["--size", "--set", "--seed"]),
+    ),
+    "encoding": table(
+        _ENCODING,
+        codec={"type": Value(str, words=_CODECS), "default": "h264"},
+        crf={"type": number(float, "a number of 0 or more")},
     ),
     "long videos": table(
         _LASTING,
@@ -137,6 +150,8 @@ class Request:
                 require(option, given, "--segments S", None, " (a single file cannot be resumed)")
             if arguments.latents == BESIDE_SEGMENTS:
                 raise ConfigError("--latents: expected FILE.safetensors, which only --segments can do without")
+        elif arguments.fragmented:
+            raise ConfigError("--fragmented: expected no --segments with it: segments always are")
         elif arguments.contact_sheet is not None:
             raise ConfigError("--contact-sheet: expected no --segments with it: it needs the whole video in one run")
         elif arguments.latents not in (None, BESIDE_SEGMENTS):
@@ -159,7 +174,8 @@ class Request:
         embeds = [Named("--prompt-embeds", Path(prompt.file)) for prompt in self.script if prompt.file is not None]
         initial = [] if arguments.initial is None else [Named("--from", arguments.initial)]
         read = [*model_files(arguments), *embeds, *initial]
-        check_outputs([(Named(option, path), suffix) for option, path, suffix in outputs if path is not None], read)
+        named = [(Named(option, path), suffix) for option, path, suffix in outputs if path is not None]
+        check_outputs(named, read, overwrite=arguments.overwrite)
         if arguments.evidence is not None:
             check_folder(Named("--evidence", arguments.evidence), read)
         if not whole:
@@ -173,6 +189,11 @@ class Request:
     def keeps_latents(self) -> bool:
         """Whether the latents go into the segments' folder."""
         return bool(self.arguments.latents == BESIDE_SEGMENTS)
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """Keywords of the writers of video."""
+        return {name: getattr(self.arguments, name) for name in ("codec", "preset", "crf")}
 
     def frame_limit(self, fps: float) -> int | None:
         """Frames of the video, None for no end."""

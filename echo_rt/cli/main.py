@@ -95,7 +95,7 @@ def _run(argv: list[str], report: dict[str, Any], debug: bool, stop: StopRequest
     try:
         with stop.interruptible():
             run, arguments = _parse(argv)
-        with stdio.tell_recipe(report, quiet=getattr(arguments, "quiet", False)):
+        with stdio.ShownLog(report, quiet=getattr(arguments, "quiet", True)):
             return run(arguments, report, stop)
     except (KeyboardInterrupt, click.Abort):  # not of our handlers' making: in a thread, or called by other code
         return _stopped(StopNow(signal.SIGINT), report)
@@ -105,7 +105,7 @@ def _run(argv: list[str], report: dict[str, Any], debug: bool, stop: StopRequest
         raise
     except Exception as error:
         if debug:
-            stdio.complain(*traceback.format_exc().splitlines())
+            stdio.complain(*(f"  {line}" for line in traceback.format_exc().splitlines()))  # none like the error's
         report["error"], code = describe(error)
         stdio.complain(f"echo-rt: error: {report['error']}")
         return code
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warnings.showwarning = show_warning
                 code = _run(argv, report, debug, stop)
             if as_json:
-                stdio.say(json.dumps({**report, "exit_code": code}))
+                stdio.say(json.dumps({**report, "exit_code": code}).replace("\x7f", "\\u007f"))
             return code
         except BrokenPipeError:
             return 1  # whoever read our output has left

@@ -22,11 +22,12 @@ class Named:
     path: Path
 
 
-def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named]) -> None:
+def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named], *, overwrite: bool) -> None:
     """Check outputs, each with the ending that its name must have, against each other and against ``inputs``.
 
     An input folder stands for everything in it. Raises ``ConfigError`` for a wrong ending, for two outputs in one file
-    and for an output that would replace an input, ``TargetError`` for a place that cannot be written to.
+    and for an output that would replace an input, ``TargetError`` for a place that cannot be written to, and without
+    ``overwrite`` for an existing file.
     """
     from echo_rt.utils.atomic_file import check_writable
 
@@ -42,6 +43,9 @@ def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named])
         check_apart(output, inputs, "file")
     for output, _ in outputs:
         check_writable(output.path)
+        if not overwrite and os.path.exists(output.path):
+            advice = "--overwrite replaces it"
+            raise TargetError(f"{output.option}: expected the name of a new file, {output.path} exists; {advice}")
 
 
 def check_folder(output: Named, inputs: Sequence[Named]) -> None:

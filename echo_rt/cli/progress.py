@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from echo_rt.cli.stdio import complain
-from echo_rt.utils.wording import clock
+from echo_rt.utils.wording import clock, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -111,7 +111,7 @@ class ProgressReport:
         ]
         if self.total_frames is not None and self.rate > 0:
             parts.append(f"{clock((self.total_frames - reached) / self.rate)} left")
-        return " · ".join([*parts, prompt])
+        return printable(" · ".join([*parts, prompt]))
 
     def close(self) -> None:
         """End the live line; may be called twice."""

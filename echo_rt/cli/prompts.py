@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # "12:a lake", "7.5:a lake"; a sign is matched only to be refused.
 _TIMED = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*:(.*)", re.DOTALL)
-_ESCAPED = 'a text that begins with a number and a colon is written "0:16:9 ..."'
+_ESCAPED = 'one that begins with a number and a colon is written "0:16:9 ..."'
 _SHOWN = 40
 _NEVER = 2.0**53  # frames: the latest start of a prompt
 
@@ -47,6 +47,9 @@ def _split(argument: str, option: str) -> tuple[float, str]:
     if not value.strip():
         expected = "a prompt" if option == "--prompt" else "a file"
         raise PromptError(f"{option} {argument!r}: expected {expected}, got nothing")
+    if seconds > 0 and option == "--prompt" and value[0].isdigit():
+        ways = f"a blank after the colon for a text at {seconds:g} s, and for a text without a time {_ESCAPED}"
+        raise PromptError(f"{option} {argument[:_SHOWN]!r}: expected a time or a text, got what can be both; {ways}")
     return seconds, value.strip()
 
 

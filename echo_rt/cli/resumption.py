@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from msgspec import Meta
 
 from echo_rt.cli.generate_request import Request
 from echo_rt.cli.prompts import TimedPrompt, first_block
@@ -18,6 +20,7 @@ from echo_rt.output.segment_index import RecordingIndex
 from echo_rt.output.segments import check_free
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import latest_snapshot, snapshot_files
+from echo_rt.utils.checked_json import convert
 from echo_rt.utils.wording import counted, one_line
 
 if TYPE_CHECKING:
@@ -25,30 +28,27 @@ if TYPE_CHECKING:
     from echo_rt.runtime import Runtime
     from echo_rt.stream import Stream
 
-_SCRIPT, _SEED, _FROM, _HIDDEN = "script", "seed", "from", "hidden_frames"
+_FROM, _HIDDEN = "from", "hidden_frames"
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """What the index notes about the request: its script, seed, and frames of ``--from`` that are not recorded."""
+
+    script: list[TimedPrompt] = field(default_factory=list)
+    seed: int | None = None
+    hidden_frames: Annotated[int, Meta(ge=0, lt=2**53)] = 0
 
 
 def notes_of(request: Request, hidden: int) -> dict[str, Any]:
     """What the index notes about the request, to resume it; ``hidden``: frames of ``--from`` that are not recorded."""
     initial = request.arguments.initial
-    notes = {_SCRIPT: _entries(request.script), _SEED: request.arguments.seed}
+    notes = {"script": _entries(request.script), "seed": request.arguments.seed}
     return notes if initial is None else notes | {_FROM: str(initial), _HIDDEN: hidden}
 
 
 def _entries(script: Sequence[TimedPrompt]) -> list[dict[str, Any]]:
     return [{name: value for name, value in vars(prompt).items() if value is not None} for prompt in script]
-
-
-def _begun(entries: object, blocks: int, runtime: Runtime, hidden: int) -> list[object]:
-    """The prompts that begin in the first ``blocks`` blocks; entries of another form stay, so that they differ."""
-    return [
-        entry
-        for entry in (entries if isinstance(entries, list) else [])
-        if not isinstance(entry, dict)
-        or not isinstance(entry.get("seconds"), (int, float))
-        or entry["seconds"] <= 0
-        or first_block(entry["seconds"], runtime, hidden) < blocks
-    ]
 
 
 @dataclass
@@ -57,6 +57,7 @@ class Resumption:
 
     folder: Path
     index: RecordingIndex
+    notes: _Notes
     snapshot: Snapshot | None
 
     @classmethod
@@ -78,38 +79,32 @@ class Resumption:
                 advice="that stays as it is; begin the same video again in another folder (-o)",
             )
             if RecordingIndex.path(folder).exists():  # of a process that was killed before its first segment
-                cls._require_same(RecordingIndex.read(folder), request)
+                cls._require_same(folder, RecordingIndex.read(folder), request)
             return None
         index = RecordingIndex.read(folder)
         found = latest_snapshot(folder / SNAPSHOT_FOLDER)
         if found is None:
             raise TargetError(f"{folder / SNAPSHOT_FOLDER}: the snapshots have vanished")
         _, snapshot = found
-        index.notes.setdefault(_SEED, snapshot.seed)  # the notes' seed counts: a rollback changes the snapshot's
-        cls._require_same(index, request)
-        return cls(folder, index, snapshot)
+        index.notes.setdefault("seed", snapshot.seed)  # the notes' seed counts: a rollback changes the snapshot's
+        return cls(folder, index, cls._require_same(folder, index, request), snapshot)
 
     @staticmethod
-    def _require_same(index: RecordingIndex, request: Request) -> None:
-        """Raise :class:`ConfigError` for a request of another video, or of another recording of it."""
-        seed = index.notes.get(_SEED, request.arguments.seed)
-        if seed != request.arguments.seed:
-            raise ConfigError(f"--seed: the video was begun with {seed}, got {request.arguments.seed}")
+    def _require_same(folder: Path, index: RecordingIndex, request: Request) -> _Notes:
+        """Return what is noted; raise :class:`ConfigError` for a request of another video or recording of it."""
+        notes = convert(index.notes, _Notes, f"{index.path(folder)}: the notes are damaged", TargetError)
+        if notes.seed not in (None, request.arguments.seed):
+            raise ConfigError(f"--seed: the video was begun with {notes.seed}, got {request.arguments.seed}")
         # A resumed video needs no --from; if it is given, it must be the same.
         initial, begun_with = request.arguments.initial, index.notes.get(_FROM)
         if initial is not None and begun_with != str(initial):
             with_what = "none" if begun_with is None else repr(begun_with)
             raise ConfigError(f"--from: the video was begun with {with_what}, got {str(initial)!r}")
-        if initial is not None and request.arguments.only_new != bool(index.notes.get(_HIDDEN)):
+        if initial is not None and request.arguments.only_new != bool(notes.hidden_frames):
             raise ConfigError("--only-new: expected what the video was begun with, got the opposite")
         if request.keeps_latents != (index.latent_shape is not None):
             raise ConfigError(f"--latents: the recording has {'none' if request.keeps_latents else 'some'} so far")
-
-    @property
-    def hidden(self) -> int:
-        """Number of frames at the beginning of the video that are not recorded."""
-        frames = self.index.notes.get(_HIDDEN, 0)
-        return frames if isinstance(frames, int) else 0
+        return notes
 
     def begin(self, runtime: Runtime, script: Sequence[TimedPrompt], guard: Guard) -> Stream:
         """Resume the stream, without the prompts of later blocks: ``script`` names those.
@@ -118,15 +113,20 @@ class Resumption:
         and rate; ``PromptError`` unless the prompts of all blocks begun so far are those of ``script``.
         """
         made = (*runtime.frame_size, Fraction(runtime.fps))
-        recorded = (self.index.width, self.index.height, self.index.fps)
+        recorded = (self.index.width, self.index.height, self.index.frame_rate)
         if made != recorded:
             recording, model = ("{}x{} at {} fps".format(*size) for size in (recorded, made))
             raise ConfigError(f"{self.folder}: the recording is {recording}, the model makes {model}")
         snapshot, self.snapshot = self.snapshot, None  # frees gigabytes when the stream has begun
         assert snapshot is not None, "begun twice"
         begun = snapshot.next_block + len(snapshot.held)
-        before = _begun(self.index.notes.get(_SCRIPT), begun, runtime, self.hidden)
-        asked = _begun(_entries(script), begun, runtime, self.hidden)
+
+        def entries(script: Sequence[TimedPrompt]) -> list[dict[str, Any]]:
+            """The prompts that begin in the blocks made so far."""
+            hidden = self.notes.hidden_frames
+            return _entries([p for p in script if p.seconds <= 0 or first_block(p.seconds, runtime, hidden) < begun])
+
+        before, asked = entries(self.notes.script), entries(script)
         if before != asked:
             recorded_words, asked_words = (one_line(json.dumps(one, ensure_ascii=False)) for one in (before, asked))
             expected = f"expected the prompts of the {counted(begun, 'block')} made so far: {recorded_words}"

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import click
 
-from echo_rt.cli.arguments import (
-    MODEL,
-    PATH,
-    Arguments,
-    Value,
-    flag,
-    model_files,
-    number,
-    option,
-    options_of,
-    require,
-    shared,
-)
+from echo_rt.cli.arguments import MODEL, Arguments, Value, model_files, number, options_of, require, shared, table
 from echo_rt.cli.outputs import Named, check_folder
 from echo_rt.cli.prompts import parse_untimed
 from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import complain, say
 from echo_rt.errors import OutputError
-from echo_rt.soak.config import Limits, Number, SoakConfig, numbers, option_of
+from echo_rt.soak.config import Limits, SoakConfig, numbers, option_of
 
 DESCRIPTION = "Run a stream for a long time, write figures, snapshots and a report, and check what was promised."
 EPILOG = """
@@ -47,59 +34,47 @@ def _parse_address(text: str) -> tuple[str, int]:
     return address or _ADDRESS, number(int, expected, least=1, most=_MOST_PORT).convert(port, None, None)
 
 
-def _number_of(name: str, setting: Number, shown: str, words: dict[str, Any], **keywords: Any) -> click.Option:
-    """Declare the option of a field; the field's class checks the bounds."""
-    expected = ", or ".join([setting.expected, *map(repr, words)])
-    kind = number(setting.kind, expected, words=words)
-    return option(option_of(name), f"{setting.meaning}{shown}", setting.metavar, type=kind, **keywords)
-
-
-def _settings() -> Iterator[click.Option]:
-    """Declare the numbers of a soak; one that is not given has the default of its field."""
-    defaults = {field.name: field.default for field in dataclasses.fields(SoakConfig)}
-    for name, setting in numbers(SoakConfig).items():
-        yield _number_of(name, setting, "" if defaults[name] is None else f" (default {defaults[name]:g})", {})
-
-
-def _promises() -> Iterator[click.Option]:
-    """Declare the thresholds of the promises."""
-    for name, setting in numbers(Limits).items():
-        default = getattr(Limits(), name)
+def _numbers(kind: type[SoakConfig] | type[Limits], *, promises: bool) -> tuple[click.Option, ...]:
+    """Declare the numbers among the fields of ``kind``, which checks their bounds itself."""
+    rows, types = [], {}
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    for name, setting in numbers(kind).items():
+        default: Any = defaults[name]
+        words = ({"off": None} if promises and setting.optional else {}) | ({"auto": "auto"} if setting.on_gpu else {})
         shown = "off" if default is None else default if default == "auto" else f"{default:.8g}"
-        shown += "" if setting.on_gpu is None else f": {setting.on_gpu:g} on a GPU, off on a CPU"
-        words: dict[str, Any] = {"off": None} if setting.optional else {}
-        words |= {} if setting.on_gpu is None else {"auto": "auto"}
-        yield _number_of(name, setting, f" (default {shown})", words, default=default)
+        shown += f": {setting.on_gpu:g} on a GPU, off on a CPU" if setting.on_gpu else ""
+        told = f" (default {shown})" if promises or default is not None else ""
+        rows.append(f"{option_of(name)} {setting.metavar}  {setting.meaning}{told}")
+        expected = ", or ".join([setting.expected, *map(repr, words)])
+        # What is not given has the default of its field; of a promise, None is a value of its own.
+        types[name] = {
+            "type": number(setting.kind, expected, words=words),
+            **({"default": default} if promises else {}),
+        }
+    return table("\n".join(rows), **types)
 
 
+_RUN = f"""
+--out DIR                  folder for figures, snapshots and the report; if it holds a soak, that is continued
+--prompt prompts TEXT      may be repeated, without times (--switch-every says when the next begins); default: a fox
+--port serve [ADDRESS:]P   serve figures for Prometheus there; default address {_ADDRESS}
+--plots/--no-plots         plots in the report, or none; default: if matplotlib is installed
+"""
 OPTIONS = {
     "model": shared([*MODEL, "--size", "--set"]),
     "run": (
-        option(
-            "--out",
-            "folder for figures, snapshots and the report; if it holds a soak, that is continued",
-            "DIR",
-            type=PATH,
-            required=True,
+        *table(
+            _RUN,
+            out={"required": True},
+            prompts={"multiple": True},
+            serve={"type": Value(_parse_address)},
+            plots={"default": None},
         ),
-        *_settings(),
-        option(
-            "--prompt prompts",
-            "may be repeated, without times (--switch-every says when the next begins); default: a fox",
-            "TEXT",
-            multiple=True,
-        ),
+        *_numbers(SoakConfig, promises=False),
         *shared(["--seed", "--roll-back"]),
-        option(
-            "--port serve",
-            f"serve figures for Prometheus there; default address {_ADDRESS}",
-            "[ADDRESS:]P",
-            type=Value(_parse_address),
-        ),
-        flag("--plots/--no-plots", "plots in the report, or none; default: if matplotlib is installed", default=None),
     ),
-    "promises (thresholds; 'off' leaves a promise out)": [*_promises()],
-    "general": (flag("--quiet", "no panel and no summary"),),
+    "promises (thresholds; 'off' leaves a promise out)": _numbers(Limits, promises=True),
+    "general": table("--quiet  no panel and no summary"),
 }
 
 

@@ -11,7 +11,7 @@ from echo_rt.cli.stdio import complain
 from echo_rt.soak.checks import Status, Verdict
 from echo_rt.soak.config import SoakConfig
 from echo_rt.soak.journal import Line
-from echo_rt.utils.wording import clock, counted
+from echo_rt.utils.wording import clock, counted, printable
 
 _BETWEEN_DRAWINGS = 0.25  # seconds
 _MEBIBYTE = 2**20
@@ -87,7 +87,7 @@ class Panel:
                 figures.add_row(Text(name, style="dim"), Text(value))
             for one in self._verdicts:
                 status = Text(one.status.value, style=_COLOURS[one.status])
-                promises.add_row(status, Text(one.promise), Text(one.evidence))
+                promises.add_row(status, Text(one.promise), Text(printable(one.evidence)))
             body = [figures, Text(""), promises]
         return Box(Group(*body), title=f"echo-rt soak · {title}", title_align="left")
 

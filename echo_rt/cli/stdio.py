@@ -11,8 +11,6 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TextIO
 
 import click
@@ -129,26 +127,25 @@ def warn(report: dict[str, Any], text: object) -> None:
     complain(f"echo-rt: warning: {line}")
 
 
-@contextmanager
-def tell_recipe(report: dict[str, Any], *, quiet: bool) -> Iterator[None]:
-    """Show which recipe a model loaded meanwhile runs by, and warn where its files differ from the published ones.
+class ShownLog(logging.Handler):
+    """While entered, shows what echo_rt logs: warnings, and unless ``quiet`` what it runs, at level INFO."""
 
-    ``quiet``: show the warnings alone.
-    """
+    def __init__(self, report: dict[str, Any], *, quiet: bool) -> None:
+        super().__init__(logging.WARNING if quiet else logging.INFO)
+        self._report, self._logger = report, logging.getLogger("echo_rt")
 
-    def tell(record: logging.LogRecord) -> bool:
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one line; a warning is one of the report too."""
         if record.levelno >= logging.WARNING:
-            warn(report, record.getMessage())
-        elif not quiet:
+            warn(self._report, record.getMessage())
+        else:
             complain(f"echo-rt: {one_line(record.getMessage())}")
-        return False  # no other handler shows it again
 
-    logger = logging.getLogger("echo_rt.recipe")
-    level = logger.level
-    logger.addFilter(tell)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeFilter(tell)
-        logger.setLevel(level)
+    def __enter__(self) -> None:
+        self._before = self._logger.level
+        self._logger.setLevel(min(self.level, self._logger.getEffectiveLevel()))
+        self._logger.addHandler(self)
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self)
+        self._logger.setLevel(self._before)

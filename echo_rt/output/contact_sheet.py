@@ -1,42 +1,33 @@
-"""Contact sheet: one picture of a whole video of any length, of evenly spaced thumbnails with their times."""
+"""Contact sheet: one picture of a whole video of any length, of evenly spaced thumbnails with times and prompts."""
 
 from __future__ import annotations
 
-from fractions import Fraction
+import math
+import textwrap
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from echo_rt.errors import ConfigError, OutputError
-from echo_rt.output.video import load_av
-from echo_rt.utils.atomic_file import Closing, check_writable, write_whole
-from echo_rt.utils.wording import clock
+from echo_rt.errors import ConfigError
+from echo_rt.utils.atomic_file import Closing, check_writable, whole_file
+from echo_rt.utils.packages import needing
+from echo_rt.utils.wording import clock, one_line
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
-
-    Image = NDArray[np.uint8]
+    from numpy.typing import ArrayLike
+    from PIL import Image
 
 _GAP = 4  # pixels between pictures
-_BACKGROUND = 24
-_INK = 235
-_SCALE = 2  # pixels of the sheet per dot of a glyph, in both directions
-
-# Glyphs three dots wide and five high: each octal digit is a row, with a bit per dot.
-_GLYPHS = {
-    **{"0": 0o75557, "1": 0o26227, "2": 0o71747, "3": 0o71717, "4": 0o55711, "5": 0o74717},
-    **{"6": 0o74757, "7": 0o71122, "8": 0o75757, "9": 0o75717, ":": 0o02020},
-}
+_BACKGROUND, _INK = (24, 24, 24), (235, 235, 235)
+_TEXT_SIZE = 12  # pixels
+_LINES = 2  # of a prompt
 
 
-def _caption(text: str) -> Image:
-    """``text`` as grey levels, with a border of one dot around each glyph."""
-    dots = np.zeros((7, 4 * len(text) + 1), bool)
-    for position, character in enumerate(text):
-        rows = [[_GLYPHS[character] >> 3 * row + bit & 1 for bit in (2, 1, 0)] for row in (4, 3, 2, 1, 0)]
-        dots[1:6, 4 * position + 1 : 4 * position + 4] = rows
-    return np.where(dots, _INK, 0).astype(np.uint8).repeat(_SCALE, 0).repeat(_SCALE, 1)
+class _Picture(NamedTuple):
+    image: Image.Image
+    prompt: str | None
 
 
 class ContactSheet(Closing):
@@ -61,12 +52,15 @@ class ContactSheet(Closing):
                 f"{path}: a contact sheet needs columns of 1 or more, an even limit, pictures of 8 pixels or more "
                 f"and an fps above 0, got {columns}, {limit}, {picture_width} and {fps}"
             )
-        self._av = load_av()
+        with needing("pillow", "a contact sheet"):
+            from PIL import ImageFont
+
         check_writable(path)
         self.path = Path(path)
         self.fps = fps
         self.columns, self.limit, self.picture_width = columns, limit, picture_width
-        self._pictures: list[Image] = []
+        self._font = ImageFont.load_default(_TEXT_SIZE)
+        self._pictures: list[_Picture] = []
         self._stride = 1
         self._seen = 0
         self._closed = False
@@ -77,17 +71,24 @@ class ContactSheet(Closing):
         """Numbers of the frames that are on the sheet so far."""
         return [i * self._stride for i in range(len(self._pictures))]
 
-    def write(self, frames: ArrayLike) -> None:
-        """Take the next frames of the video: uint8 [T, H, W, 3] RGB, anything that numpy can view."""
+    def write(self, frames: ArrayLike, prompt: str | None = None) -> None:
+        """Take the next frames of the video: uint8 [T, H, W, 3] RGB, anything that numpy can view.
+
+        The sheet has their ``prompt`` under the first picture, and wherever it is another than that of the one before.
+        """
+        from PIL import Image
+
         array = np.asarray(frames)
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
             raise ConfigError(f"{self.path}: expected uint8 frames [T, H, W, 3], got {array.dtype} {list(array.shape)}")
-        for image in array:
+        for frame in array:
             if self._seen % self._stride == 0 and len(self._pictures) == self.limit:
                 del self._pictures[1::2]
                 self._stride *= 2
             if self._seen % self._stride == 0:
-                self._pictures.append(self._shrink(image))
+                size = (self.picture_width, max(1, round(frame.shape[0] * self.picture_width / frame.shape[1])))
+                image = Image.fromarray(np.ascontiguousarray(frame)).resize(size, Image.Resampling.BOX)
+                self._pictures.append(_Picture(image, prompt))
             self._seen += 1
 
     def close(self) -> None:
@@ -96,37 +97,45 @@ class ContactSheet(Closing):
             return
         self._closed = True
         if self._pictures:
-            write_whole(self.path, self._encode(self._compose()))
+            with whole_file(self.path) as part, BytesIO() as file:
+                self._compose().save(file, "PNG")
+                part.append(file.getvalue())
             self.in_place = True
 
-    def _shrink(self, image: Image) -> Image:
-        height = max(1, round(image.shape[0] * self.picture_width / image.shape[1]))
-        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-        small = frame.reformat(self.picture_width, height, "rgb24", interpolation="AREA")
-        picture: Image = small.to_ndarray().astype(np.uint8, copy=False)
-        return picture
+    def _time(self, frame: int) -> str:
+        """Time of a kept frame, with as many digits as tell it from the next one."""
+        digits = max(0, math.ceil(math.log10(self.fps / self._stride)))
+        whole, rest = divmod(int(round(frame / self.fps * 10**digits, 6)), 10**digits)
+        return clock(whole) + (f".{rest:0{digits}}" if digits else "")
 
-    def _compose(self) -> Image:
-        height, width, _ = self._pictures[0].shape
+    def _compose(self) -> Image.Image:
+        from PIL import Image, ImageDraw
+
+        width, height = self._pictures[0].image.size
+        line = round(self._font.getbbox("Ag")[3]) + 2
+        told = _LINES * line if any(picture.prompt for picture in self._pictures) else 0
         columns = min(self.columns, len(self._pictures))
         rows = -(-len(self._pictures) // columns)
-        sheet = np.full((rows * (height + _GAP) + _GAP, columns * (width + _GAP) + _GAP, 3), _BACKGROUND, np.uint8)
+        across, down = width + _GAP, height + told + _GAP
+        sheet = Image.new("RGB", (columns * across + _GAP, rows * down + _GAP), _BACKGROUND)
+        draw = ImageDraw.Draw(sheet)
+        before = None
         for number, (frame, picture) in enumerate(zip(self.kept, self._pictures, strict=True)):
             row, column = divmod(number, columns)
-            top, left = _GAP + row * (height + _GAP), _GAP + column * (width + _GAP)
-            cell = sheet[top : top + height, left : left + width]
-            cell[:] = picture
-            caption = _caption(clock(int(frame / self.fps)))[:height, :width]
-            cell[: caption.shape[0], : caption.shape[1]] = caption[..., None]
+            left, top = _GAP + column * across, _GAP + row * down
+            sheet.paste(picture.image, (left, top))
+            time = self._time(frame)
+            draw.rectangle((left, top, left + self._font.getlength(time) + 3, top + line), _BACKGROUND)
+            draw.text((left + 2, top), time, _INK, self._font)
+            if picture.prompt and picture.prompt != before:
+                draw.text((left, top + height), self._wrapped(picture.prompt, width), _INK, self._font, spacing=0)
+            before = picture.prompt
         return sheet
 
-    def _encode(self, sheet: Image) -> bytes:
-        try:
-            encoder = self._av.CodecContext.create("png", "w")
-            encoder.height, encoder.width = sheet.shape[:2]
-            encoder.pix_fmt, encoder.framerate = "rgb24", Fraction(1)
-            frame = self._av.VideoFrame.from_ndarray(sheet, format="rgb24")
-            frame.pts = 0
-            return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
-        except self._av.FFmpegError as error:
-            raise OutputError(f"{self.path}: the PNG encoder failed: {error}") from None
+    def _wrapped(self, text: str, width: int) -> str:
+        """``text`` in lines of at most ``width`` pixels, as much of it as there is room for."""
+        for characters in range(width, 1, -1):
+            lines = textwrap.wrap(one_line(text), characters, max_lines=_LINES, placeholder="…")
+            if max(map(self._font.getlength, lines), default=0) <= width:
+                return "\n".join(lines)
+        return ""

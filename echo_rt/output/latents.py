@@ -58,6 +58,11 @@ class LatentsWriter(Closing):
         """Whether the file is on the disk under its name."""
         return self._part.in_place
 
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return self._part.size
+
     def _describe(self) -> bytes:
         tensor = {
             "dtype": "F32",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from echo_rt.errors import OutputError
 from echo_rt.output.contact_sheet import ContactSheet
 from echo_rt.output.latents import LatentsWriter
 from echo_rt.output.segments import SegmentedWriter
@@ -22,11 +26,16 @@ if TYPE_CHECKING:
     from echo_rt.stream import Stream
 
 SNAPSHOT_FOLDER = "snapshots"
+_AHEAD = 4  # blocks that wait to be encoded: 3 s of video, 57 MB at 832x480
 _Self = TypeVar("_Self", bound="_BlockRecorder")
 
 
 class _BlockRecorder(ABC):
     """Records blocks until the video has ``frame_limit`` frames, including earlier ones; None for no end.
+
+    They are encoded and written on a thread, so that a stream goes on meanwhile, until a few blocks wait there.
+    ``held_up``: seconds that :meth:`write` has waited for it. An error of the thread is raised once, by the next
+    :meth:`write` that follows it, :meth:`drain` or :meth:`close`.
 
     ``with`` closes it and raises the first error of closing, unless another error ends the ``with``.
     """
@@ -34,30 +43,56 @@ class _BlockRecorder(ABC):
     def __init__(self, frames: int, frame_limit: int | None) -> None:
         self.frames = frames
         self.frame_limit = frame_limit
+        self.held_up = 0.0
+        self._thread = ThreadPoolExecutor(1, "echo-rt recorder")
+        self._waiting: deque[Future[None]] = deque()
 
     @property
     def full(self) -> bool:
         """Whether the video has all its frames."""
         return self.frame_limit is not None and self.frames >= self.frame_limit
 
-    def write(self, chunk: Chunk) -> None:
-        """Record one block: its frames up to the limit, its latents whole."""
+    def write(self, chunk: Chunk, prompt: str | None = None) -> None:
+        """Record one block: its frames up to the limit, its latents whole; a contact sheet shows the ``prompt``."""
+        begun = time.monotonic()
+        self._settle(_AHEAD - 1)
+        self.held_up += time.monotonic() - begun
         frames = chunk.frames
         if self.frame_limit is not None:
             frames = frames[: self.frame_limit - self.frames]
-        self._write(frames, chunk.latents)
+        try:
+            self._waiting.append(self._thread.submit(self._write, frames, chunk.latents, prompt))
+        except RuntimeError:
+            raise OutputError("this recorder is closed; nothing more can be written") from None
         self.frames += len(frames)
 
-    @abstractmethod
-    def _write(self, frames: Tensor, latents: Tensor) -> None: ...
+    def drain(self) -> None:
+        """Wait until all blocks are encoded; raises the thread's error."""
+        self._settle(0)
 
-    @abstractmethod
+    def _settle(self, most: int) -> None:
+        """Wait until at most ``most`` blocks are left, and raise the first error; later ones only follow from it."""
+        try:
+            while self._waiting and (len(self._waiting) > most or self._waiting[0].done()):
+                self._waiting.popleft().result()
+        except Exception:
+            while self._waiting:
+                self._waiting.pop().cancel()
+            raise
+
     def close(self) -> list[Exception]:
         """Put all files in place, whatever happens to the others, and return the errors."""
+        return close_all([self.drain, self._thread.shutdown, *self._closers()])
 
     @abstractmethod
+    def _write(self, frames: Tensor, latents: Tensor, prompt: str | None) -> None: ...
+
+    @abstractmethod
+    def _closers(self) -> list[Callable[[], object]]: ...
+
     def report(self) -> dict[str, Any]:
         """Describe what is on the disk after :meth:`close`, in plain JSON types."""
+        return {"held_up_seconds": round(self.held_up, 3)}
 
     def __enter__(self: _Self) -> _Self:
         return self
@@ -78,6 +113,7 @@ class Recorder(_BlockRecorder):
         latent_shape: channels, height and width of a latent frame; needed for ``latents`` only.
         frame_limit: frames after which the video ends, even in the middle of a block; None for no end.
         metadata: for the header of the latents' file.
+        codec, crf, preset, fragmented: as for :class:`VideoWriter`.
     """
 
     def __init__(
@@ -91,13 +127,19 @@ class Recorder(_BlockRecorder):
         latent_shape: tuple[int, int, int] | None = None,
         frame_limit: int | None = None,
         metadata: Mapping[str, str] | None = None,
+        codec: str = "h264",
+        crf: float | None = None,
+        preset: str | None = None,
+        fragmented: bool = False,
     ) -> None:
         super().__init__(0, frame_limit)
         self._writers: list[Closing] = []
         self._latents: LatentsWriter | None = None
         self._sheet: ContactSheet | None = None
         try:
-            self._video = VideoWriter(video, *frame_size, fps)
+            self._video = VideoWriter(
+                video, *frame_size, fps, codec=codec, crf=crf, preset=preset, fragmented=fragmented
+            )
             self._writers.append(self._video)
             if latents is not None:
                 self._latents = LatentsWriter(latents, latent_shape or (), metadata=metadata)
@@ -109,21 +151,21 @@ class Recorder(_BlockRecorder):
             self.close()
             raise
 
-    def _write(self, frames: Tensor, latents: Tensor) -> None:
+    def _write(self, frames: Tensor, latents: Tensor, prompt: str | None) -> None:
         # The latents first: the video can be decoded from them again.
         if self._latents is not None:
             self._latents.write(latents)
         if self._sheet is not None:
-            self._sheet.write(frames)
+            self._sheet.write(frames, prompt)
         self._video.write(frames)
 
-    def close(self) -> list[Exception]:
-        return close_all(writer.close for writer in self._writers)
+    def _closers(self) -> list[Callable[[], object]]:
+        return [writer.close for writer in self._writers]
 
     def report(self) -> dict[str, Any]:
         named = (("video", self._video), ("latents", self._latents), ("contact_sheet", self._sheet))
         frames = self._video.frames_on_disk if self._video.in_place else 0
-        return {
+        return super().report() | {
             "frames": frames,
             "seconds": float(frames / self._video.fps),
             "size": [self._video.width, self._video.height],
@@ -146,22 +188,27 @@ class SegmentRecorder(_BlockRecorder):
         super().__init__(first_frame, frame_limit)
         self.writer = writer
 
-    def _write(self, frames: Tensor, latents: Tensor) -> None:
+    def _write(self, frames: Tensor, latents: Tensor, prompt: str | None) -> None:
         self.writer.write(frames, None if self.writer.index.latent_shape is None else latents)
 
-    def close(self) -> list[Exception]:
-        return close_all([self.writer.close])
+    def cut(self) -> None:
+        """End the segment here, as :meth:`SegmentedWriter.cut` does."""
+        self.drain()
+        self.writer.cut()
+
+    def _closers(self) -> list[Callable[[], object]]:
+        return [self.writer.close]
 
     def report(self) -> dict[str, Any]:
         writer = self.writer
         frames, index = writer.frames_on_disk, writer.index
-        return {
+        return super().report() | {
             "frames": frames,
-            "seconds": float(frames / index.fps),
+            "seconds": float(frames / index.frame_rate),
             "size": [index.width, index.height],
-            "video_fps": float(index.fps),
+            "video_fps": float(index.frame_rate),
             "latent_frames": writer.latents_on_disk,
-            "segments": len(index.segments),
+            "segments": writer.segments_on_disk,
             "files": {"video": str(writer.playlist)} if frames else {},
         }
 
@@ -173,12 +220,14 @@ class Checkpoints:
 
     Args:
         folder: of the recording.
-        writer: of the recording.
+        writer: of the recording, or its recorder.
         every: blocks between two snapshots.
         resumed_at: block of the snapshot that the video resumed from; None for a new video.
     """
 
-    def __init__(self, folder: Path, writer: SegmentedWriter, every: int, *, resumed_at: int | None) -> None:
+    def __init__(
+        self, folder: Path, writer: SegmentRecorder | SegmentedWriter, every: int, *, resumed_at: int | None
+    ) -> None:
         self._writer, self._every, self._last = writer, every, resumed_at
         self._keeper = SnapshotKeeper(folder / SNAPSHOT_FOLDER)
 

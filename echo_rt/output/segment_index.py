@@ -1,49 +1,94 @@
-"""``recording.json``: which files make up a recording in segments, and which frames each of them holds."""
+"""``recording.json``: which files make up a recording in segments, and which frames each of them holds.
+
+Each line is a JSON object: the first describes the recording, and each further one is a segment, appended once it is on
+the disk. A last line without its end is of a process that was killed while it wrote, and does not count. (Version 1 was
+one line, with the segments in a list.)
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from echo_rt.errors import TargetError
-from echo_rt.utils.atomic_file import reason, write_whole
+import msgspec
+from msgspec import Meta
+
+from echo_rt.errors import OutputError, TargetError
+from echo_rt.utils.atomic_file import (
+    append_whole,
+    check_plain,
+    open_plain,
+    place,
+    read_plain,
+    reason,
+    write_whole,
+)
+from echo_rt.utils.checked_json import read_json
 
 INDEX_FILE = "recording.json"
-_FORMAT, _VERSION = "echo-rt recording", 1
-_LATENT_AXES = 3
+_FORMAT, _VERSION = "echo-rt recording", 2
+_MOST_BYTES = 2**30  # of an index: four years of ten-second segments
+
+_Count = Annotated[int, Meta(ge=0, lt=2**53)]
+_Some = Annotated[int, Meta(ge=1, lt=2**53)]
+# Names of our own in this folder only: a file that is named here can be removed.
+_File = Annotated[str, Meta(pattern=r"\A(video|latents|init)-[0-9a-f]{5,12}\.(mp4|safetensors)\Z")]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One file: its frames within the whole video, its size in bytes, and the same of its latents where kept."""
+    """One file: its frames within the whole video, its size in bytes, and the same of its latents where kept.
 
-    file: str
-    first_frame: int
-    frames: int
-    size: int
-    latents_file: str | None = None
-    latent_frames: int = 0
-    latents_size: int = 0
+    ``init``: the file with the header of its codec, for players; None in recordings of earlier versions, whose segments
+    have times of their own. ``notes``: what the recording's notes are from here on, where they changed.
+    """
+
+    file: _File
+    first_frame: _Count
+    frames: _Some
+    size: _Some
+    latents_file: _File | None = None
+    latent_frames: _Count = 0
+    latents_size: _Count = 0
+    init: _File | None = None
+    notes: dict[str, Any] | None = None
 
     @property
     def end_frame(self) -> int:
         """Number of the first frame after it."""
         return self.first_frame + self.frames
 
+    @property
+    def files(self) -> dict[str, int]:
+        """Its files with their sizes."""
+        latents = {} if self.latents_file is None else {self.latents_file: self.latents_size}
+        return {self.file: self.size} | latents
+
+
+@dataclass(frozen=True)
+class _Format:
+    format: Literal["echo-rt recording"]
+    version: int
+
+
+def line_of(content: object) -> bytes:
+    """A line of the index."""
+    return msgspec.json.encode(content) + b"\n"
+
 
 @dataclass
 class RecordingIndex:
     """What a recording is, and its segments in order. ``notes``: plain JSON metadata of the program that records."""
 
-    width: int
-    height: int
-    fps: Fraction
-    latent_shape: tuple[int, ...] | None
+    width: _Some
+    height: _Some
+    fps: Annotated[str, Meta(pattern=r"\A[1-9][0-9]{0,8}(/[1-9][0-9]{0,8})?\Z")]
+    latent_shape: Annotated[tuple[_Some, ...], Meta(min_length=3, max_length=3)] | None
     notes: dict[str, Any]
     segments: list[Segment] = field(default_factory=list)
 
@@ -53,79 +98,81 @@ class RecordingIndex:
         return Path(folder, INDEX_FILE)
 
     @property
+    def frame_rate(self) -> Fraction:
+        """Frames a second."""
+        return Fraction(self.fps)
+
+    @property
     def frames(self) -> int:
         """Frames in all segments."""
         return self.segments[-1].end_frame if self.segments else 0
 
-    def write(self, folder: str | Path) -> None:
-        """Put it in place; raises ``OutputError``."""
-        content = {"format": _FORMAT, "version": _VERSION} | dataclasses.asdict(self) | {"fps": str(self.fps)}
-        write_whole(self.path(folder), json.dumps(content).encode())
+    @property
+    def lines(self) -> list[bytes]:
+        """Lines of the file: the recording, and each segment."""
+        head = {name: value for name, value in vars(self).items() if name != "segments"}
+        return [line_of({"format": _FORMAT, "version": _VERSION} | head), *map(line_of, self.segments)]
 
     @classmethod
     def read(cls, folder: str | Path) -> RecordingIndex:
         """Read the index in ``folder``; ``TargetError`` where it is absent, damaged or of another version."""
         path = cls.path(folder)
         try:
-            parsed = json.loads(path.read_bytes())
+            head, *lines = read_plain(path, _MOST_BYTES).split(b"\n")
         except FileNotFoundError:
             raise TargetError(f"{folder}: expected a recording in segments, found no {INDEX_FILE}") from None
         except OSError as error:
             raise TargetError(f"{path}: cannot read: {reason(error)}") from None
-        except (ValueError, RecursionError):
-            parsed = None
-        if not isinstance(parsed, dict) or parsed.get("format") != _FORMAT:
-            raise TargetError(f"{path}: expected the index of a recording in segments, found another or a damaged file")
-        if parsed.get("version") != _VERSION:
-            raise TargetError(f"{path}: expected version {_VERSION}, found {parsed.get('version')!r:.20}")
-        try:
-            shape = parsed["latent_shape"]
-            index = cls(
-                width=parsed["width"],
-                height=parsed["height"],
-                fps=Fraction(parsed["fps"]),
-                latent_shape=None if shape is None else tuple(shape),
-                notes=parsed["notes"],
-                segments=[Segment(**entry) for entry in parsed["segments"]],
-            )
-            index._check()
-        except (KeyError, TypeError, ValueError, ArithmeticError):
-            raise TargetError(f"{path}: the index is damaged: entries contradict each other or are missing") from None
+        what = f"{path}: expected the index of a recording in segments, found another or a damaged file"
+        version = read_json(head, _Format, what, TargetError).version
+        if not 1 <= version <= _VERSION:
+            raise TargetError(f"{path}: expected version {_VERSION} or older, found {version}")
+        index = read_json(head, cls, f"{path}: the index is damaged", TargetError)
+        for number, line in enumerate(lines[:-1], 2):
+            segment = read_json(line, Segment, f"{path}: the index is damaged: line {number}", TargetError)
+            index.segments.append(segment)
+            index.notes = index.notes if segment.notes is None else segment.notes
+        index._check(path)
         return index
 
-    def _check(self) -> None:
-        """Raise ``ValueError`` for values that no writer writes."""
-        counts = [self.width, self.height, *(self.latent_shape or ())]
-        right = [
-            self.fps > 0,
-            isinstance(self.notes, dict),
-            self.latent_shape is None or len(self.latent_shape) == _LATENT_AXES,
-        ]
+    def _check(self, path: Path) -> None:
+        """Raise ``TargetError`` for entries that contradict each other."""
         end = 0
         for segment in self.segments:
-            right.append(segment.first_frame == end)
-            end = segment.end_frame
-            counts += [segment.frames, segment.size]
             latents = (segment.latents_file, segment.latent_frames, segment.latents_size)
-            if self.latent_shape is None:
-                right.append(latents == (None, 0, 0))
-            else:
-                counts += latents[1:]
-            # Names in this folder only: a file that is named here can be removed.
-            names = [segment.file] if segment.latents_file is None else [segment.file, segment.latents_file]
-            right += [isinstance(name, str) and Path(name).name == name for name in names]
-        if not all(right) or not all(type(count) is int and count > 0 for count in counts):
-            raise ValueError
+            kept = all(latents) if self.latent_shape is not None else not any(latents)
+            if segment.first_frame != end or not kept:
+                raise TargetError(f"{path}: the index is damaged: {segment.file} contradicts what comes before it")
+            end = segment.end_frame
 
     def check_files(self, folder: str | Path, segments: Sequence[Segment]) -> None:
         """Raise ``TargetError`` unless every file of ``segments`` exists with the size that was written."""
-        for segment in segments:
-            for name, size in ((segment.file, segment.size), (segment.latents_file, segment.latents_size)):
-                if name is None:
-                    continue
-                try:
-                    found = Path(folder, name).stat().st_size
-                except OSError as error:
-                    raise TargetError(f"{Path(folder, name)}: expected {size} bytes, {reason(error)}") from None
-                if found != size:
-                    raise TargetError(f"{Path(folder, name)}: expected {size} bytes, found {found}")
+        for path, size in ((Path(folder, name), size) for segment in segments for name, size in segment.files.items()):
+            try:
+                check_plain(path)
+                name, within = place(path)
+                found = os.stat(name, dir_fd=within).st_size
+            except OSError as error:
+                raise TargetError(f"{path}: expected {size} bytes, {reason(error)}") from None
+            if found != size:
+                raise TargetError(f"{path}: expected {size} bytes, found {found}")
+
+
+class Log:
+    """A file that begins with ``content`` and is only appended to, by this process alone. Raises ``OutputError``."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        self.path, self._size = path, len(content)
+        write_whole(path, content)
+
+    def append(self, text: bytes, *, sync: bool = False) -> None:
+        """Write ``text``, all of it or none, and with ``sync`` wait until it is on the disk."""
+        try:
+            with open(open_plain(self.path, os.O_WRONLY), "wb", buffering=0) as file:
+                if file.seek(0, os.SEEK_END) != self._size:
+                    raise OSError(errno.ESTALE, "another program has changed or replaced it")
+                self._size = append_whole(file, self._size, text)
+                if sync:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot write on: {reason(error)}") from None

@@ -1,32 +1,42 @@
 """A recording in numbered segments, each a whole file: a power cut costs at most the segment that is being written.
 
 The folder holds ``video-00000.mp4``, ``video-00001.mp4``, ... (with ``latents-00000.safetensors``, ... where latents
-are kept too), the list ``video.ffconcat`` that players and FFmpeg open as one video, and the index
-``recording.json``, which says what belongs to the recording. A segment is entered there once it is on the disk.
+are kept too), the HLS playlist ``video.m3u8`` that players, browsers and FFmpeg open as one video, also while it grows,
+and the index ``recording.json``, which says what belongs to the recording. A segment is entered there once it is on the
+disk. Both lists are only appended to, so a segment costs the same after a week.
+
+FFmpeg's own HLS muxer would write the whole list again for each segment, and cannot begin in the middle of a recording.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echo_rt.errors import ConfigError, OutputError, TargetError
 from echo_rt.output.latents import LatentsWriter
-from echo_rt.output.segment_index import RecordingIndex, Segment
+from echo_rt.output.segment_index import INDEX_FILE, Log, RecordingIndex, Segment, line_of
 from echo_rt.output.video import VideoWriter
-from echo_rt.utils.atomic_file import Closing, close_all, reason, write_whole
+from echo_rt.utils.atomic_file import Closing, close_all, names_in, reason, remove, write_whole
 from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.wording import counted
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-PLAYLIST_FILE = "video.ffconcat"
-_VIDEO, _LATENTS = "video-", "latents-"
-_PIECE = re.compile(r"video-\d{5,}\.mp4|latents-\d{5,}\.safetensors")
+PLAYLIST_FILE = "video.m3u8"
+_FORMER_PLAYLIST = "video.ffconcat"  # of recordings of version 1, whose segments all begin at 0 seconds
+_VIDEO, _LATENTS, _INIT = "video-", "latents-", "init-"
+_PIECE = re.compile(r"video-\d{5,}\.mp4|init-[0-9a-f]{8}\.mp4|latents-\d{5,}\.safetensors")
+_HEAD = "#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-MEDIA-SEQUENCE:0\n#EXT-X-PLAYLIST-TYPE:EVENT\n#EXT-X-INDEPENDENT-SEGMENTS\n"
 
 
 def check_free(
@@ -36,12 +46,13 @@ def check_free(
 ) -> None:
     """Raise ``TargetError`` where ``folder`` holds a recording with frames, or segments whose index is gone."""
     try:
-        files = sorted(file.name for file in Path(folder).iterdir() if _PIECE.fullmatch(file.name))
+        names = names_in(folder)
     except FileNotFoundError:
         return
     except OSError as error:
         raise TargetError(f"{folder}: cannot be a folder to write into: {reason(error)}") from None
-    frames = RecordingIndex.read(folder).frames if RecordingIndex.path(folder).exists() else None
+    files = sorted(name for name in names if _PIECE.fullmatch(name))
+    frames = RecordingIndex.read(folder).frames if INDEX_FILE in names else None
     if frames or (frames is None and files):
         found = f"a recording of {counted(frames, 'frame')}" if frames else files[0]
         raise TargetError(f"{folder}: expected {expected}, found {found}; {advice}")
@@ -52,13 +63,14 @@ class SegmentedWriter(Closing):
 
     Args:
         folder: made if absent; one that holds a recording with frames is refused.
-        width, height, fps, crf, preset: as for :class:`VideoWriter`.
+        width, height, fps, codec, crf, preset: as for :class:`VideoWriter`.
         seconds: of video in a segment, above 0; :meth:`cut` ends one earlier.
         latent_shape: channels, height and width of a latent frame, to keep the latents too.
         notes: plain JSON metadata for the index, for a resume; :attr:`notes` may be changed during the recording.
 
     Raises ``ConfigError`` for impossible sizes, ``TargetError`` for a folder that cannot be made or is taken, and
     ``OutputError`` when something cannot be written; everything that the index names is still whole then.
+    ``segments_on_disk``, ``frames_on_disk``, ``latents_on_disk``: whole segments, and frames and latent frames in them.
     """
 
     def __init__(
@@ -71,40 +83,27 @@ class SegmentedWriter(Closing):
         seconds: float,
         latent_shape: Sequence[int] | None = None,
         notes: Mapping[str, Any] | None = None,
-        crf: float = 18,
-        preset: str = "veryfast",
+        **encoding: Any,
     ) -> None:
-        index = RecordingIndex(
-            width=width,
-            height=height,
-            fps=Fraction(fps).limit_denominator(1001),
-            latent_shape=None if latent_shape is None else tuple(latent_shape),
-            notes=dict(notes or {}),
-        )
-        self._setup(folder, index, seconds, crf, preset)
-        try:
+        self._setup(folder, seconds, encoding)
+        with self._or_release():
             check_free(folder)
-            self._sweep()
-            self._publish()
-        except BaseException:
-            self._claim.release()
-            raise
+            shape = None if latent_shape is None else tuple(latent_shape)
+            rate = str(Fraction(fps).limit_denominator(1001))
+            self._open(RecordingIndex(width, height, rate, shape, dict(notes or {})))
 
     @classmethod
-    def resume(
-        cls, folder: str | Path, at_frame: int, *, seconds: float, crf: float = 18, preset: str = "veryfast"
-    ) -> SegmentedWriter:
+    def resume(cls, folder: str | Path, at_frame: int, *, seconds: float, **encoding: Any) -> SegmentedWriter:
         """Resume the recording in ``folder`` at frame ``at_frame`` and drop its frames from there on.
 
         A segment must begin or end there: where a snapshot was taken, :meth:`cut` ended one. ``TargetError`` where none
         does, and for an absent recording or one that lacks a file that its index names; then nothing is dropped.
         """
         writer = cls.__new__(cls)
-        index = RecordingIndex.read(folder)
-        writer._setup(folder, index, seconds, crf, preset)
-        try:
-            # Read again: from now on nobody else can change it.
-            writer.index = index = RecordingIndex.read(folder)
+        RecordingIndex.read(folder)  # an absent folder is not made
+        writer._setup(folder, seconds, encoding)
+        with writer._or_release():
+            index = RecordingIndex.read(folder)  # again: from now on nobody else can change it
             kept = [segment for segment in index.segments if segment.end_frame <= at_frame]
             reached = kept[-1].end_frame if kept else 0
             if reached != at_frame:
@@ -114,42 +113,48 @@ class SegmentedWriter(Closing):
                 )
             index.check_files(folder, kept)
             index.segments = kept
-            writer._publish()
-            writer._sweep()
-        except BaseException:
-            writer._claim.release()
-            raise
+            writer._open(index)
         return writer
 
-    def _setup(self, folder: str | Path, index: RecordingIndex, seconds: float, crf: float, preset: str) -> None:
+    def _setup(self, folder: str | Path, seconds: float, encoding: dict[str, Any]) -> None:
         if not seconds > 0:
             raise ConfigError(f"{folder}: a segment must have more than 0 seconds, got {seconds}")
-        self.folder, self.index, self.seconds = Path(folder), index, seconds
-        self._crf, self._preset = crf, preset
+        self.folder, self.seconds, self._encoding = Path(folder), seconds, encoding
         self._video: VideoWriter | None = None
         self._latents: LatentsWriter | None = None
         self._closed = False
         self._claim = FolderClaim(folder)
 
+    @contextmanager
+    def _or_release(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._claim.release()
+            raise
+
+    def _open(self, index: RecordingIndex) -> None:
+        """Write both lists anew, which drops what is not in ``index``, and remove files that do not belong to it."""
+        segments, self.index = index.segments, index
+        self.segments_on_disk, self.frames_on_disk = len(segments), index.frames
+        self.latents_on_disk = sum(segment.latent_frames for segment in segments)
+        self._noted = deepcopy(index.notes)
+        self._former = any(segment.init is None for segment in segments)
+        self._log = Log(index.path(self.folder), b"".join(index.lines))
+        self._begin_list(segments)
+        index.segments = []  # those are on the disk; a week of them would not be small
+        self._written: str | None = None  # of this process: an init that somebody removed is made again
+        self._sweep({name for segment in segments for name in (*segment.files, segment.init)})
+
     @property
     def playlist(self) -> Path:
         """Path of the list that plays the whole recording."""
-        return self.folder / PLAYLIST_FILE
+        return self.folder / (_FORMER_PLAYLIST if self._former else PLAYLIST_FILE)
 
     @property
     def notes(self) -> dict[str, Any]:
         """The index's metadata; changes reach the disk with the next segment."""
         return self.index.notes
-
-    @property
-    def frames_on_disk(self) -> int:
-        """Frames in whole segments."""
-        return self.index.frames
-
-    @property
-    def latents_on_disk(self) -> int:
-        """Latent frames in whole segments."""
-        return sum(segment.latent_frames for segment in self.index.segments)
 
     def write(self, frames: ArrayLike, latents: ArrayLike | None = None) -> None:
         """Append one block: uint8 [T, H, W, 3], T of 1 or more, and its latents where the recording keeps them."""
@@ -162,7 +167,7 @@ class SegmentedWriter(Closing):
         if self._latents is not None and latents is not None:
             self._latents.write(latents)
         video.write(frames)
-        if video.frames_encoded >= self.seconds * self.index.fps:
+        if video.frames_encoded >= self.seconds * self.index.frame_rate:
             self.cut()
 
     def cut(self) -> None:
@@ -178,65 +183,94 @@ class SegmentedWriter(Closing):
             raise problems[0]
 
     def _enter(self, video: VideoWriter, latents: LatentsWriter | None) -> None:
-        try:
-            segment = Segment(
-                file=video.path.name,
-                first_frame=self.index.frames,
-                frames=video.frames_on_disk,
-                size=video.path.stat().st_size,
-                latents_file=None if latents is None else latents.path.name,
-                latent_frames=0 if latents is None else latents.frames_on_disk,
-                latents_size=0 if latents is None else latents.path.stat().st_size,
-            )
-        except OSError as error:
-            raise OutputError(f"{video.path}: was written and cannot be found again: {reason(error)}") from None
-        self.index.segments.append(segment)
-        self._publish()
+        # What players load first; the same for every segment, unless the encoding changes with a resume.
+        init = None if self._former else f"{_INIT}{zlib.crc32(video.header):08x}.mp4"
+        if init is not None and init != self._written:
+            write_whole(self.folder / init, video.header)
+            self._written = init
+        changed = self.notes != self._noted
+        segment = Segment(
+            file=video.path.name,
+            first_frame=self.frames_on_disk,
+            frames=video.frames_on_disk,
+            size=video.size,
+            latents_file=None if latents is None else latents.path.name,
+            latent_frames=0 if latents is None else latents.frames_on_disk,
+            latents_size=0 if latents is None else latents.size,
+            init=init,
+            notes=self.notes if changed else None,
+        )
+        self._log.append(line_of(segment), sync=True)
+        self._noted = deepcopy(self.notes) if changed else self._noted
+        self.segments_on_disk += 1
+        self.frames_on_disk = segment.end_frame
+        self.latents_on_disk += segment.latent_frames
+        if segment.frames > self._longest * self.index.frame_rate:
+            self._begin_list(RecordingIndex.read(self.folder).segments)
+        else:
+            self._list.append(self._listed(segment).encode())
 
     def close(self) -> None:
-        """End the last segment and release the folder. May be called twice."""
+        """End the last segment and both lists, and release the folder. May be called twice."""
         if self._closed:
             return
         self._closed = True
-        try:
-            self.cut()
-        finally:
-            self._claim.release()
+        end = partial(self._list.append, b"" if self._former else b"#EXT-X-ENDLIST\n")
+        problems = close_all([self.cut, end, self._claim.release])
+        if problems:
+            raise problems[0]
 
     def _begin(self) -> VideoWriter:
-        index, number = self.index, len(self.index.segments)
-        self._video = VideoWriter(
-            self.folder / f"{_VIDEO}{number:05}.mp4",
-            index.width,
-            index.height,
-            index.fps,
-            crf=self._crf,
-            preset=self._preset,
-        )
-        if index.latent_shape is not None:
-            try:
-                self._latents = LatentsWriter(self.folder / f"{_LATENTS}{number:05}.safetensors", index.latent_shape)
-            except BaseException:
-                self.cut()  # or a later block would go into a segment without latents, which the index refuses
-                raise
+        index, number = self.index, self.segments_on_disk
+        try:
+            self._video = VideoWriter(
+                self.folder / f"{_VIDEO}{number:05}.mp4",
+                index.width,
+                index.height,
+                index.frame_rate,
+                fragmented=True,
+                continues=None if self._former else self.frames_on_disk,
+                **self._encoding,
+            )
+            if index.latent_shape is not None:
+                file = self.folder / f"{_LATENTS}{number:05}.safetensors"
+                self._latents = LatentsWriter(file, index.latent_shape)
+        except BaseException as error:
+            self.cut()  # or a later block would go into a segment without latents, which the index refuses
+            if isinstance(error, TargetError):  # of the disk, or of a folder that is gone: no mistake in the request
+                raise OutputError(str(error)) from None
+            raise
         return self._video
 
-    def _publish(self) -> None:
-        """Write the index, which is decisive, and then the list."""
-        self.index.write(self.folder)
-        lines = ["ffconcat version 1.0"]
-        for segment in self.index.segments:
-            lines += [f"file {segment.file}", f"duration {float(segment.frames / self.index.fps):.6f}"]
-        write_whole(self.playlist, "\n".join([*lines, ""]).encode())
+    def _begin_list(self, segments: Sequence[Segment]) -> None:
+        """Write the playlist whole. It promises how long a segment is at most, so a longer one begins it anew."""
+        longest = max((segment.frames for segment in segments), default=0) / self.index.frame_rate
+        self._longest = math.ceil(max(self.seconds, float(longest))) + 1
+        self._init: str | None = None
+        head = "ffconcat version 1.0\n" if self._former else f"{_HEAD}#EXT-X-TARGETDURATION:{self._longest}\n"
+        self._list = Log(self.playlist, "".join([head, *map(self._listed, segments)]).encode())
 
-    def _sweep(self) -> None:
-        """Remove the files that do not belong to the recording (any more), and part files of killed processes."""
-        named = {name for segment in self.index.segments for name in (segment.file, segment.latents_file)}
+    def _listed(self, segment: Segment) -> str:
+        """The lines of the segment after those of the one before."""
+        seconds = f"{float(segment.frames / self.index.frame_rate):.6f}"
+        if self._former:
+            return f"file {segment.file}\nduration {seconds}\n"
+        lines = [f"#EXTINF:{seconds},", segment.file, ""]
+        if segment.init != self._init:
+            start = [] if self._init is None else ["#EXT-X-DISCONTINUITY"]
+            lines = [*start, f'#EXT-X-MAP:URI="{segment.init}"', *lines]
+        self._init = segment.init
+        return "\n".join(lines)
+
+    def _sweep(self, named: Container[str | None]) -> None:
+        """Remove files of the recording that are not ``named``, and part files of killed processes."""
         try:
-            for file in list(self.folder.iterdir()):
-                if _PIECE.fullmatch(file.name) and file.name not in named:
-                    file.unlink()
-            for prefix in (_VIDEO, _LATENTS, PLAYLIST_FILE, RecordingIndex.path(self.folder).name):
+            for name in names_in(self.folder):
+                if _PIECE.fullmatch(name) and name not in named:
+                    remove(self.folder / name)
+            if not self._former:
+                remove(self.folder / _FORMER_PLAYLIST)
+            for prefix in (_VIDEO, _LATENTS, _INIT, PLAYLIST_FILE, _FORMER_PLAYLIST, INDEX_FILE):
                 self._claim.remove_parts(prefix)
         except OSError as error:
             raise OutputError(f"{self.folder}: cannot remove unused files: {reason(error)}") from None

@@ -1,31 +1,66 @@
-"""An H.264 MP4 that grows while it is made and plays wherever it is cut off.
+"""An MP4 that plays wherever it is cut off while it grows, and is an ordinary one once it is whole.
 
-The file is fragmented: the index comes in pieces, one before each group of pictures, instead of once at the end. So the
-memory in use does not depend on the length, and a file that ends after any fragment plays. (The muxer keeps a few dozen
-bytes per fragment for the table that makes seeking fast: 1 MB per day.)
+It grows in fragments: the index comes in pieces, one before each group of pictures, so a file that ends after any
+fragment plays. At the end libavformat appends the index of the whole video and turns what comes before it into plain
+data ("hybrid"): no second copy is written. Until then the muxer keeps 74 bytes a frame (100 MB for a day at 16 frames a
+second). A file that stays fragmented needs a few dozen bytes per fragment (2 MB), but many programs show no length.
 """
 
 from __future__ import annotations
 
-import io
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from echo_rt.errors import ConfigError, OutputError
+from echo_rt.errors import BackendError, ConfigError, OutputError
 from echo_rt.utils.atomic_file import Closing, PartFile, reason
 from echo_rt.utils.packages import needing
+from echo_rt.utils.wording import first_line
 
 if TYPE_CHECKING:
     import av
     from numpy.typing import ArrayLike
 
-# delay_moov: the header waits for the first fragment, so that it can say where B-frames put the start of the video.
-_MOVFLAGS = "frag_keyframe+delay_moov+default_base_moof"
+_FRAGMENTS = "frag_keyframe+default_base_moof"
+# An index that is rewritten at the end cannot wait for the first fragment, which tells where B-frames put the start of
+# the video; so they have negative offsets instead, and the start is 0.
+_ORDINARY = f"{_FRAGMENTS}+hybrid_fragmented+negative_cts_offsets"
+_FRAGMENTED = f"{_FRAGMENTS}+delay_moov"
+_CONTINUED = f"{_FRAGMENTED}+frag_discont+skip_trailer"
 # The number that H.264 and FFmpeg give to BT.709, for primaries, transfer and matrix alike.
 _BT709 = 1
+_PROBE_SIZE = 256  # pixels in both directions; hardware encoders refuse much smaller ones
+
+
+class Codec(NamedTuple):
+    """An encoder of FFmpeg: its presets, its option of constant quality with the highest value, and our defaults."""
+
+    encoder: str
+    presets: tuple[str, ...]
+    preset: str
+    quality: str
+    crf: float
+    most: int
+    options: Mapping[str, str] = MappingProxyType({})
+
+
+_X26 = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
+_P = tuple(f"p{number}" for number in range(1, 8))
+_VARIABLE = MappingProxyType({"rc": "vbr", "b": "0"})  # or cq has no effect
+CODECS = {
+    "h264": Codec("libx264", _X26, "veryfast", "crf", 18, 51),
+    "hevc": Codec("libx265", _X26, "veryfast", "crf", 20, 51, {"x265-params": "log-level=error:open-gop=0"}),
+    "av1": Codec("libsvtav1", tuple(map(str, range(14))), "10", "crf", 28, 63),
+    "h264_nvenc": Codec("h264_nvenc", _P, "p4", "cq", 19, 51, _VARIABLE),
+    "hevc_nvenc": Codec("hevc_nvenc", _P, "p4", "cq", 21, 51, _VARIABLE),
+    "av1_nvenc": Codec("av1_nvenc", _P, "p4", "cq", 28, 63, _VARIABLE),
+}
 
 
 def load_av() -> Any:
@@ -35,35 +70,82 @@ def load_av() -> Any:
     return av
 
 
+def _codec(name: str) -> Codec:
+    if name not in CODECS:
+        raise ConfigError(f"codec: expected one of {', '.join(CODECS)}, got {name!r}")
+    return CODECS[name]
+
+
+def _configure(context: Any, codec: str, crf: float | None, preset: str | None) -> None:
+    """Set up an encoder; :class:`ConfigError` for a quality or preset that it does not have."""
+    chosen = _codec(codec)
+    crf, preset = chosen.crf if crf is None else crf, chosen.preset if preset is None else preset
+    if preset not in chosen.presets:
+        raise ConfigError(f"preset of {codec}: expected one of {', '.join(chosen.presets)}, got {preset!r}")
+    if not 0 <= crf <= chosen.most:
+        raise ConfigError(f"crf of {codec}: expected 0 (best) to {chosen.most}, got {crf:g}")
+    os.environ.setdefault("SVT_LOG", "1")  # errors only: SVT-AV1 prints a page at each start
+    context.options = {**chosen.options, chosen.quality: f"{crf:g}", "preset": preset}
+    context.pix_fmt = "yuv420p"
+    context.color_primaries = context.color_trc = context.colorspace = _BT709
+    context.color_range = load_av().video.reformatter.ColorRange.MPEG
+
+
+def check_encoding(codec: str = "h264", crf: float | None = None, preset: str | None = None) -> None:
+    """Raise ``ConfigError`` for settings that ``codec`` does not have, ``BackendError`` where it cannot run here."""
+    av, encoder = load_av(), _codec(codec).encoder
+    try:
+        context = av.CodecContext.create(encoder, "w")
+        context.width = context.height = _PROBE_SIZE
+        context.framerate, context.time_base = Fraction(16), Fraction(1, 16)
+        _configure(context, codec, crf, preset)
+        context.open()
+    except (av.FFmpegError, ValueError) as error:
+        raise BackendError(
+            f"codec {codec}: the encoder {encoder} of PyAV {av.__version__} cannot be opened here: {first_line(error)}"
+        ) from None
+
+
 class _Sink:
-    """Memory that the muxer writes to, so that no disk error and no signal surfaces inside FFmpeg's call."""
+    """What the muxer writes, in memory as (place, bytes), so that no disk error and no signal surfaces in FFmpeg."""
 
     def __init__(self) -> None:
-        self._pending = io.BytesIO()
-        self.write = self._pending.write
+        self.pieces: list[tuple[int, bytes]] = []
+        self._at = self._end = 0
 
-    def take(self) -> bytes:
-        data = self._pending.getvalue()
-        self._pending.seek(0)
-        self._pending.truncate()
-        return data
+    def write(self, data: bytes) -> int:
+        self.pieces.append((self._at, bytes(data)))
+        self._at += len(data)
+        self._end = max(self._end, self._at)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._end)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
 
 
 class VideoWriter(Closing):
-    """Writes frames to ``path`` as H.264 in MP4.
+    """Writes frames to ``path`` as an MP4.
 
     Args:
         path: the file; it appears (or is replaced) at :meth:`close`, and only if it has at least one frame.
         width, height: of the frames in pixels, even.
         fps: frames a second.
-        crf: x264's constant quality, 0 (lossless) to 51; 18 is hard to tell from the source.
-        preset: x264's speed preset.
+        codec: a name in ``CODECS``.
+        crf: constant quality; 0 is the best, and 18 of h264 is hard to tell from the source. None: the codec's default.
+        preset: speed preset of the encoder. None: the codec's default.
         gop_seconds: longest time between two key frames, which is also the most that a crash loses,
             besides the frames in the encoder's lookahead.
+        fragmented: leave the file in fragments at the end.
+        continues: number of frames of the video before this file, which is a piece of it: times go on from there,
+            and the file stays fragmented.
 
-    Raises ``ConfigError`` for a size that cannot be encoded, ``OutputError`` when the file cannot be written and
-    ``BackendError`` without PyAV. After an ``OutputError``, :meth:`close` still puts a playable file of the frames that
-    reached the disk in place.
+    Raises ``ConfigError`` for a size or setting that cannot be encoded, ``OutputError`` when the file cannot be written
+    and ``BackendError`` without PyAV. After an ``OutputError``, :meth:`close` still puts a playable file of the frames
+    that reached the disk in place.
     """
 
     def __init__(
@@ -73,44 +155,59 @@ class VideoWriter(Closing):
         height: int,
         fps: float | Fraction,
         *,
-        crf: float = 18,
-        preset: str = "veryfast",
+        codec: str = "h264",
+        crf: float | None = None,
+        preset: str | None = None,
         gop_seconds: float = 2.0,
+        fragmented: bool = False,
+        continues: int | None = None,
     ) -> None:
         if width < 2 or height < 2 or width % 2 or height % 2:
-            raise ConfigError(f"{path}: H.264 with 4:2:0 colour needs an even width and height, got {width}x{height}")
+            raise ConfigError(f"{path}: video with 4:2:0 colour needs an even width and height, got {width}x{height}")
         if not fps > 0 or not gop_seconds > 0:
             raise ConfigError(f"{path}: fps and gop_seconds must be above 0, got {fps} and {gop_seconds}")
+        encoder = _codec(codec).encoder
         self.path = Path(path)
         self.width, self.height = width, height
         self.fps = Fraction(fps).limit_denominator(1001)
         self.frames_encoded = 0
         self.frames_on_disk = 0
+        self.header = b""  # of a piece: what a player needs before the fragments
+        self._continues = continues
         self._muxed = 0
         self._failed = False
         self._closed = False
         self._av = av = load_av()
         self._sink = _Sink()
         self._part = PartFile(path)
+        kind = _CONTINUED if continues is not None else _FRAGMENTED if fragmented else _ORDINARY
         try:
-            self._container = av.open(self._sink, "w", format="mp4", options={"movflags": _MOVFLAGS})
-            self._stream = self._container.add_stream("libx264", rate=self.fps)
-            self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+            self._container = av.open(self._sink, "w", format="mp4", options={"movflags": kind})
+            self._stream = self._container.add_stream(encoder, rate=self.fps)
+            self._stream.width, self._stream.height = width, height
             context = self._stream.codec_context
-            context.options = {"crf": str(crf), "preset": preset, "g": str(max(1, round(self.fps * gop_seconds)))}
-            context.color_primaries = context.color_trc = context.colorspace = _BT709
-            context.color_range = av.video.reformatter.ColorRange.MPEG
+            _configure(context, codec, crf, preset)
+            context.options |= {"g": str(max(1, round(self.fps * gop_seconds)))}
+            if codec.startswith("hevc"):
+                context.codec_tag = "hvc1"  # the kind of HEVC that Apple's players take
             context.open()
+        except ConfigError:
+            self._part.discard()
+            raise
         except (av.FFmpegError, ValueError) as error:
             self._part.discard()
-            raise OutputError(
-                f"{path}: the H.264 encoder (libx264) of PyAV cannot be opened for {width}x{height} pixels: {error}"
-            ) from None
+            cause = f"cannot be opened for {width}x{height} pixels: {first_line(error)}"
+            raise OutputError(f"{path}: the encoder {encoder} of PyAV {cause}") from None
 
     @property
     def in_place(self) -> bool:
         """Whether the file is on the disk under its name."""
         return self._part.in_place
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return self._part.size
 
     def write(self, frames: ArrayLike) -> None:
         """Append frames: uint8 [T, H, W, 3] RGB, anything that numpy can view."""
@@ -123,17 +220,14 @@ class VideoWriter(Closing):
                 f"{self.path}: expected uint8 frames [T, {self.height}, {self.width}, 3], "
                 f"got {array.dtype} {list(array.shape)}"
             )
-        try:
+        with self._encoding():
             for image in array:
                 frame = self._av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
                     format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
                 )
-                frame.pts, frame.time_base = self.frames_encoded, 1 / self.fps
+                frame.pts, frame.time_base = (self._continues or 0) + self.frames_encoded, 1 / self.fps
                 self._mux(self._stream.encode(frame))
                 self.frames_encoded += 1
-        except self._av.FFmpegError as error:
-            self._failed = True
-            raise OutputError(f"{self.path}: the H.264 encoder failed: {error}") from None
 
     def close(self) -> None:
         """Finish the file and put it in place; without frames, leave an older file as it is. May be called twice."""
@@ -143,7 +237,10 @@ class VideoWriter(Closing):
         problem: OutputError | None = None
         if not self._failed and self.frames_encoded:
             try:
-                self._finish()
+                with self._encoding():
+                    self._mux(self._stream.encode(None))
+                    self._container.close()
+                self._drain(self._muxed)
             except OutputError as error:
                 problem = error
         else:
@@ -155,14 +252,13 @@ class VideoWriter(Closing):
         if problem is not None:
             raise problem
 
-    def _finish(self) -> None:
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
         try:
-            self._mux(self._stream.encode(None))
-            self._container.close()
+            yield
         except self._av.FFmpegError as error:
             self._failed = True
-            raise OutputError(f"{self.path}: the H.264 encoder failed: {error}") from None
-        self._drain(self._muxed)
+            raise OutputError(f"{self.path}: the encoder failed: {first_line(error)}") from None
 
     def _mux(self, packets: list[av.Packet[av.VideoStream]]) -> None:
         for packet in packets:
@@ -173,11 +269,23 @@ class VideoWriter(Closing):
 
     def _drain(self, frames: int) -> None:
         """Write what the muxer has emitted: whole fragments with the first ``frames`` frames."""
-        data = self._sink.take()
-        if not data:
+        pieces, self._sink.pieces = self._sink.pieces, []
+        if not pieces:
             return
+        size, new = self._part.size, bytearray()
+        for place, data in pieces:
+            if place >= size:
+                new[place - size : place - size + len(data)] = data
+        if self._continues is not None and not size:
+            while new[size + 4 : size + 8] != b"moof":
+                size += int.from_bytes(new[size : size + 4], "big")
+            self.header, size = bytes(new[:size]), 0
         try:
-            self._part.append(data)
+            self._part.append(new)
+            # The index at the end is on the disk before the header at the start is changed.
+            for place, data in pieces:
+                if place < size:
+                    self._part.overwrite(place, data)
         except OSError as error:
             self._failed = True
             kept = f"the first {self.frames_on_disk} frames are kept" if self.frames_on_disk else "nothing is kept"

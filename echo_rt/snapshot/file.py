@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import stat
 from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.errors import SnapshotError, SnapshotVersionError
-from echo_rt.utils.atomic_file import reason, whole_file
+from echo_rt.utils.atomic_file import open_plain, reason, whole_file
 from echo_rt.utils.build_info import __version__
 from echo_rt.utils.wording import plain
 
@@ -114,9 +112,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     of another format; :class:`SnapshotVersionError` for a whole file of another version. Nothing in a file is executed.
     """
     try:
-        if stat.S_ISFIFO(os.stat(path).st_mode):  # opening a pipe would wait for a writer
-            raise SnapshotError(f"{path}: expected a snapshot, found a pipe")
-        with open(path, "rb") as file:
+        with open(open_plain(path), "rb") as file:
             return _read(file, path)
     except OSError as error:
         raise SnapshotError(f"{path}: expected a snapshot, cannot read it: {reason(error)}") from None

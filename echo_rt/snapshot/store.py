@@ -13,7 +13,7 @@ from pathlib import Path
 
 from echo_rt.errors import ConfigError, OutputError, SnapshotError, SnapshotVersionError, StreamError
 from echo_rt.snapshot.snapshot import Snapshot
-from echo_rt.utils.atomic_file import Closing, reason
+from echo_rt.utils.atomic_file import Closing, names_in, reason, remove
 from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.wording import warn_caller
 
@@ -24,7 +24,7 @@ _NAME = re.compile(rf"{_PREFIX}(\d{{10,}})\.safetensors")
 def snapshot_files(folder: str | Path) -> list[Path]:
     """Paths of the snapshots in ``folder``, whole or not, newest first; none where there is no such folder."""
     try:
-        entries = [entry.name for entry in Path(folder).iterdir()]
+        entries = names_in(folder)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -134,6 +134,6 @@ class SnapshotKeeper(Closing):
         stale = [file for file in files if int(file.stem.removeprefix(_PREFIX)) > newest]
         for file in [*(stale if stale_too else ()), *files[len(stale) + self.keep :]]:
             try:
-                file.unlink(missing_ok=True)
+                remove(file)
             except OSError as error:
                 raise OutputError(f"{file}: cannot remove an old snapshot: {reason(error)}") from None

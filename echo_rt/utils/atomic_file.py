@@ -1,4 +1,8 @@
-"""Writing beside the target and moving into place: a name always stands for a whole file."""
+"""Writing beside the target and moving into place: a name always stands for a whole file.
+
+In a folder that this process has claimed (:class:`echo_rt.utils.folder_lock.FolderClaim`), everything here goes by the
+folder's descriptor: it stays in that very folder, whatever its name leads to meanwhile, and follows no link out of it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import errno
 import io
 import os
 import secrets
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,15 +24,88 @@ C = TypeVar("C", bound="Closing")
 # Keeps a part's name short enough for every file system, at four bytes per character.
 _NAME_KEPT = 32
 
+_KINDS = {stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
+# The folders that this process has claimed, by absolute path, with their descriptors.
+claimed: dict[str, int] = {}
+
 
 def reason(error: OSError) -> str:
     """The system's reason for an error, without the path and number that ``str(error)`` repeats."""
     return error.strerror or str(error) or type(error).__name__
 
 
+def place(path: str | Path) -> tuple[str, int | None]:
+    """Return the name and ``dir_fd`` of ``path`` for a call of the system; in a claimed folder, its descriptor."""
+    descriptor = claimed.get(str(Path(path).absolute().parent))
+    return (str(path), None) if descriptor is None else (Path(path).name, descriptor)
+
+
+def is_same(path: str | Path, descriptor: int) -> bool:
+    """Whether ``path`` leads to what ``descriptor`` is open for: a file may be removed, replaced or moved meanwhile."""
+    name, folder = place(path)
+    try:
+        return os.path.samestat(os.stat(name, dir_fd=folder), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def names_in(folder: str | Path) -> list[str]:
+    """Names of the entries of a folder; raises ``OSError``."""
+    return os.listdir(claimed.get(str(Path(folder).absolute()), folder))
+
+
+def remove(path: str | Path) -> None:
+    """Remove a file, or nothing where there is none; raises ``OSError``."""
+    name, folder = place(path)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+
+
+def check_plain(path: str | Path) -> None:
+    """Raise ``OSError`` for anything but a plain file; for a link too, in a claimed folder."""
+    name, folder = place(path)
+    mode = os.stat(name, dir_fd=folder, follow_symlinks=folder is None).st_mode
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"expected a plain file, found {_KINDS.get(stat.S_IFMT(mode), 'a device')}")
+
+
+def open_plain(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """Open a plain file and return its descriptor; raises ``OSError`` for anything else, and never waits for a pipe.
+
+    In a claimed folder it follows no link, and what it writes to has no second name (a hard link).
+    """
+    with contextlib.suppress(FileNotFoundError):
+        check_plain(path)  # before opening: that alone does something to some devices
+    name, folder = place(path)
+    beyond = os.O_NONBLOCK | (0 if folder is None else os.O_NOFOLLOW)
+    descriptor = os.open(name, flags | beyond, 0o666, dir_fd=folder)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or (folder is not None and flags & os.O_ACCMODE and found.st_nlink > 1):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "expected a plain file with one name, found another kind or a hard link")
+    return descriptor
+
+
+def read_plain(path: str | Path, most: int = 2**24) -> bytes:
+    """Read a plain file of at most ``most`` bytes, as :func:`open_plain` opens it; raises ``OSError``."""
+    with open(open_plain(path), "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"expected at most {most} bytes, found more")
+    return data
+
+
 def _target(path: str | Path) -> Path:
-    """Return the file that a rename may replace: follow links, refuse anything but a plain file."""
+    """Return the file that a rename may replace: follow links, refuse anything but a plain file.
+
+    In a claimed folder it is ``path`` itself: whatever else has that name is replaced, a link and not what it leads to.
+    """
     path = Path(path)
+    if place(path)[1] is not None:
+        return path
     target = Path(os.path.realpath(path))
     try:
         # Raises for a name that no file can have, which exists() may take for an absent file.
@@ -46,7 +124,7 @@ def _target(path: str | Path) -> Path:
     return target
 
 
-def append_whole(file: io.FileIO, size: int, data: bytes | memoryview) -> int:
+def append_whole(file: io.FileIO, size: int, data: bytes | bytearray | memoryview) -> int:
     """Append all of ``data`` to a file of ``size`` bytes and return the new size, or leave it as it was and raise."""
     view = memoryview(data)
     try:
@@ -72,22 +150,26 @@ class PartFile:
         self.path = Path(path)
         self._target = _target(path)
         self._part = self._target.with_name(f".{self._target.name[:_NAME_KEPT]}.{secrets.token_hex(4)}.part")
+        name, folder = place(self._part)
         try:
-            descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder)
         except OSError as error:
-            raise TargetError(f"{path}: cannot write: {reason(error)}") from None
+            gone = isinstance(error, FileNotFoundError)
+            why = f"there is no folder {self.path.parent} any more" if gone else reason(error)
+            raise TargetError(f"{path}: cannot write: {why}") from None
         self._file = os.fdopen(descriptor, "r+b", buffering=0)
         self.size = 0
         self.in_place = False
 
-    def append(self, data: bytes | memoryview) -> None:
+    def append(self, data: bytes | bytearray | memoryview) -> None:
         """Write all of ``data`` at the end, or leave the file as it was and raise ``OSError``."""
         self.size = append_whole(self._file, self.size, data)
 
     def overwrite(self, offset: int, data: bytes) -> None:
-        """Replace bytes that are already written; raises ``OSError``."""
+        """Replace bytes that are already written, when all of them are on the disk; raises ``OSError``."""
         if offset + len(data) > self.size:
             raise ValueError(f"bytes {offset}..{offset + len(data)} are not all within the {self.size} written")
+        os.fsync(self._file.fileno())
         os.pwrite(self._file.fileno(), data, offset)
 
     def commit(self) -> None:
@@ -99,7 +181,8 @@ class PartFile:
             problem = error
         try:
             self._file.close()
-            os.replace(self._part, self._target)
+            (part, folder), (target, _) = place(self._part), place(self._target)
+            os.replace(part, target, src_dir_fd=folder, dst_dir_fd=folder)
             self.in_place = True
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be put in place, left as {self._part}: {reason(error)}") from None
@@ -113,13 +196,14 @@ class PartFile:
     def discard(self) -> None:
         """Remove the part; ``path`` stays as it was."""
         self._file.close()
-        self._part.unlink(missing_ok=True)
+        remove(self._part)
 
 
 def sync_folder(folder: Path) -> None:
     """Flush a folder's names to the disk: until then a power cut can undo a rename. Raises ``OSError``."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        held = claimed.get(str(folder.absolute()))
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY) if held is None else os.dup(held)
     except PermissionError:
         return  # a folder may be writable and not readable; the system flushes its names later
     try:

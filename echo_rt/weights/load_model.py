@@ -145,7 +145,7 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     )
     _logger.info("%s", taken.line)
     for note in () if recipe is None else recipe.notes:
-        _logger.info("recipe %s: %s", taken.recipe, note)
+        _logger.debug("recipe %s: %s", taken.recipe, note)
     for caution in taken.cautions:
         _logger.warning("%s", caution)
     return LoadedModel(

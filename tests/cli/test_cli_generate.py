@@ -25,7 +25,7 @@ def arguments(small_model, tmp_path):
     """A command that works; what a test appends overrides what is here."""
     checkpoint = small_model / "echo_infinity.pt"
     model = ("generate", "--model", small_model, "--checkpoint", checkpoint, "--device", "cpu", "--quiet")
-    return (*model, "-o", tmp_path / "v.mp4", "--frames", 30)
+    return (*model, "-o", tmp_path / "v.mp4", "--overwrite", "--frames", 30)
 
 
 def test_the_same_frames_and_latents_as_the_library(echo_rt, arguments, small_model, tmp_path, monkeypatch):

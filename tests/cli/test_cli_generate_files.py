@@ -219,3 +219,86 @@ def test_a_file_that_cannot_be_begun_leaves_no_other(tmp_path):
             latent_shape=(4, 2, 2),
         )
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("option", ["-o", "--latents", "--contact-sheet", "--save-prompt-embeds"])
+@pytest.mark.parametrize("content", [b"good", b""], ids=["file", "empty"])
+def test_an_existing_file_is_replaced_on_request_only(echo_rt, fake_runtime, tmp_path, monkeypatch, option, content):
+    monkeypatch.chdir(tmp_path)
+    name = {"-o": "keep.mp4", "--contact-sheet": "keep.png"}.get(option, "keep.safetensors")
+    Path(name).write_bytes(content)
+    arguments = ("generate", *PROMPT, "--frames", 9, "-o", "v.mp4", option, name)
+    outcome = echo_rt(*arguments)
+    known = option.replace("-o", "--output")
+    assert outcome.code == 2
+    assert outcome.error == f"{known}: expected the name of a new file, {name} exists; --overwrite replaces it"
+    assert fake_runtime.loaded_with == {} and files(tmp_path) == [name] and Path(name).read_bytes() == content
+    assert echo_rt(*arguments, "--overwrite").code == 0 and Path(name).stat().st_size > 100
+
+
+def test_the_encoding_of_the_video(echo_rt, fake_runtime, tmp_path):
+    import av
+
+    def made(name: str, *options: object) -> tuple[str, int, bytes]:
+        outcome = echo_rt("generate", *PROMPT, "-o", tmp_path / name, "--frames", 30, *options)
+        assert outcome.code == 0, outcome.err
+        with av.open(str(tmp_path / name)) as container:
+            codec = container.streams.video[0].codec_context.name
+        content = (tmp_path / name).read_bytes()
+        return codec, len(content), content
+
+    codec, size, content = made("default.mp4")
+    assert codec == "h264" and b"moof" not in content
+    same = made("same.mp4", "--codec", "h264", "--preset", "veryfast", "--crf", "18")[2]
+    assert content == same, "these are the defaults"
+    assert made("worse.mp4", "--crf", 51)[1] < size
+    assert made("slow.mp4", "--preset", "slow")[2] != content
+    assert b"moof" in made("fragmented.mp4", "--fragmented")[2]
+    assert made("hevc.mp4", "--codec", "hevc", "--preset", "ultrafast", "--crf", 30)[0] == "hevc"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--codec h263", "codec: expected one of h264, hevc, av1, h264_nvenc, hevc_nvenc, av1_nvenc, got 'h263'"),
+        ("--preset quick", "preset of h264: expected one of ultrafast, superfast, "),
+        ("--codec av1 --preset veryfast", "preset of av1: expected one of 0, 1, "),
+        ("--crf 52", "crf of h264: expected 0 (best) to 51, got 52"),
+        ("--codec av1 --crf 64", "crf of av1: expected 0 (best) to 63, got 64"),
+        ("--crf -1", "--crf: expected a number of 0 or more"),
+        ("--crf nan", "--crf: expected a number of 0 or more"),
+        ("--fragmented --segments 1", "--fragmented: expected no --segments with it"),
+    ],
+)
+def test_an_encoding_that_there_is_not(echo_rt, fake_runtime, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    outcome = echo_rt("generate", *PROMPT, "-o", "v.mp4", *options.split())
+    assert outcome.code == 2 and message in outcome.error
+    assert fake_runtime.loaded_with == {} and files(tmp_path) == []
+
+
+def test_an_encoder_that_cannot_run_here(echo_rt, fake_runtime, tmp_path):
+    import av
+
+    try:
+        with av.open(os.devnull, "w", format="null") as container:
+            stream = container.add_stream("h264_nvenc", rate=16)
+            stream.width = stream.height = 256
+            stream.codec_context.open()
+    except (av.FFmpegError, ValueError):
+        outcome = echo_rt("generate", *PROMPT, "-o", tmp_path / "v.mp4", "--codec", "h264_nvenc")
+        assert outcome.code == 2 and "the encoder h264_nvenc of PyAV" in outcome.error
+        assert fake_runtime.loaded_with == {} and files(tmp_path) == []
+    else:
+        pytest.skip("h264_nvenc works here")
+
+
+def test_what_encoding_holds_up_is_told(echo_rt, fake_runtime, tmp_path, monkeypatch):
+    def held_up(self: Recorder) -> None:
+        self.held_up = 5.0
+
+    monkeypatch.setattr(Recorder, "drain", held_up)
+    outcome = echo_rt("generate", *PROMPT, "-o", tmp_path / "v.mp4", "--frames", 9, "--json")
+    assert outcome.json["held_up_seconds"] == 5.0
+    (warning,) = outcome.json["warnings"]
+    assert warning.startswith("encoding the video held up its blocks for 5.0 of ") and "--preset" in warning

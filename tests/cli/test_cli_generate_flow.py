@@ -26,7 +26,7 @@ def test_everything_at_once(echo_rt, fake_runtime, tmp_path, frame_count):
     outcome = echo_rt("generate", *PROMPT, *arguments, "--json")
     assert outcome.code == 0, outcome.err
     report = outcome.json
-    assert report.pop("fps") > 0 and report.pop("elapsed") > 0
+    assert report.pop("fps") > 0 and report.pop("elapsed") > 0 and report.pop("held_up_seconds") >= 0
     assert report == {
         "frames": 20,
         "seconds": 1.25,
@@ -130,13 +130,13 @@ def test_a_prompt_after_the_end_is_a_warning(echo_rt, fake_runtime, tmp_path):
     assert outcome.code == 0
     warning = "the prompt at 9 s comes after the end of the video at 2 s"
     assert outcome.err == f"echo-rt: warning: {warning}\n"
-    arguments = ("generate", *PROMPT, "--prompt", "9:2", "-o", tmp_path / "v.mp4", "--seconds", 2, "--json")
+    arguments = ("generate", *PROMPT, "--prompt", "9:2", "-o", tmp_path / "w.mp4", "--seconds", 2, "--json")
     assert echo_rt(*arguments).json["warnings"] == [warning]
 
 
 def test_embeddings_are_saved_and_read(echo_rt, fake_runtime, tmp_path):
     saved = tmp_path / "e.safetensors"
-    video = ("-o", tmp_path / "v.mp4", "--frames", 30)
+    video = ("-o", tmp_path / "v.mp4", "--overwrite", "--frames", 30)
     assert echo_rt("generate", *PROMPT, *video, "--save-prompt-embeds", saved).code == 0
     embeds, prompt = load_prompt_embeds(saved)
     assert prompt == "1" and torch.equal(embeds, torch.ones(2, 8))
@@ -235,7 +235,7 @@ def test_an_error_keeps_what_was_made(echo_rt, fake_runtime, tmp_path, frame_cou
 def test_an_error_before_the_first_block_leaves_what_is_there(echo_rt, fake_runtime, tmp_path):
     (tmp_path / "v.mp4").write_bytes(b"good")
     fake_runtime.before_block = fail_at(0, NumericalError("NaN"))
-    assert echo_rt("generate", *PROMPT, "-o", tmp_path / "v.mp4").code == 1
+    assert echo_rt("generate", *PROMPT, "-o", tmp_path / "v.mp4", "--overwrite").code == 1
     assert (tmp_path / "v.mp4").read_bytes() == b"good" and files(tmp_path) == ["v.mp4"]
 
 

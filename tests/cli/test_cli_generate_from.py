@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 
 from echo_rt.output import VideoFile, VideoWriter
 from echo_rt.output.contact_sheet import ContactSheet
+from echo_rt.output.segment_index import RecordingIndex
 
 FAKE = ("generate", "--model", "folder", "--prompt", "1")
 
@@ -100,8 +100,8 @@ def test_in_pieces_and_gone_on_with(echo_rt, command, tmp_path, only_new):
     expected = load_file(tmp_path / "l.safetensors")["latents"]
 
     def recorded() -> torch.Tensor:
-        index = json.loads((folder / "recording.json").read_text())
-        return torch.cat([load_file(folder / s["latents_file"])["latents"] for s in index["segments"]])
+        segments = RecordingIndex.read(folder).segments
+        return torch.cat([load_file(folder / s.latents_file)["latents"] for s in segments])
 
     first = echo_rt(*command, *more, *lasting, "--from", clip, "-o", folder, "--frames", 12 if only_new else 9)
     assert first.code == 0, first.err
@@ -146,7 +146,7 @@ def test_another_size_has_to_be_fitted(echo_rt, command, tmp_path):
     assert outcome.code == 2 and "expected frames of 32x32 pixels, got 64x48; " in outcome.error
     assert "--fit" in outcome.error and not out.exists()
     for fit in ("crop", "pad"):
-        assert echo_rt(*arguments, "--fit", fit).code == 0
+        assert echo_rt(*arguments, "--overwrite", "--fit", fit).code == 0
     assert out.exists()
 
 

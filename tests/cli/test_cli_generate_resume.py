@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from echo_rt.engine.prompts import save_prompt_embeds
-from echo_rt.output import segments
+from echo_rt.output import SegmentRecorder
 from echo_rt.snapshot.store import snapshot_files
 
 PROMPT = ("--model", "folder", "--prompt", "1")
@@ -65,6 +65,7 @@ LIVES = """
     import os, random, signal, sys
     import echo_rt.cli.resumption
     from echo_rt.cli.main import main
+    from echo_rt.output.segment_index import Log
     from echo_rt.runtime import Runtime
     from echo_rt.stream import Stream
     from echo_rt.utils.atomic_file import PartFile
@@ -80,7 +81,7 @@ LIVES = """
                 return function(*given, **named)
             return act
         for home, name in ((Runtime, "stream"), (Runtime, "resume"), (Stream, "__next__"), (Stream, "snapshot"),
-                           (PartFile, "append"), (PartFile, "commit")):
+                           (Log, "append"), (PartFile, "append"), (PartFile, "commit")):
             setattr(home, name, counted(getattr(home, name)))
 
     kills, dice = int(sys.argv[1]), random.Random(4)
@@ -111,7 +112,7 @@ def test_killed_and_resumed_is_the_unbroken_video(model, tmp_path, unbroken, fra
     assert 0 < report["resumed_at_frame"] < FRAMES
     assert report["latent_frames"] == len(unbroken)
     assert torch.equal(recorded(folder), unbroken)
-    assert frame_count(folder / "video.ffconcat") == FRAMES
+    assert frame_count(folder / "video.m3u8") == FRAMES
     assert sum(frame_count(file) for file in folder.glob("video-*.mp4")) == FRAMES
     assert not list(folder.glob(".*.part")) and not list(folder.glob("snapshots/.*.part"))
     assert len(snapshot_files(folder / "snapshots")) == 3
@@ -120,27 +121,27 @@ def test_killed_and_resumed_is_the_unbroken_video(model, tmp_path, unbroken, fra
 def test_stopped_and_resumed(echo_rt, model, tmp_path, unbroken, monkeypatch, frame_count):
     """Ctrl-C takes a snapshot of where the video is, so that nothing has to be made again."""
     folder, count = tmp_path / "day", []
-    write = segments.SegmentedWriter.write
+    write = SegmentRecorder.write
 
-    def stop_at_the_fourth(self, frames, latents):
-        count.append(len(frames))
+    def stop_at_the_fourth(self, chunk, prompt):
+        count.append(len(chunk.frames))
         if len(count) == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        write(self, frames, latents)
+        write(self, chunk, prompt)
 
-    monkeypatch.setattr(segments.SegmentedWriter, "write", stop_at_the_fourth)
+    monkeypatch.setattr(SegmentRecorder, "write", stop_at_the_fourth)
     lasting = ("--segments", 100, "--snapshot-every", 3, "--latents", "--frames", 90, "--json")
     outcome = echo_rt(*model, "-o", folder, *lasting)
     assert (outcome.code, outcome.json["exit_reason"]) == (130, "interrupted")
     assert (outcome.json["frames"], outcome.json["segments"]) == (45, 2)
     assert outcome.json["snapshots"] == {"written": 3, "skipped": 0}
-    assert outcome.json["files"] == {"video": str(folder / "video.ffconcat")}
+    assert outcome.json["files"] == {"video": str(folder / "video.m3u8")}
     outcome = echo_rt(*model, "--resume", folder, "-o", folder, *lasting)
     assert outcome.code == 0, outcome.err
     assert (outcome.json["resumed_at_frame"], outcome.json["blocks"], len(count)) == (45, 4, 8)
     assert [shown["frame"] for shown in outcome.json["prompts"]] == [45]
     assert torch.equal(recorded(folder), unbroken[:24])
-    assert frame_count(folder / "video.ffconcat") == outcome.json["frames"] == 90
+    assert frame_count(folder / "video.m3u8") == outcome.json["frames"] == 90
     # Complete, and the same again: the last block, which the end cut short, comes out the same.
     again = echo_rt(*model, "--resume", folder, *lasting)
     assert (again.code, again.json["frames"], again.json["exit_reason"]) == (0, 90, "complete")
@@ -279,6 +280,8 @@ def test_it_goes_on_by_the_backend_of_its_snapshot(echo_rt, model, day, unbroken
         (None, ("--set", "sink_frames=6"), "the snapshot is of another model: sink_frames is 3 in the snapshot"),
         ("size", (), "the recording is 64x32 at 16 fps, the model makes 32x32 at 16"),
         ("script", (), "--prompt: expected the prompts of the 6 blocks made so far: "),
+        ("nan", (), "recording.json: the index is damaged: "),
+        ("notes", (), "recording.json: the notes are damaged: "),
         ("latents", (), "--latents: the recording has none so far"),
         (
             "snapshots",
@@ -294,13 +297,17 @@ def test_what_cannot_be_resumed_stays_as_it_is(echo_rt, model, day, change, argu
     index = day / "recording.json"
     if change == "script":
         index.write_text(index.read_text().replace("1.safetensors", "3.safetensors"))
+    elif change == "nan":
+        index.write_text(index.read_text().replace('"seconds":2.5', '"seconds":NaN'))
+    elif change == "notes":
+        index.write_text(index.read_text().replace('"seconds":2.5', '"seconds":[2.5]'))
     elif change == "size":
-        index.write_text(index.read_text().replace('"width": 32', '"width": 64'))
+        index.write_text(index.read_text().replace('"width":32', '"width":64'))
     elif change == "latents":
-        facts = json.loads(index.read_text())
-        for segment in facts["segments"]:
-            segment.update(latents_file=None, latent_frames=0, latents_size=0)
-        index.write_text(json.dumps(facts | {"latent_shape": None}))
+        head, *segments = map(json.loads, index.read_text().splitlines())
+        segments = [segment | {"latents_file": None, "latent_frames": 0, "latents_size": 0} for segment in segments]
+        lines = [head | {"latent_shape": None}, *segments]
+        index.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     elif change == "snapshots":
         shutil.rmtree(day / "snapshots")
     elif change == "newest":
@@ -344,4 +351,4 @@ def test_a_snapshot_that_cannot_be_written_ends_the_video(echo_rt, model, tmp_pa
     assert outcome.code == 1 and "No such file" in outcome.error
     assert 45 <= outcome.json["frames"] < 400 and outcome.json["exit_reason"] == "error"
     assert outcome.json["snapshots"]["written"] == 2
-    assert frame_count(tmp_path / "day" / "video.ffconcat") == outcome.json["frames"]
+    assert frame_count(tmp_path / "day" / "video.m3u8") == outcome.json["frames"]

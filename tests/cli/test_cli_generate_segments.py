@@ -13,16 +13,18 @@ LASTING = ("--segments", 2, "--snapshot-every", 2)
 def test_segments_alone(echo_rt, fake_runtime, tmp_path, frame_count):
     outcome = echo_rt("generate", *PROMPT, "-o", tmp_path / "day", "--segments", 1, "--frames", 60, "--json")
     assert outcome.code == 0, outcome.err
-    assert sorted(file.name for file in (tmp_path / "day").iterdir()) == [
+    init, *others = sorted(file.name for file in (tmp_path / "day").iterdir())
+    assert init.startswith("init-")
+    assert others == [
         "recording.json",
         "video-00000.mp4",
         "video-00001.mp4",
         "video-00002.mp4",
-        "video.ffconcat",
+        "video.m3u8",
     ]
     assert (outcome.json["frames"], outcome.json["segments"], outcome.json["latent_frames"]) == (60, 3, 0)
     assert "snapshots" not in outcome.json
-    assert frame_count(tmp_path / "day" / "video.ffconcat") == 60
+    assert frame_count(tmp_path / "day" / "video.m3u8") == 60
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -11,8 +12,10 @@ import sys
 import pytest
 import torch
 
-from echo_rt.cli.main import main
+from echo_rt.cli.arguments import OPTIONS
+from echo_rt.cli.main import COMMANDS, main
 from echo_rt.cli.signals import StopNow
+from echo_rt.options import RuntimeOptions
 from echo_rt.utils.build_info import __version__
 
 
@@ -32,6 +35,28 @@ except SystemExit as done:
     flags += " --size --seed --memory --dtype --device --backend --ema --no-ema --keep-text-encoder --latents"
     flags += " --contact-sheet --json --quiet"
     assert [flag for flag in flags.split() if flag not in done.stdout] == []
+
+
+def test_every_option_of_a_runtime_is_in_the_table():
+    fields = {field.name for field in dataclasses.fields(RuntimeOptions)}
+    declared = {option.name for option in OPTIONS.values()}
+    assert {"width", "height", "check", "keep_text_encoder"} >= fields - declared
+    assert declared - fields == {"model", "frame_size", "seed", "roll_back"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_page_of_help(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    page = capsys.readouterr().out
+    assert done.value.code == 0 and page.startswith(f"Usage: echo-rt {command} ")
+    assert "--json" in page and "--debug" in page
+
+
+def test_a_setting_that_is_given_twice(echo_rt):
+    twice = ("--set", "local_frames=6", "--set", "local_frames=6")
+    outcome = echo_rt("generate", "--model", "m", "--prompt", "a", "-o", "v.mp4", *twice)
+    assert outcome.code == 2 and "--set: expected each NAME once, got local_frames again with 6" in outcome.error
 
 
 def test_version_as_a_module():

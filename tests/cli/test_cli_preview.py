@@ -38,9 +38,7 @@ def test_no_tiny_decoder(echo_rt, arguments, small_model, tmp_path, frame_count)
     outcome = echo_rt(*without, "--vae", "tinny")
     assert outcome.code == 2 and "expected 'wan', 'tiny' or the path of a tiny decoder's file" in outcome.error
     outcome = echo_rt(*without, "--vae", "")
-    assert (
-        outcome.code == 2 and "--vae: expected wan, tiny or the path of a tiny decoder's file, got ''" in outcome.error
-    )
+    assert outcome.code == 2 and "--vae: expected a path, got ''" in outcome.error
     assert not (tmp_path / "v.mp4").exists()
     assert echo_rt(*without, "--vae", small_model / "taew2_1.pth").code == 0
     assert frame_count(tmp_path / "v.mp4") == 9

@@ -9,12 +9,13 @@ from echo_rt.errors import PromptError
 
 
 def test_times_order_and_files():
-    script = parse_script(["10:a lake", "a fox", "2.5: the den"], ["7:saved.safetensors"])
+    script = parse_script(["10:a lake", "a fox", "2.5: the den", "12: 16:9 film"], ["7:3.safetensors"])
     assert script == [
         TimedPrompt(0.0, text="a fox"),
         TimedPrompt(2.5, text="the den"),
-        TimedPrompt(7.0, file="saved.safetensors"),
+        TimedPrompt(7.0, file="3.safetensors"),
         TimedPrompt(10.0, text="a lake"),
+        TimedPrompt(12.0, text="16:9 film"),
     ]
 
 
@@ -45,6 +46,9 @@ def test_what_is_a_time(argument, seconds, text):
         (["-1:a"], [], "at 0 seconds or later, got -1"),
         (["a", "9" * 400 + ":b"], [], "not a number of seconds"),
         (["5:a"], [], "the first begins at 5 s"),
+        (["a", "16:9 film of a lake"], [], "can be both; a blank after the colon for a text at 16 s.*0:16:9"),
+        (["a", "12:30:45 on a clock"], [], "can be both"),
+        (["16:9 film"], [], "can be both"),
         (["a", "b"], [], "two prompts begin at 0 s: 'a' and 'b'"),
         (["a", "3:b", "3.0:c"], [], "two prompts begin at 3 s"),
         (["a"], ["f.safetensors"], "two prompts begin at 0 s: 'a' and 'embeddings f.safetensors'"),

@@ -67,7 +67,7 @@ def test_a_run_says_which_one_it_has(echo_rt, small_model, tmp_path):
         f"echo-rt: recipe echo-infinity-long (the folder names it): the plain weights of {checkpoint} "
         f"(as in the recipe), in {small_model}"
     )
-    assert outcome.err.splitlines()[0] == line
+    assert [text for text in outcome.err.splitlines() if " block " not in text] == [line]
     report = outcome.json
     assert (report["recipe"], report["recipe_reason"]) == ("echo-infinity-long", "the folder names it")
     assert (report["ema"], report["checkpoint"], report["loras"]) == (False, str(checkpoint), [])
@@ -79,7 +79,6 @@ def test_a_run_says_which_one_it_has(echo_rt, small_model, tmp_path):
     assert warning.startswith("echo-rt: warning: the memory encoder of recipe echo-infinity-short normalizes its keys")
     outcome = echo_rt(*short, "--json")
     assert outcome.json["warnings"] == [warning.removeprefix("echo-rt: warning: ")]
-    assert "past frame 20 nothing is published" in outcome.err
 
 
 def test_a_stock_folder_is_refused_with_the_list(echo_rt, small_model, tmp_path):

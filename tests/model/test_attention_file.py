@@ -97,7 +97,7 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, caplog, monkeypatch):
     path = tmp_path / "attention.json"
     CACHE.remember(path, entry(1))
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:

@@ -180,8 +180,9 @@ def test_long_prompt_is_cut_and_says_so(encoder: TextEncoder) -> None:
     with pytest.warns(UserWarning, match="has 10001 tokens, the model takes 64"):
         ids = encoder.tokenize("fox " * 10_000)
     assert len(ids) == 64 and ids[-1] == 1
-    with pytest.warns(UserWarning, match="tokens"):
+    with pytest.warns(UserWarning, match="tokens") as caught:
         assert encoder.encode("fox " * 10_000).shape == (64, 32)
+    assert caught[0].filename == __file__, "the caller's line"
 
 
 def test_prompt_of_no_sane_length_is_refused_at_once(encoder: TextEncoder) -> None:

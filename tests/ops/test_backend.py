@@ -179,13 +179,13 @@ def test_a_runtime_asks_for_what_it_is_loaded_with(
 def test_the_first_lines_of_the_log(
     small_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A warning, which is shown by itself, where there is a GPU and kernels do not run on it."""
-    with caplog.at_level(logging.INFO, "echo_rt"):
+    """What was loaded is the one line at INFO, the backend a detail; but a warning where a GPU's kernels do not run."""
+    with caplog.at_level(logging.DEBUG, "echo_rt"):
         load(small_model).close()
-    recipe, backend = caplog.records[:2]
-    assert (recipe.name, recipe.levelno) == ("echo_rt.recipe", logging.INFO)
+    (recipe,) = (record for record in caplog.records if record.levelno >= logging.INFO)
+    assert recipe.name == "echo_rt.recipe" and len(caplog.records) > 2
     assert recipe.getMessage().startswith("recipe echo-infinity-long (the folder names it): ")
-    assert (backend.name, backend.levelno) == ("echo_rt.runtime", logging.INFO)
+    (backend,) = (record for record in caplog.records if record.name == "echo_rt.runtime")
     assert backend.getMessage() == "backend torch: the device is cpu"
     caplog.clear()
     fallback = Backend(load_ops("torch"), "no kernels", fallback=True)

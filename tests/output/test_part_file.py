@@ -35,7 +35,7 @@ def test_two_at_once_with_a_long_name(tmp_path):
 
 
 def test_what_cannot_be_moved_is_not_in_place(tmp_path, monkeypatch):
-    def fail(source: object, target: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     part = PartFile(tmp_path / "a.mp4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from echo_rt.chunk import Chunk, ChunkStats, Vitals
 from echo_rt.errors import ConfigError, OutputError
-from echo_rt.output import Recorder, SegmentedWriter, SegmentRecorder
+from echo_rt.output import Recorder, SegmentedWriter, SegmentRecorder, VideoWriter
 
 pytest.importorskip("av")
 
@@ -37,7 +38,9 @@ def test_a_limit_amid_a_block(tmp_path: Path, read_video: Any) -> None:
             made.write(block(index))
         assert made.full
     expected = {"video": str(tmp_path / "v.mp4")} | {name: str(path) for name, path in files.items()}
-    assert made.report() == {
+    report = made.report()
+    assert report.pop("held_up_seconds") >= 0
+    assert report == {
         "frames": 30,
         "seconds": 30 / FPS,
         "size": [WIDTH, HEIGHT],
@@ -80,3 +83,69 @@ def test_latents_need_their_shape(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\(channels, height, width\), got \(\)"):
         recorder(tmp_path, latents=tmp_path / "l.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stream_goes_on_while_blocks_are_encoded(
+    tmp_path: Path, read_video: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four blocks wait for the encoder without holding up the fifth's maker; the fifth waits until one is done."""
+    clock, calls, gate = [0.0], [0], threading.Event()
+    write = VideoWriter.write
+
+    def slow(writer: VideoWriter, frames: Any) -> None:
+        gate.wait()
+        write(writer, frames)
+        clock[0] += 10
+
+    def now() -> float:
+        calls[0] += 1
+        if calls[0] == 9:  # the fifth has begun to wait
+            gate.set()
+        return clock[0] if calls[0] != 9 else 0.0
+
+    monkeypatch.setattr(VideoWriter, "write", slow)
+    monkeypatch.setattr("echo_rt.output.recorder.time.monotonic", now)
+    with recorder(tmp_path) as made:
+        for index in range(4):
+            made.write(block(index))
+        assert (made.frames, made.held_up, clock) == (48, 0.0, [0.0])
+        made.write(block(4))
+        assert made.held_up >= 10
+    assert len(read_video(tmp_path / "v.mp4").luma) == made.report()["frames"] == 60
+    assert made.report()["held_up_seconds"] == made.held_up
+
+
+def test_an_error_of_the_encoder_is_raised_once(
+    tmp_path: Path, read_video: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = VideoWriter.write
+
+    def fails(writer: VideoWriter, frames: Any) -> None:
+        if frames[0, 0, 0, 0] == 10:
+            raise OutputError("full")
+        write(writer, frames)
+
+    monkeypatch.setattr(VideoWriter, "write", fails)
+    made = recorder(tmp_path)
+    made.write(block(0))
+    made.write(block(1))
+    with pytest.raises(OutputError, match="full"):
+        made.drain()
+    assert made.close() == []
+    assert len(read_video(tmp_path / "v.mp4").luma) == 12
+    with pytest.raises(OutputError, match="closed"):
+        made.write(block(3))
+
+    made = recorder(tmp_path)
+    made.write(block(1))
+    (error,) = made.close()
+    assert str(error) == "full"
+
+
+def test_a_snapshot_waits_for_the_blocks_before_it(tmp_path: Path) -> None:
+    writer = SegmentedWriter(tmp_path / "v", WIDTH, HEIGHT, FPS, seconds=100)
+    with SegmentRecorder(writer) as made:
+        for index in range(3):
+            made.write(block(index))
+        made.cut()
+        assert writer.frames_on_disk == 36

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from fractions import Fraction
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from echo_rt.errors import ConfigError, OutputError, TargetError
-from echo_rt.output.segment_index import RecordingIndex
+from echo_rt.output.segment_index import Log, RecordingIndex
 from echo_rt.output.segments import SegmentedWriter, check_free
 from echo_rt.output.video import VideoWriter
 from echo_rt.utils.atomic_file import PartFile
@@ -54,7 +55,7 @@ def decode(path: Path) -> tuple[list[float], NDArray[np.uint8]]:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir())
+    return sorted(re.sub(r"^init-[0-9a-f]{8}\.mp4$", "init.mp4", file.name) for file in folder.iterdir())
 
 
 def segments(folder: Path) -> list[tuple[int, int]]:
@@ -73,14 +74,14 @@ def unbroken(frames: NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactory
 def assert_whole(folder: Path, unbroken: NDArray[np.uint8], blocks: int = len(BLOCKS)) -> None:
     """The list plays as the one file does, the pieces follow each other, the latents are all there."""
     count = STARTS[blocks]
-    times, pictures = decode(folder / "video.ffconcat")
+    times, pictures = decode(folder / "video.m3u8")
     assert np.array_equal(pictures, unbroken[:count])
     assert times == pytest.approx([number / 16 for number in range(count)], abs=1e-4)
     index = RecordingIndex.read(folder)
     assert [len(decode(folder / segment.file)[0]) for segment in index.segments] == [s.frames for s in index.segments]
     pieces = [load_file(folder / str(segment.latents_file))["latents"] for segment in index.segments]
     assert np.array_equal(np.concatenate(pieces), np.concatenate([latents(block) for block in range(blocks)]))
-    assert len(names(folder)) == 2 * len(pieces) + 2, "something is left over"
+    assert len(names(folder)) == 2 * len(pieces) + 3, "something is left over"
 
 
 def test_the_same_frames_as_one_file(tmp_path: Path, frames: NDArray[np.uint8], unbroken: NDArray[np.uint8]) -> None:
@@ -128,34 +129,38 @@ def test_resume_drops_what_will_be_made_again(
     again = SegmentedWriter.resume(tmp_path / "r", 45, seconds=1.5, crf=0)
     assert (again.frames_on_disk, again.notes) == (45, {"seed": 3})
     assert names(tmp_path / "r") == [
+        "init.mp4",
         "latents-00000.safetensors",
         "latents-00001.safetensors",
         "recording.json",
         "video-00000.mp4",
         "video-00001.mp4",
-        "video.ffconcat",
+        "video.m3u8",
     ]
     feed(again, frames, range(4, len(BLOCKS)))
     again.close()
     assert_whole(tmp_path / "r", unbroken)
 
 
+@pytest.mark.parametrize("written", [0, 1, 60, -1])
 def test_a_kill_before_the_index_knows(
-    tmp_path: Path, frames: NDArray[np.uint8], unbroken: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, frames: NDArray[np.uint8], unbroken: NDArray[np.uint8], monkeypatch: Any, written: int
 ) -> None:
-    """The third piece is in place and the process ends: it does not count, and is made again."""
+    """The third piece is in place and the process ends, maybe amid its line: it does not count, and is made again."""
     writer = make(tmp_path / "r")
     feed(writer, frames, range(5))
-    write = RecordingIndex.write
+    torn = []
 
-    def killed(self: RecordingIndex, folder: Path) -> None:
+    def killed(self: Log, text: bytes, *, sync: bool = False) -> None:
+        torn.append(text)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(RecordingIndex, "write", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Log, "append", killed)
         feed(writer, frames, range(5, 7))
     writer._claim.release()
-    monkeypatch.setattr(RecordingIndex, "write", write)
+    with (tmp_path / "r" / "recording.json").open("ab") as index:
+        index.write(torn[0][:written])
     assert (tmp_path / "r" / "video-00002.mp4").exists() and RecordingIndex.read(tmp_path / "r").frames == 57
     with SegmentedWriter.resume(tmp_path / "r", 57, seconds=1.5, crf=0) as again:
         assert isinstance(again, SegmentedWriter)
@@ -175,7 +180,7 @@ def test_resume_from_the_start_and_the_end(
     assert_whole(tmp_path / "r", unbroken, 4)
     with SegmentedWriter.resume(tmp_path / "r", 0, seconds=1.5, crf=0) as again:
         assert isinstance(again, SegmentedWriter)
-        assert names(tmp_path / "r") == ["recording.json", "video.ffconcat"]
+        assert names(tmp_path / "r") == ["recording.json", "video.m3u8"]
         feed(again, frames, range(len(BLOCKS)))
     assert_whole(tmp_path / "r", unbroken)
 
@@ -187,7 +192,7 @@ def test_what_cannot_be_gone_on_with(tmp_path: Path, frames: NDArray[np.uint8]) 
         feed(writer, frames, range(6))
         with pytest.raises(TargetError, match="another process writes into it"):
             SegmentedWriter.resume(folder, 33, seconds=1)
-    before = {name: (folder / name).read_bytes() for name in names(folder)}
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
     for frame, reached in ((40, 33), (20, 0), (1000, 69)):
         with pytest.raises(TargetError, match=f"at frame {frame}: the recording has 69 frames.* at frame {reached}$"):
             SegmentedWriter.resume(folder, frame, seconds=1)
@@ -195,7 +200,7 @@ def test_what_cannot_be_gone_on_with(tmp_path: Path, frames: NDArray[np.uint8]) 
         make(folder)
     with pytest.raises(ConfigError, match="more than 0 seconds"):
         SegmentedWriter.resume(folder, 33, seconds=0)
-    assert {name: (folder / name).read_bytes() for name in names(folder)} == before
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     (folder / "video-00000.mp4").write_bytes(b"short")
     with pytest.raises(TargetError, match=r"video-00000\.mp4: expected \d+ bytes, found 5"):
         SegmentedWriter.resume(folder, 33, seconds=1)
@@ -208,43 +213,56 @@ def test_what_cannot_be_gone_on_with(tmp_path: Path, frames: NDArray[np.uint8]) 
         SegmentedWriter.resume(tmp_path, 0, seconds=1)
 
 
-def change(**facts: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda index: index | facts
+def change(line: int, **facts: Any) -> Callable[[list[Any]], list[Any]]:
+    return lambda lines: [entry | facts if number == line else entry for number, entry in enumerate(lines)]
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change(format="another"), "expected the index of a recording"),
-        (change(version=2), "expected version 1, found 2"),
-        (change(fps="0"), "damaged"),
-        (change(fps="1/0"), "damaged"),
-        (change(width=None), "damaged"),
-        (change(width=-64), "damaged"),
-        (change(notes=[]), "damaged"),
-        (change(latent_shape=[2, 3]), "damaged"),
-        (change(latent_shape=None), "damaged"),
-        (change(segments=[{}]), "damaged"),
-        (change(segments=[3]), "damaged"),
-        (lambda index: index | {"segments": index["segments"][1:]}, "damaged"),
-        (lambda index: index | {"segments": [index["segments"][0] | {"file": "../v.mp4"}]}, "damaged"),
-        (lambda index: index | {"segments": [index["segments"][0] | {"frames": 2.5}]}, "damaged"),
-        (lambda index: [index], "expected the index of a recording"),
+        (change(0, format="another"), "expected the index of a recording"),
+        (change(0, version=3), "expected version 2 or older, found 3"),
+        (change(0, version=-1), "expected version 2 or older, found -1"),
+        (change(0, version="2"), "expected the index of a recording"),
+        (change(0, fps="0"), "damaged"),
+        (change(0, fps="1/0"), "damaged"),
+        (change(0, fps="9" * 5000), "damaged"),
+        (change(0, fps=16), "damaged"),
+        (change(0, width=None), "damaged"),
+        (change(0, width=-64), "damaged"),
+        (change(0, width=10**30), "damaged"),
+        (change(0, notes=[]), "damaged"),
+        (change(0, notes={"script": [{"seconds": float("nan")}]}), "damaged"),
+        (change(0, latent_shape=[2, 3]), "damaged"),
+        (change(0, latent_shape=None), "damaged"),
+        (lambda lines: [lines[0], {}], "damaged"),
+        (lambda lines: [lines[0], 3], "damaged"),
+        (lambda lines: [lines[0], *lines[2:]], "damaged"),
+        (lambda lines: [lines[0], lines[1], lines[1]], "damaged"),
+        (change(1, file="../v.mp4"), "damaged"),
+        (change(1, file="recording.json"), "damaged"),
+        (change(1, file="video-00000.mp4\n"), "damaged"),
+        (change(1, latents_file=None), "damaged"),
+        (change(1, frames=2.5), "damaged"),
+        (change(1, frames=True), "damaged"),
+        (change(1, first_frame=2**60), "damaged"),
+        (lambda lines: [[lines[0]], *lines[1:]], "expected the index of a recording"),
     ],
 )
 def test_a_damaged_index(
-    tmp_path: Path, frames: NDArray[np.uint8], edit: Callable[[dict[str, Any]], object], message: str
+    tmp_path: Path, frames: NDArray[np.uint8], edit: Callable[[list[Any]], list[Any]], message: str
 ) -> None:
     with make(tmp_path / "r", seconds=0.1) as writer:
         assert isinstance(writer, SegmentedWriter)
         feed(writer, frames, range(2))
     path = tmp_path / "r" / "recording.json"
-    assert RecordingIndex.read(tmp_path / "r").fps == Fraction(16)
-    path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+    assert RecordingIndex.read(tmp_path / "r").frame_rate == Fraction(16)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in edit(lines)))
     for act in (lambda: SegmentedWriter.resume(tmp_path / "r", 9, seconds=1), lambda: check_free(tmp_path / "r")):
         with pytest.raises(TargetError, match=message) as caught:
             act()
-        assert str(path) in str(caught.value)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     path.write_bytes(b'{"format": "echo-rt reco')
     with pytest.raises(TargetError, match="damaged file"):
         check_free(tmp_path / "r")
@@ -288,7 +306,7 @@ def test_a_full_disk_keeps_what_fits(
     monkeypatch.setattr(PartFile, "append", append)
     writer.close()
     assert 33 <= writer.frames_on_disk < 93
-    _, pictures = decode(tmp_path / "r" / "video.ffconcat")
+    _, pictures = decode(tmp_path / "r" / "video.m3u8")
     assert np.array_equal(pictures, unbroken[: writer.frames_on_disk])
     with SegmentedWriter.resume(tmp_path / "r", 33, seconds=1.5, crf=0) as again:
         assert isinstance(again, SegmentedWriter)
@@ -317,4 +335,6 @@ def test_a_folder_that_vanishes(tmp_path: Path, frames: NDArray[np.uint8]) -> No
     shutil.rmtree(tmp_path / "r")
     with pytest.raises(OutputError, match="there is no folder"):
         feed(writer, frames, range(3, 6))
+    with pytest.raises(OutputError, match="cannot write on: No such file"):
+        writer.close()
     writer.close()

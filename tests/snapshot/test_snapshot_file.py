@@ -323,9 +323,9 @@ def test_the_file_and_its_name_reach_the_disk_in_order(
         events.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
         sync(descriptor)
 
-    def noted_replace(source: Path, target: Path) -> None:
+    def noted_replace(*names: str, **folders: int | None) -> None:
         events.append("rename")
-        replace(source, target)
+        replace(*names, **folders)
 
     monkeypatch.setattr("echo_rt.utils.atomic_file.os.fsync", noted_sync)
     monkeypatch.setattr("echo_rt.utils.atomic_file.os.replace", noted_replace)

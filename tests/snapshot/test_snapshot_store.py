@@ -150,9 +150,11 @@ def test_what_goes_wrong_is_told(keeper: SnapshotKeeper, tmp_path: Path, monkeyp
         time.sleep(0.001)
     with pytest.raises(OutputError, match="there is no folder"):
         keeper.offer(lambda: snapshot(2))
-    (tmp_path / "s").mkdir()
-    put(keeper, 3)
-    assert blocks(tmp_path / "s") == [3]
+    (tmp_path / "s").mkdir()  # another one, of whoever made it
+    assert keeper.offer(lambda: snapshot(3))
+    with pytest.raises(OutputError, match="there is no folder"):
+        keeper.wait()
+    assert blocks(tmp_path / "s") == []
 
     def bug(self: Snapshot, path: str | Path) -> None:
         raise ZeroDivisionError("a bug")

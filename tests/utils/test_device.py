@@ -85,6 +85,7 @@ def test_faulty_convolutions_are_named(
         warnings.simplefilter("always")
         warn_of_faulty_convolutions(device, dtype)
     assert [f"cuDNN {version} is known for faulty" in str(warning.message) for warning in caught] == [True] * warned
+    assert {warning.filename for warning in caught} <= {__file__}, "the caller's line"
 
 
 # ---------------------------------------------------------------- float32 products

@@ -8,7 +8,7 @@ import pytest
 
 from echo_rt.errors import WeightsError
 from echo_rt.soak import Outcome
-from echo_rt.utils.wording import counted, printable, type_of
+from echo_rt.utils.wording import counted, printable, type_of, warn_caller
 from echo_rt.weights.folder import ModelFolder
 
 
@@ -36,3 +36,11 @@ def test_a_config_of_something_else(small_model: Path, tmp_path: Path) -> None:
 
 def test_printable_leaves_nothing_for_a_terminal_to_obey() -> None:
     assert printable("a\x1b[31m\nb\ud800é\u202e中 c") == "a\\x1b[31m\\nb\\ud800é\\u202e中 c"
+
+
+def test_a_warning_names_the_line_outside_the_package() -> None:
+    inside: dict[str, object] = {"__name__": "echo_rt.some.module", "warn_caller": warn_caller}
+    exec("def outer():\n    inner()\ndef inner():\n    warn_caller('careful', RuntimeWarning)\n", inside)
+    with pytest.warns(RuntimeWarning, match="careful") as caught:
+        inside["outer"]()  # type: ignore[operator]
+    assert caught[0].filename == __file__
