@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.sync.client import connect
 
 from echo_rt.errors import StreamError
@@ -78,14 +78,13 @@ class Live(Closing):
         return (json.loads(text) for text in self._messages("/events"))
 
     def _messages(self, path: str) -> Iterator[str | bytes]:
-        with connect(
-            self._sockets + path, additional_headers=self._headers, max_size=_MOST_MESSAGE, compression=None
-        ) as socket:
-            try:
+        options: dict[str, Any] = {"max_size": _MOST_MESSAGE, "compression": None, "open_timeout": self._timeout}
+        try:
+            with connect(self._sockets + path, additional_headers=self._headers, **options) as socket:
                 while True:
                     yield socket.recv(self._timeout)
-            except (ConnectionClosed, TimeoutError) as end:
-                raise StreamError(f"the server sends no more: {end}") from None
+        except (ConnectionClosed, InvalidHandshake, OSError) as end:  # or nothing came in time
+            raise StreamError(f"the server cannot be reached, or sends no more: {end}") from None
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:

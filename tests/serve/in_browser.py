@@ -19,10 +19,9 @@ import av
 import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from serving import LONG, Served, plain, served
+from serving import LONG, Served, connect, plain, served
 from streaming import OTHER, PROMPT
 from test_serve_api import shown
-from websockets.sync.client import connect
 
 from echo_rt.serve.app import make_app
 from echo_rt.serve.encoder import LiveEncoder

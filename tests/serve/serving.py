@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from streaming import PROMPT, load, take
+from websockets.sync.client import connect as _connect
 
 import echo_rt
 from echo_rt.client import Live
@@ -23,6 +25,7 @@ from echo_rt.serve.live import LiveSession
 from echo_rt.serve.server import listen, make_server
 
 LONG = 60.0  # seconds; only a deadlock takes that long
+connect = partial(_connect, open_timeout=LONG)
 QUICK = 60  # frames a second: a block is shown in a fifth of a second
 
 

@@ -13,10 +13,9 @@ import av
 import msgspec
 import numpy as np
 import pytest
-from serving import Served, plain, served, until
+from serving import Served, connect, plain, served, until
 from streaming import OTHER, PROMPT
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import connect
 
 import echo_rt
 from echo_rt.errors import NumericalError, StreamError

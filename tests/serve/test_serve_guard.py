@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import LONG, Served, half_open, served, until
+from serving import LONG, Served, connect, half_open, served, until
 from streaming import OTHER
 from websockets.exceptions import InvalidStatus
-from websockets.sync.client import connect
 
 import echo_rt.serve.server as bounds
 from echo_rt.errors import StreamError

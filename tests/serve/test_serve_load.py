@@ -48,7 +48,9 @@ class Watch:
         self.times: list[float] = []
 
     async def run(self) -> None:
-        async with websockets.connect(f"{self.address}/video?format=h264", compression=None) as socket:
+        async with websockets.connect(
+            f"{self.address}/video?format=h264", compression=None, open_timeout=LONG
+        ) as socket:
             async for _ in socket:
                 self.times.append(time.monotonic())
 
@@ -60,7 +62,8 @@ class Watch:
 
 async def slow(address: str, number: int) -> None:
     """A viewer that takes a message now and then, or nothing at all."""
-    async with websockets.connect(f"{address}/video", compression=None, max_queue=1, ping_interval=None) as socket:
+    options: dict[str, Any] = {"compression": None, "max_queue": 1, "ping_interval": None, "open_timeout": LONG}
+    async with websockets.connect(f"{address}/video", **options) as socket:
         while number % 2:
             await asyncio.sleep(1)
             await socket.recv()
