@@ -26,6 +26,7 @@ LAYERS = (
     ("verify",),
     ("soak",),
     ("bench",),
+    ("serve", "client"),
     ("cli",),
     ("__init__", "__main__"),
 )

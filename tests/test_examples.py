@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import io
 import json
 import os
-import re
 import runpy
 import signal
-import socket
 import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 LONG = 60.0  # seconds; only a deadlock takes that long
+SERVED = ("fastapi", "uvicorn", "websockets", "aiortc", "prometheus_client")
 
 
 @pytest.fixture
@@ -67,7 +65,7 @@ def test_every_example_is_short_and_run_here() -> None:
 
 @pytest.mark.parametrize(
     ("name", "packages"),
-    [("window.py", ()), ("numbered_frames.py", ("PIL",)), ("server.py", ("PIL", "fastapi", "uvicorn"))],
+    [("window.py", ()), ("numbered_frames.py", ("PIL",)), ("server.py", SERVED)],
 )
 def test_what_they_cannot_load_is_told_in_a_line(
     run: Callable[..., Any],
@@ -313,89 +311,34 @@ def test_the_window_opens_on_a_screen(
 
 @pytest.mark.parametrize("arguments", [(), ("model",), ("model", "checkpoint", "more")])
 def test_the_server_says_what_it_needs(run: Callable[..., Any], arguments: tuple[str, ...]) -> None:
-    pytest.importorskip("fastapi")
-    pytest.importorskip("uvicorn")
-    pytest.importorskip("PIL.Image")
+    for package in SERVED:
+        pytest.importorskip(package)
     with pytest.raises(SystemExit, match=r"python server\.py MODEL CHECKPOINT"):
         run("server.py", *arguments)
 
 
-@pytest.fixture
-def server(run: Callable[..., Any], small_model: Path) -> Iterator[int]:
-    """The example's server on a port of 127.0.0.1 that is free."""
-    pytest.importorskip("fastapi")
-    pytest.importorskip("PIL.Image")
-    uvicorn = pytest.importorskip("uvicorn")
-    names = run("server.py", run_name="server")
-    with load(small_model) as runtime, runtime.stream(PROMPT) as stream, socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        app = names["make_app"](stream, runtime.fps)
-        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=1, log_level="critical"))
-        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-        thread.start()
-        end = time.monotonic() + LONG
-        while not server.started and time.monotonic() < end:
-            time.sleep(0.01)
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            server.should_exit = True
-            thread.join(LONG)
-        assert not thread.is_alive()
-        assert not [left for left in threading.enumerate() if left.name == "echo_rt feed"]
-        next(stream)  # the feed has given it back
+def test_the_server_shows_the_video_and_takes_prompts(
+    run: Callable[..., Any], small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in (*SERVED, "httpx", "websockets"):
+        pytest.importorskip(package)
+    from echo_rt.client import Live
+    from echo_rt.serve import server as serving
 
-
-def ask(port: int, method: str, path: str, body: str | None = None) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)
-    try:
-        connection.request(method, path, body)
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode()
-    finally:
-        connection.close()
-
-
-def pictures(port: int, count: int) -> list[bytes]:
-    """So many JPEGs from the server, as a browser would cut them."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)
-    try:
-        connection.request("GET", "/video")
-        answer = connection.getresponse()
-        assert answer.getheader("Content-Type") == "multipart/x-mixed-replace; boundary=frame"
-        found = []
-        for _ in range(count):
-            assert answer.readline() == b"--frame\r\n" and answer.readline() == b"Content-Type: image/jpeg\r\n"
-            length = re.fullmatch(rb"Content-Length: (\d+)\r\n", answer.readline())
-            assert length is not None and answer.readline() == b"\r\n"
-            found.append(answer.read(int(length[1])))
-            assert answer.readline() == b"\r\n"
-        return found
-    finally:
-        connection.close()
-
-
-def test_the_server_shows_the_stream_and_takes_prompts(server: int, small_model: Path) -> None:
-    from PIL import Image
-
-    status, page = ask(server, "GET", "/")
-    assert status == 200 and "<img src=video>" in page
-    viewers: list[list[bytes]] = []
-    threads = [threading.Thread(target=lambda: viewers.append(pictures(server, 5)), daemon=True) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LONG)
-        assert not thread.is_alive()
-    video = plain(small_model, 5).float().numpy()
-    for viewer in viewers:
-        for jpeg in viewer:
-            frame = np.asarray(Image.open(io.BytesIO(jpeg)), dtype=np.float32)
-            errors = np.abs(video - frame).mean(axis=(1, 2, 3))
-            # A JPEG of noise loses a little; of another frame, much more.
-            assert errors.min() < 0.6 * np.median(errors), (errors.min(), np.median(errors))
-    status, answer = ask(server, "POST", "/prompt", OTHER)
-    assert status == 200 and json.loads(answer)["from_block"] >= 1
-    status, answer = ask(server, "POST", "/prompt", "  ")
-    assert status == 422 and "empty" in json.loads(answer)["detail"]
-    assert len(pictures(server, 3)) == 3  # after a viewer has left, and after a bad prompt
+    monkeypatch.chdir(tmp_path)
+    listener, made = serving.listen("127.0.0.1", 0), []
+    make = serving.make_server
+    monkeypatch.setattr(serving, "listen", lambda host, port: listener)
+    monkeypatch.setattr(serving, "make_server", lambda app: made.append(make(app)) or made[0])
+    program = "server.py", small_model, small_model / CHECKPOINT_FILE
+    thread = threading.Thread(target=run, args=program, daemon=True)
+    thread.start()
+    with Live(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=LONG) as live:
+        assert next(live.frames()).shape == (32, 32, 3)
+        taken = live.prompt(OTHER)
+        shown = next(event for event in live.events() if event.get("block", -1) >= taken["block"])
+        assert shown["block"] >= taken["block"] > 0
+    made[0].should_exit = True
+    thread.join(LONG)
+    assert not thread.is_alive()
+    assert len(list((tmp_path / "echo-rt-live").glob("*.safetensors"))) == 1, "no snapshot to go on from"

@@ -27,6 +27,7 @@ from echo_rt.utils.build_info import __version__
 # Modules of this folder, each imported when it is needed, with the line that --help shows.
 COMMANDS = {
     "generate": "make a video from prompts",
+    "serve": "serve one live video to any number of viewers",
     "soak": "run for hours and check what was promised",
     "bench": "measure a whole block on this machine",
     "verify": "check golden bundles or a model's decoder on this installation",

@@ -1,0 +1,126 @@
+"""``echo-rt serve``: one live video, a page to watch and steer it, and an API."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import secrets
+from pathlib import Path
+from typing import Any
+
+from echo_rt.cli.arguments import MODEL, Arguments, model_files, number, options_of, shared, table
+from echo_rt.cli.outputs import Named, check_folder
+from echo_rt.cli.signals import StopRequest
+from echo_rt.cli.stdio import say
+from echo_rt.options import RuntimeOptions
+from echo_rt.utils.packages import needing
+
+DESCRIPTION = """
+Serve one live video: a page to watch and steer it, WebRTC, fragmented MP4 over a WebSocket, and an API (/docs). Only
+this machine can reach it, unless --host names another address; then a token is needed, which is printed.
+"""
+EPILOG = """
+Ctrl-C or SIGTERM ends it: the recording is closed, and a snapshot is written that --resume goes on from. docs/serve.md
+has more, such as how to serve behind a proxy.
+"""
+_PROMPT = "a red fox in the snow"
+_VIDEO = f"""
+--prompt TEXT   the first prompt (default: {_PROMPT})
+--out DIR       folder for snapshots and recordings (default echo-rt-live)
+--resume        go on from the newest snapshot in --out, or begin where there is none
+--megabits N    most megabits a second of a viewer (default 4)
+"""
+_SERVER = """
+--host ADDRESS     address to serve at (default 127.0.0.1)
+--port N           port; 0 takes a free one (default 8000)
+--token TEXT       what a request must have to be answered; default: a random one for all but this machine
+--allow-host NAME  a name that browsers reach it by, such as that of a proxy; may be repeated
+--ice URL          STUN or TURN server for WebRTC, such as turn:USER:PASSWORD@HOST:3478; may be repeated
+--viewers N        most viewers (default 64)
+"""
+OPTIONS = {
+    "model": shared([*MODEL, "--size", "--set"]),
+    "video": (
+        *table(
+            _VIDEO,
+            prompt={"default": _PROMPT},
+            out={"default": Path("echo-rt-live")},
+            megabits={"type": number(float, "a number above 0", positive=True), "default": 4.0},
+        ),
+        *shared(["--seed"]),
+    ),
+    "server": table(
+        _SERVER,
+        host={"default": "127.0.0.1"},
+        port={"type": number(int, "a port in 0..65535", most=65535), "default": 8000},
+        allow_host={"multiple": True},
+        ice={"multiple": True},
+        viewers={"type": number(int, "a number of 1 or more", positive=True), "default": 64},
+    ),
+}
+
+
+def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
+    """Serve until a signal; returns its exit code."""
+    check_folder(Named("--out", arguments.out), model_files(arguments))
+    options = options_of(RuntimeOptions, arguments)
+    host, token = arguments.host, arguments.token
+    if token is None and not _is_loopback(host):
+        token = secrets.token_urlsafe(24)
+    with stop.interruptible():
+        with needing("echo-rt[serve]", "echo-rt serve"):
+            from echo_rt.serve import app, guard, server
+        from echo_rt.runtime import Runtime
+        from echo_rt.serve.live import LiveSession
+
+        listener = server.listen(host, arguments.port)
+        given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+
+        def load(memory: str | None, like: Any) -> Runtime:
+            asked = {**given, "memory": memory or given["memory"]}
+            return Runtime.from_pretrained(arguments.model, **asked, like=like)
+
+        session = LiveSession(
+            load,
+            arguments.out,
+            arguments.prompt,
+            seed=arguments.seed,
+            memory=arguments.memory,
+            resume=arguments.resume,
+            megabits=arguments.megabits,
+        )
+    application = app.make_app(
+        {"main": session},
+        guard.Rules(token, frozenset([*arguments.allow_host, host])),
+        most_viewers=arguments.viewers,
+        ice_servers=[_ice_server(url) for url in arguments.ice],
+    )
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
+    report.update(address=address, token=token, resumed=session.resumed)
+    if not arguments.json:
+        resumed = f", going on from {session.resumed}" if session.resumed else ""
+        say(f"serving at {address}{f'?token={token}' if token else ''}{resumed}")
+    server.make_server(application, most_connections=8 * arguments.viewers).run([listener])
+    if session.problem is not None:
+        raise session.problem
+    report["snapshot"] = session.saved
+    if session.saved and not arguments.json:
+        say(f"wrote the snapshot {session.saved} in {arguments.out}")
+    return stop.request.exit_code if stop.request is not None else 0
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _ice_server(url: str) -> dict[str, str]:
+    """``turn:USER:PASSWORD@HOST:PORT`` as WebRTC's API takes it."""
+    scheme, _, rest = url.partition(":")
+    account, at, place = rest.rpartition("@")
+    if not at:
+        return {"urls": url}
+    username, _, credential = account.partition(":")
+    return {"urls": f"{scheme}:{place}", "username": username, "credential": credential}

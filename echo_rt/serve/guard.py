@@ -1,0 +1,126 @@
+"""What a request must be before the application sees it: from a known place, with the token, and small."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+from dataclasses import dataclass
+from urllib.parse import SplitResult, parse_qs, urlsplit
+
+from starlette.requests import cookie_parser
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+COOKIE = "echo_rt_token"
+_OPEN = {"/healthz", "/readyz"}
+_POLICY = b"default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; frame-ancestors 'none'"
+_HEADERS = [
+    (b"content-security-policy", _POLICY),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-cache"),
+]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """``token``: None for a server that only this machine reaches; ``hosts``: names that may stand in ``Host``."""
+
+    token: str | None = None
+    hosts: frozenset[str] = frozenset()
+    most_body: int = 64 << 10  # bytes
+    body_seconds: float = 10.0
+
+
+class Guard:
+    """ASGI middleware that refuses by :class:`Rules`, reads bodies whole within their bounds, and adds headers."""
+
+    def __init__(self, app: ASGIApp, rules: Rules) -> None:
+        self._app, self._rules = app, rules
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request or WebSocket."""
+        refusal, body = None, b""
+        if scope["type"] in ("http", "websocket"):
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            refusal = self._refuse(scope, headers)
+        if refusal is not None and scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})  # before it was accepted: a plain 403
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if refusal is None:
+            try:
+                body = await asyncio.wait_for(self._read(headers, receive), self._rules.body_seconds)
+            except asyncio.TimeoutError:
+                refusal = _error(408, f"expected the whole body within {self._rules.body_seconds:g} seconds")
+            except _TooLongError:
+                refusal = _error(413, f"expected a body of {self._rules.most_body} bytes at most")
+        parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def whole() -> Message:
+            return parts.pop() if parts else await receive()
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *_HEADERS]
+            await send(message)
+
+        await (refusal or self._app)(scope, whole, with_headers)
+
+    def _refuse(self, scope: Scope, headers: dict[str, str]) -> Response | None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not self._known(_split(f"//{host}").hostname or ""):
+            return _error(421, f"expected this server's name in Host, found {host[:80]!r}")
+        if origin is not None and _split(origin).netloc != host:
+            return _error(403, f"expected a request of this server's own page, found one of {origin[:80]!r}")
+        token = self._rules.token
+        if token is None or scope["path"] in _OPEN:
+            return None
+        asked = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
+        given = (headers.get("authorization", "").removeprefix("Bearer "), cookie, asked)
+        if not any(hmac.compare_digest(one.encode(), token.encode()) for one in given):
+            return _error(401, "expected the token that the server printed: open its address with ?token=TOKEN")
+        if asked and scope["path"] == "/":  # once: it leaves the address bar and the history
+            answer = RedirectResponse("/", 303)
+            answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=scope["scheme"] == "https")
+            return answer
+        return None
+
+    def _known(self, name: str) -> bool:
+        # A page that was rebound to this address still has its own name in Host; a number cannot be rebound.
+        try:
+            return bool(ipaddress.ip_address(name))
+        except ValueError:
+            return name == "localhost" or name in self._rules.hosts
+
+    async def _read(self, headers: dict[str, str], receive: Receive) -> bytes:
+        most, body, more = self._rules.most_body, bytearray(), True
+        if int(headers.get("content-length", "0")) > most:
+            raise _TooLongError
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > most:
+                raise _TooLongError
+        return bytes(body)
+
+
+class _TooLongError(Exception):
+    pass
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # brackets that are no IPv6 address
+        return urlsplit("")
+
+
+def _error(status: int, detail: str) -> Response:
+    return JSONResponse({"detail": detail}, status, headers={"connection": "close"})

@@ -1,0 +1,422 @@
+"""A live video of a runtime in this process: one thread shows its frames, others carry out commands."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from echo_rt.chunk import Chunk
+from echo_rt.errors import ConfigError, EchoError, OutputError, PromptError, StreamError
+from echo_rt.options import MemoryMode, check_seed
+from echo_rt.runtime import Runtime
+from echo_rt.serve.encoder import LiveEncoder, Recording
+from echo_rt.serve.session import Block, BusyError, Item
+from echo_rt.serve.shelf import Notes, Shelf
+from echo_rt.snapshot.snapshot import Snapshot
+from echo_rt.stream import Feed, Stream
+from echo_rt.utils.atomic_file import close_all
+from echo_rt.utils.threads import share_cpu
+from echo_rt.utils.wording import with_type
+
+MOST_PROMPT = 2000  # characters
+_MOST_WAITING = 8  # commands
+_MOST_PROMPTS = 200  # remembered
+_RECORDED_SECONDS = 3600
+_KEPT = 256  # pictures and events, for a reader that is late
+_NEWS_SECONDS = 1.0
+_KEY_SECONDS = 0.25  # between two key frames that viewers asked for
+_STILL_SECONDS = 0.5  # between two pictures of a video that pauses
+_TRIES = 100
+
+
+class LiveSession:
+    """Implements :class:`~echo_rt.serve.session.Session` in this process.
+
+    Args:
+        load: loads the model with a memory mode (None for the model's own), like a snapshot if one is given.
+        prompt, seed, memory: what to begin with.
+        folder: for snapshots and recordings; held until :meth:`close`.
+        resume: go on from the newest snapshot in the folder, if there is one; ``resumed`` is its name.
+        megabits: most megabits a second to one viewer.
+
+    ``saved``: the snapshot that :meth:`close` wrote; ``problem``: what it could not do. Raises what loading and
+    beginning raise.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[str | None, Snapshot | None], Runtime],
+        folder: Path,
+        prompt: str,
+        *,
+        seed: int = 0,
+        memory: str | None = None,
+        resume: bool = False,
+        megabits: float = 4.0,
+    ) -> None:
+        self._load = load
+        self._changed = threading.Condition()  # guards what the threads share
+        self._commands = threading.Lock()  # one at a time
+        self._items: deque[tuple[int, Item]] = deque(maxlen=_KEPT)
+        self._count = self._waiting = self._shown = 0
+        self._leave = self._paused = self._closed = False
+        self._key_wanted, self._key_at = True, 0.0
+        self._next: tuple[Callable[[], Stream], Future[None]] | None = None
+        self._feed: Feed | None = None
+        self._chunk: Chunk | None = None
+        self._recording: Recording | None = None
+        self._failure: str | None = None
+        self._figures: dict[str, Any] = {}
+        self.resumed: str | None = None
+        self.saved: str | None = None
+        self.problem: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="echo-rt live", daemon=True)
+        self._shelf = Shelf(folder)
+        runtime = None
+        try:
+            self._notes, snapshot = Notes(seed=seed, memory=memory), None
+            if resume and (found := self._shelf.snapshots()):
+                self.resumed = str(found[0]["name"])
+                snapshot, self._notes = self._shelf.open(self.resumed)
+            self._runtime = runtime = load(self._notes.memory, snapshot)
+            self._encoder = LiveEncoder(runtime.frame_size, runtime.fps, megabits)
+            self._pace = 1 / runtime.fps
+            self._stream = runtime.stream(_checked(prompt), seed=seed) if snapshot is None else runtime.resume(snapshot)
+            if snapshot is None:
+                self._note_prompt(prompt, 0, None)
+        except BaseException:
+            close_all([self._shelf.close, *([] if runtime is None else [runtime.close])])
+            raise
+
+    # ---------------------------------------------------------------- the interface
+
+    async def start(self) -> None:
+        """Begin to show."""
+        self._loop = asyncio.get_running_loop()
+        self._news = self._loop.create_future()
+        self._epoch, self._started = time.time(), time.monotonic()
+        width, height = self._runtime.frame_size
+        # The muxer counts from the first picture, which makes that the epoch.
+        self._encoder.encode(np.zeros((height, width, 3), np.uint8), 0.0, key=True)
+        self._thread.start()
+
+    async def describe(self) -> dict[str, Any]:
+        """Return what does not change."""
+        return {
+            "size": list(self._runtime.frame_size),
+            "fps": self._runtime.fps,
+            "codec": self._encoder.codec,
+            "header": self._encoder.header,
+            "epoch": self._epoch,
+            "model": self._runtime.taken.recipe,
+            "device": str(self._runtime.device),
+            "memories": [mode.value for mode in MemoryMode],
+        }
+
+    async def next(self, after: int) -> list[tuple[int, Item]]:
+        """Return the items above ``after``."""
+        return await self._await_news(lambda: [item for item in self._items if item[0] > after]) or []
+
+    async def block(self, after: int) -> Block | None:
+        """Return the block being shown, unless it is ``after``."""
+        chunk = await self._await_news(lambda: self._chunk if self._chunk and self._chunk.index != after else None)
+        if chunk is None:
+            return None
+        return Block(chunk.index, len(chunk.frames), chunk.frames.numpy().tobytes(), chunk.stats.generate_seconds)
+
+    async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Carry out a command; all but the quickest on another thread."""
+        if command == "keyframe":
+            self._key_wanted = True
+            return {}
+        if command == "figures":
+            state = "failed" if self._failure else "paused" if self._paused else "playing"
+            recording = self._recording
+            return {
+                "state": state if self._chunk or state == "failed" else "starting",
+                "failure": self._failure,
+                "seed": str(self._notes.seed),  # larger than a browser's numbers are exact
+                "memory": self._runtime.memory.value,
+                "recording": None if recording is None else recording.path.name,
+                **self._figures,
+            }
+        if self._waiting >= _MOST_WAITING:
+            raise BusyError(f"{_MOST_WAITING} requests wait already; ask again later")
+        self._waiting += 1
+        try:
+            return await asyncio.to_thread(self._carry_out, command, arguments)
+        finally:
+            self._waiting -= 1
+
+    async def close(self) -> None:
+        """End the video; errors of the recording do not keep the snapshot from being written, nor the reverse."""
+        await asyncio.to_thread(self._close)
+
+    async def _await_news(self, get: Callable[[], Any]) -> Any:
+        news = self._news  # before looking: whatever comes later ends this wait
+        with self._changed:
+            found = get()
+        if not found:
+            await asyncio.wait([news], timeout=_NEWS_SECONDS)
+            with self._changed:
+                found = get()
+        return found
+
+    # ---------------------------------------------------------------- commands
+
+    def _carry_out(self, command: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        with self._commands:
+            if self._closed:
+                raise StreamError("the session is closed")
+            answer: dict[str, Any] = getattr(self, f"_do_{command}")(**arguments)
+            return answer
+
+    def _do_prompt(self, text: str, over: int | None = None) -> dict[str, Any]:
+        text = _checked(text)
+        embeds = self._runtime.encode_prompt(text)
+        for _ in range(_TRIES):
+            block = self._stream.next_prompt_block
+            try:
+                self._stream.set_prompt(prompt_embeds=embeds, block=block, over=over or 1)
+                break
+            except StreamError:  # the block was begun meanwhile, or the video is over
+                if self._stream.failure is not None or self._stream.closed:
+                    raise
+        else:
+            raise BusyError(f"no block was open in {_TRIES} tries; ask again later")
+        entry = self._note_prompt(text, block, over)
+        chunk = self._chunk
+        ahead = 0 if chunk is None else (block - chunk.index) * len(chunk.frames) - self._shown
+        return self._publish({"type": "prompt", **entry, "shows_in": round(max(0, ahead) * self._pace, 3)})
+
+    def _note_prompt(self, text: str, block: int, over: int | None) -> dict[str, Any]:
+        entry = {"text": text, "block": block, "over": over, "asked": time.time()}
+        self._notes.prompts = [*self._notes.prompts, entry][-_MOST_PROMPTS:]
+        return entry
+
+    def _do_prompts(self) -> dict[str, Any]:
+        return {"prompts": self._notes.prompts}
+
+    def _do_pause(self, paused: bool) -> dict[str, Any]:
+        with self._changed:
+            self._paused = paused
+            self._changed.notify_all()
+        return self._publish({"type": "paused" if paused else "playing"})
+
+    def _do_restart(self, seed: int, prompt: str | None = None, memory: str | None = None) -> dict[str, Any]:
+        check_seed(seed)
+        modes = [mode.value for mode in MemoryMode]
+        if memory not in (None, *modes):
+            raise ConfigError(f"memory: expected one of {', '.join(modes)}, found {str(memory)[:40]!r}")
+        text = _checked(self._notes.prompts[-1]["text"] if prompt is None else prompt)
+        self._runtime.encode_prompt(text)  # a bad prompt must not end the video before
+
+        def begin() -> Stream:
+            if memory not in (None, self._runtime.memory.value):
+                self._runtime.close()
+                self._runtime = self._load(memory, None)
+            return self._runtime.stream(text, seed=seed)
+
+        notes = Notes(seed=seed, memory=memory or self._notes.memory)
+        self._replace(begin, notes)
+        self._note_prompt(text, 0, None)
+        return self._publish(
+            {"type": "restarted", "seed": str(seed), "prompt": text, "memory": self._runtime.memory.value}
+        )
+
+    def _do_snapshot(self) -> dict[str, Any]:
+        return self._publish({"type": "snapshot", "name": self._shelf.keep(self._stream.snapshot(), self._notes)})
+
+    def _do_snapshots(self) -> dict[str, Any]:
+        return {"snapshots": self._shelf.snapshots()}
+
+    def _do_resume(self, snapshot: str) -> dict[str, Any]:
+        state, notes = self._shelf.open(snapshot)
+        if notes.memory not in (None, self._runtime.memory.value):
+            raise ConfigError(f"the snapshot is of memory mode {notes.memory}: restart with that first")
+        self._replace(lambda: self._runtime.resume(state), notes)
+        return self._publish({"type": "resumed", "snapshot": snapshot, "block": state.next_block})
+
+    def _replace(self, begin: Callable[[], Stream], notes: Notes) -> None:
+        """End the video and let the showing thread begin another; raises what that raises."""
+        begun: Future[None] = Future()
+        with self._changed:
+            self._next, self._leave, feed = (begin, begun), True, self._feed
+            self._changed.notify_all()
+        if feed is not None:
+            feed.close()
+        begun.result()
+        self._notes = notes
+
+    def _do_record(self) -> dict[str, Any]:
+        if self._recording is not None:
+            raise ConfigError("a recording is running; stop it first")
+        self._recording = Recording(self._shelf.new_recording(), self._encoder, self._runtime.fps)
+        self._key_wanted = True
+        return self._publish({"type": "recording", "name": self._recording.path.name})
+
+    def _do_stop_recording(self) -> dict[str, Any]:
+        with self._changed:
+            recording, self._recording = self._recording, None
+        if recording is None:
+            raise ConfigError("no recording is running")
+        recording.close()
+        return self._publish({"type": "recorded", "name": recording.path.name, "frames": recording.frames})
+
+    def _do_recordings(self) -> dict[str, Any]:
+        return {"recordings": self._shelf.recordings()}
+
+    def _do_recording(self, file: str) -> dict[str, Any]:
+        return {"path": str(self._shelf.recording(file))}
+
+    def _close(self) -> None:
+        with self._changed:
+            self._closed = self._leave = True
+            self._changed.notify_all()
+        if self._feed is not None:
+            self._feed.close()
+        if self._thread.ident is not None:
+            self._thread.join()
+        with self._commands:
+            steps: list[Callable[[], object]] = [] if self._recording is None else [self._recording.close]
+            errors = close_all([*steps, self._save, self._runtime.close, self._shelf.close])
+        self.problem = errors[0] if errors else None
+
+    def _save(self) -> None:
+        if self._failure is None:
+            self.saved = self._shelf.keep(self._stream.snapshot(), self._notes)
+
+    # ---------------------------------------------------------------- the showing thread
+
+    def _run(self) -> None:
+        with share_cpu(self._runtime.device):
+            begun = True
+            while not self._closed:
+                if begun:
+                    try:
+                        with Feed(self._stream) as self._feed:
+                            self._show(self._feed)
+                    except Exception as error:  # of any kind: viewers are told, and a restart may help
+                        self._fail(error)
+                begun = self._begin_next()
+
+    def _begin_next(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._next or self._closed)
+            found, self._next, self._leave = self._next, None, self._closed
+        if found is None:
+            return False
+        begin, done = found
+        try:
+            self._stream.close()
+            self._stream = begin()
+        except Exception as error:
+            self._fail(error)
+            done.set_exception(error)
+            return False
+        self._failure, self._chunk, self._figures = None, None, {}
+        done.set_result(None)
+        return True
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = str(error) if isinstance(error, EchoError) else with_type(error)
+        self._publish({"type": "failed", "error": self._failure})
+
+    def _show(self, feed: Feed) -> None:
+        """Show each frame in its time, until the feed is closed."""
+        due = arrived = asked = time.monotonic()
+        for chunk in feed:
+            frames, now = chunk.frames.numpy(), time.monotonic()
+            # A model slower than its frame rate is shown evenly, in slow motion, instead of in bursts.
+            made = (now - arrived) / len(frames) if now - asked > 0.005 else 0.0
+            self._pace = max(1 / self._runtime.fps, 0.6 * self._pace + 0.4 * made)
+            arrived = now
+            self._begin_block(chunk)
+            for self._shown, frame in enumerate(frames):
+                with self._changed:
+                    self._changed.wait_for(lambda: self._leave, max(0.0, due - time.monotonic()))
+                    while self._paused and not self._leave:
+                        self._show_frame(frame, recorded=False)  # so that who comes now sees it
+                        self._changed.wait_for(lambda: self._leave or not self._paused, _STILL_SECONDS)
+                        arrived = time.monotonic()
+                    if self._leave:
+                        return
+                self._show_frame(frame)
+                due = max(due + self._pace, time.monotonic())
+            asked = time.monotonic()
+
+    def _begin_block(self, chunk: Chunk) -> None:
+        vitals, device = chunk.stats.vitals, self._runtime.device
+        self._chunk, self._shown = chunk, 0
+        self._figures = {
+            "block": chunk.index,
+            "frame": chunk.first_frame,
+            "fps": round(1 / self._pace, 2),
+            "block_seconds": round(chunk.stats.generate_seconds, 4),
+            "decode_seconds": round(chunk.stats.decode_seconds, 4),
+            "memory_norm": vitals.memory_norm,
+            "gate_mean": vitals.gate_mean,
+            "shift": chunk.stats.shift,
+            "newest_id": chunk.stats.newest_temporal_id,
+        }
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            self._figures |= {"gpu_bytes": total - free, "gpu_total_bytes": total}
+        begun = [entry["text"] for entry in self._notes.prompts if entry["block"] == chunk.index]
+        self._publish({"type": "block", **self._figures, "prompt": begun[-1] if begun else None})
+
+    def _show_frame(self, frame: NDArray[np.uint8], *, recorded: bool = True) -> None:
+        now = time.monotonic()
+        key = self._key_wanted and now - self._key_at >= _KEY_SECONDS
+        if key:
+            self._key_wanted, self._key_at = False, now
+        picture = self._encoder.encode(frame, now - self._started, key=key)
+        self._append(picture)
+        with self._changed:
+            recording, problem = self._recording, None
+            if recording is None or not recorded:
+                return
+            try:
+                recording.write(picture)
+                if recording.frames < _RECORDED_SECONDS * self._runtime.fps:
+                    return
+                recording.close()
+            except OutputError as error:
+                problem = str(error)
+            self._recording = None
+        self._publish({"type": "recorded", "name": recording.path.name, "error": problem})
+
+    def _publish(self, event: dict[str, Any]) -> dict[str, Any]:
+        self._append(event)
+        return event
+
+    def _append(self, item: Item) -> None:
+        with self._changed:
+            self._count += 1
+            self._items.append((self._count, item))
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._tell)
+
+    def _tell(self) -> None:
+        news, self._news = self._news, self._loop.create_future()
+        news.set_result(None)
+
+
+def _checked(text: str) -> str:
+    """A prompt without blanks around it; :class:`PromptError` for one that is empty, too long or not text."""
+    text = text.strip()
+    if not 1 <= len(text) <= MOST_PROMPT:
+        raise PromptError(f"expected a prompt of 1 to {MOST_PROMPT} characters, found {len(text)} without blanks")
+    if not all(character.isprintable() or character in "\n\t" for character in text):
+        raise PromptError("expected a prompt of printable characters, found others")
+    return text
