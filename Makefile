@@ -38,7 +38,7 @@ help: ## list the targets
 
 install: $(VENV)/.installed ## build echo-rt and install it into the virtual environment
 
-demo: $(DEMO)/demo.mp4 ## make a 20-second video with a prompt switch from a tiny random model; no GPU needed
+demo: $(DEMO)/demo.mp4 ## make 30 seconds of video with a prompt switch from the small model in the package; no GPU needed
 	@echo "made $(DEMO)/demo.mp4 and $(DEMO)/demo.png"
 
 train-demo: $(VENV)/.developed ## train the demo model on the CPU, for hours; goes on where it was stopped
@@ -132,10 +132,7 @@ $(BUILD)/kernels/%.o: %.cu csrc/architectures.txt Makefile
 
 # ---- the demo
 
-$(DEMO)/tiny: | $(VENV)/.installed
-	$(BIN)/echo-rt tiny $@
-
-$(DEMO)/demo.mp4: $(VENV)/.installed | $(DEMO)/tiny
-	$(BIN)/echo-rt generate --model $(DEMO)/tiny --checkpoint $(DEMO)/tiny/echo_infinity.pt --seconds 20 \
-	    --prompt "0:a red fox in the snow" --prompt "10:the fox dives into a lake" \
+$(DEMO)/demo.mp4: $(VENV)/.installed
+	$(BIN)/echo-rt generate --seconds 30 \
+	    --prompt "0:a red ball bouncing in the desert" --prompt "15:a blue box bouncing by the sea" \
 	    --output $@ --contact-sheet $(@:.mp4=.png) --overwrite

@@ -47,10 +47,10 @@ OVERRIDES = (
     "rebuild_on_prompt_switch",
     "recache_sink",
 )
-# Further settings of a model folder; its recipe has the values that the folder does not state, and its checkpoint is a
-# file in it, used where the caller gives none.
-RECIPE, CHECKPOINT = "recipe", "checkpoint"
-FOLDER_FACTS = ("width", "height", "tiny_seed", RECIPE, CHECKPOINT)
+# Further settings of a model folder; its recipe has the values that the folder does not state. Its checkpoint is a file
+# in it, used where the caller gives none. Its words are all that its prompts may have, for a model of a small world.
+RECIPE, CHECKPOINT, WORDS = "recipe", "checkpoint", "words"
+FOLDER_FACTS = ("width", "height", "tiny_seed", RECIPE, CHECKPOINT, WORDS)
 
 # The model that the package holds; a folder of that name is written ./demo.
 DEMO = "demo"

@@ -14,12 +14,10 @@ import echo_rt
 DOC = Path(__file__).parent.parent / "docs" / "embedding.md"
 
 
-def test_the_code_runs_from_top_to_bottom(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = DOC.read_text(encoding="utf-8")
     pieces = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(pieces) == text.count("```") // 2 == 11
-    (tmp_path / "demo").mkdir()
-    (tmp_path / "demo" / "tiny").symlink_to(small_model)
     monkeypatch.chdir(tmp_path)
     load = echo_rt.Runtime.from_pretrained
     monkeypatch.setattr(
@@ -35,8 +33,8 @@ def test_the_code_runs_from_top_to_bottom(small_model: Path, tmp_path: Path, mon
             if number == 2:
                 # Nothing was lost on the way here: five blocks and the next, polled for, waited for.
                 assert names["chunk"].index in (6, 7)  # type: ignore[attr-defined]
-    assert out.getvalue() == "0 0 (9, 32, 32, 3)\n"
-    assert names["recorder"].report()["frames"] == 30 and (tmp_path / "fox.mp4").exists()  # type: ignore[attr-defined]
+    assert out.getvalue() == "0 0 (9, 64, 112, 3)\n"
+    assert names["recorder"].report()["frames"] == 30 and (tmp_path / "ball.mp4").exists()  # type: ignore[attr-defined]
     (first, second), (third, fourth) = names["pairs"]  # type: ignore[misc]
     assert (second, fourth, third - first) == (0, 1, 1)
 

@@ -78,9 +78,10 @@ def test_what_they_cannot_load_is_told_in_a_line(
     for package in packages:
         pytest.importorskip(package)
     monkeypatch.setitem(sys.modules, "tkinter", types.ModuleType("tkinter"))
-    more = {"numbered_frames.py": [tmp_path / "frames"], "server.py": ["checkpoint.pt"]}.get(name, [])
+    option = [] if name == "server.py" else ["--model"]
+    more = [tmp_path / "frames"] if name == "numbered_frames.py" else []
     with pytest.raises(SystemExit) as ended:
-        run(name, tmp_path / "absent", *more)
+        run(name, *option, tmp_path / "absent", *more)
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith(f"{name}: error: {tmp_path / 'absent'}: expected a Wan2.1 model") and error.count("\n") == 1
@@ -99,7 +100,7 @@ def test_numbered_frames_go_on_where_they_were(
     try:
         for more in ((), () if turn is None else ("--turn-to", turn[1])):
             run(
-                *("numbered_frames.py", small_model, tmp_path / "out", "--frames", 9, "--keep-every", 1),
+                *("numbered_frames.py", "--model", small_model, tmp_path / "out", "--frames", 9, "--keep-every", 1),
                 *("--checkpoint", small_model / CHECKPOINT_FILE, "--prompt", PROMPT, *more),
             )
     finally:
@@ -123,7 +124,7 @@ def test_ctrl_c_leaves_numbered_frames_that_go_on(run: Callable[..., Any], small
 
     threading.Thread(target=ctrl_c, daemon=True).start()
     try:
-        run("numbered_frames.py", small_model, tmp_path, "--frames", 1000000)
+        run("numbered_frames.py", "--model", small_model, tmp_path, "--frames", 1000000)
     except KeyboardInterrupt:
         pytest.fail("the block was not brought to its end")
     finally:
@@ -235,7 +236,7 @@ def test_the_window_shows_every_frame_and_takes_prompts(
         return len(window.shown) < 34 or not asked
 
     window = StandIn(act)
-    program = "window.py", small_model, "--checkpoint", small_model / CHECKPOINT_FILE, "--prompt", PROMPT
+    program = "window.py", "--model", small_model, "--checkpoint", small_model / CHECKPOINT_FILE, "--prompt", PROMPT
 
     def in_one_thread() -> None:
         window.thread = threading.current_thread()
@@ -266,7 +267,7 @@ def test_the_window_says_how_the_stream_failed(
     monkeypatch.setattr(echo_rt.Feed, "poll", lost)
     monkeypatch.setitem(sys.modules, "tkinter", window.module())
     with pytest.raises(SystemExit):  # here alone: Tk prints the error, and the window stays
-        run("window.py", small_model, "--checkpoint", small_model / CHECKPOINT_FILE)
+        run("window.py", "--model", small_model, "--checkpoint", small_model / CHECKPOINT_FILE)
     assert window.text == "StreamError: block 3: the device is lost" and not window.shown and not window.later
 
 
@@ -281,7 +282,7 @@ def test_the_window_shows_what_is_wrong_with_a_prompt(
     window = StandIn(act)
     monkeypatch.setitem(sys.modules, "tkinter", window.module())
     with contextlib.suppress(SystemExit):
-        run("window.py", small_model, "--checkpoint", small_model / CHECKPOINT_FILE)
+        run("window.py", "--model", small_model, "--checkpoint", small_model / CHECKPOINT_FILE)
     assert window.notes[-1].startswith("PromptError: the prompt is empty") and window.shown
 
 
@@ -302,19 +303,11 @@ def test_the_window_opens_on_a_screen(
 
     monkeypatch.setattr(tkinter.Label, "configure", watched)
     with contextlib.suppress(tkinter.TclError):  # the window is gone when the next picture is asked for
-        run("window.py", small_model, "--checkpoint", small_model / CHECKPOINT_FILE)
+        run("window.py", "--model", small_model, "--checkpoint", small_model / CHECKPOINT_FILE)
     assert len(shown) == 12 and shown[-1].endswith(" 32")
 
 
 # ---------------------------------------------------------------- server
-
-
-@pytest.mark.parametrize("arguments", [(), ("model",), ("model", "checkpoint", "more")])
-def test_the_server_says_what_it_needs(run: Callable[..., Any], arguments: tuple[str, ...]) -> None:
-    for package in SERVED:
-        pytest.importorskip(package)
-    with pytest.raises(SystemExit, match=r"python server\.py MODEL CHECKPOINT"):
-        run("server.py", *arguments)
 
 
 def test_the_server_shows_the_video_and_takes_prompts(

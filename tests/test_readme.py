@@ -17,17 +17,8 @@ import torch
 import echo_rt
 from echo_rt.cli.main import main
 from echo_rt.output import video
-from echo_rt.weights.tiny_model import write_tiny_model
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model at ``demo/tiny``, where `make demo` puts it."""
-    folder = tmp_path_factory.mktemp("readme") / "demo" / "tiny"
-    write_tiny_model(folder)
-    return folder
 
 
 def demo_command() -> list[str]:
@@ -46,10 +37,11 @@ def demo_command() -> list[str]:
 
 @pytest.mark.slow
 def test_the_demo_is_a_playable_video_of_what_the_library_makes(
-    demo_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = demo_command()
-    monkeypatch.chdir(demo_model.parent.parent)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
     written = []
     write = video.VideoWriter.write
     monkeypatch.setattr(video.VideoWriter, "write", lambda self, frames: (written.append(frames), write(self, frames)))
@@ -57,7 +49,7 @@ def test_the_demo_is_a_playable_video_of_what_the_library_makes(
 
     prompts = [re.fullmatch(r"(\d+):(.*)", text) for flag, text in pairwise(arguments) if flag == "--prompt"]
     first, second = (prompt for prompt in prompts if prompt is not None)
-    with echo_rt.Runtime.from_pretrained("demo/tiny", checkpoint="demo/tiny/echo_infinity.pt", device="cpu") as runtime:
+    with echo_rt.Runtime.from_pretrained("demo", device="cpu") as runtime:
         seconds = float(arguments[arguments.index("--seconds") + 1])
         assert seconds >= 20
         count, (width, height) = int(seconds * runtime.fps), runtime.frame_size
@@ -81,7 +73,7 @@ def test_the_demo_is_a_playable_video_of_what_the_library_makes(
     # Compression loses a little; a frame out of order, or another video, would lose far more.
     error = np.abs(np.stack(decoded).astype(int) - frames.numpy().astype(int)).mean(axis=(1, 2, 3))
     assert error.max() < 12, error.max()
-    assert (demo_model.parent / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "demo" / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
 def python_of(document: str) -> str:
@@ -98,15 +90,15 @@ def printed_by(document: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return out.getvalue().splitlines()
 
 
-def test_the_python_example_runs_as_it_stands(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(python_of("README.md").strip().splitlines()) <= 10
-    lines = printed_by("README.md", demo_model.parent.parent, monkeypatch)
-    assert lines[0].startswith("0 (9, 80, 128, 3)") and lines[10].startswith("10 (12, 80, 128, 3)")
+    lines = printed_by("README.md", tmp_path, monkeypatch)
+    assert lines[0].startswith("0 (9, 64, 112, 3)") and lines[10].startswith("10 (12, 64, 112, 3)")
 
 
 @pytest.mark.slow
-def test_the_profile_of_a_block_names_what_takes_its_time(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = printed_by("docs/profile.md", demo_model.parent.parent, monkeypatch)
+def test_the_profile_of_a_block_names_what_takes_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = printed_by("docs/profile.md", tmp_path, monkeypatch)
     assert any(line.split()[:1] == ["aten::addmm"] for line in lines), lines
 
 
@@ -131,8 +123,7 @@ def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
     assert len(text.splitlines()) <= 100, "one screen of why and how; the rest goes to docs/"
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if not target.startswith("https://")]
     assert "docs/testing.md" in targets
-    shown = [target for target in targets if "docs/images/demo.webp" not in target]  # the place of the picture
-    assert [target for target in shown if not (ROOT / target).exists()] == []
+    assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
 def test_targets_of_make_that_documents_name_exist() -> None:

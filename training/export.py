@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.config import ModelConfig
-from echo_rt.options import CHECKPOINT
+from echo_rt.options import CHECKPOINT, WORDS
 from echo_rt.weights.folder import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, TRANSFORMER_CONFIG, VAE_FILE
 from echo_rt.weights.tiny_model import CHECKPOINT_FILE, save_pickle, wan_config, write_tokenizer
 from training import prompts, vae
@@ -32,6 +32,7 @@ def write_model(
     (folder / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
     facts = {"width": size[0], "height": size[1], **dataclasses.asdict(config.window)}
     facts |= {"timestep_shift": config.sampler.timestep_shift, CHECKPOINT: CHECKPOINT_FILE}
+    facts[WORDS] = sorted({word for prompt in prompts.all_prompts() for word in prompt.split()})
     if config.memory is not None:
         facts["rebuild_on_prompt_switch"] = config.memory.rebuild_on_prompt_switch
     text = json.dumps(wan_config(config.transformer, facts), indent=2)

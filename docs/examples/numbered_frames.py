@@ -1,7 +1,7 @@
 """Write the video as numbered PNG files; started again, continue where it ended.
 
     pip install pillow
-    python numbered_frames.py MODEL FOLDER --checkpoint FILE --prompt "a red fox in the snow" --frames 160
+    python numbered_frames.py FOLDER --prompt "a red ball bouncing in the desert" --frames 160
 
 Ctrl-C ends it after a whole block. After a kill, the same command continues from the last snapshot and makes the frames
 since then again, bit for bit. --turn-to continues with another prompt.
@@ -31,11 +31,11 @@ def begin(runtime: echo_rt.Runtime, state: Path, prompt: str, turn_to: str | Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument("--model", default="demo")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--checkpoint")
     parser.add_argument("--recipe", help="needed if the files do not select one; see echo-rt recipes")
-    parser.add_argument("--prompt", default="a red fox in the snow", help="first prompt of a new video")
+    parser.add_argument("--prompt", default="a red ball bouncing in the desert", help="first prompt of a new video")
     parser.add_argument("--turn-to", metavar="PROMPT", help="next prompt of a video that continues")
     parser.add_argument("--frames", type=int, default=160, help="number of frames to add, in whole blocks")
     parser.add_argument("--keep-every", type=int, default=50, help="blocks between two snapshots")

@@ -1,7 +1,7 @@
 """Serve a live video from a program of your own: the page, the API and the metrics of ``echo-rt serve``.
 
 pip install 'echo-rt[serve]'
-python server.py MODEL CHECKPOINT
+python server.py [MODEL [CHECKPOINT]]
 """
 
 import sys
@@ -19,9 +19,9 @@ def load(memory: str | None, like: echo_rt.Snapshot | None) -> echo_rt.Runtime:
 
 
 if __name__ == "__main__":
-    model, checkpoint = sys.argv[1:] if len(sys.argv) == 3 else sys.exit(__doc__)
+    model, checkpoint = (*sys.argv[1:3], *("demo", None)[len(sys.argv) - 1 :])
     try:
-        session = LiveSession(load, Path("echo-rt-live"), "a red fox in the snow", resume=True)
+        session = LiveSession(load, Path("echo-rt-live"), "a red ball bouncing in the desert", resume=True)
         make_server(make_app({"main": session}, Rules())).run([listen("127.0.0.1", 8000)])
     except echo_rt.EchoError as error:  # one line: what was expected and what was found
         print(f"server.py: error: {error}", file=sys.stderr)

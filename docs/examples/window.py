@@ -1,6 +1,6 @@
 """Show the stream in a window. Type another prompt below the picture and press Return to switch to it.
 
-    python window.py MODEL --checkpoint FILE --prompt "a red fox in the snow"
+    python window.py --prompt "a red ball bouncing in the desert"
 
 Needs tkinter, which comes with Python (on Debian: apt-get install python3-tk).
 """
@@ -63,10 +63,10 @@ class Window:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument("--model", default="demo")
     parser.add_argument("--checkpoint")
     parser.add_argument("--recipe", help="needed if the files do not select one; see echo-rt recipes")
-    parser.add_argument("--prompt", default="a red fox in the snow")
+    parser.add_argument("--prompt", default="a red ball bouncing in the desert")
     options = parser.parse_args()
     with (
         echo_rt.Runtime.from_pretrained(options.model, checkpoint=options.checkpoint, recipe=options.recipe) as runtime,

@@ -19,7 +19,7 @@ from click.shell_completion import CompletionItem
 
 from echo_rt.cli.outputs import Named
 from echo_rt.errors import ConfigError
-from echo_rt.options import DTYPE_NAMES, OVERRIDES, TINY_VAE, VAE_DTYPE_NAMES, WAN_VAE, MemoryMode, RuntimeOptions
+from echo_rt.options import DEMO, DTYPE_NAMES, OVERRIDES, TINY_VAE, VAE_DTYPE_NAMES, WAN_VAE, MemoryMode, RuntimeOptions
 from echo_rt.recipes import RECIPES
 
 Options = Mapping[str, Iterable[click.Parameter]]  # those of a command, by the titles of --help
@@ -94,6 +94,10 @@ def parse_path(text: str) -> Path:
     return Path(text)
 
 
+def _parse_model(text: str) -> str | Path:
+    return text if text == DEMO else parse_path(text)
+
+
 def _parse_lora(text: str) -> tuple[Path, float]:
     """Parse ``FILE`` or ``FILE:STRENGTH``; if a file has the whole text as its name, it is that file."""
     file, colon, strength = text.rpartition(":")
@@ -161,7 +165,8 @@ def table(text: str, **keywords: dict[str, Any]) -> tuple[click.Option, ...]:
 _SHARED = table(
     f"""
 --model DIR|FILE         Wan2.1 model folder (original, diffusers or with ComfyUI's files), transformer file, or id of a
-                         model in the Hugging Face cache
+                         model in the Hugging Face cache; default: {DEMO}, the small model in the package, which
+                         knows a world of its own (a folder of that name is ./{DEMO})
 --checkpoint FILE        generator weights, with or without a memory encoder
 --lora FILE[:STRENGTH]   LoRA to merge into the generator, in any key naming, or a PEFT folder; may be repeated
 --lora-alpha ALPHA       alpha of LoRA files that state none; default: their rank
@@ -191,7 +196,7 @@ _SHARED = table(
 --seed N                 the same seed makes the same video (default 0)
 --roll-back              return to an earlier state when a block contains NaN, instead of ending
 """,
-    model={"required": True},
+    model={"default": DEMO, "type": Value(_parse_model, files=True)},
     lora={"type": Value(_parse_lora, files=True), "multiple": True},
     lora_alpha={"type": number(float, "a number above 0", positive=True)},
     recipe={"type": Value(str, words=RECIPES)},
@@ -249,4 +254,4 @@ def model_files(arguments: Arguments) -> list[Named]:
     options = ("--model", "--checkpoint", "--text-encoder", "--tokenizer", "--vae-file", "--vae")
     named = [(option, getattr(arguments, option[2:].replace("-", "_"), None)) for option in options]
     named += [("--lora", path) for path, _ in arguments.lora]
-    return [Named(option, Path(path)) for option, path in named if path not in (None, WAN_VAE, TINY_VAE)]
+    return [Named(option, Path(path)) for option, path in named if path not in (None, DEMO, WAN_VAE, TINY_VAE)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -19,11 +21,14 @@ from torch.nn.functional import pad
 from echo_rt.config import TransformerConfig
 from echo_rt.engine.memory_budget import has_room
 from echo_rt.errors import ConfigError, EchoError, PromptError, StreamError
+from echo_rt.options import WORDS
 from echo_rt.model.text import TextEncoder, clean_prompt
 from echo_rt.utils.atomic_file import write_whole
 from echo_rt.utils.checked_json import convert
 from echo_rt.utils.device import model_context
 from echo_rt.weights.folder import ModelFolder
+
+_logger = logging.getLogger("echo_rt.prompt")
 
 _EMBEDS_KEY = "prompt_embeds"
 _PROMPT_KEY = "prompt"
@@ -126,7 +131,7 @@ class PromptEncoder:
         if self._folder is None:
             raise PromptError("expected embeddings: this model has no folder with a text encoder, got a text")
         for prompt in prompts:
-            clean_prompt(prompt)  # raises before the encoder is read
+            self._note_unknown(clean_prompt(prompt))  # raises before the encoder is read
         self._encoding = True
         try:
             if self._encoder is None:
@@ -141,6 +146,13 @@ class PromptEncoder:
             return [self._encoder.encode(prompt).to("cpu", torch.float32) for prompt in prompts]
         finally:
             self._encoding = False
+
+    def _note_unknown(self, prompt: str) -> None:
+        """Warn of a prompt with words that a model of few words does not know."""
+        known = () if self._folder is None else self._folder.rollout_defaults().get(WORDS, ())
+        unknown = [word for word in re.findall(r"[^\W_]+", prompt.lower()) if known and word not in known]
+        if unknown:
+            _logger.warning("the model does not know %s; it knows the words %s", ", ".join(unknown), ", ".join(known))
 
     def resolve(self, prompt: str | None, prompt_embeds: Tensor | None) -> Prompt:
         """Return the prompt of a text, or of a copy of given embeddings; :class:`PromptError` for both or neither."""

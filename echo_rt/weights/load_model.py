@@ -19,6 +19,7 @@ from echo_rt.options import (
     RELEASED_SIZE,
     TINY_VAE,
     WAN_VAE,
+    WORDS,
     MemoryMode,
     RuntimeOptions,
     check_overrides,
@@ -89,6 +90,7 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     )
     transformer_config = folder.transformer_config()
     defaults = check_overrides(folder.rollout_defaults(), f"{model}: echo_rt in config.json", FOLDER_FACTS)
+    _check_words(folder, defaults)
     overrides = check_overrides(options.overrides or {}, "overrides")
     opened = _checkpoint(folder, defaults) if checkpoint is None else open_tensors(checkpoint)
     if ema is not None and opened is None:
@@ -177,6 +179,12 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         memory_source=memory_source,
         taken=taken,
     )
+
+
+def _check_words(folder: ModelFolder, facts: Mapping[str, Any]) -> None:
+    words = facts.get(WORDS, [])
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ConfigError(f"{folder.path}: {WORDS}: expected a list of words, found {words!r:.100}")
 
 
 def _checkpoint(folder: ModelFolder, facts: Mapping[str, Any]) -> TensorFile | None:
