@@ -21,8 +21,8 @@ from torch.nn.functional import pad
 from echo_rt.config import TransformerConfig
 from echo_rt.engine.memory_budget import has_room
 from echo_rt.errors import ConfigError, EchoError, PromptError, StreamError
-from echo_rt.options import WORDS
 from echo_rt.model.text import TextEncoder, clean_prompt
+from echo_rt.options import WORDS
 from echo_rt.utils.atomic_file import write_whole
 from echo_rt.utils.checked_json import convert
 from echo_rt.utils.device import model_context
