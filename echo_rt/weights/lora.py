@@ -107,10 +107,10 @@ class _MergedTensors(LazyTensors):
         self, base: Mapping[str, Tensor], terms: Mapping[str, Sequence[Term]], device: torch.device | str
     ) -> None:
         super().__init__(base)
-        self._base, self._terms, self._device = base, terms, device
+        self._terms, self._device = terms, device
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._base[name]
+        tensor: Tensor = self._entries[name]
         if name in self._terms:
             tensor = tensor.to(self._device, torch.float32)
             for term in self._terms[name]:
@@ -118,11 +118,11 @@ class _MergedTensors(LazyTensors):
         return tensor
 
     def outline(self, name: str) -> Outline:
-        base = outline_of(self._base, name)
+        base = outline_of(self._entries, name)
         return base._replace(dtype=torch.float32) if name in self._terms else base
 
     def origins(self, name: str) -> list[Tensor]:
-        return [self._base[name], *(origin for term in self._terms.get(name, ()) for origin in term.origins())]
+        return [self._entries[name], *(origin for term in self._terms.get(name, ()) for origin in term.origins())]
 
 
 def merge_lora(
