@@ -236,15 +236,12 @@ def _compiled(patterns: Mapping[str, float] | None, label: str, source: str) -> 
     compiled = {}
     for pattern, number in (patterns or {}).items():
         try:
+            if len(pattern) > _LONGEST_PATTERN or _SLOW.search(pattern):
+                raise re.error("too slow to match")
             compiled[re.compile(rf"(.*\.)?({pattern})")] = number
-        except (re.error, RecursionError, OverflowError):
-            slow = True
-        else:
-            slow = len(pattern) > _LONGEST_PATTERN or bool(_SLOW.search(pattern))
-        if slow:
-            raise WeightsError(
-                f"{source}: expected simple patterns of modules' names in {label}, found {pattern!a:.80}"
-            )
+        except (re.error, RecursionError, OverflowError) as error:
+            what = "simple patterns of modules' names"
+            raise WeightsError(f"{source}: expected {what} in {label}, found {pattern!a:.80} ({error})") from None
     return compiled
 
 
