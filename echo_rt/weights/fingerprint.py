@@ -25,19 +25,18 @@ class FingerprintedTensors(LazyTensors):
 
     def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
         super().__init__(tensors)
-        self._tensors = tensors
         self.source = source
         self._seen: dict[str, bytes] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._tensors[name]
+        tensor: Tensor = self._entries[name]
         # In one pass; NaN if any value is. ``isfinite`` would write a tensor of bools.
         ends = torch.aminmax(tensor) if tensor.numel() else ()
         if not all(math.isfinite(end.item()) for end in ends):
             bad = int((~torch.isfinite(tensor)).sum())
             raise WeightsError(f"{self.source}: {bad} of {tensor.numel()} values of {name} are NaN or infinite")
         # What is computed at load may be rounded otherwise elsewhere: then it is told by what it is computed of.
-        origins = self._tensors.origins(name) if isinstance(self._tensors, LazyTensors) else []
+        origins = self._entries.origins(name) if isinstance(self._entries, LazyTensors) else []
         samples = [origin.flatten()[:_VALUES].to("cpu", torch.float32).contiguous() for origin in origins or [tensor]]
         self._seen[name] = b"".join(sample.numpy().tobytes() for sample in samples)
         return tensor

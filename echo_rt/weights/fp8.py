@@ -37,7 +37,7 @@ class WidenedTensors(LazyTensors):
     """``tensors`` with the float8 ones among them in ``dtype``, times their scales; the rest as they are."""
 
     def __init__(self, tensors: Mapping[str, Tensor], scales: Mapping[str, str], dtype: torch.dtype) -> None:
-        super().__init__(name for name in tensors if name.rpartition(".")[2] not in _BESIDE)
+        super().__init__({name: None for name in tensors if name.rpartition(".")[2] not in _BESIDE})
         self._tensors, self._scales, self._dtype = tensors, scales, dtype
 
     def __getitem__(self, name: str) -> Tensor:

@@ -30,7 +30,7 @@ class _GgufTensors(LazyTensors):
 
     def __init__(self, entries: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
         super().__init__(entries)
-        self._entries, self._shapes, self._dtype = entries, shapes, dtype
+        self._shapes, self._dtype = shapes, dtype
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]

@@ -107,10 +107,10 @@ class _MergedTensors(LazyTensors):
         self, base: Mapping[str, Tensor], terms: Mapping[str, Sequence[Term]], device: torch.device | str
     ) -> None:
         super().__init__(base)
-        self._base, self._terms, self._device = base, terms, device
+        self._terms, self._device = terms, device
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._base[name]
+        tensor: Tensor = self._entries[name]
         if name in self._terms:
             tensor = tensor.to(self._device, torch.float32)
             for term in self._terms[name]:
@@ -118,11 +118,11 @@ class _MergedTensors(LazyTensors):
         return tensor
 
     def outline(self, name: str) -> Outline:
-        base = outline_of(self._base, name)
+        base = outline_of(self._entries, name)
         return base._replace(dtype=torch.float32) if name in self._terms else base
 
     def origins(self, name: str) -> list[Tensor]:
-        return [self._base[name], *(origin for term in self._terms.get(name, ()) for origin in term.origins())]
+        return [self._entries[name], *(origin for term in self._terms.get(name, ()) for origin in term.origins())]
 
 
 def merge_lora(
@@ -236,15 +236,12 @@ def _compiled(patterns: Mapping[str, float] | None, label: str, source: str) -> 
     compiled = {}
     for pattern, number in (patterns or {}).items():
         try:
+            if len(pattern) > _LONGEST_PATTERN or _SLOW.search(pattern):
+                raise re.error("too slow to match")
             compiled[re.compile(rf"(.*\.)?({pattern})")] = number
-        except (re.error, RecursionError, OverflowError):
-            slow = True
-        else:
-            slow = len(pattern) > _LONGEST_PATTERN or bool(_SLOW.search(pattern))
-        if slow:
-            raise WeightsError(
-                f"{source}: expected simple patterns of modules' names in {label}, found {pattern!a:.80}"
-            )
+        except (re.error, RecursionError, OverflowError) as error:
+            what = "simple patterns of modules' names"
+            raise WeightsError(f"{source}: expected {what} in {label}, found {pattern!a:.80} ({error})") from None
     return compiled
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,14 +30,9 @@ def is_safetensors(head: bytes) -> bool:
 class _MappedTensors(LazyTensors):
     """Tensors by name, each with the opened file that holds it."""
 
-    def __init__(self, holders: Mapping[str, Any]) -> None:
-        super().__init__(holders)
-        self._holders = holders
-
     def __getitem__(self, name: str) -> Tensor:
-        holder = self._holders[name]
         try:
-            tensor: Tensor = holder.get_tensor(name)
+            tensor: Tensor = self._entries[name].get_tensor(name)
         except (SafetensorError, TypeError, ValueError) as error:  # a number format this torch does not have
             raise WeightsError(f"{name}: expected a tensor that torch can hold, {error}") from error
         return tensor

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,19 +41,19 @@ class Outline(NamedTuple):
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by ``names``, each read or computed when it is asked for: subclasses say how."""
+    """Tensors by name, each read or computed from its entry when it is asked for: subclasses say how."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = names if isinstance(names, Mapping) else dict.fromkeys(names)
+    def __init__(self, entries: Mapping[str, Any]) -> None:
+        self._entries = entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names  # Mapping's own would make the tensor only to see whether it is there
+        return name in self._entries  # Mapping's own would make the tensor only to see whether it is there
 
     def outline(self, name: str) -> Outline:
         """Shape and dtype of tensor ``name``, without its values where these have to be computed."""
@@ -81,13 +81,13 @@ class RenamedTensors(LazyTensors):
 
     def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
         super().__init__(names)
-        self._tensors, self._old = tensors, names
+        self._tensors = tensors
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._old[name]]
+        return self._tensors[self._entries[name]]
 
     def outline(self, name: str) -> Outline:
-        return outline_of(self._tensors, self._old[name])
+        return outline_of(self._tensors, self._entries[name])
 
 
 class TensorFile(RenamedTensors):

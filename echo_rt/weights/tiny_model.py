@@ -280,7 +280,7 @@ class RandomTensors(LazyTensors):
 
     def __init__(self, shapes: Shapes, device: torch.device, seed: int = 0) -> None:
         super().__init__(shapes)
-        self._shapes, self._draw = shapes, Draw(seed, device, torch.float32)
+        self._draw = Draw(seed, device, torch.float32)
 
     def __getitem__(self, name: str) -> Tensor:
-        return random_tensor(self._draw, name, self._shapes[name])
+        return random_tensor(self._draw, name, self._entries[name])

@@ -101,7 +101,7 @@ def test_indexes(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) 
     weight_map = st.dictionaries(st.sampled_from([*tensors, "d"]) | st.text(max_size=5), names | ANYTHING, max_size=5)
     index.write_bytes(as_json(data.draw(ANYTHING | st.fixed_dictionaries({"weight_map": weight_map | ANYTHING}))))
     try:
-        assert set(open_tensors(index)) == set(tensors)
+        assert set(open_tensors(index)) <= set(tensors), "an index may leave shards out"
     except EchoError as error:
         held(error)
 
