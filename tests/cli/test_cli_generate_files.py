@@ -84,7 +84,7 @@ def test_an_empty_path_is_not_the_folder_one_is_in(echo_rt, fake_runtime, option
     ],
 )
 def test_a_name_that_is_an_ending_alone(echo_rt, fake_runtime, option, name, expected):
-    outcome = echo_rt("generate", *PROMPT, "--prompt", "9:2", "-o", "v.mp4", option, name)
+    outcome = echo_rt("generate", *PROMPT, "--prompt", "9: 2", "-o", "v.mp4", option, name)
     assert outcome.code == 2 and f"{option}: expected {expected}" in outcome.error and fake_runtime.loaded_with == {}
 
 
