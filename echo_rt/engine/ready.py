@@ -6,16 +6,18 @@ A block is in the queue, and nowhere else, until somebody has taken it.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import math
 import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar
 
 from echo_rt.chunk import Chunk
 from echo_rt.errors import StreamError
-from echo_rt.utils.process import EXITING, ProcessGuard
+from echo_rt.utils.process import ProcessGuard
 
 
 class ReadyQueue:
@@ -147,8 +149,11 @@ class Feeder(threading.Thread):
 
     ``make_ahead(depth)`` makes a block unless ``depth`` are ready; it returns False once there are no more.
     ``stopped``: no more blocks are wanted; ``over``: no more come. It holds no reference to the feed, so that a feed
-    that nobody holds can be freed. It is a daemon, so that a forgotten one cannot block the interpreter's exit.
+    that nobody holds can be freed.
     """
+
+    # Daemons, so that a forgotten one cannot block the interpreter's exit, which stops them, see _end_all.
+    running: ClassVar[set[Feeder]] = set()
 
     def __init__(self, ready: ReadyQueue, make_ahead: Callable[[float], bool], depth: int, drop: bool) -> None:
         super().__init__(name="echo_rt feed", daemon=True)
@@ -161,6 +166,7 @@ class Feeder(threading.Thread):
         ready.attach(self)
         if drop:
             ready.dropping = self
+        Feeder.running.add(self)
         self.start()
 
     def run(self) -> None:
@@ -174,6 +180,7 @@ class Feeder(threading.Thread):
         finally:
             self.over = True
             self._ready.notify()
+            Feeder.running.discard(self)
             del self  # so does this frame
 
     def _wait_for_place(self) -> bool:
@@ -203,8 +210,6 @@ class Feeder(threading.Thread):
             return None
         if (chunk := self._ready.take()) is not None:
             return chunk
-        if getattr(self._error, "code", None) is EXITING:
-            raise SystemExit(EXITING)  # whoever waited for its blocks ends too
         error, self._error = self._error, None
         try:
             if error is None:
@@ -215,3 +220,11 @@ class Feeder(threading.Thread):
             raise StreamError(f"the feed's thread died of {type(error).__name__}: {error}") from error
         finally:
             del error  # or this frame and the error would be a reference cycle
+
+
+@atexit.register
+def _end_all() -> None:
+    for feeder in list(Feeder.running):
+        if feeder.is_alive():  # after a fork, the parent's are not
+            feeder.stop()
+            feeder.join()

@@ -11,7 +11,9 @@ import functools
 import os
 import signal
 import threading
+import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar, NoReturn, ParamSpec, TypeVar
@@ -24,6 +26,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _SPAWN = "start the process with multiprocessing's 'spawn'"
+
+_GRACE = 3.0  # seconds
 
 # The process that first loaded a runtime: a fork inherits the number, which is not its own.
 _first_loaded_in: int | None = None
@@ -83,20 +87,18 @@ def note_loading(device: torch.device) -> None:
         )
 
 
-# The code of a SystemExit in a thread that would compute while the interpreter ends. That very class ends it silently.
-EXITING = "the interpreter is ending"
-
-
 class _Computing:
     """The threads that are computing; the interpreter's exit waits for them, and ends those that come later.
 
     The exit ends a daemon thread as soon as that comes back from a library. Torch's frames do not survive this, and the
-    process would abort.
+    process would abort. A thread that has just computed may free tensors now, so it gets some seconds to end, or to
+    come again.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._threads: set[int] = set()
+        self._threads: dict[int, threading.Thread] = {}
+        self._left: weakref.WeakKeyDictionary[threading.Thread, float] = weakref.WeakKeyDictionary()
         self._ended_by: int | None = None
 
     @contextmanager
@@ -107,19 +109,25 @@ class _Computing:
             return
         with self._changed:
             if self._ended_by not in (None, me):
-                raise SystemExit(EXITING)
-            self._threads.add(me)
+                raise SystemExit  # ends the thread without a word
+            self._threads[me] = threading.current_thread()
         try:
             yield
         finally:
             with self._changed:
-                self._threads.discard(me)
+                self._left[self._threads.pop(me)] = time.monotonic()
                 self._changed.notify_all()
 
     def end(self) -> None:
         with self._changed:
             self._ended_by = me = threading.get_ident()
-            self._changed.wait_for(lambda: self._threads <= {me})
+            recent = [thread for thread, left in self._left.items() if time.monotonic() - left < _GRACE]
+            busy = {*recent, *self._threads.values()} - {threading.current_thread()}
+            self._changed.wait_for(lambda: self._threads.keys() <= {me})
+        deadline = time.monotonic() + _GRACE
+        for thread in busy:
+            if not isinstance(thread, threading._DummyThread):  # one that Python did not start cannot be joined
+                thread.join(max(0.0, deadline - time.monotonic()))
 
 
 _computing = _Computing()
