@@ -54,8 +54,8 @@ test: $(VENV)/.developed kernels ## run every test; with nvcc on the PATH, compi
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-long: $(VENV)/.developed wheel ## run what takes hours: wheels, long soaks, a server under load, then every test in two other orders, once beside 20 busy processes
-	ECHO_RT_LONG_SOAK=1 $(PYTEST) tests/soak $(PYTEST_ARGS)
-	ECHO_RT_LONG_FUZZ=1 $(PYTEST) tests/weights/test_fuzz.py $(PYTEST_ARGS)
+	ECHO_RT_LONG_SOAK=1 ECHO_RT_FUZZ=15000 $(PYTEST) tests/soak $(PYTEST_ARGS)
+	ECHO_RT_FUZZ=15000 $(PYTEST) tests/weights/test_fuzz.py $(PYTEST_ARGS)
 	ECHO_RT_LONG_SERVE=1 $(BIN)/python -m pytest tests/serve $(PYTEST_ARGS)
 	$(PYTEST) --shuffle 1 $(PYTEST_ARGS)
 	$(BIN)/python tests/busy.py 20 env $(PYTEST) --shuffle 2 $(PYTEST_ARGS)

@@ -19,8 +19,9 @@ DESCRIPTION = "Run a stream for a long time, write figures, snapshots and a repo
 EPILOG = """
 The same command with the same --out continues a killed soak from its newest snapshot.
 
-Exit codes: 0 every promise held; 1 a file could not be written, for example because the disk is full; 2 a mistake in
-the request; 3 a promise was broken; 4 the stream failed; 130 or 143 Ctrl-C or SIGTERM, no promise broken until then.
+Exit codes: 0 every promise held; 1 something went wrong after the request was accepted, for example a full disk; 2 a
+mistake in the request; 3 a promise was broken; 4 the stream failed; 130 or 143 Ctrl-C or SIGTERM, no promise broken
+until then.
 
 docs/soak.md explains the figures.
 """
@@ -98,6 +99,7 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
         outcome = echo_rt.soak.run(config, stop=stop, watchers=[panel])
     finally:
         panel.close()
+    report.update(outcome.taken or {})
     report.update(
         end=outcome.end,
         blocks=outcome.blocks,
@@ -105,7 +107,6 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
         backend_reason=outcome.backend_reason,
         promises=[dataclasses.asdict(verdict) for verdict in outcome.verdicts],
         report=str(outcome.report),
-        **outcome.taken or {},
     )
     if outcome.failure is not None:
         report["error"] = outcome.failure

@@ -22,7 +22,7 @@ from echo_rt.soak.journal import JOURNAL_FILE, Journal, Past, read_lines
 from echo_rt.soak.report import REPORT_FILE, History, write_report
 from echo_rt.utils.atomic_file import PartFile
 
-# Ten minutes of each: 50,000.
+# Ten minutes of each on a busy core: 15,000.
 EXAMPLES = int(os.environ.get("ECHO_RT_FUZZ", "60"))
 FUZZ = settings(
     max_examples=EXAMPLES, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck), database=None

@@ -202,7 +202,7 @@ def test_no_room_for_evidence(
         else:
             assert all(torch.isfinite(chunk.latents).all() for chunk in take(stream, 4)) and stream.rollbacks == 1
             assert "no evidence" in caplog.text and "File too large" in caplog.text
-    assert list((tmp_path / "evidence").iterdir()) == [], "half a file is no evidence"
+    assert not list(tmp_path.glob("evidence/*")), "half a file is no evidence"
 
 
 # -------------------------------------------------------------------- generate
