@@ -6,28 +6,22 @@ import math
 import textwrap
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from echo_rt.errors import ConfigError
 from echo_rt.utils.atomic_file import Closing, check_writable, whole_file
-from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import clock, one_line
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
-    from PIL import Image
 
 _GAP = 4  # pixels between pictures
 _BACKGROUND, _INK = (24, 24, 24), (235, 235, 235)
 _TEXT_SIZE = 12  # pixels
 _LINES = 2  # of a prompt
-
-
-class _Picture(NamedTuple):
-    image: Image.Image
-    prompt: str | None
 
 
 class ContactSheet(Closing):
@@ -52,15 +46,12 @@ class ContactSheet(Closing):
                 f"{path}: a contact sheet needs columns of 1 or more, an even limit, pictures of 8 pixels or more "
                 f"and an fps above 0, got {columns}, {limit}, {picture_width} and {fps}"
             )
-        with needing("pillow", "a contact sheet"):
-            from PIL import ImageFont
-
         check_writable(path)
         self.path = Path(path)
         self.fps = fps
         self.columns, self.limit, self.picture_width = columns, limit, picture_width
         self._font = ImageFont.load_default(_TEXT_SIZE)
-        self._pictures: list[_Picture] = []
+        self._pictures: list[tuple[Image.Image, str | None]] = []
         self._stride = 1
         self._seen = 0
         self._closed = False
@@ -76,8 +67,6 @@ class ContactSheet(Closing):
 
         The sheet has their ``prompt`` under the first picture, and wherever it is another than that of the one before.
         """
-        from PIL import Image
-
         array = np.asarray(frames)
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
             raise ConfigError(f"{self.path}: expected uint8 frames [T, H, W, 3], got {array.dtype} {list(array.shape)}")
@@ -88,7 +77,7 @@ class ContactSheet(Closing):
             if self._seen % self._stride == 0:
                 size = (self.picture_width, max(1, round(frame.shape[0] * self.picture_width / frame.shape[1])))
                 image = Image.fromarray(np.ascontiguousarray(frame)).resize(size, Image.Resampling.BOX)
-                self._pictures.append(_Picture(image, prompt))
+                self._pictures.append((image, prompt))
             self._seen += 1
 
     def close(self) -> None:
@@ -109,27 +98,25 @@ class ContactSheet(Closing):
         return clock(whole) + (f".{rest:0{digits}}" if digits else "")
 
     def _compose(self) -> Image.Image:
-        from PIL import Image, ImageDraw
-
-        width, height = self._pictures[0].image.size
+        width, height = self._pictures[0][0].size
         line = round(self._font.getbbox("Ag")[3]) + 2
-        told = _LINES * line if any(picture.prompt for picture in self._pictures) else 0
+        told = _LINES * line if any(prompt for _, prompt in self._pictures) else 0
         columns = min(self.columns, len(self._pictures))
         rows = -(-len(self._pictures) // columns)
         across, down = width + _GAP, height + told + _GAP
         sheet = Image.new("RGB", (columns * across + _GAP, rows * down + _GAP), _BACKGROUND)
         draw = ImageDraw.Draw(sheet)
         before = None
-        for number, (frame, picture) in enumerate(zip(self.kept, self._pictures, strict=True)):
+        for number, (frame, (image, prompt)) in enumerate(zip(self.kept, self._pictures, strict=True)):
             row, column = divmod(number, columns)
             left, top = _GAP + column * across, _GAP + row * down
-            sheet.paste(picture.image, (left, top))
+            sheet.paste(image, (left, top))
             time = self._time(frame)
             draw.rectangle((left, top, left + self._font.getlength(time) + 3, top + line), _BACKGROUND)
             draw.text((left + 2, top), time, _INK, self._font)
-            if picture.prompt and picture.prompt != before:
-                draw.text((left, top + height), self._wrapped(picture.prompt, width), _INK, self._font, spacing=0)
-            before = picture.prompt
+            if prompt and prompt != before:
+                draw.text((left, top + height), self._wrapped(prompt, width), _INK, self._font, spacing=0)
+            before = prompt
         return sheet
 
     def _wrapped(self, text: str, width: int) -> str:

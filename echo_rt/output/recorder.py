@@ -17,7 +17,7 @@ from echo_rt.output.segments import SegmentedWriter
 from echo_rt.output.video import VideoWriter
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import SnapshotKeeper
-from echo_rt.utils.atomic_file import Closing, close_all
+from echo_rt.utils.atomic_file import close_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,20 +133,14 @@ class Recorder(_BlockRecorder):
         fragmented: bool = False,
     ) -> None:
         super().__init__(0, frame_limit)
-        self._writers: list[Closing] = []
         self._latents: LatentsWriter | None = None
         self._sheet: ContactSheet | None = None
+        self._video = VideoWriter(video, *frame_size, fps, codec=codec, crf=crf, preset=preset, fragmented=fragmented)
         try:
-            self._video = VideoWriter(
-                video, *frame_size, fps, codec=codec, crf=crf, preset=preset, fragmented=fragmented
-            )
-            self._writers.append(self._video)
             if latents is not None:
                 self._latents = LatentsWriter(latents, latent_shape or (), metadata=metadata)
-                self._writers.append(self._latents)
             if contact_sheet is not None:
                 self._sheet = ContactSheet(contact_sheet, fps=fps)
-                self._writers.append(self._sheet)
         except BaseException:
             self.close()
             raise
@@ -160,7 +154,7 @@ class Recorder(_BlockRecorder):
         self._video.write(frames)
 
     def _closers(self) -> list[Callable[[], object]]:
-        return [writer.close for writer in self._writers]
+        return [writer.close for writer in (self._video, self._latents, self._sheet) if writer is not None]
 
     def report(self) -> dict[str, Any]:
         named = (("video", self._video), ("latents", self._latents), ("contact_sheet", self._sheet))

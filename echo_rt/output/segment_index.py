@@ -132,18 +132,14 @@ class RecordingIndex:
             segment = read_json(line, Segment, f"{path}: the index is damaged: line {number}", TargetError)
             index.segments.append(segment)
             index.notes = index.notes if segment.notes is None else segment.notes
-        index._check(path)
-        return index
-
-    def _check(self, path: Path) -> None:
-        """Raise ``TargetError`` for entries that contradict each other."""
         end = 0
-        for segment in self.segments:
+        for segment in index.segments:
             latents = (segment.latents_file, segment.latent_frames, segment.latents_size)
-            kept = all(latents) if self.latent_shape is not None else not any(latents)
+            kept = all(latents) if index.latent_shape is not None else not any(latents)
             if segment.first_frame != end or not kept:
                 raise TargetError(f"{path}: the index is damaged: {segment.file} contradicts what comes before it")
             end = segment.end_frame
+        return index
 
     def check_files(self, folder: str | Path, segments: Sequence[Segment]) -> None:
         """Raise ``TargetError`` unless every file of ``segments`` exists with the size that was written."""

@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Mapping, Sequence
 from copy import deepcopy
 from fractions import Fraction
 from functools import partial
@@ -85,12 +84,12 @@ class SegmentedWriter(Closing):
         notes: Mapping[str, Any] | None = None,
         **encoding: Any,
     ) -> None:
-        self._setup(folder, seconds, encoding)
-        with self._or_release():
+        def begin() -> RecordingIndex:
             check_free(folder)
             shape = None if latent_shape is None else tuple(latent_shape)
-            rate = str(Fraction(fps).limit_denominator(1001))
-            self._open(RecordingIndex(width, height, rate, shape, dict(notes or {})))
+            return RecordingIndex(width, height, str(Fraction(fps).limit_denominator(1001)), shape, dict(notes or {}))
+
+        self._open(folder, seconds, encoding, begin)
 
     @classmethod
     def resume(cls, folder: str | Path, at_frame: int, *, seconds: float, **encoding: Any) -> SegmentedWriter:
@@ -99,10 +98,9 @@ class SegmentedWriter(Closing):
         A segment must begin or end there: where a snapshot was taken, :meth:`cut` ended one. ``TargetError`` where none
         does, and for an absent recording or one that lacks a file that its index names; then nothing is dropped.
         """
-        writer = cls.__new__(cls)
         RecordingIndex.read(folder)  # an absent folder is not made
-        writer._setup(folder, seconds, encoding)
-        with writer._or_release():
+
+        def kept() -> RecordingIndex:
             index = RecordingIndex.read(folder)  # again: from now on nobody else can change it
             kept = [segment for segment in index.segments if segment.end_frame <= at_frame]
             reached = kept[-1].end_frame if kept else 0
@@ -113,38 +111,38 @@ class SegmentedWriter(Closing):
                 )
             index.check_files(folder, kept)
             index.segments = kept
-            writer._open(index)
+            return index
+
+        writer = cls.__new__(cls)
+        writer._open(folder, seconds, encoding, kept)
         return writer
 
-    def _setup(self, folder: str | Path, seconds: float, encoding: dict[str, Any]) -> None:
+    def _open(
+        self, folder: str | Path, seconds: float, encoding: dict[str, Any], find: Callable[[], RecordingIndex]
+    ) -> None:
+        """Claim the folder, write both lists as ``find`` says then, and remove files that do not belong to them."""
         if not seconds > 0:
             raise ConfigError(f"{folder}: a segment must have more than 0 seconds, got {seconds}")
         self.folder, self.seconds, self._encoding = Path(folder), seconds, encoding
         self._video: VideoWriter | None = None
         self._latents: LatentsWriter | None = None
         self._closed = False
+        self._written: str | None = None  # the init, by this process: one that somebody removed is made again
         self._claim = FolderClaim(folder)
-
-    @contextmanager
-    def _or_release(self) -> Iterator[None]:
         try:
-            yield
+            self.index = index = find()
+            segments = index.segments
+            self.segments_on_disk, self.frames_on_disk = len(segments), index.frames
+            self.latents_on_disk = sum(segment.latent_frames for segment in segments)
+            self._noted = deepcopy(index.notes)
+            self._former = any(segment.init is None for segment in segments)
+            self._log = Log(index.path(self.folder), b"".join(index.lines))
+            self._begin_list(segments)
+            index.segments = []  # those are on the disk; a week of them would not be small
+            self._sweep({name for segment in segments for name in (*segment.files, segment.init)})
         except BaseException:
             self._claim.release()
             raise
-
-    def _open(self, index: RecordingIndex) -> None:
-        """Write both lists anew, which drops what is not in ``index``, and remove files that do not belong to it."""
-        segments, self.index = index.segments, index
-        self.segments_on_disk, self.frames_on_disk = len(segments), index.frames
-        self.latents_on_disk = sum(segment.latent_frames for segment in segments)
-        self._noted = deepcopy(index.notes)
-        self._former = any(segment.init is None for segment in segments)
-        self._log = Log(index.path(self.folder), b"".join(index.lines))
-        self._begin_list(segments)
-        index.segments = []  # those are on the disk; a week of them would not be small
-        self._written: str | None = None  # of this process: an init that somebody removed is made again
-        self._sweep({name for segment in segments for name in (*segment.files, segment.init)})
 
     @property
     def playlist(self) -> Path:

@@ -70,40 +70,40 @@ def load_av() -> Any:
     return av
 
 
-def _codec(name: str) -> Codec:
-    if name not in CODECS:
-        raise ConfigError(f"codec: expected one of {', '.join(CODECS)}, got {name!r}")
-    return CODECS[name]
-
-
-def _configure(context: Any, codec: str, crf: float | None, preset: str | None) -> None:
-    """Set up an encoder; :class:`ConfigError` for a quality or preset that it does not have."""
-    chosen = _codec(codec)
+def _add_stream(
+    container: Any, size: tuple[int, int], fps: Fraction, codec: str, crf: float | None, preset: str | None, gop: int
+) -> Any:
+    """Open an encoder; :class:`ConfigError` for a quality or preset that it does not have."""
+    if codec not in CODECS:
+        raise ConfigError(f"codec: expected one of {', '.join(CODECS)}, got {codec!r}")
+    chosen = CODECS[codec]
     crf, preset = chosen.crf if crf is None else crf, chosen.preset if preset is None else preset
     if preset not in chosen.presets:
         raise ConfigError(f"preset of {codec}: expected one of {', '.join(chosen.presets)}, got {preset!r}")
     if not 0 <= crf <= chosen.most:
         raise ConfigError(f"crf of {codec}: expected 0 (best) to {chosen.most}, got {crf:g}")
     os.environ.setdefault("SVT_LOG", "1")  # errors only: SVT-AV1 prints a page at each start
-    context.options = {**chosen.options, chosen.quality: f"{crf:g}", "preset": preset}
-    context.pix_fmt = "yuv420p"
-    context.color_primaries = context.color_trc = context.colorspace = _BT709
-    context.color_range = load_av().video.reformatter.ColorRange.MPEG
+    av = load_av()
+    try:
+        stream = container.add_stream(chosen.encoder, rate=fps)
+        (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
+        context = stream.codec_context
+        context.options = {**chosen.options, chosen.quality: f"{crf:g}", "preset": preset, "g": str(gop)}
+        context.color_primaries = context.color_trc = context.colorspace = _BT709
+        context.color_range = av.video.reformatter.ColorRange.MPEG
+        if codec.startswith("hevc"):
+            context.codec_tag = "hvc1"  # the kind of HEVC that Apple's players take
+        context.open()
+    except (av.FFmpegError, ValueError) as error:
+        cause = f"cannot be opened for {size[0]}x{size[1]} pixels: {first_line(error)}"
+        raise BackendError(f"codec {codec}: the encoder {chosen.encoder} of PyAV {av.__version__} {cause}") from None
+    return stream
 
 
 def check_encoding(codec: str = "h264", crf: float | None = None, preset: str | None = None) -> None:
     """Raise ``ConfigError`` for settings that ``codec`` does not have, ``BackendError`` where it cannot run here."""
-    av, encoder = load_av(), _codec(codec).encoder
-    try:
-        context = av.CodecContext.create(encoder, "w")
-        context.width = context.height = _PROBE_SIZE
-        context.framerate, context.time_base = Fraction(16), Fraction(1, 16)
-        _configure(context, codec, crf, preset)
-        context.open()
-    except (av.FFmpegError, ValueError) as error:
-        raise BackendError(
-            f"codec {codec}: the encoder {encoder} of PyAV {av.__version__} cannot be opened here: {first_line(error)}"
-        ) from None
+    with load_av().open(_Sink(), "w", format="mp4") as container:
+        _add_stream(container, (_PROBE_SIZE, _PROBE_SIZE), Fraction(16), codec, crf, preset, 32)
 
 
 class _Sink:
@@ -143,8 +143,8 @@ class VideoWriter(Closing):
         continues: number of frames of the video before this file, which is a piece of it: times go on from there,
             and the file stays fragmented.
 
-    Raises ``ConfigError`` for a size or setting that cannot be encoded, ``OutputError`` when the file cannot be written
-    and ``BackendError`` without PyAV. After an ``OutputError``, :meth:`close` still puts a playable file of the frames
+    Raises ``ConfigError`` for a size or setting that cannot be encoded, ``BackendError`` without PyAV or the encoder,
+    and ``OutputError`` when the file cannot be written; then :meth:`close` still puts a playable file of the frames
     that reached the disk in place.
     """
 
@@ -166,7 +166,6 @@ class VideoWriter(Closing):
             raise ConfigError(f"{path}: video with 4:2:0 colour needs an even width and height, got {width}x{height}")
         if not fps > 0 or not gop_seconds > 0:
             raise ConfigError(f"{path}: fps and gop_seconds must be above 0, got {fps} and {gop_seconds}")
-        encoder = _codec(codec).encoder
         self.path = Path(path)
         self.width, self.height = width, height
         self.fps = Fraction(fps).limit_denominator(1001)
@@ -183,21 +182,11 @@ class VideoWriter(Closing):
         kind = _CONTINUED if continues is not None else _FRAGMENTED if fragmented else _ORDINARY
         try:
             self._container = av.open(self._sink, "w", format="mp4", options={"movflags": kind})
-            self._stream = self._container.add_stream(encoder, rate=self.fps)
-            self._stream.width, self._stream.height = width, height
-            context = self._stream.codec_context
-            _configure(context, codec, crf, preset)
-            context.options |= {"g": str(max(1, round(self.fps * gop_seconds)))}
-            if codec.startswith("hevc"):
-                context.codec_tag = "hvc1"  # the kind of HEVC that Apple's players take
-            context.open()
-        except ConfigError:
+            gop = max(1, round(self.fps * gop_seconds))
+            self._stream = _add_stream(self._container, (width, height), self.fps, codec, crf, preset, gop)
+        except BaseException:
             self._part.discard()
             raise
-        except (av.FFmpegError, ValueError) as error:
-            self._part.discard()
-            cause = f"cannot be opened for {width}x{height} pixels: {first_line(error)}"
-            raise OutputError(f"{path}: the encoder {encoder} of PyAV {cause}") from None
 
     @property
     def in_place(self) -> bool:

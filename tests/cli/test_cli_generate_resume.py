@@ -280,7 +280,7 @@ def test_it_goes_on_by_the_backend_of_its_snapshot(echo_rt, model, day, unbroken
         (None, ("--set", "sink_frames=6"), "the snapshot is of another model: sink_frames is 3 in the snapshot"),
         ("size", (), "the recording is 64x32 at 16 fps, the model makes 32x32 at 16"),
         ("script", (), "--prompt: expected the prompts of the 6 blocks made so far: "),
-        ("nan", (), "recording.json: the index is damaged: "),
+        ("nan", (), "recording.json: expected the index of a recording in segments, found another or a damaged file"),
         ("notes", (), "recording.json: the notes are damaged: "),
         ("latents", (), "--latents: the recording has none so far"),
         (
