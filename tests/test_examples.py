@@ -326,7 +326,7 @@ def test_the_server_shows_the_video_and_takes_prompts(
     program = "server.py", small_model, small_model / CHECKPOINT_FILE
     thread = threading.Thread(target=run, args=program, daemon=True)
     thread.start()
-    with Live(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=LONG) as live:
+    with Live(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=5 * LONG) as live:  # the model is loaded first
         assert next(live.frames()).shape == (32, 32, 3)
         taken = live.prompt(OTHER)
         shown = next(event for event in live.events() if event.get("block", -1) >= taken["block"])
