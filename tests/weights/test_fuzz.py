@@ -28,7 +28,7 @@ EXAMPLES = int(os.environ.get("ECHO_RT_FUZZ", "50"))
 tries = settings(
     max_examples=EXAMPLES,
     deadline=None,
-    derandomize=not LONG,
+    derandomize="ECHO_RT_FUZZ" not in os.environ,
     database=None,
     suppress_health_check=list(HealthCheck),
 )
