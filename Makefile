@@ -80,11 +80,11 @@ bench: $(VENV)/.developed ## time each operation and a block of the tiny model
 
 site: $(VENV)/.installed ## build the documentation into build/site; its pages load nothing from other hosts
 	$(BIN)/python -m pip install --quiet "echo-rt[site]"
-	$(BIN)/python tools/site.py
+	$(BIN)/python docs/build_site.py
 
 wheel: $(VENV)/.installed ## build the source distribution and manylinux wheels into dist, and try each in an empty environment
 	$(BIN)/python -m pip install --quiet "echo-rt[wheel]"
-	$(BIN)/python tools/wheel.py dist
+	$(BIN)/python tests/build_wheel.py dist
 
 ifneq ($(shell command -v $(NVCC)),)
 kernels: ## compile every kernel for every architecture: warnings and spilled registers are errors

@@ -229,7 +229,7 @@ def test_a_build_that_sees_no_torch_says_how_to_get_the_kernels(
 
 
 def test_the_environment_that_a_wheel_is_tried_in_has_torch_and_what_it_requires_alone() -> None:
-    closure = runpy.run_path(str(ROOT / "tools" / "wheel.py"))["closure"]("torch")
+    closure = runpy.run_path(str(ROOT / "tests" / "build_wheel.py"))["closure"]("torch")
     assert {"torch", "sympy"} <= closure
     assert not closure & {"numpy", "transformers", "av", "echo-rt"}
 

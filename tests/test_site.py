@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def site() -> ModuleType:
-    """tools/site.py; its name is that of a module of Python."""
-    spec = importlib.util.spec_from_file_location("echo_rt_site", ROOT / "tools" / "site.py")
+    """docs/build_site.py, which is no module of a package."""
+    spec = importlib.util.spec_from_file_location("echo_rt_site", ROOT / "docs" / "build_site.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -36,7 +36,7 @@ def pages_of(nav: Any) -> Iterator[str]:
 def test_every_page_is_in_the_navigation_and_every_entry_is_a_page(site: ModuleType, tmp_path: Path) -> None:
     site.stage(tmp_path / "docs")
     there = {str(path.relative_to(tmp_path / "docs")) for path in (tmp_path / "docs").rglob("*.md")}
-    navigation = list(pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+    navigation = list(pages_of(yaml.safe_load((ROOT / "docs" / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
     assert len(navigation) == len(set(navigation)) and set(navigation) == there
 
 

@@ -16,6 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+_TOOLS = (Path(__file__).name, "docstrings.py", "mkdocs.yml")
 # File of the repository -> its page.
 PAGES = {
     "CHANGELOG.md": "changelog.md",
@@ -73,7 +74,7 @@ def adapted(text: str, source: Path, page: Path, address: str | None) -> str:
 def stage(folder: Path) -> None:
     """Make ``folder`` anew, with every page."""
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "docs", folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    shutil.copytree(ROOT / "docs", folder, ignore=shutil.ignore_patterns("__pycache__", ".*", *_TOOLS))
     address = repository()
     sources = {str(path.relative_to(ROOT)): path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")}
     for source, page in (sources | PAGES).items():
@@ -122,14 +123,14 @@ def main() -> None:
     parser.add_argument("--builder", choices=("mkdocs", "zensical"), default="mkdocs")
     options = parser.parse_args()
     stage(ROOT / "build" / "docs")
-    builder = [sys.executable, "-m", options.builder, "build", "--strict", "--clean"]
+    builder = [sys.executable, "-m", options.builder, "build", "--strict", "--clean", "--config-file", "docs/mkdocs.yml"]
     # Material prints what its makers think of the next mkdocs.
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     if code := subprocess.run(builder, cwd=ROOT, env=environment).returncode:
         sys.exit(code)
     found = loads_elsewhere(ROOT / "build" / "site")
     if found:
-        sys.exit("\n".join((*found, "site.py: error: pages load from other hosts")))
+        sys.exit("\n".join((*found, "build_site.py: error: pages load from other hosts")))
 
 
 if __name__ == "__main__":
