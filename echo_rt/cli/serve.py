@@ -80,15 +80,19 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
             asked = {**given, "memory": memory or given["memory"]}
             return Runtime.from_pretrained(arguments.model, **asked, like=like)
 
-        session = LiveSession(
-            load,
-            arguments.out,
-            arguments.prompt,
-            seed=arguments.seed,
-            memory=arguments.memory,
-            resume=arguments.resume,
-            megabits=arguments.megabits,
-        )
+        try:
+            session = LiveSession(
+                load,
+                arguments.out,
+                arguments.prompt,
+                seed=arguments.seed,
+                memory=arguments.memory,
+                resume=arguments.resume,
+                megabits=arguments.megabits,
+            )
+        except BaseException:
+            listener.close()
+            raise
     application = app.make_app(
         {"main": session},
         guard.Rules(token, frozenset([*arguments.allow_host, host])),
