@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # "12:a lake", "7.5:a lake"; a sign is matched only to be refused.
 _TIMED = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*:(.*)", re.DOTALL)
-_ESCAPED = 'one that begins with a number and a colon is written "0:16:9 ..."'
+_ESCAPED = 'a text that begins with a number and a colon is written "0:16:9 ..."'
 _SHOWN = 40
 _NEVER = 2.0**53  # frames: the latest start of a prompt
 
@@ -48,8 +48,8 @@ def _split(argument: str, option: str) -> tuple[float, str]:
         expected = "a prompt" if option == "--prompt" else "a file"
         raise PromptError(f"{option} {argument!r}: expected {expected}, got nothing")
     if seconds > 0 and option == "--prompt" and value[0].isdigit():
-        ways = f"a blank after the colon for a text at {seconds:g} s, and for a text without a time {_ESCAPED}"
-        raise PromptError(f"{option} {argument[:_SHOWN]!r}: expected a time or a text, got what can be both; {ways}")
+        either = f"got what can be either; a blank after the colon makes it a text at {seconds:g} s, and {_ESCAPED}"
+        raise PromptError(f"{option} {argument[:_SHOWN]!r}: expected a time or a text, {either}")
     return seconds, value.strip()
 
 

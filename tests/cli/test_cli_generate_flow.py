@@ -113,7 +113,7 @@ def test_seconds(echo_rt, fake_runtime, tmp_path, frame_count, seconds, frames):
 
 def test_prompts_switch_at_the_first_block_from_their_time(echo_rt, fake_runtime, tmp_path):
     """Blocks begin at frames 0, 9, 21, 33, 45, 57: at 0, 0.56, 1.31, 2.06, 2.81 and 3.56 seconds."""
-    prompts = ("--prompt", "1", "--prompt", "2.0625:4", "--prompt", "0.6:2", "--prompt", "1.1:3", "--prompt", "3:5")
+    prompts = ("--prompt", "1", "--prompt", "2.0625: 4", "--prompt", "0.6: 2", "--prompt", "1.1: 3", "--prompt", "3: 5")
     outcome = echo_rt("generate", "--model", "m", *prompts, "-o", tmp_path / "v.mp4", "--frames", 60, "--json")
     assert fake_runtime.streams[0].prompts_of_blocks == [1, 1, 3, 4, 4, 5]
     assert [(shown["frame"], shown["text"]) for shown in outcome.json["prompts"]] == [
@@ -126,11 +126,11 @@ def test_prompts_switch_at_the_first_block_from_their_time(echo_rt, fake_runtime
 
 
 def test_a_prompt_after_the_end_is_a_warning(echo_rt, fake_runtime, tmp_path):
-    outcome = echo_rt("generate", *PROMPT, "--prompt", "9:2", "-o", tmp_path / "v.mp4", "--seconds", 2, "--quiet")
+    outcome = echo_rt("generate", *PROMPT, "--prompt", "9: 2", "-o", tmp_path / "v.mp4", "--seconds", 2, "--quiet")
     assert outcome.code == 0
     warning = "the prompt at 9 s comes after the end of the video at 2 s"
     assert outcome.err == f"echo-rt: warning: {warning}\n"
-    arguments = ("generate", *PROMPT, "--prompt", "9:2", "-o", tmp_path / "w.mp4", "--seconds", 2, "--json")
+    arguments = ("generate", *PROMPT, "--prompt", "9: 2", "-o", tmp_path / "w.mp4", "--seconds", 2, "--json")
     assert echo_rt(*arguments).json["warnings"] == [warning]
 
 
@@ -142,7 +142,7 @@ def test_embeddings_are_saved_and_read(echo_rt, fake_runtime, tmp_path):
     assert prompt == "1" and torch.equal(embeds, torch.ones(2, 8))
 
     fake_runtime.encoded.clear()
-    arguments = ("--prompt-embeds", saved, "--prompt", "1:2", "--save-prompt-embeds", saved)
+    arguments = ("--prompt-embeds", saved, "--prompt", "1: 2", "--save-prompt-embeds", saved)
     outcome = echo_rt("generate", "--model", "m", *arguments, *video, "--json")
     assert outcome.code == 0
     assert fake_runtime.encoded == ["2"]

@@ -77,7 +77,7 @@ def test_a_run_says_which_one_it_has(echo_rt, small_model, tmp_path):
     assert outcome.code == 0
     (warning,) = outcome.err.splitlines()
     assert warning.startswith("echo-rt: warning: the memory encoder of recipe echo-infinity-short normalizes its keys")
-    outcome = echo_rt(*short, "--json")
+    outcome = echo_rt(*short, "--json", "--overwrite")
     assert outcome.json["warnings"] == [warning.removeprefix("echo-rt: warning: ")]
 
 
