@@ -93,7 +93,7 @@ def test_a_stream_goes_on_while_blocks_are_encoded(
     write = VideoWriter.write
 
     def slow(writer: VideoWriter, frames: Any) -> None:
-        gate.wait()
+        gate.wait(60)  # at most: a test that fails ends
         write(writer, frames)
         clock[0] += 10
 
