@@ -123,16 +123,8 @@ def main() -> None:
     parser.add_argument("--builder", choices=("mkdocs", "zensical"), default="mkdocs")
     options = parser.parse_args()
     stage(ROOT / "build" / "docs")
-    builder = [
-        sys.executable,
-        "-m",
-        options.builder,
-        "build",
-        "--strict",
-        "--clean",
-        "--config-file",
-        "docs/mkdocs.yml",
-    ]
+    options_of_both = ["build", "--strict", "--clean", "--config-file", "docs/mkdocs.yml"]
+    builder = [sys.executable, "-m", options.builder, *options_of_both]
     # Material prints what its makers think of the next mkdocs.
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     if code := subprocess.run(builder, cwd=ROOT, env=environment).returncode:

@@ -1,8 +1,8 @@
 """Build the source distribution and manylinux wheels into a folder, and try each wheel: ``make wheel``.
 
 ``python tests/build_wheel.py OUT`` needs torch and the packages of the extra ``wheel``. The wheels are built from the
-source distribution: one for the CPU, and one for CUDA where nvcc and a torch with CUDA are there. Each is installed into
-a new environment that has this interpreter's torch and nothing else, and makes a video there.
+source distribution: one for the CPU, and one for CUDA where nvcc and a torch with CUDA are there. Each is installed
+into a new environment that has this interpreter's torch and nothing else, and makes a video there.
 """
 
 from __future__ import annotations
