@@ -19,15 +19,20 @@ for _folder in (ROOT / "bench", ROOT / "tests", ROOT):
 
 from echo_rt.bench.settings import MODELS, RELEASED, TINY, BenchModel  # noqa: E402
 from echo_rt.bench.tables import results, write_results  # noqa: E402
-from echo_rt.cli.arguments import parse_path  # noqa: E402
 from echo_rt.errors import EchoError  # noqa: E402
 from echo_rt.utils.atomic_file import check_results_folder  # noqa: E402
+
+
+def _path(text: str) -> Path:
+    if not text:  # of an unset variable, for example
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
 
 
 def parser(doc: str | None, *, sizes: bool = True, dtypes: Iterable[str] = ()) -> argparse.ArgumentParser:
     """A parser of what most scripts are asked: --out and --device, and if wanted --size and one of ``dtypes``."""
     found = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    found.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="folder for the results")
+    found.add_argument("--out", type=_path, required=True, metavar="DIR", help="folder for the results")
     found.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; default: cuda")
     if sizes:
         found.add_argument("--size", choices=MODELS, help="default: released on a GPU, tiny on a CPU")

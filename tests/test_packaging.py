@@ -122,7 +122,15 @@ def test_the_source_distribution_carries_the_whole_checkout(packed: Path) -> Non
 
 
 # Import name -> distribution, where they differ.
-DISTRIBUTIONS = {"PIL": "pillow", "pynvml": "nvidia-ml-py", "prometheus_client": "prometheus-client"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "pynvml": "nvidia-ml-py",
+    "prometheus_client": "prometheus-client",
+    "markdown_it": "markdown-it-py",
+    "starlette": "fastapi",  # is a part of it, as pydantic
+    "pydantic": "fastapi",
+    "typing_extensions": "torch",
+}
 # What a plain installation has, and what its largest packages are for.
 BASE = {
     "torch",
@@ -133,6 +141,8 @@ BASE = {
     "transformers",  # umT5 and its tokenizer: every prompt
     "ftfy",  # every prompt
     "av",  # every MP4
+    "pillow",  # contact sheets, pictures of chunks
+    "markdown-it-py",  # the page of a soak; rich brings it anyway
     "rich",  # progress of generate; transformers brings it too
     "nvidia-ml-py",  # the driver's version in the autotuner's cache, of every command on a GPU
 }

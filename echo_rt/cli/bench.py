@@ -47,7 +47,7 @@ OPTIONS = {
         *table(_MODEL, size={"type": click.Choice(list(MODELS))}),
         *shared(
             _SHARED,
-            model={"required": False, "metavar": "DIR", "help": "Wan2.1 model folder to use instead of random weights"},
+            model={"default": None, "metavar": "DIR", "help": "Wan2.1 model folder to use instead of random weights"},
             seed={"help": "seed of weights, prompt and noise (default 0)"},
         ),
     ),

@@ -130,8 +130,8 @@ class PromptEncoder:
             raise StreamError("the runtime is closed; load another with Runtime.from_pretrained(...)")
         if self._folder is None:
             raise PromptError("expected embeddings: this model has no folder with a text encoder, got a text")
-        for prompt in prompts:
-            self._note_unknown(clean_prompt(prompt))  # raises before the encoder is read
+        for prompt in [clean_prompt(prompt) for prompt in prompts]:  # raises before the folder is read
+            self._note_unknown(prompt)
         self._encoding = True
         try:
             if self._encoder is None:

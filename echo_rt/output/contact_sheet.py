@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from echo_rt.errors import ConfigError
 from echo_rt.utils.atomic_file import Closing, check_writable, whole_file
+from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import clock, one_line
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
+    from PIL import Image
 
 _GAP = 4  # pixels between pictures
 _BACKGROUND, _INK = (24, 24, 24), (235, 235, 235)
@@ -50,6 +51,8 @@ class ContactSheet(Closing):
         self.path = Path(path)
         self.fps = fps
         self.columns, self.limit, self.picture_width = columns, limit, picture_width
+        with needing("pillow", "a contact sheet"):
+            from PIL import ImageFont
         self._font = ImageFont.load_default(_TEXT_SIZE)
         self._pictures: list[tuple[Image.Image, str | None]] = []
         self._stride = 1
@@ -67,6 +70,8 @@ class ContactSheet(Closing):
 
         The sheet has their ``prompt`` under the first picture, and wherever it is another than that of the one before.
         """
+        from PIL import Image
+
         array = np.asarray(frames)
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
             raise ConfigError(f"{self.path}: expected uint8 frames [T, H, W, 3], got {array.dtype} {list(array.shape)}")
@@ -98,6 +103,8 @@ class ContactSheet(Closing):
         return clock(whole) + (f".{rest:0{digits}}" if digits else "")
 
     def _compose(self) -> Image.Image:
+        from PIL import Image, ImageDraw
+
         width, height = self._pictures[0][0].size
         line = round(self._font.getbbox("Ag")[3]) + 2
         told = _LINES * line if any(prompt for _, prompt in self._pictures) else 0

@@ -71,7 +71,7 @@ def test_version_as_a_module():
         (["paint"], "paint"),
         (["genrate"], "Did you mean 'generate'?"),
         (["generate", "--model", "m", "--promt=a fox"], "'--prompt'"),
-        (["generate"], "--model"),
+        (["generate"], "--prompt"),
         (
             ["generate", "--model", "m", "-o", "o.mp4", "--prompt", "a", "--frames", "1", "--seconds", "1"],
             "--frames and --seconds: expected one of them, got both",

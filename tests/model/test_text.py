@@ -396,7 +396,7 @@ def test_without_a_folder_there_are_embeddings_alone() -> None:
     config = ModelConfig.from_flat(flat_config()).transformer
     prompts = PromptEncoder(None, config, torch.device("cpu"), keep=False)
     embeds = torch.ones(5, config.text_dim)
-    assert torch.equal(prompts.resolve(None, embeds), embeds)
+    assert torch.equal(prompts.resolve(None, embeds).embeds, embeds)
     with pytest.raises(PromptError, match="expected embeddings: this model has no folder with a text encoder"):
         prompts.resolve("a fox", None)
 

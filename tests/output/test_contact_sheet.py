@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
 
 from echo_rt.errors import ConfigError
 from echo_rt.output.contact_sheet import ContactSheet
+
+Image, ImageDraw = (pytest.importorskip(f"PIL.{name}") for name in ("Image", "ImageDraw"))
 
 
 def picture(path: Path) -> np.ndarray:

@@ -152,7 +152,8 @@ def test_the_client_sees_what_is_shown(small_model: Path, tmp_path: Path) -> Non
     with served(small_model, tmp_path / "out") as server:
         for number, frame in enumerate(server.live.frames()):
             errors = np.abs(video.astype(np.int16) - frame).mean(axis=(1, 2, 3))
-            assert errors.min() < 6, "no such frame is in the video"
+            nearest, second = np.partition(errors, 1)[:2]  # the encoder loses much of frames that are noise
+            assert nearest < 0.7 * second, "no such frame is in the video"
             if number == 5:
                 break
 
@@ -175,6 +176,7 @@ def test_more_viewers_than_allowed_are_refused(small_model: Path, tmp_path: Path
 
 
 def test_pause_holds_the_picture_for_all(server: Served) -> None:
+    server.wait_block(0)
     events = server.live.events()
     assert next(events)["type"] == "hello"
     server.live.post("/pause", paused=True)
@@ -255,9 +257,12 @@ def test_a_video_that_fails_is_told_and_can_begin_again(
         assert next(events)["type"] == "hello"
         with monkeypatch.context() as patch:
 
-            def lost(*_: object) -> None:
-                raise NumericalError("block 7: NaN in the latents")
+            def lost(stream: echo_rt.Stream, *given: Any) -> None:
+                if stream is server.session._stream:  # and not that of the server which the other tests share
+                    raise NumericalError("block 7: NaN in the latents")
+                make(stream, *given)
 
+            make = echo_rt.Stream._make
             patch.setattr(echo_rt.Stream, "_make", lost)
             said = next(event for event in events if event["type"] == "failed")
             assert said["error"] == "block 7: NaN in the latents"
@@ -272,6 +277,7 @@ def test_a_video_that_fails_is_told_and_can_begin_again(
 def test_metrics_are_for_prometheus(server: Served) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
+    server.wait_block(4)  # by then the memory has been updated
     found = {
         sample.name: sample.value
         for family in text_string_to_metric_families(server.ask("GET", "/metrics")[2].decode())

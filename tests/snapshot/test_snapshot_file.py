@@ -330,4 +330,4 @@ def test_the_file_and_its_name_reach_the_disk_in_order(
     monkeypatch.setattr("echo_rt.utils.atomic_file.os.fsync", noted_sync)
     monkeypatch.setattr("echo_rt.utils.atomic_file.os.replace", noted_replace)
     snapshot.save(tmp_path / "s.safetensors")
-    assert events == ["file", "rename", "folder"]
+    assert events[-2:] == ["rename", "folder"] and set(events[:-2]) == {"file"}

@@ -234,7 +234,7 @@ WRITE_UNTIL_KILLED = """
     import echo_rt.snapshot.file
     from echo_rt.snapshot.store import SnapshotKeeper, latest_snapshot
     # A process for each life, without importing everything once more.
-    while True:
+    while sys.stdin.readline():
         child = os.fork()
         if child == 0:
             found = latest_snapshot(sys.argv[2])
@@ -279,10 +279,13 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     command = [sys.executable, "-B", "-c", script, str(Path(__file__).parent), str(folder)]
     dice = random.Random(6)
     begun, known, parts = [], 0, []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as lives:
-        assert lives.stdout is not None
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as lives:
+        assert lives.stdin is not None and lives.stdout is not None
         try:
             for life in range(20):
+                print(file=lives.stdin, flush=True)  # what this life leaves is counted before the next one begins
                 pid, block = map(int, lives.stdout.readline().split())
                 assert block >= known, "a snapshot that was in place is gone"
                 begun.append(block)

@@ -29,7 +29,7 @@ from soaking import PROMPTS, command_of, hashes, intervals, line_of, lines_of, s
 import echo_rt.soak
 from echo_rt.errors import NumericalError, OutputError, SnapshotError, TargetError
 from echo_rt.snapshot.snapshot import Snapshot
-from echo_rt.snapshot.store import snapshot_files
+from echo_rt.snapshot.store import SnapshotKeeper, snapshot_files
 from echo_rt.soak import Outcome, SoakConfig
 from echo_rt.soak.checks import Status
 from echo_rt.soak.journal import JOURNAL_FILE, Past, read_lines
@@ -111,6 +111,8 @@ def test_a_stream_that_fails_ends_the_soak_in_order(
     config = soak_of(smallest_model, tmp_path / "out", **given)
     with monkeypatch.context() as patch:
         faults.FAULTS[fault](patch, block)
+        # Each snapshot waits for the one before, however slow the disk is: none is declined.
+        patch.setattr(SnapshotKeeper, "busy", False)
         outcome = echo_rt.soak.run(config)
     words = f"StallError: block {block} " if fault == "late" else f"{LOST.__name__}: {ILLEGAL} (number 1)"
     assert (outcome.exit_code, outcome.end, outcome.blocks) == (4, "failed", made)

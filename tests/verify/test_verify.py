@@ -259,8 +259,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         change_tensor("inputs.safetensors", "prompt_embeds.0", lambda t: t.repeat(3, 1)),
         "21 tokens, the model takes at most 16",
     ),
-    "blocks-in-words": (change_config(num_blocks="many"), "whole numbers, got 'many'"),
-    "no-switches": (change_config(prompt_switch_blocks=None), "whole numbers, got 11 and None"),
+    "blocks-in-words": (change_config(num_blocks="many"), "`int`, got `str`"),
+    "no-switches": (change_config(prompt_switch_blocks=None), "`array`, got `null`"),
     "memory-in-words": (change_config(memory="x"), "memory must be an object or null, got 'x'"),
     "shift-in-words": (change_config(timestep_shift="5"), "timestep_shift must be a number .*, got '5'"),
     "not-numbers": (

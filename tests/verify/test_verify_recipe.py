@@ -84,7 +84,7 @@ def test_another_recipe_is_told_from_it(
         ({"recipe": "longlife"}, "recipe must be one of"),
         ({"checkpoint": 3}, "expected checkpoint to be a path, got 3"),
         ({"checkpoint": "nowhere.pt"}, r"nowhere\.pt: expected a file, found none"),
-        ({"num_blocks": "7"}, "expected num_blocks and prompt_switch_blocks as whole numbers"),
+        ({"num_blocks": "7"}, "Expected `int`, got `str`"),
         ({"num_blocks": 8}, "expected a tensor 'noise.7', and it is not there"),
         ({"prompt_switch_blocks": [2]}, "expected a tensor 'prompt_embeds.1'"),
         ({"overrides": {"sink": 3}}, "overrides may name"),
