@@ -62,7 +62,7 @@ class SegmentedWriter(Closing):
 
     Args:
         folder: made if absent; one that holds a recording with frames is refused.
-        width, height, fps, codec, crf, preset: as for :class:`VideoWriter`.
+        width, height, fps: as for :class:`VideoWriter`, like codec, crf and preset.
         seconds: of video in a segment, above 0; :meth:`cut` ends one earlier.
         latent_shape: channels, height and width of a latent frame, to keep the latents too.
         notes: plain JSON metadata for the index, for a resume; :attr:`notes` may be changed during the recording.
