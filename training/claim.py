@@ -30,9 +30,9 @@ from training.world import DAY, HEIGHT, RISE, WIDTH, Scene, random_scene
 CALM = 0.25  # share of the days in training
 STAGES = (
     Stage("layout", blocks=3, clips=8, steps=150),
-    Stage("recall", blocks=7, clips=4, steps=500),
-    Stage("own context", blocks=7, clips=4, steps=300, own=0.4, rate=0.7),
-    Stage("days", blocks=11, clips=3, steps=350, own=0.5, rate=0.4),
+    Stage("recall", blocks=7, clips=4, steps=700),
+    Stage("own context", blocks=7, clips=4, steps=900, own=0.4, rate=0.7),
+    Stage("days", blocks=11, clips=3, steps=650, own=0.5, rate=0.4),
 )
 _SMALL = replace(CONFIG, transformer=replace(CONFIG.transformer, dim=128, ffn_dim=384, num_heads=4, num_layers=4))
 _WINDOW = replace(_SMALL, memory=None)

@@ -26,7 +26,7 @@ def test_everything_at_once(echo_rt, fake_runtime, tmp_path, frame_count):
     outcome = echo_rt("generate", *PROMPT, *arguments, "--json")
     assert outcome.code == 0, outcome.err
     report = outcome.json
-    assert report.pop("fps") > 0 and report.pop("elapsed") > 0 and report.pop("held_up_seconds") >= 0
+    assert report.pop("fps") > 0 and report.pop("elapsed") >= 0 and report.pop("held_up_seconds") >= 0
     assert report == {
         "frames": 20,
         "seconds": 1.25,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import re
@@ -361,7 +362,13 @@ def _take(messages: Any, last: str) -> list[bytes]:
     ],
 )
 def test_a_wrong_first_message_is_told(server: Served, first: dict[str, str] | None, error: str) -> None:
-    with connect(REALTIME.format(server.port)) as client:
-        client.send(b"\xc1\xc1" if first is None else msgspec.msgpack.encode(first))
-        said = msgspec.msgpack.decode(client.recv(60))
-        assert said["type"] == "error" and error in said["content"], said
+    def answer() -> dict[str, str]:
+        with connect(REALTIME.format(server.port)) as client:
+            with contextlib.suppress(ConnectionClosed):
+                client.send(b"\xc1\xc1" if first is None else msgspec.msgpack.encode(first))
+            said: dict[str, str] = msgspec.msgpack.decode(client.recv(60))
+            return said
+
+    while "another client has the session" in (said := answer())["content"]:
+        pass  # the client of another test is still leaving
+    assert said["type"] == "error" and error in said["content"], said

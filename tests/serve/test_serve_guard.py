@@ -72,6 +72,7 @@ def private(small_model: Path, tmp_path_factory: pytest.TempPathFactory, quick: 
 
 
 def test_without_the_token_only_health_is_answered(private: Served) -> None:
+    private.wait_block(0)
     for path in ("/", FIGURES, "/metrics", "/openapi.json", "/page/page.js", "/docs"):
         assert private.ask("GET", path)[0] == 401, path
         assert private.ask("GET", path, Authorization="Bearer wrong")[0] == 401
