@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from echo_rt import Runtime
@@ -55,13 +56,16 @@ _FIRST_SEED = 20_000
 
 
 def operations(config: ModelConfig, world: World, folder: Path) -> int:
-    """Count the floating-point operations of one step of the longest stage but the last, forward and backward."""
-    stage = STAGES[1]
+    """Count the floating-point operations, forward and backward, of a few steps of the longest stage.
+
+    Clips without memory and with a prompt switch are drawn as in training, the same ones for every ``config``.
+    """
+    stage = max(STAGES, key=lambda stage: stage.steps)
     weights = {name: tensor.requires_grad_() for name, tensor in initial_weights(config).items()}
-    with FlopCounterMode(display=False) as counter:
-        chance = random.Random("operations")
-        chance.random()
-        Clips(world, folder, config).loss(weights, stage, chance).backward()
+    clips = Clips(world, folder, config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # others are not counted on a CPU
+        for step in range(20):
+            clips.loss(weights, stage, random.Random(f"operations {step}")).backward()
     return int(counter.get_total_flops())
 
 
