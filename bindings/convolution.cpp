@@ -93,7 +93,7 @@ void causal_conv_hopper(const Tensor& window, const Tensor& weight, const Tensor
       convolution_of(call, dtype, {"window", window}, weight, out, frames, out_channels, kernel_frames);
   if (out.numel() == 0) return;
   // Of this call alone: zeroed in the order of the stream, by every replay of a graph too.
-  const Tensor taken = at::zeros({1}, window.options().dtype(at::kInt));
+  const Tensor taken = window.new_zeros({1}, at::kInt);
   call.done(launch_causal_conv_hopper(params, taken.mutable_data_ptr<int>(), call.stream()));
 }
 

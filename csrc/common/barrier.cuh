@@ -6,7 +6,7 @@
 //
 // The order of things: one thread calls init() and fence_async(); a barrier of the block; then everyone uses it. What
 // a thread wrote before it arrived is seen by whoever waited for that phase. That holds for bulk copies too, which
-// products may then read; before products read what copy_async_16 wrote, fence_async() of their own thread follows.
+// products may then read; of other copies and stores only what lies before a fence_async().
 
 #pragma once
 
@@ -44,11 +44,6 @@ class Barrier {
 #endif
   }
 
-  // Arrives in the background, once all copy_async_16 of this thread so far are there.
-  ECHO_DEVICE void arrive_behind_copies() {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address()) : "memory");
-  }
-
   // Returns when the latest phase of this parity has ended; at once before the first odd one.
   ECHO_DEVICE void wait(unsigned parity) {
 #if __CUDA_ARCH__ >= 900
@@ -78,7 +73,7 @@ ECHO_DEVICE void copy_bulk(void* shared, const void* global, int bytes, Barrier&
 }
 
 // What this thread has written to shared memory, or seen written behind a barrier, is seen by products and bulk copies,
-// which go another way to it than loads and stores do.
+// which go another way to it than loads, stores and copy_async_16 do.
 ECHO_DEVICE void fence_async() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -86,5 +81,18 @@ ECHO_DEVICE void fence_async() {
 }
 
 #endif
+
+// A place in a ring of stages, and the parity of its round, which is that of the phases of the stage's barriers.
+template <int kStages>
+struct Turn {
+  int stage = 0;
+  unsigned parity = 0;
+
+  ECHO_DEVICE void advance() {
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+    parity ^= stage == 0;
+  }
+  ECHO_DEVICE int before() const { return stage == 0 ? kStages - 1 : stage - 1; }
+};
 
 }  // namespace echo

@@ -97,8 +97,8 @@ ECHO_DEVICE void wait_products() {
 #endif
 }
 
-// From here on each thread of this warpgroup has kCount registers, a multiple of 8: what one warpgroup gives back another
-// one of the block takes, and waits for. A kernel starts with as many as its __launch_bounds__ leave a thread.
+// From here on each thread of this warpgroup has kCount registers, a multiple of 8: what one warpgroup gives back
+// another one of the block takes, and waits for. A kernel starts with as many as its __launch_bounds__ leave a thread.
 template <int kCount>
 ECHO_DEVICE void give_back_registers() {
   static_assert(kCount % 8 == 0 && kCount >= 24 && kCount <= 256);

@@ -27,20 +27,12 @@ BarrierState& state_of(const Barrier* barrier, const char* operation) {
 // Ends the phase if nothing is missing.
 void end_phase(BarrierState& state) {
   if (state.missing_arrivals > 0 || state.missing_bytes != 0) return;
-  for (const Landing& landing : state.landings) {
-    if (landing.bulk) fail_unexpected();
-  }
+  if (!state.copies.empty()) fail_unexpected();
   ++state.phase;
   state.missing_arrivals = state.arrivals;
   state.over_unfenced = std::exchange(state.unfenced, false);
   for (Thread* thread : state.waiting) wake(*thread);
   state.waiting.clear();
-}
-
-void count_arrival(BarrierState& state) {
-  if (state.missing_arrivals == 0) fail("more threads arrive in a phase of an mbarrier than it was initialized for");
-  --state.missing_arrivals;
-  end_phase(state);
 }
 
 }  // namespace
@@ -64,14 +56,9 @@ void Barrier::arrive_expecting(int bytes) {
   BarrierState& state = state_of(this, "an arrival at");
   state.unfenced |= current_thread->writes_unfenced;
   state.missing_bytes += bytes;
-  count_arrival(state);
-}
-
-void Barrier::arrive_behind_copies() {
-  BarrierState& state = state_of(this, "an arrival at");
-  Thread& self = *current_thread;
-  state.landings.push_back({std::exchange(self.copies, {}), false});
-  std::fill(self.group_ends.begin(), self.group_ends.end(), size_t{0});
+  if (state.missing_arrivals == 0) fail("more threads arrive in a phase of an mbarrier than it was initialized for");
+  --state.missing_arrivals;
+  end_phase(state);
 }
 
 void Barrier::wait(unsigned parity, const char* file, int line) {
@@ -97,7 +84,7 @@ void copy_bulk(void* to, const void* from, int bytes, Barrier& barrier) {
   check_aligned(to, kBulkUnit, "a bulk copy to a target");
   check_aligned(from, kBulkUnit, "a bulk copy from a source");
   std::memset(to, 0xFF, static_cast<size_t>(bytes));
-  state.landings.push_back({{{to, from, static_cast<size_t>(bytes)}}, true});
+  state.copies.push_back({to, from, static_cast<size_t>(bytes)});
 }
 
 void fence_async() {
@@ -108,29 +95,20 @@ void fence_async() {
 }
 
 bool land(size_t choice) {
-  const auto awaited = [](const auto& state) { return !state->waiting.empty() && !state->landings.empty(); };
+  const auto awaited = [](const auto& state) { return !state->waiting.empty() && !state->copies.empty(); };
   auto& barriers = current_block->barriers;
-  auto many = static_cast<size_t>(std::count_if(barriers.begin(), barriers.end(), awaited));
+  const auto many = static_cast<size_t>(std::count_if(barriers.begin(), barriers.end(), awaited));
   if (many == 0) return false;
   auto chosen = std::find_if(barriers.begin(), barriers.end(), awaited);
   for (size_t i = choice % many; i > 0; --i) chosen = std::find_if(chosen + 1, barriers.end(), awaited);
   BarrierState& state = **chosen;
-  std::swap(state.landings[choice / many % state.landings.size()], state.landings.back());
-  const bool bulk = state.landings.back().bulk;
-  int64_t bytes = 0;
-  for (const PendingCopy& copy : state.landings.back().copies) {
-    perform(copy);
-    bytes += static_cast<int64_t>(copy.bytes);
-  }
-  state.landings.pop_back();
-  if (bulk) {
-    if (state.missing_bytes < bytes) fail_unexpected();
-    state.missing_bytes -= bytes;
-    end_phase(state);
-  } else {
-    state.unfenced |= bytes > 0;
-    count_arrival(state);
-  }
+  std::swap(state.copies[choice / many % state.copies.size()], state.copies.back());
+  const PendingCopy copy = state.copies.back();
+  state.copies.pop_back();
+  perform(copy);
+  state.missing_bytes -= static_cast<int64_t>(copy.bytes);
+  if (state.missing_bytes < 0) fail_unexpected();
+  end_phase(state);
   return true;
 }
 

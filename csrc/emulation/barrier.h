@@ -1,8 +1,7 @@
 // mbarrier and cp.async.bulk on the host. common/barrier.cuh says what they mean on a GPU.
 //
-// What arrives in the background does so as late as it can: when a thread waits for it and nobody of the block can go
-// on. Until then its target is poisoned, so that whoever reads it early gets NaN, and whoever still reads what was there
-// before does too.
+// A bulk copy happens as late as it can: when a thread waits for it and nobody of the block can go on. Until then its
+// target is poisoned, so that whoever reads it early gets NaN, and whoever still reads what was there before does too.
 
 #pragma once
 
@@ -17,7 +16,6 @@ class Barrier {
   void init(int arrivals);
   void arrive();
   void arrive_expecting(int bytes);
-  void arrive_behind_copies();
   void wait(unsigned parity, const char* file = __builtin_FILE(), int line = __builtin_LINE());
 
  private:

@@ -319,7 +319,7 @@ void Engine::start_block() {
 void Engine::check_block() {
   const bool all_ended = ended_ == thread_count_;
   error = all_ended ? shared.describe_overrun() : describe_deadlock(threads_, thread_count_);
-  if (error.empty()) error = describe_landings(block_);
+  if (error.empty()) error = describe_forgotten(block_);
   if (!error.empty()) error += where();
 }
 

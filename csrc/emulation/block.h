@@ -82,12 +82,6 @@ struct PendingCopy {
   size_t bytes;
 };
 
-// What comes to an mbarrier in the background: a bulk copy, or a thread's arrival behind copies of its own.
-struct Landing {
-  std::vector<PendingCopy> copies;
-  bool bulk;
-};
-
 // What an mbarrier stands for. `unfenced`: in this phase somebody arrived with copies that products cannot see yet;
 // over_unfenced is that of the phase before, which who waits for it takes over.
 struct BarrierState {
@@ -97,7 +91,7 @@ struct BarrierState {
   int64_t missing_bytes = 0;
   uint64_t phase = 0;
   bool unfenced = false, over_unfenced = false;
-  std::vector<Landing> landings;
+  std::vector<PendingCopy> copies;  // bulk copies on their way
   std::vector<Thread*> waiting;
 };
 
@@ -132,8 +126,8 @@ struct Thread {
   bool ended = false;
   std::vector<PendingCopy> copies;
   std::vector<size_t> group_ends;
-  // Of the warpgroup's products: whether copies that this thread knows of could not be seen by them yet, whether any may
-  // be issued, those that were.
+  // Of the warpgroup's products: whether copies that this thread knows of could not be seen by them yet, whether any
+  // may be issued, those that were.
   bool writes_unfenced = false, products_begun = false;
   std::vector<PendingProduct> products;
   std::vector<size_t> product_ends;
@@ -168,7 +162,7 @@ void wait_until_woken(Operation operation, Site site);
 void wake(Thread& thread);
 // Lets the others run until none of them can go on; or not, as is drawn where all threads of the block set out.
 void stand_back();
-// One of the landings that a thread waits for happens, as `choice` says; false where there is none.
+// One of the bulk copies that a thread waits for happens, as `choice` says; false where there is none.
 bool land(size_t choice);
 
 // Registers the running lane at the meeting of mask, and waits there: the last lane to come runs combine first.

@@ -66,12 +66,11 @@ inline std::string describe_refusal(dim3 grid, dim3 size, size_t dynamic_bytes) 
   return "";
 }
 
-// What was on its way to mbarriers when all threads had ended; empty where nothing was.
-inline std::string describe_landings(const Block& block) {
+// What was still on its way when all threads had ended; empty where nothing was.
+inline std::string describe_forgotten(const Block& block) {
   size_t left = 0;
-  for (const auto& state : block.barriers) left += state->landings.size();
-  if (left == 0) return "";
-  return std::to_string(left) + " arrivals at mbarriers, of bulk copies or behind others, were never waited for";
+  for (const auto& state : block.barriers) left += state->copies.size();
+  return left == 0 ? "" : std::to_string(left) + " bulk copies were issued and never waited for";
 }
 
 // Who waits for whom, when no thread of the block can go on: threads in groups that wait, or ended, at one place.

@@ -86,8 +86,8 @@ void multiply_async(float* sums, int columns, const Operand& a, const Operand& b
   if (!self.products_begun) fail("wgmma without wgmma.fence before it");
   const unsigned rank = self.index.x / kWarpSize, warp = rank % kWarps;
   if ((rank - warp + kWarps) * kWarpSize > current_block->size.x) fail("wgmma in a warpgroup that is not whole");
-  self.products.push_back(
-      {take_off(self, sums, static_cast<size_t>(columns) / 2), columns, static_cast<int>(warp) * kRows, a, b, site, multiply_rows<T>});
+  self.products.push_back({take_off(self, sums, static_cast<size_t>(columns) / 2), columns,
+                           static_cast<int>(warp) * kRows, a, b, site, multiply_rows<T>});
 }
 
 template void multiply_async<__nv_bfloat16>(float*, int, const Operand&, const Operand&, Site);

@@ -1,7 +1,8 @@
 // wgmma.m64nNk16 on the host. common/warpgroup.cuh gives it its names, and says how operands lie.
 //
-// A product happens when it is waited for, warp by warp, or when nobody else can go on; until then its sums are poisoned, so that whoever reads them
-// early gets NaN, and operands that are overwritten too early are read as they are then.
+// A product happens when it is waited for, warp by warp, or later, when nobody else can go on. Until then its sums are
+// poisoned, so that whoever reads them early gets NaN, and operands that are overwritten too early are read as they are
+// then.
 
 #pragma once
 

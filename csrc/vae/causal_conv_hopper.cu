@@ -6,8 +6,9 @@
 //
 // Two warpgroups multiply and a third one copies, so that no copy stands behind products in the order of a warp. It
 // fills a stage as soon as that is empty, whichever tile the slab belongs to: the weights, which lie in one piece, by a
-// bulk copy, the patch pixel by pixel, zeros around the frame. Those that multiply empty a stage early in the next
-// slab: they wait for a slab's products when some of the next one's are queued, so that the tensor cores never run dry.
+// bulk copy, the patch pixel by pixel, zeros around the frame. That its own copies are there it waits for itself, and
+// fences them, as it has nothing else to do. Those that multiply empty a stage early in the next slab: they wait for a
+// slab's products when some of the next one's are queued, so that the tensor cores never run dry.
 // While a tile is written out, by way of shared memory of its own, the first two slabs of the next one arrive.
 //
 // Which tile is next says a counter that all blocks count up, one tile ahead: where a block starts late, as another
@@ -70,20 +71,11 @@ struct Shared {
   Barrier full[kStages];   // the slab is there
   Barrier empty[kStages];  // nobody reads it any more
   Barrier drawn;           // the next tile is known to those that copy
+  Barrier ahead;           // the first warpgroup has its first slab behind it
   unsigned tile[kStages];  // to which the slab belongs; none where there are no more
   unsigned next[2];        // tile of those that copy, in turn
 };
 static_assert(sizeof(Shared<uint16_t>) <= 227 << 10);
-
-// A place in the ring of stages, and in which round: barriers of even rounds have even phases.
-struct Turn {
-  int stage = 0;
-  unsigned parity = 0;
-  ECHO_DEVICE void advance() {
-    stage = kStages - 1 - stage;
-    parity ^= stage == 0;
-  }
-};
 
 struct Place {
   int channel, frame, column, row;  // the first that come out
@@ -92,7 +84,7 @@ struct Place {
 ECHO_HOST_DEVICE int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // Tiles that are computed at the same time share their pixels, and the frames that they have in common, in L2.
-ECHO_DEVICE Place place_of(const ConvolutionParams& p, unsigned tile) {
+[[maybe_unused]] ECHO_DEVICE Place place_of(const ConvolutionParams& p, unsigned tile) {
   const auto next = [&](int64_t count) {
     const unsigned of = static_cast<unsigned>(count), index = tile % of;
     tile /= of;
@@ -126,7 +118,7 @@ ECHO_DEVICE void copy_tiles(const ConvolutionParams& p, unsigned tiles, int* tak
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroups * kWarpgroupThreads;
   const bool first = thread == 0;
   const int deep = static_cast<int>(p.channels / kDepth);
-  Turn turn;
+  Turn<kStages> turn;
   const auto fill = [&](unsigned tile, int bytes) {
     shared.empty[turn.stage].wait(turn.parity ^ 1);  // in the first round they are
     if (!first) return;
@@ -147,7 +139,10 @@ ECHO_DEVICE void copy_tiles(const ConvolutionParams& p, unsigned tiles, int* tak
         fill(tile, sizeof slab.weights);
         if (first) copy_bulk(slab.weights, weights, sizeof slab.weights, full);
         copy_patch(p, place, thread, x, slab);
-        full.arrive_behind_copies();
+        commit_copies();
+        wait_copies<0>();
+        fence_async();
+        full.arrive();
         turn.advance();
       }
     }
@@ -157,8 +152,7 @@ ECHO_DEVICE void copy_tiles(const ConvolutionParams& p, unsigned tiles, int* tak
     tile = shared.next[round];
   }
   fill(tile, 0);
-  shared.full[turn.stage].arrive_behind_copies();
-  shared.full[turn.stage].wait(turn.parity);  // nobody leaves before what it copied is there
+  shared.full[turn.stage].arrive();
 }
 
 using Sums = float[kSquares][kWarpgroupRows * kColumns / kWarpgroupThreads];
@@ -220,16 +214,19 @@ ECHO_DEVICE void write_out(const ConvolutionParams& p, const Place& place, const
   }
 }
 
-// Computes and writes the tiles whose slabs appear in the stages.
+// Computes and writes the tiles whose slabs appear in the stages. One warpgroup sets out a slab later than the other,
+// which has the tensor cores to itself until then: later each does when the other writes.
 template <class T>
 ECHO_DEVICE void multiply_tiles(const ConvolutionParams& p, unsigned tiles, Shared<T>& shared) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, lane = static_cast<int>(threadIdx.x) % kWarpThreads;
-  const int warpgroup = warp / (kWarps / kWarpgroups);
+  // By way of a lane, so that the compiler knows that a warp has one, and operands are named by uniform registers.
+  const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpThreads, 0);
+  const int warpgroup = warp / (kWarps / kWarpgroups), lane = static_cast<int>(threadIdx.x) % kWarpThreads;
   const int slabs = static_cast<int>(p.kernel_frames * (p.channels / kDepth));
   const auto release = [&](int stage) {
     if (lane == 0) shared.empty[stage].arrive();
   };
-  Turn turn;
+  Turn<kStages> turn;
+  if (warpgroup > 0) shared.ahead.wait(0);
   for (;;) {
     shared.full[turn.stage].wait(turn.parity);
     const unsigned tile = __shfl_sync(kAllLanes, shared.tile[turn.stage], 0);
@@ -238,19 +235,19 @@ ECHO_DEVICE void multiply_tiles(const ConvolutionParams& p, unsigned tiles, Shar
 #pragma unroll 1
     for (int slab = 0; slab < slabs; ++slab) {
       shared.full[turn.stage].wait(turn.parity);
-      fence_async();
 #pragma unroll
       for (auto& square : sums) hold(square);
       multiply_taps<0, 0>(shared.slabs[turn.stage], warpgroup, sums);
       wait_products<1>();  // for the slab before
-      if (slab > 0) release(kStages - 1 - turn.stage);
+      if (slab > 0) release(turn.before());
       multiply_taps<1, kTaps - 1>(shared.slabs[turn.stage], warpgroup, sums);
+      if (warpgroup == 0 && slab == 0 && tile == blockIdx.x && lane == 0) shared.ahead.arrive();
       turn.advance();
     }
     wait_products<0>();
 #pragma unroll
     for (auto& square : sums) hold(square);
-    release(kStages - 1 - turn.stage);
+    release(turn.before());
     write_out(p, place_of(p, tile), sums, shared.out[warp]);
   }
 }
@@ -264,6 +261,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (auto& full : shared.full) full.init(kProducers + 1);
       for (auto& empty : shared.empty) empty.init(kWarps);
       shared.drawn.init(kProducers);
+      shared.ahead.init(kWarps / kWarpgroups);
       fence_async();
     }
     __syncthreads();

@@ -27,15 +27,15 @@ enum class Fault {
   kMixedBarriers,     // one warp in __syncwarp of all lanes, half of it elsewhere
   kForgottenCopies,
   kForgottenProducts,
-  kNoFence,  // between copies and a warpgroup's products
-  kNoBegin,  // of such products
+  kNoFence,            // between copies and a warpgroup's products
+  kNoBegin,            // of such products
   kNoFenceOfBarriers,  // between their initialization and bulk copies that end at them
   kNoExpect,           // of the bytes of a bulk copy
   kWrongParity,
   kNoArrival,  // of one lane that copies
   kTwoArrivals,
-  kNoRelease,     // of a stage that was read
-  kEarlyRelease,  // before the products that read it have ended
+  kNoRelease,      // of a stage that was read
+  kEarlyRelease,   // before the products that read it have ended
   kShortBulkCopy,  // of 8 bytes
   kMisaligned,
   kDynamicTooLarge,  // more asked than launched with

@@ -75,10 +75,11 @@ struct Pipeline {
 template <class T>
 ECHO_DEVICE void copy_slabs(const ProductParams& p, Pipeline<T>& shared) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
-  for (int slab = 0; slab < p.k / kDepth; ++slab) {
-    Operands<T>& stage = shared.stages[slab % kStages];
-    Barrier& full = shared.full[slab % kStages];
-    shared.empty[slab % kStages].wait(slab / kStages % 2 ^ 1);
+  Turn<kStages> turn;
+  for (int slab = 0; slab < p.k / kDepth; ++slab, turn.advance()) {
+    Operands<T>& stage = shared.stages[turn.stage];
+    Barrier& full = shared.full[turn.stage];
+    shared.empty[turn.stage].wait(turn.parity ^ 1);
     if (lane == 0) {
       full.arrive_expecting(p.fault == Fault::kNoExpect ? 0 : sizeof stage.b);
       copy_bulk(stage.b, static_cast<const T*>(p.b) + slab * kColumns * kDepth,
@@ -86,26 +87,29 @@ ECHO_DEVICE void copy_slabs(const ProductParams& p, Pipeline<T>& shared) {
       if (p.fault == Fault::kTwoArrivals) full.arrive();
     }
     copy(&stage.a[0][0][0], static_cast<const T*>(p.a) + slab * kDepth, kWarpgroupRows, p.k, lane, kWarpThreads);
-    if (lane != 1 || p.fault != Fault::kNoArrival) full.arrive_behind_copies();
+    commit_copies();
+    wait_copies<0>();
+    if (p.fault != Fault::kNoFence) fence_async();
+    if (lane != 1 || p.fault != Fault::kNoArrival) full.arrive();
   }
 }
 
 template <class T>
 ECHO_DEVICE void multiply_slabs(const ProductParams& p, Pipeline<T>& shared) {
   float sums[48] = {};
-  for (int slab = 0; slab < p.k / kDepth - (p.fault == Fault::kForgottenCopies); ++slab) {
-    const Operands<T>& stage = shared.stages[slab % kStages];
-    shared.full[slab % kStages].wait(slab / kStages % 2 ^ (p.fault == Fault::kWrongParity));
-    if (p.fault != Fault::kNoFence) fence_async();
+  Turn<kStages> turn;
+  for (int slab = 0; slab < p.k / kDepth - (p.fault == Fault::kForgottenCopies); ++slab, turn.advance()) {
+    const Operands<T>& stage = shared.stages[turn.stage];
+    shared.full[turn.stage].wait(turn.parity ^ (p.fault == Fault::kWrongParity));
     hold(sums);
     begin_products();
     multiply_async<T>(sums, Operand(stage.a, sizeof stage.a[0], kMatrixBytes),
                       Operand(stage.b, sizeof stage.b[0], kMatrixBytes));
     commit_products();
-    if (p.fault == Fault::kEarlyRelease) shared.empty[slab % kStages].arrive();
+    if (p.fault == Fault::kEarlyRelease) shared.empty[turn.stage].arrive();
     wait_products<0>();
     hold(sums);
-    if (p.fault != Fault::kEarlyRelease && p.fault != Fault::kNoRelease) shared.empty[slab % kStages].arrive();
+    if (p.fault != Fault::kEarlyRelease && p.fault != Fault::kNoRelease) shared.empty[turn.stage].arrive();
   }
   store(sums, p.c);
 }
