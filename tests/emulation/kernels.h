@@ -27,7 +27,7 @@ enum class Fault {
   kMixedBarriers,     // one warp in __syncwarp of all lanes, half of it elsewhere
   kForgottenCopies,
   kForgottenProducts,
-  kNoFence,            // between copies and a warpgroup's products
+  kNoFence,            // between copies, or those of one thread, and a warpgroup's products
   kNoBegin,            // of such products
   kNoFenceOfBarriers,  // between their initialization and bulk copies that end at them
   kNoExpect,           // of the bytes of a bulk copy

@@ -117,6 +117,11 @@ def test_what_a_warpgroups_product_needs(run: Driver, name: str, message: str) -
     assert outcome.error == 719 and message in outcome.message
 
 
+def test_what_one_thread_does_not_fence_the_others_miss_behind_a_barrier(run: Driver) -> None:
+    outcomes = [run("warpgroup_product", False, 16, fault("NoFence"), False, seed=seed) for seed in SEEDS]
+    assert any("thread (5,0,0)" not in outcome.message for outcome in outcomes)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kWarpgroupThreads) warpgroup_kernel(ProductPar
       copy(&shared.b[0][0][0], static_cast<const T*>(p.b) + depth, kColumns, p.k, thread, kWarpgroupThreads);
       commit_copies();
       wait_copies<0>();
-      if (p.fault != Fault::kNoFence) fence_async();
+      if (p.fault != Fault::kNoFence || thread != 5) fence_async();
       if (p.fault != Fault::kNoBarrier) __syncthreads();
       hold(sums);
       if (p.fault != Fault::kNoBegin) begin_products();
