@@ -1,4 +1,5 @@
-// Instructions that CUDA C++ has no words for, by intent. PTX stands here, Hopper's in warpgroup.cuh, and nowhere else.
+// Instructions that CUDA C++ has no words for, by intent. PTX stands here, Hopper's in barrier.cuh and warpgroup.cuh,
+// and nowhere else.
 //
 // Lane l of a warp has g = l / 4 and t = l % 4. T is __nv_bfloat16 or __half; two of them fill a 32-bit register, the
 // lower column or row in the low half.

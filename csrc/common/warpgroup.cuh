@@ -5,7 +5,7 @@
 // It is named by where its first matrix starts, a multiple of 16 bytes, and how many bytes on the next 8 of depth and
 // the next 8 rows are.
 //
-// The order of things: threads write shared memory and call fence_async_reads(); a barrier; begin_products(); products,
+// The order of things: threads write shared memory and call fence_async(); a barrier; begin_products(); products,
 // whose sums nobody touches; commit_products(); wait_products() of every thread, behind which the sums are there; and a
 // barrier before the operands are overwritten.
 
@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "common/ptx.cuh"
+#include "common/barrier.cuh"
 
 namespace echo {
 
@@ -70,15 +70,6 @@ ECHO_DEVICE Operand::Operand(const void* start, int depth_stride, int row_stride
 #endif
 }
 
-// What this thread has written to shared memory is seen by products, which read past the ordinary way to it.
-ECHO_DEVICE void fence_async_reads() {
-#if defined(ECHO_RT_EMULATED)
-  emulation::fence_async_reads();
-#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
 // Before the first product, and behind a wait: the sums are what the thread's registers hold.
 ECHO_DEVICE void begin_products() {
 #if defined(ECHO_RT_EMULATED)
@@ -103,6 +94,24 @@ ECHO_DEVICE void wait_products() {
   emulation::wait_products(kStillRunning);
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kStillRunning) : "memory");
+#endif
+}
+
+// From here on each thread of this warpgroup has kCount registers, a multiple of 8: what one warpgroup gives back
+// another one of the block takes, and waits for. A kernel starts with as many as its __launch_bounds__ leave a thread.
+template <int kCount>
+ECHO_DEVICE void give_back_registers() {
+  static_assert(kCount % 8 == 0 && kCount >= 24 && kCount <= 256);
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
+template <int kCount>
+ECHO_DEVICE void take_registers() {
+  static_assert(kCount % 8 == 0 && kCount >= 24 && kCount <= 256);
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 #endif
 }
 

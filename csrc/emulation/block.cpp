@@ -39,6 +39,13 @@ class Engine {
   void park();
   [[noreturn]] void end_block(std::string message);
   void arrive_at_block_barrier(Site site);
+  void wait_until_woken(Operation operation, Site site);
+  void wake(Thread* thread) { woken_.push_back(thread); }
+  void stand_back() {
+    if (!stands_back_) return;
+    late_.push_back(current_thread);
+    park();
+  }
   Meeting& arrive(uint32_t mask, Operation operation, Site site, const Deposit& deposit, void (*combine)(Meeting&));
   void leave(Meeting& meeting);
 
@@ -49,7 +56,6 @@ class Engine {
   bool make_threads(dim3 size);
   void start_block();
   void check_block();
-  void wake(Thread* thread) { woken_.push_back(thread); }
   void wake_block();
   Thread* next_thread();
   void run_thread();
@@ -64,10 +70,11 @@ class Engine {
   std::vector<std::unique_ptr<Warp>> warps_;
   std::vector<std::unique_ptr<Meeting>> meetings_;
   size_t thread_count_ = 0, ended_ = 0;
-  std::vector<Thread*> ready_, woken_;
+  std::vector<Thread*> ready_, woken_, late_;
   std::vector<const Warp*> warp_order_;
-  bool depth_first_ = false;
+  bool depth_first_ = false, stands_back_ = false;
   size_t at_barrier_ = 0;
+  bool writes_unfenced_ = false;  // by any thread at the barrier
   Site barrier_site_ = {nullptr, 0};
 
   Block block_;
@@ -141,6 +148,7 @@ void Engine::run_thread() {
 // one starts: most of what a missing barrier allows shows itself then.
 void Engine::wake_block() {
   depth_first_ = random_.below(4) != 0;
+  stands_back_ = random_.below(2) != 0;
   if (!depth_first_) {
     for (size_t i = 0; i < thread_count_; ++i) wake(threads_[i].get());
     return;
@@ -157,6 +165,12 @@ void Engine::wake_block() {
 }
 
 Thread* Engine::next_thread() {
+  // Nobody can go on: something of what was put off happens.
+  while (ready_.empty() && woken_.empty()) {
+    if ((late_.empty() || random_.below(2) == 0) && land(random_.next())) continue;
+    if (late_.empty()) break;
+    woken_.swap(late_);
+  }
   if (!woken_.empty() && (depth_first_ || ready_.empty())) {
     random_.shuffle(woken_.data(), woken_.size());
     ready_.insert(ready_.end(), woken_.begin(), woken_.end());
@@ -193,16 +207,24 @@ void Engine::end_block(std::string message) {
 // ---- barriers and collectives
 
 void Engine::arrive_at_block_barrier(Site site) {
-  Thread& self = *current_thread;
-  self.waits_in = Operation::kSyncThreads;
-  self.waits_at = site;
   if (at_barrier_ == 0) barrier_site_ = site;
   // One barrier in hardware, but two in the program: it was reached in divergent code.
   if (!same(barrier_site_, site)) refuse_barrier(site);
+  writes_unfenced_ |= current_thread->writes_unfenced;
   if (++at_barrier_ == thread_count_) {
     at_barrier_ = 0;
+    // What one thread has not fenced, the others now know of and have not either.
+    for (size_t i = 0; writes_unfenced_ && i < thread_count_; ++i) threads_[i]->writes_unfenced = true;
+    writes_unfenced_ = false;
     wake_block();
   }
+  wait_until_woken(Operation::kSyncThreads, site);
+}
+
+void Engine::wait_until_woken(Operation operation, Site site) {
+  Thread& self = *current_thread;
+  self.waits_in = operation;
+  self.waits_at = site;
   park();
   self.waits_in = Operation::kNone;
 }
@@ -274,7 +296,10 @@ void Engine::leave(Meeting& meeting) {
 void Engine::start_block() {
   ready_.clear();
   woken_.clear();
+  late_.clear();
   at_barrier_ = ended_ = 0;
+  writes_unfenced_ = false;
+  block_.barriers.clear();
   shared.start_block(block_.dynamic_bytes);
   for (size_t i = 0; i < thread_count_; ++i) {
     Thread& thread = *threads_[i];
@@ -294,6 +319,7 @@ void Engine::start_block() {
 void Engine::check_block() {
   const bool all_ended = ended_ == thread_count_;
   error = all_ended ? shared.describe_overrun() : describe_deadlock(threads_, thread_count_);
+  if (error.empty()) error = describe_forgotten(block_);
   if (!error.empty()) error += where();
 }
 
@@ -364,6 +390,12 @@ Meeting& meet(uint32_t mask, Operation operation, Site site, const Deposit& depo
 }
 
 void leave(Meeting& meeting) { running->leave(meeting); }
+
+void wait_until_woken(Operation operation, Site site) { running->wait_until_woken(operation, site); }
+
+void wake(Thread& thread) { running->wake(&thread); }
+
+void stand_back() { running->stand_back(); }
 
 void* static_shared(const SharedKey& key, size_t bytes, size_t alignment) {
   void* object = running->shared.static_object(key, bytes, alignment);

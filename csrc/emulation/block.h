@@ -47,7 +47,8 @@ enum class Operation : uint8_t {
   kVote,
   kLoadMatrix,
   kMultiply,
-  kWarpgroupMultiply
+  kWarpgroupMultiply,
+  kBarrier
 };
 
 // What a lane brings to a collective, and then what it takes from it.
@@ -74,10 +75,24 @@ struct Warp {
   std::vector<float> operand;  // of a warpgroup's product, widened: here, as an error leaves whoever works on it
 };
 
-// A cp.async that was issued: it happens when it is waited for.
+// A copy that was issued, of zeros where from is null: it happens when it is waited for.
 struct PendingCopy {
   void* to;
   const void* from;
+  size_t bytes;
+};
+
+// What an mbarrier stands for. `unfenced`: in this phase somebody arrived with copies that products cannot see yet;
+// over_unfenced is that of the phase before, which who waits for it takes over.
+struct BarrierState {
+  const void* at = nullptr;
+  const Thread* initialized_by = nullptr;  // until that thread's fence
+  int arrivals = 0, missing_arrivals = 0;
+  int64_t missing_bytes = 0;
+  uint64_t phase = 0;
+  bool unfenced = false, over_unfenced = false;
+  std::vector<PendingCopy> copies;  // bulk copies on their way
+  std::vector<Thread*> waiting;
 };
 
 // An operand of a warpgroup's product in shared memory: see common/warpgroup.cuh.
@@ -111,7 +126,8 @@ struct Thread {
   bool ended = false;
   std::vector<PendingCopy> copies;
   std::vector<size_t> group_ends;
-  // Of the warpgroup's products: copies that they could not see yet, whether any may be issued, those that were.
+  // Of the warpgroup's products: whether copies that this thread knows of could not be seen by them yet, whether any
+  // may be issued, those that were.
   bool writes_unfenced = false, products_begun = false;
   std::vector<PendingProduct> products;
   std::vector<size_t> product_ends;
@@ -128,6 +144,7 @@ struct Block {
   dim3 grid, size;
   uint3 index = {0, 0, 0};
   size_t dynamic_bytes = 0;
+  std::vector<std::unique_ptr<BarrierState>> barriers;
 };
 
 // The thread that runs now and the block it belongs to; null outside a kernel. threadIdx is read all the time:
@@ -139,6 +156,14 @@ extern __thread Block* current_block __attribute__((tls_model("initial-exec")));
 [[noreturn]] void fail(std::string message);
 
 void sync_threads(Site site);
+
+// Lets the others run until wake() was called for the running thread.
+void wait_until_woken(Operation operation, Site site);
+void wake(Thread& thread);
+// Lets the others run until none of them can go on; or not, as is drawn where all threads of the block set out.
+void stand_back();
+// One of the bulk copies that a thread waits for happens, as `choice` says; false where there is none.
+bool land(size_t choice);
 
 // Registers the running lane at the meeting of mask, and waits there: the last lane to come runs combine first.
 Meeting& meet(uint32_t mask, Operation operation, Site site, const Deposit& deposit,

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "emulation/barrier.h"
 #include "emulation/block.h"
 #include "emulation/half.h"
 #include "emulation/intrinsics.h"

@@ -40,6 +40,8 @@ inline const char* name_of(Operation operation) {
       return "mma";
     case Operation::kWarpgroupMultiply:
       return "wgmma";
+    case Operation::kBarrier:
+      return "an mbarrier's phase";
     case Operation::kNone:
       break;
   }
@@ -62,6 +64,13 @@ inline std::string describe_refusal(dim3 grid, dim3 size, size_t dynamic_bytes) 
            std::to_string(kMaxSharedBytes);
   }
   return "";
+}
+
+// What was still on its way when all threads had ended; empty where nothing was.
+inline std::string describe_forgotten(const Block& block) {
+  size_t left = 0;
+  for (const auto& state : block.barriers) left += state->copies.size();
+  return left == 0 ? "" : std::to_string(left) + " bulk copies were issued and never waited for";
 }
 
 // Who waits for whom, when no thread of the block can go on: threads in groups that wait, or ended, at one place.

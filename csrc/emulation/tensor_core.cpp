@@ -104,7 +104,15 @@ void copy_async(void* to, const void* from) {
   check_aligned(to, kCopyBytes, "cp.async to a target");
   check_aligned(from, kCopyBytes, "cp.async from a source");
   std::memset(to, 0xFF, kCopyBytes);
-  current_thread->copies.push_back({to, from});
+  current_thread->copies.push_back({to, from, kCopyBytes});
+}
+
+void perform(const PendingCopy& copy) {
+  if (copy.from == nullptr) {
+    std::memset(copy.to, 0, copy.bytes);
+  } else {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  }
 }
 
 void commit_copies() { current_thread->group_ends.push_back(current_thread->copies.size()); }
@@ -114,14 +122,7 @@ void wait_copies(size_t allowed) {
   if (self.group_ends.size() <= allowed) return;
   const size_t groups = self.group_ends.size() - allowed, finished = self.group_ends[groups - 1];
   if (finished > 0) self.writes_unfenced = true;
-  for (size_t i = 0; i < finished; ++i) {
-    const PendingCopy& copy = self.copies[i];
-    if (copy.from == nullptr) {
-      std::memset(copy.to, 0, kCopyBytes);
-    } else {
-      std::memcpy(copy.to, copy.from, kCopyBytes);
-    }
-  }
+  for (size_t i = 0; i < finished; ++i) perform(self.copies[i]);
   self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<ptrdiff_t>(finished));
   self.group_ends.erase(self.group_ends.begin(), self.group_ends.begin() + static_cast<ptrdiff_t>(groups));
   for (size_t& end : self.group_ends) end -= finished;

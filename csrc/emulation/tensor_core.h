@@ -19,6 +19,7 @@ namespace echo::emulation {
 // Issues a copy of 16 bytes, or of zeros where from is null. It happens when it is waited for; until then the target is
 // poisoned, so that whoever reads it early gets NaN, and whoever still reads what was there before does too.
 void copy_async(void* to, const void* from);
+void perform(const PendingCopy& copy);
 void commit_copies();
 // Finishes all committed groups but the newest `allowed`.
 void wait_copies(size_t allowed);

@@ -77,8 +77,6 @@ SumsInFlight* take_off(Thread& self, float* sums, size_t count) {
 
 }  // namespace
 
-void fence_async_reads() { current_thread->writes_unfenced = false; }
-
 void begin_products() { current_thread->products_begun = true; }
 
 template <class T>
@@ -86,10 +84,10 @@ void multiply_async(float* sums, int columns, const Operand& a, const Operand& b
   Thread& self = *current_thread;
   if (self.writes_unfenced) fail("wgmma behind copies to shared memory, without fence.proxy.async between");
   if (!self.products_begun) fail("wgmma without wgmma.fence before it");
-  if (current_block->size.x % (kWarps * kWarpSize) != 0) fail("wgmma in a block that is no whole number of warpgroups");
-  const int warp = static_cast<int>(self.index.x) / kWarpSize % kWarps;
-  self.products.push_back(
-      {take_off(self, sums, static_cast<size_t>(columns) / 2), columns, warp * kRows, a, b, site, multiply_rows<T>});
+  const unsigned rank = self.index.x / kWarpSize, warp = rank % kWarps;
+  if ((rank - warp + kWarps) * kWarpSize > current_block->size.x) fail("wgmma in a warpgroup that is not whole");
+  self.products.push_back({take_off(self, sums, static_cast<size_t>(columns) / 2), columns,
+                           static_cast<int>(warp) * kRows, a, b, site, multiply_rows<T>});
 }
 
 template void multiply_async<__nv_bfloat16>(float*, int, const Operand&, const Operand&, Site);
@@ -102,6 +100,7 @@ void wait_products(size_t allowed) {
   self.products_begun = false;
   if (self.product_ends.size() <= allowed) return;
   const size_t groups = self.product_ends.size() - allowed, finished = self.product_ends[groups - 1];
+  stand_back();  // who may overwrite the operands already does that now
   for (size_t i = 0; i < finished; ++i) {
     const PendingProduct& product = self.products[i];
     leave(meet(kAllLanes, Operation::kWarpgroupMultiply, product.site, deposit_of(&product), product.run));

@@ -1,7 +1,8 @@
 // wgmma.m64nNk16 on the host. common/warpgroup.cuh gives it its names, and says how operands lie.
 //
-// A product happens when it is waited for, warp by warp; until then its sums are poisoned, so that whoever reads them
-// early gets NaN, and operands that are overwritten too early are read as they are then.
+// A product happens when it is waited for, warp by warp, or later, when nobody else can go on. Until then its sums are
+// poisoned, so that whoever reads them early gets NaN, and operands that are overwritten too early are read as they are
+// then.
 
 #pragma once
 
@@ -9,7 +10,6 @@
 
 namespace echo::emulation {
 
-void fence_async_reads();
 void begin_products();
 // sums (as warpgroup.cuh lays them out) += a [64,16] · b [columns,16]^T. T is __nv_bfloat16 or __half.
 template <class T>

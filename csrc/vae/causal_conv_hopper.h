@@ -23,7 +23,8 @@ cudaError_t compute_capability(int64_t& capability);
 
 // out[t] = the sum over k of frames t + k of x with frame k of a kernel of kernel_frames x 3 x 3, zeros around x in
 // space. weight as above; no bias, no residual. cudaErrorInvalidValue unless channels are a multiple of kDepth,
-// out_channels of kColumns, and frames and weight start on 16 bytes; for compute capability 9.0 alone.
-cudaError_t launch_causal_conv_hopper(const ConvolutionParams& params, cudaStream_t stream);
+// out_channels of kColumns, and frames and weight start on 16 bytes; for compute capability 9.0 alone. `taken`, on the
+// device, counts the tiles that blocks draw: 0 before, and no other launch's until this one has ended.
+cudaError_t launch_causal_conv_hopper(const ConvolutionParams& params, int* taken, cudaStream_t stream);
 
 }  // namespace echo

@@ -86,26 +86,34 @@ Outcome product(const Arguments& arguments) {
                               : product_of<__nv_bfloat16>(ScalarType::kBFloat16, m, n, k, fault);
 }
 
-// The same of a warpgroup: [64, k] by [96, k]. Arguments: half?, k, fault.
+// The same of a warpgroup: [64, k] by [96, k]. Arguments: half?, k, fault, pipelined?
 template <class T>
-Outcome warpgroup_product_of(ScalarType dtype, int k, Fault fault) {
+Outcome warpgroup_product_of(ScalarType dtype, int k, Fault fault, bool pipelined) {
   constexpr int m = 64, n = 96;
   Numbers numbers;
   std::vector<T> a(static_cast<size_t>(m) * k), b(static_cast<size_t>(n) * k);
   for (T& value : a) value = echo::from_float<T>(numbers.next());
   for (T& value : b) value = echo::from_float<T>(numbers.next());
   std::vector<float> c(static_cast<size_t>(m) * n, NAN);
-  const echo::test::ProductParams params{a.data(), b.data(), c.data(), m, n, k, dtype, fault};
-  const cudaError_t error = echo::test::launch_warpgroup_product(params, nullptr);
+  echo::test::ProductParams params{a.data(), b.data(), c.data(), m, n, k, dtype, fault};
+  std::vector<T> slabs;  // [k / 16, 2, n, 8]
+  for (int chunk = 0; chunk < k; chunk += 8) {
+    for (int j = 0; j < n; ++j) slabs.insert(slabs.end(), &b[j * k + chunk], &b[j * k + chunk] + 8);
+  }
+  if (pipelined) params.b = slabs.data();
+  const cudaError_t error = pipelined ? echo::test::launch_pipelined_product(params, nullptr)
+                                      : echo::test::launch_warpgroup_product(params, nullptr);
   return outcome<double>(error, error_of(c, m, n, k, [&](int i, int j, int l) {
                            return double{echo::to_float(a[i * k + l])} * echo::to_float(b[j * k + l]);
                          }));
 }
 
 Outcome warpgroup_product(const Arguments& arguments) {
+  const int k = arguments.at(1);
   const auto fault = static_cast<Fault>(arguments.at(2));
-  return arguments.at(0) != 0 ? warpgroup_product_of<__half>(ScalarType::kFloat16, arguments.at(1), fault)
-                              : warpgroup_product_of<__nv_bfloat16>(ScalarType::kBFloat16, arguments.at(1), fault);
+  const bool pipelined = arguments.at(3) != 0;
+  return arguments.at(0) != 0 ? warpgroup_product_of<__half>(ScalarType::kFloat16, k, fault, pipelined)
+                              : warpgroup_product_of<__nv_bfloat16>(ScalarType::kBFloat16, k, fault, pipelined);
 }
 
 // How many of 3 x 128 elements are wrong. Arguments: rounds, fault.

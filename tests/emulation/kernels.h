@@ -27,8 +27,16 @@ enum class Fault {
   kMixedBarriers,     // one warp in __syncwarp of all lanes, half of it elsewhere
   kForgottenCopies,
   kForgottenProducts,
-  kNoFence,  // between copies and a warpgroup's products
-  kNoBegin,  // of such products
+  kNoFence,            // between copies, or those of one thread, and a warpgroup's products
+  kNoBegin,            // of such products
+  kNoFenceOfBarriers,  // between their initialization and bulk copies that end at them
+  kNoExpect,           // of the bytes of a bulk copy
+  kWrongParity,
+  kNoArrival,  // of one lane that copies
+  kTwoArrivals,
+  kNoRelease,      // of a stage that was read
+  kEarlyRelease,   // before the products that read it have ended
+  kShortBulkCopy,  // of 8 bytes
   kMisaligned,
   kDynamicTooLarge,  // more asked than launched with
   kStaticTooLarge,
@@ -48,6 +56,11 @@ cudaError_t launch_product(const ProductParams& params, cudaStream_t stream);
 // C [64, 96] = A [64, k] · B [96, k]^T by one warpgroup, k a multiple of 16. Faults: kNoWait, kNoBarrier,
 // kNoSecondBarrier, kForgottenProducts, kNoFence, kNoBegin.
 cudaError_t launch_warpgroup_product(const ProductParams& params, cudaStream_t stream);
+
+// The same by a pipeline: a warp copies, A by copy_async_16 and B in bulk, to two stages from which a warpgroup
+// multiplies. b as [k / 16, 2, 96, 8]. Faults: kNoBarrier (behind the initialization), kNoFence, kForgottenCopies and
+// those from kNoFenceOfBarriers to kShortBulkCopy.
+cudaError_t launch_pipelined_product(const ProductParams& params, cudaStream_t stream);
 
 // Turns each row of [blocks, 128] around, `rounds` times, through shared memory.
 cudaError_t launch_reverse(float* rows, int blocks, int rounds, Fault fault, cudaStream_t stream);

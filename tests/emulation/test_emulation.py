@@ -40,7 +40,7 @@ Driver = Callable[..., Outcome]
 def start(program: Path, case: str, *numbers: int, seed: int = 0) -> subprocess.CompletedProcess[str]:
     # Leak checks need rights that a container may not give.
     environment = {**os.environ, "ECHO_RT_EMULATION_SEED": str(seed), "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [str(program), case, *map(str, numbers)]
+    command = [str(program), case, *(str(int(number)) for number in numbers)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
@@ -86,21 +86,21 @@ def test_tile_product_agrees_with_float64(run: Driver, half: bool, m: int, n: in
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("k", [16, 48])
-def test_a_warpgroups_product_agrees_with_float64(run: Driver, half: bool, k: int) -> None:
+@pytest.mark.parametrize(("k", "pipelined"), [(16, False), (48, False), (16, True), (112, True)])
+def test_a_warpgroups_product_agrees_with_float64(run: Driver, half: bool, k: int, pipelined: bool) -> None:
     for seed in SEEDS:
-        error, broken = succeeded(run("warpgroup_product", half, k, fault("None"), seed=seed))
+        error, broken = succeeded(run("warpgroup_product", half, k, fault("None"), pipelined, seed=seed))
         assert error < 3e-7, (seed, error)
         assert broken == 0
 
 
 def test_sums_that_are_not_waited_for_are_not_there(run: Driver) -> None:
-    assert succeeded(run("warpgroup_product", False, 16, fault("NoWait")))[1] == 64 * 96
+    assert succeeded(run("warpgroup_product", False, 16, fault("NoWait"), False))[1] == 64 * 96
 
 
 @pytest.mark.parametrize("name", ["NoBarrier", "NoSecondBarrier"])
 def test_a_barrier_that_a_warpgroups_product_lacks_is_seen(run: Driver, name: str) -> None:
-    outcomes = [run("warpgroup_product", False, 48, fault(name), seed=seed) for seed in SEEDS]
+    outcomes = [run("warpgroup_product", False, 48, fault(name), False, seed=seed) for seed in SEEDS]
     assert any(outcome.error == 0 and (outcome.values[0] > 1e-3 or outcome.values[1] > 0) for outcome in outcomes)
 
 
@@ -113,8 +113,38 @@ def test_a_barrier_that_a_warpgroups_product_lacks_is_seen(run: Driver, name: st
     ],
 )
 def test_what_a_warpgroups_product_needs(run: Driver, name: str, message: str) -> None:
-    outcome = run("warpgroup_product", False, 16, fault(name))
+    outcome = run("warpgroup_product", False, 16, fault(name), False)
     assert outcome.error == 719 and message in outcome.message
+
+
+def test_what_one_thread_does_not_fence_the_others_miss_behind_a_barrier(run: Driver) -> None:
+    outcomes = [run("warpgroup_product", False, 16, fault("NoFence"), False, seed=seed) for seed in SEEDS]
+    assert any("thread (5,0,0)" not in outcome.message for outcome in outcomes)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NoBarrier", "an mbarrier that is not initialized"),
+        ("NoFenceOfBarriers", "behind whose initialization its thread did not call fence.proxy.async"),
+        ("NoFence", "wgmma behind copies to shared memory, without fence.proxy.async between"),
+        ("NoExpect", "a bulk copy ends at an mbarrier that nobody told to expect its bytes"),
+        ("ShortBulkCopy", "a bulk copy of 8 bytes, which are no multiple of 16"),
+        ("NoArrival", r"deadlock: 128 of 160 .* wait in an mbarrier's phase at .*warpgroup.cu:\d+; 32 of 160"),
+        ("NoRelease", r"deadlock: 128 of 160 .* wait in an mbarrier's phase at .*warpgroup.cu:\d+; 32 of 160"),
+        ("ForgottenCopies", "1 bulk copies were issued and never waited for"),
+    ],
+)
+def test_what_a_pipeline_needs(run: Driver, name: str, message: str) -> None:
+    for seed in SEEDS:
+        outcome = run("warpgroup_product", False, 112, fault(name), True, seed=seed)
+        assert outcome.error == 719 and re.search(message, outcome.message), outcome.message
+
+
+@pytest.mark.parametrize("name", ["WrongParity", "TwoArrivals", "EarlyRelease"])
+def test_a_pipeline_out_of_step_is_seen(run: Driver, name: str) -> None:
+    outcomes = [run("warpgroup_product", False, 112, fault(name), True, seed=seed) for seed in SEEDS]
+    assert sum(outcome.error != 0 or outcome.values[1] > 0 for outcome in outcomes) > len(outcomes) // 4
 
 
 def test_fragments_lie_where_the_manual_puts_them(run: Driver) -> None:
@@ -289,6 +319,7 @@ def test_right_kernels_are_clean_under_the_sanitizers(sanitized: Path) -> None:
     assert max(succeeded(run("sums", 2, 300))) < 3e-7
     assert succeeded(run("swap_neighbours", fault("None"))) == [0]
     assert succeeded(run("reverse", 3, fault("None"))) == [0, 0]
+    assert succeeded(run("warpgroup_product", 0, 48, fault("None"), True))[0] < 3e-7
     assert all(not math.isnan(v) for v in succeeded(run("fragments")))
 
 
@@ -316,15 +347,15 @@ def test_a_sanitizer_stops_at_the_access_outside_shared_memory(sanitized: Path, 
 # ---- the sources
 
 
-def test_assembly_stands_in_two_files_only() -> None:
-    """PTX in ptx.cuh and warpgroup.cuh, the host's change of stacks in fiber.cpp."""
+def test_assembly_stands_in_few_files_only() -> None:
+    """PTX in ptx.cuh, barrier.cuh and warpgroup.cuh, the host's change of stacks in fiber.cpp."""
     sources = [path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh", ".cu", ".cpp"}]
     with_assembly = {
         path.relative_to(CSRC).as_posix()
         for path in sources
         if re.search(r"^[^/\n]*\b(__)?asm(__)?\b", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    assert with_assembly == {"common/ptx.cuh", "common/warpgroup.cuh", "emulation/fiber.cpp"}
+    assert with_assembly == {"common/barrier.cuh", "common/ptx.cuh", "common/warpgroup.cuh", "emulation/fiber.cpp"}
 
 
 def test_kernels_neither_allocate_nor_wait_nor_keep_state() -> None:
