@@ -6,7 +6,7 @@ encoded group by group, in as many calls as one likes, so the memory it takes do
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +98,7 @@ class VaeEncoder:
         In which pieces a video comes does not show in its latents. After its first piece, of 1 + ``temporal_stride``·k
         frames, each has ``temporal_stride``·k.
         """
-        group, stride = self.config.temporal_stride, self.config.spatial_stride
+        group = self.config.temporal_stride
         size = (_COLOURS, state.height, state.width)
         if video.dim() != 4 or len(video) < 1 or video.shape[1:] != size:
             raise ConfigError(
@@ -107,37 +107,28 @@ class VaeEncoder:
         first = int(state.latents_made == 0)  # frames that are a latent of their own
         if (len(video) - first) % group:
             raise ConfigError(f"{_OWNER}: expected {'1 + ' * first}{group}*k video frames, got {len(video)}")
-        latents = torch.empty(
-            first + (len(video) - first) // group,
-            self.config.z_dim,
-            state.height // stride,
-            state.width // stride,
-            device=self._weights.device,
-            dtype=torch.float32,
-        )
-        pieces = [*video[:first].split(1), *video[first:].split(group)]
-        for latent, piece in zip(latents, [piece for piece in pieces if len(piece)], strict=True):
-            latent.copy_(self._encode_group(piece, state.windows, is_start=state.latents_made == 0))
+        latents = []
+        for piece in [video[:first]] * first + [video[at : at + group] for at in range(first, len(video), group)]:
+            latents.append(self._encode_group(piece, state.windows, is_start=state.latents_made == 0))
             state.latents_made += 1
-        return latents
+        return torch.stack(latents)
 
     def _new_windows(self, height: int, width: int) -> StreamWindows:
-        sizes: list[WindowSize] = []
+        sizes: dict[str, WindowSize] = {}
         frames = self.config.temporal_stride
 
-        def add(convs: Sequence[CausalConv]) -> None:
-            for conv in convs:
-                sizes.append(WindowSize(conv.name, conv.past, frames, height, height, width, conv.channels))
+        def add(*convs: CausalConv) -> None:
+            sizes.update({c.name: WindowSize(c.past, height, c.shape(frames, height, width)) for c in convs})
 
-        add([self._input])
+        add(self._input)
         for blocks, downsample in self._levels:
             for block in blocks:
-                add(block.convs)
+                add(*block.convs)
             if downsample is not None:
                 height, width = height // 2, width // 2
-                add(downsample.convs)
+                add(*downsample.convs)
                 frames //= downsample.rate
-        add([*self._middle.convs, self._head.conv])
+        add(*self._middle.convs, self._head.conv)
         return StreamWindows(sizes, device=self._weights.device, dtype=self._weights.dtype)
 
     def _encode_group(self, video: Tensor, windows: Windows, *, is_start: bool) -> Tensor:
@@ -183,7 +174,6 @@ class Downsample:
         if not is_start:
             return self._time.of(x.total(), windows)
         first = x.total()
-        window = windows.open(self._time.name, len(first))
-        window.write(first)
-        windows.close(self._time.name, window)
+        with windows.window(self._time.name, len(first)) as window:
+            window.write(first)
         return Terms(first)
