@@ -119,11 +119,6 @@ class Check(ABC, Generic[Loaded]):
         Overhead in Python does not count. Raises where it cannot be captured.
         """
         call, graph, stream = self.call(implementation), torch.cuda.CUDAGraph(), self._stream
-
-        def calls_together() -> None:
-            for _ in range(self.calls):
-                call()
-
         with current(self.device):
             stream.wait_stream(torch.cuda.current_stream(self.device))
             # Around the capture too: after a failed one torch leaves the capture stream current.
@@ -131,7 +126,7 @@ class Check(ABC, Generic[Loaded]):
                 for _ in range(_WARM_UPS):
                     call()
                 try:
-                    capture(graph, calls_together, stream=stream, pool=self._pool)
+                    capture(graph, lambda: [call() for _ in range(self.calls)], stream=stream, pool=self._pool)
                 except BaseException:
                     del self._pool  # see capture
                     raise
@@ -235,8 +230,10 @@ class Tuner(Generic[Loaded, Shapes]):
                     selection = Selection(self._checked(candidate, forgive), "asked for by name", by_name=True)
                 except forgive as error:
                     unable = f"; not {requested}: {str(error).partition('; ')[0]}"
-            if selection is None:
-                selection = self._unrequested(prescribed, cache)
+            if selection is None and prescribed is not None:
+                selection = Selection(self._prescribed(prescribed), "as in the snapshot")
+            elif selection is None:
+                selection = self._fastest(cache) if self.device.type == "cuda" else self.default()
         selection = replace(selection, reason=selection.reason + unable)
         give_memory_back(self.device)  # the pool of the graphs
         self._logger.debug("%s for %s: %s", selection.name, self.shapes, selection.reason)
@@ -280,11 +277,9 @@ class Tuner(Generic[Loaded, Shapes]):
     def _machine(self) -> dict[str, Any]:
         return machine_facts(self.device, {candidate.name: candidate.version() for candidate in self.candidates})
 
-    def _unrequested(self, prescribed: str | None, cache: Path | None) -> Selection[Loaded]:
-        if prescribed is None:
-            return self._fastest(cache) if self.device.type == "cuda" else self.default()
+    def _prescribed(self, name: str) -> Loaded:
         try:
-            return Selection(self._checked(self._named(prescribed)), "as in the snapshot")
+            return self._checked(self._named(name))
         except BackendError as error:
             remedy = "ask for another by name to go on, rounded otherwise"
             raise BackendError(f"{error}. The snapshot's video was made with it; {remedy}") from error
@@ -310,31 +305,29 @@ class Tuner(Generic[Loaded, Shapes]):
         """
         check, subject, lasts = self.check(), self.cache.subject, True
         loaded: dict[str, Loaded] = {}
-        stopwatches: dict[str, Callable[[], float]] = {}
+        watches: dict[str, Callable[[], float]] = {}
         rejected: dict[str, str] = {}
         for candidate in sorted(self.candidates, key=lambda candidate: bool(candidate.reserve(self.shapes))):
             name = candidate.name
-            if stopwatches and (why := candidate.reserve(self.shapes)):
+            if watches and (why := candidate.reserve(self.shapes)):
                 rejected[name] = why
                 continue
             try:
                 loaded[name] = self._load(candidate)
                 self._require_right(check, loaded[name])
-                stopwatches[name] = self._attempt(
-                    check.stopwatch, loaded[name], "it cannot be captured in a CUDA graph"
-                )
+                watches[name] = self._attempt(check.stopwatch, loaded[name], "it cannot be captured in a CUDA graph")
             except BackendError as error:
-                rejected[name] = str(error)
-                lasts = lasts and not isinstance(error, _NoMemoryError)
-                if isinstance(error, _WrongResultError | _NoMemoryError):
-                    anew = "" if isinstance(error, _WrongResultError) else f"; {subject} is measured anew next time"
+                rejected[name], short = str(error), isinstance(error, _NoMemoryError)
+                lasts &= not short
+                if short or isinstance(error, _WrongResultError):
+                    anew = f"; {subject} is measured anew next time" if short else ""
                     self._logger.warning("%s is not used: %s%s", name, error, anew)
-        if not stopwatches:
+        if not watches:
             reasons = ". ".join(f"{name}: {why}" for name, why in rejected.items())
             kind_of_error = BackendError if lasts else torch.OutOfMemoryError
             raise kind_of_error(f"no {subject} works on {self.device} for {self.shapes}. {reasons}")
-        rounds = [{name: watch() for name, watch in stopwatches.items()} for _ in range(self.rounds)]
-        milliseconds = {name: statistics.median(times[name] for times in rounds) for name in stopwatches}
+        rounds = [[watch() for watch in watches.values()] for _ in range(self.rounds)]
+        milliseconds = dict(zip(watches, map(statistics.median, zip(*rounds, strict=True)), strict=True))
         winner = min(milliseconds, key=milliseconds.__getitem__)
         return loaded[winner], Entry(case, winner, milliseconds, rejected), lasts
 
@@ -356,9 +349,9 @@ class Tuner(Generic[Loaded, Shapes]):
             return loaded
         except _NoMemoryError as error:
             raise torch.OutOfMemoryError(f"{named}: {error}") from None
-        except forgive:
-            raise
         except BackendError as error:
+            if isinstance(error, forgive):
+                raise
             raise BackendError(f"{named} is not available: {error}") from error
 
     def _require_right(self, check: Check[Loaded], loaded: Loaded) -> None:

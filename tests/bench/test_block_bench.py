@@ -178,7 +178,7 @@ def test_variants_take_turns(measured: Run, turns: list[tuple[BlockRunner, int]]
     assert [runner.mode.value for runner in runners] == ["evolve", "off", "evolve"]
     assert rounds[0] == [(runner, lookahead) for runner in runners for lookahead in (0, 1)]
     assert rounds[1] == [(runner, lookahead) for runner in (runners[1], runners[2], runners[0]) for lookahead in (0, 1)]
-    names = ["evolve", "off", "torch", *measured.baseline_seconds]
+    names = ["evolve", "off", "torch", *(each.name for each in measured.baselines if each.ok)]
     assert content["order"] == [names, [*names[1:], names[0]]]
     assert turns_of(5, ["a", "b", "c"]) == ["c", "a", "b"] and turns_of(3, []) == []
 

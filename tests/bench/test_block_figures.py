@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from goals import judge
 
-from echo_rt.bench.report import judge
 from echo_rt.bench.run import BlockRunner, Interval, Sample, busy_seconds, intervals, median_p99
 from echo_rt.engine.executor import Queue, Span, make_executor
 
