@@ -246,7 +246,7 @@ class Tuner(Generic[Loaded, Shapes]):
             check = self.check()
             for candidate in self.candidates:
                 try:
-                    self._require_right(check, self._load(candidate))
+                    self._tried(candidate, check)
                     states[candidate.name] = "available"
                 except BackendError as error:
                     states[candidate.name] = str(error)
@@ -273,6 +273,10 @@ class Tuner(Generic[Loaded, Shapes]):
     @property
     def _logger(self) -> logging.Logger:
         return logging.getLogger(f"echo_rt.{self.cache.subject}")
+
+    @property
+    def _case(self) -> str:
+        return f"{self.shapes} in {plain(self.dtype)}"
 
     def _machine(self) -> dict[str, Any]:
         return machine_facts(self.device, {candidate.name: candidate.version() for candidate in self.candidates})
@@ -313,8 +317,7 @@ class Tuner(Generic[Loaded, Shapes]):
                 rejected[name] = why
                 continue
             try:
-                loaded[name] = self._load(candidate)
-                self._require_right(check, loaded[name])
+                loaded[name] = self._tried(candidate, check)
                 watches[name] = self._attempt(check.stopwatch, loaded[name], "it cannot be captured in a CUDA graph")
             except BackendError as error:
                 rejected[name], short = str(error), isinstance(error, _NoMemoryError)
@@ -343,10 +346,7 @@ class Tuner(Generic[Loaded, Shapes]):
         """Load and check a named candidate; an error in ``forgive`` is raised as it is."""
         named = f"{self.cache.subject} {candidate.name!r}"
         try:
-            loaded = self._load(candidate)
-            if self.device.type == "cuda":
-                self._require_right(self.check(), loaded)
-            return loaded
+            return self._tried(candidate, self.check()) if self.device.type == "cuda" else self._load(candidate)
         except _NoMemoryError as error:
             raise torch.OutOfMemoryError(f"{named}: {error}") from None
         except BackendError as error:
@@ -354,14 +354,15 @@ class Tuner(Generic[Loaded, Shapes]):
                 raise
             raise BackendError(f"{named} is not available: {error}") from error
 
-    def _require_right(self, check: Check[Loaded], loaded: Loaded) -> None:
-        """Raise :class:`BackendError` unless ``loaded`` computes the shapes correctly."""
-        case, bound = f"{self.shapes} in {plain(self.dtype)}", TOLERANCES[self.dtype]
-        error = self._attempt(check.error, loaded, f"it does not compute {case}")
+    def _tried(self, candidate: Candidate[Loaded, Shapes], check: Check[Loaded]) -> Loaded:
+        """Load a candidate; raise :class:`BackendError` unless it computes the shapes correctly."""
+        loaded, bound = self._load(candidate), TOLERANCES[self.dtype]
+        error = self._attempt(check.error, loaded, f"it does not compute {self._case}")
         if error > bound:
             raise _WrongResultError(
-                f"its result is wrong for {case}, by {error:.2g} where {bound:.2g} is the most; choose another"
+                f"its result is wrong for {self._case}, by {error:.2g} where {bound:.2g} is the most; choose another"
             )
+        return loaded
 
     def _attempt(self, work: Callable[[Loaded], Result], loaded: Loaded, complaint: str) -> Result:
         """Return what ``work`` returns, or raise :class:`BackendError` for what a library raises; free its memory."""
@@ -374,9 +375,8 @@ class Tuner(Generic[Loaded, Shapes]):
                 raise BackendError(f"{complaint}: {first_line(problem)}; choose another") from problem
             free(problem)
             give_memory_back(self.device)
-            case = f"{self.shapes} in {plain(self.dtype)}"
-            remedy = "free some, or choose another"
-            raise _NoMemoryError(f"it runs out of memory for {case}: {first_line(problem)}; {remedy}") from None
+            short = f"it runs out of memory for {self._case}: {first_line(problem)}"
+            raise _NoMemoryError(f"{short}; free some, or choose another") from None
 
 
 def find(subject: str, name: object, candidates: Sequence[Found], removed: Mapping[str, str]) -> Found:

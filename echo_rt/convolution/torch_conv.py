@@ -173,4 +173,5 @@ def subpixel_weights(weight: Tensor) -> Tensor:
         for rows, columns in itertools.product(_MEETING, repeat=2)
         for row, column in itertools.product(rows, columns)
     ]
-    return torch.stack(taps).unflatten(0, (4, 2, 2)).permute(0, 3, 1, 2, 4).contiguous().to(weight.dtype)
+    phases: Tensor = torch.stack(taps).unflatten(0, (4, 2, 2)).permute(0, 3, 1, 2, 4)
+    return phases.contiguous().to(weight.dtype)

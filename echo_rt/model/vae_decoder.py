@@ -11,10 +11,10 @@ resolutions are decoded in bands of rows, each with the rows around it that it d
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,7 +25,16 @@ from echo_rt.config import VaeConfig
 from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape
 from echo_rt.errors import ConfigError
 from echo_rt.model.decoder_protocol import DecoderState, VideoDecoder
-from echo_rt.model.vae_layers import CausalConv, Middle, NormConv, ResidualBlock, Terms, UpsampleConv, VaeWeights
+from echo_rt.model.vae_layers import (
+    CausalConv,
+    Convolution,
+    Middle,
+    NormConv,
+    ResidualBlock,
+    Terms,
+    UpsampleConv,
+    VaeWeights,
+)
 from echo_rt.model.vae_windows import BandWindows, Rows, StreamWindows, Windows, WindowSize
 from echo_rt.ops.schema import Ops
 from echo_rt.weights.shapes import vae_decoder_shapes
@@ -105,19 +114,14 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
         self._input = CausalConv("decoder.conv1", weights)
         self._middle = Middle("decoder.middle", weights, ops)
         self.levels: list[Level] = []
-        index = 0
-        upsample: Upsample | None = None
-        for _ in config.dim_mult:
-            blocks = [
-                ResidualBlock(f"decoder.upsamples.{index + n}", weights, ops) for n in range(config.num_res_blocks + 1)
-            ]
-            entry = [] if self.levels else [self._input, *self._middle.convs]
-            self.levels.append(Level(entry, upsample, blocks))
-            index += len(blocks)
-            name = f"decoder.upsamples.{index}"
-            upsample = Upsample(name, weights) if f"{name}.resample.1.weight" in weights else None
-            index += upsample is not None
+        names, index = (f"decoder.upsamples.{part}" for part in itertools.count()), 0
+        for level in range(len(config.dim_mult)):
+            upsample = Upsample(next(names), weights) if level > 0 else None
+            blocks = [ResidualBlock(next(names), weights, ops) for _ in range(config.num_res_blocks + 1)]
+            self.levels.append(Level(upsample, blocks, weights.convs[index:]))
+            index = len(weights.convs)
         self.head = NormConv("decoder.head.0", "decoder.head.2", weights, ops)
+        self._convs = weights.convs
 
     def new_state(
         self, latent_height: int, latent_width: int, latents: int, *, frames_at_full: int | None = None
@@ -145,11 +149,8 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
 
     def use(self, candidates: Mapping[str, ConvolutionCandidate]) -> None:
         """Compute each convolution by the candidate under its name from now on. May be called once."""
-        convolutions: list[CausalConv | UpsampleConv] = [self.head.conv]
-        for level in self.levels:
-            convolutions += [*level.entry, *level.space, *level.convs]
-        for convolution in convolutions:
-            convolution.use(candidates[convolution.name])
+        for conv in self._convs:
+            conv.use(candidates[conv.name])
 
     def _plan(self, height: int, width: int, latents: int, frames_at_full: int | None) -> DecodingPlan:
         """Plan the decoding of at most ``latents`` per call; raises :class:`ConfigError` for tiles of too few rows."""
@@ -166,33 +167,32 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
         # No tensor between two convolutions is larger than those at full resolution.
         numbers_at_once = frames_at_full * (height * stride) * (width * stride) * self.levels[-1].convs[-1].channels
 
-        def add(convs: Iterable[CausalConv | UpsampleConv], at: Sequence[Rows]) -> None:
+        def add(conv: Convolution, at: Sequence[Rows]) -> None:
             rows, margin = max(r.last - r.first for r in at), max(r.begin - r.first for r in at)
-            for conv in convs:
-                convolutions[conv.name] = shape = conv.shape(frames, rows, width)
-                if isinstance(conv, CausalConv):
-                    windows[conv.name] = WindowSize(conv.past, height, shape, margin)
+            convolutions[conv.name] = shape = conv.shape(frames, rows, width)
+            if not conv.enlarge:
+                windows[conv.name] = WindowSize(conv.past, height, shape, margin)
 
         for index, level in enumerate(self.levels):
             rows = [Rows(0, 0, height, height)]
             if index >= first_tiled:
                 rows = [band[index - first_tiled] for band in bands]
             if index <= first_tiled:
-                pixels = level.rate * height * width * (4 if level.space else 1)
+                pixels = level.rate * height * width * (4 if index > 0 else 1)
                 limit = numbers_at_once // (pixels * level.convs[-1].channels)
                 if index == first_tiled:  # frames are not split from here on
                     limit = frames_at_full // math.prod(each.rate for each in self.levels[index:])
                 slices = math.ceil(frames / max(1, limit))
                 frames = math.ceil(frames / slices)  # slices of equal size
                 at_once.append(frames)
-            add(level.entry, rows)
-            frames *= level.rate
-            if level.space:
-                add(level.space, rows)
-                height, width = 2 * height, 2 * width
-                rows = [each.upsampled() for each in rows]
-            add(level.convs, rows)
-        add([self.head.conv], [band[-1] for band in bands] or [Rows(0, 0, height, height)])
+            for conv in level.convs:
+                if conv.enlarge:
+                    frames *= level.rate
+                add(conv, rows)
+                if conv.enlarge:
+                    height, width = 2 * height, 2 * width
+                    rows = [each.upsampled() for each in rows]
+        add(self.head.conv, [band[-1] for band in bands] or [Rows(0, 0, height, height)])
         return DecodingPlan(windows, convolutions, tuple(at_once), first_tiled, bands)
 
     def _bands(self, latent_height: int) -> tuple[int, list[list[Rows]]]:
@@ -206,7 +206,7 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
         # From the output back to the first tiled level: the margin of rows that each level needs.
         margins = [self.head.conv.reach]
         for level in reversed(levels[first:]):
-            seen = margins[0] + sum(conv.reach for conv in (*level.convs, *level.space))
+            seen = margins[0] + sum(conv.reach for conv in level.convs)
             margins.insert(0, math.ceil(seen / 2))
         height = latent_height << (first - 1)
         most = height // margins[0]
@@ -216,7 +216,7 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
         bounds = [height * index // tiles for index in range(tiles + 1)]
         return first, [
             [Rows.around(begin << doubled, end << doubled, m, height << doubled) for doubled, m in enumerate(margins)]
-            for begin, end in pairwise(bounds)
+            for begin, end in itertools.pairwise(bounds)
         ]
 
     def decode_next(self, latents: Tensor, state: VaeDecoderState, *, is_start: bool) -> Tensor:
@@ -273,16 +273,13 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
 class Level:
     """One resolution: upsampling, except at the lowest, and residual blocks.
 
-    ``entry``: the convolutions before the one of ``space``, which doubles height and width where there is one;
-    ``convs``: those after it; ``rate``: output frames per input frame.
+    ``convs``: its convolutions, and at the lowest level all before them, in the order in which they run; ``rate``:
+    output frames per input frame.
     """
 
-    def __init__(self, entry: Sequence[CausalConv], upsample: Upsample | None, blocks: list[ResidualBlock]) -> None:
-        self._upsample, self._blocks = upsample, blocks
-        self.entry = entry if upsample is None else upsample.convs
-        self.space = [] if upsample is None else [upsample.space]
+    def __init__(self, upsample: Upsample | None, blocks: list[ResidualBlock], convs: Sequence[Convolution]) -> None:
+        self._upsample, self._blocks, self.convs = upsample, blocks, convs
         self.rate = 1 if upsample is None else upsample.rate
-        self.convs = [conv for block in blocks for conv in block.convs]
 
     def __call__(self, terms: Terms, windows: Windows, is_start: bool) -> Terms:
         if self._upsample is not None:
@@ -303,15 +300,7 @@ class Upsample:
         has_time = f"{name}.time_conv.weight" in weights
         self._time = CausalConv(f"{name}.time_conv", weights) if has_time else None
         self.space = UpsampleConv(f"{name}.resample.1", weights)
-
-    @property
-    def rate(self) -> int:
-        """Output frames per input frame, after the first of a stream."""
-        return 1 if self._time is None else 2
-
-    @property
-    def convs(self) -> list[CausalConv]:
-        return [] if self._time is None else [self._time]
+        self.rate = 2 if has_time else 1  # output frames per input frame, after the first of a stream
 
     def __call__(self, x: Tensor, windows: Windows, is_start: bool) -> Terms:
         frames, height, width, channels = x.shape

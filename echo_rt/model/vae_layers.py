@@ -32,7 +32,10 @@ _NORM_FLOOR = 1e-12
 
 
 class VaeWeights:
-    """The tensors of one half of the VAE, checked, on their device, in the layouts the layers want."""
+    """The tensors of one half of the VAE, checked, on their device, in the layouts the layers want.
+
+    ``convs``: the convolutions made of them so far, in the order in which they run.
+    """
 
     def __init__(
         self, tensors: Mapping[str, Tensor], expected: Shapes, owner: str, *, device: torch.device, dtype: torch.dtype
@@ -43,6 +46,7 @@ class VaeWeights:
                 raise WeightsError(f"{owner}: expected tensor {name} of shape {list(shape)}, {found}")
         self._tensors = tensors
         self.device, self.dtype = device, dtype
+        self.convs: list[Convolution] = []
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -94,12 +98,13 @@ class Terms:
         self.x = self.x.new_empty(0)
 
 
-class _Convolution:
+class Convolution:
     """A convolution by torch (``prepare``) until :meth:`use` selects another implementation; the bias is added later.
 
     That keeps its own form of the weight ``[Co, C, kT, kH, kW]``, mostly a copy in another layout; the original goes.
     """
 
+    stride = 1  # in time
     past = 0  # frames of history
     enlarge = False
 
@@ -111,6 +116,7 @@ class _Convolution:
         self._convolved = prepare(weight)
         self.out_channels, self.channels, depth, self._rows, columns = weight.shape
         self._kernel = (depth, self._rows, columns)
+        weights.convs.append(self)
 
     @property
     def reach(self) -> int:
@@ -133,7 +139,7 @@ class _Convolution:
         return Terms(self._convolved(frames), self.bias)
 
 
-class CausalConv(_Convolution):
+class CausalConv(Convolution):
     """A 3-D convolution that is causal in time.
 
     Its history is ``kernel - stride`` frames: 2 for the 3x3x3 ones, 1 for the encoder's temporal downsampling.
@@ -150,7 +156,7 @@ class CausalConv(_Convolution):
             return self(window.frames)
 
 
-class UpsampleConv(_Convolution):
+class UpsampleConv(Convolution):
     """Nearest upsampling by two, then a 2-D convolution, frame by frame."""
 
     enlarge = True
@@ -187,10 +193,6 @@ class ResidualBlock:
         self._second = NormConv(f"{name}.residual.3", f"{name}.residual.6", weights, ops)
         shortcut = f"{name}.shortcut"
         self._shortcut = weights.pointwise(shortcut) if f"{shortcut}.weight" in weights else None
-
-    @property
-    def convs(self) -> list[CausalConv]:
-        return [self._first.conv, self._second.conv]
 
     def __call__(self, terms: Terms, windows: Windows) -> Terms:
         inner = self._first(terms, windows, keep=True)
@@ -234,10 +236,6 @@ class Middle:
         self._before = ResidualBlock(f"{name}.0", weights, ops)
         self.attention = FrameAttention(f"{name}.1", weights)
         self._after = ResidualBlock(f"{name}.2", weights, ops)
-
-    @property
-    def convs(self) -> list[CausalConv]:
-        return self._before.convs + self._after.convs
 
     def __call__(self, terms: Terms, windows: Windows) -> Terms:
         return self._after(self.attention(self._before(terms, windows)), windows)

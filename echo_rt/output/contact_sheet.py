@@ -75,12 +75,13 @@ class ContactSheet(Closing):
         array = np.asarray(frames)
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
             raise ConfigError(f"{self.path}: expected uint8 frames [T, H, W, 3], got {array.dtype} {list(array.shape)}")
+        height, width = array.shape[1:3]
+        size = (self.picture_width, max(1, round(height * self.picture_width / width)))
         for frame in array:
             if self._seen % self._stride == 0 and len(self._pictures) == self.limit:
                 del self._pictures[1::2]
                 self._stride *= 2
             if self._seen % self._stride == 0:
-                size = (self.picture_width, max(1, round(frame.shape[0] * self.picture_width / frame.shape[1])))
                 image = Image.fromarray(np.ascontiguousarray(frame)).resize(size, Image.Resampling.BOX)
                 self._pictures.append((image, prompt))
             self._seen += 1
@@ -109,16 +110,16 @@ class ContactSheet(Closing):
         line = round(self._font.getbbox("Ag")[3]) + 2
         told = _LINES * line if any(prompt for _, prompt in self._pictures) else 0
         columns = min(self.columns, len(self._pictures))
-        rows = -(-len(self._pictures) // columns)
         across, down = width + _GAP, height + told + _GAP
-        sheet = Image.new("RGB", (columns * across + _GAP, rows * down + _GAP), _BACKGROUND)
+        size = (columns * across + _GAP, math.ceil(len(self._pictures) / columns) * down + _GAP)
+        sheet = Image.new("RGB", size, _BACKGROUND)
         draw = ImageDraw.Draw(sheet)
         before = None
-        for number, (frame, (image, prompt)) in enumerate(zip(self.kept, self._pictures, strict=True)):
+        for number, (image, prompt) in enumerate(self._pictures):
             row, column = divmod(number, columns)
             left, top = _GAP + column * across, _GAP + row * down
             sheet.paste(image, (left, top))
-            time = self._time(frame)
+            time = self._time(number * self._stride)
             draw.rectangle((left, top, left + self._font.getlength(time) + 3, top + line), _BACKGROUND)
             draw.text((left + 2, top), time, _INK, self._font)
             if prompt and prompt != before:
