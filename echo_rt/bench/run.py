@@ -191,13 +191,6 @@ def median_p99(times: Sequence[float]) -> tuple[float, float]:
     return statistics.median(times), sorted(times)[math.ceil(len(times) * 99 / 100) - 1]
 
 
-class Block(NamedTuple):
-    """A block on the host, and the spans of its stages; their times can be read once the runner has settled."""
-
-    made: Chunk
-    spans: tuple[Span, ...]
-
-
 class BlockRunner:
     """One video that goes on and on; ``depth`` is how many blocks may be in flight."""
 
@@ -221,8 +214,11 @@ class BlockRunner:
             self.engine.start(prompt_embeds, seed)
         self._spans.clear()
 
-    def block(self, lookahead: int) -> Block:
-        """Make the next block, begun as early as ``lookahead`` allows: what ``Stream`` does when asked for one."""
+    def block(self, lookahead: int) -> tuple[Chunk, tuple[Span, ...]]:
+        """Make the next block, begun as early as ``lookahead`` allows: what ``Stream`` does when asked for one.
+
+        With it come the spans of its stages, whose times can be read once the runner has settled.
+        """
         with model_context(*self._context):
             while self.pipeline.in_flight <= lookahead:
                 self.pipeline.begin()
@@ -230,7 +226,7 @@ class BlockRunner:
                 self._spans.clear()
             made = self.pipeline.finish()
             assert made is not None  # it was waited for without a bound
-            return Block(made, self._begun.popleft())
+            return made, self._begun.popleft()
 
     def turn(self, lookahead: int, blocks: int, sample: Sample, joules: Callable[[], float | None]) -> None:
         """Make ``blocks`` blocks that count towards ``sample``; the runner is idle before and after.
@@ -246,7 +242,7 @@ class BlockRunner:
         after = joules()
         ahead = [span for spans in self._begun for span in spans]
         self.drain()
-        times = [intervals(block.spans, since) for block in (*warm, *measured)]
+        times = [intervals(spans, since) for _, spans in (*warm, *measured)]
         every = [each for block in times for each in block] + intervals(ahead, since)
         sample.add_turn(times[len(warm) - 1], times[len(warm) :], every)
         sample.add_energy(None if before is None or after is None else after - before, blocks + 1)
@@ -266,7 +262,7 @@ class BlockRunner:
         """
         for _ in range(_MOST_BLOCKS):
             runs, replays = self.executor.runs, self.executor.replays
-            before = self.block(0).made.index - 1
+            before = self.block(0)[0].index - 1
             saturated = before >= 0 and self.rollout.state.layout.shift(before) > 0
             replayed = self.executor.runs - runs == self.executor.replays - replays
             if saturated and (replayed or not self._graphs):
@@ -535,7 +531,7 @@ class Run:
         """Errors of latents and frames of the same steady block by both, memory update included where there is one."""
         runner = self._ready(entry)
         reference.adopt(runner, self.request.seed)
-        ours, theirs = runner.block(0).made, reference.block(0).made
+        (ours, _), (theirs, _) = runner.block(0), reference.block(0)
         runner.drain()
         reference.drain()
         return relative_error(ours.latents, theirs.latents), relative_error(ours.frames, theirs.frames)

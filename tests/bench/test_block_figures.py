@@ -61,12 +61,12 @@ class FakeRunner(BlockRunner):
         self.log: list[str] = []
         self.made = 0
 
-    def block(self, lookahead: int) -> SimpleNamespace:
+    def block(self, lookahead: int) -> tuple[None, tuple[Span, ...]]:
         self.log.append(f"block {lookahead}")
         self.made += 1
         begin = 1000.0 + (0 if self.made == 1 else 60 + 20 * self.made)
         spans = tuple(Span(one.stage, one.queue, At(begin + one.begin), At(begin + one.end)) for one in block(0))
-        return SimpleNamespace(spans=spans)
+        return None, spans
 
     def drain(self) -> None:
         self.log.append("drain")
