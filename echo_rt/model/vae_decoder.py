@@ -60,16 +60,10 @@ class VaeDecoderState(DecoderState):
     """The state of one stream at its start, allocated once: the history ``[past, H, W, C]`` of each convolution."""
 
     def __init__(
-        self,
-        plan: DecodingPlan,
-        latent_shape: tuple[int, int, int],
-        max_latents: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, plan: DecodingPlan, windows: StreamWindows, latent_shape: tuple[int, int, int], max_latents: int
     ) -> None:
-        self.plan, self.windows = plan, StreamWindows(plan.windows, device=device, dtype=dtype)
-        super().__init__(self.windows.histories, latent_shape, max_latents)
+        super().__init__(windows.histories, latent_shape, max_latents)
+        self.plan, self.windows = plan, windows
 
     def buffers(self) -> dict[str, Tensor]:
         named = {f"history {name}": tensor for name, tensor in self.windows.histories.items()}
@@ -132,8 +126,8 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
         where the decoder has ``tiles``. The frames that one frame is upsampled to in time are never split.
         """
         plan = self._plan(latent_height, latent_width, latents, frames_at_full)
-        shape = (self.config.z_dim, latent_height, latent_width)
-        return VaeDecoderState(plan, shape, latents, device=self.device, dtype=self.dtype)
+        windows = StreamWindows(plan.windows, device=self.device, dtype=self.dtype)
+        return VaeDecoderState(plan, windows, (self.config.z_dim, latent_height, latent_width), latents)
 
     def convolution_shapes(self, latent_height: int, latent_width: int, latents: int) -> dict[str, ConvolutionShape]:
         """Return the shape of each convolution, by its name in the weights, in the steady state of a stream."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echo_rt.errors import ConfigError
-from echo_rt.utils.atomic_file import Closing, check_writable, whole_file
+from echo_rt.utils.atomic_file import Closing, check_writable, write_whole
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import clock, one_line
 
@@ -92,9 +92,9 @@ class ContactSheet(Closing):
             return
         self._closed = True
         if self._pictures:
-            with whole_file(self.path) as part, BytesIO() as file:
-                self._compose().save(file, "PNG")
-                part.append(file.getvalue())
+            file = BytesIO()
+            self._compose().save(file, "PNG")
+            write_whole(self.path, file.getvalue())
             self.in_place = True
 
     def _time(self, frame: int) -> str:
@@ -115,11 +115,11 @@ class ContactSheet(Closing):
         sheet = Image.new("RGB", size, _BACKGROUND)
         draw = ImageDraw.Draw(sheet)
         before = None
-        for number, (image, prompt) in enumerate(self._pictures):
+        for number, (frame, (image, prompt)) in enumerate(zip(self.kept, self._pictures, strict=True)):
             row, column = divmod(number, columns)
             left, top = _GAP + column * across, _GAP + row * down
             sheet.paste(image, (left, top))
-            time = self._time(number * self._stride)
+            time = self._time(frame)
             draw.rectangle((left, top, left + self._font.getlength(time) + 3, top + line), _BACKGROUND)
             draw.text((left + 2, top), time, _INK, self._font)
             if prompt and prompt != before:
