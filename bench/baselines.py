@@ -10,7 +10,7 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,23 +51,25 @@ class Baseline:
     error: float
     bound: float
     device: torch.device
+    seconds: list[float] = field(default_factory=list)  # of each call that was timed
 
     @property
     def ok(self) -> bool:
         return self.error <= self.bound  # NaN is not
 
-    def measure(self, calls: int) -> list[float]:
-        """Seconds of ``calls`` calls, by the timer of kernels: launches are not in it."""
-        return [each / 1e6 for each in timer_for(self.device).measure(self.call, calls, warmup=1).microseconds]
+    def measure(self, calls: int) -> None:
+        """Time ``calls`` calls, by the timer of kernels: launches are not in it."""
+        times = timer_for(self.device).measure(self.call, calls, warmup=1)
+        self.seconds.extend(each / 1e6 for each in times.microseconds)
 
-    def row(self, ours_ms: float | None, seconds: list[float] | None) -> dict[str, Any]:
-        """Its row beside our time; ``seconds``: what was measured. ``ratio``: its time over ours."""
+    def row(self, ours_ms: float | None) -> dict[str, Any]:
+        """Its row beside our time. ``ratio``: its time over ours."""
         row = {"peer": self.name, "ours_ms": ours_ms, "error": self.error, "what": self.what}
         if not self.ok:
             return row | {"what": f"not timed, as it differs from ours by more than {self.bound:.1e}; {self.what}"}
-        if not seconds:
+        if not self.seconds:
             return row
-        ms, p99 = (1e3 * each for each in median_p99(seconds))
+        ms, p99 = (1e3 * each for each in median_p99(self.seconds))
         return row | {"ms": ms, "p99_ms": p99, "ratio": None if ours_ms is None else ms / ours_ms}
 
 

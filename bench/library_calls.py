@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from echo_rt.convolution.backends import untiled
 from echo_rt.ops import reference
 
 # Which argument holds the result of an operation that returns nothing.
@@ -143,9 +142,15 @@ def _conv3d(args: Sequence[Any]) -> Tensor:
     return out if residual is None else out.add_(residual)
 
 
+def _untiled(weight: Tensor) -> Tensor:
+    """Invert :func:`echo_rt.convolution.backends.tiled`."""
+    kernel: Tensor = weight.permute(0, 5, 2, 4, 6, 1, 3).flatten(2, 4).flatten(0, 1).unflatten(-1, (3, 3))
+    return kernel
+
+
 def _conv3d_of_tiles(args: Sequence[Any], device: torch.device) -> list[LibraryCall]:
     """The same with the weight as it was before it was cut."""
-    weight = untiled(args[1]).contiguous(memory_format=torch.channels_last_3d)
+    weight = _untiled(args[1]).contiguous(memory_format=torch.channels_last_3d)
 
     def call(args: Sequence[Any]) -> Tensor:
         window, _, out = args

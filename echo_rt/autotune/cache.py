@@ -11,18 +11,17 @@ import fcntl
 import json
 import logging
 import os
-import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, BinaryIO, Generic, Literal, TypeVar
 
 import torch
 
 from echo_rt.errors import EchoError, OutputError
-from echo_rt.utils.atomic_file import reason, write_whole
+from echo_rt.utils.atomic_file import open_plain, reason, write_whole
 from echo_rt.utils.build_info import __version__
 from echo_rt.utils.checked_json import convert, read_json
 
@@ -31,12 +30,9 @@ CACHE_VARIABLE = "ECHO_RT_CACHE_DIR"
 _FORMAT = 1
 _LARGEST = 2**24  # bytes of a file that is read
 _LOCK_SECONDS = 5.0  # for which the file's lock is waited for
+_NOT_PLAIN = (errno.ELOOP, errno.EINVAL, errno.EISDIR)  # a link, pipe, folder or device in place of a file of ours
 
 Shapes = TypeVar("Shapes")  # a dataclass
-
-
-class _NotPlainError(OSError):
-    """A link, pipe, folder or device in place of a file of ours."""
 
 
 class _DamagedError(EchoError):
@@ -67,9 +63,8 @@ class Entry(Generic[Shapes]):
     def __str__(self) -> str:
         """Say why it is selected."""
         times = sorted(self.milliseconds.items(), key=lambda item: item[1])
-        listed = ", ".join(f"{name} {time:.3f} ms" for name, time in times)
         what = "fastest" if len(times) > 1 else "the only one that works"
-        return f"{what} on {self.case.machine['gpu']}: {listed}"
+        return f"{what} on {self.case.machine['gpu']}: {', '.join(f'{name} {time:.3f} ms' for name, time in times)}"
 
 
 @dataclass
@@ -87,36 +82,34 @@ class Cache(Generic[Shapes]):
     def __init__(self, subject: str, shapes: type[Shapes]) -> None:
         self.subject = subject
         self._entry_of: Any = Entry[shapes]  # type: ignore[valid-type]
-        self._logger = logging.getLogger(f"echo_rt.{subject}")
         self._told: set[str] = set()
         self._given_up: set[Path] = set()  # files that this process writes no more
 
     def path(self) -> Path | None:
         """Return the file in ``ECHO_RT_CACHE_DIR``, or in the user's cache folder; None for a user without a home."""
+        name = f"{self.subject}.json"
         if folder := os.environ.get(CACHE_VARIABLE):
-            return Path(folder) / f"{self.subject}.json"
+            return Path(folder, name)
         user_cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        if not user_cache.is_absolute():
-            try:
-                user_cache = Path.home() / ".cache"
-            except RuntimeError:
-                return None
-        return user_cache / "echo-rt" / f"{self.subject}.json"
+        try:
+            return (user_cache if user_cache.is_absolute() else Path.home() / ".cache") / "echo-rt" / name
+        except RuntimeError:
+            return None
 
     def entries(self, path: Path) -> list[Entry[Shapes]]:
         """Return the entries of ``path``, oldest first; none, with a warning, where it cannot be read."""
         try:
-            content = read_json(_read(path), _File, str(path), _DamagedError)
+            with _open(path, os.O_RDONLY) as file:
+                content = read_json(file.read(_LARGEST), _File, str(path), _DamagedError)
             return [self._entry(item) for item in content.entries]
         except FileNotFoundError:
             return []
-        except _NotPlainError as error:
-            self._given_up.add(path)
-            self._tell(f"{path} cannot be read ({error}): {self.subject} is measured at every start")
         except OSError as error:
-            self._tell(f"{path} cannot be read ({reason(error)}): {self.subject} is measured anew")
+            if lasts := error.errno in _NOT_PLAIN:
+                self._given_up.add(path)
+            self._tell(f"{path} cannot be read ({reason(error)})", "at every start" if lasts else "anew")
         except _DamagedError as error:
-            self._tell(f"{path} is damaged ({error}): {self.subject} is measured anew")
+            self._tell(f"{path} is damaged ({error})", "anew")
         return []
 
     def recall(self, path: Path, case: Case[Shapes]) -> Entry[Shapes] | None:
@@ -137,19 +130,19 @@ class Cache(Generic[Shapes]):
         except (OSError, OutputError) as error:
             if isinstance(error, TimeoutError):
                 self._given_up.add(path)
-            problem = f"{path} cannot be written ({reason(error)})" if isinstance(error, OSError) else error
-            self._tell(f"{problem}: {self.subject} is measured at every start")
+            problem = f"{path} cannot be written ({reason(error)})" if isinstance(error, OSError) else str(error)
+            self._tell(problem, "at every start")
 
-    def _tell(self, problem: str) -> None:
+    def _tell(self, problem: str, when: str) -> None:
         if problem not in self._told:
             self._told.add(problem)
-            self._logger.warning("%s", problem)
+            logging.getLogger(f"echo_rt.{self.subject}").warning("%s: %s is measured %s", problem, self.subject, when)
 
     def _fields(self, entry: Entry[Shapes]) -> dict[str, Any]:
         return {self.subject if name == "winner" else name: value for name, value in dataclasses.asdict(entry).items()}
 
     def _entry(self, item: dict[str, Any]) -> Entry[Shapes]:
-        fields = {"winner" if name == self.subject else name: value for name, value in item.items()}
+        fields = {**item, "winner": item.get(self.subject)}
         entry: Entry[Shapes] = convert(fields, self._entry_of, "an entry", _DamagedError)
         if json.loads(json.dumps(self._fields(entry))) != item:
             raise _DamagedError("an entry of unknown fields")
@@ -178,35 +171,26 @@ def _driver() -> str | None:
     """Return the driver's version; None without NVML, as in some containers."""
     try:
         import pynvml
-
+    except ImportError:
+        return None
+    try:
         pynvml.nvmlInit()
         try:
             return str(pynvml.nvmlSystemGetDriverVersion())
         finally:
             pynvml.nvmlShutdown()
-    except ImportError:
-        return None
     except pynvml.NVMLError:
         return None
 
 
-def _open(path: Path, flags: int) -> int:
-    """Return a descriptor of a plain file, never of what a link points to; a pipe is not waited for."""
+def _open(path: Path, flags: int) -> BinaryIO:
+    """Open a plain file, never what a link points to; raises ``OSError``."""
     try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        return open(open_plain(path, flags | os.O_NOFOLLOW), "rb")
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise _NotPlainError("it is a symbolic link") from None
+            raise OSError(errno.ELOOP, "it is a symbolic link") from None
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise _NotPlainError("it is not a plain file")
-    return descriptor
-
-
-def _read(path: Path) -> bytes:
-    with os.fdopen(_open(path, os.O_RDONLY), "rb") as file:
-        return file.read(_LARGEST)
 
 
 @contextmanager
@@ -215,16 +199,14 @@ def _locked(path: Path) -> Iterator[None]:
 
     Raises ``TimeoutError`` where another process keeps it.
     """
-    descriptor, end = _open(path, os.O_RDWR | os.O_CREAT), time.monotonic() + _LOCK_SECONDS
-    try:
+    end = time.monotonic() + _LOCK_SECONDS
+    with _open(path, os.O_RDWR | os.O_CREAT) as file:
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() >= end:
                     raise TimeoutError(f"another process has held its lock for {_LOCK_SECONDS:g} s") from None
                 time.sleep(0.02)
         yield
-    finally:
-        os.close(descriptor)

@@ -119,11 +119,6 @@ class Check(ABC, Generic[Loaded]):
         Overhead in Python does not count. Raises where it cannot be captured.
         """
         call, graph, stream = self.call(implementation), torch.cuda.CUDAGraph(), self._stream
-
-        def calls_together() -> None:
-            for _ in range(self.calls):
-                call()
-
         with current(self.device):
             stream.wait_stream(torch.cuda.current_stream(self.device))
             # Around the capture too: after a failed one torch leaves the capture stream current.
@@ -131,7 +126,7 @@ class Check(ABC, Generic[Loaded]):
                 for _ in range(_WARM_UPS):
                     call()
                 try:
-                    capture(graph, calls_together, stream=stream, pool=self._pool)
+                    capture(graph, lambda: [call() for _ in range(self.calls)], stream=stream, pool=self._pool)
                 except BaseException:
                     del self._pool  # see capture
                     raise
@@ -235,8 +230,10 @@ class Tuner(Generic[Loaded, Shapes]):
                     selection = Selection(self._checked(candidate, forgive), "asked for by name", by_name=True)
                 except forgive as error:
                     unable = f"; not {requested}: {str(error).partition('; ')[0]}"
-            if selection is None:
-                selection = self._unrequested(prescribed, cache)
+            if selection is None and prescribed is not None:
+                selection = Selection(self._prescribed(prescribed), "as in the snapshot")
+            elif selection is None:
+                selection = self._fastest(cache) if self.device.type == "cuda" else self.default()
         selection = replace(selection, reason=selection.reason + unable)
         give_memory_back(self.device)  # the pool of the graphs
         self._logger.debug("%s for %s: %s", selection.name, self.shapes, selection.reason)
@@ -249,7 +246,7 @@ class Tuner(Generic[Loaded, Shapes]):
             check = self.check()
             for candidate in self.candidates:
                 try:
-                    self._require_right(check, self._load(candidate))
+                    self._tried(candidate, check)
                     states[candidate.name] = "available"
                 except BackendError as error:
                     states[candidate.name] = str(error)
@@ -277,14 +274,16 @@ class Tuner(Generic[Loaded, Shapes]):
     def _logger(self) -> logging.Logger:
         return logging.getLogger(f"echo_rt.{self.cache.subject}")
 
+    @property
+    def _case(self) -> str:
+        return f"{self.shapes} in {plain(self.dtype)}"
+
     def _machine(self) -> dict[str, Any]:
         return machine_facts(self.device, {candidate.name: candidate.version() for candidate in self.candidates})
 
-    def _unrequested(self, prescribed: str | None, cache: Path | None) -> Selection[Loaded]:
-        if prescribed is None:
-            return self._fastest(cache) if self.device.type == "cuda" else self.default()
+    def _prescribed(self, name: str) -> Loaded:
         try:
-            return Selection(self._checked(self._named(prescribed)), "as in the snapshot")
+            return self._checked(self._named(name))
         except BackendError as error:
             remedy = "ask for another by name to go on, rounded otherwise"
             raise BackendError(f"{error}. The snapshot's video was made with it; {remedy}") from error
@@ -310,31 +309,28 @@ class Tuner(Generic[Loaded, Shapes]):
         """
         check, subject, lasts = self.check(), self.cache.subject, True
         loaded: dict[str, Loaded] = {}
-        stopwatches: dict[str, Callable[[], float]] = {}
+        watches: dict[str, Callable[[], float]] = {}
         rejected: dict[str, str] = {}
         for candidate in sorted(self.candidates, key=lambda candidate: bool(candidate.reserve(self.shapes))):
             name = candidate.name
-            if stopwatches and (why := candidate.reserve(self.shapes)):
+            if watches and (why := candidate.reserve(self.shapes)):
                 rejected[name] = why
                 continue
             try:
-                loaded[name] = self._load(candidate)
-                self._require_right(check, loaded[name])
-                stopwatches[name] = self._attempt(
-                    check.stopwatch, loaded[name], "it cannot be captured in a CUDA graph"
-                )
+                loaded[name] = self._tried(candidate, check)
+                watches[name] = self._attempt(check.stopwatch, loaded[name], "it cannot be captured in a CUDA graph")
             except BackendError as error:
-                rejected[name] = str(error)
-                lasts = lasts and not isinstance(error, _NoMemoryError)
-                if isinstance(error, _WrongResultError | _NoMemoryError):
-                    anew = "" if isinstance(error, _WrongResultError) else f"; {subject} is measured anew next time"
+                rejected[name], short = str(error), isinstance(error, _NoMemoryError)
+                lasts &= not short
+                if short or isinstance(error, _WrongResultError):
+                    anew = f"; {subject} is measured anew next time" if short else ""
                     self._logger.warning("%s is not used: %s%s", name, error, anew)
-        if not stopwatches:
+        if not watches:
             reasons = ". ".join(f"{name}: {why}" for name, why in rejected.items())
             kind_of_error = BackendError if lasts else torch.OutOfMemoryError
             raise kind_of_error(f"no {subject} works on {self.device} for {self.shapes}. {reasons}")
-        rounds = [{name: watch() for name, watch in stopwatches.items()} for _ in range(self.rounds)]
-        milliseconds = {name: statistics.median(times[name] for times in rounds) for name in stopwatches}
+        rounds = [[watch() for watch in watches.values()] for _ in range(self.rounds)]
+        milliseconds = dict(zip(watches, map(statistics.median, zip(*rounds, strict=True)), strict=True))
         winner = min(milliseconds, key=milliseconds.__getitem__)
         return loaded[winner], Entry(case, winner, milliseconds, rejected), lasts
 
@@ -350,25 +346,23 @@ class Tuner(Generic[Loaded, Shapes]):
         """Load and check a named candidate; an error in ``forgive`` is raised as it is."""
         named = f"{self.cache.subject} {candidate.name!r}"
         try:
-            loaded = self._load(candidate)
-            if self.device.type == "cuda":
-                self._require_right(self.check(), loaded)
-            return loaded
+            return self._tried(candidate, self.check()) if self.device.type == "cuda" else self._load(candidate)
         except _NoMemoryError as error:
             raise torch.OutOfMemoryError(f"{named}: {error}") from None
-        except forgive:
-            raise
         except BackendError as error:
+            if isinstance(error, forgive):
+                raise
             raise BackendError(f"{named} is not available: {error}") from error
 
-    def _require_right(self, check: Check[Loaded], loaded: Loaded) -> None:
-        """Raise :class:`BackendError` unless ``loaded`` computes the shapes correctly."""
-        case, bound = f"{self.shapes} in {plain(self.dtype)}", TOLERANCES[self.dtype]
-        error = self._attempt(check.error, loaded, f"it does not compute {case}")
+    def _tried(self, candidate: Candidate[Loaded, Shapes], check: Check[Loaded]) -> Loaded:
+        """Load a candidate; raise :class:`BackendError` unless it computes the shapes correctly."""
+        loaded, bound = self._load(candidate), TOLERANCES[self.dtype]
+        error = self._attempt(check.error, loaded, f"it does not compute {self._case}")
         if error > bound:
             raise _WrongResultError(
-                f"its result is wrong for {case}, by {error:.2g} where {bound:.2g} is the most; choose another"
+                f"its result is wrong for {self._case}, by {error:.2g} where {bound:.2g} is the most; choose another"
             )
+        return loaded
 
     def _attempt(self, work: Callable[[Loaded], Result], loaded: Loaded, complaint: str) -> Result:
         """Return what ``work`` returns, or raise :class:`BackendError` for what a library raises; free its memory."""
@@ -381,9 +375,8 @@ class Tuner(Generic[Loaded, Shapes]):
                 raise BackendError(f"{complaint}: {first_line(problem)}; choose another") from problem
             free(problem)
             give_memory_back(self.device)
-            case = f"{self.shapes} in {plain(self.dtype)}"
-            remedy = "free some, or choose another"
-            raise _NoMemoryError(f"it runs out of memory for {case}: {first_line(problem)}; {remedy}") from None
+            short = f"it runs out of memory for {self._case}: {first_line(problem)}"
+            raise _NoMemoryError(f"{short}; free some, or choose another") from None
 
 
 def find(subject: str, name: object, candidates: Sequence[Found], removed: Mapping[str, str]) -> Found:

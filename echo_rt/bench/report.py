@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from echo_rt.bench.run import Entry, Run, median_p99
+from echo_rt.bench.run import Entry, Run, from_checkout, median_p99
 from echo_rt.bench.tables import Table, columns, draw, results, write_results
 from echo_rt.engine.build import convolutions_in_words
 from echo_rt.utils.device import FLOAT8, dtype_name
@@ -34,28 +32,6 @@ _BASELINES = columns(
 _GOALS = columns("goal|goal", "value|value|.2f", "unit|", "verdict|")
 _FIGURES = columns("what|what", "value|value|.4g", "unit|", "how|how it comes about")
 
-# The target of a whole block on one H200, the figure that it looks at, its unit, and the most that meets it.
-_TARGETS = (
-    ("whole block, at first: at most 400 ms (30 FPS)", "block_ms", "ms", 400),
-    ("whole block, then: at most 324 ms (37 FPS)", "block_ms", "ms", 324),
-    ("memory against no memory, same run: at most 10.6 % more time a block", "memory_cost", "%", 10.6),
-    ("GPU idle inside a block: less than 2 %", "idle", "%", math.nextafter(2, 0)),
-    ("block latency p99/p50: at most 1.05 (the goal speaks of an hour, the value is this run's)", "spread", "", 1.05),
-    ("device memory in the steady state: constant to the byte", "growth", "bytes", 0),
-    ("peak of device memory without the text encoder: at most 12 GB", "peak_gb", "GB", 12),
-)
-_FLOAT8_TARGET = ("whole block with float8 products: at most 270 ms (44 FPS)", "block_ms", "ms", 270)
-
-
-def judge(achieved: Mapping[str, float | None], *, float8: bool = False) -> list[dict[str, Any]]:
-    """Every target with its value and verdict: ``met``, ``unmet``, or ``open`` where it was not measured."""
-    rows = []
-    for goal, name, unit, most in (*_TARGETS, _FLOAT8_TARGET) if float8 else _TARGETS:
-        value = achieved[name]
-        verdict = "open" if value is None else "met" if value <= most else "unmet"
-        rows.append({"goal": goal, "value": value, "unit": unit, "verdict": verdict})
-    return rows
-
 
 def _figure(what: str, value: float | None, unit: str, how: str) -> dict[str, Any]:
     """A line of a table of figures, bytes as gigabytes; ``value`` is None where it was not measured."""
@@ -79,8 +55,8 @@ class Report:
             "Peers": (self._baselines(), _BASELINES),
             "Resources": (self._resources(), _FIGURES),
         }
-        if self.judged:
-            self.tables["Goals"] = (self._targets(), _GOALS)
+        if self.judged and (goals := from_checkout("goals")) is not None:
+            self.tables["Goals"] = (goals.judge(goals.achieved(self), float8=run.dtype == FLOAT8), _GOALS)
         if run.measured and run.on_gpu:
             self.tables["A day, extrapolated"] = (self._day(), _FIGURES)
 
@@ -110,7 +86,7 @@ class Report:
         parts = {_TRANSFORMER: alone.transformer, _MEMORY: alone.memory, _DECODE: alone.decode, ALONE: alone.whole}
         return {part: s for part, s in parts.items() if part != _MEMORY or any(s)} | {self.whole: ahead.whole}
 
-    def _ms(self, variant: str, part: str, place: int = 0) -> float | None:
+    def ms(self, variant: str, part: str, place: int = 0) -> float | None:
         """The median in milliseconds, or the 99th percentile (``place`` 1); None where it was not measured."""
         sample = self.seconds.get(variant, {}).get(part)
         return None if sample is None else 1e3 * median_p99(sample)[place]
@@ -121,10 +97,10 @@ class Report:
         for variant, parts in self.seconds.items():
             for part, sample in parts.items():
                 ms, p99 = (1e3 * each for each in median_p99(sample))
-                theirs = None if variant == "torch" else self._ms("torch", part)
-                row = {"variant": variant, "part": part, "ms": ms, "p99_ms": p99}
+                theirs = None if variant == "torch" else self.ms("torch", part)
+                row = {"variant": variant, "part": part, "ms": ms, "p99_ms": p99, "blocks": len(sample)}
                 row["fps"] = 1e3 * self.frames_a_block / ms if self.run.on_gpu else None
-                rows.append({**row, "x_torch": None if theirs is None else theirs / ms, "blocks": len(sample)})
+                rows.append({**row, "x_torch": None if theirs is None else theirs / ms})
         return rows
 
     def _variant(self, entry: Entry) -> dict[str, Any]:
@@ -132,7 +108,7 @@ class Report:
 
         ``graphs_failed``: the stage that could not be captured and why, where it was measured without graphs for it.
         """
-        sample = entry.samples.get(self.ahead) if not entry.problem else None
+        sample = None if entry.problem else entry.samples.get(self.ahead)
         joules = None if sample is None else sample.joules_a_block
         latents, frames = entry.errors or (None, None)
         verdict = "not yet held against torch" if entry.errors is None else "right"
@@ -154,30 +130,12 @@ class Report:
 
     def _baselines(self) -> list[dict[str, Any]]:
         """Another's code beside ours; None where it was not measured."""
-        first = next(iter(self.seconds), "")
-        whole, passes = self._ms(first, _TRANSFORMER), len(self.run.model.config.sampler.denoising_steps) + 1
-        ours = {"decode": self._ms(first, _DECODE), "pass": None if whole is None else whole / passes}
-        empty = dict.fromkeys(column.key for column in _BASELINES)
-        seconds = self.run.baseline_seconds
-        rows = [each.row(ours[each.beside], seconds.get(each.name)) for each in self.run.baselines]
+        first, passes = next(iter(self.seconds), ""), len(self.run.model.config.sampler.denoising_steps) + 1
+        whole = self.ms(first, _TRANSFORMER)
+        ours = {"decode": self.ms(first, _DECODE), "pass": None if whole is None else whole / passes}
+        rows = [each.row(ours[each.beside]) for each in self.run.baselines]
         rows += [{"peer": name, "what": why} for name, why in self.run.missing.items()]
-        return [empty | row for row in rows]
-
-    def _targets(self) -> list[dict[str, Any]]:
-        """Judged are the released sizes on a GPU alone, with the memory evolving."""
-        entry = next((entry for entry in self.run.measured if entry.variant.name == "evolve"), None)
-        whole, p99 = (self._ms("evolve", self.whole, place) for place in (0, 1))
-        without, of_evolve = self._ms("off", self.whole), self.run.entries[0].variant.name == "evolve"
-        growth, peak = (self.run.resources[name] if of_evolve else None for name in ("growth", "peak"))
-        achieved = {
-            "block_ms": whole,
-            "memory_cost": None if whole is None or without is None else 100 * (whole / without - 1),
-            "idle": None if entry is None else 100 * entry.samples[self.ahead].idle,
-            "spread": None if whole is None or p99 is None else p99 / whole,
-            "growth": growth,
-            "peak_gb": None if peak is None else peak / 1e9,
-        }
-        return judge(achieved, float8=self.run.dtype == FLOAT8)
+        return [dict.fromkeys(column.key for column in _BASELINES) | row for row in rows]
 
     def _resources(self) -> list[dict[str, Any]]:
         found, name = self.run.resources, self.run.entries[0].variant.name
@@ -253,7 +211,7 @@ class Report:
                 variant: {part: [1e3 * each for each in s] for part, s in parts.items()}
                 for variant, parts in self.seconds.items()
             },
-            "peer_milliseconds": {name: [1e3 * each for each in s] for name, s in run.baseline_seconds.items()},
+            "peer_milliseconds": {each.name: [1e3 * s for s in each.seconds] for each in run.baselines if each.ok},
             "resources": run.resources,
         }
 
@@ -265,13 +223,12 @@ class Report:
             "" if run.complete else "Not complete: the run had not ended when this was written.",
             "" if run.on_gpu else "Times of the host clock on a CPU: a rehearsal, no results: no rates and no day.",
             f"{run.model.source}; {width}x{height}, {dtype_name(run.dtype)}; steady state (window full, ids "
-            f"saturated); {self.frames_a_block} video frames a block; every whole block has the VAE and the way of the "
-            "frames to the host in it; the text encoder is left out.",
+            f"saturated); {self.frames_a_block} frames a block, with the VAE and the copy to the host, without the "
+            "text encoder.",
             f"Clock: {'the GPU events around every stage' if run.on_gpu else 'of the host'}. "
             f"{counted(run.rounds, 'round')} in which the variants take turns, {counted(run.blocks, 'block')} each: "
-            "one at a time, of which the parts are told, then with others begun ahead.",
-            "A whole block is the time between two arrivals on the host. Idle: the share of it in which no lane was in "
-            "a stage, with blocks begun ahead; gaps between the kernels of a stage count as work.",
+            "one at a time, of which the parts are told, then with others begun ahead. A whole block is the time "
+            "between two arrivals on the host; idle: the share of it without any stage at work.",
             "x torch: the time of the torch variant over that of this one. Errors: relative, of one steady block, "
             "against the torch backend without graphs, which begins it from the same state.",
             f"Backend: {run.backend.name}, {run.backend.reason}.",

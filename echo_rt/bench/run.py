@@ -6,7 +6,6 @@ side; the networks that they compute with are shared.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import importlib.util
 import itertools
@@ -57,7 +56,6 @@ T = TypeVar("T")
 _MOST_BLOCKS = 300  # a steady state that comes later is none that anyone waits for
 _PROMPT_TOKENS = 77  # of random embeddings; how many there are changes no size
 BASELINES = ("diffusers AutoencoderKLWan", "diffusers WanTransformer3DModel", "FlashDreams")
-_SCRIPT = "bench/baselines.py"
 _TORCH = "torch"
 DEVICE_CLOCK, HOST_CLOCK = "device events, cold L2", "host clock, warm caches"  # the latter only rehearses
 _ROUNDS = {"cuda": 5, "cpu": 2}
@@ -66,7 +64,7 @@ _MEMORY_BLOCKS = 5  # over which the device's memory has to stay as it is
 
 
 class Model(NamedTuple):
-    """Sizes and tensors of a model; ``source`` says what they are, ``taken`` by which recipe they run, if any."""
+    """Sizes and tensors of a model; ``source`` says what they are, ``taken`` by which recipe it runs, if any."""
 
     source: str
     config: ModelConfig
@@ -83,8 +81,7 @@ class Model(NamedTuple):
     def random_prompt(self, device: torch.device, seed: int) -> Tensor:
         """Embeddings ``[length, text_dim]`` of no prompt."""
         config, generator = self.config.transformer, torch.Generator().manual_seed(seed)
-        length = min(_PROMPT_TOKENS, config.text_len)
-        return torch.randn(length, config.text_dim, generator=generator).to(device)
+        return torch.randn(min(_PROMPT_TOKENS, config.text_len), config.text_dim, generator=generator).to(device)
 
     def networks(
         self, ops: Ops, options: RuntimeOptions, attention: tuple[AttentionSelection, AttentionSelection] | None = None
@@ -139,8 +136,7 @@ def busy_seconds(spans: Iterable[tuple[float, float]], begin: float, end: float)
     for first, last in sorted(spans):
         start, stop = max(first, until), min(last, end)
         if stop > start:
-            busy += stop - start
-            until = stop
+            busy, until = busy + stop - start, stop
     return busy
 
 
@@ -168,9 +164,9 @@ class Sample:
         for block in measured:
             passes = [each for each in block if each.queue is Queue.MAIN and each.stage.startswith(Rollout.__name__)]
             self.transformer.append(max(each.end for each in passes) - min(each.begin for each in passes))
-            self.memory.append(sum(each.end - each.begin for each in block if each.queue is Queue.MEMORY))
-            decoding = (each for each in block if each.queue is Queue.DECODE and each.stage)  # not the copy
-            self.decode.append(sum(each.end - each.begin for each in decoding))
+            for queue, sums in ((Queue.MEMORY, self.memory), (Queue.DECODE, self.decode)):
+                stages = [each for each in block if each.queue is queue and each.stage]  # not the copy to the host
+                sums.append(sum(each.end - each.begin for each in stages))
         self.window += arrivals[-1] - arrivals[0]
         self.busy += busy_seconds(((each.begin, each.end) for each in every), arrivals[0], arrivals[-1])
 
@@ -193,13 +189,6 @@ class Sample:
 def median_p99(times: Sequence[float]) -> tuple[float, float]:
     """The median, and the smallest of the times that 99 % of them do not exceed: what every benchmark reports."""
     return statistics.median(times), sorted(times)[math.ceil(len(times) * 99 / 100) - 1]
-
-
-class Block(NamedTuple):
-    """A block on the host, and the spans of its stages; their times can be read once the runner has settled."""
-
-    made: Chunk
-    spans: tuple[Span, ...]
 
 
 class BlockRunner:
@@ -225,8 +214,11 @@ class BlockRunner:
             self.engine.start(prompt_embeds, seed)
         self._spans.clear()
 
-    def block(self, lookahead: int) -> Block:
-        """Make the next block, begun as early as ``lookahead`` allows: what ``Stream`` does when asked for one."""
+    def block(self, lookahead: int) -> tuple[Chunk, tuple[Span, ...]]:
+        """Make the next block, begun as early as ``lookahead`` allows: what ``Stream`` does when asked for one.
+
+        With it come the spans of its stages, whose times can be read once the runner has settled.
+        """
         with model_context(*self._context):
             while self.pipeline.in_flight <= lookahead:
                 self.pipeline.begin()
@@ -234,7 +226,7 @@ class BlockRunner:
                 self._spans.clear()
             made = self.pipeline.finish()
             assert made is not None  # it was waited for without a bound
-            return Block(made, self._begun.popleft())
+            return made, self._begun.popleft()
 
     def turn(self, lookahead: int, blocks: int, sample: Sample, joules: Callable[[], float | None]) -> None:
         """Make ``blocks`` blocks that count towards ``sample``; the runner is idle before and after.
@@ -250,7 +242,7 @@ class BlockRunner:
         after = joules()
         ahead = [span for spans in self._begun for span in spans]
         self.drain()
-        times = [intervals(block.spans, since) for block in (*warm, *measured)]
+        times = [intervals(spans, since) for _, spans in (*warm, *measured)]
         every = [each for block in times for each in block] + intervals(ahead, since)
         sample.add_turn(times[len(warm) - 1], times[len(warm) :], every)
         sample.add_energy(None if before is None or after is None else after - before, blocks + 1)
@@ -270,7 +262,7 @@ class BlockRunner:
         """
         for _ in range(_MOST_BLOCKS):
             runs, replays = self.executor.runs, self.executor.replays
-            before = self.block(0).made.index - 1
+            before = self.block(0)[0].index - 1
             saturated = before >= 0 and self.rollout.state.layout.shift(before) > 0
             replayed = self.executor.runs - runs == self.executor.replays - replays
             if saturated and (replayed or not self._graphs):
@@ -322,20 +314,24 @@ class Entry:
             give_memory_back(device)
 
 
-def find_baselines(networks: Networks, prompt_embeds: Tensor, seed: int) -> tuple[list[Any], dict[str, str]]:
-    """The baselines that ``bench/baselines.py`` of a checkout finds, and why each other one is missing.
-
-    None of them is installed with this package. They are instances of that file's ``Baseline``.
-    """
-    script = ROOT / _SCRIPT
-    if not script.is_file():
-        why = f"only a checkout has {_SCRIPT}, which runs it; this package was installed without"
-        return [], dict.fromkeys(BASELINES, why)
-    spec = importlib.util.spec_from_file_location("echo_rt_baselines", script)
+def from_checkout(script: str) -> Any | None:
+    """The module ``bench/SCRIPT.py`` of the checkout that this package lies in; None where it was installed without."""
+    path = ROOT / "bench" / f"{script}.py"
+    if not path.is_file():
+        return None
+    spec = importlib.util.spec_from_file_location(f"echo_rt_{script}", path)
     assert spec is not None and spec.loader is not None  # it is a Python file
-    module: Any = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def find_baselines(networks: Networks, prompt_embeds: Tensor, seed: int) -> tuple[list[Any], dict[str, str]]:
+    """The baselines that ``bench/baselines.py`` of a checkout finds, and why each other one is missing."""
+    module = from_checkout("baselines")
+    if module is None:
+        why = "only a checkout has bench/baselines.py, which runs it; this package was installed without"
+        return [], dict.fromkeys(BASELINES, why)
     found: tuple[list[Any], dict[str, str]] = module.find_baselines(networks, prompt_embeds, seed)
     return found
 
@@ -380,7 +376,6 @@ class Run:
         self.lookaheads = sorted({0, request.lookahead})
         self.order: list[list[str]] = []
         self.baselines: list[Any] = []
-        self.baseline_seconds: dict[str, list[float]] = {}
         self.missing: dict[str, str] = {}
         self.complete = False
 
@@ -442,14 +437,10 @@ class Run:
 
     def _make_networks(self) -> dict[str, Networks]:
         """By backend. What is asked of the decoder is not asked of the backend that it is held against."""
-        request = self.request
-        plain = RuntimeOptions(
-            device=self.device, dtype=self.dtype, float8_except=request.float8_except, attention=request.attention
-        )
-        asked = dataclasses.replace(plain, convolution=request.convolution, vae_tiles=request.vae_tiles)
+        asked = replace(self.request, device=self.device, dtype=self.dtype)
         chosen = self.model.networks(self.backend.ops, asked)
-        reference = self.model.networks(load_ops(_TORCH), plain, chosen.attention)
-        return {_TORCH: reference} | {self.backend.name: chosen}
+        plain = replace(asked, convolution=None, vae_tiles=1)
+        return {_TORCH: self.model.networks(load_ops(_TORCH), plain, chosen.attention)} | {self.backend.name: chosen}
 
     def _or_without_graphs(self, entry: Entry, work: Callable[[Entry], T]) -> T:
         """``work(entry)``; again without graphs, which is noted, where a stage of it cannot be captured."""
@@ -540,7 +531,7 @@ class Run:
         """Errors of latents and frames of the same steady block by both, memory update included where there is one."""
         runner = self._ready(entry)
         reference.adopt(runner, self.request.seed)
-        ours, theirs = runner.block(0).made, reference.block(0).made
+        (ours, _), (theirs, _) = runner.block(0), reference.block(0)
         runner.drain()
         reference.drain()
         return relative_error(ours.latents, theirs.latents), relative_error(ours.frames, theirs.frames)
@@ -549,10 +540,8 @@ class Run:
 
     def _take_turns(self, save: Callable[[Run], object]) -> None:
         """Measure round after round."""
-        first = self.entries[0]
-        runners = {entry.variant.name: entry for entry in self.entries if not entry.problem}
+        first, runners = self.entries[0], {entry.variant.name: entry for entry in self.entries if not entry.problem}
         right = {baseline.name: baseline for baseline in self.baselines if baseline.ok}
-        self.baseline_seconds = {name: [] for name in right}
         alone = [*runners, *right] == [first.variant.name]
         if not alone:
             first.samples = {}  # what was measured alone is not what takes turns with the others
@@ -562,7 +551,7 @@ class Run:
             for name in self.order[-1]:
                 if name in right:
                     with model_context(self.device, working_dtype(self.dtype)):
-                        self.baseline_seconds[name] += right[name].measure(self.blocks)
+                        right[name].measure(self.blocks)
                 elif number or not alone:  # what was alone has had its first turn
                     self._or_without_graphs(runners[name], self._variant_turn)
             save(self)

@@ -72,23 +72,21 @@ def plan(
     if unknown or (wanted is not None and not wanted):
         came = ", ".join(name or "''" for name in unknown) or "none"
         raise ConfigError(f"--variants: expected some of {', '.join(NAMES)}; got {came}")
-    chosen: list[Variant] = []
-    absent: dict[str, str] = {}
-    for variant in VARIANTS:
+
+    def absence(variant: Variant) -> str:
         if wanted is not None and variant.name not in wanted:
-            absent[variant.name] = "not asked for"
-        elif variant.mode not in (None, MemoryMode.OFF) and not has_memory:
-            absent[variant.name] = "the weights have no memory encoder"
-        elif not variant.graphs and no_graphs:
-            absent[variant.name] = f"{no_graphs}, so no variant has any"
-        elif variant.torch and backend == "torch":
-            absent[variant.name] = "the backend of all variants is torch already"
-        else:
-            chosen.append(variant)
+            return "not asked for"
+        if variant.mode not in (None, MemoryMode.OFF) and not has_memory:
+            return "the weights have no memory encoder"
+        if not variant.graphs and no_graphs:
+            return f"{no_graphs}, so no variant has any"
+        return "the backend of all variants is torch already" if variant.torch and backend == "torch" else ""
+
+    absent = {variant.name: why for variant in VARIANTS if (why := absence(variant))}
     for name in wanted or ():
         if name in absent:
             raise ConfigError(f"variant {name!r} cannot be measured: {absent[name]}")
-    return chosen, absent
+    return [variant for variant in VARIANTS if variant.name not in absent], absent
 
 
 def turns_of(round_number: int, names: Sequence[str]) -> list[str]:

@@ -63,7 +63,7 @@ class ConvolutionCheck(Check[ConvolutionCandidate]):
     @cached_property
     def _points(self) -> Tensor:
         """Frames, rows and columns of the pixels to check: all corners, and each coordinate from first to last."""
-        sizes, chance = self._shape.out_size[:3], random.Random(0)
+        sizes, chance = self.out_size[:3], random.Random(0)
         steps = [step / (_CHECKED_PIXELS - 1) for step in range(_CHECKED_PIXELS)]
         spread = [[round(step * (size - 1)) for step in chance.sample(steps, len(steps))] for size in sizes]
         corners = itertools.product(*((0, size - 1) for size in sizes))
@@ -103,22 +103,19 @@ def select_convolutions(
     """
     tuners = [convolution_tuner(device, dtype, shape, candidates) for shape in dict.fromkeys(shapes)]
     names = [] if requested is None else [name.strip() for name in requested.split(",")]
-    for name in names:
-        find(CACHE.subject, name, candidates, REMOVED)
     for enlarges in (False, True):
-        rivals = [
-            candidate.name for candidate in candidates if candidate.enlarges == enlarges and candidate.name in names
-        ]
+        rivals = [one.name for one in candidates if one.enlarges == enlarges and one.name in names]
         if len(rivals) > 1:
             raise BackendError(f"convolution {requested!r}: expected one of {' and '.join(rivals)}, got both")
     for name in names:
+        find(CACHE.subject, name, candidates, REMOVED)
         asked = [(one, tuner.shapes) for tuner in tuners for one in tuner.candidates if one.name == name]
         obstacles = [one.obstacle(device, dtype, shape) for one, shape in asked]
         if obstacles and all(obstacles):  # it works for none of those that it could be for
             raise BackendError(f"convolution {name!r} is not available: {obstacles[0]}")
     selections = {}
     for tuner in tuners:
-        named = next((candidate.name for candidate in tuner.candidates if candidate.name in names), None)
+        named = next((one.name for one in tuner.candidates if one.name in names), None)
         theirs = prescribed.get(tuner.shapes)
         selections[tuner.shapes] = tuner.select(named, theirs, cache=cache, forgive=(ObstacleError,))
     return selections

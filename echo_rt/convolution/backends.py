@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,10 +35,6 @@ COLUMNS, DEPTH, CHUNK = 96, 32, 8
 CAPABILITY = (9, 0)
 
 
-def _any_shape(shape: ConvolutionShape) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class ConvolutionCandidate(Candidate["ConvolutionCandidate", ConvolutionShape]):
     """An implementation of convolutions.
@@ -52,7 +47,7 @@ class ConvolutionCandidate(Candidate["ConvolutionCandidate", ConvolutionShape]):
     prepare: Callable[[Tensor], Prepared]
     _: KW_ONLY
     enlarges: bool = False
-    limit: Callable[[ConvolutionShape], str] = _any_shape
+    limit: Callable[[ConvolutionShape], str] = lambda shape: ""
     capability: tuple[int, int] | None = None
 
     def load(self) -> ConvolutionCandidate:
@@ -62,8 +57,7 @@ class ConvolutionCandidate(Candidate["ConvolutionCandidate", ConvolutionShape]):
         none = "it is an operation of the backends cuda and emulated, and this model's backend has none"
         why = (self.mismatch(device, dtype) or self._limit(device, shapes)) if self.devices else none
         everywhere = ("enlarged", "phases") if self.enlarges else ("conv3d", "three-products")
-        others = " or ".join(name for name in everywhere if name != self.name)
-        return why and f"{why}; choose {others}"
+        return why and f"{why}; choose {' or '.join(name for name in everywhere if name != self.name)}"
 
     def _limit(self, device: torch.device, shape: ConvolutionShape) -> str:
         if limit := self.limit(shape):
@@ -75,41 +69,9 @@ class ConvolutionCandidate(Candidate["ConvolutionCandidate", ConvolutionShape]):
         return "" if found == self.capability else f"it needs compute capability {needed}, this GPU has {there}"
 
 
-def causal_kernel(ops: Ops, weight: Tensor) -> Prepared:
-    """Compute all frames of the kernel in one launch."""
-    laid_out = weight.contiguous(memory_format=torch.channels_last_3d)
-    return _launched(lambda frames, out: ops.causal_conv(frames, laid_out, None, None, out), weight)
-
-
-def hopper_kernel(ops: Ops, weight: Tensor) -> Prepared:
-    """Do the same on Hopper's matrix products."""
-    laid_out = tiled(weight)
-    return _launched(lambda frames, out: ops.causal_conv_hopper(frames, laid_out, out), weight)
-
-
-def upsample_kernel(ops: Ops, weight: Tensor) -> Prepared:
-    """Compute the four parts of :func:`subpixel_weights` in one launch, each written in its place."""
-    laid_out = subpixel_weights(weight.squeeze(2))
-    return _launched(lambda frames, out: ops.upsample_conv(frames, laid_out, None, out), weight, scale=2)
-
-
-def _launched(launch: Callable[[Tensor, Tensor], object], weight: Tensor, scale: int = 1) -> Prepared:
-    """Return a function of frames that calls ``launch`` with them and a new output."""
-    out_channels, past = len(weight), weight.shape[2] - 1
-
-    def call(frames: Tensor, /) -> Tensor:
-        count, height, width, _ = frames.shape
-        out = frames.new_empty(count - past, scale * height, scale * width, out_channels)
-        launch(frames, out)
-        return out
-
-    return call
-
-
 def causal_limit(shape: ConvolutionShape) -> str:
     """Say why ``causal_conv`` cannot compute a shape, or ""."""
-    _, height, width = shape.kernel
-    return "" if height == width and height in (1, 3) else "it takes kernels of 1x1 and 3x3 pixels"
+    return "" if shape.kernel[1:] in ((1, 1), (3, 3)) else "it takes kernels of 1x1 and 3x3 pixels"
 
 
 def hopper_limit(shape: ConvolutionShape) -> str:
@@ -120,16 +82,36 @@ def hopper_limit(shape: ConvolutionShape) -> str:
     return "" if whole else f"it takes multiples of {DEPTH} channels and makes multiples of {COLUMNS}"
 
 
+def subpixel_limit(shape: ConvolutionShape) -> str:
+    """Say why :func:`subpixel_weights` is not for a shape, or ""."""
+    return "" if shape.kernel == (1, 3, 3) else "it takes kernels of 1x3x3"
+
+
 def tiled(weight: Tensor) -> Tensor:
     """Lay out ``weight [Co, C, kT, 3, 3]`` for :func:`echo_rt.ops.reference.causal_conv_hopper`."""
     taps: Tensor = weight.flatten(3).unflatten(1, (-1, DEPTH // CHUNK, CHUNK)).unflatten(0, (-1, COLUMNS))
     return taps.permute(0, 5, 2, 6, 3, 1, 4).contiguous()
 
 
-def untiled(weight: Tensor) -> Tensor:
-    """Invert :func:`tiled`."""
-    kernel: Tensor = weight.permute(0, 5, 2, 4, 6, 1, 3).flatten(2, 4).flatten(0, 1).unflatten(-1, (3, 3))
-    return kernel
+def _kernel(ops: Ops, name: str, lay_out: Callable[[Tensor], Tensor], *unused: None) -> Callable[[Tensor], Prepared]:
+    """A kernel of ours: the weight is laid out once, and one launch computes all frames of a new output.
+
+    ``unused``: the operation's arguments between weight and output.
+    """
+
+    def prepare(weight: Tensor) -> Prepared:
+        laid_out, out_channels, past = lay_out(weight), len(weight), weight.shape[2] - 1
+        launch, scale = getattr(ops, name), 2 if name == "upsample_conv" else 1
+
+        def call(frames: Tensor, /) -> Tensor:
+            count, height, width, _ = frames.shape
+            out = frames.new_empty(count - past, scale * height, scale * width, out_channels)
+            launch(frames, laid_out, *unused, out)
+            return out
+
+        return call
+
+    return prepare
 
 
 def implementations(ops: Ops | None = None) -> tuple[ConvolutionCandidate, ...]:
@@ -138,11 +120,11 @@ def implementations(ops: Ops | None = None) -> tuple[ConvolutionCandidate, ...]:
     ops = ops or load_ops("torch")
     devices = {"torch": (), "cuda": ("cuda",)}.get(ops.name, ("cpu",))
     facts: dict[str, Any] = {"devices": devices, "dtypes": HALF, "build": ops.name if devices else None}
-    causal, hopper, upsample = (partial(one, ops) for one in (causal_kernel, hopper_kernel, upsample_kernel))
-
-    def subpixel_limit(shape: ConvolutionShape) -> str:
-        return "" if shape.kernel == (1, 3, 3) else "it takes kernels of 1x3x3"
-
+    causal = _kernel(
+        ops, "causal_conv", lambda weight: weight.contiguous(memory_format=torch.channels_last_3d), None, None
+    )
+    hopper = _kernel(ops, "causal_conv_hopper", tiled)
+    upsample = _kernel(ops, "upsample_conv", lambda weight: subpixel_weights(weight.squeeze(2)), None)
     of = ConvolutionCandidate
     return (
         of("conv3d", library_convolution),

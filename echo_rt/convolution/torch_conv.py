@@ -8,6 +8,7 @@ and process, its result can be neither read nor set, and a resumed video would d
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,24 +67,12 @@ class Prepared(Protocol):
 
 def convolve(x: Tensor, weight: Tensor, padding: tuple[int, ...], *, stride: tuple[int, ...] | None = None) -> Tensor:
     """Convolve ``x [N, C, ...]`` with ``weight [Co, C, ...]``, in the weight's layout; ``stride`` None: 1."""
-    dimensions = len(padding)
-    once = (1,) * dimensions
-    geometry = (
-        stride or once,
-        padding,
-        once,
-        False,
-        (0,) * dimensions,
-        1,
-    )  # then dilation, and no transposed convolution
-    out: Tensor
-    if x.device.type == "meta":
-        # On meta tensors some releases, 2.11 among them, lack the operator that takes the switches.
-        out = torch.ops.aten.convolution.default(x, weight, None, *geometry)
-    else:
-        # No search, deterministic, cuDNN, and TF32 whatever the process-wide switch says: float32 is float32.
-        switches = (False, True, torch.backends.cudnn.enabled, x.dtype is not torch.float32)
-        out = torch.ops.aten._convolution.default(x, weight, None, *geometry, *switches)
+    once = (1,) * len(padding)
+    # Dilation 1, no transposed convolution, one group.
+    geometry = (stride or once, padding, once, False, (0,) * len(padding), 1)
+    # No search, deterministic, cuDNN, and TF32 whatever the process-wide switch says: float32 is float32.
+    switches = (False, True, torch.backends.cudnn.enabled, x.dtype is not torch.float32)
+    out: Tensor = torch.ops.aten._convolution.default(x, weight, None, *geometry, *switches)
     return out
 
 
@@ -94,14 +83,17 @@ def convolve_frames(frames: Tensor, weight: Tensor, padding: tuple[int, int]) ->
     return out.permute(0, 2, 3, 1).contiguous()
 
 
+def _same(weight: Tensor) -> tuple[int, int]:
+    """Return the padding in space by which a convolution keeps the size."""
+    return weight.shape[-2] // 2, weight.shape[-1] // 2
+
+
 def library_convolution(weight: Tensor, stride: int = 1) -> Prepared:
     """Compute one 3-D convolution; ``stride`` is in time, for the encoder."""
-    laid_out = weight.contiguous(memory_format=torch.channels_last_3d)
-    padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
+    laid_out, padding = weight.contiguous(memory_format=torch.channels_last_3d), (0, *_same(weight))
 
     def call(frames: Tensor, /) -> Tensor:
-        # A view: channels-last frames are what torch calls channels_last_3d, so no layout changes hands. The batch is
-        # put first: torch infers the layout from the strides, that of a batch of one included.
+        # A view, as above. The batch comes first: torch infers the layout from all strides, that of a batch of one too.
         video = frames.unsqueeze(0).permute(0, 4, 1, 2, 3)
         out = convolve(video, laid_out, padding, stride=(stride, 1, 1))
         return out.squeeze(0).permute(1, 2, 3, 0).contiguous()
@@ -112,7 +104,7 @@ def library_convolution(weight: Tensor, stride: int = 1) -> Prepared:
 def accumulated_products(weight: Tensor) -> Prepared:
     """Compute one 2-D convolution per frame of the kernel, each added to the rounded sum."""
     slices = [part.contiguous(memory_format=torch.channels_last) for part in weight.unbind(2)]
-    padding = (weight.shape[3] // 2, weight.shape[4] // 2)
+    padding = _same(weight)
 
     def call(frames: Tensor, /) -> Tensor:
         new = len(frames) - len(slices) + 1
@@ -124,17 +116,20 @@ def accumulated_products(weight: Tensor) -> Prepared:
     return call
 
 
+def _interleaved(parts: Tensor) -> Tensor:
+    """Copy ``parts [T, H, 2, W, 2, C]`` into frames ``[T, 2H, 2W, C]``."""
+    count, height, _, width, _, channels = parts.shape
+    out = parts.new_empty(parts.shape)
+    return out.copy_(parts).view(count, 2 * height, 2 * width, channels)
+
+
 def upsample_convolution(weight: Tensor) -> Prepared:
     """Upsample by nearest pixels, then convolve the large frames."""
-    laid_out = weight.squeeze(2).contiguous(memory_format=torch.channels_last)
-    padding = (weight.shape[3] // 2, weight.shape[4] // 2)
+    laid_out, padding = weight.squeeze(2).contiguous(memory_format=torch.channels_last), _same(weight)
 
     def call(frames: Tensor, /) -> Tensor:
-        count, height, width, channels = frames.shape
-        large = frames.new_empty(count, height, 2, width, 2, channels)
-        large.copy_(frames[:, :, None, :, None, :].expand_as(large))
-        upsampled = large.view(count, 2 * height, 2 * width, channels)
-        return convolve_frames(upsampled, laid_out, padding)
+        large = _interleaved(frames[:, :, None, :, None, :].expand(-1, -1, 2, -1, 2, -1))
+        return convolve_frames(large, laid_out, padding)
 
     return call
 
@@ -156,9 +151,7 @@ def subpixel_convolution(weight: Tensor) -> Prepared:
             (count, height, 2, width, 2, out_channels),
             (frame, row, row + 2 * out_channels, column, column + out_channels, 1),
         )
-        out = frames.new_empty(count, height, 2, width, 2, out_channels)
-        out.copy_(phases)
-        return out.view(count, 2 * height, 2 * width, out_channels)
+        return _interleaved(phases)
 
     return call
 
@@ -175,11 +168,10 @@ def subpixel_weights(weight: Tensor) -> Tensor:
     weight as the checkpoint has it, and convert the result to the dtype of the model.
     """
     wide = weight.double()
-    phases = []
-    for rows in _MEETING:
-        for columns in _MEETING:
-            taps = [
-                wide[:, :, row][..., column].sum((-2, -1)) for row in map(list, rows) for column in map(list, columns)
-            ]
-            phases.append(torch.stack(taps, 1).unflatten(1, (2, 2)))
-    return torch.stack(phases).to(weight.dtype)
+    taps = [
+        wide[:, :, list(row)][..., list(column)].sum((-2, -1))
+        for rows, columns in itertools.product(_MEETING, repeat=2)
+        for row, column in itertools.product(rows, columns)
+    ]
+    phases: Tensor = torch.stack(taps).unflatten(0, (4, 2, 2)).permute(0, 3, 1, 2, 4)
+    return phases.contiguous().to(weight.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,25 +11,30 @@ from torch import Tensor
 from echo_rt.errors import ConfigError
 
 
-class DecoderState(Protocol):
-    """What a decoder remembers of one stream. All its tensors keep their addresses.
+class DecoderState:
+    """What a decoder remembers of one stream: ``histories``, by name. All its tensors keep their addresses.
 
     ``latents_seen`` is the number of latents decoded so far. To go on bit for bit, copy it and :meth:`tensors` into a
     new state of the same size. At most ``max_latents`` of ``latent_shape`` are decoded at a time.
     """
 
-    latents_seen: int
-    max_latents: int
-    latent_shape: tuple[int, int, int]
+    def __init__(self, histories: dict[str, Tensor], latent_shape: tuple[int, int, int], max_latents: int) -> None:
+        self._histories, self.latent_shape, self.max_latents = histories, latent_shape, max_latents
+        self.latents_seen = 0
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a stream needs to go on, beside ``latents_seen``, by name; live views."""
+        return dict(self._histories)
 
     def buffers(self) -> dict[str, Tensor]:
         """Every tensor that outlives a call, by name."""
+        return self.tensors()
 
     def reset(self) -> None:
         """Back to the start of a stream, in place."""
+        for history in self._histories.values():
+            history.zero_()
+        self.latents_seen = 0
 
 
 S = TypeVar("S", bound=DecoderState)

@@ -13,39 +13,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from echo_rt.config import VaeConfig
-from echo_rt.model.decoder_protocol import VideoDecoder
+from echo_rt.model.decoder_protocol import DecoderState, VideoDecoder
 from echo_rt.weights.tiny_vae import STEM, TinyVaeConfig, block_names, growth_name, outlet_name
 
 _LIMIT = 3.0  # latents are bent towards it, on either side
 
-Past = Mapping[str, Tensor]
+Past = Mapping[str, Tensor]  # the last input frame ``[H, W, C]`` of each block
 
 
-class TinyDecoderState:
-    """The state of one stream: the last input frame ``[H, W, C]`` of each block."""
-
-    def __init__(self, past: Past, latent_shape: tuple[int, int, int], max_latents: int) -> None:
-        self.past = past
-        self.latent_shape = latent_shape
-        self.max_latents = max_latents
-        self.latents_seen = 0
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the last input frames by the names of their blocks; live views."""
-        return dict(self.past)
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Return every tensor that outlives a call, by name."""
-        return self.tensors()
-
-    def reset(self) -> None:
-        """Go back to the start of a stream, in place."""
-        for frame in self.past.values():
-            frame.zero_()
-        self.latents_seen = 0
-
-
-class TinyDecoder(VideoDecoder[TinyDecoderState]):
+class TinyDecoder(VideoDecoder[DecoderState]):
     """The decoder.
 
     ``tensors``: all of :func:`echo_rt.weights.tiny_vae.tiny_decoder_shapes`. ``like``: the VAE whose latents these are.
@@ -79,20 +55,23 @@ class TinyDecoder(VideoDecoder[TinyDecoderState]):
         # The file's colours are in [0, 1], a video's here in [-1, 1].
         self._head = weights.convolution(config.head, scale=2.0, shift=-1.0)
 
-    def new_state(self, latent_height: int, latent_width: int, latents: int) -> TinyDecoderState:
+    def new_state(self, latent_height: int, latent_width: int, latents: int) -> DecoderState:
         self.require_positive(height_of_latents=latent_height, width_of_latents=latent_width, number_of_latents=latents)
-        past: dict[str, Tensor] = {}
+        device, dtype = self._weights.device, self._weights.dtype
+
+        def zeros(level: int, channels: int) -> Tensor:
+            return torch.zeros(latent_height << level, latent_width << level, channels, device=device, dtype=dtype)
+
         # A stream may be decoded with or without inference mode; tensors born inside it could not be written outside.
         with torch.inference_mode(False):
-            for level, width in zip(self._levels, self.config.widths, strict=False):
-                rows, columns = latent_height << level.index, latent_width << level.index
-                for block in level.blocks:
-                    past[block.name] = torch.zeros(
-                        rows, columns, width, device=self._weights.device, dtype=self._weights.dtype
-                    )
-        return TinyDecoderState(past, (self.config.z_dim, latent_height, latent_width), latents)
+            past = {
+                block.name: zeros(level.index, width)
+                for level, width in zip(self._levels, self.config.widths, strict=False)
+                for block in level.blocks
+            }
+        return DecoderState(past, (self.config.z_dim, latent_height, latent_width), latents)
 
-    def decode_next(self, latents: Tensor, state: TinyDecoderState, *, is_start: bool) -> Tensor:
+    def decode_next(self, latents: Tensor, state: DecoderState, *, is_start: bool) -> Tensor:
         z = latents.to(self._weights.device, torch.float32).permute(0, 2, 3, 1)
         if self._statistics is not None:
             std, mean = self._statistics
@@ -100,9 +79,10 @@ class TinyDecoder(VideoDecoder[TinyDecoderState]):
         z = torch.tanh(z / _LIMIT) * _LIMIT
         x = _conv(z.to(self._weights.dtype).contiguous(), *self._stem).relu_()
         *coarse, finest = self._levels
+        past = state.tensors()
         for level in coarse:
-            x = level.enlarged(level.remembering(x, state.past))
-        x = finest.remembering(x, state.past)
+            x = level.enlarged(level.remembering(x, past))
+        x = finest.remembering(x, past)
         return self._video(finest, x, skipped=self.config.temporal_stride - 1 if is_start else 0)
 
     def _video(self, finest: _Level, x: Tensor, skipped: int) -> Tensor:

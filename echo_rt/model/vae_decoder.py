@@ -6,11 +6,12 @@ one frame, every later one to four.
 The higher the resolution, the fewer frames are computed at once. The low resolutions take a whole block, which fills
 the GPU; the full resolution takes at most the frames of one latent, which fill it too; no level works on more bytes. So
 memory does not grow with the number of latents per call, and nothing is computed twice. With tiles, the two highest
-resolutions are decoded in bands of rows, each with the rows around it that it depends on (:class:`Bands`).
+resolutions are decoded in bands of rows, each with the rows around it that it depends on (:class:`DecodingPlan`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,73 +24,55 @@ from echo_rt.attention import Attention, AttentionShapes
 from echo_rt.config import VaeConfig
 from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape
 from echo_rt.errors import ConfigError
-from echo_rt.model.decoder_protocol import VideoDecoder
-from echo_rt.model.vae_layers import CausalConv, Middle, NormConv, ResidualBlock, Terms, UpsampleConv, VaeWeights
+from echo_rt.model.decoder_protocol import DecoderState, VideoDecoder
+from echo_rt.model.vae_layers import (
+    CausalConv,
+    Convolution,
+    Middle,
+    NormConv,
+    ResidualBlock,
+    Terms,
+    UpsampleConv,
+    VaeWeights,
+)
 from echo_rt.model.vae_windows import BandWindows, Rows, StreamWindows, Windows, WindowSize
 from echo_rt.ops.schema import Ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
 
 @dataclass(frozen=True)
-class Bands:
-    """The horizontal bands of the levels from ``first`` on.
-
-    ``bands[b][i]`` are the rows of band ``b`` at the input of level ``first + i``; the last entry is the head's.
-    """
-
-    first: int
-    bands: tuple[tuple[Rows, ...], ...]
-
-
-@dataclass(frozen=True)
 class DecodingPlan:
-    """How a stream is decoded: ``sizes`` of its windows, ``frames_at_once`` of each level, ``margins`` of bands.
+    """How a stream is decoded: ``windows`` of the causal convolutions, by their names in the weights.
 
-    ``convolutions``: the largest shape of each convolution, by its name in the weights.
+    ``convolutions``: the largest shape of each convolution, upsampling ones among them; ``frames_at_once`` of each
+    level. ``bands``: the horizontal bands of the levels from ``first_tiled`` on, empty without tiles: ``bands[b][i]``
+    are the rows of band ``b`` at the input of level ``first_tiled + i``; the last entry is the head's.
     """
 
-    latent_shape: tuple[int, int, int]
-    max_latents: int
-    sizes: Sequence[WindowSize]
-    frames_at_once: tuple[int, ...]
-    bands: Bands | None
-    margins: Mapping[str, int]
+    windows: Mapping[str, WindowSize]
     convolutions: Mapping[str, ConvolutionShape]
+    frames_at_once: tuple[int, ...]
+    first_tiled: int
+    bands: Sequence[Sequence[Rows]]
 
 
-class VaeDecoderState:
-    """The state of one stream at its start, allocated once."""
+class VaeDecoderState(DecoderState):
+    """The state of one stream at its start, allocated once: the history ``[past, H, W, C]`` of each convolution."""
 
-    def __init__(self, plan: DecodingPlan, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.plan, self.latent_shape, self.max_latents = plan, plan.latent_shape, plan.max_latents
-        # A stream may be decoded with or without inference mode; tensors born inside it could not be written outside.
-        with torch.inference_mode(False):
-            self.windows = StreamWindows(plan.sizes, device=device, dtype=dtype)
-            self.kept: dict[str, Tensor] = {}
-            for name, margin in plan.margins.items():
-                past, _, *size = self.windows.histories[name].shape
-                if past and margin:
-                    self.kept[name] = torch.zeros(past, margin, *size, device=device, dtype=dtype)
-        self.latents_seen = 0
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the history ``[past, H, W, C]`` of each convolution, by its name in the weights; live views."""
-        return dict(self.windows.histories)
+    def __init__(
+        self, plan: DecodingPlan, windows: StreamWindows, latent_shape: tuple[int, int, int], max_latents: int
+    ) -> None:
+        super().__init__(windows.histories, latent_shape, max_latents)
+        self.plan, self.windows = plan, windows
 
     def buffers(self) -> dict[str, Tensor]:
-        """Return every tensor that outlives a call, by name."""
         named = {f"history {name}": tensor for name, tensor in self.windows.histories.items()}
-        return named | {f"kept {name}": tensor for name, tensor in self.kept.items()} | {"room": self.windows.room}
+        return named | {f"kept {n}": tensor for n, tensor in self.windows.kept.items()} | {"room": self.windows.room}
 
     @property
     def nbytes(self) -> int:
         """Device memory of the state, in bytes."""
         return sum(tensor.nbytes for tensor in self.buffers().values())
-
-    def reset(self) -> None:
-        """Go back to the start of a stream, in place."""
-        self.windows.reset()
-        self.latents_seen = 0
 
 
 class VaeDecoder(VideoDecoder[VaeDecoderState]):
@@ -125,19 +108,14 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
         self._input = CausalConv("decoder.conv1", weights)
         self._middle = Middle("decoder.middle", weights, ops)
         self.levels: list[Level] = []
-        index = 0
-        upsample: Upsample | None = None
-        for _ in config.dim_mult:
-            blocks = [
-                ResidualBlock(f"decoder.upsamples.{index + n}", weights, ops) for n in range(config.num_res_blocks + 1)
-            ]
-            entry = [] if self.levels else [self._input, *self._middle.convs]
-            self.levels.append(Level(entry, upsample, blocks))
-            index += len(blocks)
-            name = f"decoder.upsamples.{index}"
-            upsample = Upsample(name, weights) if f"{name}.resample.1.weight" in weights else None
-            index += upsample is not None
+        names, index = (f"decoder.upsamples.{part}" for part in itertools.count()), 0
+        for level in range(len(config.dim_mult)):
+            upsample = Upsample(next(names), weights) if level > 0 else None
+            blocks = [ResidualBlock(next(names), weights, ops) for _ in range(config.num_res_blocks + 1)]
+            self.levels.append(Level(upsample, blocks, weights.convs[index:]))
+            index = len(weights.convs)
         self.head = NormConv("decoder.head.0", "decoder.head.2", weights, ops)
+        self._convs = weights.convs
 
     def new_state(
         self, latent_height: int, latent_width: int, latents: int, *, frames_at_full: int | None = None
@@ -148,7 +126,8 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
         where the decoder has ``tiles``. The frames that one frame is upsampled to in time are never split.
         """
         plan = self._plan(latent_height, latent_width, latents, frames_at_full)
-        return VaeDecoderState(plan, device=self.device, dtype=self.dtype)
+        windows = StreamWindows(plan.windows, device=self.device, dtype=self.dtype)
+        return VaeDecoderState(plan, windows, (self.config.z_dim, latent_height, latent_width), latents)
 
     def convolution_shapes(self, latent_height: int, latent_width: int, latents: int) -> dict[str, ConvolutionShape]:
         """Return the shape of each convolution, by its name in the weights, in the steady state of a stream."""
@@ -164,25 +143,75 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
 
     def use(self, candidates: Mapping[str, ConvolutionCandidate]) -> None:
         """Compute each convolution by the candidate under its name from now on. May be called once."""
-        convolutions: list[CausalConv | UpsampleConv] = [self.head.conv]
-        for level in self.levels:
-            convolutions += [*level.entry, *([] if level.space is None else [level.space]), *level.convs]
-        for convolution in convolutions:
-            convolution.use(candidates[convolution.name])
+        for conv in self._convs:
+            conv.use(candidates[conv.name])
 
-    def _plan(self, latent_height: int, latent_width: int, latents: int, frames_at_full: int | None) -> DecodingPlan:
+    def _plan(self, height: int, width: int, latents: int, frames_at_full: int | None) -> DecodingPlan:
+        """Plan the decoding of at most ``latents`` per call; raises :class:`ConfigError` for tiles of too few rows."""
         if frames_at_full is None:
             frames_at_full = self.config.temporal_stride if self.tiles == 1 else 1
-        self.require_positive(height_of_latents=latent_height, width_of_latents=latent_width, latents=latents)
+        self.require_positive(height_of_latents=height, width_of_latents=width, latents=latents)
         self.require_positive(frames_at_full=frames_at_full, tiles=self.tiles)
-        return plan_decoding(
-            self.levels,
-            self.head.conv,
-            (self.config.z_dim, latent_height, latent_width),
-            latents,
-            frames_at_full=frames_at_full,
-            tiles=self.tiles,
-        )
+        first_tiled, bands = self._bands(height)
+        windows: dict[str, WindowSize] = {}
+        convolutions: dict[str, ConvolutionShape] = {}
+        at_once: list[int] = []
+        frames = latents
+        stride = self.config.spatial_stride
+        # No tensor between two convolutions is larger than those at full resolution.
+        numbers_at_once = frames_at_full * (height * stride) * (width * stride) * self.levels[-1].convs[-1].channels
+
+        def add(conv: Convolution, at: Sequence[Rows]) -> None:
+            rows, margin = max(r.last - r.first for r in at), max(r.begin - r.first for r in at)
+            convolutions[conv.name] = shape = conv.shape(frames, rows, width)
+            if not conv.enlarge:
+                windows[conv.name] = WindowSize(conv.past, height, shape, margin)
+
+        for index, level in enumerate(self.levels):
+            rows = [Rows(0, 0, height, height)]
+            if index >= first_tiled:
+                rows = [band[index - first_tiled] for band in bands]
+            if index <= first_tiled:
+                pixels = level.rate * height * width * (4 if index > 0 else 1)
+                limit = numbers_at_once // (pixels * level.convs[-1].channels)
+                if index == first_tiled:  # frames are not split from here on
+                    limit = frames_at_full // math.prod(each.rate for each in self.levels[index:])
+                slices = math.ceil(frames / max(1, limit))
+                frames = math.ceil(frames / slices)  # slices of equal size
+                at_once.append(frames)
+            for conv in level.convs:
+                if conv.enlarge:
+                    frames *= level.rate
+                add(conv, rows)
+                if conv.enlarge:
+                    height, width = 2 * height, 2 * width
+                    rows = [each.upsampled() for each in rows]
+        add(self.head.conv, [band[-1] for band in bands] or [Rows(0, 0, height, height)])
+        return DecodingPlan(windows, convolutions, tuple(at_once), first_tiled, bands)
+
+    def _bands(self, latent_height: int) -> tuple[int, list[list[Rows]]]:
+        """Return the first tiled level, of two upsampling ones or of one, and the bands; no level without tiles."""
+        levels, tiles = self.levels, self.tiles
+        if tiles == 1:
+            return len(levels), []
+        first = max(1, len(levels) - 2)
+        if first == len(levels):
+            raise ConfigError(f"vae_tiles: expected 1 for a VAE of one resolution, got {tiles}")
+        # From the output back to the first tiled level: the margin of rows that each level needs.
+        margins = [self.head.conv.reach]
+        for level in reversed(levels[first:]):
+            seen = margins[0] + sum(conv.reach for conv in level.convs)
+            margins.insert(0, math.ceil(seen / 2))
+        height = latent_height << (first - 1)
+        most = height // margins[0]
+        if tiles > most:
+            able = f"1 to {most}" if most > 1 else "1"
+            raise ConfigError(f"vae_tiles: expected {able} for latents {latent_height} rows high, got {tiles}")
+        bounds = [height * index // tiles for index in range(tiles + 1)]
+        return first, [
+            [Rows.around(begin << doubled, end << doubled, m, height << doubled) for doubled, m in enumerate(margins)]
+            for begin, end in itertools.pairwise(bounds)
+        ]
 
     def decode_next(self, latents: Tensor, state: VaeDecoderState, *, is_start: bool) -> Tensor:
         before = 0 if is_start else 1  # any later place in a stream has as many frames as the second
@@ -204,35 +233,32 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
 
         Each level takes at most its own number of frames at once.
         """
-        done = 0
-        most, bands = state.plan.frames_at_once[index], state.plan.bands
-        for first in range(0, len(x), most):
-            part, is_first = x[first : first + most], is_start and first == 0
-            if bands is not None and index == bands.first:
-                done += self._in_bands(part, bands, state, is_first, video[done:])
+        done, plan = 0, state.plan
+        for first, part in enumerate(x.split(plan.frames_at_once[index])):
+            is_first, rest = is_start and first == 0, video[done:]
+            if index == plan.first_tiled:
+                done += self._in_bands(part, state, is_first, rest)
                 continue
             terms = Terms(part) if index > 0 else self.enter(part, state.windows)
             terms = self.levels[index](terms, state.windows, is_first)
             if index + 1 < len(self.levels):
-                done += self._from_level(index + 1, terms.total(), state, is_first, video[done:])
+                done += self._from_level(index + 1, terms.total(), state, is_first, rest)
                 continue
             frames = self.head(terms, state.windows, keep=False).total()
-            video[done : done + len(frames)].copy_(frames)
+            rest[: len(frames)].copy_(frames)
             done += len(frames)
         return done
 
-    def _in_bands(self, x: Tensor, bands: Bands, state: VaeDecoderState, is_start: bool, video: Tensor) -> int:
+    def _in_bands(self, x: Tensor, state: VaeDecoderState, is_start: bool, video: Tensor) -> int:
         """Decode as :meth:`_from_level` does from the first tiled level on, one band of rows after the other."""
-        frames = 0
-        for entered in bands.bands:
-            terms, seen = Terms(x), Rows.around(0, x.shape[1], 0, x.shape[1])
-            for level, rows in zip(self.levels[bands.first :], entered, strict=False):
-                windows = BandWindows(state.windows, state.kept, rows)
-                terms = level(Terms(terms.total()[:, rows.part_of(seen)].contiguous()), windows, is_start)
-                seen = rows.upsampled()
-            rows = entered[-1]
-            part = terms.total()[:, rows.part_of(seen)].contiguous()
-            picture = self.head(Terms(part), BandWindows(state.windows, state.kept, rows), keep=False).total()
+        frames, plan = 0, state.plan
+        for *entered, rows in plan.bands:
+            terms, seen = Terms(x), Rows(0, 0, x.shape[1], x.shape[1])
+            for level, at in zip(self.levels[plan.first_tiled :], entered, strict=True):
+                part = Terms(terms.total()[:, at.part_of(seen)].contiguous())
+                terms, seen = level(part, BandWindows(state.windows, at), is_start), at.upsampled()
+            part = Terms(terms.total()[:, rows.part_of(seen)].contiguous())
+            picture = self.head(part, BandWindows(state.windows, rows), keep=False).total()
             frames = len(picture)
             video[:frames, rows.begin : rows.end].copy_(picture[:, rows.wanted])
         return frames
@@ -241,16 +267,13 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
 class Level:
     """One resolution: upsampling, except at the lowest, and residual blocks.
 
-    ``entry``: the convolutions before ``space``, which doubles height and width if there is one; ``convs``: those after
-    it; ``rate``: output frames per input frame.
+    ``convs``: its convolutions, and at the lowest level all before them, in the order in which they run; ``rate``:
+    output frames per input frame.
     """
 
-    def __init__(self, entry: Sequence[CausalConv], upsample: Upsample | None, blocks: list[ResidualBlock]) -> None:
-        self._upsample, self._blocks = upsample, blocks
-        self.entry = entry if upsample is None else upsample.convs
-        self.space = None if upsample is None else upsample.space
+    def __init__(self, upsample: Upsample | None, blocks: list[ResidualBlock], convs: Sequence[Convolution]) -> None:
+        self._upsample, self._blocks, self.convs = upsample, blocks, convs
         self.rate = 1 if upsample is None else upsample.rate
-        self.convs = [conv for block in blocks for conv in block.convs]
 
     def __call__(self, terms: Terms, windows: Windows, is_start: bool) -> Terms:
         if self._upsample is not None:
@@ -271,15 +294,7 @@ class Upsample:
         has_time = f"{name}.time_conv.weight" in weights
         self._time = CausalConv(f"{name}.time_conv", weights) if has_time else None
         self.space = UpsampleConv(f"{name}.resample.1", weights)
-
-    @property
-    def rate(self) -> int:
-        """Output frames per input frame, after the first of a stream."""
-        return 1 if self._time is None else 2
-
-    @property
-    def convs(self) -> list[CausalConv]:
-        return [] if self._time is None else [self._time]
+        self.rate = 2 if has_time else 1  # output frames per input frame, after the first of a stream
 
     def __call__(self, x: Tensor, windows: Windows, is_start: bool) -> Terms:
         frames, height, width, channels = x.shape
@@ -296,87 +311,3 @@ class Upsample:
         torch.add(pairs, bias, out=small[single:].view(doubled, self.rate, height, width, channels))
         del made, pairs  # before the upsampled frames are allocated
         return self.space(small)
-
-
-def plan_decoding(
-    levels: Sequence[Level],
-    head: CausalConv,
-    latent_shape: tuple[int, int, int],
-    latents: int,
-    *,
-    frames_at_full: int,
-    tiles: int,
-) -> DecodingPlan:
-    """Plan the decoding of at most ``latents`` per call, with ``frames_at_full`` frames of full resolution at once.
-
-    ``tiles``: number of horizontal tiles for the two highest resolutions. Raises :class:`ConfigError` where a tile
-    would have too few rows.
-    """
-    _, height, width = latent_shape
-    bands = None if tiles == 1 else _bands(levels, head, height, tiles)
-    sizes: list[WindowSize] = []
-    at_once: list[int] = []
-    margins: dict[str, int] = {}
-    convolutions: dict[str, ConvolutionShape] = {}
-    frames = latents
-    enlarged = 2 ** sum(level.space is not None for level in levels)
-    # No tensor between two convolutions is larger than those at full resolution.
-    numbers_at_once = frames_at_full * (height * enlarged) * (width * enlarged) * levels[-1].convs[-1].channels
-
-    def tallest(at: Sequence[Rows] | None) -> int:
-        return height if at is None else max(rows.last - rows.first for rows in at)
-
-    def add(convs: Sequence[CausalConv], at: Sequence[Rows] | None) -> None:
-        for conv in convs:
-            convolutions[conv.name] = conv.shape(frames, tallest(at), width)
-            sizes.append(WindowSize(conv.name, conv.past, frames, tallest(at), height, width, conv.channels))
-            if at is not None:
-                margins[conv.name] = max(rows.begin - rows.first for rows in at)
-
-    for index, level in enumerate(levels):
-        rows = None if bands is None or index < bands.first else [band[index - bands.first] for band in bands.bands]
-        if bands is None or index <= bands.first:
-            pixels = level.rate * height * width * (1 if level.space is None else 4)
-            limit = numbers_at_once // (pixels * level.convs[-1].channels)
-            if bands is not None and index == bands.first:  # frames are not split from here on
-                limit = frames_at_full // math.prod(each.rate for each in levels[index:])
-            slices = math.ceil(frames / max(1, limit))
-            frames = math.ceil(frames / slices)  # slices of equal size
-            at_once.append(frames)
-        add(level.entry, rows)
-        frames *= level.rate
-        if level.space is not None:
-            convolutions[level.space.name] = level.space.shape(frames, tallest(rows), width)
-            height, width = 2 * height, 2 * width
-            rows = None if rows is None else [each.upsampled() for each in rows]
-        add(level.convs, rows)
-    add([head], None if bands is None else [band[-1] for band in bands.bands])
-    return DecodingPlan(latent_shape, latents, sizes, tuple(at_once), bands, margins, convolutions)
-
-
-def _bands(levels: Sequence[Level], head: CausalConv, latent_height: int, tiles: int) -> Bands:
-    """Return the bands of the two highest resolutions, or of the highest where only that one upsamples."""
-    first = max(1, len(levels) - 2)
-    height = latent_height * 2 ** sum(level.space is not None for level in levels[:first])
-    if first == len(levels):
-        raise ConfigError(f"vae_tiles: expected 1 for a VAE of one resolution, got {tiles}")
-    # From the output back to the first tiled level: the margin of rows that each level needs.
-    margins = [head.reach]
-    for level in reversed(levels[first:]):
-        seen = margins[0] + sum(conv.reach for conv in level.convs)
-        if level.space is not None:
-            seen += level.space.reach
-        margins.insert(0, -(-seen // 2))
-    most = height // margins[0]
-    if not 1 <= tiles <= most:
-        able = f"1 to {most}" if most > 1 else "1"
-        raise ConfigError(f"vae_tiles: expected {able} for latents {latent_height} rows high, got {tiles}")
-    bands = []
-    for index in range(tiles):
-        begin, end = (height * at // tiles for at in (index, index + 1))
-        entered = [
-            Rows.around(begin * 2**doubled, end * 2**doubled, margin, height * 2**doubled)
-            for doubled, margin in enumerate(margins)
-        ]
-        bands.append(tuple(entered))
-    return Bands(first, tuple(bands))

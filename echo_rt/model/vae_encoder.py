@@ -6,7 +6,8 @@ encoded group by group, in as many calls as one likes, so the memory it takes do
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional
 from echo_rt.config import VaeConfig
 from echo_rt.convolution.torch_conv import convolve
 from echo_rt.errors import ConfigError
-from echo_rt.model.vae_layers import CausalConv, Middle, NormConv, ResidualBlock, Terms, VaeWeights
+from echo_rt.model.vae_layers import CausalConv, Convolution, Middle, NormConv, ResidualBlock, Terms, VaeWeights
 from echo_rt.model.vae_windows import StreamWindows, Windows, WindowSize
 from echo_rt.ops.backends import load_ops
 from echo_rt.weights.shapes import vae_encoder_shapes
@@ -60,26 +61,38 @@ class VaeEncoder:
         pack_weight, pack_bias = weights.pointwise("conv1", torch.float32)
         self._pack = pack_weight[: config.z_dim], pack_bias[: config.z_dim]
         self._input = CausalConv("encoder.conv1", weights)
-        self._levels: list[tuple[list[ResidualBlock], Downsample | None]] = []
-        index = 0
-        for _ in config.dim_mult:
-            blocks = [
-                ResidualBlock(f"encoder.downsamples.{index + n}", weights, ops) for n in range(config.num_res_blocks)
-            ]
-            index += len(blocks)
-            name = f"encoder.downsamples.{index}"
-            downsample = Downsample(name, weights) if f"{name}.resample.1.weight" in weights else None
-            index += downsample is not None
-            self._levels.append((blocks, downsample))
+        # Each convolution, how often height and width are halved before it, and its most new frames.
+        self._sized: list[tuple[Convolution, int, int]] = []
+        frames = config.temporal_stride
+
+        def note(level: int) -> None:
+            nonlocal frames
+            for conv in weights.convs[len(self._sized) :]:
+                self._sized.append((conv, level, frames))
+                frames //= conv.stride
+
+        self._levels: list[tuple[Downsample | None, list[ResidualBlock]]] = []
+        names = (f"encoder.downsamples.{part}" for part in itertools.count())
+        for level in range(len(config.dim_mult)):
+            downsample = Downsample(next(names), weights) if level > 0 else None
+            blocks = [ResidualBlock(next(names), weights, ops) for _ in range(config.num_res_blocks)]
+            self._levels.append((downsample, blocks))
+            note(level)
         self._middle = Middle("encoder.middle", weights, ops)
         self._head = NormConv("encoder.head.0", "encoder.head.2", weights, ops)
+        note(level)
 
     def new_state(self, height: int, width: int) -> VaeEncoderState:
         """The state of a new video of frames of this size, in multiples of ``spatial_stride`` pixels."""
         stride = self.config.spatial_stride
         if height % stride or width % stride or not height or not width:
             raise ConfigError(f"{_OWNER}: expected height and width in multiples of {stride}, got {height} and {width}")
-        return VaeEncoderState(self._new_windows(height, width), height, width)
+        sizes = {
+            conv.name: WindowSize(conv.past, height >> level, conv.shape(frames, height >> level, width >> level))
+            for conv, level, frames in self._sized
+        }
+        windows = StreamWindows(sizes, device=self._weights.device, dtype=self._weights.dtype)
+        return VaeEncoderState(windows, height, width)
 
     def encode(self, video: Tensor) -> Tensor:
         """Normalized mean latents ``[T, z, h, w]``, float32, of a whole ``video [F, 3, H, W]`` in [-1, 1].
@@ -98,7 +111,7 @@ class VaeEncoder:
         In which pieces a video comes does not show in its latents. After its first piece, of 1 + ``temporal_stride``·k
         frames, each has ``temporal_stride``·k.
         """
-        group, stride = self.config.temporal_stride, self.config.spatial_stride
+        group = self.config.temporal_stride
         size = (_COLOURS, state.height, state.width)
         if video.dim() != 4 or len(video) < 1 or video.shape[1:] != size:
             raise ConfigError(
@@ -107,47 +120,20 @@ class VaeEncoder:
         first = int(state.latents_made == 0)  # frames that are a latent of their own
         if (len(video) - first) % group:
             raise ConfigError(f"{_OWNER}: expected {'1 + ' * first}{group}*k video frames, got {len(video)}")
-        latents = torch.empty(
-            first + (len(video) - first) // group,
-            self.config.z_dim,
-            state.height // stride,
-            state.width // stride,
-            device=self._weights.device,
-            dtype=torch.float32,
-        )
-        pieces = [*video[:first].split(1), *video[first:].split(group)]
-        for latent, piece in zip(latents, [piece for piece in pieces if len(piece)], strict=True):
-            latent.copy_(self._encode_group(piece, state.windows, is_start=state.latents_made == 0))
+        latents = []
+        for piece in [video[:first]] * first + [video[at : at + group] for at in range(first, len(video), group)]:
+            latents.append(self._encode_group(piece, state.windows, is_start=state.latents_made == 0))
             state.latents_made += 1
-        return latents
-
-    def _new_windows(self, height: int, width: int) -> StreamWindows:
-        sizes: list[WindowSize] = []
-        frames = self.config.temporal_stride
-
-        def add(convs: Sequence[CausalConv]) -> None:
-            for conv in convs:
-                sizes.append(WindowSize(conv.name, conv.past, frames, height, height, width, conv.channels))
-
-        add([self._input])
-        for blocks, downsample in self._levels:
-            for block in blocks:
-                add(block.convs)
-            if downsample is not None:
-                height, width = height // 2, width // 2
-                add(downsample.convs)
-                frames //= downsample.rate
-        add([*self._middle.convs, self._head.conv])
-        return StreamWindows(sizes, device=self._weights.device, dtype=self._weights.dtype)
+        return torch.stack(latents)
 
     def _encode_group(self, video: Tensor, windows: Windows, *, is_start: bool) -> Tensor:
         """One latent ``[z, h, w]`` of the first frame, or of one group of frames."""
         x = self._input.of(video.permute(0, 2, 3, 1), windows)
-        for blocks, downsample in self._levels:
-            for block in blocks:
-                x = block(x, windows)
+        for downsample, blocks in self._levels:
             if downsample is not None:
                 x = downsample(x, windows, is_start)
+            for block in blocks:
+                x = block(x, windows)
         x = self._head(self._middle(x, windows), windows, keep=False)
         mean = functional.linear(x.total().float(), *self._pack)
         return ((mean - self._latents_mean) / self._latents_std).squeeze(0).permute(2, 0, 1)
@@ -164,15 +150,6 @@ class Downsample:
         self._time = CausalConv(f"{name}.time_conv", weights, stride=2) if has_time else None
         self._space = weights.convolution(f"{name}.resample.1")
 
-    @property
-    def rate(self) -> int:
-        """Frames in for each frame out, after a video's first."""
-        return 1 if self._time is None else self._time.stride
-
-    @property
-    def convs(self) -> list[CausalConv]:
-        return [] if self._time is None else [self._time]
-
     def __call__(self, terms: Terms, windows: Windows, is_start: bool) -> Terms:
         padded = functional.pad(terms.total(), (0, 0, 0, 1, 0, 1))  # one column on the right, one row at the bottom
         weight, bias = self._space
@@ -183,7 +160,6 @@ class Downsample:
         if not is_start:
             return self._time.of(x.total(), windows)
         first = x.total()
-        window = windows.open(self._time.name, len(first))
-        window.write(first)
-        windows.close(self._time.name, window)
+        with windows.window(self._time.name, len(first)) as window:
+            window.write(first)
         return Terms(first)

@@ -11,8 +11,9 @@ reads the result anyway, and adding there saves passes over device memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,20 +32,21 @@ _NORM_FLOOR = 1e-12
 
 
 class VaeWeights:
-    """The tensors of one half of the VAE, checked, on their device, in the layouts the layers want."""
+    """The tensors of one half of the VAE, checked, on their device, in the layouts the layers want.
+
+    ``convs``: the convolutions made of them so far, in the order in which they run.
+    """
 
     def __init__(
         self, tensors: Mapping[str, Tensor], expected: Shapes, owner: str, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         for name, shape in expected.items():
-            if name not in tensors:
-                raise WeightsError(f"{owner}: expected tensor {name} of shape {list(shape)}, it is missing")
-            if tuple(tensors[name].shape) != shape:
-                raise WeightsError(
-                    f"{owner}: expected tensor {name} of shape {list(shape)}, got {list(tensors[name].shape)}"
-                )
+            found = f"got {list(tensors[name].shape)}" if name in tensors else "it is missing"
+            if found != f"got {list(shape)}":
+                raise WeightsError(f"{owner}: expected tensor {name} of shape {list(shape)}, {found}")
         self._tensors = tensors
         self.device, self.dtype = device, dtype
+        self.convs: list[Convolution] = []
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -96,23 +98,35 @@ class Terms:
         self.x = self.x.new_empty(0)
 
 
-class _Convolution:
-    """A convolution by torch until :meth:`use` selects another; ``weight [Co, C, kT, kH, kW]``, channels-last.
+class Convolution:
+    """A convolution by torch (``prepare``) until :meth:`use` selects another implementation; the bias is added later.
 
-    The selected implementation keeps its own form of the weight, mostly a copy in another layout; the original goes.
+    That keeps its own form of the weight ``[Co, C, kT, kH, kW]``, mostly a copy in another layout; the original goes.
     """
 
-    def __init__(self, weight: Tensor, prepared: Prepared) -> None:
+    stride = 1  # in time
+    past = 0  # frames of history
+    enlarge = False
+
+    def __init__(self, name: str, weights: VaeWeights, prepare: Callable[[Tensor], Prepared]) -> None:
+        self.name = name
+        weight, self.bias = weights.convolution(name)
+        weight = weight if weight.dim() == 5 else weight.unsqueeze(2)
         self._weight: Tensor | None = weight
-        self._convolved = prepared
-        self.out_channels, self.channels, *kernel = weight.shape
-        depth, tall, wide = kernel
-        self.kernel = (depth, tall, wide)
+        self._convolved = prepare(weight)
+        self.out_channels, self.channels, depth, self._rows, columns = weight.shape
+        self._kernel = (depth, self._rows, columns)
+        weights.convs.append(self)
 
     @property
     def reach(self) -> int:
         """Rows that the kernel reads above and below a pixel, counted after upsampling."""
-        return self.kernel[1] // 2
+        return self._rows // 2
+
+    def shape(self, new: int, height: int, width: int) -> ConvolutionShape:
+        """Return the shape of a call with ``new`` new frames of this size, before upsampling."""
+        frames, channels = self.past + new, (self.channels, self.out_channels)
+        return ConvolutionShape(frames, height, width, *channels, self._kernel, self.enlarge)
 
     def use(self, candidate: ConvolutionCandidate) -> None:
         """Compute by ``candidate`` from now on. May be called once: it releases the weight."""
@@ -120,52 +134,35 @@ class _Convolution:
         self._convolved = candidate.prepare(self._weight)
         self._weight = None
 
+    def __call__(self, frames: Tensor) -> Terms:
+        """Convolve ``frames [past + T, H, W, C]``, contiguous, to ``[T // stride, H, W, out]``, upsampled or not."""
+        return Terms(self._convolved(frames), self.bias)
 
-class CausalConv(_Convolution):
+
+class CausalConv(Convolution):
     """A 3-D convolution that is causal in time.
 
     Its history is ``kernel - stride`` frames: 2 for the 3x3x3 ones, 1 for the encoder's temporal downsampling.
     """
 
     def __init__(self, name: str, weights: VaeWeights, stride: int = 1) -> None:
-        self.name, self.stride = name, stride
-        weight, self.bias = weights.convolution(name)
-        super().__init__(weight, library_convolution(weight, stride))
-        self.past = self.kernel[0] - stride
-
-    def shape(self, new: int, height: int, width: int) -> ConvolutionShape:
-        """Return the shape of a call with ``new`` new frames of this size."""
-        return ConvolutionShape(self.past + new, height, width, self.channels, self.out_channels, self.kernel)
-
-    def __call__(self, frames: Tensor) -> Terms:
-        """Convolve ``frames [past + T, H, W, C]`` to ``[T // stride, H, W, out]``."""
-        return Terms(self._convolved(frames), self.bias)
+        super().__init__(name, weights, partial(library_convolution, stride=stride))
+        self.stride, self.past = stride, self._kernel[0] - stride
 
     def of(self, x: Tensor, windows: Windows) -> Terms:
         """Copy the new frames ``x [T, H, W, C]`` into the window, then convolve it."""
-        window = windows.open(self.name, len(x))
-        window.write(x)
-        out = self(window.frames)
-        windows.close(self.name, window)
-        return out
+        with windows.window(self.name, len(x)) as window:
+            window.write(x)
+            return self(window.frames)
 
 
-class UpsampleConv(_Convolution):
+class UpsampleConv(Convolution):
     """Nearest upsampling by two, then a 2-D convolution, frame by frame."""
 
+    enlarge = True
+
     def __init__(self, name: str, weights: VaeWeights) -> None:
-        self.name = name
-        weight, self.bias = weights.convolution(name)
-        weight = weight.unsqueeze(2)
-        super().__init__(weight, upsample_convolution(weight))
-
-    def shape(self, frames: int, height: int, width: int) -> ConvolutionShape:
-        """Return the shape of a call with ``frames`` frames of this size, before upsampling."""
-        return ConvolutionShape(frames, height, width, self.channels, self.out_channels, self.kernel, enlarge=True)
-
-    def __call__(self, frames: Tensor) -> Terms:
-        """Upsample and convolve ``frames [T, H, W, C]``, contiguous, to ``[T, 2H, 2W, out]``."""
-        return Terms(self._convolved(frames), self.bias)
+        super().__init__(name, weights, upsample_convolution)
 
 
 class NormConv:
@@ -178,18 +175,14 @@ class NormConv:
 
     def __call__(self, terms: Terms, windows: Windows, *, keep: bool) -> Terms:
         """Apply all three. ``keep``: leave the sum of ``terms`` in its ``x`` for others; else ``terms`` is spent."""
-        window = windows.open(self.conv.name, len(terms.x))
         summed = keep and not (terms.bias is None and terms.residual is None)
-        self._ops.rms_silu_window(
-            terms.x, terms.bias, terms.residual, self._gamma, window.frames, window.history, summed
-        )
-        if keep:
-            terms.formed()
-        else:
-            terms.spent()  # before the convolution asks for memory
-        out = self.conv(window.frames)
-        windows.close(self.conv.name, window)
-        return out
+        with windows.window(self.conv.name, len(terms.x)) as (frames, history):
+            self._ops.rms_silu_window(terms.x, terms.bias, terms.residual, self._gamma, frames, history, summed)
+            if keep:
+                terms.formed()
+            else:
+                terms.spent()  # before the convolution asks for memory
+            return self.conv(frames)
 
 
 class ResidualBlock:
@@ -200,10 +193,6 @@ class ResidualBlock:
         self._second = NormConv(f"{name}.residual.3", f"{name}.residual.6", weights, ops)
         shortcut = f"{name}.shortcut"
         self._shortcut = weights.pointwise(shortcut) if f"{shortcut}.weight" in weights else None
-
-    @property
-    def convs(self) -> list[CausalConv]:
-        return [self._first.conv, self._second.conv]
 
     def __call__(self, terms: Terms, windows: Windows) -> Terms:
         inner = self._first(terms, windows, keep=True)
@@ -247,10 +236,6 @@ class Middle:
         self._before = ResidualBlock(f"{name}.0", weights, ops)
         self.attention = FrameAttention(f"{name}.1", weights)
         self._after = ResidualBlock(f"{name}.2", weights, ops)
-
-    @property
-    def convs(self) -> list[CausalConv]:
-        return self._before.convs + self._after.convs
 
     def __call__(self, terms: Terms, windows: Windows) -> Terms:
         return self._after(self.attention(self._before(terms, windows)), windows)

@@ -8,16 +8,17 @@ take 1.8 GiB and the shared buffer 0.5; one window per convolution for the frame
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from echo_rt.convolution import ConvolutionShape
 
-@dataclass(frozen=True)
-class Window:
+
+class Window(NamedTuple):
     """Input of one causal convolution: ``frames [past + new, H, W, C]``.
 
     Whoever writes the new frames copies ``history [past, H, W, C]`` in front of them and then updates it with the last
@@ -30,62 +31,59 @@ class Window:
     def write(self, x: Tensor) -> None:
         """Write the new frames ``x [T, H, W, C]`` and update the history, where no kernel does it."""
         past = len(self.frames) - len(x)
-        if self.history is not None:
-            self.frames[:past].copy_(self.history)
         self.frames[past:].copy_(x)
         if self.history is not None:
+            self.frames[:past].copy_(self.history)
             self.history.copy_(self.frames[len(x) :])
 
 
 class WindowSize(NamedTuple):
-    """Size of the window of one convolution: at most ``most`` new frames, ``rows`` rows at a time."""
+    """Size of the window of one convolution: ``past`` frames of ``height`` rows are its history.
 
-    name: str
+    ``call``: the shape of the largest call; ``margin``: rows that a band reads of the one above it.
+    """
+
     past: int
-    most: int
-    rows: int
     height: int
-    width: int
-    channels: int
+    call: ConvolutionShape
+    margin: int = 0
 
 
 class StreamWindows:
-    """The windows of a stream that is decoded or encoded in whole frames. Its buffers never move."""
+    """The windows of a stream that is decoded or encoded in whole frames. Its buffers never move.
 
-    def __init__(self, sizes: Iterable[WindowSize], *, device: torch.device, dtype: torch.dtype) -> None:
-        sizes = list(sizes)
-        self.histories = {
-            size.name: torch.zeros(size.past, size.height, size.width, size.channels, device=device, dtype=dtype)
-            for size in sizes
-        }
-        most = max((size.past + size.most) * size.rows * size.width * size.channels for size in sizes)
-        self.room = torch.empty(most, device=device, dtype=dtype)
+    ``histories``: ``[past, height, width, channels]`` of each convolution; ``kept``: the same of ``margin`` rows.
+    """
+
+    def __init__(self, sizes: Mapping[str, WindowSize], *, device: torch.device, dtype: torch.dtype) -> None:
+        def zeros(size: WindowSize, rows: int) -> Tensor:
+            return torch.zeros(size.past, rows, size.call.width, size.call.channels, device=device, dtype=dtype)
+
+        # A stream may go on with or without inference mode; tensors born inside it could not be written outside.
+        with torch.inference_mode(False):
+            self.histories = {name: zeros(size, size.height) for name, size in sizes.items()}
+            self.kept = {n: zeros(size, size.margin) for n, size in sizes.items() if size.past and size.margin}
+            calls = [size.call for size in sizes.values()]
+            most = max(call.frames * call.height * call.width * call.channels for call in calls)
+            self.room = torch.empty(most, device=device, dtype=dtype)
 
     def piece(self, *shape: int) -> Tensor:
         """View the shared buffer as a tensor of ``shape``."""
         return self.room[: math.prod(shape)].view(shape)
 
-    def open(self, name: str, new: int) -> Window:
-        """Return the window of convolution ``name`` for ``new`` frames; valid until the next one is opened."""
+    @contextmanager
+    def window(self, name: str, new: int) -> Iterator[Window]:
+        """Lend the window of convolution ``name`` for ``new`` frames; there is one at a time."""
         history = self.histories[name]
         past, *size = history.shape
-        return Window(self.piece(past + new, *size), history)
-
-    def close(self, name: str, window: Window) -> None:
-        """Do nothing: whoever wrote the new frames has updated the history."""
+        yield Window(self.piece(past + new, *size), history)
 
     def upsampled(self) -> StreamWindows:
         """Return the same windows: they are looked up by name."""
         return self
 
-    def reset(self) -> None:
-        """Zero all histories in place."""
-        for history in self.histories.values():
-            history.zero_()
 
-
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Rows ``first .. last`` of a frame: ``begin .. end`` are wanted, the others are their margin.
 
     Upper bounds are exclusive. The edge of the frame has no margin: convolutions pad with zeros there.
@@ -102,7 +100,7 @@ class Rows:
         return cls(max(0, begin - margin), begin, end, min(height, end + margin))
 
     def upsampled(self) -> Rows:
-        return Rows(2 * self.first, 2 * self.begin, 2 * self.end, 2 * self.last)
+        return Rows(*(2 * row for row in self))
 
     def part_of(self, outer: Rows) -> slice:
         """Slice of these rows in a tensor of the rows of ``outer``."""
@@ -121,32 +119,28 @@ class BandWindows:
     kept as they were: ``kept [past, margin, W, C]`` of each convolution. The history of the band below is not yet.
     """
 
-    def __init__(self, whole: StreamWindows, kept: dict[str, Tensor], rows: Rows) -> None:
-        self._whole, self._kept, self.rows = whole, kept, rows
+    def __init__(self, whole: StreamWindows, rows: Rows) -> None:
+        self._whole, self.rows = whole, rows
 
     def upsampled(self) -> BandWindows:
         """Return the windows for the same rows after upsampling."""
-        return BandWindows(self._whole, self._kept, self.rows.upsampled())
+        return BandWindows(self._whole, self.rows.upsampled())
 
-    def open(self, name: str, new: int) -> Window:
-        history, rows = self._whole.histories[name], self.rows
-        past, _, *size = history.shape
+    @contextmanager
+    def window(self, name: str, new: int) -> Iterator[Window]:
+        """Lend the window of convolution ``name``, and update the history once the new frames are in it."""
+        history, kept, rows = self._whole.histories[name], self._whole.kept.get(name), self.rows
+        past, height, *size = history.shape
         frames = self._whole.piece(past + new, rows.last - rows.first, *size)
         above = rows.begin - rows.first
-        if above:
-            frames[:past, :above].copy_(self._kept[name][:, -above:])
+        if above and kept is not None:
+            frames[:past, :above].copy_(kept[:, -above:])
         frames[:past, above:].copy_(history[:, rows.begin : rows.last])
-        return Window(frames, None)
-
-    def close(self, name: str, window: Window) -> None:
-        """Update the history, now that the new frames are in the window."""
-        history, rows = self._whole.histories[name], self.rows
-        past, height, *_ = history.shape
-        if rows.end < height and name in self._kept:
-            kept = self._kept[name]
+        yield Window(frames, None)
+        if kept is not None and rows.end < height:
             kept.copy_(history[:, rows.end - kept.shape[1] : rows.end])
         if past:
-            history[:, rows.begin : rows.end].copy_(window.frames[-past:, rows.wanted])
+            history[:, rows.begin : rows.end].copy_(frames[-past:, rows.wanted])
 
 
 Windows = StreamWindows | BandWindows

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echo_rt.errors import ConfigError
-from echo_rt.utils.atomic_file import Closing, check_writable, whole_file
+from echo_rt.utils.atomic_file import Closing, check_writable, write_whole
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import clock, one_line
 
@@ -75,12 +75,13 @@ class ContactSheet(Closing):
         array = np.asarray(frames)
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
             raise ConfigError(f"{self.path}: expected uint8 frames [T, H, W, 3], got {array.dtype} {list(array.shape)}")
+        height, width = array.shape[1:3]
+        size = (self.picture_width, max(1, round(height * self.picture_width / width)))
         for frame in array:
             if self._seen % self._stride == 0 and len(self._pictures) == self.limit:
                 del self._pictures[1::2]
                 self._stride *= 2
             if self._seen % self._stride == 0:
-                size = (self.picture_width, max(1, round(frame.shape[0] * self.picture_width / frame.shape[1])))
                 image = Image.fromarray(np.ascontiguousarray(frame)).resize(size, Image.Resampling.BOX)
                 self._pictures.append((image, prompt))
             self._seen += 1
@@ -91,9 +92,9 @@ class ContactSheet(Closing):
             return
         self._closed = True
         if self._pictures:
-            with whole_file(self.path) as part, BytesIO() as file:
-                self._compose().save(file, "PNG")
-                part.append(file.getvalue())
+            file = BytesIO()
+            self._compose().save(file, "PNG")
+            write_whole(self.path, file.getvalue())
             self.in_place = True
 
     def _time(self, frame: int) -> str:
@@ -109,9 +110,9 @@ class ContactSheet(Closing):
         line = round(self._font.getbbox("Ag")[3]) + 2
         told = _LINES * line if any(prompt for _, prompt in self._pictures) else 0
         columns = min(self.columns, len(self._pictures))
-        rows = -(-len(self._pictures) // columns)
         across, down = width + _GAP, height + told + _GAP
-        sheet = Image.new("RGB", (columns * across + _GAP, rows * down + _GAP), _BACKGROUND)
+        size = (columns * across + _GAP, math.ceil(len(self._pictures) / columns) * down + _GAP)
+        sheet = Image.new("RGB", size, _BACKGROUND)
         draw = ImageDraw.Draw(sheet)
         before = None
         for number, (frame, (image, prompt)) in enumerate(zip(self.kept, self._pictures, strict=True)):

@@ -269,6 +269,7 @@ class VideoWriter(Closing):
             while new[size + 4 : size + 8] != b"moof":
                 size += int.from_bytes(new[size : size + 4], "big")
             self.header, size = bytes(new[:size]), 0
+        self._failed = True  # until these fragments are on the disk: after a lost one nothing would play
         try:
             self._part.append(new)
             # The index at the end is on the disk before the header at the start is changed.
@@ -276,10 +277,6 @@ class VideoWriter(Closing):
                 if place < size:
                     self._part.overwrite(place, data)
         except OSError as error:
-            self._failed = True
             kept = f"the first {self.frames_on_disk} frames are kept" if self.frames_on_disk else "nothing is kept"
             raise OutputError(f"{self.path}: cannot write on: {reason(error)}; {kept}") from None
-        except BaseException:
-            self._failed = True  # a fragment is lost, and nothing after it would play
-            raise
-        self.frames_on_disk = frames
+        self.frames_on_disk, self._failed = frames, False

@@ -178,7 +178,7 @@ def test_variants_take_turns(measured: Run, turns: list[tuple[BlockRunner, int]]
     assert [runner.mode.value for runner in runners] == ["evolve", "off", "evolve"]
     assert rounds[0] == [(runner, lookahead) for runner in runners for lookahead in (0, 1)]
     assert rounds[1] == [(runner, lookahead) for runner in (runners[1], runners[2], runners[0]) for lookahead in (0, 1)]
-    names = ["evolve", "off", "torch", *measured.baseline_seconds]
+    names = ["evolve", "off", "torch", *(each.name for each in measured.baselines if each.ok)]
     assert content["order"] == [names, [*names[1:], names[0]]]
     assert turns_of(5, ["a", "b", "c"]) == ["c", "a", "b"] and turns_of(3, []) == []
 
@@ -210,6 +210,27 @@ def test_a_day_is_that_of_the_measured_blocks(as_on_a_gpu: dict[str, Any]) -> No
     assert day["latents"]["value"] == pytest.approx(blocks * 3 * 16 * 2 * 2 * 4 / 1e9)
     assert day["energy of the GPU"]["value"] is None
     assert "extrapolated from 4 measured blocks" in day["blocks"]["how"]
+
+
+def test_goals_are_judged_where_a_checkout_has_them(
+    measured: Run, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a GPU, at the released sizes; the figures are those of the memory that evolves."""
+    judged = copy.copy(measured)
+    judged.on_gpu = True
+    judged.resources = measured.resources | {"growth": 0, "peak": 13e9}
+    monkeypatch.setattr(run_module, "RELEASED", SMALLEST)
+    goals = Report(judged).content()[0]["tables"]["Goals"]
+    evolve, off = (
+        statistics.median(content["milliseconds"][name]["whole block, 1 begun ahead"]) for name in ("evolve", "off")
+    )
+    assert [row["value"] for row in goals[:2]] == [pytest.approx(evolve)] * 2
+    assert goals[2]["value"] == pytest.approx(100 * (evolve / off - 1))
+    idle = next(row["idle"] for row in content["tables"]["Variants"] if row["variant"] == "evolve")
+    assert goals[3]["value"] == pytest.approx(100 * idle)
+    assert [(row["value"], row["verdict"]) for row in goals[5:]] == [(0, "met"), (13, "unmet")]
+    monkeypatch.setattr(run_module, "ROOT", tmp_path)
+    assert "Goals" not in Report(judged).content()[0]["tables"], "a package that was installed without a checkout"
 
 
 def test_a_backend_that_is_wrong_is_not_timed(patch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from goals import judge
 
-from echo_rt.bench.report import judge
 from echo_rt.bench.run import BlockRunner, Interval, Sample, busy_seconds, intervals, median_p99
 from echo_rt.engine.executor import Queue, Span, make_executor
 
@@ -61,12 +61,12 @@ class FakeRunner(BlockRunner):
         self.log: list[str] = []
         self.made = 0
 
-    def block(self, lookahead: int) -> SimpleNamespace:
+    def block(self, lookahead: int) -> tuple[None, tuple[Span, ...]]:
         self.log.append(f"block {lookahead}")
         self.made += 1
         begin = 1000.0 + (0 if self.made == 1 else 60 + 20 * self.made)
         spans = tuple(Span(one.stage, one.queue, At(begin + one.begin), At(begin + one.end)) for one in block(0))
-        return SimpleNamespace(spans=spans)
+        return None, spans
 
     def drain(self) -> None:
         self.log.append("drain")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from echo_rt.config import VaeConfig
 from echo_rt.errors import ConfigError
-from echo_rt.model.tiny_decoder import TinyDecoder, TinyDecoderState
+from echo_rt.model.decoder_protocol import DecoderState
+from echo_rt.model.tiny_decoder import TinyDecoder
 from echo_rt.weights.tiny_vae import TinyVaeConfig
 
 # Two summation orders of the same float32 convolutions.
@@ -41,7 +42,7 @@ def expected_video(weights: dict[str, Tensor], latents: Tensor) -> Tensor:
     return 2 * naive_decode(weights, latents).permute(0, 2, 3, 1) - 1
 
 
-def decode_in(groups: Sequence[int], latents: Tensor, decoder: TinyDecoder, state: TinyDecoderState) -> Tensor:
+def decode_in(groups: Sequence[int], latents: Tensor, decoder: TinyDecoder, state: DecoderState) -> Tensor:
     assert sum(groups) == len(latents)
     return torch.cat([decoder.decode(part, state) for part in latents.split(list(groups))])
 

@@ -111,13 +111,13 @@ def test_counts_of_the_page() -> None:
         counted = [
             sum(tensor.nbytes for tensor in state.tensors().values()),
             state.windows.room.nbytes,
-            sum(tensor.nbytes for tensor in state.kept.values()),
+            sum(tensor.nbytes for tensor in state.windows.kept.values()),
             state.nbytes,
         ]
         for cell, count in zip((remembered, window, kept, together), counted, strict=True):
             assert float(cell.split()[0] if cell.strip() else 0) == pytest.approx(count / 2**30, abs=0.0051)
-        if state.plan.bands is not None:
-            levels = zip(*state.plan.bands.bands, strict=True)
+        if state.plan.bands:
+            levels = zip(*state.plan.bands, strict=True)
             seen = [
                 sum(rows.last - rows.first for rows in level) / sum(rows.end - rows.begin for rows in level)
                 for level in levels
