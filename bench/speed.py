@@ -36,9 +36,10 @@ REACHED = {
     "product": (0.86, 0.86), "attention": (0.9, 0.9), "causal_conv_hopper": (0.59, 0.81), "convolution": (0.5, 0.5),
     "memory": (0.85, 0.85),
 }  # fmt: skip
-FLOAT8 = {"product": 1.5, "attention": 1.6}  # times the rate of 16 bits, as libraries report; the ceiling is twice
+PRODUCT8, ATTENTION8 = 1 / 1.5, 1 / 1.6  # of the time in 16 bits, as libraries report; at the ceiling it is a half
 TILES = ((128, 256), (256, 128))  # of the output of a library's largest products
 SEARCHED = tuple((rows, wide) for rows in (128, 192, 256) for wide in (128, 160, 192, 224, 256) if rows * wide <= 2**15)
+INTO8 = "into float8"  # at the end of the name of a call that has a counterpart in 16 bits
 GAP = 1e-6  # seconds from the end of a kernel in a graph to the start of the next one
 
 CONFIG = RELEASED.config
@@ -71,8 +72,8 @@ def waves(tiles: int) -> int:
 class Line(NamedTuple):
     """``calls`` a block that are alike; ``moved`` bytes and ``flops`` of one, of which a tile has ``tile``.
 
-    ``tiles`` 0: their number is no limit. ``float8``: in float8 where the dtype is. ``only``: the dtype that has it, 16
-    or 8 bits; 0 for both.
+    ``tiles`` 0: their number is no limit. ``float8``: what remains of the time where the dtype is float8. ``only``: the
+    dtype that has it, 16 or 8 bits; 0 for both.
     """
 
     name: str
@@ -82,7 +83,7 @@ class Line(NamedTuple):
     flops: float = 0
     tiles: int = 0
     tile: float = 0
-    float8: bool = False
+    float8: float = 1
     only: int = 0
 
     @property
@@ -97,12 +98,11 @@ class Line(NamedTuple):
 
     def row(self) -> dict[str, Any]:
         before, now = (self.full / share for share in REACHED[self.kind])
-        float8 = now / FLOAT8[self.kind] if self.float8 else now
         return {
             "line": self.name, "calls": self.calls, "gb": self.calls * self.moved / 1e9,
             "tflop": self.calls * self.flops / 1e12, "waves": self.tiles / SMS or None, "best": self.best,
             "full": self.full, "before": None if self.only == 8 else before, "now": None if self.only == 8 else now,
-            "float8": None if self.only == 16 else float8,
+            "float8": None if self.only == 16 else now * self.float8,
         }  # fmt: skip
 
 
@@ -120,7 +120,7 @@ class Product(NamedTuple):
     name: str
     wide: int
     deep: int
-    float8: bool = True
+    float8: float = PRODUCT8
     calls: int = CALLS
 
     def line(self, tile: tuple[int, int] | None = None, splits: int = 1) -> Line:
@@ -134,9 +134,9 @@ class Product(NamedTuple):
 
 PRODUCTS = (
     Product("q, k, v", 3 * DIM, DIM, calls=CALLS + 1),
-    Product("self_out", DIM, DIM, float8=False),
+    Product("self_out", DIM, DIM, float8=1),
     Product("cross_q", DIM, DIM),
-    Product("cross_out", DIM, DIM, float8=False),
+    Product("cross_out", DIM, DIM, float8=1),
     Product("ffn_in", FFN, DIM),
     Product("ffn_out", DIM, FFN),
 )
@@ -144,13 +144,18 @@ PRODUCTS = (
 
 def kernel(op: str, only: int = 0) -> Line:
     """All calls of an operation that memory limits, as calls of the mean size."""
-    found = [(each.calls, each.arguments(torch.bfloat16, torch.device("meta"))) for each in variants(op, RELEASED)]
-    calls = sum(count for count, _ in found)
-    moved = sum(count * work_of(op, arguments).bytes for count, arguments in found)
-    return Line(op, "memory", calls, moved / calls, only=only)
+    found = {
+        each.name: each.calls * work_of(op, each.arguments(torch.bfloat16, torch.device("meta"))).bytes
+        for each in variants(op, RELEASED)
+    }
+    calls = sum(each.calls for each in variants(op, RELEASED) if INTO8 not in each.name)
+    moved = {name: size for name, size in found.items() if INTO8 not in name}
+    moved8 = sum(found.get(f"{name}, {INTO8}".removeprefix(", "), size) for name, size in moved.items())
+    moved16 = sum(moved.values())
+    return Line(op, "memory", calls, moved16 / calls, float8=moved8 / moved16, only=only)
 
 
-def attention(name: str, keys: int, *, float8: bool = False, pieces: int = 1) -> Line:
+def attention(name: str, keys: int, *, float8: float = 1, pieces: int = 1) -> Line:
     flops, tile = 4 * TOKENS * keys * DIM, 4 * 128 * keys * DIM / HEADS / pieces
     return Line(name, "attention", CALLS, 2 * R + 4 * keys * DIM, flops, pieces * QUERY_TILES, tile, float8)
 
@@ -160,7 +165,7 @@ def transformer_lines() -> list[Line]:
     memory = memory_update_work(CONFIG, TOKENS, 2)
     return [
         *(product.line() for product in PRODUCTS),
-        attention("self-attention", KEYS, float8=True),
+        attention("self-attention", KEYS, float8=ATTENTION8),
         attention("text attention", TEXT),
         Line("rms_norm of the queries to the text", "memory", CALLS, 2 * R),
         kernel("gated_residual_norm", 16),

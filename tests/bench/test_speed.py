@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
 import torch
 from op_inputs import variants
-from roofline import work_of
+from roofline import Work, work_of
 from speed import (
     CALLS,
     DIM,
     GAP,
+    INTO8,
     PAGE,
     PRODUCTS,
     SMS,
@@ -20,6 +22,7 @@ from speed import (
     attention,
     block_table,
     decoder_lines,
+    kernel,
     main,
     product_table,
     put,
@@ -49,9 +52,22 @@ def test_a_gpu_has_a_column_more(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("op", [name for name in BLOCK if name.isidentifier() and "conv" not in name])
 def test_lines_of_kernels_are_the_calls_of_the_model(op: str) -> None:
-    calls = [(each.calls, each.arguments(torch.bfloat16, torch.device("meta"))) for each in variants(op, RELEASED)]
+    ways = [each for each in variants(op, RELEASED) if INTO8 not in each.name]
+    calls = [(each.calls, each.arguments(torch.bfloat16, torch.device("meta"))) for each in ways]
     assert BLOCK[op]["calls"] == sum(count for count, _ in calls)
     assert BLOCK[op]["gb"] == pytest.approx(sum(count * work_of(op, args).bytes for count, args in calls) / 1e9)
+
+
+def test_a_call_into_float8_takes_the_place_of_its_counterpart(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = variants("qkv_norm_rope_store", RELEASED)[:2]
+    small = dataclasses.replace(one, name=f"{one.name}, {INTO8}".removeprefix(", "))
+    monkeypatch.setattr("speed.variants", lambda op, model: [one, two, small])
+    monkeypatch.setattr("speed.work_of", lambda op, args: Work(args, 0, "memory"))
+    bytes_of = {one.name: 60, two.name: 70, small.name: 45}
+    monkeypatch.setattr(type(one), "arguments", lambda self, *_: bytes_of[self.name])
+    line = kernel("qkv_norm_rope_store")
+    assert line.calls == one.calls + two.calls
+    assert line.float8 == pytest.approx((45 * one.calls + 70 * two.calls) / (60 * one.calls + 70 * two.calls))
 
 
 @pytest.mark.parametrize("op", ["causal_conv", "causal_conv_hopper", "upsample_conv"])
