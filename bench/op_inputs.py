@@ -73,8 +73,8 @@ def _sizes(model: BenchModel) -> cases.Sizes:
     )
 
 
-def _one(op: str, calls: Callable[[BenchModel], int], *without: int) -> Callable[[BenchModel], list[Variant]]:
-    return lambda model: [Variant(op, "", calls(model), _sizes(model), without)]
+def _one(op: str, model: BenchModel) -> list[Variant]:
+    return [Variant(op, "", _CALLS[op](model) if op in _CALLS else 0, _sizes(model))]
 
 
 def passes(model: BenchModel) -> int:
@@ -98,12 +98,10 @@ def _reanchor(model: BenchModel) -> list[Variant]:
     ]
 
 
-def _of_latents(op: str, calls: Callable[[BenchModel], int]) -> Callable[[BenchModel], list[Variant]]:
-    def variants(model: BenchModel) -> list[Variant]:
-        tokens = math.prod(model.config.latent_shape) // _VALUES_A_TOKEN
-        return [Variant(op, "", calls(model), dataclasses.replace(_sizes(model), tokens=tokens))]
-
-    return variants
+def _of_latents(op: str, model: BenchModel) -> list[Variant]:
+    """Once a denoising step, on a block's latents."""
+    tokens = math.prod(model.config.latent_shape) // _VALUES_A_TOKEN
+    return [Variant(op, "", passes(model) - 1, dataclasses.replace(_sizes(model), tokens=tokens))]
 
 
 @dataclass(frozen=True)
@@ -119,56 +117,45 @@ class DecoderNorm:
     calls: int = 0
 
 
-def _decode(
-    model: BenchModel,
-    rms_silu_window: Callable[..., None],
-    convolve: Callable[[ConvolutionShape, Tensor], Tensor] | None = None,
-) -> None:
-    """A block in the steady state, by the decoder itself, of tensors that have shapes and nothing else.
-
-    ``convolve``: what computes the decoder's convolutions of their frames; torch where it is None.
-    """
-    ops = SimpleNamespace(name="recorded", rms_silu_window=rms_silu_window)
-    weights = {name: torch.empty(shape, device="meta") for name, shape in vae_decoder_shapes(model.vae).items()}
-    decoder = VaeDecoder(model.vae, weights, cast("Ops", ops), device="meta", dtype=torch.bfloat16)
-    latents = torch.empty(model.config.window.frames_per_block, *model.config.latent_shape, device="meta")
-    block = (*model.config.latent_shape[1:], len(latents))
-    if convolve is not None:
-        shapes = decoder.convolution_shapes(*block)
-        ways = {name: partial(convolve, shape) for name, shape in shapes.items()}
-        decoder.use(
-            {name: ConvolutionCandidate("recorded", partial(_of_any_weight, way)) for name, way in ways.items()}
-        )
-    decoder.decode_next(latents, decoder.new_state(*block), is_start=False)
-
-
 def _of_any_weight(convolve: Callable[[Tensor], Tensor], weight: Tensor) -> Callable[[Tensor], Tensor]:
     return convolve
 
 
+def decoder_order(model: BenchModel) -> list[tuple[Any, ...] | ConvolutionShape]:
+    """A block in the steady state as the decoder makes it, of tensors that have shapes and nothing else.
+
+    Its norms and convolutions in their order: the arguments of ``rms_silu_window``, the shape of a convolution.
+    """
+    order: list[tuple[Any, ...] | ConvolutionShape] = []
+
+    def convolve(shape: ConvolutionShape, frames: Tensor) -> Tensor:
+        shape = dataclasses.replace(shape, frames=len(frames))
+        order.append(shape)
+        return frames.new_empty(shape.out_size)
+
+    ops = SimpleNamespace(name="recorded", rms_silu_window=lambda *arguments: order.append(arguments))
+    weights = {name: torch.empty(shape, device="meta") for name, shape in vae_decoder_shapes(model.vae).items()}
+    decoder = VaeDecoder(model.vae, weights, cast("Ops", ops), device="meta", dtype=torch.bfloat16)
+    latents = torch.empty(model.config.window.frames_per_block, *model.config.latent_shape, device="meta")
+    block = (*model.config.latent_shape[1:], len(latents))
+    ways = {name: partial(convolve, shape) for name, shape in decoder.convolution_shapes(*block).items()}
+    decoder.use({name: ConvolutionCandidate("recorded", partial(_of_any_weight, way)) for name, way in ways.items()})
+    decoder.decode_next(latents, decoder.new_state(*block), is_start=False)
+    return order
+
+
 def decoder_norms(model: BenchModel) -> list[DecoderNorm]:
     """The calls of ``rms_silu_window`` for a block in the steady state, grouped, from the lowest resolution up."""
-    calls: Counter[DecoderNorm] = Counter()
-
-    def record(x: Tensor, bias: Any, residual: Any, gamma: Tensor, window: Any, history: Any, keep: bool) -> None:
-        frames, height, width, channels = x.shape
-        calls[DecoderNorm(frames, height, width, channels, residual is not None, keep)] += 1
-
-    _decode(model, record)
+    norms = (each for each in decoder_order(model) if isinstance(each, tuple))
+    calls = Counter(
+        DecoderNorm(*x.shape, residual is not None, keep) for x, bias, residual, gamma, window, history, keep in norms
+    )
     return [dataclasses.replace(norm, calls=count) for norm, count in calls.items()]
 
 
 def decoder_convolutions(model: BenchModel) -> Counter[ConvolutionShape]:
     """The convolutions for a block in the steady state, and how often, from the lowest resolution up."""
-    calls: Counter[ConvolutionShape] = Counter()
-
-    def record(shape: ConvolutionShape, frames: Tensor) -> Tensor:
-        shape = dataclasses.replace(shape, frames=len(frames))
-        calls[shape] += 1
-        return frames.new_empty(shape.out_size)
-
-    _decode(model, lambda *arguments: None, record)
-    return calls
+    return Counter(each for each in decoder_order(model) if isinstance(each, ConvolutionShape))
 
 
 def _windows(model: BenchModel) -> list[Variant]:
@@ -186,26 +173,19 @@ def _windows(model: BenchModel) -> list[Variant]:
 _ADDED = {"causal_conv": (2, 3), "causal_conv_hopper": (), "upsample_conv": (2,)}
 
 
-def _convolutions(op: str) -> Callable[[BenchModel], list[Variant]]:
+def _convolutions(op: str, model: BenchModel) -> list[Variant]:
     """Without bias and residual, which the next norm adds: what the decoder asks of torch. One where it has none."""
-
-    def variants(model: BenchModel) -> list[Variant]:
-        found = []
-        for shape, calls in decoder_convolutions(model).items():
-            if shape.enlarge != (op == "upsample_conv") or (op == "causal_conv_hopper" and hopper_limit(shape)):
-                continue
-            frames, height, width, channels = shape.out_size
-            kernel = "x".join(map(str, shape.kernel))
-            sizes = dataclasses.replace(
-                _sizes(model),
-                vae=(frames, shape.height, shape.width, shape.channels),
-                convolution=(channels, *shape.kernel),
-            )
-            name = f"{frames}x{height}x{width} {shape.channels}-{channels} {kernel}"
-            found.append(Variant(op, name, calls, sizes, _ADDED[op]))
-        return found or _one(op, lambda model: 0)(model)
-
-    return variants
+    found = []
+    for shape, calls in decoder_convolutions(model).items():
+        if shape.enlarge != (op == "upsample_conv") or (op == "causal_conv_hopper" and hopper_limit(shape)):
+            continue
+        frames, height, width, channels = shape.out_size
+        kernel = "x".join(map(str, shape.kernel))
+        vae = (frames, shape.height, shape.width, shape.channels)
+        sizes = dataclasses.replace(_sizes(model), vae=vae, convolution=(channels, *shape.kernel))
+        name = f"{frames}x{height}x{width} {shape.channels}-{channels} {kernel}"
+        found.append(Variant(op, name, calls, sizes, _ADDED[op]))
+    return found or _one(op, model)
 
 
 def _video(model: BenchModel) -> list[Variant]:
@@ -215,49 +195,34 @@ def _video(model: BenchModel) -> list[Variant]:
     return [Variant("frames_to_uint8", "", 1, dataclasses.replace(_sizes(model), vae=size))]
 
 
-def _steps(model: BenchModel) -> int:
-    return len(model.config.sampler.denoising_steps)
-
-
-def _memory_layers(model: BenchModel) -> int:
-    return model.config.memory.layers if model.config.memory else 0
-
-
-def _layer_norms(model: BenchModel) -> int:
+def _layers(model: BenchModel) -> int:
     # The context pass ends where its last layer has stored its keys.
-    return 3 * (model.config.transformer.num_layers * passes(model) - 1)
-
-
-def _quantized_norms(model: BenchModel) -> int:
-    # What the head reads stays in 16 bits, in every pass but the context pass, which has none.
-    return _layer_norms(model) - (passes(model) - 1)
-
-
-def _feed_forwards(model: BenchModel) -> int:
     return model.config.transformer.num_layers * passes(model) - 1
 
 
+# Calls a block of what is called in one way, on tensors of the model's sizes.
+_CALLS: dict[str, Callable[[BenchModel], int]] = {
+    "advance": lambda model: 1,
+    "memory_attention": lambda model: model.config.memory.layers if model.config.memory else 0,
+    "gated_update": lambda model: 1,
+    "modulated_layer_norm": passes,
+    "gated_residual_norm": lambda model: 3 * _layers(model),
+    "modulated_layer_norm_quantize": passes,
+    # What the head reads stays in 16 bits, in every pass but the context pass, which has none.
+    "gated_residual_norm_quantize": lambda model: 3 * _layers(model) - (passes(model) - 1),
+    "gelu_quantize": _layers,
+}
 _VARIANTS: dict[str, Callable[[BenchModel], list[Variant]]] = {
-    "advance": _one("advance", lambda model: 1),
     "qkv_norm_rope_store": _qkv,
     "reanchor": _reanchor,
-    "memory_attention": _one("memory_attention", _memory_layers),
-    "gated_update": _one("gated_update", lambda model: 1),
-    "modulated_layer_norm": _one("modulated_layer_norm", passes),
-    "gated_residual_norm": _one("gated_residual_norm", _layer_norms),
-    "modulated_layer_norm_quantize": _one("modulated_layer_norm_quantize", passes),
-    "gated_residual_norm_quantize": _one("gated_residual_norm_quantize", _quantized_norms),
-    "gelu_quantize": _one("gelu_quantize", _feed_forwards),
-    "counter_noise": _of_latents("counter_noise", _steps),
-    "flow_step": _of_latents("flow_step", _steps),
+    "counter_noise": partial(_of_latents, "counter_noise"),
+    "flow_step": partial(_of_latents, "flow_step"),
     "rms_silu_window": _windows,
     "frames_to_uint8": _video,
-    "causal_conv": _convolutions("causal_conv"),
-    "causal_conv_hopper": _convolutions("causal_conv_hopper"),
-    "upsample_conv": _convolutions("upsample_conv"),
+    **{op: partial(_convolutions, op) for op in _ADDED},
 }
 
 
 def variants(op: str, model: BenchModel) -> list[Variant]:
     """The ways in which the model calls ``op``; one at the model's own sizes where none is named here."""
-    return _VARIANTS.get(op, _one(op, lambda model: 0))(model)
+    return _VARIANTS[op](model) if op in _VARIANTS else _one(op, model)

@@ -1,8 +1,8 @@
 """The VAE's decoder alone, beside others: ``python bench/vae.py --out DIR`` writes vae.json and vae.md.
 
 Ours, the torch backend and, where it is installed, diffusers' ``AutoencoderKLWan``, with the same random weights, each
-one block of latents in mid-stream, over and over. All are held against the torch backend in float32 first. Exit code 0
-if ours was right and timed, 1 if not, 2 for arguments that cannot be had."""
+one block of latents in mid-stream, over and over, in turns. All are held against the torch backend in float32 first.
+Exit code 0 if ours was right and timed, 1 if not, 2 for arguments that cannot be had."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import _checkout
 import torch
 from baselines import ROUNDINGS, wan_autoencoder, wan_decode, wan_latents
-from timing import Timer, timer_for
+from timing import timer_for
 from torch import Tensor
 
+from echo_rt.bench.run import median_p99
 from echo_rt.bench.settings import RELEASED
 from echo_rt.bench.tables import columns, environment
 from echo_rt.config import VaeConfig
@@ -43,8 +44,9 @@ COLUMNS = columns(
     "decoder|decoder", "ms|ms a block|.2f", "p99_ms|p99|.2f", "tflops|TFLOP/s|.4g", "ours_ratio|x ours|.2f",
     "error|error|.1e", "bound|bound|.1e", "state_mb|state (MB)|.2f", "peak_mb|peak (MB)|.1f", "what|",
 )  # fmt: skip
-# Timed blocks and those before them: quick or not, by device.
-_COUNTS = {("cuda", False): (30, 3), ("cuda", True): (10, 2), ("cpu", False): (5, 1), ("cpu", True): (2, 0)}
+# Timed blocks, and those before them in each turn: quick or not, by device.
+_COUNTS = {("cuda", False): (30, 1), ("cuda", True): (10, 1), ("cpu", False): (5, 0), ("cpu", True): (2, 0)}
+_TURNS = 5
 
 
 def flops(config: VaeConfig, height: int, width: int, latents: int) -> int:
@@ -110,8 +112,8 @@ class Setting:
             decoder.block()
             return decoder.block().cpu()
 
-    def measure(self, name: str, make: Callable[[], Decoder], expected: Tensor, timer: Timer, *counts: int) -> Row:
-        """One decoder, right first and then timed by ``counts`` blocks and blocks before them; a row."""
+    def ready(self, name: str, make: Callable[[], Decoder], expected: Tensor) -> tuple[Row, Decoder | None]:
+        """One decoder in mid-stream and its row; None for the decoder where it computes something else."""
         device, on_gpu = self.latents.device, self.latents.is_cuda
         gc.collect()
         before = torch.cuda.memory_allocated(device) if on_gpu else 0
@@ -127,9 +129,8 @@ class Setting:
         row["state_mb"] = decoder.state_bytes() / 1e6
         row["peak_mb"] = (torch.cuda.max_memory_allocated(device) - before) / 1e6 if on_gpu else None
         if not error <= bound:  # NaN is not
-            return row | {"what": f"not timed: it computes something else; {decoder.what}"}
-        times = timer.measure(decoder.block, *counts)
-        return row | {"ms": times.median / 1e3, "p99_ms": times.p99 / 1e3, "what": decoder.what}
+            return row | {"what": f"not timed: it computes something else; {decoder.what}"}, None
+        return row | {"what": decoder.what}, decoder
 
 
 def run(arguments: argparse.Namespace) -> tuple[bool, str]:
@@ -139,8 +140,9 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     if on_gpu:
         torch.cuda.set_device(device)  # events are recorded on the current one
     backend, model = choose_backend(arguments.backend, device), _checkout.model_of(arguments)
-    if model is RELEASED and not on_gpu:
-        raise ConfigError(f"the {model.name} sizes need a GPU, as a block would take minutes on {str(device)!r}")
+    if model is RELEASED and not on_gpu and not (arguments.width and arguments.height):
+        took = f"the {model.name} sizes need a GPU, as a block would take minutes on {str(device)!r}"
+        raise ConfigError(f"{took}; name a small video with --width and --height")
     config, size = model.vae, [edge * model.vae.spatial_stride for edge in model.config.latent_shape[:0:-1]]
     width, height = arguments.width or size[0], arguments.height or size[1]
     latent = latent_size(width, height, config, model.config.transformer)
@@ -154,7 +156,8 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     notes = [
         f"Random weights at the {model.name} sizes; {width}x{height}; a block of {len(latents)} latents in mid-stream; "
         f"{plain(dtype)}; {work / 1e12:.4g} TFLOP a block, counted; backend {backend.name} ({backend.reason}).",
-        f"{counted(blocks, 'call')} of each; clock: {timer.clock}. Launches are not in a time, no graph is replayed.",
+        f"{counted(blocks, 'call')} of each, in turns; clock: {timer.clock}. Launches are not in a time, no graph is "
+        "replayed.",
         "Error: relative, of the block's video, against the torch backend in float32. What differs is not timed.",
         "State: bytes that a decoder keeps of a stream between two blocks, with room that it works in. Peak: the "
         "allocator's while a block is decoded, weights and the video that is handed out in it.",
@@ -163,8 +166,11 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     makers[TORCH] = partial(setting.ours, load_ops("torch"), fit=False)
     makers |= {DIFFUSERS: setting.diffusers} if arguments.peers else {}
     rows: list[Row] = []
+    live: list[tuple[Row, Decoder, list[float]]] = []
 
     def save(complete: bool) -> tuple[bool, str]:
+        for row, _, times in live:
+            row["ms"], row["p99_ms"] = (each / 1e3 for each in median_p99(times)) if times else (None, None)
         own = rows[0]["ms"] if rows else None
         for row in rows:
             measured = row["ms"] is not None
@@ -182,11 +188,18 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
             _checkout.say(name)
             try:
                 with model_context(device, dtype):
-                    rows.append(setting.measure(name, make, expected, timer, blocks, warmup))
+                    row, decoder = setting.ready(name, make, expected)
             except Exception as error:
                 if name != DIFFUSERS or isinstance(error, torch.OutOfMemoryError):
                     raise
                 notes.append(f"Not measured: {name}: {first_line(error)}.")  # what another's code raises is found
+                continue
+            rows.append(row)
+            live += [] if decoder is None else [(row, decoder, [])]
+        for begun in range(0, max(1, blocks), turn := max(1, blocks // _TURNS)):
+            for _, decoder, times in live:
+                with model_context(device, dtype):
+                    times += timer.measure(decoder.block, min(turn, blocks - begun), warmup).microseconds
             save(complete=False)  # the time may run out
     except torch.OutOfMemoryError as error:
         raise BackendError(

@@ -15,6 +15,7 @@ from echo_rt.utils.wording import counted
 
 ALONE = "whole block, one at a time"
 _TRANSFORMER, _MEMORY, _DECODE = "transformer, all passes", "memory update", "VAE decode"
+_BESIDE = "beside each other: "
 _DAY, _HOUR, _JOULES_A_KWH = 24 * 3600.0, 3600.0, 3.6e6
 
 _PARTS = columns(
@@ -81,9 +82,11 @@ class Report:
     # ---------------------------------------------------------------- rows
 
     def _seconds(self, entry: Entry) -> dict[str, list[float]]:
-        """Seconds a block, by part. Parts are told apart where no two blocks overlap."""
+        """Seconds a block, by part: alone, where no two blocks overlap, and both lanes beside each other."""
         alone, ahead = entry.samples[0], entry.samples[self.ahead]
         parts = {_TRANSFORMER: alone.transformer, _MEMORY: alone.memory, _DECODE: alone.decode, ALONE: alone.whole}
+        if self.ahead:
+            parts |= {_BESIDE + _TRANSFORMER: ahead.transformer, _BESIDE + _DECODE: ahead.decode}
         return {part: s for part, s in parts.items() if part != _MEMORY or any(s)} | {self.whole: ahead.whole}
 
     def ms(self, variant: str, part: str, place: int = 0) -> float | None:

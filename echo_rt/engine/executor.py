@@ -177,9 +177,9 @@ class CudaExecutor(Executor):
     def __init__(self, device: torch.device, *, graphs: bool) -> None:
         super().__init__()
         self._device, self._graphs_wanted = device, graphs
-        # The decoder's many small launches go first: its frames are waited for, the next block is not.
+        # The decoder takes what the transformer's last waves leave free (docs/speed.md).
         self._streams = {
-            queue: torch.cuda.Stream(device, priority=-1 if queue is Queue.DECODE else 0) for queue in Queue
+            queue: torch.cuda.Stream(device, priority=0 if queue is Queue.DECODE else -1) for queue in Queue
         }
         # Graphs of a pool may share memory, which is safe only if they never run at the same time.
         self._pools = {queue: torch.cuda.graph_pool_handle() for queue in Queue}

@@ -286,7 +286,8 @@ def rms_silu_window(
 
 def frames_to_uint8(video: Tensor, out: Tensor) -> None:
     """Map ``video [F, h, w, 3]`` in [-1, 1], clamped, to 0..255, rounded to nearest: uint8 ``out`` (written)."""
-    out.copy_(((video.float().clamp(-1, 1) + 1) * 127.5).round())
+    for frame, pixels in zip(video, out, strict=True):  # one after the other they stay in a CPU's caches
+        pixels.copy_(frame.float().clamp(-1, 1).add_(1).mul_(127.5).round_())
 
 
 def causal_conv(window: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -98,7 +99,7 @@ class BlockLoop:
         self._replayed: list[tuple[int, str, str]] = []
         self._compared = self._again = 0
         window = (config.keep + 1) * (config.snapshot_every or 0) // config.hash_every + 2
-        self._recent: deque[tuple[int, str]] = deque(maxlen=window)
+        self._recent: deque[tuple[int, Future[str]]] = deque(maxlen=window)
         self._rollbacks = 0
         self._branched = -1  # the first block after the last rollback: no earlier snapshot leads to it
         self._began = time.monotonic()
@@ -253,7 +254,8 @@ class BlockLoop:
             begin = snapshot.next_block
             if begin <= self._branched:
                 return
-            known = {block: made for block, made in self._recent if begin <= block <= begin + self._config.hash_every}
+            end = begin + self._config.hash_every
+            known = {block: made.result() for block, made in self._recent if begin <= block <= end}
             if known:
                 self._compare(snapshot, known)
                 return

@@ -133,7 +133,8 @@ def test_rows_are_those_of_the_samples(content: dict[str, Any]) -> None:
 
 def test_every_part_of_a_block_is_there(content: dict[str, Any]) -> None:
     parts = {variant: list(samples) for variant, samples in content["milliseconds"].items()}
-    whole = [ALONE, "whole block, 1 begun ahead"]
+    beside = [f"beside each other: {lane}" for lane in ("transformer, all passes", "VAE decode")]
+    whole = [ALONE, *beside, "whole block, 1 begun ahead"]
     assert parts["evolve"] == parts["torch"] == ["transformer, all passes", "memory update", "VAE decode", *whole]
     assert parts["off"] == ["transformer, all passes", "VAE decode", *whole]
     for samples in content["milliseconds"].values():

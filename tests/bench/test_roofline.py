@@ -62,18 +62,6 @@ def test_bytes_of_a_call(op: str, variant: str) -> None:
         assert works(op)[variant][2] / 1e9 == pytest.approx(float(operations[1]), abs=0.051)
 
 
-def test_bytes_of_a_block() -> None:
-    seen = set()
-    for name, calls, total, _ in (cells for cells in rows_of("Bytes of a block") if cells[0].startswith("`")):
-        op = name.strip("`")
-        found = works(op).values()
-        assert sum(count for count, _, _ in found) == int(re.findall(r"\d+", calls)[-1])
-        gigabytes = float(total.split()[0])
-        assert sum(count * moved for count, moved, _ in found) / 1e9 == pytest.approx(gigabytes, abs=0.0051)
-        seen.add(op)
-    assert len(seen) >= 7
-
-
 def test_levels_of_the_decoder() -> None:
     by_height: dict[int, float] = {}
     for variant in variants("rms_silu_window", RELEASED):

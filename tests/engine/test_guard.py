@@ -14,6 +14,7 @@ from streaming import amid_blocks, embeds, load, poison, same, take, video
 
 import echo_rt
 from echo_rt import ConfigError, Guard, NumericalError, Snapshot, StallError
+from echo_rt.engine.pipeline import _nonfinite
 from echo_rt.model.vae_decoder import VaeDecoder
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
@@ -24,6 +25,15 @@ def runtime(request: pytest.FixtureRequest, small_model: Path) -> echo_rt.Runtim
     """With and without a block that is begun ahead."""
     with load(small_model, lookahead=request.param, overrides=FEW_STEPS) as runtime:
         yield runtime
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_that_are_not_finite_are_counted(dtype: torch.dtype) -> None:
+    video = torch.linspace(-2, 2, 360).to(dtype).reshape(2, 12, 5, 3)
+    video[0, 0, 0, 0] = torch.finfo(dtype).max
+    assert int(_nonfinite(video)) == 0
+    video[0, 1, 2], video[1, 11, 4, 2], video[1, 0, 0, 0] = float("nan"), float("inf"), -float("inf")
+    assert int(_nonfinite(video)) == 5
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

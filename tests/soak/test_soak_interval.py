@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -93,6 +94,22 @@ def test_hashes_tell_blocks_apart_by_latents_and_frames() -> None:
     other_latent.latents[0, 0, 0, 0] += 1e-6
     assert digest(one) == digest(chunk(5))
     assert len({digest(one), digest(other_pixel), digest(other_latent)}) == 3
+
+
+def test_the_thread_that_makes_blocks_does_not_wait_for_a_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+
+    def held(block: Chunk) -> str:
+        assert go_on.wait(60)
+        return digest(block)
+
+    monkeypatch.setattr("echo_rt.soak.interval.digest", held)
+    interval = Interval(checker(expected={4: "other"}), 1, None)
+    begun = [interval.add(chunk(index), 0.1, warm=True, switching=False) for index in range(5)]
+    hashes = [made for made in begun if made is not None]
+    assert len(hashes) == 2 and not any(made.done() for made in hashes)
+    go_on.set()
+    assert line(interval)["mismatches"] == [(4, "other", digest(chunk(4)))]
 
 
 def test_hashes_that_are_known() -> None:
