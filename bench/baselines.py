@@ -27,7 +27,7 @@ from echo_rt.options import MemoryMode
 from echo_rt.utils.device import model_context
 from echo_rt.utils.wording import with_type
 from echo_rt.verify.bundles import bound_between, relative_error
-from echo_rt.weights.keymaps import TRANSFORMER_KEYS, KeyMap, vae_keys
+from echo_rt.weights.shapes import TRANSFORMER_KEYS, KeyMap, vae_keys
 
 if str(Path(__file__).parent) not in sys.path:  # echo-rt bench loads this file alone
     sys.path.append(str(Path(__file__).parent))

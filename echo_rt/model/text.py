@@ -25,9 +25,8 @@ from echo_rt.utils.device import give_memory_back
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import first_line, warn_caller
 from echo_rt.weights.files import check_tensors
-from echo_rt.weights.keymaps import UMT5_KEYS
 from echo_rt.weights.reading import names_in, not_opened
-from echo_rt.weights.shapes import text_encoder_shapes
+from echo_rt.weights.shapes import UMT5_KEYS, text_encoder_shapes
 
 # A prompt is cut to the model's few hundred tokens; what is far longer is no prompt, and would take minutes to clean.
 LONGEST_PROMPT = 100_000  # characters

@@ -22,7 +22,7 @@ from echo_rt.weights.pickle_files import PICKLE_MAGICS, open_pickle
 from echo_rt.weights.reading import names_in, other_format, read_head
 from echo_rt.weights.safetensors_files import INDEX, is_safetensors, open_safetensors, open_sharded
 from echo_rt.weights.shapes import Shapes
-from echo_rt.weights.tensors import MOST_TENSORS, Contents, TensorFile, check_name, first_names, outline_of
+from echo_rt.weights.tensors import MOST_TENSORS, TensorFile, check_name, first_names, lazy
 
 _SAFETENSORS = ".safetensors"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -42,17 +42,15 @@ def open_tensors(path: str | Path, *, widen_to: torch.dtype = torch.float32) -> 
     but tensors; ``BackendError`` for a GGUF file without the package that reads it.
     """
     path = _find(Path(path))
-    tensors, facts = _open(path, read_head(path), widen_to)
-    if not tensors:
-        raise WeightsError(f"{path}: expected tensors, found a file without any")
-    if len(tensors) > MOST_TENSORS:
-        raise WeightsError(f"{path}: expected at most {MOST_TENSORS} tensors, found {len(tensors)}")
-    for name in tensors:
+    file = _open(path, read_head(path), widen_to)
+    if not 0 < len(file) <= MOST_TENSORS:
+        raise WeightsError(f"{path}: expected 1 to {MOST_TENSORS} tensors, found {len(file) or 'a file without any'}")
+    for name in file:
         check_name(name, path)
-    return TensorFile(path, widened(tensors, path, widen_to), facts)
+    return TensorFile(path, widened(file, path, widen_to), file.facts)
 
 
-def _open(path: Path, head: bytes, widen_to: torch.dtype) -> Contents:
+def _open(path: Path, head: bytes, widen_to: torch.dtype) -> TensorFile:
     if INDEX.search(path.name):
         return open_sharded(path)
     if head.startswith(GGUF_MAGIC):
@@ -104,26 +102,19 @@ def check_tensors(found: Mapping[str, Tensor], expected: Shapes, source: str) ->
 
     The one message lists what is missing, surplus and misshapen: the first few names of each, and how many.
     """
-    missing = [name for name in expected if name not in found]
-    surplus = sorted(name for name in found if name not in expected)
-    misshapen, mistyped = [], []
-    for name, shape in expected.items():
-        if name not in found:
-            continue
-        own, dtype, dense = outline_of(found, name)
-        if own != shape:
-            misshapen.append(f"{name} is {list(own)} for {list(shape)}")
+    entries = lazy(found).entries
+    faults: dict[str, list[str]] = {
+        "missing": [name for name in expected if name not in entries],
+        "surplus": sorted(entries.keys() - expected.keys()),
+        "misshapen": [],
+        "not dense 16- to 64-bit floats": [],
+    }
+    for name in filter(entries.__contains__, expected):
+        shape, dtype, dense = entries[name].outline
+        if shape != expected[name]:
+            faults["misshapen"].append(f"{name} is {list(shape)} for {list(expected[name])}")
         elif dtype not in _FLOATS or not dense:
-            mistyped.append(f"{name} is {plain(dtype)}")
-    faults = [
-        f"{len(names)} {fault} ({first_names(names)})"
-        for fault, names in (
-            ("missing", missing),
-            ("surplus", surplus),
-            ("misshapen", misshapen),
-            ("not dense 16- to 64-bit floats", mistyped),
-        )
-        if names
-    ]
-    if faults:
-        raise WeightsError(f"{source}: expected {len(expected)} tensors, found {len(found)}: {'; '.join(faults)}")
+            faults["not dense 16- to 64-bit floats"].append(f"{name} is {plain(dtype)}")
+    told = [f"{len(names)} {fault} ({first_names(names)})" for fault, names in faults.items() if names]
+    if told:
+        raise WeightsError(f"{source}: expected {len(expected)} tensors, found {len(found)}: {'; '.join(told)}")

@@ -19,7 +19,7 @@ from echo_rt.weights.files import check_tensors, open_tensors
 from echo_rt.weights.keymaps import bare, is_factor, without_wrappers
 from echo_rt.weights.parts import TRANSFORMER, PartTensors
 from echo_rt.weights.shapes import MEMORY_PREFIX, count_layers, memory_facts, memory_shapes, shape_of
-from echo_rt.weights.tensors import TensorFile, below, rename, selected
+from echo_rt.weights.tensors import LazyTensors, TensorFile, below, rename, selected
 
 _GENERATOR, _GENERATOR_EMA = "generator", "generator_ema"
 LORA_SECTION = "generator_lora"
@@ -97,7 +97,7 @@ def check_memory(tensors: Mapping[str, Tensor], config: ModelConfig, source: str
     check_tensors(tensors, memory_shapes(config), source)
 
 
-def split_memory(tensors: Mapping[str, Tensor], source: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+def split_memory(tensors: LazyTensors, source: str) -> tuple[LazyTensors, LazyTensors]:
     """``tensors`` under their bare names, and apart from them the memory encoder's, without its prefix."""
     plain = rename(tensors, without_wrappers, source)
     others = selected(plain, lambda name: not name.startswith(MEMORY_PREFIX))
@@ -108,6 +108,6 @@ def split_memory(tensors: Mapping[str, Tensor], source: str) -> tuple[Mapping[st
     return others, memory
 
 
-def _split(file: TensorFile, part: str | None) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+def _split(file: TensorFile, part: str | None) -> tuple[LazyTensors, LazyTensors]:
     source = f"{file.path} ({part or 'bare'})"
     return split_memory(bare(file if part is None else below(file, f"{part}."), source), source)

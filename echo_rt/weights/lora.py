@@ -41,7 +41,7 @@ from echo_rt.weights.keymaps import (
 )
 from echo_rt.weights.reading import read_object
 from echo_rt.weights.shapes import MEMORY_PREFIX
-from echo_rt.weights.tensors import Fact, LazyTensors, Outline, RenamedTensors, TensorFile, first_names, outline_of
+from echo_rt.weights.tensors import Fact, LazyTensors, Stored, TensorFile, below, first_names, lazy, selected
 
 # What PEFT and diffusers call the file in a folder of theirs.
 _FOLDER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
@@ -102,27 +102,17 @@ class MergedLora:
     memory_path: Path | None
 
 
-class _MergedTensors(LazyTensors):
-    def __init__(
-        self, base: Mapping[str, Tensor], terms: Mapping[str, Sequence[Term]], device: torch.device | str
-    ) -> None:
-        super().__init__(base)
-        self._terms, self._device = terms, device
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._entries[name]
-        if name in self._terms:
-            tensor = tensor.to(self._device, torch.float32)
-            for term in self._terms[name]:
-                tensor = term.added_to(tensor)
+def _merged(base: Stored, terms: Sequence[Term], device: torch.device | str) -> Stored:
+    def read() -> Tensor:
+        tensor = base.read().to(device, torch.float32)
+        for term in terms:
+            tensor = term.added_to(tensor)
         return tensor
 
-    def outline(self, name: str) -> Outline:
-        base = outline_of(self._entries, name)
-        return base._replace(dtype=torch.float32) if name in self._terms else base
+    def origins() -> list[Tensor]:
+        return [base.read(), *(origin for term in terms for origin in term.origins())]
 
-    def origins(self, name: str) -> list[Tensor]:
-        return [self._entries[name], *(origin for term in self._terms.get(name, ()) for origin in term.origins())]
+    return Stored(read, base.outline._replace(dtype=torch.float32), origins)
 
 
 def merge_lora(
@@ -140,8 +130,8 @@ def merge_lora(
     Errors: ``WeightsError``, naming keys, for a file without a LoRA, one of another model or method, factors that lack
     a partner or do not fit, any other tensor among them, alphas that disagree, and two memory encoders.
     """
-    loras = lora_files(lora)
-    files = [_LoraFile(path, transformer) for path, _ in loras]
+    loras, base = lora_files(lora), lazy(transformer)
+    files = [_LoraFile(path, base) for path, _ in loras]
     stated = {own for file in files for own in file.alphas.values()}
     if alpha is not None and None not in stated and stated != {alpha}:
         found = ", ".join(f"{own:g}" for own in stated if own is not None) or "no factors"
@@ -156,7 +146,8 @@ def merge_lora(
             raise WeightsError(f"{path}: expected one LoRA with a memory encoder, {memory_path} has one too")
         if file.memory:
             memory, memory_path = file.memory, path
-    return MergedLora(loras, _MergedTensors(transformer, terms, device), memory, memory_path)
+    merged = {name: _merged(base.entries[name], summands, device) for name, summands in terms.items()}
+    return MergedLora(loras, LazyTensors({**base.entries, **merged}), memory, memory_path)
 
 
 @dataclass(frozen=True)
@@ -268,7 +259,7 @@ class _LoraFile:
     Raises ``WeightsError``, as :func:`merge_lora` explains.
     """
 
-    def __init__(self, path: Path, transformer: Mapping[str, Tensor]) -> None:
+    def __init__(self, path: Path, transformer: LazyTensors) -> None:
         file = open_lora(path)
         self._source, self._transformer = str(file.path), transformer
         self._tensors, memory, facts = _split(file)
@@ -327,7 +318,7 @@ class _LoraFile:
         return found[0][1] if found else None
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        return outline_of(self._tensors, name).shape
+        return self._tensors.entries[name].outline.shape
 
     def _target(self, module: str, part: str) -> str:
         """The tensor of ``module`` that ``part`` changes."""
@@ -343,7 +334,7 @@ class _LoraFile:
             method = next((method for start, method in OTHER_METHODS.items() if f".{start}" in name), None)
             if method is not None:
                 raise WeightsError(f"{self._source}: expected a LoRA, found {method}: {name}")
-            key, (shape, dtype, dense) = parse_lora_key(name), outline_of(self._tensors, name)
+            key, (shape, dtype, dense) = parse_lora_key(name), self._tensors.entries[name].outline
             is_alpha = key is not None and key.part == ALPHA
             if key is None or not dense or not (math.prod(shape) == 1 if is_alpha else dtype.is_floating_point):
                 others.append(name)
@@ -380,7 +371,7 @@ class _LoraFile:
         target, parts = self._target(module, part), self._changes[module]
         names = [parts[UP], parts[DOWN]] if part == UP else [parts[part]]
         shapes = [self._shape(name) for name in names]
-        goal = outline_of(self._transformer, target).shape
+        goal = self._transformer.entries[target].outline.shape
         if part != UP:
             fits, what = shapes == [goal], f"a difference of {target}"
         else:
@@ -391,7 +382,7 @@ class _LoraFile:
             fits = len(goal) > 1 and rank > 0 and matrices == [(goal[0], rank), (rank, math.prod(goal[1:]))]
         if not fits:
             found = " and ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
-            dim = outline_of(self._transformer, "patch_embedding.weight").shape[0]
+            dim = self._transformer.entries["patch_embedding.weight"].outline.shape[0]
             width = next((size for shape in shapes for size in shape if size in _MODELS and size != dim), None)
             model = f": a LoRA of {_MODELS[width]}, {width} wide, for a model {dim} wide" if width else ""
             raise WeightsError(f"{self._source}: expected {what} {list(goal)}, found {found}{model}")
@@ -406,17 +397,13 @@ def open_lora(path: Path) -> TensorFile:
     return open_tensors(next((file for name in _FOLDER_FILES if os.path.exists(file := path / name)), path))
 
 
-def _split(file: TensorFile) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Fact]]:
+def _split(file: TensorFile) -> tuple[LazyTensors, LazyTensors, Mapping[str, Fact]]:
     """The LoRA's tensors, those of a memory encoder without its prefix, and the LoRA's facts."""
-    prefix = f"{LORA_SECTION}."
-    if not any(name.startswith(prefix) for name in file):
-        return *split_memory(file, str(file.path)), file.facts
+    own, facts = below(file, f"{LORA_SECTION}."), file.facts
+    if not own:
+        return *split_memory(file, str(file.path)), facts
     # The other dicts of a training checkpoint (critic, optimizer) are no part of the generator.
-    own = {name.removeprefix(prefix): name for name in file if name.startswith(prefix)}
-    beside = {name: name for name in file if without_wrappers(name).startswith(MEMORY_PREFIX) or name in ALPHA_FIELDS}
-    facts = {
-        name.removeprefix(prefix): fact
-        for name, fact in file.facts.items()
-        if name.startswith(prefix) or "." not in name
-    }
-    return *split_memory(RenamedTensors(file, own | beside), str(file.path)), facts
+    beside = selected(file, lambda name: without_wrappers(name).startswith(MEMORY_PREFIX) or name in ALPHA_FIELDS)
+    prefix = f"{LORA_SECTION}."
+    facts = {name.removeprefix(prefix): facts[name] for name in facts if name.startswith(prefix) or "." not in name}
+    return *split_memory(LazyTensors({**own.entries, **beside.entries}), str(file.path)), facts

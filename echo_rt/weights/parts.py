@@ -13,17 +13,21 @@ from echo_rt.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import counted
 from echo_rt.weights.files import check_tensors
-from echo_rt.weights.keymaps import TRANSFORMER_KEYS, UMT5_GGUF_KEYS, UMT5_KEYS, KeyMap, vae_keys
 from echo_rt.weights.shapes import (
+    TRANSFORMER_KEYS,
+    UMT5_GGUF_KEYS,
+    UMT5_KEYS,
+    KeyMap,
     Shapes,
     text_encoder_config_of,
     text_encoder_shapes,
     transformer_config_of,
     transformer_shapes,
     vae_config_of,
+    vae_keys,
     vae_shapes,
 )
-from echo_rt.weights.tensors import RenamedTensors, rename, selected
+from echo_rt.weights.tensors import LazyTensors, rename, selected
 
 Config = TypeVar("Config", TransformerConfig, VaeConfig, TextEncoderConfig)
 
@@ -127,7 +131,7 @@ class PartTensors(Generic[Config]):
     Errors: ``WeightsError`` for tensors of something else, which is named.
     """
 
-    def __init__(self, part: Part[Config], tensors: Mapping[str, Tensor], source: str) -> None:
+    def __init__(self, part: Part[Config], tensors: LazyTensors, source: str) -> None:
         fits = [naming for marks, naming in part.namings.items() if any(mark in tensors for mark in marks)]
         if not fits or _any_in(tensors, _EXTENDED):
             listed = f"{counted(len(tensors), 'tensor')} ({', '.join(sorted(tensors)[:3]) or 'none'})"
@@ -140,9 +144,7 @@ class PartTensors(Generic[Config]):
         self._part: Part[Config] = part
         self._naming: _Naming[Config] | None = fits[0]
         self._source, self._tensors = source, _without_tied_table(tensors, source)
-        self.named: Mapping[str, Tensor] = (
-            self._tensors if self._naming is None else self._naming(None).originals(self._tensors)
-        )
+        self.named = self._tensors if self._naming is None else self._naming(None).originals(self._tensors)
 
     def config(self) -> Config:
         """Sizes of the network, read off the tensors' shapes; ``WeightsError`` where they do not say them."""
@@ -154,16 +156,15 @@ class PartTensors(Generic[Config]):
         None takes the sizes from the shapes. The message has the names that the file itself uses: those are the ones
         its owner can look for.
         """
-        if config is None:
-            config = self.config()
+        config = config or self.config()
         shapes = self._part.shapes_of(config)
         in_file = str if self._naming is None else self._naming(config).to_other
         names = {name: in_file(name) for name in shapes}
         check_tensors(self._tensors, {names[name]: shape for name, shape in shapes.items()}, self._source)
-        return RenamedTensors(self._tensors, names)
+        return LazyTensors({name: self._tensors.entries[theirs] for name, theirs in names.items()})
 
 
-def _without_tied_table(tensors: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
+def _without_tied_table(tensors: LazyTensors, source: str) -> LazyTensors:
     """``tensors`` with a umT5's token table under one name only; anything else as it is."""
     if _TABLE_AGAIN not in tensors:
         return tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from echo_rt.errors import WeightsError
 from echo_rt.weights.reading import not_opened, read_head, read_object, reason_of
-from echo_rt.weights.tensors import Contents, LazyTensors, check_name
+from echo_rt.weights.tensors import LazyTensors, Stored, TensorFile, check_name
 
 # The index of a sharded file, of a variant too (diffusers: *.safetensors.index.fp16.json).
 INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
@@ -27,29 +28,28 @@ def is_safetensors(head: bytes) -> bool:
     return head[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{"
 
 
-class _MappedTensors(LazyTensors):
-    """Tensors by name, each with the opened file that holds it."""
-
-    def __getitem__(self, name: str) -> Tensor:
-        try:
-            tensor: Tensor = self._entries[name].get_tensor(name)
-        except (SafetensorError, TypeError, ValueError) as error:  # a number format this torch does not have
-            raise WeightsError(f"{name}: expected a tensor that torch can hold, {error}") from error
-        return tensor
-
-
-def _opened(path: Path) -> Any:
+def _opened(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors and metadata of a file."""
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        file: Any = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         found = f"a damaged or other one ({reason_of(error)})"
         raise not_opened(path, error, "a safetensors file", found) from error
+    return {name: Stored(partial(_read, file, name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def open_safetensors(path: Path) -> Contents:
+def _read(file: Any, name: str) -> Tensor:
+    try:
+        tensor: Tensor = file.get_tensor(name)
+    except (SafetensorError, TypeError, ValueError) as error:  # a number format this torch does not have
+        raise WeightsError(f"{name}: expected a tensor that torch can hold, {error}") from error
+    return tensor
+
+
+def open_safetensors(path: Path) -> TensorFile:
     """The tensors and metadata of one file; ``WeightsError`` for a damaged one or one of another format."""
-    file = _opened(path)
-    return _MappedTensors(dict.fromkeys(file.keys(), file)), file.metadata() or {}
+    entries, facts = _opened(path)
+    return TensorFile(path, LazyTensors(entries), facts)
 
 
 @dataclass
@@ -57,14 +57,14 @@ class _Index:
     weight_map: Annotated[dict[str, str], Meta(min_length=1)]
 
 
-def open_sharded(index: Path) -> Contents:
+def open_sharded(index: Path) -> TensorFile:
     """The tensors of all shards that ``index`` (``*.safetensors.index.json``) names.
 
     Errors: ``WeightsError`` for an index without its map, one that names files elsewhere or missing ones, or differs
     from what the shards hold.
     """
     weight_map = read_object(index, 'an index of shards with a "weight_map"', _Index).weight_map
-    holders: dict[str, Any] = {}
+    entries: dict[str, Stored] = {}
     for shard_name in sorted(set(weight_map.values())):
         if Path(shard_name).name != shard_name:
             raise WeightsError(f"{index}: expected shards beside the index, found {shard_name!r:.300}")
@@ -72,14 +72,14 @@ def open_sharded(index: Path) -> Contents:
         if not os.path.isfile(shard):  # pathlib raises for a name that cannot be
             raise WeightsError(f"{index}: expected the shard {shard_name:.300} beside the index, found none")
         read_head(shard)
-        file = _opened(shard)
-        for name in file.keys():  # noqa: SIM118 - the opened file is no mapping
+        there, _ = _opened(shard)
+        for name in there:
             if weight_map.get(check_name(name, shard)) != shard_name:
                 raise WeightsError(f"{shard}: expected only tensors that {index.name} places here, found also {name}")
-            holders[name] = file
-    missing = [check_name(name, index) for name in weight_map if name not in holders]
+        entries |= there
+    missing = [check_name(name, index) for name in weight_map if name not in entries]
     if missing:
         raise WeightsError(
             f"{index}: expected {missing[0]} in {weight_map[missing[0]]}, which lacks it ({len(missing)} such tensors)"
         )
-    return _MappedTensors(holders), {}
+    return TensorFile(index, LazyTensors(entries), {})

@@ -13,6 +13,7 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from echo_rt.weights.shapes import (
     transformer_shapes,
     vae_shapes,
 )
-from echo_rt.weights.tensors import LazyTensors
+from echo_rt.weights.tensors import LazyTensors, Stored
 from echo_rt.weights.tiny_vae import TAEW, TinyVaeConfig, tiny_decoder_shapes
 
 Tensors = dict[str, Tensor]
@@ -279,8 +280,5 @@ class RandomTensors(LazyTensors):
     """
 
     def __init__(self, shapes: Shapes, device: torch.device, seed: int = 0) -> None:
-        super().__init__(shapes)
-        self._draw = Draw(seed, device, torch.float32)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return random_tensor(self._draw, name, self._entries[name])
+        draw = Draw(seed, device, torch.float32)
+        super().__init__({name: Stored(partial(random_tensor, draw, name, shape)) for name, shape in shapes.items()})

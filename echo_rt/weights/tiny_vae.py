@@ -20,7 +20,7 @@ from echo_rt.config import VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.options import TINY_VAE, WAN_VAE
 from echo_rt.weights.files import check_tensors, open_tensors
-from echo_rt.weights.shapes import Shapes, convolution_shapes, shape_of
+from echo_rt.weights.shapes import Module, Shapes, shape_of, shapes_of
 from echo_rt.weights.tensors import selected
 
 _SUFFIXES = (".pth", ".safetensors")
@@ -97,15 +97,15 @@ def outlet_name(level: int) -> str:
 
 def tiny_decoder_shapes(config: TinyVaeConfig) -> Shapes:
     """``decoder.*`` of a tiny decoder's file."""
-    shapes = convolution_shapes(STEM, config.widths[0], config.z_dim, 3, 3)
+    modules = [Module((STEM,), (config.widths[0], config.z_dim, 3, 3))]
     for level, growth in enumerate(config.growth):
         width = config.widths[level]
         for block in block_names(level):
-            for layer, channels in ((0, 2 * width), (2, width), (4, width)):
-                shapes |= convolution_shapes(f"{block}.conv.{layer}", width, channels, 3, 3)
-        shapes[f"{growth_name(level)}.weight"] = (growth * width, width, 1, 1)
-        shapes[f"{outlet_name(level)}.weight"] = (config.widths[level + 1], width, 3, 3)
-    return shapes | convolution_shapes(config.head, 3, config.widths[-1], 3, 3)
+            layers = ((0, 2 * width), (2, width), (4, width))
+            modules += (Module((f"{block}.conv.{layer}",), (width, channels, 3, 3)) for layer, channels in layers)
+        modules.append(Module((growth_name(level),), (growth * width, width, 1, 1), (".weight",)))
+        modules.append(Module((outlet_name(level),), (config.widths[level + 1], width, 3, 3), (".weight",)))
+    return shapes_of([*modules, Module((config.head,), (3, config.widths[-1], 3, 3))])
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from echo_rt.config import MemoryConfig, ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from echo_rt.weights.keymaps import TRANSFORMER_KEYS, UMT5_KEYS, vae_keys
-from echo_rt.weights.shapes import Shapes, memory_shapes, text_encoder_shapes, transformer_shapes, vae_shapes
+from echo_rt.weights.shapes import (
+    TRANSFORMER_KEYS,
+    UMT5_KEYS,
+    Shapes,
+    memory_shapes,
+    text_encoder_shapes,
+    transformer_shapes,
+    vae_keys,
+    vae_shapes,
+)
 
 TRANSFORMER = TransformerConfig(dim=24, ffn_dim=40, freq_dim=16, num_heads=2, num_layers=2, text_dim=20, text_len=8)
 MODEL = ModelConfig(transformer=TRANSFORMER, latent_height=4, latent_width=6, memory=MemoryConfig(frames=2))

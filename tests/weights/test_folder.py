@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from echo_rt.config import TextEncoderConfig, VaeConfig
 from echo_rt.errors import WeightsError
 from echo_rt.weights.folder import ModelFolder
-from echo_rt.weights.keymaps import UMT5_KEYS
 from echo_rt.weights.shapes import (
+    UMT5_KEYS,
     text_encoder_config_of,
     text_encoder_shapes,
     transformer_shapes,

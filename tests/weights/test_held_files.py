@@ -27,14 +27,14 @@ from echo_rt.weights import gguf_files
 from echo_rt.weights.files import open_tensors
 from echo_rt.weights.folder import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE, ModelFolder
 from echo_rt.weights.generator import load_generator
-from echo_rt.weights.keymaps import (
+from echo_rt.weights.lora import merge_lora
+from echo_rt.weights.shapes import (
     TRANSFORMER_KEYS,
     UMT5_GGUF_KEYS,
     UMT5_KEYS,
+    transformer_shapes,
     vae_keys,
 )
-from echo_rt.weights.lora import merge_lora
-from echo_rt.weights.shapes import transformer_shapes
 
 Tensors = dict[str, Tensor]
 # As wide as one head of Wan2.1: no shape says how many there are.

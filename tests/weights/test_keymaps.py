@@ -13,13 +13,16 @@ from torch import Tensor
 
 from echo_rt.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import WeightsError
-from echo_rt.weights.keymaps import (
+from echo_rt.weights.shapes import (
     TRANSFORMER_KEYS,
     UMT5_KEYS,
     KeyMap,
+    Shapes,
+    text_encoder_shapes,
+    transformer_shapes,
     vae_keys,
+    vae_shapes,
 )
-from echo_rt.weights.shapes import Shapes, text_encoder_shapes, transformer_shapes, vae_shapes
 
 WIDE_VAE = VaeConfig(base_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, False))
 PARTS = {

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.weights.fingerprint import FingerprintedTensors
-from echo_rt.weights.keymaps import TRANSFORMER_KEYS
 from echo_rt.weights.lora import merge_lora
-from echo_rt.weights.shapes import MEMORY_PREFIX, transformer_shapes
+from echo_rt.weights.shapes import MEMORY_PREFIX, TRANSFORMER_KEYS, transformer_shapes
 
 RANK, ALPHA = 4, 8
 # Every Linear of every block, as the published LoRA has it.
