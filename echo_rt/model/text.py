@@ -25,7 +25,7 @@ from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import first_line, warn_caller
 from echo_rt.weights.files import check_tensors
 from echo_rt.weights.reading import names_in, not_opened
-from echo_rt.weights.shapes import UMT5_KEYS, text_encoder_shapes
+from echo_rt.weights.shapes import names_of, text_encoder_modules, text_encoder_shapes
 
 # A prompt is cut to the model's few hundred tokens; what is far longer is no prompt, and would take minutes to clean.
 LONGEST_PROMPT = 100_000  # characters
@@ -79,11 +79,11 @@ def _build_umt5(
         model: Any = UMT5EncoderModel(UMT5Config(feed_forward_proj="gated-gelu", **options))
 
     weights: dict[str, Tensor] = {}
-    for name in text_encoder_shapes(config):
+    for name, other in names_of(text_encoder_modules(config), config.num_layers).items():
         stored = tensors[name]
         # Only ever narrowed: widening costs memory and changes nothing, the arithmetic is float32 anyway.
         keep = stored.dtype.itemsize <= dtype.itemsize
-        weights[UMT5_KEYS.to_other(name)] = stored.to(device, stored.dtype if keep else dtype)
+        weights[other] = stored.to(device, stored.dtype if keep else dtype)
     weights["encoder.embed_tokens.weight"] = weights["shared.weight"]  # one table under two names
     model.load_state_dict(weights, strict=True, assign=True)
     model.encoder.final_layer_norm.float()

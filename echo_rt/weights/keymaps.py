@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from echo_rt.weights.shapes import TRANSFORMER_KEYS
+from echo_rt.weights.shapes import count_layers, transformer_names
 from echo_rt.weights.tensors import LazyTensors, rename, selected
 
 # Modules that training wraps around others and that leave their names in the keys.
@@ -114,16 +114,15 @@ def is_factor(name: str) -> bool:
     return key is not None and key.part in (DOWN, UP)
 
 
-def module_names(tensors: Iterable[str]) -> dict[str, str]:
+def module_names(tensors: Collection[str]) -> dict[str, str]:
     """Every name, with ``_`` for ``.``, of the modules of these ``tensors`` (Wan's names) -> Wan's name.
 
     So one table holds Wan's names, those of diffusers and the flat ones of kohya's trainers.
     """
     modules: dict[str, str] = {}
+    others = transformer_names(count_layers(tensors, "blocks."))
     for name in tensors:
-        module = _module_of(name)
-        others = (module, _module_of(TRANSFORMER_KEYS.to_other(name)))
-        modules |= {other.replace(".", "_"): module for other in others}
+        modules |= {_module_of(other).replace(".", "_"): _module_of(name) for other in (name, others[name])}
     return modules
 
 

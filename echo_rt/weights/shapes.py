@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from echo_rt.config import ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.utils.wording import counted
-from echo_rt.weights.tensors import LazyTensors, lazy
+from echo_rt.weights.tensors import lazy
 
 T = TypeVar("T")
 
@@ -27,6 +26,7 @@ Shapes = dict[str, tuple[int, ...]]
 MEMORY_PREFIX = "query_memory_encoder."
 
 _HEAD_DIM = 128  # of every Wan2.1 transformer; no shape says it
+ANY_TRANSFORMER = TransformerConfig(dim=128, ffn_dim=1, freq_dim=2, num_heads=1, num_layers=1)  # for names
 _WEIGHT, _GAMMA, _BARE = (".weight",), (".gamma",), ("",)
 
 
@@ -44,54 +44,25 @@ class Module(NamedTuple):
 Modules = list[Module]
 
 
-def shapes_of(modules: Iterable[Module], layers: int = 0) -> Shapes:
-    """All tensors of ``modules``, under their original names; those of a layer for each of ``layers``."""
-    shapes: Shapes = {}
+def tensors_of(modules: Iterable[Module], layers: int = 0) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """The names of every tensor of ``modules`` and its shape; those of a layer for each of ``layers``."""
     for layered, group in itertools.groupby(modules, key=lambda module: "#" in module.names[0]):
         run = list(group)
         for layer in range(layers) if layered else (0,):
-            for (name, *_), shape, tensors in run:
-                own = name.replace("#", str(layer))
-                shapes |= {f"{own}{end}": shape[:1] if end == ".bias" else shape for end in tensors}
-    return shapes
+            for names, shape, tensors in run:
+                for end in tensors:
+                    own = tuple(f"{name}{end}".replace("#", str(layer)) for name in names)
+                    yield own, shape[:1] if end == ".bias" else shape
 
 
-class KeyMap:
-    """The two names of every module of a network, original and in the layout of that number, and the way to each.
-
-    What follows a module's name (``.weight``, nothing for a bare parameter) is the same on both sides.
-    """
-
-    def __init__(self, modules: Iterable[Module], layout: int = 1) -> None:
-        self._to_other = {module.names[0]: module.names[layout] for module in modules}
-        self._to_original = {other: original for original, other in self._to_other.items()}
-
-    def to_other(self, name: str) -> str:
-        """The name in the other layout of the tensor with this original name; ``WeightsError`` if there is none."""
-        return _translate(name, self._to_other)
-
-    def to_original(self, name: str) -> str:
-        """The original name of the tensor with this name in the other layout; ``WeightsError`` if there is none."""
-        return _translate(name, self._to_original)
-
-    def originals(self, tensors: LazyTensors) -> LazyTensors:
-        """A view of those ``tensors`` (names of the other layout) that have an original name, under it."""
-        entries = {}
-        for name, entry in tensors.entries.items():
-            with suppress(WeightsError):
-                entries[self.to_original(name)] = entry
-        return LazyTensors(entries)
+def shapes_of(modules: Iterable[Module], layers: int = 0) -> Shapes:
+    """The tensors of :func:`tensors_of` under their original names."""
+    return {names[0]: shape for names, shape in tensors_of(modules, layers)}
 
 
-def _translate(name: str, table: Mapping[str, str]) -> str:
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
-    for end in range(len(parts), 0, -1):
-        module, rest = parts[:end], "".join(f".{part}" for part in parts[end:])
-        generic = ".".join([*module[:number], "#", *module[number + 1 :]])
-        if (found := table.get(".".join(module))) or (number < end and (found := table.get(generic))):
-            return found.replace("#", (*parts, "")[number]) + rest
-    raise WeightsError(f"{name}: expected a tensor of the model, found a name of none")
+def names_of(modules: Iterable[Module], layers: int = 0, layout: int = 1) -> dict[str, str]:
+    """The original names of the tensors of :func:`tensors_of` -> those in a layout, by its number."""
+    return {names[0]: names[layout] for names, _ in tensors_of(modules, layers)}
 
 
 def transformer_modules(config: TransformerConfig) -> Modules:
@@ -232,11 +203,6 @@ def vae_decoder_shapes(config: VaeConfig) -> Shapes:
     return shapes_of(vae_decoder_modules(config))
 
 
-def vae_shapes(config: VaeConfig) -> Shapes:
-    """The whole VAE file: encoder, decoder and the 1x1x1 convolutions between them."""
-    return vae_encoder_shapes(config) | vae_decoder_shapes(config)
-
-
 def text_encoder_modules(config: TextEncoderConfig) -> Modules:
     """The umT5 encoder under the names of Wan, transformers, and llama.cpp (which GGUF files have)."""
     width, attention, ffn = config.d_model, config.d_attn, config.d_ff
@@ -270,24 +236,32 @@ def text_encoder_shapes(config: TextEncoderConfig) -> Shapes:
     return shapes_of(text_encoder_modules(config), config.num_layers)
 
 
-# Names that do not depend on sizes.
-TRANSFORMER_KEYS = KeyMap(transformer_modules(TransformerConfig(128, 1, 2, 1, 1)))
-UMT5_KEYS, UMT5_GGUF_KEYS = (KeyMap(text_encoder_modules(TextEncoderConfig()), layout) for layout in (1, 2))
-# Of the VAE those that its sizes are read off; how the levels of its decoder are grouped follows from them.
-_VAE_SIZES = (
-    ("conv2", "post_quant_conv"),
-    ("encoder.conv1", "encoder.conv_in"),
-    ("encoder.downsamples.#.residual.2", "encoder.down_blocks.#.conv1"),
-    ("encoder.downsamples.#.resample.1", "encoder.down_blocks.#.resample.1"),
-    ("encoder.downsamples.#.time_conv", "encoder.down_blocks.#.time_conv"),
-)
+# Of the VAE what its sizes are read off; how the levels of its decoder are grouped follows from them.
+VAE_SIZES = [
+    Module(names, ())
+    for names in (
+        ("conv2", "post_quant_conv"),
+        ("encoder.conv1", "encoder.conv_in"),
+        ("encoder.downsamples.#.residual.2", "encoder.down_blocks.#.conv1"),
+        ("encoder.downsamples.#.resample.1", "encoder.down_blocks.#.resample.1"),
+        ("encoder.downsamples.#.time_conv", "encoder.down_blocks.#.time_conv"),
+    )
+]
 
 
-def vae_keys(config: VaeConfig | None) -> KeyMap:
-    """The VAE: Wan and diffusers' ``AutoencoderKLWan``; without a config the names that its sizes are read off."""
-    if config is None:
-        return KeyMap(Module(names, ()) for names in _VAE_SIZES)
-    return KeyMap([*vae_encoder_modules(config), *vae_decoder_modules(config)])
+def vae_modules(config: VaeConfig) -> Modules:
+    """The whole VAE file: encoder, decoder and the 1x1x1 convolutions between them."""
+    return [*vae_encoder_modules(config), *vae_decoder_modules(config)]
+
+
+def vae_shapes(config: VaeConfig) -> Shapes:
+    """The whole VAE file."""
+    return shapes_of(vae_modules(config))
+
+
+def transformer_names(layers: int) -> dict[str, str]:
+    """Wan's names of a transformer of that many blocks -> diffusers'."""
+    return names_of(transformer_modules(ANY_TRANSFORMER), layers)
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, source: str, what: str) -> tuple[int, ...]:
@@ -300,7 +274,7 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, source: str, w
     return shape
 
 
-def count_layers(tensors: Mapping[str, Tensor], prefix: str) -> int:
+def count_layers(tensors: Iterable[str], prefix: str) -> int:
     """Count the different numbers right behind ``prefix`` in the names.
 
     Where the numbers have gaps this is no layer count, and the check of every tensor that follows finds it out.
