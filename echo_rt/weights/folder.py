@@ -21,8 +21,7 @@ from echo_rt.options import DEMO, is_path
 from echo_rt.utils.checked_json import convert
 from echo_rt.utils.wording import type_of
 from echo_rt.weights.files import SUFFIXES, open_tensors
-from echo_rt.weights.keymaps import bare
-from echo_rt.weights.parts import TEXT_ENCODER, TRANSFORMER, VAE, Config, Part, PartTensors
+from echo_rt.weights.parts import TEXT_ENCODER, TRANSFORMER, VAE, Config, Part, PartTensors, bare
 from echo_rt.weights.reading import names_in, read_object
 from echo_rt.weights.shapes import configured
 from echo_rt.weights.tensors import first_names

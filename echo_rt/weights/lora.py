@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from msgspec import Meta
@@ -24,27 +24,47 @@ from echo_rt.options import Lora, lora_files
 from echo_rt.utils.checked_json import convert, read_json
 from echo_rt.utils.wording import counted
 from echo_rt.weights.files import open_tensors
-from echo_rt.weights.generator import LORA_SECTION, split_memory
-from echo_rt.weights.keymaps import (
-    ALPHA,
-    ALPHA_FIELDS,
-    BIAS,
-    DOWN,
-    IMAGE_MODULES,
-    OTHER_METHODS,
-    UP,
-    UP_BIAS,
-    WEIGHT,
-    module_names,
-    parse_lora_key,
-    without_wrappers,
-)
+from echo_rt.weights.parts import HOLDERS, bare_name, split_memory, without_wrappers
 from echo_rt.weights.reading import read_object
-from echo_rt.weights.shapes import MEMORY_PREFIX
+from echo_rt.weights.shapes import MEMORY_PREFIX, count_layers, transformer_names
 from echo_rt.weights.tensors import Fact, LazyTensors, Stored, TensorFile, below, first_names, lazy, selected
 
 # What PEFT and diffusers call the file in a folder of theirs.
 _FOLDER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
+LORA_SECTION = "generator_lora"  # the dict of a training checkpoint that is one
+# What trainers of LoRAs put before a module's name, in any order and number.
+_HOLDERS = (*HOLDERS, "transformer.", "pipe.dit.", "unet.", "lora_unet_", "lora_transformer_", "lycoris_")
+
+# What a tensor is to its module; a difference is called by the tensor that it changes.
+DOWN, UP, UP_BIAS, ALPHA, WEIGHT, BIAS = "down", "up", "up_bias", "alpha", "weight", "bias"
+_DOWN_NAMES = r"lora_A|lora_down|lora\.down|lora_linear_layer\.down"
+_UP_NAMES = r"lora_B|lora_up|lora\.up|lora_linear_layer\.up"
+# Names of alpha: alone that of all modules, behind a module's name the alpha of that module.
+ALPHA_FIELDS = ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha")
+# PEFT puts the adapter's name, mostly "default", between the factor and "weight", or leaves it out.
+_ADAPTER = r"(?:\.(?!bias$)[^.]+)?"
+_NAMINGS = {
+    re.compile(pattern): part
+    for pattern, part in (
+        (rf"(.+?)\.(?:{_DOWN_NAMES}){_ADAPTER}(?:\.weight)?", DOWN),
+        (rf"(.+?)\.(?:{_UP_NAMES}){_ADAPTER}(?:\.weight)?", UP),
+        (rf"(.+?)\.(?:{_UP_NAMES}){_ADAPTER}\.bias", UP_BIAS),
+        (r"(.+)\.(?:diff|w_norm)", WEIGHT),
+        (r"(.+)\.(?:diff_b|b_norm)", BIAS),
+        (rf"(?:(.+)\.)?(?:{'|'.join(ALPHA_FIELDS)})", ALPHA),
+    )
+}
+# Other methods, which do not add a product of two factors, by how the names of their tensors begin.
+_OTHER_METHODS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+    "oft_": "OFT",
+    "lora_mid": "LoCon's Tucker decomposition",
+}
+# Modules that only image-to-video models have, in Wan's names and those of diffusers.
+_IMAGE_MODULES = ("k_img", "v_img", "img_emb", "add_k_proj", "add_v_proj", "norm_added_k", "image_embedder")
 # A part that is of no use without another one.
 _PARTNERS = {DOWN: UP, UP: DOWN, UP_BIAS: UP}
 # The precision of bfloat16, in which some trainers store alpha.
@@ -65,6 +85,46 @@ _Patterns = Annotated[dict[str, _Number], Meta(max_length=2**11)]
 # Of a pattern that a crafted file could take hours to match: repeated groups, and more than two repetitions.
 _LONGEST_PATTERN = 256
 _SLOW = re.compile(r"\)[*+{]|([*+{].*){3}", re.DOTALL)
+
+
+class LoraKey(NamedTuple):
+    """A key taken apart: the module without prefixes (``""``: all modules), and the part of its change."""
+
+    module: str
+    part: str
+
+
+def parse_lora_key(name: str) -> LoraKey | None:
+    """Take the key ``name`` of a LoRA file apart; None for a key that is no part of a LoRA."""
+    name = bare_name(name, _HOLDERS)
+    # LightX2V's difference of a modulation, which is a bare parameter of the module.
+    if name.endswith(".diff_m"):
+        name = f"{name.removesuffix('.diff_m')}.modulation.diff"
+    found = ((pattern.fullmatch(name), part) for pattern, part in _NAMINGS.items())
+    return next((LoraKey(match[1] or "", part) for match, part in found if match), None)
+
+
+def is_factor(name: str) -> bool:
+    """Return whether a tensor of this name is a LoRA's factor, in any naming."""
+    key = parse_lora_key(name)
+    return key is not None and key.part in (DOWN, UP)
+
+
+def _module_names(tensors: Collection[str]) -> dict[str, str]:
+    """Every name, with ``_`` for ``.``, of the modules of these ``tensors`` (Wan's names) -> Wan's name.
+
+    So one table holds Wan's names, those of diffusers and the flat ones of kohya's trainers.
+    """
+    modules: dict[str, str] = {}
+    others = transformer_names(count_layers(tensors, "blocks."))
+    for name in tensors:
+        modules |= {_module_of(other).replace(".", "_"): _module_of(name) for other in (name, others[name])}
+    return modules
+
+
+def _module_of(tensor: str) -> str:
+    """The module that a tensor belongs to; a bare parameter, such as a modulation, is its own."""
+    return tensor.removesuffix(f".{WEIGHT}").removesuffix(f".{BIAS}")
 
 
 @dataclass(frozen=True)
@@ -122,8 +182,8 @@ def merge_lora(
 
     A changed tensor is computed on ``device`` and stays there, the others come as they are in ``transformer``.
 
-    Each path is a weight file, or a folder of PEFT or diffusers. Its keys are in any naming of :mod:`.keymaps`,
-    perhaps below ``generator_lora``; beside them may be a ``query_memory_encoder``. The rank is that of the factors.
+    Each path is a weight file, or a folder of PEFT or diffusers. Its keys are in any naming, perhaps
+    below ``generator_lora``; beside them may be a ``query_memory_encoder``. The rank is that of the factors.
     Alpha is what the file says (tensors, header, facts, PEFT's config), ``alpha`` where it says nothing, and the rank
     where neither does.
 
@@ -168,19 +228,8 @@ class Stated:
         return next(matched, self.modules.get(module, self.default))
 
 
-def _positive(value: Any, name: str, source: str) -> float:
-    """``value`` as a finite number above 0; raises ``WeightsError``."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise WeightsError(f"{source}: expected {name} to be a number above 0, found {value!r:.80}")
-    return number
-
-
 def alphas_in(facts: Mapping[str, Fact], names: Mapping[str, str], source: str) -> list[Stated]:
-    """The alphas among ``facts``, one place for each shared one; ``names`` as of :func:`.keymaps.module_names`."""
+    """The alphas among ``facts``, one place for each shared one; ``names`` as of :func:`_module_names`."""
     modules: dict[str, float] = {}
     shared: dict[str, float] = {}
     for name, value in sorted(facts.items()):
@@ -188,7 +237,8 @@ def alphas_in(facts: Mapping[str, Fact], names: Mapping[str, str], source: str) 
         if key is not None and key.part == ALPHA and value not in _NO_ALPHA:
             own = names.get(key.module.replace(".", "_"), key.module)
             place, by = (modules, own) if key.module else (shared, name)
-            place[by] = _positive(value, name, source)
+            expected = f"{source}: expected {name} to be a number above 0, found {value!r:.80}"
+            place[by] = read_json(str(value), _Number, expected, WeightsError)
     if modules and not shared:
         return [Stated("alphas of modules", None, modules)]
     return [Stated(label, default, modules) for label, default in shared.items()]
@@ -255,8 +305,6 @@ class _LoraFile:
     """An opened LoRA file that fits ``transformer`` (original names); ``memory`` is its memory encoder or None.
 
     ``ranks`` and ``alphas`` are those of the pairs of factors, by module; an alpha is None where the file states none.
-
-    Raises ``WeightsError``, as :func:`merge_lora` explains.
     """
 
     def __init__(self, path: Path, transformer: LazyTensors) -> None:
@@ -264,18 +312,15 @@ class _LoraFile:
         self._source, self._transformer = str(file.path), transformer
         self._tensors, memory, facts = _split(file)
         self.memory = memory or None
-        names = module_names(transformer)
+        names = _module_names(transformer)
         self._changes: dict[str, dict[str, str]] = {}  # module -> part -> the file's name of the tensor
         self._written: dict[str, str] = {}  # module -> the file's name of it
         tensor_alphas = self._sort(names)
         self._check_changes()
         configs = adapter_configs(file.path, facts, self._source)
         stated = [config.stated(label, self._source) for label, config in configs.items()]
-        alphas = [
-            *alphas_in(tensor_alphas, names, self._source),
-            *alphas_in(facts, names, self._source),
-            *(alpha for alpha, _ in stated),
-        ]
+        alphas = [place for each in (tensor_alphas, facts) for place in alphas_in(each, names, self._source)]
+        alphas += (alpha for alpha, _ in stated)
         stray = sorted({name for place in alphas for name in place.modules} - self._changes.keys())
         self._refuse(stray, "alphas of changed modules", "of others")
         self._rank_stabilized = any(config.use_rslora for config in configs.values())
@@ -292,8 +337,8 @@ class _LoraFile:
             scale = 0.0
             if module in self.ranks:
                 rank = self.ranks[module]
-                divisor = math.sqrt(rank) if self._rank_stabilized else rank
-                scale = strength * (self.alphas[module] or alpha or float(rank)) / divisor
+                scale = strength * (self.alphas[module] or alpha or float(rank))
+                scale /= math.sqrt(rank) if self._rank_stabilized else rank
                 if abs(scale) > torch.finfo(torch.float32).max:
                     raise WeightsError(
                         f"{self._source}: expected strength and alpha whose product over the rank fits float32, "
@@ -331,7 +376,7 @@ class _LoraFile:
         alphas: dict[str, float] = {}
         others: list[str] = []
         for name in self._tensors:
-            method = next((method for start, method in OTHER_METHODS.items() if f".{start}" in name), None)
+            method = next((method for start, method in _OTHER_METHODS.items() if f".{start}" in name), None)
             if method is not None:
                 raise WeightsError(f"{self._source}: expected a LoRA, found {method}: {name}")
             key, (shape, dtype, dense) = parse_lora_key(name), self._tensors.entries[name].outline
@@ -359,7 +404,7 @@ class _LoraFile:
         unpaired = [name for module, part, name in every if _PARTNERS.get(part, part) not in self._changes[module]]
         self._refuse(unpaired, "lora_A and lora_B in pairs", "without a partner")
         unknown = [name for module, part, name in every if self._target(module, part) not in self._transformer]
-        images = [name for name in unknown if any(module in name for module in IMAGE_MODULES)]
+        images = [name for name in unknown if any(module in name for module in _IMAGE_MODULES)]
         self._refuse(images, "a LoRA of a text-to-video model", "of an image-to-video one")
         # Shapes before unknown names: a LoRA of a larger model has more blocks too, but its width says which model.
         for module, part, _ in every:

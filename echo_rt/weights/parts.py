@@ -1,4 +1,4 @@
-"""The networks of a model as files hold them: their names and sizes, and names for files of something else."""
+"""The networks of a model as files hold them: what stands around their names, which names, and files of others."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from echo_rt.utils.wording import counted
 from echo_rt.weights.files import check_tensors
 from echo_rt.weights.shapes import (
     ANY_TRANSFORMER,
+    MEMORY_PREFIX,
     VAE_SIZES,
     Modules,
     names_of,
@@ -26,9 +27,20 @@ from echo_rt.weights.shapes import (
     vae_config_of,
     vae_modules,
 )
-from echo_rt.weights.tensors import LazyTensors, rename, selected
+from echo_rt.weights.tensors import LazyTensors, below, rename, selected
 
 Config = TypeVar("Config", TransformerConfig, VaeConfig, TextEncoderConfig)
+
+# Modules that training wraps around others and that leave their names in the keys.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+# What the trained object as a whole is called: PEFT's wrapper, then the diffusion wrapper's attribute.
+_OWNERS = ("base_model.model.", "model.")
+# Dicts and modules that a whole model lies in, Lightning's and ComfyUI's among them. One may lie in another.
+HOLDERS = (*_OWNERS, "state_dict.", "module.", "diffusion_model.")
+# Dicts of a training run beside the model: the state of its optimizers, and a model that is not generated with.
+_TRAINING = ("optimizer", "generator_optimizer", "critic_optimizer", "optimizer_states", "lr_schedulers", "critic")
+# Tensors that are no weights: a tokenizer inside ComfyUI's text encoders.
+_BAGGAGE = ("spiece_model",)
 
 _MOST_LAYERS = 1025  # one more than a config may have
 # transformers' second name for the token table; older versions write both.
@@ -169,3 +181,40 @@ def _without_tied_table(tensors: LazyTensors, source: str) -> LazyTensors:
     if table.dtype != again.dtype or not torch.equal(table, again):
         raise WeightsError(f"{source}: expected {_TABLE} and {_TABLE_AGAIN} to be one table, found two that differ")
     return selected(tensors, lambda name: name != _TABLE_AGAIN)
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a tensor in the bare model: FSDP's, PEFT's and the trainer's own prefixes taken off."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    for owner in _OWNERS:
+        name = name.removeprefix(owner)
+    return name
+
+
+def bare_name(name: str, holders: tuple[str, ...]) -> str:
+    """The name without wrappers and ``holders``."""
+    name = without_wrappers(name)
+    while holder := next((holder for holder in holders if name.startswith(holder)), None):
+        name = name.removeprefix(holder)
+    return name
+
+
+def bare(tensors: LazyTensors, source: str) -> LazyTensors:
+    """A whole model's tensors under their bare names, without what a training run or ComfyUI saves beside them."""
+
+    def is_weight(name: str) -> bool:
+        return name.split(".", 1)[0] not in _TRAINING and bare_name(name, HOLDERS) not in _BAGGAGE
+
+    return rename(selected(tensors, is_weight), lambda name: bare_name(name, HOLDERS), source)
+
+
+def split_memory(tensors: LazyTensors, source: str) -> tuple[LazyTensors, LazyTensors]:
+    """``tensors`` under their bare names, and apart from them the memory encoder's, without its prefix."""
+    plain = rename(tensors, without_wrappers, source)
+    others = selected(plain, lambda name: not name.startswith(MEMORY_PREFIX))
+    # Where the memory encoder is a dict of its own, its tensors may repeat the whole path to it.
+    memory = rename(
+        below(plain, MEMORY_PREFIX), lambda name: without_wrappers(name).removeprefix(MEMORY_PREFIX), source
+    )
+    return others, memory

@@ -76,12 +76,8 @@ def read_head(path: Path, what: str = "weights") -> bytes:
             raise WeightsError(f"{path}: expected a file, found a pipe or a device")
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: expected a file, found none") from None
-    except IsADirectoryError:
-        raise WeightsError(f"{path}: expected a file, found a folder") from None
     except (OSError, ValueError) as error:
-        raise not_opened(path, error, "a readable file", getattr(error, "strerror", None) or str(error)) from error
+        raise not_opened(path, error, "a file", _said(error)) from error
     if not head:
         raise WeightsError(f"{path}: expected {what}, found an empty file")
     if head.startswith(_LFS_POINTER):
@@ -89,12 +85,17 @@ def read_head(path: Path, what: str = "weights") -> bytes:
     return head
 
 
+def _said(error: OSError | ValueError) -> str:
+    known = {errno.ENOENT: "none", errno.EISDIR: "a folder"}
+    return known.get(getattr(error, "errno", 0)) or getattr(error, "strerror", None) or str(error)
+
+
 def names_in(folder: Path) -> list[str]:
     """The names of what lies in ``folder``, in order; ``WeightsError`` for one that cannot be read."""
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
-        raise not_opened(folder, error, "a readable folder", error.strerror or str(error)) from error
+        raise not_opened(folder, error, "a readable folder", _said(error)) from error
 
 
 def read_object(path: Path, what: str, kind: type[T] = dict[str, Any]) -> T:  # type: ignore[assignment]
@@ -107,7 +108,7 @@ def read_object(path: Path, what: str, kind: type[T] = dict[str, Any]) -> T:  # 
         with path.open("rb") as file:
             content = file.read(_LONGEST_JSON + 1).removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        raise not_opened(path, error, what, error.strerror or str(error)) from error
+        raise not_opened(path, error, what, _said(error)) from error
     if len(content) > _LONGEST_JSON:
         raise WeightsError(f"{path}: expected {what}, found a file of more than {_LONGEST_JSON} bytes")
     return read_json(content, kind, f"{path}: expected {what}, found no JSON of one", WeightsError)
@@ -120,13 +121,9 @@ def not_opened(path: Path, error: BaseException, expected: str, found: str) -> E
             path.open("rb").close()
         except OSError as reason:
             error = reason
+    said = os.strerror(errno.ENOMEM) if isinstance(error, MemoryError) else str(error)
     for number in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
-        text = os.strerror(number)
-        if (
-            getattr(error, "errno", None) == number
-            or text in str(error)
-            or (isinstance(error, MemoryError) and number == errno.ENOMEM)
-        ):
+        if (text := os.strerror(number)) in said:  # of an OSError too
             return ResourceError(f"{path}: expected memory and file descriptors to open it with, found: {text}")
     return WeightsError(f"{path}: expected {expected}, found {found}")
 
