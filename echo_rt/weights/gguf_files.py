@@ -50,7 +50,10 @@ def open_gguf(path: Path, widen_to: torch.dtype) -> TensorFile:
         # Arrays are left alone: a tokenizer's vocabulary is long.
         found = {name: field.contents() for name, field in reader.fields.items() if len(field.types) == 1}
         facts = {name: value.item() if isinstance(value, np.generic) else value for name, value in found.items()}
-        entries = {entry.name: _stored(entry, _shape(reader, entry), widen_to) for entry in reader.tensors}
+        entries = {}
+        for entry in reader.tensors:
+            outline = Outline(_shape(reader, entry), _STORED.get(entry.tensor_type.name, widen_to))
+            entries[entry.name] = Stored(partial(_read, entry, outline), outline)
         if sum(int(entry.n_bytes) for entry in reader.tensors) > path.stat().st_size:
             raise ValueError("its tensors lie upon one another")
     except Exception as error:  # the package fails with whatever damaged bytes lead to
@@ -61,16 +64,11 @@ def open_gguf(path: Path, widen_to: torch.dtype) -> TensorFile:
     return TensorFile(path, LazyTensors(entries), facts)
 
 
-def _stored(entry: Any, shape: tuple[int, ...], widen_to: torch.dtype) -> Stored:
-    dtype = _STORED.get(entry.tensor_type.name, widen_to)
-    return Stored(partial(_read, entry, shape, dtype), Outline(shape, dtype))
-
-
-def _read(entry: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _read(entry: Any, outline: Outline) -> Tensor:
     try:
         if entry.data.dtype != np.uint8:
-            return torch.from_numpy(entry.data).reshape(shape)
-        return _dequantized(entry, dtype).reshape(shape)
+            return torch.from_numpy(entry.data).reshape(outline.shape)
+        return _dequantized(entry, outline.dtype).reshape(outline.shape)
     except (NotImplementedError, TypeError, ValueError, ZeroDivisionError) as error:
         raise WeightsError(f"{entry.name}: expected a type that gguf dequantizes, {one_line(error)}") from error
 

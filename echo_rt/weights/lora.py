@@ -127,24 +127,11 @@ def _module_of(tensor: str) -> str:
     return tensor.removesuffix(f".{WEIGHT}").removesuffix(f".{BIAS}")
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """A summand of one tensor: ``scale`` times a difference, or times the product of two factors (up, down)."""
 
     factors: tuple[Tensor, ...]
     scale: float
-
-    def added_to(self, total: Tensor) -> Tensor:
-        """``total`` (float32) plus this term, on the device of ``total``."""
-        wide = [factor.to(total.device, torch.float32) for factor in self.factors]
-        if len(wide) == 1:
-            return torch.add(total, wide[0], alpha=self.scale)
-        up, down = (factor.flatten(1) for factor in wide)
-        return torch.addmm(total.flatten(1), up, down, alpha=self.scale).view(total.shape)
-
-    def origins(self) -> list[Tensor]:
-        """All tensors that the term depends on; the down factor first, which is the order of older snapshots."""
-        return [*reversed(self.factors), torch.tensor(self.scale, device="cpu")]
 
 
 @dataclass(frozen=True)
@@ -164,13 +151,20 @@ class MergedLora:
 
 def _merged(base: Stored, terms: Sequence[Term], device: torch.device | str) -> Stored:
     def read() -> Tensor:
-        tensor = base.read().to(device, torch.float32)
-        for term in terms:
-            tensor = term.added_to(tensor)
-        return tensor
+        total = base.read().to(device, torch.float32)
+        for factors, scale in terms:
+            wide = [factor.to(total.device, torch.float32) for factor in factors]
+            if len(wide) == 1:
+                total = torch.add(total, wide[0], alpha=scale)
+            else:
+                up, down = (factor.flatten(1) for factor in wide)
+                total = torch.addmm(total.flatten(1), up, down, alpha=scale).view(total.shape)
+        return total
 
     def origins() -> list[Tensor]:
-        return [base.read(), *(origin for term in terms for origin in term.origins())]
+        # The down factor first, which is the order of older snapshots.
+        scaled = ((*reversed(factors), torch.tensor(scale, device="cpu")) for factors, scale in terms)
+        return [base.read(), *(tensor for tensors in scaled for tensor in tensors)]
 
     return Stored(read, base.outline._replace(dtype=torch.float32), origins)
 

@@ -173,14 +173,14 @@ class PartTensors(Generic[Config]):
 
 def _without_tied_table(tensors: LazyTensors, source: str) -> LazyTensors:
     """``tensors`` with a umT5's token table under one name only; anything else as it is."""
-    if _TABLE_AGAIN not in tensors:
+    entries = dict(tensors.entries)
+    again = entries.pop(_TABLE_AGAIN, None)
+    if again is None:
         return tensors
-    if _TABLE not in tensors:
-        return rename(tensors, lambda name: _TABLE if name == _TABLE_AGAIN else name, source)
-    table, again = tensors[_TABLE], tensors[_TABLE_AGAIN]
-    if table.dtype != again.dtype or not torch.equal(table, again):
+    table, other = entries.setdefault(_TABLE, again).read(), again.read()
+    if table.dtype != other.dtype or not torch.equal(table, other):
         raise WeightsError(f"{source}: expected {_TABLE} and {_TABLE_AGAIN} to be one table, found two that differ")
-    return selected(tensors, lambda name: name != _TABLE_AGAIN)
+    return LazyTensors(entries)
 
 
 def without_wrappers(name: str) -> str:
