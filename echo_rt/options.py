@@ -136,7 +136,7 @@ class RuntimeOptions:
     def __post_init__(self) -> None:
         if self.recipe is not None:
             find_recipe(self.recipe)
-        if not _is_whole(self.vae_tiles, 1):
+        if not is_whole(self.vae_tiles, 1):
             raise ConfigError(f"vae_tiles must be an integer of 1 or more, got {self.vae_tiles!r}")
         if not isinstance(self.convolution, str | None):
             raise ConfigError(
@@ -151,7 +151,7 @@ class RuntimeOptions:
             raise ConfigError(
                 f"vae_file is the file of the model's own VAE: expected vae={WAN_VAE!r} beside it, got {self.vae!r}"
             )
-        if self.lookahead is not None and not _is_whole(self.lookahead, 0):
+        if self.lookahead is not None and not is_whole(self.lookahead, 0):
             raise ConfigError(f"lookahead must be a number of blocks, 0 or more, got {self.lookahead!r}")
 
     def arguments(self) -> dict[str, Any]:
@@ -164,7 +164,8 @@ def is_path(value: object) -> bool:
     return isinstance(value, (str, os.PathLike)) and bool(os.fspath(value))
 
 
-def _is_whole(value: object, least: int) -> bool:
+def is_whole(value: object, least: int) -> bool:
+    """Return whether ``value`` is an int, no bool, of ``least`` or more."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -218,6 +219,6 @@ def latent_size(width: int, height: int, vae: VaeConfig, transformer: Transforme
     _, patch_rows, patch_columns = transformer.patch_size
     for name, pixels, patch in (("width", width, patch_columns), ("height", height, patch_rows)):
         step = vae.spatial_stride * patch
-        if not _is_whole(pixels, step) or pixels % step:
+        if not is_whole(pixels, step) or pixels % step:
             raise ConfigError(f"the video's {name} must be a positive multiple of {step} pixels, got {pixels!r}")
     return height // vae.spatial_stride, width // vae.spatial_stride

@@ -132,15 +132,12 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     size = {"latent_height": latent_height, "latent_width": latent_width}
     config = ModelConfig.from_flat({**facts, **vars(transformer_config), **size, "memory": None})
     if memory_tensors is not None:
-        read = memory_facts(memory_tensors, memory_source)
-        memory = MemoryConfig(
-            layers=read.layers,
-            normalize_k=read.normalize_k,
-            ffn_multiplier=read.ffn_multiplier,
-            # Frames are not what the tokens would give: a memory of 3 small frames is not one of 2 larger ones.
-            # Of the two released recipes, the long one, whose keys are not normalized, rebuilds.
-            **{"rebuild_on_prompt_switch": not read.normalize_k, **of_memory},
-        )
+        sizes = memory_facts(memory_tensors, memory_source)._asdict()
+        # Frames are not what the tokens would give: a memory of 3 small frames is not one of 2 larger ones.
+        del sizes["memory_tokens"]
+        # Of the two released recipes, the long one, whose keys are not normalized, rebuilds.
+        of_memory = {"rebuild_on_prompt_switch": not sizes["normalize_k"], **of_memory}
+        memory = MemoryConfig(**sizes, **of_memory)
         config = replace(config, memory=memory)
         check_memory(memory_tensors, config, memory_source)
     taken = Taken(

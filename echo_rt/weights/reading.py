@@ -31,8 +31,12 @@ _UNPACK = "unpack it and give the file inside"
 _SAVE = "save its state_dict() with safetensors.torch.save_file or torch.save"
 _CONVERT = "convert it with transformers or diffusers: from_pretrained(...), then save_pretrained(...)"
 
-# By their first bytes.
+_WEB_PAGE = "a web page: the download was one of a page about the file; download the file itself"
+# By their first bytes; by how the text in them begins, in lower case.
 _MAGICS = {
+    b"<!doctype html": _WEB_PAGE,
+    b"<html": _WEB_PAGE,
+    b"{": "a JSON file, which holds no weights",
     b"\x89HDF": f"a Keras or HDF5 file: {_CONVERT}",
     b"\x93NUMPY": "a NumPy array: save all tensors with safetensors.numpy.save_file",
     b"\x1f\x8b": f"a gzip archive: {_UNPACK}",
@@ -41,16 +45,11 @@ _MAGICS = {
     b"Rar!": f"a rar archive: {_UNPACK}",
     b"\x28\xb5\x2f\xfd": f"a zstd archive: {_UNPACK}",
 }
-_WEB_PAGE = "a web page: the download was one of a page about the file; download the file itself"
-# By how the text in them begins, in lower case.
-_TEXTS = {b"<!doctype html": _WEB_PAGE, b"<html": _WEB_PAGE, b"{": "a JSON file, which holds no weights"}
 _TENSORRT = "a TensorRT engine, built for one GPU: give the weights it was built from"
 # By their names, where their first bytes say nothing.
 _SUFFIXES = {
     ".onnx": f"an ONNX graph: give the weights it was exported from, or {_SAVE} there",
-    ".engine": _TENSORRT,
-    ".plan": _TENSORRT,
-    ".trt": _TENSORRT,
+    **dict.fromkeys((".engine", ".plan", ".trt"), _TENSORRT),
     ".msgpack": f"Flax weights: {_CONVERT}",
     ".pb": f"a TensorFlow graph: {_CONVERT}",
     ".npz": "NumPy arrays: save them with safetensors.numpy.save_file",
@@ -142,9 +141,8 @@ def other_format(path: Path, head: bytes) -> str | None:
     if head[_TAR_AT:].startswith(_TAR_MAGIC):
         return f"a tar archive: {_UNPACK}"
     text = head.lstrip().lower()
-    known = [what for magic, what in _MAGICS.items() if head.startswith(magic)]
-    known += [what for start, what in _TEXTS.items() if text.startswith(start)]
-    return known[0] if known else _SUFFIXES.get(path.suffix.lower())
+    known = (what for magic, what in _MAGICS.items() if head.startswith(magic) or text.startswith(magic))
+    return next(known, _SUFFIXES.get(path.suffix.lower()))
 
 
 def zip_format(path: Path) -> str | None:

@@ -20,6 +20,7 @@ from echo_rt.utils.wording import counted
 from echo_rt.weights.tensors import lazy
 
 T = TypeVar("T")
+_Config = TypeVar("_Config")
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -91,11 +92,6 @@ def transformer_modules(config: TransformerConfig) -> Modules:
         Module(("blocks.#.ffn.0", "blocks.#.ffn.net.0.proj"), (ffn, dim)),
         Module(("blocks.#.ffn.2", "blocks.#.ffn.net.2"), (dim, ffn)),
     ]
-
-
-def transformer_shapes(config: TransformerConfig) -> Shapes:
-    """The diffusion transformer."""
-    return shapes_of(transformer_modules(config), config.num_layers)
 
 
 def memory_shapes(config: ModelConfig) -> Shapes:
@@ -193,16 +189,6 @@ def vae_decoder_modules(config: VaeConfig) -> Modules:
     return [*modules, *_head("decoder", channels, 3)]
 
 
-def vae_encoder_shapes(config: VaeConfig) -> Shapes:
-    """The encoder's half of the VAE file."""
-    return shapes_of(vae_encoder_modules(config))
-
-
-def vae_decoder_shapes(config: VaeConfig) -> Shapes:
-    """The decoder's half of the VAE file."""
-    return shapes_of(vae_decoder_modules(config))
-
-
 def text_encoder_modules(config: TextEncoderConfig) -> Modules:
     """The umT5 encoder under the names of Wan, transformers, and llama.cpp (which GGUF files have)."""
     width, attention, ffn = config.d_model, config.d_attn, config.d_ff
@@ -231,11 +217,6 @@ def text_encoder_modules(config: TextEncoderConfig) -> Modules:
     return [Module((wan, other, llama), shape, _WEIGHT) for wan, other, llama, shape in rows]
 
 
-def text_encoder_shapes(config: TextEncoderConfig) -> Shapes:
-    """The umT5 encoder; no biases, one relative position table in each layer."""
-    return shapes_of(text_encoder_modules(config), config.num_layers)
-
-
 # Of the VAE what its sizes are read off; how the levels of its decoder are grouped follows from them.
 VAE_SIZES = [
     Module(names, ())
@@ -254,9 +235,14 @@ def vae_modules(config: VaeConfig) -> Modules:
     return [*vae_encoder_modules(config), *vae_decoder_modules(config)]
 
 
-def vae_shapes(config: VaeConfig) -> Shapes:
-    """The whole VAE file."""
-    return shapes_of(vae_modules(config))
+def _shapes(modules: Callable[[_Config], Modules]) -> Callable[[_Config], Shapes]:
+    """From the config of a network to all its tensors."""
+    return lambda config: shapes_of(modules(config), getattr(config, "num_layers", 0))
+
+
+transformer_shapes, text_encoder_shapes = _shapes(transformer_modules), _shapes(text_encoder_modules)
+vae_encoder_shapes, vae_decoder_shapes = _shapes(vae_encoder_modules), _shapes(vae_decoder_modules)
+vae_shapes = _shapes(vae_modules)
 
 
 def transformer_names(layers: int) -> dict[str, str]:
