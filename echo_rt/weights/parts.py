@@ -143,9 +143,9 @@ class PartTensors(Generic[Config]):
             listed = f"{counted(len(tensors), 'tensor')} ({', '.join(sorted(tensors)[:3]) or 'none'})"
             found = next((what for what, signs in _SIGNS.items() if _any_in(tensors, signs)), listed)
             ends = tuple(f".{mark}" for marks in part.layouts for mark in marks)
-            below = [name.removesuffix(end) for name in tensors for end in ends if name.endswith(end)]
-            if found in _OWN and below:
-                found = f"one whose names begin with {f'{below[0]}.'!r}: take that off them"
+            prefixes = [name.removesuffix(end) for name in tensors for end in ends if name.endswith(end)]
+            if found in _OWN and prefixes:
+                found = f"one whose names begin with {f'{prefixes[0]}.'!r}: take that off them"
             raise WeightsError(f"{source}: expected {part.what}, found {found}")
         self._part: Part[Config] = part
         self._layout, self._source = fits[0], source
