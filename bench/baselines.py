@@ -27,7 +27,7 @@ from echo_rt.options import MemoryMode
 from echo_rt.utils.device import model_context
 from echo_rt.utils.wording import with_type
 from echo_rt.verify.bundles import bound_between, relative_error
-from echo_rt.weights.keymaps import TRANSFORMER_KEYS, KeyMap, vae_keys
+from echo_rt.weights.shapes import names_of, transformer_names, vae_modules
 
 if str(Path(__file__).parent) not in sys.path:  # echo-rt bench loads this file alone
     sys.path.append(str(Path(__file__).parent))
@@ -106,11 +106,11 @@ def _cast(module: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _fill(module: nn.Module, tensors: Iterator[tuple[str, Tensor]], names: KeyMap) -> None:
+def _fill(module: nn.Module, tensors: Iterator[tuple[str, Tensor]], names: Mapping[str, str]) -> None:
     """The weights of our model into another's; one that it lacks is a ``KeyError``."""
     targets = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, tensor in tensors:
-        target = targets[names.to_other(name)]
+        target = targets[names[name]]
         target.copy_(tensor.reshape(target.shape))
 
 
@@ -153,7 +153,7 @@ def wan_autoencoder(config: VaeConfig, tensors: Mapping[str, Tensor], device: to
             latents_std=list(config.latents_std),
         )
     _cast(vae, dtype)
-    _fill(vae, _decoder_tensors(tensors), vae_keys(config))
+    _fill(vae, _decoder_tensors(tensors), names_of(vae_modules(config)))
     vae.clear_cache()
     return vae
 
@@ -212,7 +212,7 @@ def _transformer(name: str, networks: Networks, prompt_embeds: Tensor, seed: int
             eps=sizes.eps,
         )
     _cast(model, dtype)
-    _fill(model, iter(networks.tensors.transformer.items()), TRANSFORMER_KEYS)
+    _fill(model, iter(networks.tensors.transformer.items()), transformer_names(sizes.num_layers))
     text = torch.zeros(1, sizes.text_len, sizes.text_dim, device=device, dtype=dtype)
     text[0, : len(prompt_embeds)] = prompt_embeds
     latents = _noise(networks, seed).transpose(0, 1)[None].to(dtype)

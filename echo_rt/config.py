@@ -1,10 +1,8 @@
 """What a model is: frozen dataclasses, checked when made; sizes that follow from others are properties.
 
-A *latent frame* is one time step of the VAE's latent video, a *block* is the group of latent frames that is generated
-together, a *token* is one patch of a latent frame.
-
-Attention sees three kinds of frames: the *sink* (the first frames of the video, kept for ever), the *memory*
-(a fixed number of frames' worth of tokens that evolves) and the *local window* (the most recent frames, the
+A *latent frame* is one time step of the VAE's latent video, a *block* the latent frames that are generated together, a
+*token* one patch of a latent frame. Attention sees the *sink* (the first frames of the video, kept for ever), the
+*memory* (a fixed number of frames' worth of tokens that evolves) and the *local window* (the most recent frames, the
 block being generated included). Sources: arXiv 2606.04527 and its released recipes.
 """
 
@@ -108,7 +106,7 @@ class TransformerConfig(_Checked, what="transformer"):
         if self.dim % self.num_heads:
             raise ConfigError(f"transformer: dim {self.dim} is not a multiple of num_heads {self.num_heads}")
         if self.freq_dim % 2:
-            raise ConfigError(f"transformer: freq_dim must be even, got {self.freq_dim}")
+            self._refuse("freq_dim", "even")
         if self.head_dim % 2 or self.head_dim < 6:
             raise ConfigError(
                 f"transformer: the head size must be even and at least 6 for three rotary parts, got "
@@ -146,18 +144,9 @@ class WindowConfig(_Checked, what="window"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, frames in (("sink_frames", self.sink_frames), ("local_frames", self.local_frames)):
-            if frames % self.frames_per_block:
-                raise ConfigError(
-                    f"window: {name} must be a multiple of frames_per_block {self.frames_per_block}, got {frames}"
-                )
-        # With memory the bound is tighter; ModelConfig, which knows the memory, checks that one.
-        if self.sink_frames + self.local_frames > self.max_temporal_id + 1:
-            raise ConfigError(
-                f"window: sink_frames {self.sink_frames} + local_frames {self.local_frames} need "
-                f"{self.sink_frames + self.local_frames} temporal ids, but max_temporal_id {self.max_temporal_id} "
-                f"leaves {self.max_temporal_id + 1}"
-            )
+        for name in ("sink_frames", "local_frames"):
+            if getattr(self, name) % self.frames_per_block:
+                self._refuse(name, f"a multiple of frames_per_block {self.frames_per_block}")
 
     @property
     def cached_frames(self) -> int:
@@ -238,10 +227,8 @@ class ModelConfig(_Checked, what="latent size"):
                 f"latent size {self.latent_width}x{self.latent_height} is not a whole number of "
                 f"{patch_columns}x{patch_rows} patches"
             )
-        if self.memory is None:
-            return
-        window, frames = self.window, self.memory.frames
-        if window.sink_frames == 0:
+        window, frames = self.window, self.memory_frames
+        if self.memory is not None and window.sink_frames == 0:
             raise ConfigError(
                 f"window: sink_frames must be {window.frames_per_block} or more beside a memory, got 0; "
                 "without a sink the memory has to be off"
@@ -251,7 +238,7 @@ class ModelConfig(_Checked, what="latent size"):
                 f"memory: {frames} memory frames are more than frames_per_block {window.frames_per_block}; "
                 "their ids would run into the sink"
             )
-        needed = window.sink_frames + frames + window.local_frames
+        needed = window.cached_frames + frames
         if needed > window.max_temporal_id + 1:
             raise ConfigError(
                 f"window: sink_frames {window.sink_frames} + memory frames {frames} + local_frames "
@@ -282,12 +269,9 @@ class ModelConfig(_Checked, what="latent size"):
 
     def to_flat(self) -> dict[str, Any]:
         """Return one flat object of plain JSON types, the inverse of :meth:`from_flat`."""
-        flat: dict[str, Any] = {}
-        for part in (self.transformer, self.window, self.sampler):
-            flat.update(dataclasses.asdict(part))
-        flat["latent_height"], flat["latent_width"] = self.latent_height, self.latent_width
-        flat["memory"] = None if self.memory is None else dataclasses.asdict(self.memory)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
+        nested = dataclasses.asdict(self)
+        flat = {**nested.pop("transformer"), **nested.pop("window"), **nested.pop("sampler"), **nested}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -359,11 +343,9 @@ class VaeConfig(_Checked, what="vae"):
                 f"vae: temporal_downsample must name one choice between each two of the {len(self.dim_mult)} "
                 f"resolutions, got {len(self.temporal_downsample)}"
             )
-        if len(self.latents_mean) != self.z_dim or len(self.latents_std) != self.z_dim:
-            raise ConfigError(
-                f"vae: latents_mean and latents_std must have z_dim {self.z_dim} entries, "
-                f"got {len(self.latents_mean)} and {len(self.latents_std)}"
-            )
+        entries = (len(self.latents_mean), len(self.latents_std))
+        if entries != (self.z_dim, self.z_dim):
+            raise ConfigError(f"vae: latents_mean and latents_std must have z_dim {self.z_dim} entries, got {entries}")
 
     @property
     def spatial_stride(self) -> int:

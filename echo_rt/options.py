@@ -34,18 +34,9 @@ WAN_VAE, TINY_VAE = "wan", "tiny"
 # Settings of a rollout that a caller may choose, or the object "echo_rt" in a model folder's config.json. All others
 # come from the weights.
 OVERRIDES = (
-    "frames_per_block",
-    "sink_frames",
-    "local_frames",
-    "max_temporal_id",
-    "denoising_steps",
-    "first_block_steps",
-    "timestep_shift",
-    "context_timestep",
-    "memory_frames",
-    "memory_reads",
-    "rebuild_on_prompt_switch",
-    "recache_sink",
+    *("frames_per_block", "sink_frames", "local_frames", "max_temporal_id"),
+    *("denoising_steps", "first_block_steps", "timestep_shift", "context_timestep"),
+    *("memory_frames", "memory_reads", "rebuild_on_prompt_switch", "recache_sink"),
 )
 # Further settings of a model folder; its recipe has the values that the folder does not state. Its checkpoint is a file
 # in it, used where the caller gives none. Its words are all that its prompts may have, for a model of a small world.
@@ -145,7 +136,7 @@ class RuntimeOptions:
     def __post_init__(self) -> None:
         if self.recipe is not None:
             find_recipe(self.recipe)
-        if isinstance(self.vae_tiles, bool) or not isinstance(self.vae_tiles, int) or self.vae_tiles < 1:
+        if not is_whole(self.vae_tiles, 1):
             raise ConfigError(f"vae_tiles must be an integer of 1 or more, got {self.vae_tiles!r}")
         if not isinstance(self.convolution, str | None):
             raise ConfigError(
@@ -160,9 +151,8 @@ class RuntimeOptions:
             raise ConfigError(
                 f"vae_file is the file of the model's own VAE: expected vae={WAN_VAE!r} beside it, got {self.vae!r}"
             )
-        ahead = self.lookahead
-        if ahead is not None and (isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 0):
-            raise ConfigError(f"lookahead must be a number of blocks, 0 or more, got {ahead!r}")
+        if self.lookahead is not None and not is_whole(self.lookahead, 0):
+            raise ConfigError(f"lookahead must be a number of blocks, 0 or more, got {self.lookahead!r}")
 
     def arguments(self) -> dict[str, Any]:
         """Return the options by name, for :meth:`echo_rt.Runtime.from_pretrained`; without a subclass's own."""
@@ -172,6 +162,11 @@ class RuntimeOptions:
 def is_path(value: object) -> bool:
     """Return whether ``value`` is a path; an empty one, which would mean the working folder, is not."""
     return isinstance(value, (str, os.PathLike)) and bool(os.fspath(value))
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Return whether ``value`` is an int, no bool, of ``least`` or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: object) -> bool:
@@ -222,10 +217,8 @@ def check_seed(seed: int) -> int:
 def latent_size(width: int, height: int, vae: VaeConfig, transformer: TransformerConfig) -> tuple[int, int]:
     """Latent height and width of a video; :class:`ConfigError` for pixels that are not multiples of a patch's."""
     _, patch_rows, patch_columns = transformer.patch_size
-    for name, pixels, step in (
-        ("width", width, vae.spatial_stride * patch_columns),
-        ("height", height, vae.spatial_stride * patch_rows),
-    ):
-        if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < step or pixels % step:
+    for name, pixels, patch in (("width", width, patch_columns), ("height", height, patch_rows)):
+        step = vae.spatial_stride * patch
+        if not is_whole(pixels, step) or pixels % step:
             raise ConfigError(f"the video's {name} must be a positive multiple of {step} pixels, got {pixels!r}")
     return height // vae.spatial_stride, width // vae.spatial_stride

@@ -41,30 +41,38 @@ class PublishedFile:
 class Recipe:
     """The way a checkpoint is sampled.
 
-    ``facts``: of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`. ``ema``: whether the publisher runs
-    the averaged weights. ``memory``: whether there must be a memory encoder or must be none. ``normalize_k``: whether
-    the published one normalizes its keys, None without one. ``lora``: whether a LoRA is merged into the checkpoint.
-    ``files``: what is published, without Wan2.1 itself. ``notes``: where ours differs from the publisher's program, or
+    ``facts``: of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`. ``files``: what is published, without
+    Wan2.1 itself. ``ema``: whether the publisher runs the averaged weights. ``normalize_k``: whether the published
+    memory encoder normalizes its keys, None without one. ``notes``: where ours differs from the publisher's program, or
     goes on where that one ends.
     """
 
     name: str
     facts: Mapping[str, Any]
-    ema: bool
-    memory: Literal["required", "absent"]
-    normalize_k: bool | None
-    lora: bool
     files: tuple[PublishedFile, ...]
-    notes: tuple[str, ...]
+    ema: bool = False
+    normalize_k: bool | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def memory(self) -> Literal["required", "absent"]:
+        """Whether there must be a memory encoder or must be none."""
+        return "absent" if self.normalize_k is None else "required"
+
+    @property
+    def lora(self) -> bool:
+        """Whether a LoRA is merged into the checkpoint."""
+        return any(file.role == "lora" for file in self.files)
 
     def as_json(self) -> dict[str, Any]:
         """Every value in plain JSON types."""
-        facts = {name: list(value) if isinstance(value, tuple) else value for name, value in self.facts.items()}
         files = [
             {"hub": file.hub, "path": file.path, "option": file.role, "download": file.download}
             for file in (BASE, *self.files)
         ]
-        return {**vars(self), "facts": facts, "files": files, "notes": list(self.notes)}
+        facts = {name: list(value) if isinstance(value, tuple) else value for name, value in self.facts.items()}
+        more = {"facts": facts, "memory": self.memory, "lora": self.lora, "files": files, "notes": list(self.notes)}
+        return {**vars(self), **more}
 
 
 BASE = PublishedFile("Wan-AI/Wan2.1-T2V-1.3B", None, "model")
@@ -73,7 +81,7 @@ _CAUSAL_FORCING = "zhuhz22/Causal-Forcing"
 _LONGLIVE = "Efficient-Large-Model/LongLive-1.3B"
 
 _FOUR_STEPS = (1000, 750, 500, 250)
-_SHARED = {  # by most recipes
+_SHARED: dict[str, Any] = {  # by most recipes
     "frames_per_block": 3,
     "sink_frames": 3,
     "local_frames": 9,
@@ -95,69 +103,48 @@ _FORCING_NOTES = (
 _LONGLIVE_NOTE = (
     "positions are absolute up to frame 1023, where the publisher's program ends; ours goes on with bounded ids"
 )
+_LONGLIVE_FACTS = _SHARED | {"recache_sink": True}
 _LONGLIVE_FILES = (
     PublishedFile(_LONGLIVE, "models/longlive_base.pt", "checkpoint", known_by="longlive_base.pt"),
     PublishedFile(_LONGLIVE, "models/lora.pt", "lora"),
 )
 
 
-def _recipe(
-    name: str,
-    facts: Mapping[str, Any],
-    *files: PublishedFile,
-    ema: bool = False,
-    normalize_k: bool | None = None,
-    notes: tuple[str, ...] = (),
-) -> Recipe:
-    lora = any(file.role == "lora" for file in files)
-    memory: Literal["required", "absent"] = "absent" if normalize_k is None else "required"
-    return Recipe(name, {**_SHARED, **facts}, ema, memory, normalize_k, lora, files, notes)
-
-
-def _forcing(name: str, hub: str, folder: str, known_by: str, *, ema: bool = False, **facts: Any) -> Recipe:
+def _forcing(name: str, hub: str, folder: str, known_by: str, *, ema: bool = True, **facts: Any) -> Recipe:
     """A recipe without sink and memory: a window as long as what the publisher makes, and absolute positions."""
-    path = f"{folder}/{known_by}" if folder else known_by
     window = {"sink_frames": 0, "local_frames": 21, "max_temporal_id": 1023}
-    file = PublishedFile(hub, path, "checkpoint", known_by)
-    return _recipe(name, {**window, **facts}, file, ema=ema, notes=_FORCING_NOTES)
+    file = PublishedFile(hub, f"{folder}{known_by}", "checkpoint", known_by)
+    return Recipe(name, _SHARED | window | facts, (file,), ema, notes=_FORCING_NOTES)
+
+
+def _few_steps(*steps: int) -> Recipe:
+    name, file = f"causal-forcing-framewise-{len(steps)}step", f"framewise-{len(steps)}step.pt"
+    facts: dict[str, Any] = {"frames_per_block": 1, "denoising_steps": steps, "first_block_steps": _FOUR_STEPS}
+    return _forcing(name, _CAUSAL_FORCING, "causal-forcing++/", file, **facts)
 
 
 _TABLE = (
-    _recipe(
+    Recipe(
         "echo-infinity-short",
-        {"memory_frames": 3, "memory_reads": "rotated", "rebuild_on_prompt_switch": False},
-        PublishedFile(_ECHO_INFINITY, None, "checkpoint"),
+        _SHARED | {"memory_frames": 3, "memory_reads": "rotated", "rebuild_on_prompt_switch": False},
+        (PublishedFile(_ECHO_INFINITY, None, "checkpoint"),),
         normalize_k=True,
         notes=(_ECHO_NOTE,),
     ),
-    _recipe(
+    Recipe(
         "echo-infinity-long",
-        {"memory_frames": 3, "memory_reads": "unrotated", "rebuild_on_prompt_switch": True},
-        PublishedFile(_ECHO_INFINITY, None, "checkpoint"),
-        PublishedFile(_ECHO_INFINITY, None, "lora"),
+        _SHARED | {"memory_frames": 3, "memory_reads": "unrotated", "rebuild_on_prompt_switch": True},
+        (PublishedFile(_ECHO_INFINITY, None, "checkpoint"), PublishedFile(_ECHO_INFINITY, None, "lora")),
         normalize_k=False,
     ),
-    _forcing("self-forcing", "gdhe17/Self-Forcing", "checkpoints", "self_forcing_dmd.pt", ema=True),
-    _forcing("causal-forcing-chunkwise", _CAUSAL_FORCING, "", "chunkwise/causal_forcing.pt"),
-    _forcing(
-        "causal-forcing-framewise", _CAUSAL_FORCING, "", "framewise/causal_forcing.pt", ema=True, frames_per_block=1
-    ),
-    *(
-        _forcing(
-            f"causal-forcing-framewise-{len(steps)}step",
-            _CAUSAL_FORCING,
-            "causal-forcing++",
-            f"framewise-{len(steps)}step.pt",
-            ema=True,
-            frames_per_block=1,
-            denoising_steps=steps,
-            first_block_steps=_FOUR_STEPS,
-        )
-        for steps in ((1000, 500), (1000,))
-    ),
-    _recipe("longlive", {"max_temporal_id": 1023, "recache_sink": True}, *_LONGLIVE_FILES, notes=(_LONGLIVE_NOTE,)),
+    _forcing("self-forcing", "gdhe17/Self-Forcing", "checkpoints/", "self_forcing_dmd.pt"),
+    _forcing("causal-forcing-chunkwise", _CAUSAL_FORCING, "", "chunkwise/causal_forcing.pt", ema=False),
+    _forcing("causal-forcing-framewise", _CAUSAL_FORCING, "", "framewise/causal_forcing.pt", frames_per_block=1),
+    _few_steps(1000, 500),
+    _few_steps(1000),
+    Recipe("longlive", _LONGLIVE_FACTS | {"max_temporal_id": 1023}, _LONGLIVE_FILES, notes=(_LONGLIVE_NOTE,)),
     # Of the same files, whose names select the one above.
-    _recipe("longlive-infinity", {"max_temporal_id": 11, "recache_sink": True}, *_LONGLIVE_FILES),
+    Recipe("longlive-infinity", _LONGLIVE_FACTS | {"max_temporal_id": 11}, _LONGLIVE_FILES),
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _TABLE}
 
@@ -177,8 +164,7 @@ def published_as(path: str | Path) -> Recipe | None:
     # Not resolved: in a hub's cache the name is a link to a file called by its digest.
     parts = Path(os.path.abspath(path)).parts
     for recipe in RECIPES.values():
-        for file in recipe.files:
-            name = () if file.known_by is None else Path(file.known_by).parts
-            if name and parts[-len(name) :] == name:
-                return recipe
+        names = (Path(file.known_by).parts for file in recipe.files if file.known_by is not None)
+        if any(parts[-len(name) :] == name for name in names):
+            return recipe
     return None

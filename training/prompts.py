@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from echo_rt.config import TextEncoderConfig
 from echo_rt.model.text import TextEncoder
-from echo_rt.weights.tiny_model import Draw, text_encoder_tensors, write_tokenizer
+from echo_rt.weights.shapes import text_encoder_shapes
+from echo_rt.weights.tiny_model import Draw, random_tensors, write_tokenizer
 from training.world import OBJECT_COLOURS, PLACES, SHAPES, Scene
 
 CONFIG = TextEncoderConfig(vocab_size=1024, d_model=64, d_attn=64, d_ff=128, num_heads=4, num_layers=2)
@@ -22,7 +24,7 @@ _BRANCH = 0.15
 
 def encoder_weights(seed: int = 0) -> dict[str, Tensor]:
     """Draw the text encoder, under Wan's names."""
-    weights = text_encoder_tensors(CONFIG, Draw(seed))
+    weights = random_tensors(text_encoder_shapes(CONFIG), Draw(seed))
     for name in weights:
         if name.endswith((".attn.o.weight", ".ffn.fc2.weight")):
             weights[name] = _BRANCH * weights[name]
@@ -34,7 +36,7 @@ def embed(prompts: Sequence[str], tokenizer: Path) -> Tensor:
     tokenizer.mkdir(parents=True, exist_ok=True)
     write_tokenizer(tokenizer, CONFIG.vocab_size, TEXT_LEN)
     out = torch.zeros(len(prompts), TEXT_LEN, CONFIG.d_model)
-    with TextEncoder(CONFIG, encoder_weights(), tokenizer, text_len=TEXT_LEN) as encoder:
+    with closing(TextEncoder(CONFIG, encoder_weights(), tokenizer, text_len=TEXT_LEN)) as encoder:
         for row, prompt in zip(out, prompts, strict=True):
             embedded = encoder.encode(prompt)
             row[: len(embedded)] = embedded

@@ -13,7 +13,6 @@ import html
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -25,9 +24,8 @@ from echo_rt.utils.device import give_memory_back
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import first_line, warn_caller
 from echo_rt.weights.files import check_tensors
-from echo_rt.weights.keymaps import UMT5_KEYS
 from echo_rt.weights.reading import names_in, not_opened
-from echo_rt.weights.shapes import text_encoder_shapes
+from echo_rt.weights.shapes import names_of, text_encoder_modules, text_encoder_shapes
 
 # A prompt is cut to the model's few hundred tokens; what is far longer is no prompt, and would take minutes to clean.
 LONGEST_PROMPT = 100_000  # characters
@@ -72,30 +70,20 @@ def _build_umt5(
     with needing("transformers", "the text encoder"):
         from transformers import UMT5Config, UMT5EncoderModel
 
-    options: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "d_model": config.d_model,
-        "d_kv": config.d_kv,
-        "d_ff": config.d_ff,
-        "num_layers": config.num_layers,
-        "num_heads": config.num_heads,
-        "relative_attention_num_buckets": config.relative_attention_num_buckets,
-        "relative_attention_max_distance": config.relative_attention_max_distance,
-        "layer_norm_epsilon": config.eps,
-        "feed_forward_proj": "gated-gelu",
-        "dropout_rate": 0.0,
-        # The one implementation that every supported version of the library has.
-        "attn_implementation": "eager",
-    }
+    positions = ("relative_attention_num_buckets", "relative_attention_max_distance")
+    names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", *positions)
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    # The one implementation of attention that every supported version of the library has.
+    options |= {"layer_norm_epsilon": config.eps, "dropout_rate": 0.0, "attn_implementation": "eager"}
     with torch.device("meta"):
-        model: Any = UMT5EncoderModel(UMT5Config(**options))
+        model: Any = UMT5EncoderModel(UMT5Config(feed_forward_proj="gated-gelu", **options))
 
     weights: dict[str, Tensor] = {}
-    for name in text_encoder_shapes(config):
+    for name, other in names_of(text_encoder_modules(config), config.num_layers).items():
         stored = tensors[name]
         # Only ever narrowed: widening costs memory and changes nothing, the arithmetic is float32 anyway.
         keep = stored.dtype.itemsize <= dtype.itemsize
-        weights[UMT5_KEYS.to_other(name)] = stored.to(device, stored.dtype if keep else dtype)
+        weights[other] = stored.to(device, stored.dtype if keep else dtype)
     weights["encoder.embed_tokens.weight"] = weights["shared.weight"]  # one table under two names
     model.load_state_dict(weights, strict=True, assign=True)
     model.encoder.final_layer_norm.float()
@@ -117,11 +105,9 @@ def _refusing(folder: Path | None) -> Iterator[None]:
 
 
 def _load_tokenizer(folder: Path, vocab_size: int) -> Any:
-    if not folder.is_dir():
-        # The library would take the name of a folder that does not exist for that of a model on the network.
-        raise WeightsError(f"{folder}: expected the tokenizer's folder, found none")
     with needing("transformers", "the tokenizer"):
         from transformers import AutoTokenizer
+    # The library would take the name of a folder that does not exist for that of a model on the network.
     for path in [folder / name for name in names_in(folder)]:
         if path.exists() and not (path.is_file() or path.is_dir()):  # to open a pipe is to wait for whoever fills it
             raise WeightsError(f"{path}: expected a file of the tokenizer, found a pipe or a device")
@@ -228,11 +214,3 @@ class TextEncoder:
         self._model = self._tokenizer = None
         gc.collect()
         give_memory_back(self.device)
-
-    def __enter__(self) -> TextEncoder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

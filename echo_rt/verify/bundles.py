@@ -205,11 +205,10 @@ def _text_encoder(bundle: Bundle) -> Computed:
     weights = bundle.weights(text_encoder_shapes(config))
     ids, mask = (bundle.input(name, rank=2).to(bundle.device) for name in ("input_ids", "attention_mask"))
     backend = choose_backend(bundle.backend, bundle.device)
-    with (
-        model_context(bundle.device, bundle.dtype),
-        TextEncoder(config, weights, None, text_len=ids.shape[1], device=bundle.device, dtype=bundle.dtype) as encoder,
-    ):
-        return Computed({"prompt_embeds": encoder.encode_ids(ids, mask).float().cpu()}, backend)
+    with model_context(bundle.device, bundle.dtype):
+        encoder = TextEncoder(config, weights, None, text_len=ids.shape[1], device=bundle.device, dtype=bundle.dtype)
+        with closing(encoder):
+            return Computed({"prompt_embeds": encoder.encode_ids(ids, mask).float().cpu()}, backend)
 
 
 def _recipe(bundle: Bundle) -> Computed:

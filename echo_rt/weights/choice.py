@@ -15,7 +15,6 @@ from echo_rt.weights.generator import GeneratorTensors, holds_memory
 from echo_rt.weights.lora import open_lora
 from echo_rt.weights.tensors import TensorFile
 
-_ALONE = "it has no others"
 TAKEN = "taken"  # the fact of a snapshot's model: Taken as plain JSON types
 _LONGVIDEO = (
     "has the name of a checkpoint for Rolling-Forcing, a window of four blocks at different noise levels, "
@@ -54,7 +53,7 @@ class Choice:
             return
         if self.by == "folder" and not there:
             return
-        needs, has = ("needs a memory encoder", "none") if not there else ("has no memory", "a memory encoder")
+        needs, has = ("has no memory", "a memory encoder") if there else ("needs a memory encoder", "none")
         raise ConfigError(
             f"recipe {self.recipe.name!r} {needs}, and {source} has {has}: expected the files of this recipe, "
             "or memory 'off'"
@@ -154,16 +153,15 @@ def ema_reason(asked: bool | None, recipe: Recipe | None, generator: GeneratorTe
     """The reason why these weights of a checkpoint were taken."""
     if generator is None:
         return "no checkpoint"
-    if generator.ema is None:
-        # A bare file does not say which its weights are.
-        return f"{_ALONE}, the recipe's are the EMA weights" if recipe is not None and recipe.ema else _ALONE
+    if generator.ema is None:  # a bare file does not say which its weights are
+        return "it has no others" + (", the recipe's are the EMA weights" if recipe is not None and recipe.ema else "")
     if asked is not None:
         return "asked for"
     if recipe is None:
         return "it has them" if generator.ema else "it has no EMA weights"
     if generator.ema == recipe.ema:
         return "as in the recipe"
-    return f"{_ALONE}, the recipe's are " + ("the EMA weights" if recipe.ema else "the plain ones")
+    return f"it has no others, the recipe's are the {'EMA weights' if recipe.ema else 'plain ones'}"
 
 
 def cautions(

@@ -9,9 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
@@ -19,14 +24,16 @@ from echo_rt.utils.wording import plain
 from echo_rt.weights.fp8 import widened
 from echo_rt.weights.gguf_files import GGUF_MAGIC, open_gguf
 from echo_rt.weights.pickle_files import PICKLE_MAGICS, open_pickle
-from echo_rt.weights.reading import names_in, other_format, read_head
-from echo_rt.weights.safetensors_files import INDEX, is_safetensors, open_safetensors, open_sharded
+from echo_rt.weights.reading import names_in, not_opened, other_format, read_head, read_object, reason_of
 from echo_rt.weights.shapes import Shapes
-from echo_rt.weights.tensors import MOST_TENSORS, Contents, TensorFile, check_name, first_names, outline_of
+from echo_rt.weights.tensors import MOST_TENSORS, LazyTensors, Stored, TensorFile, check_name, first_names, lazy
 
 _SAFETENSORS = ".safetensors"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (_SAFETENSORS, *_PICKLES, ".gguf")
+# The index of a sharded file, of a variant too (diffusers: *.safetensors.index.fp16.json).
+_INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
+_JSON_AT = 8  # where safetensors files have their header, behind its length
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -42,22 +49,20 @@ def open_tensors(path: str | Path, *, widen_to: torch.dtype = torch.float32) -> 
     but tensors; ``BackendError`` for a GGUF file without the package that reads it.
     """
     path = _find(Path(path))
-    tensors, facts = _open(path, read_head(path), widen_to)
-    if not tensors:
-        raise WeightsError(f"{path}: expected tensors, found a file without any")
-    if len(tensors) > MOST_TENSORS:
-        raise WeightsError(f"{path}: expected at most {MOST_TENSORS} tensors, found {len(tensors)}")
-    for name in tensors:
+    file = _open(path, read_head(path), widen_to)
+    if not 0 < len(file) <= MOST_TENSORS:
+        raise WeightsError(f"{path}: expected 1 to {MOST_TENSORS} tensors, found {len(file) or 'a file without any'}")
+    for name in file:
         check_name(name, path)
-    return TensorFile(path, widened(tensors, path, widen_to), facts)
+    return TensorFile(path, widened(file, path, widen_to), file.facts)
 
 
-def _open(path: Path, head: bytes, widen_to: torch.dtype) -> Contents:
-    if INDEX.search(path.name):
-        return open_sharded(path)
+def _open(path: Path, head: bytes, widen_to: torch.dtype) -> TensorFile:
+    if _INDEX.search(path.name):
+        return _open_sharded(path)
     if head.startswith(GGUF_MAGIC):
         return open_gguf(path, widen_to)
-    if is_safetensors(head):  # before pickles: the length it begins with may look like one
+    if head[_JSON_AT : _JSON_AT + 1] == b"{":  # before pickles: the length it begins with may look like one
         return open_safetensors(path)
     if head.startswith(PICKLE_MAGICS):
         return open_pickle(path, head)
@@ -73,30 +78,84 @@ def _open(path: Path, head: bytes, widen_to: torch.dtype) -> Contents:
 def _find(path: Path) -> Path:
     """The one file that ``path`` means."""
     # os.path answers False where a path cannot exist at all (too long a name); pathlib raises.
-    if path.suffix.lower() in SUFFIXES or INDEX.search(path.name) or os.path.isfile(path):
+    if path.suffix.lower() in SUFFIXES or _INDEX.search(path.name) or os.path.isfile(path):
         return path
-    there = names_in(path) if os.path.isdir(path) else []
-    for ending in (f"{_SAFETENSORS}.index.json", _SAFETENSORS):
-        found = [name for name in there if name.endswith(ending)]
-        if len(found) > 1:
-            raise WeightsError(f"{path}: expected one *{ending}, found {len(found)}: {first_names(found)}")
-        if found:
-            return path / found[0]
+    index = f"{_SAFETENSORS}.index.json"
     if os.path.isdir(path):
-        wanted = f"a folder with a *{_SAFETENSORS} or a *{_SAFETENSORS}.index.json"
-        raise WeightsError(f"{path}: expected {wanted}, found {other_format(path, b'') or 'neither'}")
-    usual = [f"{path.name}{_SAFETENSORS}", f"{path.name}{_SAFETENSORS}.index.json"]
-    older = [f"{path.name}.bin", f"pytorch_{path.name}.bin"]
-    # What diffusers calls copies in another precision, single and sharded.
-    variant = re.compile(re.escape(path.name) + r"(\.\w+\.safetensors|\.safetensors\.index\.\w+\.json)")
-    there = names_in(path.parent) if os.path.isdir(path.parent) else []
-    variants = [name for name in there if variant.fullmatch(name) and name not in usual]
-    found = [name for name in usual if name in there] or variants or [name for name in older if name in there]
-    if found == variants and len(found) > 1:
-        raise WeightsError(f"{path.parent}: expected one variant, found {first_names(found)}")
-    if not found:
-        raise WeightsError(f"{path.parent}: expected {usual[0]} or {usual[1]}, found neither")
-    return path.with_name(found[0])
+        folder, wanted = path, f"a folder with a *{_SAFETENSORS} or a *{index}"
+        patterns = [(r".*\.safetensors\.index\.json", f"*{index}"), (r".*\.safetensors", f"*{_SAFETENSORS}")]
+    else:
+        folder, wanted = path.parent, f"{path.name}{_SAFETENSORS} or {path.name}{index}"
+        # What diffusers calls copies in another precision, single and sharded.
+        variant = r"(\.\w+\.safetensors|\.safetensors\.index\.\w+\.json)"
+        endings = (r"\.safetensors", r"\.safetensors\.index\.json", variant, r"\.bin")
+        patterns = [(f"{re.escape(path.name)}{ending}", "variant") for ending in endings]
+        patterns.append((rf"pytorch_{re.escape(path.name)}\.bin", "file"))
+    there = names_in(folder) if os.path.isdir(folder) else []
+    for pattern, what in patterns:
+        found = [name for name in there if re.fullmatch(pattern, name)]
+        if len(found) > 1:
+            raise WeightsError(f"{folder}: expected one {what}, found {len(found)}: {first_names(found)}")
+        if found:
+            return folder / found[0]
+    raise WeightsError(f"{folder}: expected {wanted}, found {other_format(folder, b'') or 'neither'}")
+
+
+def _opened(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors and metadata of a file."""
+    try:
+        file: Any = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        found = f"a damaged or other one ({reason_of(error)})"
+        raise not_opened(path, error, "a safetensors file", found) from error
+    return {name: Stored(partial(_read, file, name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _read(file: Any, name: str) -> Tensor:
+    try:
+        tensor: Tensor = file.get_tensor(name)
+    except (SafetensorError, TypeError, ValueError) as error:  # a number format this torch does not have
+        raise WeightsError(f"{name}: expected a tensor that torch can hold, {error}") from error
+    return tensor
+
+
+def open_safetensors(path: Path) -> TensorFile:
+    """The tensors and metadata of one file; ``WeightsError`` for a damaged one or one of another format."""
+    entries, facts = _opened(path)
+    return TensorFile(path, LazyTensors(entries), facts)
+
+
+@dataclass
+class _Index:
+    weight_map: Annotated[dict[str, str], Meta(min_length=1)]
+
+
+def _open_sharded(index: Path) -> TensorFile:
+    """The tensors of all shards that ``index`` (``*.safetensors.index.json``) names.
+
+    Errors: ``WeightsError`` for an index without its map, one that names files elsewhere or missing ones, or differs
+    from what the shards hold.
+    """
+    weight_map = read_object(index, 'an index of shards with a "weight_map"', _Index).weight_map
+    entries: dict[str, Stored] = {}
+    for shard_name in sorted(set(weight_map.values())):
+        if Path(shard_name).name != shard_name:
+            raise WeightsError(f"{index}: expected shards beside the index, found {shard_name!r:.300}")
+        shard = index.parent / shard_name
+        if not os.path.isfile(shard):  # pathlib raises for a name that cannot be
+            raise WeightsError(f"{index}: expected the shard {shard_name:.300} beside the index, found none")
+        read_head(shard)
+        there, _ = _opened(shard)
+        for name in there:
+            if weight_map.get(check_name(name, shard)) != shard_name:
+                raise WeightsError(f"{shard}: expected only tensors that {index.name} places here, found also {name}")
+        entries |= there
+    missing = [check_name(name, index) for name in weight_map if name not in entries]
+    if missing:
+        raise WeightsError(
+            f"{index}: expected {missing[0]} in {weight_map[missing[0]]}, which lacks it ({len(missing)} such tensors)"
+        )
+    return TensorFile(index, LazyTensors(entries), {})
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Shapes, source: str) -> None:
@@ -104,26 +163,19 @@ def check_tensors(found: Mapping[str, Tensor], expected: Shapes, source: str) ->
 
     The one message lists what is missing, surplus and misshapen: the first few names of each, and how many.
     """
-    missing = [name for name in expected if name not in found]
-    surplus = sorted(name for name in found if name not in expected)
-    misshapen, mistyped = [], []
-    for name, shape in expected.items():
-        if name not in found:
-            continue
-        own, dtype, dense = outline_of(found, name)
-        if own != shape:
-            misshapen.append(f"{name} is {list(own)} for {list(shape)}")
+    entries = lazy(found).entries
+    faults: dict[str, list[str]] = {
+        "missing": [name for name in expected if name not in entries],
+        "surplus": sorted(entries.keys() - expected.keys()),
+        "misshapen": [],
+        "not dense 16- to 64-bit floats": [],
+    }
+    for name in filter(entries.__contains__, expected):
+        shape, dtype, dense = entries[name].outline
+        if shape != expected[name]:
+            faults["misshapen"].append(f"{name} is {list(shape)} for {list(expected[name])}")
         elif dtype not in _FLOATS or not dense:
-            mistyped.append(f"{name} is {plain(dtype)}")
-    faults = [
-        f"{len(names)} {fault} ({first_names(names)})"
-        for fault, names in (
-            ("missing", missing),
-            ("surplus", surplus),
-            ("misshapen", misshapen),
-            ("not dense 16- to 64-bit floats", mistyped),
-        )
-        if names
-    ]
-    if faults:
-        raise WeightsError(f"{source}: expected {len(expected)} tensors, found {len(found)}: {'; '.join(faults)}")
+            faults["not dense 16- to 64-bit floats"].append(f"{name} is {plain(dtype)}")
+    told = [f"{len(names)} {fault} ({first_names(names)})" for fault, names in faults.items() if names]
+    if told:
+        raise WeightsError(f"{source}: expected {len(expected)} tensors, found {len(found)}: {'; '.join(told)}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.errors import WeightsError
-from echo_rt.weights.tensors import LazyTensors
+from echo_rt.weights.tensors import LazyTensors, lazy
 
 # Values of each tensor that count: a merged LoRA or another training step changes the first ones of a matrix too.
 _VALUES = 64
@@ -24,21 +24,21 @@ class FingerprintedTensors(LazyTensors):
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        super().__init__(tensors)
+        super().__init__(lazy(tensors).entries)
         self.source = source
         self._seen: dict[str, bytes] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._entries[name]
+        entry = self.entries[name]
+        tensor = entry.read()
         # In one pass; NaN if any value is. ``isfinite`` would write a tensor of bools.
         ends = torch.aminmax(tensor) if tensor.numel() else ()
         if not all(math.isfinite(end.item()) for end in ends):
             bad = int((~torch.isfinite(tensor)).sum())
             raise WeightsError(f"{self.source}: {bad} of {tensor.numel()} values of {name} are NaN or infinite")
         # What is computed at load may be rounded otherwise elsewhere: then it is told by what it is computed of.
-        origins = self._entries.origins(name) if isinstance(self._entries, LazyTensors) else []
-        samples = [origin.flatten()[:_VALUES].to("cpu", torch.float32).contiguous() for origin in origins or [tensor]]
-        self._seen[name] = b"".join(sample.numpy().tobytes() for sample in samples)
+        samples = [origin.flatten()[:_VALUES].to("cpu", torch.float32) for origin in entry.origins() or [tensor]]
+        self._seen[name] = b"".join(sample.contiguous().numpy().tobytes() for sample in samples)
         return tensor
 
     def digest(self) -> str:

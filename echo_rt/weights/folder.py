@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,8 +21,7 @@ from echo_rt.options import DEMO, is_path
 from echo_rt.utils.checked_json import convert
 from echo_rt.utils.wording import type_of
 from echo_rt.weights.files import SUFFIXES, open_tensors
-from echo_rt.weights.keymaps import bare
-from echo_rt.weights.parts import TEXT_ENCODER, TRANSFORMER, VAE, Config, Part, PartTensors
+from echo_rt.weights.parts import TEXT_ENCODER, TRANSFORMER, VAE, Config, Part, PartTensors, bare
 from echo_rt.weights.reading import names_in, read_object
 from echo_rt.weights.shapes import configured
 from echo_rt.weights.tensors import first_names
@@ -34,11 +33,11 @@ VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
 _ORIGINAL_MARKS = (TRANSFORMER_CONFIG, VAE_FILE, TEXT_ENCODER_FILE)
-_DIFFUSERS_VAE_CONFIG = "vae/config.json"
-_DIFFUSERS_MARKS = ("transformer/config.json", _DIFFUSERS_VAE_CONFIG, "text_encoder/config.json")
+_DIFFUSERS_MARKS = ("transformer/config.json", "vae/config.json", "text_encoder/config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 _DEFAULTS_KEY = "echo_rt"
 _WAN_FIELD = "freq_dim"  # both Wan's and diffusers' config of the transformer have it, and no other model's
+_DIFFUSERS_FIELD = "num_attention_heads"  # of the two, diffusers' alone has it
 _HUB_NAME = 200  # characters at most, of a snapshot
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -136,35 +135,32 @@ _TRANSFORMERS_UMT5 = _Format(
 WAN_FIELDS = {**_WAN_TRANSFORMER.required, **_WAN_TRANSFORMER.optional}
 
 
-@dataclass(frozen=True)
-class _Place:
-    """The file of a part in one layout, or its stem, and its config, which the last of ``formats`` is by a mark."""
+class _Place(NamedTuple):
+    """Where a part lies: the option that replaces it, and its file, or the stem of it, in each layout.
 
-    file: str
-    config: str | None = None
-    formats: tuple[_Format, ...] = ()
+    ``format``: of diffusers' config beside its file; ``names``: a pattern of single files, in lower case, which may lie
+    in ``folders`` of ComfyUI.
+    """
+
+    option: str
+    original: str
+    diffusers: str
+    format: _Format
+    names: str
+    folders: tuple[str, ...]
 
 
-_ORIGINAL = {
-    "transformer": _Place(TRANSFORMER_STEM, TRANSFORMER_CONFIG, (_WAN_TRANSFORMER, _DIFFUSERS_TRANSFORMER)),
-    "vae": _Place(VAE_FILE),
-    "text_encoder": _Place(TEXT_ENCODER_FILE),
+_TEXT_FOLDERS = ("text_encoders", "clip")
+_STEMS = (TRANSFORMER_STEM, f"transformer/{TRANSFORMER_STEM}")
+_PLACES = {
+    "transformer": _Place("model", *_STEMS, _DIFFUSERS_TRANSFORMER, r"wan.*t2v.*1[._]3b", ("diffusion_models", "unet")),
+    "vae": _Place("vae_file", VAE_FILE, f"vae/{TRANSFORMER_STEM}", _DIFFUSERS_VAE, r"wan_?(2[._]1)?_?vae", ("vae",)),
+    "text_encoder": _Place(
+        "text_encoder", TEXT_ENCODER_FILE, "text_encoder/model", _TRANSFORMERS_UMT5, r"umt5[_-]xxl", _TEXT_FOLDERS
+    ),
 }
-_DIFFUSERS = {
-    "transformer": _Place("transformer/diffusion_pytorch_model", _DIFFUSERS_MARKS[0], (_DIFFUSERS_TRANSFORMER,)),
-    "vae": _Place("vae/diffusion_pytorch_model", _DIFFUSERS_VAE_CONFIG, (_DIFFUSERS_VAE,)),
-    "text_encoder": _Place("text_encoder/model", _DIFFUSERS_MARKS[2], (_TRANSFORMERS_UMT5,)),
-}
+_ROOTS = (".", "models", "split_files")  # in which single files lie, or ComfyUI's folders
 _TOKENIZERS = (TOKENIZER_FOLDER, "tokenizer", "umt5-xxl")  # of which one is enough
-
-# ComfyUI's folders, those of its downloads (split_files) among them, and other names of the same files, in lower case.
-_ROOTS = (".", "models", "split_files")
-_OTHER_FILES = {
-    "transformer": (re.compile(r"wan.*t2v.*1[._]3b"), ("diffusion_models", "unet")),
-    "vae": (re.compile(r"wan_?(2[._]1)?_?vae"), ("vae",)),
-    "text_encoder": (re.compile(r"umt5[_-]xxl"), ("text_encoders", "clip")),
-}
-_OPTIONS = {"transformer": "model", "vae": "vae_file", "text_encoder": "text_encoder"}
 
 
 class ModelFolder:
@@ -179,7 +175,6 @@ class ModelFolder:
         self.path, self._transformer, self._given = path, transformer, given
         # The configs of a diffusers folder lie deeper; a stray config.json above them says nothing.
         self._diffusers = transformer is None and any((path / mark).exists() for mark in _DIFFUSERS_MARKS)
-        self._places = _DIFFUSERS if self._diffusers else _ORIGINAL
 
     @classmethod
     def open(
@@ -219,16 +214,39 @@ class ModelFolder:
             raise WeightsError(f"{model}: expected a Wan2.1 model folder or file, but it does not exist")
         folder = cls(model, None, given)
         marked = any((model / mark).exists() for mark in _ORIGINAL_MARKS)
-        if not (folder._diffusers or marked or any(map(folder._other_files, _OTHER_FILES))):
+        if not (folder._diffusers or marked or any(map(folder._other_files, _PLACES.values()))):
             raise WeightsError(
                 f"{model}: expected a Wan2.1 model, either {', '.join(_ORIGINAL_MARKS)} (original layout), "
                 f"{', '.join(_DIFFUSERS_MARKS)} (diffusers layout) or files with ComfyUI's names, found none of them"
             )
         return folder
 
+    # Each part's sizes, from its config, else from the shapes of its tensors; and its tensors.
+
     def transformer_config(self) -> TransformerConfig:
-        """Sizes of the transformer, from its ``config.json``, else from the shapes of its tensors."""
         return self._config(TRANSFORMER)
+
+    def transformer_tensors(self) -> Mapping[str, Tensor]:
+        return self._tensors(TRANSFORMER)
+
+    def vae_config(self) -> VaeConfig:
+        return self._config(VAE)
+
+    def vae_tensors(self) -> Mapping[str, Tensor]:
+        return self._tensors(VAE)
+
+    def text_encoder_config(self) -> TextEncoderConfig:
+        return self._config(TEXT_ENCODER)
+
+    def text_encoder_tensors(self) -> Mapping[str, Tensor]:
+        return self._tensors(TEXT_ENCODER)
+
+    def latents_config(self) -> VaeConfig:
+        """The VAE's sizes that another decoder of its latents needs; no weights are read, and the VAE may be missing.
+
+        Wan2.1's, where no config says otherwise.
+        """
+        return self._stated(VAE) or VaeConfig()
 
     def rollout_defaults(self) -> dict[str, Any]:
         """Facts of the rollout of this model's video: the object ``echo_rt`` of the transformer's ``config.json``.
@@ -240,33 +258,6 @@ class ModelFolder:
         if not isinstance(defaults, dict):
             raise WeightsError(f'{path}: expected "{_DEFAULTS_KEY}" to be an object, found {type_of(defaults)}')
         return dict(defaults)
-
-    def transformer_tensors(self) -> Mapping[str, Tensor]:
-        """The transformer."""
-        return self._tensors(TRANSFORMER)
-
-    def vae_config(self) -> VaeConfig:
-        """Sizes of the VAE, from its config, else from the shapes of its tensors."""
-        return self._config(VAE)
-
-    def latents_config(self) -> VaeConfig:
-        """The VAE's sizes that another decoder of its latents needs; no weights are read, and the VAE may be missing.
-
-        Wan2.1's, where no config says otherwise.
-        """
-        return self._stated(VAE) or VaeConfig()
-
-    def vae_tensors(self) -> Mapping[str, Tensor]:
-        """The whole VAE, encoder and decoder."""
-        return self._tensors(VAE)
-
-    def text_encoder_config(self) -> TextEncoderConfig:
-        """Sizes of the text encoder, from its config, else from the shapes of its tensors."""
-        return self._config(TEXT_ENCODER)
-
-    def text_encoder_tensors(self) -> Mapping[str, Tensor]:
-        """The umT5 encoder."""
-        return self._tensors(TEXT_ENCODER)
 
     def tokenizer_path(self) -> Path:
         """The tokenizer's folder."""
@@ -292,57 +283,56 @@ class ModelFolder:
 
     def _stated(self, part: Part[Config]) -> Config | None:
         """Sizes from a config, which is not that of a file given in place of the model's own."""
-        found = None if _OPTIONS[part.name] in self._given else self._read(part.name)
+        found = None if _PLACES[part.name].option in self._given else self._read(part.name)
         if found is None:
             return None
-        formats = self._places[part.name].formats
-        stated: Config = formats[-1 if "num_attention_heads" in found[0] else 0].parse(*found)
+        by_wan = not self._diffusers and _DIFFUSERS_FIELD not in found[0]
+        stated: Config = (_WAN_TRANSFORMER if by_wan else _PLACES[part.name].format).parse(*found)
         return stated
 
     def _read(self, part: str) -> tuple[dict[str, Any], Path] | None:
         """The content and path of a part's config; None where shapes have to say the sizes."""
-        place = self._places[part]
-        path = self.path / (place.config or "")
-        if place.config is None or not (path.exists() or (self._diffusers and part == "transformer")):
+        path = self.path / (f"{part}/{TRANSFORMER_CONFIG}" if self._diffusers else TRANSFORMER_CONFIG)
+        may, must = self._diffusers or part == "transformer", self._diffusers and part == "transformer"
+        if not must and not (may and path.exists()):
             return None
-        config: dict[str, Any] = read_object(path, place.formats[0].what)
+        config: dict[str, Any] = read_object(path, (_PLACES[part].format if self._diffusers else _WAN_TRANSFORMER).what)
         # Beside a file that was named there may be the config of anything.
         return None if self._transformer is not None and _WAN_FIELD not in config else (config, path)
 
     def _open(self, part: Part[Config]) -> PartTensors[Config]:
-        file = open_tensors(self._given.get(_OPTIONS[part.name]) or self._file(part.name), widen_to=part.widen_to)
+        path = self._given.get(_PLACES[part.name].option) or self._file(_PLACES[part.name])
+        file = open_tensors(path, widen_to=part.widen_to)
         return PartTensors(part, bare(file, str(file.path)), str(file.path))
 
-    def _file(self, part: str) -> Path:
+    def _file(self, place: _Place) -> Path:
         """The file of a part, or its stem, which need not be there: its usual name, else the only other one that fits.
 
         Errors: ``WeightsError`` for several that fit.
         """
-        if part == "transformer" and self._transformer is not None:
+        if place.option == "model" and self._transformer is not None:
             return self._transformer
-        usual = self.path / self._places[part].file
+        usual = self.path / (place.diffusers if self._diffusers else place.original)
         stem = "" if usual.suffix else f"{usual.name}."
         if self._diffusers or usual.exists() or (stem and any(n.startswith(stem) for n in names_in(usual.parent))):
             return usual
-        found = self._other_files(part)
+        found = self._other_files(place)
         if len(found) > 1:
             listed = first_names([str(file.relative_to(self.path)) for file in found])
-            raise WeightsError(
-                f"{self.path}: expected one file, found {listed}; give the one to use as {_OPTIONS[part]}"
-            )
+            raise WeightsError(f"{self.path}: expected one file, found {listed}; give the one to use as {place.option}")
         return found[0] if found else usual
 
-    def _other_files(self, part: str) -> list[Path]:
-        names, subfolders = _OTHER_FILES[part]
-        folders = [self.path / root / sub for root in _ROOTS for sub in (".", *subfolders)]
+    def _other_files(self, place: _Place) -> list[Path]:
+        folders = [self.path / root / sub for root in _ROOTS for sub in (".", *place.folders)]
         files = [folder / name for folder in folders if folder.is_dir() for name in names_in(folder)]
-        return sorted(file for file in files if file.suffix.lower() in SUFFIXES and names.search(file.name.lower()))
+        files = [file for file in files if file.suffix.lower() in SUFFIXES]
+        return sorted(file for file in files if re.search(place.names, file.name.lower()))
 
 
 def holds_vae(folder: Path) -> bool:
     """Return whether ``folder`` holds a VAE in either layout, whatever else it holds or lacks."""
     # os.path answers False where a path cannot exist at all (too long a name); pathlib raises.
-    return any(os.path.exists(folder / mark) for mark in (VAE_FILE, _DIFFUSERS_VAE_CONFIG))
+    return any(os.path.exists(folder / mark) for mark in (VAE_FILE, _DIFFUSERS_MARKS[1]))
 
 
 def _cache_folder() -> Path:
@@ -354,25 +344,22 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("HF_HOME") or f"{caches}/huggingface").expanduser() / "hub"
 
 
-def _local_model(model: Path, also: Sequence[str] = ()) -> Path:
+def _local_model(model: Path, also: Sequence[str]) -> Path:
     """The folder or file that ``model`` means: itself, a repository's newest snapshot, or that of a hub id.
 
-    ``also``: further commands of a download, for the message about an id that is not in the cache.
-
-    Errors: ``WeightsError`` for an id without a snapshot, with the commands that download it.
+    ``also``: further commands of a download, for the ``WeightsError`` about an id that is not in the cache.
     """
     # os.path answers False where a path cannot exist at all; pathlib raises.
     if os.path.exists(model):
         return _snapshot(model) or model
-    name = str(model)
-    if not _HUB_ID.fullmatch(name):
+    if not _HUB_ID.fullmatch(str(model)):
         return model
-    found = _snapshot(_cache_folder() / f"models--{name.replace('/', '--')}")
+    cache = _cache_folder()
+    found = _snapshot(cache / f"models--{str(model).replace('/', '--')}")
     if found is None:
-        commands = " && ".join((f"hf download {name}", *also))
         raise WeightsError(
-            f"{name}: expected a folder, a file, or a model in the Hugging Face cache {_cache_folder()}, found none; "
-            f"to download it: {commands}"
+            f"{model}: expected a folder, a file, or a model in the Hugging Face cache {cache}, found none; "
+            f"to download it: {' && '.join((f'hf download {model}', *also))}"
         )
     return found
 

@@ -16,13 +16,12 @@ from echo_rt.config import ModelConfig, TransformerConfig
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import counted
 from echo_rt.weights.files import check_tensors, open_tensors
-from echo_rt.weights.keymaps import bare, is_factor, without_wrappers
-from echo_rt.weights.parts import TRANSFORMER, PartTensors
+from echo_rt.weights.lora import LORA_SECTION, is_factor
+from echo_rt.weights.parts import TRANSFORMER, PartTensors, bare, split_memory
 from echo_rt.weights.shapes import MEMORY_PREFIX, count_layers, memory_facts, memory_shapes, shape_of
-from echo_rt.weights.tensors import TensorFile, below, rename, selected
+from echo_rt.weights.tensors import LazyTensors, TensorFile, below
 
 _GENERATOR, _GENERATOR_EMA = "generator", "generator_ema"
-LORA_SECTION = "generator_lora"
 
 
 @dataclass(frozen=True)
@@ -97,17 +96,6 @@ def check_memory(tensors: Mapping[str, Tensor], config: ModelConfig, source: str
     check_tensors(tensors, memory_shapes(config), source)
 
 
-def split_memory(tensors: Mapping[str, Tensor], source: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    """``tensors`` under their bare names, and apart from them the memory encoder's, without its prefix."""
-    plain = rename(tensors, without_wrappers, source)
-    others = selected(plain, lambda name: not name.startswith(MEMORY_PREFIX))
-    # Where the memory encoder is a dict of its own, its tensors may repeat the whole path to it.
-    memory = rename(
-        below(plain, MEMORY_PREFIX), lambda name: without_wrappers(name).removeprefix(MEMORY_PREFIX), source
-    )
-    return others, memory
-
-
-def _split(file: TensorFile, part: str | None) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+def _split(file: TensorFile, part: str | None) -> tuple[LazyTensors, LazyTensors]:
     source = f"{file.path} ({part or 'bare'})"
     return split_memory(bare(file if part is None else below(file, f"{part}."), source), source)

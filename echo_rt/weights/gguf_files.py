@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from echo_rt.errors import BackendError, WeightsError
 from echo_rt.utils.wording import one_line
 from echo_rt.weights.reading import not_opened, reason_of
-from echo_rt.weights.tensors import Contents, LazyTensors, Outline
+from echo_rt.weights.tensors import LazyTensors, Outline, Stored, TensorFile
 
 GGUF_MAGIC = b"GGUF"
 # Values of general.architecture: Wan's transformer, umT5 by both its names, and converters that name no model.
@@ -25,29 +25,8 @@ _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _STORED |= {"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 
 
-class _GgufTensors(LazyTensors):
-    """Tensors by name; quantized ones are computed in float32 and given as ``dtype``."""
-
-    def __init__(self, entries: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        super().__init__(entries)
-        self._shapes, self._dtype = shapes, dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        entry = self._entries[name]
-        shape, dtype, _ = self.outline(name)
-        try:
-            if entry.data.dtype != np.uint8:
-                return torch.from_numpy(entry.data).reshape(shape)
-            return _dequantized(entry, dtype).reshape(shape)
-        except (NotImplementedError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise WeightsError(f"{name}: expected a type that gguf dequantizes, {one_line(error)}") from error
-
-    def outline(self, name: str) -> Outline:
-        return Outline(self._shapes[name], _STORED.get(self._entries[name].tensor_type.name, self._dtype))
-
-
-def open_gguf(path: Path, dtype: torch.dtype) -> Contents:
-    """The tensors of one file; quantized ones come as ``dtype``, the others as they are stored.
+def open_gguf(path: Path, widen_to: torch.dtype) -> TensorFile:
+    """The tensors of one file; quantized ones are computed in float32 and come as ``widen_to``, the others as stored.
 
     Errors: ``BackendError`` without the package gguf; ``WeightsError`` for a damaged file and for another model's.
     """
@@ -71,7 +50,10 @@ def open_gguf(path: Path, dtype: torch.dtype) -> Contents:
         # Arrays are left alone: a tokenizer's vocabulary is long.
         found = {name: field.contents() for name, field in reader.fields.items() if len(field.types) == 1}
         facts = {name: value.item() if isinstance(value, np.generic) else value for name, value in found.items()}
-        shapes = {entry.name: _shape(reader, entry) for entry in reader.tensors}
+        entries = {}
+        for entry in reader.tensors:
+            outline = Outline(_shape(reader, entry), _STORED.get(entry.tensor_type.name, widen_to))
+            entries[entry.name] = Stored(partial(_read, entry, outline), outline)
         if sum(int(entry.n_bytes) for entry in reader.tensors) > path.stat().st_size:
             raise ValueError("its tensors lie upon one another")
     except Exception as error:  # the package fails with whatever damaged bytes lead to
@@ -79,7 +61,16 @@ def open_gguf(path: Path, dtype: torch.dtype) -> Contents:
     architecture = facts.get(_ARCHITECTURE)
     if architecture is not None and architecture not in _ARCHITECTURES:
         raise WeightsError(f"{path}: expected a GGUF file of Wan2.1 or umT5, found one of {architecture!a:.60}")
-    return _GgufTensors({entry.name: entry for entry in reader.tensors}, shapes, dtype), facts
+    return TensorFile(path, LazyTensors(entries), facts)
+
+
+def _read(entry: Any, outline: Outline) -> Tensor:
+    try:
+        if entry.data.dtype != np.uint8:
+            return torch.from_numpy(entry.data).reshape(outline.shape)
+        return _dequantized(entry, outline.dtype).reshape(outline.shape)
+    except (NotImplementedError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise WeightsError(f"{entry.name}: expected a type that gguf dequantizes, {one_line(error)}") from error
 
 
 def _dequantized(entry: Any, dtype: torch.dtype) -> Tensor:
@@ -97,8 +88,7 @@ def _dequantized(entry: Any, dtype: torch.dtype) -> Tensor:
 def _shape(reader: Any, entry: Any) -> tuple[int, ...]:
     """The tensor's shape as torch has it; GGUF counts dimensions from the last."""
     field = reader.get_field(f"{_SHAPE_FIELD}{entry.name}")
-    shape = reversed(entry.shape.tolist()) if field is None else field.contents()
-    sizes = tuple(int(size) for size in shape)
+    sizes = tuple(int(size) for size in (reversed(entry.shape.tolist()) if field is None else field.contents()))
     if np.prod(sizes, dtype=object) != entry.n_elements:
         raise ValueError(f"{entry.name} has {entry.n_elements} values, not {sizes}")
     return sizes

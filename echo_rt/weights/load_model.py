@@ -29,6 +29,7 @@ from echo_rt.options import (
     lora_text,
 )
 from echo_rt.recipes import find_recipe, published_as
+from echo_rt.utils.checked_json import convert
 from echo_rt.utils.device import parse_device
 from echo_rt.weights.choice import Taken, cautions, choose_recipe, ema_reason
 from echo_rt.weights.files import open_tensors
@@ -39,11 +40,7 @@ from echo_rt.weights.shapes import memory_facts
 from echo_rt.weights.tensors import TensorFile
 from echo_rt.weights.tiny_vae import TinyVae, open_tiny_vae
 
-_MEMORY_FIELDS = {
-    "memory_frames": "frames",
-    "memory_reads": "reads",
-    "rebuild_on_prompt_switch": "rebuild_on_prompt_switch",
-}
+_MEMORY_FACTS = ("memory_frames", "memory_reads", "rebuild_on_prompt_switch")
 _logger = logging.getLogger("echo_rt.recipe")
 
 
@@ -90,7 +87,7 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     )
     transformer_config = folder.transformer_config()
     defaults = check_overrides(folder.rollout_defaults(), f"{model}: echo_rt in config.json", FOLDER_FACTS)
-    _check_words(folder, defaults)
+    convert(defaults.get(WORDS, []), list[str], f"{folder.path}: {WORDS}: expected a list of words", ConfigError)
     overrides = check_overrides(options.overrides or {}, "overrides")
     opened = _checkpoint(folder, defaults) if checkpoint is None else open_tensors(checkpoint)
     if ema is not None and opened is None:
@@ -98,7 +95,8 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     choice = choose_recipe(options.recipe, defaults, snapshot, opened, lora_files(options.lora), model)
     recipe = choice.recipe
     facts = {**choice.facts(defaults), **overrides}
-    MemoryConfig(**_memory_fields(facts))  # raises for a value that no memory has, also where there is none
+    of_memory = {name.removeprefix("memory_"): facts[name] for name in _MEMORY_FACTS if name in facts}
+    MemoryConfig(**of_memory)  # raises for a value that no memory has, also where there is none
     width = facts.get("width", RELEASED_SIZE[0]) if options.width is None else options.width
     height = facts.get("height", RELEASED_SIZE[1]) if options.height is None else options.height
     vae_config = folder.vae_config() if vae == WAN_VAE else folder.latents_config()
@@ -115,8 +113,7 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     if opened is None:
         tensors = folder.transformer_tensors()
     else:
-        prefer_ema = recipe is None or recipe.ema
-        generator = load_generator(opened, transformer_config, ema=ema, prefer_ema=prefer_ema)
+        generator = load_generator(opened, transformer_config, ema=ema, prefer_ema=recipe is None or recipe.ema)
         tensors, memory_tensors = generator.transformer, generator.memory
         source = memory_source = str(opened.path)
     merged = merge_lora(tensors, options.lora, alpha=options.lora_alpha, device=parse_device(options.device))
@@ -132,24 +129,15 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         memory_tensors = None
     elif memory_tensors is None:
         raise ConfigError(f"memory mode {mode.value!r} needs a memory encoder, and {memory_source} has none; use 'off'")
-    flat = {
-        **facts,
-        **vars(transformer_config),  # which no override or default may change
-        "latent_height": latent_height,
-        "latent_width": latent_width,
-        "memory": None,
-    }
-    config = ModelConfig.from_flat(flat)
+    size = {"latent_height": latent_height, "latent_width": latent_width}
+    config = ModelConfig.from_flat({**facts, **vars(transformer_config), **size, "memory": None})
     if memory_tensors is not None:
-        read = memory_facts(memory_tensors, memory_source)
-        memory = MemoryConfig(
-            layers=read.layers,
-            normalize_k=read.normalize_k,
-            ffn_multiplier=read.ffn_multiplier,
-            # Frames are not what the tokens would give: a memory of 3 small frames is not one of 2 larger ones.
-            # Of the two released recipes, the long one, whose keys are not normalized, rebuilds.
-            **{"rebuild_on_prompt_switch": not read.normalize_k, **_memory_fields(facts)},
-        )
+        sizes = memory_facts(memory_tensors, memory_source)._asdict()
+        # Frames are not what the tokens would give: a memory of 3 small frames is not one of 2 larger ones.
+        del sizes["memory_tokens"]
+        # Of the two released recipes, the long one, whose keys are not normalized, rebuilds.
+        of_memory = {"rebuild_on_prompt_switch": not sizes["normalize_k"], **of_memory}
+        memory = MemoryConfig(**sizes, **of_memory)
         config = replace(config, memory=memory)
         check_memory(memory_tensors, config, memory_source)
     taken = Taken(
@@ -168,23 +156,8 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     for caution in taken.cautions:
         _logger.warning("%s", caution)
     return LoadedModel(
-        folder=folder,
-        config=config,
-        vae=vae_config,
-        mode=mode,
-        transformer=tensors,
-        memory=memory_tensors,
-        tiny_vae=tiny_vae,
-        transformer_source=source,
-        memory_source=memory_source,
-        taken=taken,
+        folder, config, vae_config, mode, tensors, memory_tensors, tiny_vae, source, memory_source, taken
     )
-
-
-def _check_words(folder: ModelFolder, facts: Mapping[str, Any]) -> None:
-    words = facts.get(WORDS, [])
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise ConfigError(f"{folder.path}: {WORDS}: expected a list of words, found {words!r:.100}")
 
 
 def _checkpoint(folder: ModelFolder, facts: Mapping[str, Any]) -> TensorFile | None:
@@ -200,18 +173,8 @@ def _checkpoint(folder: ModelFolder, facts: Mapping[str, Any]) -> TensorFile | N
 def _downloads(options: RuntimeOptions) -> list[str]:
     """Commands that fetch the files of the recipe that is named, or published as the checkpoint, and not there yet."""
     checkpoint = [] if options.checkpoint is None else [options.checkpoint]
-    recipe = published_as(checkpoint[0]) if options.recipe is None and checkpoint else None
-    if options.recipe is not None:
-        recipe = find_recipe(options.recipe)
+    named = None if options.recipe is None else find_recipe(options.recipe)
+    recipe = named or (published_as(checkpoint[0]) if checkpoint else None)
     given: dict[str, list[Any]] = {"checkpoint": checkpoint, "lora": [path for path, _ in lora_files(options.lora)]}
-    missing = (
-        file.download
-        for file in (() if recipe is None else recipe.files)
-        if not given[file.role] or not all(map(os.path.exists, given[file.role]))
-    )
-    return list(dict.fromkeys(missing))
-
-
-def _memory_fields(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a :class:`MemoryConfig` that recipes, folders and callers may state."""
-    return {field: facts[name] for name, field in _MEMORY_FIELDS.items() if name in facts}
+    there = {role: bool(paths) and all(map(os.path.exists, paths)) for role, paths in given.items()}
+    return list(dict.fromkeys(file.download for file in (recipe.files if recipe else ()) if not there[file.role]))

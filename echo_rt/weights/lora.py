@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from msgspec import Meta
@@ -24,27 +24,47 @@ from echo_rt.options import Lora, lora_files
 from echo_rt.utils.checked_json import convert, read_json
 from echo_rt.utils.wording import counted
 from echo_rt.weights.files import open_tensors
-from echo_rt.weights.generator import LORA_SECTION, split_memory
-from echo_rt.weights.keymaps import (
-    ALPHA,
-    ALPHA_FIELDS,
-    BIAS,
-    DOWN,
-    IMAGE_MODULES,
-    OTHER_METHODS,
-    UP,
-    UP_BIAS,
-    WEIGHT,
-    module_names,
-    parse_lora_key,
-    without_wrappers,
-)
+from echo_rt.weights.parts import HOLDERS, bare_name, split_memory, without_wrappers
 from echo_rt.weights.reading import read_object
-from echo_rt.weights.shapes import MEMORY_PREFIX
-from echo_rt.weights.tensors import Fact, LazyTensors, Outline, RenamedTensors, TensorFile, first_names, outline_of
+from echo_rt.weights.shapes import MEMORY_PREFIX, count_layers, transformer_names
+from echo_rt.weights.tensors import Fact, LazyTensors, Stored, TensorFile, below, first_names, lazy, selected
 
 # What PEFT and diffusers call the file in a folder of theirs.
 _FOLDER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
+LORA_SECTION = "generator_lora"  # the dict of a training checkpoint that is one
+# What trainers of LoRAs put before a module's name, in any order and number.
+_HOLDERS = (*HOLDERS, "transformer.", "pipe.dit.", "unet.", "lora_unet_", "lora_transformer_", "lycoris_")
+
+# What a tensor is to its module; a difference is called by the tensor that it changes.
+DOWN, UP, UP_BIAS, ALPHA, WEIGHT, BIAS = "down", "up", "up_bias", "alpha", "weight", "bias"
+_DOWN_NAMES = r"lora_A|lora_down|lora\.down|lora_linear_layer\.down"
+_UP_NAMES = r"lora_B|lora_up|lora\.up|lora_linear_layer\.up"
+# Names of alpha: alone that of all modules, behind a module's name the alpha of that module.
+ALPHA_FIELDS = ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha")
+# PEFT puts the adapter's name, mostly "default", between the factor and "weight", or leaves it out.
+_ADAPTER = r"(?:\.(?!bias$)[^.]+)?"
+_NAMINGS = {
+    re.compile(pattern): part
+    for pattern, part in (
+        (rf"(.+?)\.(?:{_DOWN_NAMES}){_ADAPTER}(?:\.weight)?", DOWN),
+        (rf"(.+?)\.(?:{_UP_NAMES}){_ADAPTER}(?:\.weight)?", UP),
+        (rf"(.+?)\.(?:{_UP_NAMES}){_ADAPTER}\.bias", UP_BIAS),
+        (r"(.+)\.(?:diff|w_norm)", WEIGHT),
+        (r"(.+)\.(?:diff_b|b_norm)", BIAS),
+        (rf"(?:(.+)\.)?(?:{'|'.join(ALPHA_FIELDS)})", ALPHA),
+    )
+}
+# Other methods, which do not add a product of two factors, by how the names of their tensors begin.
+_OTHER_METHODS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+    "oft_": "OFT",
+    "lora_mid": "LoCon's Tucker decomposition",
+}
+# Modules that only image-to-video models have, in Wan's names and those of diffusers.
+_IMAGE_MODULES = ("k_img", "v_img", "img_emb", "add_k_proj", "add_v_proj", "norm_added_k", "image_embedder")
 # A part that is of no use without another one.
 _PARTNERS = {DOWN: UP, UP: DOWN, UP_BIAS: UP}
 # The precision of bfloat16, in which some trainers store alpha.
@@ -67,24 +87,51 @@ _LONGEST_PATTERN = 256
 _SLOW = re.compile(r"\)[*+{]|([*+{].*){3}", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Term:
+class LoraKey(NamedTuple):
+    """A key taken apart: the module without prefixes (``""``: all modules), and the part of its change."""
+
+    module: str
+    part: str
+
+
+def parse_lora_key(name: str) -> LoraKey | None:
+    """Take the key ``name`` of a LoRA file apart; None for a key that is no part of a LoRA."""
+    name = bare_name(name, _HOLDERS)
+    # LightX2V's difference of a modulation, which is a bare parameter of the module.
+    if name.endswith(".diff_m"):
+        name = f"{name.removesuffix('.diff_m')}.modulation.diff"
+    found = ((pattern.fullmatch(name), part) for pattern, part in _NAMINGS.items())
+    return next((LoraKey(match[1] or "", part) for match, part in found if match), None)
+
+
+def is_factor(name: str) -> bool:
+    """Return whether a tensor of this name is a LoRA's factor, in any naming."""
+    key = parse_lora_key(name)
+    return key is not None and key.part in (DOWN, UP)
+
+
+def _module_names(tensors: Collection[str]) -> dict[str, str]:
+    """Every name, with ``_`` for ``.``, of the modules of these ``tensors`` (Wan's names) -> Wan's name.
+
+    So one table holds Wan's names, those of diffusers and the flat ones of kohya's trainers.
+    """
+    modules: dict[str, str] = {}
+    others = transformer_names(count_layers(tensors, "blocks."))
+    for name in tensors:
+        modules |= {_module_of(other).replace(".", "_"): _module_of(name) for other in (name, others[name])}
+    return modules
+
+
+def _module_of(tensor: str) -> str:
+    """The module that a tensor belongs to; a bare parameter, such as a modulation, is its own."""
+    return tensor.removesuffix(f".{WEIGHT}").removesuffix(f".{BIAS}")
+
+
+class Term(NamedTuple):
     """A summand of one tensor: ``scale`` times a difference, or times the product of two factors (up, down)."""
 
     factors: tuple[Tensor, ...]
     scale: float
-
-    def added_to(self, total: Tensor) -> Tensor:
-        """``total`` (float32) plus this term, on the device of ``total``."""
-        wide = [factor.to(total.device, torch.float32) for factor in self.factors]
-        if len(wide) == 1:
-            return torch.add(total, wide[0], alpha=self.scale)
-        up, down = (factor.flatten(1) for factor in wide)
-        return torch.addmm(total.flatten(1), up, down, alpha=self.scale).view(total.shape)
-
-    def origins(self) -> list[Tensor]:
-        """All tensors that the term depends on; the down factor first, which is the order of older snapshots."""
-        return [*reversed(self.factors), torch.tensor(self.scale, device="cpu")]
 
 
 @dataclass(frozen=True)
@@ -102,27 +149,24 @@ class MergedLora:
     memory_path: Path | None
 
 
-class _MergedTensors(LazyTensors):
-    def __init__(
-        self, base: Mapping[str, Tensor], terms: Mapping[str, Sequence[Term]], device: torch.device | str
-    ) -> None:
-        super().__init__(base)
-        self._terms, self._device = terms, device
+def _merged(base: Stored, terms: Sequence[Term], device: torch.device | str) -> Stored:
+    def read() -> Tensor:
+        total = base.read().to(device, torch.float32)
+        for factors, scale in terms:
+            wide = [factor.to(total.device, torch.float32) for factor in factors]
+            if len(wide) == 1:
+                total = torch.add(total, wide[0], alpha=scale)
+            else:
+                up, down = (factor.flatten(1) for factor in wide)
+                total = torch.addmm(total.flatten(1), up, down, alpha=scale).view(total.shape)
+        return total
 
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._entries[name]
-        if name in self._terms:
-            tensor = tensor.to(self._device, torch.float32)
-            for term in self._terms[name]:
-                tensor = term.added_to(tensor)
-        return tensor
+    def origins() -> list[Tensor]:
+        # The down factor first, which is the order of older snapshots.
+        scaled = ((*reversed(factors), torch.tensor(scale, device="cpu")) for factors, scale in terms)
+        return [base.read(), *(tensor for tensors in scaled for tensor in tensors)]
 
-    def outline(self, name: str) -> Outline:
-        base = outline_of(self._entries, name)
-        return base._replace(dtype=torch.float32) if name in self._terms else base
-
-    def origins(self, name: str) -> list[Tensor]:
-        return [self._entries[name], *(origin for term in self._terms.get(name, ()) for origin in term.origins())]
+    return Stored(read, base.outline._replace(dtype=torch.float32), origins)
 
 
 def merge_lora(
@@ -132,16 +176,16 @@ def merge_lora(
 
     A changed tensor is computed on ``device`` and stays there, the others come as they are in ``transformer``.
 
-    Each path is a weight file, or a folder of PEFT or diffusers. Its keys are in any naming of :mod:`.keymaps`,
-    perhaps below ``generator_lora``; beside them may be a ``query_memory_encoder``. The rank is that of the factors.
+    Each path is a weight file, or a folder of PEFT or diffusers. Its keys are in any naming, perhaps
+    below ``generator_lora``; beside them may be a ``query_memory_encoder``. The rank is that of the factors.
     Alpha is what the file says (tensors, header, facts, PEFT's config), ``alpha`` where it says nothing, and the rank
     where neither does.
 
     Errors: ``WeightsError``, naming keys, for a file without a LoRA, one of another model or method, factors that lack
     a partner or do not fit, any other tensor among them, alphas that disagree, and two memory encoders.
     """
-    loras = lora_files(lora)
-    files = [_LoraFile(path, transformer) for path, _ in loras]
+    loras, base = lora_files(lora), lazy(transformer)
+    files = [_LoraFile(path, base) for path, _ in loras]
     stated = {own for file in files for own in file.alphas.values()}
     if alpha is not None and None not in stated and stated != {alpha}:
         found = ", ".join(f"{own:g}" for own in stated if own is not None) or "no factors"
@@ -156,7 +200,8 @@ def merge_lora(
             raise WeightsError(f"{path}: expected one LoRA with a memory encoder, {memory_path} has one too")
         if file.memory:
             memory, memory_path = file.memory, path
-    return MergedLora(loras, _MergedTensors(transformer, terms, device), memory, memory_path)
+    merged = {name: _merged(base.entries[name], summands, device) for name, summands in terms.items()}
+    return MergedLora(loras, LazyTensors({**base.entries, **merged}), memory, memory_path)
 
 
 @dataclass(frozen=True)
@@ -177,19 +222,8 @@ class Stated:
         return next(matched, self.modules.get(module, self.default))
 
 
-def _positive(value: Any, name: str, source: str) -> float:
-    """``value`` as a finite number above 0; raises ``WeightsError``."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise WeightsError(f"{source}: expected {name} to be a number above 0, found {value!r:.80}")
-    return number
-
-
 def alphas_in(facts: Mapping[str, Fact], names: Mapping[str, str], source: str) -> list[Stated]:
-    """The alphas among ``facts``, one place for each shared one; ``names`` as of :func:`.keymaps.module_names`."""
+    """The alphas among ``facts``, one place for each shared one; ``names`` as of :func:`_module_names`."""
     modules: dict[str, float] = {}
     shared: dict[str, float] = {}
     for name, value in sorted(facts.items()):
@@ -197,7 +231,8 @@ def alphas_in(facts: Mapping[str, Fact], names: Mapping[str, str], source: str) 
         if key is not None and key.part == ALPHA and value not in _NO_ALPHA:
             own = names.get(key.module.replace(".", "_"), key.module)
             place, by = (modules, own) if key.module else (shared, name)
-            place[by] = _positive(value, name, source)
+            expected = f"{source}: expected {name} to be a number above 0, found {value!r:.80}"
+            place[by] = read_json(str(value), _Number, expected, WeightsError)
     if modules and not shared:
         return [Stated("alphas of modules", None, modules)]
     return [Stated(label, default, modules) for label, default in shared.items()]
@@ -264,27 +299,22 @@ class _LoraFile:
     """An opened LoRA file that fits ``transformer`` (original names); ``memory`` is its memory encoder or None.
 
     ``ranks`` and ``alphas`` are those of the pairs of factors, by module; an alpha is None where the file states none.
-
-    Raises ``WeightsError``, as :func:`merge_lora` explains.
     """
 
-    def __init__(self, path: Path, transformer: Mapping[str, Tensor]) -> None:
+    def __init__(self, path: Path, transformer: LazyTensors) -> None:
         file = open_lora(path)
         self._source, self._transformer = str(file.path), transformer
         self._tensors, memory, facts = _split(file)
         self.memory = memory or None
-        names = module_names(transformer)
+        names = _module_names(transformer)
         self._changes: dict[str, dict[str, str]] = {}  # module -> part -> the file's name of the tensor
         self._written: dict[str, str] = {}  # module -> the file's name of it
         tensor_alphas = self._sort(names)
         self._check_changes()
         configs = adapter_configs(file.path, facts, self._source)
         stated = [config.stated(label, self._source) for label, config in configs.items()]
-        alphas = [
-            *alphas_in(tensor_alphas, names, self._source),
-            *alphas_in(facts, names, self._source),
-            *(alpha for alpha, _ in stated),
-        ]
+        alphas = [place for each in (tensor_alphas, facts) for place in alphas_in(each, names, self._source)]
+        alphas += (alpha for alpha, _ in stated)
         stray = sorted({name for place in alphas for name in place.modules} - self._changes.keys())
         self._refuse(stray, "alphas of changed modules", "of others")
         self._rank_stabilized = any(config.use_rslora for config in configs.values())
@@ -301,8 +331,8 @@ class _LoraFile:
             scale = 0.0
             if module in self.ranks:
                 rank = self.ranks[module]
-                divisor = math.sqrt(rank) if self._rank_stabilized else rank
-                scale = strength * (self.alphas[module] or alpha or float(rank)) / divisor
+                scale = strength * (self.alphas[module] or alpha or float(rank))
+                scale /= math.sqrt(rank) if self._rank_stabilized else rank
                 if abs(scale) > torch.finfo(torch.float32).max:
                     raise WeightsError(
                         f"{self._source}: expected strength and alpha whose product over the rank fits float32, "
@@ -327,7 +357,7 @@ class _LoraFile:
         return found[0][1] if found else None
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        return outline_of(self._tensors, name).shape
+        return self._tensors.entries[name].outline.shape
 
     def _target(self, module: str, part: str) -> str:
         """The tensor of ``module`` that ``part`` changes."""
@@ -340,10 +370,10 @@ class _LoraFile:
         alphas: dict[str, float] = {}
         others: list[str] = []
         for name in self._tensors:
-            method = next((method for start, method in OTHER_METHODS.items() if f".{start}" in name), None)
+            method = next((method for start, method in _OTHER_METHODS.items() if f".{start}" in name), None)
             if method is not None:
                 raise WeightsError(f"{self._source}: expected a LoRA, found {method}: {name}")
-            key, (shape, dtype, dense) = parse_lora_key(name), outline_of(self._tensors, name)
+            key, (shape, dtype, dense) = parse_lora_key(name), self._tensors.entries[name].outline
             is_alpha = key is not None and key.part == ALPHA
             if key is None or not dense or not (math.prod(shape) == 1 if is_alpha else dtype.is_floating_point):
                 others.append(name)
@@ -368,7 +398,7 @@ class _LoraFile:
         unpaired = [name for module, part, name in every if _PARTNERS.get(part, part) not in self._changes[module]]
         self._refuse(unpaired, "lora_A and lora_B in pairs", "without a partner")
         unknown = [name for module, part, name in every if self._target(module, part) not in self._transformer]
-        images = [name for name in unknown if any(module in name for module in IMAGE_MODULES)]
+        images = [name for name in unknown if any(module in name for module in _IMAGE_MODULES)]
         self._refuse(images, "a LoRA of a text-to-video model", "of an image-to-video one")
         # Shapes before unknown names: a LoRA of a larger model has more blocks too, but its width says which model.
         for module, part, _ in every:
@@ -380,7 +410,7 @@ class _LoraFile:
         target, parts = self._target(module, part), self._changes[module]
         names = [parts[UP], parts[DOWN]] if part == UP else [parts[part]]
         shapes = [self._shape(name) for name in names]
-        goal = outline_of(self._transformer, target).shape
+        goal = self._transformer.entries[target].outline.shape
         if part != UP:
             fits, what = shapes == [goal], f"a difference of {target}"
         else:
@@ -391,7 +421,7 @@ class _LoraFile:
             fits = len(goal) > 1 and rank > 0 and matrices == [(goal[0], rank), (rank, math.prod(goal[1:]))]
         if not fits:
             found = " and ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
-            dim = outline_of(self._transformer, "patch_embedding.weight").shape[0]
+            dim = self._transformer.entries["patch_embedding.weight"].outline.shape[0]
             width = next((size for shape in shapes for size in shape if size in _MODELS and size != dim), None)
             model = f": a LoRA of {_MODELS[width]}, {width} wide, for a model {dim} wide" if width else ""
             raise WeightsError(f"{self._source}: expected {what} {list(goal)}, found {found}{model}")
@@ -406,17 +436,13 @@ def open_lora(path: Path) -> TensorFile:
     return open_tensors(next((file for name in _FOLDER_FILES if os.path.exists(file := path / name)), path))
 
 
-def _split(file: TensorFile) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Fact]]:
+def _split(file: TensorFile) -> tuple[LazyTensors, LazyTensors, Mapping[str, Fact]]:
     """The LoRA's tensors, those of a memory encoder without its prefix, and the LoRA's facts."""
-    prefix = f"{LORA_SECTION}."
-    if not any(name.startswith(prefix) for name in file):
-        return *split_memory(file, str(file.path)), file.facts
+    own, facts = below(file, f"{LORA_SECTION}."), file.facts
+    if not own:
+        return *split_memory(file, str(file.path)), facts
     # The other dicts of a training checkpoint (critic, optimizer) are no part of the generator.
-    own = {name.removeprefix(prefix): name for name in file if name.startswith(prefix)}
-    beside = {name: name for name in file if without_wrappers(name).startswith(MEMORY_PREFIX) or name in ALPHA_FIELDS}
-    facts = {
-        name.removeprefix(prefix): fact
-        for name, fact in file.facts.items()
-        if name.startswith(prefix) or "." not in name
-    }
-    return *split_memory(RenamedTensors(file, own | beside), str(file.path)), facts
+    beside = selected(file, lambda name: without_wrappers(name).startswith(MEMORY_PREFIX) or name in ALPHA_FIELDS)
+    prefix = f"{LORA_SECTION}."
+    facts = {name.removeprefix(prefix): facts[name] for name in facts if name.startswith(prefix) or "." not in name}
+    return *split_memory(LazyTensors({**own.entries, **beside.entries}), str(file.path)), facts

@@ -1,4 +1,4 @@
-"""The networks of a model as files hold them: their names and sizes, and names for files of something else."""
+"""The networks of a model as files hold them: what stands around their names, which names, and files of others."""
 
 from __future__ import annotations
 
@@ -13,20 +13,36 @@ from echo_rt.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import counted
 from echo_rt.weights.files import check_tensors
-from echo_rt.weights.keymaps import TRANSFORMER_KEYS, UMT5_GGUF_KEYS, UMT5_KEYS, KeyMap, vae_keys
 from echo_rt.weights.shapes import (
-    Shapes,
+    ANY_TRANSFORMER,
+    MEMORY_PREFIX,
+    VAE_SIZES,
+    Modules,
+    names_of,
+    tensors_of,
     text_encoder_config_of,
-    text_encoder_shapes,
+    text_encoder_modules,
     transformer_config_of,
-    transformer_shapes,
+    transformer_modules,
     vae_config_of,
-    vae_shapes,
+    vae_modules,
 )
-from echo_rt.weights.tensors import RenamedTensors, rename, selected
+from echo_rt.weights.tensors import LazyTensors, below, rename, selected
 
 Config = TypeVar("Config", TransformerConfig, VaeConfig, TextEncoderConfig)
 
+# Modules that training wraps around others and that leave their names in the keys.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+# What the trained object as a whole is called: PEFT's wrapper, then the diffusion wrapper's attribute.
+_OWNERS = ("base_model.model.", "model.")
+# Dicts and modules that a whole model lies in, Lightning's and ComfyUI's among them. One may lie in another.
+HOLDERS = (*_OWNERS, "state_dict.", "module.", "diffusion_model.")
+# Dicts of a training run beside the model: the state of its optimizers, and a model that is not generated with.
+_TRAINING = ("optimizer", "generator_optimizer", "critic_optimizer", "optimizer_states", "lr_schedulers", "critic")
+# Tensors that are no weights: a tokenizer inside ComfyUI's text encoders.
+_BAGGAGE = ("spiece_model",)
+
+_MOST_LAYERS = 1025  # one more than a config may have
 # transformers' second name for the token table; older versions write both.
 _TABLE, _TABLE_AGAIN = "shared.weight", "encoder.embed_tokens.weight"
 
@@ -62,23 +78,20 @@ def _any_in(tensors: Mapping[str, Tensor], signs: tuple[str, ...]) -> bool:
     return any(sign in name for name in tensors for sign in signs)
 
 
-# From a config, or from None where only the names that sizes are read off are wanted, to the names of a file.
-_Naming = Callable[[Config | None], KeyMap]
-
-
 @dataclass(frozen=True)
 class Part(Generic[Config]):
     """One network: what it is called, by layouts and in messages, its sizes and tensors.
 
-    ``namings``: names of which a file has one at least -> its naming, None for the original names; the first that fits
-    holds. ``widen_to``: the dtype in which quantized tensors come.
+    ``layouts``: names of which a file has one at least -> the number of its layout; the first that fits holds.
+    ``sizes``: what sizes are read off by ``config_of``. ``widen_to``: the dtype in which quantized tensors come.
     """
 
     name: str
     what: str
-    namings: Mapping[tuple[str, ...], _Naming[Config] | None]
+    layouts: Mapping[tuple[str, ...], int]
+    modules: Callable[[Config], Modules]
+    sizes: Modules
     config_of: Callable[[Mapping[str, Tensor], str], Config]
-    shapes_of: Callable[[Config], Shapes]
     widen_to: torch.dtype = torch.float32
 
 
@@ -86,34 +99,31 @@ TRANSFORMER: Part[TransformerConfig] = Part(
     "transformer",
     "a Wan2.1 text-to-video transformer",
     {
-        ("condition_embedder.time_proj.weight", "condition_embedder.text_embedder.linear_1.weight"): (
-            lambda _: TRANSFORMER_KEYS
-        ),
-        ("patch_embedding.weight", "time_projection.1.weight"): None,
+        ("condition_embedder.time_proj.weight", "condition_embedder.text_embedder.linear_1.weight"): 1,
+        ("patch_embedding.weight", "time_projection.1.weight"): 0,
     },
+    transformer_modules,
+    transformer_modules(ANY_TRANSFORMER),
     transformer_config_of,
-    transformer_shapes,
 )
 VAE: Part[VaeConfig] = Part(
     "vae",
     "the Wan2.1 VAE",
     {
-        ("encoder.conv1.weight", "decoder.conv1.weight"): None,
-        ("encoder.down_blocks.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight"): vae_keys,
+        ("encoder.conv1.weight", "decoder.conv1.weight"): 0,
+        ("encoder.down_blocks.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight"): 1,
     },
+    vae_modules,
+    VAE_SIZES,
     vae_config_of,
-    vae_shapes,
 )
 TEXT_ENCODER: Part[TextEncoderConfig] = Part(
     "text_encoder",
     "a umT5 text encoder",
-    {
-        ("token_embedding.weight",): None,
-        (_TABLE, _TABLE_AGAIN): lambda _: UMT5_KEYS,
-        ("token_embd.weight",): lambda _: UMT5_GGUF_KEYS,
-    },
+    {("token_embedding.weight",): 0, (_TABLE, _TABLE_AGAIN): 1, ("token_embd.weight",): 2},
+    text_encoder_modules,
+    text_encoder_modules(TextEncoderConfig()),
     text_encoder_config_of,
-    text_encoder_shapes,
     # It is kept as it is stored or narrower: what was quantized takes no more room than the released file.
     widen_to=torch.bfloat16,
 )
@@ -122,54 +132,89 @@ TEXT_ENCODER: Part[TextEncoderConfig] = Part(
 class PartTensors(Generic[Config]):
     """The bare tensors of one network, under whichever of its names; ``source`` is what messages call them.
 
-    ``named``: those that have an original name, under it; all that sizes are read off.
+    ``named``: under their original names, all that sizes are read off.
 
     Errors: ``WeightsError`` for tensors of something else, which is named.
     """
 
-    def __init__(self, part: Part[Config], tensors: Mapping[str, Tensor], source: str) -> None:
-        fits = [naming for marks, naming in part.namings.items() if any(mark in tensors for mark in marks)]
+    def __init__(self, part: Part[Config], tensors: LazyTensors, source: str) -> None:
+        fits = [layout for marks, layout in part.layouts.items() if any(mark in tensors for mark in marks)]
         if not fits or _any_in(tensors, _EXTENDED):
             listed = f"{counted(len(tensors), 'tensor')} ({', '.join(sorted(tensors)[:3]) or 'none'})"
             found = next((what for what, signs in _SIGNS.items() if _any_in(tensors, signs)), listed)
-            marks = [f".{mark}" for namings in part.namings for mark in namings]
-            below = [name.removesuffix(mark) for name in tensors for mark in marks if name.endswith(mark)]
-            if found in _OWN and below:
-                found = f"one whose names begin with {f'{below[0]}.'!r}: take that off them"
+            ends = tuple(f".{mark}" for marks in part.layouts for mark in marks)
+            prefixes = [name.removesuffix(end) for name in tensors for end in ends if name.endswith(end)]
+            if found in _OWN and prefixes:
+                found = f"one whose names begin with {f'{prefixes[0]}.'!r}: take that off them"
             raise WeightsError(f"{source}: expected {part.what}, found {found}")
         self._part: Part[Config] = part
-        self._naming: _Naming[Config] | None = fits[0]
-        self._source, self._tensors = source, _without_tied_table(tensors, source)
-        self.named: Mapping[str, Tensor] = (
-            self._tensors if self._naming is None else self._naming(None).originals(self._tensors)
-        )
+        self._layout, self._source = fits[0], source
+        self._tensors = self.named = _without_tied_table(tensors, source)
+        if self._layout:
+            entries = self._tensors.entries
+            names = names_of(part.sizes, min(len(entries), _MOST_LAYERS), self._layout)
+            self.named = LazyTensors({name: entries[other] for name, other in names.items() if other in entries})
 
     def config(self) -> Config:
         """Sizes of the network, read off the tensors' shapes; ``WeightsError`` where they do not say them."""
         return self._part.config_of(self.named, self._source)
 
-    def original(self, config: Config | None = None) -> Mapping[str, Tensor]:
+    def original(self, config: Config | None = None) -> LazyTensors:
         """All tensors under the original names; ``WeightsError`` unless they are exactly those of ``config``.
 
         None takes the sizes from the shapes. The message has the names that the file itself uses: those are the ones
         its owner can look for.
         """
-        if config is None:
-            config = self.config()
-        shapes = self._part.shapes_of(config)
-        in_file = str if self._naming is None else self._naming(config).to_other
-        names = {name: in_file(name) for name in shapes}
-        check_tensors(self._tensors, {names[name]: shape for name, shape in shapes.items()}, self._source)
-        return RenamedTensors(self._tensors, names)
+        config = config or self.config()
+        expected = list(tensors_of(self._part.modules(config), getattr(config, "num_layers", 0)))
+        check_tensors(self._tensors, {names[self._layout]: shape for names, shape in expected}, self._source)
+        return LazyTensors({names[0]: self._tensors.entries[names[self._layout]] for names, _ in expected})
 
 
-def _without_tied_table(tensors: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
+def _without_tied_table(tensors: LazyTensors, source: str) -> LazyTensors:
     """``tensors`` with a umT5's token table under one name only; anything else as it is."""
-    if _TABLE_AGAIN not in tensors:
+    entries = dict(tensors.entries)
+    again = entries.pop(_TABLE_AGAIN, None)
+    if again is None:
         return tensors
-    if _TABLE not in tensors:
-        return rename(tensors, lambda name: _TABLE if name == _TABLE_AGAIN else name, source)
-    table, again = tensors[_TABLE], tensors[_TABLE_AGAIN]
-    if table.dtype != again.dtype or not torch.equal(table, again):
+    table, other = entries.setdefault(_TABLE, again).read(), again.read()
+    if table.dtype != other.dtype or not torch.equal(table, other):
         raise WeightsError(f"{source}: expected {_TABLE} and {_TABLE_AGAIN} to be one table, found two that differ")
-    return selected(tensors, lambda name: name != _TABLE_AGAIN)
+    return LazyTensors(entries)
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a tensor in the bare model: FSDP's, PEFT's and the trainer's own prefixes taken off."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    for owner in _OWNERS:
+        name = name.removeprefix(owner)
+    return name
+
+
+def bare_name(name: str, holders: tuple[str, ...]) -> str:
+    """The name without wrappers and ``holders``."""
+    name = without_wrappers(name)
+    while holder := next((holder for holder in holders if name.startswith(holder)), None):
+        name = name.removeprefix(holder)
+    return name
+
+
+def bare(tensors: LazyTensors, source: str) -> LazyTensors:
+    """A whole model's tensors under their bare names, without what a training run or ComfyUI saves beside them."""
+
+    def is_weight(name: str) -> bool:
+        return name.split(".", 1)[0] not in _TRAINING and bare_name(name, HOLDERS) not in _BAGGAGE
+
+    return rename(selected(tensors, is_weight), lambda name: bare_name(name, HOLDERS), source)
+
+
+def split_memory(tensors: LazyTensors, source: str) -> tuple[LazyTensors, LazyTensors]:
+    """``tensors`` under their bare names, and apart from them the memory encoder's, without its prefix."""
+    plain = rename(tensors, without_wrappers, source)
+    others = selected(plain, lambda name: not name.startswith(MEMORY_PREFIX))
+    # Where the memory encoder is a dict of its own, its tensors may repeat the whole path to it.
+    memory = rename(
+        below(plain, MEMORY_PREFIX), lambda name: without_wrappers(name).removeprefix(MEMORY_PREFIX), source
+    )
+    return others, memory

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from echo_rt.errors import WeightsError
 from echo_rt.utils.wording import one_line, type_of
 from echo_rt.weights.reading import ANY_SIZE, MAKES_ANY_SIZE, ZIP_MAGIC, not_opened, reason_of, zip_format
-from echo_rt.weights.tensors import MOST_TENSORS, Contents, Fact, check_name
+from echo_rt.weights.tensors import MOST_TENSORS, Fact, TensorFile, check_name, lazy
 
 # torch's zip container and a pickle of protocol 2 or newer, as torch.save wrote it before there was one.
 PICKLE_MAGICS = (ZIP_MAGIC, *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
@@ -28,7 +29,7 @@ _LONGEST_PATH = 1024  # of dicts inside one another, in characters: a name is as
 _SHARED = 8  # names at most that all of a file's values have: of tied weights, of one dict under two names
 
 
-def open_pickle(path: Path, head: bytes) -> Contents:
+def open_pickle(path: Path, head: bytes) -> TensorFile:
     """The tensors and numbers of a torch file, nested dicts joined with dots; ``head`` are its first bytes.
 
     Errors: ``WeightsError`` for a file that is damaged, holds code, states sizes that it does not have, or holds no
@@ -38,24 +39,20 @@ def open_pickle(path: Path, head: bytes) -> Contents:
     # mapped, so it is read. So is one with the suffix of another format, which torch would take it for.
     is_zip = head.startswith(ZIP_MAGIC)
     mappable = is_zip and path.suffix.lower() != ".safetensors"
-    other = zip_format(path) if is_zip else None
-    if other is not None:
-        raise WeightsError(f"{path}: expected a torch file of tensors, found {other}")
+    content: Any = None
     try:
-        if not is_zip:
-            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-                if whole.find(ANY_SIZE) >= 0:
-                    raise WeightsError(f"{path}: expected a torch file of tensors, found {MAKES_ANY_SIZE}")
-        with warnings.catch_warnings(), path.open("rb") as opened:
-            warnings.simplefilter("ignore")  # of protocols that an error is about to name
-            content = torch.load(path if mappable else opened, map_location="cpu", weights_only=True, mmap=mappable)
-    except WeightsError:
-        raise
+        other = zip_format(path) if is_zip else _stream_format(path)
+        if other is None:
+            with warnings.catch_warnings(), path.open("rb") as opened:
+                warnings.simplefilter("ignore")  # of protocols that an error is about to name
+                content = torch.load(path if mappable else opened, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # unpickling damaged bytes fails with whatever those bytes lead to
         asked = _ALLOCATED.search(str(error))
         if asked and int(asked[1]) > path.stat().st_size:
             error = ValueError(f"it states {asked[1]} bytes of values")
         raise not_opened(path, error, "a torch file of tensors", _reason(error)) from error
+    if other is not None:
+        raise WeightsError(f"{path}: expected a torch file of tensors, found {other}")
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: expected a dict of tensors, found {type_of(content)}")
     tensors: dict[str, Tensor] = {}
@@ -66,9 +63,8 @@ def open_pickle(path: Path, head: bytes) -> Contents:
                 raise WeightsError(f"{path}: expected at most {MOST_TENSORS} entries, found more in nested dicts")
             if isinstance(value, Tensor):
                 if name in tensors:
-                    raise WeightsError(
-                        f"{path}: expected {check_name(name, path)} once, found it twice in nested dicts"
-                    )
+                    name = check_name(name, path)
+                    raise WeightsError(f"{path}: expected {name} once, found it twice in nested dicts")
                 tensors[name] = value.detach()
             elif isinstance(value, (int, float, str)):
                 facts[name] = value
@@ -76,7 +72,13 @@ def open_pickle(path: Path, head: bytes) -> Contents:
     except RecursionError as error:
         raise WeightsError(f"{path}: expected a dict of tensors, found dicts nested without end") from error
     _check_sizes(tensors, path)
-    return tensors, facts
+    return TensorFile(path, lazy(tensors), facts)
+
+
+def _stream_format(path: Path) -> str | None:
+    """Name what makes a file without a container unreadable; None where that is not known before it is read."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+        return MAKES_ANY_SIZE if whole.find(ANY_SIZE) >= 0 else None
 
 
 def _flattened(content: Mapping[object, object], prefix: str) -> Iterator[tuple[str, object]]:

@@ -31,8 +31,12 @@ _UNPACK = "unpack it and give the file inside"
 _SAVE = "save its state_dict() with safetensors.torch.save_file or torch.save"
 _CONVERT = "convert it with transformers or diffusers: from_pretrained(...), then save_pretrained(...)"
 
-# By their first bytes.
+_WEB_PAGE = "a web page: the download was one of a page about the file; download the file itself"
+# By their first bytes; by how the text in them begins, in lower case.
 _MAGICS = {
+    b"<!doctype html": _WEB_PAGE,
+    b"<html": _WEB_PAGE,
+    b"{": "a JSON file, which holds no weights",
     b"\x89HDF": f"a Keras or HDF5 file: {_CONVERT}",
     b"\x93NUMPY": "a NumPy array: save all tensors with safetensors.numpy.save_file",
     b"\x1f\x8b": f"a gzip archive: {_UNPACK}",
@@ -41,16 +45,11 @@ _MAGICS = {
     b"Rar!": f"a rar archive: {_UNPACK}",
     b"\x28\xb5\x2f\xfd": f"a zstd archive: {_UNPACK}",
 }
-_WEB_PAGE = "a web page: the download was one of a page about the file; download the file itself"
-# By how the text in them begins, in lower case.
-_TEXTS = {b"<!doctype html": _WEB_PAGE, b"<html": _WEB_PAGE, b"{": "a JSON file, which holds no weights"}
 _TENSORRT = "a TensorRT engine, built for one GPU: give the weights it was built from"
 # By their names, where their first bytes say nothing.
 _SUFFIXES = {
     ".onnx": f"an ONNX graph: give the weights it was exported from, or {_SAVE} there",
-    ".engine": _TENSORRT,
-    ".plan": _TENSORRT,
-    ".trt": _TENSORRT,
+    **dict.fromkeys((".engine", ".plan", ".trt"), _TENSORRT),
     ".msgpack": f"Flax weights: {_CONVERT}",
     ".pb": f"a TensorFlow graph: {_CONVERT}",
     ".npz": "NumPy arrays: save them with safetensors.numpy.save_file",
@@ -76,12 +75,8 @@ def read_head(path: Path, what: str = "weights") -> bytes:
             raise WeightsError(f"{path}: expected a file, found a pipe or a device")
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: expected a file, found none") from None
-    except IsADirectoryError:
-        raise WeightsError(f"{path}: expected a file, found a folder") from None
     except (OSError, ValueError) as error:
-        raise not_opened(path, error, "a readable file", getattr(error, "strerror", None) or str(error)) from error
+        raise not_opened(path, error, "a file", _said(error)) from error
     if not head:
         raise WeightsError(f"{path}: expected {what}, found an empty file")
     if head.startswith(_LFS_POINTER):
@@ -89,12 +84,17 @@ def read_head(path: Path, what: str = "weights") -> bytes:
     return head
 
 
+def _said(error: OSError | ValueError) -> str:
+    known = {errno.ENOENT: "none", errno.EISDIR: "a folder"}
+    return known.get(getattr(error, "errno", 0)) or getattr(error, "strerror", None) or str(error)
+
+
 def names_in(folder: Path) -> list[str]:
     """The names of what lies in ``folder``, in order; ``WeightsError`` for one that cannot be read."""
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
-        raise not_opened(folder, error, "a readable folder", error.strerror or str(error)) from error
+        raise not_opened(folder, error, "a readable folder", _said(error)) from error
 
 
 def read_object(path: Path, what: str, kind: type[T] = dict[str, Any]) -> T:  # type: ignore[assignment]
@@ -107,7 +107,7 @@ def read_object(path: Path, what: str, kind: type[T] = dict[str, Any]) -> T:  # 
         with path.open("rb") as file:
             content = file.read(_LONGEST_JSON + 1).removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        raise not_opened(path, error, what, error.strerror or str(error)) from error
+        raise not_opened(path, error, what, _said(error)) from error
     if len(content) > _LONGEST_JSON:
         raise WeightsError(f"{path}: expected {what}, found a file of more than {_LONGEST_JSON} bytes")
     return read_json(content, kind, f"{path}: expected {what}, found no JSON of one", WeightsError)
@@ -120,13 +120,9 @@ def not_opened(path: Path, error: BaseException, expected: str, found: str) -> E
             path.open("rb").close()
         except OSError as reason:
             error = reason
+    said = os.strerror(errno.ENOMEM) if isinstance(error, MemoryError) else str(error)
     for number in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
-        text = os.strerror(number)
-        if (
-            getattr(error, "errno", None) == number
-            or text in str(error)
-            or (isinstance(error, MemoryError) and number == errno.ENOMEM)
-        ):
+        if (text := os.strerror(number)) in said:  # of an OSError too
             return ResourceError(f"{path}: expected memory and file descriptors to open it with, found: {text}")
     return WeightsError(f"{path}: expected {expected}, found {found}")
 
@@ -145,9 +141,8 @@ def other_format(path: Path, head: bytes) -> str | None:
     if head[_TAR_AT:].startswith(_TAR_MAGIC):
         return f"a tar archive: {_UNPACK}"
     text = head.lstrip().lower()
-    known = [what for magic, what in _MAGICS.items() if head.startswith(magic)]
-    known += [what for start, what in _TEXTS.items() if text.startswith(start)]
-    return known[0] if known else _SUFFIXES.get(path.suffix.lower())
+    known = (what for magic, what in _MAGICS.items() if head.startswith(magic) or text.startswith(magic))
+    return next(known, _SUFFIXES.get(path.suffix.lower()))
 
 
 def zip_format(path: Path) -> str | None:

@@ -13,6 +13,8 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,8 @@ from echo_rt.weights.shapes import (
     transformer_shapes,
     vae_shapes,
 )
-from echo_rt.weights.tensors import LazyTensors
+from echo_rt.weights.tensors import LazyTensors, Stored
 from echo_rt.weights.tiny_vae import TAEW, TinyVaeConfig, tiny_decoder_shapes
-
-Tensors = dict[str, Tensor]
 
 _NORMS = ("norm", "gamma", "connector_proj.3")
 _SMALL = 0.05  # spread of what is near a constant: norm weights, biases
@@ -102,21 +102,26 @@ def write_tiny_model(
     """
     check_seed(seed)
     vae = VaeConfig(base_dim=4)
-    config = _model_config(vae, width, height)
+    transformer = TransformerConfig(
+        dim=128, ffn_dim=256, freq_dim=64, num_heads=2, num_layers=3, text_dim=32, text_len=64
+    )
+    config = ModelConfig(transformer, *latent_size(width, height, vae, transformer), memory=MemoryConfig())
     target = Path(os.path.realpath(folder))
-    _check_replaceable(target, overwrite)
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     old = part.with_suffix(".old")
     try:
+        _check_replaceable(target, overwrite)
+    except OSError as error:
+        raise TargetError(f"{target}: cannot write the model: {error.strerror or error}") from error
+    try:
         (part / TOKENIZER_FOLDER).mkdir(parents=True)
         _write_parts(part, config, vae, seed, width, height)
-        replaced = target.exists()
-        if replaced:
+        with suppress(FileNotFoundError):
             target.rename(old)
         try:
             part.rename(target)
         except OSError:
-            if replaced:
+            with suppress(FileNotFoundError):
                 old.rename(target)
             raise
     except OSError as error:
@@ -127,62 +132,49 @@ def write_tiny_model(
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _model_config(vae: VaeConfig, width: int, height: int) -> ModelConfig:
-    transformer = TransformerConfig(
-        dim=128, ffn_dim=256, freq_dim=64, num_heads=2, num_layers=3, text_dim=32, text_len=64
-    )
-    return ModelConfig(transformer, *latent_size(width, height, vae, transformer), memory=MemoryConfig())
-
-
 def _check_replaceable(target: Path, overwrite: bool) -> None:
-    """Raise ``OutputError`` unless a folder may be put at ``target``."""
+    """Raise ``TargetError`` unless a folder may be put at ``target``."""
+    if target.exists() and not target.is_dir():
+        raise TargetError(f"{target}: expected the name of a folder, got a file")
+    found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+    if not found:
+        return
     try:
-        if not target.exists():
-            return
-        if not target.is_dir():
-            raise TargetError(f"{target}: expected the name of a folder, got a file")
-        found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
-        if not found:
-            return
-        try:
-            tiny = _MARK in read_object(target / TRANSFORMER_CONFIG, "a config")["echo_rt"]
-        except (WeightsError, TypeError, KeyError):
-            tiny = False
-        if not tiny:
-            raise TargetError(f"{target}: is not empty and holds no model written here; name another folder")
-        if not overwrite:
-            raise TargetError(f"{target}: already holds a small random model; --overwrite it, or name another")
-        added = sorted(found - _FILES)
-        if added:
-            others = counted(len(added), "other file")
-            raise TargetError(f"{target}: not replaced, since it holds {others} ({added[0]})")
-    except OSError as error:
-        raise TargetError(f"{target}: cannot write the model: {error.strerror or error}") from error
+        tiny = _MARK in read_object(target / TRANSFORMER_CONFIG, "a config")["echo_rt"]
+    except (WeightsError, TypeError, KeyError):
+        tiny = False
+    if not tiny:
+        raise TargetError(f"{target}: is not empty and holds no model written here; name another folder")
+    if not overwrite:
+        raise TargetError(f"{target}: already holds a small random model; --overwrite it, or name another")
+    if added := sorted(found - _FILES):
+        raise TargetError(f"{target}: not replaced, since it holds {counted(len(added), 'other file')} ({added[0]})")
 
 
 def _write_parts(part: Path, config: ModelConfig, vae: VaeConfig, seed: int, width: int, height: int) -> None:
     transformer, draw = config.transformer, Draw(seed)
     facts = {_MARK: seed, "width": width, "height": height, RECIPE: _RECIPE}
     (part / TRANSFORMER_CONFIG).write_text(json.dumps(wan_config(transformer, facts), indent=2) + "\n")
-    base = _cast(random_tensors(transformer_shapes(transformer), draw), torch.bfloat16)
+    shapes = transformer_shapes(transformer)
+    base = random_tensors(shapes, draw, torch.bfloat16)
     (part / _TRANSFORMER_FILE).write_bytes(safetensors.torch.save(base, {"format": "pt"}))
 
-    shapes = transformer_shapes(transformer) | {MEMORY_PREFIX + n: shape for n, shape in memory_shapes(config).items()}
+    shapes |= {MEMORY_PREFIX + name: shape for name, shape in memory_shapes(config).items()}
     checkpoint = {}
     for name in ("generator", "generator_ema"):
-        tensors = random_tensors(shapes, Draw(f"{seed}/{name}"))
-        checkpoint[name] = _cast({f"model.{key}": tensor for key, tensor in tensors.items()}, torch.bfloat16)
+        tensors = random_tensors(shapes, Draw(f"{seed}/{name}"), torch.bfloat16)
+        checkpoint[name] = {f"model.{key}": tensor for key, tensor in tensors.items()}
     save_pickle(part / CHECKPOINT_FILE, checkpoint)
-    save_pickle(part / VAE_FILE, _cast(random_tensors(vae_shapes(vae), draw), torch.float32))
+    save_pickle(part / VAE_FILE, random_tensors(vae_shapes(vae), draw, torch.float32))
     tiny_vae = TinyVaeConfig(vae.z_dim, widths=(16, 12, 8, 8))
-    tiny_decoder = random_tensors(tiny_decoder_shapes(tiny_vae), draw)
+    tiny_decoder = random_tensors(tiny_decoder_shapes(tiny_vae), draw, torch.float16)
     tiny_decoder[f"{tiny_vae.head}.bias"].fill_(0.5)  # colours are in [0, 1]
-    save_pickle(part / TINY_VAE_FILE, _cast(tiny_decoder, torch.float16))
+    save_pickle(part / TINY_VAE_FILE, tiny_decoder)
 
     text_encoder = TextEncoderConfig(
         vocab_size=1024, d_model=transformer.text_dim, d_attn=32, d_ff=64, num_heads=4, num_layers=2
     )
-    save_pickle(part / TEXT_ENCODER_FILE, _cast(text_encoder_tensors(text_encoder, draw), torch.bfloat16))
+    save_pickle(part / TEXT_ENCODER_FILE, random_tensors(text_encoder_shapes(text_encoder), draw, torch.bfloat16))
     write_tokenizer(part / TOKENIZER_FOLDER, text_encoder.vocab_size, transformer.text_len)
 
 
@@ -190,10 +182,6 @@ def wan_config(config: TransformerConfig, facts: Mapping[str, Any]) -> dict[str,
     """``config.json`` under Wan's own field names, and what it leaves out."""
     fields = {theirs: getattr(config, ours) for theirs, ours in sorted(WAN_FIELDS.items()) if ours != "patch_size"}
     return {"_class_name": "WanModel", "model_type": "t2v", **fields, "echo_rt": dict(facts)}
-
-
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:
-    return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
 
 def save_pickle(path: Path, content: Mapping[str, Any]) -> None:
@@ -230,9 +218,8 @@ def write_tokenizer(folder: Path, vocab_size: int, text_len: int) -> None:
         "model_max_length": text_len,
         "clean_up_tokenization_spaces": False,
     }
-    content = (tokenizer.to_str(pretty=True), json.dumps(library_config, indent=2) + "\n")
-    for name, text in zip(_TOKENIZER_FILES, content, strict=True):
-        (folder / name).write_text(text, encoding="utf-8")
+    (folder / _TOKENIZER_FILES[0]).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    (folder / _TOKENIZER_FILES[1]).write_text(json.dumps(library_config, indent=2) + "\n", encoding="utf-8")
 
 
 class Draw:
@@ -262,14 +249,9 @@ def random_tensor(draw: Draw, name: str, shape: tuple[int, ...]) -> Tensor:
     return x / math.sqrt(math.prod(shape[1:]))
 
 
-def random_tensors(shapes: Shapes, draw: Draw) -> Tensors:
+def random_tensors(shapes: Shapes, draw: Draw, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """All tensors of ``shapes``."""
-    return {name: random_tensor(draw, name, shape) for name, shape in shapes.items()}
-
-
-def text_encoder_tensors(config: TextEncoderConfig, draw: Draw) -> Tensors:
-    """The umT5 encoder."""
-    return random_tensors(text_encoder_shapes(config), draw)
+    return {name: random_tensor(draw, name, shape).to(dtype) for name, shape in shapes.items()}
 
 
 class RandomTensors(LazyTensors):
@@ -279,8 +261,5 @@ class RandomTensors(LazyTensors):
     """
 
     def __init__(self, shapes: Shapes, device: torch.device, seed: int = 0) -> None:
-        super().__init__(shapes)
-        self._draw = Draw(seed, device, torch.float32)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return random_tensor(self._draw, name, self._entries[name])
+        draw = Draw(seed, device, torch.float32)
+        super().__init__({name: Stored(partial(random_tensor, draw, name, shape)) for name, shape in shapes.items()})

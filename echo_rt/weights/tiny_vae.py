@@ -20,7 +20,7 @@ from echo_rt.config import VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.options import TINY_VAE, WAN_VAE
 from echo_rt.weights.files import check_tensors, open_tensors
-from echo_rt.weights.shapes import Shapes, convolution_shapes, shape_of
+from echo_rt.weights.shapes import Module, Shapes, shape_of, shapes_of
 from echo_rt.weights.tensors import selected
 
 _SUFFIXES = (".pth", ".safetensors")
@@ -39,14 +39,14 @@ class TinyVaeKind:
     """``name`` is part of the name of its files; ``normalized``: whether it decodes latents as a transformer makes."""
 
     name: str
-    project: str
     normalized: bool
 
 
-TAEW = TinyVaeKind("taew2_1", "madebyollin's TAEHV", normalized=True)
-LIGHTTAEW = TinyVaeKind("lighttaew2_1", "LightX2V's Autoencoders", normalized=False)
+TAEW = TinyVaeKind("taew2_1", normalized=True)
+LIGHTTAEW = TinyVaeKind("lighttaew2_1", normalized=False)
 KINDS = (LIGHTTAEW, TAEW)  # the name of the second is a part of the first's
-_USUAL_FILES = " or ".join(f"{kind.name}{{{','.join(_SUFFIXES)}}} (of {kind.project})" for kind in (TAEW, LIGHTTAEW))
+_FORMS = f"{{{','.join(_SUFFIXES)}}}"
+_USUAL_FILES = f"{TAEW.name}{_FORMS} (of madebyollin's TAEHV) or {LIGHTTAEW.name}{_FORMS} (of LightX2V's Autoencoders)"
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,15 @@ def outlet_name(level: int) -> str:
 
 def tiny_decoder_shapes(config: TinyVaeConfig) -> Shapes:
     """``decoder.*`` of a tiny decoder's file."""
-    shapes = convolution_shapes(STEM, config.widths[0], config.z_dim, 3, 3)
+    modules = [Module((STEM,), (config.widths[0], config.z_dim, 3, 3))]
     for level, growth in enumerate(config.growth):
         width = config.widths[level]
         for block in block_names(level):
-            for layer, channels in ((0, 2 * width), (2, width), (4, width)):
-                shapes |= convolution_shapes(f"{block}.conv.{layer}", width, channels, 3, 3)
-        shapes[f"{growth_name(level)}.weight"] = (growth * width, width, 1, 1)
-        shapes[f"{outlet_name(level)}.weight"] = (config.widths[level + 1], width, 3, 3)
-    return shapes | convolution_shapes(config.head, 3, config.widths[-1], 3, 3)
+            layers = ((0, 2 * width), (2, width), (4, width))
+            modules += (Module((f"{block}.conv.{layer}",), (width, channels, 3, 3)) for layer, channels in layers)
+        modules.append(Module((growth_name(level),), (growth * width, width, 1, 1), (".weight",)))
+        modules.append(Module((outlet_name(level),), (config.widths[level + 1], width, 3, 3), (".weight",)))
+    return shapes_of([*modules, Module((config.head,), (3, config.widths[-1], 3, 3))])
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,13 +131,12 @@ def open_tiny_vae(vae: str | Path, folder: Path, like: VaeConfig) -> TinyVae:
             f"vae: expected {WAN_VAE!r}, {TINY_VAE!r} or the path of a tiny decoder's file, "
             f"got {str(vae)!r}, and no such file"
         )
-    named = [kind for kind in KINDS if kind.name in path.name.lower()]
-    if not named:
+    kind = next((kind for kind in KINDS if kind.name in path.name.lower()), None)
+    if kind is None:
         raise WeightsError(
             f"{path}: expected a name that says which tiny decoder it is, like {_USUAL_FILES}; "
             f"their tensors have the same names, but one wants normalized latents and the other does not"
         )
-    kind = named[0]
     tensors = selected(open_tensors(path), lambda name: not name.startswith(_ENCODER))
     config = _config_of(tensors, kind, str(path))
     for what, found, expected in (
@@ -156,15 +155,10 @@ def _find(folder: Path) -> Path:
     found = [
         path for kind in (TAEW, LIGHTTAEW) for suffix in _SUFFIXES if (path := folder / f"{kind.name}{suffix}").exists()
     ]
-    if not found:
-        raise WeightsError(
-            f"{folder}: expected a tiny decoder, {_USUAL_FILES}, found none of them: put one there, or give its path"
-        )
-    if len(found) > 1:
-        raise WeightsError(
-            f"{folder}: expected one tiny decoder, found {' and '.join(path.name for path in found)}: "
-            f"give the path of the one to use"
-        )
+    if len(found) != 1:
+        wanted = f"a tiny decoder, {_USUAL_FILES}" if not found else "one tiny decoder"
+        there = " and ".join(path.name for path in found) or "none of them"
+        raise WeightsError(f"{folder}: expected {wanted}, found {there}: have one there, or give its path")
     return found[0]
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def make_encoder(folder: ModelFolder, tokenizer: Path | None = None, **options: 
 
 @pytest.fixture(scope="module")
 def encoder(folder: ModelFolder) -> Iterator[TextEncoder]:
-    with make_encoder(folder) as made:
+    with closing(make_encoder(folder)) as made:
         yield made
 
 
@@ -217,7 +218,8 @@ def test_float32_weights_stay_float32_where_the_model_is(
     given = ModelFolder.open(folder.path, text_encoder=tmp_path / "umt5_xxl.safetensors")
     prompts = PromptEncoder(given, folder.transformer_config(), torch.device("cpu"), keep=False, dtype=dtype)
     kept = dtype if dtype == torch.float32 else torch.bfloat16
-    with TextEncoder(given.text_encoder_config(), stored, folder.tokenizer_path(), text_len=64, dtype=kept) as expected:
+    made = TextEncoder(given.text_encoder_config(), stored, folder.tokenizer_path(), text_len=64, dtype=kept)
+    with closing(made) as expected:
         assert torch.equal(prompts.encode(["a red fox"])[0], expected.encode("a red fox"))
 
 
@@ -228,7 +230,7 @@ def test_prompt_that_just_fits_gives_no_warning(encoder: TextEncoder) -> None:
 
 
 def test_closed(folder: ModelFolder) -> None:
-    with make_encoder(folder) as encoder:
+    with closing(make_encoder(folder)) as encoder:
         encoder.encode("a fox")
     encoder.close()
     with pytest.raises(StreamError):
@@ -270,7 +272,7 @@ def test_import_is_light() -> None:
 
 
 def test_tokenizer_folder_is_missing(folder: ModelFolder, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="none-such: expected the tokenizer's folder"):
+    with pytest.raises(WeightsError, match="none-such: expected a readable folder"):
         make_encoder(folder, tmp_path / "none-such")
 
 

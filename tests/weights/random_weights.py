@@ -12,13 +12,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from echo_rt.config import MemoryConfig, ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from echo_rt.weights.keymaps import TRANSFORMER_KEYS, UMT5_KEYS, vae_keys
-from echo_rt.weights.shapes import Shapes, memory_shapes, text_encoder_shapes, transformer_shapes, vae_shapes
+from echo_rt.weights.shapes import (
+    Shapes,
+    memory_shapes,
+    names_of,
+    text_encoder_modules,
+    text_encoder_shapes,
+    transformer_names,
+    transformer_shapes,
+    vae_modules,
+    vae_shapes,
+)
 
 TRANSFORMER = TransformerConfig(dim=24, ffn_dim=40, freq_dim=16, num_heads=2, num_layers=2, text_dim=20, text_len=8)
 MODEL = ModelConfig(transformer=TRANSFORMER, latent_height=4, latent_width=6, memory=MemoryConfig(frames=2))
 VAE = VaeConfig(base_dim=4)
 TEXT_ENCODER = TextEncoderConfig(vocab_size=50, d_model=20, d_attn=24, d_ff=28, num_heads=4, num_layers=2)
+
+# Wan's names of their tensors -> those of diffusers and transformers.
+TRANSFORMER_NAMES = transformer_names(TRANSFORMER.num_layers)
+VAE_NAMES = names_of(vae_modules(VAE))
+TEXT_ENCODER_NAMES = names_of(text_encoder_modules(TEXT_ENCODER), TEXT_ENCODER.num_layers)
 
 
 def random_tensors(shapes: Shapes, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -115,10 +129,8 @@ def write_diffusers(folder: Path) -> Path:
         "qk_norm": "rms_norm_across_heads",
     }
     write_json(folder / "transformer" / "config.json", diffusers_transformer)
-    names = TRANSFORMER_KEYS
-    write_shards(
-        folder / "transformer", "diffusion_pytorch_model", {names.to_other(k): v for k, v in transformer().items()}
-    )
+    names = TRANSFORMER_NAMES
+    write_shards(folder / "transformer", "diffusion_pytorch_model", {names[k]: v for k, v in transformer().items()})
     diffusers_vae = {
         "_class_name": "AutoencoderKLWan",
         "base_dim": VAE.base_dim,
@@ -131,8 +143,8 @@ def write_diffusers(folder: Path) -> Path:
         "latents_std": list(VAE.latents_std),
     }
     write_json(folder / "vae" / "config.json", diffusers_vae)
-    names = vae_keys(VAE)
-    save_file({names.to_other(k): v for k, v in vae().items()}, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    names = VAE_NAMES
+    save_file({names[k]: v for k, v in vae().items()}, folder / "vae" / "diffusion_pytorch_model.safetensors")
     transformers_umt5 = {
         "architectures": ["UMT5EncoderModel"],
         "model_type": "umt5",
@@ -148,8 +160,8 @@ def write_diffusers(folder: Path) -> Path:
         "layer_norm_epsilon": 1e-6,
     }
     write_json(folder / "text_encoder" / "config.json", transformers_umt5)
-    names = UMT5_KEYS
-    write_shards(folder / "text_encoder", "model", {names.to_other(k): v for k, v in text_encoder().items()})
+    names = TEXT_ENCODER_NAMES
+    write_shards(folder / "text_encoder", "model", {names[k]: v for k, v in text_encoder().items()})
     write_tokenizer(folder / "tokenizer")
     return folder
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from random_weights import (
     TEXT_ENCODER,
+    TEXT_ENCODER_NAMES,
     TRANSFORMER,
     VAE,
     assert_same,
@@ -29,7 +30,6 @@ from safetensors.torch import load_file, save_file
 from echo_rt.config import TextEncoderConfig, VaeConfig
 from echo_rt.errors import WeightsError
 from echo_rt.weights.folder import ModelFolder
-from echo_rt.weights.keymaps import UMT5_KEYS
 from echo_rt.weights.shapes import (
     text_encoder_config_of,
     text_encoder_shapes,
@@ -291,8 +291,7 @@ def test_token_table_under_two_names(folders: Callable[[str], Path]) -> None:
     for shard in (path / "text_encoder").glob("model*"):
         shard.unlink()
     file = path / "text_encoder" / "model.safetensors"
-    names = UMT5_KEYS
-    tensors = {names.to_other(name): tensor for name, tensor in text_encoder().items()}
+    tensors = {TEXT_ENCODER_NAMES[name]: tensor for name, tensor in text_encoder().items()}
     table = tensors["shared.weight"]
 
     save_file(tensors | {"encoder.embed_tokens.weight": table.clone()}, file)

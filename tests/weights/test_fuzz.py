@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 from echo_rt.errors import EchoError
 from echo_rt.weights.files import open_tensors
 from echo_rt.weights.folder import ModelFolder
-from echo_rt.weights.keymaps import ALPHA_FIELDS, parse_lora_key
-from echo_rt.weights.lora import merge_lora
+from echo_rt.weights.lora import ALPHA_FIELDS, merge_lora, parse_lora_key
 
 EXAMPLES = int(os.environ.get("ECHO_RT_FUZZ", "50"))
 tries = settings(

@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 from damage import refusals
-from random_weights import TEXT_ENCODER, TRANSFORMER, VAE, assert_same, random_tensors, write_json
+from random_weights import (
+    TEXT_ENCODER,
+    TEXT_ENCODER_NAMES,
+    TRANSFORMER,
+    VAE,
+    VAE_NAMES,
+    assert_same,
+    random_tensors,
+    write_json,
+)
 from random_weights import text_encoder as plain_text_encoder
 from random_weights import vae as plain_vae
 from safetensors.torch import save_file
@@ -27,14 +36,8 @@ from echo_rt.weights import gguf_files
 from echo_rt.weights.files import open_tensors
 from echo_rt.weights.folder import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE, ModelFolder
 from echo_rt.weights.generator import load_generator
-from echo_rt.weights.keymaps import (
-    TRANSFORMER_KEYS,
-    UMT5_GGUF_KEYS,
-    UMT5_KEYS,
-    vae_keys,
-)
 from echo_rt.weights.lora import merge_lora
-from echo_rt.weights.shapes import transformer_shapes
+from echo_rt.weights.shapes import names_of, text_encoder_modules, transformer_names, transformer_shapes
 
 Tensors = dict[str, Tensor]
 # As wide as one head of Wan2.1: no shape says how many there are.
@@ -130,7 +133,7 @@ def test_transformer(tmp_path: Path, stored: str, prefix: str) -> None:
 def test_wrappers_and_namings_of_a_transformer(tmp_path: Path, prefix: str, naming: str, suffix: str) -> None:
     tensors, path = plain_transformer(), tmp_path / f"transformer{suffix}"
     if naming == "diffusers":
-        tensors = {TRANSFORMER_KEYS.to_other(name): tensor for name, tensor in tensors.items()}
+        tensors = {transformer_names(ONE_HEAD.num_layers)[name]: tensor for name, tensor in tensors.items()}
     content = prefixed(tensors, prefix)
     save_file(content, path) if suffix == ".safetensors" else torch.save(content, path)
     assert_same(model_of(path).transformer_tensors(), plain_transformer())
@@ -147,7 +150,7 @@ def test_dicts_of_a_training_run(tmp_path: Path) -> None:
 
 
 def transformers_names(tensors: Tensors) -> Tensors:
-    return {UMT5_KEYS.to_other(name): tensor for name, tensor in tensors.items()}
+    return {TEXT_ENCODER_NAMES[name]: tensor for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("stored", STORED)
@@ -157,7 +160,7 @@ def test_text_encoder(tmp_path: Path, stored: str, naming: str) -> None:
     tensors, expected = STORED[stored](plain_text_encoder())
     if naming == "transformers":
         scales = {name: t for name, t in tensors.items() if not name.endswith((".weight", "_fp8"))}
-        names = {name: UMT5_KEYS.to_other(name.rpartition(".")[0] + ".weight") for name in scales}
+        names = {name: TEXT_ENCODER_NAMES[name.rpartition(".")[0] + ".weight"] for name in scales}
         moved = {names[n].removesuffix("weight") + n.rpartition(".")[2]: t for n, t in scales.items()}
         beside = {name: t for name, t in tensors.items() if name.endswith("_fp8")}
         weights = {name: t for name, t in tensors.items() if name.endswith(".weight")}
@@ -176,9 +179,8 @@ def test_text_encoder(tmp_path: Path, stored: str, naming: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_vae(tmp_path: Path, naming: str, dtype: torch.dtype) -> None:
     expected = cast(plain_vae(), dtype)
-    names = vae_keys(VAE)
     path = tmp_path / "Wan2_1_VAE.safetensors"
-    save_file({names.to_other(n) if naming == "diffusers" else n: t for n, t in expected.items()}, path)
+    save_file({VAE_NAMES[n] if naming == "diffusers" else n: t for n, t in expected.items()}, path)
     for folder in (model_of(tmp_path), model_of(tmp_path, vae_file=path)):
         assert folder.vae_config() == VAE
         assert_same(folder.vae_tensors(), expected)
@@ -289,12 +291,12 @@ def test_gguf_transformer(tmp_path: Path, kind: str) -> None:
 
 
 def test_gguf_text_encoder(tmp_path: Path) -> None:
-    names = UMT5_GGUF_KEYS
+    names = names_of(text_encoder_modules(TEXT_ENCODER), TEXT_ENCODER.num_layers, layout=2)
     path = tmp_path / "umt5-xxl-encoder-F16.gguf"
-    expected = write_gguf(path, {names.to_other(n): t for n, t in plain_text_encoder().items()}, "F16", "t5encoder")
+    expected = write_gguf(path, {names[n]: t for n, t in plain_text_encoder().items()}, "F16", "t5encoder")
     folder = model_of(tmp_path)
     assert folder.text_encoder_config() == TEXT_ENCODER
-    assert_same(folder.text_encoder_tensors(), {names.to_original(name): t for name, t in expected.items()})
+    assert_same(folder.text_encoder_tensors(), {name: expected[other] for name, other in names.items()})
 
 
 def test_gguf_is_dequantized_when_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

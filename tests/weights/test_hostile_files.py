@@ -20,7 +20,7 @@ from random_weights import original_config, transformer, write_json, write_origi
 from safetensors.torch import save_file
 
 from echo_rt.errors import EchoError, ResourceError, WeightsError
-from echo_rt.weights.files import open_tensors
+from echo_rt.weights.files import open_safetensors, open_tensors
 from echo_rt.weights.folder import ModelFolder
 
 
@@ -237,8 +237,6 @@ def test_descriptors_that_are_used_up_are_no_damage(tmp_path: Path, name: str) -
 
 
 def test_a_library_that_calls_a_file_missing_which_it_has_no_descriptor_for(tmp_path: Path) -> None:
-    from echo_rt.weights.safetensors_files import open_safetensors
-
     path = write(tmp_path / "x.safetensors", 10)
     with no_more_descriptors():
         assert "Too many open files" in refusal(lambda: open_safetensors(path), ResourceError)

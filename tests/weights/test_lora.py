@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 from closeness import relative_error
-from random_weights import TRANSFORMER, assert_same, memory, random_tensors, transformer
+from random_weights import TRANSFORMER, TRANSFORMER_NAMES, assert_same, memory, random_tensors, transformer
 from safetensors.torch import save_file
 from torch import Tensor
 
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.weights.fingerprint import FingerprintedTensors
-from echo_rt.weights.keymaps import TRANSFORMER_KEYS
 from echo_rt.weights.lora import merge_lora
 from echo_rt.weights.shapes import MEMORY_PREFIX, transformer_shapes
 
@@ -86,7 +85,7 @@ def test_every_linear_of_every_block() -> None:
 
 
 def to_diffusers(module: str) -> str:
-    return TRANSFORMER_KEYS.to_other(module)
+    return TRANSFORMER_NAMES[f"{module}.weight"].removesuffix(".weight")
 
 
 # What stands before a module, how modules are called, and what follows them for the two factors.

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,8 @@ def test_tokenizer_takes_any_text(tiny: Path) -> None:
     folder = ModelFolder.open(tiny)
     config = folder.text_encoder_config()
     texts = ["a red fox in the snow", "naïve Ærøskøbing", "雪の中の狐", "🦊👩‍👩‍👧 ok", "a\u202eb", "\U0010ffff \ufffd"]
-    with TextEncoder(config, folder.text_encoder_tensors(), folder.tokenizer_path(), text_len=64) as encoder:
+    made = TextEncoder(config, folder.text_encoder_tensors(), folder.tokenizer_path(), text_len=64)
+    with closing(made) as encoder:
         for text in texts:
             ids = encoder.tokenize(text)
             assert ids[-1] == 1 and 0 not in ids and max(ids) < config.vocab_size
