@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from echo_rt.cli.arguments import Arguments
-from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import say
 from echo_rt.errors import EchoError
 from echo_rt.recipes import RECIPES
 from echo_rt.utils.build_info import __version__, build_info
+from echo_rt.utils.signals import StopRequest
 from echo_rt.utils.wording import first_line
 
 if TYPE_CHECKING:

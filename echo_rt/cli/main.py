@@ -19,10 +19,10 @@ import click
 
 from echo_rt.cli import stdio
 from echo_rt.cli.arguments import Arguments, Options, table
-from echo_rt.cli.signals import StopNow, StopRequest
 from echo_rt.cli.stdio import DEBUG_VARIABLE, describe, warn
 from echo_rt.errors import OutputError
 from echo_rt.utils.build_info import __version__
+from echo_rt.utils.signals import StopNow, StopRequest
 
 # Modules of this folder, each imported when it is needed, with the line that --help shows.
 COMMANDS = {

@@ -10,10 +10,10 @@ from typing import Any
 
 from echo_rt.cli.arguments import MODEL, Arguments, model_files, number, options_of, shared, table
 from echo_rt.cli.outputs import Named, check_folder
-from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import say
 from echo_rt.options import RuntimeOptions
 from echo_rt.utils.packages import needing
+from echo_rt.utils.signals import StopRequest
 
 DESCRIPTION = """
 Serve one live video: a page to watch and steer it, WebRTC, fragmented MP4 over a WebSocket, and an API (/docs). Only

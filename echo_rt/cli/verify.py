@@ -12,9 +12,9 @@ import click
 
 from echo_rt.cli.arguments import PATH, Arguments, shared, table
 from echo_rt.cli.outputs import Named, check_results
-from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import complain, describe, say
 from echo_rt.errors import ConfigError, EchoError
+from echo_rt.utils.signals import StopRequest
 
 if TYPE_CHECKING:
     from echo_rt.verify.bundles import BundleReport

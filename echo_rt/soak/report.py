@@ -26,7 +26,6 @@ from echo_rt.utils.wording import counted, printable
 REPORT_FILE, PAGE_FILE = "report.md", "report.html"
 PICTURES = ("latency.svg", "memory.svg", "latents.svg")
 _NO_MATPLOTLIB = "plots need matplotlib, which is not installed: pip install 'echo-rt[soak]'"
-_MEBIBYTE = 2.0**20
 _SIZE = (10.0, 3.5)  # of a panel, in inches
 _CAPACITY = 4096  # points of a curve; a picture is not that wide
 _MARKS = 200  # of a kind in a picture
@@ -48,11 +47,6 @@ def require_matplotlib() -> None:
         raise BackendError(_NO_MATPLOTLIB)
 
 
-def device_name(device: torch.device) -> str:
-    """Name of the device for the report. Ask before the soak: a GPU that is lost does not answer."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 # ---------------------------------------------------------------- what is told
 
 
@@ -62,10 +56,11 @@ def _mean(a: float, b: float) -> float:
 
 @dataclass
 class Curve:
-    """A figure over the blocks. Beyond 4096 points, neighbours become one, whose value ``merge`` makes."""
+    """The figure ``group.name`` of lines. Beyond 4096 points, neighbours become one, whose value ``merge`` makes."""
 
     label: str
-    value: Callable[[Line], float | None]
+    group: str
+    name: str
     merge: Callable[[float, float], float] = max
     points: list[tuple[float, float]] = field(default_factory=list)
 
@@ -109,33 +104,28 @@ class Panel(NamedTuple):
 
 
 class History:
-    """The journal in bounded memory: promises, totals with the blocks that were made twice, curves without them."""
+    """The journal in bounded memory: promises, totals with the blocks that were made twice, curves without them.
 
-    def __init__(self, promises: Promises) -> None:
-        self.promises = promises
+    ``device``: its name, asked for before the soak: a GPU that is lost does not answer.
+    """
+
+    def __init__(self, promises: Promises, device: str) -> None:
+        self.promises, self.device = promises, device
         self.latency = Histogram()
         self.longest = (0.0, 0)
         self.runs = self.switches = 0
         self.slowest_switch = self.longest_stall = 0.0
         self.newest: Line = {}
         self.lives: list[Life] = []
-        latency = [
-            Curve("p50", lambda line: line["latency"]["p50"], _mean),
-            Curve("p99", lambda line: line["latency"]["p99"]),
-            Curve("longest", lambda line: line["latency"]["max"]),
-        ]
-        device = [
-            Curve("device reserved", lambda line: (line["device"] or {}).get("reserved")),
-            Curve("device allocated", lambda line: (line["device"] or {}).get("allocated")),
-        ]
-        host = [Curve("host resident", lambda line: line["host"]["rss"])]
-        mean = [Curve("mean", lambda line: line["latents"]["mean"], _mean)]
-        deviation = [Curve("standard deviation", lambda line: line["latents"]["std"], _mean)]
-        memory = [Panel("device", "MiB", _MEBIBYTE, device), Panel("host", "MiB", _MEBIBYTE, host)]
-        latents = [Panel("mean", "", 1.0, mean, from_zero=False), Panel("std", "", 1.0, deviation)]
+        latency = [Curve("p50", "latency", "p50", _mean), Curve("p99", "latency", "p99")]
+        latency.append(Curve("longest", "latency", "max"))
+        memory = [Curve(f"device {name}", "device", name) for name in ("reserved", "allocated")]
+        host = [Curve("host resident", "host", "rss")]
+        mean, deviation = Curve("mean", "latents", "mean", _mean), Curve("standard deviation", "latents", "std", _mean)
+        latents = [Panel("mean", "", 1.0, [mean], from_zero=False), Panel("std", "", 1.0, [deviation])]
         self.plots: dict[str, tuple[str, list[Panel]]] = {
             "latency.svg": ("Block latency", [Panel("latency", "ms", 1.0, latency)]),
-            "memory.svg": ("Memory", memory),
+            "memory.svg": ("Memory", [Panel("device", "MiB", 2.0**20, memory), Panel("host", "MiB", 2.0**20, host)]),
             "latents.svg": ("Drift of the latent statistics", latents),
         }
         self.curves = [curve for _, panels in self.plots.values() for panel in panels for curve in panel.curves]
@@ -146,7 +136,7 @@ class History:
         self.runs = line["run"]
         if "blocks" not in line:
             return
-        self.latency.merge(Histogram(line["latency"]["bins"]))
+        self.latency.update(Histogram.from_json(line["latency"]["bins"]))
         self.longest = max(self.longest, (line["latency"]["max"], line["latency"]["max_block"]))
         self.switches += line["switch_latency"]["blocks"]
         self.slowest_switch = max(self.slowest_switch, line["switch_latency"]["max"] or 0.0)
@@ -156,7 +146,7 @@ class History:
             for curve in self.curves:
                 curve.cut(line["first_block"])
         for curve in self.curves:
-            curve.add(line["block"], curve.value(line))
+            curve.add(line["block"], (line[curve.group] or {}).get(curve.name))
         self.lives[-1].last = line["block"]
         if line["warm"] and self.lives[-1].warm is None:
             self.lives[-1].warm = {name: line[name] for name in _FROM_WARM}
@@ -180,7 +170,7 @@ class History:
 # ---------------------------------------------------------------- the report
 
 
-def write_report(config: SoakConfig, history: History, last: Line, device: str, part: PartFile) -> None:
+def write_report(config: SoakConfig, history: History, last: Line, part: PartFile) -> None:
     """Write the report into ``part``, and page and pictures into ``config.out``; raises ``OutputError``.
 
     ``last`` is the journal's last line. The report goes first: where the disk takes no more files, ``part`` is there.
@@ -194,7 +184,7 @@ def write_report(config: SoakConfig, history: History, last: Line, device: str, 
         _warm_up(config),
         "## Figures\n\n" + _table(["figure", "value"], _figures(history, last)),
         f"## Plots\n\n{_LEGEND if pictures else missing}\n{shown}",
-        _setting(config, device, last),
+        _setting(config, history.device, last),
     )
     text = "\n".join(parts)
     try:
@@ -247,7 +237,7 @@ def _warm_up(config: SoakConfig) -> str:
 
 
 def _figures(history: History, last: Line) -> list[list[str]]:
-    made, newest = history.promises.made, history.newest
+    made, newest = history.promises, history.newest
     rows = [
         ["processes", str(history.runs)],
         ["blocks, including those made again", str(made.blocks)],
@@ -353,7 +343,7 @@ def _draw(axis: Any, panel: Panel, config: SoakConfig, history: History) -> None
         high = max([high, *(limit for limit in limits if limit < _ROOM * high)])
     for every, marker, y in ((config.switch_every, "v", 0.96), (config.snapshot_every, "^", 0.04)):
         if every is not None:
-            at = _some(range(every, history.promises.made.never, every))
+            at = _some(range(every, history.promises.never, every))
             where = axis.get_xaxis_transform()
             axis.plot(at, [y] * len(at), marker, markersize=3, color="grey", transform=where)
     if panel.from_zero:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from echo_rt.engine.guard import ROLL_BACK, STOP, Guard
 from echo_rt.engine.prompts import load_prompt_embeds, save_prompt_embeds
 from echo_rt.errors import ConfigError, EchoError, OutputError
 from echo_rt.output.segment_index import INDEX_FILE
@@ -21,20 +22,20 @@ from echo_rt.snapshot.store import latest_snapshot, require_seed, snapshot_files
 from echo_rt.soak.checks import Promises, Status, Verdict
 from echo_rt.soak.config import MANIFEST_FILE, SoakConfig, check_manifest, write_manifest
 from echo_rt.soak.journal import JOURNAL_FILE, Journal, Line, Past, read_lines
-from echo_rt.soak.loop import EVIDENCE_FOLDER, SNAPSHOT_FOLDER, BlockLoop, Stop, StopSignal, Watcher
+from echo_rt.soak.loop import EVIDENCE_FOLDER, SNAPSHOT_FOLDER, BlockLoop, Watcher
 from echo_rt.soak.prometheus import Exporter
 from echo_rt.soak.report import (
     PAGE_FILE,
     PICTURES,
     REPORT_FILE,
     History,
-    device_name,
     require_matplotlib,
     write_report,
 )
 from echo_rt.utils.atomic_file import PartFile, names_in, open_plain, reason
 from echo_rt.utils.device import parse_device
 from echo_rt.utils.folder_lock import FolderClaim
+from echo_rt.utils.signals import StopRequest
 from echo_rt.utils.threads import share_cpu
 from echo_rt.utils.wording import counted
 
@@ -80,14 +81,7 @@ class Outcome:
         return f"{self.end} after {counted(self.blocks, 'block')}; promises: {said}{''.join(broken)}"
 
 
-class _NeverStop:
-    """For callers without signals."""
-
-    request: StopSignal | None = None
-    interruptible = after_block = staticmethod(contextlib.nullcontext)
-
-
-def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watcher] = ()) -> Outcome:
+def run(config: SoakConfig, *, stop: StopRequest | None = None, watchers: Sequence[Watcher] = ()) -> Outcome:
     """Run the soak, or continue the one in ``config.out``, and write its report.
 
     A stream that fails is an outcome, with a report, and so is a ``stop``. Raises :class:`ConfigError` for another
@@ -97,12 +91,12 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
     if config.plots:
         require_matplotlib()
     device = parse_device(config.device)
-    history, name = History(Promises(config.limits.resolved(device.type))), device_name(device)
-    stop = stop or _NeverStop()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    history = History(Promises(config.limits.resolved(device.type)), name)
+    stop = stop or StopRequest()
     with contextlib.ExitStack() as cleanup:
         claim = FolderClaim(config.folder)
         cleanup.callback(claim.release)
-        conclude = partial(_conclude, config, name, history, claim)
         begun = check_manifest(config)
         _check_folder(claim, begun is not None)
         last: Line = {}
@@ -110,7 +104,7 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
             history.see(last)
         # A complete soak may lack its report, or be asked for more blocks.
         if last.get("end") == _COMPLETE and config.is_over(last["block"], last["elapsed"]):
-            return conclude(last)
+            return _conclude(config, history, claim, last)
         if config.serve is not None:
             watchers = [*watchers, cleanup.enter_context(closing(Exporter(*config.serve)))]
         file, snapshot = latest_snapshot(config.folder / SNAPSHOT_FOLDER) or (None, None)
@@ -124,6 +118,14 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
         kept = _kept_embeds(config)
         with stop.interruptible():
             embeds = kept or runtime.encode_prompts(config.prompts)
+        policy, evidence = ROLL_BACK if config.roll_back else STOP, config.folder / EVIDENCE_FOLDER
+        guard = Guard(policy=policy, evidence=evidence, block_seconds=config.block_seconds)
+        if snapshot is None:
+            stream = runtime.stream(prompt_embeds=embeds[0], seed=config.seed, guard=guard)
+        else:
+            stream = runtime.resume(snapshot, guard=guard)
+        offset = 0 if snapshot is None else snapshot.offset
+        del snapshot, options  # gigabytes, which a day of video has no use for
         with _accepted():
             if begun != config.settings():  # only now: a mistyped model or prompt must not be tied to the folder
                 write_manifest(config)
@@ -133,10 +135,27 @@ def run(config: SoakConfig, *, stop: Stop | None = None, watchers: Sequence[Watc
             report = PartFile(config.folder / REPORT_FILE)
             cleanup.callback(report.discard)
             journal = cleanup.enter_context(closing(Journal(config.folder)))
-            loop = BlockLoop(config, runtime, embeds, journal, history, past, snapshot, stop, watchers)
-        cleanup.callback(loop.close)
-        del snapshot, options  # gigabytes
-        return _soak(conclude, loop, journal, history, stop, report)
+            loop = BlockLoop(config, runtime, stream, guard, embeds, journal, history, past, offset, stop, watchers)
+            cleanup.callback(loop.close)
+            loop.run()
+            request = None if loop.finished else stop.request
+            # The failure of a stream causes what goes wrong after it, and of several problems the first says most.
+            last = loop.end_line("failed" if loop.failure or loop.problem else request.reason if request else _COMPLETE)
+            try:
+                journal.append(last)
+                journal.sync()
+            except OutputError as error:
+                loop.problem = loop.problem or error
+                last = loop.end_line("failed")
+            journal.close()  # so that pictures can be written where no more files can be open
+            history.see(last)
+            try:
+                outcome = _conclude(config, history, claim, last, report, request.exit_code if request else None)
+            except (OutputError, OSError) as error:
+                raise loop.failure or loop.problem or error from None
+            if loop.problem is not None and loop.failure is None:
+                raise loop.problem
+            return outcome
 
 
 @contextlib.contextmanager
@@ -150,35 +169,8 @@ def _accepted() -> Iterator[None]:
         raise OutputError(str(error)) from error
 
 
-def _soak(
-    conclude: Callable[..., Outcome], loop: BlockLoop, journal: Journal, history: History, stop: Stop, report: PartFile
-) -> Outcome:
-    loop.run()
-    request = None if loop.finished else stop.request
-    # The failure of a stream causes what goes wrong after it, and of several problems the first says most.
-    last = loop.end_line("failed" if loop.failure or loop.problem else request.reason if request else _COMPLETE)
-    try:
-        journal.append(last)
-        journal.sync()
-    except OutputError as error:
-        loop.problem = loop.problem or error
-        last = loop.end_line("failed")
-    journal.close()  # so that pictures can be written where no more files can be open
-    history.see(last)
-    problem = None if loop.failure else loop.problem
-    try:
-        outcome = conclude(last, report, None if request is None else request.exit_code)
-    except (OutputError, OSError) as error:
-        problem = loop.failure or loop.problem or error
-    if problem is not None:
-        with _accepted() if loop.begun else contextlib.nullcontext():
-            raise problem
-    return outcome
-
-
 def _conclude(
     config: SoakConfig,
-    device: str,
     history: History,
     claim: FolderClaim,
     last: Line,
@@ -190,18 +182,10 @@ def _conclude(
             claim.release()
             claim, report = FolderClaim(config.folder, new=True), None
             cleanup.callback(claim.release)
-        write_report(config, history, last, device, report or PartFile(config.folder / REPORT_FILE))
-        return Outcome(
-            end=last["end"],
-            blocks=last["block"],
-            verdicts=history.promises.verdicts(),
-            report=claim.path / REPORT_FILE,
-            backend=last.get("backend"),
-            backend_reason=last.get("backend_reason"),
-            taken=last.get("taken"),
-            failure=last["failure"],
-            signal_code=signal_code,
-        )
+        write_report(config, history, last, report or PartFile(config.folder / REPORT_FILE))
+        told = {name: last.get(name) for name in ("backend", "backend_reason", "taken", "failure")}
+        verdicts, path = history.promises.verdicts(), claim.path / REPORT_FILE
+        return Outcome(last["end"], last["block"], verdicts, path, **told, signal_code=signal_code)
 
 
 def _check_folder(claim: FolderClaim, begun: bool) -> None:

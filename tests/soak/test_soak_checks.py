@@ -26,9 +26,7 @@ def lines(count: int = 20, run: int = 1, first: int = 0) -> list[dict[str, Any]]
     made = []
     for number in range(count):
         begin = first + 50 * number
-        bins = Histogram()
-        for _ in range(50):
-            bins.add(0.25)
+        bins = Histogram.of([0.25] * 50)
         made.append(
             {
                 "run": run,
@@ -172,10 +170,7 @@ def test_a_step_that_is_taken_once_is_no_growth() -> None:
 
 def test_slow_blocks() -> None:
     made = lines()
-    slow = Histogram()
-    for _ in range(25):
-        slow.add(0.27)
-    made[3]["latency"]["bins"] = slow.to_json()
+    made[3]["latency"]["bins"] = Histogram.of([0.27] * 25).to_json()
     assert broken(made)["latency p99/p50"].startswith("1.080 over 975 blocks")
     assert list(broken(made)) == ["latency p99/p50"]
     assert broken(made, Limits(latency_ratio=1.1)) == {}

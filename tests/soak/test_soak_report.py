@@ -48,7 +48,7 @@ def config(folder: Path, **changes: Any) -> SoakConfig:
 
 
 def history_of(lines: list[Line], limits: Limits = Limits()) -> History:  # noqa: B008
-    history = History(Promises(limits.resolved("cpu")))
+    history = History(Promises(limits.resolved("cpu")), "CPU")
     for entry in lines:
         history.see(entry)
     return history
@@ -56,7 +56,7 @@ def history_of(lines: list[Line], limits: Limits = Limits()) -> History:  # noqa
 
 def report_of(folder: Path, lines: list[Line] = LINES, limits: Limits = Limits(), **changes: Any) -> str:  # noqa: B008
     given = config(folder, limits=limits, **changes)
-    write_report(given, history_of(lines, limits), lines[-1], "CPU", PartFile(folder / REPORT_FILE))
+    write_report(given, history_of(lines, limits), lines[-1], PartFile(folder / REPORT_FILE))
     return (folder / REPORT_FILE).read_text()
 
 
@@ -203,7 +203,7 @@ def test_curves_are_those_of_the_blocks_that_stayed() -> None:
 
 
 def test_a_long_curve_keeps_its_peaks() -> None:
-    curve = Curve("longest", lambda line: None)
+    curve = Curve("longest", "latency", "max")
     for x in range(100_001):
         curve.add(float(x), 500.0 if x == 77_777 else 1.0)
     assert len(curve.points) <= 4096
