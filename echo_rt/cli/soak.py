@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from typing import Any
 
 import click
 
 from echo_rt.cli.arguments import MODEL, Arguments, Value, model_files, options_of, require, shared, table
 from echo_rt.cli.outputs import Named, check_folder
+from echo_rt.cli.progress import Panel
 from echo_rt.cli.prompts import parse_untimed
 from echo_rt.cli.stdio import complain, say
 from echo_rt.errors import OutputError
@@ -86,22 +88,12 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Run the soak and return its exit code."""
     config = parse_config(arguments)
     with stop.interruptible():
-        import echo_rt.soak
-        from echo_rt.cli.soak_panel import Panel
-    panel = Panel(config, quiet=arguments.quiet)
-    try:
-        outcome = echo_rt.soak.run(config, stop=stop, watchers=[panel])
-    finally:
-        panel.close()
-    report.update(outcome.taken or {})
-    report.update(
-        end=outcome.end,
-        blocks=outcome.blocks,
-        backend=outcome.backend,
-        backend_reason=outcome.backend_reason,
-        promises=[dataclasses.asdict(verdict) for verdict in outcome.verdicts],
-        report=str(outcome.report),
-    )
+        from echo_rt.soak import run as run_soak
+    with closing(Panel(config, quiet=arguments.quiet)) as panel:
+        outcome = run_soak(config, stop=stop, watchers=[panel])
+    report |= outcome.taken or {}
+    report |= {name: getattr(outcome, name) for name in ("end", "blocks", "backend", "backend_reason")}
+    report |= {"promises": list(map(dataclasses.asdict, outcome.verdicts)), "report": str(outcome.report)}
     if outcome.failure is not None:
         report["error"] = outcome.failure
         complain(f"echo-rt: error: {outcome.failure}")

@@ -132,8 +132,8 @@ class Figures:
         """Seconds since the interval began."""
         return time.monotonic() - self._began
 
-    def add(self, chunk: Chunk, seconds: float, *, warm: bool, switching: bool, rollbacks: int = 0) -> str | None:
-        """Add a block that took ``seconds``; return its hash, if it has one.
+    def add(self, chunk: Chunk, seconds: float, *, warm: bool, switching: bool, rollbacks: int = 0) -> None:
+        """Add a block that took ``seconds``.
 
         ``warm``: its latency counts. ``switching``: it may have paid for a prompt switch. ``rollbacks``: so far.
         """
@@ -142,7 +142,6 @@ class Figures:
         made = None if chunk.index % self.hash_every else digest(chunk)
         known = None if made is None else self.expected.pop(chunk.index, None)
         self._seen.append(_Seen(chunk.index, chunk.stats, seconds, warm, switching, score, wrong, made, known))
-        return made
 
     def _misplaced(self, chunk: Chunk, rollbacks: int) -> str | None:
         """Return what is wrong with the block's place in the video, or None; go on to the next block.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -82,10 +81,6 @@ class BlockLoop:
         self._stall: float | None = None  # longest stall of the stream by a snapshot since the last line, in ms
         self._replayed: list[tuple[int, str, str]] = []
         self._compared = self._again = 0
-        window = (config.keep + 1) * (config.snapshot_every or 0) // config.hash_every + 2
-        self._recent: deque[tuple[int, str]] = deque(maxlen=window)
-        self._rollbacks = 0
-        self._branched = -1  # the first block after the last rollback: no earlier snapshot leads to it
         self._began = time.monotonic()
         self._cleanup = contextlib.ExitStack()
         self._keeper: SnapshotKeeper | None = None
@@ -160,7 +155,7 @@ class BlockLoop:
         return None
 
     def _count(self, chunk: Chunk, seconds: float) -> None:
-        config, rollbacks = self.config, self.stream.rollbacks
+        config = self.config
         self._made += 1
         self._switched |= config.switches_at(chunk.index)
         # The first switch and the first snapshot may allocate for good.
@@ -169,12 +164,7 @@ class BlockLoop:
         # A switch is requested while an earlier block is handed out, and slows the block after it as well.
         near = range(chunk.index - 1, chunk.index + self.runtime.lookahead + 1)
         switching = any(map(config.switches_at, near))
-        if rollbacks > self._rollbacks:
-            self._rollbacks, self._branched = rollbacks, chunk.index
-            self._recent.clear()
-        made = self.figures.add(chunk, seconds, warm=warm, switching=switching, rollbacks=rollbacks)
-        if made is not None:
-            self._recent.append((chunk.index, made))
+        self.figures.add(chunk, seconds, warm=warm, switching=switching, rollbacks=self.stream.rollbacks)
         for watcher in self.watchers:
             watcher.block_done(chunk.index, self.figures.frame, seconds)
 
@@ -212,19 +202,16 @@ class BlockLoop:
 
     def _replay(self, keeper: SnapshotKeeper) -> None:
         """Generate hashed blocks again from the newest snapshot before one, and compare."""
-        for file in snapshot_files(keeper.folder):
-            snapshot = Snapshot.load(file)
+        for snapshot in map(Snapshot.load, snapshot_files(keeper.folder)):
             begin = snapshot.next_block
-            if begin <= self._branched:
-                return
-            known = {block: made for block, made in self._recent if begin <= block <= begin + self.config.hash_every}
+            hashes = Past(self.config.folder, begin).hashes
+            known = {block: made for block, made in hashes.items() if block <= begin + self.config.hash_every}
             if known:
-                self._compare(snapshot, known)
-                return
-
-    def _compare(self, snapshot: Snapshot, known: dict[int, str]) -> None:
+                break
+        else:
+            return
         with self.runtime.resume(snapshot, guard=self.guard) as stream:
-            for block in range(snapshot.next_block, max(known) + 1):
+            for block in range(begin, max(known) + 1):
                 chunk = None if self.stop.request is not None else self._next(stream)
                 if chunk is None:
                     return

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from markdown_it import MarkdownIt
 
-from echo_rt.errors import BackendError, OutputError
+from echo_rt.errors import OutputError
 from echo_rt.soak.checks import Promises
 from echo_rt.soak.config import SoakConfig
 from echo_rt.soak.interval import Histogram
@@ -25,7 +25,7 @@ from echo_rt.utils.wording import counted, printable
 
 REPORT_FILE, PAGE_FILE = "report.md", "report.html"
 PICTURES = ("latency.svg", "memory.svg", "latents.svg")
-_NO_MATPLOTLIB = "plots need matplotlib, which is not installed: pip install 'echo-rt[soak]'"
+NO_MATPLOTLIB = "plots need matplotlib, which is not installed: pip install 'echo-rt[soak]'"
 _SIZE = (10.0, 3.5)  # of a panel, in inches
 _CAPACITY = 4096  # points of a curve; a picture is not that wide
 _MARKS = 200  # of a kind in a picture
@@ -39,12 +39,6 @@ svg { width: 100%; height: auto; } pre { overflow: auto; background: #f4f4f4; pa
 def can_plot() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
-
-
-def require_matplotlib() -> None:
-    """Raise :class:`BackendError` unless plots can be drawn."""
-    if not can_plot():
-        raise BackendError(_NO_MATPLOTLIB)
 
 
 # ---------------------------------------------------------------- what is told
@@ -193,7 +187,7 @@ def write_report(config: SoakConfig, history: History, last: Line, part: PartFil
         part.discard()
         raise OutputError(f"{part.path}: cannot write: {reason(error)}") from None
     part.commit()
-    for file, content in ((PAGE_FILE, _page(text, pictures)), *pictures.items()):
+    for file, content in {PAGE_FILE: _page(text, pictures), **pictures}.items():
         write_whole(config.folder / file, content.encode())
 
 
@@ -291,7 +285,7 @@ def _pictures(config: SoakConfig, history: History) -> tuple[dict[str, str], str
     if config.plots is False:
         return {}, "Left out, as asked."
     if not can_plot():
-        return {}, f"Left out: {_NO_MATPLOTLIB}; then give the same command again."
+        return {}, f"Left out: {NO_MATPLOTLIB}; then give the same command again."
     made = {}
     try:
         for name, (title, panels) in history.plots.items():

@@ -15,23 +15,16 @@ from torch import Tensor
 
 from echo_rt.engine.guard import ROLL_BACK, STOP, Guard
 from echo_rt.engine.prompts import load_prompt_embeds, save_prompt_embeds
-from echo_rt.errors import ConfigError, EchoError, OutputError
+from echo_rt.errors import BackendError, ConfigError, EchoError, OutputError
 from echo_rt.output.segment_index import INDEX_FILE
 from echo_rt.runtime import Runtime
 from echo_rt.snapshot.store import latest_snapshot, require_seed, snapshot_files
+from echo_rt.soak import report
 from echo_rt.soak.checks import Promises, Status, Verdict
 from echo_rt.soak.config import MANIFEST_FILE, SoakConfig, check_manifest, write_manifest
 from echo_rt.soak.journal import JOURNAL_FILE, Journal, Line, Past, read_lines
 from echo_rt.soak.loop import EVIDENCE_FOLDER, SNAPSHOT_FOLDER, BlockLoop, Watcher
 from echo_rt.soak.prometheus import Exporter
-from echo_rt.soak.report import (
-    PAGE_FILE,
-    PICTURES,
-    REPORT_FILE,
-    History,
-    require_matplotlib,
-    write_report,
-)
 from echo_rt.utils.atomic_file import PartFile, names_in, open_plain, reason
 from echo_rt.utils.device import parse_device
 from echo_rt.utils.folder_lock import FolderClaim
@@ -88,11 +81,11 @@ def run(config: SoakConfig, *, stop: StopRequest | None = None, watchers: Sequen
     soak's folder, the errors of loading a model, and :class:`OutputError` for all that goes wrong after that, of which
     there is a report if one can be written: the files stay readable, and the same call continues from there.
     """
-    if config.plots:
-        require_matplotlib()
+    if config.plots and not report.can_plot():
+        raise BackendError(report.NO_MATPLOTLIB)
     device = parse_device(config.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    history = History(Promises(config.limits.resolved(device.type)), name)
+    history = report.History(Promises(config.limits.resolved(device.type)), name)
     stop = stop or StopRequest()
     with contextlib.ExitStack() as cleanup:
         claim = FolderClaim(config.folder)
@@ -132,8 +125,8 @@ def run(config: SoakConfig, *, stop: StopRequest | None = None, watchers: Sequen
             if not kept:
                 for file, tensor, prompt in zip(_embeds_files(config), embeds, config.prompts, strict=True):
                     save_prompt_embeds(file, tensor, prompt)
-            report = PartFile(config.folder / REPORT_FILE)
-            cleanup.callback(report.discard)
+            part = PartFile(config.folder / report.REPORT_FILE)
+            cleanup.callback(part.discard)
             journal = cleanup.enter_context(closing(Journal(config.folder)))
             loop = BlockLoop(config, runtime, stream, guard, embeds, journal, history, past, offset, stop, watchers)
             cleanup.callback(loop.close)
@@ -150,7 +143,7 @@ def run(config: SoakConfig, *, stop: StopRequest | None = None, watchers: Sequen
             journal.close()  # so that pictures can be written where no more files can be open
             history.see(last)
             try:
-                outcome = _conclude(config, history, claim, last, report, request.exit_code if request else None)
+                outcome = _conclude(config, history, claim, last, part, request.exit_code if request else None)
             except (OutputError, OSError) as error:
                 raise loop.failure or loop.problem or error from None
             if loop.problem is not None and loop.failure is None:
@@ -171,26 +164,26 @@ def _accepted() -> Iterator[None]:
 
 def _conclude(
     config: SoakConfig,
-    history: History,
+    history: report.History,
     claim: FolderClaim,
     last: Line,
-    report: PartFile | None = None,
+    part: PartFile | None = None,
     signal_code: int | None = None,
 ) -> Outcome:
     with contextlib.ExitStack() as cleanup:
         if claim.removed:  # there is a report all the same, in a new folder if nobody has made one
             claim.release()
-            claim, report = FolderClaim(config.folder, new=True), None
+            claim, part = FolderClaim(config.folder, new=True), None
             cleanup.callback(claim.release)
-        write_report(config, history, last, report or PartFile(config.folder / REPORT_FILE))
+        report.write_report(config, history, last, part or PartFile(config.folder / report.REPORT_FILE))
         told = {name: last.get(name) for name in ("backend", "backend_reason", "taken", "failure")}
-        verdicts, path = history.promises.verdicts(), claim.path / REPORT_FILE
+        verdicts, path = history.promises.verdicts(), claim.path / report.REPORT_FILE
         return Outcome(last["end"], last["block"], verdicts, path, **told, signal_code=signal_code)
 
 
 def _check_folder(claim: FolderClaim, begun: bool) -> None:
     """Raise ``ConfigError`` for what is no soak's, links and special files too; remove what killed processes left."""
-    folder, files = claim.folder, (JOURNAL_FILE, REPORT_FILE, PAGE_FILE, *PICTURES)
+    folder, files = claim.folder, (JOURNAL_FILE, report.REPORT_FILE, report.PAGE_FILE, *report.PICTURES)
     foreign = [] if begun else [folder / INDEX_FILE, folder / JOURNAL_FILE, *snapshot_files(folder / SNAPSHOT_FOLDER)]
     for path in foreign:
         if path.exists():
