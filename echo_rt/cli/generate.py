@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import click
 
-from echo_rt.cli.arguments import MODEL, TEXT, Arguments, Value, model_files, number, options_of, require, shared, table
-from echo_rt.cli.outputs import Named, check_folder, check_outputs
-from echo_rt.cli.prompts import parse_script
-from echo_rt.errors import ConfigError, TargetError
-from echo_rt.options import FITS, RuntimeOptions
-from echo_rt.soak.config import MANIFEST_FILE
+from echo_rt.cli.arguments import MODEL, TEXT, Arguments, Value, number, shared, table
+from echo_rt.cli.request import BESIDE_SEGMENTS, Request
+from echo_rt.options import FITS
 from echo_rt.utils.signals import StopRequest
 
 DESCRIPTION = "Make a video from one or more prompts and write it to an MP4 while it is made."
@@ -40,8 +35,6 @@ Exit codes: 0 the video is done; 1 a failure on the way, what was made is kept; 
 143 the terminal was closed, Ctrl-C, SIGTERM.
 """
 
-# Value of --latents without a file; no file can have this name.
-BESIDE_SEGMENTS = Path(".")
 _MOST = 10**9  # frames or seconds: a longer video is one without an end
 
 
@@ -119,93 +112,3 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     with stop.interruptible():
         from echo_rt.cli.generation import generate
     return generate(request, report, stop)
-
-
-class Request:
-    """The arguments, checked as far as that is possible without the model."""
-
-    def __init__(self, arguments: Arguments) -> None:
-        self.arguments = arguments
-        self.script = parse_script(arguments.prompt, arguments.prompt_embeds)
-        self.options = options_of(RuntimeOptions, arguments)
-        if arguments.frames is not None and arguments.seconds is not None:
-            raise ConfigError("--frames and --seconds: expected one of them, got both")
-        for name, given in (("--fit", arguments.fit), ("--only-new", arguments.only_new or None)):
-            require(name, given, "--from FILE", arguments.initial)
-        self.embeds_files = self._embeds_files(arguments.save_prompt_embeds)
-        self.output = self._output()
-        self._check_outputs()
-
-    def _embeds_files(self, file: Path | None) -> list[Path]:
-        """A file for each prompt, or none."""
-        if file is None:
-            return []
-        if len(self.script) == 1 or not file.suffix:  # the latter is refused as it is
-            return [file]
-        return [file.with_name(f"{file.stem}.{i}{file.suffix}") for i in range(len(self.script))]
-
-    def _output(self) -> Path:
-        """Return the place of the video; checks that the options about it fit together."""
-        arguments = self.arguments
-        output: Path | None = arguments.resume if arguments.output is None else arguments.output
-        if output is None:
-            raise ConfigError("expected -o OUT.mp4 (or --resume DIR), got neither (see echo-rt generate --help)")
-        if arguments.resume is not None and os.path.realpath(output) != os.path.realpath(arguments.resume):
-            raise ConfigError(
-                f"--resume and -o: expected one folder, got {str(arguments.resume)!r} and {str(output)!r}"
-            )
-        if arguments.segments is None:
-            for option, given in (("--resume", arguments.resume), ("--snapshot-every", arguments.snapshot_every)):
-                require(option, given, "--segments S", None, " (a single file cannot be resumed)")
-            if arguments.latents == BESIDE_SEGMENTS:
-                raise ConfigError("--latents: expected FILE.safetensors, which only --segments can do without")
-        elif arguments.fragmented:
-            raise ConfigError("--fragmented: expected no --segments with it: segments always are")
-        elif arguments.contact_sheet is not None:
-            raise ConfigError("--contact-sheet: expected no --segments with it: it needs the whole video in one run")
-        elif arguments.latents not in (None, BESIDE_SEGMENTS):
-            raise ConfigError(
-                f"--latents: expected no file with --segments, whose folder they go to, got {str(arguments.latents)!r}"
-            )
-        elif output.suffix.lower() == ".mp4":
-            raise ConfigError(f"-o: expected the name of a folder with --segments, got {str(output)!r}")
-        return output
-
-    def _check_outputs(self) -> None:
-        arguments = self.arguments
-        whole = arguments.segments is None
-        outputs = [
-            ("--output", self.output if whole else None, ".mp4"),
-            ("--latents", arguments.latents if whole else None, ".safetensors"),
-            ("--contact-sheet", arguments.contact_sheet, ".png"),
-            *(("--save-prompt-embeds", file, ".safetensors") for file in self.embeds_files),
-        ]
-        embeds = [Named("--prompt-embeds", Path(prompt.file)) for prompt in self.script if prompt.file is not None]
-        initial = [] if arguments.initial is None else [Named("--from", arguments.initial)]
-        read = [*model_files(arguments), *embeds, *initial]
-        named = [(Named(option, path), suffix) for option, path, suffix in outputs if path is not None]
-        check_outputs(named, read, overwrite=arguments.overwrite)
-        if arguments.evidence is not None:
-            check_folder(Named("--evidence", arguments.evidence), read)
-        if not whole:
-            check_folder(Named("--resume" if arguments.resume is not None else "--output", self.output), read)
-            if (self.output / MANIFEST_FILE).exists():
-                raise TargetError(
-                    f"{self.output}: expected a folder for a recording, got that of a soak: {MANIFEST_FILE} is in it"
-                )
-
-    @property
-    def keeps_latents(self) -> bool:
-        """Whether the latents go into the segments' folder."""
-        return bool(self.arguments.latents == BESIDE_SEGMENTS)
-
-    @property
-    def encoding(self) -> dict[str, Any]:
-        """Keywords of the writers of video."""
-        return {name: getattr(self.arguments, name) for name in ("codec", "preset", "crf")}
-
-    def frame_limit(self, fps: float) -> int | None:
-        """Frames of the video, None for no end."""
-        seconds: float | None = self.arguments.seconds
-        frames: int | None = self.arguments.frames
-        return frames if seconds is None else max(1, round(seconds * fps))

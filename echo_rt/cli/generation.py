@@ -14,9 +14,8 @@ from typing import Annotated, Any
 from msgspec import Meta
 from torch import Tensor
 
-from echo_rt.cli.generate import Request
 from echo_rt.cli.progress import ProgressReport
-from echo_rt.cli.prompts import TimedPrompt, first_block
+from echo_rt.cli.request import Request, TimedPrompt, first_block
 from echo_rt.cli.stdio import describe, say, warn
 from echo_rt.config import VaeConfig
 from echo_rt.engine.guard import ROLL_BACK, STOP, Guard

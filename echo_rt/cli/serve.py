@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import secrets
 from pathlib import Path
@@ -74,10 +73,9 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
         from echo_rt.serve.live import LiveSession
 
         listener = server.listen(host, arguments.port)
-        given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
 
         def load(memory: str | None, like: Any) -> Runtime:
-            asked = {**given, "memory": memory or given["memory"]}
+            asked = options.arguments() | {"memory": memory or options.memory}
             return Runtime.from_pretrained(arguments.model, **asked, like=like)
 
         try:

@@ -11,7 +11,7 @@ import click
 from echo_rt.cli.arguments import MODEL, Arguments, Value, model_files, options_of, require, shared, table
 from echo_rt.cli.outputs import Named, check_folder
 from echo_rt.cli.progress import Panel
-from echo_rt.cli.prompts import parse_untimed
+from echo_rt.cli.request import parse_untimed
 from echo_rt.cli.stdio import complain, say
 from echo_rt.errors import OutputError
 from echo_rt.soak.config import Limits, SoakConfig, option_of, settings_of

@@ -18,8 +18,8 @@ _KIBIBYTE = 1024  # the unit of ru_maxrss on Linux
 
 # The driver's prefixes for the identity of a whole GPU, and of a partition of one.
 _PREFIXES = ("GPU-", "MIG-")
-# Figures of a GPU: the driver's function, without the beginning of its name, and the names of its arguments. ECC errors
-# are counted since the driver was loaded.
+# Figures of a GPU: the driver's function and the names of its arguments, without their beginnings (nvmlDevice, NVML_).
+# ECC errors are counted since the driver was loaded.
 _READINGS = {
     "temperature_c": ("GetTemperature", "TEMPERATURE_GPU"),
     "sm_clock_mhz": ("GetClockInfo", "CLOCK_SM"),
@@ -90,10 +90,10 @@ class GpuHealth:
         """Return all figures, None for those that this GPU lacks; ``clock_limits`` is the driver's bit field."""
         figures = dict.fromkeys(_READINGS)
         for name, (function, *constants) in _READINGS.items():
-            read, arguments = getattr(self._nvml, f"nvmlDevice{function}"), [f"NVML_{name}" for name in constants]
+            arguments = [getattr(self._nvml, f"NVML_{constant}") for constant in constants]
             # GPUs differ in what they count, and a partition may not ask for all of it.
             with contextlib.suppress(self._nvml.NVMLError):
-                figures[name] = int(read(self._handle, *(getattr(self._nvml, name) for name in arguments)))
+                figures[name] = int(getattr(self._nvml, f"nvmlDevice{function}")(self._handle, *arguments))
         return figures
 
     def close(self) -> None:

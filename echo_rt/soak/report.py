@@ -232,31 +232,29 @@ def _warm_up(config: SoakConfig) -> str:
 
 def _figures(history: History, last: Line) -> list[list[str]]:
     made, newest = history.promises, history.newest
-    rows = [
-        ["processes", str(history.runs)],
-        ["blocks, including those made again", str(made.blocks)],
-        ["blocks made again", str(made.again)],
-        ["hours of streaming", f"{last['elapsed'] / 3600:.3f}"],
-    ]
-    if not newest:
-        return rows
-    p50, p99 = (history.latency.quantile(share) for share in (0.5, 0.99))
-    taken = newest["snapshots"]
-    return [
-        *rows,
-        ["video frames", str(newest["frame"])],
-        ["video", f"{newest['video_seconds']:.1f} s"],
-        ["frames per second, at the end", f"{newest['fps']:.2f}"],
-        ["block latency p50 after warm-up", "none" if p50 is None else f"{1e3 * p50:.1f} ms"],
-        ["block latency p99 after warm-up", "none" if p99 is None else f"{1e3 * p99:.1f} ms"],
-        ["longest block, including warm-up", "{:.1f} ms (block {})".format(*history.longest)],
-        ["blocks around prompt switches", f"{history.switches}, the longest {history.slowest_switch:.1f} ms"],
-        [
-            "snapshots of the last process",
-            f"{taken['written']} written, {taken['skipped']} skipped" if taken else "none",
-        ],
-        ["longest stall by a snapshot", f"{history.longest_stall:.1f} ms"],
-    ]
+    figures: dict[str, object] = {
+        "processes": history.runs,
+        "blocks, including those made again": made.blocks,
+        "blocks made again": made.again,
+        "hours of streaming": f"{last['elapsed'] / 3600:.3f}",
+    }
+    if newest:
+        p50, p99 = (history.latency.quantile(share) for share in (0.5, 0.99))
+        taken = newest["snapshots"]
+        figures |= {
+            "video frames": newest["frame"],
+            "video": f"{newest['video_seconds']:.1f} s",
+            "frames per second, at the end": f"{newest['fps']:.2f}",
+            "block latency p50 after warm-up": "none" if p50 is None else f"{1e3 * p50:.1f} ms",
+            "block latency p99 after warm-up": "none" if p99 is None else f"{1e3 * p99:.1f} ms",
+            "longest block, including warm-up": "{:.1f} ms (block {})".format(*history.longest),
+            "blocks around prompt switches": f"{history.switches}, the longest {history.slowest_switch:.1f} ms",
+            "snapshots of the last process": (
+                f"{taken['written']} written, {taken['skipped']} skipped" if taken else "none"
+            ),
+            "longest stall by a snapshot": f"{history.longest_stall:.1f} ms",
+        }
+    return [[name, str(value)] for name, value in figures.items()]
 
 
 def _setting(config: SoakConfig, device: str, last: Line) -> str:
@@ -266,8 +264,7 @@ def _setting(config: SoakConfig, device: str, last: Line) -> str:
     machine = f"{platform.system()} {platform.machine()}, {_plain(device)}. All figures: `{JOURNAL_FILE}`."
     settings = json.dumps(config.settings(), indent=2)
     taken = last.get("taken") or {}
-    named = f"Recipe {taken['recipe']} ({taken.get('recipe_reason')})" if taken.get("recipe") else ""
-    recipe = f"{_plain(named)}.\n\n" if named else ""
+    recipe = _plain(f"Recipe {taken['recipe']} ({taken.get('recipe_reason')}).") + "\n\n" if taken.get("recipe") else ""
     return f"## Setting\n\n{versions}, {machine}\n\n{recipe}```json\n{settings}\n```\n"
 
 

@@ -331,7 +331,7 @@ def test_a_finished_soak_is_extended(
     longer = soak_of(smallest_model, out, blocks=11, **settings)
     if killed:
         with monkeypatch.context() as patch:
-            patch.setattr("echo_rt.soak.session.BlockLoop", lambda *_: pytest.exit("killed"))
+            patch.setattr("echo_rt.soak.session.gpu_health", lambda *_: pytest.exit("killed"))
             with pytest.raises(pytest.exit.Exception):
                 echo_rt.soak.run(longer)
     outcome = echo_rt.soak.run(longer)
