@@ -110,5 +110,5 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Check, load, generate, finish the files; 0, or the exit code of the signal that ended it."""
     request = Request(arguments)
     with stop.interruptible():
-        from echo_rt.cli.generation import generate
-    return generate(request, report, stop)
+        from echo_rt.cli.generation import Generation
+    return Generation(request, report, stop).run()

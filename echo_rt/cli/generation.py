@@ -39,46 +39,6 @@ from echo_rt.utils.wording import counted, one_line
 _FROM, _HIDDEN = "from", "hidden_frames"
 
 
-def generate(request: Request, report: dict[str, Any], stop: StopRequest) -> int:
-    """Make the video and fill ``report``; returns 0, or the exit code of the signal that ended it."""
-    arguments = request.arguments
-    with stop.interruptible():
-        check_encoding(**request.encoding)  # a missing PyAV fails before the model is loaded
-        resumption, initial = None, None
-        if arguments.resume is not None:
-            resumption = Resumption.find(request)
-            if resumption is None:
-                warn(report, f"{request.output}: nothing to resume there, a new video begins")
-        elif arguments.segments is not None:
-            check_free(request.output)
-        if resumption is None and arguments.initial is not None:
-            initial = VideoFile(arguments.initial, most=MOST_INITIAL_SECONDS * VaeConfig.frame_rate)
-        from_files = {one.file: load_prompt_embeds(one.file)[0] for one in request.script if one.file is not None}
-        runtime = Runtime.from_pretrained(
-            arguments.model, **request.options.arguments(), like=None if resumption is None else resumption.snapshot
-        )
-    with closing(runtime), share_cpu(runtime.device):
-        with stop.interruptible():
-            embeds = _embed_prompts(runtime, request, from_files)
-        return _Generation(runtime, request, resumption, initial, report).run(embeds, stop)
-
-
-def _embed_prompts(runtime: Runtime, request: Request, from_files: dict[str, Tensor]) -> list[Tensor]:
-    """Embed all prompts before the stream begins: a bad one fails now, and the text encoder can be freed."""
-    transformer = runtime.config.transformer
-    for file, tensor in from_files.items():
-        try:
-            check_prompt_embeds(tensor, transformer.text_dim, transformer.text_len)
-        except PromptError as error:
-            raise PromptError(f"{file}: {error}") from None
-    texts = [prompt.text for prompt in request.script if prompt.text is not None]
-    encoded = iter(runtime.encode_prompts(texts) if texts else [])
-    embeds = [next(encoded) if prompt.file is None else from_files[prompt.file] for prompt in request.script]
-    for target, prompt, tensor in zip(request.embeds_files, request.script, embeds, strict=False):
-        save_prompt_embeds(target, tensor, prompt.text)
-    return embeds
-
-
 @dataclass(frozen=True)
 class Notes:
     """What the index notes about the request: its script, seed, and frames of ``--from`` that are not recorded."""
@@ -175,36 +135,68 @@ class Resumption:
         return runtime.resume(dataclasses.replace(snapshot, prompts={}), guard=guard)
 
 
-class _Generation:
-    """One video of a loaded model: begins the stream, records its blocks, closes the files, fills ``report``."""
+class Generation:
+    """Makes the video that is asked for: loads the model, begins the stream, records it, fills ``report``."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        request: Request,
-        resumption: Resumption | None,
-        initial: VideoFile | None,
-        report: dict[str, Any],
-    ) -> None:
-        self._runtime, self._request, self._resumption = runtime, request, resumption
-        self._initial, self._report, self._arguments = initial, report, request.arguments
-        self._limit = request.frame_limit(runtime.fps)
+    def __init__(self, request: Request, report: dict[str, Any], stop: StopRequest) -> None:
+        self._request, self._arguments, self._report, self._stop = request, request.arguments, report, stop
         self._shown: list[dict[str, Any]] = []
         self._prompt: TimedPrompt | None = None
-        # Frames at the beginning of the stream that are not recorded.
-        self._hidden = 0 if resumption is None else resumption.notes.hidden_frames
-        if initial is not None and self._arguments.only_new:
-            self._hidden = initial.frames
+        self._resumption: Resumption | None = None
+        self._initial: VideoFile | None = None
 
-    def run(self, embeds: list[Tensor], stop: StopRequest) -> int:
+    def run(self) -> int:
+        """Return 0, or the exit code of the signal that ended it."""
+        request, arguments = self._request, self._arguments
+        with self._stop.interruptible():
+            check_encoding(**request.encoding)  # a missing PyAV fails before the model is loaded
+            if arguments.resume is not None:
+                self._resumption = Resumption.find(request)
+                if self._resumption is None:
+                    warn(self._report, f"{request.output}: nothing to resume there, a new video begins")
+            elif arguments.segments is not None:
+                check_free(request.output)
+            if self._resumption is None and arguments.initial is not None:
+                self._initial = VideoFile(arguments.initial, most=MOST_INITIAL_SECONDS * VaeConfig.frame_rate)
+            from_files = {one.file: load_prompt_embeds(one.file)[0] for one in request.script if one.file is not None}
+            like = None if self._resumption is None else self._resumption.snapshot
+            self._runtime = Runtime.from_pretrained(arguments.model, **request.options.arguments(), like=like)
+        del like  # gigabytes
+        self._limit = request.frame_limit(self._runtime.fps)
+        # Frames at the beginning of the stream that are not recorded.
+        self._hidden = 0 if self._resumption is None else self._resumption.notes.hidden_frames
+        if self._initial is not None and arguments.only_new:
+            self._hidden = self._initial.frames
+        with closing(self._runtime), share_cpu(self._runtime.device):
+            with self._stop.interruptible():
+                embeds = self._embed_prompts(from_files)
+            return self._record(embeds)
+
+    def _embed_prompts(self, from_files: dict[str, Tensor]) -> list[Tensor]:
+        """Embed all prompts before the stream begins: a bad one fails now, and the text encoder can be freed."""
+        script, transformer = self._request.script, self._runtime.config.transformer
+        for file, tensor in from_files.items():
+            try:
+                check_prompt_embeds(tensor, transformer.text_dim, transformer.text_len)
+            except PromptError as error:
+                raise PromptError(f"{file}: {error}") from None
+        texts = [prompt.text for prompt in script if prompt.text is not None]
+        encoded = iter(self._runtime.encode_prompts(texts) if texts else [])
+        embeds = [next(encoded) if prompt.file is None else from_files[prompt.file] for prompt in script]
+        for target, prompt, tensor in zip(self._request.embeds_files, script, embeds, strict=False):
+            save_prompt_embeds(target, tensor, prompt.text)
+        return embeds
+
+    def _record(self, embeds: list[Tensor]) -> int:
         """Make the video with the ``embeds`` of the script's prompts; return the exit code."""
+        stop = self._stop
         self._warn()
         # If several prompts begin with one block, the last one counts.
         prompts = {
             first_block(prompt.seconds, self._runtime, self._hidden): (prompt, tensor)
             for prompt, tensor in zip(self._request.script, embeds, strict=True)
         }
-        stream = self._begin(prompts, stop)
+        stream = self._begin(prompts)
         begun_at = (0, 0) if self._resumption is None else (stream.next_block, self._recorded(stream))
         recorder, checkpoints = self._open_recorder(*begun_at)
         progress = ProgressReport(self._limit, self._runtime.fps, quiet=self._arguments.quiet, begun_at=begun_at)
@@ -280,7 +272,7 @@ class _Generation:
             frames = counted(initial.frames, "frame")
             warn(self._report, f"the video ends within the {frames} of {initial.path}: none are new")
 
-    def _begin(self, prompts: dict[int, tuple[TimedPrompt, Tensor]], stop: StopRequest) -> Stream:
+    def _begin(self, prompts: dict[int, tuple[TimedPrompt, Tensor]]) -> Stream:
         """Begin or resume the stream, and announce all prompts: each begins with its block at any lookahead."""
         arguments, initial = self._arguments, self._initial
         policy = ROLL_BACK if arguments.roll_back else STOP
@@ -295,7 +287,7 @@ class _Generation:
             if initial is not None:
                 options |= {"initial_video": initial, "fit": arguments.fit, "include_initial": not arguments.only_new}
             # Encoding a long initial video takes long.
-            with nullcontext() if initial is None else stop.interruptible():
+            with nullcontext() if initial is None else self._stop.interruptible():
                 stream = self._runtime.stream(**options)
         for block, (_, embeds) in prompts.items():
             if block >= begun:

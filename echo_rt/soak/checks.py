@@ -188,7 +188,7 @@ def _host_memory(seen: Seen, line: Line, bound: float, slack: float) -> None:
 def _latency_ratio(seen: Seen, line: Line, bound: float) -> None:
     """Over all warm blocks except those of a prompt switch."""
     latencies = seen.state = seen.state or Histogram()
-    latencies.update(Histogram.from_json(line["latency"]["bins"]))
+    latencies.update(Histogram.of_line(line["latency"]["bins"]))
     middle, slow = latencies.quantile(0.5), latencies.quantile(0.99)
     if latencies.total() >= _ENOUGH_BLOCKS and middle and slow:
         seen.evidence = f"{slow / middle:.3f} over {latencies.total()} blocks"

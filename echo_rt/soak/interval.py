@@ -36,13 +36,9 @@ class Histogram(Counter[int]):
         return cls(math.floor(math.log(max(seconds, _SHORTEST)) / _STEP) for seconds in latencies)
 
     @classmethod
-    def from_json(cls, bins: Mapping[str, int]) -> Histogram:
-        """Read the counts of a line."""
+    def of_line(cls, bins: Mapping[str | int, int]) -> Histogram:
+        """Read the counts of a line, whose keys are text if it comes from the journal."""
         return cls({int(name): count for name, count in bins.items()})
-
-    def to_json(self) -> dict[str, int]:
-        """Return the counts for a line."""
-        return {str(index): self[index] for index in sorted(self)}
 
     def quantile(self, share: float) -> float | None:
         """Return the seconds that a ``share`` (0..1) of the latencies does not exceed, to a thousandth, or None."""
@@ -200,7 +196,7 @@ class Figures:
                 "p99": _milliseconds(latency.quantile(0.99)),
                 "max": _milliseconds(slowest.seconds),
                 "max_block": slowest.block,
-                "bins": latency.to_json(),
+                "bins": dict(sorted(latency.items())),
             },
             "switch_latency": {"blocks": len(switches), "max": _milliseconds(max(switches, default=None))},
             "zscore": {

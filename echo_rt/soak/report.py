@@ -130,7 +130,7 @@ class History:
         self.runs = line["run"]
         if "blocks" not in line:
             return
-        self.latency.update(Histogram.from_json(line["latency"]["bins"]))
+        self.latency.update(Histogram.of_line(line["latency"]["bins"]))
         self.longest = max(self.longest, (line["latency"]["max"], line["latency"]["max_block"]))
         self.switches += line["switch_latency"]["blocks"]
         self.slowest_switch = max(self.slowest_switch, line["switch_latency"]["max"] or 0.0)
