@@ -40,11 +40,10 @@ def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named],
             raise ConfigError(f"{output.option}: expected a name {expected}, got {str(output.path)!r}")
     for output, _ in outputs:
         check_apart(output, inputs, "file")
-    for output, _ in outputs:
         check_writable(output.path)
         if not overwrite and os.path.exists(output.path):
-            advice = "--overwrite replaces it"
-            raise TargetError(f"{output.option}: expected the name of a new file, {output.path} exists; {advice}")
+            found = f"{output.path} exists; --overwrite replaces it"
+            raise TargetError(f"{output.option}: expected the name of a new file, {found}")
 
 
 def check_folder(output: Named, inputs: Sequence[Named]) -> None:

@@ -162,15 +162,15 @@ class Request:
     def _check_outputs(self) -> None:
         arguments = self.arguments
         whole = arguments.segments is None
+        read = model_files(arguments)
+        read += [Named("--prompt-embeds", Path(prompt.file)) for prompt in self.script if prompt.file is not None]
+        read += [] if arguments.initial is None else [Named("--from", arguments.initial)]
         outputs = [
             ("--output", self.output if whole else None, ".mp4"),
             ("--latents", arguments.latents if whole else None, ".safetensors"),
             ("--contact-sheet", arguments.contact_sheet, ".png"),
             *(("--save-prompt-embeds", file, ".safetensors") for file in self.embeds_files),
         ]
-        embeds = [Named("--prompt-embeds", Path(prompt.file)) for prompt in self.script if prompt.file is not None]
-        initial = [] if arguments.initial is None else [Named("--from", arguments.initial)]
-        read = [*model_files(arguments), *embeds, *initial]
         named = [(Named(option, path), suffix) for option, path, suffix in outputs if path is not None]
         check_outputs(named, read, overwrite=arguments.overwrite)
         if arguments.evidence is not None:

@@ -14,7 +14,7 @@ from echo_rt.cli.progress import Panel
 from echo_rt.cli.request import parse_untimed
 from echo_rt.cli.stdio import complain, say
 from echo_rt.errors import OutputError
-from echo_rt.soak.config import Limits, SoakConfig, option_of, settings_of
+from echo_rt.soak.config import Limits, SoakConfig, settings_of
 from echo_rt.utils.number import Number
 from echo_rt.utils.signals import StopRequest
 
@@ -44,7 +44,7 @@ def _numbers(kind: type[SoakConfig] | type[Limits]) -> tuple[click.Option, ...]:
         shown = "off" if default is None else default if default == "auto" else f"{default:.8g}"
         shown += f": {setting.on_gpu:g} on a GPU, off on a CPU" if setting.on_gpu else ""
         told = f" (default {shown})" if default is not None or setting.words else ""
-        rows.append(f"{option_of(name)} {setting.metavar}  {setting.meaning}{told}")
+        rows.append(f"--{name.replace('_', '-')} {setting.metavar}  {setting.meaning}{told}")
         types[name] = {"type": Value(setting.parse, words=setting.words)}
         if kind is Limits:  # None, which leaves a promise out, is not the same as nothing given
             types[name]["default"] = default

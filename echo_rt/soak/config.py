@@ -26,7 +26,6 @@ from echo_rt.utils.checked_json import read_json
 from echo_rt.utils.number import Number
 
 MANIFEST_FILE = "soak.json"
-_SECONDS_OF_AN_HOUR = 3600.0
 _NOT_IN_MANIFEST = ("out", "serve", "plots", "check", "keep_text_encoder")  # they may change: no block depends on them
 
 
@@ -44,11 +43,6 @@ def settings_of(config: Any) -> dict[str, tuple[Setting, Any]]:
     return {one.name: (one.metadata["setting"], one.default) for one in dataclasses.fields(config) if one.metadata}
 
 
-def option_of(name: str) -> str:
-    """The command line's option for a field."""
-    return f"--{name.replace('_', '-')}"
-
-
 def _setting(default: Any, kind: type[int] | type[float], metavar: str, meaning: str, **more: Any) -> Any:
     setting = Setting(kind, metavar=metavar, meaning=meaning, **more)
     return field(default=default, metadata={"setting": setting})
@@ -63,7 +57,8 @@ def _check_settings(config: Any) -> None:
     for name, (setting, default) in settings_of(config).items():
         value = getattr(config, name)
         if not (setting.allows(value) or (value is None and default is None)):
-            raise ConfigError(f"soak: {option_of(name)} must be {setting.expected}, got {value!r:.40}")
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"soak: {option} must be {setting.expected}, got {value!r:.40}")
 
 
 @dataclass(frozen=True)
@@ -157,10 +152,8 @@ class SoakConfig(RuntimeOptions):
 
     def is_over(self, block: int, elapsed: float) -> bool:
         """Whether ``block`` blocks in ``elapsed`` seconds are the whole soak."""
-        if self.blocks is not None:
-            return block >= self.blocks
-        assert self.hours is not None
-        return elapsed >= self.hours * _SECONDS_OF_AN_HOUR
+        blocks, hours = self.blocks, self.hours
+        return (blocks is not None and block >= blocks) or (hours is not None and elapsed >= 3600 * hours)
 
     def prompt_of(self, block: int) -> int:
         """Index of the prompt that ``block`` shows."""
@@ -172,9 +165,7 @@ class SoakConfig(RuntimeOptions):
 
     def settings(self) -> dict[str, Any]:
         """Everything that shapes the video or its verdicts, in plain JSON types, by name; files by absolute path."""
-        made = dataclasses.asdict(self)
-        for name in _NOT_IN_MANIFEST:
-            del made[name]
+        made = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IN_MANIFEST}
         made |= {f"limits.{name}": value for name, value in made.pop("limits").items()}
         # One LoRA at full strength by its path alone, as soaks before there could be several have it.
         loras = [lora_text(path.absolute(), strength) for path, strength in lora_files(self.lora)]
@@ -183,8 +174,7 @@ class SoakConfig(RuntimeOptions):
         for name in files + ([] if self.vae in (WAN_VAE, TINY_VAE) else ["vae"]):
             if made[name] is not None:
                 made[name] = str(Path(made[name]).absolute())
-        plain: dict[str, Any] = json.loads(json.dumps(made))
-        return plain
+        return dict(json.loads(json.dumps(made)))
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,6 @@ class Curve:
             odd = self.points[-1:] if len(self.points) % 2 else []
             self.points = [(a[0], self.merge(a[1], b[1])) for a, b in pairs] + odd
 
-    def cut(self, x: float) -> None:
-        """Drop the points from ``x`` on: a later process generated these blocks again."""
-        while self.points and self.points[-1][0] >= x:
-            self.points.pop()
-
 
 @dataclass
 class Life:
@@ -137,8 +132,8 @@ class History:
         self.longest_stall = max(self.longest_stall, (line["snapshots"] or {}).get("stall") or 0.0)
         if not self.newest or line["run"] != self.newest["run"]:
             self.lives.append(Life(line["first_block"], line["block"]))
-            for curve in self.curves:
-                curve.cut(line["first_block"])
+            for curve in self.curves:  # this process makes later blocks again
+                curve.points = [point for point in curve.points if point[0] < line["first_block"]]
         for curve in self.curves:
             curve.add(line["block"], (line[curve.group] or {}).get(curve.name))
         self.lives[-1].last = line["block"]
