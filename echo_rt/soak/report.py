@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import platform
@@ -14,18 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from markdown_it import MarkdownIt
 
-from echo_rt.errors import OutputError
+from echo_rt.errors import BackendError, OutputError
 from echo_rt.soak.checks import Promises
 from echo_rt.soak.config import SoakConfig
 from echo_rt.soak.interval import Histogram
 from echo_rt.soak.journal import JOURNAL_FILE, Line
 from echo_rt.utils.atomic_file import PartFile, reason, write_whole
 from echo_rt.utils.build_info import __version__
+from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import counted, printable
 
 REPORT_FILE, PAGE_FILE = "report.md", "report.html"
 PICTURES = ("latency.svg", "memory.svg", "latents.svg")
-NO_MATPLOTLIB = "plots need matplotlib, which is not installed: pip install 'echo-rt[soak]'"
 _SIZE = (10.0, 3.5)  # of a panel, in inches
 _CAPACITY = 4096  # points of a curve; a picture is not that wide
 _MARKS = 200  # of a kind in a picture
@@ -34,11 +33,6 @@ _FROM_WARM = ("first_block", "block", "device", "host", "latents")  # of a line;
 _STYLE = """<style>body { font: 15px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; } th, td { border: 1px solid #ccc; padding: .2rem .6rem; text-align: left; }
 svg { width: 100%; height: auto; } pre { overflow: auto; background: #f4f4f4; padding: .6rem; }</style>"""
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 # ---------------------------------------------------------------- what is told
@@ -276,23 +270,24 @@ def _pictures(config: SoakConfig, history: History) -> tuple[dict[str, str], str
     """Return the SVG by file name of each plot that has points, or why there is none."""
     if config.plots is False:
         return {}, "Left out, as asked."
-    if not can_plot():
-        return {}, f"Left out: {NO_MATPLOTLIB}; then give the same command again."
     made = {}
     try:
         for name, (title, panels) in history.plots.items():
             drawn = [panel for panel in panels if any(curve.points for curve in panel.curves)]
             if drawn:
                 made[name] = _picture(name, title, drawn, config, history)
+    except BackendError as error:
+        return {}, f"Left out: {error}; then give the same command again."
     except OSError as error:  # a soak that has used up its files has a report
         return {}, f"Left out: {reason(error)}."
     return made, "There is no line to draw."
 
 
 def _picture(name: str, title: str, panels: Sequence[Panel], config: SoakConfig, history: History) -> str:
-    # Figure itself, not pyplot, which keeps every figure and asks for a display.
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+    with needing("matplotlib", "--plots"):
+        # Figure itself, not pyplot, which keeps every figure and asks for a display.
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure: Any = Figure(figsize=(_SIZE[0], _SIZE[1] * len(panels)), layout="constrained")

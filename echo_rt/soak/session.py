@@ -16,7 +16,7 @@ import torch
 from echo_rt.chunk import Chunk
 from echo_rt.engine.guard import ROLL_BACK, STOP, Guard
 from echo_rt.engine.prompts import load_prompt_embeds, save_prompt_embeds
-from echo_rt.errors import BackendError, ConfigError, EchoError, NumericalError, OutputError
+from echo_rt.errors import ConfigError, EchoError, NumericalError, OutputError
 from echo_rt.output.segment_index import INDEX_FILE
 from echo_rt.runtime import Runtime
 from echo_rt.snapshot.snapshot import Snapshot
@@ -32,6 +32,7 @@ from echo_rt.stream import Stream
 from echo_rt.utils.atomic_file import PartFile, names_in, open_plain, reason
 from echo_rt.utils.device import parse_device
 from echo_rt.utils.folder_lock import FolderClaim
+from echo_rt.utils.packages import needing
 from echo_rt.utils.signals import StopRequest
 from echo_rt.utils.threads import share_cpu
 from echo_rt.utils.wording import counted, one_line
@@ -95,8 +96,9 @@ def run(config: SoakConfig, *, stop: StopRequest | None = None, watchers: Sequen
     soak's folder, the errors of loading a model, and :class:`OutputError` for all that goes wrong after that, of which
     there is a report if one can be written: the files stay readable, and the same call continues from there.
     """
-    if config.plots and not report.can_plot():
-        raise BackendError(report.NO_MATPLOTLIB)
+    if config.plots:
+        with needing("matplotlib", "--plots"):
+            import matplotlib.figure  # noqa: F401 - asked for, so missing before the soak and not after it
     with contextlib.ExitStack() as cleanup:
         return _Process(config, stop or StopRequest(), list(watchers), cleanup).run()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import xml.etree.ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -185,9 +186,9 @@ def test_few_marks_of_a_long_run(tmp_path: Path) -> None:
 
 
 def test_pictures_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "can_plot", lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = report_of(tmp_path)
-    assert "Left out: plots need matplotlib, which is not installed: pip install 'echo-rt[soak]'" in text
+    assert "Left out: --plots needs the package matplotlib: " in text and "(pip install matplotlib); then give" in text
 
 
 def test_curves_are_those_of_the_blocks_that_stayed() -> None:
