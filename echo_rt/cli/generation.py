@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta
 from torch import Tensor
 
@@ -36,20 +36,14 @@ from echo_rt.utils.signals import StopNow, StopRequest
 from echo_rt.utils.threads import share_cpu
 from echo_rt.utils.wording import counted, one_line
 
-_FROM, _HIDDEN = "from", "hidden_frames"
 
+class Notes(msgspec.Struct, omit_defaults=True, rename={"initial": "from"}):
+    """What the index notes about the request: its script, seed, ``--from``, and frames of it that are not recorded."""
 
-@dataclass(frozen=True)
-class Notes:
-    """What the index notes about the request: its script, seed, and frames of ``--from`` that are not recorded."""
-
-    script: list[TimedPrompt] = field(default_factory=list)
+    script: list[TimedPrompt] = msgspec.field(default_factory=list)
     seed: int | None = None
+    initial: str | None = None
     hidden_frames: Annotated[int, Meta(ge=0, lt=2**53)] = 0
-
-
-def _entries(script: Sequence[TimedPrompt]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in vars(prompt).items() if value is not None} for prompt in script]
 
 
 @dataclass
@@ -98,9 +92,9 @@ class Resumption:
         if notes.seed not in (None, request.arguments.seed):
             raise ConfigError(f"--seed: the video was begun with {notes.seed}, got {request.arguments.seed}")
         # A resumed video needs no --from; if it is given, it must be the same.
-        initial, begun_with = request.arguments.initial, index.notes.get(_FROM)
-        if initial is not None and begun_with != str(initial):
-            with_what = "none" if begun_with is None else repr(begun_with)
+        initial = request.arguments.initial
+        if initial is not None and notes.initial != str(initial):
+            with_what = "none" if notes.initial is None else repr(notes.initial)
             raise ConfigError(f"--from: the video was begun with {with_what}, got {str(initial)!r}")
         if initial is not None and request.arguments.only_new != bool(notes.hidden_frames):
             raise ConfigError("--only-new: expected what the video was begun with, got the opposite")
@@ -123,13 +117,13 @@ class Resumption:
         assert snapshot is not None, "begun twice"
         begun, hidden = snapshot.next_block + len(snapshot.held), self.notes.hidden_frames
 
-        def entries(script: Sequence[TimedPrompt]) -> list[dict[str, Any]]:
-            """The prompts that begin in the blocks made so far."""
-            return _entries([p for p in script if p.seconds <= 0 or first_block(p.seconds, runtime, hidden) < begun])
-
-        before, asked = entries(self.notes.script), entries(request.script)
+        before, asked = (
+            [p for p in script if p.seconds <= 0 or first_block(p.seconds, runtime, hidden) < begun]
+            for script in (self.notes.script, request.script)
+        )
         if before != asked:
-            recorded_words, asked_words = (one_line(json.dumps(one, ensure_ascii=False)) for one in (before, asked))
+            words = (json.dumps(msgspec.to_builtins(script), ensure_ascii=False) for script in (before, asked))
+            recorded_words, asked_words = map(one_line, words)
             expected = f"expected the prompts of the {counted(begun, 'block')} made so far: {recorded_words}"
             raise PromptError(f"--prompt: {expected}; got {asked_words}")
         return runtime.resume(dataclasses.replace(snapshot, prompts={}), guard=guard)
@@ -323,9 +317,8 @@ class Generation:
 
     def _open_segments(self, frame: int) -> SegmentedWriter:
         request, arguments, runtime = self._request, self._arguments, self._runtime
-        notes = {"script": _entries(request.script), "seed": arguments.seed}
-        if arguments.initial is not None:
-            notes |= {_FROM: str(arguments.initial), _HIDDEN: self._hidden}
+        initial = None if arguments.initial is None else str(arguments.initial)
+        notes = msgspec.to_builtins(Notes(request.script, arguments.seed, initial, self._hidden))
         options = {"seconds": arguments.segments, **request.encoding}
         if self._resumption is None:
             latent_shape = runtime.config.latent_shape if request.keeps_latents else None

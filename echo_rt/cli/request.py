@@ -7,10 +7,11 @@ import os
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from echo_rt.cli.arguments import Arguments, model_files, options_of, require
 from echo_rt.cli.outputs import Named, check_folder, check_outputs
@@ -30,8 +31,7 @@ _NEVER = 2.0**53  # frames: the latest start of a prompt
 BESIDE_SEGMENTS = Path(".")
 
 
-@dataclass(frozen=True)
-class TimedPrompt:
+class TimedPrompt(msgspec.Struct, frozen=True, omit_defaults=True):
     """A prompt (``text`` or the name of an embeddings ``file``) and the second of video at which it begins."""
 
     seconds: float
