@@ -21,7 +21,9 @@ from echo_rt.cli.outputs import Named
 from echo_rt.errors import ConfigError
 from echo_rt.options import DEMO, DTYPE_NAMES, OVERRIDES, TINY_VAE, VAE_DTYPE_NAMES, WAN_VAE, MemoryMode, RuntimeOptions
 from echo_rt.recipes import RECIPES
+from echo_rt.utils.number import Number
 
+Arguments = SimpleNamespace  # the arguments of a command, by name
 Options = Mapping[str, Iterable[click.Parameter]]  # those of a command, by the titles of --help
 _Chosen = TypeVar("_Chosen", bound=RuntimeOptions)
 
@@ -29,10 +31,6 @@ _MOST_AHEAD = 100  # blocks: each holds frames in pinned memory, and a new promp
 _MOST_SEED = 2**64 - 1
 # Overrides whose value is a list, and those whose value is a word.
 _LISTS, _WORDS = ("denoising_steps", "first_block_steps"), ("memory_reads",)
-
-
-class Arguments(SimpleNamespace):
-    """The arguments of a command, by name."""
 
 
 class Value(click.ParamType[Any]):
@@ -62,29 +60,10 @@ class Value(click.ParamType[Any]):
         return [CompletionItem(word) for word in self._words if word.startswith(incomplete)]
 
 
-def number(
-    kind: type[int] | type[float],
-    expected: str,
-    *,
-    positive: bool = False,
-    least: float = 0,
-    most: float = math.inf,
-    words: Mapping[str, Any] | None = None,
-) -> Value:
-    """Type of finite numbers in ``least .. most``, not 0 if ``positive``; ``words`` stand for values."""
-
-    def parse(text: str) -> Any:
-        if words and text in words:
-            return words[text]
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most or value == math.inf or (positive and value == 0):
-            raise ValueError(f"expected {expected}, got {reprlib.repr(text)}")
-        return value
-
-    return Value(parse, words=words or ())
+def number(kind: type[int] | type[float], named: str = "", **bounds: Any) -> Value:
+    """Type of the numbers of a :class:`Number`."""
+    allowed = Number(kind, named, **bounds)
+    return Value(allowed.parse, words=allowed.words)
 
 
 def parse_path(text: str) -> Path:
@@ -104,7 +83,7 @@ def _parse_lora(text: str) -> tuple[Path, float]:
     if not colon or os.path.exists(text):
         return parse_path(text), 1.0
     expected = "FILE or FILE:STRENGTH with a finite STRENGTH"
-    return parse_path(file), number(float, expected, least=-math.inf).convert(strength, None, None)
+    return parse_path(file), Number(float, expected, least=-math.inf).parse(strength)
 
 
 def _parse_size(text: str) -> tuple[int, int]:

@@ -11,9 +11,9 @@ import click
 from echo_rt.bench.settings import MODELS, NAMES, Request
 from echo_rt.cli.arguments import Arguments, Value, model_files, number, options_of, shared, table
 from echo_rt.cli.outputs import Named, check_results
-from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import complain, say
 from echo_rt.errors import BackendError, TargetError
+from echo_rt.utils.signals import StopRequest
 
 DESCRIPTION = """
 Measure a whole block in the steady state: transformer, memory update, VAE, frames on the host. Variants are the memory

@@ -14,14 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from echo_rt.cli.arguments import Arguments
-from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import say
 from echo_rt.errors import EchoError
 from echo_rt.recipes import RECIPES
 from echo_rt.utils.build_info import __version__, build_info
+from echo_rt.utils.signals import StopRequest
 from echo_rt.utils.wording import first_line
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ Show what is wrong on this machine and how to mend it, then what is installed, b
 use is left out where there is none. Exit codes: 0 generate can run; 1 it cannot.
 """
 _MARKS = {"ok": "✓", "absent": "-", "missing": "✗"}
-_WRONG = {"missing": "what keeps generate from running", "absent": "what could be better"}  # by status
-_OLDEST_PYTHON = (3, 10)
+_TITLES = {"missing": "what keeps generate from running", "absent": "what could be better"}  # by status
 _LOW_DISK_GIB = 1.0
 _MOST_REASONS = 4  # of shapes that the autotuner has measured; more are counted
 _ATTENTION = ("echo_rt.attention", "available_attention", "chosen")
@@ -63,12 +62,12 @@ class Fact(NamedTuple):
 
     name: str
     value: str
-    status: Literal["ok", "absent", "missing"] = "ok"
+    status: str = "ok"
     advice: str = ""
 
 
-def _checked(name: str, value: str, ok: bool, advice: str, status: Literal["absent", "missing"] = "absent") -> Fact:
-    return Fact(name, value) if ok else Fact(name, value, status, advice)
+def _checked(name: str, value: str, ok: bool, advice: str, *, needed: bool = False) -> Fact:
+    return Fact(name, value) if ok else Fact(name, value, "missing" if needed else "absent", advice)
 
 
 def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
@@ -106,23 +105,21 @@ def _problem_of(module: str) -> str:
 def _page(facts: Sequence[tuple[str, Fact]]) -> Iterator[str]:
     # Plain text: the package that draws tables may be the missing one.
     width = max(len(fact.name) for _, fact in facts)
-    grouped: dict[str, list[Fact]] = {title: [] for title in _WRONG.values()}
+    grouped: dict[str, list[str]] = {title: [] for title in _TITLES.values()}
     for group, fact in facts:
-        grouped.setdefault(_WRONG.get(fact.status, group), []).append(fact)
-    for title, group_facts in grouped.items():
-        yield from [title] if group_facts else []
-        for fact in group_facts:
-            yield f"  {_MARKS[fact.status]} {fact.name:<{width}}  {fact.value}"
-            if fact.advice:
-                yield f"    {'':<{width}}  -> {fact.advice}"
+        lines = grouped.setdefault(_TITLES.get(fact.status, group), [])
+        lines.append(f"  {_MARKS[fact.status]} {fact.name:<{width}}  {fact.value}")
+        lines += [f"    {'':<{width}}  -> {fact.advice}"] if fact.advice else []
+    for title, lines in grouped.items():
+        yield from [title, *lines] if lines else []
 
 
 # ---- the checks: each yields what it found and what can apply here, and raises nothing
 
 
 def _system() -> Iterator[Fact]:
-    python, oldest = platform.python_version(), "install Python {}.{} or newer".format(*_OLDEST_PYTHON)
-    yield _checked("Python", python, sys.version_info >= _OLDEST_PYTHON, oldest, "missing")
+    recent = sys.version_info >= (3, 10)
+    yield _checked("Python", platform.python_version(), recent, "install Python 3.10 or newer", needed=True)
     yield Fact("platform", f"{platform.platform()}, {os.cpu_count()} CPU cores")
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     advice = "make room, or write the video elsewhere with --output"
@@ -164,12 +161,11 @@ def _backends() -> Iterator[Fact]:
     """Backends, and the default one on the best device with the reason."""
     from echo_rt.ops.backends import BACKEND_VARIABLE, BACKENDS, available_backends, choose_backend
 
-    apply = {"torch"} | ({"cuda"} if _sees_gpu() else set())  # what is built for tests alone is missed by nobody
+    missed = {"torch", "cuda"} if _sees_gpu() else {"torch"}  # what is built for tests alone is missed by nobody
     for name, state in available_backends().items():
-        if state == "available":
-            yield Fact(f"backend {name}", state)
-        elif name in apply:
-            yield Fact(f"backend {name}", "no", "missing" if name == "torch" else "absent", state)
+        there = state == "available"
+        if there or name in missed:
+            yield _checked(f"backend {name}", state if there else "no", there, state, needed=name == "torch")
     named = os.environ.get(BACKEND_VARIABLE)
     try:
         backend = choose_backend(None, _best_device())
@@ -192,8 +188,8 @@ def _packages() -> Iterator[Fact]:
         except importlib.metadata.PackageNotFoundError:
             version = "" if problem else "of unknown version"
         value = f"{version}: {problem}" if version and problem else f"{version or problem} ({purpose})"
-        install = f"pip install {distribution}" if required else f"optional: pip install {distribution}"
-        yield _checked(distribution, value, not problem, install, "missing" if required else "absent")
+        install = ("" if required else "optional: ") + f"pip install {distribution}"
+        yield _checked(distribution, value, not problem, install, needed=required)
 
 
 def _torch() -> Iterator[Fact]:
@@ -204,10 +200,9 @@ def _torch() -> Iterator[Fact]:
 
     yield Fact("torch is built for", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only")
     if not torch.cuda.is_available():
-        remedy = "use an NVIDIA GPU with a recent driver" + (
-            "" if torch.version.cuda else ", and a CUDA build of torch"
-        )
-        yield Fact("torch sees", "no GPU", "absent", f"generate runs on the CPU, slowly; for real time, {remedy}")
+        remedy = "generate runs on the CPU, slowly; for real time, use an NVIDIA GPU with a recent driver"
+        remedy += "" if torch.version.cuda else ", and a CUDA build of torch"
+        yield Fact("torch sees", "no GPU", "absent", remedy)
         return
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
@@ -226,9 +221,8 @@ def _torch() -> Iterator[Fact]:
 
 def _sees_gpu() -> bool:
     """Whether torch sees a GPU, or the driver does, which a torch without CUDA does not ask."""
-    return (not _problem_of("torch") and _best_device().type == "cuda") or any(
-        fact.status == "ok" for fact in _driver()
-    )
+    seen = not _problem_of("torch") and _best_device().type == "cuda"
+    return seen or any(fact.status == "ok" for fact in _driver())
 
 
 def _driver() -> Iterator[Fact]:
@@ -295,13 +289,13 @@ def _best_device() -> torch.device:
 def _encoder() -> Iterator[Fact]:
     from echo_rt.output.video import check_encoding
 
-    value, works = "works", True
+    problem = ""
     try:
         check_encoding()
     except EchoError as error:
-        value, works = first_line(error), False
+        problem = first_line(error)
     advice = "install PyAV from its own wheels: pip install --force-reinstall av"
-    yield _checked("H.264 encoder libx264", value, works, advice, "missing")
+    yield _checked("H.264 encoder libx264", problem or "works", not problem, advice, needed=True)
 
 
 # The report's groups in their order, what fills them, and the modules that this needs. A module that cannot be imported

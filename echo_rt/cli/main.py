@@ -19,10 +19,10 @@ import click
 
 from echo_rt.cli import stdio
 from echo_rt.cli.arguments import Arguments, Options, table
-from echo_rt.cli.signals import StopNow, StopRequest
 from echo_rt.cli.stdio import DEBUG_VARIABLE, describe, warn
 from echo_rt.errors import OutputError
 from echo_rt.utils.build_info import __version__
+from echo_rt.utils.signals import StopNow, StopRequest
 
 # Modules of this folder, each imported when it is needed, with the line that --help shows.
 COMMANDS = {
@@ -97,10 +97,11 @@ def _run(argv: list[str], report: dict[str, Any], debug: bool, stop: StopRequest
             run, arguments = _parse(argv)
         with stdio.ShownLog(report, quiet=getattr(arguments, "quiet", True)):
             return run(arguments, report, stop)
-    except (KeyboardInterrupt, click.Abort):  # not of our handlers' making: in a thread, or called by other code
-        return _stopped(StopNow(signal.SIGINT), report)
-    except StopNow as request:
-        return _stopped(request, report)
+    except (KeyboardInterrupt, click.Abort, StopNow) as error:
+        # The first two are not of our handlers' making: in a thread, or called by other code.
+        request = error if isinstance(error, StopNow) else StopNow(signal.SIGINT)
+        report.setdefault("exit_reason", request.reason)
+        return request.exit_code
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -109,11 +110,6 @@ def _run(argv: list[str], report: dict[str, Any], debug: bool, stop: StopRequest
         report["error"], code = describe(error)
         stdio.complain(f"echo-rt: error: {report['error']}")
         return code
-
-
-def _stopped(request: StopNow, report: dict[str, Any]) -> int:
-    report.setdefault("exit_reason", request.reason)
-    return request.exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

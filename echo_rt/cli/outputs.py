@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from echo_rt.errors import ConfigError, TargetError
+from echo_rt.utils.atomic_file import check_results_folder, check_writable, reason
 
 _WEIGHTS = ("--checkpoint", "--lora", "--text-encoder", "--vae-file")  # options whose value may name several files
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
@@ -29,8 +30,6 @@ def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named],
     and for an output that would replace an input, ``TargetError`` for a place that cannot be written to, and without
     ``overwrite`` for an existing file.
     """
-    from echo_rt.utils.atomic_file import check_writable
-
     taken: dict[Path, str] = {}
     for output, suffix in outputs:
         other = taken.setdefault(_real(output.path), output.option)
@@ -41,11 +40,10 @@ def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named],
             raise ConfigError(f"{output.option}: expected a name {expected}, got {str(output.path)!r}")
     for output, _ in outputs:
         check_apart(output, inputs, "file")
-    for output, _ in outputs:
         check_writable(output.path)
         if not overwrite and os.path.exists(output.path):
-            advice = "--overwrite replaces it"
-            raise TargetError(f"{output.option}: expected the name of a new file, {output.path} exists; {advice}")
+            found = f"{output.path} exists; --overwrite replaces it"
+            raise TargetError(f"{output.option}: expected the name of a new file, {found}")
 
 
 def check_folder(output: Named, inputs: Sequence[Named]) -> None:
@@ -63,13 +61,11 @@ def check_folder(output: Named, inputs: Sequence[Named]) -> None:
             found = "a file" if folder.exists() else f"no folder {output.path.parent} to make it in"
             raise TargetError(f"{output.path}: expected a folder to write into, got {found}")
     except OSError as error:  # a name that no folder can have
-        raise TargetError(f"{output.path}: cannot be a folder: {error.strerror or error}") from None
+        raise TargetError(f"{output.path}: cannot be a folder: {reason(error)}") from None
 
 
 def check_results(output: Named, inputs: Sequence[Named]) -> None:
     """Check a folder for results, which is made with its parents when it is needed; raises as :func:`check_folder`."""
-    from echo_rt.utils.atomic_file import check_results_folder
-
     check_apart(output, inputs)
     check_results_folder(output.path)
 
@@ -95,16 +91,10 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _read_for(path: Path, *, search: bool) -> Iterator[Path]:
-    """Yield ``path`` and, with ``search``, the targets of all links in a folder: only an existing file can be one."""
-    yield _real(path)
-    if not search or not os.path.isdir(path):
-        return
-    for folder, folders, files in os.walk(path):
-        for name in (*folders, *files):
-            entry = Path(folder, name)
-            if entry.is_symlink():
-                yield _real(entry)
+def _read_for(path: Path, *, search: bool) -> list[Path]:
+    """Return ``path`` and, with ``search``, the targets of all links in a folder: only an existing file can be one."""
+    links = [entry for entry in path.rglob("*") if entry.is_symlink()] if search and os.path.isdir(path) else []
+    return [_real(entry) for entry in (path, *links)]
 
 
 def _is_part_of(place: Path, weights: Path) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from echo_rt.cli.arguments import Arguments
-from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import say
 from echo_rt.recipes import RECIPES, Recipe
+from echo_rt.utils.signals import StopRequest
 
 DESCRIPTION = """
 Show the recipes that --recipe names, with every value: how the publisher samples each checkpoint, what has to be

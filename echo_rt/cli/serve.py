@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import secrets
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 from echo_rt.cli.arguments import MODEL, Arguments, model_files, number, options_of, shared, table
 from echo_rt.cli.outputs import Named, check_folder
-from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import say
 from echo_rt.options import RuntimeOptions
 from echo_rt.utils.packages import needing
+from echo_rt.utils.signals import StopRequest
 
 DESCRIPTION = """
 Serve one live video: a page to watch and steer it, WebRTC, fragmented MP4 over a WebSocket, and an API (/docs). Only
@@ -74,10 +73,9 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
         from echo_rt.serve.live import LiveSession
 
         listener = server.listen(host, arguments.port)
-        given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
 
         def load(memory: str | None, like: Any) -> Runtime:
-            asked = {**given, "memory": memory or given["memory"]}
+            asked = options.arguments() | {"memory": memory or options.memory}
             return Runtime.from_pretrained(arguments.model, **asked, like=like)
 
         try:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from typing import Any
 
 import click
 
-from echo_rt.cli.arguments import MODEL, Arguments, Value, model_files, number, options_of, require, shared, table
+from echo_rt.cli.arguments import MODEL, Arguments, Value, model_files, options_of, require, shared, table
 from echo_rt.cli.outputs import Named, check_folder
-from echo_rt.cli.prompts import parse_untimed
-from echo_rt.cli.signals import StopRequest
+from echo_rt.cli.progress import Panel
+from echo_rt.cli.request import parse_untimed
 from echo_rt.cli.stdio import complain, say
 from echo_rt.errors import OutputError
-from echo_rt.soak.config import Limits, SoakConfig, numbers, option_of
+from echo_rt.soak.config import Limits, SoakConfig, settings_of
+from echo_rt.utils.number import Number
+from echo_rt.utils.signals import StopRequest
 
 DESCRIPTION = "Run a stream for a long time, write figures, snapshots and a report, and check what was promised."
 EPILOG = """
@@ -26,32 +29,25 @@ until then.
 docs/soak.md explains the figures.
 """
 _ADDRESS = "127.0.0.1"
-_MOST_PORT = 65535
+_PORT = Number(int, "PORT or ADDRESS:PORT with a port in 1..65535", least=1, most=65535)
 
 
 def _parse_address(text: str) -> tuple[str, int]:
     address, _, port = text.rpartition(":")
-    expected = f"PORT or ADDRESS:PORT with a port in 1..{_MOST_PORT}"
-    return address or _ADDRESS, number(int, expected, least=1, most=_MOST_PORT).convert(port, None, None)
+    return address or _ADDRESS, _PORT.parse(port)
 
 
-def _numbers(kind: type[SoakConfig] | type[Limits], *, promises: bool) -> tuple[click.Option, ...]:
-    """Declare the numbers among the fields of ``kind``, which checks their bounds itself."""
+def _numbers(kind: type[SoakConfig] | type[Limits]) -> tuple[click.Option, ...]:
+    """Declare the numbers among the fields of ``kind``."""
     rows, types = [], {}
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-    for name, setting in numbers(kind).items():
-        default: Any = defaults[name]
-        words = ({"off": None} if promises and setting.optional else {}) | ({"auto": "auto"} if setting.on_gpu else {})
+    for name, (setting, default) in settings_of(kind).items():
         shown = "off" if default is None else default if default == "auto" else f"{default:.8g}"
         shown += f": {setting.on_gpu:g} on a GPU, off on a CPU" if setting.on_gpu else ""
-        told = f" (default {shown})" if promises or default is not None else ""
-        rows.append(f"{option_of(name)} {setting.metavar}  {setting.meaning}{told}")
-        expected = ", or ".join([setting.expected, *map(repr, words)])
-        # What is not given has the default of its field; of a promise, None is a value of its own.
-        types[name] = {
-            "type": number(setting.kind, expected, words=words),
-            **({"default": default} if promises else {}),
-        }
+        told = f" (default {shown})" if default is not None or setting.words else ""
+        rows.append(f"--{name.replace('_', '-')} {setting.metavar}  {setting.meaning}{told}")
+        types[name] = {"type": Value(setting.parse, words=setting.words)}
+        if kind is Limits:  # None, which leaves a promise out, is not the same as nothing given
+            types[name]["default"] = default
     return table("\n".join(rows), **types)
 
 
@@ -71,10 +67,10 @@ OPTIONS = {
             serve={"type": Value(_parse_address)},
             plots={"default": None},
         ),
-        *_numbers(SoakConfig, promises=False),
+        *_numbers(SoakConfig),
         *shared(["--seed", "--roll-back"]),
     ),
-    "promises (thresholds; 'off' leaves a promise out)": _numbers(Limits, promises=True),
+    "promises (thresholds; 'off' leaves a promise out)": _numbers(Limits),
     "general": table("--quiet  no panel and no summary"),
 }
 
@@ -84,7 +80,7 @@ def parse_config(arguments: Arguments) -> SoakConfig:
     require("--keep", arguments.keep, "--snapshot-every N", arguments.snapshot_every)
     more = {"prompts": parse_untimed(arguments.prompts)} if arguments.prompts else {}
     check_folder(Named("--out", arguments.out), model_files(arguments))
-    limits = Limits(**{name: value for name, value in vars(arguments).items() if name in numbers(Limits)})
+    limits = Limits(**{name: value for name, value in vars(arguments).items() if name in settings_of(Limits)})
     return options_of(SoakConfig, arguments, limits=limits, **more)
 
 
@@ -92,22 +88,12 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Run the soak and return its exit code."""
     config = parse_config(arguments)
     with stop.interruptible():
-        import echo_rt.soak
-        from echo_rt.cli.soak_panel import Panel
-    panel = Panel(config, quiet=arguments.quiet)
-    try:
-        outcome = echo_rt.soak.run(config, stop=stop, watchers=[panel])
-    finally:
-        panel.close()
-    report.update(outcome.taken or {})
-    report.update(
-        end=outcome.end,
-        blocks=outcome.blocks,
-        backend=outcome.backend,
-        backend_reason=outcome.backend_reason,
-        promises=[dataclasses.asdict(verdict) for verdict in outcome.verdicts],
-        report=str(outcome.report),
-    )
+        from echo_rt.soak import run as run_soak
+    with closing(Panel(config, quiet=arguments.quiet)) as panel:
+        outcome = run_soak(config, stop=stop, watchers=[panel])
+    report |= outcome.taken or {}
+    report |= {name: getattr(outcome, name) for name in ("end", "blocks", "backend", "backend_reason")}
+    report |= {"promises": list(map(dataclasses.asdict, outcome.verdicts)), "report": str(outcome.report)}
     if outcome.failure is not None:
         report["error"] = outcome.failure
         complain(f"echo-rt: error: {outcome.failure}")

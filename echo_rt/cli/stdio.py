@@ -91,33 +91,26 @@ def _abandon(stream: TextIO) -> None:
 
 
 def _is_no_memory(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's: not imported here
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+    if isinstance(error, RuntimeError):
+        return type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in _NO_MEMORY)
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 def describe(error: Exception) -> tuple[str, int]:
     """Return the line and the exit code for ``error``; an unexpected one with its type and a way to see more."""
     if isinstance(error, EchoError):
         return one_line(error), error.exit_code
-    if isinstance(error, click.UsageError):
-        return _describe_usage(error), error.exit_code
+    if isinstance(error, click.UsageError):  # what is wrong with the arguments, which option it is, where to read on
+        message = error.format_message()
+        if isinstance(error, click.BadParameter) and error.param is not None and error.message:
+            message = f"{'/'.join(error.param.opts)}: {error.message}"
+        page = "echo-rt" if error.ctx is None else error.ctx.command_path
+        return one_line(f"{message} (see {page} --help)"), error.exit_code
     if _is_no_memory(error):  # only the first line: torch may append the C++ stack
         return one_line(f"out of memory: {first_line(error)}; use a smaller --size"), 1
     if isinstance(error, ImportError):  # torch, for example
         return one_line(f"{first_line(error)}; echo-rt doctor shows what is missing ({DEBUG_VARIABLE}=1: where)"), 1
     return one_line(f"unexpected {type(error).__name__}: {error} ({DEBUG_VARIABLE}=1 shows where)"), 1
-
-
-def _describe_usage(error: click.UsageError) -> str:
-    """What is wrong with the arguments, which option it is, and where to read on."""
-    message = error.format_message()
-    if isinstance(error, click.BadParameter) and error.param is not None and error.message:
-        message = f"{'/'.join(error.param.opts)}: {error.message}"
-    page = "echo-rt" if error.ctx is None else error.ctx.command_path
-    return one_line(f"{message} (see {page} --help)")
 
 
 def warn(report: dict[str, Any], text: object) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from echo_rt.cli.arguments import PATH, Arguments, number, table
-from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import say
+from echo_rt.utils.signals import StopRequest
 
 DESCRIPTION = """
 Write a complete, small, random model into the folder DIR, in the original layout. Its videos are coloured noise in

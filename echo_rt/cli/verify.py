@@ -12,9 +12,9 @@ import click
 
 from echo_rt.cli.arguments import PATH, Arguments, shared, table
 from echo_rt.cli.outputs import Named, check_results
-from echo_rt.cli.signals import StopRequest
 from echo_rt.cli.stdio import complain, describe, say
 from echo_rt.errors import ConfigError, EchoError
+from echo_rt.utils.signals import StopRequest
 
 if TYPE_CHECKING:
     from echo_rt.verify.bundles import BundleReport
@@ -49,8 +49,14 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
         folders = _find_folders(arguments.bundles)
         if arguments.dump is not None:
             _check_dump(arguments.dump, folders)
-        if arguments.float8_except:
-            _check_patterns(arguments.float8_except, folders)
+        if arguments.float8_except and not any(map(_may_be_float8, folders)):
+            from echo_rt.model.linear import float8_layers
+
+            named = ", ".join(map(repr, arguments.float8_except))
+            raise ConfigError(
+                f"--float8-except: {named} matches no layer of what is verified: only bundles of a rollout have layers "
+                f"that can be float8, {float8_layers()}"
+            )
     for path in folders:
         try:
             with stop.interruptible():
@@ -90,23 +96,15 @@ def _check_dump(dump: Path, folders: Sequence[Path]) -> None:
         check_results(Named("--dump", dump / name), [Named("the bundle", path)])
 
 
-def _check_patterns(patterns: Sequence[str], folders: Sequence[Path]) -> None:
-    """Raise ``ConfigError`` if no folder has layers that can be float8; a rollout checks its patterns when it runs."""
-    from echo_rt.model.linear import float8_layers
+def _may_be_float8(path: Path) -> bool:
+    """Whether a folder has layers that can be float8; a rollout checks its patterns when it runs."""
     from echo_rt.verify.bundles import FLOAT8_KINDS, read_config
     from echo_rt.weights.folder import holds_vae
 
-    for path in folders:
-        try:
-            if not holds_vae(path) and read_config(path)["kind"] in FLOAT8_KINDS:
-                return
-        except EchoError:
-            return  # the error is reported when it runs
-    named = ", ".join(map(repr, patterns))
-    raise ConfigError(
-        f"--float8-except: {named} matches no layer of what is verified: only bundles of a rollout have layers "
-        f"that can be float8, {float8_layers()}"
-    )
+    try:
+        return not holds_vae(path) and read_config(path)["kind"] in FLOAT8_KINDS
+    except EchoError:
+        return True  # the error is reported when it runs
 
 
 def _verify(path: Path, arguments: Arguments) -> BundleReport:
@@ -123,19 +121,17 @@ def _verify(path: Path, arguments: Arguments) -> BundleReport:
 
 
 def _as_json(bundle: BundleReport) -> dict[str, Any]:
-    tensors = [{"name": row.name, "error": _number(row.error), "bound": row.bound, "ok": row.ok} for row in bundle.rows]
-    precisions = [
-        {"dtype": each.dtype, "psnr": _number(each.quality.psnr), "ssim": _number(each.quality.ssim)}
-        for each in bundle.precisions
-    ]
     return {
         "name": bundle.name,
         "kind": bundle.kind,
         "backend": bundle.backend.name,
         "backend_reason": bundle.backend.reason,
         "passed": bundle.passed,
-        "tensors": tensors,
-        "precisions": precisions,
+        "tensors": [{**vars(row), "error": _number(row.error), "ok": row.ok} for row in bundle.rows],
+        "precisions": [
+            {"dtype": each.dtype, "psnr": _number(each.quality.psnr), "ssim": _number(each.quality.ssim)}
+            for each in bundle.precisions
+        ],
         **({} if bundle.taken is None else bundle.taken.as_json()),
     }
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from echo_rt.soak.config import Limits, SoakConfig
+
 if TYPE_CHECKING:
-    from echo_rt.soak.config import Limits, SoakConfig
     from echo_rt.soak.session import Outcome, run
 
 __all__ = ["Limits", "Outcome", "SoakConfig", "run"]
 
-_HOMES = {"Limits": "config", "SoakConfig": "config", "Outcome": "session", "run": "session"}
-
 
 def __getattr__(name: str) -> Any:
-    # The command line's help reads the defaults of SoakConfig and needs no torch.
-    if name not in _HOMES:
+    if name not in ("Outcome", "run"):
         raise AttributeError(f"module 'echo_rt.soak' has no attribute {name!r}")
-    return getattr(import_module(f"echo_rt.soak.{_HOMES[name]}"), name)
+    from echo_rt.soak import session  # not before: the command line's help needs no torch
+
+    return getattr(session, name)

@@ -7,7 +7,7 @@ replaced count as well: a broken promise stays broken.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -40,29 +40,12 @@ class Verdict:
 
 
 @dataclass
-class Made:
-    """How many ``blocks`` were made, also more than once, and the number of the first that was ``never`` made."""
-
-    blocks: int = 0
-    never: int = 0
-
-    def see(self, line: Line) -> None:
-        """Take in one more line."""
-        self.blocks += line.get("blocks", 0) + line.get("replayed", 0)
-        self.never = max(self.never, line["block"] + 1 if "blocks" in line else 0)
-
-    @property
-    def again(self) -> int:
-        """How many were made again: after a resume, or at the end of the soak to compare them."""
-        return self.blocks - self.never
-
-
-@dataclass
 class Seen:
     """What one check has seen so far.
 
     ``evidence``: in words, None while too little was seen. ``over``: the soak as a whole is beyond the threshold, which
-    may get better again; ``broken``: evidence of the first breach, which stays. ``made``: the same of all checks.
+    may get better again; ``broken``: evidence of the first breach, which stays. ``blocks``: how many the soak has made,
+    ``again`` of them once more: after a resume, or at its end to compare them.
     """
 
     evidence: str | None = None
@@ -71,7 +54,8 @@ class Seen:
     count: int = 0
     state: Any = None  # what the check adds up, or compares later lines with
     worst: tuple[float, int] | None = None
-    made: Made = field(default_factory=Made)
+    blocks: int = 0
+    again: int = 0
 
     def breaks(self, evidence: str | None) -> None:
         """Mark the promise as broken; only the first time counts."""
@@ -82,6 +66,12 @@ class Seen:
         if self.worst is None or value > self.worst[0]:
             self.worst = value, block
         return self.worst
+
+    def baseline(self, line: Line, value: Any) -> Any:
+        """Return the first ``value`` of the line's process: every process has its own."""
+        if self.state is None or self.state[0] != line["run"]:
+            self.state = line["run"], value
+        return self.state[1]
 
 
 class Check(NamedTuple):
@@ -117,8 +107,8 @@ _DRIFT = "mean and standard deviation within {:g} standard deviations of those a
 
 @_promise("stream", "run", "no failure")
 def _stream(seen: Seen, line: Line) -> None:
-    if seen.made.blocks:
-        seen.evidence = f"made: {counted(seen.made.blocks, 'block')}, {seen.made.again} of them made again"
+    if seen.blocks:
+        seen.evidence = f"made: {counted(seen.blocks, 'block')}, {seen.again} of them made again"
     if line.get("failure"):
         seen.breaks(f"block {line['block']}: {line['failure']}")
 
@@ -127,14 +117,12 @@ def _stream(seen: Seen, line: Line) -> None:
 def _finite(seen: Seen, line: Line) -> None:
     if line.get("nonfinite_failure"):
         seen.breaks(f"block {line['block']}: {line['failure']}")
-    if seen.made.blocks:
-        seen.evidence = f"none in {counted(seen.made.blocks, 'block')}"
-    if "blocks" not in line:
-        return
-    if line["rollbacks"]:
+    if seen.blocks:
+        seen.evidence = f"none in {counted(seen.blocks, 'block')}"
+    if line.get("rollbacks"):
         seen.breaks(f"block {line['block']} or before: the stream went back {counted(line['rollbacks'], 'time')}")
-    found = line["nonfinite"]
-    if found["block"] is not None:
+    found = line.get("nonfinite")
+    if found and found["block"] is not None:
         seen.breaks(f"block {found['block']}: {found['latent']} in latents, {found['video']} in the video")
 
 
@@ -153,26 +141,24 @@ def _positions(seen: Seen, line: Line) -> None:
 def _hashes(seen: Seen, line: Line) -> None:
     seen.count += line["compared"]
     if seen.count:
-        seen.evidence = f"{seen.count} of {counted(seen.made.again, 'block')} made again had a hash, which is the same"
+        seen.evidence = f"{seen.count} of {counted(seen.again, 'block')} made again had a hash, which is the same"
     for block, before, now in line["mismatches"]:
         seen.breaks(f"block {block}: expected {before}, found {now}")
 
 
 @_promise("device memory", "warm", "at most {:g} bytes off after warm-up", "device_growth", unchecked=_NO_GPU)
 def _device_memory(seen: Seen, line: Line, growth: float) -> None:
-    if line["device"] is None:
+    device = line["device"]
+    first = device and seen.baseline(line, device)
+    if device is first:
         return
-    if seen.state is None or seen.state[0] != line["run"]:
-        seen.state = line["run"], line["device"]  # every process has its own baseline
-        return
-    first = seen.state[1]
     seen.count += 1
     for name in ("allocated", "reserved"):
-        off = line["device"][name] - first[name]
+        off = device[name] - first[name]
         furthest, _ = seen.most(abs(off), line["block"])
         seen.evidence = f"at most {counted(int(furthest), 'byte')} off in {counted(seen.count, 'interval')}"
         if abs(off) > growth:
-            seen.breaks(f"block {line['block']}: {name} {line['device'][name]} bytes, {off:+} since warm-up")
+            seen.breaks(f"block {line['block']}: {name} {device[name]} bytes, {off:+} since warm-up")
 
 
 @_promise("host memory", "warm", "{:g} bytes per block beyond {:.0f} bytes", "host_slope", "host_slack", unchecked=_FEW)
@@ -181,11 +167,12 @@ def _host_memory(seen: Seen, line: Line, bound: float, slack: float) -> None:
     block, rss = line["block"], line["host"]["rss"]
     if rss is None:
         return
-    if seen.state is None or seen.state[0] != line["run"]:
+    first_block, first_rss, sums = seen.baseline(line, (block, rss, [0.0] * 5))
+    if block == first_block:
+        # An early step looks like a slope for a while, so a process is judged only at its end.
         if seen.over:
             seen.breaks(seen.evidence)
-        seen.over, seen.state = False, (line["run"], block, rss, [0.0] * 5)
-    _, first_block, first_rss, sums = seen.state
+        seen.over = False
     # Relative to the first point, so that the sums keep their digits over days.
     x, y = float(block - first_block), float(rss - first_rss)
     sums[:] = [a + b for a, b in zip(sums, (1.0, x, y, x * x, x * y), strict=True)]
@@ -194,7 +181,6 @@ def _host_memory(seen: Seen, line: Line, bound: float, slack: float) -> None:
         return
     slope = (count * sxy - sx * sy) / (count * sxx - sx * sx)
     seen.evidence = f"block {block}: {slope:+.1f} bytes a block, {rss} bytes ({int(y):+} since warm-up)"
-    # An early step looks like a slope for a while, so a process is judged only at its end.
     seen.over = slope > bound and slope * x > slack
 
 
@@ -202,10 +188,10 @@ def _host_memory(seen: Seen, line: Line, bound: float, slack: float) -> None:
 def _latency_ratio(seen: Seen, line: Line, bound: float) -> None:
     """Over all warm blocks except those of a prompt switch."""
     latencies = seen.state = seen.state or Histogram()
-    latencies.merge(Histogram(line["latency"]["bins"]))
+    latencies.update(Histogram.of_line(line["latency"]["bins"]))
     middle, slow = latencies.quantile(0.5), latencies.quantile(0.99)
-    if latencies.count >= _ENOUGH_BLOCKS and middle and slow:
-        seen.evidence = f"{slow / middle:.3f} over {latencies.count} blocks"
+    if latencies.total() >= _ENOUGH_BLOCKS and middle and slow:
+        seen.evidence = f"{slow / middle:.3f} over {latencies.total()} blocks"
         seen.over = slow / middle > bound
 
 
@@ -253,28 +239,32 @@ def _gpu_errors(seen: Seen, line: Line) -> None:
     count = (line.get("gpu") or {}).get("ecc_uncorrected")
     if count is None:
         return
-    if seen.state is None or seen.state[0] != line["run"]:
-        seen.state = line["run"], count
+    new = count - seen.baseline(line, count)
     seen.count += 1
     seen.evidence = f"none in {counted(seen.count, 'interval')}"
-    if count > seen.state[1]:
-        seen.breaks(f"block {line['block']}: {count - seen.state[1]} more")
+    if new > 0:
+        seen.breaks(f"block {line['block']}: {new} more")
 
 
 class Promises:
-    """State of all :data:`CHECKS`, under ``limits`` that are resolved for the device."""
+    """State of all :data:`CHECKS`, under ``limits`` that are resolved for the device.
+
+    ``blocks``, ``again``: as in :class:`Seen`; ``never``: the number of the first block that was never made.
+    """
 
     def __init__(self, limits: Limits) -> None:
-        self.limits, self.made = limits, Made()
-        bounds = [[getattr(limits, name) for name in check.bounds] for check in CHECKS]
-        self._all = [(check, bound, Seen(made=self.made)) for check, bound in zip(CHECKS, bounds, strict=True)]
-        assert all("auto" not in bounds for _, bounds, _ in self._all)
+        self.limits = limits
+        self.blocks = self.again = self.never = 0
+        self._all = [(check, [getattr(limits, name) for name in check.bounds], Seen()) for check in CHECKS]
 
     def see(self, line: Line) -> None:
         """Take in one more line of the journal."""
-        self.made.see(line)
+        self.blocks += line.get("blocks", 0) + line.get("replayed", 0)
+        self.never = max(self.never, line["block"] + 1 if "blocks" in line else 0)
+        self.again = self.blocks - self.never
         for check, bounds, seen in self._all:
             if None not in bounds and line.get(check.judged):
+                seen.blocks, seen.again = self.blocks, self.again
                 check.see(seen, line, *bounds)
 
     def verdicts(self) -> list[Verdict]:

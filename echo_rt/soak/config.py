@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,98 +23,71 @@ from echo_rt.options import (
 from echo_rt.utils.atomic_file import read_plain, reason, write_whole
 from echo_rt.utils.build_info import __version__
 from echo_rt.utils.checked_json import read_json
+from echo_rt.utils.number import Number
 
 MANIFEST_FILE = "soak.json"
-_FORMAT = 1
-_SECONDS_OF_AN_HOUR = 3600.0
 _NOT_IN_MANIFEST = ("out", "serve", "plots", "check", "keep_text_encoder")  # they may change: no block depends on them
 
 
 @dataclass(frozen=True)
-class Number:
-    """A number that a user may choose, as ``--help`` describes it.
+class Setting(Number):
+    """A number that a user may choose, as ``--help`` describes it; ``on_gpu``: what "auto" means there."""
 
-    ``positive``: above 0. ``optional``: None is allowed. ``on_gpu``: the meaning of "auto" on a GPU; None on a CPU.
-    """
-
-    kind: type[int] | type[float]
-    metavar: str
-    meaning: str
-    least: float = 0
-    most: float = math.inf
-    positive: bool = False
-    optional: bool = False
+    metavar: str = ""
+    meaning: str = ""
     on_gpu: float | None = None
 
-    @property
-    def expected(self) -> str:
-        """Which values are allowed, in words."""
-        bounds = "above 0" if self.positive else f"of {self.least:g} or more"
-        limit = "" if self.most == math.inf else f" and at most {self.most:g}"
-        return f"{'an integer' if self.kind is int else 'a number'} {bounds}{limit}"
 
-    def check(self, option: str, value: Any) -> None:
-        """Raise :class:`ConfigError` for a value that is not allowed."""
-        if (value is None and self.optional) or (value == "auto" and self.on_gpu is not None):
-            return
-        real = isinstance(value, int if self.kind is int else (int, float)) and not isinstance(value, bool)
-        within = real and self.least <= value <= self.most and value < math.inf and (value > 0 or not self.positive)
-        if not within:
-            raise ConfigError(f"soak: {option} must be {self.expected}, got {value!r:.40}")
+def settings_of(config: Any) -> dict[str, tuple[Setting, Any]]:
+    """Return the numbers among the fields of :class:`Limits` or :class:`SoakConfig`, with their defaults, by name."""
+    return {one.name: (one.metadata["setting"], one.default) for one in dataclasses.fields(config) if one.metadata}
 
 
-def numbers(settings: Any) -> dict[str, Number]:
-    """Return the numbers among the fields of :class:`Limits` or :class:`SoakConfig`, by name."""
-    return {field.name: field.metadata["number"] for field in dataclasses.fields(settings) if field.metadata}
+def _setting(default: Any, kind: type[int] | type[float], metavar: str, meaning: str, **more: Any) -> Any:
+    setting = Setting(kind, metavar=metavar, meaning=meaning, **more)
+    return field(default=default, metadata={"setting": setting})
 
 
-def option_of(name: str) -> str:
-    """The command line's option for a field."""
-    return f"--{name.replace('_', '-')}"
+def _limit(default: Any, metavar: str, meaning: str, **more: Any) -> Any:
+    words = {"off": None} | ({"auto": "auto"} if default == "auto" else {})
+    return _setting(default, float, metavar, meaning, words=words, **more)
 
 
-def _number(default: Any, kind: type[int] | type[float], metavar: str, meaning: str, **bounds: Any) -> Any:
-    return field(default=default, metadata={"number": Number(kind, metavar, meaning, **bounds)})
-
-
-def _limit(default: Any, metavar: str, meaning: str, **bounds: Any) -> Any:
-    return _number(default, float, metavar, meaning, **({"optional": True} | bounds))
-
-
-def _auto(on_gpu: float, metavar: str, meaning: str) -> Any:
-    return _limit("auto", metavar, meaning, least=1, on_gpu=on_gpu)
-
-
-def _check_numbers(settings: Any) -> None:
-    for name, number in numbers(settings).items():
-        number.check(option_of(name), getattr(settings, name))
+def _check_settings(config: Any) -> None:
+    for name, (setting, default) in settings_of(config).items():
+        value = getattr(config, name)
+        if not (setting.allows(value) or (value is None and default is None)):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"soak: {option} must be {setting.expected}, got {value!r:.40}")
 
 
 @dataclass(frozen=True)
 class Limits:
     """The thresholds of the promises; None leaves a promise out. "auto" leaves limits on time out on a CPU."""
 
-    warmup_blocks: int = _number(10, int, "N", "first blocks of a process, which the limits below ignore")
+    warmup_blocks: int = _setting(10, int, "N", "first blocks of a process, which the limits below ignore")
     device_growth: float | None = _limit(0.0, "BYTES", "largest change of the device's memory after warm-up")
     host_slope: float | None = _limit(1024.0, "BYTES", "largest growth of the host's memory per block")
-    host_slack: float = _limit(
-        32.0 * 2**20, "BYTES", "growth of the host's memory that --host-slope ignores", optional=False
+    host_slack: float = _setting(32.0 * 2**20, float, "BYTES", "growth of the host's memory that --host-slope ignores")
+    latency_ratio: float | Literal["auto"] | None = _limit(
+        "auto", "X", "largest p99/p50 of the block latency", least=1, on_gpu=1.05
     )
-    latency_ratio: float | Literal["auto"] | None = _auto(1.05, "X", "largest p99/p50 of the block latency")
-    latency_zscore: float | Literal["auto"] | None = _auto(
-        10.0, "Z", "z-score of the latency from which a block is an outlier"
+    latency_zscore: float | Literal["auto"] | None = _limit(
+        "auto", "Z", "z-score of the latency from which a block is an outlier", least=1, on_gpu=10.0
     )
-    outliers: float = _limit(0.001, "SHARE", "largest share of blocks that are outliers", most=1, optional=False)
-    snapshot_stall: float | Literal["auto"] | None = _auto(2000.0, "MS", "longest delay of the stream by a snapshot")
+    outliers: float = _setting(0.001, float, "SHARE", "largest share of blocks that are outliers", most=1)
+    snapshot_stall: float | Literal["auto"] | None = _limit(
+        "auto", "MS", "longest delay of the stream by a snapshot", least=1, on_gpu=2000.0
+    )
     drift: float | None = _limit(None, "X", "largest change of the latents' statistics, in standard deviations")
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        _check_settings(self)
 
     def resolved(self, device: str) -> Limits:
         """Replace every "auto" by the default of a ``device`` of this type, cuda or cpu."""
-        auto = {name: number.on_gpu for name, number in numbers(self).items() if getattr(self, name) == "auto"}
-        changes: dict[str, Any] = {name: value if device == "cuda" else None for name, value in auto.items()}
+        auto = [(name, setting) for name, (setting, _) in settings_of(self).items() if getattr(self, name) == "auto"]
+        changes: dict[str, Any] = {name: setting.on_gpu if device == "cuda" else None for name, setting in auto}
         return dataclasses.replace(self, **changes)
 
 
@@ -132,22 +104,24 @@ class SoakConfig(RuntimeOptions):
     out: str
     vae: str = WAN_VAE
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    hours: float | None = _limit(None, "H", "end after H hours of streaming, all processes together", positive=True)
-    blocks: int | None = _number(None, int, "N", "end after N blocks", least=1, optional=True)
+    hours: float | None = _setting(
+        None, float, "H", "end after H hours of streaming, all processes together", positive=True
+    )
+    blocks: int | None = _setting(None, int, "N", "end after N blocks", least=1)
     prompts: tuple[str, ...] = ("a red fox in the snow",)
-    switch_every: int | None = _number(
-        None, int, "N", "blocks after which the next prompt takes over", least=1, optional=True
-    )
+    switch_every: int | None = _setting(None, int, "N", "blocks after which the next prompt takes over", least=1)
     seed: int = 0
-    snapshot_every: int | None = _number(
-        None, int, "N", "blocks between two snapshots; default: no snapshots", least=1, optional=True
+    snapshot_every: int | None = _setting(
+        None, int, "N", "blocks between two snapshots; default: no snapshots", least=1
     )
-    keep: int = _number(3, int, "K", "number of snapshots kept", least=1)
+    keep: int = _setting(3, int, "K", "number of snapshots kept", least=1)
     roll_back: bool = False
-    block_seconds: float | None = _limit(None, "S", "end when a block takes longer; default: no limit", positive=True)
+    block_seconds: float | None = _setting(
+        None, float, "S", "end when a block takes longer; default: no limit", positive=True
+    )
     # An interval bounds the memory of its line.
-    interval: float = _number(10.0, float, "S", "seconds of streaming per line of figures", positive=True, most=3600.0)
-    hash_every: int = _number(100, int, "N", "hash every Nth block", least=1)
+    interval: float = _setting(10.0, float, "S", "seconds of streaming per line of figures", positive=True, most=3600.0)
+    hash_every: int = _setting(100, int, "N", "hash every Nth block", least=1)
     limits: Limits = field(default_factory=Limits)
     serve: tuple[str, int] | None = None
     plots: bool | None = None
@@ -155,7 +129,7 @@ class SoakConfig(RuntimeOptions):
     def __post_init__(self) -> None:
         if (self.blocks is None) == (self.hours is None):
             raise ConfigError("soak: expected one of --blocks and --hours, got " + ("none", "both")[bool(self.blocks)])
-        _check_numbers(self)
+        _check_settings(self)
         if not isinstance(self.roll_back, bool):
             raise ConfigError(f"soak: --roll-back must be true or false, got {self.roll_back!r}")
         if not self.prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in self.prompts):
@@ -178,10 +152,8 @@ class SoakConfig(RuntimeOptions):
 
     def is_over(self, block: int, elapsed: float) -> bool:
         """Whether ``block`` blocks in ``elapsed`` seconds are the whole soak."""
-        if self.blocks is not None:
-            return block >= self.blocks
-        assert self.hours is not None
-        return elapsed >= self.hours * _SECONDS_OF_AN_HOUR
+        blocks, hours = self.blocks, self.hours
+        return (blocks is not None and block >= blocks) or (hours is not None and elapsed >= 3600 * hours)
 
     def prompt_of(self, block: int) -> int:
         """Index of the prompt that ``block`` shows."""
@@ -193,9 +165,7 @@ class SoakConfig(RuntimeOptions):
 
     def settings(self) -> dict[str, Any]:
         """Everything that shapes the video or its verdicts, in plain JSON types, by name; files by absolute path."""
-        made = dataclasses.asdict(self)
-        for name in _NOT_IN_MANIFEST:
-            del made[name]
+        made = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IN_MANIFEST}
         made |= {f"limits.{name}": value for name, value in made.pop("limits").items()}
         # One LoRA at full strength by its path alone, as soaks before there could be several have it.
         loras = [lora_text(path.absolute(), strength) for path, strength in lora_files(self.lora)]
@@ -204,8 +174,7 @@ class SoakConfig(RuntimeOptions):
         for name in files + ([] if self.vae in (WAN_VAE, TINY_VAE) else ["vae"]):
             if made[name] is not None:
                 made[name] = str(Path(made[name]).absolute())
-        plain: dict[str, Any] = json.loads(json.dumps(made))
-        return plain
+        return dict(json.loads(json.dumps(made)))
 
 
 @dataclass(frozen=True)
@@ -242,5 +211,5 @@ def _exceeds(length: object, before: object) -> bool:
 
 def write_manifest(config: SoakConfig) -> None:
     """Tie ``out`` to this soak; raises ``OutputError``."""
-    content = {"format": _FORMAT, "echo_rt": __version__, "config": config.settings()}
+    content = {"format": 1, "echo_rt": __version__, "config": config.settings()}
     write_whole(config.folder / MANIFEST_FILE, (json.dumps(content, indent=2) + "\n").encode())

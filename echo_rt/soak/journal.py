@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,32 +40,21 @@ _Float = Annotated[float, Meta(ge=-1e100, le=1e100)]
 _Figure = _Float | None
 _Text = str | None
 _Bins = dict[Annotated[int, Meta(ge=-20_000, le=20_000)], _Count]  # 1.001^20000 seconds are years
+_Misplaced = Annotated[list[int | str], Meta(max_length=2)]
 _Mismatches = list[tuple[_Count, str, str]]
 # What is read of a line; it has more, for other readers.
 _Interval = _entries(
     run=_Run,
-    first_block=_Count,
-    block=_Count,
-    blocks=_Count,
-    frame=_Count,
-    video_seconds=_Float,
-    elapsed=_Float,
-    fps=_Float,
+    **dict.fromkeys(("first_block", "block", "blocks", "frame", "rollbacks", "compared"), _Count),
+    **dict.fromkeys(("video_seconds", "elapsed", "fps"), _Float),
     warm=bool,
     latency=_entries(p50=_Figure, p99=_Figure, max=_Float, max_block=_Count, bins=_Bins),
     switch_latency=_entries(blocks=_Count, max=_Figure),
     zscore=_entries(max=_Figure, block=_Count | None, judged=_Count, outliers=_Count),
-    position=_entries(
-        shift=_Count,
-        least_newest_id=int,
-        most_newest_id=int,
-        misplaced=Annotated[list[int | str], Meta(max_length=2)],
-    ),
+    position=_entries(shift=_Count, least_newest_id=int, most_newest_id=int, misplaced=_Misplaced),
     latents=_entries(mean=_Figure, std=_Figure),
     nonfinite=_entries(latent=_Count, video=_Count, block=_Count | None),
-    rollbacks=_Count,
     hashes=list[tuple[_Count, str]],
-    compared=_Count,
     mismatches=_Mismatches,
     device=_entries(allocated=_Count, reserved=_Count) | None,
     host=_entries(rss=_Count | None),
@@ -88,6 +78,14 @@ _End = _entries(
 )
 
 
+@contextmanager
+def _told(path: Path, what: str = "cannot write") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: {what}: {reason(error)}") from None
+
+
 class Journal:
     """The file, open for appending. A torn last line, left by a kill in the middle of a write, is cut off.
 
@@ -96,32 +94,26 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / JOURNAL_FILE
-        try:
+        with _told(self.path):
             self._file = os.fdopen(open_plain(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+b", buffering=0)
             self._size = end = 0
             while piece := self._file.read(_PIECE):
                 end, whole = end + len(piece), piece.rfind(b"\n") + 1
                 self._size = end - len(piece) + whole if whole else self._size
             self._file.truncate(self._size)
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot write: {reason(error)}") from None
 
     def append(self, line: Line) -> None:
         """Write one line, all of it or none."""
         data = (json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n").encode()
         if not is_same(self.path, self._file.fileno()):
             raise OutputError(f"{self.path}: cannot write: somebody removed or replaced the file")
-        try:
+        with _told(self.path):
             self._size = append_whole(self._file, self._size, data)
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot write: {reason(error)}") from None
 
     def sync(self) -> None:
         """Flush all lines to the disk."""
-        try:
+        with _told(self.path, "may not be whole on the disk"):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OutputError(f"{self.path}: may not be whole on the disk: {reason(error)}") from None
 
     def close(self) -> None:
         """Close the file; may be called twice."""
@@ -136,25 +128,18 @@ def read_lines(folder: Path) -> Iterator[Line]:
     path = folder / JOURNAL_FILE
     try:
         with open(open_plain(path), "rb") as file:
-            number = 0
-            while text := file.readline(_LONGEST):
-                number += 1
+            for number, text in enumerate(iter(lambda: file.readline(_LONGEST), b""), 1):
+                expected = f"{path}: line {number}: expected a line of a soak"
                 if text.endswith(b"\n"):
-                    yield _parse(text, f"{path}: line {number}: expected a line of a soak")
+                    line = read_json(text, Line, expected, StreamError)
+                    read_json(text, _Interval if "blocks" in line else _End, expected, StreamError)
+                    yield line
                 elif len(text) == _LONGEST:
-                    raise StreamError(f"{path}: line {number}: expected a line of a soak, found one without an end")
-                else:
-                    return  # torn
+                    raise StreamError(f"{expected}, found one without an end")
     except FileNotFoundError:
         return
     except OSError as error:
         raise StreamError(f"{path}: cannot be read: {reason(error)}") from None
-
-
-def _parse(text: bytes, what: str) -> Line:
-    line = read_json(text, Line, what, StreamError)
-    read_json(text, _Interval if "blocks" in line else _End, what, StreamError)
-    return line
 
 
 class Past:

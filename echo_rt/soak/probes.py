@@ -6,7 +6,6 @@ import contextlib
 import os
 import resource
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,19 @@ _STATM = Path("/proc/self/statm")
 _KIBIBYTE = 1024  # the unit of ru_maxrss on Linux
 
 # The driver's prefixes for the identity of a whole GPU, and of a partition of one.
-_BOARD, _PARTITION = "GPU-", "MIG-"
+_PREFIXES = ("GPU-", "MIG-")
+# Figures of a GPU: the driver's function and the names of its arguments, without their beginnings (nvmlDevice, NVML_).
+# ECC errors are counted since the driver was loaded.
+_READINGS = {
+    "temperature_c": ("GetTemperature", "TEMPERATURE_GPU"),
+    "sm_clock_mhz": ("GetClockInfo", "CLOCK_SM"),
+    "memory_clock_mhz": ("GetClockInfo", "CLOCK_MEM"),
+    "clock_limits": ("GetCurrentClocksEventReasons",),
+    "power_mw": ("GetPowerUsage",),
+    "energy_mj": ("GetTotalEnergyConsumption",),
+    "ecc_corrected": ("GetTotalEccErrors", "MEMORY_ERROR_TYPE_CORRECTED", "VOLATILE_ECC"),
+    "ecc_uncorrected": ("GetTotalEccErrors", "MEMORY_ERROR_TYPE_UNCORRECTED", "VOLATILE_ECC"),
+}
 
 
 def host_memory() -> dict[str, Any]:
@@ -64,39 +75,25 @@ class GpuHealth:
     def __init__(self, nvml: Any, device: torch.device) -> None:
         self._nvml = nvml
         nvml.nvmlInit()
-        try:
-            handle = self._find(str(torch.cuda.get_device_properties(device).uuid))
-        except nvml.NVMLError:
-            nvml.nvmlShutdown()
-            raise
-        corrected, uncorrected = nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED
-        # ECC errors are counted since the driver was loaded.
-        self._readings: dict[str, Callable[[], int]] = {
-            "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-            "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-            "clock_limits": lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
-            "power_mw": lambda: nvml.nvmlDeviceGetPowerUsage(handle),
-            "energy_mj": lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle),
-            "ecc_corrected": lambda: nvml.nvmlDeviceGetTotalEccErrors(handle, corrected, nvml.NVML_VOLATILE_ECC),
-            "ecc_uncorrected": lambda: nvml.nvmlDeviceGetTotalEccErrors(handle, uncorrected, nvml.NVML_VOLATILE_ECC),
-        }
-
-    def _find(self, identity: str) -> Any:
-        """Return the driver's handle, by identity: CUDA numbers only the visible devices, in another order."""
-        try:
-            return self._nvml.nvmlDeviceGetHandleByUUID(f"{_BOARD}{identity.removeprefix(_BOARD)}")
-        except self._nvml.NVMLError:
-            return self._nvml.nvmlDeviceGetHandleByUUID(f"{_PARTITION}{identity.removeprefix(_PARTITION)}")
+        # By identity: CUDA numbers only the visible devices, in another order.
+        identity = str(torch.cuda.get_device_properties(device).uuid)
+        for prefix in _PREFIXES:
+            try:
+                self._handle = nvml.nvmlDeviceGetHandleByUUID(prefix + identity.removeprefix(prefix))
+                return
+            except nvml.NVMLError as error:
+                problem = error
+        nvml.nvmlShutdown()
+        raise problem
 
     def read(self) -> dict[str, int | None]:
         """Return all figures, None for those that this GPU lacks; ``clock_limits`` is the driver's bit field."""
-        figures: dict[str, int | None] = {}
-        for name, reading in self._readings.items():
-            figures[name] = None
+        figures = dict.fromkeys(_READINGS)
+        for name, (function, *constants) in _READINGS.items():
+            arguments = [getattr(self._nvml, f"NVML_{constant}") for constant in constants]
             # GPUs differ in what they count, and a partition may not ask for all of it.
             with contextlib.suppress(self._nvml.NVMLError):
-                figures[name] = int(reading())
+                figures[name] = int(getattr(self._nvml, f"nvmlDevice{function}")(self._handle, *arguments))
         return figures
 
     def close(self) -> None:

@@ -8,13 +8,14 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
+from http.server import HTTPServer
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from echo_rt.errors import BackendError, ConfigError
+from echo_rt.errors import ConfigError
 from echo_rt.soak.checks import Status, Verdict
 from echo_rt.soak.journal import Line
 from echo_rt.utils.atomic_file import reason
+from echo_rt.utils.packages import needing
 
 _PREFIX = "echo_rt_soak"
 _NOT_FIGURES = {"bins", "hashes", "mismatches", "misplaced"}
@@ -34,17 +35,12 @@ def figures(line: Mapping[str, Any], prefix: str = _PREFIX) -> Iterator[tuple[st
             yield path, math.nan if value is None else float(value)
 
 
-class _Handler(WSGIRequestHandler):
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Say nothing: the terminal is the soak's."""
-
-
 def _end(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):  # it has ended meanwhile
         connection.shutdown(socket.SHUT_RDWR)
 
 
-class _Server(WSGIServer):
+class _Server(HTTPServer):
     """One connection at a time, for a short time, on one thread: whoever is silent takes nothing from the stream."""
 
     def __init__(self, address: tuple[str, int], handler: Any) -> None:
@@ -71,21 +67,17 @@ class Exporter:
     """
 
     def __init__(self, address: str, port: int) -> None:
-        try:
-            from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
-        except ImportError:
-            raise BackendError(
-                "figures for Prometheus need prometheus-client, which is not installed: pip install 'echo-rt[soak]'"
-            ) from None
+        with needing("prometheus-client", "--port"):
+            from prometheus_client import CollectorRegistry, Gauge, MetricsHandler
         registry = CollectorRegistry()
         self._gauge = cache(partial(Gauge, registry=registry))
         self._promise = Gauge(f"{_PREFIX}_promise", "1 kept, 0 broken, NaN not checked", ["promise"], registry=registry)
         self.block_done(0, 0, math.nan)
         try:
-            self._server = make_server(address, port, make_wsgi_app(registry), _Server, _Handler)
+            self._server = _Server((address, port), MetricsHandler.factory(registry))
         except OSError as error:
             raise ConfigError(f"--port: cannot serve at {address}:{port}: {reason(error)}") from None
-        self.port = int(self._server.server_port)
+        self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, name="echo-rt figures", daemon=True)
         self._thread.start()
 

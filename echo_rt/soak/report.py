@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import platform
@@ -21,12 +20,11 @@ from echo_rt.soak.interval import Histogram
 from echo_rt.soak.journal import JOURNAL_FILE, Line
 from echo_rt.utils.atomic_file import PartFile, reason, write_whole
 from echo_rt.utils.build_info import __version__
+from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import counted, printable
 
 REPORT_FILE, PAGE_FILE = "report.md", "report.html"
 PICTURES = ("latency.svg", "memory.svg", "latents.svg")
-_NO_MATPLOTLIB = "plots need matplotlib, which is not installed: pip install 'echo-rt[soak]'"
-_MEBIBYTE = 2.0**20
 _SIZE = (10.0, 3.5)  # of a panel, in inches
 _CAPACITY = 4096  # points of a curve; a picture is not that wide
 _MARKS = 200  # of a kind in a picture
@@ -35,22 +33,6 @@ _FROM_WARM = ("first_block", "block", "device", "host", "latents")  # of a line;
 _STYLE = """<style>body { font: 15px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; } th, td { border: 1px solid #ccc; padding: .2rem .6rem; text-align: left; }
 svg { width: 100%; height: auto; } pre { overflow: auto; background: #f4f4f4; padding: .6rem; }</style>"""
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def require_matplotlib() -> None:
-    """Raise :class:`BackendError` unless plots can be drawn."""
-    if not can_plot():
-        raise BackendError(_NO_MATPLOTLIB)
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the device for the report. Ask before the soak: a GPU that is lost does not answer."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 # ---------------------------------------------------------------- what is told
@@ -62,10 +44,11 @@ def _mean(a: float, b: float) -> float:
 
 @dataclass
 class Curve:
-    """A figure over the blocks. Beyond 4096 points, neighbours become one, whose value ``merge`` makes."""
+    """The figure ``group.name`` of lines. Beyond 4096 points, neighbours become one, whose value ``merge`` makes."""
 
     label: str
-    value: Callable[[Line], float | None]
+    group: str
+    name: str
     merge: Callable[[float, float], float] = max
     points: list[tuple[float, float]] = field(default_factory=list)
 
@@ -78,11 +61,6 @@ class Curve:
             pairs = zip(self.points[::2], self.points[1::2], strict=False)
             odd = self.points[-1:] if len(self.points) % 2 else []
             self.points = [(a[0], self.merge(a[1], b[1])) for a, b in pairs] + odd
-
-    def cut(self, x: float) -> None:
-        """Drop the points from ``x`` on: a later process generated these blocks again."""
-        while self.points and self.points[-1][0] >= x:
-            self.points.pop()
 
 
 @dataclass
@@ -109,33 +87,28 @@ class Panel(NamedTuple):
 
 
 class History:
-    """The journal in bounded memory: promises, totals with the blocks that were made twice, curves without them."""
+    """The journal in bounded memory: promises, totals with the blocks that were made twice, curves without them.
 
-    def __init__(self, promises: Promises) -> None:
-        self.promises = promises
+    ``device``: its name, asked for before the soak: a GPU that is lost does not answer.
+    """
+
+    def __init__(self, promises: Promises, device: str) -> None:
+        self.promises, self.device = promises, device
         self.latency = Histogram()
         self.longest = (0.0, 0)
         self.runs = self.switches = 0
         self.slowest_switch = self.longest_stall = 0.0
         self.newest: Line = {}
         self.lives: list[Life] = []
-        latency = [
-            Curve("p50", lambda line: line["latency"]["p50"], _mean),
-            Curve("p99", lambda line: line["latency"]["p99"]),
-            Curve("longest", lambda line: line["latency"]["max"]),
-        ]
-        device = [
-            Curve("device reserved", lambda line: (line["device"] or {}).get("reserved")),
-            Curve("device allocated", lambda line: (line["device"] or {}).get("allocated")),
-        ]
-        host = [Curve("host resident", lambda line: line["host"]["rss"])]
-        mean = [Curve("mean", lambda line: line["latents"]["mean"], _mean)]
-        deviation = [Curve("standard deviation", lambda line: line["latents"]["std"], _mean)]
-        memory = [Panel("device", "MiB", _MEBIBYTE, device), Panel("host", "MiB", _MEBIBYTE, host)]
-        latents = [Panel("mean", "", 1.0, mean, from_zero=False), Panel("std", "", 1.0, deviation)]
+        latency = [Curve("p50", "latency", "p50", _mean), Curve("p99", "latency", "p99")]
+        latency.append(Curve("longest", "latency", "max"))
+        memory = [Curve(f"device {name}", "device", name) for name in ("reserved", "allocated")]
+        host = [Curve("host resident", "host", "rss")]
+        mean, deviation = Curve("mean", "latents", "mean", _mean), Curve("standard deviation", "latents", "std", _mean)
+        latents = [Panel("mean", "", 1.0, [mean], from_zero=False), Panel("std", "", 1.0, [deviation])]
         self.plots: dict[str, tuple[str, list[Panel]]] = {
             "latency.svg": ("Block latency", [Panel("latency", "ms", 1.0, latency)]),
-            "memory.svg": ("Memory", memory),
+            "memory.svg": ("Memory", [Panel("device", "MiB", 2.0**20, memory), Panel("host", "MiB", 2.0**20, host)]),
             "latents.svg": ("Drift of the latent statistics", latents),
         }
         self.curves = [curve for _, panels in self.plots.values() for panel in panels for curve in panel.curves]
@@ -146,17 +119,17 @@ class History:
         self.runs = line["run"]
         if "blocks" not in line:
             return
-        self.latency.merge(Histogram(line["latency"]["bins"]))
+        self.latency.update(Histogram.of_line(line["latency"]["bins"]))
         self.longest = max(self.longest, (line["latency"]["max"], line["latency"]["max_block"]))
         self.switches += line["switch_latency"]["blocks"]
         self.slowest_switch = max(self.slowest_switch, line["switch_latency"]["max"] or 0.0)
         self.longest_stall = max(self.longest_stall, (line["snapshots"] or {}).get("stall") or 0.0)
         if not self.newest or line["run"] != self.newest["run"]:
             self.lives.append(Life(line["first_block"], line["block"]))
-            for curve in self.curves:
-                curve.cut(line["first_block"])
+            for curve in self.curves:  # this process makes later blocks again
+                curve.points = [point for point in curve.points if point[0] < line["first_block"]]
         for curve in self.curves:
-            curve.add(line["block"], curve.value(line))
+            curve.add(line["block"], (line[curve.group] or {}).get(curve.name))
         self.lives[-1].last = line["block"]
         if line["warm"] and self.lives[-1].warm is None:
             self.lives[-1].warm = {name: line[name] for name in _FROM_WARM}
@@ -180,7 +153,7 @@ class History:
 # ---------------------------------------------------------------- the report
 
 
-def write_report(config: SoakConfig, history: History, last: Line, device: str, part: PartFile) -> None:
+def write_report(config: SoakConfig, history: History, last: Line, part: PartFile) -> None:
     """Write the report into ``part``, and page and pictures into ``config.out``; raises ``OutputError``.
 
     ``last`` is the journal's last line. The report goes first: where the disk takes no more files, ``part`` is there.
@@ -194,7 +167,7 @@ def write_report(config: SoakConfig, history: History, last: Line, device: str, 
         _warm_up(config),
         "## Figures\n\n" + _table(["figure", "value"], _figures(history, last)),
         f"## Plots\n\n{_LEGEND if pictures else missing}\n{shown}",
-        _setting(config, device, last),
+        _setting(config, history.device, last),
     )
     text = "\n".join(parts)
     try:
@@ -203,7 +176,7 @@ def write_report(config: SoakConfig, history: History, last: Line, device: str, 
         part.discard()
         raise OutputError(f"{part.path}: cannot write: {reason(error)}") from None
     part.commit()
-    for file, content in ((PAGE_FILE, _page(text, pictures)), *pictures.items()):
+    for file, content in {PAGE_FILE: _page(text, pictures), **pictures}.items():
         write_whole(config.folder / file, content.encode())
 
 
@@ -247,32 +220,30 @@ def _warm_up(config: SoakConfig) -> str:
 
 
 def _figures(history: History, last: Line) -> list[list[str]]:
-    made, newest = history.promises.made, history.newest
-    rows = [
-        ["processes", str(history.runs)],
-        ["blocks, including those made again", str(made.blocks)],
-        ["blocks made again", str(made.again)],
-        ["hours of streaming", f"{last['elapsed'] / 3600:.3f}"],
-    ]
-    if not newest:
-        return rows
-    p50, p99 = (history.latency.quantile(share) for share in (0.5, 0.99))
-    taken = newest["snapshots"]
-    return [
-        *rows,
-        ["video frames", str(newest["frame"])],
-        ["video", f"{newest['video_seconds']:.1f} s"],
-        ["frames per second, at the end", f"{newest['fps']:.2f}"],
-        ["block latency p50 after warm-up", "none" if p50 is None else f"{1e3 * p50:.1f} ms"],
-        ["block latency p99 after warm-up", "none" if p99 is None else f"{1e3 * p99:.1f} ms"],
-        ["longest block, including warm-up", "{:.1f} ms (block {})".format(*history.longest)],
-        ["blocks around prompt switches", f"{history.switches}, the longest {history.slowest_switch:.1f} ms"],
-        [
-            "snapshots of the last process",
-            f"{taken['written']} written, {taken['skipped']} skipped" if taken else "none",
-        ],
-        ["longest stall by a snapshot", f"{history.longest_stall:.1f} ms"],
-    ]
+    made, newest = history.promises, history.newest
+    figures: dict[str, object] = {
+        "processes": history.runs,
+        "blocks, including those made again": made.blocks,
+        "blocks made again": made.again,
+        "hours of streaming": f"{last['elapsed'] / 3600:.3f}",
+    }
+    if newest:
+        p50, p99 = (history.latency.quantile(share) for share in (0.5, 0.99))
+        taken = newest["snapshots"]
+        figures |= {
+            "video frames": newest["frame"],
+            "video": f"{newest['video_seconds']:.1f} s",
+            "frames per second, at the end": f"{newest['fps']:.2f}",
+            "block latency p50 after warm-up": "none" if p50 is None else f"{1e3 * p50:.1f} ms",
+            "block latency p99 after warm-up": "none" if p99 is None else f"{1e3 * p99:.1f} ms",
+            "longest block, including warm-up": "{:.1f} ms (block {})".format(*history.longest),
+            "blocks around prompt switches": f"{history.switches}, the longest {history.slowest_switch:.1f} ms",
+            "snapshots of the last process": (
+                f"{taken['written']} written, {taken['skipped']} skipped" if taken else "none"
+            ),
+            "longest stall by a snapshot": f"{history.longest_stall:.1f} ms",
+        }
+    return [[name, str(value)] for name, value in figures.items()]
 
 
 def _setting(config: SoakConfig, device: str, last: Line) -> str:
@@ -282,8 +253,7 @@ def _setting(config: SoakConfig, device: str, last: Line) -> str:
     machine = f"{platform.system()} {platform.machine()}, {_plain(device)}. All figures: `{JOURNAL_FILE}`."
     settings = json.dumps(config.settings(), indent=2)
     taken = last.get("taken") or {}
-    named = f"Recipe {taken['recipe']} ({taken.get('recipe_reason')})" if taken.get("recipe") else ""
-    recipe = f"{_plain(named)}.\n\n" if named else ""
+    recipe = _plain(f"Recipe {taken['recipe']} ({taken.get('recipe_reason')}).") + "\n\n" if taken.get("recipe") else ""
     return f"## Setting\n\n{versions}, {machine}\n\n{recipe}```json\n{settings}\n```\n"
 
 
@@ -300,23 +270,24 @@ def _pictures(config: SoakConfig, history: History) -> tuple[dict[str, str], str
     """Return the SVG by file name of each plot that has points, or why there is none."""
     if config.plots is False:
         return {}, "Left out, as asked."
-    if not can_plot():
-        return {}, f"Left out: {_NO_MATPLOTLIB}; then give the same command again."
     made = {}
     try:
         for name, (title, panels) in history.plots.items():
             drawn = [panel for panel in panels if any(curve.points for curve in panel.curves)]
             if drawn:
                 made[name] = _picture(name, title, drawn, config, history)
+    except BackendError as error:
+        return {}, f"Left out: {error}; then give the same command again."
     except OSError as error:  # a soak that has used up its files has a report
         return {}, f"Left out: {reason(error)}."
     return made, "There is no line to draw."
 
 
 def _picture(name: str, title: str, panels: Sequence[Panel], config: SoakConfig, history: History) -> str:
-    # Figure itself, not pyplot, which keeps every figure and asks for a display.
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+    with needing("matplotlib", "--plots"):
+        # Figure itself, not pyplot, which keeps every figure and asks for a display.
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure: Any = Figure(figsize=(_SIZE[0], _SIZE[1] * len(panels)), layout="constrained")
@@ -353,7 +324,7 @@ def _draw(axis: Any, panel: Panel, config: SoakConfig, history: History) -> None
         high = max([high, *(limit for limit in limits if limit < _ROOM * high)])
     for every, marker, y in ((config.switch_every, "v", 0.96), (config.snapshot_every, "^", 0.04)):
         if every is not None:
-            at = _some(range(every, history.promises.made.never, every))
+            at = _some(range(every, history.promises.never, every))
             where = axis.get_xaxis_transform()
             axis.plot(at, [y] * len(at), marker, markersize=3, color="grey", transform=where)
     if panel.from_zero:

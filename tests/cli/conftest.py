@@ -108,7 +108,7 @@ class FakeRuntime:
 def fake_runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     """What ``Runtime.from_pretrained`` gives in this test."""
     runtime = FakeRuntime()
-    monkeypatch.setattr("echo_rt.runtime.Runtime", runtime)
+    monkeypatch.setattr("echo_rt.cli.generation.Runtime", runtime)
     return runtime
 
 

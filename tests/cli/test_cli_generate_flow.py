@@ -274,7 +274,7 @@ def test_a_signal_while_loading_ends_at_once(echo_rt, fake_runtime, tmp_path):
 
 @pytest.mark.parametrize(("signum", "code", "reason"), [(2, 130, "interrupted"), (15, 143, "terminated")])
 def test_a_signal_while_the_request_is_read(echo_rt, fake_runtime, tmp_path, monkeypatch, signum, code, reason):
-    from echo_rt.cli import generate_request as generate
+    from echo_rt.cli import request as generate
 
     parse = generate.parse_script
     monkeypatch.setattr(generate, "parse_script", lambda *texts: (os.kill(os.getpid(), signum), parse(*texts))[1])

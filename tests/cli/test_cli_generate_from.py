@@ -192,7 +192,7 @@ def test_before_the_model_is_loaded(echo_rt, fake_runtime, tmp_path, monkeypatch
 
 
 def test_too_long_a_video(echo_rt, fake_runtime, clip, tmp_path, monkeypatch):
-    monkeypatch.setattr("echo_rt.options.MOST_INITIAL_SECONDS", 1)
+    monkeypatch.setattr("echo_rt.cli.generation.MOST_INITIAL_SECONDS", 1)
     outcome = echo_rt(*FAKE, "-o", tmp_path / "v.mp4", "--from", clip)
     assert outcome.code == 2 and "expected a video of 16 frames at most, got more" in outcome.error
     assert fake_runtime.loaded_with == {}

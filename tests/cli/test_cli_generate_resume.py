@@ -64,7 +64,7 @@ def recorded(folder: Path) -> torch.Tensor:
 
 LIVES = """
     import os, random, signal, sys
-    import echo_rt.cli.resumption
+    import echo_rt.cli.generation
     from echo_rt.cli.main import main
     from echo_rt.output.segment_index import Log
     from echo_rt.runtime import Runtime

@@ -14,9 +14,9 @@ import torch
 
 from echo_rt.cli.arguments import OPTIONS
 from echo_rt.cli.main import COMMANDS, main
-from echo_rt.cli.signals import StopNow
 from echo_rt.options import RuntimeOptions
 from echo_rt.utils.build_info import __version__
+from echo_rt.utils.signals import StopNow
 
 
 def test_help_is_there_without_torch():

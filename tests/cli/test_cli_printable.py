@@ -91,7 +91,7 @@ def test_a_refused_prompt_and_its_traceback(echo_rt: Any, tmp_path: Path, monkey
     def refuse(*_: object) -> None:
         raise PromptError(FORGED)
 
-    monkeypatch.setattr("echo_rt.cli.generate_request.parse_script", refuse)
+    monkeypatch.setattr("echo_rt.cli.request.parse_script", refuse)
     outcome = echo_rt(*generate("m", tmp_path))
     assert outcome.code == 2 and "Traceback" in outcome.err
     assert_printable(outcome.err)

@@ -111,7 +111,7 @@ def test_all_that_can_be_asked(call: Any, asked: dict[str, Any]) -> None:
     [
         ("", "expected one of --blocks and --hours, got none"),
         ("--hours 1 --blocks 2", "expected one of --blocks and --hours, got both"),
-        ("--hours 0", "--hours must be a number above 0, got 0"),
+        ("--hours 0", "--hours: expected a number above 0, got '0'"),
         ("--blocks 1.5", "--blocks: expected an integer of 1 or more, got '1.5'"),
         ("--blocks 9 --keep 2", "--keep: expected --snapshot-every N with it"),
         ("--blocks 9 --interval nan", "--interval: expected a number above 0"),
@@ -119,8 +119,11 @@ def test_all_that_can_be_asked(call: Any, asked: dict[str, Any]) -> None:
         ("--blocks 9 --switch-every 3", "exactly where there are several --prompt; got 1 of them and --switch-every 3"),
         ("--blocks 9 --port 70000", "--port: expected PORT or ADDRESS:PORT with a port in 1..65535, got '70000'"),
         ("--blocks 9 --port x", "--port: expected PORT or ADDRESS:PORT with a port in 1..65535, got 'x'"),
-        ("--blocks 9 --latency-ratio 0.9", "--latency-ratio must be a number of 1 or more, got 0.9"),
-        ("--blocks 9 --outliers 1.5", "--outliers must be a number of 0 or more and at most 1, got 1.5"),
+        (
+            "--blocks 9 --latency-ratio 0.9",
+            "--latency-ratio: expected a number of 1 or more, or 'off', or 'auto'",
+        ),
+        ("--blocks 9 --outliers 1.5", "--outliers: expected a number of 0 or more and at most 1, got '1.5'"),
         ("--blocks 9 --lookahead 101", "--lookahead: expected an integer in 0..100, got '101'"),
         ("--blocks 9 --host-slack off", "--host-slack: expected a number of 0 or more, got 'off'"),
         ("--blocks 9 --warmup-blocks 1.5", "--warmup-blocks: expected an integer of 0 or more, got '1.5'"),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from echo_rt.cli.resumption import _Notes
+from echo_rt.cli.generation import Notes
 from echo_rt.errors import OutputError, TargetError
 from echo_rt.output.segment_index import RecordingIndex
 from echo_rt.output.segments import SegmentedWriter
@@ -275,7 +275,7 @@ def only_a_clear_error(folder: Path, content: bytes) -> None:
     assert index.frame_rate > 0 and index.frames == sum(segment.frames for segment in index.segments)
     assert b"".join(index.lines).count(b"\n") == 1 + len(index.segments)
     try:
-        convert(index.notes, _Notes, "notes", TargetError)
+        convert(index.notes, Notes, "notes", TargetError)
     except TargetError as error:
         assert "\n" not in str(error)
 

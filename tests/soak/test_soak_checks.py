@@ -26,9 +26,6 @@ def lines(count: int = 20, run: int = 1, first: int = 0) -> list[dict[str, Any]]
     made = []
     for number in range(count):
         begin = first + 50 * number
-        bins = Histogram()
-        for _ in range(50):
-            bins.add(0.25)
         made.append(
             {
                 "run": run,
@@ -36,7 +33,7 @@ def lines(count: int = 20, run: int = 1, first: int = 0) -> list[dict[str, Any]]
                 "block": begin + 49,
                 "blocks": 50,
                 "warm": number > 0,
-                "latency": {"bins": bins.to_json()},
+                "latency": {"bins": Histogram.of([0.25] * 50)},
                 "snapshots": {"written": 1, "skipped": 0, "stall": 4.0},
                 "zscore": {"max": 2.0, "block": begin, "judged": 50, "outliers": 0},
                 "position": {"shift": begin, "least_newest_id": 20, "most_newest_id": 20, "misplaced": []},
@@ -172,10 +169,7 @@ def test_a_step_that_is_taken_once_is_no_growth() -> None:
 
 def test_slow_blocks() -> None:
     made = lines()
-    slow = Histogram()
-    for _ in range(25):
-        slow.add(0.27)
-    made[3]["latency"]["bins"] = slow.to_json()
+    made[3]["latency"]["bins"] = Histogram.of([0.27] * 25)
     assert broken(made)["latency p99/p50"].startswith("1.080 over 975 blocks")
     assert list(broken(made)) == ["latency p99/p50"]
     assert broken(made, Limits(latency_ratio=1.1)) == {}

@@ -65,7 +65,7 @@ def check(text: bytes) -> bool:
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / JOURNAL_FILE).write_bytes(text)
-        history, last = History(Promises(Limits(latency_ratio=1.05, drift=0.1).resolved("cuda"))), None
+        history, last = History(Promises(Limits(latency_ratio=1.05, drift=0.1).resolved("cuda")), "CPU"), None
         try:
             for line in read_lines(folder):
                 history.see(line)
@@ -79,7 +79,7 @@ def check(text: bytes) -> bool:
         assert (folder / JOURNAL_FILE).read_bytes() == text[: text.rfind(b"\n") + 1]
         if last is not None and "end" in last:
             config = SoakConfig(model="m", out=name, blocks=1, plots=False)
-            write_report(config, history, last, "CPU", PartFile(folder / REPORT_FILE))
+            write_report(config, history, last, PartFile(folder / REPORT_FILE))
         return True
 
 

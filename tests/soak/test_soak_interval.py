@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import threading
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from random_model import flat_config
 
 from echo_rt.chunk import Chunk, ChunkStats, Vitals
 from echo_rt.config import ModelConfig
-from echo_rt.soak.interval import Checker, Interval, digest
+from echo_rt.soak.interval import Figures, digest
 
 CONFIG = ModelConfig.from_flat(flat_config())
 VITALS: dict[str, Any] = dict(
@@ -41,18 +42,25 @@ def chunk(index: int, *, vitals: dict[str, Any] | None = None, stats: dict[str, 
     )
 
 
-def checker(**changes: Any) -> Checker:
-    return Checker(CONFIG, **(dict(expected={}, block=0, frame=0, hash_every=4) | changes))
+def figures(**changes: Any) -> Figures:
+    return Figures(CONFIG, **(dict(expected={}, block=0, frame=0, hash_every=4) | changes))
 
 
-def line(interval: Interval) -> dict[str, Any]:
-    return interval.line(elapsed=1.0, fps=16, probes={"device": None}, prompt=0)
+def line(made: Figures) -> dict[str, Any]:
+    return made.line(elapsed=1.0, fps=16, probes={"device": None}, prompt=0)
+
+
+def misplaced(made: Figures, chunks: Iterable[Chunk], rollbacks: int = 0) -> list[Any]:
+    """What is wrong with the place of the first of these blocks that is out of place."""
+    for each in chunks:
+        made.add(each, 0.1, warm=True, switching=False, rollbacks=rollbacks)
+    return line(made)["position"]["misplaced"]
 
 
 def test_blocks_in_their_turn() -> None:
-    judge = checker()
-    assert [judge.misplaced(chunk(index), 0) for index in range(30)] == [None] * 30
-    assert (judge.block, judge.frame) == (30, 357)
+    made = figures()
+    assert misplaced(made, map(chunk, range(30))) == []
+    assert (made.block, made.frame) == (30, 357)
 
 
 @pytest.mark.parametrize(
@@ -67,24 +75,18 @@ def test_blocks_in_their_turn() -> None:
     ],
 )
 def test_a_block_out_of_place(changes: dict[str, Any], wrong: str) -> None:
-    judge = checker()
-    interval = Interval(judge, 1, None)
-    for index in range(10):
-        interval.add(chunk(index), 0.1, warm=True, switching=False)
-    interval.add(replace(chunk(10, stats=changes.pop("stats", None)), **changes), 0.1, warm=True, switching=False)
-    assert line(interval)["position"]["misplaced"][1] == wrong
+    out = replace(chunk(10, stats=changes.pop("stats", None)), **changes)
+    assert misplaced(figures(), [*map(chunk, range(10)), out])[1] == wrong
 
 
 def test_a_rollback_is_no_block_out_of_place() -> None:
-    judge = checker()
-    place = dict(newest_temporal_id=20)
-    assert [judge.misplaced(chunk(index), 0) for index in range(12)] == [None] * 12
+    made, place = figures(), dict(newest_temporal_id=20)
+    assert misplaced(made, map(chunk, range(12))) == []
     # The state goes back from block 12 to block 8, the video goes on.
     went_on = [chunk(index, stats=place | dict(shift=3 * (index - 4) - 18)) for index in range(12, 16)]
-    assert [judge.misplaced(block, 1) for block in went_on[:3]] == [None] * 3
-    assert judge.misplaced(chunk(15), 1) == "id 20 and shift 27 are -12 frames behind"
-    resumed = checker(block=12, frame=141, offset=4)
-    assert [resumed.misplaced(block, 0) for block in went_on] == [None] * 4
+    assert misplaced(made, went_on[:3], rollbacks=1) == []
+    assert misplaced(made, [chunk(15)], rollbacks=1) == [15, "id 20 and shift 27 are -12 frames behind"]
+    assert misplaced(figures(block=12, frame=141, offset=4), went_on) == []
 
 
 def test_hashes_tell_blocks_apart_by_latents_and_frames() -> None:
@@ -97,36 +99,35 @@ def test_hashes_tell_blocks_apart_by_latents_and_frames() -> None:
 
 
 def test_the_thread_that_makes_blocks_does_not_wait_for_a_hash(monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on = threading.Event()
+    begun, go_on = [], threading.Event()
 
     def held(block: Chunk) -> str:
+        begun.append(block.index)
         assert go_on.wait(60)
         return digest(block)
 
     monkeypatch.setattr("echo_rt.soak.interval.digest", held)
-    interval = Interval(checker(expected={4: "other"}), 1, None)
-    begun = [interval.add(chunk(index), 0.1, warm=True, switching=False) for index in range(5)]
-    hashes = [made for made in begun if made is not None]
-    assert len(hashes) == 2 and not any(made.done() for made in hashes)
+    interval = figures(expected={4: "other"})
+    for index in range(5):
+        interval.add(chunk(index), 0.1, warm=True, switching=False)
+    assert begun in ([], [0]), "a hash after the other, none of them ready"
     go_on.set()
     assert line(interval)["mismatches"] == [(4, "other", digest(chunk(4)))]
 
 
 def test_hashes_that_are_known() -> None:
-    judge = checker(expected={0: digest(chunk(0)), 4: "other", 8: "never reached", 3: "not hashed"})
-    interval = Interval(judge, 1, None)
+    interval = figures(expected={0: digest(chunk(0)), 4: "other", 8: "never reached", 3: "not hashed"})
     for index in range(6):
         interval.add(chunk(index), 0.1, warm=True, switching=False)
     made = line(interval)
     assert made["hashes"] == [(0, digest(chunk(0))), (4, digest(chunk(4)))]
     assert made["mismatches"] == [(4, "other", digest(chunk(4)))] and made["compared"] == 2
-    interval = Interval(judge, 1, None)
     interval.add(chunk(6), 0.1, warm=True, switching=False)
     assert line(interval)["compared"] == 0
 
 
 def test_statistics_of_an_interval() -> None:
-    interval = Interval(checker(), 3, 10.0)
+    interval = figures(run=3, outlier_from=10.0)
     interval.add(chunk(0, vitals=dict(latent_mean=1.0, video_min=-2.0)), 9.0, warm=False, switching=False)
     interval.add(chunk(1, vitals=dict(latent_mean=2.0, video_max=3.0)), 0.1, warm=True, switching=False)
     for index, since in ((2, 0), (3, 1), (4, 2)):
@@ -141,7 +142,7 @@ def test_statistics_of_an_interval() -> None:
 
 
 def test_nan_is_counted_and_leaves_json_whole() -> None:
-    interval = Interval(checker(), 1, None)
+    interval = figures()
     interval.add(chunk(0), 0.1, warm=True, switching=False)
     nan = float("nan")
     for index, count in ((1, 3), (2, 5)):
@@ -153,7 +154,7 @@ def test_nan_is_counted_and_leaves_json_whole() -> None:
 
 
 def test_outliers_of_an_interval() -> None:
-    interval = Interval(checker(), 1, 10.0)
+    interval = figures(outlier_from=10.0)
     for index in range(100):
         interval.add(chunk(index), 0.3 if index == 90 else 0.1, warm=True, switching=False)
     made = line(interval)["zscore"]

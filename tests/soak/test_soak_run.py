@@ -314,7 +314,7 @@ def test_refusals_come_before_the_model(smallest_model: Path, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(BackendError, match="prometheus-client"):
         echo_rt.soak.run(soak_of(smallest_model, tmp_path / "served", blocks=3, serve=("127.0.0.1", 0)))
-    monkeypatch.setattr("echo_rt.soak.report.can_plot", lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(BackendError, match="matplotlib"):
         echo_rt.soak.run(soak_of(smallest_model, tmp_path / "drawn", blocks=3, plots=True))
     assert not (tmp_path / "drawn").exists()
@@ -331,7 +331,7 @@ def test_a_finished_soak_is_extended(
     longer = soak_of(smallest_model, out, blocks=11, **settings)
     if killed:
         with monkeypatch.context() as patch:
-            patch.setattr("echo_rt.soak.session._soak", lambda *_: pytest.exit("killed"))
+            patch.setattr("echo_rt.soak.session.gpu_health", lambda *_: pytest.exit("killed"))
             with pytest.raises(pytest.exit.Exception):
                 echo_rt.soak.run(longer)
     outcome = echo_rt.soak.run(longer)

@@ -237,12 +237,13 @@ def noting(inside: list[str], device: torch.device) -> Iterator[None]:
 def test_commands_share_the_cpu(
     command: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import echo_rt.cli.generation
     import echo_rt.soak.session
     from echo_rt.cli.main import main
     from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
     inside: list[str] = []
-    for module in (echo_rt.utils.threads, echo_rt.soak.session):
+    for module in (echo_rt.utils.threads, echo_rt.cli.generation, echo_rt.soak.session):
         monkeypatch.setattr(module, "share_cpu", lambda device: noting(inside, device))
     model = ["--model", str(small_model), "--checkpoint", str(small_model / CHECKPOINT_FILE), "--device", "cpu"]
     arguments = {

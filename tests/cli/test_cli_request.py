@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from echo_rt.cli.prompts import TimedPrompt, parse_script, parse_untimed
+from echo_rt.cli.request import TimedPrompt, parse_script, parse_untimed
 from echo_rt.errors import PromptError
 
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from echo_rt.cli.signals import StopNow, StopRequest
+from echo_rt.utils.signals import StopNow, StopRequest
 
 
 def send(signum: int) -> None:
@@ -50,7 +50,7 @@ def test_the_message_has_no_reader(monkeypatch):
     def closed(descriptor: int, data: bytes) -> int:
         raise OSError(9, "Bad file descriptor")
 
-    monkeypatch.setattr("echo_rt.cli.signals.os.write", closed)
+    monkeypatch.setattr("echo_rt.utils.signals.os.write", closed)
     with StopRequest() as stop, stop.after_block():
         send(signal.SIGINT)
         assert stop.request is not None

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-_HANG_UP = getattr(signal, "SIGHUP", None)
-
 
 class StopNow(BaseException):
     """A signal asked to stop and there is nothing to finish first. Not an ``Exception``: only ``main`` handles it."""
@@ -52,8 +50,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for signum in filter(None, (signal.SIGINT, signal.SIGTERM, _HANG_UP)):
-                if signum != _HANG_UP or signal.getsignal(signum) != signal.SIG_IGN:
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
                     self._previous[signum] = signal.signal(signum, self._handle)
         return self
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from echo_rt.cli import soak_panel
-from echo_rt.cli.soak_panel import Panel, rows
+from echo_rt.cli import progress
+from echo_rt.cli.progress import Panel, rows
 from echo_rt.soak import SoakConfig
 from echo_rt.soak.checks import Status, Verdict
 
@@ -82,7 +82,7 @@ def terminal_in(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     monkeypatch.setattr(sys, "stderr", made)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(soak_panel, "_BETWEEN_DRAWINGS", 0.0)
+    monkeypatch.setattr(progress, "_DRAWING_SECONDS", 0.0)
     return made
 
 
@@ -113,7 +113,7 @@ def test_a_terminal_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_drawings_are_not_for_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminal_in(monkeypatch)
-    monkeypatch.setattr(soak_panel, "_BETWEEN_DRAWINGS", 3600.0)
+    monkeypatch.setattr(progress, "_DRAWING_SECONDS", 3600.0)
     panel = Panel(config())
     for block in range(10):
         panel.block_done(block, 12 * block, 0.25)
