@@ -66,7 +66,7 @@ def test_bytes_of_a_block() -> None:
     seen = set()
     for name, calls, total, _ in (cells for cells in rows_of("Bytes of a block") if cells[0].startswith("`")):
         op = name.strip("`")
-        found = works(op).values()
+        found = [work for variant, work in works(op).items() if "float8" not in variant]
         assert sum(count for count, _, _ in found) == int(re.findall(r"\d+", calls)[-1])
         gigabytes = float(total.split()[0])
         assert sum(count * moved for count, moved, _ in found) / 1e9 == pytest.approx(gigabytes, abs=0.0051)
