@@ -4,9 +4,9 @@
 //     kv[l, 0, memory] = rotate(memory_k)     by the memory's anchor frames; one copy serves all layers
 //     kv[l, 1, memory] = memory_v
 //
-// Rounded to the sources' type or to float8. The three share one launch; what is not given has no part in it. A thread owns one chunk of channels of
-// one token in all layers: its angles are looked up once, memory keys and values are read (and rotated) once and
-// written layers times.
+// Rounded to the sources' type or to float8. The three share one launch; what is not given has no part in it. A thread
+// owns one chunk of channels of one token in all layers: its angles are looked up once, memory keys and values are read
+// (and rotated) once and written layers times.
 
 #include "common/chunk.cuh"
 #include "common/launch.h"

@@ -5,8 +5,8 @@
 //     v_cache[write_index[i]]            = v
 //     raw_k[write_index[i] - raw_offset] = k / rms(k) · norm_k              where raw_k is given
 //
-// rms runs over the whole width dim, not over a head. float32 inside, one rounding at the end: to the type of qkv, or to
-// float8 for q and the caches. Writing to the block's place in the ring is what evicts the frames that were there.
+// rms runs over the whole width dim, not over a head. float32 inside, one rounding at the end, to the type of qkv, or
+// for q and the caches to float8. Writing to the block's place in the ring is what evicts the frames that were there.
 //
 // A block takes one token: its row is read once and kept in registers; every output is written once.
 
