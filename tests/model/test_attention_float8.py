@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import relative_error
+from test_attention_trials import WRONG, spoiled
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -49,14 +50,16 @@ def test_each_dtype_has_its_own() -> None:
     assert both.name == "sdpa, converted in float8"
 
 
-def test_a_wrong_one_is_not_taken() -> None:
-    def off(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return exact_attention(q, k[:-1], v[:-1]).bfloat16()
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_trial_tells_right_from_wrong(wrong: str) -> None:
+    check = AttentionCheck(AttentionShapes(queries=70, keys=300, heads=3, head_dim=64), CPU, FLOAT8)
+    assert check.q.dtype == check.k.dtype == check.v.dtype == FLOAT8
+    assert check.error(Converted(SDPA, torch.bfloat16)) < TOLERANCES[FLOAT8] / 2
+    assert check.error(Converted(spoiled(WRONG[wrong]), torch.bfloat16)) > 2 * TOLERANCES[FLOAT8]
+    assert check.error(Converted(SDPA, torch.float32)) == float("inf"), "of another dtype"
 
-    check = AttentionCheck(SHAPES, CPU, FLOAT8)
-    assert check.q.dtype == check.k.dtype == FLOAT8
-    assert check.error(Converted(SDPA, torch.bfloat16)) < TOLERANCES[FLOAT8] < check.error(off)
-    assert check.error(lambda q, k, v: off(q, k, v).float()) == float("inf"), "of another dtype"
+
+def test_one_of_another_dtype_is_not_taken() -> None:
     tuner = attention_tuner(CPU, FLOAT8, SHAPES, (AttentionCandidate("c", lambda: SDPA, devices=("cpu",)),))
     with pytest.raises(BackendError, match=r"it computes in .*, the model's dtype is float8_e4m3fn"):
         tuner._load(tuner.candidates[0])
