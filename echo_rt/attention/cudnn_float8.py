@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from echo_rt.autotune.tuner import current
 from echo_rt.errors import BackendError
 from echo_rt.utils.wording import first_line
 
@@ -33,14 +34,18 @@ class CudnnFloat8(threading.local):
         self._plans: dict[Any, tuple[Any, dict[str, Any], dict[Any, Tensor], int]] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with current(q.device):  # a handle is made for the current GPU
+            return self._attend(q, k, v)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seen = {name: t.transpose(0, 1).unsqueeze(0) for name, t in (("q", q), ("k", k), ("v", v))}
         key = (q.device, *((t.shape, t.stride()) for t in seen.values()))
         if key not in self._plans:
             self._plans[key] = self._plan(seen)
         graph, nodes, constants, workspace = self._plans[key]
         out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
-        given = {nodes[name]: t for name, t in seen.items()}
-        given |= constants | {nodes["out"]: out.transpose(0, 1).unsqueeze(0)}
+        seen["out"] = out.transpose(0, 1).unsqueeze(0)
+        given = constants | {nodes[name]: tensor for name, tensor in seen.items()}
         handle = self._handles[q.device]
         self._cudnn.set_stream(handle, torch.cuda.current_stream(q.device).cuda_stream)
         graph.execute(given, torch.empty(workspace, dtype=torch.uint8, device=q.device), handle=handle)

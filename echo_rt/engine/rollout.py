@@ -58,13 +58,8 @@ class Rollout:
         self.config, self.mode = config, mode
         self._transformer, self._memory, self._schedule, self._ops = transformer, memory, schedule, ops
         self._attention, self._executor = attention, executor
-        self.state = RolloutState(
-            config,
-            ops,
-            device=transformer.device,
-            dtype=transformer.dtype,
-            float8_layers=transformer.float8_attention,
-        )
+        device, dtype, in_float8 = transformer.device, transformer.dtype, transformer.float8_attention
+        self.state = RolloutState(config, ops, device=device, dtype=dtype, float8_layers=in_float8)
         self._layout = self.state.layout
         self._reads_rotated = config.memory is not None and config.memory.reads_rotated
 
