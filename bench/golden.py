@@ -36,14 +36,19 @@ COLUMNS = columns(
 )  # fmt: skip
 
 
-def find_bundles(small: bool) -> list[Path]:
-    """Folders of bundles, each once; ``small``: those that lie in this repository alone."""
-    homes = [_checkout.ROOT / "tests" / "golden"]
+def homes(small: bool) -> list[Path]:
+    """Folders that hold bundles; ``small``: this repository's alone."""
+    found = [_checkout.ROOT / "tests" / "golden"]
     if not small:
-        homes += [_checkout.ROOT / "shared" / "golden", _checkout.ROOT.parent / "shared" / "golden"]
-        homes += [Path(home) for home in (os.environ.get(GOLDEN_VARIABLE),) if home]
+        found += [_checkout.ROOT / "shared" / "golden", _checkout.ROOT.parent / "shared" / "golden"]
+        found += [Path(home) for home in (os.environ.get(GOLDEN_VARIABLE),) if home]
+    return found
+
+
+def find_bundles(small: bool) -> list[Path]:
+    """Folders of bundles but those of recipes, each once; ``small``: those that lie in this repository alone."""
     found: dict[bytes, Path] = {}
-    for home in homes:
+    for home in homes(small):
         for config in sorted(home.glob("*/config.json")):
             # The small ones lie in two places.
             found.setdefault(config.read_bytes(), config.parent)

@@ -82,11 +82,17 @@ def passes(model: BenchModel) -> int:
     return len(model.config.sampler.denoising_steps) + 1
 
 
+def _into_float8(sizes: cases.Sizes) -> cases.Sizes:
+    """With the KV buffer of the layers that attend in float8, which are all but the last."""
+    return dataclasses.replace(sizes, float8=True, layers=sizes.layers - 1)
+
+
 def _qkv(model: BenchModel) -> list[Variant]:
     layers, sizes = model.config.transformer.num_layers, _sizes(model)
     return [
         Variant("qkv_norm_rope_store", "", passes(model) * (layers - 1), sizes, (8,)),
         Variant("qkv_norm_rope_store", "last layer", passes(model), sizes),
+        Variant("qkv_norm_rope_store", "into float8", passes(model) * (layers - 1), _into_float8(sizes), (8,)),
     ]
 
 
@@ -95,6 +101,8 @@ def _reanchor(model: BenchModel) -> list[Variant]:
     return [
         Variant("reanchor", "block begins", 1, sizes, (5,)),
         Variant("reanchor", "memory changed", 1, sizes, (3,)),
+        Variant("reanchor", "block begins, into float8", 1, _into_float8(sizes), (5,)),
+        Variant("reanchor", "memory changed, into float8", 1, _into_float8(sizes), (3,)),
     ]
 
 

@@ -44,12 +44,15 @@ def _conv(window: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, 
 # Bytes of a call, from its arguments. ``raw_k`` and ``residual`` may be None. The window's history goes into it, and
 # the newest frames into the history.
 _MEMORY: dict[str, Callable[..., int]] = {
-    "qkv_norm_rope_store": lambda qkv, a, b, c, d, e, f, write_index, raw_k, *_: (
-        (4 * len(qkv) + (2 if raw_k is None else 3) * len(write_index)) * _size(qkv[0]) // 3
+    "qkv_norm_rope_store": lambda qkv, a, b, c, d, k_cache, v_cache, write_index, raw_k, *_: (
+        _size(qkv)
+        + len(qkv) * _size(k_cache[0])
+        + len(write_index) * (_size(k_cache[0], v_cache[0]) + (0 if raw_k is None else _size(raw_k[0])))
     ),
     "merge_attention": lambda outputs, logsumexps: _size(outputs, outputs[0], logsumexps),
     "reanchor": lambda kv, temporal, spatial, sink_k, memory_k, memory_v, tokens: (
-        2 * _size(sink_k) + (1 + len(kv)) * _size(memory_k, memory_v)
+        _size(sink_k, memory_k, memory_v)
+        + sum(t.numel() * kv.element_size() for t in (sink_k, *[memory_k, memory_v] * len(kv)) if t is not None)
     ),
     "modulated_layer_norm": lambda x, *_: 2 * _size(x),
     "gated_residual_norm": lambda x, *_: 4 * _size(x),

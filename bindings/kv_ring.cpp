@@ -74,10 +74,14 @@ void reanchor(const Tensor& kv, const Tensor& temporal_anchor, const Tensor& spa
   const Named sink("sink_k", sink_k), keys("memory_k", memory_k), values("memory_v", memory_v);
   const Call call("reanchor",
                   {{"kv", kv}, {"temporal_anchor", temporal_anchor}, {"spatial", spatial}, sink, keys, values});
-  const ScalarType dtype = call.floating({"kv", kv});
+  const Named& first = sink_k ? sink : memory_k ? keys : values;  // of those that are given
+  const bool float8 = kv.scalar_type() == at::kFloat8_e4m3fn;
+  const bool nothing = !sink_k && !memory_k && !memory_v;
+  if (float8 && nothing) return;
+  const ScalarType dtype = call.floating(float8 ? first : Named("kv", kv));
   call.dtype({"temporal_anchor", temporal_anchor}, at::kFloat);
   call.dtype({"spatial", spatial}, at::kFloat);
-  for (const Named& each : {sink, keys, values}) call.dtype(each, kv.scalar_type());
+  for (const Named& each : {sink, keys, values}) call.dtype(each, (float8 ? *first.tensor : kv).scalar_type());
   const auto [layers, two, rows, heads, head_dim] = call.sizes<5>({"kv", kv});
   call.shape({"kv", kv}, {layers, 2, rows, heads, head_dim});
   const auto [tokens, spatial_pairs, parts] = call.sizes<3>({"spatial", spatial});
@@ -108,6 +112,7 @@ void reanchor(const Tensor& kv, const Tensor& temporal_anchor, const Tensor& spa
   params.memory_k = memory_k ? memory_k->const_data_ptr() : nullptr;
   params.memory_v = memory_v ? memory_v->const_data_ptr() : nullptr;
   params.dtype = dtype;
+  params.float8 = float8;
   params.layers = layers;
   params.rows = rows;
   params.heads = heads;
@@ -117,7 +122,7 @@ void reanchor(const Tensor& kv, const Tensor& temporal_anchor, const Tensor& spa
   params.tokens_per_frame = tokens;
   params.temporal_pairs = temporal_pairs;
   params.spatial_pairs = spatial_pairs;
-  if (sink_k || memory_k || memory_v) call.done(launch_reanchor(params, call.stream()));
+  if (!nothing) call.done(launch_reanchor(params, call.stream()));
 }
 
 }  // namespace echo::bindings

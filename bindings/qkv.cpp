@@ -24,9 +24,10 @@ Tensor qkv_norm_rope_store(const Tensor& qkv, const Tensor& norm_q, const Tensor
        {Named("norm_q", norm_q), Named("norm_k", norm_k), Named("temporal", temporal), Named("spatial", spatial)}) {
     call.dtype(each, at::kFloat);
   }
-  for (const Named& each : {Named("k_cache", k_cache), Named("v_cache", v_cache), raw}) {
-    call.dtype(each, qkv.scalar_type());
-  }
+  const bool float8 = k_cache.scalar_type() == at::kFloat8_e4m3fn;
+  if (!float8) call.dtype({"k_cache", k_cache}, qkv.scalar_type());
+  call.dtype({"v_cache", v_cache}, k_cache.scalar_type());
+  call.dtype(raw, qkv.scalar_type());
   call.dtype({"write_index", write_index}, at::kLong);
 
   const auto [rows, heads, head_dim] = call.sizes<3>({"k_cache", k_cache});
@@ -58,7 +59,7 @@ Tensor qkv_norm_rope_store(const Tensor& qkv, const Tensor& norm_q, const Tensor
   }
   call.aligned({"temporal", temporal}, kAngleBytes);
   call.aligned({"spatial", spatial}, kAngleBytes);
-  const Tensor q = call.output(qkv, {tokens, heads, head_dim});
+  const Tensor q = call.output(k_cache, {tokens, heads, head_dim});
   params.qkv = qkv.const_data_ptr();
   params.norm_q = norm_q.const_data_ptr<float>();
   params.norm_k = norm_k.const_data_ptr<float>();
@@ -70,6 +71,7 @@ Tensor qkv_norm_rope_store(const Tensor& qkv, const Tensor& norm_q, const Tensor
   params.write_index = write_index.const_data_ptr<int64_t>();
   params.raw_k = raw_k ? raw_k->mutable_data_ptr() : nullptr;
   params.dtype = dtype;
+  params.float8 = float8;
   params.tokens = tokens;
   params.stored_tokens = stored;
   params.heads = heads;

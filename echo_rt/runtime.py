@@ -126,8 +126,8 @@ class Runtime(Closing, Bound):
                 None for the recipe that the model's folder names, or that the files' names and contents tell.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for a GPU where there is one.
             dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"float8"``, which computes the transformer's large
-                matmuls in float8 and the rest in bfloat16; None for bfloat16 on a GPU, float32 on a CPU. Short names
-                such as ``"bf16"`` are understood, and ``torch_dtype`` as another name of the option.
+                matmuls and self-attention in float8 and the rest in bfloat16; None for bfloat16 on a GPU, float32 on a
+                CPU. Short names such as ``"bf16"`` are understood, and ``torch_dtype`` as another name of the option.
             vae_dtype: the VAE's dtype; None for ``dtype`` (with float8: bfloat16).
             memory: ``"evolve"``, ``"prior"`` or ``"off"``; None for evolve where the weights have a memory encoder.
             vae: the decoder that turns latents into frames: ``"wan"``, the model's own VAE; for previews ``"tiny"``,
@@ -158,7 +158,8 @@ class Runtime(Closing, Bound):
             overrides: other settings of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`.
             float8_except: layers that stay in bfloat16 in dtype float8, as patterns of weight names such as
                 ``"blocks.0.*"`` or ``"*.ffn.2"``; a pattern without a match is an error. Self-attention computes q, k
-                and v in one matmul: keeping one of them keeps all three.
+                and v in one matmul: keeping one of them keeps all three. ``"blocks.0.self_attn.attention"`` is what a
+                layer does with them; the last layer's is in bfloat16 always, as the memory reads its cache.
             like: a snapshot to resume: recipe, backend, attention and convolutions that are not asked for by name are
                 those of its video, whatever the files, ``ECHO_RT_BACKEND`` or a measurement say.
 

@@ -22,7 +22,7 @@ class Sizes:
     """A model's sizes as the operations see them.
 
     ``vae`` is (frames, height, width, channels); ``convolution`` channels that come out, and the kernel's frames, rows
-    and columns.
+    and columns. ``float8``: whether the KV cache is.
     """
 
     frames: int = 3
@@ -36,6 +36,7 @@ class Sizes:
     vae: tuple[int, int, int, int] = (3, 5, 4, 6)
     convolution: tuple[int, int, int, int] = (7, 3, 3, 3)
     ffn_dim: int = 40
+    float8: bool = False
 
     @property
     def dim(self) -> int:
@@ -116,6 +117,11 @@ def _advance(s: Sizes, m: Maker) -> tuple[Any, ...]:
     )
 
 
+def _cache(s: Sizes, m: Maker, *rows: int) -> Tensor:
+    values = m.normal(*rows, s.heads, s.head_dim)
+    return values.to(FLOAT8) if s.float8 else values
+
+
 def _qkv_norm_rope_store(s: Sizes, m: Maker) -> tuple[Any, ...]:
     n, first = s.frames * s.tokens, (s.memory_frames + s.sink_frames) * s.tokens
     return (
@@ -124,8 +130,8 @@ def _qkv_norm_rope_store(s: Sizes, m: Maker) -> tuple[Any, ...]:
         1 + m.normal(s.dim, dtype=torch.float32, scale=0.1),
         m.table(s.frames, s.temporal_pairs),
         m.table(s.tokens, s.spatial_pairs),
-        m.normal(s.rows, s.heads, s.head_dim),
-        m.normal(s.rows, s.heads, s.head_dim),
+        _cache(s, m, s.rows),
+        _cache(s, m, s.rows),
         torch.arange(first, first + n, device=m.device),
         m.normal(s.local_frames * s.tokens, s.heads, s.head_dim),
         first,
@@ -141,7 +147,7 @@ def _merge_attention(s: Sizes, m: Maker) -> tuple[Any, ...]:
 def _reanchor(s: Sizes, m: Maker) -> tuple[Any, ...]:
     memory = s.memory_frames * s.tokens
     return (
-        m.normal(s.layers, 2, s.rows, s.heads, s.head_dim),
+        _cache(s, m, s.layers, 2, s.rows),
         m.table(s.memory_frames + s.sink_frames, s.temporal_pairs),
         m.table(s.tokens, s.spatial_pairs),
         m.normal(s.layers, s.sink_frames * s.tokens, s.heads, s.head_dim),

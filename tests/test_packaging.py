@@ -124,6 +124,7 @@ def test_the_source_distribution_carries_the_whole_checkout(packed: Path) -> Non
 # Import name -> distribution, where they differ.
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "cudnn": "nvidia-cudnn-frontend",
     "pynvml": "nvidia-ml-py",
     "prometheus_client": "prometheus-client",
     "markdown_it": "markdown-it-py",

@@ -212,23 +212,32 @@ def positions(open_runtime: Opener, days: Sequence[int]) -> dict[str, Any]:
     return result
 
 
-def precision(open_runtime: Opener, dtypes: Sequence[str], sizes: Sizes, seconds: float = 3.0) -> dict[str, Any]:
-    """PSNR in dB of the first ``seconds`` beside float32's, over four prompts, and recall, for each dtype."""
+def first_seconds(runtime: Runtime, prompts: int = 4, seconds: float = 3.0) -> Tensor:
+    """The first ``seconds`` of as many ``prompts``, ``[prompts, F, H, W, 3]`` in [0, 1]."""
+    numbers = range(round(seconds * runtime.fps))
+    parts = []
+    for index in range(prompts):
+        scene = random_scene(random.Random(f"precision {index}"))
+        with runtime.stream(scene.prompt, seed=_FIRST_SEED + index) as stream:
+            frames = frames_of(stream, numbers)
+        parts.append(torch.stack([frames[number] for number in numbers]))
+    return torch.stack(parts)
+
+
+def psnr(one: Tensor, other: Tensor) -> float:
+    """PSNR of pixels in [0, 1], in dB."""
+    return float(-10 * (one - other).square().mean().log10())
+
+
+def precision(open_runtime: Opener, dtypes: Sequence[str], sizes: Sizes) -> dict[str, Any]:
+    """PSNR in dB of the first seconds beside float32's, over four prompts, and recall, for each dtype."""
     result: dict[str, Any] = {}
     videos: dict[str, Tensor] = {}
     for dtype in ("float32", *dtypes):
         with open_runtime(dtype=dtype) as runtime:
-            numbers = range(round(seconds * runtime.fps))
-            parts = []
-            for index in range(4):
-                scene = random_scene(random.Random(f"precision {index}"))
-                with runtime.stream(scene.prompt, seed=_FIRST_SEED + index) as stream:
-                    frames = frames_of(stream, numbers)
-                parts.append(torch.stack([frames[number] for number in numbers]))
-            videos[dtype] = torch.stack(parts)
-            error = (videos[dtype] - videos["float32"]).square().mean()
+            videos[dtype] = first_seconds(runtime)
             result[dtype] = {
-                "PSNR": None if dtype == "float32" else float(-10 * error.log10()),
+                "PSNR": None if dtype == "float32" else psnr(videos[dtype], videos["float32"]),
                 "recall": recall(runtime, sizes.streams // 2, 4)["both"],
             }
     return result

@@ -4,12 +4,13 @@
 //     kv[l, 0, memory] = rotate(memory_k)     by the memory's anchor frames; one copy serves all layers
 //     kv[l, 1, memory] = memory_v
 //
-// The three share one launch; what is not given has no part in it. A thread owns one chunk of channels of
-// one token in all layers: its angles are looked up once, memory keys and values are read (and rotated) once and
-// written layers times.
+// Rounded to the sources' type or to float8. The three share one launch; what is not given has no part in it. A thread
+// owns one chunk of channels of one token in all layers: its angles are looked up once, memory keys and values are read
+// (and rotated) once and written layers times.
 
 #include "common/chunk.cuh"
 #include "common/launch.h"
+#include "common/row_float8.cuh"
 #include "kv_ring/reanchor.h"
 #include "kv_ring/rotation.cuh"
 
@@ -35,17 +36,19 @@ struct Parts {
   ECHO_DEVICE Part operator[](unsigned i) const { return i == 0 ? first : i == 1 ? second : third; }
 };
 
-template <class T, int kWidth>
-ECHO_DEVICE Chunk<T, kWidth> rotated(const Chunk<T, kWidth>& chunk, const Turn (&turns)[kWidth / 2]) {
-  float values[kWidth];
-  chunk.to_floats(values);
-  rotate(values, turns);
-  Chunk<T, kWidth> result;
-  result.from_floats(values);
-  return result;
+// To element `at` of the buffer, rounded to T or to float8.
+template <class T, int kWidth, bool kFloat8>
+ECHO_DEVICE void store_values(const float (&values)[kWidth], void* kv, int64_t at) {
+  if constexpr (kFloat8) {
+    store_float8<kWidth>(values, static_cast<uint8_t*>(kv) + at);
+  } else {
+    Chunk<T, kWidth> chunk;
+    chunk.from_floats(values);
+    chunk.store(static_cast<T*>(kv) + at);
+  }
 }
 
-template <class T, int kWidth>
+template <class T, int kWidth, bool kFloat8>
 __global__ void __launch_bounds__(kThreads) reanchor_kernel(ReanchorParams p, Parts parts) {
   const Part part = parts[blockIdx.y];
   const bool sink = part == Part::kSinkKeys, turning = part != Part::kMemoryValues;
@@ -66,13 +69,16 @@ __global__ void __launch_bounds__(kThreads) reanchor_kernel(ReanchorParams p, Pa
 
   const T* source = static_cast<const T*>(sink ? p.sink_k : turning ? p.memory_k : p.memory_v);
   source += int64_t{token} * width + channel;
-  T* target = static_cast<T*>(p.kv) + ((turning ? 0 : p.rows) + row) * width + channel;
+  const int64_t target = ((turning ? 0 : p.rows) + row) * width + channel;
   const int64_t source_stride = p.sink_tokens * width, target_stride = 2 * p.rows * width;  // from layer to layer
 
+  float values[kWidth];
   if (!sink) {
-    Chunk<T, kWidth> chunk = Chunk<T, kWidth>::load(source);
-    if (turning) chunk = rotated(chunk, turns);
-    for (int64_t layer = 0; layer < p.layers; ++layer) chunk.store(target + layer * target_stride);
+    Chunk<T, kWidth>::load(source).to_floats(values);
+    if (turning) rotate(values, turns);
+    for (int64_t layer = 0; layer < p.layers; ++layer) {
+      store_values<T, kWidth, kFloat8>(values, p.kv, target + layer * target_stride);
+    }
     return;
   }
   for (int64_t first = 0; first < p.layers; first += kBatch) {
@@ -83,7 +89,10 @@ __global__ void __launch_bounds__(kThreads) reanchor_kernel(ReanchorParams p, Pa
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (first + i < p.layers) rotated(batch[i], turns).store(target + (first + i) * target_stride);
+      if (first + i >= p.layers) continue;
+      batch[i].to_floats(values);
+      rotate(values, turns);
+      store_values<T, kWidth, kFloat8>(values, p.kv, target + (first + i) * target_stride);
     }
   }
 }
@@ -94,7 +103,8 @@ cudaError_t launch_as(const ReanchorParams& p, const Parts& parts, cudaStream_t 
   const int64_t chunks = tokens * (p.heads * p.head_dim / kWidth);
   if (chunks > INT32_MAX - kThreads) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>((chunks + kThreads - 1) / kThreads), parts.count);
-  return launch(reanchor_kernel<T, kWidth>, grid, dim3(kThreads), 0, stream, p, parts);
+  const auto kernel = p.float8 ? reanchor_kernel<T, kWidth, true> : reanchor_kernel<T, kWidth, false>;
+  return launch(kernel, grid, dim3(kThreads), 0, stream, p, parts);
 }
 
 }  // namespace
@@ -111,7 +121,8 @@ cudaError_t launch_reanchor(const ReanchorParams& params, cudaStream_t stream) {
     using T = typename decltype(tag)::type;
     constexpr int kWhole = kVectorBytes / static_cast<int>(sizeof(T));
     // Vectors may not straddle heads, so that a vector's pairs are neighbours in the tables too.
-    const bool whole = vectors_fit<T>(params.kv, params.head_dim) && vectors_fit<T>(params.sink_k, 0) &&
+    const auto fits = params.float8 ? float8_chunks_fit<T> : vectors_fit<T>;
+    const bool whole = fits(params.kv, params.head_dim) && vectors_fit<T>(params.sink_k, 0) &&
                        vectors_fit<T>(params.memory_k, 0) && vectors_fit<T>(params.memory_v, 0);
     return whole ? launch_as<T, kWhole>(params, parts, stream) : launch_as<T, 2>(params, parts, stream);
   });

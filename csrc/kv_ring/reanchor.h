@@ -19,7 +19,8 @@ struct ReanchorParams {
   const void* sink_k;    // [layers, sink_tokens, heads, head_dim], contiguous, or null
   const void* memory_k;  // [memory_tokens, heads, head_dim], contiguous, or null
   const void* memory_v;  // [memory_tokens, heads, head_dim], contiguous, or null
-  ScalarType dtype;      // of kv, sink_k, memory_k, memory_v
+  ScalarType dtype;      // of sink_k, memory_k, memory_v, and of kv unless that is
+  bool float8;           // e4m3, without a scale: beyond 448 it is 448
   int64_t layers;
   int64_t rows;
   int64_t heads;

@@ -5,13 +5,14 @@
 //     v_cache[write_index[i]]            = v
 //     raw_k[write_index[i] - raw_offset] = k / rms(k) · norm_k              where raw_k is given
 //
-// rms runs over the whole width dim, not over a head. float32 inside, one rounding at the end. Writing to the block's
-// place in the ring is what evicts the frames that were there.
+// rms runs over the whole width dim, not over a head. float32 inside, one rounding at the end, to the type of qkv, or
+// for q and the caches to float8. Writing to the block's place in the ring is what evicts the frames that were there.
 //
 // A block takes one token: its row is read once and kept in registers; every output is written once.
 
 #include "common/launch.h"
 #include "common/row.cuh"
+#include "common/row_float8.cuh"
 #include "kv_ring/rotation.cuh"
 #include "qkv/qkv_norm_rope_store.h"
 
@@ -59,14 +60,24 @@ ECHO_DEVICE void scale_row(const RowShare<Shape>& row, float inverse_rms, const 
   for (int i = 0; i < Shape::kShare; ++i) values[i] = values[i] * inverse_rms * by[i];
 }
 
-template <class Shape>
-ECHO_DEVICE void store_row(const float (&values)[Shape::kShare], typename Shape::Element* to, int dim) {
-  RowShare<Shape> row;
-  row.from_floats(values);
-  row.store(to, dim);
+// To the row of `to` that begins `begin` elements behind its start.
+template <class Shape, bool kFloat8>
+ECHO_DEVICE void store_row(const float (&values)[Shape::kShare], void* to, int64_t begin, int dim) {
+  if constexpr (kFloat8) {
+#pragma unroll
+    for (int c = 0; c < Shape::kChunks; ++c) {
+      const int channel = row_channel<Shape>(c);
+      if (channel >= dim) continue;
+      store_float8<Shape::kWidth>(values + c * Shape::kWidth, static_cast<uint8_t*>(to) + begin + channel);
+    }
+  } else {
+    RowShare<Shape> row;
+    row.from_floats(values);
+    row.store(static_cast<typename Shape::Element*>(to) + begin, dim);
+  }
 }
 
-template <class Shape>
+template <class Shape, bool kFloat8>
 __global__ void __launch_bounds__(kMaxRowThreads, kBlocks<Shape>) qkv_norm_rope_store_kernel(QkvNormRopeStoreParams p) {
   using T = typename Shape::Element;
   ECHO_SHARED(RowSums<2>, scratch);
@@ -86,35 +97,42 @@ __global__ void __launch_bounds__(kMaxRowThreads, kBlocks<Shape>) qkv_norm_rope_
 
   const float inverse_dim = 1.0f / static_cast<float>(dim);
   float squares[2] = {sum_of_squares(q), sum_of_squares(k)};
-  if (stored >= 0) v.store(static_cast<T*>(p.v_cache) + slot * p.v_cache_stride, dim);
+  float values[Shape::kShare];
+  if constexpr (kFloat8) {
+    v.to_floats(values);
+    if (stored >= 0) store_row<Shape, true>(values, p.v_cache, slot * p.v_cache_stride, dim);
+  } else {
+    if (stored >= 0) v.store(static_cast<T*>(p.v_cache) + slot * p.v_cache_stride, dim);
+  }
   row_sums(squares, scratch);
 
-  float values[Shape::kShare];
   scale_row(q, rsqrtf(squares[0] * inverse_dim + p.eps), p.norm_q, dim, values);
   rotate(values, turns);
-  store_row<Shape>(values, static_cast<T*>(p.q) + token * dim, dim);
+  store_row<Shape, kFloat8>(values, p.q, token * dim, dim);
 
   if (stored < 0) return;
   scale_row(k, rsqrtf(squares[1] * inverse_dim + p.eps), p.norm_k, dim, values);
   if (p.raw_k != nullptr) {
-    store_row<Shape>(values, static_cast<T*>(p.raw_k) + (slot - p.raw_offset) * p.raw_k_stride, dim);
+    store_row<Shape, false>(values, p.raw_k, (slot - p.raw_offset) * p.raw_k_stride, dim);
   }
   rotate(values, turns);
-  store_row<Shape>(values, static_cast<T*>(p.k_cache) + slot * p.k_cache_stride, dim);
+  store_row<Shape, kFloat8>(values, p.k_cache, slot * p.k_cache_stride, dim);
 }
 
 template <class T>
 cudaError_t launch_as(const QkvNormRopeStoreParams& p, cudaStream_t stream) {
   const int64_t dim = p.heads * p.head_dim;
+  const auto fits = p.float8 ? float8_chunks_fit<T> : vectors_fit<T>;
   // Vectors may not straddle heads, so that a vector's pairs are neighbours in the tables too.
-  const bool whole = vectors_fit<T>(p.qkv, p.qkv_stride) && vectors_fit<T>(p.q, p.head_dim) &&
-                     vectors_fit<T>(p.k_cache, p.k_cache_stride) && vectors_fit<T>(p.v_cache, p.v_cache_stride) &&
+  const bool whole = vectors_fit<T>(p.qkv, p.qkv_stride) && fits(p.q, p.head_dim) &&
+                     fits(p.k_cache, p.k_cache_stride) && fits(p.v_cache, p.v_cache_stride) &&
                      vectors_fit<T>(p.raw_k, p.raw_k_stride) && vectors_fit<float>(p.norm_q, 0) &&
                      vectors_fit<float>(p.norm_k, 0);
   return with_row_shape<T, 2>(dim, whole, [&](auto shape) {
     using Shape = decltype(shape);
     const dim3 grid(static_cast<unsigned>(p.tokens)), block(row_threads<Shape>(dim));
-    return launch(qkv_norm_rope_store_kernel<Shape>, grid, block, 0, stream, p);
+    const auto kernel = p.float8 ? qkv_norm_rope_store_kernel<Shape, true> : qkv_norm_rope_store_kernel<Shape, false>;
+    return launch(kernel, grid, block, 0, stream, p);
   });
 }
 

@@ -21,7 +21,8 @@ struct QkvNormRopeStoreParams {
   void* v_cache;               // [any, heads, head_dim], rows write_index written: as it came
   const int64_t* write_index;  // [stored_tokens]: where the last stored_tokens tokens go; no row twice
   void* raw_k;                 // [any, heads, head_dim], rows write_index - raw_offset written: normed; or null
-  ScalarType dtype;            // of qkv, q, k_cache, v_cache, raw_k
+  ScalarType dtype;            // of qkv and raw_k, and of q, k_cache and v_cache unless those are
+  bool float8;                 // e4m3, without a scale: beyond 448 it is 448
   int64_t tokens;
   int64_t stored_tokens;  // <= tokens
   int64_t heads;

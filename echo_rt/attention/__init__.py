@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from echo_rt.attention.backends import IMPLEMENTATIONS, Library, Matmul
+from echo_rt.attention.backends import FLOAT8_LIBRARIES, IMPLEMENTATIONS, Converted, Library, Matmul
 from echo_rt.attention.backends import Attention as Attention
 from echo_rt.attention.backends import AttentionCandidate as AttentionCandidate
 from echo_rt.attention.backends import AttentionShapes as AttentionShapes
+from echo_rt.attention.backends import ByDtype as ByDtype
 from echo_rt.attention.backends import implementations as implementations
 from echo_rt.autotune.cache import Cache
 from echo_rt.autotune.tuner import Check, Selection, Tuner
 from echo_rt.config import ModelConfig
 from echo_rt.ops.schema import Ops
+from echo_rt.utils.device import FLOAT8, working_dtype
 
 AttentionSelection = Selection[Attention]
 CACHE = Cache("attention", AttentionShapes)
@@ -50,9 +52,9 @@ class AttentionCheck(Check[Attention]):
     calls = 4
 
     def __init__(self, shapes: AttentionShapes, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(device, dtype, (shapes.queries, shapes.heads * shapes.head_dim))
-        self.q = self.normal(shapes.queries, shapes.heads, shapes.head_dim)
-        self.k, self.v = self.normal(2, shapes.keys, shapes.heads, shapes.head_dim)
+        super().__init__(device, working_dtype(dtype), (shapes.queries, shapes.heads * shapes.head_dim))
+        self.q = self.normal(shapes.queries, shapes.heads, shapes.head_dim).to(dtype)
+        self.k, self.v = self.normal(2, shapes.keys, shapes.heads, shapes.head_dim).to(dtype)
 
     def call(self, attention: Attention, /) -> Callable[[], Tensor]:
         return partial(attention, self.q, self.k, self.v)
@@ -76,6 +78,28 @@ def attention_tuner(
     return Tuner(CACHE, device, dtype, shapes, candidates, partial(AttentionCheck, shapes, device, dtype))
 
 
+def _over_cache(config: ModelConfig) -> AttentionShapes:
+    transformer = config.transformer
+    return AttentionShapes(config.tokens_per_block, config.cached_tokens, transformer.num_heads, transformer.head_dim)
+
+
+def attention_in_float8(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: Attention,
+    *,
+    cache: Path | None,
+    prescribed: str | None = None,
+) -> AttentionSelection:
+    """Select the attention over a float8 KV buffer: a library's, or that of ``attention`` in ``dtype``."""
+    converted = AttentionCandidate(
+        "converted", partial(Converted, attention, dtype), devices=("cuda", "cpu"), dtypes=(FLOAT8,)
+    )
+    tuner = attention_tuner(device, FLOAT8, _over_cache(config), (converted, *FLOAT8_LIBRARIES))
+    return tuner.select(None, prescribed, cache=cache)
+
+
 def attentions(
     config: ModelConfig,
     device: torch.device,
@@ -87,10 +111,8 @@ def attentions(
     prescribed: tuple[str | None, str | None] = (None, None),
 ) -> tuple[AttentionSelection, AttentionSelection]:
     """Select the attention of a model over its full KV buffer, and over the text."""
-    transformer = config.transformer
-    heads, head_dim = transformer.num_heads, transformer.head_dim
-    over_cache = AttentionShapes(config.tokens_per_block, config.cached_tokens, heads, head_dim)
-    over_text = dataclasses.replace(over_cache, keys=transformer.text_len)
+    over_cache = _over_cache(config)
+    over_text = dataclasses.replace(over_cache, keys=config.transformer.text_len)
     first, second = (
         attention_tuner(device, dtype, shapes, implementations(ops)).select(requested, name, cache=cache)
         for shapes, name in zip((over_cache, over_text), prescribed, strict=True)

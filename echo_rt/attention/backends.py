@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from echo_rt.attention.cudnn_float8 import CudnnFloat8
 from echo_rt.autotune.tuner import ANY_DTYPE, HALF, Candidate
 from echo_rt.errors import BackendError
 from echo_rt.ops.schema import Ops
+from echo_rt.utils.device import FLOAT8
 from echo_rt.utils.wording import counted, first_line
 
 Function = Callable[[Tensor, Tensor, Tensor], Any]
@@ -111,6 +113,33 @@ class SplitKV:
     def whole(self) -> Attention:
         """The same library's attention without splits."""
         return Library(self.library, self.function)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Attention of float8 tensors by another's in ``dtype``, to which they convert exactly."""
+
+    attention: Attention
+    dtype: torch.dtype
+    name: str = "converted"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attention(*(t.to(self.dtype) for t in (q, k, v)))
+
+
+@dataclass(frozen=True)
+class ByDtype:
+    """Attention of float8 tensors by ``in_float8``, and of all others by ``attention``."""
+
+    attention: Attention
+    in_float8: Attention
+
+    @property
+    def name(self) -> str:
+        return f"{self.attention.name}, {self.in_float8.name} in float8"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (self.in_float8 if q.dtype == FLOAT8 else self.attention)(q, k, v)
 
 
 @dataclass(frozen=True)
@@ -214,7 +243,7 @@ def _of_torch(name: str, function: Function, **facts: Any) -> AttentionCandidate
     return AttentionCandidate(name, partial(Library, name, function), **facts)
 
 
-def _flash_attn(name: str, module: str, distribution: str, remedy: str) -> AttentionCandidate:
+def _flash_attn(name: str, module: str, distribution: str, remedy: str, **facts: Any) -> AttentionCandidate:
     def make() -> Attention:
         try:
             library = importlib.import_module(module)
@@ -230,9 +259,15 @@ def _flash_attn(name: str, module: str, distribution: str, remedy: str) -> Atten
             raise BackendError(f"it is not installed; {remedy}")
         return Library(name, function, heads_first=False)
 
-    return AttentionCandidate(name, make, distribution=distribution)
+    return AttentionCandidate(name, make, distribution=distribution, **facts)
 
 
+_FLASH_ATTN_3 = (
+    "flash_attn_interface",
+    "flash_attn_3",
+    "for Hopper GPUs, it is built from the folder hopper of flash-attention's sources: pip install "
+    "--no-build-isolation .",
+)
 # In the order of listing; which one is selected is measured.
 IMPLEMENTATIONS = (
     _of_torch("sdpa-cudnn", partial(_CUDNN, **_NO_SUMS)),
@@ -242,16 +277,17 @@ IMPLEMENTATIONS = (
     AttentionCandidate("products", Matmul, devices=("cuda", "cpu"), dtypes=ANY_DTYPE),
     _of_torch("sdpa-math", _MATH, devices=("cuda", "cpu"), dtypes=ANY_DTYPE, fused=False),
     _flash_attn("flash-attn-2", "flash_attn", "flash-attn", "pip install --no-build-isolation flash-attn"),
-    _flash_attn(
-        "flash-attn-3",
-        "flash_attn_interface",
-        "flash_attn_3",
-        "for Hopper GPUs, it is built from the folder hopper of flash-attention's sources: pip install "
-        "--no-build-isolation .",
-    ),
+    _flash_attn("flash-attn-3", *_FLASH_ATTN_3),
     _flash_attn(
         "flash-attn-4", "flash_attn.cute", "flash-attn-4", "for Hopper and newer GPUs: pip install flash-attn-4"
     ),
+)
+
+
+# Of float8 tensors.
+FLOAT8_LIBRARIES = (
+    AttentionCandidate("cudnn-float8", CudnnFloat8, dtypes=(FLOAT8,), distribution="nvidia-cudnn-frontend"),
+    _flash_attn("flash-attn-3-float8", *_FLASH_ATTN_3, dtypes=(FLOAT8,)),
 )
 
 

@@ -221,7 +221,8 @@ class Report:
     def _notes(self) -> list[str]:
         run, vae, bands = self.run, self.run.model.vae, self.run.request.vae_tiles
         width, height = (size * vae.spatial_stride for size in run.model.config.latent_shape[:0:-1])
-        used = zip(("over the cache", "over the text", "of the decoder"), run.attention, strict=True)
+        names = ("over the cache", "over the text", "of the decoder", "over the cache in float8")
+        used = zip(names, run.attention, strict=False)
         lines = [
             "" if run.complete else "Not complete: the run had not ended when this was written.",
             "" if run.on_gpu else "Times of the host clock on a CPU: a rehearsal, no results: no rates and no day.",

@@ -415,7 +415,8 @@ class Run:
         own = self._networks[first.backend]
         of_decoder = own.vae_attention
         assert of_decoder is not None  # no tiny decoder is measured here
-        self.attention, self.convolutions = (*own.attention, of_decoder), own.convolutions
+        in_float8 = () if own.attention_in_float8 is None else (own.attention_in_float8,)
+        self.attention, self.convolutions = (*own.attention, of_decoder, *in_float8), own.convolutions
         # The first number there is: should the time run out while the others are made ready, it has been told.
         self._or_without_graphs(first, self._variant_turn)
         save(self)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from echo_rt.attention import AttentionSelection, attention_tuner, attentions
+from echo_rt.attention import AttentionSelection, ByDtype, attention_in_float8, attention_tuner, attentions
 from echo_rt.attention import cache_file as attention_cache
 from echo_rt.attention import implementations as attention_candidates
 from echo_rt.config import ModelConfig, VaeConfig
@@ -28,6 +28,7 @@ from echo_rt.engine.prompts import PromptEncoder
 from echo_rt.engine.rollout import Rollout
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.model.decoder_protocol import VideoDecoder
+from echo_rt.model.linear import SELF_ATTENTION, float8_attention
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.tiny_decoder import TinyDecoder
@@ -39,6 +40,7 @@ from echo_rt.options import WAN_VAE, MemoryMode, RuntimeOptions
 from echo_rt.snapshot.fit import (
     ATTENTION,
     BACKEND,
+    FLOAT8_ATTENTION,
     IMPLEMENTATIONS,
     TEXT_ATTENTION,
     VAE_ATTENTION,
@@ -154,6 +156,25 @@ class Networks:
         )
 
     @cached_property
+    def float8_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that attend in float8."""
+        return float8_attention(self.config.transformer.num_layers, self.model_dtype, self.options.float8_except)
+
+    @cached_property
+    def attention_in_float8(self) -> AttentionSelection | None:
+        """The implementation of attention over the cache in float8, and why; None where no layer has it."""
+        if not self.float8_layers:
+            return None
+        return attention_in_float8(
+            self.config,
+            self.device,
+            self.dtype,
+            self.attention[0].attention,
+            cache=attention_cache() if self._given_attention is None else None,
+            prescribed=self._prescribed.get(FLOAT8_ATTENTION),
+        )
+
+    @cached_property
     def schedule(self) -> Schedule:
         return Schedule(self.config.sampler, self.device)
 
@@ -240,7 +261,9 @@ def open_networks(loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapp
 def build_rollout(config: ModelConfig, networks: Networks, mode: MemoryMode, executor: Executor) -> Rollout:
     """Make a rollout of ``networks``; ``config`` is theirs, or the same without its memory."""
     memory = None if config.memory is None else networks.memory
-    attention = networks.attention[0].attention
+    attention, in_float8 = networks.attention[0].attention, networks.attention_in_float8
+    if in_float8 is not None:
+        attention = ByDtype(attention, in_float8.attention)
     return Rollout(config, networks.transformer, memory, networks.schedule, networks.ops, attention, mode, executor)
 
 
@@ -282,15 +305,17 @@ def build_engine(
         vae_dtype=networks.vae_dtype,
         vae_tiles=networks.options.vae_tiles,
         depth=depth,
+        float8_layers=len(networks.float8_layers),
     )
-    attention = networks.attention  # before the weights: its measurement takes memory that they will need
+    # Before the weights: a measurement takes memory that they will need.
+    attention, in_float8 = networks.attention, networks.attention_in_float8
     # float32 whatever the model's dtype: LoRAs are merged in it, and must not depend on the caller's TF32 settings.
     with model_context(device, networks.dtype, networks.vae_dtype, torch.float32):
         networks.load(config)
         rollout = build_rollout(config, networks, mode, executor)
         pipeline = Pipeline(rollout, networks.decoder, vae, networks.ops, executor, device=device, depth=depth)
     implementations = Implementations.selected(
-        networks.backend, *attention, networks.vae_attention, networks.convolutions
+        networks.backend, *attention, networks.vae_attention, networks.convolutions, in_float8
     )
     tensors = networks.tensors
     # All that a video depends on beside seed and prompts: a snapshot can be resumed only where this is the same.
@@ -306,7 +331,9 @@ def build_engine(
     if taken is not None:
         model[TAKEN] = dict(taken)
     if networks.model_dtype == FLOAT8:
-        model["float8_except"] = sorted(networks.transformer.kept_from_float8)
+        kept = networks.transformer.kept_from_float8
+        model["float8_except"] = sorted(name for name in kept if not name.endswith(SELF_ATTENTION))
+        model["float8_attention"] = list(networks.float8_layers)
     return Engine(
         device=device,
         dtype=networks.dtype,

@@ -19,6 +19,7 @@ from echo_rt.errors import ConfigError, PromptError, StreamError
 from echo_rt.snapshot.fit import Implementations, difference
 from echo_rt.snapshot.kv_rows import MEMORY, SINK, copy_rows, same_bits, shapes_in_snapshots, split_kv
 from echo_rt.snapshot.snapshot import Snapshot
+from echo_rt.utils.device import FLOAT8
 from echo_rt.utils.wording import plain
 
 
@@ -114,8 +115,9 @@ class Engine:
         with self.executor.eager():
             # Some tensors are empty without a memory.
             values = [t for t in self.pipeline.live_tensors().values() if t.is_floating_point() and t.numel()]
-            ends = [torch.aminmax(t) for t in values]
-            return all(bool(torch.isfinite(low) & torch.isfinite(high)) for low, high in ends)
+            # Float8 has no minimum; converted layer by layer, as the whole cache would be twice its size.
+            parts = (part for t in values for part in (map(Tensor.bfloat16, t) if t.dtype == FLOAT8 else (t,)))
+            return all(bool(torch.isfinite(end)) for part in parts for end in torch.aminmax(part))
 
     def require_fit(self, snapshot: Snapshot) -> None:
         """Raise :class:`StreamError` for a snapshot of another model or implementation, or an inconsistent one."""

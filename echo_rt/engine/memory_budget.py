@@ -43,12 +43,16 @@ def require_capacity(
     vae_dtype: torch.dtype,
     vae_tiles: int = 1,
     depth: int,
+    float8_layers: int = 0,
 ) -> None:
     """Raise :class:`ConfigError` for a video whose buffers do not fit into the memory of ``device`` or of the host.
 
-    ``tiny``: the tiny decoder in place of the VAE, if any; ``depth``: how many blocks may be in flight.
+    ``tiny``: the tiny decoder in place of the VAE, if any; ``depth``: how many blocks may be in flight;
+    ``float8_layers``: how many layers attend in float8.
     """
-    on_device, on_host = rollout_bytes(config, vae, dtype=dtype, vae_dtype=vae_dtype, depth=depth)
+    on_device, on_host = rollout_bytes(
+        config, vae, dtype=dtype, vae_dtype=vae_dtype, depth=depth, float8_layers=float8_layers
+    )
     capacities = {"this host": host_memory()}
     if device.type == "cuda":
         capacities = {str(device): torch.cuda.mem_get_info(device)[1]} | capacities
@@ -67,10 +71,17 @@ def require_capacity(
 
 
 def rollout_bytes(
-    config: ModelConfig, vae: VaeConfig, *, dtype: torch.dtype, vae_dtype: torch.dtype, depth: int
+    config: ModelConfig,
+    vae: VaeConfig,
+    *,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    depth: int,
+    float8_layers: int = 0,
 ) -> tuple[int, int]:
     """Bytes, of device and host, of the rollout's state and of the buffers between it, the decoder and the host."""
-    sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in state_sizes(config, dtype).items()}
+    tensors = state_sizes(config, dtype, float8_layers)
+    sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in tensors.items()}
     pixels = math.prod(frames_shape(config, vae))
     block = pixels + sizes["x"]  # its frames as bytes, and its latents
     video = pixels * vae_dtype.itemsize  # the decoder's output

@@ -58,7 +58,8 @@ class Rollout:
         self.config, self.mode = config, mode
         self._transformer, self._memory, self._schedule, self._ops = transformer, memory, schedule, ops
         self._attention, self._executor = attention, executor
-        self.state = RolloutState(config, ops, device=transformer.device, dtype=transformer.dtype)
+        device, dtype, in_float8 = transformer.device, transformer.dtype, transformer.float8_attention
+        self.state = RolloutState(config, ops, device=device, dtype=dtype, float8_layers=in_float8)
         self._layout = self.state.layout
         self._reads_rotated = config.memory is not None and config.memory.reads_rotated
 
@@ -292,7 +293,7 @@ class Rollout:
         return kv[0, 0]
 
     def rotated_sink(self, layer: int) -> Tensor:
-        """Rotate the sink keys of a layer ``[n, H, d]`` to their present ids, as each shift of ids does."""
+        """Rotate the sink keys of a layer of ``kv`` ``[n, H, d]`` to their present ids, as each shift of ids does."""
         s, frames = self.state, self.config.window.sink_frames
         ids = torch.arange(frames, device=s.sink_k.device) + s.positions[_SHIFT]
         return self._rotated(s.sink_k[layer], ids) if frames else s.sink_k[layer]
@@ -313,7 +314,10 @@ class Rollout:
     def _reanchor(self, sink_k: Tensor | None, memory_k: Tensor | None, memory_v: Tensor | None = None) -> None:
         """Rotate unrotated keys to their ids, and copy values, to where all layers attend to them; None: not these."""
         s, tokens = self.state, self.config.memory_tokens
-        self._ops.reanchor(s.kv, s.rope.temporal_anchor, s.rope.spatial, sink_k, memory_k, memory_v, tokens)
+        sinks = (None, None) if sink_k is None else sink_k.split([len(s.kv), len(s.kv_float8)])
+        for kv, sink in zip((s.kv, s.kv_float8), sinks, strict=True):
+            if len(kv):
+                self._ops.reanchor(kv, s.rope.temporal_anchor, s.rope.spatial, sink, memory_k, memory_v, tokens)
 
     def _rebuild_memory(self) -> None:
         """Restart the memory and update it once with the whole local window, if that is not empty."""

@@ -7,6 +7,7 @@ attends to one contiguous slice of it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from echo_rt.config import ModelConfig
 from echo_rt.errors import BackendError
 from echo_rt.model.transformer import LayerWeights
 from echo_rt.ops.schema import POSITION_FIELDS, Ops
+from echo_rt.utils.device import FLOAT8
 
 try:
     from echo_rt._C import RingLayout
@@ -68,8 +70,11 @@ VITALS = ("latent_mean", "latent_std", "latent_nonfinite", "memory_norm", "gate_
 Sizes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def state_sizes(config: ModelConfig, dtype: torch.dtype) -> Sizes:
-    """Shape and dtype of each tensor of a rollout in ``dtype`` except its tables of angles; all begin as zeros."""
+def state_sizes(config: ModelConfig, dtype: torch.dtype, float8_layers: int = 0) -> Sizes:
+    """Shape and dtype of each tensor of a rollout in ``dtype`` except its tables of angles; all begin as zeros.
+
+    ``float8_layers``: how many layers attend in float8.
+    """
     window, transformer = config.window, config.transformer
     heads = (transformer.num_heads, transformer.head_dim)
     layers, tokens = transformer.num_layers, config.tokens_per_frame
@@ -77,7 +82,8 @@ def state_sizes(config: ModelConfig, dtype: torch.dtype) -> Sizes:
     memory = (config.memory_tokens, transformer.dim)
     evicted = (config.tokens_per_block, *heads)
     return {
-        "kv": ((layers, 2, config.cached_tokens, *heads), dtype),
+        "kv": ((layers - float8_layers, 2, config.cached_tokens, *heads), dtype),
+        "kv_float8": ((float8_layers, 2, config.cached_tokens, *heads), FLOAT8),
         "sink_k": ((layers, window.sink_frames * tokens, *heads), dtype),  # before rotation
         "ring_k": ((window.local_frames * tokens, *heads), dtype),  # the last layer's, before rotation
         "text_kv": ((layers, 2, transformer.text_len, *heads), dtype),
@@ -107,19 +113,31 @@ class RolloutState:
     ``block``: the last block of the video (-1: none); ``initial_blocks``: how many blocks at its beginning were given
     instead of generated; ``memory_ready``: the memory has been updated (or is a prior) since the start or the last
     rebuild, so it is attended to wherever its ids fit; ``memory_updated``: the vitals hold the gate of an update.
-    :func:`state_sizes` describes the tensors.
+    :func:`state_sizes` describes the tensors. ``sink_k`` has the layers of ``kv`` first, then those of ``kv_float8``:
+    ``float8_layers``, never the last one.
     """
 
-    def __init__(self, config: ModelConfig, ops: Ops, *, device: torch.device, dtype: torch.dtype) -> None:
-        sizes = state_sizes(config, dtype)
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        float8_layers: Collection[int] = (),
+    ) -> None:
+        sizes = state_sizes(config, dtype, len(float8_layers))
 
         def zeros(name: str) -> Tensor:
             shape, kind = sizes[name]
             return torch.zeros(shape, device=device, dtype=kind)
 
         self.layout = ring_layout(config)
-        self.kv, self.text_kv = zeros("kv"), zeros("text_kv")
+        self.kv, self.kv_float8, self.text_kv = zeros("kv"), zeros("kv_float8"), zeros("text_kv")
         self.sink_k, self.ring_k = zeros("sink_k"), zeros("ring_k")
+        order = sorted(range(config.transformer.num_layers), key=lambda index: index in float8_layers)
+        own = dict(zip(order, zip((*self.kv, *self.kv_float8), self.sink_k, strict=True), strict=True))
+        self.layers = [own[index] for index in range(len(own))]  # kv [2, rows, H, d] and sink_k [n, H, d] of each
         self.memory, self.staged_memory = zeros("memory"), zeros("staged_memory")
         self.memory_k, self.memory_v = zeros("memory_k"), zeros("memory_v")
         self.evicted_k, self.evicted_v = zeros("evicted_k"), zeros("evicted_v")
@@ -138,8 +156,9 @@ class RolloutState:
         """Go back to before the first block; the prompt's keys stay."""
         self.positions.zero_()
         self.positions[POSITION_FIELDS.index("block")] = -1
-        for left in (self.vitals, self.kv, self.sink_k, self.ring_k, self.memory, self.memory_k, self.latents):
+        for left in (self.vitals, self.kv, self.kv_float8, self.sink_k, self.ring_k, self.memory, self.memory_k):
             left.zero_()  # a video that ended in NaN must leave none to the next
+        self.latents.zero_()
         self.block = -1
         self.initial_blocks = 0
         self.memory_ready = self.memory_updated = False
@@ -150,7 +169,9 @@ class RolloutState:
         Not what each block computes anew (``x``, noise, evicted keys, the staged memory, angles), nor the seed, which
         belongs to the stream.
         """
-        names = ("kv", "sink_k", "ring_k", "text_kv", "memory", "memory_k", "latents", "positions")
+        names = ["kv", "sink_k", "ring_k", "text_kv", "memory", "memory_k", "latents", "positions"]
+        if len(self.kv_float8):
+            names.append("kv_float8")
         return {name: getattr(self, name) for name in names}
 
 
@@ -171,12 +192,12 @@ class BlockCache:
 
     def store(self, index: int, layer: LayerWeights, qkv: Tensor) -> Tensor:
         s, config = self._state, self._config
+        (k, v), sink_k = s.layers[index]
         raw_k, raw_offset = None, 0
         if self._span.in_sink:
-            raw_k, raw_offset = s.sink_k[index], config.memory_tokens
+            raw_k, raw_offset = sink_k, config.memory_tokens
         elif index + 1 == config.transformer.num_layers:
             raw_k, raw_offset = s.ring_k, config.ring_begin
-        k, v = s.kv[index]
         return self._ops.qkv_norm_rope_store(
             qkv,
             layer.norm_q,
@@ -192,7 +213,7 @@ class BlockCache:
         )
 
     def attend(self, index: int, q: Tensor) -> Tensor:
-        k, v = self._state.kv[index]
+        k, v = self._state.layers[index][0]
         return self._attention(q, k[self._span.begin : self._span.end], v[self._span.begin : self._span.end])
 
 
@@ -226,35 +247,35 @@ class WindowCache:
     def store(self, index: int, layer: LayerWeights, qkv: Tensor) -> Tensor:
         s, config = self._state, self._config
         last = index + 1 == config.transformer.num_layers
-        k, v = s.kv[index]
-        self._kept = s.kv[index, :, self._sink].clone() if self._whole_video and not self._renews_sink else None
-        raw_k = torch.empty_like(k) if last or self._renews_sink else None
+        kv, sink_k = s.layers[index]
+        self._kept = kv[:, self._sink].clone() if self._whole_video and not self._renews_sink else None
+        raw_k = qkv.new_empty(kv.shape[1:]) if last or self._renews_sink else None
         q = self._ops.qkv_norm_rope_store(
             qkv,
             layer.norm_q,
             layer.norm_k,
             self._temporal,
             s.rope.spatial,
-            k,
-            v,
+            kv[0],
+            kv[1],
             self._rows,
             raw_k,
             0,
             config.transformer.eps,
         )
         if raw_k is not None and self._renews_sink:
-            s.sink_k[index, self._sink_rows - config.memory_tokens] = raw_k[self._sink_rows]
+            sink_k[self._sink_rows - config.memory_tokens] = raw_k[self._sink_rows]
         if raw_k is not None and last:
             s.ring_k[self._ring_rows - config.ring_begin] = raw_k[self._ring_rows]
             self._restore_sink(index)  # the pass ends here: the last layer does not attend
         return q
 
     def attend(self, index: int, q: Tensor) -> Tensor:
-        k, v = self._state.kv[index]
+        k, v = self._state.layers[index][0]
         out = self._attention(q, k[self._attended], v[self._attended])
         self._restore_sink(index)
         return out
 
     def _restore_sink(self, index: int) -> None:
         if self._kept is not None:
-            self._state.kv[index, :, self._sink] = self._kept
+            self._state.layers[index][0][:, self._sink] = self._kept

@@ -23,6 +23,8 @@ from echo_rt.utils.device import FLOAT8, dtype_name
 # The products of a layer that read what a kernel of ours writes, by the names of their weights. Those of one line are
 # one product. The output projections of both attentions read what a library wrote: quantizing that were another pass.
 FLOAT8_PRODUCTS = (("self_attn.q", "self_attn.k", "self_attn.v"), ("cross_attn.q",), ("ffn.0",), ("ffn.2",))
+# Self-attention itself, with the KV cache that it reads.
+SELF_ATTENTION = "self_attn.attention"
 
 
 class Product(Protocol):
@@ -124,19 +126,30 @@ def _rows_like(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def float8_layers() -> str:
     """List the names of the layers that can be float8, for a message."""
-    return ", ".join(f"blocks.N.{name}" for names in FLOAT8_PRODUCTS for name in names)
+    return ", ".join(f"blocks.N.{name}" for names in (*FLOAT8_PRODUCTS, (SELF_ATTENTION,)) for name in names)
+
+
+def float8_attention(layers: int, dtype: torch.dtype, patterns: Sequence[str]) -> tuple[int, ...]:
+    """Numbers of the layers whose self-attention is float8: all but the last, and none that ``patterns`` keep.
+
+    The memory reads what the last layer has cached, in 16 bits.
+    """
+    kept = kept_from_float8(layers, dtype, patterns)
+    return tuple(index for index in range(layers - 1) if f"blocks.{index}.{SELF_ATTENTION}" not in kept)
 
 
 def kept_from_float8(layers: int, dtype: torch.dtype, patterns: Sequence[str]) -> frozenset[str]:
     """Names such as ``blocks.0.ffn.2`` of the products that could be float8 and are not, as ``patterns`` say.
 
-    A product of several projections is kept as a whole. All of them where ``dtype`` is not float8. Raises
-    :class:`ConfigError` for patterns without float8, and for one that matches nothing.
+    A product of several projections is kept as a whole. ``blocks.0.self_attn.attention`` is a layer's self-attention.
+    All of them where ``dtype`` is not float8. Raises :class:`ConfigError` for patterns without float8, and for one that
+    matches nothing.
     """
     listed = isinstance(patterns, Sequence) and not isinstance(patterns, str)
     if not listed or not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(f"float8_except must be a sequence of patterns like '*.ffn.2', got {patterns!r}")
-    products = [[f"blocks.{index}.{name}" for name in names] for index in range(layers) for names in FLOAT8_PRODUCTS]
+    able = (*FLOAT8_PRODUCTS, (SELF_ATTENTION,))
+    products = [[f"blocks.{index}.{name}" for name in names] for index in range(layers) for names in able]
     if dtype != FLOAT8:
         if patterns:
             raise ConfigError(f"float8_except is for dtype 'float8', and the dtype is {dtype_name(dtype)!r}")

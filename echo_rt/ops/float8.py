@@ -13,12 +13,26 @@ from torch import Tensor
 from echo_rt.utils.device import FLOAT8
 
 FLOAT8_MAX = 448.0
+_BYTE = torch.uint8  # which a CPU indexes float8 as
 
 # Inputs and outputs of a product on tensor cores are multiples of this.
 _WIDTH_STEP = 16
 # What a row's largest magnitude counts as at least: neither the scale of a row of zeros nor its reciprocal may leave
 # float32's normal numbers.
 _LEAST_MAXIMUM = 2.0**-100
+
+
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values`` float32 rounded to ``dtype``; as float8 without a scale, and beyond 448 it is 448. A NaN stays one."""
+    return (values.clamp(-FLOAT8_MAX, FLOAT8_MAX) if dtype == FLOAT8 else values).to(dtype)
+
+
+def copy_rows(to: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Round ``values`` float32 into ``rows`` (int64) of ``to`` (written)."""
+    kept = rounded(values, to.dtype)
+    if to.dtype == FLOAT8:
+        to, kept = to.view(_BYTE), kept.view(_BYTE)
+    to.index_copy_(0, rows, kept)
 
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +43,7 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     scales = rows.abs().amax(-1).clamp(min=_LEAST_MAXIMUM) * (1 / FLOAT8_MAX)
     values = rows * scales.reciprocal().unsqueeze(-1)
     # A cast alone makes NaN of what rounding has brought past the largest value, in some versions of torch.
-    return values.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8), scales
+    return rounded(values, FLOAT8), scales
 
 
 def product(values: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def _fake_like_first(first: Tensor, *rest: Tensor | float | None) -> Tensor:
 def _fake_queries(*arguments: Tensor | float | None) -> Tensor:
     qkv, k_cache = arguments[0], arguments[5]
     assert isinstance(qkv, Tensor) and isinstance(k_cache, Tensor)
-    return qkv.new_empty(qkv.shape[0], *k_cache.shape[1:])
+    return k_cache.new_empty(qkv.shape[0], *k_cache.shape[1:])
 
 
 def _fake_merged(outputs: Tensor, logsumexps: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from echo_rt.ops.float8 import quantize_rows
+from echo_rt.ops.float8 import copy_rows, quantize_rows, rounded
 from echo_rt.ops.noise import fill_normal
 
 name = "torch"
@@ -124,7 +124,8 @@ def qkv_norm_rope_store(
 
     ``qkv [n, 3·dim]``; ``norm_q``, ``norm_k`` float32 [dim]; ``temporal [F, ct, 2]``, ``spatial [S, cs, 2]``.
     The last ``m`` tokens go to rows ``write_index [m]`` of ``k_cache``, ``v_cache [rows, H, d]`` (written), and
-    their keys before rotation to rows ``write_index - raw_offset`` of ``raw_k`` (written) where it is given.
+    their keys before rotation to rows ``write_index - raw_offset`` of ``raw_k`` (written) where it is given. The
+    cache has the dtype of ``qkv`` or e4m3fn (:func:`echo_rt.ops.float8.rounded`), and so have the queries.
     """
     heads, head_dim = k_cache.shape[-2:]
     q, k, v = qkv.chunk(3, dim=-1)
@@ -132,11 +133,11 @@ def qkv_norm_rope_store(
     k = _rms_norm(k, norm_k, eps).unflatten(-1, (heads, head_dim))
     v = v.unflatten(-1, (heads, head_dim))
     kept = slice(qkv.shape[0] - write_index.shape[0], None)
-    k_cache.index_copy_(0, write_index, _rotate(k, temporal, spatial)[kept].to(k_cache.dtype))
-    v_cache.index_copy_(0, write_index, v[kept])
+    copy_rows(k_cache, write_index, _rotate(k, temporal, spatial)[kept])
+    copy_rows(v_cache, write_index, v[kept].float())
     if raw_k is not None:
         raw_k.index_copy_(0, write_index - raw_offset, k[kept].to(raw_k.dtype))
-    return _rotate(q, temporal, spatial).to(qkv.dtype)
+    return rounded(_rotate(q, temporal, spatial), k_cache.dtype)
 
 
 def merge_attention(outputs: Tensor, logsumexps: Tensor) -> Tensor:
@@ -161,19 +162,19 @@ def reanchor(
     """Rotate sink and memory keys from their unrotated copies into ``kv [L, 2, rows, H, d]`` (written).
 
     ``sink_k [L, sink tokens, H, d]``; ``memory_k``, ``memory_v [M, H, d]`` are shared by all layers. Rows whose
-    source is None keep their values.
+    source is None keep their values. ``kv`` has the dtype of its sources or e4m3fn.
     """
     memory_frames = memory_tokens // spatial.shape[0]
     if sink_k is not None:
         sink_end = memory_tokens + sink_k.shape[1]
         for layer, keys in enumerate(sink_k):
             turned = _rotate(keys.float(), temporal_anchor[memory_frames:], spatial)
-            kv[layer, 0, memory_tokens:sink_end] = turned.to(kv.dtype)
+            kv[layer, 0, memory_tokens:sink_end] = rounded(turned, kv.dtype)
     if memory_k is not None:
         turned = _rotate(memory_k.float(), temporal_anchor[:memory_frames], spatial)
-        kv[:, 0, :memory_tokens] = turned.to(kv.dtype)
+        kv[:, 0, :memory_tokens] = rounded(turned, kv.dtype)
     if memory_v is not None:
-        kv[:, 1, :memory_tokens] = memory_v
+        kv[:, 1, :memory_tokens] = rounded(memory_v.float(), kv.dtype)
 
 
 def memory_attention(q: Tensor, norm_q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:

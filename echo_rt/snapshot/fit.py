@@ -21,6 +21,7 @@ from echo_rt.weights.choice import TAKEN
 IMPLEMENTATIONS = "computed_by"  # entry of a snapshot's model: names of implementations by label
 BACKEND = "backend"
 ATTENTION, TEXT_ATTENTION, VAE_ATTENTION = "attention", "attention to the text", "attention of the VAE"
+FLOAT8_ATTENTION = "attention in float8"
 WEIGHTS = "weights"
 # The parts whose digests stand there, in this order, and the options that choose their files.
 _OPTIONS_OF_PARTS = {
@@ -39,7 +40,11 @@ _MEMORY_OPTIONS = {
     "reads": "memory_reads",
 }
 # Values of entries that old snapshots do not have.
-_DEFAULTS = {"first_block_steps": list(SamplerConfig.first_block_steps), "recache_sink": WindowConfig.recache_sink}
+_DEFAULTS = {
+    "first_block_steps": list(SamplerConfig.first_block_steps),
+    "recache_sink": WindowConfig.recache_sink,
+    "float8_attention": [],
+}
 _DEFAULTS_OF_MEMORY = {"reads": MemoryConfig.reads}
 
 
@@ -110,12 +115,14 @@ class Implementations:
         over_text: attention.AttentionSelection,
         of_vae: attention.AttentionSelection | None,
         convolutions: Mapping[convolution.ConvolutionShape, convolution.ConvolutionSelection],
+        in_float8: attention.AttentionSelection | None = None,
     ) -> Implementations:
         """Collect the selections of a whole model."""
         named: dict[str, Backend | Selection[Any] | None] = {
             BACKEND: backend,
             ATTENTION: over_cache,
             TEXT_ATTENTION: over_text,
+            FLOAT8_ATTENTION: in_float8,
             VAE_ATTENTION: of_vae,
             **{convolution_label(shape): selection for shape, selection in convolutions.items()},
         }

@@ -6,7 +6,8 @@
 
 Where that would not give the very bits, the memory is stored for every layer, or the sink with its keys: until ids
 shift for the first time, sink keys are those of another kernel, which rounds once less. Snapshots of format 1 have all
-of the buffer in one tensor, ``rollout.kv``.
+of the buffer in one tensor, ``rollout.kv``. Layers that attend in float8 are not among these: ``rollout.kv_float8`` has
+their whole buffer.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def test_layers_kept_from_float8_must_be_there(echo_rt, golden_dir, small_model,
     outcome = echo_rt(*call, *decoders, "--float8-except", "*.ffn.2")
     assert outcome.code == 2 and outcome.out == ""
     assert "--float8-except: 'nomatch', '*.ffn.2' matches no layer" in outcome.error
-    assert "blocks.N.self_attn.q, " in outcome.error and outcome.error.endswith("blocks.N.ffn.2")
+    assert "blocks.N.self_attn.q, " in outcome.error and outcome.error.endswith("blocks.N.self_attn.attention")
     outcome = echo_rt(*call, golden_dir / "text_encoder", golden_dir / "rollout_small")
     assert outcome.code == 2 and "text_encoder: passed" in outcome.out and "N in 0..1" in outcome.error
     outcome = echo_rt(*call, golden_dir / "text_encoder", tmp_path)

@@ -112,8 +112,18 @@ cudaError_t advance() {
   });
 }
 
+// Of a type, and of float8.
+template <class Run>
+cudaError_t for_caches(Run&& run) {
+  return for_types([&](const Sizes& sizes, Tensors& tensors, ScalarType type) {
+    const cudaError_t error = run(sizes, tensors, type, false);
+    return error == cudaSuccess ? run(sizes, tensors, type, true) : error;
+  });
+}
+
 cudaError_t qkv_norm_rope_store() {
-  return for_types([](const Sizes& s, Tensors& t, ScalarType type) {
+  return for_caches([](const Sizes& s, Tensors& t, ScalarType type, bool float8) {
+    const auto cache = [&](int64_t count) -> void* { return float8 ? t.zeros<uint8_t>(count) : t.zeros(type, count); };
     const int64_t above = 2, kept = s.tokens;
     echo::QkvNormRopeStoreParams p;
     p.qkv = t.zeros(type, s.rows() * 3 * s.dim());
@@ -121,12 +131,13 @@ cudaError_t qkv_norm_rope_store() {
     p.norm_k = t.zeros<float>(s.dim());
     p.temporal = t.zeros<float>(s.frames * s.temporal_pairs * 2);
     p.spatial = t.zeros<float>(s.tokens * s.spatial_pairs() * 2);
-    p.q = t.zeros(type, s.rows() * s.dim());
-    p.k_cache = t.zeros(type, (above + kept) * s.dim());
-    p.v_cache = t.zeros(type, (above + kept) * s.dim());
+    p.q = cache(s.rows() * s.dim());
+    p.k_cache = cache((above + kept) * s.dim());
+    p.v_cache = cache((above + kept) * s.dim());
     p.write_index = t.counting<int64_t>(kept, above + spare);
     p.raw_k = t.zeros(type, kept * s.dim());
     p.dtype = type;
+    p.float8 = float8;
     p.tokens = s.rows();
     p.stored_tokens = kept;
     p.heads = s.heads;
@@ -143,17 +154,19 @@ cudaError_t qkv_norm_rope_store() {
 }
 
 cudaError_t reanchor() {
-  return for_types([](const Sizes& s, Tensors& t, ScalarType type) {
+  return for_caches([](const Sizes& s, Tensors& t, ScalarType type, bool float8) {
     const int64_t layers = 3, memory = s.memory_frames * s.tokens;
     echo::ReanchorParams p;
     p.rows = memory + s.rows();
-    p.kv = t.zeros(type, layers * 2 * p.rows * s.dim());
+    const int64_t count = layers * 2 * p.rows * s.dim();
+    p.kv = float8 ? t.zeros<uint8_t>(count) : t.zeros(type, count);
     p.temporal_anchor = t.zeros<float>((s.memory_frames + s.frames) * s.temporal_pairs * 2);
     p.spatial = t.zeros<float>(s.tokens * s.spatial_pairs() * 2);
     p.sink_k = t.zeros(type, layers * s.rows() * s.dim());
     p.memory_k = t.zeros(type, memory * s.dim());
     p.memory_v = t.zeros(type, memory * s.dim());
     p.dtype = type;
+    p.float8 = float8;
     p.layers = layers + spare;
     p.heads = s.heads;
     p.head_dim = s.head_dim;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,8 @@ def test_resume_bit_for_bit(small_model: Path, device: str) -> None:
             expected = take(stream, 3)
         assert all(chunk.frames.any() for chunk in expected)
         states = {t.dtype for t in snapshot.tensors.values() if t.is_floating_point()}
-        assert states == {torch.bfloat16, torch.float32}
+        assert states == {FLOAT8, torch.bfloat16, torch.float32}
+        assert len(snapshot.tensors["rollout.kv_float8"]) == runtime.config.transformer.num_layers - 1
         video(runtime, 3, seed=6, prompt=1)
     with float8(small_model, device=device) as fresh, fresh.resume(snapshot) as stream:
         assert same(take(stream, 3), expected)
@@ -69,6 +72,44 @@ def test_a_snapshot_is_of_its_own_dtype_and_layers(small_model: Path) -> None:
     ):
         with float8(small_model, **options) as other, pytest.raises(StreamError, match=words):
             other.resume(snapshot)
+
+
+def test_a_snapshot_of_a_version_with_a_16_bit_cache(small_model: Path) -> None:
+    """It is that of a model whose attention is kept from float8, bit for bit, and is refused elsewhere."""
+    with float8(small_model, float8_except=["*.attention"]) as runtime:
+        assert not len(runtime._engine.rollout.state.kv_float8)
+        with runtime.stream(prompt_embeds=embeds(runtime), seed=5) as stream:
+            take(stream, 2)
+            snapshot = stream.snapshot()
+            expected = take(stream, 1)
+        assert "rollout.kv_float8" not in snapshot.tensors
+        old = replace(snapshot, model={k: v for k, v in snapshot.model.items() if k != "float8_attention"})
+        with runtime.resume(old) as stream:
+            assert same(take(stream, 1), expected)
+    layers = list(range(len(snapshot.tensors["rollout.sink_k"]) - 1))
+    words = re.escape(f"float8_attention is [] in the snapshot and {layers} here")
+    with float8(small_model) as other, pytest.raises(StreamError, match=words):
+        other.resume(old)
+
+
+def test_layers_that_attend_in_16_bits(small_model: Path) -> None:
+    """Their cache is in 16 bits, and so is the last layer's, which the memory reads."""
+    with float8(small_model, float8_except=["blocks.1.self_attn.attention"]) as runtime:
+        state, products = runtime._engine.rollout.state, runtime._engine.rollout._transformer.layers
+        dtypes = [kv.dtype for kv, _ in state.layers]
+        assert dtypes[0] == FLOAT8 and dtypes[1] == dtypes[-1] == torch.bfloat16
+        assert isinstance(products[1].qkv, Float8Linear), "its products are float8 all the same"
+        some = video(runtime, 3)
+    with float8(small_model) as runtime:
+        assert not same(video(runtime, 3), some)
+
+
+def test_what_is_not_finite_in_the_cache_is_seen(small_model: Path) -> None:
+    with float8(small_model) as runtime, runtime.stream(prompt_embeds=embeds(runtime)) as stream:
+        take(stream, 1)
+        assert runtime._engine.finite()
+        runtime._engine.rollout.state.kv_float8[0, 1, 0, 0, 0] = float("nan")
+        assert not runtime._engine.finite()
 
 
 def test_layers_that_are_kept_by_name(small_model: Path) -> None:

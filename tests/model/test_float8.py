@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear
 
 from echo_rt.errors import BackendError, ConfigError
-from echo_rt.model.linear import Float8Linear, Linear, Product, feed_forward, kept_from_float8
+from echo_rt.model.linear import Float8Linear, Linear, Product, feed_forward, float8_attention, kept_from_float8
 from echo_rt.ops.backends import available_backends, load_ops
 from echo_rt.ops.float8 import FLOAT8_MAX, on_tensor_cores, product, quantize_rows
 from echo_rt.utils.device import FLOAT8, dtype_name, parse_dtype, working_dtype
@@ -149,15 +149,25 @@ def test_layers_are_kept_by_name() -> None:
     assert kept_from_float8(2, FLOAT8, ("*.ffn.2",)) == {"blocks.0.ffn.2", "blocks.1.ffn.2"}
     own = {f"blocks.1.self_attn.{name}" for name in "qkv"}
     assert kept_from_float8(2, FLOAT8, ["blocks.1.self_attn.k"]) == own  # one product
-    others = {f"blocks.1.{name}" for name in ("cross_attn.q", "ffn.0", "ffn.2")}
+    others = {f"blocks.1.{name}" for name in ("cross_attn.q", "ffn.0", "ffn.2", "self_attn.attention")}
     assert kept_from_float8(2, FLOAT8, ("blocks.1.*",)) == own | others
-    assert len(kept_from_float8(2, FLOAT8, ("*",))) == len(kept_from_float8(2, torch.bfloat16, ())) == 12
+    assert len(kept_from_float8(2, FLOAT8, ("*",))) == len(kept_from_float8(2, torch.bfloat16, ())) == 14
+
+
+def test_layers_that_attend_in_float8() -> None:
+    assert float8_attention(4, FLOAT8, ()) == (0, 1, 2), "the memory reads the last layer's cache in 16 bits"
+    assert float8_attention(4, FLOAT8, ("*.ffn.2", "blocks.1.self_attn.attention")) == (0, 2)
+    assert float8_attention(4, FLOAT8, ("*",)) == float8_attention(4, torch.bfloat16, ()) == ()
 
 
 @pytest.mark.parametrize(
     ("dtype", "patterns", "words"),
     [
-        (FLOAT8, ("*.ffn.0", "blocks.2.*"), r"'blocks\.2\.\*' matches no layer .* blocks\.N\.ffn\.2, N in 0\.\.1$"),
+        (
+            FLOAT8,
+            ("*.ffn.0", "blocks.2.*"),
+            r"'blocks\.2\.\*' matches no layer .*\.self_attn\.attention, N in 0\.\.1$",
+        ),
         (FLOAT8, ("*.self_attn.o",), r"'\*\.self_attn\.o' matches no layer"),  # it is in bfloat16 anyway
         (FLOAT8, ("",), "'' matches no layer"),
         (FLOAT8, "*.ffn.2", r"a sequence of patterns like '\*\.ffn\.2', got '\*\.ffn\.2'"),

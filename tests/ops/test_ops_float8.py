@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import SIZES, Sizes
-from op_checks import ALL_SIZES, BACKENDS, DTYPES, as_float64, assert_same, case, copies, layer_norm, spread
+from op_checks import (
+    ALL_SIZES,
+    BACKENDS,
+    DTYPES,
+    as_float64,
+    assert_same,
+    case,
+    copies,
+    layer_norm,
+    rms,
+    rotate,
+    spread,
+)
 from torch import Tensor
 
 from echo_rt.ops import reference
@@ -40,6 +53,88 @@ def check_quantized(ops_out: tuple[Tensor, Tensor], torchs: tuple[Tensor, Tensor
     scale = scales[:, None].double()
     half_step = (expected.abs() * 2**-4).maximum(scale * 2**-10) + 1e-6 * FLOAT8_MAX * scale
     assert bool(((values.double() * scale - expected).abs() <= half_step).all())
+
+
+def check_rounded(values: Tensor, torchs: Tensor, expected: Tensor) -> None:
+    """Float8 without a scale, as torch's but for ties, each the nearest there is to ``expected``, 448 at the most."""
+    assert values.dtype == FLOAT8
+    assert int((values.view(torch.uint8) != torchs.view(torch.uint8)).sum()) <= max(2, TIES * values.numel())
+    expected = expected.clamp(-FLOAT8_MAX, FLOAT8_MAX)
+    half_step = (expected.abs() * 2**-4).clamp(min=2**-10) + 1e-6 * expected.abs().max()
+    assert bool(((values.double() - expected).abs() <= half_step).all())
+
+
+@DTYPES
+@ALL_SIZES
+@pytest.mark.parametrize("raw", [True, False], ids=["raw", "no-raw"])
+@pytest.mark.parametrize("kept_frames", [None, 1], ids=["all", "last-frame"])
+def test_qkv_norm_rope_store(ops: Ops, dtype: torch.dtype, size: str, raw: bool, kept_frames: int | None) -> None:
+    """Queries and cache in float8; what is not rotated in the dtype of ``qkv``, with the bits of a 16-bit cache's."""
+    s = replace(SIZES[size], float8=True)
+    args = case(ops, "qkv_norm_rope_store", s, dtype)
+    args[0][:, 2 * s.dim :] *= 200  # some values are beyond float8
+    args[0] = spread(args[0])
+    if kept_frames:
+        args[7] = args[7][: kept_frames * s.tokens]
+    if not raw:
+        args[8] = None
+    plain = copies([*args[:5], *(cache.to(dtype) for cache in args[5:7]), *args[7:]])
+    before, theirs = copies(args), copies(args)
+    their_q, q = reference.qkv_norm_rope_store(*theirs), ops.qkv_norm_rope_store(*args)
+    ops.qkv_norm_rope_store(*plain)
+    qkv, norm_q, norm_k, temporal, spatial = as_float64(args)[:5]
+    index, stored = args[7], slice(len(qkv) - len(args[7]), None)
+    wanted_q, wanted_k = (
+        rotate(rms(part, norm).reshape(-1, s.heads, s.head_dim), temporal, spatial)
+        for part, norm in ((qkv[:, : s.dim], norm_q), (qkv[:, s.dim : 2 * s.dim], norm_k))
+    )
+    check_rounded(q, their_q, wanted_q)
+    rows = torch.zeros(s.rows, dtype=torch.bool, device=index.device)
+    rows[index] = True
+    for cache, expected in ((5, wanted_k), (6, qkv[:, 2 * s.dim :].reshape(wanted_k.shape))):
+        check_rounded(args[cache][index], theirs[cache][index], expected[stored])
+        assert_same(args[cache][~rows], before[cache][~rows])
+    assert args[6][index].float().abs().max() == FLOAT8_MAX
+    if raw:
+        assert_same(args[8], plain[8])
+
+
+def test_a_value_that_is_not_finite_stays_visible_in_the_cache(ops: Ops) -> None:
+    args = case(ops, "qkv_norm_rope_store", replace(SIZES["small"], float8=True), torch.bfloat16)
+    args[0][1, -1], args[0][2, 0] = math.nan, math.nan
+    q = ops.qkv_norm_rope_store(*args)
+    assert args[6][args[7]].isnan().flatten(1).any(1).nonzero().flatten().tolist() == [1]
+    assert q.isnan().flatten(1).all(1).nonzero().flatten().tolist() == [2]
+
+
+@DTYPES
+@ALL_SIZES
+@pytest.mark.parametrize("given", ["all", "sink", "memory-keys", "memory-values", "nothing"])
+def test_reanchor(ops: Ops, dtype: torch.dtype, size: str, given: str) -> None:
+    s = replace(SIZES[size], float8=True)
+    args = case(ops, "reanchor", s, dtype)
+    args[5] = 200 * args[5]
+    for index, name in ((3, "sink"), (4, "memory-keys"), (5, "memory-values")):
+        args[index] = args[index] if given in ("all", name) else None
+    before, theirs = args[0].clone(), copies(args)
+    ops.reanchor(*args)
+    reference.reanchor(*theirs)
+    kv, memory = args[0], args[6]
+    _, anchor, spatial, sink_k, memory_k, memory_v, _ = as_float64(args)
+    written = torch.zeros(kv.shape[:3], dtype=torch.bool, device=kv.device)
+    for layer in range(s.layers):
+        for side, source, rows, turns in (
+            (0, sink_k, slice(memory, memory + s.sink_frames * s.tokens), anchor[s.memory_frames :]),
+            (0, memory_k, slice(0, memory), anchor[: s.memory_frames]),
+            (1, memory_v, slice(0, memory), None),
+        ):
+            if source is None:
+                continue
+            source = source[layer] if source is sink_k else source
+            expected = source if turns is None else rotate(source, turns, spatial)
+            check_rounded(kv[layer, side, rows], theirs[0][layer, side, rows], expected)
+            written[layer, side, rows] = True
+    assert_same(kv[~written], before[~written])
 
 
 @DTYPES
