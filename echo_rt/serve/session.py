@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from echo_rt.errors import EchoError
+from echo_rt.errors import ConfigError, EchoError
 
 CLOCK = 90_000  # ticks a second of ``Picture.pts``, as in RTP
+# The number of a picture, from 1, times this is its place. Events after it, and pictures that show it again, have the
+# places that follow. A session that comes back after the death of its process goes on with the places.
+PLACES = 1 << 20
+KEPT = 256  # pictures and events, for a reader that is late
 
 
 class BusyError(EchoError):
@@ -33,12 +38,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Block:
-    """The frames of the block that is being shown: ``frames`` RGB24 pictures in ``data``, made in ``seconds``."""
+    """The frames of the block that is being shown: ``frames`` RGB24 pictures in ``data``, made in ``seconds``.
+
+    ``place``: that of its last picture.
+    """
 
     index: int
     frames: int
     data: bytes = field(repr=False)
     seconds: float
+    place: int
 
 
 Item = Picture | dict[str, Any]  # a picture, or an event in plain JSON types with its ``type``
@@ -53,14 +62,48 @@ class Session(Protocol):
     async def describe(self) -> dict[str, Any]:
         """Return what does not change: size, fps, codec, MP4 ``header``, ``epoch`` (of :func:`time.time`), controls."""
 
-    async def next(self, after: int) -> list[tuple[int, Item]]:
-        """Return the items numbered above ``after``; waits up to a second for one. Only the last few are kept."""
+    async def next(self, after: int | None) -> list[tuple[int, Item]]:
+        """Return the items whose places are above ``after``, or that come from now on; waits up to a second for one.
+
+        Only the last :data:`KEPT` are there.
+        """
 
     async def block(self, after: int) -> Block | None:
-        """Return the block being shown as soon as its number is not ``after``; None after a second."""
+        """Return the block being shown as soon as its place is above ``after``; None after a second."""
 
     async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         """Carry out a command of :data:`echo_rt.serve.app.COMMANDS`, ``keyframe`` or ``figures``."""
 
     async def close(self) -> None:
         """End the video: close the recording, write a snapshot."""
+
+
+class Sessions:
+    """The sessions of this process, by name, from the start of the server to its end."""
+
+    always = True  # they are pulled from even while nobody watches
+
+    def __init__(self, sessions: Mapping[str, Session]) -> None:
+        self._sessions = sessions
+
+    async def start(self) -> None:
+        """Begin to show all."""
+        for session in self._sessions.values():
+            await session.start()
+
+    async def close(self) -> None:
+        """End all."""
+        for session in self._sessions.values():
+            await session.close()
+
+    async def find(self, name: str) -> Session | None:
+        """Return the session of that name, if there is one."""
+        return self._sessions.get(name)
+
+    async def names(self) -> list[str]:
+        """Return all names."""
+        return list(self._sessions)
+
+    async def create(self, name: str, prompt: str, seed: int, memory: str | None) -> None:
+        """Make another session."""
+        raise ConfigError("this server has one session; more need a cluster: echo-rt serve --ray")

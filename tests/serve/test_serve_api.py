@@ -28,11 +28,11 @@ REALTIME = "ws://127.0.0.1:{}/v1/realtime_video/generate"
 def shown(server: Served, blocks: int, *, first: int) -> dict[int, bytes]:
     """The frames of blocks that are shown, by their number."""
     found: dict[int, bytes] = {}
-    after = -1
+    after = 0
     while len(found) < blocks:
         block = _now(server, server.session.block(after))
         if block is not None:
-            after = block.index
+            after = block.place
             if block.index >= first:
                 found[block.index] = block.data
     return found
