@@ -93,7 +93,6 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
         listener = server.listen(host, arguments.port)
         port = listener.getsockname()[1]
         given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-        load = partial(load_model, arguments.model, given)
         make = partial(
             app.make_app,
             rules=guard.Rules(token, frozenset([*arguments.allow_host, host])),
@@ -102,7 +101,7 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
         )
         try:
             session = arguments.ray is None and LiveSession(
-                load,
+                partial(load_model, arguments.model, given),
                 arguments.out,
                 arguments.prompt,
                 seed=arguments.seed,
@@ -123,7 +122,7 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
 
     if not session:
         listener.close()  # one of Ray's processes serves there
-        return _serve_on_ray(arguments, load, make, port, announce, stop)
+        return _serve_on_ray(arguments, given, make, port, announce, stop)
     announce(session.resumed)
     server.make_server(make({"main": session}), most_connections=_PER_VIEWER * arguments.viewers).run([listener])
     if session.problem is not None:
@@ -135,7 +134,12 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
 
 
 def _serve_on_ray(
-    arguments: Arguments, load: Any, make: Any, port: int, announce: Callable[[], None], stop: StopRequest
+    arguments: Arguments,
+    options: dict[str, Any],
+    make: Callable[..., Any],
+    port: int,
+    announce: Callable[[], None],
+    stop: StopRequest,
 ) -> int:
     """Put gateways in front of the cluster's sessions until a signal; then park the sessions."""
     with needing("echo-rt[ray]", "echo-rt serve --ray"):
@@ -144,7 +148,8 @@ def _serve_on_ray(
     with stop.interruptible():
         has_gpus = cluster.connect(arguments.ray).get("GPU", 0) > 0
     settings = cluster.Cluster(
-        load,
+        arguments.model,
+        options,
         storage,
         every=arguments.snapshot_blocks,
         idle_seconds=arguments.idle,

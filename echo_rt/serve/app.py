@@ -24,7 +24,7 @@ from echo_rt.errors import ConfigError, EchoError
 from echo_rt.serve.guard import Guard, Rules
 from echo_rt.serve.realtime import Realtime
 from echo_rt.serve.rtc import Peers
-from echo_rt.serve.session import BusyError, Session, Sessions
+from echo_rt.serve.session import BusyError, Session, Sessions, soon
 from echo_rt.serve.viewers import Channel, Kind, Viewer
 from echo_rt.utils.build_info import __version__
 
@@ -115,7 +115,7 @@ def make_app(
     """Make the application; its lifespan starts the sessions and closes them.
 
     Args:
-        sessions: by name; the page and the real-time WebSocket have ``main``, or as their address says: ``?session=NAME``.
+        sessions: by name; the page and the real-time WebSocket have ``main``, unless asked for ``?session=NAME``.
         rules: what is refused.
         most_viewers: of each session; as many again may listen to its events.
         ice_servers: STUN and TURN servers for WebRTC, as ``RTCIceServer`` has them.
@@ -207,7 +207,7 @@ def make_app(
 
     @app.get(_ROOT, tags=["sessions"], summary="What a session is, and its figures.")
     async def session(name: str) -> dict[str, Any]:
-        described = await (await room_of(name)).session.describe()
+        described = await soon((await room_of(name)).session.describe())
         about = {key: value for key, value in described.items() if key != "header"}
         return {"name": name, **about, "ice_servers": ice_servers or [], "figures": await figures(name)}
 
@@ -306,13 +306,12 @@ async def _feed(
     await socket.accept()
     with contextlib.ExitStack() as stack:
         try:
-            begin = await first()
             viewer = stack.enter_context(channel.view(kind, after))
         except BusyError as error:
             await socket.close(_TRY_LATER, str(error)[:_MOST_REASON])
             return
         numbered = after is not None
-        tasks = [asyncio.create_task(_answer(socket)), asyncio.create_task(_push(socket, viewer, begin, numbered))]
+        tasks = [asyncio.create_task(_answer(socket)), asyncio.create_task(_push(socket, viewer, first, numbered))]
         try:
             await channel.session.ask("keyframe")
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -331,8 +330,8 @@ async def _answer(socket: WebSocket) -> None:
             await _send(socket, {"pong": message["ping"], "now": time.time()})
 
 
-async def _push(socket: WebSocket, viewer: Viewer, first: list[Any], numbered: bool) -> None:
-    for entry in first:
+async def _push(socket: WebSocket, viewer: Viewer, first: Callable[[], Awaitable[list[Any]]], numbered: bool) -> None:
+    for entry in await first():
         await _send(socket, entry)
     while True:
         entry = await viewer.get()

@@ -10,13 +10,16 @@ import asyncio
 import logging
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import fsspec
+import fsspec.core
 import msgspec
 import ray
 from fastapi import FastAPI
@@ -24,12 +27,12 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
 from echo_rt.errors import ConfigError, EchoError, StreamError
-from echo_rt.runtime import Runtime
-from echo_rt.serve.live import LiveSession, check_memory, checked_prompt
-from echo_rt.serve.session import Block, BusyError, Item, Sessions
-from echo_rt.snapshot.snapshot import Snapshot
+from echo_rt.serve.session import Block, BusyError, Item, Sessions, check_memory, checked_prompt, soon
 from echo_rt.utils.checked_json import read_json
 from echo_rt.utils.wording import first_line, with_type
+
+if TYPE_CHECKING:
+    from echo_rt.serve.live import LiveSession
 
 NAMESPACE = APPLICATION = "echo-rt"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
@@ -37,7 +40,7 @@ _MOST_SESSIONS = 1000
 _BEGIN = "session.json"
 _AGAIN_SECONDS = 0.1
 _ANSWER_SECONDS = 1.0  # for figures; who does not answer waits for a machine, or loads
-_COME_BACK_SECONDS = 20.0  # for anything else
+_CONNECT_SECONDS = 20.0
 _READING = ("prompts", "snapshots", "recordings", "recording")  # commands that change nothing
 
 logger = logging.getLogger("echo_rt.serve")
@@ -48,7 +51,7 @@ class Cluster:
     """How sessions run. All machines must have what is named here.
 
     Args:
-        load: loads the model with a memory mode, like a snapshot if one is given.
+        model, options: of :meth:`echo_rt.Runtime.from_pretrained`.
         storage: folder or address of fsspec's, in which each session has a folder.
         every: blocks between two snapshots.
         idle_seconds: after which a session that nobody asks for anything is parked.
@@ -56,7 +59,8 @@ class Cluster:
         megabits: most megabits a second to one viewer.
     """
 
-    load: Callable[[str | None, Snapshot | None], Runtime]
+    model: Path
+    options: Mapping[str, Any]
     storage: str
     every: int = 40
     idle_seconds: float = 60.0
@@ -109,12 +113,12 @@ class Host:
             threading.Timer(_AGAIN_SECONDS, _end_this_actor).start()  # after the answer
 
     async def _open(self) -> LiveSession:
-        place, begin, cluster = f"{self._cluster.storage}/{self._name}", asdict(self._begin), self._cluster
-        session = await asyncio.to_thread(
-            lambda: LiveSession(
-                cluster.load, place, **begin, resume=True, megabits=cluster.megabits, every=cluster.every
-            )
-        )
+        from echo_rt.serve.live import LiveSession, load_model  # not in the gateways, which do without torch
+
+        cluster, options = self._cluster, {"resume": True, **asdict(self._begin)}
+        options |= {"megabits": cluster.megabits, "every": cluster.every}
+        load, place = partial(load_model, cluster.model, cluster.options), f"{cluster.storage}/{self._name}"
+        session = await asyncio.to_thread(LiveSession, load, place, **options)
         await session.start()
         self._session = session
         return session
@@ -147,9 +151,9 @@ class RaySession:
         """Do nothing: the first call that needs it makes the actor."""
 
     async def describe(self) -> dict[str, Any]:
-        """Return what does not change."""
+        """Return what does not change; the first time, waits like :meth:`next`."""
         if self._about is None:
-            self._about = dict(await self._soon(self._call("describe")))
+            self._about = dict(await self._call("describe"))
         return self._about
 
     async def next(self, after: int | None) -> list[tuple[int, Item]]:
@@ -172,8 +176,8 @@ class RaySession:
             task.add_done_callback(self._wanted.discard)
             return {}
         if command not in _READING:
-            await self._soon(self._call("describe"))
-        answer: dict[str, Any] = await self._soon(self._call("ask", command, again=command in _READING, **arguments))
+            await soon(self._call("describe"))
+        answer: dict[str, Any] = await self._call("ask", command, again=command in _READING, **arguments)
         return answer
 
     async def close(self) -> None:
@@ -211,12 +215,6 @@ class RaySession:
                 if not again:
                     raise BusyError("the session's process has died, perhaps before it took this") from error
                 await asyncio.sleep(_AGAIN_SECONDS)
-
-    async def _soon(self, call: Any) -> Any:
-        try:
-            return await asyncio.wait_for(call, _COME_BACK_SECONDS)
-        except asyncio.TimeoutError:
-            raise BusyError("the session waits for a free machine, or loads its model; ask again later") from None
 
     def _make(self) -> Any:
         name, cluster, _ = self._given
@@ -292,11 +290,14 @@ def connect(address: str) -> dict[str, float]:
     :class:`ConfigError` where there is none.
     """
     handler = signal.getsignal(signal.SIGTERM)
+    host, colon, port = address.rpartition(":")
     try:
+        if colon and "/" not in host:  # Ray itself would try for a minute
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
         resources: dict[str, float] = ray.cluster_resources()
         return resources
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"expected a Ray cluster at {address}: {first_line(error)}") from None
     finally:
         signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own in its place
@@ -305,9 +306,13 @@ def connect(address: str) -> dict[str, float]:
 def deploy(make: Callable[[], FastAPI], *, host: str, port: int, gateways: int, most_requests: int) -> None:
     """Have Ray Serve run ``gateways`` replicas of the application, and restart those that die; returns once they serve.
 
-    ``most_requests``: at once in each, WebSockets included.
+    They take the place of any that are there. ``most_requests``: at once in each, WebSockets included.
+    :class:`ConfigError` where Ray Serve has applications of others, as it serves at one port alone.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    if others := set(serve.status().applications) - {APPLICATION}:
+        raise ConfigError(f"expected a cluster without other applications of Ray Serve, found {', '.join(others)}")
+    serve.shutdown()
     serve.start(http_options=serve.HTTPOptions(host=host, port=port))
     gateway = serve.deployment(
         serve.ingress(make)(),
@@ -321,10 +326,8 @@ def deploy(make: Callable[[], FastAPI], *, host: str, port: int, gateways: int, 
 
 
 def withdraw() -> None:
-    """End the gateways, and Ray Serve with them unless it has other applications."""
-    serve.delete(APPLICATION)
-    if not serve.status().applications:
-        serve.shutdown()
+    """End the gateways, and Ray Serve with them."""
+    serve.shutdown()
 
 
 def disconnect() -> None:

@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from echo_rt.chunk import Chunk
-from echo_rt.errors import ConfigError, EchoError, OutputError, PromptError, SnapshotError, StreamError
+from echo_rt.errors import ConfigError, EchoError, OutputError, SnapshotError, StreamError
 from echo_rt.options import MemoryMode, check_seed
 from echo_rt.runtime import Runtime
 from echo_rt.serve.encoder import LiveEncoder, Recording
-from echo_rt.serve.session import KEPT, PLACES, Block, BusyError, Item
+from echo_rt.serve.session import KEPT, PLACES, Block, BusyError, Item, check_memory, checked_prompt
 from echo_rt.serve.shelf import Notes, Shelf
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.stream import Feed, Stream
@@ -31,7 +31,6 @@ from echo_rt.utils.atomic_file import close_all
 from echo_rt.utils.threads import share_cpu
 from echo_rt.utils.wording import with_type
 
-MOST_PROMPT = 2000  # characters
 _MOST_WAITING = 8  # commands
 _MOST_PROMPTS = 200  # remembered
 _RECORDED_SECONDS = 3600
@@ -115,6 +114,7 @@ class LiveSession:
                 runtime.stream(checked_prompt(prompt), seed=seed) if snapshot is None else runtime.resume(snapshot)
             )
             self._first_block = self._stream.next_block
+            self._first_picture = self._notes.base + self._stream.video_frames
             self._seen = self._seen_by_some = self._notes.shown
             self._place = self._seen * PLACES
             if every is None or self._notes.epoch is None:
@@ -502,8 +502,9 @@ class LiveSession:
         with self._changed:
             self._changed.wait_for(lambda: self._asked_at or self._leave)
             self._changed.wait_for(lambda: self._leave, _MEET_SECONDS)
-            shown, most = self._notes.shown, _MOST_FRAMES * (self._every + 8)
-            if known := [place for place in heard if shown <= place // PLACES <= shown + most]:
+            # Others are of viewers who were away for long, or of another video.
+            can = range(self._first_picture, self._notes.shown + _MOST_FRAMES * (self._every + 8))
+            if known := [place for place in heard if place // PLACES in can]:
                 self._place = max(min(known), max(known) - KEPT * PLACES)
                 self._seen, self._seen_by_some = self._place // PLACES, max(known) // PLACES
             self._heard = None
@@ -578,21 +579,3 @@ def _entry(text: str, block: int, over: int | None) -> dict[str, Any]:
 def load_model(model: Path, options: Mapping[str, Any], memory: str | None, like: Snapshot | None) -> Runtime:
     """Load a model with the options of :meth:`Runtime.from_pretrained`, in a memory mode unless that is None."""
     return Runtime.from_pretrained(model, **{**options, "memory": memory or options["memory"]}, like=like)
-
-
-def check_memory(memory: str | None) -> str | None:
-    """Return a memory mode, or None for the model's own; :class:`ConfigError` for what is none."""
-    modes = [mode.value for mode in MemoryMode]
-    if memory not in (None, *modes):
-        raise ConfigError(f"memory: expected one of {', '.join(modes)}, found {str(memory)[:40]!r}")
-    return memory
-
-
-def checked_prompt(text: str) -> str:
-    """Return a prompt without blanks around it; :class:`PromptError` for one that is empty, too long or not text."""
-    text = text.strip()
-    if not 1 <= len(text) <= MOST_PROMPT:
-        raise PromptError(f"expected a prompt of 1 to {MOST_PROMPT} characters, found {len(text)} without blanks")
-    if not all(character.isprintable() or character in "\n\t" for character in text):
-        raise PromptError("expected a prompt of printable characters, found others")
-    return text

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from echo_rt.errors import ConfigError, EchoError
+from echo_rt.errors import ConfigError, EchoError, PromptError
+from echo_rt.options import MemoryMode
 
+MOST_PROMPT = 2000  # characters
 CLOCK = 90_000  # ticks a second of ``Picture.pts``, as in RTP
 # The number of a picture, from 1, times this is its place. Events after it, and pictures that show it again, have the
 # places that follow. A session that comes back after the death of its process goes on with the places.
 PLACES = 1 << 20
 KEPT = 256  # pictures and events, for a reader that is late
+
+_SOON_SECONDS = 20.0
+
+T = TypeVar("T")
 
 
 class BusyError(EchoError):
@@ -107,3 +114,29 @@ class Sessions:
     async def create(self, name: str, prompt: str, seed: int, memory: str | None) -> None:
         """Make another session."""
         raise ConfigError("this server has one session; more need a cluster: echo-rt serve --ray")
+
+
+async def soon(call: Awaitable[T]) -> T:
+    """Wait for a session's answer, but not for as long as it may take to have a machine and a model."""
+    try:
+        return await asyncio.wait_for(call, _SOON_SECONDS)
+    except asyncio.TimeoutError:
+        raise BusyError("the session waits for a free machine, or loads its model; ask again later") from None
+
+
+def check_memory(memory: str | None) -> str | None:
+    """Return a memory mode, or None for the model's own; :class:`ConfigError` for what is none."""
+    modes = [mode.value for mode in MemoryMode]
+    if memory not in (None, *modes):
+        raise ConfigError(f"memory: expected one of {', '.join(modes)}, found {str(memory)[:40]!r}")
+    return memory
+
+
+def checked_prompt(text: str) -> str:
+    """Return a prompt without blanks around it; :class:`PromptError` for one that is empty, too long or not text."""
+    text = text.strip()
+    if not 1 <= len(text) <= MOST_PROMPT:
+        raise PromptError(f"expected a prompt of 1 to {MOST_PROMPT} characters, found {len(text)} without blanks")
+    if not all(character.isprintable() or character in "\n\t" for character in text):
+        raise PromptError("expected a prompt of printable characters, found others")
+    return text

@@ -29,11 +29,11 @@ class Viewer:
     def __init__(self, kind: Kind, missed: Iterable[tuple[int, Item]] | None = None) -> None:
         self.kind, self.dropped, self.place = kind, 0, 0
         self._queue: deque[tuple[int, int, Any]] = deque()
-        self._bytes, self._needs_key, self._most = 0, missed is None, KEPT
+        self._bytes, self._needs_key = 0, missed is None
+        self._room = 1 if missed is None else 1 + KEPT // _MOST_ITEMS  # who was away has more to catch up with
         self._filled = asyncio.Event()
         for place, item in missed or ():
             self.offer(place, item)
-        self._most = _MOST_ITEMS + len(self._queue)
 
     def offer(self, place: int, item: Item) -> None:
         """Queue ``item`` if this viewer is for it."""
@@ -43,7 +43,7 @@ class Viewer:
         if isinstance(item, Picture):
             key, data = (item.mp4_key, item.mp4) if self.kind == "mp4" else (item.key, item.h264)
             size, entry = len(data), data if self.kind == "mp4" else (item.pts, data)
-        if len(self._queue) >= self._most or self._bytes + size > _MOST_BYTES:
+        if len(self._queue) >= self._room * _MOST_ITEMS or self._bytes + size > self._room * _MOST_BYTES:
             self.dropped += len(self._queue)
             self._queue.clear()
             self._bytes, self._needs_key = 0, True
