@@ -174,8 +174,9 @@ class LiveSession:
 
         def found() -> list[tuple[int, Item]]:
             # A place that nobody can have seen yet is that of another video.
-            known = after is not None and after < (max(self._place // PLACES, self._seen_by_some) + 1) * PLACES
-            return [item for item in self._items if item[0] > (after if known else begin)]
+            most = (max(self._place // PLACES, self._seen_by_some) + 1) * PLACES
+            above = begin if after is None or after >= most else after
+            return [item for item in self._items if item[0] > above]
 
         return await self._await_news(found) or []
 
