@@ -25,7 +25,7 @@ this machine can reach it, unless --host names another address; then a token is 
 """
 EPILOG = """
 Ctrl-C or SIGTERM ends it: the recording is closed, and a snapshot is written that --resume goes on from. docs/serve.md
-has more, such as how to serve behind a proxy.
+has more, docs/serve-proxy.md tells how to serve behind a proxy, docs/serve-cluster.md on many machines.
 """
 _PER_VIEWER = 8  # connections
 _PROMPT = "a red fox in the snow"

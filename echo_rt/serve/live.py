@@ -106,6 +106,8 @@ class LiveSession:
         try:
             prompt = checked_prompt(prompt)
             self._notes = Notes([_entry(prompt, 0, None)], seed, memory)
+            if every is not None:
+                self._current.take_over()
             snapshot = self._newest() if resume else None
             self._runtime = runtime = load(self._notes.memory, snapshot)
             self._encoder = LiveEncoder(runtime.frame_size, runtime.fps, megabits)

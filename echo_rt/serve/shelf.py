@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from echo_rt.utils.wording import first_line, with_type
 _SNAPSHOT = re.compile(r"([0-9]{8}-[0-9]{9}-block-([0-9]+))\.safetensors")
 _RECORDING = re.compile(r"[0-9]{8}-[0-9]{9}\.mp4")
 _LOGGED = re.compile(r"prompt-([0-9]{10})\.json")
+_OWNER = "owner.json"
 _MOST_RECORDINGS = 32
 
 
@@ -60,6 +62,7 @@ class Shelf:
         self._most = most
         self._close: Callable[[], None] = lambda: None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._owner: str | None = None
         if isinstance(self._fs, LocalFileSystem):
             self._folder = Path(self._root)
             if claim:
@@ -75,6 +78,12 @@ class Shelf:
         self._close()
         if self._scratch is not None:
             self._scratch.cleanup()
+
+    def take_over(self) -> None:
+        """Make whoever had the place before write no more: a machine that cannot be reached may still run."""
+        owner = secrets.token_hex(8)
+        self._write_json(_OWNER, owner)
+        self._owner = owner
 
     def snapshots(self) -> list[dict[str, Any]]:
         """List the snapshots, newest first: name, block, bytes."""
@@ -157,6 +166,8 @@ class Shelf:
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         """Have ``write`` make the file, and store it: whole or not at all."""
+        if self._owner is not None and self.read_json(_OWNER, str) != self._owner:
+            raise OutputError(f"{self._root}/{name}: another process has taken over")
         if self._scratch is None:
             write(self._folder / name)
             return

@@ -54,7 +54,7 @@ class Viewer:
 
     def __init__(self, after: int = 0) -> None:
         self.after, self.numbers, self.blocks = after, list[int](), dict[int, bytes]()
-        self.block = after
+        self.block, self.first = after, list[Picture]()
 
     async def take(self, session: LiveSession, until: Callable[[], bool]) -> None:
         await asyncio.gather(self._pictures(session, until), self._blocks(session, until))
@@ -66,6 +66,7 @@ class Viewer:
                 if isinstance(item, Picture):
                     assert not self.numbers or place // PLACES == self.numbers[-1] + 1, "left out, or shown twice"
                     self.numbers.append(place // PLACES)
+                    self.first = self.first or [item]
 
     async def _blocks(self, session: LiveSession, until: Callable[[], bool]) -> None:
         while not until():
@@ -82,30 +83,37 @@ def check(viewer: Viewer, video: list[bytes]) -> None:
 async def stored(store: str, blocks: int) -> None:
     """Return once a snapshot is stored that the blocks up to ``blocks`` are shown in."""
     fs, root = fsspec.core.url_to_fs(f"{store}/a/current")
-    while not any(int(path.split("-block-")[1].split(".")[0]) >= blocks - 1 for path in fs.glob(f"{root}/*.json")):
+    while not any(int(path[:-5].split("-")[-1]) >= blocks - 1 for path in fs.glob(f"{root}/*-block-*.json")):
         fs.invalidate_cache()
         await asyncio.sleep(0.01)
 
 
 def test_another_process_goes_on_with_the_very_next_picture(store: str, small_model: Path) -> None:
-    async def trial() -> tuple[Viewer, int]:
+    async def trial() -> tuple[Viewer, list[tuple[int, str]]]:
         viewer = Viewer()
         async with session(small_model, f"{store}/a") as first:
             await asyncio.gather(viewer.take(first, lambda: 4 in viewer.blocks), stored(store, 2))
             asked = (await first.ask("prompt", text=OTHER))["block"]
+            await asyncio.to_thread(first._secure_on_the_way)  # amid a block that viewers do not have yet
+            asked_later = (await first.ask("prompt", text="rain"))["block"]
             place = killed(store)
         late = Viewer(viewer.after - 5 * PLACES)  # of a gateway that had less of it
-        late.block = viewer.block
+        late.block, viewer.first = viewer.block, []
         async with session(small_model, place, "not begun again") as second:
             prompts = (await second.ask("prompts"))["prompts"]
-            assert [(entry["text"], entry["block"]) for entry in prompts] == [(PROMPT, 0), (OTHER, asked)]
-            await asyncio.gather(*(one.take(second, lambda: asked + 1 in viewer.blocks) for one in (viewer, late)))
-        assert late.numbers[0] == late.numbers[-1] - len(late.numbers) + 1 == min(late.numbers)
-        assert set(range(viewer.numbers[0], late.numbers[0])) < set(viewer.numbers)
-        return viewer, asked
+            expected = [(PROMPT, 0), (OTHER, asked), ("rain", asked_later)]
+            assert [(entry["text"], entry["block"]) for entry in prompts] == expected
+            seen = viewer.after // PLACES
+            takers = [one.take(second, lambda: asked_later + 1 in viewer.blocks) for one in (viewer, late)]
+            await asyncio.gather(*takers)
+            shown = [place // PLACES for place, item in second._items if isinstance(item, Picture)]
+        assert late.numbers[0] == seen - 4 and (len(shown) > 200 or shown[0] == seen - 4), "shown again"
+        assert viewer.first[0].key and late.first[0].key, "they go on with another encoder"
+        assert late.first[0].mp4 and late.first[0].mp4_key, "the last picture before is in no fragment"
+        return viewer, [(asked, OTHER), (asked_later, "rain")]
 
-    viewer, asked = asyncio.run(trial())
-    check(viewer, plain(small_model, max(viewer.blocks) + 1, (asked, OTHER)))
+    viewer, switches = asyncio.run(trial())
+    check(viewer, plain(small_model, max(viewer.blocks) + 1, *switches))
     assert viewer.numbers[0] == 1
 
 
@@ -163,8 +171,24 @@ def test_the_log_is_no_longer_than_it_must_be(tmp_path: Path, small_model: Path)
             await viewer.take(first, lambda: 8 in viewer.blocks)
         left = sorted(Path(tmp_path, "a", "current").iterdir())
         assert not [path for path in left if path.name.startswith("prompt-")]
-        assert len(left) == 4, "two snapshots, with their notes"
-        assert json.loads(left[-2].read_text())["logged"] == 3
+        assert [path.suffix for path in left] == [".json", ".safetensors"] * 2 + [".json"], (
+            "two snapshots, and the owner"
+        )
+        assert json.loads(left[-3].read_text())["logged"] == 3
+
+    asyncio.run(trial())
+
+
+def test_a_process_that_was_only_out_of_reach_writes_no_more(tmp_path: Path, small_model: Path) -> None:
+    async def trial() -> None:
+        first = session(small_model, f"{tmp_path}/a")
+        lost = await first.__aenter__()
+        async with session(small_model, f"{tmp_path}/a"):
+            with pytest.raises(OutputError, match="another process has taken over"):
+                await lost.ask("prompt", text=OTHER)
+            with pytest.raises(AssertionError):  # its end cannot be stored either
+                await first.__aexit__(None, None, None)
+            assert isinstance(lost.problem, OutputError)
 
     asyncio.run(trial())
 
