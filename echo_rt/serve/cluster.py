@@ -26,7 +26,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
-from echo_rt.errors import ConfigError, EchoError, StreamError
+from echo_rt.errors import ConfigError, StreamError
 from echo_rt.serve.session import Block, BusyError, Item, Sessions, check_memory, checked_prompt, soon
 from echo_rt.utils.checked_json import read_json
 from echo_rt.utils.wording import first_line, with_type
@@ -85,25 +85,38 @@ class Host:
         self._session: LiveSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening: asyncio.Future[LiveSession] | None = None
-        self._called = time.monotonic()
+        self._called, self._waiting, self._closing = time.monotonic(), 0, False
         threading.Thread(target=self._park_when_idle, name="echo-rt idle", daemon=True).start()
 
     async def call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """Call a method of the session."""
-        if arguments != ("figures",):
-            self._called = time.monotonic()
+        """Call a method of the session; all but a look at its figures keeps it from being parked."""
+        wanted = arguments != ("figures",)
+        self._waiting += wanted
+        try:
+            return await self._call(method, arguments, options)
+        finally:
+            self._waiting -= wanted
+            if wanted:
+                self._called = time.monotonic()
+
+    async def _call(self, method: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if self._closing:
+            raise BusyError("the session is being parked; ask again later")
         if self._opening is None:
             self._loop = asyncio.get_running_loop()
             self._opening = asyncio.ensure_future(self._open())
         try:
             session = await asyncio.shield(self._opening)
-        except EchoError:
-            self._opening = None  # the next call tries again
+        except Exception:  # of any kind, from a model that cannot be loaded: the next call tries again
+            self._opening = None
             raise
         return await getattr(session, method)(*arguments, **options)
 
     async def close(self) -> None:
         """Store the video, and end this process."""
+        if self._closing:
+            return
+        self._closing = True
         try:
             if self._session is not None:
                 await self._session.close()
@@ -126,7 +139,7 @@ class Host:
     def _park_when_idle(self) -> None:
         while (left := self._called + self._cluster.idle_seconds - time.monotonic()) > 0:
             time.sleep(left)
-            if self._session is not None and self._session.recording:
+            if self._waiting or (self._session is not None and self._session.recording):
                 self._called = time.monotonic()
         if self._loop is None:
             _end_this_actor()

@@ -112,9 +112,7 @@ class LiveSession:
             self._runtime = runtime = load(self._notes.memory, snapshot)
             self._encoder = LiveEncoder(runtime.frame_size, runtime.fps, megabits)
             self._pace = 1 / runtime.fps
-            self._stream = (
-                runtime.stream(checked_prompt(prompt), seed=seed) if snapshot is None else runtime.resume(snapshot)
-            )
+            self._stream = runtime.stream(prompt, seed=seed) if snapshot is None else runtime.resume(snapshot)
             self._first_block = self._stream.next_block
             self._first_picture = self._notes.base + self._stream.video_frames
             self._seen = self._seen_by_some = self._notes.shown
@@ -123,8 +121,9 @@ class LiveSession:
                 self._notes.epoch = time.time()
             if every is not None:
                 for entry in self._current.logged(self._notes.logged):
-                    self._stream.set_prompt(entry["text"], block=entry["block"], over=entry["over"] or 1)
-                    self._note(entry)
+                    if entry["block"] >= self._stream.next_prompt_block:  # or it was not taken in the end
+                        self._stream.set_prompt(entry["text"], block=entry["block"], over=entry["over"] or 1)
+                        self._note(entry)
                 if snapshot is None:
                     self._secure()
         except BaseException:
@@ -461,6 +460,8 @@ class LiveSession:
         """Show each frame in its time, until the feed is closed."""
         if self._heard is not None:
             self._meet(self._heard)
+            if self._leave:
+                return
         due = arrived = asked = time.monotonic()
         for chunk in feed:
             frames, now = chunk.frames.numpy(), time.monotonic()
