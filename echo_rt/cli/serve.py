@@ -123,8 +123,10 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     if not session:
         listener.close()  # one of Ray's processes serves there
         return _serve_on_ray(arguments, given, make, port, announce, stop)
+    running = server.make_server(make({"main": session}), most_connections=_PER_VIEWER * arguments.viewers)
     announce(session.resumed)
-    server.make_server(make({"main": session}), most_connections=_PER_VIEWER * arguments.viewers).run([listener])
+    running.should_exit = stop.request is not None  # from here on its own handlers note a signal
+    running.run([listener])
     if session.problem is not None:
         raise session.problem
     report["snapshot"] = session.saved
