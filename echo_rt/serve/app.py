@@ -31,6 +31,7 @@ from echo_rt.utils.build_info import __version__
 PAGE = Path(__file__).parent / "page"
 _SILENT_SECONDS = 15.0  # a viewer whose connection takes nothing for so long is closed
 _TRY_LATER, _MOST_REASON = 1013, 120  # of a WebSocket: code and bytes of its reason
+_NOW = -1  # as ``after``: with the next key frame
 _ROOT = "/api/sessions/{name}"
 
 
@@ -254,7 +255,8 @@ def make_app(
     ) -> None:
         """Send codec and epoch as JSON, for ``mp4`` the header, and then a binary message for each picture.
 
-        With ``after``, each of those begins with its place, 64 bits. Given as ``after`` later, pictures go on there.
+        With ``after``, -1 at first, each of those begins with its place, 64 bits. Given as ``after`` when connecting
+        again, pictures go on there.
         """
         room = await room_of(name)
 
@@ -306,7 +308,7 @@ async def _feed(
     await socket.accept()
     with contextlib.ExitStack() as stack:
         try:
-            viewer = stack.enter_context(channel.view(kind, after))
+            viewer = stack.enter_context(channel.view(kind, None if after == _NOW else after))
         except BusyError as error:
             await socket.close(_TRY_LATER, str(error)[:_MOST_REASON])
             return

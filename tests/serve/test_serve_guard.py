@@ -95,6 +95,8 @@ def test_a_browser_keeps_the_token_in_a_cookie(private: Served) -> None:
     cookie = headers["set-cookie"]
     assert "HttpOnly" in cookie and "SameSite=strict" in cookie
     assert private.ask("GET", "/", Cookie=cookie.partition(";")[0])[0] == 200
+    _, headers, _ = private.ask("GET", f"/?session=ann&token={quote(TOKEN)}")
+    assert headers["location"] == "/?session=ann"
 
 
 def test_a_long_body_is_refused_before_it_is_read(private: Served) -> None:
