@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import secrets
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ from echo_rt.cli.outputs import Named, check_folder
 from echo_rt.cli.stdio import say
 from echo_rt.options import RuntimeOptions
 from echo_rt.utils.packages import needing
-from echo_rt.utils.signals import StopRequest
+from echo_rt.utils.signals import StopNow, StopRequest
 
 DESCRIPTION = """
 Serve one live video: a page to watch and steer it, WebRTC, fragmented MP4 over a WebSocket, and an API (/docs). Only
@@ -20,8 +24,9 @@ this machine can reach it, unless --host names another address; then a token is 
 """
 EPILOG = """
 Ctrl-C or SIGTERM ends it: the recording is closed, and a snapshot is written that --resume goes on from. docs/serve.md
-has more, such as how to serve behind a proxy.
+has more, docs/serve-proxy.md tells how to serve behind a proxy, docs/serve-cluster.md on many machines.
 """
+_PER_VIEWER = 8  # connections
 _PROMPT = "a red fox in the snow"
 _VIDEO = f"""
 --prompt TEXT   the first prompt (default: {_PROMPT})
@@ -36,6 +41,13 @@ _SERVER = """
 --allow-host NAME  a name that browsers reach it by, such as that of a proxy; may be repeated
 --ice URL          STUN or TURN server for WebRTC, such as turn:USER:PASSWORD@HOST:3478; may be repeated
 --viewers N        most viewers (default 64)
+"""
+_CLUSTER = """
+--ray ADDRESS        sessions as actors of this Ray cluster, or of the one of this machine: auto
+--storage URL        folder or object store, such as s3://BUCKET/live, that all its machines reach (default: --out)
+--gateways N         replicas that viewers are connected to (default 1)
+--snapshot-blocks N  blocks between two snapshots, from which a video goes on after a failure (default 40)
+--idle SECONDS       a session that nobody watches is stored, and makes room, after this time (default 60)
 """
 OPTIONS = {
     "model": shared([*MODEL, "--size", "--set"]),
@@ -56,6 +68,12 @@ OPTIONS = {
         ice={"multiple": True},
         viewers={"type": number(int, "a number of 1 or more", positive=True), "default": 64},
     ),
+    "cluster": table(
+        _CLUSTER,
+        gateways={"type": number(int, "a number of 1 or more", positive=True), "default": 1},
+        snapshot_blocks={"type": number(int, "a number of 1 or more", positive=True), "default": 40},
+        idle={"type": number(float, "a number above 0", positive=True), "default": 60.0},
+    ),
 }
 
 
@@ -69,18 +87,20 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     with stop.interruptible():
         with needing("echo-rt[serve]", "echo-rt serve"):
             from echo_rt.serve import app, guard, server
-        from echo_rt.runtime import Runtime
-        from echo_rt.serve.live import LiveSession
+        from echo_rt.serve.live import LiveSession, load_model
 
         listener = server.listen(host, arguments.port)
-
-        def load(memory: str | None, like: Any) -> Runtime:
-            asked = options.arguments() | {"memory": memory or options.memory}
-            return Runtime.from_pretrained(arguments.model, **asked, like=like)
-
+        port = listener.getsockname()[1]
+        given = options.arguments()
+        make = partial(
+            app.make_app,
+            rules=guard.Rules(token, frozenset([*arguments.allow_host, host])),
+            most_viewers=arguments.viewers,
+            ice_servers=[_ice_server(url) for url in arguments.ice],
+        )
         try:
-            session = LiveSession(
-                load,
+            session = arguments.ray is None and LiveSession(
+                partial(load_model, arguments.model, given),
                 arguments.out,
                 arguments.prompt,
                 seed=arguments.seed,
@@ -91,24 +111,73 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
         except BaseException:
             listener.close()
             raise
-    application = app.make_app(
-        {"main": session},
-        guard.Rules(token, frozenset([*arguments.allow_host, host])),
-        most_viewers=arguments.viewers,
-        ice_servers=[_ice_server(url) for url in arguments.ice],
-    )
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
-    report.update(address=address, token=token, resumed=session.resumed)
-    if not arguments.json:
-        resumed = f", going on from {session.resumed}" if session.resumed else ""
-        say(f"serving at {address}{f'?token={token}' if token else ''}{resumed}")
-    server.make_server(application, most_connections=8 * arguments.viewers).run([listener])
+
+    def announce(resumed: str | None = None) -> None:
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+        report.update(address=address, token=token, resumed=resumed)
+        if not arguments.json:
+            going_on = f", going on from {resumed}" if resumed else ""
+            say(f"serving at {address}{f'?token={token}' if token else ''}{going_on}")
+
+    if not session:
+        listener.close()  # one of Ray's processes serves there
+        return _serve_on_ray(arguments, given, make, port, announce, stop)
+    running = server.make_server(make({"main": session}), most_connections=_PER_VIEWER * arguments.viewers)
+    announce(session.resumed)
+    running.should_exit = stop.request is not None  # from here on its own handlers note a signal
+    running.run([listener])
     if session.problem is not None:
         raise session.problem
     report["snapshot"] = session.saved
     if session.saved and not arguments.json:
         say(f"wrote the snapshot {session.saved} in {arguments.out}")
     return stop.request.exit_code if stop.request is not None else 0
+
+
+def _serve_on_ray(
+    arguments: Arguments,
+    options: dict[str, Any],
+    make: Callable[..., Any],
+    port: int,
+    announce: Callable[[], None],
+    stop: StopRequest,
+) -> int:
+    """Put gateways in front of the cluster's sessions until a signal; then park the sessions."""
+    with needing("echo-rt[ray]", "echo-rt serve --ray"):
+        from echo_rt.serve import cluster
+    storage = arguments.storage or str(arguments.out.absolute())
+    with stop.interruptible():
+        has_gpus = cluster.connect(arguments.ray).get("GPU", 0) > 0
+    settings = cluster.Cluster(
+        arguments.model,
+        options,
+        storage,
+        every=arguments.snapshot_blocks,
+        idle_seconds=arguments.idle,
+        resources={"num_gpus": 1} if has_gpus and arguments.device != "cpu" else {"num_cpus": 1},
+        megabits=arguments.megabits,
+    )
+    sessions = cluster.RaySessions(settings)
+    try:
+        with stop.interruptible():
+            if "main" not in asyncio.run(sessions.names()):
+                asyncio.run(sessions.create("main", arguments.prompt, arguments.seed, arguments.memory))
+            cluster.deploy(
+                lambda: make(cluster.RaySessions(settings)),
+                host=arguments.host,
+                port=port,
+                gateways=arguments.gateways,
+                most_requests=_PER_VIEWER * arguments.viewers,
+            )
+            announce()
+            threading.Event().wait()
+    except StopNow as request:
+        return request.exit_code
+    finally:
+        cluster.withdraw()
+        asyncio.run(sessions.park_all())
+        cluster.disconnect()
+    return 0
 
 
 def _is_loopback(host: str) -> bool:

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import fsspec
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
@@ -18,17 +20,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.websockets import WebSocketDisconnect
 
-from echo_rt.errors import EchoError
+from echo_rt.errors import ConfigError, EchoError
 from echo_rt.serve.guard import Guard, Rules
 from echo_rt.serve.realtime import Realtime
 from echo_rt.serve.rtc import Peers
-from echo_rt.serve.session import BusyError, Session
-from echo_rt.serve.viewers import Channel, Viewer
+from echo_rt.serve.session import BusyError, Session, Sessions, soon
+from echo_rt.serve.viewers import Channel, Kind, Viewer
 from echo_rt.utils.build_info import __version__
 
 PAGE = Path(__file__).parent / "page"
 _SILENT_SECONDS = 15.0  # a viewer whose connection takes nothing for so long is closed
-_TRY_LATER = 1013  # of a WebSocket
+_TRY_LATER, _MOST_REASON = 1013, 120  # of a WebSocket: code and bytes of its reason
+_NOW = -1  # as ``after``: with the next key frame
 _ROOT = "/api/sessions/{name}"
 
 
@@ -63,6 +66,15 @@ class Resume(_Body):
     snapshot: str
 
 
+class Create(_Body):
+    """What a new session begins with."""
+
+    name: str
+    prompt: str
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    memory: str | None = None
+
+
 class Offer(_Body):
     """The description of a WebRTC offer that takes one H.264 video."""
 
@@ -95,7 +107,7 @@ def _endpoint(act: Callable[..., Awaitable[dict[str, Any]]], command: str, body:
 
 
 def make_app(
-    sessions: Mapping[str, Session],
+    sessions: Mapping[str, Session] | Sessions,
     rules: Rules,
     *,
     most_viewers: int = 64,
@@ -104,24 +116,33 @@ def make_app(
     """Make the application; its lifespan starts the sessions and closes them.
 
     Args:
-        sessions: by name; the page and the real-time WebSocket have ``main``.
+        sessions: by name; the page and the real-time WebSocket have ``main``, unless asked for ``?session=NAME``.
         rules: what is refused.
         most_viewers: of each session; as many again may listen to its events.
         ice_servers: STUN and TURN servers for WebRTC, as ``RTCIceServer`` has them.
     """
-    channels = {name: Channel(session, most_viewers) for name, session in sessions.items()}
-    peers = {name: Peers(channel, ice_servers or []) for name, channel in channels.items()}
+    found = Sessions(sessions) if isinstance(sessions, Mapping) else sessions
+    rooms: dict[str, _Room] = {}
+
+    async def room_of(name: str) -> _Room:
+        if name not in rooms:
+            if (session := await found.find(name)) is None:
+                raise HTTPException(404, f"expected the name of a session, found {name[:80]!r}")
+            channel = Channel(session, most_viewers, always=found.always)
+            rooms.setdefault(name, _Room(session, channel, Peers(channel, ice_servers or []), Realtime(session)))
+        return rooms[name]
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        for session in sessions.values():
-            await session.start()
-        pumps = [asyncio.create_task(channel.run()) for channel in channels.values()]
+        await found.start()
+        if found.always:
+            for name in await found.names():
+                await room_of(name)
         yield
-        for pump in pumps:
-            pump.cancel()
-        await asyncio.gather(*(one.close() for one in peers.values()))
-        await asyncio.gather(*(session.close() for session in sessions.values()))
+        for room in rooms.values():
+            room.channel.close()
+        await asyncio.gather(*(room.peers.close() for room in rooms.values()))
+        await found.close()
 
     app = FastAPI(title="echo-rt", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, rules=rules)
@@ -129,13 +150,8 @@ def make_app(
     for path, file in (("/", "index.html"), ("/docs", "docs.html")):
         app.get(path, include_in_schema=False)(lambda file=file: FileResponse(PAGE / file))
 
-    def channel_of(name: str) -> Channel:
-        if name not in channels:
-            raise HTTPException(404, f"expected the name of a session, found {name[:80]!r}")
-        return channels[name]
-
     async def ask(name: str, command: str, /, **arguments: Any) -> dict[str, Any]:
-        return await channel_of(name).session.ask(command, **arguments)
+        return await (await room_of(name)).session.ask(command, **arguments)
 
     for method, path, command, body, about in COMMANDS:
         app.add_api_route(
@@ -165,20 +181,41 @@ def make_app(
 
     @app.get(f"{_ROOT}/recordings/{{file}}", tags=["session"], summary="Download a recording, an MP4.")
     async def recording(name: str, file: str) -> FileResponse:
-        return FileResponse((await ask(name, "recording", file=file))["path"], media_type="video/mp4", filename=file)
+        path = (await ask(name, "recording", file=file))["path"]
+        if "://" in path:
+            path = await asyncio.to_thread(fsspec.open_local, f"simplecache::{path}")
+        return FileResponse(path, media_type="video/mp4", filename=file)
 
     @app.get("/api/sessions", tags=["sessions"], summary="All sessions with their figures.")
     async def list_sessions() -> list[dict[str, Any]]:
-        return [await session(name) for name in sessions]
+        names = await found.names()
+        if found.always:
+            return [await session(name) for name in names]
+        states = await asyncio.gather(*map(figures, names))  # which wakes none
+        return [{"name": name, "figures": state} for name, state in zip(names, states, strict=True)]
+
+    @app.post("/api/sessions", tags=["sessions"], summary="Make another session; needs a cluster.")
+    async def create(body: Create) -> dict[str, str]:
+        await found.create(**body.model_dump())
+        return {"name": body.name}
+
+    @app.post(f"{_ROOT}/park", tags=["sessions"], summary="Store a session and free its machine; needs a cluster.")
+    async def park(name: str) -> dict[str, str]:
+        if found.always:
+            raise ConfigError("this server's session is not parked: end the server, and start it with --resume")
+        await (await room_of(name)).session.close()
+        return {"state": "parked"}
 
     @app.get(_ROOT, tags=["sessions"], summary="What a session is, and its figures.")
     async def session(name: str) -> dict[str, Any]:
-        about = {key: value for key, value in (await channel_of(name).session.describe()).items() if key != "header"}
+        described = await soon((await room_of(name)).session.describe())
+        about = {key: value for key, value in described.items() if key != "header"}
         return {"name": name, **about, "ice_servers": ice_servers or [], "figures": await figures(name)}
 
     @app.get(f"{_ROOT}/figures", tags=["sessions"], summary="The state, figures of the newest block, the viewers.")
     async def figures(name: str) -> dict[str, Any]:
-        return {**await ask(name, "figures"), **channel_of(name).figures()}
+        room = await room_of(name)
+        return {**room.channel.figures(), **await room.session.ask("figures")}
 
     # ---------------------------------------------------------------- health
 
@@ -188,15 +225,16 @@ def make_app(
 
     @app.get("/readyz", tags=["health"], summary="Whether every video is shown, or paused; needs no token.")
     async def readyz() -> JSONResponse:
-        states = {name: (await session.ask("figures"))["state"] for name, session in sessions.items()}
-        return JSONResponse(states, 200 if set(states.values()) <= {"playing", "paused"} else 503)
+        states = {name: (await figures(name))["state"] for name in await found.names()}
+        return JSONResponse(states, 503 if {"starting", "failed"} & set(states.values()) else 200)
 
     @app.get("/metrics", tags=["health"], summary="Figures of all sessions, for Prometheus.")
     async def metrics() -> PlainTextResponse:
         registry = CollectorRegistry()
         gauges: dict[str, Gauge] = {}
-        for name in sessions:
-            for key, value in (await figures(name)).items():
+        for one in await list_sessions():
+            name, state = one["name"], one["figures"]["state"]
+            for key, value in [*one["figures"].items(), (f"is_{state}", 1)]:
                 if isinstance(value, int | float):
                     if key not in gauges:
                         gauges[key] = Gauge(
@@ -209,37 +247,73 @@ def make_app(
 
     @app.post(f"{_ROOT}/offer", tags=["viewers"], summary="Answer a WebRTC offer.")
     async def offer(name: str, body: Offer) -> dict[str, str]:
-        channel_of(name)
-        return await peers[name].answer(body.sdp)
+        return await (await room_of(name)).peers.answer(body.sdp)
 
     @app.websocket(f"{_ROOT}/video")
-    async def video(socket: WebSocket, name: str, format: Literal["mp4", "h264"] = "mp4") -> None:
-        """Send codec and epoch as JSON, for ``mp4`` the header, and then a binary message for each picture."""
-        about = await channel_of(name).session.describe()
-        first = [{key: about[key] for key in ("codec", "epoch", "fps", "size")}]
-        await _feed(socket, channel_of(name), format, [*first, about["header"]] if format == "mp4" else first)
+    async def video(
+        socket: WebSocket, name: str, format: Literal["mp4", "h264"] = "mp4", after: int | None = None
+    ) -> None:
+        """Send codec and epoch as JSON, for ``mp4`` the header, and then a binary message for each picture.
+
+        With ``after``, -1 at first, each of those begins with its place, 64 bits. Given as ``after`` when connecting
+        again, pictures go on there.
+        """
+        room = await room_of(name)
+
+        async def first() -> list[Any]:
+            about = await room.session.describe()
+            said = {key: about[key] for key in ("codec", "epoch", "fps", "size")}
+            return [said, about["header"]] if format == "mp4" else [said]
+
+        await _feed(socket, room.channel, format, first, after)
 
     @app.websocket(f"{_ROOT}/events")
     async def events(socket: WebSocket, name: str) -> None:
         """Send every event as JSON; answer ``{"ping": x}`` with ``{"pong": x, "now": seconds}``."""
-        await _feed(socket, channel_of(name), "events", [{"type": "hello", **await figures(name)}])
 
-    realtime = Realtime(channels["main"].session)
-    app.get("/v1/models", tags=["realtime"], summary="The served model, as OpenAI's API lists it.")(realtime.models)
-    app.websocket("/v1/realtime_video/generate")(realtime.generate)
+        async def first() -> list[Any]:
+            return [{"type": "hello", **await figures(name)}]
+
+        await _feed(socket, (await room_of(name)).channel, "events", first)
+
+    @app.get("/v1/models", tags=["realtime"], summary="The served model, as OpenAI's API lists it.")
+    async def models(session: str = "main") -> dict[str, Any]:
+        return await (await room_of(session)).realtime.models()
+
+    @app.websocket("/v1/realtime_video/generate")
+    async def generate(socket: WebSocket, session: str = "main") -> None:
+        await (await room_of(session)).realtime.generate(socket)
+
     return app
 
 
-async def _feed(socket: WebSocket, channel: Channel, kind: Any, first: list[Any]) -> None:
+@dataclass(frozen=True)
+class _Room:
+    """A session and those who are in it."""
+
+    session: Session
+    channel: Channel
+    peers: Peers
+    realtime: Realtime
+
+
+async def _feed(
+    socket: WebSocket,
+    channel: Channel,
+    kind: Kind,
+    first: Callable[[], Awaitable[list[Any]]],
+    after: int | None = None,
+) -> None:
     """Send ``first`` and then what the viewer's queue has, until either side ends or the viewer takes nothing."""
     await socket.accept()
     with contextlib.ExitStack() as stack:
         try:
-            viewer = stack.enter_context(channel.view(kind))
+            viewer = stack.enter_context(channel.view(kind, None if after == _NOW else after))
         except BusyError as error:
-            await socket.close(_TRY_LATER, str(error))
+            await socket.close(_TRY_LATER, str(error)[:_MOST_REASON])
             return
-        tasks = [asyncio.create_task(_answer(socket)), asyncio.create_task(_push(socket, viewer, first))]
+        numbered = after is not None
+        tasks = [asyncio.create_task(_answer(socket)), asyncio.create_task(_push(socket, viewer, first, numbered))]
         try:
             await channel.session.ask("keyframe")
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -258,12 +332,13 @@ async def _answer(socket: WebSocket) -> None:
             await _send(socket, {"pong": message["ping"], "now": time.time()})
 
 
-async def _push(socket: WebSocket, viewer: Viewer, first: list[Any]) -> None:
-    for entry in first:
+async def _push(socket: WebSocket, viewer: Viewer, first: Callable[[], Awaitable[list[Any]]], numbered: bool) -> None:
+    for entry in await first():
         await _send(socket, entry)
     while True:
         entry = await viewer.get()
-        await _send(socket, entry[1] if isinstance(entry, tuple) else entry)
+        entry = entry[1] if isinstance(entry, tuple) else entry
+        await _send(socket, viewer.place.to_bytes(8, "big") + entry if numbered else entry)
 
 
 async def _send(socket: WebSocket, entry: Any) -> None:

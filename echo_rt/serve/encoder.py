@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _GOP_SECONDS = 2  # a viewer who lost a picture waits so long at most
 _BT709 = 1
 # Each picture is a fragment of its own, which is emitted when the next one tells how long it is shown.
 _LIVE = {"movflags": "frag_every_frame+empty_moov+default_base_moof"}
+_TIME = b"tfdt\1\0\0\0"  # before the time of a fragment, 64 bits
 # Fragments that a kill leaves playable; closing makes an ordinary file of them.
 _RECORDED = {"movflags": "hybrid_fragmented"}
 
@@ -40,6 +42,7 @@ class LiveEncoder:
             raise ConfigError(f"H.264 with 4:2:0 colour needs an even width and height, got {size[0]}x{size[1]}")
         self._av = av = load_av()
         self._sink, self._key, self._pts = io.BytesIO(), False, -1
+        self._first: int | None = None  # ticks of the first picture, from which the muxer counts
         try:
             self._container = av.open(self._sink, "w", format="mp4", options=_LIVE)
             self.stream = stream = self._container.add_stream("libx264", rate=fps)
@@ -66,6 +69,7 @@ class LiveEncoder:
             format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
         )
         image.pts = self._pts = max(round(seconds * CLOCK), self._pts + 1)
+        self._first = self._pts if self._first is None else self._first
         image.time_base = _TICK
         if key:
             image.pict_type = self._av.video.frame.PictureType.I
@@ -73,7 +77,12 @@ class LiveEncoder:
         data, last_key = bytes(packet), self._key
         self._key = packet.is_keyframe
         self._container.mux(packet)
-        return Picture(self._pts, self._key, self._parameters * self._key + data, self._take(), last_key)
+        fragment = self._take()
+        if fragment:
+            at = fragment.index(_TIME) + len(_TIME)
+            ticks = int.from_bytes(fragment[at : at + 8], "big") + self._first
+            fragment = fragment[:at] + ticks.to_bytes(8, "big") + fragment[at + 8 :]
+        return Picture(self._pts, self._key, self._parameters * self._key + data, fragment, last_key)
 
     def _take(self) -> bytes:
         data = self._sink.getvalue()
@@ -85,11 +94,11 @@ class LiveEncoder:
 class Recording:
     """Writes pictures to ``path``, from the next key frame on, evenly at the nominal rate; ``OutputError`` on failure.
 
-    The file has a hidden name until :meth:`close`.
+    The file has a hidden name until :meth:`close`, which then calls ``hand_in`` with its path.
     """
 
-    def __init__(self, path: Path, encoder: LiveEncoder, fps: int) -> None:
-        self.path, self.frames, self._fps, self._av = path, 0, fps, load_av()
+    def __init__(self, path: Path, encoder: LiveEncoder, fps: int, hand_in: Callable[[Path], None]) -> None:
+        self.path, self.frames, self._fps, self._av, self._hand_in = path, 0, fps, load_av(), hand_in
         self._part = path.with_name(f".{path.name}")
         self._container = self._guarded(self._av.open, str(self._part), "w", format="mp4", options=_RECORDED)
         self._stream = self._container.add_stream_from_template(encoder.stream)
@@ -115,6 +124,7 @@ class Recording:
                 self._part.replace(self.path)
             else:
                 self._part.unlink(missing_ok=True)
+        self._hand_in(self.path)
 
     def _guarded(self, call: Any, *arguments: Any, **options: Any) -> Any:
         try:

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import ipaddress
 from dataclasses import dataclass
-from urllib.parse import SplitResult, parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlencode, urlsplit
 
 from starlette.requests import cookie_parser
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -80,13 +80,14 @@ class Guard:
         token = self._rules.token
         if token is None or scope["path"] in _OPEN:
             return None
-        asked = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        asked = query.pop("token", [""])[0]
         cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
         given = (headers.get("authorization", "").removeprefix("Bearer "), cookie, asked)
         if not any(hmac.compare_digest(one.encode(), token.encode()) for one in given):
             return _error(401, "expected the token that the server printed: open its address with ?token=TOKEN")
         if asked and scope["path"] == "/":  # once: it leaves the address bar and the history
-            answer = RedirectResponse("/", 303)
+            answer = RedirectResponse(f"/?{urlencode(query, doseq=True)}".rstrip("?"), 303)
             answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=scope["scheme"] == "https")
             return answer
         return None

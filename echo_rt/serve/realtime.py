@@ -74,11 +74,11 @@ class Realtime:
         pixels = {"width": width, "height": height, "channels": 3, "bytes_per_frame": width * height * 3}
         header = {"type": "frame_batch_header", "content_type": "application/x-raw-rgb", **pixels}
         try:
-            after, sent = -1, 0
+            after, sent = 0, 0
             while (init.max_chunks is None or sent < init.max_chunks) and not listener.done():
                 if (block := await self._session.block(after)) is None:
                     continue
-                after, sent = block.index, sent + 1
+                after, sent = block.place, sent + 1
                 chunk = {"chunk_index": block.index, "num_frames": block.frames}
                 await _send(socket, {**header, **chunk, "is_final_frame_batch": True})
                 await asyncio.wait_for(socket.send_bytes(block.data), _SEND_SECONDS)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from echo_rt.errors import EchoError
+from echo_rt.errors import ConfigError, EchoError, PromptError
+from echo_rt.options import MemoryMode
 
+MOST_PROMPT = 2000  # characters
 CLOCK = 90_000  # ticks a second of ``Picture.pts``, as in RTP
+# The number of a picture, from 1, times this is its place. Events after it, and pictures that show it again, have the
+# places that follow. A session that comes back after the death of its process goes on with the places.
+PLACES = 1 << 20
+KEPT = 256  # pictures and events, for a reader that is late
+
+_SOON_SECONDS = 20.0
+
+T = TypeVar("T")
 
 
 class BusyError(EchoError):
@@ -33,12 +45,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Block:
-    """The frames of the block that is being shown: ``frames`` RGB24 pictures in ``data``, made in ``seconds``."""
+    """The frames of the block that is being shown: ``frames`` RGB24 pictures in ``data``, made in ``seconds``.
+
+    ``place``: that of its last picture.
+    """
 
     index: int
     frames: int
     data: bytes = field(repr=False)
     seconds: float
+    place: int
 
 
 Item = Picture | dict[str, Any]  # a picture, or an event in plain JSON types with its ``type``
@@ -53,14 +69,74 @@ class Session(Protocol):
     async def describe(self) -> dict[str, Any]:
         """Return what does not change: size, fps, codec, MP4 ``header``, ``epoch`` (of :func:`time.time`), controls."""
 
-    async def next(self, after: int) -> list[tuple[int, Item]]:
-        """Return the items numbered above ``after``; waits up to a second for one. Only the last few are kept."""
+    async def next(self, after: int | None) -> list[tuple[int, Item]]:
+        """Return the items whose places are above ``after``, or that come from now on; waits up to a second for one.
+
+        Only the last :data:`KEPT` are there.
+        """
 
     async def block(self, after: int) -> Block | None:
-        """Return the block being shown as soon as its number is not ``after``; None after a second."""
+        """Return the block being shown as soon as its place is above ``after``; None after a second."""
 
     async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         """Carry out a command of :data:`echo_rt.serve.app.COMMANDS`, ``keyframe`` or ``figures``."""
 
     async def close(self) -> None:
         """End the video: close the recording, write a snapshot."""
+
+
+class Sessions:
+    """The sessions of this process, by name, from the start of the server to its end."""
+
+    always = True  # they are pulled from even while nobody watches
+
+    def __init__(self, sessions: Mapping[str, Session]) -> None:
+        self._sessions = sessions
+
+    async def start(self) -> None:
+        """Begin to show all."""
+        for session in self._sessions.values():
+            await session.start()
+
+    async def close(self) -> None:
+        """End all."""
+        for session in self._sessions.values():
+            await session.close()
+
+    async def find(self, name: str) -> Session | None:
+        """Return the session of that name, if there is one."""
+        return self._sessions.get(name)
+
+    async def names(self) -> list[str]:
+        """Return all names."""
+        return list(self._sessions)
+
+    async def create(self, name: str, prompt: str, seed: int, memory: str | None) -> None:
+        """Make another session."""
+        raise ConfigError("this server has one session; more need a cluster: echo-rt serve --ray")
+
+
+async def soon(call: Awaitable[T]) -> T:
+    """Wait for a session's answer, but not for as long as it may take to have a machine and a model."""
+    try:
+        return await asyncio.wait_for(call, _SOON_SECONDS)
+    except asyncio.TimeoutError:
+        raise BusyError("the session waits for a free machine, or loads its model; ask again later") from None
+
+
+def check_memory(memory: str | None) -> str | None:
+    """Return a memory mode, or None for the model's own; :class:`ConfigError` for what is none."""
+    modes = [mode.value for mode in MemoryMode]
+    if memory not in (None, *modes):
+        raise ConfigError(f"memory: expected one of {', '.join(modes)}, found {str(memory)[:40]!r}")
+    return memory
+
+
+def checked_prompt(text: str) -> str:
+    """Return a prompt without blanks around it; :class:`PromptError` for one that is empty, too long or not text."""
+    text = text.strip()
+    if not 1 <= len(text) <= MOST_PROMPT:
+        raise PromptError(f"expected a prompt of 1 to {MOST_PROMPT} characters, found {len(text)} without blanks")
+    if not all(character.isprintable() or character in "\n\t" for character in text):
+        raise PromptError("expected a prompt of printable characters, found others")
+    return text

@@ -1,90 +1,208 @@
-"""Snapshots and recordings of a live video, in one folder; clients name them, never a path."""
+"""Snapshots, recordings and a log of prompts, in one folder or below one address; clients name them, never a path."""
 
 from __future__ import annotations
 
 import re
+import secrets
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fsspec.core
 import msgspec
+from fsspec.implementations.local import LocalFileSystem
 
-from echo_rt.errors import ConfigError, SnapshotError
+from echo_rt.errors import ConfigError, OutputError, SnapshotError
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.atomic_file import write_whole
 from echo_rt.utils.checked_json import read_json
 from echo_rt.utils.folder_lock import FolderClaim
+from echo_rt.utils.wording import first_line, with_type
 
-_SNAPSHOT = re.compile(r"[0-9]{8}-[0-9]{9}-block-([0-9]+)\.safetensors")
+_SNAPSHOT = re.compile(r"([0-9]{8}-[0-9]{9}-block-([0-9]+))\.safetensors")
 _RECORDING = re.compile(r"[0-9]{8}-[0-9]{9}\.mp4")
-_MOST_SNAPSHOTS, _MOST_RECORDINGS = 8, 32
+_LOGGED = re.compile(r"prompt-([0-9]{10})\.json")
+_OWNER = "owner.json"
+_MOST_RECORDINGS = 32
 
 
 @dataclass
 class Notes:
-    """What a snapshot does not hold: the prompts, with the blocks they begin at, and what was asked for."""
+    """What a snapshot does not hold: the prompts, with the blocks they begin at, and what was asked for.
+
+    ``logged``: number of prompts so far, which are in the log; ``base``: that of the pictures shown before this video;
+    ``shown``: of those shown when the snapshot was taken; ``epoch``: of the pictures' times.
+    """
 
     prompts: list[dict[str, Any]] = field(default_factory=list)
     seed: int = 0
     memory: str | None = None
+    logged: int = 0
+    base: int = 0
+    shown: int = 0
+    epoch: float | None = None
 
 
 class Shelf:
-    """Keeps the last few snapshots, and recordings up to a number of them. Holds the folder until closed.
+    """Keeps the last ``most`` snapshots, and recordings up to a number of them.
 
-    ``TargetError`` where the folder cannot be made or another process holds it.
+    ``place``: a folder, or an address of fsspec's such as ``s3://bucket/live``. ``claim``: hold the folder until
+    :meth:`close`; ``TargetError`` where it cannot be made or another process holds it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._claim = folder, FolderClaim(folder)
-        self.close = self._claim.release
+    def __init__(self, place: str | Path, *, most: int = 8, claim: bool = True) -> None:
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(str(place))
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{place}: expected a folder or an object store: {first_line(error)}") from None
+        self._most = most
+        self._close: Callable[[], None] = lambda: None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._owner: str | None = None
+        if isinstance(self._fs, LocalFileSystem):
+            self._folder = Path(self._root)
+            if claim:
+                self._close = FolderClaim(Path(place)).release
+            else:
+                self._folder.mkdir(parents=True, exist_ok=True)
+        else:
+            self._scratch = tempfile.TemporaryDirectory(prefix="echo-rt-")
+            self._folder = Path(self._scratch.name)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def take_over(self) -> None:
+        """Make whoever had the place before write no more: a machine that cannot be reached may still run."""
+        owner = secrets.token_hex(8)
+        self._write_json(_OWNER, owner)
+        self._owner = owner
 
     def snapshots(self) -> list[dict[str, Any]]:
         """List the snapshots, newest first: name, block, bytes."""
-        found = [(path, match) for path in self._folder.iterdir() if (match := _SNAPSHOT.fullmatch(path.name))]
-        return [{"name": path.stem, "block": int(match[1]), **_size(path)} for path, match in sorted(found)[::-1]]
+        return [{"name": m[1], "block": int(m[2]), "bytes": size} for m, size in self._matching(_SNAPSHOT)[::-1]]
 
     def recordings(self) -> list[dict[str, Any]]:
         """List the finished recordings, newest first: name, bytes."""
-        found = [path for path in self._folder.iterdir() if _RECORDING.fullmatch(path.name)]
-        return [{"name": path.name, **_size(path)} for path in sorted(found)[::-1]]
+        return [{"name": match[0], "bytes": size} for match, size in self._matching(_RECORDING)[::-1]]
 
-    def keep(self, snapshot: Snapshot, notes: Notes) -> str:
+    def keep(self, snapshot: Snapshot, notes: Notes, taken_at: float | None = None) -> str:
         """Write a snapshot and its notes, and remove the oldest; returns its name. Raises ``OutputError``."""
-        name = f"{_now()}-block-{snapshot.next_block}"
-        write_whole(self._folder / f"{name}.json", msgspec.json.encode(notes))
-        snapshot.save(self._folder / f"{name}.safetensors")
-        for old in self.snapshots()[_MOST_SNAPSHOTS:]:
+        name = f"{_stamp(taken_at or time.time())}-block-{snapshot.next_block}"
+        self._write_json(f"{name}.json", notes)
+        self._write(f"{name}.safetensors", snapshot.save)
+        for old in self.snapshots()[self._most :]:
             for ending in ("safetensors", "json"):
-                (self._folder / f"{old['name']}.{ending}").unlink(missing_ok=True)
+                self._remove(f"{old['name']}.{ending}")
         return name
 
     def open(self, name: str) -> tuple[Snapshot, Notes]:
         """Read a snapshot; :class:`SnapshotError` where there is none of that name, or it is damaged."""
         if name not in [found["name"] for found in self.snapshots()]:
             raise SnapshotError(f"expected the name of a snapshot, found {name[:80]!r}")
-        notes = self._folder / f"{name}.json"
-        snapshot = Snapshot.load(self._folder / f"{name}.safetensors")
-        return snapshot, read_json(notes.read_bytes(), Notes, str(notes), SnapshotError) if notes.exists() else Notes()
+        with self._reading(f"{name}.safetensors") as file:
+            snapshot = Snapshot.load(file)
+        return snapshot, self.read_json(f"{name}.json", Notes) or Notes()
+
+    # ---------------------------------------------------------------- the log
+
+    def log(self, number: int, entry: dict[str, Any]) -> None:
+        """Write prompt ``number`` of the log, in place of one of that number; raises ``OutputError``."""
+        self._write_json(f"prompt-{number:010}.json", entry)
+
+    def logged(self, after: int) -> Iterator[dict[str, Any]]:
+        """Yield the prompts of the log with numbers above ``after``, in order; raises ``SnapshotError``."""
+        for match, _ in self._matching(_LOGGED):
+            if int(match[1]) > after and (entry := self.read_json(match[0], dict[str, Any])) is not None:
+                yield entry
+
+    def forget(self, until: int) -> None:
+        """Remove the prompts of the log up to number ``until``."""
+        for match, _ in self._matching(_LOGGED):
+            if int(match[1]) <= until:
+                self._remove(match[0])
+
+    # ---------------------------------------------------------------- recordings
 
     def new_recording(self) -> Path:
         """Return the file of a new recording; :class:`ConfigError` where there are too many."""
         if len(self.recordings()) >= _MOST_RECORDINGS:
-            raise ConfigError(f"there are {_MOST_RECORDINGS} recordings, the most; remove some from {self._folder}")
-        return self._folder / f"{_now()}.mp4"
+            raise ConfigError(f"there are {_MOST_RECORDINGS} recordings, the most; remove some from {self._root}")
+        return self._folder / f"{_stamp(time.time())}.mp4"
 
-    def recording(self, name: str) -> Path:
-        """Return a recording's file; :class:`ConfigError` where there is none of that name."""
+    def hand_in(self, recording: Path) -> None:
+        """Store a finished recording that :meth:`new_recording` named, if it has pictures; raises ``OutputError``."""
+        if self._scratch is not None and recording.exists():
+            self._write(recording.name, recording.replace)
+
+    def recording(self, name: str) -> str:
+        """Return a recording's path or address; :class:`ConfigError` where there is none of that name."""
         if name not in [found["name"] for found in self.recordings()]:
             raise ConfigError(f"expected the name of a recording, found {name[:80]!r}")
-        return self._folder / name
+        path = f"{self._root}/{name}"
+        return path if self._scratch is None else self._fs.unstrip_protocol(path)
+
+    # ---------------------------------------------------------------- files
+
+    def _matching(self, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], int]]:
+        """The files whose names match, in order, with their bytes."""
+        self._fs.invalidate_cache()
+        try:
+            listed = self._fs.ls(self._root, detail=True)
+        except FileNotFoundError:  # an object store has no empty folders
+            return []
+        names = sorted((entry["name"].rpartition("/")[2], entry["size"] or 0) for entry in listed)
+        return [(match, size) for name, size in names if (match := pattern.fullmatch(name))]
+
+    def _write_json(self, name: str, value: Any) -> None:
+        self._write(name, lambda path: write_whole(path, msgspec.json.encode(value)))
+
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        """Have ``write`` make the file, and store it: whole or not at all."""
+        if self._owner is not None and self.read_json(_OWNER, str) != self._owner:
+            raise OutputError(f"{self._root}/{name}: another process has taken over")
+        if self._scratch is None:
+            write(self._folder / name)
+            return
+        part = self._folder / f"part-{name}"
+        try:
+            write(part)
+            self._fs.put_file(str(part), f"{self._root}/{name}")
+        except Exception as error:  # of any kind, from the store's own library
+            raise OutputError(f"{self._root}/{name}: cannot be written: {with_type(error)}") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
+        if self._scratch is None:
+            yield self._folder / name
+            return
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            try:
+                self._fs.get_file(f"{self._root}/{name}", f"{folder}/{name}")
+            except Exception as error:  # as above
+                raise SnapshotError(f"{self._root}/{name}: cannot be read: {with_type(error)}") from None
+            yield Path(folder) / name
+
+    def read_json(self, name: str, kind: type[Any]) -> Any:
+        """Read a file that holds a ``kind``, or None where there is none; raises ``SnapshotError``."""
+        try:
+            return read_json(self._fs.cat_file(f"{self._root}/{name}"), kind, f"{self._root}/{name}", SnapshotError)
+        except FileNotFoundError:
+            return None
+
+    def _remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(f"{self._root}/{name}")
 
 
-def _size(path: Path) -> dict[str, int]:
-    return {"bytes": path.stat().st_size}
-
-
-def _now() -> str:
-    seconds = time.time()
+def _stamp(seconds: float) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(seconds))}{int(seconds * 1000) % 1000:03}"

@@ -5,30 +5,37 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from echo_rt.serve.session import BusyError, Item, Picture, Session
+from echo_rt.serve.session import KEPT, BusyError, Item, Picture, Session
 
 Kind = Literal["mp4", "h264", "events"]
 _MOST_ITEMS = 48  # three seconds of pictures
 _MOST_BYTES = 4 << 20
 _AGAIN_SECONDS = 1.0
+_NEVER = 1 << 63  # a place
 
 logger = logging.getLogger("echo_rt.serve")
 
 
 class Viewer:
-    """One viewer's queue. One that is late loses what waits, and pictures up to the next key frame."""
+    """One viewer's queue. One that is late loses what waits, and pictures up to the next key frame.
 
-    def __init__(self, kind: Kind) -> None:
-        self.kind, self.dropped = kind, 0
-        self._queue: deque[tuple[int, Any]] = deque()
-        self._bytes, self._needs_key = 0, True
+    ``missed``: the items after the last that it has, for one that was here before. ``place``: that of the last entry.
+    """
+
+    def __init__(self, kind: Kind, missed: Iterable[tuple[int, Item]] | None = None) -> None:
+        self.kind, self.dropped, self.place = kind, 0, 0
+        self._queue: deque[tuple[int, int, Any]] = deque()
+        self._bytes, self._needs_key = 0, missed is None
+        self._room = 1 if missed is None else 1 + KEPT // _MOST_ITEMS  # who was away has more to catch up with
         self._filled = asyncio.Event()
+        for place, item in missed or ():
+            self.offer(place, item)
 
-    def offer(self, item: Item) -> None:
+    def offer(self, place: int, item: Item) -> None:
         """Queue ``item`` if this viewer is for it."""
         if isinstance(item, Picture) == (self.kind == "events"):
             return
@@ -36,7 +43,7 @@ class Viewer:
         if isinstance(item, Picture):
             key, data = (item.mp4_key, item.mp4) if self.kind == "mp4" else (item.key, item.h264)
             size, entry = len(data), data if self.kind == "mp4" else (item.pts, data)
-        if len(self._queue) >= _MOST_ITEMS or self._bytes + size > _MOST_BYTES:
+        if len(self._queue) >= self._room * _MOST_ITEMS or self._bytes + size > self._room * _MOST_BYTES:
             self.dropped += len(self._queue)
             self._queue.clear()
             self._bytes, self._needs_key = 0, True
@@ -44,7 +51,7 @@ class Viewer:
             self.dropped += 1
             return
         self._needs_key = False
-        self._queue.append((size, entry))
+        self._queue.append((place, size, entry))
         self._bytes += size
         self._filled.set()
 
@@ -53,22 +60,37 @@ class Viewer:
         while not self._queue:
             self._filled.clear()
             await self._filled.wait()
-        size, entry = self._queue.popleft()
+        self.place, size, entry = self._queue.popleft()
         self._bytes -= size
         return entry
 
 
 class Channel:
-    """A session and its viewers in this process; :meth:`run` hands out what the session makes."""
+    """A session and its viewers in this process, who have what it makes: while there are any, or from now on."""
 
-    def __init__(self, session: Session, most: int) -> None:
-        self.session, self._most = session, most
+    def __init__(self, session: Session, most: int, *, always: bool = False) -> None:
+        self.session, self._most, self._always = session, most, always
         self._viewers: set[Viewer] = set()
+        self._kept: deque[tuple[int, Item]] = deque(maxlen=KEPT)
+        self._whole_after = 0  # all that came after this place is kept
+        self._pull: asyncio.Task[None] | None = None
         self._pictures = self._dropped = 0
+        if always:
+            self._begin(0)
 
-    async def run(self) -> None:
+    def close(self) -> None:
+        """Ask the session no more."""
+        if self._pull is not None:
+            self._pull.cancel()
+        self._pull = None
+        self._kept.clear()
+
+    def _begin(self, after: int | None) -> None:
+        self._whole_after = _NEVER if after is None else after
+        self._pull = asyncio.create_task(self._run(after))
+
+    async def _run(self, after: int | None) -> None:
         """Pull from the session until cancelled; one that does not answer is asked again."""
-        after = 0
         while True:
             try:
                 items = await self.session.next(after)
@@ -76,11 +98,14 @@ class Channel:
                 logger.warning("the session does not answer: %s", error)
                 await asyncio.sleep(_AGAIN_SECONDS)
                 continue
-            for number, item in items:
-                after = number
+            for after, item in items:
+                if len(self._kept) == KEPT:
+                    self._whole_after = self._kept[0][0]
+                self._whole_after = min(self._whole_after, after)
+                self._kept.append((after, item))
                 self._pictures += isinstance(item, Picture)
                 for viewer in self._viewers:
-                    viewer.offer(item)
+                    viewer.offer(after, item)
 
     def figures(self) -> dict[str, Any]:
         """Number of viewers; of pictures so far; of those that viewers were too late for."""
@@ -89,14 +114,19 @@ class Channel:
         return {"viewers": len(watching), "pictures": self._pictures, "dropped": dropped}
 
     @contextmanager
-    def view(self, kind: Kind) -> Iterator[Viewer]:
-        """Add a viewer for a while; :class:`BusyError` where there are too many."""
+    def view(self, kind: Kind, after: int | None = None) -> Iterator[Viewer]:
+        """Add a viewer for a while, who may have come as far as ``after``; :class:`BusyError` for too many."""
         if sum((viewer.kind == "events") == (kind == "events") for viewer in self._viewers) >= self._most:
             raise BusyError(f"there are {self._most} viewers, the most that this server takes")
-        viewer = Viewer(kind)
+        if self._pull is None:
+            self._begin(after)
+        whole = after is not None and after >= self._whole_after
+        viewer = Viewer(kind, [entry for entry in self._kept if entry[0] > (after or 0)] if whole else None)
         self._viewers.add(viewer)
         try:
             yield viewer
         finally:
             self._viewers.discard(viewer)
             self._dropped += viewer.dropped * (kind != "events")
+            if not self._viewers and not self._always:
+                self.close()

@@ -21,6 +21,7 @@ from websockets.exceptions import ConnectionClosed
 import echo_rt
 from echo_rt.errors import NumericalError, StreamError
 from echo_rt.serve.app import PAGE
+from echo_rt.serve.session import PLACES
 
 REALTIME = "ws://127.0.0.1:{}/v1/realtime_video/generate"
 
@@ -28,11 +29,11 @@ REALTIME = "ws://127.0.0.1:{}/v1/realtime_video/generate"
 def shown(server: Served, blocks: int, *, first: int) -> dict[int, bytes]:
     """The frames of blocks that are shown, by their number."""
     found: dict[int, bytes] = {}
-    after = -1
+    after = 0
     while len(found) < blocks:
         block = _now(server, server.session.block(after))
         if block is not None:
-            after = block.index
+            after = block.place
             if block.index >= first:
                 found[block.index] = block.data
     return found
@@ -157,6 +158,30 @@ def test_the_client_sees_what_is_shown(small_model: Path, tmp_path: Path) -> Non
             assert nearest < 0.7 * second, "no such frame is in the video"
             if number == 5:
                 break
+
+
+def test_a_viewer_goes_on_where_it_was(server: Served) -> None:
+    address = f"ws://127.0.0.1:{server.port}/api/sessions/main/video?format=h264&after="
+    decoder, numbers, after = av.CodecContext.create("h264", "r"), [], -1
+    for _ in range(3):
+        with connect(address + str(after), compression=None) as viewer:
+            assert json.loads(viewer.recv(60))["codec"].startswith("avc1.")
+            for _ in range(8):
+                message = bytes(viewer.recv(60))
+                after = int.from_bytes(message[:8], "big")
+                numbers.append(after // PLACES)
+                assert len(decoder.decode(av.Packet(message[8:]))) <= 1
+    assert numbers[8:] == list(range(numbers[8], numbers[8] + 16)) and numbers[8] == numbers[7] + 1
+
+
+def test_one_session_is_all_that_a_server_without_a_cluster_has(server: Served) -> None:
+    status, _, answer = server.ask(
+        "POST", "/api/sessions", '{"name": "a", "prompt": "b"}', Content_Type="application/json"
+    )
+    assert status == 422 and b"more need a cluster" in answer
+    assert server.post("/park")[0] == 422
+    (listed,) = json.loads(server.ask("GET", "/api/sessions")[2])
+    assert listed["name"] == "main" and listed["size"] == [32, 32] and listed["figures"]["viewers"] == 0
 
 
 def test_more_viewers_than_allowed_are_refused(small_model: Path, tmp_path: Path) -> None:

@@ -95,6 +95,8 @@ def test_a_browser_keeps_the_token_in_a_cookie(private: Served) -> None:
     cookie = headers["set-cookie"]
     assert "HttpOnly" in cookie and "SameSite=strict" in cookie
     assert private.ask("GET", "/", Cookie=cookie.partition(";")[0])[0] == 200
+    _, headers, _ = private.ask("GET", f"/?session=ann&token={quote(TOKEN)}")
+    assert headers["location"] == "/?session=ann"
 
 
 def test_a_long_body_is_refused_before_it_is_read(private: Served) -> None:
@@ -194,8 +196,8 @@ def test_a_viewer_that_is_late_loses_pictures_not_others() -> None:
         late, prompt = Viewer("h264"), Viewer("h264")
         for number in range(500):
             picture = Picture(number, number % 20 == 0, bytes(10), b"", False)
-            late.offer(picture)
-            prompt.offer(picture)
+            late.offer(number, picture)
+            prompt.offer(number, picture)
             assert (await prompt.get())[0] == number
         assert len(late._queue) <= 48 and late.dropped >= 440 and prompt.dropped == 0
         first, _ = await late.get()
@@ -203,7 +205,7 @@ def test_a_viewer_that_is_late_loses_pictures_not_others() -> None:
 
         heavy = Viewer("mp4")
         for number in range(40):
-            heavy.offer(Picture(number, True, b"", bytes(1 << 20), True))
+            heavy.offer(number, Picture(number, True, b"", bytes(1 << 20), True))
         assert heavy._bytes <= 4 << 20
 
     asyncio.run(trial())

@@ -1,7 +1,7 @@
 import { Events, Mp4Player, RtcPlayer } from "./player.js";
 
 const $ = (id) => document.getElementById(id);
-const ROOT = "/api/sessions/main";
+const ROOT = `/api/sessions/${encodeURIComponent(new URLSearchParams(location.search).get("session") ?? "main")}`;
 const STALL_MS = 2500;
 const RECONNECT_MS = 6000;
 
@@ -333,7 +333,13 @@ function heard(event) {
 
 document.documentElement.dataset.theme = localStorage.theme ?? (matchMedia("(prefers-color-scheme: light)").matches ? "light" : "dark");
 $("transport").value = localStorage.transport ?? "auto";
-about = await (await fetch(ROOT)).json();
+while (!about) {
+  try { about = await call(""); } catch (error) { // it may wait for a free machine
+    $("notice").hidden = false;
+    $("notice").textContent = error.message;
+    await new Promise((resolve) => setTimeout(resolve, 2000));
+  }
+}
 $("model").textContent = `${about.model} · ${about.size.join("×")}`;
 $("stage").style.setProperty("--ratio", about.size[0] / about.size[1]);
 $("memory").replaceChildren(...about.memories.map((mode) => new Option(mode, mode)));

@@ -1,0 +1,35 @@
+"""Runs tests in a network namespace of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# WebRTC skips 127.0.0.1 and needs an address with a route.
+NETWORK = """
+ip link set lo up && ip link add v0 type veth peer name v1 && ip addr add 10.99.0.1/24 dev v0 &&
+ip link set v0 up && ip link set v1 up && ip route add default via 10.99.0.2 dev v0 && exec "$@"
+"""
+
+
+def run_alone(cases: str) -> None:
+    """Run the tests of a file beside this one with a network that has nobody else in it, or skip."""
+    if shutil.which("unshare") is None or shutil.which("ip") is None:
+        pytest.skip("unshare and ip, which make a network namespace, are not installed")
+    trial = _in_namespace("true")
+    if trial.returncode:
+        pytest.skip(f"no network namespace can be made here: {trial.stdout.strip()}")
+    words = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = _in_namespace(*words, str(Path(__file__).parent / cases))
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-8000:]
+
+
+def _in_namespace(*command: str) -> subprocess.CompletedProcess[str]:
+    words = ["unshare", "--net", "bash", "-c", NETWORK, "network", *command]
+    return subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
