@@ -43,8 +43,7 @@ from echo_rt.snapshot.fit import (
     TEXT_ATTENTION,
     VAE_ATTENTION,
     WEIGHTS,
-    Implementations,
-    convolution_label,
+    Chosen,
 )
 from echo_rt.utils.device import FLOAT8, model_context, parse_device, parse_dtype, parse_vae_dtype, working_dtype
 from echo_rt.weights.choice import TAKEN
@@ -90,10 +89,15 @@ def fit_decoder(
         dtype=dtype,
         cache=convolution_cache(),
         candidates=convolution_candidates(ops),
-        prescribed={s: prescribed[label] for s in shapes.values() if (label := convolution_label(s)) in prescribed},
+        prescribed={s: prescribed[label] for s in shapes.values() if (label := _label(s)) in prescribed},
     )
     decoder.use({name: convolved[shape].kind for name, shape in shapes.items()})
     return attended, convolved
+
+
+def _label(shape: ConvolutionShape) -> str:
+    """Label of all convolutions of a shape, which depends on the number of the decoder's tiles."""
+    return f"convolution of {shape}"
 
 
 def convolutions_in_words(convolutions: Convolutions) -> str:
@@ -289,9 +293,13 @@ def build_engine(
         networks.load(config)
         rollout = build_rollout(config, networks, mode, executor)
         pipeline = Pipeline(rollout, networks.decoder, vae, networks.ops, executor, device=device, depth=depth)
-    implementations = Implementations.selected(
-        networks.backend, *attention, networks.vae_attention, networks.convolutions
-    )
+    implementations: dict[str, Chosen] = {
+        BACKEND: networks.backend,
+        ATTENTION: attention[0],
+        TEXT_ATTENTION: attention[1],
+        **({} if networks.vae_attention is None else {VAE_ATTENTION: networks.vae_attention}),
+        **{_label(shape): selection for shape, selection in networks.convolutions.items()},
+    }
     tensors = networks.tensors
     # All that a video depends on beside seed and prompts: a snapshot can be resumed only where this is the same.
     model = {
@@ -300,7 +308,7 @@ def build_engine(
         "vae": networks.vae_name,
         "dtype": str(networks.model_dtype),
         "vae_dtype": str(networks.vae_dtype),
-        IMPLEMENTATIONS: dict(implementations.names),
+        IMPLEMENTATIONS: {label: chosen.name for label, chosen in implementations.items()},
         WEIGHTS: [part.digest() for part in (tensors.transformer, tensors.memory, tensors.vae)],
     }
     if taken is not None:

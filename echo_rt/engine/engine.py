@@ -16,7 +16,7 @@ from echo_rt.engine.pipeline import Pipeline
 from echo_rt.engine.prompts import NOW, PromptEncoder, check_prompt_embeds, prompt_of
 from echo_rt.engine.rollout import Rollout
 from echo_rt.errors import ConfigError, PromptError, StreamError
-from echo_rt.snapshot.fit import Implementations, difference
+from echo_rt.snapshot.fit import Chosen, conflict, difference
 from echo_rt.snapshot.kv_rows import MEMORY, SINK, copy_rows, same_bits, shapes_in_snapshots, split_kv
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.wording import plain
@@ -26,8 +26,8 @@ from echo_rt.utils.wording import plain
 class Engine:
     """The parts of a model that make one video at a time.
 
-    ``model``: its description for snapshots; ``lookahead``: number of blocks begun ahead; ``check``: None unless asked
-    for.
+    ``model``: its description for snapshots; ``implementations``: by their label in it; ``lookahead``: number of blocks
+    begun ahead; ``check``: None unless asked for.
     """
 
     device: torch.device
@@ -38,7 +38,7 @@ class Engine:
     executor: Executor
     vae: VaeConfig
     model: Mapping[str, Any]
-    implementations: Implementations
+    implementations: Mapping[str, Chosen]
     prompts: PromptEncoder
     initial_video: InitialVideoEncoder
     lookahead: int
@@ -121,8 +121,8 @@ class Engine:
         """Raise :class:`StreamError` for a snapshot of another model or implementation, or an inconsistent one."""
         if different := difference(snapshot.model, self.model, self.vae.spatial_stride):
             raise StreamError(f"the snapshot is of another model: {different}")
-        if conflict := self.implementations.conflict(snapshot.model):
-            raise StreamError(f"the snapshot cannot go on here bit for bit: {conflict}")
+        if reason := conflict(snapshot.model, self.implementations):
+            raise StreamError(f"the snapshot cannot go on here bit for bit: {reason}")
         frames = (snapshot.block + 1) * self.rollout.config.window.frames_per_block
         begun, given, coming = snapshot.block + 1, snapshot.initial_blocks, snapshot.initial_latents
         consistent = begun >= 0 and frames == snapshot.latents_decoded and snapshot.offset >= 0
