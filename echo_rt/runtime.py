@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from echo_rt.engine.build import build_engine, open_networks
+from echo_rt.engine.build import open_networks
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import Guard
 from echo_rt.engine.initial_video import InitialVideo
@@ -59,9 +59,8 @@ class Runtime(Closing, Bound):
         self._live: weakref.ref[Stream] | None = None
         self._process = ProcessGuard()
         networks = open_networks(loaded, options, prescribed)
-        engine = build_engine(
-            loaded.config, networks, options, loaded.mode, folder=loaded.folder, taken=loaded.taken.for_snapshots()
-        )
+        taken = loaded.taken.for_snapshots()
+        engine = Engine(loaded.config, networks, options, loaded.mode, folder=loaded.folder, taken=taken)
         log_threads(engine.device)
         self.config, self.vae_config, self.memory = loaded.config, engine.vae, loaded.mode
         self.taken = loaded.taken

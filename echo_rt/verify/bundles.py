@@ -146,7 +146,7 @@ def _run_rollout(bundle: Bundle, executor: Executor) -> Computed:
         ModelTensors(weights, FingerprintedTensors(own, weights.source)),
         RuntimeOptions(device=bundle.device, dtype=bundle.dtype, float8_except=bundle.float8_except),
         backend,
-        attention=attentions(config, bundle.device, dtype, backend.ops, cache=None),
+        selected=attentions(config, bundle.device, dtype, backend.ops, cache=None),
     )
     mode = MemoryMode.OFF if config.memory is None else MemoryMode.EVOLVE
     rollout = build_rollout(config, networks, mode, executor)
