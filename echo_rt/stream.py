@@ -425,9 +425,7 @@ class Feed(_Source):
 
     def close(self) -> None:
         """End the thread, after the block it is making, and loops over the feed. From any thread; idempotent."""
-        self._feeder.stop()
-        if threading.current_thread() is not self._feeder:
-            self._feeder.join()
+        self._feeder.close()
 
     async def __aenter__(self) -> Feed:
         return self

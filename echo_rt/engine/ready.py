@@ -13,7 +13,6 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import ClassVar
 
 from echo_rt.chunk import Chunk
 from echo_rt.errors import StreamError
@@ -152,10 +151,8 @@ class Feeder(threading.Thread):
     that nobody holds can be freed.
     """
 
-    # Daemons, so that a forgotten one cannot block the interpreter's exit, which stops them, see _end_all.
-    running: ClassVar[set[Feeder]] = set()
-
     def __init__(self, ready: ReadyQueue, make_ahead: Callable[[float], bool], depth: int, drop: bool) -> None:
+        # A daemon, so that a forgotten one cannot block the interpreter's exit, which closes it.
         super().__init__(name="echo_rt feed", daemon=True)
         self.depth, self.dropped = depth, 0
         self.stopped = self.over = False
@@ -166,7 +163,7 @@ class Feeder(threading.Thread):
         ready.attach(self)
         if drop:
             ready.dropping = self
-        Feeder.running.add(self)
+        atexit.register(self.close)
         self.start()
 
     def run(self) -> None:
@@ -180,7 +177,7 @@ class Feeder(threading.Thread):
         finally:
             self.over = True
             self._ready.notify()
-            Feeder.running.discard(self)
+            atexit.unregister(self.close)
             del self  # so does this frame
 
     def _wait_for_place(self) -> bool:
@@ -199,6 +196,12 @@ class Feeder(threading.Thread):
             if self._ready.dropping is self:
                 self._ready.dropping = None
             self._ready.detach(self)
+
+    def close(self) -> None:
+        """Stop, and wait for the end of the block being made, unless it is this thread that makes it."""
+        self.stop()
+        if threading.current_thread() is not self:
+            self.join()
 
     def has_news(self) -> bool:
         """Whether :meth:`take` has a block, an error or the end to report."""
@@ -220,11 +223,3 @@ class Feeder(threading.Thread):
             raise StreamError(f"the feed's thread died of {type(error).__name__}: {error}") from error
         finally:
             del error  # or this frame and the error would be a reference cycle
-
-
-@atexit.register
-def _end_all() -> None:
-    for feeder in list(Feeder.running):
-        if feeder.is_alive():  # after a fork, the parent's are not
-            feeder.stop()
-            feeder.join()

@@ -139,7 +139,6 @@ class Blocks:
         self.first_frame_seconds: float | None = None
         self._failures = 0  # rollbacks since the last good block
         self._good: Snapshot | None = None
-        self._good_prompt: Prompt | None = None
         self._prompts_since: dict[int, Prompt] = {}  # by block: prompts that began after the good state
         self._stopped_before: dict[int, float] = {}  # by block in flight: stopped seconds when it began
         self._began = 0.0
@@ -179,8 +178,7 @@ class Blocks:
             if due and not engine.pipeline.in_flight:
                 due = False
                 if engine.finite():
-                    self._good, self._good_prompt = self._save(engine, held=()), self.prompts.now
-                    self._prompts_since = {}
+                    self._good, self._prompts_since = self._save(engine, held=()), {}
             while not due and engine.pipeline.in_flight <= engine.lookahead:
                 self._begin(engine)
             self._finish(engine)
@@ -195,8 +193,7 @@ class Blocks:
         """End the video: free what is kept for later."""
         self.ready.close()
         self.prompts.close()
-        self._good = self._good_prompt = None
-        self._prompts_since = {}
+        self._good, self._prompts_since = None, {}
 
     def first_frame(self, block: int) -> int:
         """Number of the first video frame of ``block``."""
@@ -320,7 +317,9 @@ class Blocks:
         engine.load_state(good, self.seed)
         begun = self._prompts_since
         self._prompts_since = {at: prompt for at, prompt in begun.items() if at <= block}
-        now = self._prompts_since[max(self._prompts_since)] if self._prompts_since else self._good_prompt
+        now = PromptSchedule.of_snapshot(good).now
+        if self._prompts_since:
+            now = self._prompts_since[max(self._prompts_since)]
         # Numbers that a flush has skipped stay so.
         self.prompts.reopen(
             max(block, self.ready.wanted), now, {at: prompt for at, prompt in begun.items() if at > block}
