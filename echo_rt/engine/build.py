@@ -159,9 +159,11 @@ class Networks:
 
     def implementations(self) -> dict[str, Chosen]:
         """All that was selected for the model, by its label in snapshots."""
-        convolutions = {_label(shape): selection for shape, selection in self.convolutions.items()}
-        named = {BACKEND: self.backend, ATTENTION: self.attention[0], TEXT_ATTENTION: self.attention[1]}
-        return {**named, **({} if self.vae_attention is None else {VAE_ATTENTION: self.vae_attention}), **convolutions}
+        over_cache, over_text = self.attention
+        found: dict[str, Chosen] = {BACKEND: self.backend, ATTENTION: over_cache, TEXT_ATTENTION: over_text}
+        if self.vae_attention is not None:
+            found[VAE_ATTENTION] = self.vae_attention
+        return found | {_label(shape): selection for shape, selection in self.convolutions.items()}
 
     def load(self, config: ModelConfig) -> None:
         """Make every network of an engine of ``config``, before its buffers are."""

@@ -292,12 +292,9 @@ class Blocks:
         """Save the evidence of a bad block, if wanted; returns the end of the message that names its files."""
         if self._guard.evidence is None:
             return ""
-        stats = chunk.stats
-        position = {"newest_temporal_id": stats.newest_temporal_id, "shift": stats.shift}
-        details = {"found": bad, "rollbacks": self.rollbacks, "position": position}
         try:
             after = self._save(engine, self.ready.blocks)
-            files = self._guard.save_evidence(chunk.index, after, self._good, stats.vitals, details)
+            files = self._guard.save_evidence(chunk, after, self._good, bad, self.rollbacks)
         except (OutputError, RuntimeError) as error:  # a full disk; a device that is lost, which torch says
             # What happened to the block matters more than that its evidence is missing.
             return f"; no evidence: {one_line(error)}"
