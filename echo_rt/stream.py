@@ -226,15 +226,14 @@ class Stream(_Source):
             return chunk
 
     async def _take_async(self) -> Chunk | None:
-        loop, consumer = asyncio.get_running_loop(), object()
-        self._ready.attach(consumer)  # it still gets its block if the stream is closed meanwhile
+        self._ready.attach(1)  # it still gets its block if the stream is closed meanwhile
         try:
-            while await loop.run_in_executor(None, self._make_ahead, 1):
+            while await asyncio.get_running_loop().run_in_executor(None, self._make_ahead, 1):
                 if (chunk := self._ready.take()) is not None:
                     return chunk
             return None
         finally:
-            self._ready.detach(consumer)
+            self._ready.attach(-1)
 
     @computes
     def _make_ahead(self, depth: float) -> bool:
@@ -387,18 +386,18 @@ class Feed(_Source):
 
         Raises the error that ended the stream; :class:`StreamError` once the feed or the stream is closed.
         """
-        self._require_thread()
+        self._process.require_here("feed")  # before any lock, which in a fork a thread of the parent may hold
         with self._ready.lock:
             return next(self) if self._ready.changed.wait_for(self._feeder.has_news, timeout) else None
 
     def _take(self) -> Chunk | None:
-        self._require_thread()
+        self._process.require_here("feed")
         with self._ready.lock:
             self._ready.changed.wait_for(self._feeder.has_news)
             return self._feeder.take()
 
     async def _take_async(self) -> Chunk | None:
-        self._require_thread()
+        self._process.require_here("feed")
         with self._ready.woken() as changed:
             while True:
                 with self._ready.lock:
@@ -415,11 +414,6 @@ class Feed(_Source):
     def _end(self) -> None:
         if not self.closed:
             self.stream._require_whole()
-
-    def _require_thread(self) -> None:
-        # Before any lock is acquired: in a fork, a thread that only the parent has may hold it.
-        if not self._feeder.is_alive() and not self._feeder.over:
-            raise StreamError("the feed has no thread in this process, a fork of its own; make a feed where it is used")
 
     # ---------------------------------------------------------------- life
 
