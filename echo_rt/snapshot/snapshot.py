@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +23,11 @@ from echo_rt.options import check_seed
 from echo_rt.snapshot.file import damaged, read_file, write_file
 from echo_rt.utils.checked_json import convert
 
-_STATE, _PROMPT, _HELD, _INITIAL, _NOW = "state.", "prompt.", "held.", "initial.latents", "prompt"
+_STATE, _HELD, _INITIAL, _NOW = "state.", "held.", "initial.latents", "prompt"
+_PROMPT = re.compile(r"prompt\.([0-9]{1,19})")
 _TENSORS = ("tensors", "prompts", "prompt", "initial_latents")  # fields that are no facts
 # Newer facts, with the values for which they are left out of a file.
 _LEFT_OUT: dict[str, Any] = {"initial_blocks": 0, "caller_noise": False, "prompt_facts": {}}
-_LONGEST_NUMBER = 20  # digits
 _SEEDS = 2**64
 # Added to the seed at each rollback: odd, so that 2^64 seeds in a row are all different.
 _RESEED = 0x9E3779B97F4A7C15
@@ -80,7 +81,7 @@ class Snapshot:
         Raises ``OutputError`` where it cannot be written, :class:`SnapshotError` for values that no file can hold.
         """
         tensors = {_STATE + name: tensor for name, tensor in self.tensors.items()}
-        tensors |= {f"{_PROMPT}{block}": embeds for block, embeds in self.prompts.items()}
+        tensors |= {f"prompt.{block}": embeds for block, embeds in self.prompts.items()}
         for number, chunk in enumerate(self.held):
             tensors |= {f"{_HELD}{number}.frames": chunk.frames, f"{_HELD}{number}.latents": chunk.latents}
         if self.initial_latents is not None:
@@ -119,7 +120,7 @@ class Snapshot:
             block |= {name: tensors.pop(f"{_HELD}{number}.{name}", None) for name in ("frames", "latents")}
         facts |= {
             "held": held,
-            "prompts": _prompts(tensors, path),
+            "prompts": {int(name[1]): tensors.pop(name[0]) for name in map(_PROMPT.fullmatch, [*tensors]) if name},
             "prompt": tensors.pop(_NOW, None),
             "initial_latents": tensors.pop(_INITIAL, None),
             "tensors": {name.removeprefix(_STATE): t for name, t in tensors.items() if name.startswith(_STATE)},
@@ -138,14 +139,3 @@ class Snapshot:
         except ConfigError as error:
             raise damaged(path, str(error)) from None
         return snapshot
-
-
-def _prompts(tensors: dict[str, Tensor], path: str | Path) -> dict[int, Tensor]:
-    """Take the prompts out of ``tensors``; returns them by block."""
-    prompts: dict[int, Tensor] = {}
-    for name in [name for name in tensors if name.startswith(_PROMPT)]:
-        block = name.removeprefix(_PROMPT)
-        if not (block.isascii() and block.isdecimal() and len(block) < _LONGEST_NUMBER):
-            raise damaged(path, f"{name!r:.80} names no block")
-        prompts[int(block)] = tensors.pop(name)
-    return prompts
