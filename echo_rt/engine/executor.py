@@ -1,10 +1,9 @@
 """Submits work to the device: queues that run beside one another, ordered by events, and CUDA graphs.
 
 A *stage* is a function and its static arguments: all that the host decides. All else that it reads or writes lies in
-tensors whose addresses never change. So a stage that comes again with the same arguments does the same work on the same
-addresses, and on a GPU its captured graph does it without the host. The first time a stage runs eagerly (libraries make
-their workspaces and plans then), the second time it is captured, from then on it is replayed. A stage that comes once
-in a video, such as those that fill the window, is not captured in a first video.
+tensors whose addresses never change. So a stage that comes again with the same arguments is the same work on the same
+addresses. On a GPU it runs eagerly the first time (libraries make their workspaces and plans then), is captured as a
+graph the second time, and is replayed from then on.
 """
 
 from __future__ import annotations
