@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -56,7 +56,7 @@ class Runtime(Closing, Bound):
 
     def __init__(self, loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapping[str, str]) -> None:
         self._lock = threading.RLock()  # held while a stream or the runtime itself begins or ends
-        self._live: weakref.ref[Stream] | None = None
+        self._live: Callable[[], Stream | None] = lambda: None  # the last stream, while somebody holds it
         self._process = ProcessGuard()
         networks = open_networks(loaded, options, prescribed)
         taken = loaded.taken.for_snapshots()
@@ -329,27 +329,19 @@ class Runtime(Closing, Bound):
         """Yield the engine under the lock; :class:`StreamError` while a stream is live."""
         while True:
             with self._lock:
-                engine = self._require_open()
-                last = self._last()
-                if last is None:
+                engine, last = self._require_open(), self._live()
+                if last is None or last._engine is None:
                     yield engine
                     return
+            if not last.closed and last.failure is None:
+                raise StreamError(
+                    f"this runtime has a live stream, at block {last.next_block}; close it first, or load another one"
+                )
+            if last._busy_here:
+                raise StreamError("this thread is in the middle of a block of the runtime's stream; let it end first")
             # A failed stream may be held only by a traceback, and a closed one may still be making its last block.
             # Wait without the lock, which a signal handler amid that block may need.
             last.close()
-
-    def _last(self) -> Stream | None:
-        """A stream that has ended but not released the buffers, if any; :class:`StreamError` for a live one."""
-        live = self._live() if self._live is not None else None
-        if live is None or live._engine is None:
-            return None
-        if not live.closed and live.failure is None:
-            raise StreamError(
-                f"this runtime has a live stream, at block {live.next_block}; close it first, or load another runtime"
-            )
-        if live._busy_here:
-            raise StreamError("this thread is in the middle of a block of the runtime's stream; let it end first")
-        return live
 
     # ---------------------------------------------------------------- life
 
@@ -366,7 +358,7 @@ class Runtime(Closing, Bound):
             self._engine = None  # without a lock, which a thread that only the parent has may hold
             return
         with self._lock:
-            live = self._live() if self._live is not None else None
+            live = self._live()
             engine, self._engine = self._engine, None
         amid_block = live is not None and live._busy_here
         if live is not None:

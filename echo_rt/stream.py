@@ -164,11 +164,7 @@ class Stream(_Source):
 
     @property
     def frames_until_prompt(self) -> int:
-        """Number of video frames that are still handed out before those of a prompt that is set now.
-
-        Those of the blocks that wait or are begun. With a full feed of depth 2 and a lookahead of 1 they are three
-        blocks, of 12 frames each in most recipes; what is left of the block on show comes before them.
-        """
+        """Number of frames that come before those of a prompt that is set now: of the blocks that wait or are begun."""
         return self._blocks.first_frame(self.next_prompt_block) - self.video_frames
 
     @property
@@ -276,11 +272,9 @@ class Stream(_Source):
 
         Args:
             prompt: the text; or ``prompt_embeds [length, text_dim]`` in its place.
-            block: number of the block that begins with it; None for the first that has not begun,
-                :attr:`next_prompt_block`.
+            block: number of the block that begins with it; None for :attr:`next_prompt_block`.
             over: number of blocks in which to blend from the old prompt: the embeddings change by equal steps, one per
-                block. Another prompt that begins meanwhile ends the blend. Where the recipe rebuilds the memory, it
-                does so at the first of them.
+                block. Another prompt that begins meanwhile ends the blend. The memory is rebuilt at the first of them.
             flush: drop the blocks that are made or begun, so that the next one handed out begins with the prompt. The
                 video jumps: their numbers are skipped, and counted in :attr:`skipped`.
 
