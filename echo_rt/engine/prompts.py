@@ -239,13 +239,11 @@ def load_prompt_embeds(path: str | Path) -> tuple[Tensor, str | None]:
         with safetensors.safe_open(path, framework="pt") as file:
             names = list(file.keys())
             if _EMBEDS_KEY not in names:
-                raise PromptError(f"{path}: expected a tensor {_EMBEDS_KEY!r}, found {', '.join(names[:3]) or 'none'}")
+                raise PromptError(f"expected a tensor {_EMBEDS_KEY!r}, found {', '.join(names[:3]) or 'none'}")
             embeds: Tensor = file.get_tensor(_EMBEDS_KEY)
-            prompt: str | None = (file.metadata() or {}).get(_PROMPT_KEY)
+            _check_matrix(embeds)
+            return embeds, (file.metadata() or {}).get(_PROMPT_KEY)
     except (OSError, safetensors.SafetensorError) as error:
         raise PromptError(f"{path}: cannot read prompt embeddings: {error}") from error
-    try:
-        _check_matrix(embeds)
     except PromptError as error:
         raise PromptError(f"{path}: {error}") from None
-    return embeds, prompt

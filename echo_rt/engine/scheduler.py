@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -202,13 +203,9 @@ class Blocks:
             if self._good is not None:
                 self._prompts_since[block] = prompt
             engine.rollout.switch_prompt(prompt.embeds, rebuild=not prompt.continued)
-        if engine.check is None:
-            engine.pipeline.begin(block, noise)
-            return
         # Neither a prompt switch, nor noise copied from the host, nor the first generated block is the steady state.
-        if prompt is not None or noise is not None or engine.block + 1 == engine.initial_blocks:
-            engine.check.disturbed()
-        with engine.check.block(block):
+        disturbed = prompt is not None or noise is not None or engine.block + 1 == engine.initial_blocks
+        with nullcontext() if engine.check is None else engine.check.block(block, disturbed):
             engine.pipeline.begin(block, noise)
 
     def _next_noise(self, engine: Engine) -> Tensor | None:
