@@ -10,7 +10,7 @@ from torch import Tensor
 
 from echo_rt.config import ModelConfig
 from echo_rt.engine.build import Networks, build_rollout
-from echo_rt.engine.executor import Executor, SteadyCheck, make_executor
+from echo_rt.engine.executor import SteadyCheck, make_executor
 from echo_rt.engine.initial_video import InitialVideoEncoder
 from echo_rt.engine.memory_budget import require_capacity
 from echo_rt.engine.pipeline import Pipeline
@@ -35,7 +35,6 @@ class Engine:
     Args:
         config: the config of ``networks``, or the same without its memory.
         options: read for ``graphs``, ``lookahead``, ``check`` and ``keep_text_encoder``.
-        executor: in place of the device's usual one.
         folder: with the text encoder; without it the engine takes only embeddings.
         taken: what the model was made of, for its snapshots, in plain JSON types.
 
@@ -50,14 +49,13 @@ class Engine:
         options: RuntimeOptions,
         mode: MemoryMode,
         *,
-        executor: Executor | None = None,
         folder: ModelFolder | None = None,
         taken: Mapping[str, Any] | None = None,
     ) -> None:
         vae, tiny, device = networks.vae, networks.tiny, networks.device
         assert vae is not None
         self.vae, self.device, self.dtype, self.vae_dtype = vae, device, networks.dtype, networks.vae_dtype
-        self.executor = executor or make_executor(device, options.graphs)
+        self.executor = make_executor(device, options.graphs)
         # A CPU computes one block at a time.
         self.lookahead = int(device.type == "cuda") if options.lookahead is None else options.lookahead
         depth = 1 + self.lookahead

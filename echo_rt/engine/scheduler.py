@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,6 +91,12 @@ class PromptSchedule:
         with self._lock:
             self.first_open, self.now = block, now
             self._waiting = {**prompts, **self._waiting}
+
+    def close(self) -> None:
+        """Free the embeddings; the text of the last prompt stays."""
+        with self._lock:
+            self._waiting.clear()
+            self.now = self.now and replace(self.now, embeds=torch.empty(0, device="cpu"))
 
     def for_snapshot(self) -> dict[str, Any]:
         """The fields of a :class:`Snapshot` about prompts."""
@@ -186,6 +193,7 @@ class Blocks:
     def close(self) -> None:
         """End the video: free what is kept for later."""
         self.ready.close()
+        self.prompts.close()
         self._good, self._prompts_since = None, {}
 
     def first_frame(self, block: int) -> int:
