@@ -210,8 +210,6 @@ class Runtime(Closing, Bound):
         """Whether the text encoder is in memory now."""
         return self._engine is not None and self._engine.prompts.loaded
 
-    # ---------------------------------------------------------------- prompts
-
     def encode_prompt(self, prompt: str) -> Tensor:
         """Encode a prompt to float32 ``[length, text_dim]``, on the host; :class:`PromptError` for an empty one."""
         return self.encode_prompts([prompt])[0]

@@ -298,8 +298,6 @@ class Stream(_Source):
         if flush:
             self._ready.skip_to(begins)
 
-    # ---------------------------------------------------------------- snapshot
-
     @computes
     def snapshot(self, path: str | Path | None = None) -> Snapshot:
         """Copy everything needed to continue bit for bit after the last block handed out.
@@ -307,7 +305,6 @@ class Stream(_Source):
         Waits for a block that is being made. ``path``: a file to write it to as well (:meth:`Snapshot.save`), while the
         stream may already go on.
         """
-        self._require_open()
         with self._exclusive() as engine:
             self._require_open()
             self._require_whole()

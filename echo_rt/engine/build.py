@@ -34,7 +34,7 @@ from echo_rt.snapshot.fit import (
     BACKEND,
     TEXT_ATTENTION,
     VAE_ATTENTION,
-    Chosen,
+    Selected,
 )
 from echo_rt.utils.device import parse_device, parse_dtype, parse_vae_dtype, working_dtype
 from echo_rt.weights.fingerprint import FingerprintedTensors
@@ -157,10 +157,10 @@ class Networks:
     def memory(self) -> MemoryEncoder:
         return MemoryEncoder(self.config, self.tensors.memory, self.ops, device=self.device, dtype=self.dtype)
 
-    def implementations(self) -> dict[str, Chosen]:
+    def implementations(self) -> dict[str, Selected]:
         """All that was selected for the model, by its label in snapshots."""
         over_cache, over_text = self.attention
-        found: dict[str, Chosen] = {BACKEND: self.backend, ATTENTION: over_cache, TEXT_ATTENTION: over_text}
+        found: dict[str, Selected] = {BACKEND: self.backend, ATTENTION: over_cache, TEXT_ATTENTION: over_text}
         if self.vae_attention is not None:
             found[VAE_ATTENTION] = self.vae_attention
         return found | {_label(shape): selection for shape, selection in self.convolutions.items()}

@@ -17,7 +17,7 @@ from echo_rt.engine.pipeline import Pipeline
 from echo_rt.engine.prompts import NOW, PromptEncoder, check_prompt_embeds, prompt_of
 from echo_rt.errors import ConfigError, PromptError, StreamError
 from echo_rt.options import MemoryMode, RuntimeOptions
-from echo_rt.snapshot.fit import IMPLEMENTATIONS, WEIGHTS, Chosen, conflict, difference
+from echo_rt.snapshot.fit import IMPLEMENTATIONS, WEIGHTS, Selected, conflict, difference
 from echo_rt.snapshot.kv_rows import MEMORY, SINK, copy_rows, same_bits, shapes_in_snapshots, split_kv
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.device import FLOAT8, model_context
@@ -77,7 +77,7 @@ class Engine:
             self.pipeline = Pipeline(
                 self.rollout, networks.decoder, vae, networks.ops, self.executor, device=device, depth=depth
             )
-        self.implementations: Mapping[str, Chosen] = networks.implementations()
+        self.implementations: Mapping[str, Selected] = networks.implementations()
         tensors = networks.tensors
         # All that a video depends on beside seed and prompts: a snapshot can be resumed only where this is the same.
         self.model: dict[str, Any] = {

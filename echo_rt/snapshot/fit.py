@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
+from echo_rt.autotune.tuner import Selection
 from echo_rt.config import MemoryConfig, SamplerConfig, WindowConfig
+from echo_rt.ops.backends import Backend
 from echo_rt.utils.device import dtype_name
 from echo_rt.weights.choice import TAKEN
 
+Selected: TypeAlias = "Backend | Selection[Any]"
 IMPLEMENTATIONS = "computed_by"  # entry of a snapshot's model: names of implementations by label
 BACKEND = "backend"
 ATTENTION, TEXT_ATTENTION, VAE_ATTENTION = "attention", "attention to the text", "attention of the VAE"
@@ -85,17 +88,7 @@ def implementations_of(model: Mapping[str, Any]) -> dict[str, str]:
     return {BACKEND: "torch"} | known  # the default of the versions that did not store it
 
 
-class Chosen(Protocol):
-    """A runtime's implementation; ``by_name``: its user asked for it."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def by_name(self) -> bool: ...
-
-
-def conflict(snapshot: Mapping[str, Any], here: Mapping[str, Chosen]) -> str | None:
+def conflict(snapshot: Mapping[str, Any], here: Mapping[str, Selected]) -> str | None:
     """Name an implementation that differs from the snapshot's though nobody asked for it, and the remedy.
 
     ``snapshot``: its model; ``here``: the runtime's implementations by label.
