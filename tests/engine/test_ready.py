@@ -150,6 +150,10 @@ def test_a_feeder_keeps_its_depth_and_leaves_all_of_it(drop: bool) -> None:
     within(LONG, feeder.join)
     assert indices(queue) == ([7, 8, 9] if drop else [0, 1, 2]) and feeder.dropped == (7 if drop else 0)
     assert feeder.take() is None and len(queue) == 3
+    queue.attach(1)
+    feeder.close()  # once more: it lets go of the blocks for itself only
+    queue.close()
+    assert len(queue) == 3
 
 
 def test_a_feeder_that_failed_tells_it_once_and_holds_nothing() -> None:
