@@ -274,7 +274,8 @@ class Stream(_Source):
             prompt: the text; or ``prompt_embeds [length, text_dim]`` in its place.
             block: number of the block that begins with it; None for :attr:`next_prompt_block`.
             over: number of blocks in which to blend from the old prompt: the embeddings change by equal steps, one per
-                block. Another prompt that begins meanwhile ends the blend. The memory is rebuilt at the first of them.
+                block. Another prompt that begins meanwhile ends the blend. A recipe that rebuilds the memory does so at
+                the first of them.
             flush: drop the blocks that are made or begun, so that the next one handed out begins with the prompt. The
                 video jumps: their numbers are skipped, and counted in :attr:`skipped`.
 
@@ -305,6 +306,7 @@ class Stream(_Source):
         Waits for a block that is being made. ``path``: a file to write it to as well (:meth:`Snapshot.save`), while the
         stream may already go on.
         """
+        self._require_open()
         with self._exclusive() as engine:
             self._require_open()
             self._require_whole()
