@@ -119,7 +119,8 @@ class Runtime(Closing, Bound):
             lora: LoRAs to merge into the transformer, in order: a path (of a file with keys in any common naming, or of
                 a PEFT folder), or a list of paths and (path, strength) pairs. One may have the memory encoder.
             lora_alpha: alpha of the LoRAs that do not state one; None for their rank.
-            ema: True for the checkpoint's EMA weights, False for the plain ones; None for the recipe's choice.
+            ema: True for the checkpoint's EMA weights, False for the plain ones; None for the recipe's choice, where
+                the checkpoint has both. Without a checkpoint, only None.
             recipe: how the checkpoint is sampled, a name in :data:`echo_rt.recipes.RECIPES`; None for the one that the
                 model's folder names, or that the files' names and contents tell.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for a GPU where there is one.
@@ -140,20 +141,21 @@ class Runtime(Closing, Bound):
             width, height: size of the video in pixels; None for that of the model's folder, or 832 and 480.
             attention: the implementation of attention, a name that ``echo-rt doctor`` lists; None for the fastest one
                 on this model's shapes, measured once per GPU. The VAE uses it too where it supports the VAE's shapes.
-            convolution: the implementation of the model's own VAE's convolutions, wherever it works; one for
-                convolutions over time and one for upsampling may be joined by a comma. None for the fastest correct
-                one on each shape, measured once per GPU.
+            convolution: the same for the model's own VAE's convolutions, wherever it works; a name for convolutions
+                over time and one for upsampling may be joined by a comma. None for the fastest correct one on each
+                shape.
             graphs: whether stages that repeat are captured and replayed as CUDA graphs; None for yes on a GPU. A stage
                 that cannot be captured ends its stream with :class:`CaptureError`.
-            lookahead: number of blocks begun before an earlier one is handed out. The device stays busy while a block
-                is shown, and prompts take effect that many blocks later. None for 1 on a GPU, 0 on a CPU.
+            lookahead: number of blocks, 0 or more, begun before an earlier one is handed out. The device stays busy
+                meanwhile, and prompts take effect that many blocks later. None for 1 on a GPU, 0 on a CPU.
             check: assert on every block that the steady state allocates nothing, never waits for the device and moves
                 no buffer (:class:`SteadyStateError`). For debugging: it changes a setting of torch in the process.
             keep_text_encoder: whether the text encoder stays loaded between prompts; None for while a stream is live,
                 if an eighth of the memory is free beside it.
             overrides: other settings of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`.
             float8_except: layers that stay in bfloat16 in dtype float8, as patterns of weight names such as
-                ``"blocks.0.*"`` or ``"*.ffn.2"``. One of q, k and v of self-attention keeps all three.
+                ``"blocks.0.*"`` or ``"*.ffn.2"``; one without a match is an error. One of q, k and v of self-attention
+                keeps all three.
             like: a snapshot to resume: recipe, backend, attention and convolutions that are not asked for by name are
                 those of its video, whatever the files, ``ECHO_RT_BACKEND`` or a measurement say.
 
@@ -333,7 +335,8 @@ class Runtime(Closing, Bound):
                     return
             if not last.closed and last.failure is None:
                 raise StreamError(
-                    f"this runtime has a live stream, at block {last.next_block}; close it first, or load another one"
+                    f"this runtime has a live stream, at block {last.next_block}; "
+                    "close it first, or load another runtime"
                 )
             if last._busy_here:
                 raise StreamError("this thread is in the middle of a block of the runtime's stream; let it end first")
