@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from echo_rt.engine.build import build_engine, open_networks
+from echo_rt.engine.build import open_networks
 from echo_rt.engine.engine import Engine
 from echo_rt.engine.guard import Guard
 from echo_rt.engine.initial_video import InitialVideo
@@ -56,12 +56,11 @@ class Runtime(Closing, Bound):
 
     def __init__(self, loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapping[str, str]) -> None:
         self._lock = threading.RLock()  # held while a stream or the runtime itself begins or ends
-        self._live: weakref.ref[Stream] | None = None
+        self._live: Callable[[], Stream | None] = lambda: None  # the last stream, while somebody holds it
         self._process = ProcessGuard()
         networks = open_networks(loaded, options, prescribed)
-        engine = build_engine(
-            loaded.config, networks, options, loaded.mode, folder=loaded.folder, taken=loaded.taken.for_snapshots()
-        )
+        taken = loaded.taken.for_snapshots()
+        engine = Engine(loaded.config, networks, options, loaded.mode, folder=loaded.folder, taken=taken)
         log_threads(engine.device)
         self.config, self.vae_config, self.memory = loaded.config, engine.vae, loaded.mode
         self.taken = loaded.taken
@@ -117,49 +116,47 @@ class Runtime(Closing, Bound):
             model: Wan2.1-T2V-1.3B: a folder in the original or the diffusers layout, or with single files under
                 ComfyUI's names; a transformer's file; or the id of a model in the local Hugging Face cache.
             checkpoint: generator weights (Echo-Infinity, Self-Forcing, ...) that replace the folder's transformer.
-            lora: LoRAs to merge into the transformer, in order: a path, or a list of paths and (path, strength) pairs.
-                A path is a file with keys in any common naming, or a PEFT folder; one may have the memory encoder.
+            lora: LoRAs to merge into the transformer, in order: a path (of a file with keys in any common naming, or of
+                a PEFT folder), or a list of paths and (path, strength) pairs. One may have the memory encoder.
             lora_alpha: alpha of the LoRAs that do not state one; None for their rank.
             ema: True for the checkpoint's EMA weights, False for the plain ones; None for the recipe's choice, where
                 the checkpoint has both. Without a checkpoint, only None.
-            recipe: how the checkpoint is sampled, a name in :data:`echo_rt.recipes.RECIPES`; ``overrides`` change it.
-                None for the recipe that the model's folder names, or that the files' names and contents tell.
+            recipe: how the checkpoint is sampled, a name in :data:`echo_rt.recipes.RECIPES`; None for the one that the
+                model's folder names, or that the files' names and contents tell.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for a GPU where there is one.
-            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"float8"``, which computes the transformer's large
-                matmuls and self-attention in float8 and the rest in bfloat16; None for bfloat16 on a GPU, float32 on a
-                CPU. Short names such as ``"bf16"`` are understood, and ``torch_dtype`` as another name of the option.
+            dtype, torch_dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` (or short, ``"bf16"``), or ``"float8"``:
+                 the transformer's large matmuls and self-attention in float8, the rest in bfloat16. None for bfloat16
+                 on a GPU, float32 on a CPU.
             vae_dtype: the VAE's dtype; None for ``dtype`` (with float8: bfloat16).
             memory: ``"evolve"``, ``"prior"`` or ``"off"``; None for evolve where the weights have a memory encoder.
             vae: the decoder that turns latents into frames: ``"wan"``, the model's own VAE; for previews ``"tiny"``,
-                the tiny decoder in the model's folder (``taew2_1`` of TAEHV or ``lighttaew2_1`` of LightX2V, ``.pth``
-                or ``.safetensors``), or the path of such a file. A tiny decoder does not need the model's own VAE.
+                the tiny decoder in the model's folder (``taew2_1`` or ``lighttaew2_1``, ``.pth`` or ``.safetensors``),
+                or the path of such a file. A tiny decoder does not need the model's own VAE.
             vae_tiles: number of horizontal tiles for the two highest resolutions of the model's own VAE: the same
                 video with less device memory, but more time.
             vae_file, text_encoder, tokenizer: the VAE's file, the umT5 file and the tokenizer's folder, where they are
                 not in the model's folder or others are wanted.
             backend: the implementation of the operations; None for ``ECHO_RT_BACKEND``, or else ``"cuda"`` on a GPU
-                that the kernels were built for and ``"torch"`` elsewhere, or where the kernels do not support the
-                model (its memory evolves in float32, or its heads have other sizes).
+                where the kernels support the model, and ``"torch"`` elsewhere.
             width, height: size of the video in pixels; None for that of the model's folder, or 832 and 480.
             attention: the implementation of attention, a name that ``echo-rt doctor`` lists; None for the fastest one
-                on this model's shapes, measured once per GPU. The VAE uses it too where it supports the VAE's head
-                size and dtype, and the fastest one otherwise.
-            convolution: the implementation of the model's own VAE's convolutions, wherever it works, a name that
-                ``echo-rt doctor`` lists; one for convolutions over time and one for upsampling may be joined by a
-                comma. None for the fastest correct one on each shape, measured once per GPU.
+                on this model's shapes, measured once per GPU. The VAE uses it too where it supports the VAE's shapes.
+            convolution: the same for the model's own VAE's convolutions, wherever it works; a name for convolutions
+                over time and one for upsampling may be joined by a comma. None for the fastest correct one on each
+                shape.
             graphs: whether stages that repeat are captured and replayed as CUDA graphs; None for yes on a GPU. A stage
                 that cannot be captured ends its stream with :class:`CaptureError`.
-            lookahead: number of blocks begun before an earlier one is handed out, 0 or more. The device stays busy
-                while a block is shown, and prompts take effect that many blocks later. None for 1 on a GPU, 0 on a CPU.
+            lookahead: number of blocks, 0 or more, begun before an earlier one is handed out. The device stays busy
+                meanwhile, and prompts take effect that many blocks later. None for 1 on a GPU, 0 on a CPU.
             check: assert on every block that the steady state allocates nothing, never waits for the device and moves
                 no buffer (:class:`SteadyStateError`). For debugging: it changes a setting of torch in the process.
             keep_text_encoder: whether the text encoder stays loaded between prompts; None for while a stream is live,
                 if an eighth of the memory is free beside it.
             overrides: other settings of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`.
             float8_except: layers that stay in bfloat16 in dtype float8, as patterns of weight names such as
-                ``"blocks.0.*"`` or ``"*.ffn.2"``; a pattern without a match is an error. Self-attention computes q, k
-                and v in one matmul: keeping one of them keeps all three. ``"blocks.0.self_attn.attention"`` is what a
-                layer does with them; the last layer's is in bfloat16 always, as the memory reads its cache.
+                ``"blocks.0.*"`` or ``"*.ffn.2"``; one without a match is an error. One of q, k and v of self-attention
+                keeps all three. ``"blocks.0.self_attn.attention"`` is what a layer does with them; the last layer's
+                is in bfloat16 always, as the memory reads its cache.
             like: a snapshot to resume: recipe, backend, attention and convolutions that are not asked for by name are
                 those of its video, whatever the files, ``ECHO_RT_BACKEND`` or a measurement say.
 
@@ -216,8 +213,6 @@ class Runtime(Closing, Bound):
         """Whether the text encoder is in memory now."""
         return self._engine is not None and self._engine.prompts.loaded
 
-    # ---------------------------------------------------------------- prompts
-
     def encode_prompt(self, prompt: str) -> Tensor:
         """Encode a prompt to float32 ``[length, text_dim]``, on the host; :class:`PromptError` for an empty one."""
         return self.encode_prompts([prompt])[0]
@@ -253,16 +248,15 @@ class Runtime(Closing, Bound):
             noise: replaces the seed's noise: a function ``(block, shape) -> float32 tensor``, called once for each
                 generated block, numbered from 0, when it begins, in the thread that makes it. ``shape`` is ``(steps, B,
                 C, h, w)``: the block's initial noise, then the fresh noise between its steps. Pass it again to resume.
-            initial_video: the frames that the video begins with: uint8 ``[F, H, W, 3]`` RGB like :attr:`Chunk.frames`,
-                a tensor or an array, or an iterable of such pieces, which are read while they are encoded. F must fill
-                whole blocks; a picture (F = 1) does so where a block is one latent frame. The model's own VAE is loaded
-                to encode them. The first blocks of the video are these frames, encoded and decoded.
+            initial_video: the frames that the video begins with, encoded and decoded by the model's own VAE: uint8
+                ``[F, H, W, 3]`` RGB like :attr:`Chunk.frames`, a tensor or an array, or an iterable of such pieces. F
+                must fill whole blocks; a picture (F = 1) does so where a block is one latent frame.
             initial_latents: normalized latents float32 ``[frames, channels, h, w]`` like :attr:`Chunk.latents`, whole
                 blocks, in place of ``initial_video``; the VAE encoder is not needed.
             fit: how an ``initial_video`` of another size is fitted after scaling: ``"crop"`` its edges or ``"pad"``
                 with black; None raises an error.
-            include_initial: False does not hand out the given blocks. They are still counted, so that the first block
-                and frame handed out are not number 0, and are computed before this returns.
+            include_initial: False does not hand out the given blocks. They are computed before this returns, and
+                counted: the first block and frame handed out are not number 0.
 
         Raises:
             StreamError: another stream of this runtime is live, or the runtime is closed.
@@ -336,27 +330,20 @@ class Runtime(Closing, Bound):
         """Yield the engine under the lock; :class:`StreamError` while a stream is live."""
         while True:
             with self._lock:
-                engine = self._require_open()
-                last = self._last()
-                if last is None:
+                engine, last = self._require_open(), self._live()
+                if last is None or last._engine is None:
                     yield engine
                     return
+            if not last.closed and last.failure is None:
+                raise StreamError(
+                    f"this runtime has a live stream, at block {last.next_block}; "
+                    "close it first, or load another runtime"
+                )
+            if last._busy_here:
+                raise StreamError("this thread is in the middle of a block of the runtime's stream; let it end first")
             # A failed stream may be held only by a traceback, and a closed one may still be making its last block.
             # Wait without the lock, which a signal handler amid that block may need.
             last.close()
-
-    def _last(self) -> Stream | None:
-        """A stream that has ended but not released the buffers, if any; :class:`StreamError` for a live one."""
-        live = self._live() if self._live is not None else None
-        if live is None or live._engine is None:
-            return None
-        if not live.closed and live.failure is None:
-            raise StreamError(
-                f"this runtime has a live stream, at block {live.next_block}; close it first, or load another runtime"
-            )
-        if live._busy_here:
-            raise StreamError("this thread is in the middle of a block of the runtime's stream; let it end first")
-        return live
 
     # ---------------------------------------------------------------- life
 
@@ -373,7 +360,7 @@ class Runtime(Closing, Bound):
             self._engine = None  # without a lock, which a thread that only the parent has may hold
             return
         with self._lock:
-            live = self._live() if self._live is not None else None
+            live = self._live()
             engine, self._engine = self._engine, None
         amid_block = live is not None and live._busy_here
         if live is not None:

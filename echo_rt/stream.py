@@ -164,11 +164,7 @@ class Stream(_Source):
 
     @property
     def frames_until_prompt(self) -> int:
-        """Number of video frames that are still handed out before those of a prompt that is set now.
-
-        Those of the blocks that wait or are begun. With a full feed of depth 2 and a lookahead of 1 they are three
-        blocks, of 12 frames each in most recipes; what is left of the block on show comes before them.
-        """
+        """Number of frames that come before those of a prompt that is set now: of the blocks that wait or are begun."""
         return self._blocks.first_frame(self.next_prompt_block) - self.video_frames
 
     @property
@@ -226,15 +222,14 @@ class Stream(_Source):
             return chunk
 
     async def _take_async(self) -> Chunk | None:
-        loop, consumer = asyncio.get_running_loop(), object()
-        self._ready.attach(consumer)  # it still gets its block if the stream is closed meanwhile
+        self._ready.attach(1)  # it still gets its block if the stream is closed meanwhile
         try:
-            while await loop.run_in_executor(None, self._make_ahead, 1):
+            while await asyncio.get_running_loop().run_in_executor(None, self._make_ahead, 1):
                 if (chunk := self._ready.take()) is not None:
                     return chunk
             return None
         finally:
-            self._ready.detach(consumer)
+            self._ready.attach(-1)
 
     @computes
     def _make_ahead(self, depth: float) -> bool:
@@ -277,11 +272,10 @@ class Stream(_Source):
 
         Args:
             prompt: the text; or ``prompt_embeds [length, text_dim]`` in its place.
-            block: number of the block that begins with it; None for the first that has not begun,
-                :attr:`next_prompt_block`.
+            block: number of the block that begins with it; None for :attr:`next_prompt_block`.
             over: number of blocks in which to blend from the old prompt: the embeddings change by equal steps, one per
-                block. Another prompt that begins meanwhile ends the blend. Where the recipe rebuilds the memory, it
-                does so at the first of them.
+                block. Another prompt that begins meanwhile ends the blend. A recipe that rebuilds the memory does so at
+                the first of them.
             flush: drop the blocks that are made or begun, so that the next one handed out begins with the prompt. The
                 video jumps: their numbers are skipped, and counted in :attr:`skipped`.
 
@@ -304,8 +298,6 @@ class Stream(_Source):
         begins = self._blocks.prompts.set(replace(engine.prompts.resolve(prompt, prompt_embeds), over=over), block)
         if flush:
             self._ready.skip_to(begins)
-
-    # ---------------------------------------------------------------- snapshot
 
     @computes
     def snapshot(self, path: str | Path | None = None) -> Snapshot:
@@ -387,18 +379,18 @@ class Feed(_Source):
 
         Raises the error that ended the stream; :class:`StreamError` once the feed or the stream is closed.
         """
-        self._require_thread()
+        self._process.require_here("feed")  # before any lock, which in a fork a thread of the parent may hold
         with self._ready.lock:
             return next(self) if self._ready.changed.wait_for(self._feeder.has_news, timeout) else None
 
     def _take(self) -> Chunk | None:
-        self._require_thread()
+        self._process.require_here("feed")
         with self._ready.lock:
             self._ready.changed.wait_for(self._feeder.has_news)
             return self._feeder.take()
 
     async def _take_async(self) -> Chunk | None:
-        self._require_thread()
+        self._process.require_here("feed")
         with self._ready.woken() as changed:
             while True:
                 with self._ready.lock:
@@ -416,18 +408,11 @@ class Feed(_Source):
         if not self.closed:
             self.stream._require_whole()
 
-    def _require_thread(self) -> None:
-        # Before any lock is acquired: in a fork, a thread that only the parent has may hold it.
-        if not self._feeder.is_alive() and not self._feeder.over:
-            raise StreamError("the feed has no thread in this process, a fork of its own; make a feed where it is used")
-
     # ---------------------------------------------------------------- life
 
     def close(self) -> None:
         """End the thread, after the block it is making, and loops over the feed. From any thread; idempotent."""
-        self._feeder.stop()
-        if threading.current_thread() is not self._feeder:
-            self._feeder.join()
+        self._feeder.close()
 
     async def __aenter__(self) -> Feed:
         return self

@@ -87,7 +87,7 @@ def build_rollout(
     own = {} if config.memory is None else {name: weights[MEMORY_PREFIX + name] for name in memory_shapes(config)}
     tensors = ModelTensors(FingerprintedTensors(weights, "random"), FingerprintedTensors(own, "random"))
     attention = attentions(config, place, dtype, chosen.ops, cache=None)
-    networks = Networks(config, tensors, RuntimeOptions(device=place, dtype=dtype), chosen, attention=attention)
+    networks = Networks(config, tensors, RuntimeOptions(device=place, dtype=dtype), chosen, selected=attention)
     return build(config, networks, MemoryMode(mode), executor or make_executor(place))
 
 

@@ -218,5 +218,5 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 def executed_by(executor: Executor) -> Iterator[None]:
     """Runtimes that are loaded meanwhile are given ``executor``."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("echo_rt.engine.build.make_executor", lambda device, graphs: executor)
+        patch.setattr("echo_rt.engine.engine.make_executor", lambda device, graphs: executor)
         yield

@@ -123,7 +123,7 @@ def test_a_lora_is_merged_in_float32_whatever_its_process_allows(
     torch.save({"generator_lora": low_rank, "alpha": ALPHA}, tmp_path / "lora.pt")
     inside: list[tuple[torch.dtype, ...]] = []
     products: list[bool] = []
-    model_context, addmm = echo_rt.engine.build.model_context, torch.addmm
+    model_context, addmm = echo_rt.engine.engine.model_context, torch.addmm
 
     @contextlib.contextmanager
     def noted(device: torch.device, *dtypes: torch.dtype) -> Iterator[None]:
@@ -136,7 +136,7 @@ def test_a_lora_is_merged_in_float32_whatever_its_process_allows(
         products.append(any(torch.float32 in dtypes for dtypes in inside))
         return addmm(*tensors, **options)
 
-    monkeypatch.setattr(echo_rt.engine.build, "model_context", noted)
+    monkeypatch.setattr(echo_rt.engine.engine, "model_context", noted)
     monkeypatch.setattr(torch, "addmm", product)
     load(small_model, lora=tmp_path / "lora.pt", dtype="bfloat16").close()
     assert len(products) == len(low_rank) // 2 and all(products)

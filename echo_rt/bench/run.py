@@ -27,8 +27,9 @@ from echo_rt.bench.settings import MODELS, RELEASED, TINY, VARIANTS, Request, Va
 from echo_rt.bench.tables import ROOT, environment
 from echo_rt.chunk import Chunk
 from echo_rt.config import ModelConfig, VaeConfig
-from echo_rt.engine.build import ModelTensors, Networks, build_engine
-from echo_rt.engine.executor import Event, Queue, Span, make_executor
+from echo_rt.engine.build import ModelTensors, Networks
+from echo_rt.engine.engine import Engine
+from echo_rt.engine.executor import Event, Queue, Span
 from echo_rt.engine.rollout import Rollout
 from echo_rt.errors import BackendError, CaptureError, ConfigError
 from echo_rt.model.linear import kept_from_float8
@@ -88,7 +89,7 @@ class Model(NamedTuple):
     ) -> Networks:
         """Its networks on a backend. ``options``: device, dtype, and how attention and decoder compute."""
         backend = Backend(ops, "measured")
-        return Networks(self.config, self.tensors, options, backend, vae=self.vae, attention=attention)
+        return Networks(self.config, self.tensors, options, backend, vae=self.vae, selected=attention)
 
 
 def open_model(request: Request, device: torch.device) -> Model:
@@ -197,12 +198,12 @@ class BlockRunner:
     def __init__(self, networks: Networks, mode: MemoryMode, *, graphs: bool | None, depth: int) -> None:
         self.mode, self._context = mode, (networks.device, networks.dtype)
         self._graphs = graphs is not False and networks.device.type == "cuda"
-        self.executor = make_executor(networks.device, graphs)
         self._spans: list[Span] = []
-        self.executor.spans = self._spans
         config = replace(networks.config, memory=None) if mode is MemoryMode.OFF else networks.config
         options = RuntimeOptions(graphs=graphs, lookahead=depth - 1)
-        self.engine = build_engine(config, networks, options, mode, executor=self.executor)
+        self.engine = Engine(config, networks, options, mode)
+        self.executor = self.engine.executor
+        self.executor.spans = self._spans
         self.rollout, self.pipeline = self.engine.rollout, self.engine.pipeline
         self._begun: deque[tuple[Span, ...]] = deque()
         self.executor.synchronize()

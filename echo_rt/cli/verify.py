@@ -110,14 +110,11 @@ def _may_be_float8(path: Path) -> bool:
 def _verify(path: Path, arguments: Arguments) -> BundleReport:
     from echo_rt.utils.device import parse_device
     from echo_rt.utils.threads import share_cpu
-    from echo_rt.verify.bundles import verify_bundle, verify_model
-    from echo_rt.weights.folder import holds_vae
+    from echo_rt.verify.bundles import verify_bundle
 
-    options = {name: getattr(arguments, name) for name in ("device", "dtype", "backend", "dump")}
+    names = ("device", "dtype", "backend", "dump", "graphs", "float8_except")
     with share_cpu(parse_device(arguments.device)):
-        if holds_vae(path):
-            return verify_model(path, **options)
-        return verify_bundle(path, float8_except=arguments.float8_except, graphs=arguments.graphs, **options)
+        return verify_bundle(path, **{name: getattr(arguments, name) for name in names})
 
 
 def _as_json(bundle: BundleReport) -> dict[str, Any]:

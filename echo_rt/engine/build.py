@@ -1,4 +1,4 @@
-"""Builds an engine from configs, tensors and options: the one place where a model is put together."""
+"""A model's networks on a device, made of configs, tensors and options, with the implementations that compute them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from echo_rt.attention import AttentionSelection, ByDtype, attention_in_float8, attention_tuner, attentions
 from echo_rt.attention import cache_file as attention_cache
 from echo_rt.attention import implementations as attention_candidates
@@ -19,16 +17,11 @@ from echo_rt.config import ModelConfig, VaeConfig
 from echo_rt.convolution import ConvolutionSelection, ConvolutionShape, select_convolutions
 from echo_rt.convolution import cache_file as convolution_cache
 from echo_rt.convolution import implementations as convolution_candidates
-from echo_rt.engine.engine import Engine
-from echo_rt.engine.executor import Executor, SteadyCheck, make_executor
-from echo_rt.engine.initial_video import InitialVideoEncoder
-from echo_rt.engine.memory_budget import require_capacity
-from echo_rt.engine.pipeline import Pipeline
-from echo_rt.engine.prompts import PromptEncoder
+from echo_rt.engine.executor import Executor
 from echo_rt.engine.rollout import Rollout
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.model.decoder_protocol import VideoDecoder
-from echo_rt.model.linear import SELF_ATTENTION, float8_attention
+from echo_rt.model.linear import float8_attention
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.tiny_decoder import TinyDecoder
@@ -41,17 +34,12 @@ from echo_rt.snapshot.fit import (
     ATTENTION,
     BACKEND,
     FLOAT8_ATTENTION,
-    IMPLEMENTATIONS,
     TEXT_ATTENTION,
     VAE_ATTENTION,
-    WEIGHTS,
-    Implementations,
-    convolution_label,
+    Selected,
 )
-from echo_rt.utils.device import FLOAT8, model_context, parse_device, parse_dtype, parse_vae_dtype, working_dtype
-from echo_rt.weights.choice import TAKEN
+from echo_rt.utils.device import parse_device, parse_dtype, parse_vae_dtype, working_dtype
 from echo_rt.weights.fingerprint import FingerprintedTensors
-from echo_rt.weights.folder import ModelFolder
 from echo_rt.weights.load_model import LoadedModel
 from echo_rt.weights.tiny_vae import TinyVae
 
@@ -92,10 +80,15 @@ def fit_decoder(
         dtype=dtype,
         cache=convolution_cache(),
         candidates=convolution_candidates(ops),
-        prescribed={s: prescribed[label] for s in shapes.values() if (label := convolution_label(s)) in prescribed},
+        prescribed={s: prescribed[label] for s in shapes.values() if (label := _label(s)) in prescribed},
     )
     decoder.use({name: convolved[shape].kind for name, shape in shapes.items()})
     return attended, convolved
+
+
+def _label(shape: ConvolutionShape) -> str:
+    """Label of all convolutions of a shape, which depends on the number of the decoder's tiles."""
+    return f"convolution of {shape}"
 
 
 def convolutions_in_words(convolutions: Convolutions) -> str:
@@ -113,47 +106,37 @@ class ModelTensors:
     vae: FingerprintedTensors = field(default_factory=lambda: FingerprintedTensors({}, ""))
 
 
+@dataclass(eq=False)
 class Networks:
     """A model's networks on the device, each made at first use; engines may share them.
 
-    Use them in a :func:`model_context`, as :func:`build_engine` does. ``vae``: the VAE of the model's latents;
-    ``tiny``: the decoder in its place; without either there is no decoder. ``attention``: the selections for the cache
-    and for the text, None to make them here. ``prescribed``: the implementations of the snapshot to continue, by label.
+    Use them in a :func:`model_context`, as :class:`Engine` does. ``vae``: the VAE of the model's latents;
+    ``tiny``: the decoder in its place; without either there is no decoder. ``selected``: the attention over the cache
+    and over the text, None to select it here. ``prescribed``: the implementations of the snapshot to continue, by
+    label.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        tensors: ModelTensors,
-        options: RuntimeOptions,
-        backend: Backend,
-        *,
-        vae: VaeConfig | None = None,
-        tiny: TinyVae | None = None,
-        attention: tuple[AttentionSelection, AttentionSelection] | None = None,
-        prescribed: Mapping[str, str] | None = None,
-    ) -> None:
-        self.config, self.tensors, self.options, self.backend, self.ops = config, tensors, options, backend, backend.ops
-        self.vae, self.tiny, self._given_attention, self._prescribed = vae, tiny, attention, prescribed or {}
-        self.device = parse_device(options.device)
-        self.model_dtype = parse_dtype(options.dtype, self.device)
+    config: ModelConfig
+    tensors: ModelTensors
+    options: RuntimeOptions
+    backend: Backend
+    vae: VaeConfig | None = None
+    tiny: TinyVae | None = None
+    selected: tuple[AttentionSelection, AttentionSelection] | None = None
+    prescribed: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.ops, self.device = self.backend.ops, parse_device(self.options.device)
+        self.model_dtype = parse_dtype(self.options.dtype, self.device)
         self.dtype = working_dtype(self.model_dtype)  # of everything but float8 matmuls
-        self.vae_dtype = parse_vae_dtype(options.vae_dtype, self.model_dtype)
+        self.vae_dtype = parse_vae_dtype(self.options.vae_dtype, self.model_dtype)
 
     @cached_property
     def attention(self) -> tuple[AttentionSelection, AttentionSelection]:
         """The implementations of attention over the cache and over the text, and why."""
-        if self._given_attention is not None:
-            return self._given_attention
-        return attentions(
-            self.config,
-            self.device,
-            self.dtype,
-            self.ops,
-            self.options.attention,
-            cache=attention_cache(),
-            prescribed=(self._prescribed.get(ATTENTION), self._prescribed.get(TEXT_ATTENTION)),
-        )
+        named = self.prescribed.get(ATTENTION), self.prescribed.get(TEXT_ATTENTION)
+        place = self.config, self.device, self.dtype, self.ops
+        return self.selected or attentions(*place, self.options.attention, cache=attention_cache(), prescribed=named)
 
     @cached_property
     def float8_layers(self) -> tuple[int, ...]:
@@ -170,8 +153,8 @@ class Networks:
             self.device,
             self.dtype,
             self.attention[0].attention,
-            cache=attention_cache() if self._given_attention is None else None,
-            prescribed=self._prescribed.get(FLOAT8_ATTENTION),
+            cache=attention_cache() if self.selected is None else None,
+            prescribed=self.prescribed.get(FLOAT8_ATTENTION),
         )
 
     @cached_property
@@ -194,6 +177,15 @@ class Networks:
     @cached_property
     def memory(self) -> MemoryEncoder:
         return MemoryEncoder(self.config, self.tensors.memory, self.ops, device=self.device, dtype=self.dtype)
+
+    def implementations(self) -> dict[str, Selected]:
+        """All that was selected for the model, by its label in snapshots."""
+        over_cache, over_text = self.attention
+        found: dict[str, Selected] = {BACKEND: self.backend, ATTENTION: over_cache, TEXT_ATTENTION: over_text}
+        for label, selection in ((FLOAT8_ATTENTION, self.attention_in_float8), (VAE_ATTENTION, self.vae_attention)):
+            if selection is not None:
+                found[label] = selection
+        return found | {_label(shape): selection for shape, selection in self.convolutions.items()}
 
     def load(self, config: ModelConfig) -> None:
         """Make every network of an engine of ``config``, before its buffers are."""
@@ -226,7 +218,7 @@ class Networks:
             decoder = VaeDecoder(self.vae, tensors, self.ops, device=device, dtype=dtype, tiles=options.vae_tiles)
             block = (self.config.window.frames_per_block, self.config.latent_height, self.config.latent_width)
             named = (options.convolution, options.attention)
-            return decoder, *fit_decoder(decoder, block, self.ops, *named, self._prescribed)
+            return decoder, *fit_decoder(decoder, block, self.ops, *named, self.prescribed)
         if options.vae_tiles != 1:
             raise ConfigError(f"vae_tiles must be 1 for a tiny decoder, got {options.vae_tiles}")
         if options.convolution is not None:
@@ -265,89 +257,3 @@ def build_rollout(config: ModelConfig, networks: Networks, mode: MemoryMode, exe
     if in_float8 is not None:
         attention = ByDtype(attention, in_float8.attention)
     return Rollout(config, networks.transformer, memory, networks.schedule, networks.ops, attention, mode, executor)
-
-
-def build_engine(
-    config: ModelConfig,
-    networks: Networks,
-    options: RuntimeOptions,
-    mode: MemoryMode,
-    *,
-    executor: Executor | None = None,
-    folder: ModelFolder | None = None,
-    taken: Mapping[str, Any] | None = None,
-) -> Engine:
-    """Make an engine that is ready to stream: networks on the device, buffers allocated.
-
-    Args:
-        config: the config of ``networks``, or the same without its memory.
-        options: read for ``graphs``, ``lookahead``, ``check`` and ``keep_text_encoder``.
-        executor: in place of the device's usual one.
-        folder: with the text encoder; without it the engine takes only embeddings.
-        taken: what the model was made of, for its snapshots, in plain JSON types.
-
-    Raises:
-        ConfigError, BackendError: for options that the model cannot have, or too little memory.
-    """
-    vae, tiny, device = networks.vae, networks.tiny, networks.device
-    assert vae is not None
-    executor = executor or make_executor(device, options.graphs)
-    lookahead = options.lookahead
-    if lookahead is None:
-        lookahead = 1 if device.type == "cuda" else 0  # a CPU computes one block at a time
-    depth = 1 + lookahead
-    require_capacity(
-        config,
-        vae,
-        None if tiny is None else tiny.config,
-        device=device,
-        dtype=networks.dtype,
-        vae_dtype=networks.vae_dtype,
-        vae_tiles=networks.options.vae_tiles,
-        depth=depth,
-        float8_layers=len(networks.float8_layers),
-    )
-    # Before the weights: a measurement takes memory that they will need.
-    attention, in_float8 = networks.attention, networks.attention_in_float8
-    # float32 whatever the model's dtype: LoRAs are merged in it, and must not depend on the caller's TF32 settings.
-    with model_context(device, networks.dtype, networks.vae_dtype, torch.float32):
-        networks.load(config)
-        rollout = build_rollout(config, networks, mode, executor)
-        pipeline = Pipeline(rollout, networks.decoder, vae, networks.ops, executor, device=device, depth=depth)
-    implementations = Implementations.selected(
-        networks.backend, *attention, networks.vae_attention, networks.convolutions, in_float8
-    )
-    tensors = networks.tensors
-    # All that a video depends on beside seed and prompts: a snapshot can be resumed only where this is the same.
-    model = {
-        **config.to_flat(),
-        "memory_mode": mode.value,
-        "vae": networks.vae_name,
-        "dtype": str(networks.model_dtype),
-        "vae_dtype": str(networks.vae_dtype),
-        IMPLEMENTATIONS: dict(implementations.names),
-        WEIGHTS: [part.digest() for part in (tensors.transformer, tensors.memory, tensors.vae)],
-    }
-    if taken is not None:
-        model[TAKEN] = dict(taken)
-    if networks.model_dtype == FLOAT8:
-        kept = networks.transformer.kept_from_float8
-        model["float8_except"] = sorted(name for name in kept if not name.endswith(SELF_ATTENTION))
-        model["float8_attention"] = list(networks.float8_layers)
-    return Engine(
-        device=device,
-        dtype=networks.dtype,
-        vae_dtype=networks.vae_dtype,
-        rollout=rollout,
-        pipeline=pipeline,
-        executor=executor,
-        vae=vae,
-        model=model,
-        implementations=implementations,
-        prompts=PromptEncoder(
-            folder, config.transformer, device, keep=options.keep_text_encoder, dtype=networks.model_dtype
-        ),
-        initial_video=InitialVideoEncoder(folder, config, vae, device, networks.vae_dtype),
-        lookahead=lookahead,
-        check=SteadyCheck(executor, device, pipeline.buffers) if options.check else None,
-    )

@@ -1,49 +1,107 @@
-"""What a runtime lends to a stream, and how its state is saved as a snapshot and loaded from one."""
+"""What a runtime lends to a stream: the one builder of a video's parts, and alone what saves and loads their state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from echo_rt.config import VaeConfig
-from echo_rt.engine.executor import Executor, SteadyCheck
+from echo_rt.config import ModelConfig
+from echo_rt.engine.build import Networks, build_rollout
+from echo_rt.engine.executor import SteadyCheck, make_executor
 from echo_rt.engine.initial_video import InitialVideoEncoder
+from echo_rt.engine.memory_budget import require_capacity
 from echo_rt.engine.pipeline import Pipeline
 from echo_rt.engine.prompts import NOW, PromptEncoder, check_prompt_embeds, prompt_of
-from echo_rt.engine.rollout import Rollout
 from echo_rt.errors import ConfigError, PromptError, StreamError
-from echo_rt.snapshot.fit import Implementations, difference
+from echo_rt.model.linear import SELF_ATTENTION
+from echo_rt.options import MemoryMode, RuntimeOptions
+from echo_rt.snapshot.fit import IMPLEMENTATIONS, WEIGHTS, Selected, conflict, difference
 from echo_rt.snapshot.kv_rows import MEMORY, SINK, copy_rows, same_bits, shapes_in_snapshots, split_kv
 from echo_rt.snapshot.snapshot import Snapshot
-from echo_rt.utils.device import FLOAT8
+from echo_rt.utils.device import FLOAT8, model_context
 from echo_rt.utils.wording import plain
+from echo_rt.weights.choice import TAKEN
+from echo_rt.weights.folder import ModelFolder
 
 
-@dataclass(frozen=True, eq=False)
 class Engine:
-    """The parts of a model that make one video at a time.
+    """The parts of a model that make one video at a time: networks on the device, buffers allocated.
 
-    ``model``: its description for snapshots; ``lookahead``: number of blocks begun ahead; ``check``: None unless asked
-    for.
+    ``model``: its description for snapshots; ``implementations``: by their label in it; ``lookahead``: number of blocks
+    begun ahead; ``check``: None unless asked for.
+
+    Args:
+        config: the config of ``networks``, or the same without its memory.
+        options: read for ``graphs``, ``lookahead``, ``check`` and ``keep_text_encoder``.
+        folder: with the text encoder; without it the engine takes only embeddings.
+        taken: what the model was made of, for its snapshots, in plain JSON types.
+
+    Raises:
+        ConfigError, BackendError: for options that the model cannot have, or too little memory.
     """
 
-    device: torch.device
-    dtype: torch.dtype
-    vae_dtype: torch.dtype
-    rollout: Rollout
-    pipeline: Pipeline
-    executor: Executor
-    vae: VaeConfig
-    model: Mapping[str, Any]
-    implementations: Implementations
-    prompts: PromptEncoder
-    initial_video: InitialVideoEncoder
-    lookahead: int
-    check: SteadyCheck | None
+    def __init__(
+        self,
+        config: ModelConfig,
+        networks: Networks,
+        options: RuntimeOptions,
+        mode: MemoryMode,
+        *,
+        folder: ModelFolder | None = None,
+        taken: Mapping[str, Any] | None = None,
+    ) -> None:
+        vae, tiny, device = networks.vae, networks.tiny, networks.device
+        assert vae is not None
+        self.vae, self.device, self.dtype, self.vae_dtype = vae, device, networks.dtype, networks.vae_dtype
+        self.executor = make_executor(device, options.graphs)
+        # A CPU computes one block at a time.
+        self.lookahead = int(device.type == "cuda") if options.lookahead is None else options.lookahead
+        depth = 1 + self.lookahead
+        require_capacity(
+            config,
+            vae,
+            None if tiny is None else tiny.config,
+            device=device,
+            dtype=self.dtype,
+            vae_dtype=self.vae_dtype,
+            vae_tiles=networks.options.vae_tiles,
+            depth=depth,
+            float8_layers=len(networks.float8_layers),
+        )
+        # Before the weights: a measurement takes memory that they will need.
+        _ = networks.attention, networks.attention_in_float8
+        # float32 whatever the model's dtype: LoRAs are merged in it, and must not depend on the caller's TF32 settings.
+        with model_context(device, self.dtype, self.vae_dtype, torch.float32):
+            networks.load(config)
+            self.rollout = build_rollout(config, networks, mode, self.executor)
+            self.pipeline = Pipeline(
+                self.rollout, networks.decoder, vae, networks.ops, self.executor, device=device, depth=depth
+            )
+        self.implementations: Mapping[str, Selected] = networks.implementations()
+        tensors = networks.tensors
+        # All that a video depends on beside seed and prompts: a snapshot can be resumed only where this is the same.
+        self.model: dict[str, Any] = {
+            **config.to_flat(),
+            "memory_mode": mode.value,
+            "vae": networks.vae_name,
+            "dtype": str(networks.model_dtype),
+            "vae_dtype": str(self.vae_dtype),
+            IMPLEMENTATIONS: {label: chosen.name for label, chosen in self.implementations.items()},
+            WEIGHTS: [part.digest() for part in (tensors.transformer, tensors.memory, tensors.vae)],
+        }
+        if taken is not None:
+            self.model[TAKEN] = dict(taken)
+        if networks.model_dtype == FLOAT8:
+            kept = networks.transformer.kept_from_float8
+            self.model["float8_except"] = sorted(name for name in kept if not name.endswith(SELF_ATTENTION))
+            self.model["float8_attention"] = list(networks.float8_layers)
+        keep = options.keep_text_encoder
+        self.prompts = PromptEncoder(folder, config.transformer, device, keep=keep, dtype=networks.model_dtype)
+        self.initial_video = InitialVideoEncoder(folder, config, vae, device, self.vae_dtype)
+        self.check = SteadyCheck(self.executor, device, self.pipeline.buffers) if options.check else None
 
     @property
     def block(self) -> int:
@@ -123,8 +181,8 @@ class Engine:
         """Raise :class:`StreamError` for a snapshot of another model or implementation, or an inconsistent one."""
         if different := difference(snapshot.model, self.model, self.vae.spatial_stride):
             raise StreamError(f"the snapshot is of another model: {different}")
-        if conflict := self.implementations.conflict(snapshot.model):
-            raise StreamError(f"the snapshot cannot go on here bit for bit: {conflict}")
+        if reason := conflict(snapshot.model, self.implementations):
+            raise StreamError(f"the snapshot cannot go on here bit for bit: {reason}")
         frames = (snapshot.block + 1) * self.rollout.config.window.frames_per_block
         begun, given, coming = snapshot.block + 1, snapshot.initial_blocks, snapshot.initial_latents
         consistent = begun >= 0 and frames == snapshot.latents_decoded and snapshot.offset >= 0

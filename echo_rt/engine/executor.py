@@ -1,10 +1,9 @@
 """Submits work to the device: queues that run beside one another, ordered by events, and CUDA graphs.
 
 A *stage* is a function and its static arguments: all that the host decides. All else that it reads or writes lies in
-tensors whose addresses never change. So a stage that comes again with the same arguments does the same work on the same
-addresses, and on a GPU its captured graph does it without the host. The first time a stage runs eagerly (libraries make
-their workspaces and plans then), the second time it is captured, from then on it is replayed. A stage that comes once
-in a video, such as those that fill the window, is not captured in a first video.
+tensors whose addresses never change. So a stage that comes again with the same arguments is the same work on the same
+addresses. On a GPU it runs eagerly the first time (libraries make their workspaces and plans then), is captured as a
+graph the second time, and is replayed from then on.
 """
 
 from __future__ import annotations
@@ -297,14 +296,17 @@ class SteadyCheck:
     def __init__(self, executor: Executor, device: torch.device, buffers: Callable[[], Mapping[str, Tensor]]) -> None:
         self._executor, self._device, self._buffers = executor, device, buffers
         self._addresses = self._now()
-        self._steady = False  # whether all stages of the block before were replayed
+        self._steady = False  # whether all stages of the block before were replayed, on a GPU
 
     @contextmanager
-    def block(self, index: int) -> Iterator[None]:
-        """Check the work inside, which begins block ``index``; raises :class:`SteadyStateError` after it."""
+    def block(self, index: int, disturbed: bool = False) -> Iterator[None]:
+        """Check the work inside, which begins block ``index``; raises :class:`SteadyStateError` after it.
+
+        ``disturbed``: it may wait for the device.
+        """
         runs, replays = self._executor.runs, self._executor.replays
         allocations = self._allocations()
-        with self._no_waiting(index):
+        with nullcontext() if disturbed or not self._steady else self._no_waiting(index):
             yield
         replayed = self._executor.runs - runs == self._executor.replays - replays
         made = self._allocations() - allocations
@@ -314,14 +316,11 @@ class SteadyCheck:
         moved = sorted(name for name in {*now, *self._addresses} if now.get(name) != self._addresses.get(name))
         if moved:
             raise SteadyStateError(f"block {index}: buffers have moved: {', '.join(moved)}")
-        self._steady = replayed
+        self._steady = replayed and self._device.type == "cuda"
 
     @contextmanager
     def _no_waiting(self, index: int) -> Iterator[None]:
         """Have torch raise where the host waits for the device, in a block that should be all replays."""
-        if self._device.type != "cuda" or not self._steady:
-            yield
-            return
         found = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -332,10 +331,6 @@ class SteadyCheck:
             raise SteadyStateError(f"block {index}: expected no wait for {self._device}, got: {error}") from error
         finally:
             torch.cuda.set_sync_debug_mode(found)
-
-    def disturbed(self) -> None:
-        """Expect no steady state of the next block."""
-        self._steady = False
 
     def _allocations(self) -> int:
         if self._device.type != "cuda":

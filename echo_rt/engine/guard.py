@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from echo_rt.chunk import Vitals
+from echo_rt.chunk import Chunk
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.snapshot.snapshot import Snapshot
-from echo_rt.utils.atomic_file import names_in, place, remove, write_whole
+from echo_rt.utils.atomic_file import names_in, place, reason, remove, write_whole
 from echo_rt.utils.build_info import __version__
 from echo_rt.utils.folder_lock import FolderClaim
 
@@ -58,57 +56,48 @@ class Guard:
             raise ConfigError(f"guard: block_seconds must be a positive number or None, got {bound!r}")
 
     def save_evidence(
-        self, block: int, snapshot: Snapshot, before: Snapshot | None, vitals: Vitals, facts: dict[str, Any]
+        self, chunk: Chunk, after: Snapshot, before: Snapshot | None, found: str, rollbacks: int
     ) -> list[Path]:
-        """Write what is known about ``block`` to the folder for evidence; returns the files.
+        """Write what is known about a bad block to the folder for evidence; returns the files.
 
-        ``snapshot``: the state after the last block begun. ``before``: the last good state, if one is kept; resumed, it
-        makes the block again. ``facts``: further entries of the JSON file. Raises :class:`OutputError`.
+        ``after``: the state after the last block begun. ``before``: the last good state, if one is kept; resumed, it
+        makes the block again. ``found``: what is bad. Raises :class:`OutputError`.
         """
         assert self.evidence is not None
-        folder = Path(self.evidence)
+        folder, stats = Path(self.evidence), chunk.stats
         try:
             if place(folder)[1] is None:
                 folder.parent.mkdir(parents=True, exist_ok=True)
             claim = FolderClaim(folder, shared=True)
         except OSError as error:
-            raise OutputError(f"{folder}: cannot make the folder: {error.strerror}") from None
+            raise OutputError(f"{folder}: cannot make the folder: {reason(error)}") from None
         try:
-            return self._write_evidence(folder, block, snapshot, before, vitals, facts)
+            # A block that goes wrong again, in this run or a later one, does not overwrite the first evidence.
+            there = names_in(folder)
+            stems = (f"block-{chunk.index:08d}{'' if time == 1 else f'-{time}'}" for time in itertools.count(1))
+            stem = next(stem for stem in stems if f"{stem}.json" not in there)
+            states = {folder / f"{stem}.safetensors": after}
+            if before is not None:
+                states[folder / f"{stem}-before.safetensors"] = before
+            told = {
+                "block": chunk.index,
+                "states": {file.name: kept.block + kept.offset for file, kept in states.items()},
+                "seed": after.seed,
+                "echo_rt": __version__,
+                # JSON has no NaN or infinity: these become text.
+                "vitals": {k: v if v is None or math.isfinite(v) else str(v) for k, v in vars(stats.vitals).items()},
+                "found": found,
+                "rollbacks": rollbacks,
+                "position": {"newest_temporal_id": stats.newest_temporal_id, "shift": stats.shift},
+            }
+            try:
+                for file, kept in states.items():
+                    kept.save(file)
+                write_whole(folder / f"{stem}.json", json.dumps(told, indent=2).encode() + b"\n")
+            except OutputError:
+                for file in states:
+                    remove(file)  # all or nothing
+                raise
+            return [*states, folder / f"{stem}.json"]
         finally:
             claim.release()
-
-    @staticmethod
-    def _write_evidence(
-        folder: Path, block: int, snapshot: Snapshot, before: Snapshot | None, vitals: Vitals, facts: dict[str, Any]
-    ) -> list[Path]:
-        # A block that goes wrong again, in this run or a later one, does not overwrite the first evidence.
-        there = names_in(folder)
-        stems = (f"block-{block:08d}{'' if time == 1 else f'-{time}'}" for time in itertools.count(1))
-        stem = next(stem for stem in stems if f"{stem}.json" not in there)
-        state, figures = folder / f"{stem}.safetensors", folder / f"{stem}.json"
-        states = {state: snapshot}
-        if before is not None:
-            states[folder / f"{stem}-before.safetensors"] = before
-        told = {
-            "block": block,
-            "states": {file.name: kept.block + kept.offset for file, kept in states.items()},
-            "seed": snapshot.seed,
-            "echo_rt": __version__,
-            "vitals": {name: _plain(value) for name, value in dataclasses.asdict(vitals).items()},
-            **facts,
-        }
-        try:
-            for file, kept in states.items():
-                kept.save(file)
-            write_whole(figures, json.dumps(told, indent=2).encode() + b"\n")
-        except OutputError:
-            for file in states:
-                remove(file)  # all or nothing
-            raise
-        return [*states, figures]
-
-
-def _plain(value: float | None) -> float | str | None:
-    """``value`` for JSON, which has no NaN or infinity: these become text."""
-    return value if value is None or math.isfinite(value) else str(value)

@@ -44,11 +44,7 @@ class InitialVideoEncoder:
         self._width = config.latent_width * vae.spatial_stride
 
     def check(
-        self,
-        video: InitialVideo | None,
-        fit: str | None = None,
-        included: bool = True,
-        latents: Tensor | None = None,
+        self, video: InitialVideo | None, fit: str | None = None, included: bool = True, latents: Tensor | None = None
     ) -> None:
         """Check a video without encoding it; :class:`ConfigError` for one that the model cannot begin with.
 
@@ -68,12 +64,10 @@ class InitialVideoEncoder:
             raise ConfigError("include_initial is about an initial_video: expected one, got None")
         if video is None and fit is not None:
             raise ConfigError("fit is about an initial_video: expected one, got None")
-        if video is None:
-            return
         if isinstance(video, (Tensor, np.ndarray)):
             self._check_frames(video, fit)
             self.check_count(len(video))
-        elif isinstance(video, (str, bytes, os.PathLike)) or not isinstance(video, Iterable):
+        elif isinstance(video, (str, bytes, os.PathLike)) or not isinstance(video, Iterable | None):
             raise ConfigError(
                 f"initial_video must be frames, uint8 [F, H, W, 3], or an iterable of such pieces; got {type_of(video)}"
             )
@@ -155,9 +149,8 @@ class InitialVideoEncoder:
         """Yield frames for the encoder, ``[n, 3, H, W]`` in [-1, 1]: the first alone, then a group for each latent."""
         held: list[Tensor] = []
         count = 0
-        for frame in self._frames(video, fit):
+        for count, frame in enumerate(self._frames(video, fit), 1):
             held.append(frame)
-            count += 1
             self._check_length(count)
             if count == 1 or len(held) == self._vae.temporal_stride:
                 yield self._fitted(torch.stack(held), fit)

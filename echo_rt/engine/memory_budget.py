@@ -1,7 +1,6 @@
 """Whether the buffers of a video fit into the memory of the machine: counted before the first of them is allocated.
 
-A GPU refuses what it has no memory for. Linux does not: it promises memory that it does not have, and kills the process
-that writes to it. Counted are the buffers that a stream keeps, less than it needs while it computes, and they are
+A GPU refuses what it has no memory for; Linux kills the process that writes to it. The buffers that a stream keeps are
 compared with all the memory there is, free or not: nothing is refused that could have run.
 """
 
@@ -13,7 +12,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from echo_rt.config import ModelConfig, VaeConfig
 from echo_rt.engine.pipeline import frames_shape
@@ -23,14 +21,11 @@ from echo_rt.model.decoder_protocol import VideoDecoder
 from echo_rt.model.tiny_decoder import TinyDecoder
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.backends import load_ops
-from echo_rt.weights.shapes import Shapes, vae_decoder_shapes
+from echo_rt.weights.shapes import vae_decoder_shapes
 from echo_rt.weights.tiny_vae import TinyVaeConfig, tiny_decoder_shapes
 
 _META = torch.device("meta")  # tensors with a size and no bytes
 _GIB = 2**30
-_KIBIBYTE = 1024  # the unit of /proc/meminfo
-_NO_LIMIT = "max"
-_ROOM = 8
 
 
 def require_capacity(
@@ -92,18 +87,15 @@ def decoder_bytes(
     config: ModelConfig, vae: VaeConfig, tiny: TinyVaeConfig | None, dtype: torch.dtype, tiles: int
 ) -> int:
     """Bytes of the decoder's history and scratch buffers."""
+    shapes = vae_decoder_shapes(vae) if tiny is None else tiny_decoder_shapes(tiny)
+    tensors = {name: torch.empty(shape, device=_META) for name, shape in shapes.items()}
     decoder: VideoDecoder[Any]
-    if tiny is not None:
-        decoder = TinyDecoder(tiny, _empty(tiny_decoder_shapes(tiny)), vae, device=_META, dtype=dtype)
-    else:
-        tensors = _empty(vae_decoder_shapes(vae))
+    if tiny is None:
         decoder = VaeDecoder(vae, tensors, load_ops("torch"), device=_META, dtype=dtype, tiles=tiles)
+    else:
+        decoder = TinyDecoder(tiny, tensors, vae, device=_META, dtype=dtype)
     state = decoder.new_state(config.latent_height, config.latent_width, config.window.frames_per_block)
     return sum(tensor.nbytes for tensor in state.buffers().values())
-
-
-def _empty(shapes: Shapes) -> dict[str, Tensor]:
-    return {name: torch.empty(shape, device=_META) for name, shape in shapes.items()}
 
 
 def has_room(device: torch.device) -> bool:
@@ -113,7 +105,7 @@ def has_room(device: torch.device) -> bool:
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
         free, total = host_memory_free(), host_memory()
-    return free > total // _ROOM
+    return free > total // 8
 
 
 def host_memory(root: Path = Path("/")) -> int:
@@ -132,7 +124,7 @@ def host_memory_free(root: Path = Path("/")) -> int:
 
 def _meminfo(root: Path, name: str) -> int:
     lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * _KIBIBYTE
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
 def _groups(root: Path) -> Iterator[tuple[int, Path]]:
@@ -150,5 +142,5 @@ def _groups(root: Path) -> Iterator[tuple[int, Path]]:
         for each in (group, *group.parents):
             limit, used = (base / each.relative_to("/") / name for name in names)
             # A container sees its own group as the root, and has no files of the groups around it.
-            if limit.is_file() and (most := limit.read_text(encoding="ascii").strip()) != _NO_LIMIT:
+            if limit.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
                 yield int(most), used

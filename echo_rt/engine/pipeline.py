@@ -21,7 +21,7 @@ from echo_rt.engine.state import VITALS
 from echo_rt.model.decoder_protocol import DecoderState, VideoDecoder
 from echo_rt.ops.schema import Ops
 
-_VIDEO_VITALS = ("video_min", "video_max", "video_nonfinite")
+_VIDEO_VITALS = ("video_min", "video_max", "video_nonfinite")  # in the order of Pipeline._decode
 
 
 def frames_shape(config: ModelConfig, vae: VaeConfig) -> tuple[int, int, int, int]:
@@ -31,40 +31,33 @@ def frames_shape(config: ModelConfig, vae: VaeConfig) -> tuple[int, int, int, in
 
 
 class _Slot:
-    """Host memory of one block in flight, and what the host knows about the block when it begins."""
+    """Host memory of one block in flight, and what the host knows about the block when it begins.
 
-    def __init__(self, like_frames: Tensor, like_latents: Tensor, vitals: int, pinned: bool) -> None:
+    ``count``: number of its frames; ``stats``: the entries of its :class:`ChunkStats` that are known; ``unknown``: the
+    vitals that it does not have.
+    """
+
+    def __init__(self, frames: Tensor, latents: Tensor, vitals: Tensor) -> None:
         def host(like: Tensor) -> Tensor:
-            return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=pinned)
+            return torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
 
-        self.frames, self.latents = host(like_frames), host(like_latents)
-        self.vitals = torch.empty(vitals, dtype=torch.float32, device="cpu", pin_memory=pinned)
+        self.frames, self.latents, self.vitals = host(frames), host(latents), host(vitals)
         self.begun: Event | None = None
         self.made: Event | None = None
         self.arrived: Event | None = None
         self.index = self.first_frame = self.count = 0
-        self.newest_temporal_id = self.shift = 0
-        self.memory_attended = self.memory_ready = self.memory_updated = False
+        self.stats: dict[str, Any] = {}
+        self.unknown: list[str] = []
 
     def read(self) -> Chunk:
         """Copy the block that has arrived out of the slot."""
         assert self.begun is not None and self.made is not None and self.arrived is not None
         values: dict[str, Any] = dict(zip((*VITALS, *_VIDEO_VITALS), self.vitals.tolist(), strict=True))
         values |= {name: int(values[name]) for name in ("latent_nonfinite", "video_nonfinite")}
-        if not self.memory_ready:
-            values["memory_norm"] = None
-        if not self.memory_updated:
-            values["gate_mean"] = None
-        stats = ChunkStats(
-            generate_seconds=self.made.seconds_since(self.begun),
-            decode_seconds=self.arrived.seconds_since(self.made),
-            newest_temporal_id=self.newest_temporal_id,
-            shift=self.shift,
-            memory_attended=self.memory_attended,
-            vitals=Vitals(**values),
-        )
-        frames, latents = self.frames[: self.count].clone(), self.latents.clone()
-        return Chunk(index=self.index, frames=frames, first_frame=self.first_frame, latents=latents, stats=stats)
+        values |= dict.fromkeys(self.unknown)
+        generated, decoded = self.made.seconds_since(self.begun), self.arrived.seconds_since(self.made)
+        stats = ChunkStats(generated, decoded, vitals=Vitals(**values), **self.stats)
+        return Chunk(self.index, self.frames[: self.count].clone(), self.first_frame, self.latents.clone(), stats)
 
 
 class Pipeline:
@@ -93,9 +86,7 @@ class Pipeline:
         self._latents = torch.empty_like(rollout.state.x)
         self._frames = torch.empty(frames_shape(config, vae), dtype=torch.uint8, device=device)
         self._vitals = torch.zeros(len(VITALS) + len(_VIDEO_VITALS), dtype=torch.float32, device=device)
-        self._slots = [
-            _Slot(self._frames, self._latents, len(self._vitals), device.type == "cuda") for _ in range(depth)
-        ]
+        self._slots = [_Slot(self._frames, self._latents, self._vitals) for _ in range(depth)]
         self.given: deque[Tensor] = deque()
         self._flying: deque[_Slot] = deque()
         self._last_arrival: Event | None = None
@@ -166,10 +157,13 @@ class Pipeline:
         decoder.latents_seen += count
         slot.index = block if index is None else index
         slot.first_frame = video_frames(slot.index * count)
-        slot.newest_temporal_id = layout.temporal_id(block, layout.last_frame(block))
-        slot.shift = layout.shift(block)
-        slot.memory_attended = rollout.memory_attended(block)
-        slot.memory_ready, slot.memory_updated = state.memory_ready, state.memory_updated
+        slot.stats = {
+            "newest_temporal_id": layout.temporal_id(block, layout.last_frame(block)),
+            "shift": layout.shift(block),
+            "memory_attended": rollout.memory_attended(block),
+        }
+        known = {"memory_norm": state.memory_ready, "gate_mean": state.memory_updated}
+        slot.unknown = [name for name, there in known.items() if not there]
         self._flying.append(slot)
 
     def finish(self, seconds: float | None = None) -> Chunk | None:
@@ -192,9 +186,9 @@ class Pipeline:
     def _decode(self, is_start: bool) -> None:
         video = self._decoder.decode_next(self._latents, self.decoder_state, is_start=is_start)
         self._ops.frames_to_uint8(video, self._frames[: len(video)])
-        low, high = torch.aminmax(video)
-        for value, name in ((low, "video_min"), (high, "video_max"), (_nonfinite(video), "video_nonfinite")):
-            self._vitals[len(VITALS) + _VIDEO_VITALS.index(name)] = value
+        figures = (*torch.aminmax(video), _nonfinite(video))
+        for at, figure in enumerate(figures, len(VITALS)):
+            self._vitals[at] = figure
 
 
 def _nonfinite(video: Tensor) -> Tensor:

@@ -36,24 +36,18 @@ NOW = "now"  # key, among the facts of prompts in a snapshot, of the one of the 
 _MOST_BLOCKS = 10_000  # of a blend
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptFacts:
-    """What is known of a prompt beside its embeddings, in plain JSON types.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Prompt:
+    """Embeddings float32 ``[length, text_dim]`` on the host, and how blocks come to them.
 
     ``text``: None if only the embeddings were given. ``over``: number of blocks in which they are reached, the next one
     included. ``continued``: an earlier block began the blend, so the memory is not rebuilt again.
     """
 
+    embeds: Tensor
     text: str | None = None
     over: Annotated[int, msgspec.Meta(ge=1, le=_MOST_BLOCKS)] = 1
     continued: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt(PromptFacts):
-    """Embeddings float32 ``[length, text_dim]`` on the host, and how blocks come to them."""
-
-    embeds: Tensor
 
     def step(self, now: Tensor) -> tuple[Prompt, Prompt | None]:
         """Return the prompt of the next block, where ``now`` is that of the last one, and what is left of the blend."""
@@ -66,13 +60,15 @@ class Prompt(PromptFacts):
         return replace(self, embeds=blended, over=1), replace(self, over=self.over - 1, continued=True)
 
     def facts(self) -> dict[str, Any]:
-        """The facts that are not their defaults."""
-        return {f.name: getattr(self, f.name) for f in fields(PromptFacts) if getattr(self, f.name) != f.default}
+        """All but the embeddings, in plain JSON types, where it is not the default."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "embeds"}
+        return {name: value for name, value in own.items() if value != getattr(Prompt, name)}
 
 
 def prompt_of(embeds: Tensor, facts: Mapping[str, Any] | None) -> Prompt:
     """Make a prompt of what a snapshot holds; :class:`PromptError` for facts that are none."""
-    return Prompt(**vars(convert(facts or {}, PromptFacts, "facts", PromptError)), embeds=embeds)
+    known = convert(facts or {}, dict[str, Any], "facts", PromptError)
+    return convert(known | {"embeds": embeds}, Prompt, "facts", PromptError)
 
 
 def check_over(over: int) -> int:
@@ -243,13 +239,11 @@ def load_prompt_embeds(path: str | Path) -> tuple[Tensor, str | None]:
         with safetensors.safe_open(path, framework="pt") as file:
             names = list(file.keys())
             if _EMBEDS_KEY not in names:
-                raise PromptError(f"{path}: expected a tensor {_EMBEDS_KEY!r}, found {', '.join(names[:3]) or 'none'}")
+                raise PromptError(f"expected a tensor {_EMBEDS_KEY!r}, found {', '.join(names[:3]) or 'none'}")
             embeds: Tensor = file.get_tensor(_EMBEDS_KEY)
-            prompt: str | None = (file.metadata() or {}).get(_PROMPT_KEY)
+            _check_matrix(embeds)
+            return embeds, (file.metadata() or {}).get(_PROMPT_KEY)
     except (OSError, safetensors.SafetensorError) as error:
         raise PromptError(f"{path}: cannot read prompt embeddings: {error}") from error
-    try:
-        _check_matrix(embeds)
     except PromptError as error:
         raise PromptError(f"{path}: {error}") from None
-    return embeds, prompt

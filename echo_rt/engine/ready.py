@@ -13,7 +13,6 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import ClassVar
 
 from echo_rt.chunk import Chunk
 from echo_rt.errors import StreamError
@@ -24,11 +23,8 @@ class ReadyQueue:
     """Finished blocks of one video, oldest first. Any thread may append and take; no call waits for a block.
 
     Taking is the last step of every wait, so a wait that is cancelled, interrupted or timed out has taken nothing.
-    ``end`` is the number of the next block to be finished; ``dropping`` is the feeder, if any, that has the oldest
-    block dropped when its depth is reached. Blocks before ``wanted`` are not handed out any more; ``skipped`` counts
-    those.
-
-    A closed queue keeps its blocks while a consumer is attached, which is still to get the blocks made for it.
+    ``end`` is the number of the next block to be finished. Blocks before ``wanted`` are not handed out any more;
+    ``skipped`` counts those. A closed queue keeps its blocks for the consumers that are attached.
     """
 
     def __init__(self, blocks: Iterable[Chunk] = (), end: int = 0) -> None:
@@ -37,10 +33,9 @@ class ReadyQueue:
         self.changed = threading.Condition(self.lock)
         self.end = end
         self.wanted = self.skipped = 0
-        self.dropping: Feeder | None = None
         self.closed = False
         self._blocks = deque(blocks)
-        self._consumers: set[object] = set()
+        self._consumers = 0
         self._wakers: set[Callable[[], None]] = set()
 
     def __len__(self) -> int:
@@ -62,16 +57,10 @@ class ReadyQueue:
             return tuple(self._blocks)
 
     def append(self, chunk: Chunk) -> None:
-        """Add a finished block; the oldest may be dropped for it."""
+        """Add a finished block, unless it is not wanted."""
         with self.lock:
-            if chunk.index < self.wanted:
-                self.end = chunk.index + 1
-                return
-            feeder = self.dropping
-            if feeder is not None and len(self._blocks) >= feeder.depth:
-                self.take()
-                feeder.dropped += 1
-            self._blocks.append(chunk)
+            if chunk.index >= self.wanted:
+                self._blocks.append(chunk)
             self.end = chunk.index + 1
             self.notify()
 
@@ -100,8 +89,6 @@ class ReadyQueue:
             for wake in tuple(self._wakers):  # a copy: the garbage collector may end a wait in the loop
                 wake()
 
-    # ---------------------------------------------------------------- consumers
-
     @contextlib.contextmanager
     def woken(self) -> Iterator[asyncio.Event]:
         """Yield an event of the running loop that every change sets."""
@@ -119,29 +106,20 @@ class ReadyQueue:
             with self.lock:
                 self._wakers.discard(wake)
 
-    def attach(self, consumer: object) -> None:
-        """Keep blocks for ``consumer``, also after :meth:`close`, until it is detached."""
+    def attach(self, consumers: int) -> None:
+        """Count consumers more (1) or fewer (-1) for whom a closed queue keeps its blocks."""
         with self.lock:
-            self._consumers.add(consumer)
-
-    def detach(self, consumer: object) -> None:
-        """Let go of ``consumer``; blocks that wait stay for others, unless the queue is closed."""
-        with self.lock:
-            self._consumers.discard(consumer)
-            self._clear_if_abandoned()
+            self._consumers += consumers
+            if self.closed and not self._consumers:
+                self.end = self.next_block
+                self._blocks.clear()
             self.notify()
 
     def close(self) -> None:
         """End the queue, and free its blocks unless a consumer is attached. Idempotent."""
         with self.lock:
             self.closed = True
-            self._clear_if_abandoned()
-            self.notify()
-
-    def _clear_if_abandoned(self) -> None:
-        if self.closed and not self._consumers:
-            self.end = self.next_block
-            self._blocks.clear()
+            self.attach(0)
 
 
 class Feeder(threading.Thread):
@@ -152,35 +130,31 @@ class Feeder(threading.Thread):
     that nobody holds can be freed.
     """
 
-    # Daemons, so that a forgotten one cannot block the interpreter's exit, which stops them, see _end_all.
-    running: ClassVar[set[Feeder]] = set()
-
     def __init__(self, ready: ReadyQueue, make_ahead: Callable[[float], bool], depth: int, drop: bool) -> None:
+        # A daemon, so that a forgotten one cannot block the interpreter's exit, which closes it.
         super().__init__(name="echo_rt feed", daemon=True)
-        self.depth, self.dropped = depth, 0
+        self.dropped = 0
         self.stopped = self.over = False
-        self._ready, self._make_ahead = ready, make_ahead
+        self._ready, self._make_ahead, self._depth, self._drop = ready, make_ahead, depth, drop
         self._ahead = math.inf if drop else depth
         self._error: BaseException | None = None
         self._process = ProcessGuard()
-        ready.attach(self)
-        if drop:
-            ready.dropping = self
-        Feeder.running.add(self)
+        ready.attach(1)
+        atexit.register(self.close)
         self.start()
 
     def run(self) -> None:
         """Make blocks until no more are wanted, or there are no more."""
         try:
             while self._wait_for_place() and self._make_ahead(self._ahead):
-                pass
+                self._drop_surplus()
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # some of them hold this object, which will hold the error
             self._error = error
         finally:
             self.over = True
             self._ready.notify()
-            Feeder.running.discard(self)
+            atexit.unregister(self.close)
             del self  # so does this frame
 
     def _wait_for_place(self) -> bool:
@@ -190,15 +164,26 @@ class Feeder(threading.Thread):
             ready.changed.wait_for(lambda: self.stopped or ready.closed or len(ready) < self._ahead)
             return not self.stopped
 
+    def _drop_surplus(self) -> None:
+        """Drop the oldest block for one that has just been made; those that were there before the feed stay."""
+        with self._ready.lock:
+            if self._drop and not self.stopped and len(self._ready) > self._depth:
+                self._ready.take()
+                self.dropped += 1
+
     def stop(self) -> None:
         """Stop after the block being made, without waiting for it; may be called anywhere, even in a finalizer."""
         if self._process.left:
             return  # in a fork, a thread that only the parent has may hold a lock
         with self._ready.lock:
-            self.stopped = True
-            if self._ready.dropping is self:
-                self._ready.dropping = None
-            self._ready.detach(self)
+            stopped, self.stopped = self.stopped, True
+            self._ready.attach(0 if stopped else -1)
+
+    def close(self) -> None:
+        """Stop, and wait for the end of the block being made, unless it is this thread that makes it."""
+        self.stop()
+        if threading.current_thread() is not self:
+            self.join()
 
     def has_news(self) -> bool:
         """Whether :meth:`take` has a block, an error or the end to report."""
@@ -220,11 +205,3 @@ class Feeder(threading.Thread):
             raise StreamError(f"the feed's thread died of {type(error).__name__}: {error}") from error
         finally:
             del error  # or this frame and the error would be a reference cycle
-
-
-@atexit.register
-def _end_all() -> None:
-    for feeder in list(Feeder.running):
-        if feeder.is_alive():  # after a fork, the parent's are not
-            feeder.stop()
-            feeder.join()

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -139,7 +140,6 @@ class Blocks:
         self.first_frame_seconds: float | None = None
         self._failures = 0  # rollbacks since the last good block
         self._good: Snapshot | None = None
-        self._good_prompt: Prompt | None = None
         self._prompts_since: dict[int, Prompt] = {}  # by block: prompts that began after the good state
         self._stopped_before: dict[int, float] = {}  # by block in flight: stopped seconds when it began
         self._began = 0.0
@@ -179,8 +179,7 @@ class Blocks:
             if due and not engine.pipeline.in_flight:
                 due = False
                 if engine.finite():
-                    self._good, self._good_prompt = self._save(engine, held=()), self.prompts.now
-                    self._prompts_since = {}
+                    self._good, self._prompts_since = self._save(engine, held=()), {}
             while not due and engine.pipeline.in_flight <= engine.lookahead:
                 self._begin(engine)
             self._finish(engine)
@@ -195,8 +194,7 @@ class Blocks:
         """End the video: free what is kept for later."""
         self.ready.close()
         self.prompts.close()
-        self._good = self._good_prompt = None
-        self._prompts_since = {}
+        self._good, self._prompts_since = None, {}
 
     def first_frame(self, block: int) -> int:
         """Number of the first video frame of ``block``."""
@@ -213,13 +211,9 @@ class Blocks:
             if self._good is not None:
                 self._prompts_since[block] = prompt
             engine.rollout.switch_prompt(prompt.embeds, rebuild=not prompt.continued)
-        if engine.check is None:
-            engine.pipeline.begin(block, noise)
-            return
         # Neither a prompt switch, nor noise copied from the host, nor the first generated block is the steady state.
-        if prompt is not None or noise is not None or engine.block + 1 == engine.initial_blocks:
-            engine.check.disturbed()
-        with engine.check.block(block):
+        disturbed = prompt is not None or noise is not None or engine.block + 1 == engine.initial_blocks
+        with nullcontext() if engine.check is None else engine.check.block(block, disturbed):
             engine.pipeline.begin(block, noise)
 
     def _next_noise(self, engine: Engine) -> Tensor | None:
@@ -295,12 +289,9 @@ class Blocks:
         """Save the evidence of a bad block, if wanted; returns the end of the message that names its files."""
         if self._guard.evidence is None:
             return ""
-        stats = chunk.stats
-        position = {"newest_temporal_id": stats.newest_temporal_id, "shift": stats.shift}
-        details = {"found": bad, "rollbacks": self.rollbacks, "position": position}
         try:
             after = self._save(engine, self.ready.blocks)
-            files = self._guard.save_evidence(chunk.index, after, self._good, stats.vitals, details)
+            files = self._guard.save_evidence(chunk, after, self._good, bad, self.rollbacks)
         except (OutputError, RuntimeError) as error:  # a full disk; a device that is lost, which torch says
             # What happened to the block matters more than that its evidence is missing.
             return f"; no evidence: {one_line(error)}"
@@ -320,7 +311,9 @@ class Blocks:
         engine.load_state(good, self.seed)
         begun = self._prompts_since
         self._prompts_since = {at: prompt for at, prompt in begun.items() if at <= block}
-        now = self._prompts_since[max(self._prompts_since)] if self._prompts_since else self._good_prompt
+        now = PromptSchedule.of_snapshot(good).now
+        if self._prompts_since:
+            now = self._prompts_since[max(self._prompts_since)]
         # Numbers that a flush has skipped stay so.
         self.prompts.reopen(
             max(block, self.ready.wanted), now, {at: prompt for at, prompt in begun.items() if at > block}

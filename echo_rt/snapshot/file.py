@@ -5,9 +5,9 @@ The metadata of a file has the format and its version, the version of echo-rt, `
 digest, so a whole file of another version can be told from a damaged one. Versions 1 and 2 differ in the tensors of
 the KV buffer alone (:mod:`echo_rt.snapshot.kv_rows`).
 
-Files are read and written by hand. The safetensors library maps a file (one that shrinks meanwhile is a bus error, and
-what is used is not what was checked) or makes a second copy of all tensors, and it writes metadata in an order that
-changes from call to call. Tensors are allocated only once the file is known to be long enough to hold them.
+Files are read and written by hand: the safetensors library maps a file (one that shrinks meanwhile is a bus error, and
+what is used is not what was checked) or copies all tensors once more. Tensors are allocated only once the file is known
+to be long enough to hold them.
 """
 
 from __future__ import annotations
@@ -155,19 +155,18 @@ def _read(file: BufferedReader, path: str | Path) -> tuple[dict[str, Tensor], An
     digest = hashlib.sha256(start + text.replace(claimed.encode(), _ZEROS.encode()))
     tensors: dict[str, Tensor] = {}
     known = labels.get("version") in _READ
-    if known:
-        for name, (dtype, shape) in _layout(header, size - _LENGTH_BYTES - length, path).items():
-            try:
-                tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
-            except (RuntimeError, TypeError, OverflowError):
-                raise damaged(path, f"no tensor has the shape of {name}") from None
-            view = _bytes_of(tensors[name])
-            if file.readinto(view) != len(view):
-                raise damaged(path, "it became shorter while it was read")
-            digest.update(view)
-    else:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
+    layout = _layout(header, size - _LENGTH_BYTES - length, path) if known else {}
+    for name, (dtype, shape) in layout.items():
+        try:
+            tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
+        except (RuntimeError, TypeError, OverflowError):
+            raise damaged(path, f"no tensor has the shape of {name}") from None
+        view = _bytes_of(tensors[name])
+        if file.readinto(view) != len(view):
+            raise damaged(path, "it became shorter while it was read")
+        digest.update(view)
+    while piece := file.read(_PIECE):  # all of another version's tensors
+        digest.update(piece)
     if digest.hexdigest() != claimed:
         raise damaged(path, "its checksum is not that of its contents")
     if not known:

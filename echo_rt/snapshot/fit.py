@@ -7,17 +7,16 @@ another machine. So a video that is to go on bit for bit is computed by those th
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
-from echo_rt import attention, convolution
 from echo_rt.autotune.tuner import Selection
 from echo_rt.config import MemoryConfig, SamplerConfig, WindowConfig
 from echo_rt.ops.backends import Backend
 from echo_rt.utils.device import dtype_name
 from echo_rt.weights.choice import TAKEN
 
+Selected: TypeAlias = "Backend | Selection[Any]"
 IMPLEMENTATIONS = "computed_by"  # entry of a snapshot's model: names of implementations by label
 BACKEND = "backend"
 ATTENTION, TEXT_ATTENTION, VAE_ATTENTION = "attention", "attention to the text", "attention of the VAE"
@@ -29,9 +28,8 @@ _OPTIONS_OF_PARTS = {
     "weights of the memory encoder": "checkpoint, lora, ema",
     "weights of the video decoder": "the model's folder, vae",
 }
-# The first difference in this order is told with its values: what a user chose comes before what follows from it.
-_ALL_OTHERS = ""
-_ORDER = ("dtype", "vae_dtype", "vae", "memory", "width", "height", _ALL_OTHERS, *_OPTIONS_OF_PARTS)
+# The first difference is told with its values: what a user chose comes before what follows from it.
+_FIRST = ("dtype", "vae_dtype", "vae", "memory", "width", "height")
 _MOST_NAMES = 6  # of further differences
 # Entries of the memory that are options; the others come from its weights.
 _MEMORY_OPTIONS = {
@@ -54,8 +52,8 @@ def difference(snapshot: Mapping[str, Any], here: Mapping[str, Any], stride: int
     ``stride``: pixels on a side of a latent pixel.
     """
     theirs, own = (_in_words(model, stride) for model in (snapshot, here))
-    names = sorted({*theirs, *own}, key=lambda name: (_ORDER.index(name if name in _ORDER else _ALL_OTHERS), name))
-    different = [name for name in names if name not in theirs or name not in own or theirs[name] != own[name]]
+    names = [*_FIRST, *sorted({*theirs, *own} - {*_FIRST, *_OPTIONS_OF_PARTS}), *_OPTIONS_OF_PARTS]
+    different = [n for n in names if (n in theirs, theirs.get(n)) != (n in own, own.get(n))]
     if not different:
         return None
     first, *others = different
@@ -87,11 +85,6 @@ def _in_words(model: Mapping[str, Any], stride: int) -> dict[str, Any]:
     return words
 
 
-def convolution_label(shape: convolution.ConvolutionShape) -> str:
-    """Label of all convolutions of a shape, which depends on the number of the decoder's tiles."""
-    return f"convolution of {shape}"
-
-
 def implementations_of(model: Mapping[str, Any]) -> dict[str, str]:
     """Return the implementations that a snapshot's model names, by label; an old snapshot has only a backend."""
     named = model.get(IMPLEMENTATIONS)
@@ -100,43 +93,16 @@ def implementations_of(model: Mapping[str, Any]) -> dict[str, str]:
     return {BACKEND: "torch"} | known  # the default of the versions that did not store it
 
 
-@dataclass(frozen=True)
-class Implementations:
-    """A runtime's implementations by label; ``asked``: labels of those that its user asked for by name."""
+def conflict(snapshot: Mapping[str, Any], here: Mapping[str, Selected]) -> str | None:
+    """Name an implementation that differs from the snapshot's though nobody asked for it, and the remedy.
 
-    names: Mapping[str, str]
-    asked: Collection[str]
-
-    @classmethod
-    def selected(
-        cls,
-        backend: Backend,
-        over_cache: attention.AttentionSelection,
-        over_text: attention.AttentionSelection,
-        of_vae: attention.AttentionSelection | None,
-        convolutions: Mapping[convolution.ConvolutionShape, convolution.ConvolutionSelection],
-        in_float8: attention.AttentionSelection | None = None,
-    ) -> Implementations:
-        """Collect the selections of a whole model."""
-        named: dict[str, Backend | Selection[Any] | None] = {
-            BACKEND: backend,
-            ATTENTION: over_cache,
-            TEXT_ATTENTION: over_text,
-            FLOAT8_ATTENTION: in_float8,
-            VAE_ATTENTION: of_vae,
-            **{convolution_label(shape): selection for shape, selection in convolutions.items()},
-        }
-        present = {label: one for label, one in named.items() if one is not None}
-        names = {label: one.name for label, one in present.items()}
-        return cls(names, [label for label, one in present.items() if one.by_name])
-
-    def conflict(self, model: Mapping[str, Any]) -> str | None:
-        """Name an implementation that differs from the snapshot's though nobody asked for it, and the remedy."""
-        for label, theirs in implementations_of(model).items():
-            own = self.names.get(label, theirs)
-            if own != theirs and label not in self.asked:
-                return (
-                    f"{label} was {theirs} for its video and is {own} here, which rounds otherwise: load the runtime "
-                    "with like=snapshot to go on bit for bit, or with backend=, attention= and convolution= by name"
-                )
-        return None
+    ``snapshot``: its model; ``here``: the runtime's implementations by label.
+    """
+    for label, theirs in implementations_of(snapshot).items():
+        own = here.get(label)
+        if own is not None and own.name != theirs and not own.by_name:
+            return (
+                f"{label} was {theirs} for its video and is {own.name} here, which rounds otherwise: load the runtime "
+                "with like=snapshot to go on bit for bit, or with backend=, attention= and convolution= by name"
+            )
+    return None

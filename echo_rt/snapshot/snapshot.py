@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_rt.chunk import Chunk, ChunkStats
+from echo_rt.chunk import Chunk
 from echo_rt.errors import ConfigError, SnapshotError
 from echo_rt.options import check_seed
 from echo_rt.snapshot.file import damaged, read_file, write_file
 from echo_rt.utils.checked_json import convert
 
-_STATE, _PROMPT, _HELD, _INITIAL, _NOW = "state.", "prompt.", "held.", "initial.latents", "prompt"
-_LONGEST_NUMBER = 20  # digits
+_STATE, _HELD, _INITIAL, _NOW = "state.", "held.", "initial.latents", "prompt"
+_PROMPT = re.compile(r"prompt\.([0-9]{1,19})")
+_TENSORS = ("tensors", "prompts", "prompt", "initial_latents")  # fields that are no facts
+# Newer facts, with the values for which they are left out of a file.
+_LEFT_OUT: dict[str, Any] = {"initial_blocks": 0, "caller_noise": False, "prompt_facts": {}}
 _SEEDS = 2**64
 # Added to the seed at each rollback: odd, so that 2^64 seeds in a row are all different.
 _RESEED = 0x9E3779B97F4A7C15
@@ -33,29 +37,6 @@ _MOST_ROLLBACKS = 2**20
 def reseeded(seed: int) -> int:
     """Return the seed of a video's noise after one more rollback."""
     return (seed + _RESEED) % _SEEDS
-
-
-@dataclass
-class _HeldBlock:
-    index: int
-    first_frame: int
-    stats: ChunkStats
-
-
-@dataclass
-class _Facts:
-    """The metadata of a file: all of a :class:`Snapshot` that is no tensor."""
-
-    model: dict[str, Any]
-    seed: int
-    block: int
-    memory_ready: bool
-    latents_decoded: int
-    held: list[_HeldBlock]
-    offset: int
-    initial_blocks: int = 0
-    caller_noise: bool = False
-    prompt_facts: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +81,7 @@ class Snapshot:
         Raises ``OutputError`` where it cannot be written, :class:`SnapshotError` for values that no file can hold.
         """
         tensors = {_STATE + name: tensor for name, tensor in self.tensors.items()}
-        tensors |= {f"{_PROMPT}{block}": embeds for block, embeds in self.prompts.items()}
+        tensors |= {f"prompt.{block}": embeds for block, embeds in self.prompts.items()}
         for number, chunk in enumerate(self.held):
             tensors |= {f"{_HELD}{number}.frames": chunk.frames, f"{_HELD}{number}.latents": chunk.latents}
         if self.initial_latents is not None:
@@ -117,12 +98,11 @@ class Snapshot:
             survives = False
         if not survives:
             raise SnapshotError(f"{path}: the model's description is not plain JSON and would come back changed")
-        held = [_HeldBlock(chunk.index, chunk.first_frame, chunk.stats) for chunk in self.held]
-        own = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(_Facts)}
-        facts = dataclasses.asdict(
-            _Facts(**own | {"model": model, "held": held, "prompt_facts": self.prompt_facts or None})
-        )
-        return {name: value for name, value in facts.items() if value != getattr(_Facts, name, None)}  # no defaults
+        held = [
+            {"index": c.index, "first_frame": c.first_frame, "stats": dataclasses.asdict(c.stats)} for c in self.held
+        ]
+        facts = vars(self) | {"model": model, "held": held}
+        return {name: value for name, value in facts.items() if name not in _TENSORS and value != _LEFT_OUT.get(name)}
 
     def is_of_video(self, seed: int) -> bool:
         """Whether its video may have been begun with ``seed``, which each rollback since then has changed."""
@@ -133,38 +113,29 @@ class Snapshot:
     def load(path: str | Path) -> Snapshot:
         """Read what :meth:`save` wrote to ``path``; :class:`SnapshotError` for a damaged file, or another one."""
         tensors, metadata = read_file(path)
-        facts = convert(metadata, _Facts, f"{path}: the snapshot is damaged", SnapshotError)
-        try:
-            check_seed(facts.seed)
-        except ConfigError as error:
-            raise damaged(path, str(error)) from None
-        values = {entry.name: getattr(facts, entry.name) for entry in dataclasses.fields(facts)}
-        values["held"] = tuple(_chunk(number, block, tensors, path) for number, block in enumerate(facts.held))
-        values["prompts"] = _prompts(tensors, path)
-        values["initial_latents"], values["prompt"] = tensors.pop(_INITIAL, None), tensors.pop(_NOW, None)
-        values["prompt_facts"] = facts.prompt_facts or {}
+        what = f"{path}: the snapshot is damaged"
+        facts = convert(metadata, dict[str, Any], what, SnapshotError)
+        held = convert(facts.get("held"), list[dict[str, Any]], f"{what}: its held blocks", SnapshotError)
+        for number, block in enumerate(held):
+            block |= {name: tensors.pop(f"{_HELD}{number}.{name}", None) for name in ("frames", "latents")}
+        facts |= {
+            "held": held,
+            "prompts": {int(name[1]): tensors.pop(name[0]) for name in map(_PROMPT.fullmatch, [*tensors]) if name},
+            "prompt": tensors.pop(_NOW, None),
+            "initial_latents": tensors.pop(_INITIAL, None),
+            "tensors": {name.removeprefix(_STATE): t for name, t in tensors.items() if name.startswith(_STATE)},
+        }
         if surplus := [name for name in tensors if not name.startswith(_STATE)]:
             raise damaged(path, f"it holds tensors that no snapshot has: {', '.join(surplus):.200}")
-        return Snapshot(tensors={name.removeprefix(_STATE): t for name, t in tensors.items()}, **values)
-
-
-def _prompts(tensors: dict[str, Tensor], path: str | Path) -> dict[int, Tensor]:
-    """Take the prompts out of ``tensors``; returns them by block."""
-    prompts: dict[int, Tensor] = {}
-    for name in [name for name in tensors if name.startswith(_PROMPT)]:
-        block = name.removeprefix(_PROMPT)
-        if not (block.isascii() and block.isdecimal() and len(block) < _LONGEST_NUMBER):
-            raise damaged(path, f"{name!r:.80} names no block")
-        prompts[int(block)] = tensors.pop(name)
-    return prompts
-
-
-def _chunk(number: int, block: _HeldBlock, tensors: dict[str, Tensor], path: str | Path) -> Chunk:
-    """Take the tensors of held block ``number`` out of ``tensors``."""
-    frames = tensors.pop(f"{_HELD}{number}.frames", None)
-    latents = tensors.pop(f"{_HELD}{number}.latents", None)
-    if frames is None or frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[3] != 3:
-        raise damaged(path, f"held block {number} has no frames")
-    if latents is None or latents.dtype != torch.float32 or latents.dim() != 4:
-        raise damaged(path, f"held block {number} has no latents")
-    return Chunk(block.index, frames, block.first_frame, latents, block.stats)
+        snapshot = convert(facts, Snapshot, what, SnapshotError)
+        for number, chunk in enumerate(snapshot.held):
+            frames, latents = chunk.frames, chunk.latents
+            if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[3] != 3:
+                raise damaged(path, f"held block {number} has no frames")
+            if latents.dtype != torch.float32 or latents.dim() != 4:
+                raise damaged(path, f"held block {number} has no latents")
+        try:
+            check_seed(snapshot.seed)
+        except ConfigError as error:
+            raise damaged(path, str(error)) from None
+        return snapshot

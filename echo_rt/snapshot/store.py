@@ -7,8 +7,8 @@ disk, and older files are removed after that: whenever the process is killed, a 
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from echo_rt.errors import ConfigError, OutputError, SnapshotError, SnapshotVersionError, StreamError
@@ -78,8 +78,8 @@ class SnapshotKeeper(Closing):
             raise ConfigError(f"{folder}: expected to keep 1 snapshot or more, got {keep}")
         self.folder, self.keep = Path(folder), keep
         self.written = self.skipped = 0
-        self._thread: threading.Thread | None = None
-        self._problem: BaseException | None = None
+        self._thread = ThreadPoolExecutor(1, "echo-rt snapshot")
+        self._writing: Future[None] | None = None
         self._closed = False
         self._claim = FolderClaim(folder)
         try:
@@ -91,7 +91,7 @@ class SnapshotKeeper(Closing):
     @property
     def busy(self) -> bool:
         """Whether a snapshot is being written, so that an offer would be declined."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._writing is not None and not self._writing.done()
 
     def offer(self, take: Callable[[], Snapshot]) -> bool:
         """Write what ``take`` (``stream.snapshot``) returns, and return True; while busy, return False."""
@@ -101,19 +101,15 @@ class SnapshotKeeper(Closing):
             self.skipped += 1
             return False
         self.wait()
-        snapshot = take()
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="echo-rt snapshot")
-        self._thread.start()
+        self._writing = self._thread.submit(self._write, take())
         return True
 
     def wait(self) -> None:
         """Wait for the snapshot being written; raises the thread's error."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        problem, self._problem = self._problem, None
-        if problem is not None:
-            raise problem
+        if self._writing is not None:
+            wait([self._writing])  # interrupted here, it is still being written
+            written, self._writing = self._writing, None
+            written.result()
 
     def close(self) -> None:
         """Wait for the snapshot being written and release the folder. Idempotent."""
@@ -121,18 +117,16 @@ class SnapshotKeeper(Closing):
         try:
             self.wait()
         finally:
+            self._thread.shutdown()
             self._claim.release()
 
     def _write(self, snapshot: Snapshot) -> None:
-        try:
-            number = snapshot.next_block
-            # Or killed processes, which had not removed anything yet, would leave more and more files.
-            self._remove_surplus(number, stale_too=False)
-            snapshot.save(self.folder / f"{_PREFIX}{number:010}.safetensors")
-            self.written += 1
-            self._remove_surplus(number, stale_too=True)
-        except BaseException as error:  # of any kind: the stream's thread raises it
-            self._problem = error
+        number = snapshot.next_block
+        # Or killed processes, which had not removed anything yet, would leave more and more files.
+        self._remove_surplus(number, stale_too=False)
+        snapshot.save(self.folder / f"{_PREFIX}{number:010}.safetensors")
+        self.written += 1
+        self._remove_surplus(number, stale_too=True)
 
     def _remove_surplus(self, newest: int, stale_too: bool) -> None:
         """Remove files that are too old beside block ``newest``, and with ``stale_too`` those of later blocks."""

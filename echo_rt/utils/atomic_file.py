@@ -21,9 +21,7 @@ from echo_rt.errors import OutputError, TargetError
 
 C = TypeVar("C", bound="Closing")
 
-# Keeps a part's name short enough for every file system, at four bytes per character.
-_NAME_KEPT = 32
-
+_NAME_KEPT = 32  # characters: a part's name must be short enough for every file system, at four bytes for each
 _KINDS = {stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 # The folders that this process has claimed, by absolute path, with their descriptors.
@@ -244,11 +242,10 @@ def whole_file(path: str | Path) -> Iterator[PartFile]:
     part = PartFile(path)
     try:
         yield part
-    except OSError as error:
+    except BaseException as error:
         part.discard()
-        raise OutputError(f"{path}: cannot write: {reason(error)}") from None
-    except BaseException:
-        part.discard()
+        if isinstance(error, OSError):
+            raise OutputError(f"{path}: cannot write: {reason(error)}") from None
         raise
     part.commit()
 

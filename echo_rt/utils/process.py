@@ -26,9 +26,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _SPAWN = "start the process with multiprocessing's 'spawn'"
-
 _GRACE = 3.0  # seconds
-
 # The process that first loaded a runtime: a fork inherits the number, which is not its own.
 _first_loaded_in: int | None = None
 
@@ -138,9 +136,8 @@ os.register_at_fork(after_in_child=lambda: _computing.__init__())  # type: ignor
 def computes(function: Callable[P, R]) -> Callable[P, R]:
     """Wrap a function that computes: the interpreter's exit waits for its end, and its errors hold no memory.
 
-    A caller may load a smaller model in the ``except`` clause of an error about memory. There the exception is alive,
-    and so is every frame in its traceback, with its tensors: tracebacks keep their lines, and frames drop their
-    tensors. Torch's errors about memory are of several subclasses of ``RuntimeError``.
+    A caller may load a smaller model in the ``except`` clause of an error about memory, where every frame of its
+    traceback is alive: they drop their tensors. Torch's errors about memory are several subclasses of ``RuntimeError``.
     """
 
     @functools.wraps(function)
@@ -188,8 +185,7 @@ def free(error: BaseException) -> None:
     seen: list[BaseException] = []
     while behind:
         one = behind.pop()
-        if one is None or any(one is other for other in seen):  # libraries can chain errors into a ring
-            continue
-        seen.append(one)
-        traceback.clear_frames(one.__traceback__)
-        behind += [one.__cause__, one.__context__]
+        if one is not None and not any(one is other for other in seen):  # libraries can chain errors into a ring
+            seen.append(one)
+            traceback.clear_frames(one.__traceback__)
+            behind += [one.__cause__, one.__context__]

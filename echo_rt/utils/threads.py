@@ -1,15 +1,13 @@
 """CPU threads beside other programs: waiting threads spin while cores are free, and sleep while they are not.
 
-Torch splits its CPU operations among OpenMP threads, which wait for each other at the end of every operation. By
-default (GNU's libgomp) a waiting thread spins for milliseconds before it sleeps. That is fastest on free cores. On
-cores that other programs use too, a spinning thread takes the time of the thread it waits for, and a stream becomes
-many times slower. OMP_WAIT_POLICY=PASSIVE always sleeps, which is slower on free cores, and libgomp reads it only when
-it is loaded.
+Torch's OpenMP threads wait for each other at the end of every operation, and by default spin for milliseconds before
+they sleep. On cores that other programs use too, a spinning thread takes the time of the thread it waits for, and a
+stream becomes many times slower. OMP_WAIT_POLICY=PASSIVE always sleeps: slower on free cores, and read by libgomp only
+when it is loaded.
 
 One rule of libgomp works at run time: while there are more OpenMP threads than cores, it spins for 100 rounds instead
-of 300,000 (its manual, GOMP_SPINCOUNT). So :func:`share_cpu` measures several times per second how much of the cores
-other programs use, and adds idle OpenMP threads while they need them. Operations still run on the same number of
-threads: the last bits of a video depend on it.
+of 300,000 (its manual, GOMP_SPINCOUNT). So :func:`share_cpu` adds idle OpenMP threads while other programs need the
+cores. Operations still run on the same number of threads: the last bits of a video depend on it.
 """
 
 from __future__ import annotations
@@ -114,10 +112,8 @@ def share_cpu(device: torch.device | str) -> Iterator[None]:
     ``device`` is the model's. Does nothing on a GPU, with one thread, where the user has set one of
     :data:`WAIT_VARIABLES`, or where torch's OpenMP is not GNU's. Results and the number of threads stay the same.
     """
-    openmp = None
-    if torch.device(device).type == "cpu" and torch.get_num_threads() > 1 and not _chosen() and _STAT.exists():
-        openmp = _libgomp()
-    if openmp is None:
+    wanted = torch.device(device).type == "cpu" and torch.get_num_threads() > 1 and not _chosen() and _STAT.exists()
+    if not wanted or (openmp := _libgomp()) is None:
         yield
         return
     over = threading.Event()
@@ -168,13 +164,11 @@ def _watch(openmp: ctypes.CDLL, over: threading.Event) -> None:
         crowded = cores.free(others) < threads - _SLACK
         if crowded == (idle is not None):
             continue
-        if idle is None:
-            idle = IdleTeam(openmp, threads)
-        else:
-            idle.close()
-            idle = None
         waiting = "sleep" if crowded else "spin"
         _logger.debug("other programs use %.1f of %s: CPU threads %s while they wait", others, cores, waiting)
+        if idle is not None:
+            idle.close()
+        idle = IdleTeam(openmp, threads) if crowded else None
     if idle is not None:
         idle.close()
 

@@ -37,6 +37,7 @@ from echo_rt.verify.decoder import Decoding, Precision, folder_decoding
 from echo_rt.weights.choice import Taken
 from echo_rt.weights.files import check_tensors, open_tensors
 from echo_rt.weights.fingerprint import FingerprintedTensors
+from echo_rt.weights.folder import holds_vae
 from echo_rt.weights.shapes import (
     MEMORY_PREFIX,
     Shapes,
@@ -46,7 +47,7 @@ from echo_rt.weights.shapes import (
     vae_shapes,
 )
 
-RECIPE = "recipe"
+RECIPE, MODEL = "recipe", "model"
 FLOAT8_KINDS = ("rollout", RECIPE)  # those with linear layers that float8 is about
 # Largest error allowed in each dtype. float16 has eight times bfloat16's precision; its bound is tighter to match.
 # float8 is that of a rollout's linear layers: elsewhere bfloat16's bound holds.
@@ -119,13 +120,38 @@ class Bundle:
         return convert(dict(self.config), _Script, f"{self.folder}/config.json", WeightsError)
 
 
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """``‖actual - expected‖ / ‖expected‖``; infinite for another shape."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of a bundle: its relative error and the bound for the dtype it was computed in."""
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        # A NaN error is not below the bound.
+        return self.error <= self.bound
+
+
 class Computed(NamedTuple):
-    """The computed tensors on the host, the backend that was used, and for a VAE its video in lower precisions."""
+    """The computed tensors on the host, the backend that was used, and for a VAE its video in lower precisions.
+
+    ``rows``: how they compare with one another, where nothing is expected.
+    """
 
     tensors: dict[str, Tensor]
     backend: Backend
     precisions: tuple[Precision, ...] = ()
     taken: Taken | None = None
+    rows: tuple[Row, ...] = ()
 
 
 def _rollout(bundle: Bundle) -> Computed:
@@ -146,7 +172,7 @@ def _run_rollout(bundle: Bundle, executor: Executor) -> Computed:
         ModelTensors(weights, FingerprintedTensors(own, weights.source)),
         RuntimeOptions(device=bundle.device, dtype=bundle.dtype, float8_except=bundle.float8_except),
         backend,
-        attention=attentions(config, bundle.device, dtype, backend.ops, cache=None),
+        selected=attentions(config, bundle.device, dtype, backend.ops, cache=None),
     )
     mode = MemoryMode.OFF if config.memory is None else MemoryMode.EVOLVE
     rollout = build_rollout(config, networks, mode, executor)
@@ -246,7 +272,24 @@ def _recipe(bundle: Bundle) -> Computed:
         return Computed(made, Backend(load_ops(runtime.backend), runtime.backend_reason), taken=runtime.taken)
 
 
-RUN: dict[str, Callable[[Bundle], Computed]] = {
+def _model(bundle: Bundle) -> Computed:
+    """``video``, a few random latents decoded in one call, and in groups of several sizes: the same frames.
+
+    The error of a grouping is that of its worst frame: in the error of the whole video a seam would be lost.
+    """
+    backend, bound = choose_backend(bundle.backend, bundle.device), bound_between(bundle.dtype)
+    decoding = folder_decoding(bundle.folder, backend.ops, bundle.device)
+    at_once, grouped = decoding.in_groups(bundle.dtype)
+    videos = {f"video {name}": video for name, video in grouped.items()}
+    rows = []
+    for name, video in videos.items():
+        frames = zip(video, at_once, strict=True)
+        errors = [relative_error(*pair) for pair in frames] if video.shape == at_once.shape else [float("inf")]
+        rows.append(Row(name, float(torch.tensor(errors).max()), bound))  # a NaN is the largest
+    return Computed({"video": at_once, **videos}, backend, decoding.precisions(), rows=tuple(rows))
+
+
+BUNDLES: dict[str, Callable[[Bundle], Computed]] = {
     "rollout": _rollout,
     "vae": _vae,
     "text_encoder": _text_encoder,
@@ -263,8 +306,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         why = f"config.json cannot be read: {error.strerror}"
         raise WeightsError(f"{folder} is not a golden bundle ({why}), nor a model with a VAE") from None
     config = read_json(content, dict[str, Any], f"{path}: expected JSON", WeightsError)
-    if config.get("kind") not in tuple(RUN):  # which may be of any type
-        raise WeightsError(f"{path}: expected a kind of {', '.join(RUN)}; got {config.get('kind')!r}")
+    if config.get("kind") not in tuple(BUNDLES):  # which may be of any type
+        raise WeightsError(f"{path}: expected a kind of {', '.join(BUNDLES)}; got {config.get('kind')!r}")
     return config
 
 
@@ -279,20 +322,6 @@ def find_bundles(folder: Path) -> list[Path]:
             return False  # somebody else's file
 
     return sorted(Path(place) for place, _, files in os.walk(folder) if "config.json" in files and has_kind(place))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tensor of a bundle: its relative error and the bound for the dtype it was computed in."""
-
-    name: str
-    error: float
-    bound: float
-
-    @property
-    def ok(self) -> bool:
-        # A NaN error is not below the bound.
-        return self.error <= self.bound
 
 
 @dataclass(frozen=True)
@@ -314,13 +343,6 @@ class BundleReport:
         return bool(self.rows) and all(row.ok for row in self.rows)
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """``‖actual - expected‖ / ‖expected‖``; infinite for another shape."""
-    if actual.shape != expected.shape:
-        return float("inf")
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
-
-
 def verify_bundle(
     path: str | Path,
     *,
@@ -331,73 +353,36 @@ def verify_bundle(
     graphs: bool | None = None,
     float8_except: Sequence[str] = (),
 ) -> BundleReport:
-    """Run the bundle in folder ``path`` and compare every expected tensor; one that was not computed is infinitely off.
+    """Run the bundle in folder ``path``, or the VAE of the model in it, and compare every tensor.
 
-    ``dump``: a folder; all computed tensors go to ``<dump>/<bundle name>/actual.safetensors``. ``graphs``: use CUDA
-    graphs (None: on a GPU, yes). ``float8_except``: patterns of layers that stay in bfloat16 in dtype float8. Raises
-    :class:`EchoError` if the bundle cannot be run at all.
+    One that is expected and not computed is infinitely off. ``dump``: a folder; all computed tensors go to
+    ``<dump>/<folder's name>/actual.safetensors``. ``graphs``: use CUDA graphs (None: on a GPU, yes). ``float8_except``:
+    patterns of layers that stay in bfloat16 in dtype float8. Raises :class:`EchoError` if it cannot be run at all.
     """
     folder, place = Path(path), parse_device(device)
-    config = read_config(folder)
-    precision = parse_dtype(dtype, place)
-    if config["kind"] not in FLOAT8_KINDS:
+    is_model = holds_vae(folder)
+    config = {"kind": MODEL} if is_model else read_config(folder)
+    precision, kind = parse_dtype(dtype, place), config["kind"]
+    if kind not in FLOAT8_KINDS:
         precision = working_dtype(precision)
-    inputs, expected = (open_tensors(folder / f"{name}.safetensors") for name in ("inputs", "expected"))
+    files = (folder / "inputs.safetensors", folder / "expected.safetensors")
+    inputs, expected = ({}, {}) if is_model else map(open_tensors, files)
+    bundle = Bundle(folder, config, inputs, expected, place, precision, backend, graphs, float8_except)
     try:
-        computed = RUN[config["kind"]](
-            Bundle(folder, config, inputs, expected, place, precision, backend, graphs, float8_except)
-        )
+        computed = _model(bundle) if is_model else BUNDLES[kind](bundle)
     except KeyError as missing:
         raise WeightsError(f"{folder}/config.json lacks {missing.args[0]!r}") from None
     actual = computed.tensors
-    bound = (RECIPE_BOUNDS if config["kind"] == RECIPE else BOUNDS)[precision]
+    bound = (RECIPE_BOUNDS if kind == RECIPE else BOUNDS)[precision]
     errors = {key: relative_error(actual[key], expected[key]) if key in actual else float("inf") for key in expected}
-    rows = tuple(Row(key, error, bound) for key, error in errors.items())
-    _dump(dump, folder, actual)
-    return BundleReport(
-        folder.resolve().name, config["kind"], computed.backend, rows, computed.precisions, computed.taken
-    )
-
-
-def verify_model(
-    path: str | Path,
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype = "float32",
-    backend: str | None = None,
-    dump: str | Path | None = None,
-) -> BundleReport:
-    """Decode a few random latents with the VAE of the model in folder ``path``, in groups of several sizes.
-
-    All groupings must give the same frames: the error of each is that of its worst frame against all latents in one
-    call. The report also compares each precision with float32. ``dump``: a folder; the videos go to
-    ``<dump>/<folder's name>/actual.safetensors``. Raises :class:`EchoError` if the VAE cannot be run at all.
-    """
-    folder, place = Path(path), parse_device(device)
-    chosen, precision = choose_backend(backend, place), working_dtype(parse_dtype(dtype, place))
-    decoding = folder_decoding(folder, chosen.ops, place)
-    at_once, grouped = decoding.in_groups(precision)
-    bound = bound_between(precision)
-    rows = tuple(Row(f"video {name}", _worst_frame(video, at_once), bound) for name, video in grouped.items())
-    _dump(dump, folder, {"video": at_once, **{f"video {key}": video for key, video in grouped.items()}})
-    return BundleReport(folder.resolve().name, "model", chosen, rows, decoding.precisions())
-
-
-def _worst_frame(video: Tensor, expected: Tensor) -> float:
-    """The largest relative error of a frame: in the error of the whole video a seam would be lost."""
-    if video.shape != expected.shape:
-        return float("inf")
-    errors = [relative_error(one, other) for one, other in zip(video, expected, strict=True)]
-    return float(torch.tensor(errors).max())  # a NaN is the largest
-
-
-def _dump(dump: str | Path | None, folder: Path, actual: Mapping[str, Tensor]) -> None:
-    """Write the computed tensors to ``<dump>/<folder's name>/actual.safetensors``."""
-    if dump is None:
-        return
-    target = Path(dump) / folder.resolve().name
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EchoError(f"cannot make the folder {target}: {error.strerror}") from None
-    write_whole(target / "actual.safetensors", save({name: tensor.contiguous() for name, tensor in actual.items()}))
+    rows = computed.rows or tuple(Row(key, error, bound) for key, error in errors.items())
+    name = folder.resolve().name
+    if dump is not None:
+        target = Path(dump) / name
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EchoError(f"cannot make the folder {target}: {error.strerror}") from None
+        whole = {key: tensor.contiguous() for key, tensor in actual.items()}
+        write_whole(target / "actual.safetensors", save(whole))
+    return BundleReport(name, kind, computed.backend, rows, computed.precisions, computed.taken)

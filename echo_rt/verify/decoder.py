@@ -8,7 +8,7 @@ measure the same as the floating point that they were made of.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,32 +50,6 @@ class Quality:
 
 def compare_videos(video: Tensor, reference: Tensor) -> Quality:
     """Measure both; raises :class:`ConfigError` for videos that differ in shape or kind, or are empty."""
-    fits = min(video.shape[1:3], default=0) >= SSIM_WINDOW
-    return Quality(psnr(video, reference), ssim(video, reference) if fits else None)
-
-
-def psnr(video: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, over all frames, pixels and channels; NaN if a value is NaN."""
-    _check(video, reference)
-    frames = [(_wide(one) - _wide(other)).square().mean() for one, other in zip(video, reference, strict=True)]
-    mean = float(torch.stack(frames).mean())
-    return math.inf if mean == 0 else -10 * math.log10(mean)
-
-
-def ssim(video: Tensor, reference: Tensor) -> float:
-    """Structural similarity, the mean over frames, channels and positions of an 11x11 Gaussian window; symmetric.
-
-    1 for equal videos. Raises :class:`ConfigError` for frames that are smaller than the window.
-    """
-    _check(video, reference)
-    _, height, width, _ = video.shape
-    if min(height, width) < SSIM_WINDOW:
-        raise ConfigError(f"SSIM: expected frames of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels, got {width}x{height}")
-    frames = [_frame_ssim(_wide(one), _wide(other)) for one, other in zip(video, reference, strict=True)]
-    return float(torch.stack(frames).mean())
-
-
-def _check(video: Tensor, reference: Tensor) -> None:
     if video.dim() != 4 or video.numel() == 0 or video.shape != reference.shape:
         raise ConfigError(
             f"expected two videos of one shape [F, H, W, C], got {[*video.shape]} and {[*reference.shape]}"
@@ -85,6 +59,26 @@ def _check(video: Tensor, reference: Tensor) -> None:
         raise ConfigError(
             f"expected two videos of bytes or two of floating point, got {video.dtype} and {reference.dtype}"
         )
+    return Quality(psnr(video, reference), ssim(video, reference))
+
+
+def psnr(video: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, over all frames, pixels and channels; NaN if a value is NaN."""
+    mean = _over_frames(lambda x, y: (x - y).square().mean(), video, reference)
+    return math.inf if mean == 0 else -10 * math.log10(mean)
+
+
+def ssim(video: Tensor, reference: Tensor) -> float | None:
+    """Structural similarity, the mean over frames, channels and positions of an 11x11 Gaussian window; symmetric.
+
+    1 for equal videos, None for frames smaller than the window.
+    """
+    return None if min(video.shape[1:3]) < SSIM_WINDOW else _over_frames(_frame_ssim, video, reference)
+
+
+def _over_frames(measure: Callable[[Tensor, Tensor], Tensor], video: Tensor, reference: Tensor) -> float:
+    frames = [measure(_wide(one), _wide(other)) for one, other in zip(video, reference, strict=True)]
+    return float(torch.stack(frames).mean())
 
 
 def _wide(frame: Tensor) -> Tensor:

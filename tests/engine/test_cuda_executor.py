@@ -120,7 +120,7 @@ def test_a_video_whose_stage_cannot_be_captured(
 ) -> None:
     """Its stream ends with the stage's name; without graphs the same video is made, in the same process."""
     monkeypatch.setattr(
-        "echo_rt.engine.build.make_executor", lambda device, graphs: CudaExecutor(device, graphs=graphs is not False)
+        "echo_rt.engine.engine.make_executor", lambda device, graphs: CudaExecutor(device, graphs=graphs is not False)
     )
     refuse_capture(monkeypatch, stage)
     with load(small_model, overrides=FEW_STEPS) as runtime:
@@ -188,7 +188,7 @@ def test_a_video_through_it(small_model: Path, log: Log, lookahead: int, monkeyp
         executors.append(CudaExecutor(device, graphs=True))
         return executors[0]
 
-    monkeypatch.setattr("echo_rt.engine.build.make_executor", make)
+    monkeypatch.setattr("echo_rt.engine.engine.make_executor", make)
     with load(small_model, overrides=FEW_STEPS, lookahead=lookahead, check=True) as runtime:
         log.buffers = runtime._engine.pipeline.buffers  # type: ignore[union-attr]
         assert same(film(runtime), expected)

@@ -152,7 +152,7 @@ def test_a_replayed_video_is_the_video(small_model: Path) -> None:
         expected = video(runtime, BLOCKS, seed=3)
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("echo_rt.engine.build.make_executor", lambda device, graphs: recorder)
+        patch.setattr("echo_rt.engine.engine.make_executor", lambda device, graphs: recorder)
         with float8(small_model, **options) as runtime:
             recorder.watch(runtime._engine.pipeline.buffers())
             with runtime.stream(prompt_embeds=embeds(runtime), seed=3) as stream, recorder:

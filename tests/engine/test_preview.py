@@ -111,7 +111,7 @@ def test_a_replayed_preview_is_the_preview(small_model: Path, lookahead: int, mo
     with load(small_model, vae="tiny", overrides=FEW_STEPS) as plain:
         expected = video(plain, 15, seed=3)
     recorder = Recorder()
-    monkeypatch.setattr("echo_rt.engine.build.make_executor", lambda device, graphs: recorder)
+    monkeypatch.setattr("echo_rt.engine.engine.make_executor", lambda device, graphs: recorder)
     with load(small_model, vae="tiny", overrides=FEW_STEPS, lookahead=lookahead) as runtime:
         recorder.watch(runtime._engine.pipeline.buffers())  # type: ignore[union-attr]
         with runtime.stream(prompt_embeds=embeds(runtime), seed=3) as stream, recorder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,12 +44,17 @@ def test_blocks_are_taken_in_order_and_numbers_follow() -> None:
 
 def test_a_feeder_that_drops_keeps_the_newest() -> None:
     queue = filled(0, 1, 2)
-    queue.dropping = feeder = SimpleNamespace(depth=2, dropped=0)  # type: ignore[assignment]
-    queue.append(block(3))
-    assert indices(queue) == [1, 2, 3] and feeder.dropped == 1, "what was there before it is not its to drop"
-    queue.take()
-    queue.append(block(4))
-    assert indices(queue) == [3, 4] and feeder.dropped == 2 and queue.next_block == 3
+    seen: list[list[int]] = []
+
+    def make_ahead(depth: float) -> bool:
+        seen.append(indices(queue))
+        queue.append(block(queue.end))
+        return queue.end < 6
+
+    feeder = Feeder(queue, make_ahead, depth=2, drop=True)
+    within(LONG, feeder.join)
+    assert seen == [[0, 1, 2], [1, 2, 3], [2, 3, 4]], "what was there before it is not its to drop"
+    assert feeder.dropped == 2
 
 
 def test_what_is_skipped_is_dropped_now_and_when_it_is_finished() -> None:
@@ -65,15 +69,16 @@ def test_what_is_skipped_is_dropped_now_and_when_it_is_finished() -> None:
 
 
 def test_a_closed_queue_keeps_blocks_only_for_who_is_attached() -> None:
-    queue, consumer = filled(3, 4), object()
-    queue.attach(consumer)
+    queue = filled(3, 4)
+    queue.attach(1)
     queue.close()
     assert indices(queue) == [3, 4]
     queue.take()
-    queue.detach(consumer)
+    queue.attach(-1)
     assert len(queue) == 0 and queue.next_block == 4, "the one that was not taken"
     queue = filled(3, 4)
-    queue.detach(consumer)
+    queue.attach(1)
+    queue.attach(-1)
     assert indices(queue) == [3, 4], "an open queue keeps them for others"
 
 
@@ -130,21 +135,25 @@ def test_a_feeder_keeps_its_depth_and_leaves_all_of_it(drop: bool) -> None:
 
     def make_ahead(depth: float) -> bool:
         assert drop or len(queue) < depth == 3
+        if made[0] == 10:  # and there are no more
+            enough.set()
+            return False
         queue.append(block(made[0]))
         made[0] += 1
-        assert len(queue) <= 3
-        if made[0] == (10 if drop else 3):
+        if made[0] == 3 and not drop:
             enough.set()
-        return made[0] < 10
+        return True
 
     feeder = Feeder(queue, make_ahead, 3, drop)
     assert enough.wait(LONG)
     feeder.stop()
     within(LONG, feeder.join)
     assert indices(queue) == ([7, 8, 9] if drop else [0, 1, 2]) and feeder.dropped == (7 if drop else 0)
-    assert feeder.take() is None and len(queue) == 3 and queue.dropping is None
-    queue.append(block(made[0]))
-    assert len(queue) == 4, "it drops no more once it has ended"
+    assert feeder.take() is None and len(queue) == 3
+    queue.attach(1)
+    feeder.close()  # once more: it lets go of the blocks for itself only
+    queue.close()
+    assert len(queue) == 3
 
 
 def test_a_feeder_that_failed_tells_it_once_and_holds_nothing() -> None:

@@ -164,7 +164,7 @@ def test_blocks_are_numbered_as_the_video_is_behind_a_rollback(
 def test_going_back_races_with_nothing(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("echo_rt.engine.build.make_executor", lambda device, graphs: recorder)
+        patch.setattr("echo_rt.engine.engine.make_executor", lambda device, graphs: recorder)
         runtime = load(small_model, lookahead=1, overrides=FEW_STEPS)
     with runtime:
         recorder.watch(runtime._engine.pipeline.buffers())  # type: ignore[union-attr]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pickle
 import resource
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,16 +190,6 @@ def refusal(path: Path) -> str:
     assert not isinstance(caught.value, SnapshotVersionError)
     assert str(path) in message and "\n" not in message and len(message) < 600
     return message
-
-
-def edit_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the header of the file at ``path`` and leave the data as it is."""
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
 def test_files_that_are_no_snapshots(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_what_is_under_way_ends_before_a_forgotten_runtime_gives_its_memory_back
         def synchronize(self) -> None:
             settled.append(True)
 
-    monkeypatch.setattr("echo_rt.engine.build.make_executor", lambda device, graphs: Watched())
+    monkeypatch.setattr("echo_rt.engine.engine.make_executor", lambda device, graphs: Watched())
     runtime: Any = load(small_model, lookahead=1, overrides=FEW_STEPS)
     stream: Any = runtime.stream(prompt_embeds=embeds(runtime))
     next(stream)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import echo_rt
 import echo_rt.engine.build
+import echo_rt.engine.engine
 import echo_rt.engine.prompts
 import echo_rt.engine.rollout
 from echo_rt.errors import EchoError
@@ -70,7 +71,7 @@ PLACES: dict[str, tuple[object, str, int]] = {
     "load: memory": (echo_rt.engine.build, "MemoryEncoder", 0),
     "load: decoder": (echo_rt.engine.build, "VaeDecoder", 0),
     "load: buffers": (echo_rt.engine.rollout, "RolloutState", 0),
-    "load: slots": (echo_rt.engine.build, "Pipeline", 0),
+    "load: slots": (echo_rt.engine.engine, "Pipeline", 0),
     "start: text encoder": (echo_rt.engine.prompts, "TextEncoder", 0),
     "start: text keys": (Transformer, "encode_text", 0),
     "block: attention": (Transformer, "flow", 9),

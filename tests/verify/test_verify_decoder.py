@@ -18,7 +18,7 @@ from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.backends import load_ops
 from echo_rt.ops.schema import Ops
 from echo_rt.verify import decoder as verify_decoder
-from echo_rt.verify.bundles import BOUNDS, verify_bundle, verify_model
+from echo_rt.verify.bundles import BOUNDS, verify_bundle
 from echo_rt.verify.decoder import psnr, ssim
 from echo_rt.weights.folder import holds_vae
 from echo_rt.weights.shapes import vae_shapes
@@ -65,7 +65,7 @@ def test_other_kinds_have_no_precisions(golden_dir: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_is_checked_in_groups(tiny_model: Path, tmp_path: Path, dtype: str) -> None:
-    report = verify_model(tiny_model, device="cpu", dtype=dtype, backend="torch", dump=tmp_path)
+    report = verify_bundle(tiny_model, device="cpu", dtype=dtype, backend="torch", dump=tmp_path)
     assert report.passed and (report.name, report.kind) == (tiny_model.name, "model")
     groups = [f"video in groups of {n}" for n in (1, 2, 3, 5)]
     assert [row.name for row in report.rows] == [*groups, "video in mixed groups"]
@@ -92,7 +92,7 @@ def test_a_model_is_decoded_as_a_stream_is(tiny_model: Path, monkeypatch: pytest
         fit_decoder(decoder, block, ops)
 
     monkeypatch.setattr(verify_decoder, "fit_decoder", note)
-    reports = [verify_model(tiny_model, device="cpu", backend="torch") for _ in range(2)]
+    reports = [verify_bundle(tiny_model, device="cpu", backend="torch") for _ in range(2)]
     assert blocks == {(latents, 2, 2) for latents in (1, 2, 3, 5, 11)}
     assert reports[0] == reports[1] and reports[0].passed
 
@@ -125,7 +125,7 @@ class Blind(VaeDecoder):
 @pytest.mark.parametrize("decoder", [Seamed, Forgetful, Blind])
 def test_a_group_that_shows_fails(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, decoder: type) -> None:
     monkeypatch.setattr(verify_decoder, "VaeDecoder", decoder)
-    report = verify_model(tiny_model, device="cpu", backend="torch")
+    report = verify_bundle(tiny_model, device="cpu", backend="torch")
     assert not report.passed and not any(row.ok for row in report.rows)
 
 
@@ -135,4 +135,4 @@ def test_what_holds_a_model(tiny_model: Path, golden_dir: Path, tmp_path: Path) 
     (tmp_path / "vae" / "config.json").write_text("{}")
     assert holds_vae(tmp_path)
     with pytest.raises(WeightsError, match=r"vae/config\.json"):
-        verify_model(tmp_path, device="cpu", backend="torch")
+        verify_bundle(tmp_path, device="cpu", backend="torch")
