@@ -125,8 +125,8 @@ class Runtime(Closing, Bound):
                 model's folder names, or that the files' names and contents tell.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None for a GPU where there is one.
             dtype, torch_dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` (or short, ``"bf16"``), or ``"float8"``:
-                 the transformer's large matmuls and self-attention in float8, the rest in bfloat16. None for bfloat16
-                 on a GPU, float32 on a CPU.
+                the transformer's large matmuls and self-attention in float8, the rest in bfloat16. None for bfloat16
+                on a GPU, float32 on a CPU.
             vae_dtype: the VAE's dtype; None for ``dtype`` (with float8: bfloat16).
             memory: ``"evolve"``, ``"prior"`` or ``"off"``; None for evolve where the weights have a memory encoder.
             vae: the decoder that turns latents into frames: ``"wan"``, the model's own VAE; for previews ``"tiny"``,
