@@ -247,7 +247,7 @@ class Tuner(Generic[Loaded, Shapes]):
             check = self.check()
             for candidate in self.candidates:
                 try:
-                    self._tried(candidate, check)
+                    self._require_right(self._load(candidate), check)
                     states[candidate.name] = "available"
                 except BackendError as error:
                     states[candidate.name] = str(error)
@@ -318,7 +318,8 @@ class Tuner(Generic[Loaded, Shapes]):
                 rejected[name] = why
                 continue
             try:
-                loaded[name] = self._tried(candidate, check)
+                loaded[name] = self._load(candidate)
+                self._require_right(loaded[name], check)
                 watches[name] = self._attempt(check.stopwatch, loaded[name], "it cannot be captured in a CUDA graph")
             except BackendError as error:
                 rejected[name], short = str(error), isinstance(error, _NoMemoryError)
@@ -347,7 +348,10 @@ class Tuner(Generic[Loaded, Shapes]):
         """Load and check a named candidate; an error in ``forgive`` is raised as it is."""
         named = f"{self.cache.subject} {candidate.name!r}"
         try:
-            return self._tried(candidate, self.check()) if self.device.type == "cuda" else self._load(candidate)
+            loaded = self._load(candidate)
+            if self.device.type == "cuda":
+                self._require_right(loaded, self.check())
+            return loaded
         except _NoMemoryError as error:
             raise torch.OutOfMemoryError(f"{named}: {error}") from None
         except BackendError as error:
@@ -355,15 +359,14 @@ class Tuner(Generic[Loaded, Shapes]):
                 raise
             raise BackendError(f"{named} is not available: {error}") from error
 
-    def _tried(self, candidate: Candidate[Loaded, Shapes], check: Check[Loaded]) -> Loaded:
-        """Load a candidate; raise :class:`BackendError` unless it computes the shapes correctly."""
-        loaded, bound = self._load(candidate), TOLERANCES[self.dtype]
+    def _require_right(self, loaded: Loaded, check: Check[Loaded]) -> None:
+        """Raise :class:`BackendError` unless a candidate computes the shapes correctly."""
+        bound = TOLERANCES[self.dtype]
         error = self._attempt(check.error, loaded, f"it does not compute {self._case}")
         if error > bound:
             raise _WrongResultError(
                 f"its result is wrong for {self._case}, by {error:.2g} where {bound:.2g} is the most; choose another"
             )
-        return loaded
 
     def _attempt(self, work: Callable[[Loaded], Result], loaded: Loaded, complaint: str) -> Result:
         """Return what ``work`` returns, or raise :class:`BackendError` for what a library raises; free its memory."""

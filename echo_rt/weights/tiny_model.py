@@ -54,6 +54,8 @@ _GATE, _GATE_BIAS = "gate_linear.bias", 2.0  # the memory's gate begins near "ke
 CHECKPOINT_FILE = "echo_infinity.pt"
 TINY_VAE_FILE = f"{TAEW.name}.pth"
 _TRANSFORMER_FILE = f"{TRANSFORMER_STEM}.safetensors"
+_TRANSFORMER = TransformerConfig(dim=128, ffn_dim=256, freq_dim=64, num_heads=2, num_layers=3, text_dim=32, text_len=64)
+_MEMORY = MemoryConfig()
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _FILES = {
     TRANSFORMER_CONFIG,
@@ -102,10 +104,7 @@ def write_tiny_model(
     """
     check_seed(seed)
     vae = VaeConfig(base_dim=4)
-    transformer = TransformerConfig(
-        dim=128, ffn_dim=256, freq_dim=64, num_heads=2, num_layers=3, text_dim=32, text_len=64
-    )
-    config = ModelConfig(transformer, *latent_size(width, height, vae, transformer), memory=MemoryConfig())
+    config = ModelConfig(_TRANSFORMER, *latent_size(width, height, vae, _TRANSFORMER), memory=_MEMORY)
     target = Path(os.path.realpath(folder))
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     old = part.with_suffix(".old")

@@ -6,16 +6,16 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import echo_rt.weights.tiny_model
-from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig
-from echo_rt.options import latent_size
+from echo_rt.config import MemoryConfig
 from echo_rt.soak import SoakConfig
 from echo_rt.soak.journal import Line, read_lines
+from echo_rt.weights import tiny_model
 from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
 PROMPTS = ("a red fox in the snow", "the fox dives into a lake")
@@ -24,18 +24,12 @@ LONG = pytest.mark.skipif("ECHO_RT_LONG_SOAK" not in os.environ, reason="minutes
 ONE_STEP = {"denoising_steps": [1000]}
 
 
-def _one_layer(vae: VaeConfig, width: int, height: int) -> ModelConfig:
-    transformer = TransformerConfig(
-        dim=128, ffn_dim=128, freq_dim=64, num_heads=2, num_layers=1, text_dim=32, text_len=64
-    )
-    return ModelConfig(transformer, *latent_size(width, height, vae, transformer), memory=MemoryConfig(layers=1))
-
-
 def write_smallest(folder: Path) -> Path:
     """One layer, one token a frame: a block takes the time of a few hundred tiny operations."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(echo_rt.weights.tiny_model, "_model_config", _one_layer)
-        echo_rt.weights.tiny_model.write_tiny_model(folder, width=16, height=16)
+        patch.setattr(tiny_model, "_TRANSFORMER", replace(tiny_model._TRANSFORMER, ffn_dim=128, num_layers=1))
+        patch.setattr(tiny_model, "_MEMORY", MemoryConfig(layers=1))
+        tiny_model.write_tiny_model(folder, width=16, height=16)
     return folder
 
 
