@@ -17,15 +17,15 @@ ip link set v0 up && ip link set v1 up && ip route add default via 10.99.0.2 dev
 """
 
 
-def run_alone(cases: str) -> None:
-    """Run the tests of a file beside this one with a network that has nobody else in it, or skip."""
+def run_alone(cases: str, *options: str) -> None:
+    """Run the tests of a file, with pytest's ``options``, in a network that has nobody else in it, or skip."""
     if shutil.which("unshare") is None or shutil.which("ip") is None:
         pytest.skip("unshare and ip, which make a network namespace, are not installed")
     trial = _in_namespace("true")
     if trial.returncode:
         pytest.skip(f"no network namespace can be made here: {trial.stdout.strip()}")
     words = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = _in_namespace(*words, str(Path(__file__).parent / cases))
+    done = _in_namespace(*words, str(Path(__file__).parent / cases), *options)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-8000:]
 

@@ -65,7 +65,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from echo_rt.serve import cluster
 
     port = free_port()
-    head = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4"]
+    head = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=6"]
     head += ["--resources", '{"seat": 1}', "--include-dashboard=false", "--disable-usage-stats"]
     head += [f"--temp-dir={tmp_path_factory.mktemp('ray')}", f"--object-store-memory={100 << 20}"]
     with pytest.MonkeyPatch.context() as patch:
@@ -383,6 +383,7 @@ def test_figures_of_all_sessions_are_for_prometheus(port: int) -> None:
         assert re.search(r'echo_rt_live_fps\{session="measured"\} \d', said)
         assert live._http.get("/readyz").status_code == 200
         watching.over = True
+        watching.join(LONG)
         assert live._http.post("/api/sessions/measured/park").json() == {"state": "parked"}
 
 
