@@ -273,6 +273,7 @@ READ = """() => new Promise((done) => {
 })"""
 
 
+@pytest.mark.skipif(not FULL, reason="measures a server on an idle machine: set ECHO_RT_LONG_SERVE=1")
 @pytest.mark.parametrize(("transport", "most"), [("webrtc", 60), ("mp4", 150)])
 def test_delay_at_832x480(browser: Browser, transport: str, most: float) -> None:
     session = Counting()
@@ -296,5 +297,4 @@ def test_delay_at_832x480(browser: Browser, transport: str, most: float) -> None
         f"the page says {told_median:.0f} ms; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     )
     assert abs(median - told_median) < max(40, 0.5 * median), "the page's own figure is wrong"
-    if FULL:  # a busy machine is measured, not the server
-        assert median <= most
+    assert median <= most
