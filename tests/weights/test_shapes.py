@@ -42,6 +42,19 @@ def as_other(tensors: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, 
     return {names[name]: tensor.float() for name, tensor in tensors.items()}
 
 
+def transformer_of_diffusers(config: TransformerConfig) -> torch.nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    model: torch.nn.Module = diffusers.WanTransformer3DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        ffn_dim=config.ffn_dim,
+        freq_dim=config.freq_dim,
+        num_layers=config.num_layers,
+        text_dim=config.text_dim,
+    )
+    return model
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_each_tensor_has_a_name_of_its_own(part: str) -> None:
     names, shapes = PARTS[part]
@@ -49,15 +62,7 @@ def test_each_tensor_has_a_name_of_its_own(part: str) -> None:
 
 
 def test_transformer_is_that_of_diffusers() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=TRANSFORMER.num_heads,
-        attention_head_dim=TRANSFORMER.head_dim,
-        ffn_dim=TRANSFORMER.ffn_dim,
-        freq_dim=TRANSFORMER.freq_dim,
-        num_layers=TRANSFORMER.num_layers,
-        text_dim=TRANSFORMER.text_dim,
-    )
+    model = transformer_of_diffusers(TRANSFORMER)
     names, shapes = PARTS["transformer"]
     assert {names[name]: shape for name, shape in shapes.items()} == shapes_of(model)
 
@@ -78,17 +83,9 @@ def test_vae_is_that_of_diffusers() -> None:
 
 def test_mapped_transformer_computes_the_golden_flow(golden_dir: Path) -> None:
     """Equal shapes do not tell q from k; the published model's first pass, which has no past to look at, does."""
-    diffusers = pytest.importorskip("diffusers")
     bundle = golden_dir / "rollout_small"
     config = TransformerConfig(dim=128, ffn_dim=192, freq_dim=64, num_heads=1, num_layers=2, text_dim=32, text_len=16)
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        ffn_dim=config.ffn_dim,
-        freq_dim=config.freq_dim,
-        num_layers=config.num_layers,
-        text_dim=config.text_dim,
-    ).eval()
+    model = transformer_of_diffusers(config).eval()
     weights = load_file(bundle / "weights.safetensors")
     own = {name: weights[name] for name in transformer_shapes(config)}
     model.load_state_dict(as_other(own, transformer_names(config.num_layers)), strict=True)
