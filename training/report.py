@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from echo_rt.utils.wording import counted
 from training.measure import MODES
 
 Found = dict[str, Any]
@@ -87,24 +88,25 @@ def positions(found: Found) -> str:
 
 
 def claim(runs: Sequence[Found]) -> str:
-    """Recall by hidden time for each kind of model, mean and range over training seeds."""
+    """Recall by hidden time for each kind of model, mean and range over training seeds; how often a balloon is shown."""
     kinds = list(dict.fromkeys(each["kind"] for each in runs))
     hidden = [row["hidden frames"] for row in runs[0]["returns"]]
-    rows = []
+    recalled, seen = [], []
     for kind in kinds:
         of_kind = [each for each in runs if each["kind"] == kind]
-        cells = [_lane_and_colour([each["returns"][column] for each in of_kind]) for column in range(len(hidden))]
-        rows.append([f"{kind}, {len(of_kind)} seeds of {of_kind[0]['steps']} steps", *cells])
-    return table(["model", *(f"hidden {frames} frames: lane / colour" for frames in hidden)], rows)
+        columns = list(zip(*(each["returns"] for each in of_kind), strict=True))
+        name = f"{kind}, {counted(len(of_kind), 'seed')} of {of_kind[0]['steps']} steps"
+        recalled.append([name, *(" / ".join(_mean_and_range(column, key) for key in _BALLOON) for column in columns)])
+        seen.append([name, *(_mean_and_range(column, "shown") for column in columns[1:])])
+    first = table(["model", *(f"hidden {frames} frames: lane / colour" for frames in hidden)], recalled)
+    second = table(["share of streams with a balloon", *(f"hidden {frames} frames" for frames in hidden[1:])], seen)
+    return f"{first}\n\n{second}"
 
 
-def _lane_and_colour(rows: Sequence[Found]) -> str:
-    texts = []
-    for key in ("lane", "colour"):
-        values = [row[key] for row in rows if row[key] is not None]
-        spread = f" ({100 * min(values):.0f}-{100 * max(values):.0f})" if len(values) > 1 else ""
-        texts.append(f"{100 * statistics.mean(values):.0f} %{spread}" if values else "-")
-    return " / ".join(texts)
+def _mean_and_range(rows: Sequence[Found], key: str) -> str:
+    values = [row[key] for row in rows if row[key] is not None]
+    spread = f" ({100 * min(values):.0f}-{100 * max(values):.0f})" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.0f} %{spread}" if values else "-"
 
 
 def machine(found: Found) -> str:
