@@ -88,7 +88,7 @@ def positions(found: Found) -> str:
 
 
 def claim(runs: Sequence[Found]) -> str:
-    """Recall by hidden time for each kind of model, mean and range over training seeds; how often a balloon is shown."""
+    """Recall by hidden time for each kind of model, mean and range over seeds; how often a balloon is shown."""
     kinds = list(dict.fromkeys(each["kind"] for each in runs))
     hidden = [row["hidden frames"] for row in runs[0]["returns"]]
     recalled, seen = [], []
