@@ -243,7 +243,7 @@ def _of_torch(name: str, function: Function, **facts: Any) -> AttentionCandidate
     return AttentionCandidate(name, partial(Library, name, function), **facts)
 
 
-def _imported(module: str, name: str, remedy: str) -> Function:
+def _imported(module: str, name: str, remedy: str) -> Callable[..., Any]:
     """Import a library's function; :class:`BackendError` where it is missing or does not load."""
     try:
         library = importlib.import_module(module)
@@ -254,7 +254,7 @@ def _imported(module: str, name: str, remedy: str) -> Function:
     except Exception as error:  # a library built for another torch can raise anything
         raise BackendError(f"it does not load: {first_line(error)}; {remedy}") from error
     # flash-attn 4 alone also makes a package flash_attn, with nothing else in it.
-    function: Function | None = getattr(library, name, None)
+    function: Callable[..., Any] | None = getattr(library, name, None)
     if function is None:
         raise BackendError(f"it is not installed; {remedy}")
     return function

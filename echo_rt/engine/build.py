@@ -147,8 +147,7 @@ class Networks:
     @cached_property
     def float8_attention(self) -> dict[int, frozenset[int]]:
         """Numbers of the layers that attend in float8, with the denoising steps at which they do not."""
-        layers, steps = self.config.transformer.num_layers, self.config.sampler.most_steps
-        return float8_attention(layers, steps, self.kept_from_float8)
+        return float8_attention(self.config.transformer.num_layers, self.kept_from_float8)
 
     @property
     def float8_layers(self) -> tuple[int, ...]:
@@ -268,14 +267,5 @@ def build_rollout(config: ModelConfig, networks: Networks, mode: MemoryMode, exe
     attention, in_float8 = networks.attention[0].attention, networks.attention_in_float8
     if in_float8 is not None:
         attention = ByDtype(attention, in_float8.attention)
-    return Rollout(
-        config,
-        networks.transformer,
-        memory,
-        networks.schedule,
-        networks.ops,
-        attention,
-        mode,
-        executor,
-        networks.float8_attention,
-    )
+    transformer, schedule, in_steps = networks.transformer, networks.schedule, networks.float8_attention
+    return Rollout(config, transformer, memory, schedule, networks.ops, attention, mode, executor, in_steps)

@@ -185,14 +185,15 @@ class Span:
     in_sink: bool
 
 
+@dataclass(eq=False)
 class _Cache:
-    """What the caches of all passes do. ``rounding``: layers with a 16-bit cache that the pass attends to in float8."""
+    """The cache of a pass. ``_rounding``: layers with a 16-bit cache that the pass attends to in float8."""
 
-    def __init__(
-        self, config: ModelConfig, state: RolloutState, ops: Ops, attention: Attention, rounding: Collection[int]
-    ) -> None:
-        self._config, self._state, self._ops, self._attention = config, state, ops, attention
-        self._rounding = rounding
+    _config: ModelConfig
+    _state: RolloutState
+    _ops: Ops
+    _attention: Attention
+    _rounding: Collection[int]
 
     def _attend(self, index: int, q: Tensor, rows: slice) -> Tensor:
         kv = self._state.layers[index][0][:, rows]
@@ -201,20 +202,11 @@ class _Cache:
         return self._attention(q, kv[0], kv[1])
 
 
+@dataclass(eq=False)
 class BlockCache(_Cache):
     """The cache of a block's pass, which overwrites the keys and values of the pass before in the block's slot."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        state: RolloutState,
-        ops: Ops,
-        attention: Attention,
-        rounding: Collection[int],
-        span: Span,
-    ) -> None:
-        super().__init__(config, state, ops, attention, rounding)
-        self._span = span
+    _span: Span
 
     def store(self, index: int, layer: LayerWeights, qkv: Tensor) -> Tensor:
         s, config = self._state, self._config
@@ -242,23 +234,18 @@ class BlockCache(_Cache):
         return self._attend(index, q, slice(self._span.begin, self._span.end))
 
 
+@dataclass(eq=False)
 class WindowCache(_Cache):
     """The cache of a prompt switch's pass, which stores new keys and values of the local frames.
 
     A pass that reaches back to frame 0 attends to new keys and values of the sink too. After each layer the old ones
-    are restored, unless the window has ``recache_sink``. ``frames``: numbers of the pass's frames, on the host.
+    are restored, unless the window has ``recache_sink``. ``_frames``: numbers of the pass's frames, on the host.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        state: RolloutState,
-        ops: Ops,
-        attention: Attention,
-        rounding: Collection[int],
-        frames: Tensor,
-    ) -> None:
-        super().__init__(config, state, ops, attention, rounding)
+    _frames: Tensor
+
+    def __post_init__(self) -> None:
+        config, state, frames = self._config, self._state, self._frames
         layout, tokens, device = state.layout, config.tokens_per_frame, state.kv.device
         self._whole_video = int(frames[0]) == 0
         self._renews_sink = self._whole_video and config.window.recache_sink
@@ -273,7 +260,7 @@ class WindowCache(_Cache):
         self._attended = slice(config.memory_tokens, layout.attended_end(state.block) * tokens)
         self._kept: Tensor | None = None
         self._temporal = state.rope.temporal_block.new_empty(len(frames), *state.rope.temporal_block.shape[1:])
-        ops.rope_table(frames.to(device), state.rope.inverse_frequencies, self._temporal)
+        self._ops.rope_table(frames.to(device), state.rope.inverse_frequencies, self._temporal)
 
     def store(self, index: int, layer: LayerWeights, qkv: Tensor) -> Tensor:
         s, config = self._state, self._config

@@ -129,14 +129,15 @@ def float8_layers() -> str:
     return ", ".join(f"blocks.N.{name}" for names in (*FLOAT8_PRODUCTS, (SELF_ATTENTION,)) for name in names)
 
 
-def float8_attention(layers: int, steps: int, kept: Collection[str]) -> dict[int, frozenset[int]]:
+def float8_attention(layers: int, kept: Collection[str]) -> dict[int, frozenset[int]]:
     """Numbers of the layers whose self-attention is float8, with the denoising steps at which it is not.
 
     All layers but those in ``kept`` (of :func:`kept_from_float8`) and the last: the memory reads its cache, in 16 bits.
     """
     names = {index: f"blocks.{index}.{SELF_ATTENTION}" for index in range(layers - 1)}
+    steps = [name.split("@") for name in kept if "@" in name]
     return {
-        index: frozenset(step for step in range(steps) if f"{name}@{step}" in kept)
+        index: frozenset(int(step) for of, step in steps if of == name)
         for index, name in names.items()
         if name not in kept
     }

@@ -114,18 +114,17 @@ def test_steps_that_attend_in_16_bits(small_model: Path) -> None:
         layers = set(range(runtime.config.transformer.num_layers - 1))
         assert [set(rollout._rounding[row]) for row in (0, 1, schedule.context)] == [set(), layers, layers]
         with runtime.stream(prompt_embeds=embeds(runtime), seed=5) as stream:
-            take(stream, 2)
+            videos = [take(stream, 1)]
             snapshot = stream.snapshot()
             stream.set_prompt(prompt_embeds=embeds(runtime, 1))
-            some = take(stream, 2)
+            some = take(stream, 1)
         with runtime.resume(snapshot) as stream:
             stream.set_prompt(prompt_embeds=embeds(runtime, 1))
-            assert same(take(stream, 2), some)
-        videos = [video(runtime, 1, seed=5)]
-    for other in ([], ["*.attention"], ["*.attention@1"]):
+            assert same(take(stream, 1), some)
+    for other in ([], ["*.attention"]):
         with float8(small_model, float8_except=other) as runtime:
             videos.append(video(runtime, 1, seed=5))
-            with pytest.raises(StreamError, match=r"float8_except is \['blocks\.0\.self_attn\.attention@0'"):
+            with pytest.raises(StreamError, match=r"float8_except is \['blocks\.0\..*@0'.* and \[\] here"):
                 runtime.resume(snapshot)
     assert not any(same(one, two) for one, two in itertools.combinations(videos, 2))
 

@@ -168,7 +168,7 @@ def test_steps_are_kept_by_name() -> None:
 def test_layers_that_attend_in_float8() -> None:
     def layers(dtype: torch.dtype, *patterns: str) -> dict[int, set[int]]:
         kept = kept_from_float8(4, 2, dtype, patterns)
-        return {layer: set(steps) for layer, steps in float8_attention(4, 2, kept).items()}
+        return {layer: set(steps) for layer, steps in float8_attention(4, kept).items()}
 
     every = {0: set(), 1: set(), 2: set()}
     assert layers(FLOAT8) == every, "the memory reads the last layer's cache in 16 bits"
