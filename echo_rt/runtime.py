@@ -155,8 +155,9 @@ class Runtime(Closing, Bound):
             overrides: other settings of the rollout, by the names in :data:`echo_rt.options.OVERRIDES`.
             float8_except: layers that stay in bfloat16 in dtype float8, as patterns of weight names such as
                 ``"blocks.0.*"`` or ``"*.ffn.2"``; one without a match is an error. One of q, k and v of self-attention
-                keeps all three. ``"blocks.0.self_attn.attention"`` is what a layer does with them; the last layer's
-                is in bfloat16 always, as the memory reads its cache.
+                keeps all three. ``"blocks.0.self_attn.attention"`` is what a layer does with them, and with ``@1``
+                behind it at denoising step 1 of a block; the last layer's is in bfloat16 always, as the memory reads
+                its cache.
             like: a snapshot to resume: recipe, backend, attention and convolutions that are not asked for by name are
                 those of its video, whatever the files, ``ECHO_RT_BACKEND`` or a measurement say.
 

@@ -55,6 +55,7 @@ class AttentionCheck(Check[Attention]):
         super().__init__(device, working_dtype(dtype), (shapes.queries, shapes.heads * shapes.head_dim))
         self.q = self.normal(shapes.queries, shapes.heads, shapes.head_dim).to(dtype)
         self.k, self.v = self.normal(2, shapes.keys, shapes.heads, shapes.head_dim).to(dtype)
+        self.inputs = (self.q, self.k, self.v)
 
     def call(self, attention: Attention, /) -> Callable[[], Tensor]:
         return partial(attention, self.q, self.k, self.v)
@@ -93,11 +94,14 @@ def attention_in_float8(
     prescribed: str | None = None,
 ) -> AttentionSelection:
     """Select the attention over a float8 KV buffer: a library's, or that of ``attention`` in ``dtype``."""
-    converted = AttentionCandidate(
-        "converted", partial(Converted, attention, dtype), devices=("cuda", "cpu"), dtypes=(FLOAT8,)
-    )
-    tuner = attention_tuner(device, FLOAT8, _over_cache(config), (converted, *FLOAT8_LIBRARIES))
+    tuner = attention_tuner(device, FLOAT8, _over_cache(config), _of_float8(attention, dtype))
     return tuner.select(None, prescribed, cache=cache)
+
+
+def _of_float8(attention: Attention, dtype: torch.dtype) -> tuple[AttentionCandidate, ...]:
+    """Return the candidates of float8 tensors; ``attention`` in ``dtype`` is that of the first."""
+    make = partial(Converted, attention, dtype)
+    return (AttentionCandidate("converted", make, devices=("cuda", "cpu"), dtypes=(FLOAT8,)), *FLOAT8_LIBRARIES)
 
 
 def attentions(
@@ -129,10 +133,16 @@ def known_selections(
     device: torch.device, cache: Path | None, candidates: Sequence[AttentionCandidate]
 ) -> Iterator[tuple[str, str]]:
     """Yield name and reason of what models on ``device`` would get now, as far as known without measuring."""
-    return attention_tuner(device, torch.float32, _PROBE, candidates).known(cache)
+    yield from attention_tuner(device, torch.float32, _PROBE, candidates).known(cache)
+    if device.type == "cuda":  # nothing is selected elsewhere
+        yield from _float8_probe(device).known(cache)
 
 
 def available_attention(device: torch.device, candidates: Sequence[AttentionCandidate]) -> dict[str, str]:
-    """Run each candidate on ``device``; return name -> ``"available"``, or ``"why it is not; what to do"``."""
+    """Run ``candidates`` and float8's on ``device``; return name -> ``"available"``, or ``"why not; advice"``."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return attention_tuner(device, dtype, _PROBE, candidates).available()
+    return attention_tuner(device, dtype, _PROBE, candidates).available() | _float8_probe(device).available()
+
+
+def _float8_probe(device: torch.device) -> Tuner[Attention, AttentionShapes]:
+    return attention_tuner(device, FLOAT8, _PROBE, _of_float8(untried_attention(device), working_dtype(FLOAT8)))

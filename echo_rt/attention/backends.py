@@ -117,7 +117,7 @@ class SplitKV:
 
 @dataclass(frozen=True)
 class Converted:
-    """Attention of float8 tensors by another's in ``dtype``, to which they convert exactly."""
+    """Attention of float8 tensors by another's in ``dtype``, to which they convert exactly; ``name`` tells of both."""
 
     attention: Attention
     dtype: torch.dtype
@@ -243,23 +243,39 @@ def _of_torch(name: str, function: Function, **facts: Any) -> AttentionCandidate
     return AttentionCandidate(name, partial(Library, name, function), **facts)
 
 
+def _imported(module: str, name: str, remedy: str) -> Callable[..., Any]:
+    """Import a library's function; :class:`BackendError` where it is missing or does not load."""
+    try:
+        library = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
+            raise BackendError(f"it is not installed; {remedy}") from None
+        raise BackendError(f"it does not load: no module {error.name}; {remedy}") from error
+    except Exception as error:  # a library built for another torch can raise anything
+        raise BackendError(f"it does not load: {first_line(error)}; {remedy}") from error
+    # flash-attn 4 alone also makes a package flash_attn, with nothing else in it.
+    function: Callable[..., Any] | None = getattr(library, name, None)
+    if function is None:
+        raise BackendError(f"it is not installed; {remedy}")
+    return function
+
+
 def _flash_attn(name: str, module: str, distribution: str, remedy: str, **facts: Any) -> AttentionCandidate:
     def make() -> Attention:
-        try:
-            library = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is not None and f"{module}.".startswith(f"{error.name}."):
-                raise BackendError(f"it is not installed; {remedy}") from None
-            raise BackendError(f"it does not load: no module {error.name}; {remedy}") from error
-        except Exception as error:  # a library built for another torch can raise anything
-            raise BackendError(f"it does not load: {first_line(error)}; {remedy}") from error
-        # flash-attn 4 alone also makes a package flash_attn, with nothing else in it.
-        function = getattr(library, "flash_attn_func", None)
-        if function is None:
-            raise BackendError(f"it is not installed; {remedy}")
-        return Library(name, function, heads_first=False)
+        return Library(name, _imported(module, "flash_attn_func", remedy), heads_first=False)
 
     return AttentionCandidate(name, make, distribution=distribution, **facts)
+
+
+def _sage_attention() -> Attention:
+    """SageAttention takes 16 bits and quantizes in each call: keys without their mean and queries to int8."""
+    remedy = (
+        "build it from SageAttention's sources, newer than release 2.2.0, which computes noise on Hopper GPUs: "
+        "pip install --no-build-isolation ."
+    )
+    function = partial(_imported("sageattention", "sageattn", remedy), tensor_layout="NHD")
+    name = "sage-attention"
+    return Converted(Library(name, function, heads_first=False), torch.bfloat16, name)
 
 
 _FLASH_ATTN_3 = (
@@ -288,6 +304,7 @@ IMPLEMENTATIONS = (
 FLOAT8_LIBRARIES = (
     AttentionCandidate("cudnn-float8", CudnnFloat8, dtypes=(FLOAT8,), distribution="nvidia-cudnn-frontend"),
     _flash_attn("flash-attn-3-float8", *_FLASH_ATTN_3, dtypes=(FLOAT8,)),
+    AttentionCandidate("sage-attention", _sage_attention, dtypes=(FLOAT8,), distribution="sageattention"),
 )
 
 

@@ -83,10 +83,11 @@ class Candidate(ABC, Generic[Loaded, Shapes]):
 class Check(ABC, Generic[Loaded]):
     """Random inputs on which implementations are checked and timed.
 
-    ``calls`` are captured in one graph, as the time between two events includes the launch of the graph. Graphs run one
-    after the other, so they share one stream and one memory pool.
+    ``inputs``: the tensors that a call reads. ``calls`` are captured in one graph, as the time between two events
+    includes the launch of the graph. Graphs run one after the other, so they share one stream and one memory pool.
     """
 
+    inputs: tuple[Tensor, ...]
     calls: int
 
     def __init__(self, device: torch.device, dtype: torch.dtype, out_size: tuple[int, ...]) -> None:
@@ -102,13 +103,36 @@ class Check(ABC, Generic[Loaded]):
         """Return the relative errors of parts of an output."""
 
     def error(self, implementation: Loaded, /) -> float:
-        """Return the largest relative error of its output; infinite for an output of another size or dtype."""
+        """Return the largest relative error of its output; infinite for an output of another size or dtype.
+
+        On a GPU also that of a replay, over other inputs than its graph was captured from. A library that launches on
+        another stream than the current one leaves kernels out of the graph, without an error: a replay then returns
+        what memory held, or what the capture computed. Raises where it cannot be captured.
+        """
         with current(self.device):
-            out = self.call(implementation)()
-            if out.shape != self.out_size or out.dtype != self.dtype:
-                return math.inf
-            # Every comparison with NaN is false, so NaN becomes infinity.
-            return float(self.errors(out).nan_to_num(nan=math.inf).max())
+            call = self.call(implementation)
+            error = self._error(call())
+            return max(error, self._error(self.replayed(call))) if self.device.type == "cuda" else error
+
+    def _error(self, out: Tensor) -> float:
+        if out.shape != self.out_size or out.dtype != self.dtype:
+            return math.inf
+        # Every comparison with NaN is false, so NaN becomes infinity.
+        return float(self.errors(out).nan_to_num(nan=math.inf).max())
+
+    def replayed(self, call: Callable[[], Tensor]) -> Tensor:
+        """Return the output of a replay over the inputs, captured over zeros, where memory held NaN."""
+        values = [tensor.clone() for tensor in self.inputs]
+        for tensor in self.inputs:
+            tensor.zero_()
+        try:
+            graph, outs = self._captured(call)
+        finally:
+            for tensor, own in zip(self.inputs, values, strict=True):
+                tensor.copy_(own)
+        out = outs[-1].fill_(math.nan)
+        graph.replay()
+        return out
 
     def normal(self, *size: int) -> Tensor:
         """Draw normal numbers."""
@@ -119,18 +143,8 @@ class Check(ABC, Generic[Loaded]):
 
         Overhead in Python does not count. Raises where it cannot be captured.
         """
-        call, graph, stream = self.call(implementation), torch.cuda.CUDAGraph(), self._stream
         with current(self.device):
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            # Around the capture too: after a failed one torch leaves the capture stream current.
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UPS):
-                    call()
-                try:
-                    capture(graph, lambda: [call() for _ in range(self.calls)], stream=stream, pool=self._pool)
-                except BaseException:
-                    del self._pool  # see capture
-                    raise
+            graph, _ = self._captured(self.call(implementation))
 
         def milliseconds() -> float:
             with current(self.device):
@@ -142,6 +156,21 @@ class Check(ABC, Generic[Loaded]):
                 return float(start.elapsed_time(end)) / self.calls
 
         return milliseconds
+
+    def _captured(self, call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+        """Return a graph of warmed-up calls, and their outputs."""
+        graph, stream, outs = torch.cuda.CUDAGraph(), self._stream, list[Tensor]()
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        # Around the capture too: after a failed one torch leaves the capture stream current.
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                call()
+            try:
+                capture(graph, lambda: outs.extend(call() for _ in range(self.calls)), stream=stream, pool=self._pool)
+            except BaseException:
+                del self._pool  # see capture
+                raise
+        return graph, outs
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream:

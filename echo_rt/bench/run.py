@@ -372,7 +372,8 @@ class Run:
             )
             for each in chosen
         ]
-        kept_from_float8(model.config.transformer.num_layers, self.dtype, request.float8_except)  # before any trial
+        layers, steps = model.config.transformer.num_layers, model.config.sampler.most_steps
+        kept_from_float8(layers, steps, self.dtype, request.float8_except)  # before any trial
         self.rounds, self.blocks = request.rounds or _ROUNDS[device.type], request.blocks or _BLOCKS[device.type]
         self.lookaheads = sorted({0, request.lookahead})
         self.order: list[list[str]] = []

@@ -160,8 +160,8 @@ _SHARED = table(
 --tokenizer DIR          tokenizer to use instead of the model's own
 --dtype DTYPE            the model's dtype; default: bfloat16 on a GPU, else float32
 --vae-dtype DTYPE        the VAE's dtype; default: as --dtype
---float8-except PATTERN  with --dtype float8: layers that stay in bfloat16, such as 'blocks.0.*' or '*.ffn.2'; may be
-                         repeated
+--float8-except PATTERN  with --dtype float8: layers that stay in bfloat16, such as 'blocks.0.*' or '*.ffn.2', or
+                         '*.attention@0' at denoising step 0; may be repeated
 --device DEVICE          cpu, cuda or cuda:N; default: cuda if there is a GPU
 --backend NAME           implementation of the operations (see echo-rt doctor); default: cuda on a GPU that has the
                          kernels, else torch

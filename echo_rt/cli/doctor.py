@@ -267,13 +267,14 @@ def _autotuned(family: str, available: str, name: str) -> Iterator[Fact]:
         yield Fact("any of them", f"none works on {device}", "missing", "install torch again")
         return
     cache = module.cache_file()
-    chosen = [one for candidates in every for one in module.known_selections(device, cache, candidates)]
+    known = [one for candidates in every for one in module.known_selections(device, cache, candidates)]
+    chosen = list(dict.fromkeys(known))
     where = f" (remembered in {cache})" if cache and device.type == "cuda" else ""
     if not chosen:
         advice = "it is measured when a model is loaded" + ("" if cache else "; to remember it, set ECHO_RT_CACHE_DIR")
         yield Fact(name, "not measured yet", "absent", advice)
     elif len(chosen) <= _MOST_REASONS:
-        yield from (Fact(name, f"{kind}: {reason}{where}") for kind, reason in dict.fromkeys(chosen))
+        yield from (Fact(name, f"{kind}: {reason}{where}") for kind, reason in chosen)
     else:  # a decoder has convolutions of dozens of shapes
         counts = Counter(kind for kind, _ in chosen).most_common()
         shapes = ", ".join(f"{kind} for {count}" for kind, count in counts)

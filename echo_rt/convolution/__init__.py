@@ -57,6 +57,7 @@ class ConvolutionCheck(Check[ConvolutionCandidate]):
         super().__init__(device, dtype, shape.out_size)
         self._shape = shape
         self._frames = self.normal(shape.frames, shape.height, shape.width, shape.channels)
+        self.inputs = (self._frames,)
         seen = shape.channels * math.prod(shape.kernel)
         self._weight = self.normal(shape.out_channels, shape.channels, *shape.kernel) / math.sqrt(seen)
 

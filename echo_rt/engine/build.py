@@ -21,7 +21,7 @@ from echo_rt.engine.executor import Executor
 from echo_rt.engine.rollout import Rollout
 from echo_rt.errors import BackendError, ConfigError
 from echo_rt.model.decoder_protocol import VideoDecoder
-from echo_rt.model.linear import float8_attention
+from echo_rt.model.linear import float8_attention, kept_from_float8
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.tiny_decoder import TinyDecoder
@@ -139,14 +139,25 @@ class Networks:
         return self.selected or attentions(*place, self.options.attention, cache=attention_cache(), prescribed=named)
 
     @cached_property
+    def kept_from_float8(self) -> frozenset[str]:
+        """Names of what could be float8 and is not."""
+        layers, steps = self.config.transformer.num_layers, self.config.sampler.most_steps
+        return kept_from_float8(layers, steps, self.model_dtype, self.options.float8_except)
+
+    @cached_property
+    def float8_attention(self) -> dict[int, frozenset[int]]:
+        """Numbers of the layers that attend in float8, with the denoising steps at which they do not."""
+        return float8_attention(self.config.transformer.num_layers, self.kept_from_float8)
+
+    @property
     def float8_layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that attend in float8."""
-        return float8_attention(self.config.transformer.num_layers, self.model_dtype, self.options.float8_except)
+        """Numbers of the layers with a float8 cache: those that attend so at every step."""
+        return tuple(layer for layer, kept in self.float8_attention.items() if not kept)
 
     @cached_property
     def attention_in_float8(self) -> AttentionSelection | None:
         """The implementation of attention over the cache in float8, and why; None where no layer has it."""
-        if not self.float8_layers:
+        if not self.float8_attention:
             return None
         return attention_in_float8(
             self.config,
@@ -171,7 +182,7 @@ class Networks:
             self.attention[1].attention,
             device=self.device,
             dtype=self.model_dtype,
-            float8_except=self.options.float8_except,
+            kept=self.kept_from_float8,
         )
 
     @cached_property
@@ -256,4 +267,5 @@ def build_rollout(config: ModelConfig, networks: Networks, mode: MemoryMode, exe
     attention, in_float8 = networks.attention[0].attention, networks.attention_in_float8
     if in_float8 is not None:
         attention = ByDtype(attention, in_float8.attention)
-    return Rollout(config, networks.transformer, memory, networks.schedule, networks.ops, attention, mode, executor)
+    transformer, schedule, in_steps = networks.transformer, networks.schedule, networks.float8_attention
+    return Rollout(config, transformer, memory, schedule, networks.ops, attention, mode, executor, in_steps)

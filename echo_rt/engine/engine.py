@@ -95,7 +95,7 @@ class Engine:
         if taken is not None:
             self.model[TAKEN] = dict(taken)
         if networks.model_dtype == FLOAT8:
-            kept = networks.transformer.kept_from_float8
+            kept = networks.kept_from_float8
             self.model["float8_except"] = sorted(name for name in kept if not name.endswith(SELF_ATTENTION))
             self.model["float8_attention"] = list(networks.float8_layers)
         keep = options.keep_text_encoder

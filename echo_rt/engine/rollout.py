@@ -7,7 +7,7 @@ are rotated afresh. The scores are those of ids that never exceed the pretrained
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Rollout:
         attention: Attention,
         mode: MemoryMode,
         executor: Executor,
+        float8_attention: Mapping[int, Collection[int]],
     ) -> None:
         if memory is None and mode is not MemoryMode.OFF:
             raise ConfigError(f"memory mode {mode.value!r} needs a memory encoder, and this model has none; use 'off'")
@@ -58,8 +59,17 @@ class Rollout:
         self.config, self.mode = config, mode
         self._transformer, self._memory, self._schedule, self._ops = transformer, memory, schedule, ops
         self._attention, self._executor = attention, executor
-        device, dtype, in_float8 = transformer.device, transformer.dtype, transformer.float8_attention
-        self.state = RolloutState(config, ops, device=device, dtype=dtype, float8_layers=in_float8)
+        in_float8 = [layer for layer, kept in float8_attention.items() if not kept]
+        self.state = RolloutState(
+            config, ops, device=transformer.device, dtype=transformer.dtype, float8_layers=in_float8
+        )
+        # The layers that attend in 16 bits at some steps have a 16-bit cache, which all other passes round.
+        mixed = {layer: kept for layer, kept in float8_attention.items() if kept}
+        self._rounding = {schedule.context: frozenset(mixed)} | {
+            row: frozenset(layer for layer, kept in mixed.items() if step not in kept)
+            for first in (False, True)
+            for step, row in enumerate(schedule.steps(first))
+        }
         self._layout = self.state.layout
         self._reads_rotated = config.memory is not None and config.memory.reads_rotated
 
@@ -241,19 +251,19 @@ class Rollout:
         ``row``: the step's number in the schedule; ``renoise``: that of the fresh noise, None after the last step.
         """
         s = self.state
-        flow = self._transformer.flow(s.x, row, s.text_kv, self._cache(span))
+        flow = self._transformer.flow(s.x, row, s.text_kv, self._cache(row, span))
         fresh = None if renoise is None else s.noise[renoise]
         self._ops.flow_step(s.x, flow, self._schedule.sigmas[row], fresh)
         if observed:
             s.flow.copy_(flow)
 
-    def _cache(self, span: Span) -> BlockCache:
-        return BlockCache(self.config, self.state, self._ops, self._attention, span)
+    def _cache(self, row: int, span: Span) -> BlockCache:
+        return BlockCache(self.config, self.state, self._ops, self._attention, self._rounding[row], span)
 
     def _keep(self, span: Span, memory_ready: bool) -> None:
         """Run the context pass, which stores clean keys and values in the block's slot; keep latents and vitals."""
-        s = self.state
-        self._transformer.store_keys(s.x, self._schedule.context, s.text_kv, self._cache(span))
+        s, context = self.state, self._schedule.context
+        self._transformer.store_keys(s.x, context, s.text_kv, self._cache(context, span))
         s.latents.index_copy_(0, s.latent_rows, s.x)
         finite = torch.isfinite(s.x)
         s.vitals[VITALS.index("latent_mean")] = s.x.mean()
@@ -348,5 +358,6 @@ class Rollout:
         generated = self._layout.last_frame(s.block) + 1
         frames = torch.arange(max(0, generated - window.cached_frames), generated, device="cpu")
         latents = s.latents[(frames % window.cached_frames).to(s.kv.device)]
-        cache = WindowCache(self.config, s, self._ops, self._attention, frames)
-        self._transformer.store_keys(latents, self._schedule.context, s.text_kv, cache)
+        context = self._schedule.context
+        cache = WindowCache(self.config, s, self._ops, self._attention, self._rounding[context], frames)
+        self._transformer.store_keys(latents, context, s.text_kv, cache)

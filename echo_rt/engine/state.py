@@ -17,6 +17,7 @@ from echo_rt.attention import Attention
 from echo_rt.config import ModelConfig
 from echo_rt.errors import BackendError
 from echo_rt.model.transformer import LayerWeights
+from echo_rt.ops.float8 import rounded
 from echo_rt.ops.schema import POSITION_FIELDS, Ops
 from echo_rt.utils.device import FLOAT8
 
@@ -73,7 +74,7 @@ Sizes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 def state_sizes(config: ModelConfig, dtype: torch.dtype, float8_layers: int = 0) -> Sizes:
     """Shape and dtype of each tensor of a rollout in ``dtype`` except its tables of angles; all begin as zeros.
 
-    ``float8_layers``: how many layers attend in float8.
+    ``float8_layers``: how many layers have a float8 cache.
     """
     window, transformer = config.window, config.transformer
     heads = (transformer.num_heads, transformer.head_dim)
@@ -184,11 +185,28 @@ class Span:
     in_sink: bool
 
 
-class BlockCache:
+@dataclass(eq=False)
+class _Cache:
+    """The cache of a pass. ``_rounding``: layers with a 16-bit cache that the pass attends to in float8."""
+
+    _config: ModelConfig
+    _state: RolloutState
+    _ops: Ops
+    _attention: Attention
+    _rounding: Collection[int]
+
+    def _attend(self, index: int, q: Tensor, rows: slice) -> Tensor:
+        kv = self._state.layers[index][0][:, rows]
+        if index in self._rounding:
+            q, kv = rounded(q, FLOAT8), rounded(kv, FLOAT8)
+        return self._attention(q, kv[0], kv[1])
+
+
+@dataclass(eq=False)
+class BlockCache(_Cache):
     """The cache of a block's pass, which overwrites the keys and values of the pass before in the block's slot."""
 
-    def __init__(self, config: ModelConfig, state: RolloutState, ops: Ops, attention: Attention, span: Span) -> None:
-        self._config, self._state, self._ops, self._attention, self._span = config, state, ops, attention, span
+    _span: Span
 
     def store(self, index: int, layer: LayerWeights, qkv: Tensor) -> Tensor:
         s, config = self._state, self._config
@@ -213,21 +231,21 @@ class BlockCache:
         )
 
     def attend(self, index: int, q: Tensor) -> Tensor:
-        k, v = self._state.layers[index][0]
-        return self._attention(q, k[self._span.begin : self._span.end], v[self._span.begin : self._span.end])
+        return self._attend(index, q, slice(self._span.begin, self._span.end))
 
 
-class WindowCache:
+@dataclass(eq=False)
+class WindowCache(_Cache):
     """The cache of a prompt switch's pass, which stores new keys and values of the local frames.
 
     A pass that reaches back to frame 0 attends to new keys and values of the sink too. After each layer the old ones
-    are restored, unless the window has ``recache_sink``. ``frames``: numbers of the pass's frames, on the host.
+    are restored, unless the window has ``recache_sink``. ``_frames``: numbers of the pass's frames, on the host.
     """
 
-    def __init__(
-        self, config: ModelConfig, state: RolloutState, ops: Ops, attention: Attention, frames: Tensor
-    ) -> None:
-        self._config, self._state, self._ops, self._attention = config, state, ops, attention
+    _frames: Tensor
+
+    def __post_init__(self) -> None:
+        config, state, frames = self._config, self._state, self._frames
         layout, tokens, device = state.layout, config.tokens_per_frame, state.kv.device
         self._whole_video = int(frames[0]) == 0
         self._renews_sink = self._whole_video and config.window.recache_sink
@@ -242,7 +260,7 @@ class WindowCache:
         self._attended = slice(config.memory_tokens, layout.attended_end(state.block) * tokens)
         self._kept: Tensor | None = None
         self._temporal = state.rope.temporal_block.new_empty(len(frames), *state.rope.temporal_block.shape[1:])
-        ops.rope_table(frames.to(device), state.rope.inverse_frequencies, self._temporal)
+        self._ops.rope_table(frames.to(device), state.rope.inverse_frequencies, self._temporal)
 
     def store(self, index: int, layer: LayerWeights, qkv: Tensor) -> Tensor:
         s, config = self._state, self._config
@@ -271,8 +289,7 @@ class WindowCache:
         return q
 
     def attend(self, index: int, q: Tensor) -> Tensor:
-        k, v = self._state.layers[index][0]
-        out = self._attention(q, k[self._attended], v[self._attended])
+        out = self._attend(index, q, self._attended)
         self._restore_sink(index)
         return out
 

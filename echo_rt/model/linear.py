@@ -6,7 +6,7 @@ A float8 layer reads rows that the preceding kernel quantizes while it has them 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol
@@ -129,36 +129,44 @@ def float8_layers() -> str:
     return ", ".join(f"blocks.N.{name}" for names in (*FLOAT8_PRODUCTS, (SELF_ATTENTION,)) for name in names)
 
 
-def float8_attention(layers: int, dtype: torch.dtype, patterns: Sequence[str]) -> tuple[int, ...]:
-    """Numbers of the layers whose self-attention is float8: all but the last, and none that ``patterns`` keep.
+def float8_attention(layers: int, kept: Collection[str]) -> dict[int, frozenset[int]]:
+    """Numbers of the layers whose self-attention is float8, with the denoising steps at which it is not.
 
-    The memory reads what the last layer has cached, in 16 bits.
+    All layers but those in ``kept`` (of :func:`kept_from_float8`) and the last: the memory reads its cache, in 16 bits.
     """
-    kept = kept_from_float8(layers, dtype, patterns)
-    return tuple(index for index in range(layers - 1) if f"blocks.{index}.{SELF_ATTENTION}" not in kept)
+    names = {index: f"blocks.{index}.{SELF_ATTENTION}" for index in range(layers - 1)}
+    steps = [name.split("@") for name in kept if "@" in name]
+    return {
+        index: frozenset(int(step) for of, step in steps if of == name)
+        for index, name in names.items()
+        if name not in kept
+    }
 
 
-def kept_from_float8(layers: int, dtype: torch.dtype, patterns: Sequence[str]) -> frozenset[str]:
+def kept_from_float8(layers: int, steps: int, dtype: torch.dtype, patterns: Sequence[str]) -> frozenset[str]:
     """Names such as ``blocks.0.ffn.2`` of the products that could be float8 and are not, as ``patterns`` say.
 
-    A product of several projections is kept as a whole. ``blocks.0.self_attn.attention`` is a layer's self-attention.
-    All of them where ``dtype`` is not float8. Raises :class:`ConfigError` for patterns without float8, and for one that
-    matches nothing.
+    A product of several projections is kept as a whole. ``blocks.0.self_attn.attention`` is a layer's self-attention,
+    and ``blocks.0.self_attn.attention@1`` is it at denoising step 1 of a block, of ``steps``; not named beside the
+    former. All of them where ``dtype`` is not float8. Raises :class:`ConfigError` for patterns without float8, and for
+    one that matches nothing.
     """
     listed = isinstance(patterns, Sequence) and not isinstance(patterns, str)
     if not listed or not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(f"float8_except must be a sequence of patterns like '*.ffn.2', got {patterns!r}")
-    able = (*FLOAT8_PRODUCTS, (SELF_ATTENTION,))
+    able = (*FLOAT8_PRODUCTS, (SELF_ATTENTION,), *((f"{SELF_ATTENTION}@{step}",) for step in range(steps)))
     products = [[f"blocks.{index}.{name}" for name in names] for index in range(layers) for names in able]
     if dtype != FLOAT8:
         if patterns:
             raise ConfigError(f"float8_except is for dtype 'float8', and the dtype is {dtype_name(dtype)!r}")
-        return frozenset(name for names in products for name in names)
+        patterns = ["*"]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for names in products for name in names):
             raise ConfigError(
                 f"float8_except: {pattern!r} matches no layer that can be float8: "
-                f"{float8_layers()}, N in 0..{layers - 1}"
+                f"{float8_layers()}, blocks.N.{SELF_ATTENTION}@S at denoising step S; "
+                f"N in 0..{layers - 1}, S in 0..{steps - 1}"
             )
-    kept = [names for names in products if any(fnmatchcase(name, p) for name in names for p in patterns)]
-    return frozenset(name for names in kept for name in names)
+    matched = [names for names in products if any(fnmatchcase(name, p) for name in names for p in patterns)]
+    kept = {name for names in matched for name in names}
+    return frozenset(name for name in kept if "@" not in name or name.partition("@")[0] not in kept)

@@ -6,7 +6,7 @@ by the rollout (:mod:`echo_rt.engine.rollout`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from torch.nn.functional import rms_norm, silu
 
 from echo_rt.attention import Attention
 from echo_rt.config import TransformerConfig
-from echo_rt.model.linear import Float8Linear, Linear, Product, feed_forward, float8_attention, kept_from_float8
+from echo_rt.model.linear import Float8Linear, Linear, Product, feed_forward
 from echo_rt.ops.schema import Ops
 from echo_rt.utils.device import placed, working_dtype
 
@@ -119,9 +119,8 @@ class Transformer:
     once (``modulations [timesteps, layers, 6, dim]`` and ``head_modulations [timesteps, 2, dim]``, float32, the
     ``1 +`` of the scales included).
 
-    In dtype float8 the products that :data:`echo_rt.model.linear.FLOAT8_PRODUCTS` names are, and self-attention in the
-    layers :attr:`float8_attention`, but for what a pattern of ``float8_except`` matches; everything else is in
-    bfloat16, and so is :attr:`dtype`.
+    In dtype float8 the products that :data:`echo_rt.model.linear.FLOAT8_PRODUCTS` names are, but for those in ``kept``
+    (:func:`echo_rt.model.linear.kept_from_float8`); everything else is in bfloat16, and so is :attr:`dtype`.
     """
 
     def __init__(
@@ -134,13 +133,11 @@ class Transformer:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        float8_except: Sequence[str] = (),
+        kept: frozenset[str],
     ) -> None:
         self.config, self.device, self.dtype = config, device, working_dtype(dtype)
         self._ops, self._attention = ops, attention
-        self.kept_from_float8 = kept_from_float8(config.num_layers, dtype, float8_except)
-        self.float8_attention = float8_attention(config.num_layers, dtype, float8_except)
-        load = _Loader(tensors, device, self.dtype, self.kept_from_float8)
+        load = _Loader(tensors, device, self.dtype, kept)
         self.layers = [load.layer(index) for index in range(config.num_layers)]
         patch_weight = load.matrix("patch_embedding.weight").flatten(1)
         self._patch = Linear(patch_weight, load.matrix("patch_embedding.bias"))

@@ -23,7 +23,7 @@ _LEAST_MAXIMUM = 2.0**-100
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """``values`` float32 rounded to ``dtype``; as float8 without a scale, and beyond 448 it is 448. A NaN stays one."""
+    """``values`` rounded to ``dtype``; as float8 without a scale, and beyond 448 it is 448. A NaN stays one."""
     return (values.clamp(-FLOAT8_MAX, FLOAT8_MAX) if dtype == FLOAT8 else values).to(dtype)
 
 

@@ -29,7 +29,7 @@ _OPTIONS_OF_PARTS = {
     "weights of the video decoder": "the model's folder, vae",
 }
 # The first difference is told with its values: what a user chose comes before what follows from it.
-_FIRST = ("dtype", "vae_dtype", "vae", "memory", "width", "height")
+_FIRST = ("dtype", "float8_except", "vae_dtype", "vae", "memory", "width", "height")
 _MOST_NAMES = 6  # of further differences
 # Entries of the memory that are options; the others come from its weights.
 _MEMORY_OPTIONS = {

@@ -292,7 +292,8 @@ def test_attention_on_a_cpu(echo_rt):
     facts = facts_of(echo_rt("doctor", "--json"))
     names = {kind.name for kind in implementations(load_ops("torch"))}
     shown = {name for name, fact in facts.items() if fact["group"] == "attention"} - {"chosen"}
-    assert {"sdpa", "products"} <= shown < names, "those of a GPU are left out"
+    assert {"sdpa", "products"} <= shown - {"converted"} < names, "those of a GPU are left out"
+    assert facts["converted"]["value"] == "works on cpu", "that of a float8 cache"
     assert facts["sdpa"]["value"] == "works on cpu"
     assert facts["chosen"]["value"] == "sdpa: torch's own on a CPU"
 

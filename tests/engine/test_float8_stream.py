@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,39 @@ def test_layers_that_attend_in_16_bits(small_model: Path) -> None:
         assert not same(video(runtime, 3), some)
 
 
+def test_steps_that_attend_in_16_bits(small_model: Path) -> None:
+    """Their layers have a cache in 16 bits, which the other passes round."""
+    kept = ["*.attention@0"]
+    with float8(small_model, float8_except=kept) as runtime:
+        rollout, schedule = runtime._engine.rollout, runtime._engine.rollout._schedule
+        assert not len(rollout.state.kv_float8)
+        layers = set(range(runtime.config.transformer.num_layers - 1))
+        assert [set(rollout._rounding[row]) for row in (0, 1, schedule.context)] == [set(), layers, layers]
+        with runtime.stream(prompt_embeds=embeds(runtime), seed=5) as stream:
+            videos = [take(stream, 1)]
+            snapshot = stream.snapshot()
+            stream.set_prompt(prompt_embeds=embeds(runtime, 1))
+            some = take(stream, 1)
+        with runtime.resume(snapshot) as stream:
+            stream.set_prompt(prompt_embeds=embeds(runtime, 1))
+            assert same(take(stream, 1), some)
+    for other in ([], ["*.attention"]):
+        with float8(small_model, float8_except=other) as runtime:
+            videos.append(video(runtime, 1, seed=5))
+            with pytest.raises(StreamError, match=r"float8_except is \['blocks\.0\..*@0'.* and \[\] here"):
+                runtime.resume(snapshot)
+    assert not any(same(one, two) for one, two in itertools.combinations(videos, 2))
+
+
+def test_steps_of_a_first_block_that_has_its_own(small_model: Path) -> None:
+    overrides = {"denoising_steps": [1000, 500], "first_block_steps": [1000, 750, 250]}
+    with float8(small_model, float8_except=["blocks.0.*@1"], overrides=overrides) as runtime:
+        rounding = runtime._engine.rollout._rounding
+        assert [0 in rounding[row] for row in range(6)] == [True, False, True, False, True, True]
+    with pytest.raises(ConfigError, match=r"'\*@3' matches no layer .* S in 0\.\.2$"):
+        float8(small_model, float8_except=["*@3"], overrides=overrides)
+
+
 def test_what_is_not_finite_in_the_cache_is_seen(small_model: Path) -> None:
     with float8(small_model) as runtime, runtime.stream(prompt_embeds=embeds(runtime)) as stream:
         take(stream, 1)
@@ -145,9 +179,11 @@ def test_what_is_refused_at_load(small_model: Path, monkeypatch: pytest.MonkeyPa
         float8(small_model)
 
 
-def test_a_replayed_video_is_the_video(small_model: Path) -> None:
+@pytest.mark.parametrize("kept", [(), ("*.attention@1",)], ids=["all", "step 0"])
+def test_a_replayed_video_is_the_video(small_model: Path, kept: tuple[str, ...]) -> None:
     """Stages as lists of operations over fixed addresses, as a graph is: those of float8 among them."""
-    options = {"memory": "off", "overrides": {"denoising_steps": [1000]}}
+    steps = [1000, 500] if kept else [1000]
+    options = {"memory": "off", "overrides": {"denoising_steps": steps}, "float8_except": kept}
     with float8(small_model, **options) as runtime:
         expected = video(runtime, BLOCKS, seed=3)
     recorder = Recorder()

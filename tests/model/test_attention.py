@@ -14,10 +14,18 @@ from unittest import mock
 import pytest
 import torch
 
-from echo_rt.attention import AttentionShapes, attention_tuner, available_attention, implementations, known_selections
+from echo_rt.attention import (
+    AttentionShapes,
+    _of_float8,
+    attention_tuner,
+    available_attention,
+    implementations,
+    known_selections,
+)
 from echo_rt.attention.backends import IMPLEMENTATIONS, AttentionCandidate, Library
 from echo_rt.errors import BackendError
 from echo_rt.ops.backends import load_ops
+from echo_rt.utils.device import FLOAT8
 
 EVERY = implementations(load_ops("torch"))
 SHAPES = AttentionShapes(queries=6, keys=10, heads=2, head_dim=8)
@@ -403,7 +411,17 @@ def test_what_is_available():
         states = available_attention(GPU, [kind("a"), kind("b"), kind("c"), absent("d", "gone; get it")])
     assert states["a"] == "available" and states["d"] == "gone; get it"
     assert "no kernel image; choose another" in states["b"] and "its result is wrong" in states["c"]
-    assert judge.asked[0][2] == torch.bfloat16, "the dtype that models have on a GPU"
+    assert [case[2] for case in judge.asked] == [torch.bfloat16, FLOAT8], "the dtypes that models have on a GPU"
+    assert states["converted"] == "available" and "pip install" in states["cudnn-float8"]
     on_cpu = available_attention(CPU, EVERY)
-    assert [name for name, state in on_cpu.items() if state == "available"] == ["sdpa", "products", "sdpa-math"]
-    assert list(on_cpu) == [kind.name for kind in EVERY]
+    able = [name for name, state in on_cpu.items() if state == "available"]
+    assert able == ["sdpa", "products", "sdpa-math", "converted"]
+    assert list(on_cpu) == [kind.name for kind in (*EVERY, *_of_float8(Library("sdpa", max), torch.bfloat16))]
+
+
+def test_what_was_measured_in_float8_is_known(cache):
+    candidates = _of_float8(Library("sdpa", max), torch.bfloat16)
+    judge = FakeJudge({"converted": 1.0, "sage": 0.5})
+    assert choose(judge, candidates, cache, dtype=FLOAT8).attention.name == "converted"
+    ((name, reason),) = known_selections(GPU, cache, EVERY)
+    assert name == "converted" and reason.startswith(f"for {SHAPES} in float8_e4m3fn, the only one that works")

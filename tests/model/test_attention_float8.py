@@ -15,15 +15,23 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from echo_rt.attention import AttentionCheck, AttentionShapes, ByDtype, attention_tuner, exact_attention
-from echo_rt.attention.backends import FLOAT8_LIBRARIES, AttentionCandidate, Converted, Library
+from echo_rt.attention.backends import (
+    FLOAT8_LIBRARIES,
+    Attention,
+    AttentionCandidate,
+    Converted,
+    Library,
+    implementations,
+)
 from echo_rt.autotune.tuner import TOLERANCES
 from echo_rt.errors import BackendError
+from echo_rt.ops.backends import load_ops
 from echo_rt.utils.device import FLOAT8
 
 CPU = torch.device("cpu")
 SHAPES = AttentionShapes(queries=5, keys=17, heads=3, head_dim=16)
 SDPA = Library("sdpa", scaled_dot_product_attention)
-CUDNN, FLASH_3 = FLOAT8_LIBRARIES
+CUDNN, FLASH_3, SAGE = FLOAT8_LIBRARIES
 
 
 def inputs(keys: int = 17) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,9 +177,43 @@ def test_flash_attn_3(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative_error(FLASH_3.load()(*given), exact_attention(*given)) < TOLERANCES[torch.bfloat16]
 
 
+def sage_attention(monkeypatch: pytest.MonkeyPatch, noise: float) -> Attention:
+    """SageAttention 2 in its own steps, on the host: int8 queries and smoothed keys, values in float8 by channel."""
+    library = ModuleType("sageattention")
+
+    def int8(x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        return (x / scale).round() * scale
+
+    def sageattn(q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND", is_causal: bool = False) -> Tensor:
+        assert tensor_layout == "NHD" and not is_causal
+        assert q.dtype == k.dtype == v.dtype == torch.bfloat16 and all(t.stride(-1) == 1 for t in (q, k, v))
+        q, k, v = (t[0].float() for t in (q, k, v))
+        scale = v.abs().amax(0) / 448
+        out = exact_attention(int8(q), int8(k - k.mean(0)), (v / scale).to(FLOAT8).float() * scale)
+        return (out + noise * torch.randn(out.shape)).unflatten(-1, q.shape[-2:])[None].bfloat16()
+
+    library.sageattn = sageattn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+    return SAGE.load()
+
+
+def test_sage_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = AttentionCheck(AttentionShapes(queries=70, keys=300, heads=3, head_dim=64), CPU, FLOAT8)
+    attention = sage_attention(monkeypatch, noise=0.0)
+    assert attention.name == SAGE.name and attention(check.q, check.k, check.v).is_contiguous()
+    assert TOLERANCES[torch.bfloat16] < check.error(attention) < TOLERANCES[FLOAT8]
+    assert check.error(sage_attention(monkeypatch, noise=1.0)) > TOLERANCES[FLOAT8], "as release 2.2.0 on Hopper"
+
+
+def test_sage_attention_is_for_float8_alone() -> None:
+    assert "the model's dtype is bfloat16" in SAGE.mismatch(torch.device("cuda"), torch.bfloat16)
+    assert SAGE not in implementations(load_ops("torch"))
+
+
 @pytest.mark.parametrize("candidate", FLOAT8_LIBRARIES, ids=lambda candidate: candidate.name)
 def test_what_is_missing_is_said(candidate: AttentionCandidate, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("cudnn", "flash_attn_interface"):
+    for name in ("cudnn", "flash_attn_interface", "sageattention"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(BackendError, match="pip install"):
         candidate.load()

@@ -7,7 +7,9 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import stand_in_cuda
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from echo_rt.attention import AttentionCheck, AttentionShapes
 from echo_rt.attention.backends import IMPLEMENTATIONS, Library
@@ -128,6 +130,41 @@ def test_a_call_is_warmed_up_captured_and_timed_in_replay(monkeypatch):
     cuda.log.clear()
     assert watch() == 6.0 / captured and watch() == 6.0 / captured
     assert cuda.log == ["replay", "wait"] * 2, "nothing but replays"
+
+
+def launched_elsewhere(q, k, v):
+    """Its kernels are no part of a graph, as those of a library that launches on the default stream."""
+    out = torch.zeros_like(q)
+    with _disable_current_modes():
+        out.copy_(right(q, k, v))
+    return out
+
+
+def quantized_elsewhere():
+    """One kernel of several is no part of a graph: a replay reads what it wrote when the graph was captured."""
+    quantized = {}
+
+    def attend(q, k, v):
+        with _disable_current_modes():
+            quantized.setdefault("k", torch.empty_like(k)).copy_(k)
+        return right(q, quantized["k"], v)
+
+    return attend
+
+
+def test_a_replay_is_checked_too(monkeypatch):
+    """Over other inputs than the graph was captured from: over the same ones some mistakes are not seen."""
+    stand_in_cuda.install(monkeypatch)
+    monkeypatch.setattr("echo_rt.autotune.tuner.current", lambda device: contextlib.nullcontext())
+    trials = AttentionCheck(AttentionShapes(queries=7, keys=9, heads=2, head_dim=8), CPU, torch.float32)
+    kept = [tensor.clone() for tensor in trials.inputs]
+    for attend in (right, launched_elsewhere, quantized_elsewhere()):
+        kind = Library("a", attend)
+        trials.device = CPU
+        assert trials.error(kind) < TOLERANCES[torch.float32]
+        trials.device = torch.device("cuda", 0)
+        assert (trials.error(kind) < TOLERANCES[torch.float32]) == (attend is right)
+        assert all(map(torch.equal, trials.inputs, kept)), "the next one has the same inputs"
 
 
 def test_shapes_in_words():

@@ -145,19 +145,36 @@ def test_a_feed_forward_of_either_kind(kept: tuple[bool, bool]) -> None:
 
 
 def test_layers_are_kept_by_name() -> None:
-    assert kept_from_float8(2, FLOAT8, ()) == frozenset()
-    assert kept_from_float8(2, FLOAT8, ("*.ffn.2",)) == {"blocks.0.ffn.2", "blocks.1.ffn.2"}
+    assert kept_from_float8(2, 3, FLOAT8, ()) == frozenset()
+    assert kept_from_float8(2, 3, FLOAT8, ("*.ffn.2",)) == {"blocks.0.ffn.2", "blocks.1.ffn.2"}
     own = {f"blocks.1.self_attn.{name}" for name in "qkv"}
-    assert kept_from_float8(2, FLOAT8, ["blocks.1.self_attn.k"]) == own  # one product
+    assert kept_from_float8(2, 3, FLOAT8, ["blocks.1.self_attn.k"]) == own  # one product
     others = {f"blocks.1.{name}" for name in ("cross_attn.q", "ffn.0", "ffn.2", "self_attn.attention")}
-    assert kept_from_float8(2, FLOAT8, ("blocks.1.*",)) == own | others
-    assert len(kept_from_float8(2, FLOAT8, ("*",))) == len(kept_from_float8(2, torch.bfloat16, ())) == 14
+    assert kept_from_float8(2, 3, FLOAT8, ("blocks.1.*",)) == own | others
+    assert len(kept_from_float8(2, 3, FLOAT8, ("*",))) == len(kept_from_float8(2, 3, torch.bfloat16, ())) == 14
+
+
+def test_steps_are_kept_by_name() -> None:
+    first = {f"blocks.{layer}.self_attn.attention@0" for layer in range(2)}
+    assert kept_from_float8(2, 3, FLOAT8, ("*.attention@0",)) == first
+    some = kept_from_float8(2, 3, FLOAT8, ("blocks.0.*@[02]", "blocks.1.self_attn.attention@1"))
+    assert some == {f"blocks.{name}" for name in ("0.self_attn.attention@0", "0.self_attn.attention@2")} | {
+        "blocks.1.self_attn.attention@1"
+    }
+    whole = kept_from_float8(2, 3, FLOAT8, ("*.attention", "*.attention@0"))
+    assert whole == kept_from_float8(2, 3, FLOAT8, ("*.attention",)), "a layer that is kept is so at every step"
 
 
 def test_layers_that_attend_in_float8() -> None:
-    assert float8_attention(4, FLOAT8, ()) == (0, 1, 2), "the memory reads the last layer's cache in 16 bits"
-    assert float8_attention(4, FLOAT8, ("*.ffn.2", "blocks.1.self_attn.attention")) == (0, 2)
-    assert float8_attention(4, FLOAT8, ("*",)) == float8_attention(4, torch.bfloat16, ()) == ()
+    def layers(dtype: torch.dtype, *patterns: str) -> dict[int, set[int]]:
+        kept = kept_from_float8(4, 2, dtype, patterns)
+        return {layer: set(steps) for layer, steps in float8_attention(4, kept).items()}
+
+    every = {0: set(), 1: set(), 2: set()}
+    assert layers(FLOAT8) == every, "the memory reads the last layer's cache in 16 bits"
+    assert layers(FLOAT8, "*.ffn.2", "blocks.1.self_attn.attention") == {0: set(), 2: set()}
+    assert layers(FLOAT8, "*.attention@1", "blocks.2.*@0", "blocks.0.self_attn.attention") == {1: {1}, 2: {0, 1}}
+    assert layers(FLOAT8, "*") == layers(torch.bfloat16) == {}
 
 
 @pytest.mark.parametrize(
@@ -166,8 +183,10 @@ def test_layers_that_attend_in_float8() -> None:
         (
             FLOAT8,
             ("*.ffn.0", "blocks.2.*"),
-            r"'blocks\.2\.\*' matches no layer .*\.self_attn\.attention, N in 0\.\.1$",
+            r"'blocks\.2\.\*' matches no layer .*\.attention, .*\.attention@S at .*; N in 0\.\.1, S in 0\.\.2$",
         ),
+        (FLOAT8, ("*.attention@3",), r"'\*\.attention@3' matches no layer .* S in 0\.\.2$"),
+        (FLOAT8, ("*.ffn.2@0",), r"'\*\.ffn\.2@0' matches no layer"),  # a product's weights are in one dtype
         (FLOAT8, ("*.self_attn.o",), r"'\*\.self_attn\.o' matches no layer"),  # it is in bfloat16 anyway
         (FLOAT8, ("",), "'' matches no layer"),
         (FLOAT8, "*.ffn.2", r"a sequence of patterns like '\*\.ffn\.2', got '\*\.ffn\.2'"),
@@ -177,7 +196,7 @@ def test_layers_that_attend_in_float8() -> None:
 )
 def test_patterns_that_keep_nothing_are_refused(dtype: torch.dtype, patterns: tuple[str, ...], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        kept_from_float8(2, dtype, patterns)
+        kept_from_float8(2, 3, dtype, patterns)
 
 
 # ---- the dtype
