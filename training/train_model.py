@@ -1,4 +1,4 @@
-"""Train the transformer and its memory encoder together, on clips of one to three days, in four stages.
+"""Train the transformer and its memory encoder together, on clips of one to three days, in stages.
 
 The loss is that of flow matching at the sampler's own noise levels. Each block is predicted once from noise, then clean
 latents pass through the model, as in the runtime, and the next block sees what that pass left: keys and values of the
@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ class Stage:
     """Clips of ``blocks`` blocks, ``clips`` at once, ``steps`` times.
 
     ``own``: share of clean blocks that are the model's own prediction instead of the world's; ``rate``: of learning.
+    ``kept``: the model is the mean of the average at the end of this stage and that at the end of all.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Stage:
     steps: int
     own: float = 0.0
     rate: float = 1.0
+    kept: bool = False
 
 
 STAGES = (
@@ -59,7 +62,11 @@ STAGES = (
     Stage("recall", blocks=7, clips=6, steps=700),
     Stage("own context", blocks=7, clips=6, steps=1300, own=0.4, rate=0.7),
     Stage("days", blocks=11, clips=4, steps=500, own=0.5, rate=0.3),
-    Stage("finish", blocks=7, clips=7, steps=600, own=0.5, rate=0.5),
+    Stage("finish", blocks=7, clips=7, steps=600, own=0.5, rate=0.5, kept=True),
+    # Many prompts teach what the words mean on their own, for combinations that are never shown.
+    Stage("prompts", blocks=2, clips=20, steps=300, rate=0.6),
+    Stage("again", blocks=7, clips=7, steps=150, own=0.5, rate=0.5),
+    Stage("days again", blocks=11, clips=4, steps=220, own=0.5),  # without it the lane is lost after 20 days
 )
 _FORGET = 0.15  # share of clips without memory, so that the model works with it off
 _SWITCH = 0.3  # share of clips with a prompt switch
@@ -78,7 +85,7 @@ def train(
     seed: int = 0,
     calm: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Train through ``stages``, going on from ``folder/model.pt``; return the averaged weights (EMA).
+    """Train through ``stages``, going on from ``folder/model.pt``; return the averaged weights (EMA, see ``kept``).
 
     ``calm``: share of days on which the balloon stays down.
     """
@@ -88,6 +95,8 @@ def train(
     optimizer = MuonAndAdam(weights, muon_rate=0.02, adam_rate=1.5e-3, adam=_modulations(weights))
     done = load(path, weights, optimizer, average=average)
     clips = Clips(world, folder, config, calm)
+    ends = accumulate(stage.steps for stage in stages)
+    kept = {end: folder / f"average-{end}.pt" for stage, end in zip(stages, ends, strict=True) if stage.kept}
     began, last_save, total = time.monotonic(), time.monotonic(), sum(stage.steps for stage in stages)
     losses: list[float] = []
     for step in range(done, total):
@@ -98,6 +107,8 @@ def train(
         with torch.no_grad():
             for name, tensor in average.items():
                 tensor.lerp_(weights[name], 1 - _EMA)
+        if step + 1 in kept:
+            torch.save(average, kept[step + 1])
         losses.append(float(loss.detach()))
         if (step + 1) % 20 == 0 or step + 1 == total:
             mean = sum(losses) / len(losses)
@@ -109,7 +120,8 @@ def train(
         if time.monotonic() - last_save > 60 or step + 1 == total:
             save(path, weights, optimizer, step + 1, average=average)
             last_save = time.monotonic()
-    return average
+    averages = [average, *(torch.load(path, weights_only=True) for path in kept.values())]
+    return {name: torch.stack([each[name] for each in averages]).mean(0) for name in average}
 
 
 def _stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
