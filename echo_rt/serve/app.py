@@ -128,16 +128,13 @@ def make_app(
         if name not in rooms:
             if (session := await found.find(name)) is None:
                 raise HTTPException(404, f"expected the name of a session, found {name[:80]!r}")
-            channel = Channel(session, most_viewers, always=found.always)
+            channel = Channel(session, most_viewers)
             rooms.setdefault(name, _Room(session, channel, Peers(channel, ice_servers or []), Realtime(session)))
         return rooms[name]
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         await found.start()
-        if found.always:
-            for name in await found.names():
-                await room_of(name)
         yield
         for room in rooms.values():
             room.channel.close()
@@ -215,7 +212,7 @@ def make_app(
     @app.get(f"{_ROOT}/figures", tags=["sessions"], summary="The state, figures of the newest block, the viewers.")
     async def figures(name: str) -> dict[str, Any]:
         room = await room_of(name)
-        return {**room.channel.figures(), **await room.session.ask("figures")}
+        return await room.session.ask("figures", audience=room.channel.audience)
 
     # ---------------------------------------------------------------- health
 
