@@ -95,8 +95,7 @@ class Host:
     def __init__(self, name: str, cluster: Cluster, begin: Begin) -> None:
         self._name, self._cluster, self._begin = name, cluster, begin
         self._session: LiveSession | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._opening: asyncio.Future[LiveSession] | None = None
+        self._opening = asyncio.Lock()
         self._called, self._waiting, self._closing = time.monotonic(), 0, False
         threading.Thread(target=self._park_when_idle, name="echo-rt idle", daemon=True).start()
 
@@ -114,15 +113,10 @@ class Host:
     async def _call(self, method: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if self._closing:
             raise ParkedError("the session is being parked; ask again later")
-        if self._opening is None:
-            self._loop = asyncio.get_running_loop()
-            self._opening = asyncio.ensure_future(self._open())
-        try:
-            session = await asyncio.shield(self._opening)
-        except Exception:  # of any kind, from a model that cannot be loaded: the next call tries again
-            self._opening = None
-            raise
-        return await getattr(session, method)(*arguments, **options)
+        async with self._opening:
+            if self._session is None:
+                self._session = await self._open()
+        return await getattr(self._session, method)(*arguments, **options)
 
     async def close(self) -> None:
         """Store the video, and end this process."""
@@ -145,21 +139,18 @@ class Host:
         load, place = partial(load_model, cluster.model, cluster.options), f"{cluster.storage}/{self._name}"
         session = await asyncio.to_thread(LiveSession, load, place, **options)
         await session.start()
-        self._session = session
         return session
 
     def _park_when_idle(self) -> None:
         context = ray.get_runtime_context()
+        itself = context.current_actor
         if context.was_current_actor_reconstructed:  # what it recorded goes on even while nobody watches
-            context.current_actor.call.remote("describe")
+            itself.call.remote("describe")
         while (left := self._called + self._cluster.idle_seconds - time.monotonic()) > 0:
             time.sleep(left)
             if self._waiting or (self._session is not None and self._session.recording):
                 self._called = time.monotonic()
-        if self._loop is None:
-            _end_this_actor()
-        else:
-            asyncio.run_coroutine_threadsafe(self.close(), self._loop)
+        itself.close.remote()
 
 
 def _end_this_actor() -> None:
@@ -355,13 +346,3 @@ def deploy(make: Callable[[], FastAPI], *, host: str, port: int, gateways: int, 
         ray_actor_options={"num_cpus": 0},
     )
     serve.run(gateway.bind(), name=APPLICATION, route_prefix="/", logging_config={"log_level": "ERROR"})
-
-
-def withdraw() -> None:
-    """End the gateways, and Ray Serve with them."""
-    serve.shutdown()
-
-
-def disconnect() -> None:
-    """Leave the cluster, which goes on."""
-    ray.shutdown()

@@ -90,6 +90,11 @@ class History:
             values = {name: change[name] for name in ("paused", "recording") if name in change}
         self.notes = replace(self.notes, **values, logged=self.notes.logged + 1)
 
+    def change(self, **values: Any) -> None:
+        """Log and note new values."""
+        self.log(values)
+        self.note(values)
+
     def begin(self, notes: Notes, *, base: int, shown: int) -> None:
         """Take the notes of another video, which begins after ``shown`` pictures of the session."""
         kept = {name: getattr(self.notes, name) for name in ("logged", "epoch", "paused", "recording")}

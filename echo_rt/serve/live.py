@@ -72,7 +72,7 @@ class LiveSession:
         self._commands = threading.Lock()  # one at a time
         self._waiting = self._shown = 0
         self._closed = False
-        self._recent: deque[Chunk] = deque(maxlen=_LATE_BLOCKS)  # the block being shown and those before
+        self._recent: deque[Chunk] = deque(maxlen=_LATE_BLOCKS if every else 1)  # the newest
         self._chunk: Chunk | None = None
         self._saver: threading.Thread | None = None
         self._next: tuple[Callable[[], Stream], Future[None]] | None = None
@@ -155,7 +155,7 @@ class LiveSession:
     async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         """Carry out a command; all but the quickest on another thread."""
         if command == "keyframe":
-            self._screen.want_key()
+            self._screen.key_wanted = True
             return {}
         if command == "figures":
             return self._all_figures(**arguments)
@@ -196,6 +196,13 @@ class LiveSession:
         with self._commands:
             if self._closed:
                 raise StreamError("the session is closed")
+            shelf = self._history.shelf
+            if command == "prompts":
+                return {command: self._history.notes.prompts}
+            if command in ("snapshots", "recordings"):
+                return {command: getattr(shelf, command)()}
+            if command == "recording":
+                return {"path": shelf.recording(arguments["file"])}
             answer: dict[str, Any] = getattr(self, f"_do_{command}")(**arguments)
             return answer
 
@@ -220,19 +227,10 @@ class LiveSession:
         ahead = 0 if chunk is None else (block - chunk.index) * len(chunk.frames) - self._shown
         return self._screen.tell({"type": "prompt", **entry, "shows_in": round(max(0, ahead) * self._pace, 3)})
 
-    def _do_prompts(self) -> dict[str, Any]:
-        return {"prompts": self._history.notes.prompts}
-
     def _do_pause(self, paused: bool) -> dict[str, Any]:
-        self._change(paused=paused)
-        with self._screen.changed:
-            self._screen.paused = paused
-            self._screen.changed.notify_all()
+        self._history.change(paused=paused)
+        self._screen.set(paused=paused)
         return self._screen.tell({"type": "paused" if paused else "playing"})
-
-    def _change(self, **values: Any) -> None:
-        self._history.log(values)
-        self._history.note(values)
 
     def _do_restart(self, seed: int, prompt: str | None = None, memory: str | None = None) -> dict[str, Any]:
         check_seed(seed)
@@ -255,9 +253,6 @@ class LiveSession:
     def _do_snapshot(self) -> dict[str, Any]:
         name = self._history.shelf.keep(self._stream.snapshot(), self._history.notes)
         return self._screen.tell({"type": "snapshot", "name": name})
-
-    def _do_snapshots(self) -> dict[str, Any]:
-        return {"snapshots": self._history.shelf.snapshots()}
 
     def _do_resume(self, snapshot: str) -> dict[str, Any]:
         state, notes = self._history.shelf.open(snapshot)
@@ -286,9 +281,9 @@ class LiveSession:
             raise ConfigError("a recording is running; stop it first")
         shelf = self._history.shelf
         path = shelf.new_recording()
-        self._change(recording=path.name)
+        self._history.change(recording=path.name)
         self._screen.recording = Recording(path, self._screen.encoder, self._runtime.fps, shelf.hand_in)
-        self._screen.want_key()
+        self._screen.key_wanted = True
         return self._screen.tell({"type": "recording", "name": path.name})
 
     def _record_again(self) -> None:
@@ -305,19 +300,12 @@ class LiveSession:
         if recording is None:
             raise ConfigError("no recording is running")
         recording.close()
-        self._change(recording=None)
+        self._history.change(recording=None)
         return self._screen.tell({"type": "recorded", "name": recording.path.name, "frames": recording.frames})
 
-    def _do_recordings(self) -> dict[str, Any]:
-        return {"recordings": self._history.shelf.recordings()}
-
-    def _do_recording(self, file: str) -> dict[str, Any]:
-        return {"path": str(self._history.shelf.recording(file))}
-
     def _close(self) -> None:
-        with self._screen.changed:
-            self._closed = self._screen.leave = True
-            self._screen.changed.notify_all()
+        self._closed = True
+        self._screen.set(leave=True)
         if self._feed is not None:
             self._feed.close()
         if self._thread.ident is not None:
@@ -400,8 +388,8 @@ class LiveSession:
     def _show(self, feed: Feed) -> None:
         """Show each frame in its time, until the feed is closed."""
         screen = self._screen
-        screen.meet(self._first_picture, self._history.notes.shown + _MOST_FRAMES * ((self._every or 0) + 8))
-        if screen.leave:
+        most = self._history.notes.shown + _MOST_FRAMES * ((self._every or 0) + 8)
+        if not screen.meet(self._first_picture, most):
             return
         due = arrived = asked = time.monotonic()
         for chunk in feed:
@@ -414,7 +402,7 @@ class LiveSession:
                 self._recent.append(chunk)
                 screen.changed.notify_all()
             screen.wait_for(lambda: not screen.held)
-            if not screen.has_seen(self._end(chunk)):
+            if self._end(chunk) > screen.seen:
                 self._begin_block(chunk)
             for self._shown, frame in enumerate(frames):
                 if screen.show(frame, self._history.notes.base + chunk.first_frame + self._shown + 1, due):

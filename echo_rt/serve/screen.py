@@ -35,7 +35,8 @@ class Screen:
     viewers may have or not.
 
     ``changed`` guards what the threads share, and is notified of every change. ``place``: that of the newest item;
-    ``went_on``: the time at which the video last went on after holding still.
+    ``went_on``: the time at which the video last went on after holding still; ``key_wanted``: makes one of the next
+    pictures a key frame; ``seen``: number of the last picture that all viewers have from a process before.
     """
 
     def __init__(self, size: tuple[int, int], fps: int, megabits: float, *, leased: bool, shown: int) -> None:
@@ -49,8 +50,8 @@ class Screen:
         self._asked_at = 0.0
         self._audiences: dict[str, tuple[float, Audience]] = {}
         self._heard: list[int] | None = [] if leased else None  # places of the last pictures that viewers have
-        self._seen = self._seen_by_some = shown  # numbers of pictures that all, or some, have from a process before
-        self._key_wanted, self._key_at = True, 0.0
+        self.seen = self._seen_by_some = shown  # the latter: by some viewers
+        self.key_wanted, self._key_at = True, 0.0
 
     def start(self, epoch: float) -> None:
         """Take the event loop of those who wait; pictures' times count from ``epoch``."""
@@ -62,7 +63,6 @@ class Screen:
 
     async def next(self, after: int | None, audience: Audience | None = None) -> list[tuple[int, Item]]:
         """Return the items above ``after``, or from now on; waits up to a second for one."""
-        self._watched(after, audience)
         begin = self.place
 
         def found() -> list[tuple[int, Item]]:
@@ -71,14 +71,10 @@ class Screen:
             above = begin if after is None or after >= most else after
             return [item for item in self._items if item[0] > above]
 
-        return await self._news_of(found) or []
+        return await self.watch(after, found, audience)
 
-    async def watch(self, after: int, get: Callable[[], T]) -> T:
+    async def watch(self, after: int | None, get: Callable[[], T], audience: Audience | None = None) -> T:
         """Return what ``get`` finds, as soon as it is something, or after a second, for one who has seen ``after``."""
-        self._watched(after)
-        return await self._news_of(get)
-
-    def _watched(self, after: int | None, audience: Audience | None = None) -> None:
         with self.changed:
             self._asked_at = time.monotonic()
             if audience is not None:
@@ -86,8 +82,6 @@ class Screen:
             if after and self._heard is not None:
                 self._heard.append(after)
             self.changed.notify_all()
-
-    async def _news_of(self, get: Callable[[], T]) -> T:
         news = self._news  # before looking: whatever comes later ends this wait
         with self.changed:
             found = get()
@@ -96,10 +90,6 @@ class Screen:
             with self.changed:
                 found = get()
         return found
-
-    def want_key(self) -> None:
-        """Make one of the next pictures a key frame."""
-        self._key_wanted = True
 
     @property
     def unwatched(self) -> bool:
@@ -120,50 +110,50 @@ class Screen:
 
     # ---------------------------------------------------------------- the thread that shows
 
-    def meet(self, first: int, most: int) -> None:
+    def meet(self, first: int, most: int) -> bool:
         """Wait for viewers, and learn which pictures they have from a process before: no more of them is shown.
 
         Only those from number ``first`` to below ``most`` can be known: others are of viewers who were away for long,
-        or of another video.
+        or of another video. Returns False to leave.
         """
         if self._heard is None:
-            return
+            return not self.leave
         self.wait_for(lambda: not self.unwatched)
         self.wait_for(lambda: False, _MEET_SECONDS)
         with self.changed:
             if known := [place for place in self._heard if first <= place // PLACES < most]:
                 self.place = max(min(known), max(known) - KEPT * PLACES)
-                self._seen, self._seen_by_some = self.place // PLACES, max(known) // PLACES
+                self.seen, self._seen_by_some = self.place // PLACES, max(known) // PLACES
             self._heard = None
+        return not self.leave
 
     def wait_for(self, true: Callable[[], bool], seconds: float | None = None) -> None:
         """Wait until it is true, or the thread that shows must leave."""
         with self.changed:
             self.changed.wait_for(lambda: self.leave or true(), seconds)
 
+    def set(self, **flags: bool) -> None:
+        """Set ``paused``, ``held`` or ``leave``."""
+        with self.changed:
+            vars(self).update(flags)
+            self.changed.notify_all()
+
     @contextmanager
     def held_back(self) -> Iterator[None]:
         """Begin to show no block meanwhile: what is shown must not depend on what is not yet stored."""
-        with self.changed:
-            self.held = True
+        self.set(held=True)
         try:
             yield
         finally:
-            with self.changed:
-                self.held = False
-                self.changed.notify_all()
-
-    def has_seen(self, number: int) -> bool:
-        """Whether all viewers have picture ``number`` from a process before."""
-        return number <= self._seen
+            self.set(held=False)
 
     def show(self, frame: NDArray[np.uint8], number: int, due: float) -> bool:
         """Show picture ``number`` in its turn, not before ``due`` (of the monotonic clock), and return True.
 
         False without having shown it: to leave, or as all viewers have it.
         """
-        if self.has_seen(number):
-            if number == self._seen:
+        if number <= self.seen:
+            if number == self.seen:
                 self._encode(frame, key=True)  # its MP4 fragment was not sent
             return False
         self.wait_for(lambda: False, due - time.monotonic())
@@ -182,8 +172,8 @@ class Screen:
 
     def _picture(self, frame: NDArray[np.uint8], *, key: bool) -> Picture:
         now = time.monotonic()
-        if self._key_wanted and now - self._key_at >= _KEY_SECONDS:
-            self._key_wanted, self._key_at, key = False, now, True
+        if self.key_wanted and now - self._key_at >= _KEY_SECONDS:
+            self.key_wanted, self._key_at, key = False, now, True
         return self._encode(frame, key=key)
 
     def _encode(self, frame: NDArray[np.uint8], *, key: bool) -> Picture:

@@ -10,15 +10,24 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from starlette.websockets import WebSocket
+
 from echo_rt.serve.session import KEPT, Audience, BusyError, Item, ParkedError, Picture, Session
 
 Kind = Literal["mp4", "h264", "events"]
 _MOST_ITEMS = 48  # three seconds of pictures
 _MOST_BYTES = 4 << 20
 _AGAIN_SECONDS = 1.0
+_SILENT_SECONDS = 15.0  # a viewer whose connection takes nothing for so long is closed
 _NEVER = 1 << 63  # a place
 
 logger = logging.getLogger("echo_rt.serve")
+
+
+async def send(socket: WebSocket, entry: Any) -> None:
+    """Send bytes as they are, or JSON; ``asyncio.TimeoutError`` if the other side takes nothing for too long."""
+    sent = socket.send_bytes(entry) if isinstance(entry, bytes) else socket.send_json(entry)
+    await asyncio.wait_for(sent, _SILENT_SECONDS)
 
 
 class Viewer:
