@@ -33,7 +33,7 @@ from websockets.sync.client import connect
 from echo_rt.cli.main import main
 from echo_rt.client import Live
 from echo_rt.errors import ConfigError, PromptError, SnapshotError
-from echo_rt.serve.session import PLACES, Picture
+from echo_rt.serve.session import PLACES, ParkedError, Picture
 from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
 FULL = "ECHO_RT_LONG_SERVE" in os.environ
@@ -415,7 +415,12 @@ class Reader:
         """Take as many more; each is the next one, the first of all the one after ``shown``."""
         begin = len(self.numbers)
         while len(self.numbers) < begin + pictures:
-            for place, item in await self.session.next(self.after):
+            try:
+                items = await self.session.next(self.after)
+            except ParkedError:  # a later call brings it back
+                await asyncio.sleep(0.05)
+                continue
+            for place, item in items:
                 self.after = place
                 if isinstance(item, Picture):
                     self.numbers.append(place // PLACES)
@@ -490,6 +495,7 @@ def test_a_session_that_nobody_watches_holds_still_and_is_parked(settings: Any) 
             seen.add(state)
             await asyncio.sleep(0.05)
         assert "unwatched" in seen
+        await reader.session.close()  # which waits until it is stored
         await reader.read(10, shown=shown_by(settings, "idle"))
         await reader.session.close()
 
