@@ -33,6 +33,7 @@ CHROMIUM = os.environ.get("ECHO_RT_CHROMIUM", "/usr/bin/chromium")
 SCREENSHOTS = os.environ.get("ECHO_RT_SCREENSHOTS")  # a folder to keep them in
 FULL = "ECHO_RT_LONG_SERVE" in os.environ
 MS = 1000 * LONG
+MANY = 30 if FULL else 10  # frames, which are waited for in their time
 expect.set_options(timeout=MS)
 
 
@@ -103,7 +104,7 @@ def test_the_pictures_move_and_a_typed_prompt_shows_at_its_block(
     server.live.post("/restart", seed=0, prompt=PROMPT)
     page = open_page(browser, server.port, transport, viewport={"width": 1440, "height": 900})
     before = page.evaluate(PIXELS)
-    more_frames(page, 20)
+    more_frames(page, MANY)
     assert np.abs(np.subtract(before, page.evaluate(PIXELS))).max() > 4, "a still"
     size = page.evaluate("[document.querySelector('video').videoWidth, document.querySelector('video').videoHeight]")
     assert size == server.live.get("")["size"] and page.evaluate("echo.transport") == transport
@@ -139,7 +140,7 @@ def test_controls_keys_and_a_recording(browser: Browser, server: Served, tmp_pat
     more_frames(page, 3)
     page.keyboard.press("r")
     expect(page.locator("#recording")).to_be_visible()
-    more_frames(page, 30)
+    more_frames(page, MANY)
     with page.expect_download(timeout=MS) as download:
         page.keyboard.press("r")
     download.value.save_as(tmp_path / "seen.mp4")
@@ -196,9 +197,9 @@ def test_ten_viewers_and_one_that_is_frozen(browser: Browser, server: Served) ->
         stack.enter_context(connect(address, max_queue=1, compression=None))  # the frozen one
         others = [stack.enter_context(connect(address, compression=None)) for _ in range(10 - len(pages))]
         for viewer in others:
-            assert all(viewer.recv(LONG) for _ in range(30))
+            assert all(viewer.recv(LONG) for _ in range(MANY))
         for page in pages:
-            more_frames(page, 30)
+            more_frames(page, MANY)
         assert server.live.get("/figures")["viewers"] == 11
     for page in pages:
         page.close()
@@ -245,7 +246,8 @@ class Counting:
         about = {"size": list(self.size), "fps": self.fps, "codec": self._encoder.codec, "epoch": self._epoch}
         return {**about, "header": self._encoder.header, "model": "-", "device": "-", "memories": []}
 
-    async def next(self, after: int, audience: Any = None) -> list[Any]:
+    async def next(self, after: int | None, audience: Any = None) -> list[Any]:
+        after = (self._items[-1][0] if self._items else 0) if after is None else after
         if self.parked and not self.told:
             self.told = True
             raise ParkedError("parked")
