@@ -25,13 +25,11 @@ class History:
     Between two snapshots every change of the notes is in a log before it takes effect, if the session ``survives`` its
     process: then the automatic snapshots and the log are in a folder of their own.
 
-    ``shelf``: the snapshots that viewers asked for, and the recordings; ``resumed``: the name of the snapshot that
-    :meth:`newest` found. Raises what :class:`Shelf` does.
+    ``shelf``: the snapshots that viewers asked for, and the recordings. Raises what :class:`Shelf` does.
     """
 
     def __init__(self, folder: Path | str, notes: Notes, *, survives: bool) -> None:
         self.notes, self._survives = notes, survives
-        self.resumed: str | None = None
         self._secured = 0  # number of logged changes that the snapshot before the newest has
         self.shelf = self._current = Shelf(folder, claim=not survives)
         if survives:
@@ -45,19 +43,18 @@ class History:
 
     # ---------------------------------------------------------------- going on
 
-    def newest(self) -> Snapshot | None:
-        """Return the newest snapshot that is whole, and take its notes; None where there is no snapshot."""
-        for number, found in enumerate(listed := self._current.snapshots(), 1):
+    def newest(self) -> tuple[str | None, Snapshot | None]:
+        """Return name and content of the newest snapshot that is whole, if there is one, and take its notes."""
+        names = [str(found["name"]) for found in self._current.snapshots()]
+        for name in names:
             try:
-                snapshot, self.notes = self._current.open(str(found["name"]))
+                snapshot, self.notes = self._current.open(name)
+                return name, snapshot
             except SnapshotError as error:
-                if not self._survives or number == len(listed):
+                if not self._survives or name == names[-1]:
                     raise
                 logger.warning("going on from the snapshot before: %s", error)
-            else:
-                self.resumed = str(found["name"])
-                return snapshot
-        return None
+        return None, None
 
     def repeat(self, stream: Stream) -> None:
         """Do with ``stream`` what was logged after its snapshot."""

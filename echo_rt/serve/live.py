@@ -86,7 +86,7 @@ class LiveSession:
         self._history = history = History(folder, Notes([_entry(prompt, 0, None)], seed, memory), survives=bool(every))
         runtime = None
         try:
-            snapshot = history.newest() if resume else None
+            self.resumed, snapshot = history.newest() if resume else (None, None)
             notes = history.notes
             self._runtime = runtime = load(notes.memory, snapshot)
             self._screen = Screen(
@@ -106,11 +106,6 @@ class LiveSession:
         except BaseException:
             close_all([history.close, *([] if runtime is None else [runtime.close])])
             raise
-
-    @property
-    def resumed(self) -> str | None:
-        """Name of the snapshot that it went on from."""
-        return self._history.resumed
 
     # ---------------------------------------------------------------- the interface
 
