@@ -16,8 +16,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from echo_rt.errors import ConfigError, EchoError
 from echo_rt.serve.session import BusyError, Session
+from echo_rt.serve.viewers import send
 
-_INIT_SECONDS, _SEND_SECONDS = 10.0, 15.0
+_INIT_SECONDS = 10.0
 
 
 class _Init(msgspec.Struct, tag_field="type", tag="init"):
@@ -81,7 +82,7 @@ class Realtime:
                 after, sent = block.place, sent + 1
                 chunk = {"chunk_index": block.index, "num_frames": block.frames}
                 await _send(socket, {**header, **chunk, "is_final_frame_batch": True})
-                await asyncio.wait_for(socket.send_bytes(block.data), _SEND_SECONDS)
+                await send(socket, block.data)
                 times = {"scheduler_forward_ms": round(block.seconds * 1000), "ws_payload_bytes": len(block.data)}
                 await _send(socket, {"type": "chunk_stats", **chunk, **times})
         finally:
@@ -104,4 +105,4 @@ class Realtime:
 
 
 async def _send(socket: WebSocket, message: dict[str, Any]) -> None:
-    await asyncio.wait_for(socket.send_bytes(msgspec.msgpack.encode(message)), _SEND_SECONDS)
+    await send(socket, msgspec.msgpack.encode(message))

@@ -17,6 +17,7 @@ import msgspec
 from fsspec.implementations.local import LocalFileSystem
 
 from echo_rt.errors import ConfigError, OutputError, SnapshotError
+from echo_rt.serve.encoder import plays
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.atomic_file import write_whole
 from echo_rt.utils.checked_json import read_json
@@ -34,13 +35,16 @@ _MOST_RECORDINGS = 32
 class Notes:
     """What a snapshot does not hold: the prompts, with the blocks they begin at, and what was asked for.
 
-    ``logged``: number of prompts so far, which are in the log; ``base``: that of the pictures shown before this video;
-    ``shown``: of those shown when the snapshot was taken; ``epoch``: of the pictures' times.
+    ``recording``: name of the one that runs; ``logged``: number of changes so far, which are in the log; ``base``: that
+    of the pictures shown before this video; ``shown``: of those shown when the snapshot was taken; ``epoch``: of the
+    pictures' times.
     """
 
     prompts: list[dict[str, Any]] = field(default_factory=list)
     seed: int = 0
     memory: str | None = None
+    paused: bool = False
+    recording: str | None = None
     logged: int = 0
     base: int = 0
     shown: int = 0
@@ -114,17 +118,17 @@ class Shelf:
     # ---------------------------------------------------------------- the log
 
     def log(self, number: int, entry: dict[str, Any]) -> None:
-        """Write prompt ``number`` of the log, in place of one of that number; raises ``OutputError``."""
+        """Write change ``number`` of the log, in place of one of that number; raises ``OutputError``."""
         self._write_json(f"prompt-{number:010}.json", entry)
 
     def logged(self, after: int) -> Iterator[dict[str, Any]]:
-        """Yield the prompts of the log with numbers above ``after``, in order; raises ``SnapshotError``."""
+        """Yield the changes of the log with numbers above ``after``, in order; raises ``SnapshotError``."""
         for match, _ in self._matching(_LOGGED):
             if int(match[1]) > after and (entry := self.read_json(match[0], dict[str, Any])) is not None:
                 yield entry
 
     def forget(self, until: int) -> None:
-        """Remove the prompts of the log up to number ``until``."""
+        """Remove the changes of the log up to number ``until``."""
         for match, _ in self._matching(_LOGGED):
             if int(match[1]) <= until:
                 self._remove(match[0])
@@ -141,6 +145,15 @@ class Shelf:
         """Store a finished recording that :meth:`new_recording` named, if it has pictures; raises ``OutputError``."""
         if self._scratch is not None and recording.exists():
             self._write(recording.name, recording.replace)
+
+    def find_cut_short(self) -> None:
+        """Give recordings that a killed process left in the folder their names; those of no picture are removed."""
+        for part in self._folder.glob(".*.mp4"):
+            if _RECORDING.fullmatch(part.name[1:]):
+                if plays(part):
+                    part.replace(part.with_name(part.name[1:]))
+                else:
+                    part.unlink()
 
     def recording(self, name: str) -> str:
         """Return a recording's path or address; :class:`ConfigError` where there is none of that name."""
