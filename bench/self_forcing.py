@@ -16,6 +16,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -45,12 +46,17 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
     return scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
 
-def theirs(networks: Networks, noise: Tensor, prompt: Tensor) -> Callable[[], Tensor]:
+def modules() -> list[Any]:
+    """Its modules; raises ``ImportError``."""
+    with patch("torch.cuda.current_device", return_value=0):  # for which they ask when they are imported
+        names = ("pipeline.causal_inference", "utils.wan_wrapper", "wan.modules.causal_model", "wan.modules.model")
+        return [importlib.import_module(name) for name in names]
+
+
+def theirs(checkout: list[Any], networks: Networks, noise: Tensor, prompt: Tensor) -> Callable[[], Tensor]:
     """Its pipeline with our tensors, ``noise [blocks, steps, B, C, h, w]``: a function that makes ``[F, C, h, w]``."""
+    pipeline, wrapper, causal, wan = checkout
     sizes, window, sampler = networks.config.transformer, networks.config.window, networks.config.sampler
-    names = ("pipeline.causal_inference", "utils.wan_wrapper", "wan.modules.causal_model", "wan.modules.model")
-    with patch("torch.cuda.current_device", return_value=0):  # for which its modules ask when they are imported
-        pipeline, wrapper, causal, wan = map(importlib.import_module, names)
     causal.attention = wan.flash_attention = _attention
     own = {name: getattr(sizes, name) for name in ("dim", "ffn_dim", "num_heads", "num_layers", "text_len")}
     window_of = {"local_attn_size": window.cached_frames, "sink_size": window.sink_frames}
@@ -77,6 +83,11 @@ def theirs(networks: Networks, noise: Tensor, prompt: Tensor) -> Callable[[], Te
 
 
 def main() -> int:
+    try:
+        checkout = modules()
+    except ImportError as error:
+        print(f"self_forcing.py: expected a checkout of Self-Forcing on PYTHONPATH: {error}", file=sys.stderr)
+        return 2
     torch.set_num_threads(1)
     transformer = replace(RELEASED.config.transformer, num_layers=LAYERS, text_len=TEXT)
     height, width = latent_size(*SIZE, RELEASED.vae, transformer)
@@ -92,11 +103,7 @@ def main() -> int:
             rollout.start(prompt)
             return torch.cat([rollout.next_block(each).clone() for each in noise])
 
-        try:
-            both = (theirs(networks, noise, prompt), ours)
-        except ImportError as error:
-            print(f"self_forcing.py: expected a checkout of Self-Forcing on PYTHONPATH: {error}", file=sys.stderr)
-            return 2
+        both = (theirs(checkout, networks, noise, prompt), ours)
         print(f"{summary_line(environment('cpu'))}; {LAYERS} of Wan's layers, {SIZE[0]}x{SIZE[1]}, float32, one thread")
         for _ in range(TURNS):
             begun, made = [time.process_time()], list[Tensor]()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,8 +50,9 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--limit", type=float, default=60.0, metavar="MIB", help="of all together")
     options = parser.parse_args(arguments)
     folder = root / "build" / "travel"  # which git ignores: else its bytes would be counted twice
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.whl"):
+        old.unlink()
     try:
         fetch([requirement(name) for name in (*WHEELS, IF_IT_FITS)], folder, options.python)
         sizes = {"this checkout": tree_bytes(root)}
