@@ -75,7 +75,9 @@ format: $(VENV)/.developed ## apply the formatters
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(call cxx_in,csrc bindings tests)
 
-bench: $(VENV)/.developed ## time each operation and a block of the tiny model
+bench: $(VENV)/.developed ## time each operation, a block of the tiny model and the host's own work on a CPU
+	$(BIN)/python bench/kernel_times.py --device cpu --backend torch --out build/bench
+	$(BIN)/python -m echo_rt bench --device cpu --no-peers --out build/bench
 	$(BIN)/python -m pytest bench --benchmark-only
 
 site: $(VENV)/.installed ## build the documentation into build/site; its pages load nothing from other hosts

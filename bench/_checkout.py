@@ -29,10 +29,14 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def parser(doc: str | None, *, sizes: bool = True, dtypes: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """A parser of what most scripts are asked: --out and --device, and if wanted --size and one of ``dtypes``."""
+def parser(
+    doc: str | None, *, out: bool = True, sizes: bool = True, dtypes: Iterable[str] = ()
+) -> argparse.ArgumentParser:
+    """A parser of what most scripts are asked: --out, --device, and if wanted --size and one of ``dtypes``."""
     found = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    found.add_argument("--out", type=_path, required=True, metavar="DIR", help="folder for the results")
+    found.set_defaults(out=None)
+    if out:
+        found.add_argument("--out", type=_path, required=True, metavar="DIR", help="folder for the results")
     found.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; default: cuda")
     if sizes:
         found.add_argument("--size", choices=MODELS, help="default: released on a GPU, tiny on a CPU")
@@ -54,7 +58,8 @@ def save(out: Path, name: str, *args: Any, **facts: Any) -> str:
 def run(script: str, work: Callable[[argparse.Namespace], tuple[bool, str]], arguments: argparse.Namespace) -> int:
     """Print the page that ``work`` returns. The exit code: 0 passed, 1 not, 2 for arguments that cannot be had."""
     try:
-        check_results_folder(arguments.out)
+        if arguments.out is not None:
+            check_results_folder(arguments.out)
         passed, page = work(arguments)
     except EchoError as error:
         print(f"{Path(script).name}: {error}", file=sys.stderr)

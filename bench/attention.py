@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import _checkout
@@ -18,7 +19,7 @@ from timing import HOST_CLOCK, HostTimer
 from echo_rt.attention import AttentionCheck, AttentionShapes, implementations
 from echo_rt.attention.backends import FLOAT8_LIBRARIES
 from echo_rt.autotune.tuner import TOLERANCES
-from echo_rt.bench.run import median_p99
+from echo_rt.bench.runner import median_p99
 from echo_rt.bench.tables import columns, environment
 from echo_rt.ops.backends import load_ops
 from echo_rt.utils.device import DTYPES, FLOAT8, model_context, parse_device
@@ -42,7 +43,7 @@ def measure(load: Callable[[], Any], check: AttentionCheck, bound: float, on_gpu
             ms = [watch() for _ in range(_CALLS["cuda"])]
         else:
             times = HostTimer().measure(lambda: attention(check.q, check.k, check.v), _CALLS["cpu"], 1)
-            ms = [each / 1e3 for each in times.microseconds]
+            ms = [each / 1e3 for each in times]
     except Exception as problem:
         return {"note": first_line(problem)}
     median, p99 = median_p99(ms)
@@ -61,30 +62,23 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
         f"{shapes}; {plain(dtype)}; {flops / 1e12:.4g} TFLOP a call; {_CALLS[device.type]} calls; clock: {clock}.",
         "In float8, queries, keys and values are float8 already: times have no quantization in them.",
     ]
-    rows: list[dict[str, Any]] = []
-    header = environment(str(device))
-
-    def add(name: str, found: dict[str, Any]) -> None:
-        rows.append(dict.fromkeys(column.key for column in COLUMNS) | {"name": name, "note": ""} | found)
-        if on_gpu and rows[-1]["ms"] is not None:
-            rows[-1]["tflops"] = flops / rows[-1]["ms"] / 1e9
-
-    def save(passed: bool) -> str:
-        tables = {"Attention": (rows, COLUMNS)}
-        title = "Attention over the KV buffer"
-        return _checkout.save(arguments.out, "attention", title, header, tables, notes, passed=passed)
-
+    rows, title = list[dict[str, Any]](), "Attention over the KV buffer"
+    tables = {"Attention": (rows, COLUMNS)}
+    save = partial(_checkout.save, arguments.out, "attention", title, environment(str(device)), tables, notes)
     with torch.inference_mode(), model_context(device, dtype):
         for kind in (*implementations(load_ops("cuda" if on_gpu else "torch")), *FLOAT8_LIBRARIES):
             own = FLOAT8 if kind in FLOAT8_LIBRARIES else dtype
             if why := kind.obstacle(device, own, shapes) or ("" if kind.fused else "it holds all scores in memory"):
-                add(kind.name, {"note": why})
-                continue
-            add(kind.name, measure(kind.load, AttentionCheck(shapes, device, own), TOLERANCES[own], on_gpu))
-            _checkout.say(f"{kind.name}: {rows[-1]['note'] or format(rows[-1]['ms'], '.3f') + ' ms'}")
-            save(False)  # the time may run out
+                found: dict[str, Any] = {"note": why}
+            else:
+                found = measure(kind.load, AttentionCheck(shapes, device, own), TOLERANCES[own], on_gpu)
+            row = dict.fromkeys(column.key for column in COLUMNS) | {"name": kind.name, "note": ""} | found
+            row["tflops"] = flops / row["ms"] / 1e9 if on_gpu and row["ms"] is not None else None
+            rows.append(row)
+            _checkout.say(f"{kind.name}: {row['note'] or format(row['ms'], '.3f') + ' ms'}")
+            save(passed=False)  # the time may run out
     passed = any(row["ms"] is not None for row in rows)
-    return passed, save(passed)
+    return passed, save(passed=passed)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from echo_rt.bench.run import BASELINES, BlockRunner, median_p99
+from echo_rt.bench.run import BASELINES
+from echo_rt.bench.runner import BlockRunner, median_p99
 from echo_rt.config import VaeConfig
 from echo_rt.engine.build import Networks
 from echo_rt.errors import BackendError
@@ -59,8 +60,7 @@ class Baseline:
 
     def measure(self, calls: int) -> None:
         """Time ``calls`` calls, by the timer of kernels: launches are not in it."""
-        times = timer_for(self.device).measure(self.call, calls, warmup=1)
-        self.seconds.extend(each / 1e6 for each in times.microseconds)
+        self.seconds.extend(each / 1e6 for each in timer_for(self.device).measure(self.call, calls, warmup=1))
 
     def row(self, ours_ms: float | None) -> dict[str, Any]:
         """Its row beside our time. ``ratio``: its time over ours."""
@@ -92,9 +92,11 @@ def find_baselines(networks: Networks, prompt_embeds: Tensor, seed: int) -> tupl
     return found, missing
 
 
-def _require(package: str) -> None:
+def _require(package: str, module: str | None = None) -> Any:
+    """Import ``module`` of ``package``, or all of it."""
     if importlib.util.find_spec(package) is None:
         raise BackendError(f"{package} is not installed: pip install {package}")
+    return importlib.import_module(module or package)
 
 
 def _cast(module: Any, dtype: torch.dtype) -> None:
@@ -106,11 +108,11 @@ def _cast(module: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _fill(module: nn.Module, tensors: Iterator[tuple[str, Tensor]], names: Mapping[str, str]) -> None:
-    """The weights of our model into another's; one that it lacks is a ``KeyError``."""
+def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], names: Mapping[str, str] | None = None) -> None:
+    """The weights of our model into another's, under ``names``; one that it lacks is a ``KeyError``."""
     targets = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, tensor in tensors:
-        target = targets[names[name]]
+        target = targets[name if names is None else names[name]]
         target.copy_(tensor.reshape(target.shape))
 
 
@@ -129,72 +131,69 @@ def _decoder_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tenso
 
 
 def _decode_error(networks: Networks, normalized: Tensor, video: Tensor, *, clamp: bool = False) -> float:
-    """Relative error of ``video [1, 3, F, H, W]``, of a block that comes after the same latents, against ours."""
+    """Relative error of ``video [F, H, W, 3]``, of a block that comes after the same latents, against ours."""
     decoder: Any = networks.decoder
     state = decoder.new_state(*networks.config.latent_shape[1:], latents=1)
     decoder.decode(normalized, state)
     ours = decoder.decode(normalized, state).float()
-    return relative_error(video[0].permute(1, 2, 3, 0).float(), ours.clamp(-1, 1) if clamp else ours)
+    return relative_error(video.float(), ours.clamp(-1, 1) if clamp else ours)
 
 
-def wan_autoencoder(config: VaeConfig, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Any:
-    """diffusers' ``AutoencoderKLWan`` with our decoder's weights; :class:`BackendError` where it is not installed."""
-    _require("diffusers")
-    diffusers: Any = importlib.import_module("diffusers")
+class WanAutoencoder:
+    """diffusers' ``AutoencoderKLWan`` with our decoder's weights, which decodes the same latents over and over.
 
-    with torch.device(device):
-        vae: Any = diffusers.AutoencoderKLWan(
-            base_dim=config.base_dim,
-            z_dim=config.z_dim,
-            dim_mult=list(config.dim_mult),
-            num_res_blocks=config.num_res_blocks,
-            temperal_downsample=list(config.temporal_downsample),
-            latents_mean=list(config.latents_mean),
-            latents_std=list(config.latents_std),
-        )
-    _cast(vae, dtype)
-    _fill(vae, _decoder_tensors(tensors), names_of(vae_modules(config)))
-    vae.clear_cache()
-    return vae
+    ``normalized``: float32 ``[T, z, h, w]``. Raises :class:`BackendError` where diffusers is not installed.
+    """
 
+    def __init__(self, config: VaeConfig, tensors: Mapping[str, Tensor], normalized: Tensor, dtype: torch.dtype):
+        diffusers = _require("diffusers")
+        with torch.device(normalized.device):
+            vae = diffusers.AutoencoderKLWan(
+                base_dim=config.base_dim,
+                z_dim=config.z_dim,
+                dim_mult=list(config.dim_mult),
+                num_res_blocks=config.num_res_blocks,
+                temperal_downsample=list(config.temporal_downsample),
+                latents_mean=list(config.latents_mean),
+                latents_std=list(config.latents_std),
+            )
+            mean, std = (torch.tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std))
+        _cast(vae, dtype)
+        fill(vae, _decoder_tensors(tensors), names_of(vae_modules(config)))
+        vae.clear_cache()
+        vae.encoder = None  # it takes no part, and would be counted among the bytes
+        self._vae, self._cache = vae, vae._feat_map
+        self._latents = (normalized * std + mean).transpose(0, 1)[None].to(dtype)
 
-def wan_latents(config: VaeConfig, normalized: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalized latents ``[T, z, h, w]`` as that class takes them, ``[1, z, T, h, w]``."""
-    mean, std = (torch.tensor(v, device=normalized.device) for v in (config.latents_mean, config.latents_std))
-    return (normalized * std[:, None, None] + mean[:, None, None]).transpose(0, 1)[None].to(dtype)
+    def block(self) -> Tensor:
+        """Decode them as the next of the stream, one at a time: the video ``[F, H, W, 3]``."""
+        frames = []
+        for latent in self._vae.post_quant_conv(self._latents).split(1, 2):
+            starts = {"first_chunk": True} if self._cache[0] is None else {}
+            frames.append(self._vae.decoder(latent, feat_cache=self._cache, feat_idx=[0], **starts))
+        return torch.cat(frames, 2)[0].permute(1, 2, 3, 0)
 
-
-def wan_decode(vae: Any, latents: Tensor, *, is_start: bool = False) -> Tensor:
-    """The next ``latents [1, z, T, h, w]`` of its stream as ``[1, 3, F, H, W]``; its cache is kept."""
-    x = vae.post_quant_conv(latents)
-    frames = []
-    for place in range(x.shape[2]):
-        starts = {"first_chunk": True} if is_start and place == 0 else {}
-        frames.append(vae.decoder(x[:, :, place : place + 1], feat_cache=vae._feat_map, feat_idx=[0], **starts))
-    return torch.cat(frames, 2)
+    @property
+    def state_bytes(self) -> int:
+        """What it keeps of the stream."""
+        return sum(tensor.nbytes for tensor in self._cache if isinstance(tensor, Tensor))
 
 
 def _autoencoder(name: str, networks: Networks, prompt_embeds: Tensor, seed: int) -> Baseline:
-    config, device, dtype = networks.vae, networks.device, networks.dtype
-    assert config is not None
-    vae = wan_autoencoder(config, networks.tensors.vae, device, dtype)
-    normalized = _noise(networks, seed)
-    latents = wan_latents(config, normalized, dtype)
-    wan_decode(vae, latents, is_start=True)
-    error = _decode_error(networks, normalized, wan_decode(vae, latents))
+    assert networks.vae is not None
+    normalized, dtype = _noise(networks, seed), networks.dtype
+    theirs = WanAutoencoder(networks.vae, networks.tensors.vae, normalized, dtype)
+    theirs.block()
+    error = _decode_error(networks, normalized, theirs.block())
     what = (
         f"its decoder, with the same weights, over the same {len(normalized)} latents in mid-stream, its own cache "
         "kept from call to call; without the conversion to bytes, which ours does"
     )
-    bound = ROUNDINGS * bound_between(dtype)
-    return Baseline(name, what, "decode", lambda: wan_decode(vae, latents), error, bound, device)
+    return Baseline(name, what, "decode", theirs.block, error, ROUNDINGS * bound_between(dtype), networks.device)
 
 
 def _transformer(name: str, networks: Networks, prompt_embeds: Tensor, seed: int) -> Baseline:
-    _require("diffusers")
-    diffusers: Any = importlib.import_module("diffusers")
-
-    config, device, dtype = networks.config, networks.device, networks.dtype
+    diffusers, config, device, dtype = _require("diffusers"), networks.config, networks.device, networks.dtype
     sizes = config.transformer
     with torch.device(device):
         model: Any = diffusers.WanTransformer3DModel(
@@ -212,7 +211,7 @@ def _transformer(name: str, networks: Networks, prompt_embeds: Tensor, seed: int
             eps=sizes.eps,
         )
     _cast(model, dtype)
-    _fill(model, iter(networks.tensors.transformer.items()), transformer_names(sizes.num_layers))
+    fill(model, networks.tensors.transformer.items(), transformer_names(sizes.num_layers))
     text = torch.zeros(1, sizes.text_len, sizes.text_dim, device=device, dtype=dtype)
     text[0, : len(prompt_embeds)] = prompt_embeds
     latents = _noise(networks, seed).transpose(0, 1)[None].to(dtype)
@@ -246,8 +245,7 @@ def _transformer(name: str, networks: Networks, prompt_embeds: Tensor, seed: int
 
 
 def _flashdreams(name: str, networks: Networks, prompt_embeds: Tensor, seed: int) -> Baseline:
-    _require("flashdreams")
-    module: Any = importlib.import_module("flashdreams.recipes.wan.autoencoder.vae")
+    module = _require("flashdreams", "flashdreams.recipes.wan.autoencoder.vae")
     config, device, dtype = networks.vae, networks.device, networks.dtype
     assert config is not None
     tensors = {key: t.to("cpu", dtype).contiguous() for key, t in _decoder_tensors(networks.tensors.vae)}
@@ -277,7 +275,7 @@ def _flashdreams(name: str, networks: Networks, prompt_embeds: Tensor, seed: int
         return video
 
     decode()
-    error = _decode_error(networks, normalized, decode(), clamp=True)
+    error = _decode_error(networks, normalized, decode()[0].permute(1, 2, 3, 0), clamp=True)
     for _ in range(_CALLS_TO_CAPTURE):
         decode()
     what = (

@@ -1,4 +1,4 @@
-"""``python bench/environment.py``: what this machine is, as the header of every result has it."""
+"""What this machine is, as in the header of every result: ``python bench/environment.py`` prints it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-import _checkout  # noqa: F401
+import _checkout
 import torch
 
 from echo_rt.bench.tables import environment
@@ -15,23 +15,20 @@ from echo_rt.errors import EchoError
 from echo_rt.utils.device import parse_device
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Print what this machine is, as the header of every benchmark.")
-    parser.add_argument("--device", default="cuda", help="default: cuda")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write environment.json there, too")
-    options = parser.parse_args(arguments)
+def run(arguments: argparse.Namespace) -> tuple[bool, str]:
+    """Describe the machine, and write environment.json where there is a folder for it."""
     try:
-        parse_device(options.device)
+        parse_device(arguments.device)
     except EchoError as error:
-        none = "" if torch.cuda.is_available() or not options.device.startswith("cuda") else "no GPU: "
-        print(f"environment.py: {none}{error}; torch is {torch.__version__}", file=sys.stderr)
-        return 2
-    text = json.dumps(environment(options.device), indent=2)
-    print(text)
-    if options.out is not None:
-        (options.out / "environment.json").write_text(f"{text}\n", encoding="utf-8")
-    return 0
+        none = "" if torch.cuda.is_available() or not arguments.device.startswith("cuda") else "no GPU: "
+        raise type(error)(f"{none}{error}; torch is {torch.__version__}") from error
+    text = json.dumps(environment(arguments.device), indent=2)
+    if arguments.out is not None:
+        (arguments.out / "environment.json").write_text(f"{text}\n", encoding="utf-8")
+    return True, text
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = _checkout.parser(__doc__, out=False, sizes=False)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write environment.json there, too")
+    sys.exit(_checkout.run(__file__, run, parser.parse_args()))

@@ -8,11 +8,13 @@ not, 2 for arguments that cannot be had.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +38,13 @@ COLUMNS = columns(
 )  # fmt: skip
 
 
-def homes(small: bool) -> list[Path]:
-    """Folders that hold bundles; ``small``: this repository's alone."""
-    found = [_checkout.ROOT / "tests" / "golden"]
-    if not small:
-        found += [_checkout.ROOT / "shared" / "golden", _checkout.ROOT.parent / "shared" / "golden"]
-        found += [Path(home) for home in (os.environ.get(GOLDEN_VARIABLE),) if home]
-    return found
-
-
 def find_bundles(small: bool) -> list[Path]:
     """Folders of bundles but those of recipes, each once; ``small``: those that lie in this repository alone."""
+    more = ["shared/golden", "../shared/golden", *map(os.path.abspath, filter(None, [os.environ.get(GOLDEN_VARIABLE)]))]
     found: dict[bytes, Path] = {}
-    for home in homes(small):
-        for config in sorted(home.glob("*/config.json")):
-            # The small ones lie in two places.
-            found.setdefault(config.read_bytes(), config.parent)
+    for home in ("tests/golden", *([] if small else more)):
+        for config in sorted((_checkout.ROOT / home).glob("*/config.json")):
+            found.setdefault(config.read_bytes(), config.parent)  # the small ones lie in two places
     return list(found.values())
 
 
@@ -75,11 +68,6 @@ def verify(bundle: Path, device: str, backend: str, dtype: str) -> dict[str, Any
     row |= {"tensors": 0, "error": None, "bound": None, "note": ""}
     try:
         report = verify_bundle(bundle, device=device, dtype=dtype, backend=backend)
-    except BackendError as error:
-        row |= {"ok": bool(reason), "note": f"refused, as it must be: {reason}" if reason else str(error)}
-    except (EchoError, RuntimeError) as error:  # the latter is how torch and its drivers fail
-        row["note"] = with_type(error)
-    else:
         if reason:
             row["note"] = f"expected a refusal of {dtype} ({reason}), it ran"
         else:
@@ -87,6 +75,10 @@ def verify(bundle: Path, device: str, backend: str, dtype: str) -> dict[str, Any
             worst = max(report.rows, key=lambda row: row.error / row.bound if row.error == row.error else float("inf"))
             row |= {"ok": report.passed, "good": sum(each.ok for each in report.rows), "tensors": len(report.rows)}
             row |= {"error": worst.error, "bound": worst.bound}
+    except BackendError as error:
+        row |= {"ok": bool(reason), "note": f"refused, as it must be: {reason}" if reason else str(error)}
+    except (EchoError, RuntimeError) as error:  # the latter is how torch and its drivers fail
+        row["note"] = with_type(error)
     return row | {"seconds": time.monotonic() - begun}
 
 
@@ -95,27 +87,19 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     parse_device(arguments.device)  # or every bundle would tell that there is no such device
     backends = arguments.backend or ["torch", "emulated" if arguments.device == "cpu" else "cuda"]
     header, rows = environment(arguments.device), list[dict[str, Any]]()
-
-    def save(passed: bool) -> str:
-        return _checkout.save(
-            arguments.out, "golden", "Golden bundles", header, {"Bundles": (rows, COLUMNS)}, passed=passed
-        )
-
-    for bundle in find_bundles(arguments.quick):
-        for backend in backends:
-            for dtype in arguments.dtype or DTYPE_NAMES:
-                rows.append(verify(bundle, arguments.device, backend, dtype))
-                print(f"{bundle.name}, {backend}, {dtype}: {'ok' if rows[-1]['ok'] else 'OFF'}", flush=True)
-                save(False)  # the time may run out
+    save = partial(_checkout.save, arguments.out, "golden", "Golden bundles", header, {"Bundles": (rows, COLUMNS)})
+    for bundle, *way in itertools.product(find_bundles(arguments.quick), backends, arguments.dtype or DTYPE_NAMES):
+        rows.append(verify(bundle, arguments.device, *way))
+        print(f"{', '.join([bundle.name, *way])}: {'ok' if rows[-1]['ok'] else 'OFF'}", flush=True)
+        save(passed=False)  # the time may run out
     passed = bool(rows) and all(row["ok"] for row in rows)
-    return passed, save(passed)
+    return passed, save(passed=passed)
 
 
 def main(argv: Sequence[str]) -> int:
     parser = _checkout.parser(__doc__, sizes=False)
-    parser.add_argument(
-        "--backend", action="append", choices=BACKENDS, help="may be repeated; default: torch, and the device's kernels"
-    )
+    backends = "may be repeated; default: torch, and the device's kernels"
+    parser.add_argument("--backend", action="append", choices=BACKENDS, help=backends)
     parser.add_argument("--dtype", action="append", choices=DTYPE_NAMES, help="may be repeated; default: all")
     parser.add_argument("--quick", action="store_true", help="only the small bundles in tests/golden")
     return _checkout.run(__file__, run, parser.parse_args(argv))

@@ -12,7 +12,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import mul
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import _checkout  # noqa: F401
@@ -26,7 +28,7 @@ _FIGURES = columns(
 
 
 class Results:
-    """The steps of a check, and what each of them wrote."""
+    """The steps of a check, and what each of them wrote; ``LookupError`` for a figure that is not there."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -48,94 +50,50 @@ class Results:
         rows = self.read(step, name).get("tables", {}).get(table, [])
         return [row for row in rows if all(row[key] == value for key, value in keys.items())]
 
-    def value(self, key: str, *place: str, **keys: Any) -> float | None:
-        """``key`` of the first such row; None where there is none."""
-        return next((row[key] for row in self.rows(*place, **keys)), None)
+    def column(self, key: str, *place: str, **keys: Any) -> list[float]:
+        """``key`` of all such rows; there is at least one, and each has it."""
+        values = [row[key] for row in self.rows(*place, **keys)]
+        if not values or None in values:
+            raise LookupError(key)
+        return values
 
+    def part(self, step: str, variant: str, part: str, key: str = "ms") -> float:
+        """A figure of a part of a block; ``part`` is how its name begins."""
+        rows = self.rows(step, "block", "Block", variant=variant)
+        return [float(row[key]) for row in rows if row["part"].startswith(part) and row[key] is not None][-1]
 
-Find = Callable[[Results], "float | None"]
+    def whole(self, key: str = "ms") -> float:
+        """A figure of a whole block."""
+        return self.part("block", "evolve", "whole", key)
 
+    def ceiling(self, unit: str) -> float:
+        return self.column("value", "kernels", "kernel_times", "Ceilings", unit=unit)[0]
 
-def block(step: str, variant: str, part: str, key: str = "ms") -> Find:
-    """A figure of a part of a block; ``part`` is how its name begins."""
+    def attention(self, *, float8: bool) -> float:
+        """TFLOP/s of the fastest attention."""
+        rows = self.rows("attention", "attention", "Attention")
+        rates = [row["tflops"] for row in rows if ("float8" in row["name"]) == float8 and row["tflops"] is not None]
+        return sorted(rates)[-1]
 
-    def find(results: Results) -> float | None:
-        rows = results.rows(step, "block", "Block", variant=variant)
-        return next((row[key] for row in reversed(rows) if row["part"].startswith(part)), None)
+    def convolutions(self) -> float:
+        """TFLOP/s of all calls of a block together."""
+        place, op = ("kernels", "kernel_times", "Kernels"), "causal_conv_hopper"
+        calls, flops, us = (self.column(key, *place, op=op) for key in ("calls", "flops", "median_us"))
+        return sum(map(mul, calls, flops)) / sum(map(mul, calls, us)) / 1e6
 
-    return find
-
-
-def _ratio(above: Find, below: Find) -> Find:
-    def find(results: Results) -> float | None:
-        first, second = above(results), below(results)
-        return None if first is None or not second else first / second
-
-    return find
-
-
-def _memory_cost(results: Results) -> float | None:
-    whole = _ratio(block("memory", "evolve", "whole"), block("memory", "off", "whole"))(results)
-    return None if whole is None else 100 * (whole - 1)
-
-
-def _resource(name: str, scale: float = 1.0) -> Find:
-    def find(results: Results) -> float | None:
-        found = results.read("block", "block").get("resources", {}).get(name)
-        return None if found is None else found / scale
-
-    return find
-
-
-def _idle(results: Results) -> float | None:
-    idle = results.read("profile", "block_profile").get("idle")
-    return None if idle is None else 100 * idle
-
-
-def _of_copy(results: Results) -> float | None:
-    """Of the kernels that memory limits, the one furthest from the rate of a copy."""
-    shares = [row["share"] for row in results.rows("kernels", "kernel_times", "Kernels", limit="memory")]
-    return None if not shares or None in shares else 100 * min(shares)
-
-
-def _vae(results: Results) -> float | None:
-    return results.value("ms", "vae", "vae", "Decoders", decoder="echo-rt")
-
-
-def _attention(*, float8: bool) -> Find:
-    def find(results: Results) -> float | None:
-        rows = results.rows("attention", "attention", "Attention")
-        rates = [row["tflops"] for row in rows if ("float8" in row["name"]) == float8]
-        return max((rate for rate in rates if rate is not None), default=None)
-
-    return find
-
-
-def _convolutions(results: Results) -> float | None:
-    """TFLOP/s of all calls of a block together."""
-    rows = results.rows("kernels", "kernel_times", "Kernels", op="causal_conv_hopper")
-    if not rows or any(row["median_us"] is None for row in rows):
-        return None
-    return sum(row["calls"] * row["flops"] for row in rows) / sum(row["calls"] * row["median_us"] for row in rows) / 1e6
-
-
-def _ceiling(unit: str) -> Find:
-    return lambda results: results.value("value", "kernels", "kernel_times", "Ceilings", unit=unit)
-
-
-def _golden(results: Results) -> float | None:
-    """Nothing, where not all of them have run."""
-    rows = results.rows("golden", "golden", "Bundles")
-    ended = results.state("golden") in ("passed", "failed")
-    return 100 * sum(row["ok"] for row in rows) / len(rows) if rows and ended else None
+    def golden(self) -> float:
+        """Nothing, where not all of them have run."""
+        if self.state("golden") not in ("passed", "failed"):
+            raise LookupError("golden")
+        return 100 * fmean(self.column("ok", "golden", "golden", "Bundles"))
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that a check is for: where it is found, its goal, what was predicted, what others report."""
+    """A number that a check is for: how it is found, its goal, what was predicted, what others report."""
 
     what: str
-    find: Find
+    find: Callable[[Results], float]
     unit: str
     step: str
     goal: str = ""
@@ -143,9 +101,16 @@ class Figure:
     predicted: str = ""
     others: str = ""
 
+    def value(self, results: Results) -> float | None:
+        """None where the step did not come to it."""
+        try:
+            return self.find(results)
+        except (LookupError, TypeError, ZeroDivisionError):  # the second of a None, as a rehearsal has them
+            return None
+
     def row(self, results: Results, *, judged: bool) -> dict[str, str]:
         """Its line of the table; ``judged``: whether it is held against its goal."""
-        value, verdict = self.find(results), ""
+        value, verdict = self.value(results), ""
         if judged and self.met is not None:
             verdict = "open" if value is None else "met" if self.met(value) else "unmet"
         measured = "missing" if value is None else f"{value:.4g} {self.unit}".strip()
@@ -153,34 +118,43 @@ class Figure:
         return {**own, "measured": measured, "verdict": verdict}
 
 
-_WHOLE, _P99 = block("block", "evolve", "whole"), block("block", "evolve", "whole", "p99_ms")
 _PAPER = "the paper, H100: "
 _PEERS = "649; with a tiny VAE FlashDreams 344, Self-Forcing 432, FastVideo 511"
+_KERNELS = ("kernels", "kernel_times", "Kernels")
 FIGURES = (
-    Figure("golden bundles as expected", _golden, "%", "golden", "all", lambda v: v == 100),
-    Figure("whole block, bfloat16", _WHOLE, "ms", "block", "at most 400, then 324", lambda v: v <= 400, "380",
+    Figure("golden bundles as expected", Results.golden, "%", "golden", "all", lambda v: v == 100),
+    Figure("whole block, bfloat16", Results.whole, "ms", "block", "at most 400, then 324", lambda v: v <= 400, "380",
            _PAPER + _PEERS),
-    Figure("video frames a second", block("block", "evolve", "whole", "fps"), "", "block", "30, then 37",
-           lambda v: v >= 30, "32", _PAPER + "18.5"),
-    Figure("p99 over median", _ratio(_P99, _WHOLE), "", "block", "at most 1.05 over an hour", lambda v: v <= 1.05),
-    Figure("transformer, all passes", block("block", "evolve", "transformer"), "ms", "block",
+    Figure("video frames a second", lambda r: r.whole("fps"), "", "block", "30, then 37", lambda v: v >= 30, "32",
+           _PAPER + "18.5"),
+    Figure("p99 over median", lambda r: r.whole("p99_ms") / r.whole(), "", "block", "at most 1.05 over an hour",
+           lambda v: v <= 1.05),
+    Figure("transformer, all passes", lambda r: r.part("block", "evolve", "transformer"), "ms", "block",
            predicted="288, at best 216"),
-    Figure("VAE decode, in the block", block("block", "evolve", "VAE"), "ms", "block", predicted="109, at best 62"),
-    Figure("VAE decode, alone", _vae, "ms", "vae", "at most 100", lambda v: v <= 100, "109, at best 62"),
-    Figure("whole block, float8 products", block("float8", "evolve", "whole"), "ms", "float8", predicted="357 in sum"),
-    Figure("memory against no memory", _memory_cost, "% more", "memory", "at most 10.6", lambda v: v <= 10.6,
-           "11.6 by arithmetic", _PAPER + "10.6"),
-    Figure("growth of device memory", _resource("growth"), "bytes", "block", "0", lambda v: v == 0),
-    Figure("peak of device memory", _resource("peak", 1e9), "GB", "block", "at most 12", lambda v: v <= 12, "11.4"),
-    Figure("GPU idle in a replayed block", _idle, "%", "profile", "under 2", lambda v: v < 2),
-    Figure("attention over the cache, best", _attention(float8=False), "TFLOP/s", "attention", predicted="593",
-           others="16k keys, H100: FlashAttention-3 648, cuDNN 595"),
-    Figure("attention over the cache, float8", _attention(float8=True), "TFLOP/s", "attention", predicted="961",
-           others="about 1150"),
-    Figure("3x3 convolutions, our kernel", _convolutions, "TFLOP/s", "kernels", predicted="432, at best 592"),
-    Figure("memory-bound kernels, the slowest", _of_copy, "% of a copy", "kernels", "at least 85", lambda v: v >= 85),
-    Figure("a large copy", _ceiling("GB/s"), "GB/s", "kernels", predicted="4300"),
-    Figure("a large product, bfloat16", _ceiling("TFLOP/s"), "TFLOP/s", "kernels", predicted="790"),
+    Figure("VAE decode, in the block", lambda r: r.part("block", "evolve", "VAE"), "ms", "block",
+           predicted="109, at best 62"),
+    Figure("VAE decode, alone", lambda r: r.column("ms", "vae", "vae", "Decoders", decoder="echo-rt")[0], "ms", "vae",
+           "at most 100", lambda v: v <= 100, "109, at best 62"),
+    Figure("whole block, float8 products", lambda r: r.part("float8", "evolve", "whole"), "ms", "float8",
+           predicted="357 in sum"),
+    Figure("memory against no memory",
+           lambda r: 100 * (r.part("memory", "evolve", "whole") / r.part("memory", "off", "whole") - 1), "% more",
+           "memory", "at most 10.6", lambda v: v <= 10.6, "11.6 by arithmetic", _PAPER + "10.6"),
+    Figure("growth of device memory", lambda r: r.read("block", "block")["resources"]["growth"], "bytes", "block", "0",
+           lambda v: v == 0),
+    Figure("peak of device memory", lambda r: r.read("block", "block")["resources"]["peak"] / 1e9, "GB", "block",
+           "at most 12", lambda v: v <= 12, "11.4"),
+    Figure("GPU idle in a replayed block", lambda r: 100 * r.read("profile", "block_profile")["idle"], "%", "profile",
+           "under 2", lambda v: v < 2),
+    Figure("attention over the cache, best", lambda r: r.attention(float8=False), "TFLOP/s", "attention",
+           predicted="593", others="16k keys, H100: FlashAttention-3 648, cuDNN 595"),
+    Figure("attention over the cache, float8", lambda r: r.attention(float8=True), "TFLOP/s", "attention",
+           predicted="961", others="about 1150"),
+    Figure("3x3 convolutions, our kernel", Results.convolutions, "TFLOP/s", "kernels", predicted="432, at best 592"),
+    Figure("memory-bound kernels, the slowest", lambda r: 100 * min(r.column("share", *_KERNELS, limit="memory")),
+           "% of a copy", "kernels", "at least 85", lambda v: v >= 85),
+    Figure("a large copy", lambda r: r.ceiling("GB/s"), "GB/s", "kernels", predicted="4300"),
+    Figure("a large product, bfloat16", lambda r: r.ceiling("TFLOP/s"), "TFLOP/s", "kernels", predicted="790"),
 )  # fmt: skip
 
 
@@ -188,7 +162,7 @@ def lacking(results: Results) -> Iterator[str]:
     """What a complete check would have and this one has not."""
     yield from (f"step {row['step']} {row['state']}" for row in results.steps if row["state"] != "passed")
     for figure in FIGURES:
-        if figure.find(results) is None:
+        if figure.value(results) is None:
             yield f"{figure.what}: step {figure.step} {results.state(figure.step)}"
 
 

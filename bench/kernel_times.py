@@ -8,10 +8,11 @@ arguments that cannot be had. An unmet target is a number like any other, and no
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import _checkout
@@ -19,9 +20,10 @@ import torch
 from library_calls import library_calls, result_of
 from op_inputs import OPS, Variant, variants
 from roofline import Ceiling, Work, copy_rate, measure_ceilings, memory_update_work, work_of
-from timing import DEVICE_CLOCK, Timer, Times, timer_for
+from timing import DEVICE_CLOCK, Timer, timer_for
 from torch import Tensor
 
+from echo_rt.bench.runner import median_p99
 from echo_rt.bench.settings import RELEASED, BenchModel
 from echo_rt.bench.tables import columns, environment
 from echo_rt.errors import ConfigError
@@ -50,6 +52,7 @@ COLUMNS = columns(
     "unit|", "share|of ceiling|.0%", "copy_share|of a copy|.0%", "torch_ratio|x torch|.2f",
     "library_ratio|x library|.2f", "library|best library call", "error|error|.1e", "verdict|",
 )  # fmt: skip
+_UNSEEN = ("bytes", "flops", "limit", "copy_us", "torch_us", "library_us", "error_bound")  # in the JSON alone
 CEILING_COLUMNS = columns(
     "name|ceiling", "value|rate|.1f", "unit|", "median_us|µs|.1f", "p99_us|p99|.1f", "how|measured by"
 )
@@ -83,9 +86,11 @@ class Agreement(NamedTuple):
         return self.error <= self.bound  # NaN is not
 
 
-def compare(actual: Tensor, expected: Tensor, bounds: dict[torch.dtype, float]) -> Agreement:
-    """Of one tensor; whole numbers must be the same."""
-    return Agreement(difference(actual, expected), bounds.get(expected.dtype, 0.0))
+def compare(actual: Any, expected: Any, bounds: dict[torch.dtype, float]) -> Agreement:
+    """Of one tensor; whole numbers must be the same. Of what is no tensor on either side nothing is asked."""
+    if isinstance(actual, Tensor) and isinstance(expected, Tensor):
+        return Agreement(difference(actual, expected), bounds.get(expected.dtype, 0.0))
+    return Agreement(float("nan")) if isinstance(actual, Tensor) or isinstance(expected, Tensor) else Agreement()
 
 
 def copies(args: Sequence[Any]) -> list[Any]:
@@ -95,13 +100,8 @@ def copies(args: Sequence[Any]) -> list[Any]:
 
 def compare_calls(actual: Sequence[Any], expected: Sequence[Any], bounds: dict[torch.dtype, float]) -> Agreement:
     """Of two calls, each what it returned and its arguments afterwards: the tensor furthest beyond its bound."""
-    found = []
-    for a, e in zip(actual, expected, strict=True):
-        if isinstance(a, Tensor) != isinstance(e, Tensor):
-            return Agreement(float("nan"), 0.0)
-        if isinstance(e, Tensor):
-            found.append(compare(a, e, bounds))
-    return max(found, key=lambda each: (not each.ok, each.error / max(each.bound, 1e-30)), default=Agreement())
+    found = (compare(a, e, bounds) for a, e in zip(actual, expected, strict=True))
+    return max(found, key=lambda each: (not each.ok, each.error / max(each.bound, 1e-30)))
 
 
 # ---- rows
@@ -122,86 +122,76 @@ class Run:
     judged: bool
     compiled: bool
 
-    def time(self, call: Callable[[], object]) -> Times:
+    def time(self, call: Callable[[], object]) -> list[float]:
         return self.timer.measure(call, self.iterations, self.warmup)
 
-    def of_definition(self, work: Work) -> Run:
-        """For the torch backend: its products are float32 and may take many times as long, so a few calls must do."""
-        if work.limit != "arithmetic":
-            return self
-        return dataclasses.replace(self, iterations=max(1, self.iterations // 10), warmup=self.warmup // 10)
 
-
-@dataclass
-class Row:
+class Row(dict[str, Any]):
     """One operation in one way of calling it; None is what was not measured, ``problems`` is what went wrong.
 
     A ratio above 1 says that the kernel is the faster one. ``share`` is that of the measured ceiling, ``copy_share``
     that of a copy of as many bytes. ``absent``: library calls that could not be compared, and why.
     """
 
-    op: str
-    variant: str
-    calls: int
-    backend: str
-    bytes: int | None = None
-    flops: int | None = None
-    limit: str | None = None
-    median_us: float | None = None
-    p99_us: float | None = None
-    rate: float | None = None
-    unit: str = ""
-    share: float | None = None
-    copy_us: float | None = None
-    copy_share: float | None = None
-    torch_us: float | None = None
-    torch_ratio: float | None = None
-    library: str | None = None
-    library_us: float | None = None
-    library_ratio: float | None = None
-    libraries_us: dict[str, float] = field(default_factory=dict)
-    error: float | None = None
-    error_bound: float | None = None
-    absent: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    verdict: str = ""
+    def __init__(self, op: str, variant: str, calls: int, backend: str, **known: Any) -> None:
+        super().__init__(dict.fromkeys((*(column.key for column in COLUMNS), *_UNSEEN)))
+        self.update(op=op, variant=variant, calls=calls, backend=backend, unit="", verdict="")
+        self.update(libraries_us={}, absent={}, problems=[], **known)
 
     @property
     def ok(self) -> bool:
         """Whether the result was right and the kernel was timed."""
-        return not self.problems and self.median_us is not None
+        return not self["problems"] and self["median_us"] is not None
 
     def agree(self, found: Agreement) -> None:
         """Note how far the result is from the torch backend's."""
-        self.error, self.error_bound = found
+        self["error"], self["error_bound"] = error, bound = found
         if not found.ok:
-            self.problems.append(f"differs from the torch backend by {found.error:.1e}, allowed are {found.bound:.1e}")
+            self["problems"].append(f"differs from the torch backend by {error:.1e}, allowed are {bound:.1e}")
 
-    def take(self, times: Times, work: Work, ceilings: dict[str, Ceiling]) -> None:
+    def take(self, times: Sequence[float], work: Work, ceilings: dict[str, Ceiling]) -> None:
         """Fill in the times, and the rate in the unit of what limits the call."""
-        self.bytes, self.flops, self.limit = work
-        self.median_us, self.p99_us = times.median, times.p99
-        amount, self.unit = (work.flops / 1e6, "TFLOP/s") if work.limit == "arithmetic" else (work.bytes / 1e3, "GB/s")
-        self.rate = amount / times.median
-        self.share = None if work.limit == "neither" else self.rate / ceilings[self.unit].value
+        self["bytes"], self["flops"], self["limit"] = work
+        self["median_us"], self["p99_us"] = median_p99(times)
+        amount, unit = (work.flops / 1e6, "TFLOP/s") if work.limit == "arithmetic" else (work.bytes / 1e3, "GB/s")
+        self["rate"], self["unit"] = amount / self["median_us"], unit
+        self["share"] = None if work.limit == "neither" else self["rate"] / ceilings[unit].value
 
-    def beside(self, times: Times) -> None:
-        """Fill in what the torch backend takes."""
-        assert self.median_us is not None
-        self.torch_us, self.torch_ratio = times.median, times.median / self.median_us
+    def beside(self, what: str, us: float) -> None:
+        """Fill in what something else takes, and the ratio of it."""
+        self[f"{what}_us"], self["copy_share" if what == "copy" else f"{what}_ratio"] = us, us / self["median_us"]
 
     def judge(self, judged: bool) -> None:
         """Say whether it failed, and of a kernel that memory limits whether it reaches its target."""
-        met = self.share is not None and self.share >= MEMORY_SHARE
+        met = self["share"] is not None and self["share"] >= MEMORY_SHARE
         wanted = f"{MEMORY_SHARE:.0%} of the copy rate"
-        verdict = (f"met: {wanted}" if met else f"unmet: {wanted}") if self.limit == "memory" and judged else "right"
-        self.verdict = verdict if self.ok else "failed"
+        verdict = f"{'met' if met else 'unmet'}: {wanted}" if self["limit"] == "memory" and judged else "right"
+        self["verdict"] = verdict if self.ok else "failed"
+
+    @contextmanager
+    def filled(self, judged: bool) -> Iterator[None]:
+        """Whatever a kernel, driver or library raises while it is filled in is its finding; others go on."""
+        try:
+            yield
+        except Exception as error:
+            self["problems"].append(with_type(error))
+        self.judge(judged)
+
+
+def _time_both(run: Run, row: Row, work: Work, ours: Callable[[], object], theirs: Callable[[], object]) -> None:
+    """Fill in what a call takes, and the torch backend's beside it."""
+    row.take(run.time(ours), work, run.ceilings)
+    if run.ops.name != "torch":
+        # Its products are float32 and may take many times as long, so a tenth of the calls must do.
+        part = 10 if work.limit == "arithmetic" else 1
+        times = run.timer.measure(theirs, max(1, run.iterations // part), run.warmup // part)
+        row.beside("torch", median_p99(times)[0])
 
 
 def time_variant(run: Run, variant: Variant) -> Row:
     """One operation in one of the ways in which the model calls it."""
     row = Row(variant.op, variant.name, variant.calls, run.ops.name)
-    try:
+    with row.filled(run.judged):
         args = variant.arguments(run.dtype, run.device)
         call, torchs = getattr(run.ops, variant.op), getattr(load_ops("torch"), variant.op)
         theirs = copies(args)
@@ -212,48 +202,39 @@ def time_variant(run: Run, variant: Variant) -> Row:
             del ours
         wanted = result_of(variant.op, expected, theirs).clone()
         del theirs, expected
-        _time_libraries(run, row, variant, args, wanted)
+        _time_libraries(run, row, args, wanted)
         del wanted
         work = work_of(variant.op, args)
-        row.take(run.time(lambda: call(*args)), work, run.ceilings)
-        assert row.median_us is not None
-        if run.ops.name != "torch":
-            row.beside(run.of_definition(work).time(lambda: torchs(*args)))
-        if row.library_us is not None:
-            row.library_ratio = row.library_us / row.median_us
+        _time_both(run, row, work, lambda: call(*args), lambda: torchs(*args))
+        if row["library"] is not None:
+            row.beside("library", row["libraries_us"][row["library"]])
         if work.limit == "memory":
-            copy = copy_rate(run.timer, run.device, work.bytes // 2, run.iterations, run.warmup)
-            row.copy_us, row.copy_share = copy.median_us, copy.median_us / row.median_us
-    except Exception as error:  # whatever a kernel, driver or library raises is this row's finding; others go on
-        row.problems.append(with_type(error))
-    row.judge(run.judged)
+            row.beside("copy", copy_rate(run.timer, run.device, work.bytes // 2, run.iterations, run.warmup).median_us)
     return row
 
 
-def _time_libraries(run: Run, row: Row, variant: Variant, args: list[Any], wanted: Tensor) -> None:
+def _time_libraries(run: Run, row: Row, args: list[Any], wanted: Tensor) -> None:
     """Time every library call that runs and is right; the fastest is the one to compare with."""
-    for library in library_calls(variant.op, args, run.device, run.compiled):
+    for name, call in library_calls(row["op"], args, run.device, run.compiled).items():
         try:
             own = copies(args)
-            found = compare(result_of(variant.op, library.call(own), own), wanted, LIBRARY_BOUNDS)
+            found = compare(result_of(row["op"], call(own), own), wanted, LIBRARY_BOUNDS)
             del own
-            if not found.ok:
-                row.absent[library.name] = f"its result is off by {found.error:.1e}"
-                continue
-            row.libraries_us[library.name] = run.time(lambda call=library.call: call(args)).median
+            if found.ok:
+                row["libraries_us"][name] = median_p99(run.time(partial(call, args)))[0]
+            else:
+                row["absent"][name] = f"its result is off by {found.error:.1e}"
         except Exception as error:  # a library may lack this shape, type or device: that is said, and not ours to mend
-            row.absent[library.name] = with_type(error)
-    if row.libraries_us:
-        row.library, row.library_us = min(row.libraries_us.items(), key=lambda item: item[1])
+            row["absent"][name] = with_type(error)
+    row["library"] = min(row["libraries_us"], key=row["libraries_us"].__getitem__, default=None)
 
 
 def time_memory_update(run: Run) -> Row:
     """The whole update of the memory over one evicted block, with its new keys and values; random weights."""
     row = Row(MEMORY_UPDATE, "state, keys, values", 1, run.ops.name)
     config, device, dtype = run.model.config, run.device, run.dtype
-    try:
-        weights = RandomTensors(memory_shapes(config), device)
-        both = (run.ops, load_ops("torch"))
+    with row.filled(run.judged):
+        weights, both = RandomTensors(memory_shapes(config), device), (run.ops, load_ops("torch"))
         encoders = [MemoryEncoder(config, weights, ops, device=device, dtype=dtype) for ops in both]
         shape = (2, config.tokens_per_block, config.transformer.num_heads, config.transformer.head_dim)
         k, v = torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(1)).to(dtype)
@@ -263,15 +244,9 @@ def time_memory_update(run: Run) -> Row:
             encoder.update(state, k, v, out, gate_mean)
             return out, *encoder.keys_values(out)
 
-        ours, theirs = (torch.full_like(state, float("nan")) for _ in encoders)
-        row.agree(compare_calls(update(encoders[0], ours), update(encoders[1], theirs), ROLLOUT_BOUNDS))
-        work = memory_update_work(config, len(k), state.element_size())
-        row.take(run.time(lambda: update(encoders[0], ours)), work, run.ceilings)
-        if run.ops.name != "torch":
-            row.beside(run.time(lambda: update(encoders[1], theirs)))
-    except Exception as error:  # as above
-        row.problems.append(with_type(error))
-    row.judge(run.judged)
+        calls = [partial(update, encoder, torch.full_like(state, float("nan"))) for encoder in encoders]
+        row.agree(compare_calls(calls[0](), calls[1](), ROLLOUT_BOUNDS))
+        _time_both(run, row, memory_update_work(config, len(k), state.element_size()), *calls)
     return row
 
 
@@ -308,19 +283,19 @@ def _notes(run: Run, rows: list[Row]) -> list[str]:
     if not run.compiled:
         notes.append("torch.compile was not among the libraries.")
     for row in rows:
-        where = f"{row.op} {row.variant}".strip()
-        notes += [f"{where}: {problem}" for problem in row.problems]
-        notes += [f"{where}: {name} did not run: {why}" for name, why in row.absent.items()]
+        where = f"{row['op']} {row['variant']}".strip()
+        notes += [f"{where}: {problem}" for problem in row["problems"]]
+        notes += [f"{where}: {name} did not run: {why}" for name, why in row["absent"].items()]
     return notes
 
 
 def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     """Measure and write; whether every row is right, and the page."""
-    setting = _setting(arguments)
+    setting, rows = _setting(arguments), list[Row]()
     header = environment(str(setting.device))  # now, while the clocks are those of a device at work
-    rows: list[Row] = []
     facts = {"iterations": setting.iterations, "warmup": setting.warmup, "clock": setting.timer.clock}
     facts |= {"backend": setting.ops.name, "dtype": plain(setting.dtype), "model": setting.model.config.to_flat()}
+    tables = {"Ceilings": ([*setting.ceilings.values()], CEILING_COLUMNS), "Kernels": (rows, COLUMNS)}
     page, chosen = "", arguments.op or [*OPS, MEMORY_UPDATE]
     for op in chosen:
         with torch.inference_mode():
@@ -328,8 +303,7 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
                 rows.append(time_memory_update(setting))
             else:
                 rows += [time_variant(setting, variant) for variant in variants(op, setting.model)]
-        _checkout.say(f"{op}: {', '.join(row.verdict for row in rows if row.op == op)}")
-        tables = {"Ceilings": ([*setting.ceilings.values()], CEILING_COLUMNS), "Kernels": (rows, COLUMNS)}
+        _checkout.say(f"{op}: {', '.join(row['verdict'] for row in rows if row['op'] == op)}")
         # After each, as the time may run out; what has not all been run has not passed.
         passed, notes = op == chosen[-1] and all(row.ok for row in rows), _notes(setting, rows)
         page = _checkout.save(arguments.out, "kernel_times", "Kernels", header, tables, notes, passed=passed, **facts)

@@ -6,7 +6,7 @@ A call takes an operation's arguments and returns its result, or None where that
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,12 +41,7 @@ _COMPILED = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class LibraryCall:
-    """One way of doing an operation with a library."""
-
-    name: str
-    call: Callable[[Sequence[Any]], Tensor | None]
+Call = Callable[[Sequence[Any]], "Tensor | None"]
 
 
 def result_of(op: str, returned: Any, args: Sequence[Any]) -> Tensor:
@@ -56,41 +51,35 @@ def result_of(op: str, returned: Any, args: Sequence[Any]) -> Tensor:
     return result
 
 
-def library_calls(op: str, args: Sequence[Any], device: torch.device, compiled: bool) -> list[LibraryCall]:
-    """What to try; any of them may raise. ``compiled``: torch.compile too, which takes seconds each."""
-    calls = _CALLS.get(op, lambda args, device: [])(args, device)
+def library_calls(op: str, args: Sequence[Any], device: torch.device, compiled: bool) -> dict[str, Call]:
+    """What to try, by name; any of them may raise. ``compiled``: torch.compile too, which takes seconds each."""
+    calls = dict(_CALLS.get(op, {}))
+    if op == "memory_attention":
+        names = ("FLASH", "CUDNN", "EFFICIENT") if device.type == "cuda" else ("FLASH", "MATH")
+        for name in names:
+            backend = getattr(SDPBackend, name if name == "MATH" else f"{name}_ATTENTION")
+            calls[f"rms_norm, SDPA {name.lower()}"] = partial(_attention, backend)
+    elif op == "causal_conv_hopper":
+        weight = _untiled(args[1]).contiguous(memory_format=torch.channels_last_3d)
+        calls[_CONV3D] = lambda args: _conv3d((args[0], weight, None, None, args[2]))
     if compiled and op in _COMPILED:
-        calls.append(_compiled("torch.compile", getattr(reference, op)))
+        # Without the reset a second shape would make it compile for any shape, which is slower.
+        torch._dynamo.reset()
+        faster = torch.compile(getattr(reference, op), dynamic=False)
+        calls["torch.compile"] = lambda args: faster(*args)
     return calls
-
-
-def _compiled(name: str, function: Callable[..., Any]) -> LibraryCall:
-    # Without the reset a second shape would make it compile for any shape, which is slower.
-    torch._dynamo.reset()
-    faster = torch.compile(function, dynamic=False)
-    return LibraryCall(name, lambda args: faster(*args))
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
 
 
-def _attention(backend: SDPBackend) -> Callable[[Sequence[Any]], Tensor]:
-    def call(args: Sequence[Any]) -> Tensor:
-        q, norm, k, v, eps = args
-        normed = _rms_norm(q, norm, eps).unflatten(-1, k.shape[-2:])
-        parts = (t.transpose(0, 1).unsqueeze(0) for t in (normed, k, v))
-        with sdpa_kernel(backend):
-            out = functional.scaled_dot_product_attention(*parts)
-        return out[0].transpose(0, 1).flatten(-2)
-
-    return call
-
-
-def _attentions(args: Sequence[Any], device: torch.device) -> list[LibraryCall]:
-    names = ("FLASH", "CUDNN", "EFFICIENT") if device.type == "cuda" else ("FLASH", "MATH")
-    backends = {name.lower(): getattr(SDPBackend, name if name == "MATH" else f"{name}_ATTENTION") for name in names}
-    return [LibraryCall(f"rms_norm, SDPA {name}", _attention(backend)) for name, backend in backends.items()]
+def _attention(backend: SDPBackend, args: Sequence[Any]) -> Tensor:
+    q, norm, k, v, eps = args
+    normed = _rms_norm(q, norm, eps).unflatten(-1, k.shape[-2:])
+    with sdpa_kernel(backend):
+        out = functional.scaled_dot_product_attention(*(t.transpose(0, 1).unsqueeze(0) for t in (normed, k, v)))
+    return out[0].transpose(0, 1).flatten(-2)
 
 
 def _gate(args: Sequence[Any]) -> Tensor:
@@ -124,21 +113,17 @@ def _window(args: Sequence[Any]) -> None:
     history.copy_(window[frames:])
 
 
-def _searched(convolve: Callable[..., Tensor], *args: Any) -> Tensor:
-    """With the fastest algorithm that cuDNN finds: it searches at the first call of a shape."""
-    cudnn = torch.backends.cudnn
-    before, cudnn.benchmark = cudnn.benchmark, True
-    try:
-        return convolve(*args)
-    finally:
-        cudnn.benchmark = before
-
-
 def _conv3d(args: Sequence[Any]) -> Tensor:
+    """With the fastest algorithm that cuDNN finds: it searches at the first call of a shape."""
     window, weight, bias, residual, _ = args
     video, around = window.permute(3, 0, 1, 2).unsqueeze(0), (0, weight.shape[3] // 2, weight.shape[4] // 2)
     bias = None if bias is None else bias.to(window.dtype)
-    out = _searched(functional.conv3d, video, weight, bias, 1, around).squeeze(0).permute(1, 2, 3, 0)
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, True
+    try:
+        out = functional.conv3d(video, weight, bias, 1, around).squeeze(0).permute(1, 2, 3, 0)
+    finally:
+        cudnn.benchmark = before
     return out if residual is None else out.add_(residual)
 
 
@@ -148,27 +133,11 @@ def _untiled(weight: Tensor) -> Tensor:
     return kernel
 
 
-def _conv3d_of_tiles(args: Sequence[Any], device: torch.device) -> list[LibraryCall]:
-    """The same with the weight as it was before it was cut."""
-    weight = _untiled(args[1]).contiguous(memory_format=torch.channels_last_3d)
-
-    def call(args: Sequence[Any]) -> Tensor:
-        window, _, out = args
-        return _conv3d((window, weight, None, None, out))
-
-    return [LibraryCall("conv3d, channels-last", call)]
-
-
-def _single(name: str, call: Callable[[Sequence[Any]], Any]) -> Callable[..., list[LibraryCall]]:
-    return lambda args, device: [LibraryCall(name, call)]
-
-
-_CALLS: dict[str, Callable[[Sequence[Any], torch.device], list[LibraryCall]]] = {
-    "memory_attention": _attentions,
-    "gated_update": _single("rms_norm, linear, addmm, sigmoid, lerp", _gate),
-    "modulated_layer_norm": _single("layer_norm", _modulated),
-    "gated_residual_norm": _single("addcmul, layer_norm", _residual),
-    "causal_conv": _single("conv3d, channels-last", _conv3d),
-    "causal_conv_hopper": _conv3d_of_tiles,
-    "rms_silu_window": _single("add, rms_norm, silu, copy", _window),
+_CONV3D = "conv3d, channels-last"
+_CALLS: dict[str, dict[str, Call]] = {
+    "gated_update": {"rms_norm, linear, addmm, sigmoid, lerp": _gate},
+    "modulated_layer_norm": {"layer_norm": _modulated},
+    "gated_residual_norm": {"addcmul, layer_norm": _residual},
+    "causal_conv": {_CONV3D: _conv3d},
+    "rms_silu_window": {"add, rms_norm, silu, copy": _window},
 }

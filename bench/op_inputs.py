@@ -73,10 +73,6 @@ def _sizes(model: BenchModel) -> cases.Sizes:
     )
 
 
-def _one(op: str, model: BenchModel) -> list[Variant]:
-    return [Variant(op, "", _CALLS[op](model) if op in _CALLS else 0, _sizes(model))]
-
-
 def passes(model: BenchModel) -> int:
     """Passes through the transformer for a block: the denoising steps, and the one that fills the cache."""
     return len(model.config.sampler.denoising_steps) + 1
@@ -112,19 +108,6 @@ def _of_latents(op: str, model: BenchModel) -> list[Variant]:
     return [Variant(op, "", passes(model) - 1, dataclasses.replace(_sizes(model), tokens=tokens))]
 
 
-@dataclass(frozen=True)
-class DecoderNorm:
-    """Calls of ``rms_silu_window`` that are alike: the shape of ``x``, what is added to it, whether the sum is kept."""
-
-    frames: int
-    height: int
-    width: int
-    channels: int
-    residual: bool
-    keep: bool
-    calls: int = 0
-
-
 def _of_any_weight(convolve: Callable[[Tensor], Tensor], weight: Tensor) -> Callable[[Tensor], Tensor]:
     return convolve
 
@@ -152,28 +135,15 @@ def decoder_order(model: BenchModel) -> list[tuple[Any, ...] | ConvolutionShape]
     return order
 
 
-def decoder_norms(model: BenchModel) -> list[DecoderNorm]:
-    """The calls of ``rms_silu_window`` for a block in the steady state, grouped, from the lowest resolution up."""
-    norms = (each for each in decoder_order(model) if isinstance(each, tuple))
-    calls = Counter(
-        DecoderNorm(*x.shape, residual is not None, keep) for x, bias, residual, gamma, window, history, keep in norms
-    )
-    return [dataclasses.replace(norm, calls=count) for norm, count in calls.items()]
-
-
-def decoder_convolutions(model: BenchModel) -> Counter[ConvolutionShape]:
-    """The convolutions for a block in the steady state, and how often, from the lowest resolution up."""
-    return Counter(each for each in decoder_order(model) if isinstance(each, ConvolutionShape))
-
-
 def _windows(model: BenchModel) -> list[Variant]:
+    """The norms of the decoder, from the lowest resolution up."""
+    norms = (each for each in decoder_order(model) if isinstance(each, tuple))
+    calls = Counter((tuple(x.shape), residual is not None, keep) for x, _, residual, _, _, _, keep in norms)
     found = []
-    for norm in decoder_norms(model):
-        vae = (norm.frames, norm.height, norm.width, norm.channels)
-        name = "x".join(map(str, vae)) + " residual" * norm.residual + " kept" * norm.keep
-        without = [place for place, given in ((2, norm.residual), (6, norm.keep)) if not given]
-        sizes = dataclasses.replace(_sizes(model), vae=vae)
-        found.append(Variant("rms_silu_window", name, norm.calls, sizes, tuple(without)))
+    for (vae, residual, keep), count in calls.items():
+        name = "x".join(map(str, vae)) + " residual" * residual + " kept" * keep
+        without = (2,) * (not residual) + (6,) * (not keep)
+        found.append(Variant("rms_silu_window", name, count, dataclasses.replace(_sizes(model), vae=vae), without))
     return found
 
 
@@ -184,7 +154,8 @@ _ADDED = {"causal_conv": (2, 3), "causal_conv_hopper": (), "upsample_conv": (2,)
 def _convolutions(op: str, model: BenchModel) -> list[Variant]:
     """Without bias and residual, which the next norm adds: what the decoder asks of torch. One where it has none."""
     found = []
-    for shape, calls in decoder_convolutions(model).items():
+    shapes = Counter(each for each in decoder_order(model) if isinstance(each, ConvolutionShape))
+    for shape, calls in shapes.items():  # from the lowest resolution up
         if shape.enlarge != (op == "upsample_conv") or (op == "causal_conv_hopper" and hopper_limit(shape)):
             continue
         frames, height, width, channels = shape.out_size
@@ -193,7 +164,7 @@ def _convolutions(op: str, model: BenchModel) -> list[Variant]:
         sizes = dataclasses.replace(_sizes(model), vae=vae, convolution=(channels, *shape.kernel))
         name = f"{frames}x{height}x{width} {shape.channels}-{channels} {kernel}"
         found.append(Variant(op, name, calls, sizes, _ADDED[op]))
-    return found or _one(op, model)
+    return found or [Variant(op, "", 0, _sizes(model))]
 
 
 def _video(model: BenchModel) -> list[Variant]:
@@ -203,23 +174,24 @@ def _video(model: BenchModel) -> list[Variant]:
     return [Variant("frames_to_uint8", "", 1, dataclasses.replace(_sizes(model), vae=size))]
 
 
-def _layers(model: BenchModel) -> int:
+def _called_alike(op: str, model: BenchModel) -> list[Variant]:
+    """On tensors of the model's sizes."""
     # The context pass ends where its last layer has stored its keys.
-    return model.config.transformer.num_layers * passes(model) - 1
+    layers = model.config.transformer.num_layers * passes(model) - 1
+    calls = {
+        "advance": 1,
+        "memory_attention": model.config.memory.layers if model.config.memory else 0,
+        "gated_update": 1,
+        "modulated_layer_norm": passes(model),
+        "gated_residual_norm": 3 * layers,
+        "modulated_layer_norm_quantize": passes(model),
+        # What the head reads stays in 16 bits, in every pass but the context pass, which has none.
+        "gated_residual_norm_quantize": 3 * layers - (passes(model) - 1),
+        "gelu_quantize": layers,
+    }
+    return [Variant(op, "", calls.get(op, 0), _sizes(model))]
 
 
-# Calls a block of what is called in one way, on tensors of the model's sizes.
-_CALLS: dict[str, Callable[[BenchModel], int]] = {
-    "advance": lambda model: 1,
-    "memory_attention": lambda model: model.config.memory.layers if model.config.memory else 0,
-    "gated_update": lambda model: 1,
-    "modulated_layer_norm": passes,
-    "gated_residual_norm": lambda model: 3 * _layers(model),
-    "modulated_layer_norm_quantize": passes,
-    # What the head reads stays in 16 bits, in every pass but the context pass, which has none.
-    "gated_residual_norm_quantize": lambda model: 3 * _layers(model) - (passes(model) - 1),
-    "gelu_quantize": _layers,
-}
 _VARIANTS: dict[str, Callable[[BenchModel], list[Variant]]] = {
     "qkv_norm_rope_store": _qkv,
     "reanchor": _reanchor,
@@ -233,4 +205,4 @@ _VARIANTS: dict[str, Callable[[BenchModel], list[Variant]]] = {
 
 def variants(op: str, model: BenchModel) -> list[Variant]:
     """The ways in which the model calls ``op``; one at the model's own sizes where none is named here."""
-    return _VARIANTS[op](model) if op in _VARIANTS else _one(op, model)
+    return _VARIANTS.get(op, partial(_called_alike, op))(model)

@@ -16,9 +16,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-COMPILING = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
-SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-USED = re.compile(r"Used (\d+) registers")
+# Every kernel: its mangled name, architecture, bytes of stack, of spill stores and loads, registers, and what follows.
+KERNEL = re.compile(
+    r"Compiling entry function '(\S+)' for 'sm_(\w+)'(?:(?!Compiling).)*?"
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads(?:(?!Compiling).)*?"
+    r"Used (\d+) registers([^\n]*)",
+    re.DOTALL,
+)
 SHARED = re.compile(r"(\d+) bytes smem")
 # What ptxas says where it puts waits between products of a warpgroup, or cannot let them run side by side.
 SERIALIZED = re.compile(r"\(C75\d\d\).* in function '(\S+)'")
@@ -41,17 +45,10 @@ class Usage:
 def parse(log: str) -> dict[tuple[str, str], Usage]:
     """(mangled kernel, architecture) -> usage, of every kernel that the log tells of."""
     found: dict[tuple[str, str], Usage] = {}
-    kernel: tuple[str, str] | None = None
-    stack = spilled = 0
-    for line in log.splitlines():
-        if match := COMPILING.search(line):
-            kernel, stack, spilled = (match[1], match[2]), 0, 0
-        elif match := SPILLS.search(line):
-            stack, spilled = int(match[1]), int(match[2]) + int(match[3])
-        elif kernel is not None and (match := USED.search(line)):
-            shared = SHARED.search(line)
-            found[kernel] = Usage(int(match[1]), int(shared[1]) if shared else 0, stack, spilled)
-            kernel = None
+    for kernel, arch, stack, stores, loads, registers, rest in KERNEL.findall(log):
+        shared = SHARED.search(rest)
+        spilled = int(stores) + int(loads)
+        found[kernel, arch] = Usage(int(registers), int(shared[1]) if shared else 0, int(stack), spilled)
     return found
 
 
@@ -84,14 +81,10 @@ def table(usage: dict[tuple[str, str], Usage]) -> list[str]:
         kernels[names[kernel]][arch] = used
     width = max(map(len, [*kernels, HEADING]))
     lines = [f"{HEADING:{width}}" + "".join(f" {arch:>8}" for arch in architectures) + "   smem"]
-    for name in sorted(kernels):
-        cells = ""
-        for arch in architectures:
-            used = kernels[name].get(arch)
-            cell = "-" if used is None else f"{used.registers}" + (f"!{used.spilled}" if used.spilled else "")
-            cells += f" {cell:>8}"
-        shared = max(used.shared for used in kernels[name].values())
-        lines.append(f"{name:{width}}{cells} {shared:6}")
+    for name, of_arch in sorted(kernels.items()):
+        cells = {arch: f"{used.registers}" + f"!{used.spilled}" * bool(used.spilled) for arch, used in of_arch.items()}
+        shared = max(used.shared for used in of_arch.values())
+        lines.append(f"{name:{width}}" + "".join(f" {cells.get(a, '-'):>8}" for a in architectures) + f" {shared:6}")
     return lines
 
 

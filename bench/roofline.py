@@ -15,6 +15,7 @@ import torch
 from timing import Timer
 from torch import Tensor
 
+from echo_rt.bench.runner import median_p99
 from echo_rt.config import ModelConfig
 from echo_rt.errors import ConfigError
 from echo_rt.utils.wording import plain
@@ -33,6 +34,18 @@ class Work(NamedTuple):
     limit: str
 
 
+@dataclass(frozen=True)
+class Ceiling:
+    """A measured rate: ``value`` in ``unit``, and the call that reached it."""
+
+    name: str
+    value: float
+    unit: str
+    median_us: float
+    p99_us: float
+    how: str
+
+
 def _size(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
@@ -41,8 +54,7 @@ def _conv(window: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, 
     return _size(window, weight, residual, out), 2 * out.numel() * taps
 
 
-# Bytes of a call, from its arguments. ``raw_k`` and ``residual`` may be None. The window's history goes into it, and
-# the newest frames into the history.
+# Bytes of a call, from its arguments. The window's history goes into it, and the newest frames into the history.
 _MEMORY: dict[str, Callable[..., int]] = {
     "qkv_norm_rope_store": lambda qkv, a, b, c, d, k_cache, v_cache, write_index, raw_k, *_: (
         _size(qkv)
@@ -106,18 +118,6 @@ def memory_update_work(config: ModelConfig, keys: int, element_size: int) -> Wor
     return Work(moved, 2 * rows * weights + attention, "arithmetic")
 
 
-@dataclass(frozen=True)
-class Ceiling:
-    """A measured rate: ``value`` in ``unit``, and the call that reached it."""
-
-    name: str
-    value: float
-    unit: str
-    median_us: float
-    p99_us: float
-    how: str
-
-
 # Bytes of each of the copy's buffers, and the side of the square matrices: on a GPU many times its cache, and matrices
 # that fill it; on a CPU as little as will do to rehearse.
 PROBES = {"cuda": (2**31, 8192), "cpu": (2**24, 256)}
@@ -128,22 +128,10 @@ def copy_rate(timer: Timer, device: torch.device, copied: int, iterations: int, 
     # Whole numbers of 16 bytes, the widest access there is.
     source = torch.ones(max(1, copied // 16), 2, dtype=torch.int64, device=device)
     target = torch.empty_like(source)
-    times = timer.measure(lambda: target.copy_(source), iterations, warmup)
-    moved = 2 * source.numel() * source.element_size()
-    how = f"copy_ of {moved // 2} bytes, read + written"
-    return Ceiling("copy", moved / times.median / 1e3, "GB/s", times.median, times.p99, how)
-
-
-def product_rate(
-    timer: Timer, device: torch.device, dtype: torch.dtype, side: int, iterations: int, warmup: int
-) -> Ceiling:
-    """TFLOP/s of a square matrix product of random values: zeros would draw less power and run faster."""
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    times = timer.measure(lambda: torch.mm(a, b, out=out), iterations, warmup)
-    name = f"product {plain(dtype)}"
-    how = f"torch.mm of two {side} x {side} matrices of normal values"
-    return Ceiling(name, 2 * side**3 / times.median / 1e6, "TFLOP/s", times.median, times.p99, how)
+    median, p99 = median_p99(timer.measure(lambda: target.copy_(source), iterations, warmup))
+    return Ceiling(
+        "copy", 2 * source.nbytes / median / 1e3, "GB/s", median, p99, f"copy_ of {source.nbytes} bytes, read + written"
+    )
 
 
 def measure_ceilings(
@@ -151,8 +139,10 @@ def measure_ceilings(
 ) -> dict[str, Ceiling]:
     """Unit -> the ceiling in it: ``GB/s`` of a large copy, ``TFLOP/s`` of a large product in ``dtype``."""
     copied, side = PROBES[device.type]
-    found = (
-        copy_rate(timer, device, copied, iterations, warmup),
-        product_rate(timer, device, dtype, side, iterations, warmup),
-    )
-    return {ceiling.unit: ceiling for ceiling in found}
+    # Random values: zeros would draw less power and run faster.
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    median, p99 = median_p99(timer.measure(lambda: torch.mm(a, b, out=out), iterations, warmup))
+    how = f"torch.mm of two {side} x {side} matrices of normal values"
+    product = Ceiling(f"product {plain(dtype)}", 2 * side**3 / median / 1e6, "TFLOP/s", median, p99, how)
+    return {each.unit: each for each in (copy_rate(timer, device, copied, iterations, warmup), product)}

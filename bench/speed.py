@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import itertools
 import math
 import re
 import sys
@@ -252,29 +253,26 @@ def together(*lanes: tuple[int, Sequence[Kernel]]) -> list[float]:
     A multiprocessor holds one block of threads, as the largest kernels take all its shared memory, and is never
     interrupted. A free one goes to the lane with the highest priority, of equal ones to the kernel that came first.
     """
-    ends, events = [0.0] * len(lanes), [(0.0, lane, True) for lane in range(len(lanes))]
-    place, waiting, running, came = ([0] * len(lanes) for _ in range(4))
-    free, launched = SMS, 0
+    ends = [0.0] * len(lanes)
+    place, waiting, running, came = [-1] * len(lanes), *([0] * len(lanes) for _ in range(3))
+    events = [(0.0, lane, 0) for lane in range(len(lanes))]  # when blocks of a lane end; none: its next kernel begins
+    free, begun = SMS, itertools.count(1)
     while events:
         now = events[0][0]
         while events and events[0][0] == now:
-            _, lane, begins = heapq.heappop(events)
-            if begins:
-                launched += 1
-                came[lane], waiting[lane] = launched, lanes[lane][1][place[lane]].blocks
-                continue
-            free += 1
-            running[lane] -= 1
-            if not running[lane] and not waiting[lane]:
-                place[lane] += 1
-                if place[lane] < len(lanes[lane][1]):
-                    heapq.heappush(events, (now + GAP, lane, True))
+            _, lane, ended = heapq.heappop(events)
+            free, running[lane] = free + ended, running[lane] - ended
+            if not ended:
+                place[lane], came[lane] = place[lane] + 1, next(begun)
+                waiting[lane] = lanes[lane][1][place[lane]].blocks
+            elif not running[lane] and not waiting[lane]:
                 ends[lane] = now
+                if place[lane] + 1 < len(lanes[lane][1]):
+                    heapq.heappush(events, (now + GAP, lane, 0))
         for lane in sorted(range(len(lanes)), key=lambda each: (-lanes[each][0], came[each])):
-            given = min(free, waiting[lane])
-            free, waiting[lane], running[lane] = free - given, waiting[lane] - given, running[lane] + given
-            for _ in range(given):
-                heapq.heappush(events, (now + lanes[lane][1][place[lane]].seconds, lane, False))
+            if given := min(free, waiting[lane]):
+                free, waiting[lane], running[lane] = free - given, waiting[lane] - given, running[lane] + given
+                heapq.heappush(events, (now + lanes[lane][1][place[lane]].seconds, lane, given))
     return ends
 
 

@@ -1,21 +1,17 @@
 """How the time of a call is taken: by the one timer of all benchmarks of kernels and libraries.
 
-It tells how long the device is at work on one call, call by call. On a GPU the device's own events stand around every
-call, and the second-level cache is emptied before each. All is queued ahead and waited for once, behind a pause that
-the device spins through, so that the host is never waited for: what Python and the launches cost is not in a time. On a
-CPU the host's clock is read around each call, with caches as they are; such times rehearse a benchmark.
+Of one call at a time, as bench/README.md says: by a GPU's events, or by the host's clock where that rehearses.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from echo_rt.bench.run import DEVICE_CLOCK, HOST_CLOCK, median_p99
+from echo_rt.bench.run import DEVICE_CLOCK, HOST_CLOCK
 from echo_rt.errors import ConfigError
 
 # A buffer of twice the cache leaves nothing of what was there, whatever the cache's rule of replacement.
@@ -23,23 +19,6 @@ _FLUSH_CACHES = 2
 # The pause before a call outlasts the host's work on it by this much, as the host's speed varies.
 _PAUSE_SLACK = 1.5
 _CALIBRATION_CYCLES = 10_000_000
-
-
-@dataclass(frozen=True)
-class Times:
-    """Microseconds of every call, in the order in which they ran, and which clock told them."""
-
-    microseconds: tuple[float, ...]
-    clock: str
-
-    @property
-    def median(self) -> float:
-        return median_p99(self.microseconds)[0]
-
-    @property
-    def p99(self) -> float:
-        """The smallest of the times that 99 % of them do not exceed."""
-        return median_p99(self.microseconds)[1]
 
 
 def _check(iterations: int, warmup: int) -> None:
@@ -56,8 +35,8 @@ class HostTimer:
     def __init__(self, now: Callable[[], int] = time.perf_counter_ns) -> None:
         self._now = now
 
-    def measure(self, call: Callable[[], object], iterations: int, warmup: int) -> Times:
-        """Times of ``iterations`` calls, after ``warmup`` calls that do not count."""
+    def measure(self, call: Callable[[], object], iterations: int, warmup: int) -> list[float]:
+        """Microseconds of each of ``iterations`` calls, after ``warmup`` calls that do not count."""
         _check(iterations, warmup)
         for _ in range(warmup):
             call()
@@ -66,7 +45,7 @@ class HostTimer:
             start = self._now()
             call()
             times.append((self._now() - start) / 1e3)
-        return Times(tuple(times), self.clock)
+        return times
 
 
 class DeviceTimer:
@@ -80,8 +59,8 @@ class DeviceTimer:
         self._flushed = torch.empty(_FLUSH_CACHES * cache, dtype=torch.uint8, device=device)
         self._cycles_a_second = self._calibrate()
 
-    def measure(self, call: Callable[[], object], iterations: int, warmup: int) -> Times:
-        """Times of ``iterations`` calls, after ``warmup`` calls, and at least two, that do not count."""
+    def measure(self, call: Callable[[], object], iterations: int, warmup: int) -> list[float]:
+        """Microseconds of each of ``iterations`` calls, after ``warmup`` calls, and at least two, that do not count."""
         _check(iterations, warmup)
         call()  # the first may compile or load, which would make the pause absurdly long
         self._cuda.synchronize()
@@ -100,7 +79,7 @@ class DeviceTimer:
             call()
             stop.record()
         self._cuda.synchronize()
-        return Times(tuple(1e3 * start.elapsed_time(stop) for start, stop in events), self.clock)
+        return [1e3 * start.elapsed_time(stop) for start, stop in events]
 
     def _calibrate(self) -> float:
         """How many cycles of the pause are a second."""

@@ -17,9 +17,8 @@ from _checkout import ROOT
 
 # In this order; wcwidth is what ftfy needs. Versions are those that pyproject.toml asks for, else the newest.
 WHEELS = ("nvtx", "ftfy", "wcwidth", "nvidia-ml-py", "nvidia-cudnn-frontend")
-IF_IT_FITS = ("av",)  # writes videos, which no check of a GPU needs
+IF_IT_FITS = "av"  # writes videos, which no check of a GPU needs
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-LIMIT = 60.0  # MiB
 MIB = 2**20
 
 
@@ -45,34 +44,26 @@ def tree_bytes(root: Path) -> int:
     return sum(file.lstat().st_size for file in files if file.is_symlink() or file.exists())
 
 
-def distribution(wheel: Path) -> str:
-    """``nvidia_ml_py-13.1-py3-none-any.whl`` -> ``nvidia-ml-py``."""
-    return wheel.name.split("-")[0].replace("_", "-").lower()
-
-
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", default="3.12", metavar="VERSION", help="of the machine (default 3.12)")
-    parser.add_argument(
-        "--limit", type=float, default=LIMIT, metavar="MIB", help=f"of all together (default {LIMIT:g})"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--python", default="3.12", metavar="VERSION", help="of the machine")
+    parser.add_argument("--limit", type=float, default=60.0, metavar="MIB", help="of all together")
     options = parser.parse_args(arguments)
     folder = root / "build" / "travel"  # which git ignores: else its bytes would be counted twice
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.whl"):
         old.unlink()
     try:
-        fetch([requirement(name) for name in (*WHEELS, *IF_IT_FITS)], folder, options.python)
+        fetch([requirement(name) for name in (*WHEELS, IF_IT_FITS)], folder, options.python)
         sizes = {"this checkout": tree_bytes(root)}
     except (subprocess.CalledProcessError, OSError) as error:
         print(f"travel.py: error: {error}", file=sys.stderr)
         return 1
-    wheels = {wheel: wheel.stat().st_size for wheel in sorted(folder.glob("*.whl"))}
-    for wheel in [wheel for wheel in wheels if distribution(wheel) in IF_IT_FITS]:
-        if sum([*sizes.values(), *wheels.values()]) > options.limit * MIB:
-            wheel.unlink()
-            print(f"left out, as it does not fit: {wheel.name}, {wheels.pop(wheel) / MIB:.2f} MiB")
-    sizes |= {wheel.name: size for wheel, size in wheels.items()}
+    sizes |= {wheel.name: wheel.stat().st_size for wheel in sorted(folder.glob("*.whl"))}
+    for name in [name for name in sizes if name.startswith(f"{IF_IT_FITS}-")]:
+        if sum(sizes.values()) > options.limit * MIB:
+            (folder / name).unlink()
+            print(f"left out, as it does not fit: {name}, {sizes.pop(name) / MIB:.2f} MiB")
     total = sum(sizes.values())
     for name, size in [*sizes.items(), (f"all, of {options.limit:g} MiB", total)]:
         print(f"{size / MIB:8.2f} MiB  {name}")

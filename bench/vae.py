@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +16,12 @@ from typing import Any, NamedTuple
 
 import _checkout
 import torch
-from baselines import ROUNDINGS, wan_autoencoder, wan_decode, wan_latents
+from baselines import ROUNDINGS, WanAutoencoder
 from timing import timer_for
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from echo_rt.bench.run import median_p99
+from echo_rt.bench.runner import median_p99
 from echo_rt.bench.settings import RELEASED
 from echo_rt.bench.tables import columns, environment
 from echo_rt.config import VaeConfig
@@ -50,19 +50,13 @@ _TURNS = 5
 
 
 def flops(config: VaeConfig, height: int, width: int, latents: int) -> int:
-    """Twice the multiply-adds of a block in mid-stream, from the shapes of the weights: the same for all decoders."""
-    frames, count = latents, 0
-    for name, shape in vae_decoder_shapes(config).items():
-        if not name.endswith(".weight"):
-            continue
-        if name.endswith(".resample.1.weight"):
-            height, width = 2 * height, 2 * width
-        count += 2 * math.prod(shape) * frames * height * width
-        if name.endswith(".to_qkv.weight"):  # scores, and sums weighted by them, of each frame's pixels
-            count += 2 * 2 * frames * (height * width) ** 2 * shape[1]
-        elif name.endswith(".time_conv.weight"):
-            frames *= 2
-    return count
+    """Twice the multiply-adds of a block in mid-stream, as torch counts them: the same for all decoders."""
+    weights = {name: torch.empty(shape, device="meta") for name, shape in vae_decoder_shapes(config).items()}
+    decoder = VaeDecoder(config, weights, load_ops("torch"), device="meta", dtype=torch.float32)
+    block, state = torch.empty(latents, config.z_dim, height, width), decoder.new_state(height, width, latents)
+    with FlopCounterMode(display=False) as counter:
+        decoder.decode_next(block.to("meta"), state, is_start=False)
+    return counter.get_total_flops()
 
 
 class Decoder(NamedTuple):
@@ -96,14 +90,9 @@ class Setting:
 
     def diffusers(self) -> Decoder:
         """``AutoencoderKLWan``; :class:`BackendError` where diffusers is not installed."""
-        vae = wan_autoencoder(self.config, self.tensors, self.latents.device, self.dtype)
-        vae.encoder = None  # it takes no part, and would be counted among the bytes
-        cache, latents = vae._feat_map, wan_latents(self.config, self.latents, self.dtype)
-        return Decoder(
-            lambda: wan_decode(vae, latents, is_start=cache[0] is None)[0].permute(1, 2, 3, 0),
-            lambda: sum(tensor.nbytes for tensor in cache if isinstance(tensor, Tensor)),
-            "one latent at a time, its own cache kept from call to call",
-        )
+        theirs = WanAutoencoder(self.config, self.tensors, self.latents, self.dtype)
+        what = "one latent at a time, its own cache kept from call to call"
+        return Decoder(theirs.block, lambda: theirs.state_bytes, what)
 
     def expected(self) -> Tensor:
         """The block in mid-stream by the torch backend in float32, on the host."""
@@ -199,7 +188,7 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
         for begun in range(0, max(1, blocks), turn := max(1, blocks // _TURNS)):
             for _, decoder, times in live:
                 with model_context(device, dtype):
-                    times += timer.measure(decoder.block, min(turn, blocks - begun), warmup).microseconds
+                    times += timer.measure(decoder.block, min(turn, blocks - begun), warmup)
             save(complete=False)  # the time may run out
     except torch.OutOfMemoryError as error:
         raise BackendError(

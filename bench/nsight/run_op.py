@@ -16,19 +16,21 @@ import _checkout
 import torch
 from op_inputs import OPS, variants
 
-from echo_rt.errors import ConfigError, EchoError
+from echo_rt.errors import ConfigError
 from echo_rt.ops.backends import BACKENDS, check_device, load_ops
 from echo_rt.utils.device import DTYPES, parse_device
 from echo_rt.utils.wording import counted
 
 
-def run(arguments: argparse.Namespace) -> str:
+def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     """One call, then ``--launches`` of them for the profiler; what was called, in words."""
     device, ops = parse_device(arguments.device), load_ops(arguments.backend)
     check_device(ops, device)
     if arguments.launches < 1:
         raise ConfigError(f"--launches must be at least 1, got {arguments.launches}")
-    calls = {variant.name: variant for variant in variants(arguments.op, _checkout.MODELS[arguments.size])}
+    calls = {
+        variant.name: variant for variant in variants(arguments.op, _checkout.MODELS[arguments.size or "released"])
+    }
     name = next(iter(calls)) if arguments.call is None else arguments.call
     if name not in calls:
         raise ConfigError(f"--call of {arguments.op} must be one of {', '.join(map(repr, calls))}; got {name!r}")
@@ -44,24 +46,16 @@ def run(arguments: argparse.Namespace) -> str:
             torch.cuda.synchronize(device)
             torch.cuda.profiler.stop()
     words = f"{arguments.op} {name}".rstrip()
-    return f"{words}: {counted(arguments.launches, 'call')}, backend {ops.name}, {device}"
+    return True, f"{words}: {counted(arguments.launches, 'call')}, backend {ops.name}, {device}"
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _checkout.parser(__doc__, out=False, dtypes=DTYPES)  # on a CPU nothing is profiled
     parser.add_argument("op", choices=OPS, help="the operation")
     parser.add_argument("--call", help="which of its calls, as bench/kernel_times.py names them; default: the first")
-    parser.add_argument("--size", choices=_checkout.MODELS, default="released", help="default: released")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     parser.add_argument("--backend", choices=BACKENDS, default="cuda", help="default: cuda")
-    parser.add_argument("--device", default="cuda", help="default: cuda; on a CPU nothing is profiled")
     parser.add_argument("--launches", type=int, default=3, metavar="N", help="calls that are profiled; default: 3")
-    try:
-        print(run(parser.parse_args(argv)))
-    except EchoError as error:
-        print(f"run_op.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return _checkout.run(__file__, run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from echo_rt.bench.run import Entry, Run, from_checkout, median_p99
+from echo_rt.bench.run import Entry, Run, from_checkout
+from echo_rt.bench.runner import median_p99
 from echo_rt.bench.tables import Table, columns, draw, results, write_results
 from echo_rt.engine.build import convolutions_in_words
 from echo_rt.utils.device import FLOAT8, dtype_name

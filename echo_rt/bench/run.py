@@ -8,29 +8,22 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import itertools
-import math
-import statistics
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from echo_rt.attention import AttentionSelection
+from echo_rt.bench.runner import BlockRunner, Sample
 from echo_rt.bench.settings import MODELS, RELEASED, TINY, VARIANTS, Request, Variant, plan, turns_of
 from echo_rt.bench.tables import ROOT, environment
-from echo_rt.chunk import Chunk
 from echo_rt.config import ModelConfig, VaeConfig
 from echo_rt.engine.build import ModelTensors, Networks
-from echo_rt.engine.engine import Engine
-from echo_rt.engine.executor import Event, Queue, Span
-from echo_rt.engine.rollout import Rollout
 from echo_rt.errors import BackendError, CaptureError, ConfigError
 from echo_rt.model.linear import kept_from_float8
 from echo_rt.ops.backends import Backend, choose_backend, load_ops
@@ -54,7 +47,6 @@ from echo_rt.weights.tiny_model import RandomTensors
 
 T = TypeVar("T")
 
-_MOST_BLOCKS = 300  # a steady state that comes later is none that anyone waits for
 _PROMPT_TOKENS = 77  # of random embeddings; how many there are changes no size
 BASELINES = ("diffusers AutoencoderKLWan", "diffusers WanTransformer3DModel", "FlashDreams")
 _TORCH = "torch"
@@ -78,11 +70,6 @@ class Model(NamedTuple):
         """Whether these are the sizes that the targets speak of."""
         config = replace(self.config, memory=self.config.memory or RELEASED.config.memory)
         return (config, self.vae) == (RELEASED.config, RELEASED.vae)
-
-    def random_prompt(self, device: torch.device, seed: int) -> Tensor:
-        """Embeddings ``[length, text_dim]`` of no prompt."""
-        config, generator = self.config.transformer, torch.Generator().manual_seed(seed)
-        return torch.randn(min(_PROMPT_TOKENS, config.text_len), config.text_dim, generator=generator).to(device)
 
     def networks(
         self, ops: Ops, options: RuntimeOptions, attention: tuple[AttentionSelection, AttentionSelection] | None = None
@@ -115,175 +102,6 @@ def open_model(request: Request, device: torch.device) -> Model:
         shapes = (transformer_shapes(config.transformer), memory_shapes(config), vae_shapes(vae))
         tensors = [RandomTensors(each, device, request.seed) for each in shapes]
     return Model(source, config, vae, ModelTensors(*(FingerprintedTensors(part, source) for part in tensors)), taken)
-
-
-class Interval(NamedTuple):
-    """A span in seconds since the start of its turn."""
-
-    stage: str
-    queue: Queue
-    begin: float
-    end: float
-
-
-def intervals(spans: Iterable[Span], since: Event) -> list[Interval]:
-    """The spans, whose events have been passed, on the clock that began with ``since``."""
-    return [Interval(s.stage, s.queue, s.begin.seconds_since(since), s.end.seconds_since(since)) for s in spans]
-
-
-def busy_seconds(spans: Iterable[tuple[float, float]], begin: float, end: float) -> float:
-    """The time from ``begin`` to ``end`` in which at least one of ``spans``, each from its begin to its end, ran."""
-    busy, until = 0.0, begin
-    for first, last in sorted(spans):
-        start, stop = max(first, until), min(last, end)
-        if stop > start:
-            busy, until = busy + stop - start, stop
-    return busy
-
-
-@dataclass
-class Sample:
-    """What was measured of one variant at one lookahead, all turns together. Seconds a block, in order."""
-
-    transformer: list[float] = field(default_factory=list)
-    memory: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
-    whole: list[float] = field(default_factory=list)
-    window: float = 0.0
-    busy: float = 0.0
-    joules: float | None = None
-    joules_blocks: int = 0
-
-    def add_turn(self, warm: Sequence[Interval], measured: Sequence[Sequence[Interval]], every: list[Interval]) -> None:
-        """Add a turn: its last block before the measured ones, those, and all that ran in it.
-
-        A whole block is the time between two arrivals on the host. The transformer's is from the rollout's first stage
-        in the main queue to the end of its last, waiting included; memory's and decoder's are sums of their stages.
-        """
-        arrivals = [max(each.end for each in block if each.queue is Queue.DECODE) for block in (warm, *measured)]
-        self.whole += [after - before for before, after in itertools.pairwise(arrivals)]
-        for block in measured:
-            passes = [each for each in block if each.queue is Queue.MAIN and each.stage.startswith(Rollout.__name__)]
-            self.transformer.append(max(each.end for each in passes) - min(each.begin for each in passes))
-            for queue, sums in ((Queue.MEMORY, self.memory), (Queue.DECODE, self.decode)):
-                stages = [each for each in block if each.queue is queue and each.stage]  # not the copy to the host
-                sums.append(sum(each.end - each.begin for each in stages))
-        self.window += arrivals[-1] - arrivals[0]
-        self.busy += busy_seconds(((each.begin, each.end) for each in every), arrivals[0], arrivals[-1])
-
-    def add_energy(self, joules: float | None, blocks: int) -> None:
-        """Add what ``blocks`` took; None where the board does not tell."""
-        if joules is not None:
-            self.joules = (self.joules or 0.0) + joules
-            self.joules_blocks += blocks
-
-    @property
-    def idle(self) -> float:
-        """Share of the time in which no queue was in a stage."""
-        return 1 - self.busy / self.window
-
-    @property
-    def joules_a_block(self) -> float | None:
-        return None if self.joules is None else self.joules / self.joules_blocks
-
-
-def median_p99(times: Sequence[float]) -> tuple[float, float]:
-    """The median, and the smallest of the times that 99 % of them do not exceed: what every benchmark reports."""
-    return statistics.median(times), sorted(times)[math.ceil(len(times) * 99 / 100) - 1]
-
-
-class BlockRunner:
-    """One video that goes on and on; ``depth`` is how many blocks may be in flight."""
-
-    def __init__(self, networks: Networks, mode: MemoryMode, *, graphs: bool | None, depth: int) -> None:
-        self.mode, self._context = mode, (networks.device, networks.dtype)
-        self._graphs = graphs is not False and networks.device.type == "cuda"
-        self._spans: list[Span] = []
-        config = replace(networks.config, memory=None) if mode is MemoryMode.OFF else networks.config
-        options = RuntimeOptions(graphs=graphs, lookahead=depth - 1)
-        self.engine = Engine(config, networks, options, mode)
-        self.executor = self.engine.executor
-        self.executor.spans = self._spans
-        self.rollout, self.pipeline = self.engine.rollout, self.engine.pipeline
-        self._begun: deque[tuple[Span, ...]] = deque()
-        self.executor.synchronize()
-
-    def start(self, prompt_embeds: Tensor, seed: int) -> None:
-        """Begin a new video."""
-        with model_context(*self._context):
-            self._begun.clear()
-            self.engine.start(prompt_embeds, seed)
-        self._spans.clear()
-
-    def block(self, lookahead: int) -> tuple[Chunk, tuple[Span, ...]]:
-        """Make the next block, begun as early as ``lookahead`` allows: what ``Stream`` does when asked for one.
-
-        With it come the spans of its stages, whose times can be read once the runner has settled.
-        """
-        with model_context(*self._context):
-            while self.pipeline.in_flight <= lookahead:
-                self.pipeline.begin()
-                self._begun.append(tuple(self._spans))
-                self._spans.clear()
-            made = self.pipeline.finish()
-            assert made is not None  # it was waited for without a bound
-            return made, self._begun.popleft()
-
-    def turn(self, lookahead: int, blocks: int, sample: Sample, joules: Callable[[], float | None]) -> None:
-        """Make ``blocks`` blocks that count towards ``sample``; the runner is idle before and after.
-
-        Blocks that are begun ahead come sooner the first time, so one more than that many do not count. The energy is
-        that of one block more than those that count, so that reading it falls into no time that counts.
-        """
-        since = self.executor.record(Queue.MAIN)
-        warm = [self.block(lookahead) for _ in range(lookahead)]
-        before = joules()
-        warm.append(self.block(lookahead))
-        measured = [self.block(lookahead) for _ in range(blocks)]
-        after = joules()
-        ahead = [span for spans in self._begun for span in spans]
-        self.drain()
-        times = [intervals(spans, since) for _, spans in (*warm, *measured)]
-        every = [each for block in times for each in block] + intervals(ahead, since)
-        sample.add_turn(times[len(warm) - 1], times[len(warm) :], every)
-        sample.add_energy(None if before is None or after is None else after - before, blocks + 1)
-
-    def drain(self) -> None:
-        """Finish what is in flight, and leave the device idle."""
-        with model_context(*self._context):
-            while self.pipeline.in_flight:
-                self.pipeline.finish()
-        self._begun.clear()
-        self.executor.synchronize()
-
-    def warm_up(self) -> None:
-        """Go on until the ids have saturated and, where graphs are captured, a block is nothing but replays.
-
-        Raises :class:`ConfigError` for a model that does not come to that within a few hundred blocks.
-        """
-        for _ in range(_MOST_BLOCKS):
-            runs, replays = self.executor.runs, self.executor.replays
-            before = self.block(0)[0].index - 1
-            saturated = before >= 0 and self.rollout.state.layout.shift(before) > 0
-            replayed = self.executor.runs - runs == self.executor.replays - replays
-            if saturated and (replayed or not self._graphs):
-                self.drain()
-                return
-        raise ConfigError(f"expected a steady state to measure, and there was none within {_MOST_BLOCKS} blocks")
-
-    def adopt(self, other: BlockRunner, seed: int) -> None:
-        """Stand where ``other``, a runner of the same mode, stands: the next block of both is the same one."""
-        other.drain()
-        with model_context(*self._context):
-            self._begun.clear()
-            self.engine.load_state(other.engine.save_state(seed), seed)
-            other.rollout.set_seed(seed)
-        self._spans.clear()
-        other._spans.clear()
-
-    def close(self) -> None:
-        """Let go of queues and graphs."""
-        self.executor.close()
 
 
 @dataclass
@@ -408,11 +226,9 @@ class Run:
         return self
 
     def _measure(self, save: Callable[[Run], object]) -> None:
-        self._networks = self._make_networks()
-        self._prompt = self.model.random_prompt(self.device, self.request.seed)
         first = self.entries[0]
         self._say(f"{first.variant.name}: alone on the device")
-        self.resources = self._or_without_graphs(first, self._alone)
+        self.resources = self.or_without_graphs(first, self._alone)
         self.header = environment(str(self.device))  # now, while the clocks are those of a device at work
         own = self._networks[first.backend]
         of_decoder = own.vae_attention
@@ -420,11 +236,11 @@ class Run:
         in_float8 = () if own.attention_in_float8 is None else (own.attention_in_float8,)
         self.attention, self.convolutions = (*own.attention, of_decoder, *in_float8), own.convolutions
         # The first number there is: should the time run out while the others are made ready, it has been told.
-        self._or_without_graphs(first, self._variant_turn)
+        self.or_without_graphs(first, self._variant_turn)
         save(self)
         for entry in self.entries[1:]:
             self._say(f"{entry.variant.name}: made ready")
-            self._or_without_graphs(entry, self._ready)
+            self.or_without_graphs(entry, self.ready)
         self._compare()
         save(self)
         self.missing = dict.fromkeys(BASELINES, "left out by --no-peers")
@@ -438,14 +254,21 @@ class Run:
 
     # ---------------------------------------------------------------- making ready
 
-    def _make_networks(self) -> dict[str, Networks]:
+    @cached_property
+    def _prompt(self) -> Tensor:
+        """Embeddings ``[length, text_dim]`` of no prompt."""
+        config, generator = self.model.config.transformer, torch.Generator().manual_seed(self.request.seed)
+        return torch.randn(min(_PROMPT_TOKENS, config.text_len), config.text_dim, generator=generator).to(self.device)
+
+    @cached_property
+    def _networks(self) -> dict[str, Networks]:
         """By backend. What is asked of the decoder is not asked of the backend that it is held against."""
         asked = replace(self.request, device=self.device, dtype=self.dtype)
         chosen = self.model.networks(self.backend.ops, asked)
         plain = replace(asked, convolution=None, vae_tiles=1)
         return {_TORCH: self.model.networks(load_ops(_TORCH), plain, chosen.attention)} | {self.backend.name: chosen}
 
-    def _or_without_graphs(self, entry: Entry, work: Callable[[Entry], T]) -> T:
+    def or_without_graphs(self, entry: Entry, work: Callable[[Entry], T]) -> T:
         """``work(entry)``; again without graphs, which is noted, where a stage of it cannot be captured."""
         try:
             return work(entry)
@@ -457,7 +280,7 @@ class Run:
         entry.samples.clear()
         return work(entry)
 
-    def _runner(self, entry: Entry) -> BlockRunner:
+    def runner(self, entry: Entry) -> BlockRunner:
         """The runner of ``entry``, made if there is none."""
         if entry.runner is None:
             graphs, depth = None if entry.graphs else False, 1 + self.request.lookahead
@@ -473,12 +296,12 @@ class Run:
         runner.drain()
         return seconds
 
-    def _ready(self, entry: Entry) -> BlockRunner:
+    def ready(self, entry: Entry) -> BlockRunner:
         """The runner of ``entry`` in the steady state."""
         if entry.runner is None:
-            self._runner(entry).start(self._prompt, self.request.seed)
-            self._runner(entry).warm_up()
-        return self._runner(entry)
+            self.runner(entry).start(self._prompt, self.request.seed)
+            self.runner(entry).warm_up()
+        return self.runner(entry)
 
     def _alone(self, entry: Entry) -> dict[str, Any]:
         """Make the first variant ready while nothing else is on the device; what it takes, in bytes and seconds.
@@ -486,12 +309,12 @@ class Run:
         ``device`` in the steady state, its ``growth`` over some blocks, its ``peak`` since before the weights were
         made, what torch holds ``reserved``: None on a CPU. ``decoder``: what the decoder says it keeps for a stream.
         """
-        device = self.device
+        device, networks = self.device, self._networks[entry.backend]
         with model_context(device, working_dtype(self.dtype)):
-            _ = self._networks[entry.backend].decoder  # a trial of its convolutions takes memory that no stream does
+            _ = networks.decoder  # a trial of its convolutions takes memory that no stream does
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        runner = self._runner(entry)
+        runner = self.runner(entry)
         cold = self._first_frame(runner)
         runner.warm_up()
         allocated = []
@@ -521,8 +344,8 @@ class Run:
         for mode in dict.fromkeys(entry.mode for entry in self.entries):
             reference = Entry(VARIANTS[-1], mode, _TORCH, graphs=False)
             for entry in (entry for entry in self.entries if entry.mode is mode):
-                held_against = partial(self._held_against, self._runner(reference))
-                latents, frames = entry.errors = self._or_without_graphs(entry, held_against)
+                held_against = partial(self._held_against, self.runner(reference))
+                latents, frames = entry.errors = self.or_without_graphs(entry, held_against)
                 if not (latents <= self.bound and frames <= self.bound):  # NaN is not
                     off = f"latents by {latents:.1e}, frames by {frames:.1e}, allowed are {self.bound:.1e}"
                     entry.problem = f"differs from the torch backend: {off}"
@@ -532,7 +355,7 @@ class Run:
 
     def _held_against(self, reference: BlockRunner, entry: Entry) -> tuple[float, float]:
         """Errors of latents and frames of the same steady block by both, memory update included where there is one."""
-        runner = self._ready(entry)
+        runner = self.ready(entry)
         reference.adopt(runner, self.request.seed)
         (ours, _), (theirs, _) = runner.block(0), reference.block(0)
         runner.drain()
@@ -556,11 +379,11 @@ class Run:
                     with model_context(self.device, working_dtype(self.dtype)):
                         right[name].measure(self.blocks)
                 elif number or not alone:  # what was alone has had its first turn
-                    self._or_without_graphs(runners[name], self._variant_turn)
+                    self.or_without_graphs(runners[name], self._variant_turn)
             save(self)
 
     def _variant_turn(self, entry: Entry) -> None:
-        runner = self._ready(entry)
+        runner = self.ready(entry)
         for lookahead in self.lookaheads:
             runner.turn(lookahead, self.blocks, entry.samples.setdefault(lookahead, Sample()), self._joules)
 

@@ -20,7 +20,8 @@ from virtual_gpu.names import active
 from echo_rt.bench import run as run_module
 from echo_rt.bench import settings as settings_module
 from echo_rt.bench.report import ALONE, Report
-from echo_rt.bench.run import DEVICE_CLOCK, BlockRunner, Model, Run, open_model
+from echo_rt.bench.run import DEVICE_CLOCK, Model, Run, open_model
+from echo_rt.bench.runner import BlockRunner
 from echo_rt.bench.settings import BenchModel, Request, plan, turns_of
 from echo_rt.config import MemoryConfig, ModelConfig, TransformerConfig, VaeConfig, WindowConfig
 from echo_rt.engine.build import Networks
@@ -250,7 +251,7 @@ def test_a_backend_that_is_wrong_is_not_timed(patch: pytest.MonkeyPatch) -> None
     assert {row["what"] for row in content["tables"]["Peers"]} == {"left out by --no-peers"}
 
 
-@pytest.mark.parametrize("at", ["_alone", "_ready", "_held_against", "_variant_turn"])
+@pytest.mark.parametrize("at", ["_alone", "ready", "_held_against", "_variant_turn"])
 def test_where_graphs_fail_the_variant_is_measured_without(
     at: str, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from goals import judge
 
-from echo_rt.bench.run import BlockRunner, Interval, Sample, busy_seconds, intervals, median_p99
+from echo_rt.bench.runner import BlockRunner, Interval, Sample, busy_seconds, intervals, median_p99
 from echo_rt.engine.executor import Queue, Span, make_executor
 
 CPU = torch.device("cpu")

@@ -87,25 +87,25 @@ def test_a_wrong_kernel_is_no_result() -> None:
     rows = {op: time_variant(run_of(ops), variants(op, TINY)[0]) for op in vars(ops) if op != "name"}
     assert not any(row.ok for row in rows.values())
     for op in ("modulated_layer_norm", "gated_residual_norm"):
-        assert "differs from the torch backend by" in rows[op].problems[0] and rows[op].verdict == "failed"
-    assert rows["flow_step"].problems == ["RuntimeError: no such thing"]
+        assert "differs from the torch backend by" in rows[op]["problems"][0] and rows[op]["verdict"] == "failed"
+    assert rows["flow_step"]["problems"] == ["RuntimeError: no such thing"]
 
 
 def test_what_memory_limits_is_held_against_the_copy_rate() -> None:
     row = Row("memory_attention", "", 1, "cuda")
-    row.take(SimpleNamespace(median=100.0, p99=110.0), Work(10**6, 10**9, "arithmetic"), run_of(None).ceilings)
-    assert (row.rate, row.unit, row.share) == (10.0, "TFLOP/s", 10.0)
+    row.take([90.0, 100.0, 110.0], Work(10**6, 10**9, "arithmetic"), run_of(None).ceilings)
+    assert (row["rate"], row["unit"], row["share"], row["p99_us"]) == (10.0, "TFLOP/s", 10.0, 110.0)
     row.judge(judged=True)
-    assert row.verdict == "right"
+    assert row["verdict"] == "right"
     for share, judged, verdict in (
         (0.84, True, "unmet: 85% of the copy rate"),
         (0.85, True, "met: 85% of the copy rate"),
     ):
         memory = Row("flow_step", "", 1, "cuda", limit="memory", share=share, median_us=1.0)
         memory.judge(judged)
-        assert memory.verdict == verdict
+        assert memory["verdict"] == verdict
     memory.judge(judged=False)
-    assert memory.verdict == "right"
+    assert memory["verdict"] == "right"
 
 
 def test_ceilings_are_of_what_was_measured() -> None:
@@ -122,10 +122,10 @@ def test_libraries_compute_what_the_operation_does(op: str) -> None:
         args = variant.arguments(torch.bfloat16, CPU)
         theirs = copies(args)
         wanted = result_of(op, getattr(reference, op)(*theirs), theirs)
-        for library in library_calls(op, args, CPU, compiled=False):
+        for name, library in library_calls(op, args, CPU, compiled=False).items():
             own = copies(args)
-            result = result_of(op, library.call(own), own)
-            assert compare(result, wanted, LIBRARY_BOUNDS).ok, library.name
+            result = result_of(op, library(own), own)
+            assert compare(result, wanted, LIBRARY_BOUNDS).ok, name
 
 
 def test_agreement() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_inputs import OPS, decoder_norms, variants
+from op_inputs import OPS, variants
 from roofline import memory_update_work, work_of
 
 from echo_rt.bench.settings import RELEASED
@@ -73,13 +73,14 @@ def test_levels_of_the_decoder() -> None:
 
 
 def test_norms_are_those_of_the_decoder() -> None:
-    norms = decoder_norms(RELEASED)
-    levels = {norm.height: norm.frames for norm in norms}
+    norms = variants("rms_silu_window", RELEASED)
+    levels = {norm.sizes.vae[1]: norm.sizes.vae[0] for norm in norms}
     assert levels == {60: 3, 120: 6, 240: 6, 480: 3}
     # Two a residual block and one of the head; all but the head's first keep their sum, or have none to keep.
     assert sum(norm.calls for norm in norms) == 2 * (2 + 3 + 3 + 2 * 3) + 4 * (2 * 3 + 1)
-    assert sum(norm.calls for norm in norms if norm.residual and not norm.keep) == 4
-    assert sum(norm.calls for norm in norms if norm.keep) == (2 + 3 + 3 + 2 * 3) + 4 * 3
+    residual, keep = ({norm.name: place not in norm.without for norm in norms} for place in (2, 6))
+    assert sum(norm.calls for norm in norms if residual[norm.name] and not keep[norm.name]) == 4
+    assert sum(norm.calls for norm in norms if keep[norm.name]) == (2 + 3 + 3 + 2 * 3) + 4 * 3
 
 
 def test_operations_of_the_convolutions() -> None:
