@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 SECONDS = float(os.environ.get("ECHO_RT_FUZZ", "0"))
 settings.register_profile(
     "fuzz",
-    max_examples=1000 if SECONDS else 40,
+    max_examples=1000 if SECONDS else 25,
     deadline=None,
     derandomize=not SECONDS,
     database=None,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzzing import ANYTHING, as_json, one_line
+from fuzzing import ANYTHING, as_json, changed, damaged, one_line
 from hypothesis import given
 from hypothesis import strategies as st
 from random_weights import transformer, write_diffusers, write_original, write_shards
@@ -155,16 +155,78 @@ CONTENT: st.SearchStrategy[Any] = st.dictionaries(
 )
 
 
+def read_all(path: Path) -> None:
+    """Open a file and read what is in it, or see it refused."""
+    try:
+        opened = open_tensors(path)
+        assert sum(opened[name].numel() for name in opened) <= 8 * path.stat().st_size
+    except EchoError as error:
+        one_line(error)
+
+
 @given(content=CONTENT, zipped=st.booleans())
 def test_tensors_of_pickles(tmp_path_factory: pytest.TempPathFactory, content: Any, zipped: bool) -> None:
     path = tmp_path_factory.mktemp("pickle") / "model.pt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    try:
-        opened = open_tensors(path)
-        total = sum(opened[name].numel() for name in opened)
-    except EchoError as error:
-        one_line(error)
-    else:
-        assert total <= 8 * path.stat().st_size
+    read_all(path)
+
+
+# ---- files of each format, byte by byte
+
+
+@pytest.fixture(scope="module")
+def of_each_format(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    gguf = pytest.importorskip("gguf")
+    folder = tmp_path_factory.mktemp("formats")
+    tensors = {"a.weight": torch.ones(4, 32), "b": torch.zeros(3, dtype=torch.bfloat16)}
+    save_file(tensors, folder / "model.safetensors", {"x": "y"})
+    torch.save(tensors, folder / "zip.pt")
+    torch.save(tensors, folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    writer = gguf.GGUFWriter(folder / "model.gguf", "wan")
+    writer.add_array("tokens", ["a", "b"])
+    writer.add_tensor("a.weight", tensors["a.weight"].numpy())
+    quantized = gguf.quants.quantize(tensors["a.weight"].numpy(), gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("c.weight", quantized, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for file in folder.iterdir():
+        assert open_tensors(file), file
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+FORMATS = ("model.safetensors", "zip.pt", "legacy.pt", "model.gguf")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@given(data=st.data())
+def test_bytes(
+    tmp_path_factory: pytest.TempPathFactory, of_each_format: dict[str, bytes], name: str, data: Any
+) -> None:
+    path = tmp_path_factory.mktemp("bytes") / name
+    path.write_bytes(data.draw(damaged(of_each_format[name]) | st.binary(max_size=100)))
+    read_all(path)
+
+
+FLOAT8 = {"a.weight": torch.ones(4, 6, dtype=torch.float8_e4m3fn), "b.weight": torch.ones(3, dtype=torch.float8_e5m2)}
+NAMES = st.builds(
+    str.__add__,
+    st.sampled_from(["a", "b", "c", "a.b", ""]),
+    st.sampled_from([".weight", ".scale_weight", ".weight_scale", ".comfy_quant", ".input_scale", "scaled_fp8", "."]),
+)
+MARKS = (
+    changed({"format": "float8_e4m3fn"}).map(as_json) | st.just(b'{"format": "float8_e4m3fn"}') | st.binary(max_size=9)
+)
+SCALES = (views().map(lambda view: view.contiguous() if view.numel() < 1000 else torch.ones(4))) | MARKS.map(
+    lambda text: torch.tensor(list(text), dtype=torch.uint8)
+)
+
+
+@given(beside=st.dictionaries(NAMES, SCALES, max_size=4))
+def test_float8_scales(tmp_path_factory: pytest.TempPathFactory, beside: dict[str, torch.Tensor]) -> None:
+    path = tmp_path_factory.mktemp("float8") / "model.safetensors"
+    save_file(FLOAT8 | {name: tensor.clone() for name, tensor in beside.items()}, path)
+    read_all(path)
