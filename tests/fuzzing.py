@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 SECONDS = float(os.environ.get("ECHO_RT_FUZZ", "0"))
 settings.register_profile(
     "fuzz",
-    max_examples=1000 if SECONDS else 25,
+    max_examples=200 if SECONDS else 25,
     deadline=None,
     derandomize=not SECONDS,
     database=None,
@@ -53,6 +53,8 @@ def changed(draw: st.DrawFn, whole: Any, anything: st.SearchStrategy[Any] = ANYT
     whole = copy.deepcopy(whole)
     place = whole
     while True:
+        if not isinstance(place, (dict, list)):
+            return draw(anything)
         names = sorted(place) if isinstance(place, dict) else range(len(place))
         name = draw(st.sampled_from([*names, None]))
         if name is None:
