@@ -27,6 +27,8 @@ settings.register_profile(
     suppress_health_check=list(HealthCheck),
 )
 settings.load_profile("fuzz")
+slow = settings(max_examples=50 if SECONDS else 4)
+"""For a test whose examples take a second each."""
 
 NUMBERS = st.integers(-(2**70), 2**70) | st.sampled_from([0, 1, -1, 2**31, 2**53 + 1, 2**63, 10**400, 1e100, -1e308])
 ANYTHING: st.SearchStrategy[Any] = st.recursive(

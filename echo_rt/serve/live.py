@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 
 from echo_rt.chunk import Chunk
-from echo_rt.errors import ConfigError, EchoError, OutputError, SnapshotError, StreamError
+from echo_rt.errors import ConfigError, EchoError, OutputError, PromptError, SnapshotError, StreamError
 from echo_rt.options import MemoryMode, check_seed
 from echo_rt.runtime import Runtime
 from echo_rt.serve.encoder import LiveEncoder, Recording
 from echo_rt.serve.session import KEPT, PLACES, Block, BusyError, Item, check_memory, checked_prompt
-from echo_rt.serve.shelf import Notes, Shelf
+from echo_rt.serve.shelf import Entry, Notes, Shelf
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.stream import Feed, Stream
 from echo_rt.utils.atomic_file import close_all
@@ -276,7 +276,7 @@ class LiveSession:
         ahead = 0 if chunk is None else (block - chunk.index) * len(chunk.frames) - self._shown
         return self._publish({"type": "prompt", **entry, "shows_in": round(max(0, ahead) * self._pace, 3)})
 
-    def _note(self, entry: dict[str, Any]) -> None:
+    def _note(self, entry: Entry) -> None:
         self._notes.prompts = [*self._notes.prompts, entry][-_MOST_PROMPTS:]
         self._notes.logged += 1
 
@@ -304,6 +304,8 @@ class LiveSession:
     def _do_restart(self, seed: int, prompt: str | None = None, memory: str | None = None) -> dict[str, Any]:
         check_seed(seed)
         check_memory(memory)
+        if prompt is None and not self._notes.prompts:  # the notes of a snapshot may be missing
+            raise PromptError("expected a prompt, since none is known of this video")
         text = checked_prompt(self._notes.prompts[-1]["text"] if prompt is None else prompt)
         self._runtime.encode_prompt(text)  # a bad prompt must not end the video before
 
@@ -576,7 +578,7 @@ class LiveSession:
         news.set_result(None)
 
 
-def _entry(text: str, block: int, over: int | None) -> dict[str, Any]:
+def _entry(text: str, block: int, over: int | None) -> Entry:
     return {"text": text, "block": block, "over": over, "asked": time.time()}
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import fsspec.core
 import msgspec
 from fsspec.implementations.local import LocalFileSystem
+from msgspec import Meta
 
 from echo_rt.errors import ConfigError, OutputError, SnapshotError
 from echo_rt.snapshot.snapshot import Snapshot
@@ -30,6 +31,18 @@ _OWNER = "owner.json"
 _MOST_RECORDINGS = 32
 
 
+_Count = Annotated[int, Meta(ge=0)]
+
+
+class Entry(TypedDict):
+    """A prompt, the block that begins with it, blocks that it is blended in over, and the time."""
+
+    text: str
+    block: _Count
+    over: int | None
+    asked: float
+
+
 @dataclass
 class Notes:
     """What a snapshot does not hold: the prompts, with the blocks they begin at, and what was asked for.
@@ -38,12 +51,12 @@ class Notes:
     ``shown``: of those shown when the snapshot was taken; ``epoch``: of the pictures' times.
     """
 
-    prompts: list[dict[str, Any]] = field(default_factory=list)
-    seed: int = 0
+    prompts: list[Entry] = field(default_factory=list)
+    seed: _Count = 0
     memory: str | None = None
-    logged: int = 0
-    base: int = 0
-    shown: int = 0
+    logged: _Count = 0
+    base: _Count = 0
+    shown: _Count = 0
     epoch: float | None = None
 
 
@@ -113,14 +126,14 @@ class Shelf:
 
     # ---------------------------------------------------------------- the log
 
-    def log(self, number: int, entry: dict[str, Any]) -> None:
+    def log(self, number: int, entry: Entry) -> None:
         """Write prompt ``number`` of the log, in place of one of that number; raises ``OutputError``."""
         self._write_json(f"prompt-{number:010}.json", entry)
 
-    def logged(self, after: int) -> Iterator[dict[str, Any]]:
+    def logged(self, after: int) -> Iterator[Entry]:
         """Yield the prompts of the log with numbers above ``after``, in order; raises ``SnapshotError``."""
         for match, _ in self._matching(_LOGGED):
-            if int(match[1]) > after and (entry := self.read_json(match[0], dict[str, Any])) is not None:
+            if int(match[1]) > after and (entry := self.read_json(match[0], Entry)) is not None:
                 yield entry
 
     def forget(self, until: int) -> None:

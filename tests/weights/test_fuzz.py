@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from random_weights import transformer, write_diffusers, write_original, write_shards
 from safetensors.torch import save_file
 
-from echo_rt.errors import EchoError
+from echo_rt.errors import EchoError, WeightsError
 from echo_rt.weights.files import open_tensors
 from echo_rt.weights.folder import ModelFolder
 from echo_rt.weights.lora import ALPHA_FIELDS, merge_lora, parse_lora_key
@@ -72,6 +72,13 @@ def test_indexes(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) 
         assert set(open_tensors(index)) <= set(tensors), "an index may leave shards out"
     except EchoError as error:
         one_line(error)
+
+
+def test_a_shard_may_have_any_name(tmp_path: Path) -> None:
+    (index := tmp_path / "model.safetensors.index.json").write_bytes(as_json({"weight_map": {"a": "\n"}}))
+    with pytest.raises(WeightsError) as caught:
+        open_tensors(index)
+    one_line(caught.value)
 
 
 PIECES = (
