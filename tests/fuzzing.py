@@ -39,7 +39,7 @@ ANYTHING: st.SearchStrategy[Any] = st.recursive(
 """Any JSON, NaN and numbers that no computer has among it."""
 
 
-def one_line(error: BaseException) -> None:
+def one_line(error: BaseException | str) -> None:
     """What is refused is refused in one line, which can be read."""
     assert "\n" not in str(error) and len(str(error)) < 2000, str(error)
 
