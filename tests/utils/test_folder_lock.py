@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -66,6 +67,16 @@ def test_a_folder_that_another_machine_removed(day: FolderClaim, monkeypatch: py
         patch.setattr(os, "open", stale)
         with pytest.raises(OutputError, match=r"cannot write: there is no folder .*day any more"):
             write_whole(day.folder / "report", b"1")
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(TargetError, match="day: cannot be written into: No locks available"):
+        FolderClaim(tmp_path / "day")
+    assert not list(tmp_path.iterdir())
 
 
 def test_links_are_not_written_through(day: FolderClaim, tmp_path: Path) -> None:
