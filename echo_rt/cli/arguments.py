@@ -68,8 +68,8 @@ def number(kind: type[int] | type[float], named: str = "", **bounds: Any) -> Val
 
 def parse_path(text: str) -> Path:
     """Parse a path; an empty one (of an unset variable, for example) would mean the current folder."""
-    if not text:
-        raise ValueError("expected a path, got ''")
+    if not text or "\0" in text:
+        raise ValueError(f"expected a path, got {reprlib.repr(text)}")
     return Path(text)
 
 

@@ -110,6 +110,8 @@ def options(command):
 
 @given(texts=st.lists(TIMED, max_size=3), given=options(generate))
 @example(texts=["a"], given=("--set", "denoising_steps=" + "[" * 3000))
+@example(texts=["0", "0\n0"], given=())
+@example(texts=["a"], given=("--checkpoint", "\0"))
 def test_any_arguments_of_generate(texts, given):
     words = [word for text in texts for word in ("--prompt", text)]
     refused_or(lambda: Request(_parse(["generate", "-o", "no-such-folder/v.mp4", *words, *given])[1]))
