@@ -144,6 +144,8 @@ def _serve_on_ray(
 ) -> int:
     """Put gateways in front of the cluster's sessions until a signal; then park the sessions."""
     with needing("echo-rt[ray]", "echo-rt serve --ray"):
+        import ray.serve
+
         from echo_rt.serve import cluster
     storage = arguments.storage or str(arguments.out.absolute())
     with stop.interruptible():
@@ -174,9 +176,9 @@ def _serve_on_ray(
     except StopNow as request:
         return request.exit_code
     finally:
-        cluster.withdraw()
+        ray.serve.shutdown()  # the gateways, and Ray Serve with them
         asyncio.run(sessions.park_all())
-        cluster.disconnect()
+        ray.shutdown()  # the cluster goes on
     return 0
 
 

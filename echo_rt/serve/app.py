@@ -25,12 +25,11 @@ from echo_rt.serve.guard import Guard, Rules
 from echo_rt.serve.realtime import Realtime
 from echo_rt.serve.rtc import Peers
 from echo_rt.serve.session import BusyError, Session, Sessions, soon
-from echo_rt.serve.viewers import Channel, Kind, Viewer
+from echo_rt.serve.viewers import Channel, Kind, Viewer, send
 from echo_rt.utils.build_info import __version__
 from echo_rt.utils.wording import printable
 
 PAGE = Path(__file__).parent / "page"
-_SILENT_SECONDS = 15.0  # a viewer whose connection takes nothing for so long is closed
 _TRY_LATER, _MOST_REASON = 1013, 120  # of a WebSocket: code and bytes of its reason
 _NOW = -1  # as ``after``: with the next key frame
 _ROOT = "/api/sessions/{name}"
@@ -129,16 +128,13 @@ def make_app(
         if name not in rooms:
             if (session := await found.find(name)) is None:
                 raise HTTPException(404, f"expected the name of a session, found {name[:80]!r}")
-            channel = Channel(session, most_viewers, always=found.always)
+            channel = Channel(session, most_viewers)
             rooms.setdefault(name, _Room(session, channel, Peers(channel, ice_servers or []), Realtime(session)))
         return rooms[name]
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         await found.start()
-        if found.always:
-            for name in await found.names():
-                await room_of(name)
         yield
         for room in rooms.values():
             room.channel.close()
@@ -216,7 +212,7 @@ def make_app(
     @app.get(f"{_ROOT}/figures", tags=["sessions"], summary="The state, figures of the newest block, the viewers.")
     async def figures(name: str) -> dict[str, Any]:
         room = await room_of(name)
-        return {**room.channel.figures(), **await room.session.ask("figures")}
+        return await room.session.ask("figures", audience=room.channel.audience)
 
     # ---------------------------------------------------------------- health
 
@@ -330,18 +326,13 @@ async def _answer(socket: WebSocket) -> None:
     while True:
         message = await socket.receive_json()
         if isinstance(message, dict) and isinstance(message.get("ping"), int | float):
-            await _send(socket, {"pong": message["ping"], "now": time.time()})
+            await send(socket, {"pong": message["ping"], "now": time.time()})
 
 
 async def _push(socket: WebSocket, viewer: Viewer, first: Callable[[], Awaitable[list[Any]]], numbered: bool) -> None:
     for entry in await first():
-        await _send(socket, entry)
+        await send(socket, entry)
     while True:
         entry = await viewer.get()
         entry = entry[1] if isinstance(entry, tuple) else entry
-        await _send(socket, viewer.place.to_bytes(8, "big") + entry if numbered else entry)
-
-
-async def _send(socket: WebSocket, entry: Any) -> None:
-    sent = socket.send_bytes(entry) if isinstance(entry, bytes) else socket.send_json(entry)
-    await asyncio.wait_for(sent, _SILENT_SECONDS)
+        await send(socket, viewer.place.to_bytes(8, "big") + entry if numbered else entry)

@@ -27,7 +27,17 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
 from echo_rt.errors import ConfigError, StreamError
-from echo_rt.serve.session import Block, BusyError, Item, Sessions, check_memory, checked_prompt, soon
+from echo_rt.serve.session import (
+    Audience,
+    Block,
+    BusyError,
+    Item,
+    ParkedError,
+    Sessions,
+    check_memory,
+    checked_prompt,
+    soon,
+)
 from echo_rt.utils.checked_json import read_json
 from echo_rt.utils.wording import first_line, with_type
 
@@ -42,6 +52,8 @@ _AGAIN_SECONDS = 0.1
 _ANSWER_SECONDS = 1.0  # for figures; who does not answer waits for a machine, or loads
 _CONNECT_SECONDS = 20.0
 _READING = ("prompts", "snapshots", "recordings", "recording")  # commands that change nothing
+
+_WATCHING = ("next", "block")  # calls that do not bring back a session that was parked under them
 
 logger = logging.getLogger("echo_rt.serve")
 
@@ -83,8 +95,7 @@ class Host:
     def __init__(self, name: str, cluster: Cluster, begin: Begin) -> None:
         self._name, self._cluster, self._begin = name, cluster, begin
         self._session: LiveSession | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._opening: asyncio.Future[LiveSession] | None = None
+        self._opening = asyncio.Lock()
         self._called, self._waiting, self._closing = time.monotonic(), 0, False
         threading.Thread(target=self._park_when_idle, name="echo-rt idle", daemon=True).start()
 
@@ -101,16 +112,11 @@ class Host:
 
     async def _call(self, method: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if self._closing:
-            raise BusyError("the session is being parked; ask again later")
-        if self._opening is None:
-            self._loop = asyncio.get_running_loop()
-            self._opening = asyncio.ensure_future(self._open())
-        try:
-            session = await asyncio.shield(self._opening)
-        except Exception:  # of any kind, from a model that cannot be loaded: the next call tries again
-            self._opening = None
-            raise
-        return await getattr(session, method)(*arguments, **options)
+            raise ParkedError("the session is being parked; ask again later")
+        async with self._opening:
+            if self._session is None:
+                self._session = await self._open()
+        return await getattr(self._session, method)(*arguments, **options)
 
     async def close(self) -> None:
         """Store the video, and end this process."""
@@ -133,18 +139,18 @@ class Host:
         load, place = partial(load_model, cluster.model, cluster.options), f"{cluster.storage}/{self._name}"
         session = await asyncio.to_thread(LiveSession, load, place, **options)
         await session.start()
-        self._session = session
         return session
 
     def _park_when_idle(self) -> None:
+        context = ray.get_runtime_context()
+        itself = context.current_actor
+        if context.was_current_actor_reconstructed:  # what it recorded goes on even while nobody watches
+            itself.call.remote("describe")
         while (left := self._called + self._cluster.idle_seconds - time.monotonic()) > 0:
             time.sleep(left)
             if self._waiting or (self._session is not None and self._session.recording):
                 self._called = time.monotonic()
-        if self._loop is None:
-            _end_this_actor()
-        else:
-            asyncio.run_coroutine_threadsafe(self.close(), self._loop)
+        itself.close.remote()
 
 
 def _end_this_actor() -> None:
@@ -158,7 +164,6 @@ class RaySession:
         self._given = name, cluster, begin
         self._actor: Any = None
         self._about: dict[str, Any] | None = None
-        self._wanted: set[asyncio.Future[Any]] = set()
 
     async def start(self) -> None:
         """Do nothing: the first call that needs it makes the actor."""
@@ -169,9 +174,9 @@ class RaySession:
             self._about = dict(await self._call("describe"))
         return self._about
 
-    async def next(self, after: int | None) -> list[tuple[int, Item]]:
+    async def next(self, after: int | None, audience: Audience | None = None) -> list[tuple[int, Item]]:
         """Return the items above ``after``; waits for as long as the actor is away, or in a queue for a machine."""
-        items: list[tuple[int, Item]] = await self._call("next", after)
+        items: list[tuple[int, Item]] = await self._call("next", after, audience)
         return items
 
     async def block(self, after: int) -> Block | None:
@@ -180,13 +185,12 @@ class RaySession:
         return block
 
     async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Carry out a command. Figures wake no session that is parked: it has none but its state."""
+        """Carry out a command; a session that is parked has no figures but its state."""
         if command == "figures":
-            return await self._figures()
+            return await self._figures(**arguments)
         if command == "keyframe":  # is not waited for
-            task = asyncio.ensure_future(self._call("ask", command))
-            self._wanted.add(task)
-            task.add_done_callback(self._wanted.discard)
+            if (actor := self._actor or await asyncio.to_thread(self._existing)) is not None:
+                actor.call.remote("ask", command)
             return {}
         if command not in _READING:
             await soon(self._call("describe"))
@@ -203,16 +207,20 @@ class RaySession:
             while await asyncio.to_thread(self._existing) is not None:
                 await asyncio.sleep(_AGAIN_SECONDS)
 
-    async def _figures(self) -> dict[str, Any]:
+    async def _figures(self, audience: Audience | None = None) -> dict[str, Any]:
+        here = {} if audience is None else {"viewers": audience.viewers, "dropped": audience.dropped}
         if (actor := await asyncio.to_thread(self._existing)) is None:
-            return {"state": "parked"}
+            return {"state": "parked", **here}
         try:
-            figures: dict[str, Any] = await asyncio.wait_for(actor.call.remote("ask", "figures"), _ANSWER_SECONDS)
+            answer = actor.call.remote("ask", "figures", audience=audience)
+            figures: dict[str, Any] = await asyncio.wait_for(answer, _ANSWER_SECONDS)
             return figures
         except (asyncio.TimeoutError, RayActorError):
-            return {"state": "waiting"}
+            return {"state": "waiting", **here}
         except RayTaskError as error:
-            return {"state": "failed", "failure": first_line(error.cause)}
+            if isinstance(error.cause, ParkedError):
+                return {"state": "parked", **here}
+            return {"state": "failed", "failure": first_line(error.cause), **here}
 
     async def _call(self, method: str, *arguments: Any, again: bool = True, **options: Any) -> Any:
         """Call the actor; one that has died is waited for, and called ``again``."""
@@ -225,6 +233,8 @@ class RaySession:
                 raise error.cause from None
             except RayActorError as error:
                 self._actor = None
+                if method in _WATCHING and await asyncio.to_thread(self._existing) is None:
+                    raise ParkedError("the session was parked; connect again to bring it back") from None
                 if not again:
                     raise BusyError("the session's process has died, perhaps before it took this") from error
                 await asyncio.sleep(_AGAIN_SECONDS)
@@ -336,13 +346,3 @@ def deploy(make: Callable[[], FastAPI], *, host: str, port: int, gateways: int, 
         ray_actor_options={"num_cpus": 0},
     )
     serve.run(gateway.bind(), name=APPLICATION, route_prefix="/", logging_config={"log_level": "ERROR"})
-
-
-def withdraw() -> None:
-    """End the gateways, and Ray Serve with them."""
-    serve.shutdown()
-
-
-def disconnect() -> None:
-    """Leave the cluster, which goes on."""
-    ray.shutdown()

@@ -23,7 +23,7 @@ _BT709 = 1
 _LIVE = {"movflags": "frag_every_frame+empty_moov+default_base_moof"}
 _TIME = b"tfdt\1\0\0\0"  # before the time of a fragment, 64 bits
 # Fragments that a kill leaves playable; closing makes an ordinary file of them.
-_RECORDED = {"movflags": "hybrid_fragmented"}
+_RECORDED = {"movflags": "hybrid_fragmented+frag_keyframe", "flush_packets": "1"}
 
 
 class LiveEncoder:
@@ -89,6 +89,16 @@ class LiveEncoder:
         self._sink.seek(0)
         self._sink.truncate()
         return data
+
+
+def plays(path: Path) -> bool:
+    """Whether a file that may have been cut short has a picture."""
+    av = load_av()
+    try:
+        with av.open(str(path)) as file:
+            return any(packet.size for packet in file.demux(video=0))
+    except (av.FFmpegError, IndexError):
+        return False
 
 
 class Recording:

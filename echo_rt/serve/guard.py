@@ -6,9 +6,9 @@ import asyncio
 import hmac
 import ipaddress
 from dataclasses import dataclass
-from urllib.parse import SplitResult, parse_qs, urlencode, urlsplit
+from urllib.parse import SplitResult, urlsplit
 
-from starlette.requests import cookie_parser
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -41,20 +41,22 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request or WebSocket."""
-        refusal, body = None, b""
-        if scope["type"] in ("http", "websocket"):
-            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-            refusal = self._refuse(scope, headers)
-        if refusal is not None and scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1008})  # before it was accepted: a plain 403
-            return
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
+            return
+        connection, body = HTTPConnection(scope), b""
+        refusal = self._refuse(connection)
+        if scope["type"] == "websocket":
+            if refusal is None:
+                await self._app(scope, receive, send)
+            else:
+                await receive()
+                await send({"type": "websocket.close", "code": 1008})  # before it was accepted: a plain 403
             return
         if refusal is None:
             try:
-                body = await asyncio.wait_for(self._read(headers, receive), self._rules.body_seconds)
+                length = int(connection.headers.get("content-length", "0"))
+                body = await asyncio.wait_for(self._read(length, receive), self._rules.body_seconds)
             except asyncio.TimeoutError:
                 refusal = _error(408, f"expected the whole body within {self._rules.body_seconds:g} seconds")
             except _TooLongError:
@@ -71,24 +73,24 @@ class Guard:
 
         await (refusal or self._app)(scope, whole, with_headers)
 
-    def _refuse(self, scope: Scope, headers: dict[str, str]) -> Response | None:
+    def _refuse(self, connection: HTTPConnection) -> Response | None:
+        headers, path = connection.headers, connection.scope["path"]
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self._known(_split(f"//{host}").hostname or ""):
             return _error(421, f"expected this server's name in Host, found {host[:80]!r}")
         if origin is not None and _split(origin).netloc != host:
             return _error(403, f"expected a request of this server's own page, found one of {origin[:80]!r}")
         token = self._rules.token
-        if token is None or scope["path"] in _OPEN:
+        if token is None or path in _OPEN:
             return None
-        query = parse_qs(scope["query_string"].decode("latin-1"))
-        asked = query.pop("token", [""])[0]
-        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
-        given = (headers.get("authorization", "").removeprefix("Bearer "), cookie, asked)
+        asked = connection.query_params.get("token", "")
+        given = (headers.get("authorization", "").removeprefix("Bearer "), connection.cookies.get(COOKIE, ""), asked)
         if not any(hmac.compare_digest(one.encode(), token.encode()) for one in given):
             return _error(401, "expected the token that the server printed: open its address with ?token=TOKEN")
-        if asked and scope["path"] == "/":  # once: it leaves the address bar and the history
-            answer = RedirectResponse(f"/?{urlencode(query, doseq=True)}".rstrip("?"), 303)
-            answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=scope["scheme"] == "https")
+        if asked and path == "/":  # once: it leaves the address bar and the history
+            rest = connection.url.remove_query_params("token").query
+            answer = RedirectResponse(f"/?{rest}".rstrip("?"), 303)
+            answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=connection.url.scheme == "https")
             return answer
         return None
 
@@ -99,17 +101,15 @@ class Guard:
         except ValueError:
             return name == "localhost" or name in self._rules.hosts
 
-    async def _read(self, headers: dict[str, str], receive: Receive) -> bytes:
-        most, body, more = self._rules.most_body, bytearray(), True
-        if int(headers.get("content-length", "0")) > most:
-            raise _TooLongError
-        while more:
+    async def _read(self, length: int, receive: Receive) -> bytes:
+        body, more = bytearray(), True
+        while max(length, len(body)) <= self._rules.most_body:
+            if not more:
+                return bytes(body)
             message = await receive()
             body += message.get("body", b"")
             more = message.get("more_body", False)
-            if len(body) > most:
-                raise _TooLongError
-        return bytes(body)
+        raise _TooLongError
 
 
 class _TooLongError(Exception):

@@ -16,9 +16,10 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from echo_rt.errors import ConfigError, EchoError
 from echo_rt.serve.session import BusyError, Session
+from echo_rt.serve.viewers import send
 from echo_rt.utils.wording import first_line
 
-_INIT_SECONDS, _SEND_SECONDS = 10.0, 15.0
+_INIT_SECONDS = 10.0
 _Message = TypeVar("_Message")
 
 
@@ -83,7 +84,7 @@ class Realtime:
                 after, sent = block.place, sent + 1
                 chunk = {"chunk_index": block.index, "num_frames": block.frames}
                 await _send(socket, {**header, **chunk, "is_final_frame_batch": True})
-                await asyncio.wait_for(socket.send_bytes(block.data), _SEND_SECONDS)
+                await send(socket, block.data)
                 times = {"scheduler_forward_ms": round(block.seconds * 1000), "ws_payload_bytes": len(block.data)}
                 await _send(socket, {"type": "chunk_stats", **chunk, **times})
         finally:
@@ -114,4 +115,4 @@ async def _receive(socket: WebSocket, kind: type[_Message]) -> _Message:
 
 
 async def _send(socket: WebSocket, message: dict[str, Any]) -> None:
-    await asyncio.wait_for(socket.send_bytes(msgspec.msgpack.encode(message)), _SEND_SECONDS)
+    await send(socket, msgspec.msgpack.encode(message))

@@ -28,6 +28,10 @@ class BusyError(EchoError):
     exit_code = 1
 
 
+class ParkedError(BusyError):
+    """The session was stored meanwhile, to make room for others; the next call brings it back."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """One encoded picture.
@@ -57,6 +61,15 @@ class Block:
     place: int
 
 
+@dataclass(frozen=True)
+class Audience:
+    """The viewers of a session in one gateway, which has a name; ``dropped``: pictures that they were too late for."""
+
+    gateway: str
+    viewers: int
+    dropped: int
+
+
 Item = Picture | dict[str, Any]  # a picture, or an event in plain JSON types with its ``type``
 
 
@@ -69,17 +82,21 @@ class Session(Protocol):
     async def describe(self) -> dict[str, Any]:
         """Return what does not change: size, fps, codec, MP4 ``header``, ``epoch`` (of :func:`time.time`), controls."""
 
-    async def next(self, after: int | None) -> list[tuple[int, Item]]:
+    async def next(self, after: int | None, audience: Audience | None = None) -> list[tuple[int, Item]]:
         """Return the items whose places are above ``after``, or that come from now on; waits up to a second for one.
 
-        Only the last :data:`KEPT` are there.
+        Only the last :data:`KEPT` are there. ``audience``: for whom. Raises :class:`ParkedError` if the session was
+        parked meanwhile; a later call brings it back.
         """
 
     async def block(self, after: int) -> Block | None:
-        """Return the block being shown as soon as its place is above ``after``; None after a second."""
+        """Return the block being shown as soon as its place is above ``after``; None after a second. As ``next``."""
 
     async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Carry out a command of :data:`echo_rt.serve.app.COMMANDS`, ``keyframe`` or ``figures``."""
+        """Carry out a command of :data:`echo_rt.serve.app.COMMANDS`, ``keyframe`` or ``figures``.
+
+        The last two bring back no session that is parked; ``audience`` says who asks for figures.
+        """
 
     async def close(self) -> None:
         """End the video: close the recording, write a snapshot."""

@@ -6,7 +6,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,10 @@ from fsspec.implementations.local import LocalFileSystem
 from msgspec import Meta
 
 from echo_rt.errors import ConfigError, OutputError, SnapshotError
+from echo_rt.serve.encoder import plays
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.atomic_file import write_whole
-from echo_rt.utils.checked_json import read_json
+from echo_rt.utils.checked_json import convert, read_json
 from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.wording import first_line, with_type
 
@@ -43,17 +44,27 @@ class Entry(TypedDict):
     asked: float
 
 
+class Values(TypedDict, total=False):
+    """What else of a session changes."""
+
+    paused: bool
+    recording: str | None
+
+
 @dataclass
 class Notes:
     """What a snapshot does not hold: the prompts, with the blocks they begin at, and what was asked for.
 
-    ``logged``: number of prompts so far, which are in the log; ``base``: that of the pictures shown before this video;
-    ``shown``: of those shown when the snapshot was taken; ``epoch``: of the pictures' times.
+    ``recording``: name of the one that runs; ``logged``: number of changes so far, which are in the log; ``base``: that
+    of the pictures shown before this video; ``shown``: of those shown when the snapshot was taken; ``epoch``: of the
+    pictures' times.
     """
 
     prompts: list[Entry] = field(default_factory=list)
     seed: _Count = 0
     memory: str | None = None
+    paused: bool = False
+    recording: str | None = None
     logged: _Count = 0
     base: _Count = 0
     shown: _Count = 0
@@ -126,18 +137,22 @@ class Shelf:
 
     # ---------------------------------------------------------------- the log
 
-    def log(self, number: int, entry: Entry) -> None:
-        """Write prompt ``number`` of the log, in place of one of that number; raises ``OutputError``."""
+    def log(self, number: int, entry: Mapping[str, Any]) -> None:
+        """Write change ``number`` of the log, in place of one of that number; raises ``OutputError``."""
         self._write_json(f"prompt-{number:010}.json", entry)
 
-    def logged(self, after: int) -> Iterator[Entry]:
-        """Yield the prompts of the log with numbers above ``after``, in order; raises ``SnapshotError``."""
+    def logged(self, after: int) -> Iterator[Mapping[str, Any]]:
+        """Yield the changes of the log with numbers above ``after``, in order: an :class:`Entry` or :class:`Values`.
+
+        Raises ``SnapshotError``.
+        """
         for match, _ in self._matching(_LOGGED):
-            if int(match[1]) > after and (entry := self.read_json(match[0], Entry)) is not None:
-                yield entry
+            if int(match[1]) > after and (change := self.read_json(match[0], dict[str, Any])) is not None:
+                kind: type[Any] = Entry if "text" in change else Values
+                yield convert(change, kind, f"{self._root}/{match[0]}", SnapshotError)
 
     def forget(self, until: int) -> None:
-        """Remove the prompts of the log up to number ``until``."""
+        """Remove the changes of the log up to number ``until``."""
         for match, _ in self._matching(_LOGGED):
             if int(match[1]) <= until:
                 self._remove(match[0])
@@ -154,6 +169,15 @@ class Shelf:
         """Store a finished recording that :meth:`new_recording` named, if it has pictures; raises ``OutputError``."""
         if self._scratch is not None and recording.exists():
             self._write(recording.name, recording.replace)
+
+    def find_cut_short(self) -> None:
+        """Give recordings that a killed process left in the folder their names; those of no picture are removed."""
+        for part in self._folder.glob(".*.mp4"):
+            if _RECORDING.fullmatch(part.name[1:]):
+                if plays(part):
+                    part.replace(part.with_name(part.name[1:]))
+                else:
+                    part.unlink()
 
     def recording(self, name: str) -> str:
         """Return a recording's path or address; :class:`ConfigError` where there is none of that name."""

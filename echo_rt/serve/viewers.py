@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from echo_rt.serve.session import KEPT, BusyError, Item, Picture, Session
+from starlette.websockets import WebSocket
+
+from echo_rt.serve.session import KEPT, Audience, BusyError, Item, ParkedError, Picture, Session
 
 Kind = Literal["mp4", "h264", "events"]
 _MOST_ITEMS = 48  # three seconds of pictures
 _MOST_BYTES = 4 << 20
 _AGAIN_SECONDS = 1.0
+_SILENT_SECONDS = 15.0  # a viewer whose connection takes nothing for so long is closed
 _NEVER = 1 << 63  # a place
 
 logger = logging.getLogger("echo_rt.serve")
+
+
+async def send(socket: WebSocket, entry: Any) -> None:
+    """Send bytes as they are, or JSON; ``asyncio.TimeoutError`` if the other side takes nothing for too long."""
+    sent = socket.send_bytes(entry) if isinstance(entry, bytes) else socket.send_json(entry)
+    await asyncio.wait_for(sent, _SILENT_SECONDS)
 
 
 class Viewer:
@@ -66,17 +76,19 @@ class Viewer:
 
 
 class Channel:
-    """A session and its viewers in this process, who have what it makes: while there are any, or from now on."""
+    """A session and its viewers in this process, who have what it makes while there are any.
 
-    def __init__(self, session: Session, most: int, *, always: bool = False) -> None:
-        self.session, self._most, self._always = session, most, always
+    A session that is parked stays so until somebody else comes, or it is back: its viewers are told, and wait.
+    """
+
+    def __init__(self, session: Session, most: int) -> None:
+        self.session, self._most, self._name = session, most, secrets.token_hex(8)
         self._viewers: set[Viewer] = set()
         self._kept: deque[tuple[int, Item]] = deque(maxlen=KEPT)
         self._whole_after = 0  # all that came after this place is kept
         self._pull: asyncio.Task[None] | None = None
-        self._pictures = self._dropped = 0
-        if always:
-            self._begin(0)
+        self._wanted = False  # somebody has come since the last items
+        self._dropped = 0
 
     def close(self) -> None:
         """Ask the session no more."""
@@ -85,41 +97,55 @@ class Channel:
         self._pull = None
         self._kept.clear()
 
-    def _begin(self, after: int | None) -> None:
-        self._whole_after = _NEVER if after is None else after
-        self._pull = asyncio.create_task(self._run(after))
-
     async def _run(self, after: int | None) -> None:
         """Pull from the session until cancelled; one that does not answer is asked again."""
+        parked = False
         while True:
             try:
-                items = await self.session.next(after)
+                if parked:
+                    await self._until_wanted()
+                items = await self.session.next(after, self.audience)
+            except ParkedError:
+                for viewer in () if parked else self._viewers:
+                    viewer.offer(after or 0, {"type": "parked"})
+                parked = True
+                continue
             except Exception as error:  # of another process, for example: viewers go on once it is back
                 logger.warning("the session does not answer: %s", error)
                 await asyncio.sleep(_AGAIN_SECONDS)
                 continue
+            parked = self._wanted = False
             for after, item in items:
                 if len(self._kept) == KEPT:
                     self._whole_after = self._kept[0][0]
                 self._whole_after = min(self._whole_after, after)
                 self._kept.append((after, item))
-                self._pictures += isinstance(item, Picture)
                 for viewer in self._viewers:
                     viewer.offer(after, item)
 
-    def figures(self) -> dict[str, Any]:
-        """Number of viewers; of pictures so far; of those that viewers were too late for."""
+    async def _until_wanted(self) -> None:
+        """Wait until somebody has come here, or the session is back for others."""
+        state = "parked"
+        while state == "parked":
+            await asyncio.sleep(_AGAIN_SECONDS)
+            state = "wanted" if self._wanted else (await self.session.ask("figures"))["state"]
+
+    @property
+    def audience(self) -> Audience:
+        """Those who watch, without those who listen to events."""
         watching = [viewer for viewer in self._viewers if viewer.kind != "events"]
         dropped = self._dropped + sum(viewer.dropped for viewer in watching)
-        return {"viewers": len(watching), "pictures": self._pictures, "dropped": dropped}
+        return Audience(self._name, len(watching), dropped)
 
     @contextmanager
     def view(self, kind: Kind, after: int | None = None) -> Iterator[Viewer]:
         """Add a viewer for a while, who may have come as far as ``after``; :class:`BusyError` for too many."""
         if sum((viewer.kind == "events") == (kind == "events") for viewer in self._viewers) >= self._most:
             raise BusyError(f"there are {self._most} viewers, the most that this server takes")
+        self._wanted = True
         if self._pull is None:
-            self._begin(after)
+            self._whole_after = _NEVER if after is None else after
+            self._pull = asyncio.create_task(self._run(after))
         whole = after is not None and after >= self._whole_after
         viewer = Viewer(kind, [entry for entry in self._kept if entry[0] > (after or 0)] if whole else None)
         self._viewers.add(viewer)
@@ -128,5 +154,5 @@ class Channel:
         finally:
             self._viewers.discard(viewer)
             self._dropped += viewer.dropped * (kind != "events")
-            if not self._viewers and not self._always:
+            if not self._viewers:
                 self.close()

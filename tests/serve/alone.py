@@ -31,5 +31,7 @@ def run_alone(cases: str, *options: str) -> None:
 
 
 def _in_namespace(*command: str) -> subprocess.CompletedProcess[str]:
-    words = ["unshare", "--net", "bash", "-c", NETWORK, "network", *command]
+    # Of processes too: whatever the tests leave running ends with them.
+    words = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    words += ["bash", "-c", NETWORK, "network", *command]
     return subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)

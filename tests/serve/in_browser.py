@@ -11,7 +11,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from echo_rt.serve.app import make_app
 from echo_rt.serve.encoder import LiveEncoder
 from echo_rt.serve.guard import Rules
 from echo_rt.serve.server import listen, make_server
+from echo_rt.serve.session import ParkedError
 
 CHROMIUM = os.environ.get("ECHO_RT_CHROMIUM", "/usr/bin/chromium")
 SCREENSHOTS = os.environ.get("ECHO_RT_SCREENSHOTS")  # a folder to keep them in
 FULL = "ECHO_RT_LONG_SERVE" in os.environ
 MS = 1000 * LONG
+MANY = 30 if FULL else 10  # frames, which are waited for in their time
 expect.set_options(timeout=MS)
 
 
@@ -51,8 +53,8 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(tiny_model, tmp_path_factory.mktemp("live") / "out", most_viewers=16) as found:
+def server(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with served(small_model, tmp_path_factory.mktemp("live") / "out", most_viewers=16) as found:
         yield found
 
 
@@ -102,7 +104,7 @@ def test_the_pictures_move_and_a_typed_prompt_shows_at_its_block(
     server.live.post("/restart", seed=0, prompt=PROMPT)
     page = open_page(browser, server.port, transport, viewport={"width": 1440, "height": 900})
     before = page.evaluate(PIXELS)
-    more_frames(page, 20)
+    more_frames(page, MANY)
     assert np.abs(np.subtract(before, page.evaluate(PIXELS))).max() > 4, "a still"
     size = page.evaluate("[document.querySelector('video').videoWidth, document.querySelector('video').videoHeight]")
     assert size == server.live.get("")["size"] and page.evaluate("echo.transport") == transport
@@ -138,7 +140,7 @@ def test_controls_keys_and_a_recording(browser: Browser, server: Served, tmp_pat
     more_frames(page, 3)
     page.keyboard.press("r")
     expect(page.locator("#recording")).to_be_visible()
-    more_frames(page, 30)
+    more_frames(page, MANY)
     with page.expect_download(timeout=MS) as download:
         page.keyboard.press("r")
     download.value.save_as(tmp_path / "seen.mp4")
@@ -172,14 +174,14 @@ def test_a_phone_shows_all_of_it(browser: Browser, server: Served) -> None:
     page.close()
 
 
-def test_the_page_comes_back_with_the_server(browser: Browser, tiny_model: Path, tmp_path: Path) -> None:
-    with served(tiny_model, tmp_path / "out") as first:
+def test_the_page_comes_back_with_the_server(browser: Browser, small_model: Path, tmp_path: Path) -> None:
+    with served(small_model, tmp_path / "out") as first:
         pages = [open_page(browser, first.port, transport) for transport in ("webrtc", "mp4")]
         at = first.live.get("/figures")["block"]
         port = first.port
     for page in pages:
         expect(page.locator("#connection")).to_have_text("server away")
-    with served(tiny_model, tmp_path / "out", resume=True, port=port) as second:
+    with served(small_model, tmp_path / "out", resume=True, port=port) as second:
         for page in pages:
             more_frames(page, 10)
             page.wait_for_function("block => echo.block >= block", arg=at, timeout=MS)
@@ -195,9 +197,9 @@ def test_ten_viewers_and_one_that_is_frozen(browser: Browser, server: Served) ->
         stack.enter_context(connect(address, max_queue=1, compression=None))  # the frozen one
         others = [stack.enter_context(connect(address, compression=None)) for _ in range(10 - len(pages))]
         for viewer in others:
-            assert all(viewer.recv(LONG) for _ in range(30))
+            assert all(viewer.recv(LONG) for _ in range(MANY))
         for page in pages:
-            more_frames(page, 30)
+            more_frames(page, MANY)
         assert server.live.get("/figures")["viewers"] == 11
     for page in pages:
         page.close()
@@ -207,11 +209,15 @@ def test_ten_viewers_and_one_that_is_frozen(browser: Browser, server: Served) ->
 
 
 class Counting:
-    """A session whose pictures are a counter: the row of squares at the top is its number in binary."""
+    """A session whose pictures are a counter: the row of squares at the top is its number in binary.
+
+    While ``parked`` it shows nothing; a command, or a viewer who asks once more, brings it back.
+    """
 
     size, fps = (832, 480), 16
 
     def __init__(self) -> None:
+        self.parked, self.told = False, False
         self.shown_at: dict[int, float] = {}
         self._items: list[Any] = []
         self._over = threading.Event()
@@ -240,7 +246,12 @@ class Counting:
         about = {"size": list(self.size), "fps": self.fps, "codec": self._encoder.codec, "epoch": self._epoch}
         return {**about, "header": self._encoder.header, "model": "-", "device": "-", "memories": []}
 
-    async def next(self, after: int) -> list[Any]:
+    async def next(self, after: int | None, audience: Any = None) -> list[Any]:
+        after = (self._items[-1][0] if self._items else 0) if after is None else after
+        if self.parked and not self.told:
+            self.told = True
+            raise ParkedError("parked")
+        self.parked = self.told = False
         while not (found := [item for item in self._items if item[0] > after]):
             await asyncio.sleep(0.002)
         return found
@@ -250,6 +261,9 @@ class Counting:
 
     async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         self._key = self._key or command == "keyframe"
+        if self.parked and command == "figures":
+            return {"state": "parked"}
+        self.parked = self.parked and command == "keyframe"
         lists = {name: [] for name in ("prompts", "snapshots", "recordings")}
         return {"state": "playing", "failure": None, "seed": 0, "memory": "", "recording": None, **lists}
 
@@ -273,22 +287,45 @@ READ = """() => new Promise((done) => {
 })"""
 
 
-@pytest.mark.skipif(not FULL, reason="measures a server on an idle machine: set ECHO_RT_LONG_SERVE=1")
-@pytest.mark.parametrize(("transport", "most"), [("webrtc", 60), ("mp4", 150)])
-def test_delay_at_832x480(browser: Browser, transport: str, most: float) -> None:
-    session = Counting()
+@contextmanager
+def counted(session: Counting) -> Iterator[int]:
+    """Serve it; yields the port."""
     listener = listen("127.0.0.1", 0)
     server = make_server(make_app({"main": session}, Rules()))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
-        page = open_page(browser, listener.getsockname()[1], transport)
-        more_frames(page, 32)
-        seen, told = page.evaluate(READ)
-        page.close()
+        yield listener.getsockname()[1]
     finally:
         server.should_exit = True
         thread.join(LONG)
+
+
+def test_a_parked_video_stays_so_until_somebody_plays_it(browser: Browser) -> None:
+    session = Counting()
+    with counted(session) as port:
+        page = open_page(browser, port, "mp4")
+        session.parked = True
+        expect(page.locator("#connection")).to_have_text("parked")
+        expect(page.locator("#notice")).to_contain_text("Play brings it back")
+        if FULL:  # by then the page would connect again, if it thought that the video stalls
+            page.wait_for_function("performance.now() - echo.lastFrame > 8000", timeout=MS)
+        assert session.parked, "who watched brought it back"
+        page.keyboard.press(" ")
+        more_frames(page, 5)
+        expect(page.locator("#connection")).to_contain_text("MP4")
+        page.close()
+
+
+@pytest.mark.skipif(not FULL, reason="measures a server on an idle machine: set ECHO_RT_LONG_SERVE=1")
+@pytest.mark.parametrize(("transport", "most"), [("webrtc", 60), ("mp4", 150)])
+def test_delay_at_832x480(browser: Browser, transport: str, most: float) -> None:
+    session = Counting()
+    with counted(session) as port:
+        page = open_page(browser, port, transport)
+        more_frames(page, 32)
+        seen, told = page.evaluate(READ)
+        page.close()
     delays = [1000 * (at - session.shown_at[number]) for number, at in seen if number in session.shown_at]
     assert len(delays) > 80
     median, told_median = statistics.median(delays), statistics.median(told)

@@ -40,7 +40,7 @@ def shown(server: Served, blocks: int, *, first: int) -> dict[int, bytes]:
 
 
 def _now(server: Served, coroutine: Any) -> Any:
-    return asyncio.run_coroutine_threadsafe(coroutine, server.session._loop).result(60)
+    return asyncio.run_coroutine_threadsafe(coroutine, server.session._screen._loop).result(60)
 
 
 # ---------------------------------------------------------------- the page

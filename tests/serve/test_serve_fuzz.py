@@ -202,7 +202,7 @@ def test_what_lies_in_a_sessions_folder(tmp_path_factory: pytest.TempPathFactory
 
 def test_a_snapshot_without_its_notes_goes_on(server: Served) -> None:
     name = server.post("/snapshots")[1]["name"]
-    (server.session._shelf._folder / f"{name}.json").unlink()
+    (server.session._history.shelf._folder / f"{name}.json").unlink()
     assert server.post("/resume", snapshot=name)[0] == 200
     status, answer = server.post("/restart", seed=1)
     assert status == 422 and "expected a prompt, since none is known" in answer["detail"]

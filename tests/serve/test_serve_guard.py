@@ -17,7 +17,10 @@ from websockets.exceptions import InvalidStatus
 
 import echo_rt.serve.server as bounds
 from echo_rt.errors import StreamError
+from echo_rt.serve import viewers as viewers_module
 from echo_rt.serve.guard import Rules
+from echo_rt.serve.session import ParkedError, Picture
+from echo_rt.serve.viewers import Channel, Viewer
 
 FIGURES = "/api/sessions/main/figures"
 TOKEN = "a-token+with/signs="
@@ -189,9 +192,6 @@ def test_long_messages_of_a_websocket_end_it(server: Served) -> None:
 
 
 def test_a_viewer_that_is_late_loses_pictures_not_others() -> None:
-    from echo_rt.serve.session import Picture
-    from echo_rt.serve.viewers import Viewer
-
     async def trial() -> None:
         late, prompt = Viewer("h264"), Viewer("h264")
         for number in range(500):
@@ -207,6 +207,58 @@ def test_a_viewer_that_is_late_loses_pictures_not_others() -> None:
         for number in range(40):
             heavy.offer(number, Picture(number, True, b"", bytes(1 << 20), True))
         assert heavy._bytes <= 4 << 20
+
+    asyncio.run(trial())
+
+
+class Parking:
+    """A session that can be parked, and counts how often it was brought back."""
+
+    def __init__(self) -> None:
+        self.parked, self.told, self.brought_back, self.place = False, False, 0, 0
+
+    async def next(self, after: int | None, audience: Any = None) -> list[Any]:
+        await asyncio.sleep(0.005)
+        if self.parked and not self.told:
+            self.told = True
+            raise ParkedError("parked")
+        if self.parked:
+            self.parked, self.brought_back = False, self.brought_back + 1
+        self.place += 1
+        return [(self.place, Picture(self.place, True, b"picture", b"", False))]
+
+    async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        return {"state": "parked" if self.parked else "playing"}
+
+    def park(self) -> None:
+        self.parked, self.told = True, False
+
+
+def test_a_parked_session_is_brought_back_by_who_comes_and_not_by_who_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(viewers_module, "_AGAIN_SECONDS", 0.01)
+
+    async def trial() -> None:
+        session: Any = Parking()
+        channel = Channel(session, 8)
+        with channel.view("h264") as watching, channel.view("events") as listening:
+            await watching.get()
+            session.park()
+            assert await listening.get() == {"type": "parked"}
+            for _ in range(30):
+                await asyncio.sleep(0.01)
+            assert session.parked and session.brought_back == 0, "a viewer that was there brings it back"
+            with channel.view("h264") as late:
+                await late.get()
+            assert session.brought_back == 1
+            watching._queue.clear()
+            await watching.get()  # it goes on for those who were there
+            session.park()
+            assert await listening.get() == {"type": "parked"}
+            session.parked = False  # brought back by somebody elsewhere
+            watching._queue.clear()
+            await watching.get()
+            assert session.brought_back == 1
+        channel.close()
 
     asyncio.run(trial())
 

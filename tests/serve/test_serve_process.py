@@ -83,7 +83,9 @@ def test_sigterm_closes_the_recording_and_resume_goes_on(small_model: Path, tmp_
         assert held.frames.numpy().tobytes() == plain(small_model, held.index + 1, (switch, OTHER))[held.index]
 
 
-def test_a_server_that_others_reach_has_a_token(small_model: Path, tmp_path: Path) -> None:
+def test_a_server_that_others_reach_has_a_token_and_its_folder_for_itself(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with process(small_model, tmp_path / "out", "--host", "0.0.0.0") as (started, address):
         base, _, token = address.partition("/?token=")
         assert len(token) >= 32
@@ -92,11 +94,6 @@ def test_a_server_that_others_reach_has_a_token(small_model: Path, tmp_path: Pat
             assert live.get("/figures")["viewers"] == 0
         with Live(f"http://127.0.0.1:{port}") as live, pytest.raises(Exception, match="401"):
             live.get("/figures")
-        end(started)
-
-
-def test_one_folder_is_for_one_server(small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with process(small_model, tmp_path / "out") as (started, _):
         assert main(command(small_model, tmp_path / "out")[3:]) == 2
         assert "another process writes into it" in capsys.readouterr().err
         end(started)

@@ -16,9 +16,10 @@ from serving import plain, served
 from streaming import OTHER, PROMPT, load
 
 from echo_rt.errors import OutputError
-from echo_rt.serve import live as live_module
+from echo_rt.serve import screen as screen_module
 from echo_rt.serve.live import LiveSession
 from echo_rt.serve.session import PLACES, Picture
+from echo_rt.serve.viewers import Channel
 
 EVERY = 2  # blocks between two snapshots
 
@@ -81,10 +82,13 @@ def check(viewer: Viewer, video: list[bytes]) -> None:
 
 
 async def stored(store: str, blocks: int) -> None:
-    """Return once a snapshot is stored that the blocks up to ``blocks`` are shown in."""
+    """Return once a snapshot is stored that was taken when that many blocks, of 9 and 12 pictures, were shown."""
     fs, root = fsspec.core.url_to_fs(f"{store}/a/current")
-    while not any(int(path[:-5].split("-")[-1]) >= blocks - 1 for path in fs.glob(f"{root}/*-block-*.json")):
+    shown = 0
+    while shown < 9 + 12 * (blocks - 1):
         fs.invalidate_cache()
+        with contextlib.suppress(FileNotFoundError):  # it was one too many, meanwhile
+            shown = max(json.loads(fs.cat_file(path))["shown"] for path in fs.glob(f"{root}/*-block-*.json"))
         await asyncio.sleep(0.01)
 
 
@@ -106,7 +110,7 @@ def test_another_process_goes_on_with_the_very_next_picture(store: str, small_mo
             seen = viewer.after // PLACES
             takers = [one.take(second, lambda: asked_later + 1 in viewer.blocks) for one in (viewer, late)]
             await asyncio.gather(*takers)
-            shown = [place // PLACES for place, item in second._items if isinstance(item, Picture)]
+            shown = [place // PLACES for place, item in second._screen._items if isinstance(item, Picture)]
         assert late.numbers[0] == seen - 4 and (len(shown) > 200 or shown[0] == seen - 4), "shown again"
         assert viewer.first[0].key and late.first[0].key, "they go on with another encoder"
         assert late.first[0].mp4 and late.first[0].mp4_key, "the last picture before is in no fragment"
@@ -149,7 +153,7 @@ def test_a_prompt_that_cannot_be_logged_is_not_taken(
                 def full(number: int, entry: dict[str, Any]) -> None:
                     raise OutputError("the store is full")
 
-                patch.setattr(first._current, "log", full)
+                patch.setattr(first._history._current, "log", full)
                 with pytest.raises(OutputError, match="full"):
                     await first.ask("prompt", text=OTHER)
             await viewer.take(first, lambda: 5 in viewer.blocks)
@@ -158,6 +162,83 @@ def test_a_prompt_that_cannot_be_logged_is_not_taken(
 
     viewer = asyncio.run(trial())
     check(viewer, plain(small_model, max(viewer.blocks) + 1))
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_pause_is_remembered(store: str, small_model: Path, ended: bool) -> None:
+    async def trial() -> None:
+        viewer, stored_with_it = Viewer(), 5
+        async with session(small_model, f"{store}/a") as first:
+            await viewer.take(first, lambda: 1 in viewer.blocks)
+            await first.ask("prompt", text=OTHER)
+            await first.ask("pause", paused=True)
+            await first.ask("pause", paused=False)
+            await first.ask("restart", seed=2)  # which keeps the pause as it is, and stores it in a snapshot
+            await first.ask("pause", paused=True)
+            place = killed(store)
+        async with session(small_model, f"{store}/a" if ended else place) as second:
+            reader = asyncio.ensure_future(Viewer(viewer.after).take(second, lambda: False))
+            while second._chunk is None:  # who watches sees it once more, until it goes on
+                await asyncio.sleep(0.01)
+            while len(second._screen._items) < stored_with_it:
+                await asyncio.sleep(0.01)
+            assert (await second.ask("figures"))["state"] == "paused"
+            pictures = [place // PLACES for place, item in second._screen._items if isinstance(item, Picture)]
+            assert len(set(pictures)) == 1, "it goes on by itself"
+            reader.cancel()
+            await second.ask("pause", paused=False)
+            begun = Viewer(second._screen.place)
+            await begun.take(second, lambda: len(begun.blocks) > 2)
+            assert (await second.ask("figures"))["seed"] == "2"
+
+    asyncio.run(trial())
+
+
+def test_a_recording_goes_on_in_another_file(tmp_path: Path, small_model: Path) -> None:
+    async def trial() -> None:
+        viewer = Viewer()
+        async with session(small_model, f"{tmp_path}/a") as first:
+            name = (await first.ask("record"))["name"]
+            await viewer.take(first, lambda: 14 in viewer.blocks)  # a fragment is two seconds: ten blocks
+            place = killed(str(tmp_path))
+        async with session(small_model, place) as second:
+            await viewer.take(second, lambda: 16 in viewer.blocks)
+            assert second.recording not in (None, name)
+            frames = (await second.ask("stop_recording"))["frames"]
+            assert frames > 12
+            names = [one["name"] for one in (await second.ask("recordings"))["recordings"]]
+            assert len(names) == 2 and names[1] == name
+        for recording in names:
+            with av.open(f"{place}/{recording}") as video:
+                assert len(list(video.decode(video=0))) > 12
+        async with session(small_model, place) as third:
+            assert third.recording is None, "it was stopped"
+
+    asyncio.run(trial())
+
+
+def test_viewers_of_all_gateways_are_counted(tmp_path: Path, small_model: Path) -> None:
+    async def trial() -> None:
+        async with session(small_model, f"{tmp_path}/a") as found:
+            gateways = [Channel(found, 8) for _ in range(3)]
+
+            async def figures(gateway: Channel) -> dict[str, Any]:
+                return await found.ask("figures", audience=gateway.audience)
+
+            with contextlib.ExitStack() as stack:
+                viewers = [stack.enter_context(gateways[number].view("h264")) for number in (0, 1, 1, 2)]
+                stack.enter_context(gateways[2].view("events"))
+                for viewer in viewers:
+                    await viewer.get()
+                assert [(await figures(gateway))["viewers"] for gateway in gateways] == [4, 4, 4]
+                gateways[1].close()  # as if its process had died
+                while (await figures(gateways[0]))["viewers"] != 2:
+                    await asyncio.sleep(0.05)
+            while (seen := await figures(gateways[0]))["viewers"] != 0:
+                await asyncio.sleep(0.05)
+            assert seen["pictures"] > 0 and seen["dropped"] >= 0
+
+    asyncio.run(trial())
 
 
 def test_the_log_is_no_longer_than_it_must_be(tmp_path: Path, small_model: Path) -> None:
@@ -194,7 +275,7 @@ def test_a_process_that_was_only_out_of_reach_writes_no_more(tmp_path: Path, sma
 
 
 def test_nobody_watches(tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_module, "_LEASE_SECONDS", 0.2)
+    monkeypatch.setattr(screen_module, "_LEASE_SECONDS", 0.2)
 
     async def trial() -> None:
         viewer = Viewer()
@@ -203,10 +284,10 @@ def test_nobody_watches(tmp_path: Path, small_model: Path, monkeypatch: pytest.M
             await viewer.take(first, lambda: 1 in viewer.blocks)
             while (await first.ask("figures"))["state"] != "unwatched":
                 await asyncio.sleep(0.01)
-            place = first._place
+            place = first._screen.place
             for _ in range(20):
                 await asyncio.sleep(0.02)
-            assert first._place == place, "it goes on for nobody"
+            assert first._screen.place <= place + PLACES, "it goes on for nobody"  # one was on the way
             await viewer.take(first, lambda: 3 in viewer.blocks)
 
     asyncio.run(trial())

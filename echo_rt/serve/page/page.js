@@ -5,7 +5,7 @@ const ROOT = `/api/sessions/${encodeURIComponent(new URLSearchParams(location.se
 const STALL_MS = 2500;
 const RECONNECT_MS = 6000;
 
-const state = { prompts: [], block: -1, playing: true, failed: null, lastFrame: 0, frames: 0, delays: [], transport: null, recordingSince: null };
+const state = { prompts: [], block: -1, playing: true, parked: false, failed: null, lastFrame: 0, frames: 0, delays: [], transport: null, recordingSince: null };
 window.echo = state; // for tests and the curious
 
 async function call(path, body) {
@@ -75,12 +75,13 @@ const median = (values) => [...values].sort((a, b) => a - b)[values.length >> 1]
 function watchConnection() {
   const age = performance.now() - state.lastFrame;
   const name = state.transport === "webrtc" ? "WebRTC" : "MP4";
-  const still = state.failed || !state.playing || document.hidden;
+  const still = state.failed || !state.playing || state.parked || document.hidden;
   const slow = Math.max(STALL_MS, 4000 / (state.fps || 16));
   const chip = $("connection");
   let [look, text] = ["good", name];
   if (state.failed) [look, text] = ["bad", "stopped"];
   else if (state.away) [look, text] = ["bad", "server away"];
+  else if (state.parked) [look, text] = ["warn", "parked"];
   else if (!state.playing) [look, text] = ["warn", "paused"];
   else if (age > slow) [look, text] = ["warn", `${state.first ? "connecting" : "no picture for"} ${Math.round(age / 1000)} s`];
   else if (state.first) [look, text] = ["warn", "connecting"];
@@ -89,7 +90,7 @@ function watchConnection() {
   chip.lastElementChild.textContent = text;
   $("live").classList.toggle("on", look === "good");
   $("live").lastChild.textContent = look === "good" ? "Live" : text;
-  const notice = state.failed ? `The video has ended: ${state.failed}. Restart it, or resume a snapshot.`
+  const notice = state.parked ? "The video was stored to make room for others. Play brings it back." : state.failed ? `The video has ended: ${state.failed}. Restart it, or resume a snapshot.`
     : state.playing && age > slow && !document.hidden ? "Waiting for the next picture…" : "";
   $("notice").hidden = !notice;
   $("notice").textContent = notice;
@@ -203,6 +204,8 @@ function showFigures(figures) {
 
 async function refresh() {
   const figures = await call("/figures");
+  setParked(figures.state === "parked");
+  if (state.parked) return figures;
   Object.assign(state, { viewers: figures.viewers, memory: figures.memory, seed: figures.seed, failed: figures.failure });
   setPlaying(figures.state !== "paused");
   setRecording(figures.recording);
@@ -210,8 +213,9 @@ async function refresh() {
 }
 
 async function refreshAll() {
-  const [figures, prompts] = [await refresh(), (await call("/prompts")).prompts];
-  state.prompts = prompts;
+  const figures = await refresh();
+  if (state.parked) return;
+  state.prompts = (await call("/prompts")).prompts;
   state.block = figures.block ?? -1;
   $("memory").value = figures.memory;
   $("seed").value = figures.seed;
@@ -221,12 +225,19 @@ async function refreshAll() {
 
 // ---------------------------------------------------------------- controls
 
+function setParked(parked) {
+  if (state.parked === parked) return;
+  state.parked = parked;
+  setPlaying(state.playing);
+}
+
 function setPlaying(playing) {
   state.playing = playing;
   if (playing) state.lastFrame = performance.now();
-  $("pause").textContent = playing ? "Pause" : "Play";
-  $("pause").setAttribute("aria-pressed", String(!playing));
-  document.body.classList.toggle("still", !playing);
+  const still = !playing || state.parked;
+  $("pause").textContent = still ? "Play" : "Pause";
+  $("pause").setAttribute("aria-pressed", String(still));
+  document.body.classList.toggle("still", still);
 }
 
 function setRecording(name) {
@@ -261,7 +272,7 @@ async function listRecordings() {
 }
 
 const DO = {
-  pause: () => call("/pause", { paused: state.playing }),
+  pause: () => call("/pause", { paused: state.playing && !state.parked }),
   snapshot: () => call("/snapshots", {}),
   record: async () => {
     if (!state.recordingSince) return call("/recordings", {});
@@ -306,6 +317,7 @@ $("transport").addEventListener("change", () => { localStorage.transport = $("tr
 
 function heard(event) {
   state.away = event.type === "away";
+  if (!["away", "hello"].includes(event.type)) setParked(event.type === "parked");
   switch (event.type) {
     case "hello": refreshAll().catch(() => {}); break;
     case "block":
