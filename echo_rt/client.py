@@ -22,7 +22,7 @@ from echo_rt.errors import StreamError
 from echo_rt.output.video import load_av
 from echo_rt.utils.atomic_file import Closing, whole_file
 from echo_rt.utils.checked_json import read_json
-from echo_rt.utils.wording import first_line
+from echo_rt.utils.wording import first_line, printable
 
 _MOST_MESSAGE = 16 << 20  # bytes
 
@@ -103,4 +103,4 @@ class Live(Closing):
 def _check(answer: httpx.Response) -> None:
     if answer.is_error:
         answer.read()
-        raise StreamError(f"the server answers {answer.status_code}: {answer.text[:500]}")
+        raise StreamError(f"the server answers {answer.status_code}: {printable(answer.text[:500])}")

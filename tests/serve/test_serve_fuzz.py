@@ -232,6 +232,7 @@ def live() -> Iterator[Live]:
 
 
 @given(status=st.integers(200, 599), content=ANSWERS)
+@example(status=400, content=b"\n")
 @example(status=200, content=b"[1]")
 @example(status=200, content=b"\xff{")
 def test_answers_to_the_client(live: Live, status: int, content: bytes) -> None:
