@@ -53,9 +53,10 @@ measure-demo: $(VENV)/.developed ## measure what the demo model shows and rememb
 test: $(VENV)/.developed kernels ## run every test; with nvcc on the PATH, compile the kernels too
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-long: $(VENV)/.developed wheel ## run what takes hours: wheels, long soaks, a server under load, then every test in two other orders, once beside 20 busy processes
-	ECHO_RT_LONG_SOAK=1 ECHO_RT_FUZZ=15000 $(PYTEST) tests/soak $(PYTEST_ARGS)
-	ECHO_RT_FUZZ=15000 $(PYTEST) tests/weights/test_fuzz.py $(PYTEST_ARGS)
+test-long: $(VENV)/.developed wheel ## run what takes hours: wheels, long soaks, ten minutes for each fuzz test, a server under load, then every test in two other orders, once beside 20 busy processes
+	ECHO_RT_LONG_SOAK=1 $(PYTEST) tests/soak $(PYTEST_ARGS)
+	ECHO_RT_FUZZ=600 $(PYTEST) -rP -m hypothesis $(PYTEST_ARGS)
+	ECHO_RT_FUZZ=600 $(PYTEST) tests/stream/test_hammer.py $(PYTEST_ARGS)
 	ECHO_RT_LONG_SERVE=1 $(BIN)/python -m pytest tests/serve $(PYTEST_ARGS)
 	$(PYTEST) --shuffle 1 $(PYTEST_ARGS)
 	$(BIN)/python tests/busy.py 20 env $(PYTEST) --shuffle 2 $(PYTEST_ARGS)

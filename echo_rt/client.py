@@ -8,7 +8,6 @@ with Live("http://127.0.0.1:8000") as live:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from websockets.sync.client import connect
 from echo_rt.errors import StreamError
 from echo_rt.output.video import load_av
 from echo_rt.utils.atomic_file import Closing, whole_file
+from echo_rt.utils.checked_json import read_json
+from echo_rt.utils.wording import first_line, printable
 
 _MOST_MESSAGE = 16 << 20  # bytes
 
@@ -67,15 +68,19 @@ class Live(Closing):
 
     def frames(self) -> Iterator[NDArray[np.uint8]]:
         """Connect, and yield frames as they are shown, uint8 ``[height, width, 3]`` RGB; who is slow misses some."""
-        decoder = load_av().CodecContext.create("h264", "r")
+        av = load_av()
+        decoder = av.CodecContext.create("h264", "r")
         for data in self._messages("/video?format=h264"):
             if isinstance(data, bytes):
-                for frame in decoder.decode(load_av().Packet(data)):
-                    yield frame.to_ndarray(format="rgb24")
+                try:
+                    frames = decoder.decode(av.Packet(data))
+                except av.FFmpegError as error:
+                    raise StreamError(f"the server's pictures cannot be decoded: {first_line(error)}") from None
+                yield from (frame.to_ndarray(format="rgb24") for frame in frames)
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Connect, and yield what happens; first a ``hello``, then blocks that are shown, prompts, ..."""
-        return (json.loads(text) for text in self._messages("/events"))
+        return (read_json(text, dict[str, Any], "an event", StreamError) for text in self._messages("/events"))
 
     def _messages(self, path: str) -> Iterator[str | bytes]:
         options: dict[str, Any] = {"max_size": _MOST_MESSAGE, "compression": None, "open_timeout": self._timeout}
@@ -92,11 +97,10 @@ class Live(Closing):
         except httpx.TransportError as error:
             raise StreamError(f"the server cannot be reached: {error}") from None
         _check(answer)
-        found: dict[str, Any] = answer.json()
-        return found
+        return read_json(answer.content, dict[str, Any], "the server's answer", StreamError)
 
 
 def _check(answer: httpx.Response) -> None:
     if answer.is_error:
         answer.read()
-        raise StreamError(f"the server answers {answer.status_code}: {answer.text[:500]}")
+        raise StreamError(f"the server answers {answer.status_code}: {printable(answer.text[:500])}")

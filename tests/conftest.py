@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))  # lets every test import closeness, naive_rollout, ... by name
 
+import fuzzing  # noqa: E402 - which sets how many examples hypothesis tries
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in another order, which SEED fixes")
@@ -25,6 +27,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seed = config.getoption("--shuffle")
     if seed is not None:
         random.Random(seed).shuffle(items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Have a test of hypothesis go on for the seconds that it is asked for."""
+    if not fuzzing.SECONDS or not getattr(pyfuncitem.obj, "is_hypothesis_test", False):
+        return None
+    names = pyfuncitem._fixtureinfo.argnames
+    fuzzing.for_seconds(pyfuncitem.obj)(**{name: pyfuncitem.funcargs[name] for name in names})
+    return True
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -68,8 +68,8 @@ def number(kind: type[int] | type[float], named: str = "", **bounds: Any) -> Val
 
 def parse_path(text: str) -> Path:
     """Parse a path; an empty one (of an unset variable, for example) would mean the current folder."""
-    if not text:
-        raise ValueError("expected a path, got ''")
+    if not text or "\0" in text:
+        raise ValueError(f"expected a path, got {reprlib.repr(text)}")
     return Path(text)
 
 
@@ -97,13 +97,13 @@ def _parse_override(text: str) -> tuple[str, Any]:
     """Name and value of one ``--set``; the model checks whether they fit."""
     name, equals, value = text.partition("=")
     if name not in OVERRIDES or not equals:
-        raise ValueError(f"expected NAME=VALUE with a NAME of {', '.join(OVERRIDES)}; got {text!r}")
+        raise ValueError(f"expected NAME=VALUE with a NAME of {', '.join(OVERRIDES)}; got {reprlib.repr(text)}")
     if name in _WORDS:
         return name, value
     try:
         parsed = json.loads(f"[{value}]" if "," in value else value)
-    except ValueError:
-        raise ValueError(f"expected a number, a list of numbers, true or false; got {text!r}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"expected a number, a list of numbers, true or false; got {reprlib.repr(text)}") from None
     # One step is a list of one.
     return name, [parsed] if name in _LISTS and not isinstance(parsed, list) else parsed
 

@@ -27,6 +27,7 @@ from echo_rt.serve.rtc import Peers
 from echo_rt.serve.session import BusyError, Session, Sessions, soon
 from echo_rt.serve.viewers import Channel, Kind, Viewer, send
 from echo_rt.utils.build_info import __version__
+from echo_rt.utils.wording import printable
 
 PAGE = Path(__file__).parent / "page"
 _TRY_LATER, _MOST_REASON = 1013, 120  # of a WebSocket: code and bytes of its reason
@@ -166,9 +167,9 @@ def make_app(
 
     @app.exception_handler(RequestValidationError)
     async def misfit(request: Request, error: RequestValidationError) -> JSONResponse:
-        # Without the value that was sent, which may be long, or not even text.
-        found = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:5])
-        return JSONResponse({"detail": found.encode(errors="replace").decode()}, 422)
+        # Without the value that was sent; names of fields may be long, too, or not even text.
+        found = "; ".join(f"{'.'.join(map(str, one['loc'])):.80}: {one['msg']}" for one in error.errors()[:5])
+        return JSONResponse({"detail": printable(found)}, 422)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,12 @@ class History:
 
     # ---------------------------------------------------------------- changes
 
-    def log(self, change: dict[str, Any]) -> None:
+    def log(self, change: Mapping[str, Any]) -> None:
         """Store the next change, in place of one that was logged and not noted; raises ``OutputError``."""
         if self._survives:
             self._current.log(self.notes.logged + 1, change)
 
-    def note(self, change: dict[str, Any]) -> None:
+    def note(self, change: Mapping[str, Any]) -> None:
         """Take a logged change into the notes: a prompt, or new values of ``paused`` and ``recording``."""
         if "text" in change:
             values: dict[str, Any] = {"prompts": [*self.notes.prompts, change][-_MOST_PROMPTS:]}

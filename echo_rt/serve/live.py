@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from echo_rt.chunk import Chunk
-from echo_rt.errors import ConfigError, EchoError, StreamError
+from echo_rt.errors import ConfigError, EchoError, PromptError, StreamError
 from echo_rt.options import MemoryMode, check_seed
 from echo_rt.runtime import Runtime
 from echo_rt.serve.encoder import Recording
 from echo_rt.serve.history import History
 from echo_rt.serve.screen import Screen
 from echo_rt.serve.session import PLACES, Audience, Block, BusyError, Item, check_memory, checked_prompt
-from echo_rt.serve.shelf import Notes
+from echo_rt.serve.shelf import Entry, Notes
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.stream import Feed, Stream
 from echo_rt.utils.atomic_file import close_all
@@ -231,6 +231,8 @@ class LiveSession:
         check_seed(seed)
         check_memory(memory)
         notes = self._history.notes
+        if prompt is None and not notes.prompts:  # the notes of a snapshot may be missing
+            raise PromptError("expected a prompt, since none is known of this video")
         text = checked_prompt(notes.prompts[-1]["text"] if prompt is None else prompt)
         self._runtime.encode_prompt(text)  # a bad prompt must not end the video before
 
@@ -431,7 +433,7 @@ class LiveSession:
             self._saver.start()
 
 
-def _entry(text: str, block: int, over: int | None) -> dict[str, Any]:
+def _entry(text: str, block: int, over: int | None) -> Entry:
     return {"text": text, "block": block, "over": over, "asked": time.time()}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -17,8 +17,10 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from echo_rt.errors import ConfigError, EchoError
 from echo_rt.serve.session import BusyError, Session
 from echo_rt.serve.viewers import send
+from echo_rt.utils.wording import first_line
 
 _INIT_SECONDS = 10.0
+_Message = TypeVar("_Message")
 
 
 class _Init(msgspec.Struct, tag_field="type", tag="init"):
@@ -56,7 +58,7 @@ class Realtime:
                 raise BusyError("another client has the session; try again later")
             async with self._taken:
                 await self._generate(socket)
-        except (EchoError, msgspec.MsgspecError) as error:
+        except EchoError as error:
             await _send(socket, {"type": "error", "content": str(error)})
         except (WebSocketDisconnect, asyncio.TimeoutError):
             return  # it has left, or is silent
@@ -64,8 +66,8 @@ class Realtime:
             await socket.close()
 
     async def _generate(self, socket: WebSocket) -> None:
-        first = await asyncio.wait_for(socket.receive_bytes(), _INIT_SECONDS)
-        init, about = msgspec.msgpack.decode(first, type=_Init), await self._session.describe()
+        init = await asyncio.wait_for(_receive(socket, _Init), _INIT_SECONDS)
+        about = await self._session.describe()
         width, height = about["size"]
         for name, expected in (("size", f"{width}x{height}"), ("realtime_output_format", "raw")):
             if (found := getattr(init, name)) not in (None, expected):
@@ -92,16 +94,24 @@ class Realtime:
     async def _listen(self, socket: WebSocket) -> None:
         """Take events; one that cannot be taken is told, and the video goes on."""
         while True:
-            message = await socket.receive_bytes()
             try:
-                event = msgspec.msgpack.decode(message, type=_Event)
+                event = await _receive(socket, _Event)
                 text = event.payload if isinstance(event.payload, str) else event.payload.get("prompt", "")
                 if event.kind != "prompt":
                     raise ConfigError(f"kind: expected prompt, found {event.kind[:40]!r}")
                 taken = await self._session.ask("prompt", text=str(text))
                 await _send(socket, {"type": "event_ack", "event_id": event.event_id, "chunk_index": taken["block"]})
-            except (EchoError, msgspec.MsgspecError) as error:
+            except EchoError as error:
                 await _send(socket, {"type": "error", "content": str(error)})
+
+
+async def _receive(socket: WebSocket, kind: type[_Message]) -> _Message:
+    try:
+        return msgspec.msgpack.decode(await socket.receive_bytes(), type=kind)
+    except KeyError:  # Starlette's
+        raise ConfigError("expected MessagePack in a binary message, found a text") from None
+    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
+        raise ConfigError(first_line(error)) from None
 
 
 async def _send(socket: WebSocket, message: dict[str, Any]) -> None:

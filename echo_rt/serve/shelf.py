@@ -6,21 +6,22 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import fsspec.core
 import msgspec
 from fsspec.implementations.local import LocalFileSystem
+from msgspec import Meta
 
 from echo_rt.errors import ConfigError, OutputError, SnapshotError
 from echo_rt.serve.encoder import plays
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.atomic_file import write_whole
-from echo_rt.utils.checked_json import read_json
+from echo_rt.utils.checked_json import convert, read_json
 from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.wording import first_line, with_type
 
@@ -29,6 +30,25 @@ _RECORDING = re.compile(r"[0-9]{8}-[0-9]{9}\.mp4")
 _LOGGED = re.compile(r"prompt-([0-9]{10})\.json")
 _OWNER = "owner.json"
 _MOST_RECORDINGS = 32
+
+
+_Count = Annotated[int, Meta(ge=0)]
+
+
+class Entry(TypedDict):
+    """A prompt, the block that begins with it, blocks that it is blended in over, and the time."""
+
+    text: str
+    block: _Count
+    over: int | None
+    asked: float
+
+
+class Values(TypedDict, total=False):
+    """What else of a session changes."""
+
+    paused: bool
+    recording: str | None
 
 
 @dataclass
@@ -40,14 +60,14 @@ class Notes:
     pictures' times.
     """
 
-    prompts: list[dict[str, Any]] = field(default_factory=list)
-    seed: int = 0
+    prompts: list[Entry] = field(default_factory=list)
+    seed: _Count = 0
     memory: str | None = None
     paused: bool = False
     recording: str | None = None
-    logged: int = 0
-    base: int = 0
-    shown: int = 0
+    logged: _Count = 0
+    base: _Count = 0
+    shown: _Count = 0
     epoch: float | None = None
 
 
@@ -117,15 +137,19 @@ class Shelf:
 
     # ---------------------------------------------------------------- the log
 
-    def log(self, number: int, entry: dict[str, Any]) -> None:
+    def log(self, number: int, entry: Mapping[str, Any]) -> None:
         """Write change ``number`` of the log, in place of one of that number; raises ``OutputError``."""
         self._write_json(f"prompt-{number:010}.json", entry)
 
-    def logged(self, after: int) -> Iterator[dict[str, Any]]:
-        """Yield the changes of the log with numbers above ``after``, in order; raises ``SnapshotError``."""
+    def logged(self, after: int) -> Iterator[Mapping[str, Any]]:
+        """Yield the changes of the log with numbers above ``after``, in order: an :class:`Entry` or :class:`Values`.
+
+        Raises ``SnapshotError``.
+        """
         for match, _ in self._matching(_LOGGED):
-            if int(match[1]) > after and (entry := self.read_json(match[0], dict[str, Any])) is not None:
-                yield entry
+            if int(match[1]) > after and (change := self.read_json(match[0], dict[str, Any])) is not None:
+                kind: type[Any] = Entry if "text" in change else Values
+                yield convert(change, kind, f"{self._root}/{match[0]}", SnapshotError)
 
     def forget(self, until: int) -> None:
         """Remove the changes of the log up to number ``until``."""

@@ -22,6 +22,7 @@ from echo_rt.errors import OutputError, TargetError
 C = TypeVar("C", bound="Closing")
 
 _NAME_KEPT = 32  # characters: a part's name must be short enough for every file system, at four bytes for each
+GONE = (errno.ENOENT, errno.ESTALE)  # of a folder that was removed; the latter on NFS
 _KINDS = {stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 # The folders that this process has claimed, by absolute path, with their descriptors.
@@ -152,8 +153,7 @@ class PartFile:
         try:
             descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder)
         except OSError as error:
-            gone = isinstance(error, FileNotFoundError)
-            why = f"there is no folder {self.path.parent} any more" if gone else reason(error)
+            why = f"there is no folder {self.path.parent} any more" if error.errno in GONE else reason(error)
             raise TargetError(f"{path}: cannot write: {why}") from None
         self._file = os.fdopen(descriptor, "r+b", buffering=0)
         self.size = 0

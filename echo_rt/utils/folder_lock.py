@@ -9,7 +9,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from echo_rt.errors import TargetError
-from echo_rt.utils.atomic_file import claimed, is_same, names_in, place, reason, remove, sync_folder
+from echo_rt.utils.atomic_file import GONE, claimed, is_same, names_in, place, reason, remove, sync_folder
 
 # Name of a part file, around the beginning of the name of the file that it was to become.
 _PART = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.part")
@@ -71,7 +71,12 @@ class FolderClaim:
     @property
     def removed(self) -> bool:
         """Whether somebody removed the folder."""
-        return self._descriptor is not None and os.fstat(self._descriptor).st_nlink == 0
+        try:
+            return self._descriptor is not None and os.fstat(self._descriptor).st_nlink == 0
+        except OSError as error:
+            if error.errno in GONE:
+                return True
+            raise
 
     def remove_parts(self, prefix: str) -> None:
         """Remove the part files of killed processes, of files whose names begin with ``prefix``."""

@@ -143,7 +143,7 @@ def _open_sharded(index: Path) -> TensorFile:
             raise WeightsError(f"{index}: expected shards beside the index, found {shard_name!r:.300}")
         shard = index.parent / shard_name
         if not os.path.isfile(shard):  # pathlib raises for a name that cannot be
-            raise WeightsError(f"{index}: expected the shard {shard_name:.300} beside the index, found none")
+            raise WeightsError(f"{index}: expected the shard {shard_name!r:.300} beside the index, found none")
         read_head(shard)
         there, _ = _opened(shard)
         for name in there:

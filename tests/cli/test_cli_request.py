@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from fuzzing import ANYTHING, as_json, one_line
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from echo_rt.cli.request import TimedPrompt, parse_script, parse_untimed
+from echo_rt.cli import generate, soak
+from echo_rt.cli.main import _parse
+from echo_rt.cli.request import Request, TimedPrompt, parse_script, parse_untimed
+from echo_rt.cli.stdio import describe
 from echo_rt.errors import PromptError
 
 
@@ -85,3 +91,41 @@ def test_a_long_prompt_is_named_briefly():
     with pytest.raises(PromptError) as error:
         parse_script(["a " * 10_000, "b"], [])
     assert len(str(error.value)) < 200
+
+
+NUMBERS = st.floats().map(str) | st.integers().map(str) | st.sampled_from(["1e999", "٣", "1_0", "0x1", "9" * 400, "⅓"])
+WORDS = st.text(max_size=20) | NUMBERS | ANYTHING.map(lambda value: as_json(value).decode())
+TIMED = WORDS | st.builds("{}:{}".format, NUMBERS, WORDS)
+SETTINGS = st.builds("{}={}".format, st.sampled_from(["local_frames", "denoising_steps", "memory_reads", "x"]), WORDS)
+VALUES = WORDS | TIMED | SETTINGS | st.builds("{}x{}".format, NUMBERS, NUMBERS)
+
+
+def options(command):
+    """Some of a command's options, each with any value."""
+    names = st.sampled_from(sorted(name for group in command.OPTIONS.values() for one in group for name in one.opts))
+    return st.lists(st.tuples(names, VALUES) | names.map(lambda name: (name,)), max_size=4).map(
+        lambda pairs: sum(pairs, ())
+    )
+
+
+@given(texts=st.lists(TIMED, max_size=3), given=options(generate))
+@example(texts=["a"], given=("--set", "denoising_steps=" + "[" * 3000))
+@example(texts=["0", "0\n0"], given=())
+@example(texts=["a"], given=("--checkpoint", "\0"))
+def test_any_arguments_of_generate(texts, given):
+    words = [word for text in texts for word in ("--prompt", text)]
+    refused_or(lambda: Request(_parse(["generate", "-o", "no-such-folder/v.mp4", *words, *given])[1]))
+
+
+@given(given=options(soak))
+def test_any_arguments_of_soak(given):
+    refused_or(lambda: soak.parse_config(_parse(["soak", "--out", "no-such-folder/x", "--blocks", "9", *given])[1]))
+
+
+def refused_or(parse):
+    try:
+        parse()
+    except Exception as error:
+        line, code = describe(error)
+        one_line(line)
+        assert code == 2 and not line.startswith("unexpected"), line

@@ -12,10 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from fuzzing import ANYTHING, as_json, changed, damaged, one_line
+from hypothesis import given
+from hypothesis import strategies as st
 from streaming import within
 
 from echo_rt.attention import CACHE, AttentionShapes, cache_file
-from echo_rt.autotune.cache import Case, Entry
+from echo_rt.autotune.cache import Cache, Case, Entry
+from echo_rt.errors import EchoError
 
 
 def entry(number: int = 0, winner: str = "a") -> Entry:
@@ -62,6 +66,25 @@ def test_a_damaged_file_is_a_warning_and_is_replaced(tmp_path, caplog, content):
     assert str(path) in warning and "is damaged" in warning and "\n" not in warning
     CACHE.remember(path, entry(2))
     assert CACHE.entries(path) == [entry(2)]
+
+
+WHOLE = {"format": 1, "entries": [CACHE._fields(entry(number)) for number in (1, 2)]}
+
+
+@given(content=(changed(WHOLE) | ANYTHING).map(as_json) | damaged(as_json(WHOLE)) | st.binary(max_size=100))
+def test_whatever_is_in_the_file(tmp_path_factory, content):
+    """It is what was measured, or it is measured again, with a warning of one line."""
+    path = tmp_path_factory.mktemp("cache") / "attention.json"
+    path.write_bytes(content)
+    told = []
+    cache = Cache("attention", AttentionShapes)
+    cache._tell = lambda problem, when: told.append(problem)
+    for found in cache.entries(path):
+        assert isinstance(found.case.shapes, AttentionShapes) and isinstance(found.winner, str) and str(found)
+    for problem in told:
+        one_line(EchoError(problem))
+    cache.remember(path, entry(3))
+    assert cache.recall(path, entry(3).case) == entry(3)
 
 
 def test_a_wrong_type_inside_is_damage(tmp_path, caplog):

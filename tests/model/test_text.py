@@ -16,13 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import relative_error
+from fuzzing import ANYTHING, as_json, changed, damaged, one_line
+from hypothesis import given
+from hypothesis import strategies as st
 from random_model import flat_config
 from safetensors.torch import load_file, save_file
 
 from echo_rt.config import ModelConfig, TextEncoderConfig
 from echo_rt.engine.prompts import PromptEncoder, check_prompt_embeds, load_prompt_embeds, save_prompt_embeds
 from echo_rt.errors import OutputError, PromptError, StreamError, WeightsError
-from echo_rt.model.text import LONGEST_PROMPT, TextEncoder, clean_prompt
+from echo_rt.model.text import LONGEST_PROMPT, TextEncoder, _load_tokenizer, clean_prompt
 from echo_rt.utils.device import capturing
 from echo_rt.weights.folder import ModelFolder
 from echo_rt.weights.tiny_model import write_tiny_model
@@ -317,6 +320,27 @@ def test_a_panic_of_the_tokenizers_library_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+@given(data=st.data())
+def test_whatever_the_tokenizers_files_say(
+    folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    to = tmp_path_factory.mktemp("tokenizer")
+    copy_tokenizer(folder, to, {})
+    path = to / data.draw(st.sampled_from(["tokenizer.json", "tokenizer.json", "tokenizer_config.json"]))
+    whole = json.loads(path.read_text())
+    if "model" in whole:  # one small enough that there is something else to change
+        whole["model"] = {
+            "type": "WordLevel",
+            "vocab": {"<pad>": 0, "</s>": 1, "a": 2, "<unk>": 3},
+            "unk_token": "<unk>",
+        }
+    path.write_bytes(as_json(data.draw(changed(whole) | ANYTHING)))
+    try:
+        assert _load_tokenizer(to, 1024)("a fox").input_ids
+    except WeightsError as error:
+        one_line(error)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "spiece.model", "added_tokens.json"])
 def test_a_pipe_among_the_tokenizers_files_is_not_waited_for(folder: ModelFolder, tmp_path: Path, name: str) -> None:
     copy_tokenizer(folder, tmp_path, {})
@@ -359,6 +383,18 @@ def test_embeds_round_trip(tmp_path: Path, prompt: str | None) -> None:
     loaded, name = load_prompt_embeds(path)
     assert torch.equal(loaded, embeds) and loaded.dtype == embeds.dtype and name == prompt
     assert [entry.name for entry in tmp_path.iterdir()] == ["embeds.safetensors"]
+
+
+@given(data=st.data())
+def test_whatever_is_in_a_file_of_embeddings(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = tmp_path_factory.mktemp("embeds") / "embeds.safetensors"
+    save_prompt_embeds(path, torch.ones(2, 3), "a fox")
+    path.write_bytes(data.draw(damaged(path.read_bytes()) | st.binary(max_size=100)))
+    try:
+        loaded, prompt = load_prompt_embeds(path)
+        assert loaded.ndim == 2 and loaded.is_floating_point() and isinstance(prompt, str | None)
+    except PromptError as error:
+        one_line(error)
 
 
 BAD_EMBEDS = [
@@ -409,8 +445,8 @@ def test_damaged_embeds_file(tmp_path: Path) -> None:
         load_prompt_embeds(path)
     save_prompt_embeds(path, torch.zeros(5, 32))
     whole = path.read_bytes()
-    for damaged in (b"", b"not a tensor", whole[:-1]):
-        path.write_bytes(damaged)
+    for content in (b"", b"not a tensor", whole[:-1]):
+        path.write_bytes(content)
         with pytest.raises(PromptError, match=r"embeds\.safetensors: cannot read"):
             load_prompt_embeds(path)
     save_file({"latents": torch.zeros(1)}, path)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzzing import damaged, one_line
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from echo_rt.errors import ConfigError
@@ -110,3 +113,30 @@ def test_too_many_frames(clip: Path) -> None:
     assert VideoFile(clip, most=12).frames == 12
     with pytest.raises(ConfigError, match="expected a video of 11 frames at most, got more"):
         VideoFile(clip, most=11)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("files")
+    image = np.zeros((32, 48, 3), np.uint8)
+    with VideoWriter(folder / "a.mp4", 48, 32, 16) as writer:
+        writer.write(np.stack([image, image + 9]))
+    with VideoWriter(folder / "fragmented.mp4", 48, 32, 16, fragmented=True) as writer:
+        writer.write(np.stack([image, image + 9]))
+    for name in ("a.png", "a.jpg"):
+        picture(folder / name, image)
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "fragmented.mp4", "a.png", "a.jpg"])
+@given(data=st.data())
+def test_whatever_is_in_the_file(
+    tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes], name: str, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / name
+    path.write_bytes(data.draw(damaged(files[name]) | st.binary(max_size=100)))
+    try:
+        video = VideoFile(path, most=1000)
+        assert sum(len(piece) for piece in video) == video.frames
+    except ConfigError as error:
+        one_line(error)

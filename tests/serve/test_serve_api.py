@@ -103,6 +103,8 @@ def test_prompts_are_listed_and_told(server: Served) -> None:
         ("/prompts", b'{"text": 7}'),
         ("/prompts", b'{"text": "a fox", "over": 0}'),
         ("/prompts", b'{"text": "a fox", "colour": 1}'),
+        ("/prompts", json.dumps({"text": "a fox", "\n" * 3000: 1}).encode()),
+        ("/prompts", b'{"text": "a fox", "\\ud800": 1}'),
         ("/prompts", b"{}"),
         ("/prompts", b"\xff\xfe"),
         ("/prompts", b"[" * 20000),
@@ -121,7 +123,7 @@ def test_what_cannot_be_taken_is_422_and_changes_nothing(server: Served, path: s
     status, _, answer = server.ask("POST", f"/api/sessions/main{path}", body, Content_Type="application/json")
     assert status == 422, answer
     detail = json.loads(answer)["detail"]
-    assert isinstance(detail, str) and len(detail) < 500
+    assert isinstance(detail, str) and len(detail) < 500 and detail.isprintable()
     assert server.live.get("/prompts")["prompts"] == before
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from fuzzing import ANYTHING, one_line
+from hypothesis import example, given
 from hypothesis import strategies as st
 from soaking import end_of, line_of
 
@@ -22,18 +22,6 @@ from echo_rt.soak.journal import JOURNAL_FILE, Journal, Past, read_lines
 from echo_rt.soak.report import REPORT_FILE, History, write_report
 from echo_rt.utils.atomic_file import PartFile
 
-# Ten minutes of each on a busy core: 15,000.
-EXAMPLES = int(os.environ.get("ECHO_RT_FUZZ", "60"))
-FUZZ = settings(
-    max_examples=EXAMPLES, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck), database=None
-)
-
-NUMBERS = st.integers() | st.sampled_from([-1, 2**53 + 1, 2**63, 10**400, 1e100, -1e308, float("nan"), float("inf")])
-VALUES = st.recursive(
-    st.none() | st.booleans() | NUMBERS | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=6,
-)
 GPU = {"device": {"allocated": 1, "reserved": 2}, "gpu": {"ecc_uncorrected": 0}}
 TAKEN = {"snapshots": {"written": 1, "skipped": 0, "stall": 4.0}, "hashes": [[10, "a"]], "mismatches": [[10, "a", "b"]]}
 LINES = [
@@ -73,7 +61,7 @@ def check(text: bytes) -> bool:
             for block in (0, 100):
                 Past(folder, block)
         except StreamError as error:
-            assert "\n" not in str(error) and len(str(error)) < 1000
+            one_line(error)
             return False
         Journal(folder).close()
         assert (folder / JOURNAL_FILE).read_bytes() == text[: text.rfind(b"\n") + 1]
@@ -87,8 +75,7 @@ def test_what_is_changed_is_a_journal() -> None:
     assert check(changed((0, "run"), 1).encode())
 
 
-@FUZZ
-@given(st.sampled_from(paths(LINES)), VALUES)
+@given(st.sampled_from(paths(LINES)), ANYTHING)
 @example((1, "mismatches"), [[1]])
 @example((1, "mismatches"), 3)
 @example((1, "hashes"), [["1", 2]])
@@ -120,7 +107,6 @@ def test_an_entry_is_anything(path: tuple[Any, ...], value: Any) -> None:
     check(text)
 
 
-@FUZZ
 @given(st.binary(max_size=200), st.integers(0, 2000))
 @example(b"\n", 0)
 @example(b"[" * 100_000 + b"\n", 0)
@@ -133,8 +119,7 @@ def test_bytes_are_anything(noise: bytes, at: int) -> None:
     check(noise)
 
 
-@FUZZ
-@given(VALUES | st.builds(lambda value: {"config": value}, VALUES | st.dictionaries(st.text(max_size=8), VALUES)))
+@given(ANYTHING | st.builds(lambda value: {"config": value}, ANYTHING | st.dictionaries(st.text(max_size=8), ANYTHING)))
 @example({"config": {"blocks": {}}})
 @example({"config": {"blocks": "9"}})
 @example({"config": 3})
@@ -154,7 +139,7 @@ def test_a_manifest_is_anything(value: Any) -> None:
         try:
             check_manifest(config)
         except ConfigError as error:
-            assert len(str(error)) < 5000
+            one_line(error)
 
 
 def test_a_line_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

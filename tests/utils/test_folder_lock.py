@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -50,6 +52,31 @@ def test_a_removed_folder_takes_nothing(day: FolderClaim) -> None:
     assert not list(day.folder.iterdir())
     day.release()
     assert day.folder.exists(), "the folder of somebody else"
+
+
+def test_a_folder_that_another_machine_removed(day: FolderClaim, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What NFS says then."""
+
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    assert not day.removed
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", stale)
+        assert day.removed
+        patch.setattr(os, "open", stale)
+        with pytest.raises(OutputError, match=r"cannot write: there is no folder .*day any more"):
+            write_whole(day.folder / "report", b"1")
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(TargetError, match="day: cannot be written into: No locks available"):
+        FolderClaim(tmp_path / "day")
+    assert not list(tmp_path.iterdir())
 
 
 def test_links_are_not_written_through(day: FolderClaim, tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuzzing import as_json, changed, one_line, slow
+from hypothesis import given
+from hypothesis import strategies as st
 from naive_rollout import NaiveRollout
 from random_model import flat_config, random_weights
 from safetensors.torch import load_file, save_file
@@ -305,3 +308,21 @@ def test_other_kinds_damaged(
     with pytest.raises(EchoError, match=words) as error:
         verify_bundle(bundle)
     assert "\n" not in str(error.value)
+
+
+@slow
+@given(name=st.sampled_from(SMALL), data=st.data())
+def test_whatever_a_bundles_config_says(
+    golden_dir: Path, tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("bundle") / name
+    folder.mkdir()
+    for file in (golden_dir / name).iterdir():
+        (folder / file.name).symlink_to(file)
+    whole = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_bytes(as_json(data.draw(changed(whole))))
+    try:
+        verify_bundle(folder)
+    except EchoError as error:
+        one_line(error)

@@ -344,7 +344,7 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
 
     write_json(index, whole)
     (tmp_path / second).unlink()
-    assert f"expected the shard {second}" in refusal(index)
+    assert f"expected the shard {second!r}" in refusal(index)
     (tmp_path / second).write_bytes((tmp_path / first).read_bytes()[:100])
     assert f"{second}: expected a safetensors file" in refusal(index)
 
