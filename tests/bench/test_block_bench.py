@@ -344,7 +344,7 @@ def test_each_attention_is_said(measured: Run) -> None:
 
 
 def test_a_model_without_a_steady_state_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "_MOST_BLOCKS", 2)
+    monkeypatch.setattr("echo_rt.bench.runner._MOST_BLOCKS", 2)
     monkeypatch.setitem(settings_module.MODELS, "tiny", SMALLEST)
     with pytest.raises(ConfigError, match="a steady state to measure, and there was none within 2 blocks"):
         Run(Request(device="cpu", backend="torch", variants=("off",))).measure()
