@@ -138,5 +138,5 @@ $(BUILD)/kernels/%.o: %.cu csrc/architectures.txt Makefile
 $(DEMO)/demo.mp4: $(VENV)/.installed
 	@mkdir -p $(@D)
 	$(BIN)/echo-rt generate --seconds 30 \
-	    --prompt "0:a red ball bouncing in the desert" --prompt "15:a blue box bouncing by the sea" \
+	    --prompt "0:a red ball bouncing in the desert" --prompt "15:a yellow box bouncing by the sea" \
 	    --output $@ --contact-sheet $(@:.mp4=.png) --overwrite

@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.picture", description=main.__doc__)
     parser.add_argument("--model", default="demo", help="the model folder (default: the one in the package)")
     parser.add_argument("--output", type=Path, default=Path("docs/images"), help="(default %(default)s)")
-    parser.add_argument("--prompt", default="a blue box bouncing by the sea", help="(default %(default)s)")
+    parser.add_argument("--prompt", default="a red ball bouncing in the snow", help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=3, help="(default %(default)s)")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def main() -> None:
             videos[mode] = video(runtime, prompt, days, arguments.seed)
             sheet(videos[mode]).save(arguments.output / f"{mode}.png", optimize=True)
             if mode == "evolve":
-                switched = [*prompt, (8, "a yellow ball bouncing in the meadow")]
+                switched = [*prompt, (8, "a yellow box bouncing by the sea")]
                 sheet(video(runtime, switched, days, arguments.seed)).save(
                     arguments.output / "switch.png", optimize=True
                 )
