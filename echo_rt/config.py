@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 import msgspec
 from msgspec import Meta
 
-from echo_rt.errors import ConfigError
+from echo_rt.errors import ConfigError, not_one_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -171,7 +171,7 @@ class MemoryConfig(_Checked, what="memory"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.reads not in MEMORY_READS:
-            raise ConfigError(f"memory: memory_reads must be one of {', '.join(MEMORY_READS)}; got {self.reads!r:.100}")
+            raise ConfigError(not_one_of("memory: memory_reads", MEMORY_READS, self.reads))
 
     @property
     def reads_rotated(self) -> bool:

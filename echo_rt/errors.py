@@ -6,6 +6,9 @@ The command line prints it without a traceback and exits with ``exit_code``.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class EchoError(Exception):
     """Base of all deliberate errors; ``exit_code`` is what the command line exits with."""
@@ -92,3 +95,15 @@ class NumericalError(EchoError):
     """NaN or infinity where numbers should be."""
 
     exit_code = 1
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """`` (did you mean 'seed'?)`` for a ``name`` close to one that is known, or nothing; for the end of a message."""
+    close = difflib.get_close_matches(name.lower()[:100], known, n=1) if isinstance(name, str) else []
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def not_one_of(what: str, names: Iterable[str], found: object) -> str:
+    """The message about a ``found`` value of ``what`` that is none of ``names``."""
+    names = list(names)
+    return f"{what} must be one of {', '.join(names)}; got {found!r:.100}{did_you_mean(found, names)}"

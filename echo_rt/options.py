@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import operator
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from echo_rt.config import TransformerConfig, VaeConfig
-from echo_rt.errors import ConfigError
+from echo_rt.errors import ConfigError, did_you_mean, not_one_of
 from echo_rt.recipes import find_recipe
 
 if TYPE_CHECKING:
@@ -57,7 +58,14 @@ MOST_INITIAL_SECONDS = 600
 _SEEDS = 2**64
 
 _GUIDANCE = "these models are distilled, and guidance is in their weights; say in the prompt what there should be"
-# What other libraries have and a stream has not, and what to do instead.
+_PLACE = "a model stays where and as it was loaded; give device= and dtype= to Runtime.from_pretrained"
+_LESS_MEMORY = "to need less memory, give vae_tiles=, keep_text_encoder=False or dtype='float8' to from_pretrained"
+_SIZE = "the size is the runtime's, frame_size; give width= and height= to Runtime.from_pretrained"
+_BEGINNING = "frames that a video begins with are initial_video= of Runtime.stream"
+_FILES = "nothing is downloaded; give the folder or file itself, as in text_encoder=, tokenizer= or vae_file="
+_LORAS = "LoRAs are merged as the model is loaded; give lora= to Runtime.from_pretrained"
+_STEPS = "steps and their times are the recipe's; from_pretrained(..., overrides={'denoising_steps': ...}) changes them"
+# What other libraries' pipelines take or can do and ours do not, and what to do instead.
 _NOT_HERE = {
     "num_frames": "a stream has no end; take as many blocks as you need, as in itertools.islice(stream, 10)",
     "negative_prompt": _GUIDANCE,
@@ -66,6 +74,27 @@ _NOT_HERE = {
     "overrides={'denoising_steps': ...}) changes them",
     "generator": "noise is a function of the seed; give seed=, an integer, or noise=, a function",
     "device_map": "a model is on one device; give device=",
+    "__call__": "a video has no end; iterate over runtime.stream(prompt, seed=...), whose chunks have frames",
+    "output_type": "every chunk has its frames as chunk.frames, chunk.numpy() and chunk.pil()",
+    **dict.fromkeys(("height", "width"), _SIZE),
+    **dict.fromkeys(("fps", "frame_rate"), "the frame rate is the model's, runtime.fps"),
+    **dict.fromkeys(("image", "video"), _BEGINNING),
+    "num_videos_per_prompt": "a runtime makes one video at a time; stream again with another seed=",
+    "negative_prompt_embeds": _GUIDANCE,
+    "guidance_scale_2": _GUIDANCE,
+    "latents": "give noise=, a function, or initial_latents=, the beginning of the video, to Runtime.stream",
+    **dict.fromkeys(("timesteps", "sigmas", "scheduler"), _STEPS),
+    "max_sequence_length": "the length of a prompt is the model's",
+    "callback_on_step_end": "a stream hands out its blocks as they are made; iterate over it",
+    "return_dict": "a stream hands out chunks; iterate over it",
+    "variant": "files of a variant are found by themselves, and dtype= says what they are computed in",
+    **dict.fromkeys(("revision", "cache_dir", "local_files_only", "token", "transformer", "use_safetensors"), _FILES),
+    **dict.fromkeys(("low_cpu_mem_usage", "quantization_config", "max_memory", "offload_folder"), _LESS_MEMORY),
+    **dict.fromkeys(("to", "cuda", "cpu", "half", "float", "bfloat16"), _PLACE),
+    **dict.fromkeys(("enable_model_cpu_offload", "enable_sequential_cpu_offload"), _LESS_MEMORY),
+    **dict.fromkeys(("enable_vae_tiling", "enable_vae_slicing", "enable_attention_slicing"), _LESS_MEMORY),
+    **dict.fromkeys(("load_lora_weights", "fuse_lora", "set_adapters"), _LORAS),
+    "enable_xformers_memory_efficient_attention": "give attention= to Runtime.from_pretrained",
 }
 
 P = ParamSpec("P")
@@ -73,15 +102,40 @@ R = TypeVar("R")
 
 
 def explains_habits(function: Callable[P, R]) -> Callable[P, R]:
-    """Wrap a function so that arguments of other libraries' functions get an answer: :class:`ConfigError`."""
+    """Wrap a function so that arguments of other libraries' functions get an answer: :class:`ConfigError`.
+
+    The ``TypeError`` about any other unknown name says which one may be meant.
+    """
+    known = inspect.signature(function).parameters
 
     @functools.wraps(function)
     def explaining(*arguments: P.args, **options: P.kwargs) -> R:
-        for name in _NOT_HERE.keys() & options.keys():
-            raise ConfigError(f"{function.__qualname__} has no {name}: {_NOT_HERE[name]}")
+        for name in (name for name in options if name not in known):
+            if name in _NOT_HERE:
+                raise ConfigError(f"{function.__qualname__} has no {name}: {_NOT_HERE[name]}")
+            if meant := did_you_mean(name, known):
+                raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}{meant}")
         return function(*arguments, **options)
 
     return explaining
+
+
+class NotHereError(ConfigError, AttributeError):
+    """An attribute of other libraries' pipelines, with an answer; for ``hasattr`` and ``getattr`` it is not there."""
+
+
+class ExplainsHabits:
+    """Base of a class in which attributes of other libraries' pipelines get an answer: :class:`NotHereError`."""
+
+    if not TYPE_CHECKING:  # type checkers are to report them
+
+        def __getattr__(self, name):
+            if name in _NOT_HERE:
+                raise NotHereError(f"{type(self).__name__} has no {name}: {_NOT_HERE[name]}", name=name, obj=self)
+            return object.__getattribute__(self, name)  # raises the usual error
+
+        def __call__(self, *arguments, **options):
+            return self.__getattr__("__call__")
 
 
 class MemoryMode(str, Enum):
@@ -97,7 +151,7 @@ class MemoryMode(str, Enum):
         try:
             return cls(value)
         except ValueError:
-            raise ConfigError(f"memory must be one of {', '.join(m.value for m in cls)}; got {value!r}") from None
+            raise ConfigError(not_one_of("memory", (mode.value for mode in cls), value)) from None
 
 
 @dataclass(frozen=True)
@@ -199,7 +253,9 @@ def check_overrides(overrides: Mapping[str, Any], source: str, also: tuple[str, 
         raise ConfigError(f"{source} must be a mapping of names to values, got {overrides!r}")
     unknown = sorted(map(str, set(overrides) - {*OVERRIDES, *also}))
     if unknown:
-        raise ConfigError(f"{source} may name {', '.join((*also, *OVERRIDES))}; got {', '.join(unknown)}")
+        known = (*also, *OVERRIDES)
+        got = ", ".join(f"{name}{did_you_mean(name, known)}" for name in unknown)
+        raise ConfigError(f"{source} may name {', '.join(known)}; got {got}")
     return dict(overrides)
 
 

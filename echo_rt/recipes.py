@@ -6,14 +6,13 @@ are those of the publishers' own configurations.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from echo_rt.errors import ConfigError
+from echo_rt.errors import ConfigError, not_one_of
 
 LONGVIDEO_FILE = "longvideo.pt"  # Causal-Forcing's, which runs by none of the recipes
 
@@ -153,9 +152,7 @@ def find_recipe(name: object, source: str = "recipe") -> Recipe:
     """The recipe called ``name``; :class:`ConfigError`, which begins with ``source``, names all and the closest."""
     recipe = RECIPES.get(name) if isinstance(name, str) else None
     if recipe is None:
-        close = difflib.get_close_matches(name.lower(), RECIPES, n=1) if isinstance(name, str) else []
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(f"{source} must be one of {', '.join(RECIPES)}; got {name!r}{hint}")
+        raise ConfigError(not_one_of(source, RECIPES, name))
     return recipe
 
 

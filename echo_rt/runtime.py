@@ -21,7 +21,7 @@ from echo_rt.engine.initial_video import InitialVideo
 from echo_rt.engine.scheduler import Blocks, CallerNoise
 from echo_rt.errors import ConfigError, StallError, StreamError
 from echo_rt.ops.backends import choose_backend
-from echo_rt.options import WAN_VAE, Lora, MemoryMode, RuntimeOptions, explains_habits
+from echo_rt.options import WAN_VAE, ExplainsHabits, Lora, MemoryMode, RuntimeOptions, explains_habits
 from echo_rt.snapshot.fit import BACKEND, implementations_of
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.stream import Stream
@@ -38,7 +38,7 @@ _logger = logging.getLogger("echo_rt.runtime")
 _abandoned: list[Engine] = []
 
 
-class Runtime(Closing, Bound):
+class Runtime(ExplainsHabits, Closing, Bound):
     """A model on a device, ready to stream. Make one with :meth:`from_pretrained`; close it to free its memory.
 
     Attributes:

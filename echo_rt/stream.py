@@ -21,7 +21,7 @@ from echo_rt.engine.prompts import check_over
 from echo_rt.engine.ready import Feeder
 from echo_rt.engine.scheduler import Blocks
 from echo_rt.errors import ConfigError, StreamError
-from echo_rt.options import explains_habits
+from echo_rt.options import explains_habits, is_path
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.atomic_file import Closing
 from echo_rt.utils.device import model_context
@@ -304,9 +304,11 @@ class Stream(_Source):
         """Copy everything needed to continue bit for bit after the last block handed out.
 
         Waits for a block that is being made. ``path``: a file to write it to as well (:meth:`Snapshot.save`), while the
-        stream may already go on.
+        stream may already go on; :class:`ConfigError` for what is no path.
         """
         self._require_open()
+        if path is not None and not is_path(path):
+            raise ConfigError(f"path must be a file's path or None, got {path!r}")
         with self._exclusive() as engine:
             self._require_open()
             self._require_whole()

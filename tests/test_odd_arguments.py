@@ -40,6 +40,15 @@ def test_odd_options(small_model: Path, options: dict[str, object], kind: type[E
         load(small_model, **options)
 
 
+def test_what_is_no_path() -> None:
+    with pytest.raises(echo_rt.SnapshotError, match="expected the path of a snapshot, got 3"):
+        echo_rt.Snapshot.load(3)  # type: ignore[arg-type]
+    with pytest.raises(echo_rt.PromptError, match="expected the path of prompt embeddings, got 3"):
+        echo_rt.load_prompt_embeds(3)  # type: ignore[arg-type]
+    with pytest.raises(echo_rt.TargetError, match="expected the path of a file to write, got 3"):
+        echo_rt.save_prompt_embeds(3, torch.zeros(1, 2))  # type: ignore[arg-type]
+
+
 def test_no_folder_at_all() -> None:
     with pytest.raises(echo_rt.WeightsError, match="expected the path of a folder"):
         echo_rt.Runtime.from_pretrained(None)  # type: ignore[arg-type]
@@ -66,8 +75,12 @@ def test_odd_arguments_of_a_stream(small_model: Path) -> None:
             runtime.resume(3)  # type: ignore[arg-type]
         with pytest.raises(echo_rt.SnapshotError, match="x: "):
             runtime.resume("x")
+        with pytest.raises(ConfigError, match=r"got a str; echo_rt\.output\.reader\.VideoFile\(path\)"):
+            runtime.stream(prompt_embeds=dense, initial_video="x.mp4")  # type: ignore[arg-type]
         with runtime.stream(prompt_embeds=dense, seed=np.int64(3)) as stream:  # type: ignore[arg-type]
             next(stream)
+            with pytest.raises(ConfigError, match="path must be a file's path or None, got 3"):
+                stream.snapshot(3)  # type: ignore[arg-type]
             snapshot = stream.snapshot()
         assert snapshot.seed == 3
         for block in (-2, 7):

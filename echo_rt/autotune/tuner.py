@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.autotune.cache import Cache, Case, Entry, Shapes, machine_facts
-from echo_rt.errors import BackendError
+from echo_rt.errors import BackendError, not_one_of
 from echo_rt.utils.device import FLOAT8, capture, give_memory_back, model_context
 from echo_rt.utils.process import free
 from echo_rt.utils.wording import first_line, plain
@@ -419,8 +419,7 @@ def find(subject: str, name: object, candidates: Sequence[Found], removed: Mappi
         return by_name[name]
     if isinstance(name, str) and name in removed:
         raise BackendError(f"{subject} {name!r} is gone: {removed[name]}")
-    names = dict.fromkeys(candidate.name for candidate in candidates)
-    raise BackendError(f"{subject} must be one of {', '.join(names)}; got {name!r}")
+    raise BackendError(not_one_of(subject, dict.fromkeys(candidate.name for candidate in candidates), name))
 
 
 def current(device: torch.device) -> torch.cuda.device:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from echo_rt.errors import ConfigError, TargetError
-from echo_rt.utils.atomic_file import check_results_folder, check_writable, reason
+from echo_rt.utils.atomic_file import check_ending, check_results_folder, check_writable, reason
 
 _WEIGHTS = ("--checkpoint", "--lora", "--text-encoder", "--vae-file")  # options whose value may name several files
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
@@ -35,9 +35,7 @@ def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named],
         other = taken.setdefault(_real(output.path), output.option)
         if other != output.option:
             raise ConfigError(f"{other} and {output.option}: expected two files, got {str(output.path)!r} for both")
-        if output.path.suffix.lower() != suffix:
-            expected = f"before {suffix}" if output.path.name.lower() == suffix else f"that ends in {suffix}"
-            raise ConfigError(f"{output.option}: expected a name {expected}, got {str(output.path)!r}")
+        check_ending(output.path, suffix, output.option)
     for output, _ in outputs:
         check_apart(output, inputs, "file")
         check_writable(output.path)

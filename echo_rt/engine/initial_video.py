@@ -15,7 +15,7 @@ from echo_rt.config import ModelConfig, VaeConfig
 from echo_rt.engine.prompts import check_dense
 from echo_rt.errors import ConfigError, NumericalError, WeightsError
 from echo_rt.model.vae_encoder import VaeEncoder
-from echo_rt.options import CROP, FITS, MOST_INITIAL_SECONDS
+from echo_rt.options import CROP, FITS, MOST_INITIAL_SECONDS, is_path
 from echo_rt.recipes import RECIPES
 from echo_rt.utils.device import give_memory_back, model_context
 from echo_rt.utils.wording import counted, type_of
@@ -70,6 +70,7 @@ class InitialVideoEncoder:
         elif isinstance(video, (str, bytes, os.PathLike)) or not isinstance(video, Iterable | None):
             raise ConfigError(
                 f"initial_video must be frames, uint8 [F, H, W, 3], or an iterable of such pieces; got {type_of(video)}"
+                + ("; echo_rt.output.reader.VideoFile(path) is one of a file's frames" if is_path(video) else "")
             )
 
     def check_count(self, frames: int) -> None:

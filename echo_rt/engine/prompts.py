@@ -22,10 +22,11 @@ from echo_rt.config import TransformerConfig
 from echo_rt.engine.memory_budget import has_room
 from echo_rt.errors import ConfigError, EchoError, PromptError, StreamError
 from echo_rt.model.text import TextEncoder, clean_prompt
-from echo_rt.options import WORDS
+from echo_rt.options import WORDS, is_path
 from echo_rt.utils.atomic_file import write_whole
 from echo_rt.utils.checked_json import convert
 from echo_rt.utils.device import model_context
+from echo_rt.utils.wording import first_line
 from echo_rt.weights.folder import ModelFolder
 
 _logger = logging.getLogger("echo_rt.prompt")
@@ -235,6 +236,8 @@ def load_prompt_embeds(path: str | Path) -> tuple[Tensor, str | None]:
 
     Raises ``PromptError`` for a file that is missing, damaged, or holds something else.
     """
+    if not is_path(path):
+        raise PromptError(f"expected the path of prompt embeddings, got {path!r}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -243,7 +246,10 @@ def load_prompt_embeds(path: str | Path) -> tuple[Tensor, str | None]:
             embeds: Tensor = file.get_tensor(_EMBEDS_KEY)
             _check_matrix(embeds)
             return embeds, (file.metadata() or {}).get(_PROMPT_KEY)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise PromptError(f"{path}: cannot read prompt embeddings: {error}") from error
+    except safetensors.SafetensorError as error:
+        what = f"expected a safetensors file, found a damaged or other one ({first_line(error)})"
+        raise PromptError(f"{path}: cannot read prompt embeddings: {what}") from error
     except PromptError as error:
         raise PromptError(f"{path}: {error}") from None

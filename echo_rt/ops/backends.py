@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 
-from echo_rt.errors import BackendError
+from echo_rt.errors import BackendError, not_one_of
 from echo_rt.ops.schema import Ops
 from echo_rt.utils.build_info import __version__
 from echo_rt.utils.wording import plain
@@ -65,7 +65,7 @@ def _kernels_built() -> tuple[str, str]:
 def load_ops(backend: str) -> Ops:
     """Return the operations of ``backend``; :class:`BackendError` if it is unknown or not available."""
     if backend not in BACKENDS:
-        raise BackendError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        raise BackendError(not_one_of("backend", BACKENDS, backend))
     status = available_backends()[backend]
     if status != "available":
         raise BackendError(f"backend {backend!r} is not available: {status}")

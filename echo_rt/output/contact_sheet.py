@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echo_rt.errors import ConfigError
-from echo_rt.utils.atomic_file import Closing, check_writable, write_whole
+from echo_rt.utils.atomic_file import Closing, check_ending, check_writable, write_whole
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import clock, one_line
 
@@ -42,6 +42,7 @@ class ContactSheet(Closing):
     def __init__(
         self, path: str | Path, *, fps: float, columns: int = 6, limit: int = 48, picture_width: int = 208
     ) -> None:
+        check_ending(path, ".png", "contact_sheet")
         if columns < 1 or limit < 2 or limit % 2 or picture_width < 8 or not fps > 0:
             raise ConfigError(
                 f"{path}: a contact sheet needs columns of 1 or more, an even limit, pictures of 8 pixels or more "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echo_rt.errors import ConfigError, OutputError
-from echo_rt.utils.atomic_file import Closing, PartFile, reason
+from echo_rt.utils.atomic_file import Closing, PartFile, check_ending, reason
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -36,6 +36,7 @@ class LatentsWriter(Closing):
     def __init__(
         self, path: str | Path, latent_shape: Sequence[int], *, metadata: Mapping[str, str] | None = None
     ) -> None:
+        check_ending(path, ".safetensors", "latents")
         self.path = Path(path)
         self.shape = tuple(int(n) for n in latent_shape)
         if len(self.shape) != 3 or min(self.shape) < 1:

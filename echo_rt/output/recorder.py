@@ -107,7 +107,8 @@ class Recorder(_BlockRecorder):
     """Records the video in one file and, on request, its latents and its contact sheet.
 
     Args:
-        video, latents, contact_sheet: files; None for no such file.
+        video, latents, contact_sheet: files whose names end in ``.mp4``, ``.safetensors`` and ``.png``; None for no
+            such file.
         frame_size: width and height in pixels.
         fps: frames per second.
         latent_shape: channels, height and width of a latent frame; needed for ``latents`` only.

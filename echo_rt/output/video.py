@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from echo_rt.errors import BackendError, ConfigError, OutputError
-from echo_rt.utils.atomic_file import Closing, PartFile, reason
+from echo_rt.utils.atomic_file import Closing, PartFile, check_ending, reason
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import first_line
 
@@ -162,6 +162,7 @@ class VideoWriter(Closing):
         fragmented: bool = False,
         continues: int | None = None,
     ) -> None:
+        check_ending(path, ".mp4", "video")
         if width < 2 or height < 2 or width % 2 or height % 2:
             raise ConfigError(f"{path}: video with 4:2:0 colour needs an even width and height, got {width}x{height}")
         if not fps > 0 or not gop_seconds > 0:

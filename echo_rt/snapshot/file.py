@@ -26,6 +26,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from echo_rt.errors import SnapshotError, SnapshotVersionError
+from echo_rt.options import is_path
 from echo_rt.utils.atomic_file import open_plain, reason, whole_file
 from echo_rt.utils.build_info import __version__
 from echo_rt.utils.checked_json import convert, read_json
@@ -126,6 +127,8 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], Any]:
     Raises :class:`SnapshotError`, in one line, for a file that is missing, damaged (in a single bit, or cut short), or
     of another format; :class:`SnapshotVersionError` for a whole file of another version. Nothing in a file is executed.
     """
+    if not is_path(path):
+        raise SnapshotError(f"expected the path of a snapshot, got {path!r}")
     try:
         with open(open_plain(path), "rb") as file:
             return _read(file, path)
@@ -139,6 +142,8 @@ def _read(file: BufferedReader, path: str | Path) -> tuple[dict[str, Tensor], An
     start = file.read(_LENGTH_BYTES)
     length = int.from_bytes(start, "little")
     if size < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
+        if file.read(1) != b"{":  # which every header begins with
+            raise SnapshotError(f"{path}: expected a snapshot, found a file that is no safetensors file")
         raise damaged(path, f"its header of {length} bytes does not fit into its {size} bytes")
     if length > _LONGEST_HEADER:
         raise damaged(path, f"its header is {length} bytes long, more than {_LONGEST_HEADER}")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from echo_rt.errors import OutputError, TargetError
+from echo_rt.errors import ConfigError, OutputError, TargetError
 
 C = TypeVar("C", bound="Closing")
 
@@ -102,6 +102,8 @@ def _target(path: str | Path) -> Path:
 
     In a claimed folder it is ``path`` itself: whatever else has that name is replaced, a link and not what it leads to.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TargetError(f"expected the path of a file to write, got {path!r}")
     path = Path(path)
     if place(path)[1] is not None:
         return path
@@ -121,6 +123,16 @@ def _target(path: str | Path) -> Path:
     if target.exists() and not os.access(target, os.W_OK):
         raise TargetError(f"{path}: cannot write: the file is there and is write-protected")
     return target
+
+
+def check_ending(path: str | Path, ending: str, what: str) -> None:
+    """Raise ``ConfigError``, which begins with ``what``, unless ``path`` is a path whose name ends in ``ending``."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"{what}: expected the path of a file, got {path!r}")
+    name = Path(path).name.lower()
+    if Path(name).suffix != ending:
+        expected = f"before {ending}" if name == ending else f"that ends in {ending}"
+        raise ConfigError(f"{what}: expected a name {expected}, got {str(path)!r}")
 
 
 def append_whole(file: io.FileIO, size: int, data: bytes | bytearray | memoryview) -> int:
@@ -146,8 +158,8 @@ class PartFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
         self._target = _target(path)
+        self.path = Path(path)
         self._part = self._target.with_name(f".{self._target.name[:_NAME_KEPT]}.{secrets.token_hex(4)}.part")
         name, folder = place(self._part)
         try:

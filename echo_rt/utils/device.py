@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_rt.errors import BackendError, ConfigError
+from echo_rt.errors import BackendError, ConfigError, not_one_of
 from echo_rt.options import DTYPE_ALIASES, DTYPE_NAMES, VAE_DTYPE_NAMES
 from echo_rt.utils.process import require_cuda_usable
 from echo_rt.utils.wording import warn_caller
@@ -89,7 +89,8 @@ def _one_of(names: Sequence[str], dtype: str | torch.dtype, option: str) -> torc
     for name in names:
         if full in (name, _MODEL_DTYPES[name]):
             return _MODEL_DTYPES[name]
-    raise ConfigError(f"{option} must be one of {', '.join(names)}; got {str(dtype)!r}")
+    short = (alias for alias, name in DTYPE_ALIASES.items() if name in names)
+    raise ConfigError(not_one_of(option, (*names, *short), str(dtype)))
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:

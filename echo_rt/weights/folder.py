@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from echo_rt.config import Size, TextEncoderConfig, TransformerConfig, VaeConfig
-from echo_rt.errors import ConfigError, WeightsError
+from echo_rt.errors import ConfigError, WeightsError, did_you_mean
 from echo_rt.options import DEMO, is_path
 from echo_rt.utils.checked_json import convert
 from echo_rt.utils.wording import type_of
@@ -211,7 +211,8 @@ class ModelFolder:
         if os.path.isfile(model):
             return cls(model.parent, model, given)
         if not os.path.isdir(model):
-            raise WeightsError(f"{model}: expected a Wan2.1 model folder or file, but it does not exist")
+            meant = did_you_mean(str(path), (DEMO,))
+            raise WeightsError(f"{model}: expected a Wan2.1 model folder or file, but it does not exist{meant}")
         folder = cls(model, None, given)
         marked = any((model / mark).exists() for mark in _ORIGINAL_MARKS)
         if not (folder._diffusers or marked or any(map(folder._other_files, _PLACES.values()))):

@@ -97,8 +97,9 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     facts = {**choice.facts(defaults), **overrides}
     of_memory = {name.removeprefix("memory_"): facts[name] for name in _MEMORY_FACTS if name in facts}
     MemoryConfig(**of_memory)  # raises for a value that no memory has, also where there is none
-    width = facts.get("width", RELEASED_SIZE[0]) if options.width is None else options.width
-    height = facts.get("height", RELEASED_SIZE[1]) if options.height is None else options.height
+    own_width, own_height = facts.get("width", RELEASED_SIZE[0]), facts.get("height", RELEASED_SIZE[1])
+    width = own_width if options.width is None else options.width
+    height = own_height if options.height is None else options.height
     vae_config = folder.vae_config() if vae == WAN_VAE else folder.latents_config()
     if vae_config.z_dim != transformer_config.in_channels:
         raise ConfigError(
@@ -134,11 +135,18 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     if memory_tensors is not None:
         sizes = memory_facts(memory_tensors, memory_source)._asdict()
         # Frames are not what the tokens would give: a memory of 3 small frames is not one of 2 larger ones.
-        del sizes["memory_tokens"]
+        tokens = sizes.pop("memory_tokens")
         # Of the two released recipes, the long one, whose keys are not normalized, rebuilds.
         of_memory = {"rebuild_on_prompt_switch": not sizes["normalize_k"], **of_memory}
         memory = MemoryConfig(**sizes, **of_memory)
         config = replace(config, memory=memory)
+        if (width, height) != (own_width, own_height) and config.memory_tokens != tokens:
+            own_rows, own_columns = latent_size(own_width, own_height, vae_config, transformer_config)
+            if replace(config, latent_height=own_rows, latent_width=own_columns).memory_tokens == tokens:
+                raise ConfigError(
+                    f"{model}: this model makes videos of {own_width}x{own_height} pixels, as its memory has a fixed "
+                    f"number of tokens ({tokens}): expected that width and height, got {width}x{height}"
+                )
         check_memory(memory_tensors, config, memory_source)
     taken = Taken(
         recipe=None if recipe is None else recipe.name,

@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from echo_rt.config import VaeConfig
-from echo_rt.errors import ConfigError, WeightsError
+from echo_rt.errors import ConfigError, WeightsError, did_you_mean
 from echo_rt.options import TINY_VAE, WAN_VAE
 from echo_rt.weights.files import check_tensors, open_tensors
 from echo_rt.weights.shapes import Module, Shapes, shape_of, shapes_of
@@ -129,7 +129,7 @@ def open_tiny_vae(vae: str | Path, folder: Path, like: VaeConfig) -> TinyVae:
     if not os.path.exists(path):
         raise WeightsError(
             f"vae: expected {WAN_VAE!r}, {TINY_VAE!r} or the path of a tiny decoder's file, "
-            f"got {str(vae)!r}, and no such file"
+            f"got {str(vae)!r}, and no such file{did_you_mean(vae, (WAN_VAE, TINY_VAE))}"
         )
     kind = next((kind for kind in KINDS if kind.name in path.name.lower()), None)
     if kind is None:

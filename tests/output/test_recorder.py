@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,22 @@ def test_a_limit_amid_a_block(tmp_path: Path, read_video: Any) -> None:
     }
     assert len(read_video(tmp_path / "v.mp4").luma) == 30
     assert load_file(files["latents"])["latents"][:, 0, 0, 0].tolist() == [0.0] * 3 + [1.0] * 3 + [2.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"video": "a.avi"}, "video: expected a name that ends in .mp4, got 'a.avi'"),
+        ({"video": 3}, "video: expected the path of a file, got 3"),
+        ({"latents": "a.pt"}, "latents: expected a name that ends in .safetensors, got 'a.pt'"),
+        ({"contact_sheet": ".png"}, "contact_sheet: expected a name before .png, got '.png'"),
+    ],
+)
+def test_names_with_another_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: Any, words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"^{re.escape(words)}$"):
+        Recorder(**{"video": "v.mp4", **files}, frame_size=(WIDTH, HEIGHT), fps=FPS, latent_shape=LATENT_SHAPE)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_segments_have_the_same_interface(tmp_path: Path) -> None:

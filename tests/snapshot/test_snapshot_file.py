@@ -204,8 +204,11 @@ def test_files_that_are_no_snapshots(tmp_path: Path) -> None:
     save_file({"a": torch.ones(3)}, path)
     assert "found a file of tensors with no 'echo-rt snapshot'" in refusal(path)
     torch.save({"a": torch.ones(3)}, path)
-    assert "damaged" in refusal(path)
-    for content in (b"", b"x", b"\0" * 8, b"\xff" * 100, b"\x02" + b"\0" * 7 + b"[]", b"\x02" + b"\0" * 7 + b"{}"):
+    assert "expected a snapshot, found a file that is no safetensors file" in refusal(path)
+    for content in (b"", b"x", b"import echo_rt\n" * 100):
+        path.write_bytes(content)
+        assert "expected a snapshot, found a file that is no safetensors file" in refusal(path)
+    for content in (b"\0" * 8, b"\xff" * 100, b"\x02" + b"\0" * 7 + b"[]", b"\x02" + b"\0" * 7 + b"{}"):
         path.write_bytes(content)
         refusal(path)
     nested = b"[" * 100_000

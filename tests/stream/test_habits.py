@@ -45,6 +45,11 @@ def test_two_dtypes_are_one_too_many(small_model: Path) -> None:
         ("guidance_scale", "these models are distilled"),
         ("num_inference_steps", "denoising_steps"),
         ("generator", "give seed="),
+        ("height", r"give width= and height= to Runtime\.from_pretrained"),
+        ("output_type", r"chunk\.frames"),
+        ("fps", r"runtime\.fps"),
+        ("num_videos_per_prompt", "another seed="),
+        ("image", "initial_video="),
     ],
 )
 def test_arguments_that_a_stream_has_not(runtime: Any, name: str, answer: str) -> None:
@@ -55,6 +60,30 @@ def test_arguments_that_a_stream_has_not(runtime: Any, name: str, answer: str) -
         stream.set_prompt(PROMPT, **{name: 1})
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         runtime.stream(PROMPT, colour=1)
+    with pytest.raises(TypeError, match=r"Runtime.stream\(\) .* argument 'sed' \(did you mean 'seed'\?\)"):
+        runtime.stream(PROMPT, sed=1)
+
+
+def test_arguments_that_loading_has_not(small_model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^Runtime.from_pretrained has no variant: .* dtype="):
+        load(small_model, variant="fp16")
+    with pytest.raises(TypeError, match=r"argument 'memmory' \(did you mean 'memory'\?\)"):
+        load(small_model, memmory="off")
+    with pytest.raises(echo_rt.WeightsError, match=r"does not exist \(did you mean 'demo'\?\)"):
+        echo_rt.Runtime.from_pretrained("demoo")
+
+
+def test_a_runtime_is_no_pipeline(runtime: Any) -> None:
+    for wrong, answer in (
+        (lambda: runtime.to("cuda"), "Runtime has no to: .* give device="),
+        (lambda: runtime(PROMPT), r"Runtime has no __call__: .* runtime\.stream"),
+        (lambda: runtime.enable_model_cpu_offload(), "Runtime has no enable_model_cpu_offload: .* vae_tiles="),
+    ):
+        with pytest.raises(ConfigError, match=answer):
+            wrong()
+    assert not hasattr(runtime, "to") and not hasattr(runtime, "colour")
+    with pytest.raises(AttributeError, match="'Runtime' object has no attribute 'colour'"):
+        _ = runtime.colour
 
 
 def test_a_feed_of_a_runtime_is_refused_at_once(runtime: Any) -> None:
