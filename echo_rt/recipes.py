@@ -6,7 +6,6 @@ are those of the publishers' own configurations.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from echo_rt.errors import ConfigError
+from echo_rt.utils.wording import did_you_mean
 
 LONGVIDEO_FILE = "longvideo.pt"  # Causal-Forcing's, which runs by none of the recipes
 
@@ -33,8 +33,9 @@ class PublishedFile:
 
     @property
     def download(self) -> str:
-        """The command that fetches it."""
-        return " ".join(["hf download", self.hub, *([] if self.path is None else [self.path])])
+        """The command that fetches it, into a folder of the repository's name."""
+        path = "" if self.path is None else f" {self.path}"
+        return f"hf download {self.hub}{path} --local-dir {self.hub.rpartition('/')[2]}"
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,7 @@ def find_recipe(name: object, source: str = "recipe") -> Recipe:
     """The recipe called ``name``; :class:`ConfigError`, which begins with ``source``, names all and the closest."""
     recipe = RECIPES.get(name) if isinstance(name, str) else None
     if recipe is None:
-        close = difflib.get_close_matches(name.lower(), RECIPES, n=1) if isinstance(name, str) else []
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(f"{source} must be one of {', '.join(RECIPES)}; got {name!r}{hint}")
+        raise ConfigError(f"{source} must be one of {', '.join(RECIPES)}; got {name!r}{did_you_mean(name, RECIPES)}")
     return recipe
 
 

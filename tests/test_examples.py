@@ -181,11 +181,15 @@ class StandIn:
         tkinter = types.ModuleType("tkinter")
         for name in ("Tk", "Label", "Entry"):
             setattr(tkinter, name, lambda *_, **options: self)
+        tkinter.TclError = type("TclError", (Exception,), {})  # type: ignore[attr-defined]
         tkinter.PhotoImage = lambda data: data  # type: ignore[attr-defined]
         return tkinter
 
     def title(self, text: str) -> None:
         assert text
+
+    def update(self) -> None:
+        assert not self.shown, "only before the model is loaded"
 
     def pack(self, **options: object) -> None:
         pass

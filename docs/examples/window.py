@@ -17,9 +17,8 @@ import echo_rt
 class Window:
     """A picture and a line for prompts. Tk runs on one thread, so nothing here may wait for a block."""
 
-    def __init__(self, feed: echo_rt.Feed, fps: int) -> None:
-        self.feed, self.seconds = feed, 1 / fps
-        self.root = tkinter.Tk()
+    def __init__(self, root: tkinter.Tk, feed: echo_rt.Feed, fps: int) -> None:
+        self.root, self.feed, self.seconds = root, feed, 1 / fps
         self.root.title("echo-rt")
         self.picture, self.line, self.note = (make(self.root) for make in (tkinter.Label, tkinter.Entry, tkinter.Label))
         for part in (self.picture, self.line, self.note):
@@ -68,13 +67,19 @@ def main() -> None:
     parser.add_argument("--recipe", help="needed if the files do not select one; see echo-rt recipes")
     parser.add_argument("--prompt", default="a red ball bouncing in the desert")
     options = parser.parse_args()
+    try:
+        root = tkinter.Tk()
+    except tkinter.TclError as error:  # there is no display
+        sys.exit(f"window.py: error: expected a display to open a window on: {error}")
+    root.title("echo-rt: loading the model ...")
+    root.update()  # show it now: loading takes a while
     with (
         echo_rt.Runtime.from_pretrained(options.model, checkpoint=options.checkpoint, recipe=options.recipe) as runtime,
         echo_rt.share_cpu(runtime.device),  # on a CPU: stay fast beside other programs
         runtime.stream(options.prompt) as stream,
         echo_rt.Feed(stream) as feed,  # makes blocks on a thread, at most two ahead
     ):
-        Window(feed, runtime.fps).root.mainloop()
+        Window(root, feed, runtime.fps).root.mainloop()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from echo_rt.errors import BackendError
 from echo_rt.ops.schema import Ops
 from echo_rt.utils.build_info import __version__
-from echo_rt.utils.wording import plain
+from echo_rt.utils.wording import did_you_mean, plain
 
 BACKENDS = ("torch", "emulated", "cuda")
 BACKEND_VARIABLE = "ECHO_RT_BACKEND"
@@ -65,7 +65,8 @@ def _kernels_built() -> tuple[str, str]:
 def load_ops(backend: str) -> Ops:
     """Return the operations of ``backend``; :class:`BackendError` if it is unknown or not available."""
     if backend not in BACKENDS:
-        raise BackendError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        hint = did_you_mean(backend, BACKENDS)
+        raise BackendError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}{hint}")
     status = available_backends()[backend]
     if status != "available":
         raise BackendError(f"backend {backend!r} is not available: {status}")
