@@ -6,6 +6,9 @@ The command line prints it without a traceback and exits with ``exit_code``.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class EchoError(Exception):
     """Base of all deliberate errors; ``exit_code`` is what the command line exits with."""
@@ -92,3 +95,9 @@ class NumericalError(EchoError):
     """NaN or infinity where numbers should be."""
 
     exit_code = 1
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` with the closest of the ``known`` names; empty where none is close."""
+    close = difflib.get_close_matches(str(name).lower(), known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from echo_rt.errors import ConfigError
-from echo_rt.utils.wording import did_you_mean
+from echo_rt.errors import ConfigError, did_you_mean
 
 LONGVIDEO_FILE = "longvideo.pt"  # Causal-Forcing's, which runs by none of the recipes
 

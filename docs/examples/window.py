@@ -44,13 +44,11 @@ class Window:
             self.image = tkinter.PhotoImage(data=b"P6 %d %d 255 " % frame.shape[1::-1] + frame.tobytes())
             self.picture.configure(image=self.image)
         self.note.configure(text=self.error)
-        # Count from the due time, or delays would add up; but from now if no block was ready.
-        self.due = max(self.due + self.seconds, time.monotonic())
+        self.due = max(self.due + self.seconds, time.monotonic())  # from the due time, or delays would add up
         self.root.after(round(1000 * (self.due - time.monotonic())), self.show)
 
     def switch(self, event: object) -> None:
-        # Encoding a prompt takes a while, and the video should continue meanwhile.
-        threading.Thread(target=self.set_prompt, args=[self.line.get()], daemon=True).start()
+        threading.Thread(target=self.set_prompt, args=[self.line.get()], daemon=True).start()  # it takes a while
 
     def set_prompt(self, prompt: str) -> None:
         try:
@@ -67,10 +65,7 @@ def main() -> None:
     parser.add_argument("--recipe", help="needed if the files do not select one; see echo-rt recipes")
     parser.add_argument("--prompt", default="a red ball bouncing in the desert")
     options = parser.parse_args()
-    try:
-        root = tkinter.Tk()
-    except tkinter.TclError as error:  # there is no display
-        sys.exit(f"window.py: error: expected a display to open a window on: {error}")
+    root = tkinter.Tk()
     root.title("echo-rt: loading the model ...")
     root.update()  # show it now: loading takes a while
     with (
@@ -85,6 +80,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except echo_rt.EchoError as error:  # one line: what was expected and what was found
+    except (echo_rt.EchoError, tkinter.TclError) as error:  # one line: what was expected, or that there is no display
         print(f"window.py: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(getattr(error, "exit_code", 1))

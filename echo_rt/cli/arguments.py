@@ -18,7 +18,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from echo_rt.cli.outputs import Named
-from echo_rt.errors import ConfigError
+from echo_rt.errors import ConfigError, did_you_mean
 from echo_rt.options import (
     DEMO,
     DTYPE_ALIASES,
@@ -32,7 +32,6 @@ from echo_rt.options import (
 )
 from echo_rt.recipes import RECIPES
 from echo_rt.utils.number import Number
-from echo_rt.utils.wording import did_you_mean
 
 Arguments = SimpleNamespace  # the arguments of a command, by name
 Options = Mapping[str, Iterable[click.Parameter]]  # those of a command, by the titles of --help

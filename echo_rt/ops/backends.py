@@ -8,10 +8,10 @@ from typing import cast
 
 import torch
 
-from echo_rt.errors import BackendError
+from echo_rt.errors import BackendError, did_you_mean
 from echo_rt.ops.schema import Ops
 from echo_rt.utils.build_info import __version__
-from echo_rt.utils.wording import did_you_mean, plain
+from echo_rt.utils.wording import plain
 
 BACKENDS = ("torch", "emulated", "cuda")
 BACKEND_VARIABLE = "ECHO_RT_BACKEND"

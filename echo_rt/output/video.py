@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from echo_rt.errors import BackendError, ConfigError, OutputError
+from echo_rt.errors import BackendError, ConfigError, OutputError, did_you_mean
 from echo_rt.utils.atomic_file import Closing, PartFile, reason
 from echo_rt.utils.packages import needing
-from echo_rt.utils.wording import did_you_mean, first_line
+from echo_rt.utils.wording import first_line
 
 if TYPE_CHECKING:
     import av

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 import warnings
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,12 +31,6 @@ def type_of(value: object) -> str:
 def plain(dtype: torch.dtype) -> str:
     """``dtype`` as users write it: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
-
-
-def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` with the closest of the ``known`` names; empty where none is close."""
-    close = difflib.get_close_matches(str(name).lower(), known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def first_line(error: object) -> str:
