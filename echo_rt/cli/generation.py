@@ -360,7 +360,7 @@ def _check_initial(request: Request, frames: int) -> None:
         facts, vae = {**folder.rollout_defaults(), **of_recipe, **asked}, folder.latents_config()
     except EchoError:
         return  # it is reported where the model is loaded
-    frames_per_block = facts.get("frames_per_block")
+    frames_per_block = facts.get("frames_per_block", 0)
     if is_whole(frames_per_block, 1):
         check_whole_blocks(frames, frames_per_block, vae)
 
