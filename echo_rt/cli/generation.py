@@ -22,7 +22,7 @@ from echo_rt.engine.guard import ROLL_BACK, STOP, Guard
 from echo_rt.engine.initial_video import check_whole_blocks
 from echo_rt.engine.prompts import check_prompt_embeds, load_prompt_embeds, save_prompt_embeds
 from echo_rt.errors import ConfigError, EchoError, OutputError, PromptError, TargetError
-from echo_rt.options import MOST_INITIAL_SECONDS, is_whole
+from echo_rt.options import MOST_INITIAL_SECONDS, RECIPE, is_whole
 from echo_rt.output import Checkpoints, Recorder, SegmentedWriter, SegmentRecorder, VideoFile
 from echo_rt.output.recorder import SNAPSHOT_FOLDER
 from echo_rt.output.segment_index import RecordingIndex
@@ -353,14 +353,17 @@ class Generation:
 
 def _check_initial(request: Request, frames: int) -> None:
     """Check the frames of ``--from``, where request or folder say what a block is; else it is done after loading."""
-    asked = dict(request.options.overrides or {})
-    of_recipe = {} if request.options.recipe is None else find_recipe(request.options.recipe).facts
+    options = request.options
     try:
         folder = ModelFolder.open(request.arguments.model)
-        facts, vae = {**folder.rollout_defaults(), **of_recipe, **asked}, folder.latents_config()
+        facts, vae = folder.rollout_defaults(), folder.latents_config()
+        of_folder, named = (
+            {} if name is None else find_recipe(name).facts for name in (facts.get(RECIPE), options.recipe)
+        )
     except EchoError:
         return  # it is reported where the model is loaded
-    frames_per_block = facts.get("frames_per_block", 0)
+    facts = {**of_folder, **facts, **named, **(options.overrides or {})}
+    frames_per_block: Any = facts.get("frames_per_block")
     if is_whole(frames_per_block, 1):
         check_whole_blocks(frames, frames_per_block, vae)
 
