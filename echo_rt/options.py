@@ -8,6 +8,7 @@ import inspect
 import math
 import operator
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 RELEASED_SIZE = (832, 480)
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float8")
-DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp8": "float8"}
+DTYPE_ALIASES = {
+    **{"fp32": "float32", "float": "float32", "bf16": "bfloat16"},
+    **{"fp16": "float16", "half": "float16", "fp8": "float8"},
+}
 # Dtypes that the VAE can decode in.
 VAE_DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
@@ -44,8 +48,12 @@ OVERRIDES = (
 RECIPE, CHECKPOINT, WORDS = "recipe", "checkpoint", "words"
 FOLDER_FACTS = ("width", "height", "tiny_seed", RECIPE, CHECKPOINT, WORDS)
 
-# The model that the package holds; a folder of that name is written ./demo.
+# The model that the package holds (a folder of that name is written ./demo), and a prompt of words that it knows.
 DEMO = "demo"
+DEMO_PROMPT = "a red ball bouncing in the desert"
+
+# Id of a model on the Hugging Face hub.
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 # LoRAs as callers give them: a path, or a sequence of paths and (path, strength) pairs.
 Lora = str | Path | Sequence[str | Path | tuple[str | Path, float]] | None

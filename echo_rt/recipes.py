@@ -32,8 +32,9 @@ class PublishedFile:
 
     @property
     def download(self) -> str:
-        """The command that fetches it."""
-        return " ".join(["hf download", self.hub, *([] if self.path is None else [self.path])])
+        """The command that fetches it, into a folder of the repository's name."""
+        path = "" if self.path is None else f" {self.path}"
+        return f"hf download {self.hub}{path} --local-dir {self.hub.rpartition('/')[2]}"
 
 
 @dataclass(frozen=True)

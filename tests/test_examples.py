@@ -77,7 +77,7 @@ def test_what_they_cannot_load_is_told_in_a_line(
 ) -> None:
     for package in packages:
         pytest.importorskip(package)
-    monkeypatch.setitem(sys.modules, "tkinter", types.ModuleType("tkinter"))
+    monkeypatch.setitem(sys.modules, "tkinter", StandIn(lambda _: False).module())
     option = [] if name == "server.py" else ["--model"]
     more = [tmp_path / "frames"] if name == "numbered_frames.py" else []
     with pytest.raises(SystemExit) as ended:
@@ -181,11 +181,15 @@ class StandIn:
         tkinter = types.ModuleType("tkinter")
         for name in ("Tk", "Label", "Entry"):
             setattr(tkinter, name, lambda *_, **options: self)
+        tkinter.TclError = type("TclError", (Exception,), {})  # type: ignore[attr-defined]
         tkinter.PhotoImage = lambda data: data  # type: ignore[attr-defined]
         return tkinter
 
     def title(self, text: str) -> None:
         assert text
+
+    def update(self) -> None:
+        assert not self.shown, "only before the model is loaded"
 
     def pack(self, **options: object) -> None:
         pass
@@ -257,6 +261,22 @@ def test_the_window_shows_every_frame_and_takes_prompts(
     assert any(shown == [frame.numpy().tobytes() for frame in video[: len(shown)]] for video in candidates)
 
 
+def test_without_a_display_the_window_says_so(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before it loads a model, and in one line."""
+    tkinter = StandIn(lambda _: False).module()
+
+    def refuse() -> None:
+        raise tkinter.TclError("no display name and no $DISPLAY environment variable")
+
+    monkeypatch.setattr(tkinter, "Tk", refuse)
+    monkeypatch.setitem(sys.modules, "tkinter", tkinter)
+    with pytest.raises(SystemExit):
+        run("window.py", "--model", "absent")
+    assert capsys.readouterr().err == "window.py: error: no display name and no $DISPLAY environment variable\n"
+
+
 def test_the_window_says_how_the_stream_failed(
     run: Callable[..., Any], small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,7 +322,7 @@ def test_the_window_opens_on_a_screen(
             self.winfo_toplevel().destroy()
 
     monkeypatch.setattr(tkinter.Label, "configure", watched)
-    with contextlib.suppress(tkinter.TclError):  # the window is gone when the next picture is asked for
+    with contextlib.suppress(SystemExit):  # the window is gone when the next picture is asked for
         run("window.py", "--model", small_model, "--checkpoint", small_model / CHECKPOINT_FILE)
     assert len(shown) == 12 and shown[-1].endswith(" 32")
 

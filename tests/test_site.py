@@ -40,16 +40,34 @@ def test_every_page_is_in_the_navigation_and_every_entry_is_a_page(site: ModuleT
     assert len(navigation) == len(set(navigation)) and set(navigation) == there
 
 
-def test_links_and_pictures_of_every_page_lead_somewhere(site: ModuleType, tmp_path: Path) -> None:
-    site.stage(tmp_path)
-    links = 0
-    for page in tmp_path.rglob("*.md"):
-        text = re.sub(r"^```.*?^```$|<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-        for target in re.findall(r"\]\(([^)\s]+)\)", text):
-            if not target.startswith(("https://", "#")):
-                links += 1
-                assert (page.parent / target.partition("#")[0]).is_file(), f"{page.relative_to(tmp_path)}: {target}"
-    assert links > 50
+def text_of(page: Path) -> str:
+    """Without code and comments."""
+    return re.sub(r"^```.*?^```$|<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Of its headings, as both the builders of the site and the forges that show the repository make them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text_of(page)), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("place", ["the repository", "the site"])
+def test_links_and_pictures_of_every_page_lead_somewhere(site: ModuleType, tmp_path: Path, place: str) -> None:
+    pages = [ROOT / "README.md", *(ROOT / page for page in site.PAGES), *(ROOT / "docs").rglob("*.md")]
+    if place == "the site":
+        site.stage(tmp_path)
+        pages = list(tmp_path.rglob("*.md"))
+    links, dead = 0, []
+    for page in pages:
+        for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+            file, _, anchor = target.partition("#")
+            there = page.parent / file if file else page
+            links += not target.startswith("https://")
+            if not target.startswith("https://") and not (
+                there.exists() and (not anchor or (there.suffix == ".md" and anchor in anchors_of(there)))
+            ):
+                dead.append(f"{page.name}: {target}")
+    assert links > 50 and dead == []
 
 
 @pytest.mark.parametrize(

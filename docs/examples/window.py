@@ -17,9 +17,8 @@ import echo_rt
 class Window:
     """A picture and a line for prompts. Tk runs on one thread, so nothing here may wait for a block."""
 
-    def __init__(self, feed: echo_rt.Feed, fps: int) -> None:
-        self.feed, self.seconds = feed, 1 / fps
-        self.root = tkinter.Tk()
+    def __init__(self, root: tkinter.Tk, feed: echo_rt.Feed, fps: int) -> None:
+        self.root, self.feed, self.seconds = root, feed, 1 / fps
         self.root.title("echo-rt")
         self.picture, self.line, self.note = (make(self.root) for make in (tkinter.Label, tkinter.Entry, tkinter.Label))
         for part in (self.picture, self.line, self.note):
@@ -45,13 +44,11 @@ class Window:
             self.image = tkinter.PhotoImage(data=b"P6 %d %d 255 " % frame.shape[1::-1] + frame.tobytes())
             self.picture.configure(image=self.image)
         self.note.configure(text=self.error)
-        # Count from the due time, or delays would add up; but from now if no block was ready.
-        self.due = max(self.due + self.seconds, time.monotonic())
+        self.due = max(self.due + self.seconds, time.monotonic())  # from the due time, or delays would add up
         self.root.after(round(1000 * (self.due - time.monotonic())), self.show)
 
     def switch(self, event: object) -> None:
-        # Encoding a prompt takes a while, and the video should continue meanwhile.
-        threading.Thread(target=self.set_prompt, args=[self.line.get()], daemon=True).start()
+        threading.Thread(target=self.set_prompt, args=[self.line.get()], daemon=True).start()  # it takes a while
 
     def set_prompt(self, prompt: str) -> None:
         try:
@@ -68,18 +65,21 @@ def main() -> None:
     parser.add_argument("--recipe", help="needed if the files do not select one; see echo-rt recipes")
     parser.add_argument("--prompt", default="a red ball bouncing in the desert")
     options = parser.parse_args()
+    root = tkinter.Tk()
+    root.title("echo-rt: loading the model ...")
+    root.update()  # show it now: loading takes a while
     with (
         echo_rt.Runtime.from_pretrained(options.model, checkpoint=options.checkpoint, recipe=options.recipe) as runtime,
         echo_rt.share_cpu(runtime.device),  # on a CPU: stay fast beside other programs
         runtime.stream(options.prompt) as stream,
         echo_rt.Feed(stream) as feed,  # makes blocks on a thread, at most two ahead
     ):
-        Window(feed, runtime.fps).root.mainloop()
+        Window(root, feed, runtime.fps).root.mainloop()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except echo_rt.EchoError as error:  # one line: what was expected and what was found
+    except (echo_rt.EchoError, tkinter.TclError) as error:  # one line: what was expected, or that there is no display
         print(f"window.py: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(getattr(error, "exit_code", 1))

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -18,8 +18,18 @@ import click
 from click.shell_completion import CompletionItem
 
 from echo_rt.cli.outputs import Named
-from echo_rt.errors import ConfigError
-from echo_rt.options import DEMO, DTYPE_NAMES, OVERRIDES, TINY_VAE, VAE_DTYPE_NAMES, WAN_VAE, MemoryMode, RuntimeOptions
+from echo_rt.errors import ConfigError, did_you_mean
+from echo_rt.options import (
+    DEMO,
+    DTYPE_ALIASES,
+    DTYPE_NAMES,
+    OVERRIDES,
+    TINY_VAE,
+    VAE_DTYPE_NAMES,
+    WAN_VAE,
+    MemoryMode,
+    RuntimeOptions,
+)
 from echo_rt.recipes import RECIPES
 from echo_rt.utils.number import Number
 
@@ -97,7 +107,8 @@ def _parse_override(text: str) -> tuple[str, Any]:
     """Name and value of one ``--set``; the model checks whether they fit."""
     name, equals, value = text.partition("=")
     if name not in OVERRIDES or not equals:
-        raise ValueError(f"expected NAME=VALUE with a NAME of {', '.join(OVERRIDES)}; got {reprlib.repr(text)}")
+        hint = "" if name in OVERRIDES else did_you_mean(name, OVERRIDES)
+        raise ValueError(f"expected NAME=VALUE with a NAME of {', '.join(OVERRIDES)}; got {reprlib.repr(text)}{hint}")
     if name in _WORDS:
         return name, value
     try:
@@ -115,6 +126,18 @@ def _by_name(ctx: click.Context, param: click.Parameter, pairs: Iterable[tuple[s
             raise click.BadParameter(f"expected each NAME once, got {name} again with {value!r}", ctx, param)
         collected[name] = value
     return collected
+
+
+def _dtype(names: Sequence[str]) -> Value:
+    """Type of the dtypes called ``names``, which go by their short names too."""
+    known = {name: name for name in names} | {short: name for short, name in DTYPE_ALIASES.items() if name in names}
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise ValueError(f"expected one of {', '.join(known)}, got {text!r}{did_you_mean(text, known)}")
+        return known[text]
+
+    return Value(parse, words=names)
 
 
 TEXT = Value(str)
@@ -182,8 +205,8 @@ _SHARED = table(
     ema={"default": None},
     memory={"type": click.Choice([mode.value for mode in MemoryMode])},
     vae={"default": WAN_VAE},
-    dtype={"type": click.Choice(DTYPE_NAMES)},
-    vae_dtype={"type": click.Choice(VAE_DTYPE_NAMES)},
+    dtype={"type": _dtype(DTYPE_NAMES)},
+    vae_dtype={"type": _dtype(VAE_DTYPE_NAMES)},
     float8_except={"multiple": True},
     device={"type": Value(str, words=("cpu", "cuda"))},
     backend={"type": Value(str, words=("torch", "cuda", "emulated"))},

@@ -53,6 +53,12 @@ _DEPENDENCIES = (
     ("matplotlib", "matplotlib", "plots of soak and bench", False),
     ("prometheus_client", "prometheus-client", "soak --port", False),
     ("gguf", "gguf", "weights in GGUF files", False),
+    ("fastapi", "fastapi", "serve", False),
+    ("uvicorn", "uvicorn", "serve", False),
+    ("aiortc", "aiortc", "serve: WebRTC", False),
+    ("websockets", "websockets", "serve, echo_rt.client", False),
+    ("httpx", "httpx", "echo_rt.client", False),
+    ("ray", "ray", "serve --ray", False),
     ("PIL", "pillow", "contact sheets", False),
 )
 
@@ -274,7 +280,10 @@ def _autotuned(family: str, available: str, name: str) -> Iterator[Fact]:
         advice = "it is measured when a model is loaded" + ("" if cache else "; to remember it, set ECHO_RT_CACHE_DIR")
         yield Fact(name, "not measured yet", "absent", advice)
     elif len(chosen) <= _MOST_REASONS:
-        yield from (Fact(name, f"{kind}: {reason}{where}") for kind, reason in chosen)
+        kinds: dict[str, list[str]] = {}
+        for kind, reason in dict.fromkeys(chosen):
+            kinds.setdefault(reason, []).append(kind)
+        yield from (Fact(name, f"{', '.join(named)}: {reason}{where}") for reason, named in kinds.items())
     else:  # a decoder has convolutions of dozens of shapes
         counts = Counter(kind for kind, _ in chosen).most_common()
         shapes = ", ".join(f"{kind} for {count}" for kind, count in counts)

@@ -8,6 +8,7 @@ import click
 
 from echo_rt.cli.arguments import MODEL, TEXT, Arguments, Value, number, shared, table
 from echo_rt.cli.request import BESIDE_SEGMENTS, Request
+from echo_rt.cli.stdio import say_loading
 from echo_rt.options import FITS
 from echo_rt.utils.signals import StopRequest
 
@@ -109,6 +110,7 @@ OPTIONS = {
 def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Check, load, generate, finish the files; 0, or the exit code of the signal that ended it."""
     request = Request(arguments)
+    say_loading(arguments)
     with stop.interruptible():
         from echo_rt.cli.generation import Generation
     return Generation(request, report, stop).run()

@@ -19,14 +19,16 @@ from echo_rt.cli.request import Request, TimedPrompt, first_block
 from echo_rt.cli.stdio import describe, say, warn
 from echo_rt.config import VaeConfig
 from echo_rt.engine.guard import ROLL_BACK, STOP, Guard
+from echo_rt.engine.initial_video import check_whole_blocks
 from echo_rt.engine.prompts import check_prompt_embeds, load_prompt_embeds, save_prompt_embeds
-from echo_rt.errors import ConfigError, OutputError, PromptError, TargetError
-from echo_rt.options import MOST_INITIAL_SECONDS
+from echo_rt.errors import ConfigError, EchoError, OutputError, PromptError, TargetError
+from echo_rt.options import MOST_INITIAL_SECONDS, RECIPE, is_whole
 from echo_rt.output import Checkpoints, Recorder, SegmentedWriter, SegmentRecorder, VideoFile
 from echo_rt.output.recorder import SNAPSHOT_FOLDER
 from echo_rt.output.segment_index import RecordingIndex
 from echo_rt.output.segments import check_free
 from echo_rt.output.video import check_encoding
+from echo_rt.recipes import find_recipe
 from echo_rt.runtime import Runtime
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import latest_snapshot, require_seed, snapshot_files
@@ -35,6 +37,7 @@ from echo_rt.utils.checked_json import convert
 from echo_rt.utils.signals import StopNow, StopRequest
 from echo_rt.utils.threads import share_cpu
 from echo_rt.utils.wording import counted, one_line
+from echo_rt.weights.folder import ModelFolder
 
 
 class Notes(msgspec.Struct, omit_defaults=True, rename={"initial": "from"}):
@@ -152,6 +155,7 @@ class Generation:
                 check_free(request.output)
             if self._resumption is None and arguments.initial is not None:
                 self._initial = VideoFile(arguments.initial, most=MOST_INITIAL_SECONDS * VaeConfig.frame_rate)
+                _check_initial(request, self._initial.frames)
             from_files = {one.file: load_prompt_embeds(one.file)[0] for one in request.script if one.file is not None}
             like = None if self._resumption is None else self._resumption.snapshot
             self._runtime = Runtime.from_pretrained(arguments.model, **request.options.arguments(), like=like)
@@ -184,13 +188,13 @@ class Generation:
     def _record(self, embeds: list[Tensor]) -> int:
         """Make the video with the ``embeds`` of the script's prompts; return the exit code."""
         stop = self._stop
-        self._warn()
         # If several prompts begin with one block, the last one counts.
         prompts = {
             first_block(prompt.seconds, self._runtime, self._hidden): (prompt, tensor)
             for prompt, tensor in zip(self._request.script, embeds, strict=True)
         }
         stream = self._begin(prompts)
+        self._warn()  # not before: of a request that is refused there is one message
         begun_at = (0, 0) if self._resumption is None else (stream.next_block, self._recorded(stream))
         recorder, checkpoints = self._open_recorder(*begun_at)
         progress = ProgressReport(self._limit, self._runtime.fps, quiet=self._arguments.quiet, begun_at=begun_at)
@@ -345,6 +349,23 @@ class Generation:
             self._prompt = prompt
             what = {"text": prompt.text} if prompt.file is None else {"file": prompt.file}
             self._shown.append({"frame": frame, "seconds": frame / self._runtime.fps, **what})
+
+
+def _check_initial(request: Request, frames: int) -> None:
+    """Check the frames of ``--from``, where request or folder say what a block is; else it is done after loading."""
+    options = request.options
+    try:
+        folder = ModelFolder.open(request.arguments.model)
+        facts, vae = folder.rollout_defaults(), folder.latents_config()
+        of_folder, named = (
+            {} if name is None else find_recipe(name).facts for name in (facts.get(RECIPE), options.recipe)
+        )
+    except EchoError:
+        return  # it is reported where the model is loaded
+    facts = {**of_folder, **facts, **named, **(options.overrides or {})}
+    frames_per_block: Any = facts.get("frames_per_block")
+    if is_whole(frames_per_block, 1):
+        check_whole_blocks(frames, frames_per_block, vae)
 
 
 def _summary(report: dict[str, Any]) -> str:

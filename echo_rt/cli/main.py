@@ -82,6 +82,8 @@ def _echo_rt() -> None:
 
 def _parse(argv: list[str]) -> tuple[_Run, Arguments]:
     """Return what runs the subcommand, and its arguments; prints a page of help and exits if that is asked for."""
+    if not argv or argv[0] == "help":
+        argv = [*argv[1:], "--help"]
     with redirect_stdout(io.StringIO()) as page:
         parsed: tuple[_Run, Arguments] | int = _echo_rt.main(argv, _PROGRAM, standalone_mode=False)
     if isinstance(parsed, int):

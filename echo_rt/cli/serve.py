@@ -13,8 +13,8 @@ from typing import Any
 
 from echo_rt.cli.arguments import MODEL, Arguments, model_files, number, options_of, shared, table
 from echo_rt.cli.outputs import Named, check_folder
-from echo_rt.cli.stdio import say
-from echo_rt.options import RuntimeOptions
+from echo_rt.cli.stdio import say, say_loading
+from echo_rt.options import DEMO_PROMPT, RuntimeOptions
 from echo_rt.utils.packages import needing
 from echo_rt.utils.signals import StopNow, StopRequest
 
@@ -27,9 +27,8 @@ Ctrl-C or SIGTERM ends it: the recording is closed, and a snapshot is written th
 has more, docs/serve-proxy.md tells how to serve behind a proxy, docs/serve-cluster.md on many machines.
 """
 _PER_VIEWER = 8  # connections
-_PROMPT = "a red fox in the snow"
 _VIDEO = f"""
---prompt TEXT   the first prompt (default: {_PROMPT})
+--prompt TEXT   the first prompt (default: {DEMO_PROMPT})
 --out DIR       folder for snapshots and recordings (default echo-rt-live)
 --resume        go on from the newest snapshot in --out, or begin where there is none
 --megabits N    most megabits a second of a viewer (default 4)
@@ -54,7 +53,7 @@ OPTIONS = {
     "video": (
         *table(
             _VIDEO,
-            prompt={"default": _PROMPT},
+            prompt={"default": DEMO_PROMPT},
             out={"default": Path("echo-rt-live")},
             megabits={"type": number(float, "a number above 0", positive=True), "default": 4.0},
         ),
@@ -84,6 +83,7 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     host, token = arguments.host, arguments.token
     if token is None and not _is_loopback(host):
         token = secrets.token_urlsafe(24)
+    say_loading(arguments)
     with stop.interruptible():
         with needing("echo-rt[serve]", "echo-rt serve"):
             from echo_rt.serve import app, guard, server

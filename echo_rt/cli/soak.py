@@ -12,8 +12,9 @@ from echo_rt.cli.arguments import MODEL, Arguments, Value, model_files, options_
 from echo_rt.cli.outputs import Named, check_folder
 from echo_rt.cli.progress import Panel
 from echo_rt.cli.request import parse_untimed
-from echo_rt.cli.stdio import complain, say
+from echo_rt.cli.stdio import complain, say, say_loading
 from echo_rt.errors import OutputError
+from echo_rt.options import DEMO_PROMPT
 from echo_rt.soak.config import Limits, SoakConfig, settings_of
 from echo_rt.utils.number import Number
 from echo_rt.utils.signals import StopRequest
@@ -23,8 +24,8 @@ EPILOG = """
 The same command with the same --out continues a killed soak from its newest snapshot.
 
 Exit codes: 0 every promise held; 1 something went wrong after the request was accepted, for example a full disk; 2 a
-mistake in the request; 3 a promise was broken; 4 the stream failed; 130 or 143 Ctrl-C or SIGTERM, no promise broken
-until then.
+mistake in the request; 3 a promise was broken; 4 the stream failed; 129, 130 or 143 the terminal was closed, Ctrl-C
+or SIGTERM, no promise broken until then.
 
 docs/soak.md explains the figures.
 """
@@ -53,7 +54,8 @@ def _numbers(kind: type[SoakConfig] | type[Limits]) -> tuple[click.Option, ...]:
 
 _RUN = f"""
 --out DIR                  folder for figures, snapshots and the report; if it holds a soak, that is continued
---prompt prompts TEXT      may be repeated, without times (--switch-every says when the next begins); default: a fox
+--prompt prompts TEXT      may be repeated, without times (--switch-every says when the next begins); default:
+                           {DEMO_PROMPT}
 --port serve [ADDRESS:]P   serve figures for Prometheus there; default address {_ADDRESS}
 --plots/--no-plots         plots in the report, or none; default: if matplotlib is installed
 """
@@ -81,12 +83,13 @@ def parse_config(arguments: Arguments) -> SoakConfig:
     more = {"prompts": parse_untimed(arguments.prompts)} if arguments.prompts else {}
     check_folder(Named("--out", arguments.out), model_files(arguments))
     limits = Limits(**{name: value for name, value in vars(arguments).items() if name in settings_of(Limits)})
-    return options_of(SoakConfig, arguments, limits=limits, **more)
+    return options_of(SoakConfig, arguments, model=arguments.model, limits=limits, **more)  # demo is not ./demo
 
 
 def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Run the soak and return its exit code."""
     config = parse_config(arguments)
+    say_loading(arguments)
     with stop.interruptible():
         from echo_rt.soak import run as run_soak
     with closing(Panel(config, quiet=arguments.quiet)) as panel:

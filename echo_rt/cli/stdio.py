@@ -102,6 +102,8 @@ def describe(error: Exception) -> tuple[str, int]:
         return one_line(error), error.exit_code
     if isinstance(error, click.UsageError):  # what is wrong with the arguments, which option it is, where to read on
         message = error.format_message()
+        if isinstance(error, click.NoSuchOption) and error.possibilities:  # click sorts them by the alphabet
+            message = f"{error.message} Did you mean {' or '.join(map(repr, error.possibilities))}?"
         if isinstance(error, click.BadParameter) and error.param is not None and error.message:
             message = f"{'/'.join(error.param.opts)}: {error.message}"
         page = "echo-rt" if error.ctx is None else error.ctx.command_path
@@ -118,6 +120,12 @@ def warn(report: dict[str, Any], text: object) -> None:
     line = one_line(text)
     report.setdefault("warnings", []).append(line)
     complain(f"echo-rt: warning: {line}")
+
+
+def say_loading(arguments: Any) -> None:
+    """Say on standard error, before torch is imported, that the model is loaded; not with ``--quiet`` or ``--json``."""
+    if not (arguments.json or getattr(arguments, "quiet", False)):
+        complain(f"echo-rt: loading {arguments.model} ...")
 
 
 class ShownLog(logging.Handler):

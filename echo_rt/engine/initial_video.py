@@ -29,6 +29,22 @@ InitialVideo: TypeAlias = "Frames | Iterable[Frames]"
 """Frames uint8 ``[F, H, W, 3]`` RGB, whole or as an iterable of pieces."""
 
 
+def check_whole_blocks(frames: int, frames_per_block: int, vae: VaeConfig) -> None:
+    """Raise :class:`ConfigError` unless a number of frames is that of whole blocks of latent frames."""
+    latents = 1 + (frames - 1) // vae.temporal_stride if frames else 0
+    below, above = (vae.video_frames(frames_per_block * (latents // frames_per_block + more)) for more in (0, 1))
+    if frames == below > 0:
+        return
+    message = (
+        f"an initial video must fill blocks of {counted(frames_per_block, 'latent frame')}: "
+        f"expected {f'{below} or {above}' if below else above} frames, got {frames}"
+    )
+    if frames == 1:
+        recipes = ", ".join(name for name, recipe in RECIPES.items() if recipe.facts["frames_per_block"] == 1)
+        message += f"; a picture begins a video only where a block is 1 latent frame, as in the recipes {recipes}"
+    raise ConfigError(message)
+
+
 class InitialVideoEncoder:
     """The VAE encoder of a model folder, loaded for each video and released after it.
 
@@ -76,18 +92,7 @@ class InitialVideoEncoder:
     def check_count(self, frames: int) -> None:
         """Raise :class:`ConfigError` unless a number of frames is whole blocks, and not too many."""
         self._check_length(frames)
-        latents = 1 + (frames - 1) // self._vae.temporal_stride if frames else 0
-        below, above = (self._vae.video_frames(self._block * (latents // self._block + more)) for more in (0, 1))
-        if frames == below > 0:
-            return
-        message = (
-            f"an initial video must fill blocks of {counted(self._block, 'latent frame')}: "
-            f"expected {f'{below} or {above}' if below else above} frames, got {frames}"
-        )
-        if frames == 1:
-            recipes = ", ".join(name for name, recipe in RECIPES.items() if recipe.facts["frames_per_block"] == 1)
-            message += f"; a picture begins a video only where a block is 1 latent frame, as in the recipes {recipes}"
-        raise ConfigError(message)
+        check_whole_blocks(frames, self._block, self._vae)
 
     def _check_length(self, frames: int) -> None:
         most = MOST_INITIAL_SECONDS * self._vae.frame_rate

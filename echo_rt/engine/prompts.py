@@ -103,6 +103,7 @@ class PromptEncoder:
         self._folder, self._config, self._device = folder, config, device
         self._lock = threading.RLock()  # reentrant: a signal handler may close amid a prompt of its own thread
         self._encoding = False
+        self._noted: set[str] = set()  # words that the model does not know, and that were told
         self._encoder: TextEncoder | None = None
         self._closed = False
 
@@ -147,7 +148,9 @@ class PromptEncoder:
     def _note_unknown(self, prompt: str) -> None:
         """Warn of a prompt with words that a model of few words does not know."""
         known = () if self._folder is None else self._folder.rollout_defaults().get(WORDS, ())
-        unknown = [word for word in re.findall(r"[^\W_]+", prompt.lower()) if known and word not in known]
+        words = dict.fromkeys(re.findall(r"[^\W_]+", prompt.lower()) if known else ())
+        unknown = [word for word in words if word not in known and word not in self._noted]
+        self._noted.update(unknown)  # each is told once
         if unknown:
             _logger.warning("the model does not know %s; it knows the words %s", ", ".join(unknown), ", ".join(known))
 

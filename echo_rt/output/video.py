@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from echo_rt.errors import BackendError, ConfigError, OutputError
+from echo_rt.errors import BackendError, ConfigError, OutputError, did_you_mean
 from echo_rt.utils.atomic_file import Closing, PartFile, check_ending, reason
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import first_line
@@ -61,6 +61,7 @@ CODECS = {
     "hevc_nvenc": Codec("hevc_nvenc", _P, "p4", "cq", 21, 51, _VARIABLE),
     "av1_nvenc": Codec("av1_nvenc", _P, "p4", "cq", 28, 63, _VARIABLE),
 }
+_OTHERS = {"h265": "hevc", "x265": "hevc", "libx265": "hevc", "avc": "h264"}  # names of these elsewhere
 
 
 def load_av() -> Any:
@@ -75,11 +76,13 @@ def _add_stream(
 ) -> Any:
     """Open an encoder; :class:`ConfigError` for a quality or preset that it does not have."""
     if codec not in CODECS:
-        raise ConfigError(f"codec: expected one of {', '.join(CODECS)}, got {codec!r}")
+        hint = did_you_mean(_OTHERS.get(codec, codec), CODECS)
+        raise ConfigError(f"codec: expected one of {', '.join(CODECS)}, got {codec!r}{hint}")
     chosen = CODECS[codec]
     crf, preset = chosen.crf if crf is None else crf, chosen.preset if preset is None else preset
     if preset not in chosen.presets:
-        raise ConfigError(f"preset of {codec}: expected one of {', '.join(chosen.presets)}, got {preset!r}")
+        hint = did_you_mean(preset, chosen.presets)
+        raise ConfigError(f"preset of {codec}: expected one of {', '.join(chosen.presets)}, got {preset!r}{hint}")
     if not 0 <= crf <= chosen.most:
         raise ConfigError(f"crf of {codec}: expected 0 (best) to {chosen.most}, got {crf:g}")
     os.environ.setdefault("SVT_LOG", "1")  # errors only: SVT-AV1 prints a page at each start
@@ -95,6 +98,9 @@ def _add_stream(
             context.codec_tag = "hvc1"  # the kind of HEVC that Apple's players take
         context.open()
     except (av.FFmpegError, ValueError) as error:
+        if codec.endswith("_nvenc") and not isinstance(error, av.codec.codec.UnknownCodecError):
+            needed = "an NVIDIA GPU that encodes (H100 and H200 do not) and its driver"
+            raise BackendError(f"codec {codec}: needs {needed}; --codec {codec[:-6]} encodes on the CPU") from error
         cause = f"cannot be opened for {size[0]}x{size[1]} pixels: {first_line(error)}"
         raise BackendError(f"codec {codec}: the encoder {chosen.encoder} of PyAV {av.__version__} {cause}") from None
     return stream

@@ -32,6 +32,22 @@ from echo_rt.utils.wording import printable
 PAGE = Path(__file__).parent / "page"
 _TRY_LATER, _MOST_REASON = 1013, 120  # of a WebSocket: code and bytes of its reason
 _NOW = -1  # as ``after``: with the next key frame
+_MEANINGS = {  # of the figures in numbers, for /metrics
+    "block": "number of the block that is shown",
+    "frame": "number of its first frame",
+    "fps": "frames of video shown per second",
+    "block_seconds": "seconds that the transformer took for the block",
+    "decode_seconds": "seconds that the decoder took for the block",
+    "memory_norm": "root mean square of the evolving memory",
+    "gate_mean": "share of the old memory that its last update kept",
+    "shift": "frames by which position ids lie behind the frames of the video",
+    "newest_id": "temporal position id of the newest frame",
+    "viewers": "number of viewers now",
+    "pictures": "pictures sent out so far",
+    "dropped": "pictures that viewers skipped because they were late",
+    "gpu_bytes": "bytes in use on the GPU, by all programs",
+    "gpu_total_bytes": "bytes of memory of the GPU",
+}
 _ROOT = "/api/sessions/{name}"
 
 
@@ -234,9 +250,8 @@ def make_app(
             for key, value in [*one["figures"].items(), (f"is_{state}", 1)]:
                 if isinstance(value, int | float):
                     if key not in gauges:
-                        gauges[key] = Gauge(
-                            f"echo_rt_live_{key}", key.replace("_", " "), ["session"], registry=registry
-                        )
+                        meaning = _MEANINGS.get(key, f"1 while the video is {state}")
+                        gauges[key] = Gauge(f"echo_rt_live_{key}", meaning, ["session"], registry=registry)
                     gauges[key].labels(name).set(value)
         return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 

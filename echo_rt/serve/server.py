@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -69,6 +72,14 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot serve at {host}:{port}: {reason(error)}") from None
 
 
+class _Server(uvicorn.Server):
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Say at once what the next seconds are for, as :class:`echo_rt.utils.signals.StopRequest` does."""
+        with contextlib.suppress(OSError):
+            os.write(2, b"\necho-rt: stopping: writing a snapshot\n")
+        super().handle_exit(sig, frame)
+
+
 def make_server(app: FastAPI, *, most_connections: int = 512) -> uvicorn.Server:
     """Make the server; ``run([listener])`` serves until SIGINT or SIGTERM, and ends within seconds.
 
@@ -86,4 +97,4 @@ def make_server(app: FastAPI, *, most_connections: int = 512) -> uvicorn.Server:
         log_level="error",
         server_header=False,
     )
-    return uvicorn.Server(config)
+    return _Server(config)

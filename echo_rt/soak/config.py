@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any, Literal
 
 from echo_rt.errors import ConfigError
 from echo_rt.options import (
+    DEMO,
+    DEMO_PROMPT,
+    HUB_ID,
     TINY_VAE,
     WAN_VAE,
     MemoryMode,
@@ -100,7 +104,7 @@ class SoakConfig(RuntimeOptions):
     None draws them where matplotlib is installed. The rest is as in :meth:`Runtime.from_pretrained`.
     """
 
-    model: str
+    model: str | Path
     out: str
     vae: str = WAN_VAE
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -108,7 +112,7 @@ class SoakConfig(RuntimeOptions):
         None, float, "H", "end after H hours of streaming, all processes together", positive=True
     )
     blocks: int | None = _setting(None, int, "N", "end after N blocks", least=1)
-    prompts: tuple[str, ...] = ("a red fox in the snow",)
+    prompts: tuple[str, ...] = (DEMO_PROMPT,)
     switch_every: int | None = _setting(None, int, "N", "blocks after which the next prompt takes over", least=1)
     seed: int = 0
     snapshot_every: int | None = _setting(
@@ -164,7 +168,10 @@ class SoakConfig(RuntimeOptions):
         return self.switch_every is not None and block > 0 and block % self.switch_every == 0
 
     def settings(self) -> dict[str, Any]:
-        """Everything that shapes the video or its verdicts, in plain JSON types, by name; files by absolute path."""
+        """Everything that shapes the video or its verdicts, in plain JSON types, by name.
+
+        Files by absolute path; the model in the package, and one that has an id of the hub, by its name.
+        """
         made = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IN_MANIFEST}
         made |= {f"limits.{name}": value for name, value in made.pop("limits").items()}
         # One LoRA at full strength by its path alone, as soaks before there could be several have it.
@@ -174,7 +181,14 @@ class SoakConfig(RuntimeOptions):
         for name in files + ([] if self.vae in (WAN_VAE, TINY_VAE) else ["vae"]):
             if made[name] is not None:
                 made[name] = str(Path(made[name]).absolute())
+        if _is_name(self.model):
+            made["model"] = str(self.model)
         return dict(json.loads(json.dumps(made)))
+
+
+def _is_name(model: str | Path) -> bool:
+    """Whether ``model`` is the same in every working folder: the model in the package, or an id of the hub."""
+    return model == DEMO or (HUB_ID.fullmatch(str(model)) is not None and not os.path.exists(model))
 
 
 @dataclass(frozen=True)
@@ -197,6 +211,11 @@ def check_manifest(config: SoakConfig) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise ConfigError(f"{expected}: cannot read it: {reason(error)}") from None
+    # Earlier versions wrote the model in the package, and one of the hub, as a path in the folder that they ran in.
+    was, model = str(begun.get("model")), asked["model"]
+    if _is_name(model) and was.endswith(f"{os.sep}{model}"):
+        there = any(os.path.exists(f"{was}/{name}") for name in ("config.json", "model_index.json"))
+        begun["model"] = was if there else model
     different = sorted(name for name in {*begun, *asked} if begun.get(name) != asked.get(name))
     longer = different in (["blocks"], ["hours"]) and _exceeds(asked[different[0]], begun.get(different[0]))
     if different and not longer:

@@ -45,12 +45,15 @@ class Histogram(Counter[int]):
         return cls({int(name): count for name, count in bins.items()})
 
     def quantile(self, share: float) -> float | None:
-        """Return the seconds that a ``share`` (0..1) of the latencies does not exceed, to a thousandth, or None."""
+        """Return the seconds that a ``share`` (0..1) of the latencies does not exceed, or None.
+
+        Rounded down by a thousandth at most, so that it is never above the longest of them.
+        """
         left = math.ceil(share * self.total())
         for index in sorted(self):
             left -= self[index]
             if left <= 0:
-                return math.exp((index + 0.5) * _STEP)
+                return math.exp(index * _STEP)
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,5 +16,5 @@ def needing(package: str, purpose: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        cause = first_line(error)
-        raise BackendError(f"{purpose} needs the package {package}: {cause} (pip install {package})") from None
+        install = f"pip install {shlex.quote(package)}"  # brackets are patterns to zsh
+        raise BackendError(f"{purpose} needs the package {package}: {first_line(error)} ({install})") from None

@@ -86,9 +86,11 @@ class StopRequest:
         self.request = StopNow(signum)
         if self._raise_from is None:
             return
-        if self._signals >= self._raise_from:
-            self._raise_from = None  # only once: from here on files are being closed
-            raise self.request
+        at_once = self._signals >= self._raise_from
+        told = b"stopping" if at_once else b"stopping after this block (once more: at once)"
         # Not print: the signal may interrupt one, and buffered streams refuse to be re-entered.
         with contextlib.suppress(OSError):  # a message that cannot be shown must not become an error of the block
-            os.write(2, b"\necho-rt: stopping after this block (once more: at once)\n")
+            os.write(2, b"\necho-rt: " + told + b"\n")
+        if at_once:
+            self._raise_from = None  # only once: from here on files are being closed
+            raise self.request

@@ -8,6 +8,7 @@ it computes, it computes with the code that ``generate`` uses. The error of a te
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -312,7 +313,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def find_bundles(folder: Path) -> list[Path]:
-    """List the folders at and below ``folder`` whose ``config.json`` has a ``kind``, in order of their names."""
+    """List the folders at and below ``folder`` whose ``config.json`` has a ``kind``, by their names, 2 before 10."""
 
     def has_kind(place: str) -> bool:
         try:
@@ -321,7 +322,11 @@ def find_bundles(folder: Path) -> list[Path]:
         except (OSError, WeightsError):
             return False  # somebody else's file
 
-    return sorted(Path(place) for place, _, files in os.walk(folder) if "config.json" in files and has_kind(place))
+    def order(path: Path) -> list[str | int]:
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
+
+    found = (Path(place) for place, _, files in os.walk(folder) if "config.json" in files and has_kind(place))
+    return sorted(found, key=order)
 
 
 @dataclass(frozen=True)

@@ -80,13 +80,13 @@ class Taken:
     @property
     def line(self) -> str:
         """Everything but the cautions, in one line."""
-        recipe = "no recipe" if self.recipe is None else f"recipe {self.recipe}"
         weights = {True: "the EMA weights", False: "the plain weights", None: "the weights"}[self.ema]
         loras = "".join(f", with the LoRA {file} at strength {strength:g}" for file, strength in self.loras)
-        where = f"{self.model}{loras}"
-        if self.checkpoint is not None:
-            where = f"{self.checkpoint} ({self.ema_reason}){loras}, in {self.model}"
-        return f"{recipe} ({self.recipe_reason}): {weights} of {where}"
+        checkpoint = "" if self.checkpoint is None else f" of {self.checkpoint} ({self.ema_reason})"
+        if self.recipe is None:
+            return f"model {self.model}: {weights}{checkpoint}{loras}, sampled as its config.json says"
+        where = f" of {self.model}{loras}" if self.checkpoint is None else f"{checkpoint}{loras}, in {self.model}"
+        return f"recipe {self.recipe} ({self.recipe_reason}): {weights}{where}"
 
     def for_snapshots(self) -> dict[str, Any]:
         """The entries that a stream resumed from a snapshot shares: all but the reason for the recipe."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from echo_rt.config import Size, TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError, WeightsError, did_you_mean
-from echo_rt.options import DEMO, is_path
+from echo_rt.options import DEMO, HUB_ID, is_path
 from echo_rt.utils.checked_json import convert
 from echo_rt.utils.wording import type_of
 from echo_rt.weights.files import SUFFIXES, open_tensors
@@ -39,7 +39,6 @@ _DEFAULTS_KEY = "echo_rt"
 _WAN_FIELD = "freq_dim"  # both Wan's and diffusers' config of the transformer have it, and no other model's
 _DIFFUSERS_FIELD = "num_attention_heads"  # of the two, diffusers' alone has it
 _HUB_NAME = 200  # characters at most, of a snapshot
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -211,8 +210,8 @@ class ModelFolder:
         if os.path.isfile(model):
             return cls(model.parent, model, given)
         if not os.path.isdir(model):
-            meant = did_you_mean(str(path), (DEMO,))
-            raise WeightsError(f"{model}: expected a Wan2.1 model folder or file, but it does not exist{meant}")
+            hint = did_you_mean(str(path), (DEMO,)) or " (echo-rt recipes shows what to download)"
+            raise WeightsError(f"{model}: expected a Wan2.1 model folder or file, but it does not exist{hint}")
         folder = cls(model, None, given)
         marked = any((model / mark).exists() for mark in _ORIGINAL_MARKS)
         if not (folder._diffusers or marked or any(map(folder._other_files, _PLACES.values()))):
@@ -353,7 +352,7 @@ def _local_model(model: Path, also: Sequence[str]) -> Path:
     # os.path answers False where a path cannot exist at all; pathlib raises.
     if os.path.exists(model):
         return _snapshot(model) or model
-    if not _HUB_ID.fullmatch(str(model)):
+    if not HUB_ID.fullmatch(str(model)):
         return model
     cache = _cache_folder()
     found = _snapshot(cache / f"models--{str(model).replace('/', '--')}")

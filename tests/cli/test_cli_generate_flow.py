@@ -58,7 +58,7 @@ def test_everything_at_once(echo_rt, fake_runtime, tmp_path, frame_count):
 
 def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
     options = "--checkpoint c.pt --lora l.pt --lora m.pt:-0.5 --lora-alpha 8 --no-ema --recipe longlive --device cpu"
-    options += " --dtype float8 --memory prior --backend torch"
+    options += " --dtype fp8 --memory prior --backend torch"
     options += " --vae-dtype float32 --vae tiny --vae-tiles 3 --attention sdpa --convolution phases --lookahead 2"
     options += " --float8-except *.ffn.2 --float8-except blocks.0.* --no-graphs"
     options += " --text-encoder t.gguf --tokenizer words"

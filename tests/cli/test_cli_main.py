@@ -64,20 +64,34 @@ def test_version_as_a_module():
     assert (done.returncode, done.stdout) == (0, f"echo-rt {__version__}\n")
 
 
+def test_help_is_shown_without_a_command_and_by_the_command_help(capsys):
+    def page(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as done:
+            main(arguments)
+        assert done.value.code == 0
+        return capsys.readouterr().out
+
+    assert page() == page("help") == page("--help") and "generate" in page()
+    assert page("help", "doctor") == page("doctor", "--help")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Missing command"),
         (["paint"], "paint"),
         (["genrate"], "Did you mean 'generate'?"),
-        (["generate", "--model", "m", "--promt=a fox"], "'--prompt'"),
+        (["generate", "--model", "m", "--promt=a fox"], "Did you mean '--prompt' or "),
         (["generate"], "--prompt"),
         (
             ["generate", "--model", "m", "-o", "o.mp4", "--prompt", "a", "--frames", "1", "--seconds", "1"],
             "--frames and --seconds: expected one of them, got both",
         ),
         (["generate", "--model", "m", "-o", "o.mp4", "--memory", "maybe"], "maybe"),
-        (["generate", "--model", "m", "-o", "o.mp4", "--dtype", "int8"], "int8"),
+        (
+            ["generate", "--model", "m", "-o", "o.mp4", "--dtype", "bf61"],
+            "half, fp8, got 'bf61' (did you mean 'bf16'?)",
+        ),
+        (["generate", "--prompt", "a", "--set", "sink_frame=1"], "(did you mean 'sink_frames'?)"),
         (["generate", "--model", "m", "-o", "o.mp4", "--prom", "a fox"], "--prom"),
         (["generate", "--model", "m", "--prompt", "--quiet"], "--prompt: expected a value, got the option --quiet"),
         (["generate", "--model", "m", "--prompt", "-fox"], "expected -o OUT.mp4"),

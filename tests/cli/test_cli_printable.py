@@ -41,7 +41,7 @@ def test_a_path(echo_rt: Any, tmp_path: Path) -> None:
     outcome = echo_rt(*generate(tmp_path / f"no{RED}model\nhere", tmp_path))
     assert outcome.code == 2
     assert_printable(outcome.err)
-    assert len(outcome.err.splitlines()) == 1
+    assert [line.split()[1] for line in outcome.err.splitlines()] == ["loading", "error:"]
     outcome = echo_rt(*generate(tmp_path / "no\x7f", tmp_path, "--json"))
     assert "no\x7f" in outcome.json["error"] and "\x7f" not in outcome.out
 

@@ -21,7 +21,7 @@ def test_the_table(echo_rt):
         500,
     ]
     assert (step["ema"], step["memory"], step["lora"]) == (True, "absent", False)
-    assert "hf download zhuhz22/Causal-Forcing causal-forcing++/framewise-2step.pt" in [
+    assert "hf download zhuhz22/Causal-Forcing causal-forcing++/framewise-2step.pt --local-dir Causal-Forcing" in [
         file["download"] for file in step["files"]
     ]
 

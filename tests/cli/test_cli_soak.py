@@ -45,7 +45,7 @@ def call(request: pytest.FixtureRequest) -> Any:
 
 def test_the_least_that_can_be_asked(call: Any, asked: dict[str, Any]) -> None:
     done = call(*REQUIRED, "--blocks", 7)
-    assert done.code == 0 and asked["config"] == SoakConfig(model="m", out="o", blocks=7)
+    assert done.code == 0 and asked["config"] == SoakConfig(model=Path("m"), out="o", blocks=7)
     assert done.out.strip() == "complete after 7 blocks; promises: 1 kept, 0 broken, 0 not checked; o/report.md"
 
 
@@ -62,7 +62,7 @@ def test_all_that_can_be_asked(call: Any, asked: dict[str, Any]) -> None:
     )
     assert call(*REQUIRED, *shlex.split(text)).code == 0
     assert asked["config"] == SoakConfig(
-        model="m",
+        model=Path("m"),
         out="o",
         hours=24.0,
         checkpoint="c",

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -405,6 +406,18 @@ BAD_EMBEDS = [
     (torch.full((5, 32), torch.nan), "NaN"),
     (torch.full((5, 32), torch.inf), "NaN or infinity"),
 ]
+
+
+def test_a_word_that_the_model_does_not_know_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    folder = SimpleNamespace(rollout_defaults=lambda: {"words": ["a", "ball"]})
+    config = ModelConfig.from_flat(flat_config()).transformer
+    prompts = PromptEncoder(folder, config, torch.device("cpu"), keep=False)  # type: ignore[arg-type]
+    for prompt in ("a fox, a fox and a ball", "a fox and a lake"):
+        prompts._note_unknown(prompt)
+    assert [one.getMessage().partition(";")[0] for one in caplog.records] == [
+        "the model does not know fox, and",
+        "the model does not know lake",
+    ]
 
 
 @pytest.mark.parametrize(("embeds", "words"), BAD_EMBEDS)

@@ -302,6 +302,15 @@ def test_a_video_that_fails_is_told_and_can_begin_again(
         assert server.ask("GET", "/readyz")[0] == 200
 
 
+def test_every_metric_says_what_it_is(server: Served) -> None:
+    """Not its name once more."""
+    server.wait_block(1)
+    for line in server.ask("GET", "/metrics")[2].decode().splitlines():
+        if line.startswith("# HELP echo_rt_live_"):
+            name, _, meaning = line.removeprefix("# HELP echo_rt_live_").partition(" ")
+            assert meaning != name.replace("_", " ") and (" while " in meaning) == name.startswith("is_"), line
+
+
 def test_metrics_are_for_prometheus(server: Served) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 

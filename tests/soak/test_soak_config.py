@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from echo_rt.cli import serve
 from echo_rt.errors import ConfigError
+from echo_rt.options import DEMO, DEMO_PROMPT
 from echo_rt.soak.config import MANIFEST_FILE, Limits, SoakConfig, check_manifest, write_manifest
 from echo_rt.utils.build_info import __version__
+from echo_rt.weights.folder import DEMO_FOLDER
 
 
 def config(out: object = "out", **changes: Any) -> SoakConfig:
@@ -96,6 +99,32 @@ def test_files_are_known_by_their_whole_path(
     settings = config(model="tiny", checkpoint="wan", vae=vae).settings()
     assert (settings["model"], settings["checkpoint"]) == (str(tmp_path / "tiny"), str(tmp_path / "wan"))
     assert settings["vae"] == (shown if vae == shown else str(tmp_path / "a" / shown))
+
+
+def test_a_model_with_a_name_is_the_same_soak_in_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one in the package, and one of the hub; as a folder of that name, it is another."""
+    monkeypatch.chdir(tmp_path)
+    for name in (DEMO, "Wan-AI/Wan2.1-T2V-1.3B"):
+        asked = config(tmp_path / "soak", model=name)
+        assert asked.settings()["model"] == name
+        for earlier in (name, str(tmp_path / "elsewhere" / name)):  # as earlier versions wrote it
+            (tmp_path / "soak").mkdir(exist_ok=True)
+            content = {"config": asked.settings() | {"model": earlier}}
+            (tmp_path / "soak" / MANIFEST_FILE).write_text(json.dumps(content))
+            begun = check_manifest(asked)
+            assert begun == asked.settings()
+        (tmp_path / "elsewhere" / name).mkdir(parents=True)
+        (tmp_path / "elsewhere" / name / "config.json").write_text("{}")
+        with pytest.raises(ConfigError, match="model was "):
+            check_manifest(asked)
+    assert config(model=Path("demo")).settings()["model"] == str(tmp_path / "demo")
+
+
+def test_the_default_prompt_is_one_that_the_default_model_knows() -> None:
+    words = json.loads((DEMO_FOLDER / "config.json").read_text())["echo_rt"]["words"]
+    assert set(DEMO_PROMPT.split()) <= set(words)
+    assert config().prompts == (DEMO_PROMPT,)
+    assert {one.name: one.default for one in serve.OPTIONS["video"]}["prompt"] == DEMO_PROMPT
 
 
 def test_loras_are_known_by_their_whole_path_and_strength(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,11 +23,12 @@ def test_noted_by_default():
         assert stop.request is not None and stop.request.exit_code == 143
 
 
-def test_interruptible_raises_for_an_earlier_signal_too():
+def test_interruptible_raises_for_an_earlier_signal_too(capfd):
     with StopRequest() as stop:
         with pytest.raises(StopNow), stop.interruptible():
             send(signal.SIGINT)
             pytest.fail("went on")
+        assert capfd.readouterr().err == "\necho-rt: stopping\n"
         with pytest.raises(StopNow), stop.interruptible():
             pytest.fail("went on")
 

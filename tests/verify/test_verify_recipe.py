@@ -103,3 +103,11 @@ def test_bundles_are_found_in_folders(golden_dir: Path) -> None:
     found = find_bundles(golden_dir)
     assert [bundle.name for bundle in found] == [*RECIPES, "rollout_small", "text_encoder", "vae"]
     assert find_bundles(golden_dir / "vae") == [golden_dir / "vae"]
+
+
+def test_bundles_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    names = ["2", "10", "a2b", "a10", "b"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"kind": "vae"}')
+    assert [bundle.name for bundle in find_bundles(tmp_path)] == names

@@ -199,7 +199,9 @@ def test_a_folder_of_before_recipes_runs_as_before(stock: Path, tmp_path: Path, 
     encoder = memory(normalize_k)
     path = saved(tmp_path / "a.pt", {"generator": part(PLAIN, encoder), "generator_ema": part(EMA, encoder)})
     loaded = load(folder, checkpoint=path)
-    assert loaded.taken.recipe is None and "no recipe" in loaded.taken.line
+    assert loaded.taken.recipe is None and loaded.taken.line == (
+        f"model {folder}: the EMA weights of {path} ({loaded.taken.ema_reason}), sampled as its config.json says"
+    )
     assert {name: getattr(loaded.config.window, name) for name in WINDOW} == WINDOW
     assert seed_of(loaded) == EMA
     assert loaded.config.memory == MemoryConfig(normalize_k=normalize_k, rebuild_on_prompt_switch=not normalize_k)
@@ -244,15 +246,19 @@ def test_the_downloads_of_a_recipe_are_named(tmp_path: Path, monkeypatch: pytest
         return str(caught.value).partition("to download it: ")[2]
 
     base, hub = "hf download Wan-AI/Wan2.1-T2V-1.3B", "hf download Efficient-Large-Model/LongLive-1.3B models/"
+    to = " --local-dir LongLive-1.3B"
     assert commands() == base
-    assert commands(recipe="longlive") == f"{base} && {hub}longlive_base.pt && {hub}lora.pt"
+    assert commands(recipe="longlive") == f"{base} && {hub}longlive_base.pt{to} && {hub}lora.pt{to}"
     assert commands(checkpoint=tmp_path / "longlive_base.pt") == commands(recipe="longlive"), "told by the name"
     # What is there needs no download.
     there = both(tmp_path / "a.pt")
-    assert commands(recipe="longlive", checkpoint=there) == f"{base} && {hub}lora.pt"
+    assert commands(recipe="longlive", checkpoint=there) == f"{base} && {hub}lora.pt{to}"
     assert commands(recipe="longlive", checkpoint=there, lora=there) == base
     # One repository, whole, for two options.
-    assert commands(recipe="echo-infinity-long") == f"{base} && hf download Echo-Team/Echo-Infinity"
+    assert (
+        commands(recipe="echo-infinity-long")
+        == f"{base} && hf download Echo-Team/Echo-Infinity --local-dir Echo-Infinity"
+    )
 
 
 # ---------------------------------------------------------------- which weights

@@ -133,7 +133,7 @@ def test_rollout_defaults(folders: Callable[[str], Path], layout: str, config: s
 
 
 def test_wrong_folders(tmp_path: Path) -> None:
-    assert "does not exist" in refusal(lambda: ModelFolder.open(tmp_path / "gone"))
+    assert "does not exist (echo-rt recipes shows " in refusal(lambda: ModelFolder.open(tmp_path / "gone"))
     assert "does not exist" in refusal(lambda: ModelFolder.open("x" * 5000))
     message = refusal(lambda: ModelFolder.open(tmp_path))
     assert "config.json, Wan2.1_VAE.pth" in message and "transformer/config.json" in message
