@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from echo_rt import Chunk, Runtime
+from echo_rt.utils.wording import counted
 from training.evaluate import Reading, read
 from training.world import DAY, HELD_OUT, Scene, random_scene, render
 
@@ -269,7 +270,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes = Sizes(2, 3, 1, 4, 2, 1, 4, 6) if arguments.quick else Sizes()
     results: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        "machine": f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}, torch {torch.__version__}"
     }
     began = time.monotonic()
 

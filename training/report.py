@@ -105,7 +105,7 @@ def claim(runs: Sequence[Found]) -> str:
 
 def _mean_and_range(rows: Sequence[Found], key: str) -> str:
     values = [row[key] for row in rows if row[key] is not None]
-    spread = f" ({100 * min(values):.0f}-{100 * max(values):.0f})" if len(values) > 1 else ""
+    spread = f" ({100 * min(values):.0f}-{100 * max(values):.0f})" if len(set(values)) > 1 else ""
     return f"{100 * statistics.mean(values):.0f} %{spread}" if values else "-"
 
 
