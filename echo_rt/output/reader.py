@@ -55,7 +55,8 @@ class VideoFile:
                     raise ConfigError(f"{self.path}: expected a video or a picture, got a file without either")
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO"
-                self.fps = float(stream.average_rate) if stream.average_rate else None
+                if not self.frames:  # while they are counted
+                    self.fps = float(stream.average_rate) if stream.average_rate else None
                 yield from container.decode(stream)
         except (OSError, ValueError, self._av.FFmpegError) as error:
             reason = getattr(error, "strerror", None) or first_line(error)

@@ -66,7 +66,7 @@ class Notes:
     paused: bool = False
     recording: str | None = None
     logged: _Count = 0
-    base: _Count = 0
+    base: int = 0  # below 0 where a snapshot of a longer video was resumed
     shown: _Count = 0
     epoch: float | None = None
 

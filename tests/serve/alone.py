@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+_MOST_SECONDS = 1800
+
 # WebRTC skips 127.0.0.1 and needs an address with a route.
 NETWORK = """
 ip link set lo up && ip link add v0 type veth peer name v1 && ip addr add 10.99.0.1/24 dev v0 &&
@@ -34,4 +36,9 @@ def _in_namespace(*command: str) -> subprocess.CompletedProcess[str]:
     # Of processes too: whatever the tests leave running ends with them.
     words = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
     words += ["bash", "-c", NETWORK, "network", *command]
-    return subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    try:
+        return subprocess.run(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ, timeout=_MOST_SECONDS
+        )
+    except subprocess.TimeoutExpired as late:  # a browser may hang
+        pytest.fail(f"no end after {_MOST_SECONDS} s:\n{(late.stdout or b'').decode()[-8000:]}")

@@ -286,7 +286,14 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_up(leave: int, disk: Path, smallest_model: Path) -> None:
     """``leave`` 0: nothing fits but a line that the journal's last page has room for; 20,000: a snapshot does not."""
     config = soak_of(smallest_model, disk / "out", blocks=12, snapshot_every=3, prompts=PROMPTS, switch_every=4)
-    full = SimpleNamespace(block_done=lambda block, *_: block == 6 and fill(disk, leave), line_done=lambda *_: None)
+
+    def block_done(block: int, *_: object) -> None:
+        if block == 6:
+            while len(snapshot_files(config.folder / "snapshots")) < 2:  # a thread of its own writes them
+                time.sleep(0.01)
+            fill(disk, leave)
+
+    full = SimpleNamespace(block_done=block_done, line_done=lambda *_: None)
     with pytest.raises(OutputError, match="No space left on device"):
         echo_rt.soak.run(config, watchers=[full])
     (disk / "filler").unlink()
