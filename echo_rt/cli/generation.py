@@ -22,13 +22,12 @@ from echo_rt.engine.guard import ROLL_BACK, STOP, Guard
 from echo_rt.engine.initial_video import check_whole_blocks
 from echo_rt.engine.prompts import check_prompt_embeds, load_prompt_embeds, save_prompt_embeds
 from echo_rt.errors import ConfigError, EchoError, OutputError, PromptError, TargetError
-from echo_rt.options import MOST_INITIAL_SECONDS, RECIPE, is_whole
+from echo_rt.options import MOST_INITIAL_SECONDS, is_whole
 from echo_rt.output import Checkpoints, Recorder, SegmentedWriter, SegmentRecorder, VideoFile
 from echo_rt.output.recorder import SNAPSHOT_FOLDER
 from echo_rt.output.segment_index import RecordingIndex
 from echo_rt.output.segments import check_free
 from echo_rt.output.video import check_encoding
-from echo_rt.recipes import find_recipe
 from echo_rt.runtime import Runtime
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import latest_snapshot, require_seed, snapshot_files
@@ -37,6 +36,7 @@ from echo_rt.utils.checked_json import convert
 from echo_rt.utils.signals import StopNow, StopRequest
 from echo_rt.utils.threads import share_cpu
 from echo_rt.utils.wording import counted, one_line
+from echo_rt.weights.choice import choose_recipe
 from echo_rt.weights.folder import ModelFolder
 
 
@@ -353,17 +353,14 @@ class Generation:
 
 def _check_initial(request: Request, frames: int) -> None:
     """Check the frames of ``--from``, where request or folder say what a block is; else it is done after loading."""
-    options = request.options
+    options, model = request.options, request.arguments.model
     try:
-        folder = ModelFolder.open(request.arguments.model)
-        facts, vae = folder.rollout_defaults(), folder.latents_config()
-        of_folder, named = (
-            {} if name is None else find_recipe(name).facts for name in (facts.get(RECIPE), options.recipe)
-        )
+        folder = ModelFolder.open(model)
+        defaults, vae = folder.rollout_defaults(), folder.latents_config()
+        choice = choose_recipe(options.recipe, defaults, None, None, (), model)
     except EchoError:
-        return  # it is reported where the model is loaded
-    facts = {**of_folder, **facts, **named, **(options.overrides or {})}
-    frames_per_block: Any = facts.get("frames_per_block")
+        return  # the other files tell, or it is reported where the model is loaded
+    frames_per_block: Any = {**choice.facts(defaults), **(options.overrides or {})}.get("frames_per_block")
     if is_whole(frames_per_block, 1):
         check_whole_blocks(frames, frames_per_block, vae)
 

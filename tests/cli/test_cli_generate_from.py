@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from echo_rt.cli import generation
+from echo_rt.errors import ConfigError
+from echo_rt.options import RuntimeOptions
 from echo_rt.output import VideoFile, VideoWriter
 from echo_rt.output.contact_sheet import ContactSheet
 from echo_rt.output.segment_index import RecordingIndex
@@ -156,6 +162,20 @@ def test_a_refused_video_is_refused_before_the_model_is_loaded(echo_rt, command,
     outcome = echo_rt(*command, "--segments", 1, "-o", tmp_path / "day", "--from", clip)
     assert outcome.code == 2 and "must fill blocks of 3 latent frames: expected 9 or 21 frames, got 10" in outcome.error
     assert not (tmp_path / "day").exists() and "warning" not in outcome.err
+
+
+def test_a_block_of_a_folder_that_changes_its_recipe(small_model, tmp_path):
+    """The frames of its own blocks are expected before loading, as after it."""
+    shutil.copytree(small_model, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    config["echo_rt"] |= {"recipe": "self-forcing", "frames_per_block": 1}
+    file.write_text(json.dumps(config))
+    for recipe in (None, "self-forcing"):
+        options, arguments = RuntimeOptions(recipe=recipe), SimpleNamespace(model=str(tmp_path / "model"))
+        generation._check_initial(SimpleNamespace(options=options, arguments=arguments), 5)
+        with pytest.raises(ConfigError, match="expected 5 or 9 frames, got 6"):
+            generation._check_initial(SimpleNamespace(options=options, arguments=arguments), 6)
 
 
 def test_a_picture(echo_rt, command, tmp_path, frame_count):
