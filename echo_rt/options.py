@@ -26,10 +26,7 @@ if TYPE_CHECKING:
 RELEASED_SIZE = (832, 480)
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float8")
-DTYPE_ALIASES = {
-    **{"fp32": "float32", "float": "float32", "bf16": "bfloat16"},
-    **{"fp16": "float16", "half": "float16", "fp8": "float8"},
-}
+DTYPE_ALIASES = dict(fp32="float32", float="float32", bf16="bfloat16", fp16="float16", half="float16", fp8="float8")
 # Dtypes that the VAE can decode in.
 VAE_DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
@@ -72,14 +69,15 @@ _SIZE = "the size is the runtime's, frame_size; give width= and height= to Runti
 _BEGINNING = "frames that a video begins with are initial_video= of Runtime.stream"
 _FILES = "nothing is downloaded; give the folder or file itself, as in text_encoder=, tokenizer= or vae_file="
 _LORAS = "LoRAs are merged as the model is loaded; give lora= to Runtime.from_pretrained"
-_STEPS = "steps and their times are the recipe's; from_pretrained(..., overrides={'denoising_steps': ...}) changes them"
+_STEPS = (
+    "the weights are trained for their recipe's steps; from_pretrained(..., overrides={'denoising_steps': ...}) "
+    "changes them"
+)
 # What other libraries' pipelines take or can do and ours do not, and what to do instead.
 _NOT_HERE = {
     "num_frames": "a stream has no end; take as many blocks as you need, as in itertools.islice(stream, 10)",
     "negative_prompt": _GUIDANCE,
     "guidance_scale": _GUIDANCE,
-    "num_inference_steps": "the weights are trained for their recipe's steps; from_pretrained(..., "
-    "overrides={'denoising_steps': ...}) changes them",
     "generator": "noise is a function of the seed; give seed=, an integer, or noise=, a function",
     "device_map": "a model is on one device; give device=",
     "__call__": "a video has no end; iterate over runtime.stream(prompt, seed=...), whose chunks have frames",
@@ -91,7 +89,7 @@ _NOT_HERE = {
     "negative_prompt_embeds": _GUIDANCE,
     "guidance_scale_2": _GUIDANCE,
     "latents": "give noise=, a function, or initial_latents=, the beginning of the video, to Runtime.stream",
-    **dict.fromkeys(("timesteps", "sigmas", "scheduler"), _STEPS),
+    **dict.fromkeys(("num_inference_steps", "timesteps", "sigmas", "scheduler"), _STEPS),
     "max_sequence_length": "the length of a prompt is the model's",
     "callback_on_step_end": "a stream hands out its blocks as they are made; iterate over it",
     "return_dict": "a stream hands out chunks; iterate over it",

@@ -281,7 +281,7 @@ def _autotuned(family: str, available: str, name: str) -> Iterator[Fact]:
         yield Fact(name, "not measured yet", "absent", advice)
     elif len(chosen) <= _MOST_REASONS:
         kinds: dict[str, list[str]] = {}
-        for kind, reason in dict.fromkeys(chosen):
+        for kind, reason in chosen:
             kinds.setdefault(reason, []).append(kind)
         yield from (Fact(name, f"{', '.join(named)}: {reason}{where}") for reason, named in kinds.items())
     else:  # a decoder has convolutions of dozens of shapes

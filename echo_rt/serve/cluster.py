@@ -52,7 +52,6 @@ _AGAIN_SECONDS = 0.1
 _ANSWER_SECONDS = 1.0  # for figures; who does not answer waits for a machine, or loads
 _CONNECT_SECONDS = 20.0
 _READING = ("prompts", "snapshots", "recordings", "recording")  # commands that change nothing
-
 _WATCHING = ("next", "block")  # calls that do not bring back a session that was parked under them
 
 logger = logging.getLogger("echo_rt.serve")

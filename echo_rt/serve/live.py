@@ -224,7 +224,7 @@ class LiveSession:
 
     def _do_pause(self, paused: bool) -> dict[str, Any]:
         self._history.change(paused=paused)
-        self._screen.set(paused=paused)
+        self._screen.set("paused", paused)
         return self._screen.tell({"type": "paused" if paused else "playing"})
 
     def _do_restart(self, seed: int, prompt: str | None = None, memory: str | None = None) -> dict[str, Any]:
@@ -302,7 +302,7 @@ class LiveSession:
 
     def _close(self) -> None:
         self._closed = True
-        self._screen.set(leave=True)
+        self._screen.set("leave", True)
         if self._feed is not None:
             self._feed.close()
         if self._thread.ident is not None:

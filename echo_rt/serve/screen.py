@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,20 +132,20 @@ class Screen:
         with self.changed:
             self.changed.wait_for(lambda: self.leave or true(), seconds)
 
-    def set(self, **flags: bool) -> None:
+    def set(self, flag: Literal["paused", "held", "leave"], value: bool) -> None:
         """Set ``paused``, ``held`` or ``leave``."""
         with self.changed:
-            vars(self).update(flags)
+            setattr(self, flag, value)
             self.changed.notify_all()
 
     @contextmanager
     def held_back(self) -> Iterator[None]:
         """Begin to show no block meanwhile: what is shown must not depend on what is not yet stored."""
-        self.set(held=True)
+        self.set("held", True)
         try:
             yield
         finally:
-            self.set(held=False)
+            self.set("held", False)
 
     def show(self, frame: NDArray[np.uint8], number: int, due: float) -> bool:
         """Show picture ``number`` in its turn, not before ``due`` (of the monotonic clock), and return True.

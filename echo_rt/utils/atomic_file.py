@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from echo_rt.errors import ConfigError, OutputError, TargetError
+from echo_rt.options import is_path
 
 C = TypeVar("C", bound="Closing")
 
@@ -102,7 +103,7 @@ def _target(path: str | Path) -> Path:
 
     In a claimed folder it is ``path`` itself: whatever else has that name is replaced, a link and not what it leads to.
     """
-    if not isinstance(path, (str, os.PathLike)):
+    if not is_path(path):
         raise TargetError(f"expected the path of a file to write, got {path!r}")
     path = Path(path)
     if place(path)[1] is not None:
@@ -127,7 +128,7 @@ def _target(path: str | Path) -> Path:
 
 def check_ending(path: str | Path, ending: str, what: str) -> None:
     """Raise ``ConfigError``, which begins with ``what``, unless ``path`` is a path whose name ends in ``ending``."""
-    if not isinstance(path, (str, os.PathLike)):
+    if not is_path(path):
         raise ConfigError(f"{what}: expected the path of a file, got {path!r}")
     name = Path(path).name.lower()
     if Path(name).suffix != ending:
