@@ -124,7 +124,7 @@ class LiveSession:
             "codec": self._screen.encoder.codec,
             "header": self._screen.encoder.header,
             "epoch": self._epoch,
-            "model": self._runtime.taken.recipe,
+            "model": self._runtime.taken.recipe or Path(self._runtime.taken.model).name,
             "device": str(self._runtime.device),
             "memories": [mode.value for mode in MemoryMode],
         }

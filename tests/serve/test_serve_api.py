@@ -22,6 +22,7 @@ import echo_rt
 from echo_rt.errors import NumericalError, StreamError
 from echo_rt.serve.app import PAGE
 from echo_rt.serve.session import PLACES
+from echo_rt.weights.folder import DEMO_FOLDER
 
 REALTIME = "ws://127.0.0.1:{}/v1/realtime_video/generate"
 
@@ -337,6 +338,11 @@ def test_the_lines_of_the_docs(server: Served, capsys: pytest.CaptureFixture[str
     exec(code.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{server.port}"), {})
     said = capsys.readouterr().out
     assert "'block': " in said and "(32, 32, 3)" in said
+
+
+def test_a_model_of_no_recipe_goes_by_its_name(tmp_path: Path) -> None:
+    with served(DEMO_FOLDER, tmp_path / "out") as server:
+        assert server.live.get("")["model"] == DEMO_FOLDER.name
 
 
 # ---------------------------------------------------------------- as SGLang's
