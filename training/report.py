@@ -120,6 +120,7 @@ def plots(found: Found, runs: Sequence[Found], folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "echo-rt"  # the same plot is the same file
     from matplotlib import pyplot
 
     def draw(name: str, across: str, up: str, lines: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> None:

@@ -28,6 +28,7 @@ from echo_rt.utils.atomic_file import read_plain, reason, write_whole
 from echo_rt.utils.build_info import __version__
 from echo_rt.utils.checked_json import read_json
 from echo_rt.utils.number import Number
+from echo_rt.utils.wording import printable
 
 MANIFEST_FILE = "soak.json"
 _NOT_IN_MANIFEST = ("out", "serve", "plots", "check", "keep_text_encoder")  # they may change: no block depends on them
@@ -219,8 +220,8 @@ def check_manifest(config: SoakConfig) -> dict[str, Any] | None:
     different = sorted(name for name in {*begun, *asked} if begun.get(name) != asked.get(name))
     longer = different in (["blocks"], ["hours"]) and _exceeds(asked[different[0]], begun.get(different[0]))
     if different and not longer:
-        listed = "; ".join(f"{name} was {begun.get(name)!r} and is {asked.get(name)!r}" for name in different)
-        raise ConfigError(f"{config.out}: holds another soak, name another --out: {listed}")
+        changes = (f"{printable(name)} was {begun.get(name)!r} and is {asked.get(name)!r}" for name in different)
+        raise ConfigError(f"{config.out}: holds another soak, name another --out: {'; '.join(changes)}")
     return begun
 
 

@@ -122,6 +122,7 @@ def test_bytes_are_anything(noise: bytes, at: int) -> None:
 @given(ANYTHING | st.builds(lambda value: {"config": value}, ANYTHING | st.dictionaries(st.text(max_size=8), ANYTHING)))
 @example({"config": {"blocks": {}}})
 @example({"config": {"blocks": "9"}})
+@example({"config": {"\n": []}})
 @example({"config": 3})
 @example({"config": {}, "format": 2})
 @example({"config": {"blocks": float("nan")}})
