@@ -7,7 +7,6 @@ one line, with the segments in a list.)
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,20 +14,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta
 
-from echo_rt.errors import OutputError, TargetError
-from echo_rt.utils.atomic_file import (
-    append_whole,
-    check_plain,
-    open_plain,
-    place,
-    read_plain,
-    reason,
-    write_whole,
-)
-from echo_rt.utils.checked_json import read_json
+from echo_rt.errors import TargetError
+from echo_rt.utils.atomic_file import check_plain, place, raising, read_plain, reason
+from echo_rt.utils.checked_json import json_line, read_json
 
 INDEX_FILE = "recording.json"
 _FORMAT, _VERSION = "echo-rt recording", 2
@@ -76,11 +66,6 @@ class _Format:
     version: int
 
 
-def line_of(content: object) -> bytes:
-    """A line of the index."""
-    return msgspec.json.encode(content) + b"\n"
-
-
 @dataclass
 class RecordingIndex:
     """What a recording is, and its segments in order. ``notes``: plain JSON metadata of the program that records."""
@@ -111,7 +96,7 @@ class RecordingIndex:
     def lines(self) -> list[bytes]:
         """Lines of the file: the recording, and each segment."""
         head = {name: value for name, value in vars(self).items() if name != "segments"}
-        return [line_of({"format": _FORMAT, "version": _VERSION} | head), *map(line_of, self.segments)]
+        return [json_line({"format": _FORMAT, "version": _VERSION} | head), *map(json_line, self.segments)]
 
     @classmethod
     def read(cls, folder: str | Path) -> RecordingIndex:
@@ -144,31 +129,9 @@ class RecordingIndex:
     def check_files(self, folder: str | Path, segments: Sequence[Segment]) -> None:
         """Raise ``TargetError`` unless every file of ``segments`` exists with the size that was written."""
         for path, size in ((Path(folder, name), size) for segment in segments for name, size in segment.files.items()):
-            try:
+            with raising(TargetError, f"{path}: expected {size} bytes"):
                 check_plain(path)
                 name, within = place(path)
                 found = os.stat(name, dir_fd=within).st_size
-            except OSError as error:
-                raise TargetError(f"{path}: expected {size} bytes, {reason(error)}") from None
             if found != size:
                 raise TargetError(f"{path}: expected {size} bytes, found {found}")
-
-
-class Log:
-    """A file that begins with ``content`` and is only appended to, by this process alone. Raises ``OutputError``."""
-
-    def __init__(self, path: Path, content: bytes) -> None:
-        self.path, self._size = path, len(content)
-        write_whole(path, content)
-
-    def append(self, text: bytes, *, sync: bool = False) -> None:
-        """Write ``text``, all of it or none, and with ``sync`` wait until it is on the disk."""
-        try:
-            with open(open_plain(self.path, os.O_WRONLY), "wb", buffering=0) as file:
-                if file.seek(0, os.SEEK_END) != self._size:
-                    raise OSError(errno.ESTALE, "another program has changed or replaced it")
-                self._size = append_whole(file, self._size, text)
-                if sync:
-                    os.fsync(file.fileno())
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot write on: {reason(error)}") from None

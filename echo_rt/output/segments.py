@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from echo_rt.errors import ConfigError, OutputError, TargetError
 from echo_rt.output.latents import LatentsWriter
-from echo_rt.output.segment_index import INDEX_FILE, Log, RecordingIndex, Segment, line_of
+from echo_rt.output.segment_index import INDEX_FILE, RecordingIndex, Segment
 from echo_rt.output.video import VideoWriter
-from echo_rt.utils.atomic_file import Closing, close_all, names_in, reason, remove, write_whole
+from echo_rt.utils.atomic_file import Closing, Log, close_all, names_in, raising, reason, remove, write_whole
+from echo_rt.utils.checked_json import json_line
 from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.wording import counted
 
@@ -198,12 +199,14 @@ class SegmentedWriter(Closing):
             init=init,
             notes=self.notes if changed else None,
         )
-        self._log.append(line_of(segment), sync=True)
+        self._log.append(json_line(segment))
+        self._log.sync()
         self._noted = deepcopy(self.notes) if changed else self._noted
         self.segments_on_disk += 1
         self.frames_on_disk = segment.end_frame
         self.latents_on_disk += segment.latent_frames
         if segment.frames > self._longest * self.index.frame_rate:
+            self._list.close()
             self._begin_list(RecordingIndex.read(self.folder).segments)
         else:
             self._list.append(self._listed(segment).encode())
@@ -214,7 +217,7 @@ class SegmentedWriter(Closing):
             return
         self._closed = True
         end = partial(self._list.append, b"" if self._former else b"#EXT-X-ENDLIST\n")
-        problems = close_all([self.cut, end, self._claim.release])
+        problems = close_all([self.cut, end, self._log.close, self._list.close, self._claim.release])
         if problems:
             raise problems[0]
 
@@ -262,7 +265,7 @@ class SegmentedWriter(Closing):
 
     def _sweep(self, named: Container[str | None]) -> None:
         """Remove files of the recording that are not ``named``, and part files of killed processes."""
-        try:
+        with raising(OutputError, f"{self.folder}: cannot remove unused files"):
             for name in names_in(self.folder):
                 if _PIECE.fullmatch(name) and name not in named:
                     remove(self.folder / name)
@@ -270,5 +273,3 @@ class SegmentedWriter(Closing):
                 remove(self.folder / _FORMER_PLAYLIST)
             for prefix in (_VIDEO, _LATENTS, _INIT, PLAYLIST_FILE, _FORMER_PLAYLIST, INDEX_FILE):
                 self._claim.remove_parts(prefix)
-        except OSError as error:
-            raise OutputError(f"{self.folder}: cannot remove unused files: {reason(error)}") from None

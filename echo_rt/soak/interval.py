@@ -98,7 +98,7 @@ class _Seen(NamedTuple):
 
 @dataclass
 class Figures:
-    """Judges the blocks of process number ``run``, one after the other, and gathers them into lines.
+    """Judges the blocks of a process, one after the other, and gathers them into lines.
 
     ``block``, ``frame``: the next block and its first video frame. ``expected``: hashes of an earlier process, which
     are used up. ``outlier_from``: z-score of an outlier. ``offset``: blocks by which the video is ahead of the state,
@@ -110,7 +110,6 @@ class Figures:
     block: int
     frame: int
     hash_every: int
-    run: int = 1
     outlier_from: float | None = None
     offset: int = 0
 
@@ -171,11 +170,8 @@ class Figures:
         self._shift = stats.shift
         return wrong
 
-    def line(self, *, elapsed: float, fps: float, probes: Line, prompt: int) -> Line:
-        """Return the interval's line and begin the next one.
-
-        ``elapsed``: seconds of the whole soak; ``fps``: of the video; ``probes``: added to the line.
-        """
+    def line(self, fps: float) -> Line:
+        """Return what the interval's line says of a video of ``fps`` frames a second, and begin the next interval."""
         seen, last = self._seen, self._seen[-1].stats
         ids = [one.stats.newest_temporal_id for one in seen]
         vitals = [one.stats.vitals for one in seen]
@@ -188,17 +184,14 @@ class Figures:
         hashes = {one.block: one.made.result() for one in seen if one.made is not None}
         known = [(one.block, one.known, hashes[one.block]) for one in seen if one.known is not None]
         line = {
-            "run": self.run,
             "first_block": self._first_block,
             "block": self.block - 1,
             "blocks": len(seen),
             "frame": self.frame,
             "video_seconds": round(self.frame / fps, 3),
             "time": round(time.time(), 3),
-            "elapsed": round(elapsed, 3),
             "fps": round((self.frame - self._first_frame) / max(self.seconds, 1e-9), 3),
             "warm": all(one.warm for one in seen),
-            "prompt": prompt,
             "latency": {
                 "p50": _milliseconds(latency.quantile(0.5)),
                 "p99": _milliseconds(latency.quantile(0.99)),
@@ -242,7 +235,6 @@ class Figures:
             "hashes": list(hashes.items()),
             "compared": len(known),
             "mismatches": [entry for entry in known if entry[1] != entry[2]],
-            **probes,
         }
         self.begin()
         return line

@@ -7,25 +7,21 @@ stay in the file for comparison.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
-from echo_rt.errors import OutputError, StreamError
-from echo_rt.utils.atomic_file import append_whole, is_same, open_plain, reason
+from echo_rt.errors import StreamError
+from echo_rt.utils.atomic_file import open_plain, reason
 from echo_rt.utils.checked_json import read_json
 
 JOURNAL_FILE = "soak.jsonl"
 
 Line = dict[str, Any]
 
-_PIECE = 2**20  # bytes
 _LONGEST = 2**28  # bytes of a line: twice an hour of hashes at a thousand blocks a second
 
 
@@ -76,48 +72,6 @@ _End = _entries(
     backend_reason=(_Text, None),
     taken=(_entries(recipe=(_Text, None), recipe_reason=(_Text, None)) | None, None),
 )
-
-
-@contextmanager
-def _told(path: Path, what: str = "cannot write") -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path}: {what}: {reason(error)}") from None
-
-
-class Journal:
-    """The file, open for appending. A torn last line, left by a kill in the middle of a write, is cut off.
-
-    All methods raise ``OutputError`` where the disk refuses, or the file is no longer there.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / JOURNAL_FILE
-        with _told(self.path):
-            self._file = os.fdopen(open_plain(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+b", buffering=0)
-            self._size = end = 0
-            while piece := self._file.read(_PIECE):
-                end, whole = end + len(piece), piece.rfind(b"\n") + 1
-                self._size = end - len(piece) + whole if whole else self._size
-            self._file.truncate(self._size)
-
-    def append(self, line: Line) -> None:
-        """Write one line, all of it or none."""
-        data = (json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n").encode()
-        if not is_same(self.path, self._file.fileno()):
-            raise OutputError(f"{self.path}: cannot write: somebody removed or replaced the file")
-        with _told(self.path):
-            self._size = append_whole(self._file, self._size, data)
-
-    def sync(self) -> None:
-        """Flush all lines to the disk."""
-        with _told(self.path, "may not be whole on the disk"):
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file; may be called twice."""
-        self._file.close()
 
 
 def read_lines(folder: Path) -> Iterator[Line]:

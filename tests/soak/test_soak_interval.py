@@ -47,7 +47,7 @@ def figures(**changes: Any) -> Figures:
 
 
 def line(made: Figures) -> dict[str, Any]:
-    return made.line(elapsed=1.0, fps=16, probes={"device": None}, prompt=0)
+    return made.line(fps=16)
 
 
 def misplaced(made: Figures, chunks: Iterable[Chunk], rollbacks: int = 0) -> list[Any]:
@@ -127,7 +127,7 @@ def test_hashes_that_are_known() -> None:
 
 
 def test_statistics_of_an_interval() -> None:
-    interval = figures(run=3, outlier_from=10.0)
+    interval = figures(outlier_from=10.0)
     interval.add(chunk(0, vitals=dict(latent_mean=1.0, video_min=-2.0)), 9.0, warm=False, switching=False)
     interval.add(chunk(1, vitals=dict(latent_mean=2.0, video_max=3.0)), 0.1, warm=True, switching=False)
     for index, since in ((2, 0), (3, 1), (4, 2)):
