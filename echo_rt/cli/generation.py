@@ -137,8 +137,6 @@ class Generation:
 
     def __init__(self, request: Request, report: dict[str, Any], stop: StopRequest) -> None:
         self._request, self._arguments, self._report, self._stop = request, request.arguments, report, stop
-        self._shown: list[dict[str, Any]] = []
-        self._prompt: TimedPrompt | None = None
         self._resumption: Resumption | None = None
         self._initial: VideoFile | None = None
 
@@ -198,12 +196,17 @@ class Generation:
         begun_at = (0, 0) if self._resumption is None else (stream.next_block, self._recorded(stream))
         recorder, checkpoints = self._open_recorder(*begun_at)
         progress = ProgressReport(self._limit, self._runtime.fps, quiet=self._arguments.quiet, begun_at=begun_at)
-        problem: BaseException | None = None
+        errors: list[Any] = []  # the first is raised again below, when the files are safe
+        shown: TimedPrompt | None = None
+        prompts_shown: list[dict[str, Any]] = []
         try:
             with stream:  # until the video has its length, or a stop is requested
                 while not recorder.full and stop.request is None:
                     prompt, _ = prompts[max(block for block in prompts if block <= stream.next_block)]
-                    self._note(prompt, self._recorded(stream))
+                    if prompt is not shown:
+                        shown, frame = prompt, self._recorded(stream)
+                        what = {"text": prompt.text} if prompt.file is None else {"file": prompt.file}
+                        prompts_shown.append({"frame": frame, "seconds": frame / self._runtime.fps, **what})
                     if checkpoints is not None:
                         checkpoints.before_block(stream)
                     with stop.after_block():
@@ -216,14 +219,12 @@ class Generation:
                     checkpoints.after_last_block(stream)
         except StopNow:
             pass  # stop.request says so as well
-        except BaseException as error:  # raised again below, when the files are safe
-            problem = error
+        except BaseException as error:
+            errors.append(error)
         elapsed = max(progress.elapsed, 1e-9)
         progress.close()
-        errors = recorder.close() + ([] if checkpoints is None else checkpoints.close())
-        if problem is None and errors:
-            problem = errors.pop(0)
-        for further in errors:
+        errors += recorder.close() + ([] if checkpoints is None else checkpoints.close())
+        for further in errors[1:]:
             warn(self._report, describe(further)[0])
         stopped = None if recorder.full else stop.request
         if recorder.held_up > max(1, elapsed / 20):
@@ -236,21 +237,21 @@ class Generation:
             blocks=progress.blocks,
             fps=round(progress.frames / elapsed, 3),
             elapsed=round(elapsed, 3),
-            prompts=self._shown,
+            prompts=prompts_shown,
             seed=self._arguments.seed,
             memory=self._runtime.memory.value,
             backend=self._runtime.backend,
             backend_reason=self._runtime.backend_reason,
             **self._runtime.taken.as_json(),
-            exit_reason="error" if problem else stopped.reason if stopped else "complete",
+            exit_reason="error" if errors else stopped.reason if stopped else "complete",
         )
         if not self._arguments.quiet and not self._arguments.json:
             try:
                 say(_summary(self._report))
             except (OutputError, BrokenPipeError) as error:
-                problem = problem or error
-        if problem is not None:
-            raise problem
+                errors.append(error)
+        if errors:
+            raise errors[0]
         return stopped.exit_code if stopped else 0
 
     def _warn(self) -> None:
@@ -342,13 +343,6 @@ class Generation:
     def _recorded(self, stream: Stream) -> int:
         """Number of frames in a recording of everything that ``stream`` has delivered."""
         return stream.video_frames - self._hidden
-
-    def _note(self, prompt: TimedPrompt, frame: int) -> None:
-        """Note for the report that ``prompt`` is shown from ``frame`` on."""
-        if prompt is not self._prompt:
-            self._prompt = prompt
-            what = {"text": prompt.text} if prompt.file is None else {"file": prompt.file}
-            self._shown.append({"frame": frame, "seconds": frame / self._runtime.fps, **what})
 
 
 def _check_initial(request: Request, frames: int) -> None:
