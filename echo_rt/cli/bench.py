@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from echo_rt.bench.settings import MODELS, NAMES, Request
-from echo_rt.cli.arguments import Arguments, Value, model_files, number, options_of, shared, table
+from echo_rt.cli.arguments import Arguments, Value, model_files, options_of, shared, table
 from echo_rt.cli.outputs import Named, check_results
 from echo_rt.cli.stdio import complain, say
 from echo_rt.errors import BackendError, TargetError
@@ -29,7 +29,6 @@ _SHARED = (
     *("--model", "--checkpoint", "--lora", "--lora-alpha", "--recipe", "--ema", "--dtype", "--float8-except"),
     *("--device", "--backend", "--attention", "--convolution", "--vae-tiles", "--no-graphs", "--seed"),
 )
-_COUNT = {"type": number(int, "an integer of 1 or more", positive=True)}
 _MODEL = "--size NAME           random weights at these sizes; default: released on a GPU"
 _RUN = f"""
 --variants NAME,...           only these of {", ".join(NAMES)}
@@ -54,8 +53,6 @@ OPTIONS = {
         *table(
             _RUN,
             variants={"type": Value(lambda text: tuple(text.split(",")), words=NAMES)},
-            rounds=_COUNT,
-            blocks=_COUNT,
             peers={"default": True},
         ),
         *shared(["--lookahead"], lookahead={"default": 1, "help": "number of blocks begun ahead (default 1)"}),
