@@ -23,8 +23,7 @@ from echo_rt.errors import ConfigError, EchoError, OutputError, PromptError, Tar
 from echo_rt.options import MOST_INITIAL_SECONDS, is_whole
 from echo_rt.output import Checkpoints, Recorder, SegmentedWriter, SegmentRecorder, VideoFile
 from echo_rt.output.recorder import SNAPSHOT_FOLDER
-from echo_rt.output.segment_index import RecordingIndex
-from echo_rt.output.segments import check_free
+from echo_rt.output.segments import RecordingIndex, check_free
 from echo_rt.output.video import check_encoding
 from echo_rt.runtime import Runtime
 from echo_rt.snapshot.snapshot import Snapshot

@@ -17,14 +17,13 @@ from echo_rt.chunk import Chunk
 from echo_rt.engine.guard import ROLL_BACK, STOP, Guard
 from echo_rt.engine.prompts import load_prompt_embeds, save_prompt_embeds
 from echo_rt.errors import ConfigError, EchoError, NumericalError, OutputError
-from echo_rt.output.segment_index import INDEX_FILE
+from echo_rt.output.segments import INDEX_FILE
 from echo_rt.runtime import Runtime
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import SnapshotKeeper, latest_snapshot, require_seed, snapshot_files
 from echo_rt.soak.checks import Status, Verdict
 from echo_rt.soak.config import MANIFEST_FILE, SoakConfig, check_manifest, write_manifest
-from echo_rt.soak.interval import Figures, digest
-from echo_rt.soak.journal import JOURNAL_FILE, Line, Past, read_lines
+from echo_rt.soak.journal import JOURNAL_FILE, Figures, Line, Past, digest, read_lines
 from echo_rt.soak.probes import device_memory, gpu_health, host_memory
 from echo_rt.soak.prometheus import Exporter
 from echo_rt.soak.report import PAGE_FILE, PICTURES, REPORT_FILE, History, write_report

@@ -72,14 +72,16 @@ def remove(path: str | Path) -> None:
         os.unlink(name, dir_fd=folder)
 
 
-def check_plain(path: str | Path) -> None:
-    """Raise ``OSError`` for anything but a plain file; for a link too, in a claimed folder."""
+def check_plain(path: str | Path) -> int:
+    """Return the bytes of a plain file; raises ``OSError`` for anything else, and for a link in a claimed folder."""
     name, folder = place(path)
-    mode = os.stat(name, dir_fd=folder, follow_symlinks=folder is None).st_mode
-    if stat.S_ISDIR(mode):
+    found = os.stat(name, dir_fd=folder, follow_symlinks=folder is None)
+    if stat.S_ISDIR(found.st_mode):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-    if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, f"expected a plain file, found {_KINDS.get(stat.S_IFMT(mode), 'a device')}")
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a device")
+        raise OSError(errno.EINVAL, f"expected a plain file, found {kind}")
+    return found.st_size
 
 
 def open_plain(path: str | Path, flags: int = os.O_RDONLY) -> int:

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from echo_rt.cli.generation import Notes
 from echo_rt.errors import OutputError, TargetError
-from echo_rt.output.segment_index import RecordingIndex
-from echo_rt.output.segments import SegmentedWriter
+from echo_rt.output.segments import RecordingIndex, SegmentedWriter
 from echo_rt.output.video import VideoWriter
 from echo_rt.utils.checked_json import convert
 
@@ -122,7 +121,7 @@ def cost_of_a_piece(folder: Path, pieces: int, monkeypatch: pytest.MonkeyPatch) 
         for number in range(pieces):
             segment = {"file": f"video-{number:05}.mp4", "first_frame": 12 * number, "frames": 12, "size": 1000}
             index.write(json.dumps(segment | {"init": "init-00000000.mp4"}).encode() + b"\n")
-    monkeypatch.setattr(RecordingIndex, "check_files", lambda *_: None)
+    monkeypatch.setattr(RecordingIndex, "keep", lambda *_: None)
     writer = SegmentedWriter.resume(folder, 12 * pieces, seconds=0.75)
     writer.write(block(1))  # with the header of this process
 

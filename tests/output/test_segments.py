@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from echo_rt.errors import ConfigError, OutputError, TargetError
-from echo_rt.output.segment_index import RecordingIndex
-from echo_rt.output.segments import SegmentedWriter, check_free
+from echo_rt.output.segments import RecordingIndex, SegmentedWriter, check_free
 from echo_rt.output.video import VideoWriter
 from echo_rt.utils.atomic_file import Log, PartFile
 
