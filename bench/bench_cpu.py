@@ -15,7 +15,7 @@ from echo_rt.bench.settings import Request
 from echo_rt.engine.executor import Event
 from echo_rt.engine.pipeline import _nonfinite, frames_shape
 from echo_rt.ops.backends import load_ops
-from echo_rt.soak.interval import _HASHER, Figures, digest
+from echo_rt.soak.journal import _HASHER, Figures, digest
 
 BLOCK_SECONDS = 0.38  # of the released size, as predicted for an H200 (docs/speed.md)
 HOST = ("submit", "copy", "soak", "digest", "frames_to_uint8", "range", "nonfinite")

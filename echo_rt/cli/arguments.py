@@ -142,21 +142,27 @@ def _dtype(names: Sequence[str]) -> Value:
 
 TEXT = Value(str)
 PATH = Value(parse_path, files=True)
+# What a value is, by what stands for it in --help.
+_TYPES = {
+    "N": number(int, least=1),
+    **dict.fromkeys(("S", "SECONDS", "ALPHA"), number(float, positive=True)),
+}
 
 
 def table(text: str, **keywords: dict[str, Any]) -> tuple[click.Option, ...]:
     """Declare options in rows: names, what stands for the value in capitals, and after two blanks the help text.
 
     The last name is that of the argument if it has no dashes. A row without a value is a flag, with an opposite if it
-    is ``--yes/--no``. A value with FILE or DIR in it is a path if ``keywords`` have no other type. ``keywords``: those
-    of ``click.Option``, by the name of the argument.
+    is ``--yes/--no``. If ``keywords`` have no other type, a value with FILE or DIR in it is a path, N an integer of 1
+    or more, S a number above 0. ``keywords``: those of ``click.Option``, by the name of the argument.
     """
     options = []
     for row in re.split(r"\n(?=-)", text.strip()):
         declared, _, help_text = row.partition("  ")
         names = declared.split()
         metavar = names.pop() if any(map(str.isupper, names[-1])) else None
-        kind = {"is_flag": True} if metavar is None else {"type": PATH if re.search("FILE|DIR|OUT", metavar) else TEXT}
+        path = metavar is not None and re.search("FILE|DIR|OUT", metavar)
+        kind = {"is_flag": True} if metavar is None else {"type": PATH if path else _TYPES.get(metavar, TEXT)}
         kind |= keywords.get(names[-1].partition("/")[0].lstrip("-").replace("-", "_"), {})
         shown = None if isinstance(kind.get("type"), click.Choice) else metavar
         options.append(click.Option(names, help=" ".join(help_text.split()), metavar=shown, **kind))
@@ -200,7 +206,6 @@ _SHARED = table(
 """,
     model={"default": DEMO, "type": Value(_parse_model, files=True)},
     lora={"type": Value(_parse_lora, files=True), "multiple": True},
-    lora_alpha={"type": number(float, "a number above 0", positive=True)},
     recipe={"type": Value(str, words=RECIPES)},
     ema={"default": None},
     memory={"type": click.Choice([mode.value for mode in MemoryMode])},
@@ -212,7 +217,6 @@ _SHARED = table(
     backend={"type": Value(str, words=("torch", "cuda", "emulated"))},
     graphs={"flag_value": False, "default": None},
     lookahead={"type": number(int, f"an integer in 0..{_MOST_AHEAD}", most=_MOST_AHEAD)},
-    vae_tiles={"type": number(int, "a number of tiles of 1 or more", positive=True)},
     frame_size={"type": Value(_parse_size)},
     overrides={
         "type": Value(_parse_override, words=[f"{name}=" for name in OVERRIDES]),

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 
 from echo_rt.bench.settings import MODELS, NAMES, Request
-from echo_rt.cli.arguments import Arguments, Value, model_files, number, options_of, shared, table
+from echo_rt.cli.arguments import Arguments, Value, model_files, options_of, shared, table
 from echo_rt.cli.outputs import Named, check_results
 from echo_rt.cli.stdio import complain, say
 from echo_rt.errors import BackendError, TargetError
+from echo_rt.utils.atomic_file import check_writable
 from echo_rt.utils.signals import StopRequest
 
 DESCRIPTION = """
@@ -30,7 +29,6 @@ _SHARED = (
     *("--model", "--checkpoint", "--lora", "--lora-alpha", "--recipe", "--ema", "--dtype", "--float8-except"),
     *("--device", "--backend", "--attention", "--convolution", "--vae-tiles", "--no-graphs", "--seed"),
 )
-_COUNT = {"type": number(int, "an integer of 1 or more", positive=True)}
 _MODEL = "--size NAME           random weights at these sizes; default: released on a GPU"
 _RUN = f"""
 --variants NAME,...           only these of {", ".join(NAMES)}
@@ -55,8 +53,6 @@ OPTIONS = {
         *table(
             _RUN,
             variants={"type": Value(lambda text: tuple(text.split(",")), words=NAMES)},
-            rounds=_COUNT,
-            blocks=_COUNT,
             peers={"default": True},
         ),
         *shared(["--lookahead"], lookahead={"default": 1, "help": "number of blocks begun ahead (default 1)"}),
@@ -77,7 +73,9 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
         if arguments.chart and not can_draw():
             raise BackendError("a chart needs matplotlib, which is not installed: pip install 'echo-rt[bench]'")
         if arguments.out is not None:
-            _make_folder(arguments.out, model_files(arguments))
+            check_results(Named("--out", arguments.out), model_files(arguments))
+            if arguments.out.is_dir():
+                check_writable(arguments.out / "block.json")
         request = options_of(Request, arguments)
 
         def save(run: Run) -> None:  # the time may run out
@@ -94,15 +92,3 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     if not arguments.json:
         say(*page.splitlines())
     return 0 if found.run.passed else 1
-
-
-def _make_folder(out: Path, read: Sequence[Named]) -> None:
-    """Make the folder for results; raises ``TargetError``, and ``ConfigError`` if it lies in what is ``read``."""
-    from echo_rt.utils.atomic_file import check_writable, reason
-
-    check_results(Named("--out", out), read)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TargetError(f"{out}: cannot make the folder: {reason(error)}") from None
-    check_writable(out / "block.json")

@@ -37,8 +37,6 @@ Exit codes: 0 the video is done; 1 a failure on the way, what was made is kept; 
 """
 
 _MOST = 10**9  # frames or seconds: a longer video is one without an end
-
-
 _PROMPT = """
 --prompt [T:]TEXT            prompt from second T on (default 0)
 --prompt-embeds [T:]FILE     saved embeddings in place of a text
@@ -75,15 +73,14 @@ _FAULTS = """
 --block-seconds S            end when a block takes longer; default: no limit
 """
 _REPEATED: dict[str, Any] = {"type": TEXT, "multiple": True}
-_SECONDS = f"a number of seconds above 0 and at most {_MOST}"
 OPTIONS = {
     "model": shared(MODEL),
     "prompt": table(_PROMPT, prompt=_REPEATED, prompt_embeds=_REPEATED),
     "video": (
         *table(
             _VIDEO,
-            frames={"type": number(int, f"a number of frames of 1 or more and at most {_MOST}", least=1, most=_MOST)},
-            seconds={"type": number(float, _SECONDS, positive=True, most=_MOST)},
+            frames={"type": number(int, f"an integer of 1 or more and at most {_MOST}", least=1, most=_MOST)},
+            seconds={"type": number(float, f"a number above 0 and at most {_MOST}", positive=True, most=_MOST)},
             fit={"type": click.Choice(FITS)},
             latents={"is_flag": False, "flag_value": BESIDE_SEGMENTS},
         ),
@@ -94,15 +91,8 @@ OPTIONS = {
         codec={"type": Value(str, words=_CODECS), "default": "h264"},
         crf={"type": number(float, "a number of 0 or more")},
     ),
-    "long videos": table(
-        _LASTING,
-        segments={"type": number(float, "seconds of video above 0", positive=True)},
-        snapshot_every={"type": number(int, "a number of blocks of 1 or more", positive=True)},
-    ),
-    "faults": (
-        *shared(["--roll-back"]),
-        *table(_FAULTS, block_seconds={"type": number(float, "a number of seconds above 0", positive=True)}),
-    ),
+    "long videos": table(_LASTING),
+    "faults": (*shared(["--roll-back"]), *table(_FAULTS)),
     "general": table("--quiet  no progress and no summary"),
 }
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from echo_rt.errors import ConfigError, TargetError
-from echo_rt.utils.atomic_file import check_ending, check_results_folder, check_writable, reason
+from echo_rt.utils.atomic_file import check_ending, check_results_folder, check_writable, raising
 
 _WEIGHTS = ("--checkpoint", "--lora", "--text-encoder", "--vae-file")  # options whose value may name several files
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
 _INDEX_SUFFIX = ".safetensors.index.json"
 
 
-@dataclass(frozen=True)
-class Named:
+class Named(NamedTuple):
     """A path and the option that names it."""
 
     option: str
@@ -53,13 +52,11 @@ def check_folder(output: Named, inputs: Sequence[Named]) -> None:
     for given in inputs:
         if _real(output.path) in _real(given.path).parents:
             raise _overlap(output, "folder", f"which holds {given.option} {given.path}")
-    try:
+    with raising(TargetError, f"{output.path}: cannot be a folder"):  # by its name
         folder = _real(output.path)
         if not folder.is_dir() and (folder.exists() or not folder.parent.is_dir()):
             found = "a file" if folder.exists() else f"no folder {output.path.parent} to make it in"
             raise TargetError(f"{output.path}: expected a folder to write into, got {found}")
-    except OSError as error:  # a name that no folder can have
-        raise TargetError(f"{output.path}: cannot be a folder: {reason(error)}") from None
 
 
 def check_results(output: Named, inputs: Sequence[Named]) -> None:
@@ -73,7 +70,9 @@ def check_apart(output: Named, inputs: Sequence[Named], kind: str = "folder") ->
     # Several views of one place: the name itself may lie in a model folder and be a link that leads out of it.
     places = {_real(output.path), Path(os.path.abspath(output.path)), _real(output.path.parent) / output.path.name}
     for given in inputs:
-        sources = _read_for(given.path, search=os.path.exists(output.path))
+        # With the targets of all links in a folder: only an existing file can be one.
+        inner = given.path.rglob("*") if os.path.exists(output.path) and os.path.isdir(given.path) else ()
+        sources = [_real(entry) for entry in (given.path, *(entry for entry in inner if entry.is_symlink()))]
         if any(place == source or source in place.parents for source in sources for place in places) or (
             given.option in _WEIGHTS and any(_is_part_of(place, given.path) for place in places)
         ):
@@ -87,12 +86,6 @@ def _overlap(output: Named, kind: str, why: str) -> ConfigError:
 def _real(path: Path) -> Path:
     # Path.resolve raises for circular links, and differently in each Python version.
     return Path(os.path.realpath(path))
-
-
-def _read_for(path: Path, *, search: bool) -> list[Path]:
-    """Return ``path`` and, with ``search``, the targets of all links in a folder: only an existing file can be one."""
-    links = [entry for entry in path.rglob("*") if entry.is_symlink()] if search and os.path.isdir(path) else []
-    return [_real(entry) for entry in (path, *links)]
 
 
 def _is_part_of(place: Path, weights: Path) -> bool:

@@ -120,17 +120,13 @@ class Request:
             raise ConfigError("--frames and --seconds: expected one of them, got both")
         for name, given in (("--fit", arguments.fit), ("--only-new", arguments.only_new or None)):
             require(name, given, "--from FILE", arguments.initial)
-        self.embeds_files = self._embeds_files(arguments.save_prompt_embeds)
+        self.embeds_files: list[Path] = []  # one for each prompt, or none
+        if (file := arguments.save_prompt_embeds) is not None:
+            several = len(self.script) > 1 and file.suffix  # without a suffix it is refused as it is
+            numbered = (file.with_name(f"{file.stem}.{i}{file.suffix}") for i in range(len(self.script)))
+            self.embeds_files = list(numbered) if several else [file]
         self.output = self._output()
         self._check_outputs()
-
-    def _embeds_files(self, file: Path | None) -> list[Path]:
-        """A file for each prompt, or none."""
-        if file is None:
-            return []
-        if len(self.script) == 1 or not file.suffix:  # the latter is refused as it is
-            return [file]
-        return [file.with_name(f"{file.stem}.{i}{file.suffix}") for i in range(len(self.script))]
 
     def _output(self) -> Path:
         """Return the place of the video; checks that the options about it fit together."""

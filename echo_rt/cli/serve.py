@@ -55,7 +55,7 @@ OPTIONS = {
             _VIDEO,
             prompt={"default": DEMO_PROMPT},
             out={"default": Path("echo-rt-live")},
-            megabits={"type": number(float, "a number above 0", positive=True), "default": 4.0},
+            megabits={"type": number(float, positive=True), "default": 4.0},
         ),
         *shared(["--seed"]),
     ),
@@ -65,14 +65,9 @@ OPTIONS = {
         port={"type": number(int, "a port in 0..65535", most=65535), "default": 8000},
         allow_host={"multiple": True},
         ice={"multiple": True},
-        viewers={"type": number(int, "a number of 1 or more", positive=True), "default": 64},
+        viewers={"default": 64},
     ),
-    "cluster": table(
-        _CLUSTER,
-        gateways={"type": number(int, "a number of 1 or more", positive=True), "default": 1},
-        snapshot_blocks={"type": number(int, "a number of 1 or more", positive=True), "default": 40},
-        idle={"type": number(float, "a number above 0", positive=True), "default": 60.0},
-    ),
+    "cluster": table(_CLUSTER, gateways={"default": 1}, snapshot_blocks={"default": 40}, idle={"default": 60.0}),
 }
 
 

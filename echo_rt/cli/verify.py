@@ -57,10 +57,14 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
                 f"--float8-except: {named} matches no layer of what is verified: only bundles of a rollout have layers "
                 f"that can be float8, {float8_layers()}"
             )
+        from echo_rt.utils.device import parse_device
+        from echo_rt.utils.threads import share_cpu
+        from echo_rt.verify.bundles import verify_bundle
+    names = ("device", "dtype", "backend", "dump", "graphs", "float8_except")
     for path in folders:
         try:
-            with stop.interruptible():
-                bundle = _verify(path, arguments)
+            with stop.interruptible(), share_cpu(parse_device(arguments.device)):
+                bundle = verify_bundle(path, **{name: getattr(arguments, name) for name in names})
         except EchoError as error:
             text, code = describe(error)
             entries.append({"name": path.resolve().name, "passed": False, "error": text})
@@ -105,16 +109,6 @@ def _may_be_float8(path: Path) -> bool:
         return not holds_vae(path) and read_config(path)["kind"] in FLOAT8_KINDS
     except EchoError:
         return True  # the error is reported when it runs
-
-
-def _verify(path: Path, arguments: Arguments) -> BundleReport:
-    from echo_rt.utils.device import parse_device
-    from echo_rt.utils.threads import share_cpu
-    from echo_rt.verify.bundles import verify_bundle
-
-    names = ("device", "dtype", "backend", "dump", "graphs", "float8_except")
-    with share_cpu(parse_device(arguments.device)):
-        return verify_bundle(path, **{name: getattr(arguments, name) for name in names})
 
 
 def _as_json(bundle: BundleReport) -> dict[str, Any]:

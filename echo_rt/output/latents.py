@@ -48,11 +48,6 @@ class LatentsWriter(Closing):
         size = _LENGTH_BYTES + len(self._describe()) + _SPARE_DIGITS
         self._header_bytes = -(-size // _ALIGNMENT) * _ALIGNMENT
         self._part = PartFile(path)
-        try:
-            self._part.append(self._header())
-        except OSError as error:
-            self._part.discard()
-            raise OutputError(f"{path}: cannot write: {reason(error)}") from None
 
     @property
     def in_place(self) -> bool:
@@ -86,13 +81,15 @@ class LatentsWriter(Closing):
         array = np.ascontiguousarray(latents, dtype="<f4")
         if array.ndim != 4 or array.shape[1:] != self.shape:
             raise ConfigError(f"{self.path}: expected latents [B, {self.shape}], got {list(array.shape)}")
-        for frame in array:
-            try:
+        try:
+            if not self._part.size:
+                self._part.append(self._header())
+            for frame in array:
                 self._part.append(frame.data.cast("B"))
-            except OSError as error:
-                kept = f"the first {self.frames_on_disk} latent frames are kept"
-                raise OutputError(f"{self.path}: cannot write on: {reason(error)}; {kept}") from None
-            self.frames_on_disk += 1
+                self.frames_on_disk += 1
+        except OSError as error:
+            kept = f"the first {self.frames_on_disk} latent frames are kept"
+            raise OutputError(f"{self.path}: cannot write on: {reason(error)}; {kept}") from None
 
     def close(self) -> None:
         """Complete the header and put the file in place; without frames, leave an older file as it is."""

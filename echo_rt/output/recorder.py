@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -46,6 +46,7 @@ class _BlockRecorder(ABC):
         self.held_up = 0.0
         self._thread = ThreadPoolExecutor(1, "echo-rt recorder")
         self._waiting: deque[Future[None]] = deque()
+        self._writers: dict[str, Any] = {}  # by the names of their files in the report
 
     @property
     def full(self) -> bool:
@@ -82,13 +83,10 @@ class _BlockRecorder(ABC):
 
     def close(self) -> list[Exception]:
         """Put all files in place, whatever happens to the others, and return the errors."""
-        return close_all([self.drain, self._thread.shutdown, *self._closers()])
+        return close_all([self.drain, self._thread.shutdown, *(one.close for one in self._writers.values())])
 
     @abstractmethod
     def _write(self, frames: Tensor, latents: Tensor, prompt: str | None) -> None: ...
-
-    @abstractmethod
-    def _closers(self) -> list[Callable[[], object]]: ...
 
     def report(self) -> dict[str, Any]:
         """Describe what is on the disk after :meth:`close`, in plain JSON types."""
@@ -137,11 +135,12 @@ class Recorder(_BlockRecorder):
         self._latents: LatentsWriter | None = None
         self._sheet: ContactSheet | None = None
         self._video = VideoWriter(video, *frame_size, fps, codec=codec, crf=crf, preset=preset, fragmented=fragmented)
+        self._writers["video"] = self._video
         try:
             if latents is not None:
-                self._latents = LatentsWriter(latents, latent_shape or (), metadata=metadata)
+                self._latents = self._writers["latents"] = LatentsWriter(latents, latent_shape or (), metadata=metadata)
             if contact_sheet is not None:
-                self._sheet = ContactSheet(contact_sheet, fps=fps)
+                self._sheet = self._writers["contact_sheet"] = ContactSheet(contact_sheet, fps=fps)
         except BaseException:
             self.close()
             raise
@@ -154,11 +153,7 @@ class Recorder(_BlockRecorder):
             self._sheet.write(frames, prompt)
         self._video.write(frames)
 
-    def _closers(self) -> list[Callable[[], object]]:
-        return [writer.close for writer in (self._video, self._latents, self._sheet) if writer is not None]
-
     def report(self) -> dict[str, Any]:
-        named = (("video", self._video), ("latents", self._latents), ("contact_sheet", self._sheet))
         frames = self._video.frames_on_disk if self._video.in_place else 0
         return super().report() | {
             "frames": frames,
@@ -166,7 +161,7 @@ class Recorder(_BlockRecorder):
             "size": [self._video.width, self._video.height],
             "video_fps": float(self._video.fps),
             "latent_frames": self._latents.frames_on_disk if self._latents and self._latents.in_place else 0,
-            "files": {name: str(file.path) for name, file in named if file is not None and file.in_place},
+            "files": {name: str(one.path) for name, one in self._writers.items() if one.in_place},
         }
 
 
@@ -181,7 +176,7 @@ class SegmentRecorder(_BlockRecorder):
 
     def __init__(self, writer: SegmentedWriter, *, first_frame: int = 0, frame_limit: int | None = None) -> None:
         super().__init__(first_frame, frame_limit)
-        self.writer = writer
+        self.writer = self._writers["video"] = writer
 
     def _write(self, frames: Tensor, latents: Tensor, prompt: str | None) -> None:
         self.writer.write(frames, None if self.writer.index.latent_shape is None else latents)
@@ -190,9 +185,6 @@ class SegmentRecorder(_BlockRecorder):
         """End the segment here, as :meth:`SegmentedWriter.cut` does."""
         self.drain()
         self.writer.cut()
-
-    def _closers(self) -> list[Callable[[], object]]:
-        return [self.writer.close]
 
     def report(self) -> dict[str, Any]:
         writer = self.writer

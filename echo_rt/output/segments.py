@@ -5,6 +5,10 @@ are kept too), the HLS playlist ``video.m3u8`` that players, browsers and FFmpeg
 and the index ``recording.json``, which says what belongs to the recording. A segment is entered there once it is on the
 disk. Both lists are only appended to, so a segment costs the same after a week.
 
+Each line of the index is a JSON object: the first describes the recording, and each further one is a segment. A last
+line without its end is of a process that was killed while it wrote, and does not count. (Version 1 was one line, with
+the segments in a list.)
+
 FFmpeg's own HLS muxer would write the whole list again for each segment, and cannot begin in the middle of a recording.
 """
 
@@ -13,18 +17,32 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from msgspec import Meta
 
 from echo_rt.errors import ConfigError, OutputError, TargetError
 from echo_rt.output.latents import LatentsWriter
-from echo_rt.output.segment_index import INDEX_FILE, Log, RecordingIndex, Segment, line_of
 from echo_rt.output.video import VideoWriter
-from echo_rt.utils.atomic_file import Closing, close_all, names_in, reason, remove, write_whole
+from echo_rt.utils.atomic_file import (
+    Closing,
+    Log,
+    check_plain,
+    close_all,
+    names_in,
+    raising,
+    read_plain,
+    reason,
+    remove,
+    write_whole,
+)
+from echo_rt.utils.checked_json import json_line, read_json
 from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.wording import counted
 
@@ -34,8 +52,132 @@ if TYPE_CHECKING:
 PLAYLIST_FILE = "video.m3u8"
 _FORMER_PLAYLIST = "video.ffconcat"  # of recordings of version 1, whose segments all begin at 0 seconds
 _VIDEO, _LATENTS, _INIT = "video-", "latents-", "init-"
-_PIECE = re.compile(r"video-\d{5,}\.mp4|init-[0-9a-f]{8}\.mp4|latents-\d{5,}\.safetensors")
+# Names of our own in this folder only: a file that the index names can be removed.
+_PIECE = r"\A(video-\d{5,12}\.mp4|init-[0-9a-f]{8}\.mp4|latents-\d{5,12}\.safetensors)\Z"
 _HEAD = "#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-MEDIA-SEQUENCE:0\n#EXT-X-PLAYLIST-TYPE:EVENT\n#EXT-X-INDEPENDENT-SEGMENTS\n"
+INDEX_FILE = "recording.json"
+_FORMAT, _VERSION = "echo-rt recording", 2
+_MOST_BYTES = 2**30  # of an index: four years of ten-second segments
+
+_Count = Annotated[int, Meta(ge=0, lt=2**53)]
+_Some = Annotated[int, Meta(ge=1, lt=2**53)]
+_File = Annotated[str, Meta(pattern=_PIECE)]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One file: its frames within the whole video, its size in bytes, and the same of its latents where kept.
+
+    ``init``: the file with the header of its codec, for players; None in recordings of earlier versions, whose segments
+    have times of their own. ``notes``: what the recording's notes are from here on, where they changed.
+    """
+
+    file: _File
+    first_frame: _Count
+    frames: _Some
+    size: _Some
+    latents_file: _File | None = None
+    latent_frames: _Count = 0
+    latents_size: _Count = 0
+    init: _File | None = None
+    notes: dict[str, Any] | None = None
+
+    @property
+    def end_frame(self) -> int:
+        """Number of the first frame after it."""
+        return self.first_frame + self.frames
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Its files with their sizes."""
+        latents = {} if self.latents_file is None else {self.latents_file: self.latents_size}
+        return {self.file: self.size} | latents
+
+
+@dataclass(frozen=True)
+class _Format:
+    format: Literal["echo-rt recording"]
+    version: int
+
+
+@dataclass
+class RecordingIndex:
+    """What a recording is, and its segments in order. ``notes``: plain JSON metadata of the program that records."""
+
+    width: _Some
+    height: _Some
+    fps: Annotated[str, Meta(pattern=r"\A[1-9][0-9]{0,8}(/[1-9][0-9]{0,8})?\Z")]
+    latent_shape: Annotated[tuple[_Some, ...], Meta(min_length=3, max_length=3)] | None
+    notes: dict[str, Any]
+    segments: list[Segment] = field(default_factory=list)
+
+    @staticmethod
+    def path(folder: str | Path) -> Path:
+        """Path of the index of the recording in ``folder``."""
+        return Path(folder, INDEX_FILE)
+
+    @property
+    def frame_rate(self) -> Fraction:
+        """Frames a second."""
+        return Fraction(self.fps)
+
+    @property
+    def frames(self) -> int:
+        """Frames in all segments."""
+        return self.segments[-1].end_frame if self.segments else 0
+
+    @property
+    def lines(self) -> list[bytes]:
+        """Lines of the file: the recording, and each segment."""
+        head = {name: value for name, value in vars(self).items() if name != "segments"}
+        return [json_line({"format": _FORMAT, "version": _VERSION} | head), *map(json_line, self.segments)]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> RecordingIndex:
+        """Read the index in ``folder``; ``TargetError`` where it is absent, damaged or of another version."""
+        path = cls.path(folder)
+        try:
+            head, *lines = read_plain(path, _MOST_BYTES).split(b"\n")
+        except FileNotFoundError:
+            raise TargetError(f"{folder}: expected a recording in segments, found no {INDEX_FILE}") from None
+        except OSError as error:
+            raise TargetError(f"{path}: cannot read: {reason(error)}") from None
+        what = f"{path}: expected the index of a recording in segments, found another or a damaged file"
+        version = read_json(head, _Format, what, TargetError).version
+        if not 1 <= version <= _VERSION:
+            raise TargetError(f"{path}: expected version {_VERSION} or older, found {version}")
+        index = read_json(head, cls, f"{path}: the index is damaged", TargetError)
+        for number, line in enumerate(lines[:-1], 2):
+            segment = read_json(line, Segment, f"{path}: the index is damaged: line {number}", TargetError)
+            index.segments.append(segment)
+            index.notes = index.notes if segment.notes is None else segment.notes
+        end = 0
+        for segment in index.segments:
+            latents = (segment.latents_file, segment.latent_frames, segment.latents_size)
+            kept = all(latents) if index.latent_shape is not None else not any(latents)
+            if segment.first_frame != end or not kept:
+                raise TargetError(f"{path}: the index is damaged: {segment.file} contradicts what comes before it")
+            end = segment.end_frame
+        return index
+
+    def keep(self, folder: str | Path, frames: int) -> None:
+        """Drop all frames but the first ``frames``, whose files must exist with the sizes that were written.
+
+        Raises ``TargetError`` where one does not, and unless a segment ends there.
+        """
+        kept = [segment for segment in self.segments if segment.end_frame <= frames]
+        reached = kept[-1].end_frame if kept else 0
+        if reached != frames:
+            raise TargetError(
+                f"{folder}: cannot resume at frame {frames}: the recording has {counted(self.frames, 'frame')}, "
+                f"and the last segment boundary before it is at frame {reached}"
+            )
+        for path, size in ((Path(folder, name), size) for segment in kept for name, size in segment.files.items()):
+            with raising(TargetError, f"{path}: expected {size} bytes"):
+                found = check_plain(path)
+            if found != size:
+                raise TargetError(f"{path}: expected {size} bytes, found {found}")
+        self.segments = kept
 
 
 def check_free(
@@ -50,7 +192,7 @@ def check_free(
         return
     except OSError as error:
         raise TargetError(f"{folder}: cannot be a folder to write into: {reason(error)}") from None
-    files = sorted(name for name in names if _PIECE.fullmatch(name))
+    files = sorted(name for name in names if re.match(_PIECE, name))
     frames = RecordingIndex.read(folder).frames if INDEX_FILE in names else None
     if frames or (frames is None and files):
         found = f"a recording of {counted(frames, 'frame')}" if frames else files[0]
@@ -84,12 +226,9 @@ class SegmentedWriter(Closing):
         notes: Mapping[str, Any] | None = None,
         **encoding: Any,
     ) -> None:
-        def begin() -> RecordingIndex:
-            check_free(folder)
-            shape = None if latent_shape is None else tuple(latent_shape)
-            return RecordingIndex(width, height, str(Fraction(fps).limit_denominator(1001)), shape, dict(notes or {}))
-
-        self._open(folder, seconds, encoding, begin)
+        shape = None if latent_shape is None else tuple(latent_shape)
+        rate = str(Fraction(fps).limit_denominator(1001))
+        self._open(folder, seconds, encoding, RecordingIndex(width, height, rate, shape, dict(notes or {})))
 
     @classmethod
     def resume(cls, folder: str | Path, at_frame: int, *, seconds: float, **encoding: Any) -> SegmentedWriter:
@@ -99,28 +238,14 @@ class SegmentedWriter(Closing):
         does, and for an absent recording or one that lacks a file that its index names; then nothing is dropped.
         """
         RecordingIndex.read(folder)  # an absent folder is not made
-
-        def kept() -> RecordingIndex:
-            index = RecordingIndex.read(folder)  # again: from now on nobody else can change it
-            kept = [segment for segment in index.segments if segment.end_frame <= at_frame]
-            reached = kept[-1].end_frame if kept else 0
-            if reached != at_frame:
-                raise TargetError(
-                    f"{folder}: cannot resume at frame {at_frame}: the recording has {counted(index.frames, 'frame')}, "
-                    f"and the last segment boundary before it is at frame {reached}"
-                )
-            index.check_files(folder, kept)
-            index.segments = kept
-            return index
-
         writer = cls.__new__(cls)
-        writer._open(folder, seconds, encoding, kept)
+        writer._open(folder, seconds, encoding, None, at_frame)
         return writer
 
     def _open(
-        self, folder: str | Path, seconds: float, encoding: dict[str, Any], find: Callable[[], RecordingIndex]
+        self, folder: str | Path, seconds: float, encoding: dict[str, Any], new: RecordingIndex | None, at: int = 0
     ) -> None:
-        """Claim the folder, write both lists as ``find`` says then, and remove files that do not belong to them."""
+        """Claim the folder, begin or resume both lists, and remove files that do not belong to them."""
         if not seconds > 0:
             raise ConfigError(f"{folder}: a segment must have more than 0 seconds, got {seconds}")
         self.folder, self.seconds, self._encoding = Path(folder), seconds, encoding
@@ -130,7 +255,11 @@ class SegmentedWriter(Closing):
         self._written: str | None = None  # the init, by this process: one that somebody removed is made again
         self._claim = FolderClaim(folder)
         try:
-            self.index = index = find()
+            if new is not None:
+                check_free(folder)
+            # Read here: from now on nobody else can change it.
+            self.index = index = RecordingIndex.read(folder) if new is None else new
+            index.keep(folder, at)
             segments = index.segments
             self.segments_on_disk, self.frames_on_disk = len(segments), index.frames
             self.latents_on_disk = sum(segment.latent_frames for segment in segments)
@@ -198,12 +327,14 @@ class SegmentedWriter(Closing):
             init=init,
             notes=self.notes if changed else None,
         )
-        self._log.append(line_of(segment), sync=True)
+        self._log.append(json_line(segment))
+        self._log.sync()
         self._noted = deepcopy(self.notes) if changed else self._noted
         self.segments_on_disk += 1
         self.frames_on_disk = segment.end_frame
         self.latents_on_disk += segment.latent_frames
         if segment.frames > self._longest * self.index.frame_rate:
+            self._list.close()
             self._begin_list(RecordingIndex.read(self.folder).segments)
         else:
             self._list.append(self._listed(segment).encode())
@@ -214,7 +345,7 @@ class SegmentedWriter(Closing):
             return
         self._closed = True
         end = partial(self._list.append, b"" if self._former else b"#EXT-X-ENDLIST\n")
-        problems = close_all([self.cut, end, self._claim.release])
+        problems = close_all([self.cut, end, self._log.close, self._list.close, self._claim.release])
         if problems:
             raise problems[0]
 
@@ -262,13 +393,11 @@ class SegmentedWriter(Closing):
 
     def _sweep(self, named: Container[str | None]) -> None:
         """Remove files of the recording that are not ``named``, and part files of killed processes."""
-        try:
+        with raising(OutputError, f"{self.folder}: cannot remove unused files"):
             for name in names_in(self.folder):
-                if _PIECE.fullmatch(name) and name not in named:
+                if re.match(_PIECE, name) and name not in named:
                     remove(self.folder / name)
             if not self._former:
                 remove(self.folder / _FORMER_PLAYLIST)
             for prefix in (_VIDEO, _LATENTS, _INIT, PLAYLIST_FILE, _FORMER_PLAYLIST, INDEX_FILE):
                 self._claim.remove_parts(prefix)
-        except OSError as error:
-            raise OutputError(f"{self.folder}: cannot remove unused files: {reason(error)}") from None

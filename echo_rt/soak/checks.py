@@ -6,14 +6,13 @@ replaced count as well: a broken promise stays broken.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 from echo_rt.soak.config import Limits
-from echo_rt.soak.interval import Histogram
-from echo_rt.soak.journal import Line
+from echo_rt.soak.journal import Histogram, Line
 from echo_rt.utils.wording import counted
 
 # Fewer blocks or lines say nothing about a slope or a 99th percentile.
@@ -40,14 +39,24 @@ class Verdict:
 
 
 @dataclass
-class Seen:
-    """What one check has seen so far.
+class Check:
+    """One promise, and what has been seen of it.
+
+    ``see(check, line, *bounds)`` takes in a line whose entry ``judged`` is neither absent nor false or 0; ``limit`` is
+    the threshold in words, with the bounds in it. ``bounds``: fields of :class:`Limits`, by name and then by value;
+    where the first is None, nobody asked for the promise. ``unchecked``: why there is no evidence.
 
     ``evidence``: in words, None while too little was seen. ``over``: the soak as a whole is beyond the threshold, which
     may get better again; ``broken``: evidence of the first breach, which stays. ``blocks``: how many the soak has made,
     ``again`` of them once more: after a resume, or at its end to compare them.
     """
 
+    name: str
+    judged: str
+    see: Callable[..., None]
+    limit: str
+    bounds: Sequence[Any]
+    unchecked: str
     evidence: str | None = None
     over: bool = False
     broken: str | None = None
@@ -73,21 +82,14 @@ class Seen:
             self.state = line["run"], value
         return self.state[1]
 
-
-class Check(NamedTuple):
-    """One promise.
-
-    ``see(seen, line, *bounds)`` takes in a line whose entry ``judged`` is neither absent nor false or 0; ``limit`` is
-    the threshold in words, with the bounds in it. ``bounds`` names fields of :class:`Limits`; where the first is None,
-    nobody asked for the promise. ``unchecked``: why there is no evidence.
-    """
-
-    name: str
-    judged: str
-    see: Callable[..., None]
-    limit: str
-    bounds: tuple[str, ...]
-    unchecked: str
+    @property
+    def verdict(self) -> Verdict:
+        """How the promise stands."""
+        if None in self.bounds:
+            return Verdict(self.name, Status.UNCHECKED, "none", "not asked for")
+        breach = self.broken or (self.evidence if self.over else None)
+        status = Status.BROKEN if breach else Status.UNCHECKED if self.evidence is None else Status.KEPT
+        return Verdict(self.name, status, self.limit.format(*self.bounds), breach or self.evidence or self.unchecked)
 
 
 CHECKS: list[Check] = []
@@ -106,7 +108,7 @@ _DRIFT = "mean and standard deviation within {:g} standard deviations of those a
 
 
 @_promise("stream", "run", "no failure")
-def _stream(seen: Seen, line: Line) -> None:
+def _stream(seen: Check, line: Line) -> None:
     if seen.blocks:
         seen.evidence = f"made: {counted(seen.blocks, 'block')}, {seen.again} of them made again"
     if line.get("failure"):
@@ -114,7 +116,7 @@ def _stream(seen: Seen, line: Line) -> None:
 
 
 @_promise("finite", "run", "0 NaN or infinite values, no rollback")
-def _finite(seen: Seen, line: Line) -> None:
+def _finite(seen: Check, line: Line) -> None:
     if line.get("nonfinite_failure"):
         seen.breaks(f"block {line['block']}: {line['failure']}")
     if seen.blocks:
@@ -127,7 +129,7 @@ def _finite(seen: Seen, line: Line) -> None:
 
 
 @_promise("positions", "blocks", "ids in 0..max, shift never back, no block or frame left out")
-def _positions(seen: Seen, line: Line) -> None:
+def _positions(seen: Check, line: Line) -> None:
     place = line["position"]
     least, most, shift = seen.state or (place["least_newest_id"], place["most_newest_id"], 0)
     least, most = min(least, place["least_newest_id"]), max(most, place["most_newest_id"])
@@ -138,7 +140,7 @@ def _positions(seen: Seen, line: Line) -> None:
 
 
 @_promise("hashes", "run", "every block that is made again is the same", unchecked=_TWICE)
-def _hashes(seen: Seen, line: Line) -> None:
+def _hashes(seen: Check, line: Line) -> None:
     seen.count += line["compared"]
     if seen.count:
         seen.evidence = f"{seen.count} of {counted(seen.again, 'block')} made again had a hash, which is the same"
@@ -147,7 +149,7 @@ def _hashes(seen: Seen, line: Line) -> None:
 
 
 @_promise("device memory", "warm", "at most {:g} bytes off after warm-up", "device_growth", unchecked=_NO_GPU)
-def _device_memory(seen: Seen, line: Line, growth: float) -> None:
+def _device_memory(seen: Check, line: Line, growth: float) -> None:
     device = line["device"]
     first = device and seen.baseline(line, device)
     if device is first:
@@ -162,7 +164,7 @@ def _device_memory(seen: Seen, line: Line, growth: float) -> None:
 
 
 @_promise("host memory", "warm", "{:g} bytes per block beyond {:.0f} bytes", "host_slope", "host_slack", unchecked=_FEW)
-def _host_memory(seen: Seen, line: Line, bound: float, slack: float) -> None:
+def _host_memory(seen: Check, line: Line, bound: float, slack: float) -> None:
     """Slope of a straight line through the resident bytes of a process."""
     block, rss = line["block"], line["host"]["rss"]
     if rss is None:
@@ -185,7 +187,7 @@ def _host_memory(seen: Seen, line: Line, bound: float, slack: float) -> None:
 
 
 @_promise("latency p99/p50", "blocks", "at most {:g}", "latency_ratio", unchecked=_FEW)
-def _latency_ratio(seen: Seen, line: Line, bound: float) -> None:
+def _latency_ratio(seen: Check, line: Line, bound: float) -> None:
     """Over all warm blocks except those of a prompt switch."""
     latencies = seen.state = seen.state or Histogram()
     latencies.update(Histogram.of_line(line["latency"]["bins"]))
@@ -198,7 +200,7 @@ def _latency_ratio(seen: Seen, line: Line, bound: float) -> None:
 @_promise(
     "latency z-score", "blocks", "above {:g} for at most {:g} of blocks", "latency_zscore", "outliers", unchecked=_FEW
 )
-def _outliers(seen: Seen, line: Line, _: float, share: float) -> None:
+def _outliers(seen: Check, line: Line, _: float, share: float) -> None:
     """Number of blocks that take much longer than the blocks right before them."""
     found, (judged, outliers) = line["zscore"], seen.state or (0, 0)
     seen.state = judged, outliers = judged + found["judged"], outliers + found["outliers"]
@@ -210,7 +212,7 @@ def _outliers(seen: Seen, line: Line, _: float, share: float) -> None:
 
 
 @_promise("snapshot stall", "blocks", "at most {:g} ms", "snapshot_stall", unchecked="no snapshot was taken")
-def _stall(seen: Seen, line: Line, milliseconds: float) -> None:
+def _stall(seen: Check, line: Line, milliseconds: float) -> None:
     stall = (line.get("snapshots") or {}).get("stall")
     if stall is None:
         return
@@ -220,7 +222,7 @@ def _stall(seen: Seen, line: Line, milliseconds: float) -> None:
 
 
 @_promise("latent drift", "warm", _DRIFT, "drift", unchecked="fewer than two intervals after warm-up")
-def _latent_drift(seen: Seen, line: Line, bound: float) -> None:
+def _latent_drift(seen: Check, line: Line, bound: float) -> None:
     mean, deviation = line["latents"]["mean"], line["latents"]["std"]
     if mean is None or deviation is None:
         return  # not finite, which is a promise of its own
@@ -235,7 +237,7 @@ def _latent_drift(seen: Seen, line: Line, bound: float) -> None:
 
 
 @_promise("GPU errors", "blocks", "0 new uncorrected ECC errors", unchecked="no GPU, or one that counts none")
-def _gpu_errors(seen: Seen, line: Line) -> None:
+def _gpu_errors(seen: Check, line: Line) -> None:
     count = (line.get("gpu") or {}).get("ecc_uncorrected")
     if count is None:
         return
@@ -247,34 +249,26 @@ def _gpu_errors(seen: Seen, line: Line) -> None:
 
 
 class Promises:
-    """State of all :data:`CHECKS`, under ``limits`` that are resolved for the device.
+    """All :data:`CHECKS`, under ``limits`` that are resolved for the device.
 
-    ``blocks``, ``again``: as in :class:`Seen`; ``never``: the number of the first block that was never made.
+    ``blocks``, ``again``: as in :class:`Check`; ``never``: the number of the first block that was never made.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.blocks = self.again = self.never = 0
-        self._all = [(check, [getattr(limits, name) for name in check.bounds], Seen()) for check in CHECKS]
+        self._checks = [replace(one, bounds=[getattr(limits, name) for name in one.bounds]) for one in CHECKS]
 
     def see(self, line: Line) -> None:
         """Take in one more line of the journal."""
         self.blocks += line.get("blocks", 0) + line.get("replayed", 0)
         self.never = max(self.never, line["block"] + 1 if "blocks" in line else 0)
         self.again = self.blocks - self.never
-        for check, bounds, seen in self._all:
-            if None not in bounds and line.get(check.judged):
-                seen.blocks, seen.again = self.blocks, self.again
-                check.see(seen, line, *bounds)
+        for check in self._checks:
+            if None not in check.bounds and line.get(check.judged):
+                check.blocks, check.again = self.blocks, self.again
+                check.see(check, line, *check.bounds)
 
     def verdicts(self) -> list[Verdict]:
         """Judge each promise."""
-        return [_verdict(*each) for each in self._all]
-
-
-def _verdict(check: Check, bounds: list[Any], seen: Seen) -> Verdict:
-    if None in bounds:
-        return Verdict(check.name, Status.UNCHECKED, "none", "not asked for")
-    breach = seen.broken or (seen.evidence if seen.over else None)
-    status = Status.BROKEN if breach else Status.UNCHECKED if seen.evidence is None else Status.KEPT
-    return Verdict(check.name, status, check.limit.format(*bounds), breach or seen.evidence or check.unchecked)
+        return [check.verdict for check in self._checks]

@@ -218,15 +218,13 @@ def check_manifest(config: SoakConfig) -> dict[str, Any] | None:
         there = any(os.path.exists(f"{was}/{name}") for name in ("config.json", "model_index.json"))
         begun["model"] = was if there else model
     different = sorted(name for name in {*begun, *asked} if begun.get(name) != asked.get(name))
-    longer = different in (["blocks"], ["hours"]) and _exceeds(asked[different[0]], begun.get(different[0]))
+    length = "blocks" if config.hours is None else "hours"
+    before = begun.get(length)
+    longer = different == [length] and isinstance(before, (int, float)) and before < asked[length]
     if different and not longer:
         changes = (f"{printable(name)} was {begun.get(name)!r} and is {asked.get(name)!r}" for name in different)
         raise ConfigError(f"{config.out}: holds another soak, name another --out: {'; '.join(changes)}")
     return begun
-
-
-def _exceeds(length: object, before: object) -> bool:
-    return isinstance(length, (int, float)) and isinstance(before, (int, float)) and length > before
 
 
 def write_manifest(config: SoakConfig) -> None:

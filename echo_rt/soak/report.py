@@ -7,7 +7,7 @@ import json
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +15,14 @@ from markdown_it import MarkdownIt
 
 from echo_rt.errors import BackendError, OutputError
 from echo_rt.soak.checks import Promises
-from echo_rt.soak.config import SoakConfig
-from echo_rt.soak.interval import Histogram
-from echo_rt.soak.journal import JOURNAL_FILE, Line
-from echo_rt.utils.atomic_file import PartFile, reason, write_whole
+from echo_rt.soak.config import Limits, SoakConfig
+from echo_rt.soak.journal import JOURNAL_FILE, Histogram, Line
+from echo_rt.utils.atomic_file import PartFile, raising, reason, write_whole
 from echo_rt.utils.build_info import __version__
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import counted, printable
 
 REPORT_FILE, PAGE_FILE = "report.md", "report.html"
-PICTURES = ("latency.svg", "memory.svg", "latents.svg")
 _SIZE = (10.0, 3.5)  # of a panel, in inches
 _CAPACITY = 4096  # points of a curve; a picture is not that wide
 _MARKS = 200  # of a kind in a picture
@@ -42,34 +40,13 @@ def _mean(a: float, b: float) -> float:
     return (a + b) / 2
 
 
-@dataclass
-class Curve:
-    """The figure ``group.name`` of lines. Beyond 4096 points, neighbours become one, whose value ``merge`` makes."""
+class Curve(NamedTuple):
+    """The figure ``group.name`` of lines; of too many points, neighbours become one, whose value ``merge`` makes."""
 
     label: str
     group: str
     name: str
     merge: Callable[[float, float], float] = max
-    points: list[tuple[float, float]] = field(default_factory=list)
-
-    def add(self, x: float, y: float | None) -> None:
-        """Add a point, unless there is no value."""
-        if y is None:
-            return
-        self.points.append((x, y))
-        if len(self.points) > _CAPACITY:
-            pairs = zip(self.points[::2], self.points[1::2], strict=False)
-            odd = self.points[-1:] if len(self.points) % 2 else []
-            self.points = [(a[0], self.merge(a[1], b[1])) for a, b in pairs] + odd
-
-
-@dataclass
-class Life:
-    """One process: its blocks ``first .. last``, and figures of its first line after the warm-up."""
-
-    first: int
-    last: int
-    warm: Line | None = None
 
 
 class Panel(NamedTuple):
@@ -86,36 +63,49 @@ class Panel(NamedTuple):
     from_zero: bool = True
 
 
-class History:
+_LATENCY = [Curve("p50", "latency", "p50", _mean), Curve("p99", "latency", "p99"), Curve("longest", "latency", "max")]
+_DEVICE = [Curve("device reserved", "device", "reserved"), Curve("device allocated", "device", "allocated")]
+_HOST = [Curve("host resident", "host", "rss")]
+_MEAN, _STD = [Curve("mean", "latents", "mean", _mean)], [Curve("standard deviation", "latents", "std", _mean)]
+_DRIFT = [Panel("mean", "", 1.0, _MEAN, from_zero=False), Panel("std", "", 1.0, _STD)]
+# Title and panels of each picture, by its file.
+PICTURES = {
+    "latency.svg": ("Block latency", [Panel("latency", "ms", 1.0, _LATENCY)]),
+    "memory.svg": ("Memory", [Panel("device", "MiB", 2.0**20, _DEVICE), Panel("host", "MiB", 2.0**20, _HOST)]),
+    "latents.svg": ("Drift of the latent statistics", _DRIFT),
+}
+
+
+@dataclass
+class Life:
+    """One process: its blocks ``first .. last``, and figures of its first line after the warm-up."""
+
+    first: int
+    last: int
+    warm: Line | None = None
+
+
+class History(Promises):
     """The journal in bounded memory: promises, totals with the blocks that were made twice, curves without them.
 
     ``device``: its name, asked for before the soak: a GPU that is lost does not answer.
     """
 
-    def __init__(self, promises: Promises, device: str) -> None:
-        self.promises, self.device = promises, device
+    def __init__(self, limits: Limits, device: str) -> None:
+        super().__init__(limits)
+        self.device = device
         self.latency = Histogram()
         self.longest = (0.0, 0)
         self.runs = self.switches = 0
         self.slowest_switch = self.longest_stall = 0.0
         self.newest: Line = {}
         self.lives: list[Life] = []
-        latency = [Curve("p50", "latency", "p50", _mean), Curve("p99", "latency", "p99")]
-        latency.append(Curve("longest", "latency", "max"))
-        memory = [Curve(f"device {name}", "device", name) for name in ("reserved", "allocated")]
-        host = [Curve("host resident", "host", "rss")]
-        mean, deviation = Curve("mean", "latents", "mean", _mean), Curve("standard deviation", "latents", "std", _mean)
-        latents = [Panel("mean", "", 1.0, [mean], from_zero=False), Panel("std", "", 1.0, [deviation])]
-        self.plots: dict[str, tuple[str, list[Panel]]] = {
-            "latency.svg": ("Block latency", [Panel("latency", "ms", 1.0, latency)]),
-            "memory.svg": ("Memory", [Panel("device", "MiB", 2.0**20, memory), Panel("host", "MiB", 2.0**20, host)]),
-            "latents.svg": ("Drift of the latent statistics", latents),
-        }
-        self.curves = [curve for _, panels in self.plots.values() for panel in panels for curve in panel.curves]
+        curves = [curve for _, panels in PICTURES.values() for panel in panels for curve in panel.curves]
+        self.points: dict[Curve, list[tuple[float, float]]] = {curve: [] for curve in curves}
 
     def see(self, line: Line) -> None:
         """Take in one more line."""
-        self.promises.see(line)
+        super().see(line)
         self.runs = line["run"]
         if "blocks" not in line:
             return
@@ -124,12 +114,19 @@ class History:
         self.switches += line["switch_latency"]["blocks"]
         self.slowest_switch = max(self.slowest_switch, line["switch_latency"]["max"] or 0.0)
         self.longest_stall = max(self.longest_stall, (line["snapshots"] or {}).get("stall") or 0.0)
-        if not self.newest or line["run"] != self.newest["run"]:
+        begun = not self.newest or line["run"] != self.newest["run"]
+        if begun:
             self.lives.append(Life(line["first_block"], line["block"]))
-            for curve in self.curves:  # this process makes later blocks again
-                curve.points = [point for point in curve.points if point[0] < line["first_block"]]
-        for curve in self.curves:
-            curve.add(line["block"], (line[curve.group] or {}).get(curve.name))
+        for curve, points in self.points.items():
+            if begun:  # this process makes later blocks again
+                points[:] = [point for point in points if point[0] < line["first_block"]]
+            value = (line[curve.group] or {}).get(curve.name)
+            if value is not None:
+                points.append((line["block"], value))
+            if len(points) > _CAPACITY:
+                pairs = zip(points[::2], points[1::2], strict=False)
+                odd = points[-1:] if len(points) % 2 else []
+                points[:] = [(a[0], curve.merge(a[1], b[1])) for a, b in pairs] + odd
         self.lives[-1].last = line["block"]
         if line["warm"] and self.lives[-1].warm is None:
             self.lives[-1].warm = {name: line[name] for name in _FROM_WARM}
@@ -137,7 +134,7 @@ class History:
 
     def thresholds(self, warm: Line) -> dict[str, tuple[float | None, float | None, float]]:
         """By panel: the value at a process's first ``warm`` line, and what may be added: a constant, and per block."""
-        limits, middle = self.promises.limits, 1e3 * (self.latency.quantile(0.5) or 0.0)
+        limits, middle = self.limits, 1e3 * (self.latency.quantile(0.5) or 0.0)
         ratio, latents = limits.latency_ratio, warm["latents"]
         drift = None if limits.drift is None or latents["std"] is None else limits.drift * latents["std"]
         slack = None if limits.host_slope is None else limits.host_slack
@@ -158,9 +155,9 @@ def write_report(config: SoakConfig, history: History, last: Line, part: PartFil
 
     ``last`` is the journal's last line. The report goes first: where the disk takes no more files, ``part`` is there.
     """
-    promises = [[v.promise, f"**{v.status.value}**", v.limit, v.evidence] for v in history.promises.verdicts()]
+    promises = [[v.promise, f"**{v.status.value}**", v.limit, v.evidence] for v in history.verdicts()]
     pictures, missing = _pictures(config, history)
-    shown = "".join(f"\n![{history.plots[name][0]}]({name})\n" for name in pictures)
+    shown = "".join(f"\n![{PICTURES[name][0]}]({name})\n" for name in pictures)
     parts = (
         _head(last),
         "## Promises\n\n" + _table(["promise", "status", "threshold", "evidence"], promises),
@@ -170,11 +167,8 @@ def write_report(config: SoakConfig, history: History, last: Line, part: PartFil
         _setting(config, history.device, last),
     )
     text = "\n".join(parts)
-    try:
+    with raising(OutputError, f"{part.path}: cannot write"):
         part.append(text.encode())
-    except OSError as error:
-        part.discard()
-        raise OutputError(f"{part.path}: cannot write: {reason(error)}") from None
     part.commit()
     for file, content in {PAGE_FILE: _page(text, pictures), **pictures}.items():
         write_whole(config.folder / file, content.encode())
@@ -220,11 +214,11 @@ def _warm_up(config: SoakConfig) -> str:
 
 
 def _figures(history: History, last: Line) -> list[list[str]]:
-    made, newest = history.promises, history.newest
+    newest = history.newest
     figures: dict[str, object] = {
         "processes": history.runs,
-        "blocks, including those made again": made.blocks,
-        "blocks made again": made.again,
+        "blocks, including those made again": history.blocks,
+        "blocks made again": history.again,
         "hours of streaming": f"{last['elapsed'] / 3600:.3f}",
     }
     if newest:
@@ -272,8 +266,8 @@ def _pictures(config: SoakConfig, history: History) -> tuple[dict[str, str], str
         return {}, "Left out, as asked."
     made = {}
     try:
-        for name, (title, panels) in history.plots.items():
-            drawn = [panel for panel in panels if any(curve.points for curve in panel.curves)]
+        for name, (title, panels) in PICTURES.items():
+            drawn = [panel for panel in panels if any(map(history.points.get, panel.curves))]
             if drawn:
                 made[name] = _picture(name, title, drawn, config, history)
     except BackendError as error:
@@ -303,12 +297,13 @@ def _picture(name: str, title: str, panels: Sequence[Panel], config: SoakConfig,
 
 
 def _draw(axis: Any, panel: Panel, config: SoakConfig, history: History) -> None:
-    curves = [curve for curve in panel.curves if curve.points]
-    for curve in curves:
-        blocks, values = zip(*curve.points, strict=True)
-        marker = "." if len(blocks) == 1 else None  # a line of one point is invisible
-        axis.plot(blocks, [value / panel.scale for value in values], label=curve.label, linewidth=1, marker=marker)
-    shown = [y / panel.scale for curve in curves for _, y in curve.points]
+    shown = []
+    for curve in panel.curves:
+        if points := history.points[curve]:
+            blocks, values = [x for x, _ in points], [y / panel.scale for _, y in points]
+            marker = "." if len(blocks) == 1 else None  # a line of one point is invisible
+            axis.plot(blocks, values, label=curve.label, linewidth=1, marker=marker)
+            shown += values
     low, high = min(shown), max(shown)
     for life in _some(history.lives):
         axis.axvspan(life.first, life.warm["first_block"] if life.warm else life.last, color="grey", alpha=0.15)
@@ -318,13 +313,13 @@ def _draw(axis: Any, panel: Panel, config: SoakConfig, history: History) -> None
         base, more, slope = history.thresholds(life.warm)[panel.threshold]
         if base is None or more is None:
             continue
-        blocks = (life.warm["block"], life.warm["block"] + more / slope if slope else life.last, life.last)
-        limits = [(base + max(more, slope * (x - blocks[0]))) / panel.scale for x in blocks if x <= life.last]
-        axis.plot([x for x in blocks if x <= life.last], limits, color="tab:red", linewidth=1, linestyle="--")
+        ends = (life.warm["block"], life.warm["block"] + more / slope if slope else life.last, life.last)
+        limits = [(base + max(more, slope * (x - ends[0]))) / panel.scale for x in ends if x <= life.last]
+        axis.plot([x for x in ends if x <= life.last], limits, color="tab:red", linewidth=1, linestyle="--")
         high = max([high, *(limit for limit in limits if limit < _ROOM * high)])
     for every, marker, y in ((config.switch_every, "v", 0.96), (config.snapshot_every, "^", 0.04)):
         if every is not None:
-            at = _some(range(every, history.promises.never, every))
+            at = _some(range(every, history.never, every))
             where = axis.get_xaxis_transform()
             axis.plot(at, [y] * len(at), marker, markersize=3, color="grey", transform=where)
     if panel.from_zero:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +17,19 @@ from echo_rt.chunk import Chunk
 from echo_rt.engine.guard import ROLL_BACK, STOP, Guard
 from echo_rt.engine.prompts import load_prompt_embeds, save_prompt_embeds
 from echo_rt.errors import ConfigError, EchoError, NumericalError, OutputError
-from echo_rt.output.segment_index import INDEX_FILE
+from echo_rt.output.segments import INDEX_FILE
 from echo_rt.runtime import Runtime
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import SnapshotKeeper, latest_snapshot, require_seed, snapshot_files
-from echo_rt.soak import report
-from echo_rt.soak.checks import Promises, Status, Verdict
+from echo_rt.soak.checks import Status, Verdict
 from echo_rt.soak.config import MANIFEST_FILE, SoakConfig, check_manifest, write_manifest
-from echo_rt.soak.interval import Figures, digest
-from echo_rt.soak.journal import JOURNAL_FILE, Journal, Line, Past, read_lines
+from echo_rt.soak.journal import JOURNAL_FILE, Figures, Line, Past, digest, read_lines
 from echo_rt.soak.probes import device_memory, gpu_health, host_memory
 from echo_rt.soak.prometheus import Exporter
+from echo_rt.soak.report import PAGE_FILE, PICTURES, REPORT_FILE, History, write_report
 from echo_rt.stream import Stream
-from echo_rt.utils.atomic_file import PartFile, names_in, open_plain, reason
+from echo_rt.utils.atomic_file import Log, PartFile, names_in, open_plain, reason
+from echo_rt.utils.checked_json import json_line
 from echo_rt.utils.device import parse_device
 from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.packages import needing
@@ -99,48 +99,38 @@ def run(config: SoakConfig, *, stop: StopRequest | None = None, watchers: Sequen
     if config.plots:
         with needing("matplotlib", "--plots"):
             import matplotlib.figure  # noqa: F401 - asked for, so missing before the soak and not after it
-    with contextlib.ExitStack() as cleanup:
-        return _Process(config, stop or StopRequest(), list(watchers), cleanup).run()
+    with _Process(config, stop or StopRequest(), list(watchers)) as process:
+        return process.run()
 
 
-@contextlib.contextmanager
-def _accepted() -> Iterator[None]:
-    """Whatever goes wrong here is not a mistake in the request."""
-    try:
-        yield
-    except (EchoError, OSError) as error:
-        if isinstance(error, EchoError) and error.exit_code == 1:
-            raise
-        raise OutputError(str(error)) from error
-
-
-class _Process:
-    """What one process of a soak holds, which ``cleanup`` gives back, and what it has done so far.
+class _Process(contextlib.ExitStack):
+    """What one process of a soak holds, which is given back at the exit, and what it has done so far.
 
     ``_failure``: what the stream raised; ``_problem``: what anything else did; ``_finished``: all blocks are there.
     """
 
-    def __init__(
-        self, config: SoakConfig, stop: StopRequest, watchers: list[Watcher], cleanup: contextlib.ExitStack
-    ) -> None:
-        self._config, self._stop, self._watchers, self._cleanup = config, stop, watchers, cleanup
+    def __init__(self, config: SoakConfig, stop: StopRequest, watchers: list[Watcher]) -> None:
+        super().__init__()
+        self._config, self._stop, self._watchers = config, stop, watchers
         self._device = parse_device(config.device)
-        self._limits = config.limits.resolved(self._device.type)
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "CPU"
-        self._history = report.History(Promises(self._limits), name)
+        self._history = History(config.limits.resolved(self._device.type), name)
         self._claim = FolderClaim(config.folder)
-        cleanup.callback(self._claim.release)
+        self.callback(self._claim.release)
         self._failure: Exception | None = None
         self._problem: Exception | None = None
+        self._finished = False
         self._made = 0
-        self._finished = self._switched = self._snapshot_taken = False
+        # What may allocate for good, and so belongs to the warm-up, and has not been yet.
+        first = {"switch": config.switch_every, "snapshot": config.snapshot_every}
+        self._first = {name for name, every in first.items() if every is not None}
         self._stall: float | None = None  # longest stall of the stream by a snapshot since the last line, in ms
         self._replayed: list[tuple[int, str, str]] = []
         self._compared = self._again = 0
 
     def run(self) -> Outcome:
         """Resume or begin, generate, conclude."""
-        config, cleanup, stop = self._config, self._cleanup, self._stop
+        config, stop = self._config, self._stop
         begun = check_manifest(config)
         self._check_folder(begun is not None)
         last: Line = {}
@@ -148,17 +138,17 @@ class _Process:
             self._history.see(last)
         # A complete soak may lack its report, or be asked for more blocks.
         if last.get("end") == _COMPLETE and config.is_over(last["block"], last["elapsed"]):
-            return self._conclude(last)
+            return self._conclude(last, self._part())
         if config.serve is not None:
-            self._watchers.append(cleanup.enter_context(closing(Exporter(*config.serve))))
+            self._watchers.append(self.enter_context(closing(Exporter(*config.serve))))
         file, snapshot = latest_snapshot(config.folder / _SNAPSHOT_FOLDER) or (None, None)
         if file is not None and snapshot is not None:
             require_seed(file, snapshot, config.seed)
         past = Past(config.folder, 0 if snapshot is None else snapshot.next_block)
         options = config.arguments() | {"device": self._device, "like": snapshot}
         with stop.interruptible():
-            self._runtime = cleanup.enter_context(Runtime.from_pretrained(config.model, **options))
-        cleanup.enter_context(share_cpu(self._device))
+            self._runtime = self.enter_context(Runtime.from_pretrained(config.model, **options))
+        self.enter_context(share_cpu(self._device))
         # Kept ones first: text encoders may differ in the last bits.
         files = [config.folder / f"{_PROMPT_PREFIX}{index}.safetensors" for index in range(len(config.prompts))]
         kept = [load_prompt_embeds(file)[0] for file in files] if all(file.exists() for file in files) else None
@@ -167,46 +157,33 @@ class _Process:
         policy, evidence = ROLL_BACK if config.roll_back else STOP, config.folder / _EVIDENCE_FOLDER
         self._guard = Guard(policy=policy, evidence=evidence, block_seconds=config.block_seconds)
         offset = 0 if snapshot is None else snapshot.offset
-        self._stream = cleanup.enter_context(
+        self._stream = self.enter_context(
             self._runtime.stream(prompt_embeds=self._embeds[0], seed=config.seed, guard=self._guard)
             if snapshot is None
             else self._runtime.resume(snapshot, guard=self._guard)
         )
         del snapshot, options  # gigabytes, which a day of video has no use for
-        with _accepted():
+        try:
             if begun != config.settings():  # only now: a mistyped model or prompt must not be tied to the folder
                 write_manifest(config)
             if not kept:
                 for file, tensor, prompt in zip(files, self._embeds, config.prompts, strict=True):
                     save_prompt_embeds(file, tensor, prompt)
-            part = PartFile(config.folder / report.REPORT_FILE)
-            cleanup.callback(part.discard)
-            self._journal = cleanup.enter_context(closing(Journal(config.folder)))
-            assert self._limits.latency_zscore != "auto"
-            self._figures = Figures(
-                self._runtime.config,
-                past.hashes,
-                block=self._stream.next_block,
-                frame=past.frames,
-                hash_every=config.hash_every,
-                run=past.runs + 1,
-                outlier_from=self._limits.latency_zscore,
-                offset=offset,
-            )
-            self._keeper: SnapshotKeeper | None = None
-            if config.snapshot_every is not None:
-                self._keeper = SnapshotKeeper(config.folder / _SNAPSHOT_FOLDER, keep=config.keep)
-                cleanup.callback(self._keeper.close)
-            self._health = gpu_health(self._device)
-            if self._health is not None:
-                cleanup.callback(self._health.close)
-            self._elapsed_before, self._began = past.elapsed, time.monotonic()
-            self._work()
-            return self._end(part)
+            return self._work(past, offset)
+        except (EchoError, OSError) as error:  # whatever it is, it is no mistake in the request
+            if isinstance(error, EchoError) and error.exit_code == 1:
+                raise
+            raise OutputError(str(error)) from error
+
+    def _part(self) -> PartFile:
+        """The beginning of a report: there is one, even where the disk takes no more files in the end."""
+        part = PartFile(self._config.folder / REPORT_FILE)
+        self.callback(part.discard)
+        return part
 
     def _check_folder(self, begun: bool) -> None:
         """Raise ``ConfigError`` for what is no soak's, links and special files too; remove what kills have left."""
-        folder, files = self._config.folder, (JOURNAL_FILE, report.REPORT_FILE, report.PAGE_FILE, *report.PICTURES)
+        folder, files = self._config.folder, (JOURNAL_FILE, REPORT_FILE, PAGE_FILE, *PICTURES)
         foreign = [folder / INDEX_FILE, folder / JOURNAL_FILE, *snapshot_files(folder / _SNAPSHOT_FOLDER)]
         for path in [] if begun else foreign:
             if path.exists():
@@ -227,8 +204,29 @@ class _Process:
 
     # ---------------------------------------------------------------- the loop
 
-    def _work(self) -> None:
+    def _work(self, past: Past, offset: int) -> Outcome:
         """Generate blocks until the soak has its length, is stopped or fails, then some of them again to compare."""
+        config, part = self._config, self._part()
+        self._journal = self.enter_context(Log(config.folder / JOURNAL_FILE))
+        self._run = past.runs + 1
+        assert self._history.limits.latency_zscore != "auto"
+        self._figures = Figures(
+            self._runtime.config,
+            past.hashes,
+            block=self._stream.next_block,
+            frame=past.frames,
+            hash_every=config.hash_every,
+            outlier_from=self._history.limits.latency_zscore,
+            offset=offset,
+        )
+        self._keeper: SnapshotKeeper | None = None
+        if config.snapshot_every is not None:
+            self._keeper = SnapshotKeeper(config.folder / _SNAPSHOT_FOLDER, keep=config.keep)
+            self.callback(self._keeper.close)
+        self._health = gpu_health(self._device)
+        if self._health is not None:
+            self.callback(self._health.close)
+        self._began = time.monotonic() - past.elapsed  # as if one process had made it all
         try:
             with self._stream:
                 self._generate()
@@ -241,10 +239,11 @@ class _Process:
             if self._keeper is not None:
                 with contextlib.suppress(Exception):  # the first error says more than the snapshot's
                     self._keeper.wait()
+        return self._end(part)
 
     @property
     def _elapsed(self) -> float:
-        return self._elapsed_before + time.monotonic() - self._began
+        return round(time.monotonic() - self._began, 3)
 
     def _generate(self) -> None:
         config, figures = self._config, self._figures
@@ -288,10 +287,9 @@ class _Process:
     def _count(self, chunk: Chunk, seconds: float) -> None:
         config = self._config
         self._made += 1
-        self._switched |= config.switches_at(chunk.index)
-        # The first switch and the first snapshot may allocate for good.
-        warm = self._made > self._limits.warmup_blocks
-        warm &= (config.switch_every is None or self._switched) and (self._keeper is None or self._snapshot_taken)
+        if config.switches_at(chunk.index):
+            self._first.discard("switch")
+        warm = self._made > config.limits.warmup_blocks and not self._first
         # A switch is requested while an earlier block is handed out, and slows the block after it as well.
         near = range(chunk.index - 1, chunk.index + self._runtime.lookahead + 1)
         switching = any(map(config.switches_at, near))
@@ -308,10 +306,11 @@ class _Process:
             "snapshots": keeper and {"written": keeper.written, "skipped": keeper.skipped, "stall": stall},
         }
         prompt = self._config.prompt_of(self._figures.block - 1)
-        line = self._figures.line(elapsed=self._elapsed, fps=self._runtime.fps, probes=probes, prompt=prompt)
+        begins = {"run": self._run, "elapsed": self._elapsed, "prompt": prompt}
+        line = begins | self._figures.line(self._runtime.fps) | probes
         self._history.see(line)  # first: it belongs into the report even where the journal is gone
-        self._journal.append(line)
-        verdicts = self._history.promises.verdicts()
+        self._journal.append(json_line(line))
+        verdicts = self._history.verdicts()
         for watcher in self._watchers:
             watcher.line_done(line, verdicts)
 
@@ -328,7 +327,7 @@ class _Process:
             self._failure = error  # of a block that was begun ahead, which the snapshot waited for
             return
         if taken:
-            self._snapshot_taken = True
+            self._first.discard("snapshot")
             self._stall = max(self._stall or 0.0, round(1e3 * (time.monotonic() - began), 3))
 
     def _replay(self, keeper: SnapshotKeeper) -> None:
@@ -361,7 +360,7 @@ class _Process:
         # The failure of a stream causes what goes wrong after it, and of several problems the first says most.
         last = self._end_line("failed" if self._failure or self._problem else request.reason if request else _COMPLETE)
         try:
-            self._journal.append(last)
+            self._journal.append(json_line(last))
             self._journal.sync()
         except OutputError as error:
             self._problem = self._problem or error
@@ -369,7 +368,7 @@ class _Process:
         self._journal.close()  # so that pictures can be written where no more files can be open
         self._history.see(last)
         try:
-            outcome = self._conclude(last, part, request.exit_code if request else None)
+            outcome = self._conclude(last, part, None if request is None else request.exit_code)
         except (OutputError, OSError) as error:
             raise self._failure or self._problem or error from None
         if self._problem is not None and self._failure is None:
@@ -382,11 +381,11 @@ class _Process:
             for error in (self._failure, self._problem)
         )
         return {
-            "run": self._figures.run,
+            "run": self._run,
             "block": self._figures.block,
             "end": end,
             "time": round(time.time(), 3),
-            "elapsed": round(self._elapsed, 3),
+            "elapsed": self._elapsed,
             "failure": failure,
             "problem": problem,
             "nonfinite_failure": isinstance(self._failure, NumericalError),
@@ -398,14 +397,15 @@ class _Process:
             "taken": self._runtime.taken.as_json(),
         }
 
-    def _conclude(self, last: Line, part: PartFile | None = None, signal_code: int | None = None) -> Outcome:
-        """Write the report of a soak whose ``last`` line this is."""
-        folder, claim = self._config.folder, self._claim
+    def _conclude(self, last: Line, part: PartFile, signal_code: int | None = None) -> Outcome:
+        """Write the report of a soak whose ``last`` line this is, into ``part``."""
+        claim = self._claim
         if claim.removed:  # there is a report all the same, in a new folder if nobody has made one
             claim.release()
-            claim, part = FolderClaim(folder, new=True), None
-            self._cleanup.callback(claim.release)
-        report.write_report(self._config, self._history, last, part or PartFile(folder / report.REPORT_FILE))
+            claim = FolderClaim(self._config.folder, new=True)
+            self.callback(claim.release)
+            part = self._part()
+        write_report(self._config, self._history, last, part)
         told = {name: last.get(name) for name in ("backend", "backend_reason", "taken", "failure")}
-        verdicts, path = self._history.promises.verdicts(), claim.path / report.REPORT_FILE
+        verdicts, path = self._history.verdicts(), claim.path / REPORT_FILE
         return Outcome(last["end"], last["block"], verdicts, path, **told, signal_code=signal_code)

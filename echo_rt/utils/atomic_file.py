@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from echo_rt.errors import ConfigError, OutputError, TargetError
+from echo_rt.errors import ConfigError, EchoError, OutputError, TargetError
 from echo_rt.options import is_path
 
 C = TypeVar("C", bound="Closing")
 
+_PIECE = 2**20  # bytes that are read at once
 _NAME_KEPT = 32  # characters: a part's name must be short enough for every file system, at four bytes for each
 GONE = (errno.ENOENT, errno.ESTALE)  # of a folder that was removed; the latter on NFS
 _KINDS = {stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
@@ -33,6 +34,15 @@ claimed: dict[str, int] = {}
 def reason(error: OSError) -> str:
     """The system's reason for an error, without the path and number that ``str(error)`` repeats."""
     return error.strerror or str(error) or type(error).__name__
+
+
+@contextlib.contextmanager
+def raising(kind: type[EchoError], what: str) -> Iterator[None]:
+    """Raise a ``kind`` in place of an ``OSError``: ``what``, and the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {reason(error)}") from None
 
 
 def place(path: str | Path) -> tuple[str, int | None]:
@@ -62,14 +72,16 @@ def remove(path: str | Path) -> None:
         os.unlink(name, dir_fd=folder)
 
 
-def check_plain(path: str | Path) -> None:
-    """Raise ``OSError`` for anything but a plain file; for a link too, in a claimed folder."""
+def check_plain(path: str | Path) -> int:
+    """Return the bytes of a plain file; raises ``OSError`` for anything else, and for a link in a claimed folder."""
     name, folder = place(path)
-    mode = os.stat(name, dir_fd=folder, follow_symlinks=folder is None).st_mode
-    if stat.S_ISDIR(mode):
+    found = os.stat(name, dir_fd=folder, follow_symlinks=folder is None)
+    if stat.S_ISDIR(found.st_mode):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-    if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, f"expected a plain file, found {_KINDS.get(stat.S_IFMT(mode), 'a device')}")
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a device")
+        raise OSError(errno.EINVAL, f"expected a plain file, found {kind}")
+    return found.st_size
 
 
 def open_plain(path: str | Path, flags: int = os.O_RDONLY) -> int:
@@ -109,7 +121,7 @@ def _target(path: str | Path) -> Path:
     if place(path)[1] is not None:
         return path
     target = Path(os.path.realpath(path))
-    try:
+    with raising(TargetError, f"{path}: cannot write"):
         # Raises for a name that no file can have, which exists() may take for an absent file.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             target.lstat()
@@ -119,8 +131,6 @@ def _target(path: str | Path) -> Path:
             raise TargetError(f"{path}: expected a plain file, got a device, pipe or socket")
         if not target.parent.is_dir():
             raise TargetError(f"{path}: cannot write: there is no folder {path.parent}")
-    except OSError as error:
-        raise TargetError(f"{path}: cannot write: {reason(error)}") from None
     if target.exists() and not os.access(target, os.W_OK):
         raise TargetError(f"{path}: cannot write: the file is there and is write-protected")
     return target
@@ -136,7 +146,7 @@ def check_ending(path: str | Path, ending: str, what: str) -> None:
         raise ConfigError(f"{what}: expected a name {expected}, got {str(path)!r}")
 
 
-def append_whole(file: io.FileIO, size: int, data: bytes | bytearray | memoryview) -> int:
+def _append_whole(file: io.FileIO, size: int, data: bytes | bytearray | memoryview) -> int:
     """Append all of ``data`` to a file of ``size`` bytes and return the new size, or leave it as it was and raise."""
     view = memoryview(data)
     try:
@@ -174,7 +184,7 @@ class PartFile:
 
     def append(self, data: bytes | bytearray | memoryview) -> None:
         """Write all of ``data`` at the end, or leave the file as it was and raise ``OSError``."""
-        self.size = append_whole(self._file, self.size, data)
+        self.size = _append_whole(self._file, self.size, data)
 
     def overwrite(self, offset: int, data: bytes) -> None:
         """Replace bytes that are already written, when all of them are on the disk; raises ``OSError``."""
@@ -185,24 +195,16 @@ class PartFile:
 
     def commit(self) -> None:
         """Move the file to ``path``; raises ``OutputError``, if possible after the move."""
-        problem: OSError | None = None
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            problem = error
-        try:
+        problems = close_all([lambda: os.fsync(self._file.fileno())])
+        with raising(OutputError, f"{self.path}: cannot be put in place, left as {self._part}"):
             self._file.close()
             (part, folder), (target, _) = place(self._part), place(self._target)
             os.replace(part, target, src_dir_fd=folder, dst_dir_fd=folder)
             self.in_place = True
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be put in place, left as {self._part}: {reason(error)}") from None
-        try:
-            sync_folder(self._target.parent)
-        except OSError as error:
-            problem = problem or error
-        if problem is not None:
-            raise OutputError(f"{self.path}: may not be whole on the disk: {reason(problem)}")
+        problems += close_all([lambda: sync_folder(self._target.parent)])
+        with raising(OutputError, f"{self.path}: may not be whole on the disk"):
+            for problem in problems[:1]:
+                raise problem
 
     def discard(self) -> None:
         """Remove the part, unless the disk refuses; ``path`` stays as it was."""
@@ -236,10 +238,8 @@ def check_writable(path: str | Path) -> None:
 def check_results_folder(folder: Path) -> None:
     """Raise ``TargetError`` where ``folder`` neither is a folder to write into nor can be made one; makes nothing."""
     whole = folder.absolute()
-    try:
+    with raising(TargetError, f"{folder}: cannot be a folder"):  # by its name
         there = next(place for place in (whole, *whole.parents) if place.exists())
-    except OSError as error:  # a name that no folder can have
-        raise TargetError(f"{folder}: cannot be a folder: {reason(error)}") from None
     if not there.is_dir():
         raise TargetError(f"{folder}: expected a folder for results, got a file in its place")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -254,11 +254,10 @@ def whole_file(path: str | Path) -> Iterator[PartFile]:
     """
     part = PartFile(path)
     try:
-        yield part
-    except BaseException as error:
+        with raising(OutputError, f"{path}: cannot write"):
+            yield part
+    except BaseException:
         part.discard()
-        if isinstance(error, OSError):
-            raise OutputError(f"{path}: cannot write: {reason(error)}") from None
         raise
     part.commit()
 
@@ -292,3 +291,39 @@ class Closing(ABC):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class Log(Closing):
+    """A file of lines that this process alone appends to, begun with ``content``.
+
+    Without it, it goes on with the lines that are there; a torn last one, left by a kill amid a write, is cut off. All
+    methods raise ``OutputError`` where the disk refuses, or somebody removed, replaced or changed the file.
+    """
+
+    def __init__(self, path: str | Path, content: bytes | None = None) -> None:
+        self.path = Path(path)
+        if content is not None:
+            write_whole(path, content)
+        with raising(OutputError, f"{path}: cannot write"):
+            self._file = os.fdopen(open_plain(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "r+b", buffering=0)
+            self._size = end = 0
+            while piece := self._file.read(_PIECE):
+                end, whole = end + len(piece), piece.rfind(b"\n") + 1
+                self._size = end - len(piece) + whole if whole else self._size
+            self._file.truncate(self._size)
+
+    def append(self, line: bytes) -> None:
+        """Write ``line``, all of it or none."""
+        with raising(OutputError, f"{self.path}: cannot write"):
+            if not is_same(self.path, self._file.fileno()) or os.fstat(self._file.fileno()).st_size != self._size:
+                raise OSError(errno.ESTALE, "somebody removed, replaced or changed the file")
+            self._size = _append_whole(self._file, self._size, line)
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk."""
+        with raising(OutputError, f"{self.path}: may not be whole on the disk"):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        self._file.close()

@@ -1,4 +1,4 @@
-"""JSON from outside, read against a dataclass: what does not fit is one clear error."""
+"""JSON from outside, read against a dataclass: what does not fit is one clear error. Lines of JSON, written."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def read_json(data: bytes | str, kind: type[T], what: str, error: type[EchoError
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as reason:
         raise error(f"{what}: {first_line(reason)}") from reason
+
+
+def json_line(content: object) -> bytes:
+    """Write ``content`` as one line of JSON; NaN and infinity become null."""
+    return msgspec.json.encode(content) + b"\n"
 
 
 def convert(value: Any, kind: type[T], what: str, error: type[EchoError]) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -176,25 +176,23 @@ class _FullPrecision:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        self._product = torch.backends.cuda.matmul
         self._inside = 0
         self._found = ("", "")
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        convolution = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-        product = torch.backends.cuda.matmul
+    def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._found = (convolution.fp32_precision, product.fp32_precision)
-                convolution.fp32_precision = product.fp32_precision = "ieee"
+                self._found = (self._convolution.fp32_precision, self._product.fp32_precision)
+                self._convolution.fp32_precision = self._product.fp32_precision = "ieee"
             self._inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if self._inside == 0:
-                    convolution.fp32_precision, product.fp32_precision = self._found
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._convolution.fp32_precision, self._product.fp32_precision = self._found
 
 
 _full_precision = _FullPrecision()
@@ -206,9 +204,6 @@ def model_context(device: torch.device, *dtypes: torch.dtype) -> Iterator[None]:
 
     ``dtypes``: those of its parts.
     """
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        if device.type == "cuda" and torch.float32 in dtypes:
-            with _full_precision():
-                yield
-        else:
-            yield
+    precise = _full_precision if device.type == "cuda" and torch.float32 in dtypes else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), precise:
+        yield

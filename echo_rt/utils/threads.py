@@ -18,11 +18,13 @@ import os
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from echo_rt.utils.wording import counted
 
 _logger = logging.getLogger("echo_rt.utils.threads")
 
@@ -42,12 +44,9 @@ def busy_seconds(stat: str, cores: Collection[int]) -> float:
 
     Time that the hypervisor gave to other machines (steal) counts as busy.
     """
-    ticks = 0
-    for line in stat.splitlines():
-        name, *columns = line.split()
-        if name.startswith("cpu") and name[3:].isdecimal() and int(name[3:]) in cores:
-            user, nice, system, _idle, _iowait, irq, softirq, steal, *_guest = map(int, columns)
-            ticks += user + nice + system + irq + softirq + steal
+    names, rows = {f"cpu{core}" for core in cores}, (line.split() for line in stat.splitlines())
+    # user, nice, system, idle, iowait, irq, softirq, steal; the times of guests are in the first two already
+    ticks = sum(int(ticks) for name, *columns in rows if name in names for ticks in columns[:3] + columns[5:8])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -84,7 +83,7 @@ class Cores:
         return min(self.quota, len(self.numbers) - others)
 
     def __str__(self) -> str:
-        cores = f"{len(self.numbers)} core{'s'[: len(self.numbers) != 1]}"
+        cores = counted(len(self.numbers), "core")
         return cores if self.quota >= len(self.numbers) else f"{cores} with a quota of {self.quota:g}"
 
 
@@ -155,45 +154,44 @@ def _others(cores: Cores) -> tuple[float, float]:
 
 def _watch(openmp: ctypes.CDLL, over: threading.Event) -> None:
     cores, threads = Cores.available(), torch.get_num_threads()
-    idle: IdleTeam | None = None
     since, before = _others(cores)
-    while not over.wait(_PERIOD):
-        now, until_now = _others(cores)
-        others = max(0.0, until_now - before) / (now - since)
-        since, before = now, until_now
-        crowded = cores.free(others) < threads - _SLACK
-        if crowded == (idle is not None):
-            continue
-        waiting = "sleep" if crowded else "spin"
-        _logger.debug("other programs use %.1f of %s: CPU threads %s while they wait", others, cores, waiting)
-        if idle is not None:
-            idle.close()
-        idle = IdleTeam(openmp, threads) if crowded else None
-    if idle is not None:
-        idle.close()
+    sleeping = False
+    with ExitStack() as team:
+        while not over.wait(_PERIOD):
+            now, until_now = _others(cores)
+            others = max(0.0, until_now - before) / (now - since)
+            since, before = now, until_now
+            crowded = cores.free(others) < threads - _SLACK
+            if crowded == sleeping:
+                continue
+            sleeping, waiting = crowded, "sleep" if crowded else "spin"
+            _logger.debug("other programs use %.1f of %s: CPU threads %s while they wait", others, cores, waiting)
+            team.close()
+            if crowded:
+                team.enter_context(idle_team(openmp, threads))
 
 
-class IdleTeam:
-    """Sleeping OpenMP threads, enough for libgomp to have more threads than cores, until :meth:`close`.
+@contextmanager
+def idle_team(openmp: ctypes.CDLL, threads: int) -> Iterator[None]:
+    """Inside, OpenMP has sleeping threads, enough for libgomp to have more of them than cores.
 
     ``threads`` is the number that torch's operations use. A team ends with the thread that started it.
     """
+    over, made = threading.Event(), threading.Event()
+    # Each thread of the team calls free(NULL), which does nothing. The caller is one of the team.
+    nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)
+    size = max(openmp.omp_get_num_procs() - threads + 1, 1) + 1
 
-    def __init__(self, openmp: ctypes.CDLL, threads: int) -> None:
-        self._over, self._made = threading.Event(), threading.Event()
-        # Each thread of the team calls free(NULL), which does nothing. The caller is one of the team.
-        nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)
-        size = max(openmp.omp_get_num_procs() - threads + 1, 1) + 1
-        self._thread = threading.Thread(target=self._hold, args=(openmp, nothing, size), daemon=True)
-        self._thread.start()
-        self._made.wait()
-
-    def _hold(self, openmp: ctypes.CDLL, nothing: ctypes.c_void_p, size: int) -> None:
+    def hold() -> None:
         openmp.GOMP_parallel(nothing, None, size, 0)
-        self._made.set()
-        self._over.wait()
+        made.set()
+        over.wait()
 
-    def close(self) -> None:
-        """End the threads."""
-        self._over.set()
-        self._thread.join()
+    holder = threading.Thread(target=hold, daemon=True)
+    holder.start()
+    made.wait()
+    try:
+        yield
+    finally:
+        over.set()
+        holder.join()

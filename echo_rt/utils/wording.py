@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     import torch
 
 
-def counted(number: int, one: str, several: str | None = None) -> str:
-    """``1 block``, ``2 blocks``; ``several``: an irregular plural."""
-    return f"{number} {one if number == 1 else several or f'{one}s'}"
+def counted(number: int, one: str) -> str:
+    """``1 block``, ``2 blocks``."""
+    return f"{number} {one}" if number == 1 else f"{number} {one}s"
 
 
 def clock(seconds: float) -> str:

@@ -137,7 +137,7 @@ def test_a_wrong_variant_is_in_the_exit_code(
         ("--lora f", "--lora: expected --model DIR with it"),
         ("--no-ema", "--ema: expected --checkpoint FILE with it"),
         ("--convolution magic --device cpu", "convolution must be one of conv3d, "),
-        ("--vae-tiles 0", "--vae-tiles: expected a number of tiles of 1 or more, got '0'"),
+        ("--vae-tiles 0", "--vae-tiles: expected an integer of 1 or more, got '0'"),
         ("--vae-tiles 99 --device cpu", "vae_tiles: expected 1 for latents 4 rows high, got 99"),
         ("--model /no/such/folder --device cpu", "/no/such/folder"),
         ("--attention magic --device cpu", "magic"),

@@ -166,7 +166,7 @@ def test_embeddings_are_saved_and_read(echo_rt, fake_runtime, tmp_path):
         (["--seconds", "1e308"], "at most 1000000000, got '1e308'"),
         (["--frames", "1" * 30], "at most 1000000000, got '1111"),
         (["--frames", "1" * 400], "at most 1000000000, got '1111"),
-        (["--frames", "1" * 5000], "expected a number of frames"),
+        (["--frames", "1" * 5000], "expected an integer of 1 or more"),
         (["--seed", "1" * 400], "2^64-1"),
         (["--size", "1" * 5000 + "x8"], "WIDTHxHEIGHT"),
         (["--seed", "-1"], "got '-1'"),

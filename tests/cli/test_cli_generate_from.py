@@ -17,7 +17,7 @@ from echo_rt.errors import ConfigError
 from echo_rt.options import RuntimeOptions
 from echo_rt.output import VideoFile, VideoWriter
 from echo_rt.output.contact_sheet import ContactSheet
-from echo_rt.output.segment_index import RecordingIndex
+from echo_rt.output.segments import RecordingIndex
 
 FAKE = ("generate", "--model", "folder", "--prompt", "1")
 

@@ -66,10 +66,9 @@ LIVES = """
     import os, random, signal, sys
     import echo_rt.cli.generation
     from echo_rt.cli.main import main
-    from echo_rt.output.segment_index import Log
     from echo_rt.runtime import Runtime
     from echo_rt.stream import Stream
-    from echo_rt.utils.atomic_file import PartFile
+    from echo_rt.utils.atomic_file import Log, PartFile
 
     def killed_at(step):
         # kill -9 at this step of loading, generating or writing, whichever thread takes it.

@@ -141,4 +141,4 @@ def test_tiles_on_the_command_line(
     assert main([*command, "--vae-tiles", "2"]) == 0
     assert asked == [2]
     assert main([*command, "--vae-tiles", "no"]) == 2
-    assert "--vae-tiles: expected a number of tiles of 1 or more, got 'no'" in capsys.readouterr().err
+    assert "--vae-tiles: expected an integer of 1 or more, got 'no'" in capsys.readouterr().err

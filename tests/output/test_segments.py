@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from echo_rt.errors import ConfigError, OutputError, TargetError
-from echo_rt.output.segment_index import Log, RecordingIndex
-from echo_rt.output.segments import SegmentedWriter, check_free
+from echo_rt.output.segments import RecordingIndex, SegmentedWriter, check_free
 from echo_rt.output.video import VideoWriter
-from echo_rt.utils.atomic_file import PartFile
+from echo_rt.utils.atomic_file import Log, PartFile
 
 av = pytest.importorskip("av")
 
@@ -151,7 +150,7 @@ def test_a_kill_before_the_index_knows(
     feed(writer, frames, range(5))
     torn = []
 
-    def killed(self: Log, text: bytes, *, sync: bool = False) -> None:
+    def killed(self: Log, text: bytes) -> None:
         torn.append(text)
         raise KeyboardInterrupt
 
@@ -206,7 +205,7 @@ def test_what_cannot_be_gone_on_with(tmp_path: Path, frames: NDArray[np.uint8]) 
         SegmentedWriter.resume(folder, 33, seconds=1)
     (folder / "latents-00000.safetensors").unlink()
     (folder / "video-00000.mp4").write_bytes(before["video-00000.mp4"])
-    with pytest.raises(TargetError, match=r"latents-00000\.safetensors: expected \d+ bytes, No such file"):
+    with pytest.raises(TargetError, match=r"latents-00000\.safetensors: expected \d+ bytes: No such file"):
         SegmentedWriter.resume(folder, 33, seconds=1)
     assert len(names(folder)) == len(before) - 1, "nothing was dropped for a resume that did not come to pass"
     with pytest.raises(TargetError, match=r"expected a recording in segments, found no recording\.json"):
@@ -335,6 +334,6 @@ def test_a_folder_that_vanishes(tmp_path: Path, frames: NDArray[np.uint8]) -> No
     shutil.rmtree(tmp_path / "r")
     with pytest.raises(OutputError, match="there is no folder"):
         feed(writer, frames, range(3, 6))
-    with pytest.raises(OutputError, match="cannot write on: No such file"):
+    with pytest.raises(OutputError, match="cannot write: somebody removed"):
         writer.close()
     writer.close()

@@ -103,7 +103,7 @@ def test_a_server_that_others_reach_has_a_token_and_its_folder_for_itself(
     ("more", "error"),
     [
         (("--port", "70000"), "--port: expected a port in 0..65535"),
-        (("--viewers", "0"), "--viewers: expected a number of 1 or more"),
+        (("--viewers", "0"), "--viewers: expected an integer of 1 or more"),
         (("--megabits", "0"), "--megabits: expected a number above 0"),
         (("--host", "203.0.113.7"), "cannot serve at 203.0.113.7"),
         (("--prompt", " "), "expected a prompt of 1 to 2000 characters"),

@@ -79,7 +79,7 @@ def test_what_is_removed_ends_it_with_a_report(gone: str, smallest_model: Path, 
     def remove() -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    refused(config, 1, "somebody removed or replaced|there is no folder", at(4, remove))
+    refused(config, 1, "somebody removed, replaced|there is no folder", at(4, remove))
     text = report_of(config.folder, 6 if gone != "snapshots" else 9)
     assert "The stream did not fail; the soak ended with: OutputError: " in text or "TargetError: " in text
     assert not list(config.folder.rglob("*.part"))
@@ -91,7 +91,7 @@ def test_a_journal_that_is_replaced(smallest_model: Path, tmp_path: Path) -> Non
     journal = config.folder / JOURNAL_FILE
     watcher = SimpleNamespace(block_done=lambda *_: None, line_done=lambda *_: journal.write_bytes(b""))
     journal_gone = SimpleNamespace(block_done=lambda *_: None, line_done=lambda *_: journal.unlink())
-    refused(config, 1, r"soak\.jsonl: cannot write: somebody removed or replaced the file", journal_gone, watcher)
+    refused(config, 1, r"soak\.jsonl: cannot write: somebody removed, replaced", journal_gone, watcher)
     report_of(config.folder, 5)
     assert journal.read_bytes() == b""
 

@@ -16,11 +16,10 @@ from soaking import end_of, line_of
 
 from echo_rt.errors import ConfigError, StreamError
 from echo_rt.soak import Limits, SoakConfig
-from echo_rt.soak.checks import Promises
 from echo_rt.soak.config import MANIFEST_FILE, check_manifest
-from echo_rt.soak.journal import JOURNAL_FILE, Journal, Past, read_lines
+from echo_rt.soak.journal import JOURNAL_FILE, Past, read_lines
 from echo_rt.soak.report import REPORT_FILE, History, write_report
-from echo_rt.utils.atomic_file import PartFile
+from echo_rt.utils.atomic_file import Log, PartFile
 
 GPU = {"device": {"allocated": 1, "reserved": 2}, "gpu": {"ecc_uncorrected": 0}}
 TAKEN = {"snapshots": {"written": 1, "skipped": 0, "stall": 4.0}, "hashes": [[10, "a"]], "mismatches": [[10, "a", "b"]]}
@@ -53,7 +52,7 @@ def check(text: bytes) -> bool:
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / JOURNAL_FILE).write_bytes(text)
-        history, last = History(Promises(Limits(latency_ratio=1.05, drift=0.1).resolved("cuda")), "CPU"), None
+        history, last = History(Limits(latency_ratio=1.05, drift=0.1).resolved("cuda"), "CPU"), None
         try:
             for line in read_lines(folder):
                 history.see(line)
@@ -63,7 +62,7 @@ def check(text: bytes) -> bool:
         except StreamError as error:
             one_line(error)
             return False
-        Journal(folder).close()
+        Log(folder / JOURNAL_FILE).close()
         assert (folder / JOURNAL_FILE).read_bytes() == text[: text.rfind(b"\n") + 1]
         if last is not None and "end" in last:
             config = SoakConfig(model="m", out=name, blocks=1, plots=False)

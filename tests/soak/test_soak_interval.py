@@ -13,7 +13,7 @@ from random_model import flat_config
 
 from echo_rt.chunk import Chunk, ChunkStats, Vitals
 from echo_rt.config import ModelConfig
-from echo_rt.soak.interval import Figures, digest
+from echo_rt.soak.journal import Figures, digest
 
 CONFIG = ModelConfig.from_flat(flat_config())
 VITALS: dict[str, Any] = dict(
@@ -47,7 +47,7 @@ def figures(**changes: Any) -> Figures:
 
 
 def line(made: Figures) -> dict[str, Any]:
-    return made.line(elapsed=1.0, fps=16, probes={"device": None}, prompt=0)
+    return made.line(fps=16)
 
 
 def misplaced(made: Figures, chunks: Iterable[Chunk], rollbacks: int = 0) -> list[Any]:
@@ -106,7 +106,7 @@ def test_the_thread_that_makes_blocks_does_not_wait_for_a_hash(monkeypatch: pyte
         assert go_on.wait(60)
         return digest(block)
 
-    monkeypatch.setattr("echo_rt.soak.interval.digest", held)
+    monkeypatch.setattr("echo_rt.soak.journal.digest", held)
     interval = figures(expected={4: "other"})
     for index in range(5):
         interval.add(chunk(index), 0.1, warm=True, switching=False)
@@ -127,7 +127,7 @@ def test_hashes_that_are_known() -> None:
 
 
 def test_statistics_of_an_interval() -> None:
-    interval = figures(run=3, outlier_from=10.0)
+    interval = figures(outlier_from=10.0)
     interval.add(chunk(0, vitals=dict(latent_mean=1.0, video_min=-2.0)), 9.0, warm=False, switching=False)
     interval.add(chunk(1, vitals=dict(latent_mean=2.0, video_max=3.0)), 0.1, warm=True, switching=False)
     for index, since in ((2, 0), (3, 1), (4, 2)):

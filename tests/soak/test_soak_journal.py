@@ -13,7 +13,9 @@ import pytest
 from soaking import end_of, line_of
 
 from echo_rt.errors import OutputError, StreamError
-from echo_rt.soak.journal import JOURNAL_FILE, Journal, Past, read_lines
+from echo_rt.soak.journal import JOURNAL_FILE, Past, read_lines
+from echo_rt.utils.atomic_file import Log
+from echo_rt.utils.checked_json import json_line
 
 
 def line(first: int, last: int, *, run: int = 1, made: str = "x") -> dict[str, Any]:
@@ -21,9 +23,9 @@ def line(first: int, last: int, *, run: int = 1, made: str = "x") -> dict[str, A
 
 
 def write(folder: Path, *lines: dict[str, Any]) -> None:
-    journal = Journal(folder)
+    journal = Log(folder / JOURNAL_FILE)
     for entry in lines:
-        journal.append(entry)
+        journal.append(json_line(entry))
     journal.close()
 
 
@@ -70,10 +72,10 @@ def file_limit(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
+    journal = Log(tmp_path / JOURNAL_FILE)
     with file_limit(2000), pytest.raises(OutputError, match=r"soak\.jsonl: cannot write: File too large"):
         for block in range(100):
-            journal.append(line(block, block))
+            journal.append(json_line(line(block, block)))
     journal.close()
     text = (tmp_path / JOURNAL_FILE).read_bytes()
     assert text.endswith(b"\n") and 1500 < len(text) <= 2000
@@ -81,13 +83,13 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
 
 
 def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
-    journal.append(line(0, 4))
+    journal = Log(tmp_path / JOURNAL_FILE)
+    journal.append(json_line(line(0, 4)))
     with file_limit(journal.path.stat().st_size + 20), pytest.raises(OutputError, match="File too large"):
-        journal.append(line(5, 9))
+        journal.append(json_line(line(5, 9)))
     assert (tmp_path / JOURNAL_FILE).read_bytes().count(b"\n") == 1
     assert (tmp_path / JOURNAL_FILE).read_bytes().endswith(b"\n")
-    journal.append(line(5, 9))  # there is room again
+    journal.append(json_line(line(5, 9)))  # there is room again
     journal.close()
     assert [entry["block"] for entry in read_lines(tmp_path)] == [4, 9]
 

@@ -13,9 +13,8 @@ import pytest
 from soaking import end_of, line_of
 
 from echo_rt.soak import Limits, SoakConfig, report
-from echo_rt.soak.checks import Promises
 from echo_rt.soak.journal import Line
-from echo_rt.soak.report import REPORT_FILE, Curve, History, write_report
+from echo_rt.soak.report import REPORT_FILE, History, write_report
 from echo_rt.utils.atomic_file import PartFile
 
 MIB = 2**20
@@ -48,7 +47,7 @@ def config(folder: Path, **changes: Any) -> SoakConfig:
 
 
 def history_of(lines: list[Line], limits: Limits = Limits()) -> History:  # noqa: B008
-    history = History(Promises(limits.resolved("cpu")), "CPU")
+    history = History(limits.resolved("cpu"), "CPU")
     for entry in lines:
         history.see(entry)
     return history
@@ -170,10 +169,10 @@ def test_a_small_change_is_no_cliff(tmp_path: Path) -> None:
 
     history = history_of(LINES)
     axis: Any = Figure().subplots()
-    report._draw(axis, history.plots["memory.svg"][1][1], config(tmp_path), history)
+    report._draw(axis, report.PICTURES["memory.svg"][1][1], config(tmp_path), history)
     low, high = axis.get_ylim()
     assert low == 0 and 432 < high < 600
-    report._draw(axis, history.plots["latents.svg"][1][0], config(tmp_path), history)
+    report._draw(axis, report.PICTURES["latents.svg"][1][0], config(tmp_path), history)
     low, high = axis.get_ylim()
     assert high - low >= 1.0, "less than a standard deviation"
 
@@ -196,15 +195,18 @@ def test_curves_are_those_of_the_blocks_that_stayed() -> None:
     lines[-3] = line(30, 2, latency=lines[-3]["latency"] | {"max": 999.0})
     history = history_of(lines)
     assert [life.first for life in history.lives] == [0, 30]
-    assert history.curves[2].points == [(9, 320.0), (19, 330.0), (29, 340.0), (39, 999.0), (49, 360.0)]
-    assert [len(curve.points) for curve in history.curves[3:]] == [5] * 5
+    points = list(history.points.values())
+    assert points[2] == [(9, 320.0), (19, 330.0), (29, 340.0), (39, 999.0), (49, 360.0)]
+    assert list(map(len, points[3:])) == [5] * 5
 
 
 def test_a_long_curve_keeps_its_peaks() -> None:
-    curve = Curve("longest", "latency", "max")
-    for x in range(100_001):
-        curve.add(float(x), 500.0 if x == 77_777 else 1.0)
-    assert len(curve.points) <= 4096
-    assert max(y for _, y in curve.points) == 500.0
-    assert curve.points[0][0] == 0 and curve.points[-1][0] > 99_900
-    assert [x for x, _ in curve.points] == sorted(x for x, _ in curve.points)
+    history = History(Limits().resolved("cpu"), "CPU")
+    quiet, peak = ({"p50": 1.0, "p99": 1.0, "max": high, "max_block": 0, "bins": {}} for high in (1.0, 500.0))
+    for x in range(20_001):
+        history.see(line_of(x, x, latency=peak if x == 7_777 else quiet))
+    points = next(points for curve, points in history.points.items() if curve.label == "longest")
+    assert len(points) <= 4096
+    assert max(y for _, y in points) == 500.0
+    assert points[0][0] == 0 and points[-1][0] > 19_900
+    assert [x for x, _ in points] == sorted(x for x, _ in points)

@@ -34,8 +34,9 @@ from echo_rt.errors import (
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.soak import Outcome
 from echo_rt.soak.checks import Status
-from echo_rt.soak.journal import JOURNAL_FILE, Journal, read_lines
+from echo_rt.soak.journal import JOURNAL_FILE, read_lines
 from echo_rt.stream import Stream
+from echo_rt.utils.atomic_file import Log
 from echo_rt.utils.folder_lock import FolderClaim
 
 
@@ -280,16 +281,16 @@ def test_a_block_that_is_not_finite(
 
 def test_a_full_disk_ends_it_readable(smallest_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = soak_of(smallest_model, tmp_path / "out", blocks=12, snapshot_every=3)
-    real, written = Journal.append, [0]
+    real, written = Log.append, [0]
 
-    def full(journal: Journal, line: dict[str, Any]) -> None:
+    def full(journal: Log, line: bytes) -> None:
         written[0] += 1
         if written[0] > 2:
             raise OutputError(f"{journal.path}: cannot write: No space left on device")
         real(journal, line)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", full)
+        patch.setattr(Log, "append", full)
         with pytest.raises(OutputError, match="No space left on device"):
             echo_rt.soak.run(config)
     assert len(list(read_lines(tmp_path / "out"))) == 2

@@ -272,7 +272,7 @@ def test_a_recording_goes_on_behind_a_rollback(
     ("options", "words"),
     [
         (("--block-seconds", 1e-9), "StallError|block 0 took .* s; the guard allows a block 1e-09 s"),
-        (("--block-seconds", 0), "--block-seconds: expected a number of seconds above 0, got '0'"),
+        (("--block-seconds", 0), "--block-seconds: expected a number above 0, got '0'"),
     ],
 )
 def test_a_recording_with_a_bound(

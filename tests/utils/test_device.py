@@ -113,13 +113,13 @@ INSIDE = ("ieee", "ieee")
 def test_precision_is_put_back(found: Switches) -> None:
     full = _FullPrecision()
     for _ in range(2):
-        with full():
+        with full:
             assert switches() == INSIDE
-            with full():
+            with full:
                 assert switches() == INSIDE
             assert switches() == INSIDE, "the inner visit ended the outer one"
         assert switches() == found
-    with pytest.raises(ZeroDivisionError), full(), full():
+    with pytest.raises(ZeroDivisionError), full, full:
         raise ZeroDivisionError
     assert switches() == found
 
@@ -130,7 +130,7 @@ def test_precision_is_put_back_by_the_last_of_two_threads(found: Switches, leave
     entered, leave, left = ({name: threading.Event() for name in ("first", "second")} for _ in range(3))
 
     def visit(name: str) -> None:
-        with full():
+        with full:
             entered[name].set()
             leave[name].wait(60)
         left[name].set()

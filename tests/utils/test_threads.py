@@ -77,12 +77,11 @@ class Machine:
             machine.time, machine.used = machine.time + 1, machine.used + machine.others
             return machine.time, machine.used
 
-        class Team:
-            def __init__(self, openmp: object, threads: int) -> None:
-                machine.teams.put("made")
-
-            def close(self) -> None:
-                machine.teams.put("ended")
+        @contextmanager
+        def team(openmp: object, threads: int) -> Iterator[None]:
+            machine.teams.put("made")
+            yield
+            machine.teams.put("ended")
 
         for variable in WAIT_VARIABLES:
             monkeypatch.delenv(variable, raising=False)
@@ -90,7 +89,7 @@ class Machine:
         monkeypatch.setattr(Cores, "available", lambda: Cores(frozenset({0, 1}), float("inf")))
         monkeypatch.setattr(echo_rt.utils.threads, "_PERIOD", 0.001)
         monkeypatch.setattr(echo_rt.utils.threads, "_others", others)
-        monkeypatch.setattr(echo_rt.utils.threads, "IdleTeam", Team)
+        monkeypatch.setattr(echo_rt.utils.threads, "idle_team", team)
         monkeypatch.setattr(echo_rt.utils.threads, "_libgomp", object)
 
     def wait_for_looks(self, count: int) -> None:
@@ -170,9 +169,8 @@ found = {"spin": seconds_of_processor(), "result": result()}
 openmp = threads._libgomp()
 found["libgomp"] = openmp is not None
 if openmp is not None:
-    team = threads.IdleTeam(openmp, torch.get_num_threads())
-    found |= {"sleep": seconds_of_processor(), "same": result()}
-    team.close()
+    with threads.idle_team(openmp, torch.get_num_threads()):
+        found |= {"sleep": seconds_of_processor(), "same": result()}
     found["again"] = seconds_of_processor()
 print(json.dumps(found))
 """

@@ -14,7 +14,6 @@ from echo_rt.weights.folder import ModelFolder
 
 def test_one_and_several() -> None:
     assert [counted(number, "block") for number in (0, 1, 2)] == ["0 blocks", "1 block", "2 blocks"]
-    assert [counted(number, "entry", "entries") for number in (1, 3)] == ["1 entry", "3 entries"]
 
 
 def test_articles() -> None:
