@@ -393,13 +393,12 @@ class Feed(_Source):
 
     async def _take_async(self) -> Chunk | None:
         self._process.require_here("feed")
-        with self._ready.woken() as changed:
-            while True:
-                with self._ready.lock:
-                    if self._feeder.has_news():
-                        return self._feeder.take()
-                    changed.clear()
-                await changed.wait()
+        while True:
+            with self._ready.lock:
+                if self._feeder.has_news():
+                    return self._feeder.take()
+                news = asyncio.wrap_future(self._ready.news)
+            await asyncio.wait([news])  # which, unlike a plain await, does not cancel it for all
 
     def _require_open(self) -> None:
         if self.closed:
