@@ -32,16 +32,12 @@ def shown(server: Served, blocks: int, *, first: int) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
     after = 0
     while len(found) < blocks:
-        block = _now(server, server.session.block(after))
+        block = asyncio.run(server.session.block(after))
         if block is not None:
             after = block.place
             if block.index >= first:
                 found[block.index] = block.data
     return found
-
-
-def _now(server: Served, coroutine: Any) -> Any:
-    return asyncio.run_coroutine_threadsafe(coroutine, server.session._screen._loop).result(60)
 
 
 # ---------------------------------------------------------------- the page
