@@ -62,46 +62,43 @@ MOST_INITIAL_SECONDS = 600
 
 _SEEDS = 2**64
 
-_GUIDANCE = "these models are distilled, and guidance is in their weights; say in the prompt what there should be"
-_PLACE = "a model stays where and as it was loaded; give device= and dtype= to Runtime.from_pretrained"
-_LESS_MEMORY = "to need less memory, give vae_tiles=, keep_text_encoder=False or dtype='float8' to from_pretrained"
-_SIZE = "the size is the runtime's, frame_size; give width= and height= to Runtime.from_pretrained"
-_BEGINNING = "frames that a video begins with are initial_video= of Runtime.stream"
-_FILES = "nothing is downloaded; give the folder or file itself, as in text_encoder=, tokenizer= or vae_file="
-_LORAS = "LoRAs are merged as the model is loaded; give lora= to Runtime.from_pretrained"
-_STEPS = (
+# What to do instead of what other libraries' pipelines take or can do, and ours do not.
+_INSTEAD = {
+    "a stream has no end; take as many blocks as you need, as in itertools.islice(stream, 10)": "num_frames",
+    "these models are distilled, and guidance is in their weights; say in the prompt what there should be": (
+        "negative_prompt negative_prompt_embeds guidance_scale guidance_scale_2"
+    ),
+    "noise is a function of the seed; give seed=, an integer, or noise=, a function": "generator",
+    "give noise=, a function, or initial_latents=, the beginning of the video, to Runtime.stream": "latents",
+    "frames that a video begins with are initial_video= of Runtime.stream": "image video",
+    "a video has no end; iterate over runtime.stream(prompt, seed=...), whose chunks have frames": "__call__",
+    "every chunk has its frames as chunk.frames, chunk.numpy() and chunk.pil()": "output_type",
+    "a stream hands out chunks; iterate over it": "return_dict",
+    "a stream hands out its blocks as they are made; iterate over it": "callback_on_step_end",
+    "a runtime makes one video at a time; stream again with another seed=": "num_videos_per_prompt",
+    "the size is the runtime's, frame_size; give width= and height= to Runtime.from_pretrained": "height width",
+    "the frame rate is the model's, runtime.fps": "fps frame_rate",
+    "the length of a prompt is the model's": "max_sequence_length",
     "the weights are trained for their recipe's steps; from_pretrained(..., overrides={'denoising_steps': ...}) "
-    "changes them"
-)
-# What other libraries' pipelines take or can do and ours do not, and what to do instead.
-_NOT_HERE = {
-    "num_frames": "a stream has no end; take as many blocks as you need, as in itertools.islice(stream, 10)",
-    "negative_prompt": _GUIDANCE,
-    "guidance_scale": _GUIDANCE,
-    "generator": "noise is a function of the seed; give seed=, an integer, or noise=, a function",
-    "device_map": "a model is on one device; give device=",
-    "__call__": "a video has no end; iterate over runtime.stream(prompt, seed=...), whose chunks have frames",
-    "output_type": "every chunk has its frames as chunk.frames, chunk.numpy() and chunk.pil()",
-    **dict.fromkeys(("height", "width"), _SIZE),
-    **dict.fromkeys(("fps", "frame_rate"), "the frame rate is the model's, runtime.fps"),
-    **dict.fromkeys(("image", "video"), _BEGINNING),
-    "num_videos_per_prompt": "a runtime makes one video at a time; stream again with another seed=",
-    "negative_prompt_embeds": _GUIDANCE,
-    "guidance_scale_2": _GUIDANCE,
-    "latents": "give noise=, a function, or initial_latents=, the beginning of the video, to Runtime.stream",
-    **dict.fromkeys(("num_inference_steps", "timesteps", "sigmas", "scheduler"), _STEPS),
-    "max_sequence_length": "the length of a prompt is the model's",
-    "callback_on_step_end": "a stream hands out its blocks as they are made; iterate over it",
-    "return_dict": "a stream hands out chunks; iterate over it",
-    "variant": "files of a variant are found by themselves, and dtype= says what they are computed in",
-    **dict.fromkeys(("revision", "cache_dir", "local_files_only", "token", "transformer", "use_safetensors"), _FILES),
-    **dict.fromkeys(("low_cpu_mem_usage", "quantization_config", "max_memory", "offload_folder"), _LESS_MEMORY),
-    **dict.fromkeys(("to", "cuda", "cpu", "half", "float", "bfloat16"), _PLACE),
-    **dict.fromkeys(("enable_model_cpu_offload", "enable_sequential_cpu_offload"), _LESS_MEMORY),
-    **dict.fromkeys(("enable_vae_tiling", "enable_vae_slicing", "enable_attention_slicing"), _LESS_MEMORY),
-    **dict.fromkeys(("load_lora_weights", "fuse_lora", "set_adapters"), _LORAS),
-    "enable_xformers_memory_efficient_attention": "give attention= to Runtime.from_pretrained",
+    "changes them": "num_inference_steps timesteps sigmas scheduler",
+    "a model is on one device; give device=": "device_map",
+    "a model stays where and as it was loaded; give device= and dtype= to Runtime.from_pretrained": (
+        "to cuda cpu half float bfloat16"
+    ),
+    "files of a variant are found by themselves, and dtype= says what they are computed in": "variant",
+    "nothing is downloaded; give the folder or file itself, as in text_encoder=, tokenizer= or vae_file=": (
+        "revision cache_dir local_files_only token transformer use_safetensors"
+    ),
+    "to need less memory, give vae_tiles=, keep_text_encoder=False or dtype='float8' to from_pretrained": (
+        "low_cpu_mem_usage quantization_config max_memory offload_folder enable_model_cpu_offload "
+        "enable_sequential_cpu_offload enable_vae_tiling enable_vae_slicing enable_attention_slicing"
+    ),
+    "LoRAs are merged as the model is loaded; give lora= to Runtime.from_pretrained": (
+        "load_lora_weights fuse_lora set_adapters"
+    ),
+    "give attention= to Runtime.from_pretrained": "enable_xformers_memory_efficient_attention",
 }
+_NOT_HERE = {name: answer for answer, names in _INSTEAD.items() for name in names.split()}
 
 P = ParamSpec("P")
 R = TypeVar("R")

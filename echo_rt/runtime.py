@@ -130,8 +130,7 @@ class Runtime(ExplainsHabits, Closing, Bound):
             vae_dtype: the VAE's dtype; None for ``dtype`` (with float8: bfloat16).
             memory: ``"evolve"``, ``"prior"`` or ``"off"``; None for evolve where the weights have a memory encoder.
             vae: the decoder that turns latents into frames: ``"wan"``, the model's own VAE; for previews ``"tiny"``,
-                the tiny decoder in the model's folder (``taew2_1`` or ``lighttaew2_1``, ``.pth`` or ``.safetensors``),
-                or the path of such a file. A tiny decoder does not need the model's own VAE.
+                the tiny decoder in the model's folder, or the path of one.
             vae_tiles: number of horizontal tiles for the two highest resolutions of the model's own VAE: the same
                 video with less device memory, but more time.
             vae_file, text_encoder, tokenizer: the VAE's file, the umT5 file and the tokenizer's folder, where they are
@@ -156,8 +155,7 @@ class Runtime(ExplainsHabits, Closing, Bound):
             float8_except: layers that stay in bfloat16 in dtype float8, as patterns of weight names such as
                 ``"blocks.0.*"`` or ``"*.ffn.2"``; one without a match is an error. One of q, k and v of self-attention
                 keeps all three. ``"blocks.0.self_attn.attention"`` is what a layer does with them, and with ``@1``
-                behind it at denoising step 1 of a block; the last layer's is in bfloat16 always, as the memory reads
-                its cache.
+                behind it at denoising step 1 of a block; the last layer's is always in bfloat16.
             like: a snapshot to resume: recipe, backend, attention and convolutions that are not asked for by name are
                 those of its video, whatever the files, ``ECHO_RT_BACKEND`` or a measurement say.
 

@@ -21,7 +21,7 @@ from echo_rt.engine.prompts import check_over
 from echo_rt.engine.ready import Feeder
 from echo_rt.engine.scheduler import Blocks
 from echo_rt.errors import ConfigError, StreamError
-from echo_rt.options import explains_habits, is_path
+from echo_rt.options import explains_habits, is_path, is_whole
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.atomic_file import Closing
 from echo_rt.utils.device import model_context
@@ -346,7 +346,7 @@ class Feed(_Source):
     def __init__(self, stream: Stream, depth: int = 2, when_full: Literal["wait", "drop"] = "wait") -> None:
         if not isinstance(stream, Stream):
             raise ConfigError(f"expected a Stream, which runtime.stream(...) makes, got {type_of(stream)}")
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        if not is_whole(depth, 1):
             raise ConfigError(f"depth must be a number of blocks, 1 or more, got {depth!r}")
         if when_full not in (WAIT, DROP):
             raise ConfigError(f"when_full must be {WAIT!r} or {DROP!r}, got {when_full!r}")
@@ -393,13 +393,12 @@ class Feed(_Source):
 
     async def _take_async(self) -> Chunk | None:
         self._process.require_here("feed")
-        with self._ready.woken() as changed:
-            while True:
-                with self._ready.lock:
-                    if self._feeder.has_news():
-                        return self._feeder.take()
-                    changed.clear()
-                await changed.wait()
+        while True:
+            with self._ready.lock:
+                if self._feeder.has_news():
+                    return self._feeder.take()
+                news = asyncio.wrap_future(self._ready.news)
+            await asyncio.wait([news])  # which, unlike a plain await, does not cancel it for all
 
     def _require_open(self) -> None:
         if self.closed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -117,6 +117,7 @@ def install(patch: pytest.MonkeyPatch) -> Log:
     for name, stand_in in stand_ins.items():
         _takes_what_torch_takes(name, stand_in, getattr(torch.cuda, name))
         patch.setattr(torch.cuda, name, stand_in)
+    patch.setattr(torch.cuda.nvtx, "range", nullcontext)
     assert log.stream is caller
     return log
 

@@ -48,7 +48,6 @@ _DEPENDENCIES = (
     ("av", "av", "PyAV: H.264, MP4 and PNG", True),
     ("msgspec", "msgspec", "configs, journals and indices", True),
     ("rich", "rich", "progress bars", False),
-    ("nvtx", "nvtx", "named ranges in Nsight", False),
     ("pynvml", "nvidia-ml-py", "driver and memory of NVIDIA GPUs", False),
     ("matplotlib", "matplotlib", "plots of soak and bench", False),
     ("prometheus_client", "prometheus-client", "soak --port", False),

@@ -53,24 +53,14 @@ class Engine:
         folder: ModelFolder | None = None,
         taken: Mapping[str, Any] | None = None,
     ) -> None:
-        vae, tiny, device = networks.vae, networks.tiny, networks.device
+        vae, device = networks.vae, networks.device
         assert vae is not None
         self.vae, self.device, self.dtype, self.vae_dtype = vae, device, networks.dtype, networks.vae_dtype
         self.executor = make_executor(device, options.graphs)
         # A CPU computes one block at a time.
         self.lookahead = int(device.type == "cuda") if options.lookahead is None else options.lookahead
         depth = 1 + self.lookahead
-        require_capacity(
-            config,
-            vae,
-            None if tiny is None else tiny.config,
-            device=device,
-            dtype=self.dtype,
-            vae_dtype=self.vae_dtype,
-            vae_tiles=networks.options.vae_tiles,
-            depth=depth,
-            float8_layers=len(networks.float8_layers),
-        )
+        require_capacity(config, networks, depth)
         # Before the weights: a measurement takes memory that they will need.
         _ = networks.attention, networks.attention_in_float8
         # float32 whatever the model's dtype: LoRAs are merged in it, and must not depend on the caller's TF32 settings.

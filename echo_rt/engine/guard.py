@@ -10,6 +10,7 @@ from pathlib import Path
 
 from echo_rt.chunk import Chunk
 from echo_rt.errors import ConfigError, OutputError
+from echo_rt.options import is_number, is_whole
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.atomic_file import names_in, place, reason, remove, write_whole
 from echo_rt.utils.build_info import __version__
@@ -47,12 +48,10 @@ class Guard:
         if self.policy not in (STOP, ROLL_BACK):
             raise ConfigError(f"guard: policy must be {STOP!r} or {ROLL_BACK!r}, got {self.policy!r}")
         for name in ("keep_every", "attempts"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value := getattr(self, name), 1):
                 raise ConfigError(f"guard: {name} must be a positive integer, got {value!r}")
         bound = self.block_seconds
-        number = isinstance(bound, (int, float)) and not isinstance(bound, bool)
-        if bound is not None and not (number and 0 < bound < math.inf):
+        if bound is not None and not (is_number(bound) and bound > 0):
             raise ConfigError(f"guard: block_seconds must be a positive number or None, got {bound!r}")
 
     def save_evidence(

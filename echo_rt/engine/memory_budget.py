@@ -12,90 +12,73 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from echo_rt.config import ModelConfig, VaeConfig
+from echo_rt.config import ModelConfig
+from echo_rt.engine.build import Networks
 from echo_rt.engine.pipeline import frames_shape
-from echo_rt.engine.state import state_sizes
+from echo_rt.engine.state import RolloutState
 from echo_rt.errors import ConfigError
 from echo_rt.model.decoder_protocol import VideoDecoder
 from echo_rt.model.tiny_decoder import TinyDecoder
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.backends import load_ops
 from echo_rt.weights.shapes import vae_decoder_shapes
-from echo_rt.weights.tiny_vae import TinyVaeConfig, tiny_decoder_shapes
+from echo_rt.weights.tiny_vae import tiny_decoder_shapes
 
 _META = torch.device("meta")  # tensors with a size and no bytes
 _GIB = 2**30
+_UNCOUNTED = 2**63  # bytes
 
 
-def require_capacity(
-    config: ModelConfig,
-    vae: VaeConfig,
-    tiny: TinyVaeConfig | None,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    vae_dtype: torch.dtype,
-    vae_tiles: int = 1,
-    depth: int,
-    float8_layers: int = 0,
-) -> None:
-    """Raise :class:`ConfigError` for a video whose buffers do not fit into the memory of ``device`` or of the host.
+def require_capacity(config: ModelConfig, networks: Networks, depth: int) -> None:
+    """Raise :class:`ConfigError` for a video whose buffers do not fit into the memory of its device or of the host.
 
-    ``tiny``: the tiny decoder in place of the VAE, if any; ``depth``: how many blocks may be in flight;
-    ``float8_layers``: how many layers attend in float8.
+    ``depth``: how many blocks may be in flight.
     """
-    on_device, on_host = rollout_bytes(
-        config, vae, dtype=dtype, vae_dtype=vae_dtype, depth=depth, float8_layers=float8_layers
-    )
-    capacities = {"this host": host_memory()}
+    device = networks.device
+    on_device, on_host = video_bytes(config, networks, depth)
     if device.type == "cuda":
-        capacities = {str(device): torch.cuda.mem_get_info(device)[1]} | capacities
-    # First without the decoder, whose bytes are counted with tensors: some sizes are too large even for those.
-    for with_decoder in (False, True):
-        on_device += decoder_bytes(config, vae, tiny, vae_dtype, vae_tiles) if with_decoder else 0
-        wanted = [on_device, on_host] if device.type == "cuda" else [on_device + on_host]
-        for (place, capacity), bytes_wanted in zip(capacities.items(), wanted, strict=True):
-            if bytes_wanted > capacity:
-                _, height, width, _ = frames_shape(config, vae)
-                raise ConfigError(
-                    f"expected a video whose buffers fit into the {capacity // _GIB} GiB of {place}, got one of "
-                    f"{width}x{height} with local_frames {config.window.local_frames} and lookahead {depth - 1}, "
-                    f"whose buffers need {-(-bytes_wanted // _GIB)} GiB or more"
-                )
-
-
-def rollout_bytes(
-    config: ModelConfig,
-    vae: VaeConfig,
-    *,
-    dtype: torch.dtype,
-    vae_dtype: torch.dtype,
-    depth: int,
-    float8_layers: int = 0,
-) -> tuple[int, int]:
-    """Bytes, of device and host, of the rollout's state and of the buffers between it, the decoder and the host."""
-    tensors = state_sizes(config, dtype, float8_layers)
-    sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in tensors.items()}
-    pixels = math.prod(frames_shape(config, vae))
-    block = pixels + sizes["x"]  # its frames as bytes, and its latents
-    video = pixels * vae_dtype.itemsize  # the decoder's output
-    return sum(sizes.values()) + block + video, depth * block
-
-
-def decoder_bytes(
-    config: ModelConfig, vae: VaeConfig, tiny: TinyVaeConfig | None, dtype: torch.dtype, tiles: int
-) -> int:
-    """Bytes of the decoder's history and scratch buffers."""
-    shapes = vae_decoder_shapes(vae) if tiny is None else tiny_decoder_shapes(tiny)
-    tensors = {name: torch.empty(shape, device=_META) for name, shape in shapes.items()}
-    decoder: VideoDecoder[Any]
-    if tiny is None:
-        decoder = VaeDecoder(vae, tensors, load_ops("torch"), device=_META, dtype=dtype, tiles=tiles)
+        wants = {str(device): (torch.cuda.mem_get_info(device)[1], on_device), "this host": (host_memory(), on_host)}
     else:
-        decoder = TinyDecoder(tiny, tensors, vae, device=_META, dtype=dtype)
-    state = decoder.new_state(config.latent_height, config.latent_width, config.window.frames_per_block)
-    return sum(tensor.nbytes for tensor in state.buffers().values())
+        wants = {"this host": (host_memory(), on_device + on_host)}
+    for place, (capacity, wanted) in wants.items():
+        if wanted > capacity:
+            assert networks.vae is not None
+            _, height, width, _ = frames_shape(config, networks.vae)
+            raise ConfigError(
+                f"expected a video whose buffers fit into the {capacity // _GIB} GiB of {place}, got one of "
+                f"{width}x{height} with local_frames {config.window.local_frames} and lookahead {depth - 1}, "
+                f"whose buffers need {-(-wanted // _GIB)} GiB or more"
+            )
+
+
+def video_bytes(config: ModelConfig, networks: Networks, depth: int) -> tuple[int, int]:
+    """Bytes, of device and host, of all that a video keeps: rollout, decoder, and the buffers between it and the host.
+
+    The same objects are made once more, of tensors without bytes.
+    """
+    vae, tiny, dtype = networks.vae, networks.tiny, networks.vae_dtype
+    assert vae is not None
+    pixels = math.prod(frames_shape(config, vae))
+    latents = config.window.frames_per_block * math.prod(config.latent_shape)
+    block = pixels + latents * torch.float32.itemsize
+    try:
+        ops = load_ops("torch")
+        state = RolloutState(config, ops, device=_META, dtype=networks.dtype, float8_layers=networks.float8_layers)
+        shapes = vae_decoder_shapes(vae) if tiny is None else tiny_decoder_shapes(tiny.config)
+        tensors = {name: torch.empty(shape, device=_META) for name, shape in shapes.items()}
+        decoder: VideoDecoder[Any]
+        if tiny is None:
+            decoder = VaeDecoder(vae, tensors, ops, device=_META, dtype=dtype, tiles=networks.options.vae_tiles)
+        else:
+            decoder = TinyDecoder(tiny.config, tensors, vae, device=_META, dtype=dtype)
+        history = decoder.new_state(config.latent_height, config.latent_width, config.window.frames_per_block)
+        made = [*vars(state).values(), *vars(state.rope).values(), *history.buffers().values()]
+        kept = sum(value.nbytes for value in made if isinstance(value, Tensor))
+    except RuntimeError:  # of torch: a tensor has more bytes than it can count
+        kept = _UNCOUNTED
+    return kept + block + pixels * dtype.itemsize, depth * block
 
 
 def has_room(device: torch.device) -> bool:

@@ -22,7 +22,7 @@ from echo_rt.config import TransformerConfig
 from echo_rt.engine.memory_budget import has_room
 from echo_rt.errors import ConfigError, EchoError, PromptError, StreamError
 from echo_rt.model.text import TextEncoder, clean_prompt
-from echo_rt.options import WORDS, is_path
+from echo_rt.options import WORDS, is_path, is_whole
 from echo_rt.utils.atomic_file import write_whole
 from echo_rt.utils.checked_json import convert
 from echo_rt.utils.device import model_context
@@ -74,7 +74,7 @@ def prompt_of(embeds: Tensor, facts: Mapping[str, Any] | None) -> Prompt:
 
 def check_over(over: int) -> int:
     """Return the number of blocks of a blend; :class:`ConfigError` for what is none."""
-    if isinstance(over, bool) or not isinstance(over, int) or not 1 <= over <= _MOST_BLOCKS:
+    if not is_whole(over, 1) or over > _MOST_BLOCKS:
         raise ConfigError(f"over must be a number of blocks in 1..{_MOST_BLOCKS}, got {over!r}")
     return over
 

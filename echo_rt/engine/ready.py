@@ -5,14 +5,13 @@ A block is in the queue, and nowhere else, until somebody has taken it.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
-import contextlib
 import math
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 
 from echo_rt.chunk import Chunk
 from echo_rt.errors import StreamError
@@ -36,7 +35,7 @@ class ReadyQueue:
         self.closed = False
         self._blocks = deque(blocks)
         self._consumers = 0
-        self._wakers: set[Callable[[], None]] = set()
+        self.news: Future[None] = Future()  # of the next change, for event loops
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -86,25 +85,9 @@ class ReadyQueue:
         """Wake every thread and event loop that waits for a change."""
         with self.lock:
             self.changed.notify_all()
-            for wake in tuple(self._wakers):  # a copy: the garbage collector may end a wait in the loop
-                wake()
-
-    @contextlib.contextmanager
-    def woken(self) -> Iterator[asyncio.Event]:
-        """Yield an event of the running loop that every change sets."""
-        loop, event = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits in it
-                loop.call_soon_threadsafe(event.set)
-
-        with self.lock:
-            self._wakers.add(wake)
-        try:
-            yield event
-        finally:
-            with self.lock:
-                self._wakers.discard(wake)
+            news, self.news = self.news, Future()
+            if not news.done():  # by the garbage collector, which may end a feed in the line before
+                news.set_result(None)
 
     def attach(self, consumers: int) -> None:
         """Count consumers more (1) or fewer (-1) for whom a closed queue keeps its blocks."""

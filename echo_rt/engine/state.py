@@ -68,45 +68,6 @@ class RopeTables:
 # Entries of the device-side statistics of a block; echo_rt.chunk.Vitals explains them.
 VITALS = ("latent_mean", "latent_std", "latent_nonfinite", "memory_norm", "gate_mean")
 
-Sizes = dict[str, tuple[tuple[int, ...], torch.dtype]]
-
-
-def state_sizes(config: ModelConfig, dtype: torch.dtype, float8_layers: int = 0) -> Sizes:
-    """Shape and dtype of each tensor of a rollout in ``dtype`` except its tables of angles; all begin as zeros.
-
-    ``float8_layers``: how many layers have a float8 cache.
-    """
-    window, transformer = config.window, config.transformer
-    heads = (transformer.num_heads, transformer.head_dim)
-    layers, tokens = transformer.num_layers, config.tokens_per_frame
-    x = (window.frames_per_block, *config.latent_shape)
-    memory = (config.memory_tokens, transformer.dim)
-    evicted = (config.tokens_per_block, *heads)
-    return {
-        "kv": ((layers - float8_layers, 2, config.cached_tokens, *heads), dtype),
-        "kv_float8": ((float8_layers, 2, config.cached_tokens, *heads), FLOAT8),
-        "sink_k": ((layers, window.sink_frames * tokens, *heads), dtype),  # before rotation
-        "ring_k": ((window.local_frames * tokens, *heads), dtype),  # the last layer's, before rotation
-        "text_kv": ((layers, 2, transformer.text_len, *heads), dtype),
-        "memory": (memory, dtype),
-        "memory_k": ((config.memory_tokens, *heads), dtype),  # before rotation
-        "memory_v": ((config.memory_tokens, *heads), dtype),
-        "staged_memory": (memory, dtype),
-        # Copies of what the last layer is about to overwrite, which the memory reads beside the first pass.
-        "evicted_k": (evicted, dtype),  # before rotation
-        "evicted_v": (evicted, dtype),
-        "latents": ((window.cached_frames, *config.latent_shape), torch.float32),  # clean, by frame % length
-        "x": (x, torch.float32),
-        "noise": ((config.sampler.most_steps, *x), torch.float32),
-        "flow": (x, dtype),
-        "seed": ((2,), torch.int64),  # its low and its high 32 bits
-        "positions": ((len(POSITION_FIELDS),), torch.int64),
-        "write_index": ((config.tokens_per_block,), torch.int64),
-        "ring_rows": ((config.tokens_per_block,), torch.int64),  # the same rows, counted from the first of the ring
-        "latent_rows": ((window.frames_per_block,), torch.int64),  # rows of ``latents`` that the block occupies
-        "vitals": ((len(VITALS),), torch.float32),
-    }
-
 
 class RolloutState:
     """The tensors of one rollout, and what the host must know to order the work.
@@ -114,8 +75,7 @@ class RolloutState:
     ``block``: the last block of the video (-1: none); ``initial_blocks``: how many blocks at its beginning were given
     instead of generated; ``memory_ready``: the memory has been updated (or is a prior) since the start or the last
     rebuild, so it is attended to wherever its ids fit; ``memory_updated``: the vitals hold the gate of an update.
-    :func:`state_sizes` describes the tensors. ``sink_k`` has the layers of ``kv`` first, then those of ``kv_float8``:
-    ``float8_layers``, never the last one.
+    ``sink_k`` has the layers of ``kv`` first, then those of ``kv_float8``: ``float8_layers``, never the last one.
     """
 
     def __init__(
@@ -127,30 +87,40 @@ class RolloutState:
         dtype: torch.dtype,
         float8_layers: Collection[int] = (),
     ) -> None:
-        sizes = state_sizes(config, dtype, len(float8_layers))
-
-        def zeros(name: str) -> Tensor:
-            shape, kind = sizes[name]
+        def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.zeros(shape, device=device, dtype=kind)
 
+        window, transformer = config.window, config.transformer
+        heads = (transformer.num_heads, transformer.head_dim)
+        layers, tokens, block_tokens = transformer.num_layers, config.tokens_per_frame, config.tokens_per_block
         self.layout = ring_layout(config)
-        self.kv, self.kv_float8, self.text_kv = zeros("kv"), zeros("kv_float8"), zeros("text_kv")
-        self.sink_k, self.ring_k = zeros("sink_k"), zeros("ring_k")
-        order = sorted(range(config.transformer.num_layers), key=lambda index: index in float8_layers)
+        self.kv = zeros(layers - len(float8_layers), 2, config.cached_tokens, *heads)
+        self.kv_float8 = zeros(len(float8_layers), 2, config.cached_tokens, *heads, kind=FLOAT8)
+        self.sink_k = zeros(layers, window.sink_frames * tokens, *heads)  # before rotation
+        self.ring_k = zeros(window.local_frames * tokens, *heads)  # the last layer's, before rotation
+        order = sorted(range(layers), key=lambda index: index in float8_layers)
         own = dict(zip(order, zip((*self.kv, *self.kv_float8), self.sink_k, strict=True), strict=True))
-        self.layers = [own[index] for index in range(len(own))]  # kv [2, rows, H, d] and sink_k [n, H, d] of each
-        self.memory, self.staged_memory = zeros("memory"), zeros("staged_memory")
-        self.memory_k, self.memory_v = zeros("memory_k"), zeros("memory_v")
-        self.evicted_k, self.evicted_v = zeros("evicted_k"), zeros("evicted_v")
-        self.latents, self.x, self.noise, self.flow = zeros("latents"), zeros("x"), zeros("noise"), zeros("flow")
-        self.seed, self.positions, self.vitals = zeros("seed"), zeros("positions"), zeros("vitals")
-        self.write_index, self.ring_rows = zeros("write_index"), zeros("ring_rows")
-        self.latent_rows = zeros("latent_rows")
-        self.frame_offsets = torch.arange(config.window.frames_per_block, device=device)
+        self.layers = [own[index] for index in range(layers)]  # kv [2, rows, H, d] and sink_k [n, H, d] of each
+        self.text_kv = zeros(layers, 2, transformer.text_len, *heads)
+        self.memory = zeros(config.memory_tokens, transformer.dim)
+        self.memory_k = zeros(config.memory_tokens, *heads)  # before rotation
+        self.memory_v = zeros(config.memory_tokens, *heads)
+        self.staged_memory = zeros(config.memory_tokens, transformer.dim)
+        # Copies of what the last layer is about to overwrite, which the memory reads beside the first pass.
+        self.evicted_k = zeros(block_tokens, *heads)  # before rotation
+        self.evicted_v = zeros(block_tokens, *heads)
+        self.latents = zeros(window.cached_frames, *config.latent_shape, kind=torch.float32)  # clean; frame % length
+        self.x = zeros(window.frames_per_block, *config.latent_shape, kind=torch.float32)
+        self.noise = zeros(config.sampler.most_steps, *self.x.shape, kind=torch.float32)
+        self.flow = zeros(*self.x.shape)
+        self.seed = zeros(2, kind=torch.int64)  # its low and its high 32 bits
+        self.positions = zeros(len(POSITION_FIELDS), kind=torch.int64)
+        self.write_index = zeros(block_tokens, kind=torch.int64)
+        self.ring_rows = zeros(block_tokens, kind=torch.int64)  # the same rows, counted from the first of the ring
+        self.latent_rows = zeros(window.frames_per_block, kind=torch.int64)  # rows of ``latents`` of the block
+        self.vitals = zeros(len(VITALS), kind=torch.float32)
+        self.frame_offsets = torch.arange(window.frames_per_block, device=device)
         self.rope = RopeTables(config, ops, device)
-        self.block = -1
-        self.initial_blocks = 0
-        self.memory_ready = self.memory_updated = False
         self.reset()
 
     def reset(self) -> None:
@@ -195,6 +165,20 @@ class _Cache:
     _attention: Attention
     _rounding: Collection[int]
 
+    def _store(
+        self,
+        index: int,
+        layer: LayerWeights,
+        qkv: Tensor,
+        temporal: Tensor,
+        rows: Tensor,
+        raw: tuple[Tensor | None, int],
+    ) -> Tensor:
+        """Store keys and values in ``rows``, and unrotated keys as ``raw`` (tensor, offset) says; returns ``q``."""
+        (k, v), _ = self._state.layers[index]
+        spatial, eps = self._state.rope.spatial, self._config.transformer.eps
+        return self._ops.qkv_norm_rope_store(qkv, layer.norm_q, layer.norm_k, temporal, spatial, k, v, rows, *raw, eps)
+
     def _attend(self, index: int, q: Tensor, rows: slice) -> Tensor:
         kv = self._state.layers[index][0][:, rows]
         if index in self._rounding:
@@ -210,25 +194,12 @@ class BlockCache(_Cache):
 
     def store(self, index: int, layer: LayerWeights, qkv: Tensor) -> Tensor:
         s, config = self._state, self._config
-        (k, v), sink_k = s.layers[index]
-        raw_k, raw_offset = None, 0
+        raw: tuple[Tensor | None, int] = None, 0
         if self._span.in_sink:
-            raw_k, raw_offset = sink_k, config.memory_tokens
+            raw = s.layers[index][1], config.memory_tokens
         elif index + 1 == config.transformer.num_layers:
-            raw_k, raw_offset = s.ring_k, config.ring_begin
-        return self._ops.qkv_norm_rope_store(
-            qkv,
-            layer.norm_q,
-            layer.norm_k,
-            s.rope.temporal_block,
-            s.rope.spatial,
-            k,
-            v,
-            s.write_index,
-            raw_k,
-            raw_offset,
-            config.transformer.eps,
-        )
+            raw = s.ring_k, config.ring_begin
+        return self._store(index, layer, qkv, s.rope.temporal_block, s.write_index, raw)
 
     def attend(self, index: int, q: Tensor) -> Tensor:
         return self._attend(index, q, slice(self._span.begin, self._span.end))
@@ -268,19 +239,7 @@ class WindowCache(_Cache):
         kv, sink_k = s.layers[index]
         self._kept = kv[:, self._sink].clone() if self._whole_video and not self._renews_sink else None
         raw_k = qkv.new_empty(kv.shape[1:]) if last or self._renews_sink else None
-        q = self._ops.qkv_norm_rope_store(
-            qkv,
-            layer.norm_q,
-            layer.norm_k,
-            self._temporal,
-            s.rope.spatial,
-            kv[0],
-            kv[1],
-            self._rows,
-            raw_k,
-            0,
-            config.transformer.eps,
-        )
+        q = self._store(index, layer, qkv, self._temporal, self._rows, (raw_k, 0))
         if raw_k is not None and self._renews_sink:
             sink_k[self._sink_rows - config.memory_tokens] = raw_k[self._sink_rows]
         if raw_k is not None and last:

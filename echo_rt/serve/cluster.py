@@ -27,6 +27,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
 from echo_rt.errors import ConfigError, StreamError
+from echo_rt.options import MemoryMode
 from echo_rt.serve.session import (
     Audience,
     Block,
@@ -34,7 +35,6 @@ from echo_rt.serve.session import (
     Item,
     ParkedError,
     Sessions,
-    check_memory,
     checked_prompt,
     soon,
 )
@@ -157,7 +157,10 @@ def _end_this_actor() -> None:
 
 
 class RaySession:
-    """Implements :class:`~echo_rt.serve.session.Session` from any process of the cluster."""
+    """Implements :class:`~echo_rt.serve.session.Session` from any process of the cluster.
+
+    Calls wait for as long as the actor is away, or in a queue for a machine; the first that needs it makes the actor.
+    """
 
     def __init__(self, name: str, cluster: Cluster, begin: Begin) -> None:
         self._given = name, cluster, begin
@@ -165,21 +168,18 @@ class RaySession:
         self._about: dict[str, Any] | None = None
 
     async def start(self) -> None:
-        """Do nothing: the first call that needs it makes the actor."""
+        """Do nothing."""
 
     async def describe(self) -> dict[str, Any]:
-        """Return what does not change; the first time, waits like :meth:`next`."""
         if self._about is None:
             self._about = dict(await self._call("describe"))
         return self._about
 
     async def next(self, after: int | None, audience: Audience | None = None) -> list[tuple[int, Item]]:
-        """Return the items above ``after``; waits for as long as the actor is away, or in a queue for a machine."""
         items: list[tuple[int, Item]] = await self._call("next", after, audience)
         return items
 
     async def block(self, after: int) -> Block | None:
-        """Return the block being shown, if its place is above ``after``; waits like :meth:`next`."""
         block: Block | None = await self._call("block", after)
         return block
 
@@ -262,7 +262,6 @@ class RaySessions(Sessions):
         self._fs, self._root = fsspec.core.url_to_fs(cluster.storage)
 
     async def find(self, name: str) -> RaySession | None:
-        """Return the session of that name, if there is one."""
         if name not in self._known and _NAME.fullmatch(name):
             place = f"{self._root}/{name}/{_BEGIN}"
             try:
@@ -285,7 +284,7 @@ class RaySessions(Sessions):
         """Store what a session begins with; it begins when somebody watches."""
         if not _NAME.fullmatch(name):
             raise ConfigError(f"name: expected 1 to 40 of a-z, 0-9 and -, found {name[:80]!r}")
-        begin = Begin(checked_prompt(prompt), seed, check_memory(memory))
+        begin = Begin(checked_prompt(prompt), seed, None if memory is None else MemoryMode.parse(memory).value)
         names = await self.names()
         if name in names:
             raise ConfigError(f"name: expected one that no session has, found {name!r}")

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from echo_rt.errors import ConfigError, EchoError, PromptError, StreamError
 from echo_rt.options import MemoryMode, check_seed
 from echo_rt.runtime import Runtime
 from echo_rt.serve.encoder import Recording
-from echo_rt.serve.history import History
 from echo_rt.serve.screen import Screen
-from echo_rt.serve.session import PLACES, Audience, Block, BusyError, Item, check_memory, checked_prompt
-from echo_rt.serve.shelf import Entry, Notes
+from echo_rt.serve.session import PLACES, Audience, Block, BusyError, Item, checked_prompt
+from echo_rt.serve.shelf import Entry, History, Notes
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.stream import Feed, Stream
 from echo_rt.utils.atomic_file import close_all
@@ -75,13 +73,12 @@ class LiveSession:
         self._recent: deque[Chunk] = deque(maxlen=_LATE_BLOCKS if every else 1)  # the newest
         self._chunk: Chunk | None = None
         self._saver: threading.Thread | None = None
-        self._next: tuple[Callable[[], Stream], Future[None]] | None = None
         self._feed: Feed | None = None
+        self._thread: threading.Thread | None = None  # shows the video
         self._failure: str | None = None
         self._figures: dict[str, Any] = {}
         self.saved: str | None = None
         self.problem: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="echo-rt live", daemon=True)
         prompt = checked_prompt(prompt)
         self._history = history = History(folder, Notes([_entry(prompt, 0, None)], seed, memory), survives=bool(every))
         runtime = None
@@ -89,16 +86,16 @@ class LiveSession:
             self.resumed, snapshot = history.newest() if resume else (None, None)
             notes = history.notes
             self._runtime = runtime = load(notes.memory, snapshot)
+            if every is None or notes.epoch is None:
+                notes.epoch = time.time()
+            self._epoch, leased = notes.epoch, every is not None
             self._screen = Screen(
-                runtime.frame_size, runtime.fps, megabits, leased=every is not None, shown=notes.shown
+                runtime.frame_size, runtime.fps, megabits, leased=leased, shown=notes.shown, epoch=self._epoch
             )
             self._pace = 1 / runtime.fps
             self._stream = runtime.stream(prompt, seed=seed) if snapshot is None else runtime.resume(snapshot)
             self._first_block = self._stream.next_block
             self._first_picture = notes.base + self._stream.video_frames
-            if every is None or notes.epoch is None:
-                notes.epoch = time.time()
-            self._epoch = notes.epoch
             history.repeat(self._stream)
             self._screen.paused = history.notes.paused
             if every is not None and snapshot is None:
@@ -111,13 +108,11 @@ class LiveSession:
 
     async def start(self) -> None:
         """Begin to show."""
-        self._screen.start(self._epoch)
         if self._history.was_recording():
             await asyncio.to_thread(self._record_again)
-        self._thread.start()
+        self._begin_to_show()
 
     async def describe(self) -> dict[str, Any]:
-        """Return what does not change."""
         return {
             "size": list(self._runtime.frame_size),
             "fps": self._runtime.fps,
@@ -130,11 +125,9 @@ class LiveSession:
         }
 
     async def next(self, after: int | None, audience: Audience | None = None) -> list[tuple[int, Item]]:
-        """Return the items above ``after``."""
         return await self._screen.next(after, audience)
 
     async def block(self, after: int) -> Block | None:
-        """Return the block being shown, if its place is above ``after``."""
         chunk = await self._screen.watch(
             after, lambda: self._chunk if self._chunk and self._end(self._chunk) * PLACES > after else None
         )
@@ -148,7 +141,6 @@ class LiveSession:
         return self._history.notes.base + chunk.first_frame + len(chunk.frames)
 
     async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Carry out a command; all but the quickest on another thread."""
         if command == "keyframe":
             self._screen.key_wanted = True
             return {}
@@ -229,7 +221,8 @@ class LiveSession:
 
     def _do_restart(self, seed: int, prompt: str | None = None, memory: str | None = None) -> dict[str, Any]:
         check_seed(seed)
-        check_memory(memory)
+        if memory is not None:
+            MemoryMode.parse(memory)
         notes = self._history.notes
         if prompt is None and not notes.prompts:  # the notes of a snapshot may be missing
             raise PromptError("expected a prompt, since none is known of this video")
@@ -259,19 +252,24 @@ class LiveSession:
         return self._screen.tell({"type": "resumed", "snapshot": snapshot, "block": state.next_block})
 
     def _replace(self, begin: Callable[[], Stream], notes: Notes) -> None:
-        """End the video and let the showing thread begin another; raises what that raises."""
-        begun: Future[None] = Future()
-        with self._screen.held_back():
-            with self._screen.changed:
-                self._next, self._screen.leave, feed = (begin, begun), True, self._feed
-                self._screen.changed.notify_all()
-            if feed is not None:
-                feed.close()
-            begun.result()
-            shown = self._screen.place // PLACES
-            self._history.begin(notes, base=shown - self._stream.video_frames, shown=shown)
+        """End the video and show another; raises what beginning it raises."""
+        self._end_showing()
+        try:
+            self._stream.close()
+            self._stream = begin()
+        except Exception as error:
+            self._fail(error)
+            raise
+        self._failure, self._chunk, self._figures = None, None, {}
+        self._recent.clear()
+        self._first_block = self._stream.next_block
+        shown = self._screen.place // PLACES
+        self._history.begin(notes, base=shown - self._stream.video_frames, shown=shown)
+        try:
             if self._every is not None:
-                self._secure()
+                self._secure()  # what is shown must not depend on what is not yet stored
+        finally:
+            self._begin_to_show()
 
     def _do_record(self) -> dict[str, Any]:
         if self._screen.recording is not None:
@@ -302,12 +300,8 @@ class LiveSession:
 
     def _close(self) -> None:
         self._closed = True
-        self._screen.set("leave", True)
-        if self._feed is not None:
-            self._feed.close()
-        if self._thread.ident is not None:
-            self._thread.join()
         with self._commands:
+            self._end_showing()
             recording = self._screen.recording
             steps: list[Callable[[], object]] = [] if recording is None else [recording.close]
             errors = close_all([*steps, self._save, self._runtime.close, self._history.close])
@@ -346,37 +340,25 @@ class LiveSession:
 
     # ---------------------------------------------------------------- the showing thread
 
-    def _run(self) -> None:
-        with share_cpu(self._runtime.device):
-            begun = True
-            while not self._closed:
-                if begun:
-                    try:
-                        with Feed(self._stream) as self._feed:
-                            self._show(self._feed)
-                    except Exception as error:  # of any kind: viewers are told, and a restart may help
-                        self._fail(error)
-                begun = self._begin_next()
+    def _begin_to_show(self) -> None:
+        self._screen.set("leave", False)
+        self._feed = feed = Feed(self._stream)
+        self._thread = threading.Thread(target=self._run, args=(feed,), name="echo-rt live", daemon=True)
+        self._thread.start()
 
-    def _begin_next(self) -> bool:
-        with self._screen.changed:
-            self._screen.changed.wait_for(lambda: self._next or self._closed)
-            found, self._next, self._screen.leave = self._next, None, self._closed
-        if found is None:
-            return False
-        begin, done = found
-        try:
-            self._stream.close()
-            self._stream = begin()
-        except Exception as error:
-            self._fail(error)
-            done.set_exception(error)
-            return False
-        self._failure, self._chunk, self._figures = None, None, {}
-        self._recent.clear()
-        self._first_block = self._stream.next_block
-        done.set_result(None)
-        return True
+    def _end_showing(self) -> None:
+        """End the thread, after the block that is being made."""
+        self._screen.set("leave", True)
+        if self._feed is not None and self._thread is not None:
+            self._feed.close()
+            self._thread.join()
+
+    def _run(self, feed: Feed) -> None:
+        with share_cpu(self._runtime.device), feed:
+            try:
+                self._show(feed)
+            except Exception as error:  # of any kind: viewers are told, and a restart may help
+                self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         self._failure = str(error) if isinstance(error, EchoError) else with_type(error)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -31,16 +32,20 @@ class Screen:
     """Encodes pictures once for all viewers, and keeps the last :data:`KEPT` pictures and events for who is late.
 
     One thread shows. It holds still while ``paused`` and, if ``leased``, while nobody watches; it begins no block while
-    ``held``; ``leave`` ends its waits. ``shown``: number of pictures that a process before this one has shown, and its
-    viewers may have or not.
+    ``held``; ``leave`` ends its waits. Pictures' times count from ``epoch``. ``shown``: number of pictures that a
+    process before this one has shown, and its viewers may have or not.
 
     ``changed`` guards what the threads share, and is notified of every change. ``place``: that of the newest item;
     ``went_on``: the time at which the video last went on after holding still; ``key_wanted``: makes one of the next
     pictures a key frame; ``seen``: number of the last picture that all viewers have from a process before.
     """
 
-    def __init__(self, size: tuple[int, int], fps: int, megabits: float, *, leased: bool, shown: int) -> None:
+    def __init__(
+        self, size: tuple[int, int], fps: int, megabits: float, *, leased: bool, shown: int, epoch: float
+    ) -> None:
         self.changed = threading.Condition()
+        self._news: Future[None] = Future()  # of the next item, for event loops
+        self._started = time.monotonic() - (time.time() - epoch)
         self.encoder = LiveEncoder(size, fps, megabits)
         self.paused = self.leave = self.held = False
         self.place, self.went_on = shown * PLACES, 0.0
@@ -52,12 +57,6 @@ class Screen:
         self._heard: list[int] | None = [] if leased else None  # places of the last pictures that viewers have
         self.seen = self._seen_by_some = shown  # the latter: by some viewers
         self.key_wanted, self._key_at = True, 0.0
-
-    def start(self, epoch: float) -> None:
-        """Take the event loop of those who wait; pictures' times count from ``epoch``."""
-        self._loop = asyncio.get_running_loop()
-        self._news = self._loop.create_future()
-        self._started = time.monotonic() - (time.time() - epoch)
 
     # ---------------------------------------------------------------- who waits
 
@@ -82,11 +81,9 @@ class Screen:
             if after and self._heard is not None:
                 self._heard.append(after)
             self.changed.notify_all()
-        news = self._news  # before looking: whatever comes later ends this wait
-        with self.changed:
-            found = get()
+            news, found = self._news, get()
         if not found:
-            await asyncio.wait([news], timeout=_NEWS_SECONDS)
+            await asyncio.wait([asyncio.wrap_future(news)], timeout=_NEWS_SECONDS)
             with self.changed:
                 found = get()
         return found
@@ -206,9 +203,5 @@ class Screen:
             self.place = self.place + 1 if number is None else number * PLACES
             self._pictures += isinstance(item, Picture)
             self._items.append((self.place, item))
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._wake)
-
-    def _wake(self) -> None:
-        news, self._news = self._news, self._loop.create_future()
+            news, self._news = self._news, Future()
         news.set_result(None)

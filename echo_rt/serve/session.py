@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from echo_rt.errors import ConfigError, EchoError, PromptError
-from echo_rt.options import MemoryMode
 
 MOST_PROMPT = 2000  # characters
 CLOCK = 90_000  # ticks a second of ``Picture.pts``, as in RTP
@@ -139,14 +138,6 @@ async def soon(call: Awaitable[T]) -> T:
         return await asyncio.wait_for(call, _SOON_SECONDS)
     except asyncio.TimeoutError:
         raise BusyError("the session waits for a free machine, or loads its model; ask again later") from None
-
-
-def check_memory(memory: str | None) -> str | None:
-    """Return a memory mode, or None for the model's own; :class:`ConfigError` for what is none."""
-    modes = [mode.value for mode in MemoryMode]
-    if memory not in (None, *modes):
-        raise ConfigError(f"memory: expected one of {', '.join(modes)}, found {str(memory)[:40]!r}")
-    return memory
 
 
 def checked_prompt(text: str) -> str:

@@ -51,6 +51,7 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 

@@ -133,7 +133,6 @@ def test_the_default_backend_of_a_gpu(monkeypatch):
     ("module", "name", "code"),
     [
         ("av", "av", 1),
-        ("nvtx", "nvtx", 0),
         ("rich", "rich", 0),
         ("matplotlib", "matplotlib", 0),
         *((name, name, 0) for name in ("aiortc", "httpx", "ray")),

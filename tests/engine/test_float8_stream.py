@@ -35,20 +35,22 @@ def require_float8(device: str) -> str:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_resume_bit_for_bit(small_model: Path, device: str) -> None:
+def test_resume_bit_for_bit(small_model: Path, tmp_path: Path, device: str) -> None:
     with float8(small_model, device=require_float8(device)) as runtime:
         assert runtime.dtype == FLOAT8
         with runtime.stream(prompt_embeds=embeds(runtime), seed=5) as stream:
             take(stream, 4)  # the window is full, the memory has been updated
-            snapshot = stream.snapshot()
+            snapshot = stream.snapshot(tmp_path / "s.safetensors")
             expected = take(stream, 3)
         assert all(chunk.frames.any() for chunk in expected)
         states = {t.dtype for t in snapshot.tensors.values() if t.is_floating_point()}
         assert states == {FLOAT8, torch.bfloat16, torch.float32}
         assert len(snapshot.tensors["rollout.kv_float8"]) == runtime.config.transformer.num_layers - 1
         video(runtime, 3, seed=6, prompt=1)
-    with float8(small_model, device=device) as fresh, fresh.resume(snapshot) as stream:
-        assert same(take(stream, 3), expected)
+    with float8(small_model, device=device) as fresh:
+        for source in (snapshot, tmp_path / "s.safetensors"):
+            with fresh.resume(source) as stream:
+                assert same(take(stream, 3), expected)
 
 
 @pytest.mark.skipif("emulated" not in BACKENDS, reason="this build has no emulated kernels")

@@ -13,9 +13,12 @@ from streaming import load, video
 import echo_rt.engine.memory_budget
 from echo_rt.bench.settings import RELEASED
 from echo_rt.cli.main import main
-from echo_rt.engine.memory_budget import decoder_bytes, host_memory, require_capacity, rollout_bytes
+from echo_rt.engine.build import ModelTensors, Networks
+from echo_rt.engine.memory_budget import host_memory, require_capacity, video_bytes
 from echo_rt.errors import ConfigError
-from echo_rt.weights.tiny_vae import open_tiny_vae
+from echo_rt.ops.backends import choose_backend
+from echo_rt.options import RuntimeOptions
+from echo_rt.weights.fingerprint import FingerprintedTensors
 
 GIB = 2**30
 # Refused by what the keys and values take, by what the frames take, and where no tensor has such a size.
@@ -37,12 +40,6 @@ def test_what_no_machine_holds_is_refused_in_a_line(small_model: Path, options: 
     assert needed > there
 
 
-def uncounted(name: str) -> bool:
-    """Figures and angles: next to nothing, and made otherwise."""
-    figures = name.endswith("vitals") and not name.startswith("state.")
-    return figures or name.startswith("rope.") or name == "state.frame_offsets"
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"vae": "tiny"}, {"vae_tiles": 2}, {"dtype": "bfloat16", "vae_dtype": "float32", "lookahead": 2}],
@@ -52,15 +49,14 @@ def test_what_is_counted_is_what_is_made(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     """All buffers, and the pixels before they are bytes; with a byte less than that the model is refused."""
+    networks, loading = list[Networks](), Networks.load
+    monkeypatch.setattr(Networks, "load", lambda self, config: (networks.append(self), loading(self, config)))
     with load(tiny_model, **options) as runtime:
         pipeline = runtime._engine.pipeline  # type: ignore[union-attr]
-        counted = (held for held in pipeline.buffers().items() if not uncounted(held[0]))
-        made = sum(tensor.nbytes for _, tensor in counted)
+        figures = [slot.vitals for slot in pipeline._slots] + [pipeline._vitals]  # next to nothing
+        made = sum(tensor.nbytes for tensor in pipeline.buffers().values()) - sum(each.nbytes for each in figures)
         pixels = pipeline._frames.numel() * runtime.vae_dtype.itemsize
-        tiny = None if runtime.vae == "wan" else open_tiny_vae("tiny", tiny_model, runtime.vae_config).config
-        sizes = runtime.config, runtime.vae_config
-        need = rollout_bytes(*sizes, dtype=runtime.dtype, vae_dtype=runtime.vae_dtype, depth=pipeline.depth)
-        total = sum(need) + decoder_bytes(*sizes, tiny, runtime.vae_dtype, options.get("vae_tiles", 1))
+        total = sum(video_bytes(runtime.config, networks[0], pipeline.depth))
     assert total == made + pixels
     monkeypatch.setattr(echo_rt.engine.memory_budget, "host_memory", lambda: total)
     with load(tiny_model, **options) as runtime:
@@ -77,15 +73,11 @@ def test_a_gpu_and_its_host_have_their_own(monkeypatch: pytest.MonkeyPatch, gpu:
     monkeypatch.setattr(echo_rt.engine.memory_budget, "host_memory", lambda: host * GIB)
 
     def require() -> None:
-        require_capacity(
-            RELEASED.config,
-            RELEASED.vae,
-            None,
-            device=torch.device("cuda", 0),
-            dtype=torch.bfloat16,
-            vae_dtype=torch.bfloat16,
-            depth=2,
-        )
+        backend, nothing = choose_backend("torch", torch.device("cpu")), ModelTensors(FingerprintedTensors({}, ""))
+        options = RuntimeOptions(dtype="bfloat16", device="cpu")
+        networks = Networks(RELEASED.config, nothing, options, backend, vae=RELEASED.vae)
+        networks.device = torch.device("cuda", 0)
+        require_capacity(RELEASED.config, networks, 2)
 
     if not refused:
         return require()

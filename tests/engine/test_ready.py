@@ -107,17 +107,15 @@ def test_every_change_wakes_an_event_loop_and_one_that_is_gone_is_no_error() -> 
     queue = ReadyQueue()
 
     async def wait() -> int:
-        with queue.woken() as changed:
-            threading.Timer(0.01, queue.append, (block(0),)).start()
-            await asyncio.wait_for(changed.wait(), LONG)
-            return len(queue)
+        threading.Timer(0.01, queue.append, (block(0),)).start()
+        await asyncio.wait_for(asyncio.wrap_future(queue.news), LONG)
+        return len(queue)
 
-    assert asyncio.run(wait()) == 1 and not queue._wakers
+    assert asyncio.run(wait()) == 1 and not queue.news.done()
     loop = asyncio.new_event_loop()
 
     async def hang() -> None:
-        with queue.woken() as changed:
-            await changed.wait()
+        await asyncio.wait([asyncio.wrap_future(queue.news)])
 
     waiting = hang()
     task = loop.create_task(waiting)

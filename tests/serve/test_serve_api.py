@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import av
 import msgspec
 import numpy as np
 import pytest
-from serving import Served, connect, plain, served, until
+from serving import LONG, Served, connect, plain, served, until
 from streaming import OTHER, PROMPT
 from websockets.exceptions import ConnectionClosed
 
@@ -32,16 +33,12 @@ def shown(server: Served, blocks: int, *, first: int) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
     after = 0
     while len(found) < blocks:
-        block = _now(server, server.session.block(after))
+        block = asyncio.run(server.session.block(after))
         if block is not None:
             after = block.place
             if block.index >= first:
                 found[block.index] = block.data
     return found
-
-
-def _now(server: Served, coroutine: Any) -> Any:
-    return asyncio.run_coroutine_threadsafe(coroutine, server.session._screen._loop).result(60)
 
 
 # ---------------------------------------------------------------- the page
@@ -301,6 +298,32 @@ def test_a_video_that_fails_is_told_and_can_begin_again(
         server.live.post("/restart", seed=1)
         assert next(event for event in events if event["type"] == "block")["block"] == 0
         assert server.ask("GET", "/readyz")[0] == 200
+
+
+def test_a_session_that_ends_amid_a_restart_lets_it_end_first(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(small_model, tmp_path / "out") as server:
+        session, begun, go = server.session, threading.Event(), threading.Event()
+        stream = session._runtime.stream
+
+        def slow(*given: Any, **options: Any) -> echo_rt.Stream:
+            begun.set()
+            assert go.wait(LONG)
+            return stream(*given, **options)
+
+        monkeypatch.setattr(session._runtime, "stream", slow)
+        answers: list[int] = []
+        restart = threading.Thread(target=lambda: answers.append(server.post("/restart", seed=2)[0]))
+        restart.start()
+        assert begun.wait(LONG)
+        end = threading.Thread(target=lambda: asyncio.run(session.close()))
+        end.start()
+        until(lambda: session._closed)
+        go.set()
+        for thread in (restart, end):
+            thread.join(LONG)
+        assert answers == [200] and session._stream.seed == 2 and session.problem is None
 
 
 def test_every_metric_says_what_it_is(server: Served) -> None:

@@ -13,8 +13,9 @@ from damage import as_of_another_version
 from streaming import embeds, load, same, take
 
 import echo_rt
-from echo_rt.engine.state import state_sizes
+from echo_rt.engine.state import RolloutState
 from echo_rt.errors import StreamError
+from echo_rt.ops.backends import load_ops
 from echo_rt.snapshot.kv_rows import KV, MEMORY, RING, SINK, same_bits, split_kv
 from echo_rt.snapshot.snapshot import Snapshot
 
@@ -61,10 +62,8 @@ def test_sink_keys_that_were_not_rotated_again_are_stored(small_model: Path) -> 
 def test_a_quarter_of_the_released_size() -> None:
     from echo_rt.bench.settings import RELEASED
 
-    config, dtype = RELEASED.config, torch.bfloat16
-    sizes = state_sizes(config, dtype)
-    shape = torch.Size(sizes[KV.removeprefix("rollout.")][0])
-    kv = torch.empty(shape, dtype=dtype, device="meta")
+    config = RELEASED.config
+    kv = RolloutState(config, load_ops("torch"), device=torch.device("meta"), dtype=torch.bfloat16).kv
     rows = split_kv({KV: kv}, config.memory_tokens, config.ring_begin - config.memory_tokens)
     stored = rows[MEMORY][:1].nbytes + rows[SINK][:, 1:].nbytes + rows[RING].nbytes
     assert 0.29 < 1 - stored / kv.nbytes < 0.30
