@@ -137,12 +137,14 @@ formulas=(tests/ops/test_ops.py tests/ops/test_ops_convolution.py tests/ops/test
 block=(--size "$size" --backend "$backend" --no-chart --no-peers --rounds 1)
 if [[ $device == cpu ]]; then
   block+=(--blocks 2) dtype=bfloat16 chosen='emulated and small and bfloat16' others=(tests/utils/test_device.py)
-  ops=(--op flow_step --op memory_update)
+  ops=(--op flow_step --op memory_update --op library)
 else
   block+=(--blocks 10) dtype=float8 chosen=cuda others=(-m cuda tests "${formulas[@]/#/--ignore=}")
   ops=()
-  for op in qkv_norm_rope_store gated_residual_norm modulated_layer_norm rms_silu_window reanchor memory_attention \
-    gated_update memory_update causal_conv_hopper causal_conv upsample_conv; do ops+=(--op "$op"); done
+  # All of the table of docs/speed.md, the largest first.
+  for op in library causal_conv_hopper rms_silu_window gated_residual_norm qkv_norm_rope_store reanchor upsample_conv \
+    causal_conv memory_update memory_attention gated_update gated_residual_norm_quantize gelu_quantize \
+    modulated_layer_norm modulated_layer_norm_quantize frames_to_uint8 flow_step counter_noise; do ops+=(--op "$op"); done
 fi
 
 plan() {
@@ -159,7 +161,7 @@ plan() {
   script vae 25 75 vae --quick --no-peers --backend "$backend"
   bench float8 40 100 --dtype "$dtype" --variants evolve
   bench memory 45 110 --dtype bfloat16 --variants evolve,off
-  script kernels 15 60 kernel_times --quick --size "$size" "${ops[@]}"
+  script kernels 15 75 kernel_times --quick --size "$size" "${ops[@]}"
   script attention 15 45 attention --size "$size"
   script profile 30 75 block_profile --size "$size" --backend "$backend"
   [[ $device == cpu ]] || for tool in memcheck racecheck; do step $tool 20 75 "$python" bench/sanitizer.py $tool; done

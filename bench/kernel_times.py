@@ -18,17 +18,20 @@ from typing import Any, NamedTuple
 import _checkout
 import torch
 from library_calls import library_calls, result_of
-from op_inputs import OPS, Variant, variants
+from op_inputs import IN8, OPS, Variant, linear_layers, variants
 from roofline import Ceiling, Work, copy_rate, measure_ceilings, memory_update_work, work_of
 from timing import DEVICE_CLOCK, Timer, timer_for
 from torch import Tensor
+from torch.nn.functional import linear, rms_norm
 
 from echo_rt.bench.runner import median_p99
 from echo_rt.bench.settings import RELEASED, BenchModel
 from echo_rt.bench.tables import columns, environment
 from echo_rt.errors import ConfigError
+from echo_rt.model.linear import Linear, gelu_tanh
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.ops.backends import BACKENDS, check_device, load_ops
+from echo_rt.ops.float8 import product, quantize_rows
 from echo_rt.ops.schema import Ops
 from echo_rt.utils.device import DTYPES, FLOAT8, parse_device
 from echo_rt.utils.wording import counted, plain, with_type
@@ -36,7 +39,8 @@ from echo_rt.verify.bundles import BOUNDS as ROLLOUT_BOUNDS
 from echo_rt.weights.shapes import memory_shapes
 from echo_rt.weights.tiny_model import RandomTensors
 
-MEMORY_UPDATE = "memory_update"
+MEMORY_UPDATE, LIBRARY = "memory_update", "library"
+QUERY_NORM = "rms_norm of the queries to the text"
 MEMORY_SHARE = 0.85  # of the copy rate, the target of kernels that memory limits
 # Timed calls and calls before them: quick or not, by device.
 _COUNTS = {("cuda", False): (200, 20), ("cuda", True): (50, 5), ("cpu", False): (10, 1), ("cpu", True): (3, 0)}
@@ -250,6 +254,45 @@ def time_memory_update(run: Run) -> Row:
     return row
 
 
+def time_library(run: Run) -> Iterator[Row]:
+    """What the model asks of a library in every layer but attention: its linear layers, and the norm of a query.
+
+    Held against the same in float32. Float8 takes the rows that a kernel has quantized.
+    """
+    config, draws = run.model.config, torch.Generator(run.device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=draws, device=run.device).to(run.dtype)
+
+    def timed(name: str, calls: int, call: Callable[[], Tensor], exact: Tensor, work: Work) -> Row:
+        row = Row(LIBRARY, name, calls, "torch")
+        with row.filled(run.judged):
+            row.agree(compare(call(), exact.to(run.dtype), LIBRARY_BOUNDS))
+            row.take(run.time(call), work, run.ceilings)
+        return row
+
+    for layer in linear_layers(run.model):
+        x, bias = normal(config.tokens_per_block, layer.inputs), normal(layer.outputs)
+        weight = normal(layer.outputs, layer.inputs) / layer.inputs**0.5
+        in16, exact = Linear(weight, bias), linear(x.float(), weight.float(), bias.float())
+        name, flops = f"product {layer.name}", 2 * x.numel() * layer.outputs
+        gelu = layer.name == "ffn_in"
+        call, wanted = (in16.then_gelu, gelu_tanh(exact)) if gelu else (in16, exact)
+        work = Work(2 * (x.numel() + weight.numel() + exact.numel()), flops, "arithmetic")
+        yield timed(name, layer.calls, partial(call, x), wanted, work)
+        if layer.float8 and run.dtype == torch.bfloat16:
+            rows, weights = quantize_rows(x.float()), quantize_rows(weight.float())
+            values = [each.float() * scale[:, None] for each, scale in (rows, weights)]
+            call = partial(product, *rows, *weights, bias)
+            work = Work(x.numel() + weight.numel() + 2 * exact.numel(), flops, "arithmetic")
+            yield timed(f"{name}, {IN8}", layer.calls, call, linear(*values, bias.float()), work)
+    x, gamma = (normal(*size, config.transformer.dim) for size in ((config.tokens_per_block,), ()))
+    norms = [
+        partial(rms_norm, each, x.shape[-1:], gamma.to(each.dtype), config.transformer.eps) for each in (x, x.float())
+    ]
+    yield timed(QUERY_NORM, layer.calls, norms[0], norms[1](), Work(2 * x.nbytes, 0, "neither"))
+
+
 # ---- the table
 
 
@@ -296,11 +339,13 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     facts = {"iterations": setting.iterations, "warmup": setting.warmup, "clock": setting.timer.clock}
     facts |= {"backend": setting.ops.name, "dtype": plain(setting.dtype), "model": setting.model.config.to_flat()}
     tables = {"Ceilings": ([*setting.ceilings.values()], CEILING_COLUMNS), "Kernels": (rows, COLUMNS)}
-    page, chosen = "", arguments.op or [*OPS, MEMORY_UPDATE]
+    page, chosen = "", arguments.op or [*OPS, MEMORY_UPDATE, LIBRARY]
     for op in chosen:
         with torch.inference_mode():
             if op == MEMORY_UPDATE:
                 rows.append(time_memory_update(setting))
+            elif op == LIBRARY:
+                rows += time_library(setting)
             else:
                 rows += [time_variant(setting, variant) for variant in variants(op, setting.model)]
         _checkout.say(f"{op}: {', '.join(row['verdict'] for row in rows if row['op'] == op)}")
@@ -313,7 +358,9 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
 def main(argv: Sequence[str]) -> int:
     parser = _checkout.parser(__doc__, dtypes=DTYPES)
     parser.add_argument("--backend", choices=BACKENDS, help="default: cuda on a GPU, emulated on a CPU")
-    parser.add_argument("--op", action="append", choices=[*OPS, MEMORY_UPDATE], help="only this one; may be repeated")
+    parser.add_argument(
+        "--op", action="append", choices=[*OPS, MEMORY_UPDATE, LIBRARY], help="only this one; may be repeated"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer calls, and no torch.compile beside them")
     parser.add_argument("--iterations", type=int, help="timed calls of each")
     return _checkout.run(__file__, run, parser.parse_args(argv))

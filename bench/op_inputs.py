@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import cases
 import torch
@@ -23,6 +23,7 @@ from echo_rt.ops.schema import Ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 
 OPS = cases.OPS
+IN8 = "in float8"  # at the end of the name of a call that has a counterpart in 16 bits
 # Values of a latent frame for each of its tokens, in the shape that cases.py gives to noise and latents.
 _VALUES_A_TOKEN = 16
 
@@ -78,6 +79,31 @@ def passes(model: BenchModel) -> int:
     return len(model.config.sampler.denoising_steps) + 1
 
 
+class LinearLayer(NamedTuple):
+    """A linear layer of the transformer, ``calls`` a block; ``float8``: where the dtype is, it is too."""
+
+    name: str
+    outputs: int
+    inputs: int
+    calls: int
+    float8: bool = True
+
+
+def linear_layers(model: BenchModel) -> list[LinearLayer]:
+    """The large ones, in the order of a layer."""
+    dim, ffn = model.config.transformer.dim, model.config.transformer.ffn_dim
+    # The context pass ends where its last layer has stored its keys.
+    calls = model.config.transformer.num_layers * passes(model) - 1
+    return [
+        LinearLayer("q, k, v", 3 * dim, dim, calls + 1),
+        LinearLayer("self_out", dim, dim, calls, float8=False),
+        LinearLayer("cross_q", dim, dim, calls),
+        LinearLayer("cross_out", dim, dim, calls, float8=False),
+        LinearLayer("ffn_in", ffn, dim, calls),
+        LinearLayer("ffn_out", dim, ffn, calls),
+    ]
+
+
 def _into_float8(sizes: cases.Sizes) -> cases.Sizes:
     """With the KV buffer of the layers that attend in float8, which are all but the last."""
     return dataclasses.replace(sizes, float8=True, layers=sizes.layers - 1)
@@ -88,7 +114,7 @@ def _qkv(model: BenchModel) -> list[Variant]:
     return [
         Variant("qkv_norm_rope_store", "", passes(model) * (layers - 1), sizes, (8,)),
         Variant("qkv_norm_rope_store", "last layer", passes(model), sizes),
-        Variant("qkv_norm_rope_store", "into float8", passes(model) * (layers - 1), _into_float8(sizes), (8,)),
+        Variant("qkv_norm_rope_store", IN8, passes(model) * (layers - 1), _into_float8(sizes), (8,)),
     ]
 
 
@@ -97,8 +123,8 @@ def _reanchor(model: BenchModel) -> list[Variant]:
     return [
         Variant("reanchor", "block begins", 1, sizes, (5,)),
         Variant("reanchor", "memory changed", 1, sizes, (3,)),
-        Variant("reanchor", "block begins, into float8", 1, _into_float8(sizes), (5,)),
-        Variant("reanchor", "memory changed, into float8", 1, _into_float8(sizes), (3,)),
+        Variant("reanchor", f"block begins, {IN8}", 1, _into_float8(sizes), (5,)),
+        Variant("reanchor", f"memory changed, {IN8}", 1, _into_float8(sizes), (3,)),
     ]
 
 

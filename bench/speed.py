@@ -2,7 +2,7 @@
 
 Bytes and operations come from the calls that the model makes (op_inputs.py, roofline.py), waves from tiles on the
 multiprocessors of an H200, milliseconds from these and the share of a ceiling that each kind of kernel is taken to
-reach. On a machine with a GPU there is an empty column more, for what is measured there (kernel_times.py).
+reach. ``--measured FOLDER`` adds what bench/gpu.sh measured, whose archive is unpacked in FOLDER.
 """
 
 from __future__ import annotations
@@ -13,40 +13,50 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Sequence
-from functools import cache
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import _checkout
 import torch
-from op_inputs import decoder_order, passes, variants
-from roofline import memory_update_work, work_of
+from gpu_table import Results
+from kernel_times import LIBRARY, MEMORY_UPDATE, QUERY_NORM
+from op_inputs import IN8, decoder_order, linear_layers, passes, variants
+from roofline import work_of
 
 from echo_rt.bench.settings import RELEASED
-from echo_rt.bench.tables import Table, columns, markdown
+from echo_rt.bench.tables import Column, Table, columns, markdown
 from echo_rt.convolution import ConvolutionShape
 from echo_rt.convolution.backends import hopper_limit
 from echo_rt.utils.atomic_file import write_whole
+from echo_rt.weights.shapes import memory_shapes
 
 PAGE = _checkout.ROOT / "docs" / "speed.md"
 SMS, TFLOPS, COPY = 132, 790e12, 4.3e12  # multiprocessors; bf16 products; bytes a second, read and written
 RATE = TFLOPS / SMS
 # Share of the ceiling that a kernel reaches inside its waves, before and now. Attention: what others measured of cuDNN.
-# causal_conv_hopper: read in its machine code; now a producer copies. Other convolutions: mma.sync. Memory: the goal.
+# causal_conv_hopper: read in its machine code; now a producer copies. mma.sync: our other products. Memory: the goal.
 REACHED = {
-    "product": (0.86, 0.86), "attention": (0.9, 0.9), "causal_conv_hopper": (0.59, 0.81), "convolution": (0.5, 0.5),
+    "product": (0.86, 0.86), "attention": (0.9, 0.9), "causal_conv_hopper": (0.59, 0.81), "mma.sync": (0.5, 0.5),
     "memory": (0.85, 0.85),
 }  # fmt: skip
 PRODUCT8, ATTENTION8 = 1 / 1.5, 1 / 1.6  # of the time in 16 bits, as libraries report; at the ceiling it is a half
 TILES = ((128, 256), (256, 128))  # of the output of a library's largest products
 SEARCHED = tuple((rows, wide) for rows in (128, 192, 256) for wide in (128, 160, 192, 224, 256) if rows * wide <= 2**15)
-INTO8 = "into float8"  # at the end of the name of a call that has a counterpart in 16 bits
 GAP = 1e-6  # seconds from the end of a kernel in a graph to the start of the next one
+LATE = 0.2  # seconds that a decoder waits, to see what that costs
+# Sums of the table, and how the part of a whole block begins that is each of them.
+_PARTS = {
+    "**transformer and memory**": "transformer, all passes", "**decoder**": "VAE decode",
+    "**block, all in turn**": "whole block, one at a time",
+}  # fmt: skip
 
 CONFIG = RELEASED.config
 TOKENS, KEYS, TEXT = CONFIG.tokens_per_block, CONFIG.cached_tokens, CONFIG.transformer.text_len
 LAYERS, PASSES, HEADS = CONFIG.transformer.num_layers, passes(RELEASED), CONFIG.transformer.num_heads
-DIM, FFN = CONFIG.transformer.dim, CONFIG.transformer.ffn_dim
+DIM = CONFIG.transformer.dim
 CALLS = LAYERS * PASSES - 1  # the context pass ends where its last layer has stored its keys
 R = 2 * TOKENS * DIM  # bytes
 QUERY_TILES = HEADS * math.ceil(TOKENS / 128)
@@ -60,8 +70,11 @@ _PRODUCTS = columns(
     "stream|stream-K|.2f", "split|split-K|.2f", "tile|best tile", "searched|with it|.2f",
 )  # fmt: skip
 _SCHEDULES = columns(
-    "first|first", "blocks|a convolution's blocks of threads", "whole|block, ms|.1f", "frames|frames after|.1f",
-    "saved|saved|.1%",
+    "transformer|transformer", "first|first", "blocks|a convolution's blocks of threads", "whole|block, ms|.1f",
+    "frames|frames after|.1f", "saved|saved|.1%",
+)  # fmt: skip
+_UPDATE = columns(
+    "beside|beside", "priority|priority", "ended|the update ends after, ms|.1f", "longer|the pass is longer by|.1f",
 )  # fmt: skip
 
 
@@ -115,14 +128,20 @@ def summed(lines: Sequence[Line], name: str) -> dict[str, Any]:
     return total | {key: sum(row[key] or 0 for row, _ in rows) for key in ("before", "now", "float8")}
 
 
+def by_name(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """A row for each name."""
+    alike = [[line for line in lines if line.name == name] for name in dict.fromkeys(line.name for line in lines)]
+    return [summed(each, each[0].name) if len(each) > 1 else each[0].row() for each in alike]
+
+
 class Product(NamedTuple):
     """A linear layer of the transformer."""
 
     name: str
     wide: int
     deep: int
-    float8: float = PRODUCT8
-    calls: int = CALLS
+    float8: float
+    calls: int
 
     def line(self, tile: tuple[int, int] | None = None, splits: int = 1) -> Line:
         """In tiles of that size, None for those that a library takes; a tile's inputs in ``splits`` parts."""
@@ -132,15 +151,16 @@ class Product(NamedTuple):
         of_tile = 2 * math.prod(tile) * self.deep / splits
         return Line(f"product {self.name}", "product", self.calls, 2 * moved, 2 * flops, tiles, of_tile, self.float8)
 
+    @property
+    def best_tile(self) -> tuple[int, int]:
+        """The one with the fewest wasted waves, of equal ones the largest."""
+        return min(SEARCHED, key=lambda each: (self.line(each).full, -math.prod(each)))
 
-PRODUCTS = (
-    Product("q, k, v", 3 * DIM, DIM, calls=CALLS + 1),
-    Product("self_out", DIM, DIM, float8=1),
-    Product("cross_q", DIM, DIM),
-    Product("cross_out", DIM, DIM, float8=1),
-    Product("ffn_in", FFN, DIM),
-    Product("ffn_out", DIM, FFN),
-)
+
+PRODUCTS = [
+    Product(each.name, each.outputs, each.inputs, PRODUCT8 if each.float8 else 1, each.calls)
+    for each in linear_layers(RELEASED)
+]
 
 
 def kernel(op: str, only: int = 0) -> Line:
@@ -149,11 +169,15 @@ def kernel(op: str, only: int = 0) -> Line:
         each.name: each.calls * work_of(op, each.arguments(torch.bfloat16, torch.device("meta"))).bytes
         for each in variants(op, RELEASED)
     }
-    calls = sum(each.calls for each in variants(op, RELEASED) if INTO8 not in each.name)
-    moved = {name: size for name, size in found.items() if INTO8 not in name}
-    moved8 = sum(found.get(f"{name}, {INTO8}".removeprefix(", "), size) for name, size in moved.items())
-    moved16 = sum(moved.values())
+    calls = sum(each.calls for each in variants(op, RELEASED) if IN8 not in each.name)
+    moved16, moved8 = in_both(found)
     return Line(op, "memory", calls, moved16 / calls, float8=moved8 / moved16, only=only)
+
+
+def in_both(found: Mapping[str, float]) -> tuple[float, float]:
+    """Sums of what calls have, by their names: in 16 bits, and in float8, with those that take another's place."""
+    plain = {name: value for name, value in found.items() if IN8 not in name}
+    return sum(plain.values()), sum(found.get(f"{name}, {IN8}".removeprefix(", "), plain[name]) for name in plain)
 
 
 def attention(name: str, keys: int, *, float8: float = 1, pieces: int = 1) -> Line:
@@ -161,14 +185,28 @@ def attention(name: str, keys: int, *, float8: float = 1, pieces: int = 1) -> Li
     return Line(name, "attention", CALLS, 2 * R + 4 * keys * DIM, flops, pieces * QUERY_TILES, tile, float8)
 
 
+def memory_lines() -> list[Line]:
+    """The update of the memory: its layers, the connector, the gate, the new keys and values."""
+    assert CONFIG.memory is not None
+    name, moved, flops = "memory update", 4 * R, 4 * TOKENS**2 * DIM
+    tiles, tile = HEADS * math.ceil(TOKENS / 128), 4 * 128 * TOKENS * DIM / HEADS
+    attends = Line(name, "mma.sync", 1, moved, flops, tiles, tile)
+    lines = list[Line]()
+    for weight, shape in memory_shapes(CONFIG).items():
+        if len(shape) == 2:
+            kind = "mma.sync" if weight.startswith("gate_linear") else "product"
+            lines.append(Product("", *shape, float8=1, calls=1).line()._replace(name=name, kind=kind))
+            lines += [attends] * weight.endswith(".q.weight")
+    return lines
+
+
 def transformer_lines() -> list[Line]:
     """Everything but the decoder."""
-    memory = memory_update_work(CONFIG, TOKENS, 2)
     return [
         *(product.line() for product in PRODUCTS),
         attention("self-attention", KEYS, float8=ATTENTION8),
         attention("text attention", TEXT),
-        Line("rms_norm of the queries to the text", "memory", CALLS, 2 * R),
+        Line(QUERY_NORM, "memory", CALLS, 2 * R),
         kernel("gated_residual_norm", 16),
         kernel("gated_residual_norm_quantize", 8),
         kernel("gelu_quantize", 8),
@@ -176,7 +214,7 @@ def transformer_lines() -> list[Line]:
         kernel("modulated_layer_norm", 16),
         kernel("modulated_layer_norm_quantize", 8),
         *map(kernel, ("flow_step", "counter_noise")),
-        Line("memory update", "product", 1, memory.bytes, memory.flops),
+        *memory_lines(),
     ]
 
 
@@ -190,8 +228,7 @@ def convolution(shape: ConvolutionShape) -> Line:
     tiles = phases * shape.out_size[0] * pixels * math.ceil(shape.out_channels / channels)
     read, written = shape.frames * shape.height * shape.width * shape.channels, math.prod(shape.out_size)
     moved, tile = 2 * (read + phases * shape.out_channels * seen + written), 2 * 16 * wide * channels * seen
-    kind = op if op in REACHED else "convolution"
-    return Line(op, kind, 1, moved, 2 * written * seen, tiles, tile)
+    return Line(op, op if op in REACHED else "mma.sync", 1, moved, 2 * written * seen, tiles, tile)
 
 
 def decoder_lines() -> list[Line]:
@@ -209,11 +246,51 @@ def block_table() -> list[dict[str, Any]]:
     pixels, width = math.prod(CONFIG.latent_shape[1:]), RELEASED.vae.base_dim * RELEASED.vae.dim_mult[-1]
     middle = Line("attention of the middle", "attention", 3, 8 * pixels * width, 4 * pixels**2 * width)
     first, decoder = transformer_lines(), [*decoder_lines(), middle, kernel("frames_to_uint8")]
-    rows = [*(line.row() for line in first), summed(first, "**transformer and memory**")]
-    names = dict.fromkeys(line.name for line in decoder)
-    rows += [summed([line for line in decoder if line.name == name], name) for name in names]
-    rows += [summed(decoder, "**decoder**"), summed([*first, *decoder], "**block, all in turn**")]
-    return [row | {"tflop": row["tflop"] or None, "measured": None} for row in rows]
+    rows = [*by_name(first), summed(first, "**transformer and memory**")]
+    rows += [*by_name(decoder), summed(decoder, "**decoder**"), summed([*first, *decoder], "**block, all in turn**")]
+    return [row | {"tflop": row["tflop"] or None} for row in rows]
+
+
+def memory_cost(column: str) -> float:
+    """By which share the memory makes a block longer; 3 of 5 bytes that ``reanchor`` moves are the memory's."""
+    block = {row["line"]: row[column] for row in block_table()}
+    part = block["self-attention"] * CONFIG.memory_tokens / KEYS + block["memory update"] + 0.6 * block["reanchor"]
+    share: float = part / (block["**block, all in turn**"] - part)
+    return share
+
+
+def measured(check: Results) -> dict[str, tuple[float | None, float | None]]:
+    """Line of the table -> milliseconds of a block that a GPU check measured, in 16 bits and in float8.
+
+    Lines are calls one at a time, with nothing cached before them; sums are of whole blocks. What the check lacks is
+    None or not there.
+    """
+    rows = check.rows("kernels", "kernel_times", "Kernels")
+    hopper = {row["variant"] for row in rows if row["op"] == "causal_conv_hopper"}
+    times, failed = defaultdict[str, dict[str, float]](dict), set[str]()
+    for row in rows:
+        op, variant, us = row["op"], row["variant"], row["median_us"]
+        line, call = (variant.removesuffix(f", {IN8}"), IN8 * variant.endswith(IN8)) if op == LIBRARY else (op, variant)
+        if us is None:
+            failed.add(line)
+        elif not (op == "causal_conv" and variant in hopper):
+            times[line.replace(MEMORY_UPDATE, "memory update")][call] = row["calls"] * us / 1e3
+    found: dict[str, tuple[float | None, float | None]] = {}
+    found |= {line: in_both(calls) for line, calls in times.items() if line not in failed}
+
+    def found_in(find: Callable[[str], float], step: str) -> float | None:
+        try:
+            return find(step)
+        except LookupError:
+            return None
+
+    per_key = 4e-9 * TOKENS * DIM * CALLS  # 10^9 operations a block; over TFLOP/s they are milliseconds
+    finds: dict[str, Callable[[str], float]] = {
+        "self-attention": lambda step: per_key * KEYS / check.attention(float8=step == "float8"),
+        "text attention": lambda _: per_key * TEXT / check.attention("Attention over the text", float8=False),
+    } | {line: partial(check.part, variant="evolve", part=part) for line, part in _PARTS.items()}
+    found |= {line: (found_in(find, "block"), found_in(find, "float8")) for line, find in finds.items()}
+    return found
 
 
 def product_table() -> list[dict[str, Any]]:
@@ -223,7 +300,7 @@ def product_table() -> list[dict[str, Any]]:
         line, ms = product.line(), 1e3 * product.calls / COPY  # the latter for a byte of each call
         # Stream-K: each multiprocessor hands one partial tile on. Split-K: as many partial outputs as splits.
         handed_on, output = 2 * 4 * SMS * math.prod(TILES[0]), 2 * 4 * TOKENS * product.wide
-        tile = min(SEARCHED, key=lambda each: (product.line(each).full, -math.prod(each)))
+        tile = product.best_tile
         rows.append({
             "name": product.name, "shape": f"{product.wide}, {product.deep}", "waves": line.tiles / SMS,
             "taken": waves(line.tiles), "full": line.full, "ideal": line.best, "stream": line.best + ms * handed_on,
@@ -241,14 +318,14 @@ def product_table() -> list[dict[str, Any]]:
 
 
 class Kernel(NamedTuple):
-    """``blocks`` of threads, ``seconds`` each."""
+    """``blocks`` of threads, ``seconds`` each; without blocks a pause."""
 
     blocks: int
     seconds: float
 
 
 def together(*lanes: tuple[int, Sequence[Kernel]]) -> list[float]:
-    """When each lane, (priority, kernels one after the other), ends, in seconds.
+    """When each lane, (priority, kernels one after the other, the last no pause), ends, in seconds.
 
     A multiprocessor holds one block of threads, as the largest kernels take all its shared memory, and is never
     interrupted. A free one goes to the lane with the highest priority, of equal ones to the kernel that came first.
@@ -264,7 +341,9 @@ def together(*lanes: tuple[int, Sequence[Kernel]]) -> list[float]:
             free, running[lane] = free + ended, running[lane] - ended
             if not ended:
                 place[lane], came[lane] = place[lane] + 1, next(begun)
-                waiting[lane] = lanes[lane][1][place[lane]].blocks
+                waiting[lane], seconds = lanes[lane][1][place[lane]]
+                if not waiting[lane]:
+                    heapq.heappush(events, (now + seconds, lane, 0))
             elif not running[lane] and not waiting[lane]:
                 ends[lane] = now
                 if place[lane] + 1 < len(lanes[lane][1]):
@@ -276,44 +355,89 @@ def together(*lanes: tuple[int, Sequence[Kernel]]) -> list[float]:
     return ends
 
 
-def as_kernel(line: Line, tiles_a_block: int = 1) -> Kernel:
+def as_kernel(line: Line, tiles_a_block: int = 1, *, float8: bool = False) -> Kernel:
     """As it is now; ``tiles_a_block`` 0: a block for each multiprocessor."""
     tiles = line.tiles or SMS
-    each, ms = tiles_a_block or waves(tiles), line.full / REACHED[line.kind][1]
+    each, ms = tiles_a_block or waves(tiles), line.full / REACHED[line.kind][1] * (line.float8 if float8 else 1)
     return Kernel(math.ceil(tiles / each), each * ms / 1e3 / line.calls / waves(tiles))
+
+
+_LAYER = (
+    "q, k, v", "qkv_norm_rope_store", "self-attention", "self_out", "gated_residual_norm",
+    "gated_residual_norm_quantize", "cross_q", QUERY_NORM, "text attention", "cross_out",
+    "gated_residual_norm", "gated_residual_norm_quantize", "ffn_in", "gelu_quantize", "ffn_out", "gated_residual_norm",
+    "gated_residual_norm_quantize",
+)  # fmt: skip
+
+
+def layer_kernels(*, float8: bool = False, fitting: bool = False) -> list[Kernel]:
+    """A layer's kernels in their order; ``fitting``: attention in two pieces, and products in their best tiles."""
+    lines = {line.name.removeprefix("product "): [line] for line in transformer_lines()}
+    if fitting:
+        lines |= {product.name: [product.line(product.best_tile)] for product in PRODUCTS}
+        beside = Line("", "memory", CALLS, 3 * R)  # copies of the queries before it, and two outputs merged after it
+        lines["self-attention"] = [beside, attention("", KEYS, pieces=2), beside]
+    dtypes = (0, 8 if float8 else 16)
+    return [as_kernel(line, float8=float8) for name in _LAYER for line in lines[name] if line.only in dtypes]
+
+
+def decoder_kernels(tiles_a_block: int = 0) -> list[Kernel]:
+    """The decoder's; ``tiles_a_block``: those of ``causal_conv_hopper``."""
+    return [as_kernel(each, tiles_a_block if each.name == "causal_conv_hopper" else 1) for each in decoder_lines()]
 
 
 @cache
 def schedule_table() -> list[dict[str, Any]]:
     """A block's transformer beside the decoder of the block before."""
-    lines = {line.name.removeprefix("product "): as_kernel(line) for line in transformer_lines()}
-    layer = (
-        "q, k, v", "qkv_norm_rope_store", "self-attention", "self_out", "gated_residual_norm", "cross_q",
-        "rms_norm of the queries to the text", "text attention", "cross_out", "gated_residual_norm", "ffn_in",
-        "ffn_out", "gated_residual_norm",
-    )  # fmt: skip
-    transformer, rows = [lines[name] for name in layer] * LAYERS * PASSES, list[dict[str, Any]]()
-
-    def add(first: str, blocks: str, whole: float, frames: float) -> None:
-        row = {"first": first, "blocks": blocks, "whole": 1e3 * whole, "frames": 1e3 * frames}
-        rows.append(row | {"saved": 1 - row["whole"] / (rows[0] if rows else row)["whole"]})
-
-    for blocks, tiles in (("one a multiprocessor", 0), ("one for 4 tiles", 4), ("one a tile", 1)):
-        decoder = [as_kernel(each, tiles if each.name == "causal_conv_hopper" else 1) for each in decoder_lines()]
+    rows, ways = list[dict[str, Any]](), {"one a multiprocessor": 0, "one for 4 tiles": 4, "one a tile": 1}
+    now, late = next(iter(ways)), f"the transformer; the decoder begins after {1e3 * LATE:.0f} ms"
+    for what, layer in (
+        ("as now", layer_kernels()),
+        ("pieces and tiles that fit", layer_kernels(fitting=True)),
+        ("float8", layer_kernels(float8=True)),
+    ):
+        # The context pass ends where its last layer has stored its keys.
+        kernels, decoder = (layer * LAYERS * PASSES)[: 2 - len(layer)], decoder_kernels()
+        in_turn = sum(together((0, each))[0] for each in (kernels, decoder))
+        found = [("one after the other", now, [in_turn, in_turn])]
         if not rows:
-            add("one after the other", blocks, *[sum(together((0, each))[0] for each in (transformer, decoder))] * 2)
-        for first, priority in (("the decoder", 1), ("the transformer", -1)):
-            ends = together((0, transformer), (priority, decoder))
-            add(first, blocks, max(ends), ends[1])
+            found.append(("the decoder", now, together((0, kernels), (1, decoder))))
+            found.append((late, now, together((0, kernels), (-1, [Kernel(0, LATE), *decoder]))))
+        for blocks, tiles in ways.items():
+            found.append(("the transformer", blocks, together((0, kernels), (-1, decoder_kernels(tiles)))))
+        for first, blocks, ends in found:
+            row = {"transformer": what, "first": first, "blocks": blocks, "whole": 1e3 * max(ends)}
+            rows.append(row | {"frames": 1e3 * ends[1], "saved": 1 - max(ends) / in_turn})
     return rows
 
 
-def tables(*, gpu: bool = False) -> dict[str, Table]:
-    """The tables of the page by name."""
+@cache
+def update_table() -> list[dict[str, Any]]:
+    """The memory update beside a block's first pass, and beside the decoder as well."""
+    one_pass, update, rows = layer_kernels() * LAYERS, [*map(as_kernel, memory_lines())], list[dict[str, Any]]()
+    for beside, others in (("the pass", []), ("the pass and the decoder", [(-1, decoder_kernels())])):
+        alone = together((0, one_pass), *others)[0]
+        for priority, value in (("the transformer's", 0), ("the decoder's", -1)):
+            whole, ended, *_ = together((0, one_pass), (value, update), *others)
+            longer = 1e3 * (whole - alone)
+            rows.append({"beside": beside, "priority": priority, "ended": 1e3 * ended, "longer": longer})
+    return rows
+
+
+def tables(check: Results | None = None) -> dict[str, Table]:
+    """The tables of the page by name; with what a GPU check has measured, if there was one."""
+    block, more = block_table(), tuple[Column, ...]()
+    if check is not None:
+        more, found = columns("measured|measured|.1f", "measured8|in float8|.1f"), measured(check)
+        for row in block:
+            in16, in8 = found.get(row["line"], (None, None))
+            row["measured"] = None if row["now"] is None else in16
+            row["measured8"] = None if row["float8"] is None else in8
     return {
-        "block": (block_table(), _LINES + columns(*["measured|measured|.1f"][:gpu])),
+        "block": (block, _LINES + more),
         "products": (product_table(), _PRODUCTS),
         "schedules": (schedule_table(), _SCHEDULES),
+        "update": (update_table(), _UPDATE),
     }
 
 
@@ -326,8 +450,13 @@ def put(page: str, name: str, table: str) -> str:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="put the tables into docs/speed.md")
+    parser.add_argument("--measured", type=Path, metavar="FOLDER", help="what bench/gpu.sh left: two columns more")
     arguments, page = parser.parse_args(argv), PAGE.read_text(encoding="utf-8")
-    for name, table in tables(gpu=torch.cuda.is_available()).items():
+    try:
+        check = None if arguments.measured is None else Results(arguments.measured)
+    except OSError:
+        parser.error(f"--measured: expected a folder with a steps.tsv, found {arguments.measured}")
+    for name, table in tables(check).items():
         page = put(page, name, markdown(*table))
         print(f"{name}\n\n{markdown(*table)}")
     if arguments.write:

@@ -299,5 +299,7 @@ def test_the_script_rehearses(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert "A rehearsal without a GPU" in done.stdout and "unmet" not in done.stdout
     files = archive(tmp_path)
-    assert json.loads(files["attention/attention.json"])["passed"] is True
+    attention = json.loads(files["attention/attention.json"])
+    assert attention["passed"] is True and attention["tables"]["Attention over the text"]
+    assert any(row["op"] == "library" for row in json.loads(files["kernels/kernel_times.json"])["tables"]["Kernels"])
     assert json.loads(files["profile/block_profile.json"])["tables"]["Kernels"]

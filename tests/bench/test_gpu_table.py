@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from gpu_table import FIGURES, Results, main, page
+from speed import block_table, schedule_table
 
 GPU = {"name": "G", "driver": "1", "sm_clock_mhz": 1980}
 HEADER = {"date": "d", "commit": "c", "torch": "2", "cuda": "13", "cudnn": 9, "echo_rt": "0", "gpu": GPU}
@@ -37,8 +38,9 @@ def kernel(op: str, **facts: Any) -> dict[str, Any]:
 
 def whole() -> dict[str, Any]:
     """What each step of a check writes, as file -> content."""
-    attention = [{"name": "a", "tflops": 500.0}, {"name": "b", "tflops": 600.0}, {"name": "c", "tflops": None}]
-    attention.append({"name": "cudnn-float8", "tflops": 1000.0})
+    rates = {"a": 500.0, "b": 600.0, "c": None}
+    attention: list[dict[str, Any]] = [{"name": n, "dtype": "bfloat16", "tflops": rate} for n, rate in rates.items()]
+    attention += [{"name": n, "dtype": "float8_e4m3fn", "tflops": 1000.0} for n in ("cudnn-float8", "sage-attention")]
     kernels = [kernel("reanchor"), kernel("advance", share=None, limit="neither")]
     kernels += [
         kernel("causal_conv_hopper", limit="arithmetic", calls=2, flops=4 * 10**11, median_us=1e3),
@@ -84,9 +86,7 @@ def test_a_whole_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     text = capsys.readouterr().out
     measured = {name: cells[0] for name, cells in rows(text).items()}
     assert measured["whole block, bfloat16"] == "390 ms" and measured["p99 over median"] == "1.026"
-    assert (
-        measured["whole block, float8 products"] == "312 ms" and measured["memory against no memory"] == "11.11 % more"
-    )
+    assert measured["whole block, float8"] == "312 ms" and measured["memory against no memory"] == "11.11 % more"
     assert measured["3x3 convolutions, our kernel"] == "333.3 TFLOP/s", "calls and times of a whole block"
     assert measured["attention over the cache, best"] == "600 TFLOP/s"
     assert measured["attention over the cache, float8"] == "1000 TFLOP/s"
@@ -96,6 +96,32 @@ def test_a_whole_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert verdicts["VAE decode, alone"] == "unmet"
     assert verdicts["whole block, bfloat16"] == "met" and verdicts["memory against no memory"] == "unmet"
     assert "sm_clock_mhz 1980" in text and "Missing" not in text and "rehearsal" not in text
+
+
+def test_predictions_are_those_of_the_page() -> None:
+    """docs/speed.md has these tables."""
+    block = {row["line"]: row for row in block_table()}
+    lanes = {
+        row["transformer"]: row["whole"] for row in reversed(schedule_table()) if row["first"] == "the transformer"
+    }
+    decoder = block["**decoder**"]["now"]
+
+    def rate(line: str, column: str = "now") -> float:
+        return float(1e3 * block[line]["tflop"] / block[line][column])
+
+    expected = {
+        "whole block, bfloat16": lanes["as now"],
+        "video frames a second": 12e3 / lanes["as now"],
+        "transformer, all passes": block["**transformer and memory**"]["now"],
+        "VAE decode, in the block": decoder,
+        "VAE decode, alone": decoder,
+        "whole block, float8": lanes["float8"],
+        "attention over the cache, best": rate("self-attention"),
+        "attention over the cache, float8": rate("self-attention", "float8"),
+        "3x3 convolutions, our kernel": rate("causal_conv_hopper"),
+    }
+    predicted = {figure.what: figure.predicted for figure in FIGURES}
+    assert {name: predicted[name] for name in expected} == {name: f"{value:.0f}" for name, value in expected.items()}
 
 
 @pytest.mark.parametrize("gone", whole())

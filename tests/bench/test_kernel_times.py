@@ -12,20 +12,23 @@ import torch
 from kernel_times import (
     BOUNDS,
     LIBRARY_BOUNDS,
+    QUERY_NORM,
     Row,
     Run,
     compare,
     compare_calls,
     copies,
     difference,
+    time_library,
     time_variant,
 )
 from library_calls import library_calls, result_of
-from op_inputs import OPS, variants
+from op_inputs import IN8, OPS, linear_layers, variants
 from roofline import Ceiling, Work, measure_ceilings
 from timing import HostTimer
 
 from echo_rt.bench.settings import TINY
+from echo_rt.model.linear import Linear
 from echo_rt.ops import reference
 from echo_rt.ops.backends import available_backends
 
@@ -60,6 +63,25 @@ def test_a_run_writes_valid_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert norm["copy_share"] == pytest.approx(norm["copy_us"] / norm["median_us"])
     assert update["rate"] == pytest.approx(update["flops"] / update["median_us"] / 1e6)
     assert "gated_residual_norm" in capsys.readouterr().out
+
+
+def test_what_a_library_computes_is_timed_too() -> None:
+    rows = list(time_library(run_of(None)))
+    names = [f"product {layer.name}" for layer in linear_layers(TINY)]
+    in8 = [f"product {layer.name}, {IN8}" for layer in linear_layers(TINY) if layer.float8]
+    assert {row["variant"] for row in rows} == {*names, *in8, QUERY_NORM} and len(in8) == 4
+    assert all(row.ok and 0 <= row["error"] <= row["error_bound"] and row["median_us"] > 0 for row in rows)
+    first = rows[0]  # q, k and v
+    tokens, dim = TINY.config.tokens_per_block, TINY.config.transformer.dim
+    assert (first["flops"], first["calls"]) == (6 * tokens * dim**2, 10)
+    assert first["bytes"] == 2 * (tokens * dim + 3 * dim**2 + 3 * tokens * dim)
+
+
+def test_a_wrong_library_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Linear, "__call__", lambda self, x: 1.1 * torch.nn.functional.linear(x, self.weight, self.bias))
+    rows = {row["variant"]: row.ok for row in time_library(run_of(None))}
+    assert not any(ok for name, ok in rows.items() if name.startswith("product") and IN8 not in name)
+    assert rows[QUERY_NORM] and rows[f"product ffn_out, {IN8}"]
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_flash_attn_3(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative_error(FLASH_3.load()(*given), exact_attention(*given)) < TOLERANCES[torch.bfloat16]
 
 
-def sage_attention(monkeypatch: pytest.MonkeyPatch, noise: float) -> Attention:
+def sage_attention(monkeypatch: pytest.MonkeyPatch, noise: float, *, smooth: bool = True) -> Attention:
     """SageAttention 2 in its own steps, on the host: int8 queries and smoothed keys, values in float8 by channel."""
     library = ModuleType("sageattention")
 
@@ -190,7 +190,7 @@ def sage_attention(monkeypatch: pytest.MonkeyPatch, noise: float) -> Attention:
         assert q.dtype == k.dtype == v.dtype == torch.bfloat16 and all(t.stride(-1) == 1 for t in (q, k, v))
         q, k, v = (t[0].float() for t in (q, k, v))
         scale = v.abs().amax(0) / 448
-        out = exact_attention(int8(q), int8(k - k.mean(0)), (v / scale).to(FLOAT8).float() * scale)
+        out = exact_attention(int8(q), int8(k - smooth * k.mean(0)), (v / scale).to(FLOAT8).float() * scale)
         return (out + noise * torch.randn(out.shape)).unflatten(-1, q.shape[-2:])[None].bfloat16()
 
     library.sageattn = sageattn  # type: ignore[attr-defined]
@@ -204,6 +204,14 @@ def test_sage_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     assert attention.name == SAGE.name and attention(check.q, check.k, check.v).is_contiguous()
     assert TOLERANCES[torch.bfloat16] < check.error(attention) < TOLERANCES[FLOAT8]
     assert check.error(sage_attention(monkeypatch, noise=1.0)) > TOLERANCES[FLOAT8], "as release 2.2.0 on Hopper"
+
+
+def test_keys_that_are_not_smoothed_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which keys of zero mean would not show."""
+    check = AttentionCheck(AttentionShapes(queries=64, keys=2000, heads=2, head_dim=128), CPU, FLOAT8)
+    assert check.k.float().mean(0).abs().max() > 5
+    errors = [check.error(sage_attention(monkeypatch, noise=0.0, smooth=smooth)) for smooth in (True, False)]
+    assert errors[0] < TOLERANCES[FLOAT8] < errors[1]
 
 
 def test_sage_attention_is_for_float8_alone() -> None:
