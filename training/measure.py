@@ -40,6 +40,7 @@ class Sizes:
     prompts: int = 4
     prompt_blocks: int = 16
     drift_days: int = 200
+    first_blocks: int = 16
 
 
 Opener = Callable[..., Runtime]
@@ -80,21 +81,25 @@ def adherence(runtime: Runtime, sizes: Sizes) -> dict[str, Any]:
     for kind in ("held out", "trained"):
         chance = random.Random(kind)
         named = sorted(HELD_OUT) if kind == "held out" else [_named(random_scene(chance)) for _ in HELD_OUT]
-        rows: list[tuple[int, Reading, Scene]] = []
+        rows: list[tuple[Reading, Scene]] = []
+        firsts: list[bool] = []
         for colour, shape, place in named:
             scene = Scene(colour, shape, place, "red", 0, 0)
-            for index in range(sizes.prompts):
-                numbers = [step * block + 4 for block in range(sizes.prompt_blocks)]
+            for index in range(sizes.first_blocks):
+                blocks = sizes.prompt_blocks if index < sizes.prompts else 1
                 with runtime.stream(scene.prompt, seed=_FIRST_SEED + index) as stream:
-                    frames = frames_of(stream, numbers)
-                rows += [(number // step, read(frame, number), scene) for number, frame in sorted(frames.items())]
+                    frames = frames_of(stream, [step * block + 4 for block in range(blocks)])
+                readings = [read(frame, number) for number, frame in sorted(frames.items())]
+                firsts.append(follows(readings[0], scene))
+                rows += [(reading, scene) for reading in readings if index < sizes.prompts]
         result[kind] = {
             "blocks": len(rows),
-            "all": share(follows(reading, scene) for _, reading, scene in rows),
-            "colour": share(reading.colour == scene.colour for _, reading, scene in rows),
-            "shape": share(reading.shape == scene.shape for _, reading, scene in rows),
-            "place": share(reading.place == scene.place for _, reading, scene in rows),
-            "first block": share(follows(reading, scene) for block, reading, scene in rows if block == 0),
+            "all": share(follows(reading, scene) for reading, scene in rows),
+            "colour": share(reading.colour == scene.colour for reading, scene in rows),
+            "shape": share(reading.shape == scene.shape for reading, scene in rows),
+            "place": share(reading.place == scene.place for reading, scene in rows),
+            "first blocks": len(firsts),
+            "first block": share(firsts),
         }
     return result
 
@@ -268,7 +273,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/measured.json"), help="(default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the work, to see that all of it runs")
     arguments = parser.parse_args()
-    sizes = Sizes(2, 3, 1, 4, 2, 1, 4, 6) if arguments.quick else Sizes()
+    sizes = Sizes(2, 3, 1, 4, 2, 1, 4, 6, 2) if arguments.quick else Sizes()
     results: dict[str, Any] = {
         "machine": f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}, torch {torch.__version__}"
     }

@@ -29,9 +29,13 @@ def percent(value: float | None) -> str:
 
 def prompts(found: Found) -> str:
     """How often frames show what the prompt names."""
-    keys = ("colour", "shape", "place", "all", "first block")
+    keys = ("colour", "shape", "place", "all")
     rows = [
-        [f"{kind}, {each['blocks']} blocks", *(percent(each[key]) for key in keys)]
+        [
+            f"{kind}, {each['blocks']} blocks",
+            *(percent(each[key]) for key in keys),
+            f"{percent(each['first block'])} of {each['first blocks']}",
+        ]
         for kind, each in found["adherence"].items()
     ]
     switch = found["switches"]
@@ -40,7 +44,7 @@ def prompts(found: Found) -> str:
         f"and {percent(switch['later blocks'])} of later ones show the new prompt; the balloon is that of before in "
         f"{percent(switch['balloon kept'])}."
     )
-    return f"{table(['prompts', *keys], rows)}\n\n{text}"
+    return f"{table(['prompts', *keys, 'first block'], rows)}\n\n{text}"
 
 
 def recall(found: Found) -> str:

@@ -36,7 +36,7 @@ CONFIG = ModelConfig(
     WIDTH // PATCH,
     WindowConfig(frames_per_block=3, sink_frames=3, local_frames=6, max_temporal_id=11),
     MemoryConfig(frames=3, layers=2, normalize_k=True, rebuild_on_prompt_switch=False),
-    SamplerConfig(timestep_shift=3.0),
+    SamplerConfig(timestep_shift=3.0, first_block_steps=(1000, 750, 625, 500, 437, 375, 312, 250)),
 )
 
 
