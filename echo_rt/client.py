@@ -94,7 +94,7 @@ class Live(Closing):
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
             answer = self._http.request(method, self._root + path, json=body or None)
-        except httpx.TransportError as error:
+        except (httpx.TransportError, RuntimeError) as error:  # the latter after close()
             raise StreamError(f"the server cannot be reached: {error}") from None
         _check(answer)
         return read_json(answer.content, dict[str, Any], "the server's answer", StreamError)

@@ -70,33 +70,39 @@ _INSTEAD = {
     ),
     "noise is a function of the seed; give seed=, an integer, or noise=, a function": "generator",
     "give noise=, a function, or initial_latents=, the beginning of the video, to Runtime.stream": "latents",
-    "frames that a video begins with are initial_video= of Runtime.stream": "image video",
+    "frames that a video begins with are initial_video= of Runtime.stream": "image video last_image strength",
     "a video has no end; iterate over runtime.stream(prompt, seed=...), whose chunks have frames": "__call__",
     "every chunk has its frames as chunk.frames, chunk.numpy() and chunk.pil()": "output_type",
     "a stream hands out chunks; iterate over it": "return_dict",
-    "a stream hands out its blocks as they are made; iterate over it": "callback_on_step_end",
+    "a stream hands out its blocks as they are made; iterate over it": (
+        "callback callback_on_step_end set_progress_bar_config progress_bar"
+    ),
     "a runtime makes one video at a time; stream again with another seed=": "num_videos_per_prompt",
     "the size is the runtime's, frame_size; give width= and height= to Runtime.from_pretrained": "height width",
     "the frame rate is the model's, runtime.fps": "fps frame_rate",
     "the length of a prompt is the model's": "max_sequence_length",
     "the weights are trained for their recipe's steps; from_pretrained(..., overrides={'denoising_steps': ...}) "
-    "changes them": "num_inference_steps timesteps sigmas scheduler",
+    "changes them": "num_inference_steps timesteps sigmas scheduler eta",
     "a model is on one device; give device=": "device_map",
     "a model stays where and as it was loaded; give device= and dtype= to Runtime.from_pretrained": (
         "to cuda cpu half float bfloat16"
     ),
     "files of a variant are found by themselves, and dtype= says what they are computed in": "variant",
     "nothing is downloaded; give the folder or file itself, as in text_encoder=, tokenizer= or vae_file=": (
-        "revision cache_dir local_files_only token transformer use_safetensors"
+        "revision cache_dir local_files_only token use_safetensors trust_remote_code from_single_file save_pretrained"
     ),
     "to need less memory, give vae_tiles=, keep_text_encoder=False or dtype='float8' to from_pretrained": (
         "low_cpu_mem_usage quantization_config max_memory offload_folder enable_model_cpu_offload "
-        "enable_sequential_cpu_offload enable_vae_tiling enable_vae_slicing enable_attention_slicing"
+        "enable_sequential_cpu_offload enable_group_offload enable_vae_tiling disable_vae_tiling enable_vae_slicing "
+        "enable_attention_slicing maybe_free_model_hooks"
     ),
     "LoRAs are merged as the model is loaded; give lora= to Runtime.from_pretrained": (
-        "load_lora_weights fuse_lora set_adapters"
+        "load_lora_weights fuse_lora set_adapters unload_lora_weights"
     ),
-    "give attention= to Runtime.from_pretrained": "enable_xformers_memory_efficient_attention",
+    "give attention= to Runtime.from_pretrained": "enable_xformers_memory_efficient_attention attention_kwargs",
+    "the parts of the model are the runtime's own, in kernels and graphs; from_pretrained takes their files, as in "
+    "text_encoder=, tokenizer= and vae_file=": "transformer unet text_encoder tokenizer image_processor components",
+    "it is compiled and in inference already": "compile eval train requires_grad_",
 }
 _NOT_HERE = {name: answer for answer, names in _INSTEAD.items() for name in names.split()}
 

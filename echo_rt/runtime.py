@@ -167,7 +167,9 @@ class Runtime(ExplainsHabits, Closing, Bound):
         """
         given = locals()
         if not isinstance(like, Snapshot | None):
-            raise ConfigError(f"like must be a Snapshot or None, got {type(like).__name__}")
+            raise ConfigError(
+                f"like must be a Snapshot, as Snapshot.load(path) returns, or None; got {type(like).__name__}"
+            )
         if torch_dtype is not None and dtype is not None:
             raise ConfigError(
                 f"torch_dtype is another name of dtype: expected one of them, got {torch_dtype!r} and {dtype!r}"

@@ -83,8 +83,9 @@ def parse_path(text: str) -> Path:
     return Path(text)
 
 
-def _parse_model(text: str) -> str | Path:
-    return text if text == DEMO else parse_path(text)
+def _path_or(*words: str) -> Value:
+    """Type of a path, or of one of ``words``; a file of that name is written ``./word``."""
+    return Value(lambda text: text if text in words else parse_path(text), files=True)
 
 
 def _parse_lora(text: str) -> tuple[Path, float]:
@@ -204,12 +205,12 @@ _SHARED = table(
 --seed N                 the same seed makes the same video (default 0)
 --roll-back              return to an earlier state when a block contains NaN, instead of ending
 """,
-    model={"default": DEMO, "type": Value(_parse_model, files=True)},
+    model={"default": DEMO, "type": _path_or(DEMO)},
     lora={"type": Value(_parse_lora, files=True), "multiple": True},
     recipe={"type": Value(str, words=RECIPES)},
     ema={"default": None},
     memory={"type": click.Choice([mode.value for mode in MemoryMode])},
-    vae={"default": WAN_VAE},
+    vae={"default": WAN_VAE, "type": _path_or(WAN_VAE, TINY_VAE)},
     dtype={"type": _dtype(DTYPE_NAMES)},
     vae_dtype={"type": _dtype(VAE_DTYPE_NAMES)},
     float8_except={"multiple": True},

@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
 import warnings
@@ -39,26 +40,28 @@ _ATTENTION = ("echo_rt.attention", "available_attention", "chosen")
 _CONVOLUTION = ("echo_rt.convolution", "available_convolutions", "convolutions chosen")
 
 # Module, distribution, what it is for, whether generate needs it.
+_NEEDED = "needed"
+# Module, distribution, what it is for; the extra that has it, or nothing for what every installation has.
 _DEPENDENCIES = (
-    ("torch", "torch", "tensors, attention, the torch backend", True),
-    ("numpy", "numpy", "video frames", True),
-    ("safetensors", "safetensors", "weights, latents, prompt embeddings", True),
-    ("transformers", "transformers", "the umT5 text encoder and its tokenizer", True),
-    ("ftfy", "ftfy", "cleaning of prompts", True),
-    ("av", "av", "PyAV: H.264, MP4 and PNG", True),
-    ("msgspec", "msgspec", "configs, journals and indices", True),
-    ("rich", "rich", "progress bars", False),
-    ("pynvml", "nvidia-ml-py", "driver and memory of NVIDIA GPUs", False),
-    ("matplotlib", "matplotlib", "plots of soak and bench", False),
-    ("prometheus_client", "prometheus-client", "soak --port", False),
-    ("gguf", "gguf", "weights in GGUF files", False),
-    ("fastapi", "fastapi", "serve", False),
-    ("uvicorn", "uvicorn", "serve", False),
-    ("aiortc", "aiortc", "serve: WebRTC", False),
-    ("websockets", "websockets", "serve, echo_rt.client", False),
-    ("httpx", "httpx", "echo_rt.client", False),
-    ("ray", "ray", "serve --ray", False),
-    ("PIL", "pillow", "contact sheets", False),
+    ("torch", "torch", "tensors, attention, the torch backend", _NEEDED),
+    ("numpy", "numpy", "video frames", _NEEDED),
+    ("safetensors", "safetensors", "weights, latents, prompt embeddings", _NEEDED),
+    ("transformers", "transformers", "the umT5 text encoder and its tokenizer", _NEEDED),
+    ("ftfy", "ftfy", "cleaning of prompts", _NEEDED),
+    ("av", "av", "PyAV: H.264, MP4 and PNG", _NEEDED),
+    ("msgspec", "msgspec", "configs, journals and indices", _NEEDED),
+    ("rich", "rich", "progress bars", ""),
+    ("pynvml", "nvidia-ml-py", "driver and memory of NVIDIA GPUs", ""),
+    ("matplotlib", "matplotlib", "plots of soak and bench", "soak"),
+    ("prometheus_client", "prometheus-client", "soak --port", "soak"),
+    ("gguf", "gguf", "weights in GGUF files", "gguf"),
+    ("fastapi", "fastapi", "serve", "serve"),
+    ("uvicorn", "uvicorn", "serve", "serve"),
+    ("aiortc", "aiortc", "serve: WebRTC", "serve"),
+    ("websockets", "websockets", "serve, echo_rt.client", "serve"),
+    ("httpx", "httpx", "echo_rt.client", "client"),
+    ("ray", "ray", "serve --ray", "ray"),
+    ("PIL", "pillow", "contact sheets", ""),
 )
 
 
@@ -109,8 +112,11 @@ def _page(facts: Sequence[tuple[str, Fact]]) -> Iterator[str]:
     grouped: dict[str, list[str]] = {title: [] for title in _TITLES.values()}
     for group, fact in facts:
         lines = grouped.setdefault(_TITLES.get(fact.status, group), [])
+        advice = f"    {'':<{width}}  -> {fact.advice}" if fact.advice else ""
+        if advice and lines[-1:] == [advice]:  # said once for all
+            lines.pop()
         lines.append(f"  {_MARKS[fact.status]} {fact.name:<{width}}  {fact.value}")
-        lines += [f"    {'':<{width}}  -> {fact.advice}"] if fact.advice else []
+        lines += [advice] if advice else []
     for title, lines in grouped.items():
         yield from [title, *lines] if lines else []
 
@@ -182,15 +188,17 @@ def _backends() -> Iterator[Fact]:
 
 
 def _packages() -> Iterator[Fact]:
-    for module, distribution, purpose, required in _DEPENDENCIES:
+    for module, distribution, purpose, extra in _DEPENDENCIES:
         problem = _problem_of(module)
         try:
             version = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             version = "" if problem else "of unknown version"
         value = f"{version}: {problem}" if version and problem else f"{version or problem} ({purpose})"
-        install = ("" if required else "optional: ") + f"pip install {distribution}"
-        yield _checked(distribution, value, not problem, install, needed=required)
+        needed = extra == _NEEDED
+        package = shlex.quote(f"echo-rt[{extra}]") if extra and not needed else distribution
+        install = ("" if needed else "optional: ") + f"pip install {package}"
+        yield _checked(distribution, value, not problem, install, needed=needed)
 
 
 def _torch() -> Iterator[Fact]:

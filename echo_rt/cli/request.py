@@ -56,8 +56,11 @@ def _split(argument: str, option: str) -> tuple[float, str]:
         expected = "a prompt" if option == "--prompt" else "a file"
         raise PromptError(f"{option} {argument!r}: expected {expected}, got nothing")
     if seconds > 0 and option == "--prompt" and value[0].isdigit():
-        either = f"got what can be either; a blank after the colon makes it a text at {seconds:g} s, and {_ESCAPED}"
-        raise PromptError(f"{option} {argument[:_SHOWN]!r}: expected a time or a text, {either}")
+        text = value[:_SHOWN]
+        raise PromptError(
+            f"{option} {argument[:_SHOWN]!r}: expected SECONDS:TEXT such as '90:a ball', got a text that begins with a "
+            f"number; if that is meant, write '{seconds:g}: {text}', or '0:{seconds:g}:{text}' for the start"
+        )
     return seconds, value.strip()
 
 
@@ -144,7 +147,7 @@ class Request:
             if arguments.latents == BESIDE_SEGMENTS:
                 raise ConfigError("--latents: expected FILE.safetensors, which only --segments can do without")
         elif arguments.fragmented:
-            raise ConfigError("--fragmented: expected no --segments with it: segments always are")
+            raise ConfigError("--fragmented: expected no --segments with it: every segment is fragmented")
         elif arguments.contact_sheet is not None:
             raise ConfigError("--contact-sheet: expected no --segments with it: it needs the whole video in one run")
         elif arguments.latents not in (None, BESIDE_SEGMENTS):
@@ -152,7 +155,7 @@ class Request:
                 f"--latents: expected no file with --segments, whose folder they go to, got {str(arguments.latents)!r}"
             )
         elif output.suffix.lower() == ".mp4":
-            raise ConfigError(f"-o: expected the name of a folder with --segments, got {str(output)!r}")
+            raise ConfigError(f"--output: expected the name of a folder with --segments, got {str(output)!r}")
         return output
 
     def _check_outputs(self) -> None:

@@ -90,6 +90,9 @@ def _abandon(stream: TextIO) -> None:
     os.close(null)
 
 
+_EXTRA = "Got unexpected extra argument"
+
+
 def _is_no_memory(error: Exception) -> bool:
     if isinstance(error, RuntimeError):
         return type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in _NO_MEMORY)
@@ -106,6 +109,8 @@ def describe(error: Exception) -> tuple[str, int]:
             message = f"{error.message} Did you mean {' or '.join(map(repr, error.possibilities))}?"
         if isinstance(error, click.BadParameter) and error.param is not None and error.message:
             message = f"{'/'.join(error.param.opts)}: {error.message}"
+        if message.startswith(_EXTRA) and error.ctx and any("--prompt" in one.opts for one in error.ctx.command.params):
+            message += "; a text is given as --prompt TEXT"
         page = "echo-rt" if error.ctx is None else error.ctx.command_path
         return one_line(f"{message} (see {page} --help)"), error.exit_code
     if _is_no_memory(error):  # only the first line: torch may append the C++ stack

@@ -86,7 +86,7 @@ class InitialVideoEncoder:
         elif isinstance(video, (str, bytes, os.PathLike)) or not isinstance(video, Iterable | None):
             raise ConfigError(
                 f"initial_video must be frames, uint8 [F, H, W, 3], or an iterable of such pieces; got {type_of(video)}"
-                + ("; echo_rt.output.reader.VideoFile(path) is one of a file's frames" if is_path(video) else "")
+                + ("; for a file, give echo_rt.output.VideoFile(path)" if is_path(video) else "")
             )
 
     def check_count(self, frames: int) -> None:

@@ -261,7 +261,7 @@ class Blocks:
             if seconds <= bound:
                 return
             what = f"took {seconds:.3g} s"
-        raise StallError(f"block {self.ready.end} {what}; the guard allows a block {bound:g} s")
+        raise StallError(f"block {self.ready.end} {what}; a block may take {bound:g} s")
 
     # ---------------------------------------------------------------- state
 

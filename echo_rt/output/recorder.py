@@ -102,7 +102,7 @@ class _BlockRecorder(ABC):
 
 
 class Recorder(_BlockRecorder):
-    """Records the video in one file and, on request, its latents and its contact sheet.
+    """Records the video in one file and, on request, its latents and its contact sheet; existing files are replaced.
 
     Args:
         video, latents, contact_sheet: files whose names end in ``.mp4``, ``.safetensors`` and ``.png``; None for no

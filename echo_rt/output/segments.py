@@ -183,7 +183,7 @@ class RecordingIndex:
 def check_free(
     folder: str | Path,
     expected: str = "a folder without a recording",
-    advice: str = "resume it, or name another folder",
+    advice: str = "resume it, name another folder, or remove it (no option replaces a recording)",
 ) -> None:
     """Raise ``TargetError`` where ``folder`` holds a recording with frames, or segments whose index is gone."""
     try:

@@ -127,7 +127,7 @@ def choose_recipe(
         source = f"{model}: echo_rt in config.json: {RECIPE}"
         return Choice(find_recipe(of_folder[RECIPE], source), "the folder names it", "folder")
     if _is_whole(of_folder):
-        return Choice(None, "the folder's config.json has its facts", "folder")
+        return Choice(None, "the folder's config.json describes all of it", "folder")
     if checkpoint is None:
         raise _unknown(f"nothing says how {model} is sampled, a stock Wan2.1 without a checkpoint that is distilled")
     if any(holds_memory(open_lora(path)) for path, _ in loras):

@@ -48,7 +48,7 @@ def test_what_is_wrong_comes_first_with_its_remedy(echo_rt, monkeypatch):
     assert lines[1].startswith("✗ av") and lines[2] == "-> pip install av"
     assert lines[3] == "what could be better"
     remedies = lines[: lines.index("system")]
-    assert "-> optional: pip install gguf" in remedies and not any("->" in line for line in lines[len(remedies) :])
+    assert "-> optional: pip install 'echo-rt[gguf]'" in remedies and not any("->" in line for line in lines[len(remedies) :])
 
 
 def test_what_only_a_gpu_can_use_is_left_out_without_one(echo_rt, monkeypatch):
@@ -130,21 +130,23 @@ def test_the_default_backend_of_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "code"),
+    ("module", "name", "install", "code"),
     [
-        ("av", "av", 1),
-        ("rich", "rich", 0),
-        ("matplotlib", "matplotlib", 0),
-        *((name, name, 0) for name in ("aiortc", "httpx", "ray")),
+        ("av", "av", "av", 1),
+        ("rich", "rich", "rich", 0),
+        ("matplotlib", "matplotlib", "'echo-rt[soak]'", 0),
+        ("aiortc", "aiortc", "'echo-rt[serve]'", 0),
+        ("httpx", "httpx", "'echo-rt[client]'", 0),
+        ("ray", "ray", "'echo-rt[ray]'", 0),
     ],
 )
-def test_a_missing_package(echo_rt, monkeypatch, module, name, code):
+def test_a_missing_package(echo_rt, monkeypatch, module, name, install, code):
     monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     outcome = echo_rt("doctor", "--json")
     assert outcome.code == code
     fact = facts_of(outcome)[name]
     assert fact["status"] == ("missing" if code else "absent")
-    assert f"pip install {name}" in fact["advice"]
+    assert f"pip install {install}" in fact["advice"]
     page = echo_rt("doctor")
     assert page.code == code, "the page needs none of the packages"
     assert page.out.splitlines()[-1] == (f"generate cannot run: {name}" if code else "generate can run")

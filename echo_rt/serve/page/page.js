@@ -312,6 +312,8 @@ $("resume").addEventListener("submit", (event) => {
   });
 });
 $("transport").addEventListener("change", () => { localStorage.transport = $("transport").value; choose(); });
+addEventListener("pagehide", () => player?.close());  // or the server would wait for a viewer who has gone
+addEventListener("pageshow", (event) => { if (event.persisted) choose(); });
 
 // ---------------------------------------------------------------- events
 
