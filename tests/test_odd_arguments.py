@@ -75,7 +75,7 @@ def test_odd_arguments_of_a_stream(small_model: Path) -> None:
             runtime.resume(3)  # type: ignore[arg-type]
         with pytest.raises(echo_rt.SnapshotError, match="x: "):
             runtime.resume("x")
-        with pytest.raises(ConfigError, match=r"got a str; echo_rt\.output\.reader\.VideoFile\(path\)"):
+        with pytest.raises(ConfigError, match=r"got a str; for a file, give echo_rt\.output\.VideoFile\(path\)"):
             runtime.stream(prompt_embeds=dense, initial_video="x.mp4")  # type: ignore[arg-type]
         with runtime.stream(prompt_embeds=dense, seed=np.int64(3)) as stream:  # type: ignore[arg-type]
             next(stream)

@@ -48,7 +48,8 @@ def test_what_is_wrong_comes_first_with_its_remedy(echo_rt, monkeypatch):
     assert lines[1].startswith("✗ av") and lines[2] == "-> pip install av"
     assert lines[3] == "what could be better"
     remedies = lines[: lines.index("system")]
-    assert "-> optional: pip install 'echo-rt[gguf]'" in remedies and not any("->" in line for line in lines[len(remedies) :])
+    assert "-> optional: pip install 'echo-rt[gguf]'" in remedies
+    assert not any("->" in line for line in lines[len(remedies) :])
 
 
 def test_what_only_a_gpu_can_use_is_left_out_without_one(echo_rt, monkeypatch):

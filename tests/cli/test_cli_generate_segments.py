@@ -27,6 +27,12 @@ def test_segments_alone(echo_rt, fake_runtime, tmp_path, frame_count):
     assert frame_count(tmp_path / "day" / "video.m3u8") == 60
 
 
+def test_words_of_the_package_are_no_files_of_the_folder_one_is_in(echo_rt, fake_runtime, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = echo_rt("generate", "--prompt", "1", "-o", ".", "--segments", 1, "--frames", 10)  # demo and wan
+    assert outcome.code == 0, outcome.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -37,13 +43,13 @@ def test_segments_alone(echo_rt, fake_runtime, tmp_path, frame_count):
         (("-o", "v.mp4", "--latents"), "--latents: expected FILE.safetensors"),
         (("-o", "day", "--segments", 1, "--latents", "l.safetensors"), "--latents: expected no file with --segments"),
         (("-o", "day", "--segments", 1, "--contact-sheet", "s.png"), "--contact-sheet: expected no --segments with it"),
-        (("-o", "v.mp4", "--segments", 1), "-o: expected the name of a folder with --segments, got 'v.mp4'"),
+        (("-o", "v.mp4", "--segments", 1), "--output: expected the name of a folder with --segments, got 'v.mp4'"),
         (("-o", "day", "--segments", 0), "--segments: expected a number above 0, got '0'"),
         (("-o", "day", "--segments", "x"), "--segments: expected a number above 0, got 'x'"),
         (("-o", "day", "--segments", 1, "--snapshot-every", 0), "--snapshot-every: expected an integer of 1"),
-        (("-o", "day", "--segments", 1, "--snapshot-every", "1.5"), "--snapshot-every: expected a number of blocks"),
+        (("-o", "day", "--segments", 1, "--snapshot-every", "1.5"), "--snapshot-every: expected an integer of 1"),
         (("-o", "folder/day", "--segments", 1), "expected a folder apart from what is read, got 'folder/day'"),
-        (("-o", ".", "--segments", 1), "--output: expected a folder apart from what is read, got '.', which holds"),
+        (("-o", ".", "--segments", 1), "expected a folder apart from what is read, got '.', which holds --model"),
         (("-o", "absent/day", "--segments", 1), "expected a folder to write into, got no folder absent"),
         (("-o", "file", "--segments", 1), "expected a folder to write into, got a file"),
         (("-o", "x" * 300, "--segments", 1), "name too long"),

@@ -52,7 +52,7 @@ def test_what_is_a_time(argument, seconds, text):
         (["-1:a"], [], "at 0 seconds or later, got -1"),
         (["a", "9" * 400 + ":b"], [], "not a number of seconds"),
         (["5:a"], [], "the first begins at 5 s"),
-        (["a", "16:9 film of a lake"], [], "begins with a number; if that is meant, write '16: 9 film of a lake', or '0:16:9 film"),
+        (["a", "16:9 film of a lake"], [], "if that is meant, write '16: 9 film of a lake', or '0:16:9 film"),
         (["a", "12:30:45 on a clock"], [], "expected SECONDS:TEXT"),
         (["16:9 film"], [], "expected SECONDS:TEXT"),
         (["a", "b"], [], "two prompts begin at 0 s: 'a' and 'b'"),
