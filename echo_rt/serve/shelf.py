@@ -156,7 +156,7 @@ class Shelf:
         """
         for match, _ in self._matching(_LOGGED):
             if int(match[1]) > after and (change := self.read_json(match[0], dict[str, Any])) is not None:
-                kind: type[Any] = Entry if "text" in change else Values
+                kind: type[Any] = Values if change.keys() <= Values.__annotations__.keys() else Entry
                 yield convert(change, kind, f"{self._root}/{match[0]}", SnapshotError)
 
     def forget(self, until: int) -> None:

@@ -8,6 +8,7 @@ import http.client
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -25,7 +26,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
 from echo_rt import client as client_module
 from echo_rt.client import Live
-from echo_rt.errors import EchoError, StreamError
+from echo_rt.errors import EchoError, SnapshotError, StreamError
 from echo_rt.options import check_seed
 from echo_rt.serve.app import COMMANDS
 from echo_rt.serve.realtime import Realtime
@@ -186,18 +187,25 @@ def test_what_lies_in_a_sessions_folder(tmp_path_factory: pytest.TempPathFactory
         value = data.draw(st.just(content) | changed(content) | ANYTHING)
         (folder / name).write_bytes(data.draw(st.just(as_json(value)) | damaged(as_json(value))))
     shelf = Shelf(folder, claim=False)
-    prompts: list[Any] = []
+    changes: list[Any] = []
     for read in (
         lambda: shelf.open(SNAPSHOT)[1].prompts,
         lambda: list(shelf.logged(0)),
         lambda: [] if isinstance(shelf.read_json("owner.json", str), str) else None,
     ):
         try:
-            prompts += read()
+            changes += read()
         except EchoError as error:
             one_line(error)
-    for prompt in prompts:
-        assert isinstance(prompt["text"], str) and prompt["block"] >= 0 and isinstance(prompt["over"], int | None)
+    for change in changes:
+        if not change.keys() <= {"paused", "recording"}:
+            assert isinstance(change["text"], str) and change["block"] >= 0 and isinstance(change["over"], int | None)
+
+
+def test_a_prompt_of_the_log_that_lost_its_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "prompt-0000000001.json").write_bytes(as_json({key: ENTRY[key] for key in ("block", "over", "asked")}))
+    with pytest.raises(SnapshotError, match="text"):
+        list(Shelf(tmp_path, claim=False).logged(0))
 
 
 def test_a_snapshot_without_its_notes_goes_on(server: Served) -> None:
