@@ -107,6 +107,7 @@ _INSTEAD = {
 _NOT_HERE = {name: answer for answer, names in _INSTEAD.items() for name in names.split()}
 
 P = ParamSpec("P")
+_Options = TypeVar("_Options", bound="RuntimeOptions")
 R = TypeVar("R")
 
 
@@ -220,6 +221,24 @@ class RuntimeOptions:
     def arguments(self) -> dict[str, Any]:
         """Return the options by name, for :meth:`echo_rt.Runtime.from_pretrained`; without a subclass's own."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(RuntimeOptions)}
+
+    def absolute(self: _Options) -> _Options:
+        """Return the options with absolute paths, which mean the same in every working folder."""
+        files = ["checkpoint", "text_encoder", "tokenizer", "vae_file"]
+        files += [] if self.vae in (WAN_VAE, TINY_VAE) else ["vae"]
+        paths = {name: str(Path(value).absolute()) for name in files if (value := getattr(self, name)) is not None}
+        loras = tuple((path.absolute(), strength) for path, strength in lora_files(self.lora))
+        return dataclasses.replace(self, **paths, lora=loras or None)
+
+
+def is_name(model: str | Path) -> bool:
+    """Return whether ``model`` is no path: the model in the package, or an id of the Hugging Face hub."""
+    return model == DEMO or (HUB_ID.fullmatch(str(model)) is not None and not os.path.exists(model))
+
+
+def absolute_model(model: str | Path) -> str:
+    """Return the name or the absolute path of a model."""
+    return str(model if is_name(model) else Path(model).absolute())
 
 
 def is_path(value: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import secrets
 import threading
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 from echo_rt.cli.arguments import MODEL, Arguments, model_files, number, options_of, shared, table
 from echo_rt.cli.outputs import Named, check_folder
 from echo_rt.cli.stdio import say, say_loading
-from echo_rt.options import DEMO_PROMPT, RuntimeOptions
+from echo_rt.options import DEMO_PROMPT, RuntimeOptions, absolute_model
 from echo_rt.utils.packages import needing
 from echo_rt.utils.signals import StopNow, StopRequest
 
@@ -116,7 +117,7 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
 
     if not session:
         listener.close()  # one of Ray's processes serves there
-        return _serve_on_ray(arguments, given, make, port, announce, stop)
+        return _serve_on_ray(arguments, options.absolute().arguments(), make, port, announce, stop)
     running = server.make_server(make({"main": session}), most_connections=_PER_VIEWER * arguments.viewers)
     announce(session.resumed)
     running.should_exit = stop.request is not None  # from here on its own handlers note a signal
@@ -142,11 +143,13 @@ def _serve_on_ray(
         import ray.serve
 
         from echo_rt.serve import cluster
-    storage = arguments.storage or str(arguments.out.absolute())
+    storage = arguments.storage or str(arguments.out)
+    if "://" not in storage:
+        storage = os.path.abspath(storage)
     with stop.interruptible():
         has_gpus = cluster.connect(arguments.ray).get("GPU", 0) > 0
     settings = cluster.Cluster(
-        arguments.model,
+        absolute_model(arguments.model),  # sessions have working folders of their own
         options,
         storage,
         every=arguments.snapshot_blocks,

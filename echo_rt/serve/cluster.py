@@ -70,7 +70,7 @@ class Cluster:
         megabits: most megabits a second to one viewer.
     """
 
-    model: Path
+    model: str | Path
     options: Mapping[str, Any]
     storage: str
     every: int = 40

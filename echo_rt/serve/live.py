@@ -419,6 +419,6 @@ def _entry(text: str, block: int, over: int | None) -> Entry:
     return {"text": text, "block": block, "over": over, "asked": time.time()}
 
 
-def load_model(model: Path, options: Mapping[str, Any], memory: str | None, like: Snapshot | None) -> Runtime:
+def load_model(model: str | Path, options: Mapping[str, Any], memory: str | None, like: Snapshot | None) -> Runtime:
     """Load a model with the options of :meth:`Runtime.from_pretrained`, in a memory mode unless that is None."""
     return Runtime.from_pretrained(model, **{**options, "memory": memory or options["memory"]}, like=like)

@@ -12,16 +12,14 @@ from typing import Any, Literal
 
 from echo_rt.errors import ConfigError
 from echo_rt.options import (
-    DEMO,
     DEMO_PROMPT,
-    HUB_ID,
-    TINY_VAE,
     WAN_VAE,
     MemoryMode,
     RuntimeOptions,
+    absolute_model,
     check_overrides,
     check_seed,
-    lora_files,
+    is_name,
     lora_text,
 )
 from echo_rt.utils.atomic_file import read_plain, reason, write_whole
@@ -173,23 +171,13 @@ class SoakConfig(RuntimeOptions):
 
         Files by absolute path; the model in the package, and one that has an id of the hub, by its name.
         """
-        made = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IN_MANIFEST}
+        made = dataclasses.asdict(self.absolute()) | {"model": absolute_model(self.model)}
+        made = {name: value for name, value in made.items() if name not in _NOT_IN_MANIFEST}
         made |= {f"limits.{name}": value for name, value in made.pop("limits").items()}
         # One LoRA at full strength by its path alone, as soaks before there could be several have it.
-        loras = [lora_text(path.absolute(), strength) for path, strength in lora_files(self.lora)]
+        loras = [lora_text(path, strength) for path, strength in made["lora"] or ()]
         made["lora"] = loras if len(loras) > 1 else next(iter(loras), None)
-        files = ["model", "checkpoint", "text_encoder", "tokenizer", "vae_file"]
-        for name in files + ([] if self.vae in (WAN_VAE, TINY_VAE) else ["vae"]):
-            if made[name] is not None:
-                made[name] = str(Path(made[name]).absolute())
-        if _is_name(self.model):
-            made["model"] = str(self.model)
         return dict(json.loads(json.dumps(made)))
-
-
-def _is_name(model: str | Path) -> bool:
-    """Whether ``model`` is the same in every working folder: the model in the package, or an id of the hub."""
-    return model == DEMO or (HUB_ID.fullmatch(str(model)) is not None and not os.path.exists(model))
 
 
 @dataclass(frozen=True)
@@ -214,7 +202,7 @@ def check_manifest(config: SoakConfig) -> dict[str, Any] | None:
         raise ConfigError(f"{expected}: cannot read it: {reason(error)}") from None
     # Earlier versions wrote the model in the package, and one of the hub, as a path in the folder that they ran in.
     was, model = str(begun.get("model")), asked["model"]
-    if _is_name(model) and was.endswith(f"{os.sep}{model}"):
+    if is_name(model) and was.endswith(f"{os.sep}{model}"):
         there = any(os.path.exists(f"{was}/{name}") for name in ("config.json", "model_index.json"))
         begun["model"] = was if there else model
     different = sorted(name for name in {*begun, *asked} if begun.get(name) != asked.get(name))

@@ -547,12 +547,16 @@ def test_figures_of_all_sessions_are_for_prometheus(port: int) -> None:
         assert live._http.post("/api/sessions/measured/park").json() == {"state": "parked"}
 
 
-def test_the_command_serves_the_page_and_parks_what_runs(address: str, small_model: Path, tmp_path: Path) -> None:
-    files = ["--model", str(small_model), "--checkpoint", str(small_model / CHECKPOINT_FILE), "--device", "cpu"]
-    place = ["--ray", address, "--storage", str(tmp_path / "storage"), "--port", str(free_port())]
+def test_the_command_serves_the_page_and_parks_what_runs(
+    address: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Relative paths: sessions have working folders of their own.
+    here, storage = small_model.parent, os.path.relpath(tmp_path / "storage", small_model.parent)
+    files = ["--model", small_model.name, "--checkpoint", f"{small_model.name}/{CHECKPOINT_FILE}", "--device", "cpu"]
+    place = ["--ray", address, "--storage", storage, "--port", str(free_port())]
     command = [sys.executable, "-m", "echo_rt", "serve", *files, *place, "--prompt", PROMPT]
     for first in (1, 0):
-        started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+        started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ, cwd=here)
         assert started.stdout is not None
         found = re.match(r"serving at (http://\S+)", started.stdout.readline())
         assert found is not None
@@ -567,4 +571,5 @@ def test_the_command_serves_the_page_and_parks_what_runs(address: str, small_mod
         started.communicate(timeout=LONG)
         assert started.returncode == 128 + signal.SIGTERM
         assert "main" not in ray.util.list_named_actors()
+    monkeypatch.chdir(here)
     assert main([*command[3:], "--ray", "127.0.0.1:1"]) == 2
