@@ -226,7 +226,8 @@ class RuntimeOptions:
         """Return the options with absolute paths, which mean the same in every working folder."""
         files = ["checkpoint", "text_encoder", "tokenizer", "vae_file"]
         files += [] if self.vae in (WAN_VAE, TINY_VAE) else ["vae"]
-        paths = {name: str(Path(value).absolute()) for name in files if (value := getattr(self, name)) is not None}
+        given = {name: value for name in files if (value := getattr(self, name)) is not None}
+        paths: dict[str, Any] = {name: str(Path(value).absolute()) for name, value in given.items()}
         loras = tuple((path.absolute(), strength) for path, strength in lora_files(self.lora))
         return dataclasses.replace(self, **paths, lora=loras or None)
 
