@@ -244,7 +244,7 @@ def precision(open_runtime: Opener, dtypes: Sequence[str], sizes: Sizes) -> dict
             videos[dtype] = first_seconds(runtime)
             result[dtype] = {
                 "PSNR": None if dtype == "float32" else psnr(videos[dtype], videos["float32"]),
-                "recall": recall(runtime, sizes.streams // 2, 4)["both"],
+                "recall": recall(runtime, sizes.streams, 4)["both"],
             }
     return result
 
