@@ -37,9 +37,10 @@ PAGE = _checkout.ROOT / "docs" / "speed.md"
 SMS, TFLOPS, COPY = 132, 790e12, 4.3e12  # multiprocessors; bf16 products; bytes a second, read and written
 RATE = TFLOPS / SMS
 # Share of the ceiling that a kernel reaches inside its waves, before and now. Attention: what others measured of cuDNN.
-# causal_conv_hopper: read in its machine code; now a producer copies. mma.sync: our other products. Memory: the goal.
+# causal_conv_hopper before: of a review (85 ms); now by the clocks of a tile in docs/kernels.md, 63,200 in place of
+# 80,300. mma.sync: our other products. Memory: the goal.
 REACHED = {
-    "product": (0.86, 0.86), "attention": (0.9, 0.9), "causal_conv_hopper": (0.59, 0.81), "mma.sync": (0.5, 0.5),
+    "product": (0.86, 0.86), "attention": (0.9, 0.9), "causal_conv_hopper": (0.59, 0.75), "mma.sync": (0.5, 0.5),
     "memory": (0.85, 0.85),
 }  # fmt: skip
 PRODUCT8, ATTENTION8 = 1 / 1.5, 1 / 1.6  # of the time in 16 bits, as libraries report; at the ceiling it is a half
