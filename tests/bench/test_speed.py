@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,7 @@ def test_a_block_has_every_kernel_of_its_layers() -> None:
     assert alone == pytest.approx(sum(lines) * 150 / 149 + 1e3 * GAP * 13 * 150, rel=5e-3)
 
 
+@cache
 def said() -> dict[str, tuple[float, ...]]:
     """What the page says in words -> the numbers that it has there, in the order of the words."""
     block, schedules = BLOCK["**block, all in turn**"], schedule_table()
