@@ -35,6 +35,12 @@ class Results:
         with (folder / "steps.tsv").open(encoding="utf-8", newline="") as file:
             self.steps = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
+    @property
+    def header(self) -> dict[str, Any]:
+        """The machine; the block's own header, if there is one, as it was read while the clocks were up."""
+        header: dict[str, Any] = self.read("block", "block").get("environment") or self.read("machine", "environment")
+        return header
+
     def state(self, step: str) -> str:
         """What became of the step: ``not reached`` where it has not ended."""
         return next((row["state"] for row in self.steps if row["step"] == step), "not reached")
@@ -180,9 +186,8 @@ def remarks(results: Results) -> Iterator[str]:
 
 def page(results: Results) -> tuple[str, bool]:
     """The table as Markdown, and whether the check is complete."""
-    # The block's own header was read while the clocks were up.
-    header = results.read("block", "block").get("environment") or results.read("machine", "environment")
-    gpu, missing = header.get("gpu"), list(lacking(results))
+    header, missing = results.header, list(lacking(results))
+    gpu = header.get("gpu")
     lines = [summary_line(header) if header else "The machine is unknown: its step did not pass."]
     if gpu is not None:
         lines.append(", ".join(f"{name} {value}" for name, value in gpu.items()))

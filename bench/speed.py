@@ -27,7 +27,7 @@ from op_inputs import IN8, decoder_order, linear_layers, passes, variants
 from roofline import work_of
 
 from echo_rt.bench.settings import RELEASED
-from echo_rt.bench.tables import Column, Table, columns, markdown
+from echo_rt.bench.tables import Column, Table, columns, markdown, summary_line
 from echo_rt.convolution import ConvolutionShape
 from echo_rt.convolution.backends import hopper_limit
 from echo_rt.utils.atomic_file import write_whole
@@ -457,6 +457,10 @@ def main(argv: Sequence[str]) -> int:
         check = None if arguments.measured is None else Results(arguments.measured)
     except OSError:
         parser.error(f"--measured: expected a folder with a steps.tsv, found {arguments.measured}")
+    if check is not None:
+        if check.header.get("gpu") is None:
+            parser.error(f"--measured: expected the check of a GPU, found none or a rehearsal in {arguments.measured}")
+        print(f"{summary_line(check.header)}\n")
     for name, table in tables(check).items():
         page = put(page, name, markdown(*table))
         print(f"{name}\n\n{markdown(*table)}")
