@@ -27,7 +27,7 @@ from op_inputs import IN8, decoder_order, linear_layers, passes, variants
 from roofline import work_of
 
 from echo_rt.bench.settings import RELEASED
-from echo_rt.bench.tables import Column, Table, columns, markdown
+from echo_rt.bench.tables import Column, Table, columns, markdown, summary_line
 from echo_rt.convolution import ConvolutionShape
 from echo_rt.convolution.backends import hopper_limit
 from echo_rt.utils.atomic_file import write_whole
@@ -37,9 +37,10 @@ PAGE = _checkout.ROOT / "docs" / "speed.md"
 SMS, TFLOPS, COPY = 132, 790e12, 4.3e12  # multiprocessors; bf16 products; bytes a second, read and written
 RATE = TFLOPS / SMS
 # Share of the ceiling that a kernel reaches inside its waves, before and now. Attention: what others measured of cuDNN.
-# causal_conv_hopper: read in its machine code; now a producer copies. mma.sync: our other products. Memory: the goal.
+# causal_conv_hopper before: of a review (85 ms); now by the clocks of a tile in docs/kernels.md, 63,200 in place of
+# 80,300. mma.sync: our other products. Memory: the goal.
 REACHED = {
-    "product": (0.86, 0.86), "attention": (0.9, 0.9), "causal_conv_hopper": (0.59, 0.81), "mma.sync": (0.5, 0.5),
+    "product": (0.86, 0.86), "attention": (0.9, 0.9), "causal_conv_hopper": (0.59, 0.75), "mma.sync": (0.5, 0.5),
     "memory": (0.85, 0.85),
 }  # fmt: skip
 PRODUCT8, ATTENTION8 = 1 / 1.5, 1 / 1.6  # of the time in 16 bits, as libraries report; at the ceiling it is a half
@@ -456,6 +457,10 @@ def main(argv: Sequence[str]) -> int:
         check = None if arguments.measured is None else Results(arguments.measured)
     except OSError:
         parser.error(f"--measured: expected a folder with a steps.tsv, found {arguments.measured}")
+    if check is not None:
+        if check.header.get("gpu") is None:
+            parser.error(f"--measured: expected the check of a GPU, found none or a rehearsal in {arguments.measured}")
+        print(f"{summary_line(check.header)}\n")
     for name, table in tables(check).items():
         page = put(page, name, markdown(*table))
         print(f"{name}\n\n{markdown(*table)}")
