@@ -10,6 +10,9 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from echo_rt.attention import AttentionSelection, ByDtype, attention_in_float8, attention_tuner, attentions
 from echo_rt.attention import cache_file as attention_cache
 from echo_rt.attention import implementations as attention_candidates
@@ -221,20 +224,26 @@ class Networks:
         """Name of the decoder: ``"wan"``, or the kind of the tiny one."""
         return WAN_VAE if self.tiny is None else self.tiny.kind.name
 
+    def make_decoder(self, tensors: Mapping[str, Tensor], ops: Ops, device: torch.device) -> VaeDecoder | TinyDecoder:
+        """Make the decoder of these tensors on a device, with the implementations that work anywhere."""
+        assert self.vae is not None
+        dtype, tiles, convolution = self.vae_dtype, self.options.vae_tiles, self.options.convolution
+        if self.tiny is None:
+            return VaeDecoder(self.vae, tensors, ops, device=device, dtype=dtype, tiles=tiles)
+        if tiles != 1:
+            raise ConfigError(f"vae_tiles must be 1 for a tiny decoder, got {tiles}")
+        if convolution is not None:
+            raise ConfigError(f"convolution must be left out for a tiny decoder, got {convolution!r}")
+        return TinyDecoder(self.tiny.config, tensors, self.vae, device=device, dtype=dtype)
+
     @cached_property
     def _decoding(self) -> tuple[VideoDecoder[Any], AttentionSelection | None, Convolutions]:
-        assert self.vae is not None
-        tensors, options, device, dtype = self.tensors.vae, self.options, self.device, self.vae_dtype
-        if self.tiny is None:
-            decoder = VaeDecoder(self.vae, tensors, self.ops, device=device, dtype=dtype, tiles=options.vae_tiles)
-            block = (self.config.window.frames_per_block, self.config.latent_height, self.config.latent_width)
-            named = (options.convolution, options.attention)
-            return decoder, *fit_decoder(decoder, block, self.ops, *named, self.prescribed)
-        if options.vae_tiles != 1:
-            raise ConfigError(f"vae_tiles must be 1 for a tiny decoder, got {options.vae_tiles}")
-        if options.convolution is not None:
-            raise ConfigError(f"convolution must be left out for a tiny decoder, got {options.convolution!r}")
-        return TinyDecoder(self.tiny.config, tensors, self.vae, device=device, dtype=dtype), None, {}
+        decoder = self.make_decoder(self.tensors.vae, self.ops, self.device)
+        if isinstance(decoder, TinyDecoder):
+            return decoder, None, {}
+        block = (self.config.window.frames_per_block, self.config.latent_height, self.config.latent_width)
+        named = (self.options.convolution, self.options.attention)
+        return decoder, *fit_decoder(decoder, block, self.ops, *named, self.prescribed)
 
 
 def open_networks(loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapping[str, str]) -> Networks:

@@ -137,7 +137,7 @@ class Engine:
             seed=seed,
             block=self.block,
             memory_ready=self.rollout.state.memory_ready,
-            latents_decoded=self.pipeline.decoder_state.latents_seen,
+            latents_decoded=(self.block + 1) * self.rollout.config.window.frames_per_block,
             tensors=copies,
             initial_blocks=self.rollout.state.initial_blocks,
             initial_latents=torch.cat(list(given)) if given else None,
@@ -225,6 +225,5 @@ class Engine:
         state.block = snapshot.block
         state.initial_blocks = snapshot.initial_blocks
         state.memory_ready = snapshot.memory_ready
-        self.pipeline.decoder_state.latents_seen = snapshot.latents_decoded
         if snapshot.initial_latents is not None:
             self.prefill(snapshot.initial_latents)

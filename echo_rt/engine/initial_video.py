@@ -82,25 +82,23 @@ class InitialVideoEncoder:
             raise ConfigError("fit is about an initial_video: expected one, got None")
         if isinstance(video, (Tensor, np.ndarray)):
             self._check_frames(video, fit)
-            self.check_count(len(video))
+            self._check_count(len(video), whole=True)
         elif isinstance(video, (str, bytes, os.PathLike)) or not isinstance(video, Iterable | None):
             raise ConfigError(
                 f"initial_video must be frames, uint8 [F, H, W, 3], or an iterable of such pieces; got {type_of(video)}"
                 + ("; for a file, give echo_rt.output.VideoFile(path)" if is_path(video) else "")
             )
 
-    def check_count(self, frames: int) -> None:
-        """Raise :class:`ConfigError` unless a number of frames is whole blocks, and not too many."""
-        self._check_length(frames)
-        check_whole_blocks(frames, self._block, self._vae)
-
-    def _check_length(self, frames: int) -> None:
+    def _check_count(self, frames: int, whole: bool) -> None:
+        """Raise :class:`ConfigError` for too many frames; if they are the ``whole`` video, unless they fill blocks."""
         most = MOST_INITIAL_SECONDS * self._vae.frame_rate
         if frames > most:
             raise ConfigError(
                 f"an initial video may have {most} frames at most, {MOST_INITIAL_SECONDS} s at "
                 f"{self._vae.frame_rate} fps; got {frames} or more"
             )
+        if whole:
+            check_whole_blocks(frames, self._block, self._vae)
 
     def _check_frames(self, frames: Frames, fit: str | None) -> None:
         if not isinstance(frames, (Tensor, np.ndarray)):
@@ -157,11 +155,11 @@ class InitialVideoEncoder:
         count = 0
         for count, frame in enumerate(self._frames(video, fit), 1):
             held.append(frame)
-            self._check_length(count)
+            self._check_count(count, whole=False)
             if count == 1 or len(held) == self._vae.temporal_stride:
                 yield self._fitted(torch.stack(held), fit)
                 held.clear()
-        self.check_count(count)
+        self._check_count(count, whole=True)
 
     def _frames(self, video: InitialVideo, fit: str | None) -> Iterator[Tensor]:
         """Yield the frames one by one, ``[H, W, 3]``."""

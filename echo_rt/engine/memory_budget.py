@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +18,6 @@ from echo_rt.engine.build import Networks
 from echo_rt.engine.pipeline import frames_shape
 from echo_rt.engine.state import RolloutState
 from echo_rt.errors import ConfigError
-from echo_rt.model.decoder_protocol import VideoDecoder
-from echo_rt.model.tiny_decoder import TinyDecoder
-from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.backends import load_ops
 from echo_rt.weights.shapes import vae_decoder_shapes
 from echo_rt.weights.tiny_vae import tiny_decoder_shapes
@@ -58,7 +54,7 @@ def video_bytes(config: ModelConfig, networks: Networks, depth: int) -> tuple[in
 
     The same objects are made once more, of tensors without bytes.
     """
-    vae, tiny, dtype = networks.vae, networks.tiny, networks.vae_dtype
+    vae, tiny = networks.vae, networks.tiny
     assert vae is not None
     pixels = math.prod(frames_shape(config, vae))
     latents = config.window.frames_per_block * math.prod(config.latent_shape)
@@ -68,17 +64,14 @@ def video_bytes(config: ModelConfig, networks: Networks, depth: int) -> tuple[in
         state = RolloutState(config, ops, device=_META, dtype=networks.dtype, float8_layers=networks.float8_layers)
         shapes = vae_decoder_shapes(vae) if tiny is None else tiny_decoder_shapes(tiny.config)
         tensors = {name: torch.empty(shape, device=_META) for name, shape in shapes.items()}
-        decoder: VideoDecoder[Any]
-        if tiny is None:
-            decoder = VaeDecoder(vae, tensors, ops, device=_META, dtype=dtype, tiles=networks.options.vae_tiles)
-        else:
-            decoder = TinyDecoder(tiny.config, tensors, vae, device=_META, dtype=dtype)
-        history = decoder.new_state(config.latent_height, config.latent_width, config.window.frames_per_block)
+        history = networks.make_decoder(tensors, ops, _META).new_state(
+            config.latent_height, config.latent_width, config.window.frames_per_block
+        )
         made = [*vars(state).values(), *vars(state.rope).values(), *history.buffers().values()]
         kept = sum(value.nbytes for value in made if isinstance(value, Tensor))
     except RuntimeError:  # of torch: a tensor has more bytes than it can count
         kept = _UNCOUNTED
-    return kept + block + pixels * dtype.itemsize, depth * block
+    return kept + block + pixels * networks.vae_dtype.itemsize, depth * block
 
 
 def has_room(device: torch.device) -> bool:

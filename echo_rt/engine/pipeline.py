@@ -134,11 +134,10 @@ class Pipeline:
         ``index``: the block's number, None for the state's. ``noise``: in place of the seed's, see ``next_block``.
         """
         assert len(self._flying) < self.depth
-        executor, rollout, decoder = self._executor, self.rollout, self.decoder_state
-        state, layout, video_frames = rollout.state, rollout.state.layout, self._vae.video_frames
+        executor, rollout, video_frames = self._executor, self.rollout, self._vae.video_frames
+        state, layout = rollout.state, rollout.state.layout
         block, count = state.block + 1, len(self._latents)
         slot = self._slots[block % self.depth]
-        is_start = decoder.latents_seen == 0
         slot.begun = executor.record(Queue.MAIN, slot.begun)
         if self.given:
             rollout.given_block(self.given.popleft())
@@ -147,14 +146,13 @@ class Pipeline:
         slot.made = executor.record(Queue.MAIN, slot.made)
         # There is one buffer between transformer and decoder: it must be free of the block before.
         handed = executor.run(self._hand_over, after=[self._last_arrival])
-        executor.run(self._decode, is_start, queue=Queue.DECODE, after=[handed])
-        slot.count = video_frames(decoder.latents_seen + count) - video_frames(decoder.latents_seen)
+        executor.run(self._decode, block == 0, queue=Queue.DECODE, after=[handed])
+        slot.count = video_frames((block + 1) * count) - video_frames(block * count)
         with executor.eager(Queue.DECODE):
             slot.frames[: slot.count].copy_(self._frames[: slot.count], non_blocking=True)
             slot.latents.copy_(self._latents, non_blocking=True)
             slot.vitals.copy_(self._vitals, non_blocking=True)
         slot.arrived = self._last_arrival = executor.record(Queue.DECODE, slot.arrived)
-        decoder.latents_seen += count
         slot.index = block if index is None else index
         slot.first_frame = video_frames(slot.index * count)
         slot.stats = {

@@ -8,7 +8,7 @@ import ipaddress
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
-from starlette.requests import HTTPConnection
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -44,8 +44,7 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        connection, body = HTTPConnection(scope), b""
-        refusal = self._refuse(connection)
+        refusal, body = self._refuse(HTTPConnection(scope)), bytearray()
         if scope["type"] == "websocket":
             if refusal is None:
                 await self._app(scope, receive, send)
@@ -55,13 +54,12 @@ class Guard:
             return
         if refusal is None:
             try:
-                length = int(connection.headers.get("content-length", "0"))
-                body = await asyncio.wait_for(self._read(length, receive), self._rules.body_seconds)
+                refusal = await asyncio.wait_for(self._read(Request(scope, receive), body), self._rules.body_seconds)
             except asyncio.TimeoutError:
                 refusal = _error(408, f"expected the whole body within {self._rules.body_seconds:g} seconds")
-            except _TooLongError:
-                refusal = _error(413, f"expected a body of {self._rules.most_body} bytes at most")
-        parts = [{"type": "http.request", "body": body, "more_body": False}]
+            except ClientDisconnect:
+                return
+        parts = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def whole() -> Message:
             return parts.pop() if parts else await receive()
@@ -101,19 +99,17 @@ class Guard:
         except ValueError:
             return name == "localhost" or name in self._rules.hosts
 
-    async def _read(self, length: int, receive: Receive) -> bytes:
-        body, more = bytearray(), True
-        while max(length, len(body)) <= self._rules.most_body:
-            if not more:
-                return bytes(body)
-            message = await receive()
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-        raise _TooLongError
-
-
-class _TooLongError(Exception):
-    pass
+    async def _read(self, request: Request, body: bytearray) -> Response | None:
+        """Read the whole ``body``; returns the refusal of one that is too long."""
+        most = self._rules.most_body
+        too_long = _error(413, f"expected a body of {most} bytes at most")
+        if int(request.headers.get("content-length", "0")) > most:
+            return too_long
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                return too_long
+        return None
 
 
 def _split(url: str) -> SplitResult:

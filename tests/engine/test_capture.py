@@ -177,3 +177,15 @@ def test_errors_of_a_steady_block_keep_their_kind(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(type(error)) as found, check.block(1):
             raise error
         assert not isinstance(found.value, SteadyStateError), "an error of the device, told as one of ours"
+
+
+def test_a_profiler_sees_the_names_of_stages(executor: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def named(name: str) -> contextlib.nullcontext[None]:
+        names.append(name)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda.nvtx, "range", named)
+    executor.run(_nothing)
+    assert names == ["_nothing"]
