@@ -171,7 +171,7 @@ def test_a_plain_installation_has_what_generate_needs_and_extras_the_rest(metada
                 imported.add(str(node.module).partition(".")[0])
     imported -= {"echo_rt", *sys.stdlib_module_names}
     # transformers brings the libraries of Hugging Face.
-    known = {*required, "tokenizers", "huggingface_hub"}
+    known = {*required, "huggingface_hub"}
     assert {"torch", "nvtx", "gguf"} <= imported
     assert {name for name in imported if DISTRIBUTIONS.get(name, name) not in known} == set()
 
