@@ -94,8 +94,7 @@ def decoder_bytes(
         decoder = VaeDecoder(vae, tensors, load_ops("torch"), device=_META, dtype=dtype, tiles=tiles)
     else:
         decoder = TinyDecoder(tiny, tensors, vae, device=_META, dtype=dtype)
-    state = decoder.new_state(config.latent_height, config.latent_width, config.window.frames_per_block)
-    return sum(tensor.nbytes for tensor in state.buffers().values())
+    return decoder.new_state(config.latent_height, config.latent_width, config.window.frames_per_block).nbytes
 
 
 def has_room(device: torch.device) -> bool:
