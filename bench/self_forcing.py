@@ -26,14 +26,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from echo_rt.bench.tables import environment, summary_line
-from echo_rt.engine.build import ModelTensors, Networks, build_rollout
+from echo_rt.engine.build import Networks, build_rollout
 from echo_rt.engine.executor import make_executor
 from echo_rt.ops.backends import choose_backend
 from echo_rt.options import MemoryMode, RuntimeOptions, latent_size
 from echo_rt.utils.device import model_context
 from echo_rt.verify.bundles import BOUNDS, relative_error
-from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.shapes import transformer_shapes
+from echo_rt.weights.tensors import FingerprintedTensors, ModelTensors
 from echo_rt.weights.tiny_model import RandomTensors
 
 CPU, FRAMES = torch.device("cpu"), 21

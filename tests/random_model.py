@@ -10,15 +10,15 @@ from torch import Tensor
 
 from echo_rt.attention import attentions
 from echo_rt.config import ModelConfig
-from echo_rt.engine.build import ModelTensors, Networks
+from echo_rt.engine.build import Networks
 from echo_rt.engine.build import build_rollout as build
 from echo_rt.engine.executor import Executor, make_executor
 from echo_rt.engine.rollout import Rollout
 from echo_rt.ops.backends import choose_backend
 from echo_rt.ops.noise import fill_normal, seed_words
 from echo_rt.options import MemoryMode, RuntimeOptions
-from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.shapes import MEMORY_PREFIX, memory_shapes, transformer_shapes
+from echo_rt.weights.tensors import FingerprintedTensors, ModelTensors
 
 
 def flat_config(**changes: Any) -> dict[str, Any]:

@@ -171,8 +171,8 @@ def test_a_plain_installation_has_what_generate_needs_and_extras_the_rest(metada
                 imported.add(str(node.module).partition(".")[0])
     imported -= {"echo_rt", *sys.stdlib_module_names}
     # transformers brings the libraries of Hugging Face.
-    known = {*required, "tokenizers", "huggingface_hub"}
-    assert {"torch", "gguf"} <= imported
+    known = {*required, "huggingface_hub"}
+    assert {"torch", "nvtx", "gguf"} <= imported
     assert {name for name in imported if DISTRIBUTIONS.get(name, name) not in known} == set()
 
 
@@ -376,7 +376,7 @@ IMPORT = """
 import sys
 import echo_rt
 import torch
-heavy = {"transformers", "diffusers", "av", "accelerate", "flash_attn", "rich", "ftfy"} & set(sys.modules)
+heavy = {"transformers", "diffusers", "av", "accelerate", "flash_attn", "rich", "nvtx", "ftfy"} & set(sys.modules)
 print(sorted(heavy), torch.cuda.is_initialized())
 """
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import echo_rt
 from echo_rt.errors import ConfigError
-from echo_rt.weights.folder import ModelFolder
+from echo_rt.weights.folder import FolderPart, ModelFolder
+from echo_rt.weights.parts import VAE
 from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
 MEMORY = "query_memory_encoder."
@@ -194,9 +195,10 @@ def test_one_frame_blocks_with_one_memory_frame(small_model: Path, tmp_path: Pat
 
 
 def test_a_vae_of_other_latents_is_refused(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ModelFolder.open(small_model).vae_config()
+    config = ModelFolder.open(small_model).vae.config()
     other = dataclasses.replace(config, z_dim=8, latents_mean=(0.0,) * 8, latents_std=(1.0,) * 8)
-    monkeypatch.setattr(ModelFolder, "vae_config", lambda self: other)
+    read = FolderPart.config
+    monkeypatch.setattr(FolderPart, "config", lambda self: other if self._part is VAE else read(self))
     with pytest.raises(ConfigError, match="the VAE has 8 latent channels, the transformer 16"):
         load(small_model)
 

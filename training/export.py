@@ -14,8 +14,9 @@ from torch import Tensor
 from echo_rt.config import ModelConfig
 from echo_rt.options import CHECKPOINT, WORDS
 from echo_rt.weights.folder import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, TRANSFORMER_CONFIG, VAE_FILE
-from echo_rt.weights.tiny_model import CHECKPOINT_FILE, save_pickle, wan_config, write_tokenizer
+from echo_rt.weights.tiny_model import CHECKPOINT_FILE, save_pickle, wan_config
 from training import prompts, vae
+from training.tokenizer import write_tokenizer
 
 _LITTLE = -30.0  # log-variance: the encoder is certain
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from echo_rt.config import TextEncoderConfig
 from echo_rt.model.text import TextEncoder
 from echo_rt.weights.shapes import text_encoder_shapes
-from echo_rt.weights.tiny_model import Draw, random_tensors, write_tokenizer
+from echo_rt.weights.tiny_model import Draw, random_tensors
+from training.tokenizer import write_tokenizer
 from training.world import OBJECT_COLOURS, PLACES, SHAPES, Scene
 
 CONFIG = TextEncoderConfig(vocab_size=1024, d_model=64, d_attn=64, d_ff=128, num_heads=4, num_layers=2)

@@ -7,7 +7,6 @@ process, so that two runtimes in two threads would disturb each other.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
@@ -196,8 +195,7 @@ def _scores_of_half(q: Tensor, k: Tensor, scale: float, out: Tensor) -> None:
 class AttentionCandidate(Candidate[Attention, AttentionShapes]):
     """``make`` returns the attention, or raises :class:`BackendError` that says why and how to get it.
 
-    ``fused``: it never holds all scores at once. ``distribution``: the package that it comes in, if not torch.
-    ``splits``: number of parts of the keys.
+    ``fused``: it never holds all scores at once. ``splits``: number of parts of the keys.
     """
 
     make: Callable[[], Attention]
@@ -205,7 +203,6 @@ class AttentionCandidate(Candidate[Attention, AttentionShapes]):
     devices: tuple[str, ...] = ("cuda",)
     dtypes: tuple[torch.dtype, ...] = HALF
     fused: bool = True
-    distribution: str | None = None
     splits: int = 1
 
     def load(self) -> Attention:
@@ -222,12 +219,6 @@ class AttentionCandidate(Candidate[Attention, AttentionShapes]):
             return f"{shapes.keys} keys cannot be cut into {self.splits} equal pieces"
         # Scores take gigabytes, and it is slow wherever another works; Matmul serves heads of any size.
         return "" if self.fused else "it holds all scores in memory: for where nothing else works"
-
-    def version(self) -> str | None:
-        try:
-            return importlib.metadata.version(self.distribution) if self.distribution else self.build
-        except importlib.metadata.PackageNotFoundError:
-            return None
 
 
 _ATEN = torch.ops.aten

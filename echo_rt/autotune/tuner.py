@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import math
 import statistics
@@ -45,7 +46,7 @@ class Candidate(ABC, Generic[Loaded, Shapes]):
     """An implementation and what is known of it without trying.
 
     ``devices`` and ``dtypes`` that it supports; ``quick_on_cpu``: dtypes in which it is the fastest on a CPU, where
-    nothing is measured; ``build``: a dependency beside torch and echo-rt.
+    nothing is measured; ``distribution``: the package that it comes in, if not torch; ``build``: another dependency.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Candidate(ABC, Generic[Loaded, Shapes]):
     devices: tuple[str, ...] = ("cuda", "cpu")
     dtypes: tuple[torch.dtype, ...] = ANY_DTYPE
     quick_on_cpu: tuple[torch.dtype, ...] = ()
+    distribution: str | None = None
     build: str | None = None
 
     @abstractmethod
@@ -69,7 +71,10 @@ class Candidate(ABC, Generic[Loaded, Shapes]):
 
     def version(self) -> str | None:
         """Return the version of what may change while torch and echo-rt stay the same."""
-        return self.build
+        try:
+            return importlib.metadata.version(self.distribution) if self.distribution else self.build
+        except importlib.metadata.PackageNotFoundError:
+            return None
 
     def mismatch(self, device: torch.device, dtype: torch.dtype) -> str:
         """Return why it does not compute on ``device`` in ``dtype``, or ""."""

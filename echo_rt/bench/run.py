@@ -23,7 +23,7 @@ from echo_rt.bench.runner import BlockRunner, Sample
 from echo_rt.bench.settings import MODELS, RELEASED, TINY, VARIANTS, Request, Variant, plan, turns_of
 from echo_rt.bench.tables import ROOT, environment
 from echo_rt.config import ModelConfig, VaeConfig
-from echo_rt.engine.build import ModelTensors, Networks
+from echo_rt.engine.build import Networks
 from echo_rt.errors import BackendError, CaptureError, ConfigError
 from echo_rt.model.linear import kept_from_float8
 from echo_rt.ops.backends import Backend, choose_backend, load_ops
@@ -40,9 +40,9 @@ from echo_rt.utils.device import (
 )
 from echo_rt.verify.bundles import bound_between, relative_error
 from echo_rt.weights.choice import Taken
-from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.load_model import load_model
 from echo_rt.weights.shapes import memory_shapes, transformer_shapes, vae_shapes
+from echo_rt.weights.tensors import FingerprintedTensors, ModelTensors
 from echo_rt.weights.tiny_model import RandomTensors
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ def open_model(request: Request, device: torch.device) -> Model:
         loras = [lora_text(*lora) for lora in found.taken.loras]
         source = " with ".join(str(each) for each in (request.model, request.checkpoint, *loras) if each)
         config, vae, taken = found.config, found.vae, found.taken
-        tensors = [found.transformer, found.memory or {}, found.folder.vae_tensors()]
+        tensors = [found.tensors.transformer, found.tensors.memory, found.folder.vae.tensors()]
     else:
         sizes = MODELS[request.size or (RELEASED if device.type == "cuda" else TINY).name]
         if sizes is RELEASED and device.type != "cuda":

@@ -52,6 +52,7 @@ _DEPENDENCIES = (
     ("msgspec", "msgspec", "configs, journals and indices", _NEEDED),
     ("rich", "rich", "progress bars", ""),
     ("pynvml", "nvidia-ml-py", "driver and memory of NVIDIA GPUs", ""),
+    ("nvtx", "nvtx", "named ranges in Nsight", "profile"),
     ("matplotlib", "matplotlib", "plots of soak and bench", "soak"),
     ("prometheus_client", "prometheus-client", "soak --port", "soak"),
     ("gguf", "gguf", "weights in GGUF files", "gguf"),

@@ -120,8 +120,7 @@ def _as_json(bundle: BundleReport) -> dict[str, Any]:
         "passed": bundle.passed,
         "tensors": [{**vars(row), "error": _number(row.error), "ok": row.ok} for row in bundle.rows],
         "precisions": [
-            {"dtype": each.dtype, "psnr": _number(each.quality.psnr), "ssim": _number(each.quality.ssim)}
-            for each in bundle.precisions
+            {"dtype": each.dtype, "psnr": _number(each.psnr), "ssim": _number(each.ssim)} for each in bundle.precisions
         ],
         **({} if bundle.taken is None else bundle.taken.as_json()),
     }
@@ -142,8 +141,8 @@ def _page(bundle: BundleReport) -> Iterator[str]:
     if bundle.taken is not None:
         yield f"  {bundle.taken.line}"
     for each in bundle.precisions:
-        ssim = "-" if each.quality.ssim is None else f"{each.quality.ssim:.5f}"
-        yield f"  video in {each.dtype} beside float32: PSNR {each.quality.psnr:.1f} dB, SSIM {ssim}"
+        ssim = "-" if each.ssim is None else f"{each.ssim:.5f}"
+        yield f"  video in {each.dtype} beside float32: PSNR {each.psnr:.1f} dB, SSIM {ssim}"
     good, state = sum(row.ok for row in bundle.rows), "passed" if bundle.passed else "failed"
     yield f"{bundle.name}: {state}, {good} of {len(bundle.rows)} tensors within bounds"
     yield ""

@@ -1,9 +1,8 @@
 """The shape of a convolution, and convolutions by torch, with cuDNN's process-wide switches (but one) set per call.
 
 cuDNN makes a plan at the first call with new sizes, strides, dtype or address alignment, and caches it per thread. Only
-deterministic plans are requested, without its search ("benchmark"): the plan is then the first of cuDNN's list that
-works, the same in every process on the same GPU with the same libraries. A search may end differently in each thread
-and process, its result can be neither read nor set, and a resumed video would differ in the last bits.
+deterministic plans are requested, without its search, which may end differently in each thread and process: so a
+resumed video is the same on the same GPU with the same libraries (``docs/architecture.md``).
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ from echo_rt.snapshot.fit import (
     Selected,
 )
 from echo_rt.utils.device import parse_device, parse_dtype, parse_vae_dtype, working_dtype
-from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.load_model import LoadedModel
+from echo_rt.weights.tensors import ModelTensors
 from echo_rt.weights.tiny_vae import TinyVae
 
 _logger = logging.getLogger("echo_rt.runtime")
@@ -98,15 +98,6 @@ def convolutions_in_words(convolutions: Convolutions) -> str:
     """Count the shapes of each implementation, in words."""
     counts = Counter(choice.kind.name for choice in convolutions.values())
     return ", ".join(f"{name} for {count}" for name, count in counts.most_common()) + f" of {counts.total()} shapes"
-
-
-@dataclass(frozen=True, eq=False)
-class ModelTensors:
-    """Tensors by their original names; ``memory`` and ``vae`` are empty where the model has no such part."""
-
-    transformer: FingerprintedTensors
-    memory: FingerprintedTensors = field(default_factory=lambda: FingerprintedTensors({}, ""))
-    vae: FingerprintedTensors = field(default_factory=lambda: FingerprintedTensors({}, ""))
 
 
 @dataclass(eq=False)
@@ -222,7 +213,7 @@ class Networks:
     @property
     def vae_name(self) -> str:
         """Name of the decoder: ``"wan"``, or the kind of the tiny one."""
-        return WAN_VAE if self.tiny is None else self.tiny.kind.name
+        return WAN_VAE if self.tiny is None else self.tiny.kind
 
     def make_decoder(self, tensors: Mapping[str, Tensor], ops: Ops, device: torch.device) -> VaeDecoder | TinyDecoder:
         """Make the decoder of these tensors on a device, with the implementations that work anywhere."""
@@ -257,17 +248,7 @@ def open_networks(loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapp
         prescribed=prescribed.get(BACKEND),
     )
     _logger.log(logging.WARNING if backend.fallback else logging.DEBUG, "backend %s: %s", backend.name, backend.reason)
-    folder, tiny = loaded.folder, loaded.tiny_vae
-    if tiny is None:
-        decoder = FingerprintedTensors(folder.vae_tensors(), f"{folder.vae_source} (VAE)")
-    else:
-        decoder = FingerprintedTensors(tiny.tensors, f"{tiny.path} (tiny decoder)")
-    tensors = ModelTensors(
-        transformer=FingerprintedTensors(loaded.transformer, f"{loaded.transformer_source} (transformer)"),
-        memory=FingerprintedTensors(loaded.memory or {}, f"{loaded.memory_source} (memory encoder)"),
-        vae=decoder,
-    )
-    return Networks(loaded.config, tensors, options, backend, vae=loaded.vae, tiny=tiny, prescribed=prescribed)
+    return Networks(loaded.config, loaded.tensors, options, backend, loaded.vae, loaded.tiny_vae, prescribed=prescribed)
 
 
 def build_rollout(config: ModelConfig, networks: Networks, mode: MemoryMode, executor: Executor) -> Rollout:

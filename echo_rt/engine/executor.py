@@ -8,23 +8,26 @@ graph the second time, and is replayed from then on.
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.cuda import nvtx
 
 from echo_rt.errors import BackendError, CaptureError, EchoError, StallError, SteadyStateError
 from echo_rt.utils.device import capture
 from echo_rt.utils.stopped_time import stopped_seconds
 from echo_rt.utils.wording import first_line
 
+_logger = logging.getLogger("echo_rt.engine.executor")
+_DOMAIN = "echo_rt"  # of the NVTX ranges
 _SYNCHRONIZING = "synchronizing"  # in torch's message about a forbidden wait, in every release
 _POLL_SECONDS = 0.0005  # between two queries while the host waits with a timeout
 
@@ -66,6 +69,21 @@ def stage_name(stage: Callable[..., None]) -> str:
     return stage.__qualname__
 
 
+@cache
+def _ranges() -> Callable[[str], AbstractContextManager[None]]:
+    """Return the function that makes a stage's NVTX range; without the package, one that makes none.
+
+    Only a profiler's user misses them. Nsight sets ``NVTX_INJECTION64_PATH``; under it, their absence is a warning.
+    """
+    try:
+        import nvtx
+    except ImportError as error:
+        if "NVTX_INJECTION64_PATH" in os.environ:
+            _logger.warning("the profiler sees no names of stages: %s (pip install 'echo-rt[profile]')", error)
+        return lambda name: nullcontext()
+    return lambda name: nvtx.annotate(name, domain=_DOMAIN)
+
+
 class Executor:
     """Runs stages on queues, for one thread at a time. This one, for the CPU, runs each stage at once.
 
@@ -91,7 +109,7 @@ class Executor:
         that cannot be captured as a graph.
         """
         self.runs += 1
-        with self._noting(stage_name(stage), queue):
+        with self._noting(stage_name(stage), queue), _ranges()(stage_name(stage)):
             stage(*static_args)
         return Event()
 
@@ -187,7 +205,7 @@ class CudaExecutor(Executor):
                 assert isinstance(event, CudaEvent)
                 stream.wait_event(event.cuda)
         # After the waits, which do not count as the stage's time.
-        with self._noting(stage_name(stage), queue), torch.cuda.stream(stream), nvtx.range(stage_name(stage)):
+        with self._noting(stage_name(stage), queue), torch.cuda.stream(stream), _ranges()(stage_name(stage)):
             graph, seen = self._graphs.get(key), self._seen_by_thread.__dict__.setdefault("stages", set())
             if graph is None and self._graphs_wanted and key in seen:
                 graph = self._graphs[key] = self._capture(stage, static_args, queue)

@@ -138,7 +138,7 @@ class InitialVideoEncoder:
         if self._folder is None:
             raise ConfigError("expected no initial_video: this model has no folder with a VAE that encodes one")
         try:
-            config, tensors = self._folder.vae_config(), self._folder.vae_tensors()
+            config, tensors = self._folder.vae.config(), self._folder.vae.tensors()
         except WeightsError as error:
             raise WeightsError(f"an initial video is encoded by the model's own VAE: {error}") from None
         expected, found = _latents_of(self._vae), _latents_of(config)

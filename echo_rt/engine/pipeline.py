@@ -99,7 +99,7 @@ class Pipeline:
     @property
     def decoder_bytes(self) -> int:
         """Device memory, in bytes, of the decoder's history and scratch buffers."""
-        return sum(tensor.nbytes for tensor in self.decoder_state.buffers().values())
+        return self.decoder_state.nbytes
 
     def buffers(self) -> dict[str, Tensor]:
         """Every tensor that outlives a block, by name: of the rollout, of the decoder, and between them."""

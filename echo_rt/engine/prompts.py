@@ -134,8 +134,8 @@ class PromptEncoder:
         try:
             if self._encoder is None:
                 self._encoder = TextEncoder(
-                    self._folder.text_encoder_config(),
-                    self._folder.text_encoder_tensors(),
+                    self._folder.text_encoder.config(),
+                    self._folder.text_encoder.tensors(),
                     self._folder.tokenizer_path(),
                     text_len=self._config.text_len,
                     device=self._device,

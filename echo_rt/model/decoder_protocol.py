@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from echo_rt.config import VaeConfig
 from echo_rt.errors import ConfigError
 
 
@@ -29,6 +30,11 @@ class DecoderState:
     def buffers(self) -> dict[str, Tensor]:
         """Every tensor that outlives a call, by name."""
         return self.tensors()
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of the buffers, in bytes."""
+        return sum(tensor.nbytes for tensor in self.buffers().values())
 
     def reset(self) -> None:
         """Back to the start of a stream, in place."""
@@ -71,8 +77,8 @@ class VideoDecoder(ABC, Generic[S]):
     def decode_next(self, latents: Tensor, state: S, *, is_start: bool) -> Tensor:
         """Decode as :meth:`decode` does, without its checks and its count, so that it can be captured in a graph."""
 
-    def require_positive(self, **sizes: int) -> None:
-        """Raise :class:`ConfigError` for a size below 1."""
-        for name, value in sizes.items():
-            if value < 1:
-                raise ConfigError(f"{self.owner}: expected {name.replace('_', ' ')} to be at least 1, got {value}")
+
+def latents_statistics(config: VaeConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and spread of latents before they are normalized, float32 ``[z]``."""
+    mean, spread = torch.tensor((config.latents_mean, config.latents_std), device=device, dtype=torch.float32)
+    return mean, spread

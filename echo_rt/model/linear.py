@@ -6,10 +6,9 @@ A float8 layer reads rows that the preceding kernel quantizes while it has them 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,25 +17,13 @@ from torch.nn.functional import gelu, linear
 from echo_rt.errors import ConfigError
 from echo_rt.ops.float8 import product, quantize_rows
 from echo_rt.ops.schema import Ops
-from echo_rt.utils.device import FLOAT8, dtype_name
+from echo_rt.utils.device import FLOAT8, dtype_name, placed
 
 # The products of a layer that read what a kernel of ours writes, by the names of their weights. Those of one line are
 # one product. The output projections of both attentions read what a library wrote: quantizing that were another pass.
 FLOAT8_PRODUCTS = (("self_attn.q", "self_attn.k", "self_attn.v"), ("cross_attn.q",), ("ffn.0",), ("ffn.2",))
 # Self-attention itself, with the KV cache that it reads.
 SELF_ATTENTION = "self_attn.attention"
-
-
-class Product(Protocol):
-    """``input @ weight.T + bias``, where an operation makes the input from ``x``; arguments as in :class:`Ops`."""
-
-    def after_norm(self, ops: Ops, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor: ...
-
-    def after_residual_norm(
-        self, ops: Ops, x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
-    ) -> Tensor: ...
-
-    def after_gelu(self, ops: Ops, x: Tensor) -> Tensor: ...
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -109,6 +96,49 @@ class Float8Linear:
         return product(values, scales, self.weight, self.scales, self.bias)
 
 
+# ``input @ weight.T + bias``, where an operation makes the input from ``x``; arguments as in :class:`Ops`.
+Product = Linear | Float8Linear
+
+
+class Weights:
+    """Tensors by their original names, placed in ``dtype``; ``kept``: layers that :meth:`product` leaves in it."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        kept: frozenset[str] = frozenset(),
+    ) -> None:
+        self._tensors, self._device, self._dtype, self._kept = tensors, device, dtype, kept
+
+    def matrix(self, name: str) -> Tensor:
+        return self._tensors[name].to(self._device, self._dtype)
+
+    def vector(self, name: str) -> Tensor:
+        """Return a tensor in float32, aligned for the kernels."""
+        return placed(self._tensors[name], self._device, torch.float32)
+
+    def linear(self, *names: str) -> Linear:
+        """Return one linear layer for several projections of the same input, stacked along the output."""
+        return Linear(self._stacked(self.matrix, names, "weight"), self._stacked(self.matrix, names, "bias"))
+
+    def linear_float32(self, name: str) -> Linear:
+        return Linear(self.vector(f"{name}.weight"), self.vector(f"{name}.bias"))
+
+    def product(self, *names: str) -> Product:
+        """Return :meth:`linear` in float8, unless kept from it; quantized from the stored, unrounded values."""
+        if not self._kept.isdisjoint(names):
+            return self.linear(*names)
+        weight, bias = self._stacked(self.vector, names, "weight"), self._stacked(self.matrix, names, "bias")
+        return Float8Linear.quantize(weight, bias)
+
+    @staticmethod
+    def _stacked(read: Callable[[str], Tensor], names: Sequence[str], part: str) -> Tensor:
+        first, *others = (read(f"{name}.{part}") for name in names)
+        return torch.cat((first, *others)) if others else first
+
+
 def feed_forward(
     ops: Ops, into: Product, out: Product, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> Tensor:
@@ -163,9 +193,8 @@ def kept_from_float8(layers: int, steps: int, dtype: torch.dtype, patterns: Sequ
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for names in products for name in names):
             raise ConfigError(
-                f"float8_except: {pattern!r} matches no layer that can be float8: "
-                f"{float8_layers()}, blocks.N.{SELF_ATTENTION}@S at denoising step S; "
-                f"N in 0..{layers - 1}, S in 0..{steps - 1}"
+                f"float8_except: {pattern!r} matches no layer that can be float8: {float8_layers()}, "
+                f"blocks.N.{SELF_ATTENTION}@S at denoising step S; N in 0..{layers - 1}, S in 0..{steps - 1}"
             )
     matched = [names for names in products if any(fnmatchcase(name, p) for name in names for p in patterns)]
     kept = {name for names in matched for name in names}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
 from echo_rt.config import ModelConfig
-from echo_rt.model.linear import Linear
+from echo_rt.model.linear import Weights
 from echo_rt.ops.schema import Ops
 from echo_rt.utils.device import placed
 
@@ -18,15 +17,15 @@ from echo_rt.utils.device import placed
 _GATE_SAMPLE = 128
 
 
-@dataclass(frozen=True)
 class _EncoderLayer:
-    norm1: Tensor
-    q: Linear
-    norm_q: Tensor
-    o: Linear
-    norm2: Tensor
-    ffn_in: Linear
-    ffn_out: Linear
+    def __init__(self, load: Weights, layer: str) -> None:
+        self.norm1 = load.matrix(f"{layer}.norm1.weight")
+        self.q = load.linear(f"{layer}.q")
+        self.norm_q = load.vector(f"{layer}.norm_q.weight")
+        self.o = load.linear(f"{layer}.o")
+        self.norm2 = load.matrix(f"{layer}.norm2.weight")
+        self.ffn_in = load.linear(f"{layer}.ffn.0")
+        self.ffn_out = load.linear(f"{layer}.ffn.2")
 
 
 class MemoryEncoder:
@@ -40,30 +39,17 @@ class MemoryEncoder:
         self._dim = config.transformer.dim
         self._heads = (config.transformer.num_heads, config.transformer.head_dim)
 
-        def matrix(name: str) -> Tensor:
-            return placed(tensors[name], device, dtype)
-
-        def product(name: str) -> Linear:
-            return Linear(matrix(f"{name}.weight"), matrix(f"{name}.bias"))
-
-        self.query_init = matrix("query_init")[0]
-        self._layers = [
-            _EncoderLayer(
-                norm1=matrix(f"layers.{i}.norm1.weight"),
-                q=product(f"layers.{i}.q"),
-                norm_q=placed(tensors[f"layers.{i}.norm_q.weight"], device, torch.float32),
-                o=product(f"layers.{i}.o"),
-                norm2=matrix(f"layers.{i}.norm2.weight"),
-                ffn_in=product(f"layers.{i}.ffn.0"),
-                ffn_out=product(f"layers.{i}.ffn.2"),
-            )
-            for i in range(config.memory.layers)
-        ]
-        self._connector_in, self._connector_out = product("connector_proj.0"), product("connector_proj.2")
-        self._connector_norm = placed(tensors["connector_proj.3.weight"], device, torch.float32)
-        self._gate = product("gate_linear")
-        self._to_k, self._to_v = product("to_k"), product("to_v")
-        self._norm_k_out = matrix("norm_k_out.weight") if config.memory.normalize_k else None
+        load = Weights(tensors, device, dtype)
+        self.query_init = load.matrix("query_init")[0]
+        self._layers = [_EncoderLayer(load, f"layers.{index}") for index in range(config.memory.layers)]
+        self._connector_in, self._connector_out = load.linear("connector_proj.0"), load.linear("connector_proj.2")
+        self._connector_norm = load.vector("connector_proj.3.weight")
+        # A kernel of ours reads it, where torch's need no alignment.
+        self._gate_weight, self._gate_bias = (
+            placed(tensors[f"gate_linear.{part}"], device, dtype) for part in ("weight", "bias")
+        )
+        self._to_k, self._to_v = load.linear("to_k"), load.linear("to_v")
+        self._norm_k_out = load.matrix("norm_k_out.weight") if config.memory.normalize_k else None
 
     def update(self, state: Tensor, k: Tensor, v: Tensor, out: Tensor, gate_mean: Tensor) -> None:
         """``out [M, dim]`` (written) = the state after it has seen keys ``k`` and values ``v [n, H, d]``.
@@ -77,16 +63,16 @@ class MemoryEncoder:
             s = s + layer.o(self._ops.memory_attention(q, layer.norm_q, k, v, self._eps))
             s = s + layer.ffn_out(layer.ffn_in.then_gelu(self._norm(s, layer.norm2)))
         candidate = self._connector_out(self._connector_in.then_gelu(s))
-        gate = self._gate
-        self._ops.gated_update(state, candidate, self._connector_norm, gate.weight, gate.bias, out, self._eps)
+        gate = self._gate_weight, self._gate_bias
+        self._ops.gated_update(state, candidate, self._connector_norm, *gate, out, self._eps)
         self._sample_gate(state, candidate, gate_mean)
 
     def _sample_gate(self, state: Tensor, candidate: Tensor, gate_mean: Tensor) -> None:
         # The kernel keeps the gate to itself, and all of it would be much to write; evenly spaced tokens tell as much.
         stride = -(-state.shape[0] // _GATE_SAMPLE)
-        old, weight = state[::stride], self._gate.weight
+        old, weight = state[::stride], self._gate_weight
         new = rms_norm(candidate[::stride].float(), (self._dim,), self._connector_norm, self._eps).to(old.dtype)
-        gate = linear(old, weight[:, : self._dim], self._gate.bias) + linear(new, weight[:, self._dim :])
+        gate = linear(old, weight[:, : self._dim], self._gate_bias) + linear(new, weight[:, self._dim :])
         gate_mean.copy_(gate.float().sigmoid().mean())
 
     def keys_values(self, state: Tensor) -> tuple[Tensor, Tensor]:

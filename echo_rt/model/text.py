@@ -23,9 +23,8 @@ from echo_rt.errors import PromptError, StreamError, WeightsError
 from echo_rt.utils.device import give_memory_back
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import first_line, warn_caller
-from echo_rt.weights.files import check_tensors
 from echo_rt.weights.reading import names_in, not_opened
-from echo_rt.weights.shapes import names_of, text_encoder_modules, text_encoder_shapes
+from echo_rt.weights.shapes import names_of, text_encoder_modules
 
 # A prompt is cut to the model's few hundred tokens; what is far longer is no prompt, and would take minutes to clean.
 LONGEST_PROMPT = 100_000  # characters
@@ -126,16 +125,11 @@ def _load_tokenizer(folder: Path, vocab_size: int) -> Any:
 class TextEncoder:
     """Wan's umT5 text encoder and its tokenizer.
 
-    Args:
-        config: sizes of the encoder.
-        tensors: its weights under Wan's names; held against the config by name and shape.
-        tokenizer_path: the tokenizer's folder; ``None`` for an encoder that only takes token ids.
-        text_len: the most tokens of a prompt that the video model takes, the end token included.
-        device: where the encoder runs.
-        dtype: the widest type in which weights are kept; the arithmetic and the results are float32.
+    ``tensors``: its weights under Wan's names, of the shapes that ``config`` says; ``dtype``: the widest type in which
+    they are kept. ``tokenizer_path``: the tokenizer's folder, None for an encoder that only takes token ids.
+    ``text_len``: the most tokens of a prompt that the video model takes, the end token included.
 
-    Errors: ``WeightsError`` for tensors that do not fit or a tokenizer that cannot be used; ``BackendError`` without
-    transformers.
+    Errors: ``WeightsError`` for a tokenizer that cannot be used; ``BackendError`` without transformers.
     """
 
     def __init__(
@@ -151,7 +145,6 @@ class TextEncoder:
         self.config = config
         self.text_len = text_len
         self.device = torch.device(device)
-        check_tensors(tensors, text_encoder_shapes(config), "text encoder")
         # The tokenizer first: it is quick to load and quick to be found missing.
         self._tokenizer_path = tokenizer_path
         self._tokenizer = None if tokenizer_path is None else _load_tokenizer(Path(tokenizer_path), config.vocab_size)
@@ -173,21 +166,16 @@ class TextEncoder:
         return ids
 
     def encode(self, prompt: str) -> Tensor:
-        """Embeddings of a prompt.
+        """Embeddings ``[length <= text_len, d_model]`` of a prompt's tokens, float32 on the encoder's device.
 
-        Returns ``[length, d_model]`` float32 on the encoder's device; ``length`` counts the tokens with the end token,
-        at most ``text_len``. Wan pads them with zeros to ``text_len``; that is left to the caller.
-
-        Errors: ``PromptError`` for what is not a string or is empty; ``StreamError`` after :meth:`close`.
+        Wan pads them with zeros to ``text_len``; that is left to the caller. Errors: those of :meth:`tokenize`.
         """
         ids = torch.tensor([self.tokenize(prompt)], dtype=torch.long)
         return self.encode_ids(ids, torch.ones_like(ids))[0]
 
     @torch.no_grad()
     def encode_ids(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embeddings of token ids ``[n, L]`` with a mask ``[n, L]`` (1 for a token, 0 for padding).
-
-        Returns ``[n, L, d_model]`` float32, zero where masked.
+        """Embeddings ``[n, L, d_model]`` of token ids ``[n, L]``, float32, zero where ``attention_mask [n, L]`` is 0.
 
         Errors: ``PromptError`` for ids outside the vocabulary or shapes that differ; ``StreamError`` after
         :meth:`close`.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from echo_rt.config import VaeConfig
-from echo_rt.model.decoder_protocol import DecoderState, VideoDecoder
+from echo_rt.model.decoder_protocol import DecoderState, VideoDecoder, latents_statistics
 from echo_rt.weights.tiny_vae import STEM, TinyVaeConfig, block_names, growth_name, outlet_name
 
 _LIMIT = 3.0  # latents are bent towards it, on either side
@@ -42,21 +42,13 @@ class TinyDecoder(VideoDecoder[DecoderState]):
         self.config = config
         self._weights = weights
         # Latents are a handful of channels: what touches them alone stays float32.
-        self._statistics = (
-            None
-            if config.normalized
-            else [
-                torch.tensor(values, device=weights.device, dtype=torch.float32)
-                for values in (like.latents_std, like.latents_mean)
-            ]
-        )
+        self._statistics = None if config.normalized else latents_statistics(like, weights.device)
         self._stem = weights.convolution(STEM)
         self._levels = [_Level(level, weights) for level in range(len(config.growth))]
         # The file's colours are in [0, 1], a video's here in [-1, 1].
         self._head = weights.convolution(config.head, scale=2.0, shift=-1.0)
 
     def new_state(self, latent_height: int, latent_width: int, latents: int) -> DecoderState:
-        self.require_positive(height_of_latents=latent_height, width_of_latents=latent_width, number_of_latents=latents)
         device, dtype = self._weights.device, self._weights.dtype
 
         def zeros(level: int, channels: int) -> Tensor:
@@ -74,7 +66,7 @@ class TinyDecoder(VideoDecoder[DecoderState]):
     def decode_next(self, latents: Tensor, state: DecoderState, *, is_start: bool) -> Tensor:
         z = latents.to(self._weights.device, torch.float32).permute(0, 2, 3, 1)
         if self._statistics is not None:
-            std, mean = self._statistics
+            mean, std = self._statistics
             z = z * std + mean
         z = torch.tanh(z / _LIMIT) * _LIMIT
         x = _conv(z.to(self._weights.dtype).contiguous(), *self._stem).relu_()

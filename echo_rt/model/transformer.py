@@ -7,7 +7,6 @@ by the rollout (:mod:`echo_rt.engine.rollout`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,29 +15,30 @@ from torch.nn.functional import rms_norm, silu
 
 from echo_rt.attention import Attention
 from echo_rt.config import TransformerConfig
-from echo_rt.model.linear import Float8Linear, Linear, Product, feed_forward
+from echo_rt.model.linear import Linear, Product, Weights, feed_forward
 from echo_rt.ops.schema import Ops
-from echo_rt.utils.device import placed, working_dtype
+from echo_rt.utils.device import working_dtype
 
 
-@dataclass(frozen=True)
 class LayerWeights:
     """One transformer block. Norm weights are float32, matrices have the model's dtype or float8."""
 
-    qkv: Product
-    norm_q: Tensor
-    norm_k: Tensor
-    self_out: Linear
-    cross_norm_scale: Tensor
-    cross_norm_shift: Tensor
-    cross_q: Product
-    cross_norm_q: Tensor
-    cross_k: Linear
-    cross_norm_k: Tensor
-    cross_v: Linear
-    cross_out: Linear
-    ffn_in: Product
-    ffn_out: Product
+    def __init__(self, load: Weights, block: str) -> None:
+        own, cross = f"{block}.self_attn", f"{block}.cross_attn"
+        self.qkv = load.product(f"{own}.q", f"{own}.k", f"{own}.v")
+        self.norm_q = load.vector(f"{own}.norm_q.weight")
+        self.norm_k = load.vector(f"{own}.norm_k.weight")
+        self.self_out = load.linear(f"{own}.o")
+        self.cross_norm_scale = load.vector(f"{block}.norm3.weight")
+        self.cross_norm_shift = load.vector(f"{block}.norm3.bias")
+        self.cross_q = load.product(f"{cross}.q")
+        self.cross_norm_q = load.matrix(f"{cross}.norm_q.weight")
+        self.cross_k = load.linear(f"{cross}.k")
+        self.cross_norm_k = load.matrix(f"{cross}.norm_k.weight")
+        self.cross_v = load.linear(f"{cross}.v")
+        self.cross_out = load.linear(f"{cross}.o")
+        self.ffn_in = load.product(f"{block}.ffn.0")
+        self.ffn_out = load.product(f"{block}.ffn.2")
 
 
 class KeyValueCache(Protocol):
@@ -53,63 +53,6 @@ class KeyValueCache(Protocol):
 
 # Of the timestep's sinusoid; equal to rope_theta in Wan, but another constant.
 _SINUSOID_BASE = 10000.0
-
-
-class _Loader:
-    """Tensors by their original names, on the model's device and in its dtype.
-
-    ``kept`` names the layers of :meth:`product` that are not quantized.
-    """
-
-    def __init__(
-        self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, kept: frozenset[str]
-    ) -> None:
-        self._tensors, self._device, self._dtype, self._kept = tensors, device, dtype, kept
-
-    def matrix(self, name: str) -> Tensor:
-        return self._tensors[name].to(self._device, self._dtype)
-
-    def vector(self, name: str) -> Tensor:
-        return placed(self._tensors[name], self._device, torch.float32)
-
-    def linear(self, *names: str) -> Linear:
-        """Return one linear layer for several projections of the same input, stacked along the output."""
-        weights = [self.matrix(f"{name}.weight") for name in names]
-        biases = [self.matrix(f"{name}.bias") for name in names]
-        if len(names) == 1:
-            return Linear(weights[0], biases[0])
-        return Linear(torch.cat(weights), torch.cat(biases))
-
-    def product(self, *names: str) -> Product:
-        """Return :meth:`linear` in float8, unless kept from it; quantized from the stored, unrounded values."""
-        if not self._kept.isdisjoint(names):
-            return self.linear(*names)
-        weights = [self.vector(f"{name}.weight") for name in names]
-        biases = [self.matrix(f"{name}.bias") for name in names]
-        return Float8Linear.quantize(torch.cat(weights), torch.cat(biases))
-
-    def linear_float32(self, name: str) -> Linear:
-        return Linear(self.vector(f"{name}.weight"), self.vector(f"{name}.bias"))
-
-    def layer(self, index: int) -> LayerWeights:
-        block = f"blocks.{index}"
-        own, cross = f"{block}.self_attn", f"{block}.cross_attn"
-        return LayerWeights(
-            qkv=self.product(f"{own}.q", f"{own}.k", f"{own}.v"),
-            norm_q=self.vector(f"{own}.norm_q.weight"),
-            norm_k=self.vector(f"{own}.norm_k.weight"),
-            self_out=self.linear(f"{own}.o"),
-            cross_norm_scale=self.vector(f"{block}.norm3.weight"),
-            cross_norm_shift=self.vector(f"{block}.norm3.bias"),
-            cross_q=self.product(f"{cross}.q"),
-            cross_norm_q=self.matrix(f"{cross}.norm_q.weight"),
-            cross_k=self.linear(f"{cross}.k"),
-            cross_norm_k=self.matrix(f"{cross}.norm_k.weight"),
-            cross_v=self.linear(f"{cross}.v"),
-            cross_out=self.linear(f"{cross}.o"),
-            ffn_in=self.product(f"{block}.ffn.0"),
-            ffn_out=self.product(f"{block}.ffn.2"),
-        )
 
 
 class Transformer:
@@ -137,15 +80,15 @@ class Transformer:
     ) -> None:
         self.config, self.device, self.dtype = config, device, working_dtype(dtype)
         self._ops, self._attention = ops, attention
-        load = _Loader(tensors, device, self.dtype, kept)
-        self.layers = [load.layer(index) for index in range(config.num_layers)]
+        load = Weights(tensors, device, self.dtype, kept)
+        self.layers = [LayerWeights(load, f"blocks.{index}") for index in range(config.num_layers)]
         patch_weight = load.matrix("patch_embedding.weight").flatten(1)
         self._patch = Linear(patch_weight, load.matrix("patch_embedding.bias"))
         self._text_in, self._text_out = load.linear("text_embedding.0"), load.linear("text_embedding.2")
         self._head = load.linear("head.head")
         self._build_modulations(load, timesteps)
 
-    def _build_modulations(self, load: _Loader, timesteps: list[float]) -> None:
+    def _build_modulations(self, load: Weights, timesteps: list[float]) -> None:
         half = self.config.freq_dim // 2
         exponents = torch.arange(half, dtype=torch.float64, device=self.device) / half
         t = torch.tensor(timesteps, dtype=torch.float64, device=self.device)

@@ -3,10 +3,9 @@
 Latents decoded one by one, in groups or all at once give the same video. In Wan the first latent of a stream decodes to
 one frame, every later one to four.
 
-The higher the resolution, the fewer frames are computed at once. The low resolutions take a whole block, which fills
-the GPU; the full resolution takes at most the frames of one latent, which fill it too; no level works on more bytes. So
-memory does not grow with the number of latents per call, and nothing is computed twice. With tiles, the two highest
-resolutions are decoded in bands of rows, each with the rows around it that it depends on (:class:`DecodingPlan`).
+The higher the resolution, the fewer frames are computed at once, so memory does not grow with the number of latents per
+call, and nothing is computed twice. With tiles, the two highest resolutions are decoded in bands of rows, each with the
+rows around it that it depends on (:class:`DecodingPlan`, ``docs/decoder.md``).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from echo_rt.attention import Attention, AttentionShapes
 from echo_rt.config import VaeConfig
 from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape
 from echo_rt.errors import ConfigError
-from echo_rt.model.decoder_protocol import DecoderState, VideoDecoder
+from echo_rt.model.decoder_protocol import DecoderState, VideoDecoder, latents_statistics
 from echo_rt.model.vae_layers import (
     CausalConv,
     Convolution,
@@ -37,7 +36,6 @@ from echo_rt.model.vae_layers import (
 )
 from echo_rt.model.vae_windows import BandWindows, Rows, StreamWindows, Windows, WindowSize
 from echo_rt.ops.schema import Ops
-from echo_rt.weights.shapes import vae_decoder_shapes
 
 
 @dataclass(frozen=True)
@@ -69,18 +67,12 @@ class VaeDecoderState(DecoderState):
         named = {f"history {name}": tensor for name, tensor in self.windows.histories.items()}
         return named | {f"kept {n}": tensor for n, tensor in self.windows.kept.items()} | {"room": self.windows.room}
 
-    @property
-    def nbytes(self) -> int:
-        """Device memory of the state, in bytes."""
-        return sum(tensor.nbytes for tensor in self.buffers().values())
-
 
 class VaeDecoder(VideoDecoder[VaeDecoderState]):
     """The decoder.
 
-    ``tensors``: the VAE's weights under their original names; others are ignored. ``ops``: a backend's operations.
-    ``tiles``: number of horizontal tiles for the two highest resolutions, for GPUs with little memory. Raises
-    :class:`WeightsError` for a missing or misshapen tensor.
+    ``tensors``: the VAE's weights under their original names, of the shapes that ``config`` says; others are ignored.
+    ``tiles``: number of horizontal tiles for the two highest resolutions, for GPUs with little memory.
 
     ``levels`` are the resolutions from lowest to highest; ``head`` turns the output of the last into RGB.
     """
@@ -97,12 +89,11 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
         dtype: torch.dtype,
         tiles: int = 1,
     ) -> None:
-        weights = VaeWeights(tensors, vae_decoder_shapes(config), self.owner, device=torch.device(device), dtype=dtype)
+        weights = VaeWeights(tensors, device, dtype)
         self.config, self.tiles = config, tiles
         self.device, self.dtype = weights.device, dtype
         # Latents are a handful of channels: what touches them alone stays float32.
-        self._latents_mean = torch.tensor(config.latents_mean, device=weights.device, dtype=torch.float32)
-        self._latents_std = torch.tensor(config.latents_std, device=weights.device, dtype=torch.float32)
+        self._latents_mean, self._latents_std = latents_statistics(config, weights.device)
         # float64: a process can have its float32 products rounded to TF32, for a decoder of 16 bits too.
         self._unpack = weights.pointwise("conv2", torch.float64)
         self._input = CausalConv("decoder.conv1", weights)
@@ -150,8 +141,6 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
         """Plan the decoding of at most ``latents`` per call; raises :class:`ConfigError` for tiles of too few rows."""
         if frames_at_full is None:
             frames_at_full = self.config.temporal_stride if self.tiles == 1 else 1
-        self.require_positive(height_of_latents=height, width_of_latents=width, latents=latents)
-        self.require_positive(frames_at_full=frames_at_full, tiles=self.tiles)
         first_tiled, bands = self._bands(height)
         windows: dict[str, WindowSize] = {}
         convolutions: dict[str, ConvolutionShape] = {}

@@ -17,10 +17,10 @@ from torch.nn import functional
 from echo_rt.config import VaeConfig
 from echo_rt.convolution.torch_conv import convolve
 from echo_rt.errors import ConfigError
+from echo_rt.model.decoder_protocol import latents_statistics
 from echo_rt.model.vae_layers import CausalConv, Convolution, Middle, NormConv, ResidualBlock, Terms, VaeWeights
 from echo_rt.model.vae_windows import StreamWindows, Windows, WindowSize
 from echo_rt.ops.backends import load_ops
-from echo_rt.weights.shapes import vae_encoder_shapes
 
 _OWNER = "vae encoder"
 _COLOURS = 3
@@ -39,8 +39,7 @@ class VaeEncoderState:
 class VaeEncoder:
     """The encoder; it always runs on the plain torch operations, being no part of generation.
 
-    ``tensors``: the VAE's weights under their original names; others among them are ignored. Raises
-    :class:`WeightsError` for a missing or misshapen tensor.
+    ``tensors``: the VAE's weights under their original names, of the shapes that ``config`` says; others are ignored.
     """
 
     def __init__(
@@ -51,12 +50,11 @@ class VaeEncoder:
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        weights = VaeWeights(tensors, vae_encoder_shapes(config), _OWNER, device=torch.device(device), dtype=dtype)
+        weights = VaeWeights(tensors, device, dtype)
         ops = load_ops("torch")
         self.config = config
         self._weights = weights
-        self._latents_mean = torch.tensor(config.latents_mean, device=weights.device, dtype=torch.float32)
-        self._latents_std = torch.tensor(config.latents_std, device=weights.device, dtype=torch.float32)
+        self._latents_mean, self._latents_std = latents_statistics(config, weights.device)
         # Of mean and log-variance only the mean, the first half of the rows, is of interest.
         pack_weight, pack_bias = weights.pointwise("conv1", torch.float32)
         self._pack = pack_weight[: config.z_dim], pack_bias[: config.z_dim]

@@ -22,30 +22,20 @@ from torch.nn import functional
 from echo_rt.attention import Attention, AttentionShapes, untried_attention
 from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape
 from echo_rt.convolution.torch_conv import Prepared, library_convolution, upsample_convolution
-from echo_rt.errors import WeightsError
 from echo_rt.model.vae_windows import Windows
 from echo_rt.ops.schema import Ops
 from echo_rt.utils.device import placed
-from echo_rt.weights.shapes import Shapes
-
-_NORM_FLOOR = 1e-12
 
 
 class VaeWeights:
-    """The tensors of one half of the VAE, checked, on their device, in the layouts the layers want.
+    """The VAE's tensors on their device, in the layouts the layers want.
 
     ``convs``: the convolutions made of them so far, in the order in which they run.
     """
 
-    def __init__(
-        self, tensors: Mapping[str, Tensor], expected: Shapes, owner: str, *, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        for name, shape in expected.items():
-            found = f"got {list(tensors[name].shape)}" if name in tensors else "it is missing"
-            if found != f"got {list(shape)}":
-                raise WeightsError(f"{owner}: expected tensor {name} of shape {list(shape)}, {found}")
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device | str, dtype: torch.dtype) -> None:
         self._tensors = tensors
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype = torch.device(device), dtype
         self.convs: list[Convolution] = []
 
     def __contains__(self, name: str) -> bool:
@@ -243,7 +233,4 @@ class Middle:
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     """``x / max(||x||, 1e-12) * sqrt(C) * gamma`` over the last dimension, computed in float32, in ``x``'s dtype."""
-    wide = x.float()
-    length = wide.norm(dim=-1, keepdim=True).clamp_min(_NORM_FLOOR)
-    normed: Tensor = wide / length * (math.sqrt(x.shape[-1]) * gamma)
-    return normed.to(x.dtype)
+    return (functional.normalize(x.float(), dim=-1) * (math.sqrt(x.shape[-1]) * gamma)).to(x.dtype)

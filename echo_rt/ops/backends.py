@@ -127,13 +127,9 @@ def choose_backend(
     if device.type != "cuda":
         return Backend(load_ops("torch"), f"the device is {device}")
     try:
-        ops = _able("cuda", device, None)
-        obstacle = "" if memory is None else memory_obstacle(ops, *memory)
+        return Backend(_able("cuda", device, memory), f"the kernels are built for {device}")
     except BackendError as error:
-        obstacle = str(error)
-    if obstacle:
-        return Backend(load_ops("torch"), obstacle, fallback=True)
-    return Backend(ops, f"the kernels are built for {device}")
+        return Backend(load_ops("torch"), str(error).partition("; choose memory")[0], fallback=True)
 
 
 def _able(name: str, device: torch.device, memory: tuple[torch.dtype, int] | None) -> Ops:
@@ -144,27 +140,20 @@ def _able(name: str, device: torch.device, memory: tuple[torch.dtype, int] | Non
     return ops
 
 
-def memory_obstacle(ops: Ops, dtype: torch.dtype, head_dim: int) -> str:
-    """Say why the backend has no memory update for ``dtype`` and head size, or ""."""
-    if ops.name == "torch":
-        return ""
-    from echo_rt.ops.kernels import HEAD_SIZES
-
-    if dtype != torch.float32 and head_dim in HEAD_SIZES:
-        return ""
-    return (
-        f"backend {ops.name!r} updates the memory in bfloat16 or float16 with heads of {HEAD_SIZES}, "
-        f"got {plain(dtype)} and {head_dim}"
-    )
-
-
 def check_memory(ops: Ops, dtype: torch.dtype, head_dim: int) -> None:
     """Raise :class:`BackendError` where the backend has no memory update for ``dtype`` and head size.
 
     Called when a model is loaded: the first update comes only blocks later.
     """
-    if obstacle := memory_obstacle(ops, dtype, head_dim):
-        raise BackendError(f"{obstacle}; choose memory 'prior' or 'off', or backend 'torch'")
+    if ops.name == "torch":
+        return
+    from echo_rt.ops.kernels import HEAD_SIZES
+
+    if dtype == torch.float32 or head_dim not in HEAD_SIZES:
+        raise BackendError(
+            f"backend {ops.name!r} updates the memory in bfloat16 or float16 with heads of {HEAD_SIZES}, "
+            f"got {plain(dtype)} and {head_dim}; choose memory 'prior' or 'off', or backend 'torch'"
+        )
 
 
 def check_device(ops: Ops, device: torch.device) -> None:

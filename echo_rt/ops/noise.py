@@ -1,11 +1,8 @@
 """Noise that depends on (seed, block, step, element) and on nothing else.
 
-A counter-based generator (Philox 4x32 with 10 rounds; Salmon et al., SC 2011) has no state to carry: a stream is
-reproducible, resumable at any block, and the same however it is consumed. The integers are exact on every device;
-the normal numbers come from Box-Muller in float64 and are rounded to float32 once.
-
-The block's number and the seed may be tensors: then nothing is read on the host, and a captured graph that holds
-:func:`fill_normal` makes new noise for each block it is replayed for.
+A counter-based generator (Philox 4x32 with 10 rounds; Salmon et al., SC 2011) has no state to carry. The integers are
+exact on every device; the normal numbers come from Box-Muller in float64 and are rounded to float32 once. Block number
+and seed may be tensors: then a captured graph makes new noise for each block it is replayed for.
 """
 
 from __future__ import annotations

@@ -21,9 +21,6 @@ from echo_rt.ops.noise import fill_normal
 
 name = "torch"
 
-# The VAE's norm divides by the vector's length, which is kept from being zero by this much.
-_MIN_NORM = 1e-12
-
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """float32 RMSNorm over the last dimension."""
@@ -276,8 +273,7 @@ def rms_silu_window(
     if keep:
         x.copy_(rounded)
     total = rounded.float()
-    length = total.norm(dim=-1, keepdim=True).clamp(min=_MIN_NORM)
-    normed = total / length * (math.sqrt(x.shape[-1]) * gamma.float())
+    normed = torch.nn.functional.normalize(total, dim=-1) * (math.sqrt(x.shape[-1]) * gamma.float())
     frames, past = len(x), len(window) - len(x)
     window[past:] = torch.nn.functional.silu(normed)
     if history is not None:

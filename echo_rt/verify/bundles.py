@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from echo_rt.attention import attentions
 from echo_rt.config import ModelConfig, TextEncoderConfig, VaeConfig
-from echo_rt.engine.build import ModelTensors, Networks, build_rollout
+from echo_rt.engine.build import Networks, build_rollout
 from echo_rt.engine.executor import Executor, make_executor
 from echo_rt.engine.prompts import check_prompt_embeds
 from echo_rt.errors import EchoError, WeightsError
@@ -37,7 +37,6 @@ from echo_rt.utils.device import FLOAT8, model_context, parse_device, parse_dtyp
 from echo_rt.verify.decoder import Decoding, Precision, folder_decoding
 from echo_rt.weights.choice import Taken
 from echo_rt.weights.files import check_tensors, open_tensors
-from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.folder import holds_vae
 from echo_rt.weights.shapes import (
     MEMORY_PREFIX,
@@ -47,6 +46,7 @@ from echo_rt.weights.shapes import (
     transformer_shapes,
     vae_shapes,
 )
+from echo_rt.weights.tensors import FingerprintedTensors, ModelTensors
 
 RECIPE, MODEL = "recipe", "model"
 FLOAT8_KINDS = ("rollout", RECIPE)  # those with linear layers that float8 is about
@@ -69,7 +69,7 @@ class _Script:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle and how it is run; ``backend`` and ``graphs`` as in :meth:`Runtime.from_pretrained`.
+    """A bundle, and the device, dtype and other ``options`` that it is run with.
 
     A bundle of kind ``recipe`` names published files in place of ``weights``.
     """
@@ -80,9 +80,12 @@ class Bundle:
     expected: Mapping[str, Tensor]
     device: torch.device
     dtype: torch.dtype
-    backend: str | None
-    graphs: bool | None
-    float8_except: Sequence[str]
+    options: RuntimeOptions
+
+    @property
+    def backend(self) -> Backend:
+        """The backend of a bundle without a memory."""
+        return choose_backend(self.options.backend, self.device)
 
     def weights(self, shapes: Shapes) -> FingerprintedTensors:
         """Open the weights; raises ``WeightsError`` unless they have these ``shapes``."""
@@ -157,21 +160,24 @@ class Computed(NamedTuple):
 
 def _rollout(bundle: Bundle) -> Computed:
     """``latents.b``, ``memory_state.b`` and the expected ``flow.b.step`` of every block b."""
-    with closing(make_executor(bundle.device, bundle.graphs)) as executor, model_context(bundle.device, bundle.dtype):
+    with (
+        closing(make_executor(bundle.device, bundle.options.graphs)) as executor,
+        model_context(bundle.device, bundle.dtype),
+    ):
         return _run_rollout(bundle, executor)
 
 
 def _run_rollout(bundle: Bundle, executor: Executor) -> Computed:
     config, dtype = ModelConfig.from_flat(bundle.config), working_dtype(bundle.dtype)
     memory = None if config.memory is None else (dtype, config.transformer.head_dim)
-    backend = choose_backend(bundle.backend, bundle.device, memory=memory)
+    backend = choose_backend(bundle.options.backend, bundle.device, memory=memory)
     shapes = {MEMORY_PREFIX + name: shape for name, shape in memory_shapes(config).items()}
     weights = bundle.weights(transformer_shapes(config.transformer) | shapes)
     own = {name.removeprefix(MEMORY_PREFIX): weights[name] for name in shapes if config.memory is not None}
     networks = Networks(
         config,
         ModelTensors(weights, FingerprintedTensors(own, weights.source)),
-        RuntimeOptions(device=bundle.device, dtype=bundle.dtype, float8_except=bundle.float8_except),
+        bundle.options,
         backend,
         selected=attentions(config, bundle.device, dtype, backend.ops, cache=None),
     )
@@ -209,7 +215,7 @@ def _run_rollout(bundle: Bundle, executor: Executor) -> Computed:
 
 def _vae(bundle: Bundle) -> Computed:
     """``video`` of given latents and ``encoded`` of a given video, each if it is expected."""
-    config, backend = VaeConfig.from_flat(bundle.config), choose_backend(bundle.backend, bundle.device)
+    config, backend = VaeConfig.from_flat(bundle.config), bundle.backend
     weights = bundle.weights(vae_shapes(config))
     actual: dict[str, Tensor] = {}
     precisions: tuple[Precision, ...] = ()
@@ -231,11 +237,10 @@ def _text_encoder(bundle: Bundle) -> Computed:
     config = TextEncoderConfig.from_flat(bundle.config)
     weights = bundle.weights(text_encoder_shapes(config))
     ids, mask = (bundle.input(name, rank=2).to(bundle.device) for name in ("input_ids", "attention_mask"))
-    backend = choose_backend(bundle.backend, bundle.device)
     with model_context(bundle.device, bundle.dtype):
         encoder = TextEncoder(config, weights, None, text_len=ids.shape[1], device=bundle.device, dtype=bundle.dtype)
         with closing(encoder):
-            return Computed({"prompt_embeds": encoder.encode_ids(ids, mask).float().cpu()}, backend)
+            return Computed({"prompt_embeds": encoder.encode_ids(ids, mask).float().cpu()}, bundle.backend)
 
 
 def _recipe(bundle: Bundle) -> Computed:
@@ -244,21 +249,17 @@ def _recipe(bundle: Bundle) -> Computed:
     initial = bundle.inputs.get("initial_latents")
     stride = VaeConfig().spatial_stride
     *_, rows, columns = bundle.input("noise.0", rank=4).shape
+    options = replace(
+        bundle.options,
+        checkpoint=bundle.path("checkpoint"),
+        lora=None if bundle.config.get("lora") is None else bundle.path("lora"),
+        recipe=bundle.config["recipe"],
+        overrides=bundle.config.get("overrides"),
+        width=stride * columns,
+        height=stride * rows,
+    )
     with (
-        Runtime.from_pretrained(
-            bundle.path("model"),
-            checkpoint=bundle.path("checkpoint"),
-            lora=None if bundle.config.get("lora") is None else bundle.path("lora"),
-            recipe=bundle.config["recipe"],
-            overrides=bundle.config.get("overrides"),
-            width=stride * columns,
-            height=stride * rows,
-            device=bundle.device,
-            dtype=bundle.dtype,
-            backend=bundle.backend,
-            graphs=bundle.graphs,
-            float8_except=bundle.float8_except,
-        ) as runtime,
+        Runtime.from_pretrained(bundle.path("model"), **options.arguments()) as runtime,
         runtime.stream(
             prompt_embeds=bundle.input("prompt_embeds.0"),
             noise=bundle.noise,
@@ -278,7 +279,7 @@ def _model(bundle: Bundle) -> Computed:
 
     The error of a grouping is that of its worst frame: in the error of the whole video a seam would be lost.
     """
-    backend, bound = choose_backend(bundle.backend, bundle.device), bound_between(bundle.dtype)
+    backend, bound = bundle.backend, bound_between(bundle.dtype)
     decoding = folder_decoding(bundle.folder, backend.ops, bundle.device)
     at_once, grouped = decoding.in_groups(bundle.dtype)
     videos = {f"video {name}": video for name, video in grouped.items()}
@@ -372,7 +373,8 @@ def verify_bundle(
         precision = working_dtype(precision)
     files = (folder / "inputs.safetensors", folder / "expected.safetensors")
     inputs, expected = ({}, {}) if is_model else map(open_tensors, files)
-    bundle = Bundle(folder, config, inputs, expected, place, precision, backend, graphs, float8_except)
+    options = RuntimeOptions(device=place, dtype=precision, backend=backend, graphs=graphs, float8_except=float8_except)
+    bundle = Bundle(folder, config, inputs, expected, place, precision, options)
     try:
         computed = _model(bundle) if is_model else BUNDLES[kind](bundle)
     except KeyError as missing:

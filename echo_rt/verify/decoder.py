@@ -1,8 +1,6 @@
 """Checks of a VAE decoder that need no expected tensors: its frames in other precisions and in other groupings.
 
-Two videos differ as a viewer sees them, by PSNR and SSIM, in float64. Videos are ``[F, H, W, C]``, both in bytes 0..255
-or both in floating point, which is clamped to [-1, 1]. Both kinds are scaled to 0..1 from black to white, so bytes
-measure the same as the floating point that they were made of.
+Two videos ``[F, H, W, C]``, clamped to [-1, 1], differ as a viewer sees them: by PSNR and SSIM, in float64.
 """
 
 from __future__ import annotations
@@ -18,14 +16,13 @@ from torch.nn import functional
 
 from echo_rt.config import VaeConfig
 from echo_rt.engine.build import fit_decoder
-from echo_rt.errors import ConfigError
 from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.noise import fill_normal, seed_words
 from echo_rt.ops.schema import Ops
 from echo_rt.options import VAE_DTYPE_NAMES
 from echo_rt.utils.device import DTYPES, model_context
-from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.folder import ModelFolder
+from echo_rt.weights.tensors import FingerprintedTensors
 
 GROUPS = (1, 2, 3, 5)  # latents per call
 MIXED = (1, 3, 2, 5)  # latents of successive calls
@@ -37,33 +34,12 @@ _SIZE = (64, 48)
 SSIM_WINDOW = 11
 _SIGMA = 1.5
 _K1, _K2 = 0.01, 0.03
-_WHITE = 255
-
-
-@dataclass(frozen=True)
-class Quality:
-    """``psnr`` in dB, infinite for equal videos; ``ssim`` at most 1, None for frames smaller than its window."""
-
-    psnr: float
-    ssim: float | None
-
-
-def compare_videos(video: Tensor, reference: Tensor) -> Quality:
-    """Measure both; raises :class:`ConfigError` for videos that differ in shape or kind, or are empty."""
-    if video.dim() != 4 or video.numel() == 0 or video.shape != reference.shape:
-        raise ConfigError(
-            f"expected two videos of one shape [F, H, W, C], got {[*video.shape]} and {[*reference.shape]}"
-        )
-    both_bytes = video.dtype == reference.dtype == torch.uint8
-    if not both_bytes and not (video.is_floating_point() and reference.is_floating_point()):
-        raise ConfigError(
-            f"expected two videos of bytes or two of floating point, got {video.dtype} and {reference.dtype}"
-        )
-    return Quality(psnr(video, reference), ssim(video, reference))
 
 
 def psnr(video: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, over all frames, pixels and channels; NaN if a value is NaN."""
+    """Peak signal-to-noise ratio in dB, over all frames, pixels and channels; infinite for equal videos, NaN if a
+    value is NaN.
+    """
     mean = _over_frames(lambda x, y: (x - y).square().mean(), video, reference)
     return math.inf if mean == 0 else -10 * math.log10(mean)
 
@@ -83,8 +59,7 @@ def _over_frames(measure: Callable[[Tensor, Tensor], Tensor], video: Tensor, ref
 
 def _wide(frame: Tensor) -> Tensor:
     """``[H, W, C]`` as ``[C, 1, H, W]`` in float64, 0 for black and 1 for white."""
-    wide = frame.double().movedim(-1, 0).unsqueeze(1)
-    return (wide.clamp(-1, 1) + 1) / 2 if frame.is_floating_point() else wide / _WHITE
+    return (frame.double().movedim(-1, 0).unsqueeze(1).clamp(-1, 1) + 1) / 2
 
 
 def _frame_ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -107,10 +82,11 @@ def _windowed(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Precision:
-    """How close a video decoded in ``dtype`` is to the same one decoded in float32."""
+    """How close a video decoded in ``dtype`` is to the same one decoded in float32: :func:`psnr`, :func:`ssim`."""
 
     dtype: str
-    quality: Quality
+    psnr: float
+    ssim: float | None
 
 
 @dataclass(frozen=True)
@@ -136,11 +112,10 @@ class Decoding:
     def precisions(self) -> tuple[Precision, ...]:
         """Compare every selectable precision with float32, decoding one latent per call."""
         one_by_one = [1] * len(self.latents)
-        reference = self.video(torch.float32, one_by_one)
+        reference, *others = (self.video(DTYPES[name], one_by_one) for name in VAE_DTYPE_NAMES)  # the first is float32
         return tuple(
-            Precision(name, compare_videos(self.video(DTYPES[name], one_by_one), reference))
-            for name in VAE_DTYPE_NAMES
-            if DTYPES[name] is not torch.float32
+            Precision(name, psnr(video, reference), ssim(video, reference))
+            for name, video in zip(VAE_DTYPE_NAMES[1:], others, strict=True)
         )
 
     def in_groups(self, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
@@ -152,12 +127,12 @@ class Decoding:
         return at_once, {name: self.video(dtype, groups) for name, groups in groupings.items()}
 
 
-def folder_decoding(folder: Path, ops: Ops, device: torch.device, seed: int = 0) -> Decoding:
+def folder_decoding(folder: Path, ops: Ops, device: torch.device) -> Decoding:
     """The VAE of a model folder and a few random latents; raises the errors of reading the folder."""
     model = ModelFolder.open(folder)
-    config = model.vae_config()
+    config = model.vae.config()
     width, height = (pixels // config.spatial_stride for pixels in _SIZE)
     latents = torch.empty(_LATENTS, config.z_dim, height, width, device="cpu")
-    fill_normal(latents, 0, 0, seed_words(seed))
-    tensors = FingerprintedTensors(model.vae_tensors(), f"{folder} (VAE)")
+    fill_normal(latents, 0, 0, seed_words(0))
+    tensors = FingerprintedTensors(model.vae.tensors(), f"{folder} (VAE)")
     return Decoding(config, tensors, ops, device, latents.to(device))

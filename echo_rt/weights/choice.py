@@ -49,9 +49,8 @@ class Choice:
         A recipe that a folder names runs without: the folder cannot know which checkpoint is given. A snapshot states
         its memory itself.
         """
-        if self.recipe is None or self.by == "snapshot" or there == (self.recipe.memory == "required"):
-            return
-        if self.by == "folder" and not there:
+        lenient = self.by == "snapshot" or (self.by == "folder" and not there)
+        if self.recipe is None or lenient or there == (self.recipe.memory == "required"):
             return
         needs, has = ("has no memory", "a memory encoder") if there else ("needs a memory encoder", "none")
         raise ConfigError(

@@ -101,14 +101,15 @@ def _find(path: Path) -> Path:
     raise WeightsError(f"{folder}: expected {wanted}, found {other_format(folder, b'') or 'neither'}")
 
 
-def _opened(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors and metadata of a file."""
+def open_safetensors(path: Path) -> TensorFile:
+    """The tensors and metadata of one file; ``WeightsError`` for a damaged one or one of another format."""
     try:
         file: Any = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         found = f"a damaged or other one ({reason_of(error)})"
         raise not_opened(path, error, "a safetensors file", found) from error
-    return {name: Stored(partial(_read, file, name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    entries = {name: Stored(partial(_read, file, name)) for name in file.keys()}  # noqa: SIM118
+    return TensorFile(path, LazyTensors(entries), file.metadata() or {})
 
 
 def _read(file: Any, name: str) -> Tensor:
@@ -117,12 +118,6 @@ def _read(file: Any, name: str) -> Tensor:
     except (SafetensorError, TypeError, ValueError) as error:  # a number format this torch does not have
         raise WeightsError(f"{name}: expected a tensor that torch can hold, {error}") from error
     return tensor
-
-
-def open_safetensors(path: Path) -> TensorFile:
-    """The tensors and metadata of one file; ``WeightsError`` for a damaged one or one of another format."""
-    entries, facts = _opened(path)
-    return TensorFile(path, LazyTensors(entries), facts)
 
 
 @dataclass
@@ -145,7 +140,7 @@ def _open_sharded(index: Path) -> TensorFile:
         if not os.path.isfile(shard):  # pathlib raises for a name that cannot be
             raise WeightsError(f"{index}: expected the shard {shard_name!r:.300} beside the index, found none")
         read_head(shard)
-        there, _ = _opened(shard)
+        there = open_safetensors(shard).entries
         for name in there:
             if weight_map.get(check_name(name, shard)) != shard_name:
                 raise WeightsError(f"{shard}: expected only tensors that {index.name} places here, found also {name}")

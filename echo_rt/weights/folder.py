@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
+from huggingface_hub import constants as hub
 from torch import Tensor
 
 from echo_rt.config import Size, TextEncoderConfig, TransformerConfig, VaeConfig
@@ -162,18 +163,90 @@ _ROOTS = (".", "models", "split_files")  # in which single files lie, or ComfyUI
 _TOKENIZERS = (TOKENIZER_FOLDER, "tokenizer", "umt5-xxl")  # of which one is enough
 
 
-class ModelFolder:
-    """A Wan2.1 text-to-video model on disk; make one with :meth:`open`.
+class FolderPart(Generic[Config]):
+    """One part of a model in the folder ``root``, or in a ``file`` named in place of the folder's own.
 
-    A part is read when it is asked for, and no file of another part is touched. All tensors come under Wan's original
+    It is read when it is asked for, and no file of another part is touched. All tensors come under Wan's original
     names, are mapped rather than loaded, and are checked: a missing, surplus or misshapen one is a ``WeightsError``.
     """
 
+    def __init__(self, part: Part[Config], root: Path, file: Path | None, diffusers: bool) -> None:
+        self._part: Part[Config] = part
+        self._place, self._root, self._file, self._diffusers = _PLACES[part.name], root, file, diffusers
+
+    def config(self) -> Config:
+        """The sizes in its config, else those that the shapes of its tensors say."""
+        return self.stated() or self._opened().config()
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self._opened().original(self.stated())
+
+    @property
+    def source(self) -> Path:
+        """The path that it is read from, for messages."""
+        return self._file or self._root
+
+    def stated(self) -> Config | None:
+        """The sizes in its config, where it has one; no weights are read, and they may be missing."""
+        found = self.read_config()
+        if found is None:
+            return None
+        by_wan = not self._diffusers and _DIFFUSERS_FIELD not in found[0]
+        stated: Config = (_WAN_TRANSFORMER if by_wan else self._place.format).parse(*found)
+        return stated
+
+    def read_config(self) -> tuple[dict[str, Any], Path] | None:
+        """The content and path of its config; None where shapes have to say the sizes."""
+        is_transformer = self._part.name == TRANSFORMER.name
+        folder = self._root / self._part.name if self._diffusers else self._root
+        path = folder / TRANSFORMER_CONFIG
+        if not is_transformer and (self._file is not None or not self._diffusers):
+            return None
+        if not path.exists() and not (is_transformer and self._diffusers):
+            return None
+        config: dict[str, Any] = read_object(path, (self._place.format if self._diffusers else _WAN_TRANSFORMER).what)
+        # Beside a file that was named there may be the config of anything.
+        return None if self._file is not None and _WAN_FIELD not in config else (config, path)
+
+    def _opened(self) -> PartTensors[Config]:
+        file = open_tensors(self._file or self._found(), widen_to=self._part.widen_to)
+        return PartTensors(self._part, bare(file, str(file.path)), str(file.path))
+
+    def _found(self) -> Path:
+        """Its file in the folder, or its stem, which need not be there: the usual name, else the only other one.
+
+        Errors: ``WeightsError`` for several that fit.
+        """
+        usual = self._root / (self._place.diffusers if self._diffusers else self._place.original)
+        stem = "" if usual.suffix else f"{usual.name}."
+        if self._diffusers or usual.exists() or (stem and any(n.startswith(stem) for n in names_in(usual.parent))):
+            return usual
+        found = self.other_files()
+        if len(found) > 1:
+            listed = first_names([str(file.relative_to(self._root)) for file in found])
+            option = self._place.option
+            raise WeightsError(f"{self._root}: expected one file, found {listed}; give the one to use as {option}")
+        return found[0] if found else usual
+
+    def other_files(self) -> list[Path]:
+        """The files in the folder with names that ComfyUI's users give to this part."""
+        folders = [self._root / root / sub for root in _ROOTS for sub in (".", *self._place.folders)]
+        files = [folder / name for folder in folders if folder.is_dir() for name in names_in(folder)]
+        files = [file for file in files if file.suffix.lower() in SUFFIXES]
+        return sorted(file for file in files if re.search(self._place.names, file.name.lower()))
+
+
+class ModelFolder:
+    """A Wan2.1 text-to-video model on disk, made of parts; make one with :meth:`open`."""
+
     def __init__(self, path: Path, transformer: Path | None, given: Mapping[str, Path]) -> None:
         """A model in ``path``; ``transformer``: its file where that was named, ``given``: parts by their options."""
-        self.path, self._transformer, self._given = path, transformer, given
+        self.path, self._tokenizer = path, given.get("tokenizer")
         # The configs of a diffusers folder lie deeper; a stray config.json above them says nothing.
         self._diffusers = transformer is None and any((path / mark).exists() for mark in _DIFFUSERS_MARKS)
+        self.transformer = FolderPart(TRANSFORMER, path, transformer, self._diffusers)
+        self.vae = FolderPart(VAE, path, given.get("vae_file"), self._diffusers)
+        self.text_encoder = FolderPart(TEXT_ENCODER, path, given.get("text_encoder"), self._diffusers)
 
     @classmethod
     def open(
@@ -213,47 +286,25 @@ class ModelFolder:
             hint = did_you_mean(str(path), (DEMO,)) or " (echo-rt recipes shows what to download)"
             raise WeightsError(f"{model}: expected a Wan2.1 model folder or file, but it does not exist{hint}")
         folder = cls(model, None, given)
-        marked = any((model / mark).exists() for mark in _ORIGINAL_MARKS)
-        if not (folder._diffusers or marked or any(map(folder._other_files, _PLACES.values()))):
+        marked = any((model / mark).exists() for mark in (*_ORIGINAL_MARKS, *_DIFFUSERS_MARKS))
+        parts = (folder.transformer, folder.vae, folder.text_encoder)
+        if not marked and not any(part.other_files() for part in parts):
             raise WeightsError(
                 f"{model}: expected a Wan2.1 model, either {', '.join(_ORIGINAL_MARKS)} (original layout), "
                 f"{', '.join(_DIFFUSERS_MARKS)} (diffusers layout) or files with ComfyUI's names, found none of them"
             )
         return folder
 
-    # Each part's sizes, from its config, else from the shapes of its tensors; and its tensors.
-
-    def transformer_config(self) -> TransformerConfig:
-        return self._config(TRANSFORMER)
-
-    def transformer_tensors(self) -> Mapping[str, Tensor]:
-        return self._tensors(TRANSFORMER)
-
-    def vae_config(self) -> VaeConfig:
-        return self._config(VAE)
-
-    def vae_tensors(self) -> Mapping[str, Tensor]:
-        return self._tensors(VAE)
-
-    def text_encoder_config(self) -> TextEncoderConfig:
-        return self._config(TEXT_ENCODER)
-
-    def text_encoder_tensors(self) -> Mapping[str, Tensor]:
-        return self._tensors(TEXT_ENCODER)
-
     def latents_config(self) -> VaeConfig:
-        """The VAE's sizes that another decoder of its latents needs; no weights are read, and the VAE may be missing.
-
-        Wan2.1's, where no config says otherwise.
-        """
-        return self._stated(VAE) or VaeConfig()
+        """The VAE's sizes that another decoder of its latents needs: its config's, else Wan2.1's."""
+        return self.vae.stated() or VaeConfig()
 
     def rollout_defaults(self) -> dict[str, Any]:
         """Facts of the rollout of this model's video: the object ``echo_rt`` of the transformer's ``config.json``.
 
         ``width`` and ``height`` in pixels, and keys of ``ModelConfig.from_flat``; empty for a stock Wan folder.
         """
-        config, path = self._read("transformer") or ({}, self.path)
+        config, path = self.transformer.read_config() or ({}, self.path)
         defaults = config.get(_DEFAULTS_KEY, {})
         if not isinstance(defaults, dict):
             raise WeightsError(f'{path}: expected "{_DEFAULTS_KEY}" to be an object, found {type_of(defaults)}')
@@ -263,85 +314,18 @@ class ModelFolder:
         """The tokenizer's folder."""
         names = ("tokenizer",) if self._diffusers else _TOKENIZERS
         places = [self.path / name for name in names]
-        path = self._given.get("tokenizer") or next((place for place in places if place.is_dir()), places[0])
+        path = self._tokenizer or next((place for place in places if place.is_dir()), places[0])
         if not path.is_dir():
             raise WeightsError(f"{path}: expected the tokenizer's folder, found none (another is given as tokenizer)")
         if not any((path / name).is_file() for name in _TOKENIZER_FILES):
             raise WeightsError(f"{path}: expected a tokenizer ({' or '.join(_TOKENIZER_FILES)}), found none of them")
         return path
 
-    @property
-    def vae_source(self) -> Path:
-        """The path that the VAE is read from, for messages: its own file where one was given, else the model."""
-        return self._given.get("vae_file", self.path)
-
-    def _config(self, part: Part[Config]) -> Config:
-        return self._stated(part) or self._open(part).config()
-
-    def _tensors(self, part: Part[Config]) -> Mapping[str, Tensor]:
-        return self._open(part).original(self._stated(part))
-
-    def _stated(self, part: Part[Config]) -> Config | None:
-        """Sizes from a config, which is not that of a file given in place of the model's own."""
-        found = None if _PLACES[part.name].option in self._given else self._read(part.name)
-        if found is None:
-            return None
-        by_wan = not self._diffusers and _DIFFUSERS_FIELD not in found[0]
-        stated: Config = (_WAN_TRANSFORMER if by_wan else _PLACES[part.name].format).parse(*found)
-        return stated
-
-    def _read(self, part: str) -> tuple[dict[str, Any], Path] | None:
-        """The content and path of a part's config; None where shapes have to say the sizes."""
-        path = self.path / (f"{part}/{TRANSFORMER_CONFIG}" if self._diffusers else TRANSFORMER_CONFIG)
-        may, must = self._diffusers or part == "transformer", self._diffusers and part == "transformer"
-        if not must and not (may and path.exists()):
-            return None
-        config: dict[str, Any] = read_object(path, (_PLACES[part].format if self._diffusers else _WAN_TRANSFORMER).what)
-        # Beside a file that was named there may be the config of anything.
-        return None if self._transformer is not None and _WAN_FIELD not in config else (config, path)
-
-    def _open(self, part: Part[Config]) -> PartTensors[Config]:
-        path = self._given.get(_PLACES[part.name].option) or self._file(_PLACES[part.name])
-        file = open_tensors(path, widen_to=part.widen_to)
-        return PartTensors(part, bare(file, str(file.path)), str(file.path))
-
-    def _file(self, place: _Place) -> Path:
-        """The file of a part, or its stem, which need not be there: its usual name, else the only other one that fits.
-
-        Errors: ``WeightsError`` for several that fit.
-        """
-        if place.option == "model" and self._transformer is not None:
-            return self._transformer
-        usual = self.path / (place.diffusers if self._diffusers else place.original)
-        stem = "" if usual.suffix else f"{usual.name}."
-        if self._diffusers or usual.exists() or (stem and any(n.startswith(stem) for n in names_in(usual.parent))):
-            return usual
-        found = self._other_files(place)
-        if len(found) > 1:
-            listed = first_names([str(file.relative_to(self.path)) for file in found])
-            raise WeightsError(f"{self.path}: expected one file, found {listed}; give the one to use as {place.option}")
-        return found[0] if found else usual
-
-    def _other_files(self, place: _Place) -> list[Path]:
-        folders = [self.path / root / sub for root in _ROOTS for sub in (".", *place.folders)]
-        files = [folder / name for folder in folders if folder.is_dir() for name in names_in(folder)]
-        files = [file for file in files if file.suffix.lower() in SUFFIXES]
-        return sorted(file for file in files if re.search(place.names, file.name.lower()))
-
 
 def holds_vae(folder: Path) -> bool:
     """Return whether ``folder`` holds a VAE in either layout, whatever else it holds or lacks."""
     # os.path answers False where a path cannot exist at all (too long a name); pathlib raises.
     return any(os.path.exists(folder / mark) for mark in (VAE_FILE, _DIFFUSERS_MARKS[1]))
-
-
-def _cache_folder() -> Path:
-    """The folder in which the tools of the Hugging Face hub keep downloads."""
-    given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    if given:
-        return Path(given).expanduser()
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("HF_HOME") or f"{caches}/huggingface").expanduser() / "hub"
 
 
 def _local_model(model: Path, also: Sequence[str]) -> Path:
@@ -354,7 +338,7 @@ def _local_model(model: Path, also: Sequence[str]) -> Path:
         return _snapshot(model) or model
     if not HUB_ID.fullmatch(str(model)):
         return model
-    cache = _cache_folder()
+    cache = Path(hub.HF_HUB_CACHE)
     found = _snapshot(cache / f"models--{str(model).replace('/', '--')}")
     if found is None:
         raise WeightsError(

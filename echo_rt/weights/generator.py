@@ -18,7 +18,7 @@ from echo_rt.utils.wording import counted
 from echo_rt.weights.files import check_tensors, open_tensors
 from echo_rt.weights.lora import LORA_SECTION, is_factor
 from echo_rt.weights.parts import TRANSFORMER, PartTensors, bare, split_memory
-from echo_rt.weights.shapes import MEMORY_PREFIX, count_layers, memory_facts, memory_shapes, shape_of
+from echo_rt.weights.shapes import MEMORY_PREFIX, count_layers, memory_config_of, memory_shapes, shape_of
 from echo_rt.weights.tensors import LazyTensors, TensorFile, below
 
 _GENERATOR, _GENERATOR_EMA = "generator", "generator_ema"
@@ -84,13 +84,13 @@ def check_memory(tensors: Mapping[str, Tensor], config: ModelConfig, source: str
 
     A memory encoder is made for one video size: it has as many tokens as ``config.memory_frames`` latent frames.
     """
-    facts = memory_facts(tensors, source)
+    tokens, _ = memory_config_of(tensors, source)
     frames, per_frame = config.memory_frames, config.tokens_per_frame
-    if facts.memory_tokens != frames * per_frame:
+    if tokens != frames * per_frame:
         size = f"{config.latent_width}x{config.latent_height}"
         raise WeightsError(
             f"{source}: expected a memory of {counted(frames, 'frame')} x {counted(per_frame, 'token')} = "
-            f"{frames * per_frame} tokens for latents of {size}, found one of {counted(facts.memory_tokens, 'token')}, "
+            f"{frames * per_frame} tokens for latents of {size}, found one of {counted(tokens, 'token')}, "
             "made for another video size"
         )
     check_tensors(tensors, memory_shapes(config), source)

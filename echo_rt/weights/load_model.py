@@ -36,8 +36,8 @@ from echo_rt.weights.files import open_tensors
 from echo_rt.weights.folder import ModelFolder
 from echo_rt.weights.generator import GeneratorTensors, check_memory, load_generator
 from echo_rt.weights.lora import merge_lora
-from echo_rt.weights.shapes import memory_facts
-from echo_rt.weights.tensors import TensorFile
+from echo_rt.weights.shapes import memory_config_of
+from echo_rt.weights.tensors import FingerprintedTensors, ModelTensors, TensorFile
 from echo_rt.weights.tiny_vae import TinyVae, open_tiny_vae
 
 _MEMORY_FACTS = ("memory_frames", "memory_reads", "rebuild_on_prompt_switch")
@@ -46,22 +46,18 @@ _logger = logging.getLogger("echo_rt.recipe")
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """Tensors by their original names, on the host or mapped; ``memory`` is None where the mode needs none.
+    """A model whose ``tensors`` are on the host or mapped.
 
     ``vae`` is the VAE whose latents these are; ``tiny_vae`` the decoder in place of the folder's own, which is then not
-    looked at, None for that one. ``taken`` says by which recipe it runs and what it was made of, ``transformer_source``
-    and ``memory_source`` where tensors are from.
+    looked at, None for that one. ``taken`` says by which recipe it runs and what it was made of.
     """
 
     folder: ModelFolder
     config: ModelConfig
     vae: VaeConfig
     mode: MemoryMode
-    transformer: Mapping[str, Tensor]
-    memory: Mapping[str, Tensor] | None
+    tensors: ModelTensors
     tiny_vae: TinyVae | None
-    transformer_source: str
-    memory_source: str
     taken: Taken
 
 
@@ -85,7 +81,7 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         vae_file=options.vae_file,
         downloads=_downloads(options),
     )
-    transformer_config = folder.transformer_config()
+    transformer_config = folder.transformer.config()
     defaults = check_overrides(folder.rollout_defaults(), f"{model}: echo_rt in config.json", FOLDER_FACTS)
     convert(defaults.get(WORDS, []), list[str], f"{folder.path}: {WORDS}: expected a list of words", ConfigError)
     overrides = check_overrides(options.overrides or {}, "overrides")
@@ -100,7 +96,7 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     own_width, own_height = facts.get("width", RELEASED_SIZE[0]), facts.get("height", RELEASED_SIZE[1])
     width = own_width if options.width is None else options.width
     height = own_height if options.height is None else options.height
-    vae_config = folder.vae_config() if vae == WAN_VAE else folder.latents_config()
+    vae_config = folder.vae.config() if vae == WAN_VAE else folder.latents_config()
     if vae_config.z_dim != transformer_config.in_channels:
         raise ConfigError(
             f"the VAE has {vae_config.z_dim} latent channels, the transformer {transformer_config.in_channels}"
@@ -112,7 +108,7 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     source = memory_source = str(model)
     generator: GeneratorTensors | None = None
     if opened is None:
-        tensors = folder.transformer_tensors()
+        tensors = folder.transformer.tensors()
     else:
         generator = load_generator(opened, transformer_config, ema=ema, prefer_ema=recipe is None or recipe.ema)
         tensors, memory_tensors = generator.transformer, generator.memory
@@ -133,13 +129,11 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
     size = {"latent_height": latent_height, "latent_width": latent_width}
     config = ModelConfig.from_flat({**facts, **vars(transformer_config), **size, "memory": None})
     if memory_tensors is not None:
-        sizes = memory_facts(memory_tensors, memory_source)._asdict()
         # Frames are not what the tokens would give: a memory of 3 small frames is not one of 2 larger ones.
-        tokens = sizes.pop("memory_tokens")
+        tokens, sizes = memory_config_of(memory_tensors, memory_source)
         # Of the two released recipes, the long one, whose keys are not normalized, rebuilds.
-        of_memory = {"rebuild_on_prompt_switch": not sizes["normalize_k"], **of_memory}
-        memory = MemoryConfig(**sizes, **of_memory)
-        config = replace(config, memory=memory)
+        of_memory = {"rebuild_on_prompt_switch": not sizes.normalize_k, **of_memory}
+        config = replace(config, memory=replace(sizes, **of_memory))
         if (width, height) != (own_width, own_height) and config.memory_tokens != tokens:
             own_rows, own_columns = latent_size(own_width, own_height, vae_config, transformer_config)
             if replace(config, latent_height=own_rows, latent_width=own_columns).memory_tokens == tokens:
@@ -163,8 +157,14 @@ def load_model(model: str | Path, options: RuntimeOptions, snapshot: Mapping[str
         _logger.debug("recipe %s: %s", taken.recipe, note)
     for caution in taken.cautions:
         _logger.warning("%s", caution)
+    if tiny_vae is None:
+        decoder = FingerprintedTensors(folder.vae.tensors(), f"{folder.vae.source} (VAE)")
+    else:
+        decoder = FingerprintedTensors(tiny_vae.tensors, f"{tiny_vae.path} (tiny decoder)")
+    transformer = FingerprintedTensors(tensors, f"{source} (transformer)")
+    memory_encoder = FingerprintedTensors(memory_tensors or {}, f"{memory_source} (memory encoder)")
     return LoadedModel(
-        folder, config, vae_config, mode, tensors, memory_tensors, tiny_vae, source, memory_source, taken
+        folder, config, vae_config, mode, ModelTensors(transformer, memory_encoder, decoder), tiny_vae, taken
     )
 
 

@@ -174,11 +174,9 @@ def merge_lora(
 ) -> MergedLora:
     """``transformer`` (original names) with the LoRAs of ``lora`` merged in, in order; nothing is computed yet.
 
-    A changed tensor is computed on ``device`` and stays there, the others come as they are in ``transformer``.
-
-    Each path is a weight file, or a folder of PEFT or diffusers. Its keys are in any naming, perhaps
-    below ``generator_lora``; beside them may be a ``query_memory_encoder``. The rank is that of the factors.
-    Alpha is what the file says (tensors, header, facts, PEFT's config), ``alpha`` where it says nothing, and the rank
+    A changed tensor is computed on ``device`` and stays there. Each path is a weight file, or a folder of PEFT or
+    diffusers. Its keys are in any naming, perhaps below ``generator_lora``; beside them may be a
+    ``query_memory_encoder``. Alpha is what the file says, ``alpha`` where it says nothing, and the rank of the factors
     where neither does.
 
     Errors: ``WeightsError``, naming keys, for a file without a LoRA, one of another model or method, factors that lack

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from echo_rt.config import ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from echo_rt.config import MemoryConfig, ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError, WeightsError
 from echo_rt.utils.wording import counted
 from echo_rt.weights.tensors import lazy
@@ -360,29 +360,21 @@ def text_encoder_config_of(tensors: Mapping[str, Tensor], source: str) -> TextEn
     )
 
 
-class MemoryFacts(NamedTuple):
-    """Sizes of a memory encoder, read off its tensors."""
+def memory_config_of(tensors: Mapping[str, Tensor], source: str) -> tuple[int, MemoryConfig]:
+    """The tokens and the config of a memory encoder (names without ``query_memory_encoder.``).
 
-    memory_tokens: int
-    layers: int
-    normalize_k: bool
-    ffn_multiplier: int
-
-
-def memory_facts(tensors: Mapping[str, Tensor], source: str = "memory encoder") -> MemoryFacts:
-    """The sizes of a memory encoder (names without ``query_memory_encoder.``); ``source`` is for messages.
-
-    ``memory_tokens`` is frames times tokens of a frame: how many frames that is depends on the video's size.
+    The tokens are frames times tokens of a frame: how many frames that is depends on the video's size.
 
     Errors: ``WeightsError`` for tensors that are no memory encoder.
     """
     what = "a memory encoder"
-    _, memory_tokens, dim = shape_of(tensors, "query_init", 3, source, what)
+    _, tokens, dim = shape_of(tensors, "query_init", 3, source, what)
     rows = shape_of(tensors, "layers.0.ffn.0.weight", 2, source, what)[0]
     if rows % dim:
         raise WeightsError(f"{source}: expected {what} with an FFN of a multiple of {dim} channels, found {rows}")
-    return MemoryFacts(
-        memory_tokens=memory_tokens,
+    return tokens, configured(
+        MemoryConfig,
+        source,
         layers=count_layers(tensors, "layers."),
         normalize_k="norm_k_out.weight" in tensors,
         ffn_multiplier=rows // dim,

@@ -1,9 +1,11 @@
-"""Tensors by name that stay on disk until they are asked for, and views of them under other names."""
+"""Tensors by name that stay on disk until they are asked for, and views of them: under other names, fingerprinted."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,8 @@ Fact = int | float | str
 MOST_TENSORS = 2**16  # of a file, dicts of an optimizer among them; a model has a thousand
 _NAMED_IN_MESSAGES = 5
 _LONGEST_NAME = 256
+# Values of each tensor that count: a merged LoRA or another training step changes the first ones of a matrix too.
+_VALUES = 64
 
 
 def first_names(names: Sequence[str]) -> str:
@@ -34,7 +38,7 @@ def check_name(name: str, path: Path) -> str:
 
 
 class Outline(NamedTuple):
-    """Shape and dtype of a tensor without its values; ``dense``: it has values, each in a place of its own."""
+    """Shape and dtype of a tensor without its values; ``dense``: it has a value for each element."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -42,10 +46,7 @@ class Outline(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Outline:
-        dense = tensor.layout == torch.strided and not tensor.is_meta
-        # A stride of 0 makes a tensor of any shape out of one value.
-        dense = dense and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
-        return cls(tuple(tensor.shape), tensor.dtype, dense)
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.layout == torch.strided and not tensor.is_meta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,3 +127,45 @@ def below(tensors: LazyTensors, prefix: str) -> LazyTensors:
     """A view of those of ``tensors`` whose names begin with ``prefix``, without it."""
     entries = tensors.entries.items()
     return LazyTensors({name.removeprefix(prefix): entry for name, entry in entries if name.startswith(prefix)})
+
+
+class FingerprintedTensors(LazyTensors):
+    """A view that refuses tensors with NaN or infinite values and records each one read.
+
+    A NaN in a weight need not show in the video: torch's attention on a CPU turns NaN scores into zeros. So it is
+    looked for here. ``source`` names the weights in the message of the :class:`WeightsError`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        super().__init__(lazy(tensors).entries)
+        self.source = source
+        self._seen: dict[str, bytes] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        tensor = entry.read()
+        # In one pass; NaN if any value is. ``isfinite`` would write a tensor of bools.
+        ends = torch.aminmax(tensor) if tensor.numel() else ()
+        if not all(math.isfinite(end.item()) for end in ends):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise WeightsError(f"{self.source}: {bad} of {tensor.numel()} values of {name} are NaN or infinite")
+        # What is computed at load may be rounded otherwise elsewhere: then it is told by what it is computed of.
+        samples = [origin.flatten()[:_VALUES].to("cpu", torch.float32) for origin in entry.origins() or [tensor]]
+        self._seen[name] = b"".join(sample.contiguous().numpy().tobytes() for sample in samples)
+        return tensor
+
+    def digest(self) -> str:
+        """SHA-256 over the names and first values of the tensors read so far, whatever the order of reading."""
+        digest = hashlib.sha256()
+        for name in sorted(self._seen):
+            digest.update(name.encode() + b"\0" + self._seen[name])
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class ModelTensors:
+    """A model's tensors by their original names; ``memory`` and ``vae`` are empty where it has no such part."""
+
+    transformer: FingerprintedTensors
+    memory: FingerprintedTensors = field(default_factory=lambda: FingerprintedTensors({}, ""))
+    vae: FingerprintedTensors = field(default_factory=lambda: FingerprintedTensors({}, ""))

@@ -9,13 +9,12 @@ import io
 import json
 import math
 import os
-import secrets
-import shutil
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors.torch
@@ -25,9 +24,9 @@ from torch import Tensor
 from echo_rt.config import MemoryConfig, ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import OutputError, TargetError, WeightsError
 from echo_rt.options import RECIPE, check_seed, latent_size
-from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import counted
 from echo_rt.weights.folder import (
+    DEMO_FOLDER,
     TEXT_ENCODER_FILE,
     TOKENIZER_FOLDER,
     TRANSFORMER_CONFIG,
@@ -52,7 +51,7 @@ _SMALL = 0.05  # spread of what is near a constant: norm weights, biases
 _GATE, _GATE_BIAS = "gate_linear.bias", 2.0  # the memory's gate begins near "keep"
 
 CHECKPOINT_FILE = "echo_infinity.pt"
-TINY_VAE_FILE = f"{TAEW.name}.pth"
+TINY_VAE_FILE = f"{TAEW}.pth"
 _TRANSFORMER_FILE = f"{TRANSFORMER_STEM}.safetensors"
 _TRANSFORMER = TransformerConfig(dim=128, ffn_dim=256, freq_dim=64, num_heads=2, num_layers=3, text_dim=32, text_len=64)
 _MEMORY = MemoryConfig()
@@ -69,66 +68,38 @@ _FILES = {
 _MARK = "tiny_seed"  # in config.json, tells a folder that was written here from anyone else's
 _RECIPE = "echo-infinity-long"  # whose memory encoder this one is
 
-_PAD, _END = "<pad>", "</s>"  # ids 0 and 1, as in umT5
-# Whole tokens for what prompts are made of; anything else is spelled in pieces, if need be byte by byte.
-_WORDS = """
-a an and the of in on at with into over under through from to by as is are one two three many few it its
-red orange yellow green blue violet purple pink white black grey golden silver bright dark pale deep vivid soft warm
-cold small large huge tiny tall wide long old young wild calm slow fast gentle heavy light empty quiet busy
-fox dog cat bird horse wolf bear deer fish whale owl eagle butterfly dragon man woman child girl boy people crowd
-forest river lake sea ocean wave waves beach sand desert mountain mountains valley field meadow grass flower flowers
-tree trees leaf leaves garden snow rain storm cloud clouds fog mist wind sky sun moon star stars night day morning
-evening sunset sunrise winter spring summer autumn fire smoke water ice stone city street road bridge house window
-door tower castle train car boat ship plane market neon lantern candle glass mirror paper silk painting
-runs running walks walking swims swimming flies flying jumps jumping dives falls falling rises rising turns turning
-drifts drifting floats floating dances dancing glows glowing burns burning flows flowing opens closes looks sits
-stands moves moving shines passes crosses follows camera shot close view scene cinematic film style realistic detailed
-slowly quickly gently suddenly then while across around between above below behind before after again forever
-"""
-
 
 def write_tiny_model(
     folder: str | Path, *, seed: int = 0, width: int = 128, height: int = 80, overwrite: bool = False
 ) -> None:
-    """Write the model: transformer, VAE, text encoder, tokenizer, ``echo_infinity.pt`` with a memory encoder, and a
-    tiny decoder for previews.
+    """Write a model, with a memory encoder in ``echo_infinity.pt`` and a tiny decoder for previews, to ``folder``.
 
-    Args:
-        folder: what to make; its parents are made as needed. It appears whole or not at all.
-        seed: 0 .. 2^64-1; the same seed gives the same bytes.
-        width, height: of the video in pixels, which the memory is made for; multiples of 16.
-        overwrite: replace a folder that this function wrote and that nothing was added to.
+    It appears whole or not at all. The same ``seed`` (0 .. 2^64-1) gives the same bytes. ``width``, ``height``: of the
+    video in pixels, which the memory is made for; multiples of 16. ``overwrite``: replace a folder that this function
+    wrote and that nothing was added to.
 
     Errors: ``ConfigError`` for a seed or size that cannot be; ``OutputError`` for a folder that is in the way or
-    cannot be written; ``BackendError`` without tokenizers.
+    cannot be written.
     """
     check_seed(seed)
     vae = VaeConfig(base_dim=4)
     config = ModelConfig(_TRANSFORMER, *latent_size(width, height, vae, _TRANSFORMER), memory=_MEMORY)
     target = Path(os.path.realpath(folder))
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    old = part.with_suffix(".old")
     try:
         _check_replaceable(target, overwrite)
     except OSError as error:
         raise TargetError(f"{target}: cannot write the model: {error.strerror or error}") from error
     try:
-        (part / TOKENIZER_FOLDER).mkdir(parents=True)
-        _write_parts(part, config, vae, seed, width, height)
-        with suppress(FileNotFoundError):
-            target.rename(old)
-        try:
-            part.rename(target)
-        except OSError:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
+            new, old = Path(beside, "new"), Path(beside, "old")
+            (new / TOKENIZER_FOLDER).mkdir(parents=True)
+            _write_parts(new, config, vae, seed, width, height)
             with suppress(FileNotFoundError):
-                old.rename(target)
-            raise
+                target.rename(old)
+            new.rename(target)
     except OSError as error:
         raise OutputError(f"{folder}: cannot write the model: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
@@ -174,7 +145,7 @@ def _write_parts(part: Path, config: ModelConfig, vae: VaeConfig, seed: int, wid
         vocab_size=1024, d_model=transformer.text_dim, d_attn=32, d_ff=64, num_heads=4, num_layers=2
     )
     save_pickle(part / TEXT_ENCODER_FILE, random_tensors(text_encoder_shapes(text_encoder), draw, torch.bfloat16))
-    write_tokenizer(part / TOKENIZER_FOLDER, text_encoder.vocab_size, transformer.text_len)
+    _write_tokenizer(part / TOKENIZER_FOLDER, transformer.text_len)
 
 
 def wan_config(config: TransformerConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,35 +161,13 @@ def save_pickle(path: Path, content: Mapping[str, Any]) -> None:
     path.write_bytes(buffer.getvalue())
 
 
-def write_tokenizer(folder: Path, vocab_size: int, text_len: int) -> None:
-    """A byte-level BPE, which spells any text, that ends a prompt with ``</s>``."""
-    with needing("tokenizers", "the tiny model's tokenizer"):
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[_PAD, _END],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_WORDS.split(), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {_END}", special_tokens=[(_END, tokenizer.token_to_id(_END))]
-    )
-    library_config = {
-        # Written by hand: what the library writes can only be read by the version that wrote it.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": _PAD,
-        "eos_token": _END,
-        "add_prefix_space": True,  # older versions overrule the other file with this
-        "model_max_length": text_len,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / _TOKENIZER_FILES[0]).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    (folder / _TOKENIZER_FILES[1]).write_text(json.dumps(library_config, indent=2) + "\n", encoding="utf-8")
+def _write_tokenizer(folder: Path, text_len: int) -> None:
+    """The demo model's: a byte-level BPE, which spells any text, that ends a prompt with ``</s>``."""
+    source = DEMO_FOLDER / TOKENIZER_FOLDER
+    whole, config = _TOKENIZER_FILES
+    (folder / whole).write_bytes((source / whole).read_bytes())
+    facts = read_object(source / config, "a tokenizer's config") | {"model_max_length": text_len}
+    (folder / config).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 class Draw:

@@ -1,9 +1,8 @@
 """Tiny decoders of Wan2.1's latents on disk: their files, what is in them, and which of the two kinds a file is.
 
-Both kinds are one architecture under one set of names and shapes, so that nothing inside a file tells them apart; yet
-one decodes latents as the transformer makes them and the other wants them de-normalized first, and taking one for the
-other shows as a bad picture, not as an error. So the kind is told by the file's name, and a name that says neither is
-refused.
+Both kinds have the same names and shapes, so nothing inside a file tells them apart; yet one decodes latents as the
+transformer makes them and the other wants them de-normalized first. Taking one for the other shows as a bad picture, so
+the kind is told by the file's name, and a name that says neither is refused.
 """
 
 from __future__ import annotations
@@ -34,19 +33,11 @@ _BLOCKS = 3
 _LEVEL = _BLOCKS + 3
 
 
-@dataclass(frozen=True)
-class TinyVaeKind:
-    """``name`` is part of the name of its files; ``normalized``: whether it decodes latents as a transformer makes."""
-
-    name: str
-    normalized: bool
-
-
-TAEW = TinyVaeKind("taew2_1", normalized=True)
-LIGHTTAEW = TinyVaeKind("lighttaew2_1", normalized=False)
-KINDS = (LIGHTTAEW, TAEW)  # the name of the second is a part of the first's
+TAEW, LIGHTTAEW = "taew2_1", "lighttaew2_1"  # a part of the names of their files
+# Whether a kind decodes latents as a transformer makes; first the one whose name the other's is a part of.
+_NORMALIZED = {LIGHTTAEW: False, TAEW: True}
 _FORMS = f"{{{','.join(_SUFFIXES)}}}"
-_USUAL_FILES = f"{TAEW.name}{_FORMS} (of madebyollin's TAEHV) or {LIGHTTAEW.name}{_FORMS} (of LightX2V's Autoencoders)"
+_USUAL_FILES = f"{TAEW}{_FORMS} (of madebyollin's TAEHV) or {LIGHTTAEW}{_FORMS} (of LightX2V's Autoencoders)"
 
 
 @dataclass(frozen=True)
@@ -113,7 +104,7 @@ class TinyVae:
     """An opened file: its kind, its sizes, and its decoder's tensors, mapped from disk."""
 
     path: Path
-    kind: TinyVaeKind
+    kind: str
     config: TinyVaeConfig
     tensors: Mapping[str, Tensor]
 
@@ -131,14 +122,14 @@ def open_tiny_vae(vae: str | Path, folder: Path, like: VaeConfig) -> TinyVae:
             f"vae: expected {WAN_VAE!r}, {TINY_VAE!r} or the path of a tiny decoder's file, "
             f"got {str(vae)!r}, and no such file{did_you_mean(vae, (WAN_VAE, TINY_VAE))}"
         )
-    kind = next((kind for kind in KINDS if kind.name in path.name.lower()), None)
+    kind = next((kind for kind in _NORMALIZED if kind in path.name.lower()), None)
     if kind is None:
         raise WeightsError(
             f"{path}: expected a name that says which tiny decoder it is, like {_USUAL_FILES}; "
             f"their tensors have the same names, but one wants normalized latents and the other does not"
         )
     tensors = selected(open_tensors(path), lambda name: not name.startswith(_ENCODER))
-    config = _config_of(tensors, kind, str(path))
+    config = _config_of(tensors, _NORMALIZED[kind], str(path))
     for what, found, expected in (
         ("channels of a latent", config.z_dim, like.z_dim),
         ("pixels on a side of a latent pixel", config.spatial_stride, like.spatial_stride),
@@ -152,9 +143,8 @@ def open_tiny_vae(vae: str | Path, folder: Path, like: VaeConfig) -> TinyVae:
 
 def _find(folder: Path) -> Path:
     """The one tiny decoder in a model's folder."""
-    found = [
-        path for kind in (TAEW, LIGHTTAEW) for suffix in _SUFFIXES if (path := folder / f"{kind.name}{suffix}").exists()
-    ]
+    paths = [folder / f"{kind}{suffix}" for kind in (TAEW, LIGHTTAEW) for suffix in _SUFFIXES]
+    found = [path for path in paths if path.exists()]
     if len(found) != 1:
         wanted = f"a tiny decoder, {_USUAL_FILES}" if not found else "one tiny decoder"
         there = " and ".join(path.name for path in found) or "none of them"
@@ -162,7 +152,7 @@ def _find(folder: Path) -> Path:
     return found[0]
 
 
-def _config_of(tensors: Mapping[str, Tensor], kind: TinyVaeKind, source: str) -> TinyVaeConfig:
+def _config_of(tensors: Mapping[str, Tensor], normalized: bool, source: str) -> TinyVaeConfig:
     """The sizes of the decoder in ``tensors``, as far as its convolutions say; the rest is for ``check_tensors``."""
 
     def shape(module: str) -> tuple[int, ...]:
@@ -180,4 +170,4 @@ def _config_of(tensors: Mapping[str, Tensor], kind: TinyVaeKind, source: str) ->
             )
         growth.append(rows // widths[-1])
         widths.append(shape(outlet_name(level))[0])
-    return TinyVaeConfig(z_dim=z_dim, widths=tuple(widths), growth=tuple(growth), normalized=kind.normalized)
+    return TinyVaeConfig(z_dim=z_dim, widths=tuple(widths), growth=tuple(growth), normalized=normalized)

@@ -10,7 +10,7 @@ import pytest
 import travel
 from travel import MIB
 
-WHEELS = {"ftfy-1.0-cp312-cp312-any.whl": 3 * MIB, "nvidia_ml_py-2.0-py3-none-any.whl": MIB}
+WHEELS = {"nvtx-1.0-cp312-cp312-any.whl": 3 * MIB, "nvidia_ml_py-2.0-py3-none-any.whl": MIB}
 AV = {"av-19.0-cp312-abi3-any.whl": 40 * MIB}
 
 
@@ -47,7 +47,7 @@ def test_all_that_travels_is_counted(
     (root / "build" / "travel" / "old-1.0-py3-none-any.whl").write_bytes(bytes(90 * MIB))
     assert gather(root, monkeypatch) == 0
     rows = dict(re.findall(r"^ *([\d.]+) MiB  (\S+)", capsys.readouterr().out, re.MULTILINE))
-    assert rows == {"2.00": "this", "40.00": next(iter(AV)), "3.00": "ftfy-1.0-cp312-cp312-any.whl"} | {
+    assert rows == {"2.00": "this", "40.00": next(iter(AV)), "3.00": "nvtx-1.0-cp312-cp312-any.whl"} | {
         "1.00": "nvidia_ml_py-2.0-py3-none-any.whl",
         "46.00": "all,",
     }
@@ -75,5 +75,5 @@ def test_a_wheel_that_cannot_be_had_fails(
 
 
 def test_versions_are_those_of_the_package() -> None:
-    assert travel.requirement("nvidia-ml-py") == "nvidia-ml-py>=12.535"
+    assert travel.requirement("nvtx") == "nvtx>=0.2.8" and travel.requirement("nvidia-ml-py") == "nvidia-ml-py>=12.535"
     assert travel.requirement("wcwidth") == "wcwidth"

@@ -135,6 +135,7 @@ def test_the_default_backend_of_a_gpu(monkeypatch):
     [
         ("av", "av", "av", 1),
         ("rich", "rich", "rich", 0),
+        ("nvtx", "nvtx", "'echo-rt[profile]'", 0),
         ("matplotlib", "matplotlib", "'echo-rt[soak]'", 0),
         ("aiortc", "aiortc", "'echo-rt[serve]'", 0),
         ("httpx", "httpx", "'echo-rt[client]'", 0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from echo_rt import SteadyStateError
-from echo_rt.engine.executor import CudaExecutor, Executor, SteadyCheck
+from echo_rt.engine.executor import CudaExecutor, Executor, SteadyCheck, _ranges
 
 FEW_STEPS = {"denoising_steps": (1000, 500)}
 LONG = 20.0
@@ -42,7 +43,6 @@ def executor(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaExecutor]:
     for name in ("Stream", "Event", "CUDAGraph", "stream", "graph", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, _Thing)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: None)
-    monkeypatch.setattr(torch.cuda.nvtx, "range", _Thing)
     yield CudaExecutor(torch.device("cuda", 0), graphs=True)
 
 
@@ -179,13 +179,15 @@ def test_errors_of_a_steady_block_keep_their_kind(monkeypatch: pytest.MonkeyPatc
         assert not isinstance(found.value, SteadyStateError), "an error of the device, told as one of ours"
 
 
-def test_a_profiler_sees_the_names_of_stages(executor: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    names: list[str] = []
-
-    def named(name: str) -> contextlib.nullcontext[None]:
-        names.append(name)
-        return contextlib.nullcontext()
-
-    monkeypatch.setattr(torch.cuda.nvtx, "range", named)
-    executor.run(_nothing)
-    assert names == ["_nothing"]
+@pytest.mark.parametrize("profiled", [False, True])
+def test_missing_names_of_stages_are_a_warning_under_a_profiler_alone(
+    profiled: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    monkeypatch.delenv("NVTX_INJECTION64_PATH", raising=False)
+    if profiled:
+        monkeypatch.setenv("NVTX_INJECTION64_PATH", "libToolsInjection64.so")
+    made = _ranges.__wrapped__()
+    with made("a stage"):
+        pass
+    assert ("pip install 'echo-rt[profile]'" in caplog.text) == profiled

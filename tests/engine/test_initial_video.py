@@ -42,7 +42,7 @@ def framewise(small_model: Path) -> Iterator[InitialVideoEncoder]:
 
 def test_latents_are_those_of_the_vae(small_model: Path, encoder: InitialVideoEncoder) -> None:
     folder, video = ModelFolder.open(small_model), frames_of(BOTH)
-    vae = VaeEncoder(folder.vae_config(), folder.vae_tensors(), device="cpu", dtype=torch.float32)
+    vae = VaeEncoder(folder.vae.config(), folder.vae.tensors(), device="cpu", dtype=torch.float32)
     latents = encoder.encode(video)
     assert latents.shape == (6, 16, 4, 4) and latents.dtype == torch.float32
     assert torch.equal(latents, vae.encode(video.permute(0, 3, 1, 2).float() / 127.5 - 1))

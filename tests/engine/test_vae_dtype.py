@@ -31,7 +31,7 @@ def test_frames_are_those_of_the_chosen_precision(small_model: Path, mixed: echo
     assert (mixed.dtype, mixed.vae_dtype) == (torch.bfloat16, torch.float32)
     made = video(mixed, 3)
     folder = ModelFolder.open(small_model)
-    tensors, config = folder.vae_tensors(), folder.vae_config()
+    tensors, config = folder.vae.tensors(), folder.vae.config()
     decoder = VaeDecoder(config, tensors, load_ops("torch"), device="cpu", dtype=torch.float32)
     latents = torch.cat([chunk.latents for chunk in made])
     decoded = decoder.decode(latents, decoder.new_state(*latents.shape[2:], len(latents)))
@@ -116,10 +116,10 @@ def test_a_wrong_name_is_found_before_anything_is_read(tmp_path: Path) -> None:
 
 def test_the_encoder_is_in_float32_unless_asked(small_model: Path) -> None:
     folder = ModelFolder.open(small_model)
-    size = 2 * folder.vae_config().spatial_stride
+    size = 2 * folder.vae.config().spatial_stride
     picture = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     made = [
-        VaeEncoder(folder.vae_config(), folder.vae_tensors(), device="cpu", **options).encode(picture)
+        VaeEncoder(folder.vae.config(), folder.vae.tensors(), device="cpu", **options).encode(picture)
         for options in ({}, {"dtype": torch.float32}, {"dtype": torch.bfloat16})
     ]
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])

@@ -223,9 +223,3 @@ def test_latents_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
     decoder = make()
     with pytest.raises(ConfigError, match=r"expected latents \[T >= 1, 3, 2, 3\] .* got"):
         decoder.decode(torch.zeros(shape), decoder.new_state(2, 3, 1))
-
-
-@pytest.mark.parametrize("size", [(0, 2, 1), (2, 0, 1), (2, 2, 0)], ids=str)
-def test_states_that_cannot_be(size: tuple[int, int, int]) -> None:
-    with pytest.raises(ConfigError, match="at least 1, got 0"):
-        make().new_state(*size)

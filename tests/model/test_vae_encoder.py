@@ -11,7 +11,7 @@ from closeness import relative_error
 from naive_vae import Bundle, NaiveVae, random_weights, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from echo_rt.errors import ConfigError, WeightsError
+from echo_rt.errors import ConfigError
 from echo_rt.model.vae_encoder import VaeEncoder
 from echo_rt.weights.shapes import vae_encoder_shapes
 
@@ -148,10 +148,3 @@ def test_what_is_no_video_is_refused(bundle: Bundle, shape: tuple[int, ...]) -> 
 def test_sizes_that_are_no_multiple_are_refused(bundle: Bundle, size: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match=f"multiples of 8, got {size[0]} and {size[1]}"):
         make_encoder(bundle).encode(torch.zeros(1, 3, *size))
-
-
-def test_weights_are_checked(bundle: Bundle) -> None:
-    name = "encoder.downsamples.5.time_conv.weight"
-    without = {key: tensor for key, tensor in bundle.weights.items() if key != name}
-    with pytest.raises(WeightsError, match=f"{name} .*missing"):
-        VaeEncoder(bundle.config, without, device="cpu", dtype=torch.float32)

@@ -183,10 +183,9 @@ def test_a_nan_shows_and_is_gone_with_what_was_remembered(golden: Bundle, tiles:
     assert torch.equal(decoder.decode(latents[:3], state), expected)
 
 
-@pytest.mark.parametrize(("tiles", "words"), [(0, "at least 1, got 0"), (3, "expected 1 to 2 for latents 6 rows high")])
-def test_tiles_that_there_are_no_rows_for(golden: Bundle, tiles: int, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        make_decoder(golden.config, golden.weights, tiles).new_state(6, 10, 1)
+def test_tiles_that_there_are_no_rows_for(golden: Bundle) -> None:
+    with pytest.raises(ConfigError, match="expected 1 to 2 for latents 6 rows high"):
+        make_decoder(golden.config, golden.weights, 3).new_state(6, 10, 1)
 
 
 def test_a_vae_of_one_resolution_has_no_tiles() -> None:

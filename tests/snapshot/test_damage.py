@@ -33,9 +33,9 @@ import echo_rt
 from echo_rt.config import TransformerConfig
 from echo_rt.errors import EchoError, SnapshotError
 from echo_rt.snapshot.snapshot import Snapshot
-from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.generator import load_generator
 from echo_rt.weights.shapes import transformer_shapes
+from echo_rt.weights.tensors import FingerprintedTensors
 
 COUNT = int(os.environ.get("ECHO_RT_DAMAGES", "150"))
 FIRST_SEED = int(os.environ.get("ECHO_RT_DAMAGE_SEED", "0"))

@@ -30,7 +30,7 @@ def test_a_config_of_something_else(small_model: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text("3")
     with pytest.raises(WeightsError, match="got `int`"):
-        ModelFolder.open(tmp_path).transformer_config()
+        ModelFolder.open(tmp_path).transformer.config()
 
 
 def test_printable_leaves_nothing_for_a_terminal_to_obey() -> None:

@@ -35,9 +35,9 @@ def test_precisions_of_a_bundle(golden_dir: Path) -> None:
         decoder = VaeDecoder(bundle.config, bundle.weights, load_ops("torch"), device="cpu", dtype=dtype)
         video = decoder.decode(bundle.inputs["latents"], decoder.new_state(6, 10, 7)).float()
         # The published float32 video is as good a reference as ours.
-        assert each.quality.psnr == pytest.approx(psnr(video, expected), abs=0.5)
-        assert each.quality.ssim == pytest.approx(ssim(video, expected), abs=1e-4)
-    low, high = (each.quality.psnr for each in report.precisions)
+        assert each.psnr == pytest.approx(psnr(video, expected), abs=0.5)
+        assert each.ssim == pytest.approx(ssim(video, expected), abs=1e-4)
+    low, high = (each.psnr for each in report.precisions)
     assert 40 < low < low + 12 < high, "float16 has three bits more, which are 18 dB"
 
 
@@ -55,8 +55,8 @@ def test_a_bundle_of_another_shape(tmp_path: Path) -> None:
         {"video": NaiveVae(config, weights).decode(latents).float().contiguous()}, folder / "expected.safetensors"
     )
     report = verify_bundle(folder, device="cpu")
-    assert report.passed and [each.quality.ssim for each in report.precisions] == [None, None]
-    assert all(each.quality.psnr > 20 for each in report.precisions)
+    assert report.passed and [each.ssim for each in report.precisions] == [None, None]
+    assert all(each.psnr > 20 for each in report.precisions)
 
 
 def test_other_kinds_have_no_precisions(golden_dir: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_model_is_checked_in_groups(tiny_model: Path, tmp_path: Path, dtype: s
     assert [row.name for row in report.rows] == [*groups, "video in mixed groups"]
     assert all(row.bound == 2 * BOUNDS[getattr(torch, dtype)] for row in report.rows)
     assert [each.dtype for each in report.precisions] == ["bfloat16", "float16"]
-    assert all(each.quality.psnr > 40 and each.quality.ssim > 0.99 for each in report.precisions)
+    assert all(each.psnr > 40 and each.ssim > 0.99 for each in report.precisions)
     kept = load_file(tmp_path / tiny_model.name / "actual.safetensors")
     assert set(kept) == {"video", *(row.name for row in report.rows)}
     assert kept["video"].shape == (41, 48, 64, 3) and kept["video"].std() > 0.05, "a picture, and not one grey"

@@ -69,7 +69,9 @@ def seed_of(loaded: LoadedModel) -> int:
     """Of whose weights the transformer is."""
     name = "blocks.0.norm3.weight"
     (seed,) = (
-        seed for seed in (PLAIN, EMA, NO_PARTS) if torch.equal(loaded.transformer[name], transformer(seed)[name])
+        seed
+        for seed in (PLAIN, EMA, NO_PARTS)
+        if torch.equal(loaded.tensors.transformer[name], transformer(seed)[name])
     )
     return seed
 
@@ -238,7 +240,7 @@ def test_a_snapshot_of_before_recipes_goes_on_as_before(
 
 
 def test_the_downloads_of_a_recipe_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
     def commands(**options: Any) -> str:
         with pytest.raises(WeightsError, match="to download it: ") as caught:

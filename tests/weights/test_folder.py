@@ -70,13 +70,13 @@ def test_every_part(written: dict[str, Path], layout: str) -> None:
     folder = ModelFolder.open(str(written[layout]))
     # diffusers has no field for the length of the text.
     text_len = TRANSFORMER.text_len if layout == "original" else 512
-    assert folder.transformer_config() == dataclasses.replace(TRANSFORMER, text_len=text_len)
-    assert folder.vae_config() == VAE
-    assert folder.text_encoder_config() == TEXT_ENCODER
+    assert folder.transformer.config() == dataclasses.replace(TRANSFORMER, text_len=text_len)
+    assert folder.vae.config() == VAE
+    assert folder.text_encoder.config() == TEXT_ENCODER
     assert folder.rollout_defaults() == {}
-    assert_same(folder.transformer_tensors(), transformer())
-    assert_same(folder.vae_tensors(), vae())
-    assert_same(folder.text_encoder_tensors(), text_encoder())
+    assert_same(folder.transformer.tensors(), transformer())
+    assert_same(folder.vae.tensors(), vae())
+    assert_same(folder.text_encoder.tensors(), text_encoder())
     assert folder.tokenizer_path().is_dir()
 
 
@@ -88,9 +88,9 @@ def test_a_part_needs_no_other(folders: Callable[[str], Path], layout: str) -> N
         if entry.name not in kept:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     folder = ModelFolder.open(path)
-    assert_same(folder.vae_tensors(), vae())
-    assert "expected" in refusal(folder.transformer_tensors)
-    assert "found" in refusal(folder.text_encoder_tensors)
+    assert_same(folder.vae.tensors(), vae())
+    assert "expected" in refusal(folder.transformer.tensors)
+    assert "found" in refusal(folder.text_encoder.tensors)
     assert "expected the tokenizer's folder" in refusal(folder.tokenizer_path)
 
 
@@ -98,26 +98,26 @@ def test_sharded_original_transformer(folders: Callable[[str], Path]) -> None:
     path = folders("original")
     (path / "diffusion_pytorch_model.safetensors").unlink()
     write_shards(path, "diffusion_pytorch_model", transformer())
-    assert_same(ModelFolder.open(path).transformer_tensors(), transformer())
+    assert_same(ModelFolder.open(path).transformer.tensors(), transformer())
 
 
 def test_stock_config_leaves_text_width_and_patches_to_the_defaults(folders: Callable[[str], Path]) -> None:
     path = folders("original")
     edit(path / "config.json", text_dim=..., text_len=..., in_dim=..., out_dim=...)
-    config = ModelFolder.open(path).transformer_config()
+    config = ModelFolder.open(path).transformer.config()
     assert (config.text_dim, config.text_len, config.patch_size, config.in_channels) == (4096, 512, (1, 2, 2), 16)
 
 
 def test_as_many_channels_come_out_as_go_in_where_diffusers_says_null(folders: Callable[[str], Path]) -> None:
     path = folders("diffusers")
     edit(path / "transformer" / "config.json", out_channels=None)
-    assert ModelFolder.open(path).transformer_config().out_channels == 16
+    assert ModelFolder.open(path).transformer.config().out_channels == 16
 
 
 def test_released_sizes(tmp_path: Path) -> None:
     stock = {"dim": 1536, "eps": 1e-06, "ffn_dim": 8960, "freq_dim": 256, "in_dim": 16, "model_type": "t2v"}
     write_json(tmp_path / "config.json", stock | {"num_heads": 12, "num_layers": 30, "out_dim": 16, "text_len": 512})
-    shapes = transformer_shapes(ModelFolder.open(tmp_path).transformer_config())
+    shapes = transformer_shapes(ModelFolder.open(tmp_path).transformer.config())
     assert len(shapes) == 825
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 1_418_996_800
 
@@ -138,7 +138,7 @@ def test_wrong_folders(tmp_path: Path) -> None:
     message = refusal(lambda: ModelFolder.open(tmp_path))
     assert "config.json, Wan2.1_VAE.pth" in message and "transformer/config.json" in message
     (tmp_path / "file").write_bytes(b"x")
-    assert "found another format" in refusal(ModelFolder.open(tmp_path / "file").transformer_tensors)
+    assert "found another format" in refusal(ModelFolder.open(tmp_path / "file").transformer.tensors)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_wrong_folders(tmp_path: Path) -> None:
 def test_original_config_of_another_model(folders: Callable[[str], Path], changes: dict[str, Any], said: str) -> None:
     path = folders("original")
     edit(path / "config.json", **changes)
-    message = refusal(ModelFolder.open(path).transformer_config)
+    message = refusal(ModelFolder.open(path).transformer.config)
     assert said in message and str(path / "config.json") in message
 
 
@@ -189,7 +189,7 @@ def test_diffusers_config_of_another_model(
 ) -> None:
     path = folders("diffusers")
     edit(path / file / "config.json", **changes)
-    message = refusal(getattr(ModelFolder.open(path), f"{file}_config"))
+    message = refusal(getattr(ModelFolder.open(path), file).config)
     assert said in message and str(path / file / "config.json") in message
 
 
@@ -197,31 +197,31 @@ def test_diffusers_config_of_another_model(
 def test_config_that_is_no_json_object(folders: Callable[[str], Path], content: bytes) -> None:
     path = folders("original")
     (path / "config.json").write_bytes(content)
-    assert f"{path / 'config.json'}: expected" in refusal(ModelFolder.open(path).transformer_config)
+    assert f"{path / 'config.json'}: expected" in refusal(ModelFolder.open(path).transformer.config)
 
 
 def test_weights_and_config_must_agree(folders: Callable[[str], Path]) -> None:
     path = folders("original")
     edit(path / "config.json", num_layers=3)
-    message = refusal(ModelFolder.open(path).transformer_tensors)
+    message = refusal(ModelFolder.open(path).transformer.tensors)
     assert "diffusion_pytorch_model.safetensors: expected" in message and "missing (blocks.2.modulation" in message
     # In the diffusers layout the names are those that the file would have.
     path = folders("diffusers")
     edit(path / "transformer" / "config.json", num_layers=1)
-    assert "surplus (blocks.1.attn1.norm_k.weight" in refusal(ModelFolder.open(path).transformer_tensors)
+    assert "surplus (blocks.1.attn1.norm_k.weight" in refusal(ModelFolder.open(path).transformer.tensors)
     edit(path / "vae" / "config.json", base_dim=8)
-    assert "misshapen" in refusal(ModelFolder.open(path).vae_tensors)
+    assert "misshapen" in refusal(ModelFolder.open(path).vae.tensors)
 
 
 def test_missing_and_damaged_parts(folders: Callable[[str], Path]) -> None:
     path = folders("original")
     (path / "diffusion_pytorch_model.safetensors").unlink()
-    message = refusal(ModelFolder.open(path).transformer_tensors)
+    message = refusal(ModelFolder.open(path).transformer.tensors)
     assert "diffusion_pytorch_model.safetensors or diffusion_pytorch_model.safetensors.index.json" in message
     (path / "Wan2.1_VAE.pth").unlink()
-    assert "Wan2.1_VAE.pth: expected a file, found none" in refusal(ModelFolder.open(path).vae_tensors)
+    assert "Wan2.1_VAE.pth: expected a file, found none" in refusal(ModelFolder.open(path).vae.tensors)
     (path / "Wan2.1_VAE.pth").mkdir()
-    assert "Wan2.1_VAE.pth: expected a file, found a folder" in refusal(ModelFolder.open(path).vae_config)
+    assert "Wan2.1_VAE.pth: expected a file, found a folder" in refusal(ModelFolder.open(path).vae.config)
     shutil.rmtree(path / "google")
     assert "google/umt5-xxl: expected the tokenizer's folder" in refusal(ModelFolder.open(path).tokenizer_path)
     (path / "google" / "umt5-xxl").mkdir(parents=True)
@@ -266,7 +266,7 @@ def test_damaged_original_vae(
     path = folders("original")
     tensors = vae() | {name: replacement}
     torch.save({k: v for k, v in tensors.items() if v is not None}, path / "Wan2.1_VAE.pth")
-    message = refusal(ModelFolder.open(path).vae_tensors)
+    message = refusal(ModelFolder.open(path).vae.tensors)
     assert said in message and "Wan2.1_VAE.pth" in message
 
 
@@ -274,16 +274,16 @@ def test_uneven_vae_levels(folders: Callable[[str], Path]) -> None:
     path = folders("original")
     tensors = vae() | {"encoder.downsamples.11.residual.2.weight": torch.zeros(16, 16, 3, 3, 3)}
     torch.save(tensors, path / "Wan2.1_VAE.pth")
-    assert "as many residual blocks on every level, found [2, 2, 2, 3]" in refusal(ModelFolder.open(path).vae_config)
+    assert "as many residual blocks on every level, found [2, 2, 2, 3]" in refusal(ModelFolder.open(path).vae.config)
 
 
 def test_damaged_original_text_encoder(folders: Callable[[str], Path]) -> None:
     path = folders("original")
     file = path / "models_t5_umt5-xxl-enc-bf16.pth"
     torch.save({k: v for k, v in text_encoder().items() if k != "blocks.1.attn.q.weight"}, file)
-    assert "1 missing (blocks.1.attn.q.weight)" in refusal(ModelFolder.open(path).text_encoder_tensors)
+    assert "1 missing (blocks.1.attn.q.weight)" in refusal(ModelFolder.open(path).text_encoder.tensors)
     torch.save(vae(), file)
-    assert "expected a umT5 text encoder, found the Wan2.1 VAE" in refusal(ModelFolder.open(path).text_encoder_tensors)
+    assert "expected a umT5 text encoder, found the Wan2.1 VAE" in refusal(ModelFolder.open(path).text_encoder.tensors)
 
 
 def test_token_table_under_two_names(folders: Callable[[str], Path]) -> None:
@@ -295,13 +295,13 @@ def test_token_table_under_two_names(folders: Callable[[str], Path]) -> None:
     table = tensors["shared.weight"]
 
     save_file(tensors | {"encoder.embed_tokens.weight": table.clone()}, file)
-    assert_same(ModelFolder.open(path).text_encoder_tensors(), text_encoder())
+    assert_same(ModelFolder.open(path).text_encoder.tensors(), text_encoder())
     for other in (table + 1, table.half(), table[1:].clone()):
         save_file(tensors | {"encoder.embed_tokens.weight": other}, file)
-        assert "to be one table" in refusal(ModelFolder.open(path).text_encoder_tensors)
+        assert "to be one table" in refusal(ModelFolder.open(path).text_encoder.tensors)
     del tensors["shared.weight"]
     save_file(tensors | {"encoder.embed_tokens.weight": table}, file)
-    assert_same(ModelFolder.open(path).text_encoder_tensors(), text_encoder())
+    assert_same(ModelFolder.open(path).text_encoder.tensors(), text_encoder())
 
 
 def test_what_another_decoder_of_the_latents_has_to_know(folders: Callable[[str], Path]) -> None:
@@ -331,12 +331,12 @@ def test_folders_that_the_libraries_write(tmp_path: Path) -> None:
 
     folder = ModelFolder.open(tmp_path)
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
-    assert folder.transformer_config() == dataclasses.replace(TRANSFORMER, text_len=512)
-    assert folder.vae_config() == VAE
-    assert folder.text_encoder_config() == TEXT_ENCODER
-    assert set(folder.transformer_tensors()) == set(transformer())
-    assert set(folder.vae_tensors()) == set(vae())
-    weights = folder.text_encoder_tensors()
+    assert folder.transformer.config() == dataclasses.replace(TRANSFORMER, text_len=512)
+    assert folder.vae.config() == VAE
+    assert folder.text_encoder.config() == TEXT_ENCODER
+    assert set(folder.transformer.tensors()) == set(transformer())
+    assert set(folder.vae.tensors()) == set(vae())
+    weights = folder.text_encoder.tensors()
     assert torch.equal(weights["token_embedding.weight"], encoder.shared.weight)
 
 
@@ -344,5 +344,5 @@ def test_vae_of_the_golden_bundle(tmp_path: Path, golden_dir: Path) -> None:
     tensors = load_file(golden_dir / "vae" / "weights.safetensors")
     torch.save(tensors, tmp_path / "Wan2.1_VAE.pth")
     folder = ModelFolder.open(tmp_path)
-    assert folder.vae_config() == VaeConfig.from_flat(json.loads((golden_dir / "vae" / "config.json").read_text()))
-    assert_same(folder.vae_tensors(), tensors)
+    assert folder.vae.config() == VaeConfig.from_flat(json.loads((golden_dir / "vae" / "config.json").read_text()))
+    assert_same(folder.vae.tensors(), tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,9 @@ def test_configs(folders: tuple[Path, Path], data: st.DataObject) -> None:
         content = content[:at] + data.draw(st.binary(max_size=3)) + content[at + 1 :]
     try:
         path.write_bytes(content)
-        for read in (f"{part}_config", f"{part}_tensors", "rollout_defaults"):
+        for read in (f"{part}.config", f"{part}.tensors", "rollout_defaults"):
             try:
-                getattr(ModelFolder.open(folders[layout]), read)()
+                attrgetter(read)(ModelFolder.open(folders[layout]))()
             except EchoError as error:
                 one_line(error)
     finally:

@@ -17,7 +17,7 @@ from torch import Tensor
 from echo_rt.config import MemoryConfig, ModelConfig
 from echo_rt.errors import WeightsError
 from echo_rt.weights.generator import check_memory, load_generator
-from echo_rt.weights.shapes import MEMORY_PREFIX, MemoryFacts, memory_facts, memory_shapes, transformer_shapes
+from echo_rt.weights.shapes import MEMORY_PREFIX, memory_config_of, memory_shapes, transformer_shapes
 
 EMA_SEED, EMA_MEMORY_SEED = 5, 105
 
@@ -143,7 +143,7 @@ def test_golden_weights_load_as_a_checkpoint(golden_dir: Path) -> None:
     weights = load_file(bundle / "weights.safetensors")
     assert_same(loaded.transformer, {k: v for k, v in weights.items() if not k.startswith(MEMORY_PREFIX)})
     assert loaded.memory is not None
-    assert memory_facts(loaded.memory) == MemoryFacts(18, layers=2, normalize_k=False, ffn_multiplier=4)
+    assert memory_config_of(loaded.memory, "here") == (18, MemoryConfig(layers=2, normalize_k=False, ffn_multiplier=4))
     check_memory(loaded.memory, config, "golden")
 
 
@@ -185,7 +185,10 @@ def test_memory_facts(normalize_k: bool) -> None:
         MODEL, memory=MemoryConfig(frames=3, layers=4, normalize_k=normalize_k, ffn_multiplier=2)
     )
     tensors = random_tensors(memory_shapes(config))
-    assert memory_facts(tensors) == MemoryFacts(18, layers=4, normalize_k=normalize_k, ffn_multiplier=2)
+    assert memory_config_of(tensors, "here") == (
+        18,
+        MemoryConfig(layers=4, normalize_k=normalize_k, ffn_multiplier=2),
+    )
     check_memory(tensors, config, "here")
 
 
@@ -210,4 +213,4 @@ def test_memory_of_another_shape() -> None:
         ("layers.0.ffn.0.weight", torch.zeros(50, 24), "multiple of 24 channels, found 50"),
     ):
         tensors = {k: v for k, v in (memory() | {name: tensor}).items() if v is not None}
-        assert said in refusal(lambda tensors=tensors: memory_facts(tensors, "here"))
+        assert said in refusal(lambda tensors=tensors: memory_config_of(tensors, "here"))

@@ -10,6 +10,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -148,21 +149,21 @@ def test_gguf_tensors_upon_one_another(tmp_path: Path) -> None:
 def test_json_that_nobody_writes(tmp_path: Path, content: bytes) -> None:
     folder = write_original(tmp_path / "model")
     (folder / "config.json").write_bytes(content)
-    for read in (ModelFolder.open(folder).transformer_config, ModelFolder.open(folder).rollout_defaults):
+    for read in (ModelFolder.open(folder).transformer.config, ModelFolder.open(folder).rollout_defaults):
         assert f"{folder / 'config.json'}: expected" in refusal(read)
 
 
 def test_json_of_many_gigabytes(tmp_path: Path) -> None:
     folder = write_original(tmp_path / "model")
     os.truncate(folder / "config.json", 2**33)
-    assert "found a file of more than 67108864 bytes" in refusal(ModelFolder.open(folder).transformer_config)
+    assert "found a file of more than 67108864 bytes" in refusal(ModelFolder.open(folder).transformer.config)
 
 
 def test_a_config_after_a_byte_order_mark(tmp_path: Path) -> None:
     folder = write_original(tmp_path / "model")
     config = folder / "config.json"
     config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
-    assert ModelFolder.open(folder).transformer_config().dim == original_config()["dim"]
+    assert ModelFolder.open(folder).transformer.config().dim == original_config()["dim"]
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "", ".", "x" * 10**6], ids=lambda name: name[:3])
@@ -176,18 +177,18 @@ def test_special_files_in_place_of_any_file_of_a_folder(tmp_path: Path) -> None:
     """To open a pipe would be to wait for whoever fills it."""
     folder = write_original(tmp_path / "model")
     reads = {
-        "config.json": ModelFolder.transformer_config,
-        "diffusion_pytorch_model.safetensors": ModelFolder.transformer_tensors,
-        "Wan2.1_VAE.pth": ModelFolder.vae_config,
-        "models_t5_umt5-xxl-enc-bf16.pth": ModelFolder.text_encoder_config,
+        "config.json": "transformer.config",
+        "diffusion_pytorch_model.safetensors": "transformer.tensors",
+        "Wan2.1_VAE.pth": "vae.config",
+        "models_t5_umt5-xxl-enc-bf16.pth": "text_encoder.config",
     }
     for name, read in reads.items():
         kept = (folder / name).rename(tmp_path / "kept")
         os.mkfifo(folder / name)
-        assert "found a pipe or a device" in refusal(lambda read=read: read(ModelFolder.open(folder)))
+        assert "found a pipe or a device" in refusal(attrgetter(read)(ModelFolder.open(folder)))
         (folder / name).unlink()
         (folder / name).symlink_to("/dev/zero")
-        assert "found a pipe or a device" in refusal(lambda read=read: read(ModelFolder.open(folder)))
+        assert "found a pipe or a device" in refusal(attrgetter(read)(ModelFolder.open(folder)))
         (folder / name).unlink()
         kept.rename(folder / name)
 
@@ -248,9 +249,9 @@ def test_descriptors_that_are_used_up_while_a_folder_is_looked_through(tmp_path:
     single.mkdir(parents=True)
     (original / "Wan2.1_VAE.pth").rename(single / "wan_2.1_vae.pth")
     reads: tuple[Callable[[], Any], ...] = (
-        ModelFolder.open(original).transformer_config,
-        ModelFolder.open(original).transformer_tensors,
-        ModelFolder.open(single.parent).vae_config,
+        ModelFolder.open(original).transformer.config,
+        ModelFolder.open(original).transformer.tensors,
+        ModelFolder.open(single.parent).vae.config,
         lambda: ModelFolder.open(single.parent),
         lambda: open_tensors(original),
         lambda: open_tensors(original / "diffusion_pytorch_model"),
@@ -258,7 +259,7 @@ def test_descriptors_that_are_used_up_while_a_folder_is_looked_through(tmp_path:
     with no_more_descriptors():
         for read in reads:
             assert "Too many open files" in refusal(read, ResourceError)
-    assert ModelFolder.open(single.parent).vae_config().base_dim == 4
+    assert ModelFolder.open(single.parent).vae.config().base_dim == 4
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from echo_rt.errors import ConfigError, WeightsError
-from echo_rt.weights.fingerprint import FingerprintedTensors
 from echo_rt.weights.lora import merge_lora
 from echo_rt.weights.shapes import MEMORY_PREFIX, transformer_shapes
+from echo_rt.weights.tensors import FingerprintedTensors
 
 RANK, ALPHA = 4, 8
 # Every Linear of every block, as the published LoRA has it.

@@ -20,7 +20,7 @@ from echo_rt.model.vae_decoder import VaeDecoder
 from echo_rt.ops.backends import load_ops
 from echo_rt.weights.folder import ModelFolder
 from echo_rt.weights.generator import load_generator
-from echo_rt.weights.shapes import memory_facts
+from echo_rt.weights.shapes import memory_config_of
 from echo_rt.weights.tiny_model import CHECKPOINT_FILE, TINY_VAE_FILE, RandomTensors, write_tiny_model
 from echo_rt.weights.tiny_vae import open_tiny_vae
 
@@ -41,10 +41,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_every_part_loads(tiny: Path) -> None:
     folder = ModelFolder.open(tiny)
-    config = folder.transformer_config()
-    assert config.text_dim == folder.text_encoder_config().d_model
+    config = folder.transformer.config()
+    assert config.text_dim == folder.text_encoder.config().d_model
     # Each of these holds every name and shape against the tables.
-    for tensors in (folder.transformer_tensors(), folder.vae_tensors(), folder.text_encoder_tensors()):
+    for tensors in (folder.transformer.tensors(), folder.vae.tensors(), folder.text_encoder.tensors()):
         assert all(bool(tensors[name].isfinite().all()) for name in tensors)
     defaults = folder.rollout_defaults()
     assert (defaults["width"], defaults["height"]) == (SIZE["width"], SIZE["height"])
@@ -53,18 +53,18 @@ def test_every_part_loads(tiny: Path) -> None:
 
 def test_checkpoint_loads(tiny: Path) -> None:
     folder = ModelFolder.open(tiny)
-    config = folder.transformer_config()
-    stride = folder.vae_config().spatial_stride
+    config = folder.transformer.config()
+    stride = folder.vae.config().spatial_stride
     model = ModelConfig(config, SIZE["height"] // stride, SIZE["width"] // stride, memory=MemoryConfig())
     parts = {ema: load_generator(tiny / CHECKPOINT_FILE, config, ema=ema) for ema in (False, True)}
     for part in parts.values():
         assert part.memory is not None
-        facts = memory_facts(part.memory)
-        assert facts.memory_tokens == model.memory_tokens and facts.normalize_k == MemoryConfig().normalize_k
+        tokens, memory = memory_config_of(part.memory, "here")
+        assert tokens == model.memory_tokens and memory.normalize_k == MemoryConfig().normalize_k
         assert part.memory["gate_linear.bias"].float().mean() == pytest.approx(2, abs=0.1)
     name = "blocks.0.self_attn.q.weight"
     plain, averaged = (parts[ema].transformer[name] for ema in (False, True))
-    assert not torch.equal(plain, averaged) and not torch.equal(plain, folder.transformer_tensors()[name])
+    assert not torch.equal(plain, averaged) and not torch.equal(plain, folder.transformer.tensors()[name])
 
 
 def test_same_seed_same_bytes(tiny: Path, tmp_path: Path) -> None:
@@ -142,9 +142,9 @@ def test_seed_and_size_that_cannot_be(tmp_path: Path, wrong: dict[str, int]) -> 
 
 def test_tokenizer_takes_any_text(tiny: Path) -> None:
     folder = ModelFolder.open(tiny)
-    config = folder.text_encoder_config()
+    config = folder.text_encoder.config()
     texts = ["a red fox in the snow", "naïve Ærøskøbing", "雪の中の狐", "🦊👩‍👩‍👧 ok", "a\u202eb", "\U0010ffff \ufffd"]
-    made = TextEncoder(config, folder.text_encoder_tensors(), folder.tokenizer_path(), text_len=64)
+    made = TextEncoder(config, folder.text_encoder.tensors(), folder.tokenizer_path(), text_len=64)
     with closing(made) as encoder:
         for text in texts:
             ids = encoder.tokenize(text)
@@ -158,12 +158,12 @@ def test_tokenizer_takes_any_text(tiny: Path) -> None:
 def test_decoders_make_a_picture(tiny: Path) -> None:
     """Noise at the scale of latents decodes to colours that are neither grey nor clipped."""
     folder = ModelFolder.open(tiny)
-    like = folder.vae_config()
+    like = folder.vae.config()
     vae = open_tiny_vae("tiny", tiny, like)
     assert vae.path.name == TINY_VAE_FILE and all(tensor.dtype == torch.float16 for tensor in vae.tensors.values())
     latents = torch.randn(8, 16, 6, 6, generator=torch.Generator().manual_seed(0))
     for decoder in (
-        VaeDecoder(like, folder.vae_tensors(), load_ops("torch"), device="cpu", dtype=torch.float32),
+        VaeDecoder(like, folder.vae.tensors(), load_ops("torch"), device="cpu", dtype=torch.float32),
         TinyDecoder(vae.config, vae.tensors, like, device="cpu", dtype=torch.float32),
     ):
         video = decoder.decode(latents, decoder.new_state(6, 6, 8))[9:]

@@ -43,10 +43,10 @@ def test_names_and_shapes_of_the_released_files() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("kind", [TAEW, LIGHTTAEW], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [TAEW, LIGHTTAEW], ids=lambda kind: kind)
 def test_the_usual_names_in_the_model_folder(tmp_path: Path, kind: object, suffix: str) -> None:
     assert kind in (TAEW, LIGHTTAEW)
-    path = save(tmp_path / f"{kind.name}{suffix}")  # type: ignore[attr-defined]
+    path = save(tmp_path / f"{kind}{suffix}")
     found = open_tiny_vae("tiny", tmp_path, LIKE)
     assert (found.path, found.kind) == (path, kind)
     assert found.config == TinyVaeConfig(16, (6, 5, 4, 4), (1, 2, 2), normalized=kind is TAEW)

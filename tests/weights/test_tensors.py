@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from echo_rt.errors import WeightsError
-from echo_rt.weights.fingerprint import FingerprintedTensors
+from echo_rt.weights.tensors import FingerprintedTensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
