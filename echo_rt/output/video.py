@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,7 +63,18 @@ CODECS = {
     "hevc_nvenc": Codec("hevc_nvenc", _P, "p4", "cq", 21, 51, _VARIABLE),
     "av1_nvenc": Codec("av1_nvenc", _P, "p4", "cq", 28, 63, _VARIABLE),
 }
+# With AVX-512, libx264's macroblock tree reads memory that was never written: equal frames give other bytes each time.
+_REPEATABLE = "asm=MMX2,SSE2Fast,SSSE3,SSE4.2,AVX,FMA3,BMI2,AVX2"
 _OTHERS = {"h265": "hevc", "x265": "hevc", "libx265": "hevc", "avc": "h264"}  # names of these elsewhere
+
+
+@cache
+def _has_avx512() -> bool:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return any(" avx512f " in line for line in islice(lines, 100))  # the first processor's
+    except OSError:  # not Linux
+        return False
 
 
 def load_av() -> Any:
@@ -91,7 +104,10 @@ def _add_stream(
         stream = container.add_stream(chosen.encoder, rate=fps)
         (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
         context = stream.codec_context
-        context.options = {**chosen.options, chosen.quality: f"{crf:g}", "preset": preset, "g": str(gop)}
+        options = {**chosen.options, chosen.quality: f"{crf:g}", "preset": preset, "g": str(gop)}
+        if chosen.encoder == "libx264" and _has_avx512():
+            options["x264-params"] = _REPEATABLE
+        context.options = options
         context.color_primaries = context.color_trc = context.colorspace = _BT709
         context.color_range = av.video.reformatter.ColorRange.MPEG
         if codec.startswith("hevc"):
