@@ -106,7 +106,7 @@ class ProgressReport(Display):
         total = "" if self._total is None else f"/{self._total}"
         reached = self._first_frame + self.frames
         parts = [
-            f"block {self._first_block + self.blocks}",
+            counted(self._first_block + self.blocks, "block"),
             f"{reached}{total} frames",
             f"{clock(reached / self._fps)} of video",
             f"{self.rate:.1f} fps",
@@ -172,7 +172,7 @@ class Panel(Display):
         now = time.monotonic()
         if self.live and now >= self._next_drawing:
             self._next_drawing = now + _DRAWING_SECONDS
-            self.draw(self._box(f"block {block}{self._total}, {1e3 * seconds:.0f} ms"))
+            self.draw(self._box(f"{counted(block + 1, 'block')}{self._total}, {1e3 * seconds:.0f} ms"))
 
     def line_done(self, line: Line, verdicts: Sequence[Verdict]) -> None:
         """Show the figures of ``line``."""
@@ -181,7 +181,7 @@ class Panel(Display):
             broken = ", ".join(verdict.promise for verdict in verdicts if verdict.status == "broken")
             shown = " · ".join(f"{name} {value}" for name, value in rows(line).items())
             promises = f"BROKEN: {broken}" if broken else "no promise broken"
-            complain(f"echo-rt: block {line['block']}{self._total} · {shown} · {promises}")
+            complain(f"echo-rt: {counted(line['block'] + 1, 'block')}{self._total} · {shown} · {promises}")
 
     def _box(self, title: str) -> RenderableType:
         from rich.console import Group

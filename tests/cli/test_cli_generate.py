@@ -210,7 +210,7 @@ def wait_until_frames_come(process: subprocess.Popen[str]) -> None:
     """Until the progress line of the first block."""
     assert process.stderr is not None
     for line in process.stderr:
-        if "block 1" in line:
+        if "1 block ·" in line:
             return
     pytest.fail("no block was made")
 

@@ -307,4 +307,4 @@ def test_a_signal_in_the_last_block_changes_nothing(echo_rt, fake_runtime, tmp_p
 def test_summary_and_plain_progress(echo_rt, fake_runtime, tmp_path):
     outcome = echo_rt("generate", *PROMPT, "-o", tmp_path / "v.mp4", "--frames", 21)
     assert outcome.out.startswith(f"{tmp_path / 'v.mp4'}: 21 frames, 1.3 s of 64x48 at 16 fps, made at ")
-    assert "block 1 · 9/21 frames · 0:01 of video · " in outcome.err
+    assert "1 block · 9/21 frames · 0:01 of video · " in outcome.err

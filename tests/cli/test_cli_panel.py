@@ -52,7 +52,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
     panel.line_done(LINE, [KEPT, BROKEN])
     panel.close()
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("echo-rt: block 41 of 100 · video 0:31 (501 frames) · rate 36.9 fps · ")
+    assert first.startswith("echo-rt: 42 blocks of 100 · video 0:31 (501 frames) · rate 36.9 fps · ")
     assert first.endswith("no promise broken") and second.endswith("BROKEN: hashes")
 
 
@@ -96,7 +96,7 @@ def test_a_live_panel(monkeypatch: pytest.MonkeyPatch) -> None:
     panel.close()
     panel.close()
     text = terminal.getvalue()
-    for part in ("echo-rt soak · block 42 of 100, 250 ms", "newest id 20, shift 105", "hashes", "block 7", "broken"):
+    for part in ("echo-rt soak · 43 blocks of 100, 250 ms", "newest id 20, shift 105", "hashes", "block 7", "broken"):
         assert part in text
 
 
@@ -108,7 +108,7 @@ def test_a_terminal_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
     panel.block_done(2, 33, 0.25)
     panel.line_done(LINE, [KEPT])
     panel.close()
-    assert sys.stderr is terminal and "block 2 " not in terminal.getvalue()
+    assert sys.stderr is terminal and "2 blocks" not in terminal.getvalue()
 
 
 def test_drawings_are_not_for_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,4 +118,4 @@ def test_drawings_are_not_for_every_block(monkeypatch: pytest.MonkeyPatch) -> No
     for block in range(10):
         panel.block_done(block, 12 * block, 0.25)
     panel.close()
-    assert "block 0 of 100" in terminal.getvalue() and "block 5 of" not in terminal.getvalue()
+    assert "1 block of 100" in terminal.getvalue() and "6 blocks of" not in terminal.getvalue()

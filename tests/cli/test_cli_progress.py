@@ -35,8 +35,8 @@ def test_plain_lines_come_now_and_then(time, capsys):
         report.block_done(12, "a fox")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "echo-rt: block 1 · 12/120 frames · 0:01 of video · 12.0 fps · 0:01 elapsed · 0:09 left · a fox",
-        "echo-rt: block 6 · 72/120 frames · 0:04 of video · 12.0 fps · 0:06 elapsed · 0:04 left · a fox",
+        "echo-rt: 1 block · 12/120 frames · 0:01 of video · 12.0 fps · 0:01 elapsed · 0:09 left · a fox",
+        "echo-rt: 6 blocks · 72/120 frames · 0:04 of video · 12.0 fps · 0:06 elapsed · 0:04 left · a fox",
     ]
     assert (report.frames, report.blocks, report.elapsed) == (120, 10, 10)
 
@@ -45,7 +45,7 @@ def test_without_an_end_nothing_is_left(time, capsys):
     report = ProgressReport(None, 16)
     time.now += 1
     report.block_done(9, "a fox")
-    assert capsys.readouterr().err == "echo-rt: block 1 · 9 frames · 0:01 of video · 9.0 fps · 0:01 elapsed · a fox\n"
+    assert capsys.readouterr().err == "echo-rt: 1 block · 9 frames · 0:01 of video · 9.0 fps · 0:01 elapsed · a fox\n"
 
 
 def test_the_rate_is_that_of_late(time):
