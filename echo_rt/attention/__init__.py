@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from echo_rt.attention.backends import FLOAT8_LIBRARIES, IMPLEMENTATIONS, Converted, Library, Matmul
+from echo_rt.attention.backends import CONVERTED, FLOAT8_LIBRARIES, IMPLEMENTATIONS, Converted, Library, Matmul
 from echo_rt.attention.backends import Attention as Attention
 from echo_rt.attention.backends import AttentionCandidate as AttentionCandidate
 from echo_rt.attention.backends import AttentionShapes as AttentionShapes
@@ -109,7 +109,7 @@ def attention_in_float8(
 def _of_float8(attention: Attention, dtype: torch.dtype) -> tuple[AttentionCandidate, ...]:
     """Return the candidates of float8 tensors; ``attention`` in ``dtype`` is that of the first."""
     make = partial(Converted, attention, dtype)
-    return (AttentionCandidate("converted", make, devices=("cuda", "cpu"), dtypes=(FLOAT8,)), *FLOAT8_LIBRARIES)
+    return (AttentionCandidate(CONVERTED, make, devices=("cuda", "cpu"), dtypes=(FLOAT8,)), *FLOAT8_LIBRARIES)
 
 
 def attentions(

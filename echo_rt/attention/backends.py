@@ -26,6 +26,7 @@ from echo_rt.utils.wording import counted, first_line
 
 Function = Callable[[Tensor, Tensor, Tensor], Any]
 
+CONVERTED = "converted"  # what any device has for float8 tensors
 # The numbers of splits that ops.merge_attention takes.
 SPLITS = (2, 3, 4)
 
@@ -120,7 +121,7 @@ class Converted:
 
     attention: Attention
     dtype: torch.dtype
-    name: str = "converted"
+    name: str = CONVERTED
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.attention(*(t.to(self.dtype) for t in (q, k, v)))
@@ -210,7 +211,7 @@ class AttentionCandidate(Candidate[Attention, AttentionShapes]):
 
     def obstacle(self, device: torch.device, dtype: torch.dtype, shapes: AttentionShapes) -> str:
         why = self.mismatch(device, dtype)
-        able = " or ".join(other.name for other in IMPLEMENTATIONS if not other.mismatch(device, dtype))
+        able = " or ".join(other.name for other in IMPLEMENTATIONS if not other.mismatch(device, dtype)) or CONVERTED
         other_dtype = ", or another dtype" if device.type in self.devices else ""
         return why and f"{why}; choose {able}{other_dtype}"
 

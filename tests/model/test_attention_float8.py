@@ -225,5 +225,5 @@ def test_what_is_missing_is_said(candidate: AttentionCandidate, monkeypatch: pyt
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(BackendError, match="pip install"):
         candidate.load()
-    assert candidate.obstacle(CPU, FLOAT8, SHAPES).startswith("it runs on cuda, the device is cpu")
+    assert candidate.obstacle(CPU, FLOAT8, SHAPES) == "it runs on cuda, the device is cpu; choose converted"
     assert candidate.version() is None
