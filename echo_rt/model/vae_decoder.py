@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from echo_rt.attention import Attention, AttentionShapes
 from echo_rt.config import VaeConfig
 from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape
 from echo_rt.errors import ConfigError
@@ -74,7 +73,8 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
     ``tensors``: the VAE's weights under their original names, of the shapes that ``config`` says; others are ignored.
     ``tiles``: number of horizontal tiles for the two highest resolutions, for GPUs with little memory.
 
-    ``levels`` are the resolutions from lowest to highest; ``head`` turns the output of the last into RGB.
+    ``levels`` are the resolutions from lowest to highest; ``head`` turns the output of the last into RGB; ``attention``
+    is that among the pixels of a frame.
     """
 
     owner = "vae decoder"
@@ -98,6 +98,7 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
         self._unpack = weights.pointwise("conv2", torch.float64)
         self._input = CausalConv("decoder.conv1", weights)
         self._middle = Middle("decoder.middle", weights, ops)
+        self.attention = self._middle.attention
         self.levels: list[Level] = []
         names, index = (f"decoder.upsamples.{part}" for part in itertools.count()), 0
         for level in range(len(config.dim_mult)):
@@ -123,14 +124,6 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
     def convolution_shapes(self, latent_height: int, latent_width: int, latents: int) -> dict[str, ConvolutionShape]:
         """Return the shape of each convolution, by its name in the weights, in the steady state of a stream."""
         return dict(self._plan(latent_height, latent_width, latents, None).convolutions)
-
-    def attention_shapes(self, latent_height: int, latent_width: int) -> AttentionShapes:
-        """Return the shapes of the attention among the pixels of a frame, for latents of this size."""
-        return self._middle.attention.shapes(latent_height, latent_width)
-
-    def attend_by(self, attention: Attention) -> None:
-        """Compute the attention among the pixels of a frame by ``attention`` from now on."""
-        self._middle.attention.compute = attention
 
     def use(self, candidates: Mapping[str, ConvolutionCandidate]) -> None:
         """Compute each convolution by the candidate under its name from now on. May be called once."""

@@ -127,11 +127,8 @@ def _module_of(tensor: str) -> str:
     return tensor.removesuffix(f".{WEIGHT}").removesuffix(f".{BIAS}")
 
 
-class Term(NamedTuple):
-    """A summand of one tensor: ``scale`` times a difference, or times the product of two factors (up, down)."""
-
-    factors: tuple[Tensor, ...]
-    scale: float
+# A summand of one tensor: a difference, or two factors (up, down) to multiply; and the scale of it.
+Term = tuple[tuple[Tensor, ...], float]
 
 
 @dataclass(frozen=True)
@@ -337,10 +334,10 @@ class _LoraFile:
                         f"found {scale:g} for {self._written[module]}"
                     )
                 factors = (self._tensors[parts[UP]], self._tensors[parts[DOWN]])
-                yield self._target(module, UP), Term(factors, scale)
+                yield self._target(module, UP), (factors, scale)
             for part, factor in ((UP_BIAS, scale), (WEIGHT, strength), (BIAS, strength)):
                 if part in parts:
-                    yield self._target(module, part), Term((self._tensors[parts[part]],), factor)
+                    yield self._target(module, part), ((self._tensors[parts[part]],), factor)
 
     def _agreed(self, what: str, places: Iterable[Stated], module: str, tolerance: float) -> float | None:
         """The number that ``places`` state for ``module``, or None; ``WeightsError`` where two of them disagree."""
