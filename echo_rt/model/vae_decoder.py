@@ -33,7 +33,7 @@ from echo_rt.model.vae_layers import (
     UpsampleConv,
     VaeWeights,
 )
-from echo_rt.model.vae_windows import BandWindows, Rows, StreamWindows, Windows, WindowSize
+from echo_rt.model.vae_windows import Rows, Windows, WindowSize
 from echo_rt.ops.schema import Ops
 
 
@@ -57,7 +57,7 @@ class VaeDecoderState(DecoderState):
     """The state of one stream at its start, allocated once: the history ``[past, H, W, C]`` of each convolution."""
 
     def __init__(
-        self, plan: DecodingPlan, windows: StreamWindows, latent_shape: tuple[int, int, int], max_latents: int
+        self, plan: DecodingPlan, windows: Windows, latent_shape: tuple[int, int, int], max_latents: int
     ) -> None:
         super().__init__(windows.histories, latent_shape, max_latents)
         self.plan, self.windows = plan, windows
@@ -118,7 +118,7 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
         where the decoder has ``tiles``. The frames that one frame is upsampled to in time are never split.
         """
         plan = self._plan(latent_height, latent_width, latents, frames_at_full)
-        windows = StreamWindows(plan.windows, device=self.device, dtype=self.dtype)
+        windows = Windows(plan.windows, device=self.device, dtype=self.dtype)
         return VaeDecoderState(plan, windows, (self.config.z_dim, latent_height, latent_width), latents)
 
     def convolution_shapes(self, latent_height: int, latent_width: int, latents: int) -> dict[str, ConvolutionShape]:
@@ -238,9 +238,9 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
             terms, seen = Terms(x), Rows(0, 0, x.shape[1], x.shape[1])
             for level, at in zip(self.levels[plan.first_tiled :], entered, strict=True):
                 part = Terms(terms.total()[:, at.part_of(seen)].contiguous())
-                terms, seen = level(part, BandWindows(state.windows, at), is_start), at.upsampled()
+                terms, seen = level(part, state.windows.band(at), is_start), at.upsampled()
             part = Terms(terms.total()[:, rows.part_of(seen)].contiguous())
-            picture = self.head(part, BandWindows(state.windows, rows), keep=False).total()
+            picture = self.head(part, state.windows.band(rows), keep=False).total()
             frames = len(picture)
             video[:frames, rows.begin : rows.end].copy_(picture[:, rows.wanted])
         return frames
