@@ -84,7 +84,7 @@ class Setting:
         what = f"{count} latents in one call"
         if fit:
             attention, found = fit_decoder(decoder, (count, height, width), ops, convolution)
-            what += f"; attention: {attention.attention.name}; convolutions: {convolutions_in_words(found)}"
+            what += f"; attention: {attention.name}; convolutions: {convolutions_in_words(found)}"
         state = decoder.new_state(height, width, count)
         return Decoder(lambda: decoder.decode(latents, state), lambda: state.nbytes, what)
 

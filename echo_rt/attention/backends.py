@@ -85,11 +85,9 @@ class Library:
 class SplitKV:
     """Split-KV attention: a library attends to ``splits`` equal parts of the keys as a batch, then they are merged.
 
-    It fills the last wave of thread blocks: a block of the released model has 444 tiles of 128 queries and an H200 132
-    multiprocessors, so the fourth wave is a third full. Twice as many tiles of half the keys take seven half waves in
-    place of four whole ones (``docs/kernels.md``); measuring tells whether that pays for copying and merging.
-    ``function`` returns outputs ``[splits, H, n, d]`` and natural log-sum-exps of as many rows. Keys that cannot be
-    split evenly are attended to whole, by the same library.
+    It fills the last wave of thread blocks (``docs/kernels.md``); measuring tells whether that pays for copying and
+    merging. ``function`` returns outputs ``[splits, H, n, d]`` and natural log-sum-exps of as many rows. Keys that
+    cannot be split evenly are attended to whole, by the same library.
     """
 
     name: str
@@ -100,7 +98,7 @@ class SplitKV:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if k.shape[0] % self.splits:
-            return self.whole(q, k, v)
+            return Library(self.library, self.function)(q, k, v)
         tokens, heads, _ = q.shape
         # Copies, as libraries differ in whether a batch may be the same memory over and over.
         queries = q.expand(self.splits, -1, -1, -1).contiguous()
@@ -108,11 +106,6 @@ class SplitKV:
         outputs, sums, *_ = self.function(*(t.transpose(1, 2) for t in (queries, keys, values)))
         # cuDNN's sums have a last dimension of one.
         return self.ops.merge_attention(outputs.transpose(1, 2), sums.view(self.splits, heads, tokens))
-
-    @property
-    def whole(self) -> Attention:
-        """The same library's attention without splits."""
-        return Library(self.library, self.function)
 
 
 @dataclass(frozen=True)
@@ -150,8 +143,7 @@ class Matmul:
     smaller the share of the score traffic.
 
     Scores and softmax are float32, as in a fused kernel; the weights are rounded once, to the dtype of the values. The
-    scratch memory is that of one slice: scores, softmax, rounded weights. Finite scores never become NaN, as softmax
-    subtracts the largest of a row.
+    scratch memory is that of one slice: scores, softmax, rounded weights.
     """
 
     name: str = "products"

@@ -191,7 +191,7 @@ class Selection(Generic[Loaded]):
     """A selected implementation and the reason.
 
     ``timings``: milliseconds per call of each candidate that was timed; ``rejected``: why each other one was not;
-    ``by_name``: whether the user named it. ``attention`` and ``kind`` are other names of ``implementation``.
+    ``by_name``: whether the user named it.
     """
 
     implementation: Loaded
@@ -203,12 +203,6 @@ class Selection(Generic[Loaded]):
     @property
     def name(self) -> str:
         return self.implementation.name
-
-    @property
-    def attention(self) -> Loaded:
-        return self.implementation
-
-    kind = attention
 
 
 class ObstacleError(BackendError):
@@ -227,8 +221,7 @@ class _NoMemoryError(BackendError):
 class Tuner(Generic[Loaded, Shapes]):
     """Selects one of ``candidates`` for ``shapes`` on ``device`` in ``dtype``.
 
-    ``check`` makes the inputs to try them on; ``removed``: why candidates of earlier versions are gone and what to
-    choose.
+    ``check`` makes the inputs to try them on.
     """
 
     cache: Cache[Shapes]
@@ -238,7 +231,6 @@ class Tuner(Generic[Loaded, Shapes]):
     candidates: Sequence[Candidate[Loaded, Shapes]]
     check: Callable[[], Check[Loaded]]
     rounds: int = 15
-    removed: Mapping[str, str] = field(default_factory=dict)
 
     def select(
         self,
@@ -371,7 +363,7 @@ class Tuner(Generic[Loaded, Shapes]):
         return loaded[winner], Entry(case, winner, milliseconds, rejected), lasts
 
     def _named(self, name: str) -> Candidate[Loaded, Shapes]:
-        return find(self.cache.subject, name, self.candidates, self.removed)
+        return find(self.cache.subject, name, self.candidates)
 
     def _load(self, candidate: Candidate[Loaded, Shapes]) -> Loaded:
         if why := candidate.obstacle(self.device, self.dtype, self.shapes):
@@ -417,14 +409,12 @@ class Tuner(Generic[Loaded, Shapes]):
             raise _NoMemoryError(f"{short}; free some, or choose another") from None
 
 
-def find(subject: str, name: object, candidates: Sequence[Found], removed: Mapping[str, str]) -> Found:
+def find(subject: str, name: object, candidates: Sequence[Found]) -> Found:
     """Return the first of ``candidates`` with this name; raise :class:`BackendError` where there is none."""
-    by_name = {candidate.name: candidate for candidate in reversed(candidates)}
-    if isinstance(name, str) and name in by_name:
-        return by_name[name]
-    if isinstance(name, str) and name in removed:
-        raise BackendError(f"{subject} {name!r} is gone: {removed[name]}")
-    raise BackendError(not_one_of(subject, dict.fromkeys(candidate.name for candidate in candidates), name))
+    found = next((candidate for candidate in candidates if candidate.name == name), None)
+    if found is None:
+        raise BackendError(not_one_of(subject, dict.fromkeys(candidate.name for candidate in candidates), name))
+    return found
 
 
 def current(device: torch.device) -> torch.cuda.device:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from echo_rt.autotune.cache import Cache
 from echo_rt.autotune.tuner import Check, ObstacleError, Selection, Tuner, find
-from echo_rt.convolution.backends import REMOVED
 from echo_rt.convolution.backends import ConvolutionCandidate as ConvolutionCandidate
 from echo_rt.convolution.backends import implementations as implementations
 from echo_rt.convolution.torch_conv import ConvolutionShape as ConvolutionShape
@@ -109,7 +108,7 @@ def select_convolutions(
         if len(rivals) > 1:
             raise BackendError(f"convolution {requested!r}: expected one of {' and '.join(rivals)}, got both")
     for name in names:
-        find(CACHE.subject, name, candidates, REMOVED)
+        find(CACHE.subject, name, candidates)
         asked = [(one, tuner.shapes) for tuner in tuners for one in tuner.candidates if one.name == name]
         obstacles = [one.obstacle(device, dtype, shape) for one, shape in asked]
         if obstacles and all(obstacles):  # it works for none of those that it could be for
@@ -128,7 +127,7 @@ def convolution_tuner(
     """Return the tuner for ``shape``, among the ``candidates`` that upsample if it does, else the others."""
     family = [candidate for candidate in candidates if candidate.enlarges == shape.enlarge]
     check = partial(ConvolutionCheck, shape, device, dtype)
-    return Tuner(CACHE, device, dtype, shape, family, check, _ROUNDS, REMOVED)
+    return Tuner(CACHE, device, dtype, shape, family, check, _ROUNDS)
 
 
 def known_selections(

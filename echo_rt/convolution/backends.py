@@ -22,12 +22,6 @@ from echo_rt.convolution.torch_conv import (
 from echo_rt.ops.backends import load_ops
 from echo_rt.ops.schema import Ops
 
-# Names from earlier versions that snapshots and caches may hold: why they are gone and what to choose.
-REMOVED = {
-    "conv3d-searched": "cuDNN's search could end differently in each process, so that no video could be resumed bit "
-    "for bit; choose conv3d or three-products"
-}
-
 # Tiles of a weight for Hopper: output channels, input channels, and input channels that are adjacent in memory.
 # csrc/vae/causal_conv_hopper.h has the same numbers, and the operation refuses other tiles.
 COLUMNS, DEPTH, CHUNK = 96, 32, 8

@@ -70,11 +70,11 @@ def fit_decoder(
     latents, height, width = block
     device, dtype = decoder.device, decoder.dtype
     # Forgiven: an attention asked for by name is the transformer's, and need not support the decoder's larger heads.
-    tuner = attention_tuner(device, dtype, decoder.attention_shapes(height, width), attention_candidates(ops))
+    tuner = attention_tuner(device, dtype, decoder.attention.shapes(height, width), attention_candidates(ops))
     attended = tuner.select(
         attention_name, prescribed.get(VAE_ATTENTION), cache=attention_cache(), forgive=(BackendError,)
     )
-    decoder.attend_by(attended.attention)
+    decoder.attention.compute = attended.implementation
     shapes = decoder.convolution_shapes(height, width, latents)
     convolved = select_convolutions(
         convolution_name,
@@ -85,7 +85,7 @@ def fit_decoder(
         candidates=convolution_candidates(ops),
         prescribed={s: prescribed[label] for s in shapes.values() if (label := _label(s)) in prescribed},
     )
-    decoder.use({name: convolved[shape].kind for name, shape in shapes.items()})
+    decoder.use({name: convolved[shape].implementation for name, shape in shapes.items()})
     return attended, convolved
 
 
@@ -96,7 +96,7 @@ def _label(shape: ConvolutionShape) -> str:
 
 def convolutions_in_words(convolutions: Convolutions) -> str:
     """Count the shapes of each implementation, in words."""
-    counts = Counter(choice.kind.name for choice in convolutions.values())
+    counts = Counter(choice.name for choice in convolutions.values())
     return ", ".join(f"{name} for {count}" for name, count in counts.most_common()) + f" of {counts.total()} shapes"
 
 
@@ -157,7 +157,7 @@ class Networks:
             self.config,
             self.device,
             self.dtype,
-            self.attention[0].attention,
+            self.attention[0].implementation,
             cache=attention_cache() if self.selected is None else None,
             prescribed=self.prescribed.get(FLOAT8_ATTENTION),
         )
@@ -173,7 +173,7 @@ class Networks:
             self.tensors.transformer,
             self.schedule.timesteps,
             self.ops,
-            self.attention[1].attention,
+            self.attention[1].implementation,
             device=self.device,
             dtype=self.model_dtype,
             kept=self.kept_from_float8,
@@ -254,8 +254,8 @@ def open_networks(loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapp
 def build_rollout(config: ModelConfig, networks: Networks, mode: MemoryMode, executor: Executor) -> Rollout:
     """Make a rollout of ``networks``; ``config`` is theirs, or the same without its memory."""
     memory = None if config.memory is None else networks.memory
-    attention, in_float8 = networks.attention[0].attention, networks.attention_in_float8
+    attention, in_float8 = networks.attention[0].implementation, networks.attention_in_float8
     if in_float8 is not None:
-        attention = ByDtype(attention, in_float8.attention)
+        attention = ByDtype(attention, in_float8.implementation)
     transformer, schedule, in_steps = networks.transformer, networks.schedule, networks.float8_attention
     return Rollout(config, transformer, memory, schedule, networks.ops, attention, mode, executor, in_steps)

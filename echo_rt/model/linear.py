@@ -1,7 +1,7 @@
 """The linear layers of the transformer, each fused with the operation that produces its input.
 
-A float8 layer reads rows that the preceding kernel quantizes while it has them in registers. So :class:`Linear` and
-:class:`Float8Linear` are told how to prepare ``x``, and a transformer layer is written once for both.
+A float8 layer reads rows that the preceding kernel quantizes while it has them in registers; a transformer layer is
+written once for both kinds.
 """
 
 from __future__ import annotations
@@ -76,23 +76,22 @@ class Float8Linear:
         return cls(*quantize_rows(weight), bias)
 
     def after_norm(self, ops: Ops, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-        values, scales = _rows_like(x)
-        ops.modulated_layer_norm_quantize(x, shift, scale, values, scales, eps)
-        return self._of(values, scales)
+        return self._of(x, lambda out, scales: ops.modulated_layer_norm_quantize(x, shift, scale, out, scales, eps))
 
     def after_residual_norm(
         self, ops: Ops, x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
     ) -> Tensor:
-        values, scales = _rows_like(x)
-        ops.gated_residual_norm_quantize(x, y, gate, shift, scale, values, scales, eps)
-        return self._of(values, scales)
+        quantize = ops.gated_residual_norm_quantize
+        return self._of(x, lambda out, scales: quantize(x, y, gate, shift, scale, out, scales, eps))
 
     def after_gelu(self, ops: Ops, x: Tensor) -> Tensor:
-        values, scales = _rows_like(x)
-        ops.gelu_quantize(x, values, scales)
-        return self._of(values, scales)
+        return self._of(x, lambda out, scales: ops.gelu_quantize(x, out, scales))
 
-    def _of(self, values: Tensor, scales: Tensor) -> Tensor:
+    def _of(self, x: Tensor, quantize: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """Multiply the rows made of ``x [n, any]`` that ``quantize`` writes, and their scales [n]."""
+        values = torch.empty(x.shape, dtype=FLOAT8, device=x.device)
+        scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        quantize(values, scales)
         return product(values, scales, self.weight, self.scales, self.bias)
 
 
@@ -123,9 +122,6 @@ class Weights:
         """Return one linear layer for several projections of the same input, stacked along the output."""
         return Linear(self._stacked(self.matrix, names, "weight"), self._stacked(self.matrix, names, "bias"))
 
-    def linear_float32(self, name: str) -> Linear:
-        return Linear(self.vector(f"{name}.weight"), self.vector(f"{name}.bias"))
-
     def product(self, *names: str) -> Product:
         """Return :meth:`linear` in float8, unless kept from it; quantized from the stored, unrounded values."""
         if not self._kept.isdisjoint(names):
@@ -146,12 +142,6 @@ def feed_forward(
     if isinstance(into, Linear) and isinstance(out, Linear):
         return out(into.then_gelu(ops.gated_residual_norm(x, y, None, shift, scale, eps)))
     return out.after_gelu(ops, into.after_residual_norm(ops, x, y, None, shift, scale, eps))
-
-
-def _rows_like(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Allocate the float8 rows of ``x [n, any]`` and their scales [n]."""
-    values = torch.empty(x.shape, dtype=FLOAT8, device=x.device)
-    return values, torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
 
 
 def float8_layers() -> str:

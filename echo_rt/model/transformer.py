@@ -86,7 +86,7 @@ class Transformer:
         self._patch = Linear(patch_weight, load.matrix("patch_embedding.bias"))
         self._text_in, self._text_out = load.linear("text_embedding.0"), load.linear("text_embedding.2")
         self._head = load.linear("head.head")
-        self._build_modulations(load, timesteps)
+        self._build_modulations(Weights(tensors, device, torch.float32), timesteps)
 
     def _build_modulations(self, load: Weights, timesteps: list[float]) -> None:
         half = self.config.freq_dim // 2
@@ -94,9 +94,9 @@ class Transformer:
         t = torch.tensor(timesteps, dtype=torch.float64, device=self.device)
         angles = t[:, None] * _SINUSOID_BASE**-exponents
         sinusoid = torch.cat((angles.cos(), angles.sin()), dim=-1).float()
-        hidden = silu(load.linear_float32("time_embedding.0")(sinusoid))
-        e = load.linear_float32("time_embedding.2")(hidden)
-        e0 = load.linear_float32("time_projection.1")(silu(e)).unflatten(-1, (-1, self.config.dim))
+        hidden = silu(load.linear("time_embedding.0")(sinusoid))
+        e = load.linear("time_embedding.2")(hidden)
+        e0 = load.linear("time_projection.1")(silu(e)).unflatten(-1, (-1, self.config.dim))
         rows = [load.vector(f"blocks.{index}.modulation") for index in range(self.config.num_layers)]
         self.modulations = torch.cat(rows)[None] + e0[:, None]
         self.modulations[:, :, [1, 4]] += 1

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from echo_rt.attention import Attention, AttentionShapes
 from echo_rt.config import VaeConfig
 from echo_rt.convolution import ConvolutionCandidate, ConvolutionShape
 from echo_rt.errors import ConfigError
@@ -34,7 +33,7 @@ from echo_rt.model.vae_layers import (
     UpsampleConv,
     VaeWeights,
 )
-from echo_rt.model.vae_windows import BandWindows, Rows, StreamWindows, Windows, WindowSize
+from echo_rt.model.vae_windows import Rows, Windows, WindowSize
 from echo_rt.ops.schema import Ops
 
 
@@ -58,7 +57,7 @@ class VaeDecoderState(DecoderState):
     """The state of one stream at its start, allocated once: the history ``[past, H, W, C]`` of each convolution."""
 
     def __init__(
-        self, plan: DecodingPlan, windows: StreamWindows, latent_shape: tuple[int, int, int], max_latents: int
+        self, plan: DecodingPlan, windows: Windows, latent_shape: tuple[int, int, int], max_latents: int
     ) -> None:
         super().__init__(windows.histories, latent_shape, max_latents)
         self.plan, self.windows = plan, windows
@@ -74,7 +73,8 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
     ``tensors``: the VAE's weights under their original names, of the shapes that ``config`` says; others are ignored.
     ``tiles``: number of horizontal tiles for the two highest resolutions, for GPUs with little memory.
 
-    ``levels`` are the resolutions from lowest to highest; ``head`` turns the output of the last into RGB.
+    ``levels`` are the resolutions from lowest to highest; ``head`` turns the output of the last into RGB; ``attention``
+    is that among the pixels of a frame.
     """
 
     owner = "vae decoder"
@@ -98,6 +98,7 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
         self._unpack = weights.pointwise("conv2", torch.float64)
         self._input = CausalConv("decoder.conv1", weights)
         self._middle = Middle("decoder.middle", weights, ops)
+        self.attention = self._middle.attention
         self.levels: list[Level] = []
         names, index = (f"decoder.upsamples.{part}" for part in itertools.count()), 0
         for level in range(len(config.dim_mult)):
@@ -117,20 +118,12 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
         where the decoder has ``tiles``. The frames that one frame is upsampled to in time are never split.
         """
         plan = self._plan(latent_height, latent_width, latents, frames_at_full)
-        windows = StreamWindows(plan.windows, device=self.device, dtype=self.dtype)
+        windows = Windows(plan.windows, device=self.device, dtype=self.dtype)
         return VaeDecoderState(plan, windows, (self.config.z_dim, latent_height, latent_width), latents)
 
     def convolution_shapes(self, latent_height: int, latent_width: int, latents: int) -> dict[str, ConvolutionShape]:
         """Return the shape of each convolution, by its name in the weights, in the steady state of a stream."""
         return dict(self._plan(latent_height, latent_width, latents, None).convolutions)
-
-    def attention_shapes(self, latent_height: int, latent_width: int) -> AttentionShapes:
-        """Return the shapes of the attention among the pixels of a frame, for latents of this size."""
-        return self._middle.attention.shapes(latent_height, latent_width)
-
-    def attend_by(self, attention: Attention) -> None:
-        """Compute the attention among the pixels of a frame by ``attention`` from now on."""
-        self._middle.attention.compute = attention
 
     def use(self, candidates: Mapping[str, ConvolutionCandidate]) -> None:
         """Compute each convolution by the candidate under its name from now on. May be called once."""
@@ -245,9 +238,9 @@ class VaeDecoder(VideoDecoder[VaeDecoderState]):
             terms, seen = Terms(x), Rows(0, 0, x.shape[1], x.shape[1])
             for level, at in zip(self.levels[plan.first_tiled :], entered, strict=True):
                 part = Terms(terms.total()[:, at.part_of(seen)].contiguous())
-                terms, seen = level(part, BandWindows(state.windows, at), is_start), at.upsampled()
+                terms, seen = level(part, state.windows.band(at), is_start), at.upsampled()
             part = Terms(terms.total()[:, rows.part_of(seen)].contiguous())
-            picture = self.head(part, BandWindows(state.windows, rows), keep=False).total()
+            picture = self.head(part, state.windows.band(rows), keep=False).total()
             frames = len(picture)
             video[:frames, rows.begin : rows.end].copy_(picture[:, rows.wanted])
         return frames

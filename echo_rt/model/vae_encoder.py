@@ -19,7 +19,7 @@ from echo_rt.convolution.torch_conv import convolve
 from echo_rt.errors import ConfigError
 from echo_rt.model.decoder_protocol import latents_statistics
 from echo_rt.model.vae_layers import CausalConv, Convolution, Middle, NormConv, ResidualBlock, Terms, VaeWeights
-from echo_rt.model.vae_windows import StreamWindows, Windows, WindowSize
+from echo_rt.model.vae_windows import Windows, WindowSize
 from echo_rt.ops.backends import load_ops
 
 _OWNER = "vae encoder"
@@ -30,7 +30,7 @@ _COLOURS = 3
 class VaeEncoderState:
     """What the encoder remembers of one video of frames ``height`` x ``width``; ``latents_made``: so far."""
 
-    windows: StreamWindows
+    windows: Windows
     height: int
     width: int
     latents_made: int = 0
@@ -89,7 +89,7 @@ class VaeEncoder:
             conv.name: WindowSize(conv.past, height >> level, conv.shape(frames, height >> level, width >> level))
             for conv, level, frames in self._sized
         }
-        windows = StreamWindows(sizes, device=self._weights.device, dtype=self._weights.dtype)
+        windows = Windows(sizes, device=self._weights.device, dtype=self._weights.dtype)
         return VaeEncoderState(windows, height, width)
 
     def encode(self, video: Tensor) -> Tensor:

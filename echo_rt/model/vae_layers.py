@@ -1,11 +1,8 @@
 """The layers of the VAE's encoder and decoder.
 
-Activations are channels-last ``[frames, height, width, channels]``, contiguous. Every causal convolution reads a
-window (:mod:`echo_rt.model.vae_windows`): its history of past frames, followed by the new ones. The layer before it
-writes straight into the window, so history is never concatenated, padded or cloned.
-
-A convolution does not add its bias, nor a residual block its sum: the next layer does (:class:`Terms`). Its kernel
-reads the result anyway, and adding there saves passes over device memory.
+Activations are channels-last ``[frames, height, width, channels]``, contiguous. The layer before a causal convolution
+writes straight into its window (:mod:`echo_rt.model.vae_windows`). A convolution does not add its bias, nor a residual
+block its sum: the next layer does (:class:`Terms`), whose kernel reads the result anyway.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ take 1.8 GiB and the shared buffer 0.5; one window per convolution for the frame
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,40 +50,6 @@ class WindowSize(NamedTuple):
     margin: int = 0
 
 
-class StreamWindows:
-    """The windows of a stream that is decoded or encoded in whole frames. Its buffers never move.
-
-    ``histories``: ``[past, height, width, channels]`` of each convolution; ``kept``: the same of ``margin`` rows.
-    """
-
-    def __init__(self, sizes: Mapping[str, WindowSize], *, device: torch.device, dtype: torch.dtype) -> None:
-        def zeros(size: WindowSize, rows: int) -> Tensor:
-            return torch.zeros(size.past, rows, size.call.width, size.call.channels, device=device, dtype=dtype)
-
-        # A stream may go on with or without inference mode; tensors born inside it could not be written outside.
-        with torch.inference_mode(False):
-            self.histories = {name: zeros(size, size.height) for name, size in sizes.items()}
-            self.kept = {n: zeros(size, size.margin) for n, size in sizes.items() if size.past and size.margin}
-            calls = [size.call for size in sizes.values()]
-            most = max(call.frames * call.height * call.width * call.channels for call in calls)
-            self.room = torch.empty(most, device=device, dtype=dtype)
-
-    def piece(self, *shape: int) -> Tensor:
-        """View the shared buffer as a tensor of ``shape``."""
-        return self.room[: math.prod(shape)].view(shape)
-
-    @contextmanager
-    def window(self, name: str, new: int) -> Iterator[Window]:
-        """Lend the window of convolution ``name`` for ``new`` frames; there is one at a time."""
-        history = self.histories[name]
-        past, *size = history.shape
-        yield Window(self.piece(past + new, *size), history)
-
-    def upsampled(self) -> StreamWindows:
-        """Return the same windows: they are looked up by name."""
-        return self
-
-
 class Rows(NamedTuple):
     """Rows ``first .. last`` of a frame: ``begin .. end`` are wanted, the others are their margin.
 
@@ -112,26 +79,52 @@ class Rows(NamedTuple):
         return slice(self.begin - self.first, self.end - self.first)
 
 
-class BandWindows:
-    """The windows while the same frames are decoded one band of rows after the other.
+class Windows:
+    """The windows of a stream, for whole frames, or for a :meth:`band` of their rows. Its buffers never move.
 
-    A band reads some rows of its neighbours. The history of the band above is already updated, so its last rows are
-    kept as they were: ``kept [past, margin, W, C]`` of each convolution. The history of the band below is not yet.
+    ``histories``: ``[past, height, width, channels]`` of each convolution; ``kept``: the same of ``margin`` rows.
     """
 
-    def __init__(self, whole: StreamWindows, rows: Rows) -> None:
-        self._whole, self.rows = whole, rows
+    rows: Rows | None = None
 
-    def upsampled(self) -> BandWindows:
-        """Return the windows for the same rows after upsampling."""
-        return BandWindows(self._whole, self.rows.upsampled())
+    def __init__(self, sizes: Mapping[str, WindowSize], *, device: torch.device, dtype: torch.dtype) -> None:
+        def zeros(size: WindowSize, rows: int) -> Tensor:
+            return torch.zeros(size.past, rows, size.call.width, size.call.channels, device=device, dtype=dtype)
+
+        # A stream may go on with or without inference mode; tensors born inside it could not be written outside.
+        with torch.inference_mode(False):
+            self.histories = {name: zeros(size, size.height) for name, size in sizes.items()}
+            self.kept = {n: zeros(size, size.margin) for n, size in sizes.items() if size.past and size.margin}
+            calls = [size.call for size in sizes.values()]
+            most = max(call.frames * call.height * call.width * call.channels for call in calls)
+            self.room = torch.empty(most, device=device, dtype=dtype)
+
+    def band(self, rows: Rows) -> Windows:
+        """Return the same windows for ``rows`` of frames that are decoded one band after the other.
+
+        A band reads some rows of its neighbours. The history of the band above is already updated, so its last rows are
+        kept as they were. The history of the band below is not yet.
+        """
+        windows = copy.copy(self)
+        windows.rows = rows
+        return windows
+
+    def upsampled(self) -> Windows:
+        """Return the windows for the same rows after upsampling; they are looked up by the names of convolutions."""
+        return self if self.rows is None else self.band(self.rows.upsampled())
 
     @contextmanager
     def window(self, name: str, new: int) -> Iterator[Window]:
-        """Lend the window of convolution ``name``, and update the history once the new frames are in it."""
-        history, kept, rows = self._whole.histories[name], self._whole.kept.get(name), self.rows
+        """Lend the window of convolution ``name`` for ``new`` frames; there is one at a time.
+
+        That of a band updates the history once the new frames are in it.
+        """
+        history, kept, rows = self.histories[name], self.kept.get(name), self.rows
         past, height, *size = history.shape
-        frames = self._whole.piece(past + new, rows.last - rows.first, *size)
+        if rows is None:
+            yield Window(self._piece(past + new, height, *size), history)
+            return
+        frames = self._piece(past + new, rows.last - rows.first, *size)
         above = rows.begin - rows.first
         if above and kept is not None:
             frames[:past, :above].copy_(kept[:, -above:])
@@ -142,5 +135,6 @@ class BandWindows:
         if past:
             history[:, rows.begin : rows.end].copy_(frames[-past:, rows.wanted])
 
-
-Windows = StreamWindows | BandWindows
+    def _piece(self, *shape: int) -> Tensor:
+        """View the shared buffer as a tensor of ``shape``."""
+        return self.room[: math.prod(shape)].view(shape)

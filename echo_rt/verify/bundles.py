@@ -1,8 +1,7 @@
 """Golden bundles and the decoders of models, compared with what they must compute.
 
-A bundle is a folder with ``config.json`` (its ``kind`` says what it is), ``weights``, ``inputs`` and ``expected``; what
-it computes, it computes with the code that ``generate`` uses. The error of a tensor is ``‖actual - expected‖ /
-‖expected‖``.
+A bundle is a folder with ``config.json`` (its ``kind`` says what it is), ``weights``, ``inputs`` and ``expected``; it
+is computed by the code that ``generate`` uses.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from echo_rt.weights.shapes import (
     transformer_shapes,
     vae_shapes,
 )
-from echo_rt.weights.tensors import FingerprintedTensors, ModelTensors
+from echo_rt.weights.tensors import FingerprintedTensors, ModelTensors, below
 
 RECIPE, MODEL = "recipe", "model"
 FLOAT8_KINDS = ("rollout", RECIPE)  # those with linear layers that float8 is about
@@ -173,10 +172,10 @@ def _run_rollout(bundle: Bundle, executor: Executor) -> Computed:
     backend = choose_backend(bundle.options.backend, bundle.device, memory=memory)
     shapes = {MEMORY_PREFIX + name: shape for name, shape in memory_shapes(config).items()}
     weights = bundle.weights(transformer_shapes(config.transformer) | shapes)
-    own = {name.removeprefix(MEMORY_PREFIX): weights[name] for name in shapes if config.memory is not None}
+    memory_encoder = FingerprintedTensors(below(weights, MEMORY_PREFIX), weights.source)
     networks = Networks(
         config,
-        ModelTensors(weights, FingerprintedTensors(own, weights.source)),
+        ModelTensors(weights, memory_encoder),
         bundle.options,
         backend,
         selected=attentions(config, bundle.device, dtype, backend.ops, cache=None),

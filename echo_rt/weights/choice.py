@@ -43,8 +43,7 @@ class Choice:
         return {**self.recipe.facts, **of_folder}
 
     def check_memory(self, there: bool, source: str) -> None:
-        """Raise :class:`ConfigError` where the weights of ``source`` lack the memory encoder that the recipe needs, or
-        have one that it cannot use.
+        """Raise :class:`ConfigError` where ``source`` lacks a memory encoder that the recipe needs, or the reverse.
 
         A recipe that a folder names runs without: the folder cannot know which checkpoint is given. A snapshot states
         its memory itself.
@@ -105,8 +104,7 @@ def choose_recipe(
     loras: Sequence[tuple[Path, float]],
     model: str | Path,
 ) -> Choice:
-    """The recipe that is named by the caller, by the snapshot to go on with or by the folder, or else the one that the
-    files tell.
+    """The recipe that the caller, the snapshot to go on with or the folder names, or else the one that the files tell.
 
     ``snapshot``: how it describes its model; ``of_folder``: the object ``echo_rt`` of the folder's config.
 

@@ -24,7 +24,7 @@ from echo_rt.options import Lora, lora_files
 from echo_rt.utils.checked_json import convert, read_json
 from echo_rt.utils.wording import counted
 from echo_rt.weights.files import open_tensors
-from echo_rt.weights.parts import HOLDERS, bare_name, split_memory, without_wrappers
+from echo_rt.weights.parts import HOLDERS, bare_name, split_memory
 from echo_rt.weights.reading import read_object
 from echo_rt.weights.shapes import MEMORY_PREFIX, count_layers, transformer_names
 from echo_rt.weights.tensors import Fact, LazyTensors, Stored, TensorFile, below, first_names, lazy, selected
@@ -127,11 +127,8 @@ def _module_of(tensor: str) -> str:
     return tensor.removesuffix(f".{WEIGHT}").removesuffix(f".{BIAS}")
 
 
-class Term(NamedTuple):
-    """A summand of one tensor: ``scale`` times a difference, or times the product of two factors (up, down)."""
-
-    factors: tuple[Tensor, ...]
-    scale: float
+# A summand of one tensor: a difference, or two factors (up, down) to multiply; and the scale of it.
+Term = tuple[tuple[Tensor, ...], float]
 
 
 @dataclass(frozen=True)
@@ -337,10 +334,10 @@ class _LoraFile:
                         f"found {scale:g} for {self._written[module]}"
                     )
                 factors = (self._tensors[parts[UP]], self._tensors[parts[DOWN]])
-                yield self._target(module, UP), Term(factors, scale)
+                yield self._target(module, UP), (factors, scale)
             for part, factor in ((UP_BIAS, scale), (WEIGHT, strength), (BIAS, strength)):
                 if part in parts:
-                    yield self._target(module, part), Term((self._tensors[parts[part]],), factor)
+                    yield self._target(module, part), ((self._tensors[parts[part]],), factor)
 
     def _agreed(self, what: str, places: Iterable[Stated], module: str, tolerance: float) -> float | None:
         """The number that ``places`` state for ``module``, or None; ``WeightsError`` where two of them disagree."""
@@ -440,7 +437,7 @@ def _split(file: TensorFile) -> tuple[LazyTensors, LazyTensors, Mapping[str, Fac
     if not own:
         return *split_memory(file, str(file.path)), facts
     # The other dicts of a training checkpoint (critic, optimizer) are no part of the generator.
-    beside = selected(file, lambda name: without_wrappers(name).startswith(MEMORY_PREFIX) or name in ALPHA_FIELDS)
+    beside = selected(file, lambda name: bare_name(name).startswith(MEMORY_PREFIX) or name in ALPHA_FIELDS)
     prefix = f"{LORA_SECTION}."
     facts = {name.removeprefix(prefix): facts[name] for name in facts if name.startswith(prefix) or "." not in name}
     return *split_memory(LazyTensors({**own.entries, **beside.entries}), str(file.path)), facts

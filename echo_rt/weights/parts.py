@@ -27,16 +27,15 @@ from echo_rt.weights.shapes import (
     vae_config_of,
     vae_modules,
 )
-from echo_rt.weights.tensors import LazyTensors, below, rename, selected
+from echo_rt.weights.tensors import LazyTensors, rename, selected
 
 Config = TypeVar("Config", TransformerConfig, VaeConfig, TextEncoderConfig)
 
 # Modules that training wraps around others and that leave their names in the keys.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-# What the trained object as a whole is called: PEFT's wrapper, then the diffusion wrapper's attribute.
-_OWNERS = ("base_model.model.", "model.")
-# Dicts and modules that a whole model lies in, Lightning's and ComfyUI's among them. One may lie in another.
-HOLDERS = (*_OWNERS, "state_dict.", "module.", "diffusion_model.")
+# Dicts and modules that a whole model lies in: PEFT's wrapper, the diffusion wrapper's attribute, Lightning's and
+# ComfyUI's. One may lie in another.
+HOLDERS = ("base_model.model.", "model.", "state_dict.", "module.", "diffusion_model.")
 # Dicts of a training run beside the model: the state of its optimizers, and a model that is not generated with.
 _TRAINING = ("optimizer", "generator_optimizer", "critic_optimizer", "optimizer_states", "lr_schedulers", "critic")
 # Tensors that are no weights: a tokenizer inside ComfyUI's text encoders.
@@ -183,18 +182,10 @@ def _without_tied_table(tensors: LazyTensors, source: str) -> LazyTensors:
     return LazyTensors(entries)
 
 
-def without_wrappers(name: str) -> str:
-    """The name of a tensor in the bare model: FSDP's, PEFT's and the trainer's own prefixes taken off."""
+def bare_name(name: str, holders: tuple[str, ...] = HOLDERS) -> str:
+    """The name of a tensor in the bare model: without what training wraps around modules, and without ``holders``."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
-    for owner in _OWNERS:
-        name = name.removeprefix(owner)
-    return name
-
-
-def bare_name(name: str, holders: tuple[str, ...]) -> str:
-    """The name without wrappers and ``holders``."""
-    name = without_wrappers(name)
     while holder := next((holder for holder in holders if name.startswith(holder)), None):
         name = name.removeprefix(holder)
     return name
@@ -204,17 +195,20 @@ def bare(tensors: LazyTensors, source: str) -> LazyTensors:
     """A whole model's tensors under their bare names, without what a training run or ComfyUI saves beside them."""
 
     def is_weight(name: str) -> bool:
-        return name.split(".", 1)[0] not in _TRAINING and bare_name(name, HOLDERS) not in _BAGGAGE
+        return name.split(".", 1)[0] not in _TRAINING and bare_name(name) not in _BAGGAGE
 
-    return rename(selected(tensors, is_weight), lambda name: bare_name(name, HOLDERS), source)
+    return rename(selected(tensors, is_weight), bare_name, source)
 
 
 def split_memory(tensors: LazyTensors, source: str) -> tuple[LazyTensors, LazyTensors]:
-    """``tensors`` under their bare names, and apart from them the memory encoder's, without its prefix."""
-    plain = rename(tensors, without_wrappers, source)
-    others = selected(plain, lambda name: not name.startswith(MEMORY_PREFIX))
+    """``tensors`` without the memory encoder's, and those apart, under their bare names without its prefix."""
+
+    def is_memory(name: str) -> bool:
+        return bare_name(name).startswith(MEMORY_PREFIX)
+
+    def within(name: str) -> str:
+        return bare_name(name).removeprefix(MEMORY_PREFIX)
+
     # Where the memory encoder is a dict of its own, its tensors may repeat the whole path to it.
-    memory = rename(
-        below(plain, MEMORY_PREFIX), lambda name: without_wrappers(name).removeprefix(MEMORY_PREFIX), source
-    )
-    return others, memory
+    memory = rename(selected(tensors, is_memory), lambda name: within(within(name)), source)
+    return selected(tensors, lambda name: not is_memory(name)), memory

@@ -328,12 +328,12 @@ def test_what_is_asked_of_the_decoder_is_not_asked_of_what_it_is_held_against(
     asked = {"convolution": "three-products,phases", "vae_tiles": 2, "variants": ("off",), "rounds": 1, "blocks": 1}
     asked["attention"] = "products"  # is of the model, whichever the backend
     found = Run(Request(**asked, **ASKED, peers=False)).measure()
-    named = {parts.ops.name: {choice.kind.name for choice in parts.convolutions.values()} for parts in made}
+    named = {parts.ops.name: {choice.name for choice in parts.convolutions.values()} for parts in made}
     assert found.passed and named == {"torch": {"conv3d", "enlarged"}, "emulated": {"three-products", "phases"}}
     assert {parts.ops.name: parts.decoder.tiles for parts in made} == {"torch": 1, "emulated": 2}
     assert "bands of rows" in Report(found).content()[1]
-    assert {choice.kind.name for choice in found.convolutions.values()} == named["emulated"]
-    assert {parts.ops.name: parts.vae_attention.attention.name for parts in made} == dict.fromkeys(named, "products")
+    assert {choice.name for choice in found.convolutions.values()} == named["emulated"]
+    assert {parts.ops.name: parts.vae_attention.name for parts in made} == dict.fromkeys(named, "products")
 
 
 def test_each_attention_is_said(measured: Run) -> None:

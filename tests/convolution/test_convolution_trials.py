@@ -280,7 +280,7 @@ def test_a_capture_that_memory_does_not_suffice_for(monkeypatch):
         )
     finally:
         gc.enable()
-    assert choices[CAUSAL].kind.name == "well-fed"
+    assert choices[CAUSAL].name == "well-fed"
     assert choices[CAUSAL].rejected["hungry"].endswith("Tried to allocate 2.00 GiB; free some, or choose another")
     assert "free: [None]" in cuda.log and len(taken) == 1
 
@@ -317,7 +317,7 @@ def test_a_faulty_library_is_found_out_and_not_remembered(monkeypatch, tmp_path)
     with pytest.raises(BackendError, match="convolution 'conv3d' is not available: its result is wrong"):
         chosen(every, "conv3d")
     first, again = chosen(every), chosen(every)
-    assert first[CAUSAL].kind.name == again[CAUSAL].kind.name == "three-products"
+    assert first[CAUSAL].name == again[CAUSAL].name == "three-products"
     assert "its result is wrong" in first[CAUSAL].rejected["conv3d"]
     assert set(first[GROWING].timings) == {"enlarged", "phases"} and "remembered" in again[GROWING].reason
     assert '"convolution": "conv3d"' not in (tmp_path / "convolution.json").read_text()
@@ -409,5 +409,5 @@ def test_a_gpu_is_measured_and_remembered(real_gpu, tmp_path):
     first, again = (select_convolutions(None, [CAUSAL, GROWING], **options) for _ in range(2))
     for shape, choice in first.items():
         assert choice.timings and all(0 < time < 1000 for time in choice.timings.values())
-        assert choice.kind.name == min(choice.timings, key=choice.timings.get) == again[shape].kind.name
+        assert choice.name == min(choice.timings, key=choice.timings.get) == again[shape].name
         assert "remembered" in again[shape].reason and "remembered" not in choice.reason

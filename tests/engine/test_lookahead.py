@@ -127,7 +127,7 @@ def test_graphs_need_a_gpu(small_model: Path) -> None:
 
 def test_the_attention_can_be_chosen(small_model: Path) -> None:
     with load(small_model, attention="sdpa-math") as runtime:
-        assert runtime.attention.attention.name == "sdpa-math"
+        assert runtime.attention.name == "sdpa-math"
         next(runtime.stream(prompt_embeds=embeds(runtime)))
     with pytest.raises(BackendError, match="sdpa-flash"):
         load(small_model, attention="sdpa-flash")

@@ -108,7 +108,7 @@ def test_the_fastest_is_chosen_and_the_reason_says_so(caplog):
     judge = FakeJudge({"a": 2.0, "b": 0.5, "c": 1.0})
     with caplog.at_level(logging.DEBUG, "echo_rt.attention"):
         choice = choose(judge, [kind("a"), kind("b"), kind("c")])
-    assert choice.attention.name == "b"
+    assert choice.name == "b"
     assert choice.timings == {"a": 2.0, "b": 0.5, "c": 1.0} and choice.rejected == {}
     assert choice.reason == "fastest on Imaginary 9000: b 0.500 ms, c 1.000 ms, a 2.000 ms"
     assert judge.asked == [(SHAPES, GPU, torch.bfloat16)], "the real shapes, device and dtype"
@@ -123,7 +123,7 @@ def test_the_memory_of_a_trial_is_given_back(gpu):
 
 def test_medians_count_and_all_are_timed_in_turns():
     judge = FakeJudge({"steady": 1.0, "erratic": [0.1, 3.0, 3.0]})
-    assert choose(judge, [kind("steady"), kind("erratic")]).attention.name == "steady"
+    assert choose(judge, [kind("steady"), kind("erratic")]).name == "steady"
     assert judge.timed[:4] == ["steady", "erratic", "steady", "erratic"]
     assert len(judge.timed) >= 10
 
@@ -132,7 +132,7 @@ def test_medians_count_and_all_are_timed_in_turns():
 def test_a_wrong_one_is_rejected_and_named(caplog, error):
     judge = FakeJudge({"wrong": 0.1, "right": 1.0}, errors={"wrong": error, "right": 0.001})
     choice = choose(judge, [kind("wrong"), kind("right")])
-    assert choice.attention.name == "right"
+    assert choice.name == "right"
     assert "wrong" in choice.rejected["wrong"] and "wrong" not in choice.timings and "wrong" not in judge.timed
     (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert record.getMessage().startswith("wrong is not used: its result is wrong")
@@ -141,7 +141,7 @@ def test_a_wrong_one_is_rejected_and_named(caplog, error):
 def test_the_bound_is_that_of_the_dtype():
     judge = FakeJudge({"a": 1.0}, errors={"a": 0.01})
     every = (torch.bfloat16, torch.float16)
-    assert choose(judge, [kind("a", dtypes=every)]).attention.name == "a"
+    assert choose(judge, [kind("a", dtypes=every)]).name == "a"
     with pytest.raises(BackendError, match="its result is wrong"):
         choose(judge, [kind("a", dtypes=every)], dtype=torch.float16)
 
@@ -150,7 +150,7 @@ def test_what_fails_is_left_out_with_its_own_words():
     judge = FakeJudge({"works": 1.0}, errors={"fails": RuntimeError("head size 20 is not supported\ntraceback")})
     kinds = [absent("gone", "it is not installed; pip install it"), kind("fails"), kind("rigid"), kind("works")]
     choice = choose(judge, kinds)
-    assert choice.attention.name == "works" and choice.reason.startswith("the only one that works on")
+    assert choice.name == "works" and choice.reason.startswith("the only one that works on")
     assert choice.rejected["gone"] == "it is not installed; pip install it"
     assert "it does not compute 6 queries, 10 keys, 2 heads of 8 in bfloat16" in choice.rejected["fails"]
     assert "head size 20 is not supported" in choice.rejected["fails"]
@@ -197,7 +197,7 @@ def test_what_runs_out_of_memory_is_left_out_and_its_memory_is_there_for_the_nex
         choice = choose(judge, [kind("a"), kind("b"), kind("c")], cache)
     finally:
         gc.enable()
-    assert choice.attention.name == "c" and list(choice.timings) == ["c"]
+    assert choice.name == "c" and list(choice.timings) == ["c"]
     for name in "ab":
         assert choice.rejected[name].startswith(
             "it runs out of memory for 6 queries, 10 keys, 2 heads of 8 in bfloat16"
@@ -206,10 +206,7 @@ def test_what_runs_out_of_memory_is_left_out_and_its_memory_is_there_for_the_nex
         assert f"{name} is not used: {choice.rejected[name]}" in caplog.text
     assert len(judge.taken) == 2 and not any(judge.held) and gpu.emptied == 3
     assert not cache.exists(), "another time there may be more memory"
-    assert (
-        choose(FakeJudge({"a": 2.0, "b": 0.1, "c": 1.0}), [kind("a"), kind("b"), kind("c")], cache).attention.name
-        == "b"
-    )
+    assert choose(FakeJudge({"a": 2.0, "b": 0.1, "c": 1.0}), [kind("a"), kind("b"), kind("c")], cache).name == "b"
 
 
 @pytest.mark.parametrize("words", ["CUDA error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])
@@ -234,8 +231,8 @@ def test_one_that_holds_all_scores_is_for_where_nothing_else_works():
     large, small = kind("large", fused=False), kind("small")
     judge = FakeJudge({"large": 0.1, "small": 1.0})
     choice = choose(judge, [large, small])
-    assert choice.attention.name == "small" and "large" not in judge.checked and "large" in choice.rejected
-    assert choose(judge, [large, absent("small", "gone")]).attention.name == "large"
+    assert choice.name == "small" and "large" not in judge.checked and "large" in choice.rejected
+    assert choose(judge, [large, absent("small", "gone")]).name == "large"
 
 
 # -- by name -----------------------------------------------------------------------------------------------------
@@ -244,7 +241,7 @@ def test_one_that_holds_all_scores_is_for_where_nothing_else_works():
 def test_a_name_forces_and_is_checked_but_not_timed(tmp_path):
     judge = FakeJudge({"a": 2.0, "b": 0.5})
     choice = choose(judge, [kind("a"), kind("b")], requested="a", cache=tmp_path / "attention.json")
-    assert (choice.attention.name, choice.reason) == ("a", "asked for by name")
+    assert (choice.name, choice.reason) == ("a", "asked for by name")
     assert (judge.checked, judge.timed, list(tmp_path.iterdir())) == (["a"], [], [])
 
 
@@ -274,17 +271,17 @@ def able(judge, requested, prescribed=None, kinds=("a", "b", "c")):
 def test_a_name_that_need_not_be_had_is_taken_where_it_can_be():
     judge = FakeJudge({"a": 2.0, "b": 0.5, "c": 1.0}, errors={"a": RuntimeError("head dimension at most 4; got 8")})
     choice = able(judge, "c")
-    assert (choice.attention.name, choice.reason, choice.by_name) == ("c", "asked for by name", True)
+    assert (choice.name, choice.reason, choice.by_name) == ("c", "asked for by name", True)
     choice = able(judge, "a")
-    assert (choice.attention.name, choice.by_name) == ("b", False)
+    assert (choice.name, choice.by_name) == ("b", False)
     assert choice.reason.startswith("fastest on Imaginary 9000: b 0.500 ms, ")
     assert choice.reason.endswith(
         "; not a: it does not compute 6 queries, 10 keys, 2 heads of 8 in bfloat16: head dimension at most 4"
     )
     choice = able(judge, "a", prescribed="c")
-    assert choice.attention.name == "c" and choice.reason.startswith("as in the snapshot; not a: ")
+    assert choice.name == "c" and choice.reason.startswith("as in the snapshot; not a: ")
     choice = able(judge, "gone", kinds=["b", absent("gone", "it is not installed; pip install it")])
-    assert choice.attention.name == "b" and choice.reason.endswith("; not gone: it is not installed")
+    assert choice.name == "b" and choice.reason.endswith("; not gone: it is not installed")
 
 
 def test_a_name_that_need_not_be_had_has_to_be_one():
@@ -301,7 +298,7 @@ def test_heads_that_no_library_has():
     judge = FakeJudge({"sdpa-efficient": 3.0, "products": 0.7, "sdpa-math": 0.1}, errors={"sdpa-flash": too_large})
     judge.errors["sdpa-cudnn"] = too_large
     choice = choose(judge, IMPLEMENTATIONS, shapes=AttentionShapes(queries=60, keys=60, heads=1, head_dim=384))
-    assert choice.attention.name == "products" and set(choice.timings) == {"sdpa-efficient", "products"}
+    assert choice.name == "products" and set(choice.timings) == {"sdpa-efficient", "products"}
     assert "at most 256" in choice.rejected["sdpa-flash"] and "all scores" in choice.rejected["sdpa-math"]
 
 
@@ -345,7 +342,7 @@ def test_what_was_measured_is_not_measured_again(cache):
     judge = FakeJudge({"a": 0.1, "b": 9.0})
     again = choose(judge, kinds, cache)
     assert judge.asked == [], "not even tensors are made"
-    assert again.attention.name == "b" and again.timings == first.timings and again.rejected == {"c": "gone"}
+    assert again.name == "b" and again.timings == first.timings and again.rejected == {"c": "gone"}
     assert again.reason == f"{first.reason} (remembered in {cache})"
     assert list(known_selections(GPU, cache, kinds)) == [("b", f"for {SHAPES} in bfloat16, {first.reason}")]
 
@@ -377,21 +374,21 @@ def test_another_machine_is_measured_anew_and_the_first_is_kept(cache, monkeypat
     with monkeypatch.context() as patch:
         change(patch, gpu)
         assert list(known_selections(GPU, cache, kinds)) == []
-        assert choose(FakeJudge({"a": 0.1, "b": 9.0}), kinds, cache).attention.name == "a"
+        assert choose(FakeJudge({"a": 0.1, "b": 9.0}), kinds, cache).name == "a"
     gpu.name = "Imaginary 9000"
     judge = FakeJudge({})
-    assert choose(judge, kinds, cache).attention.name == "b" and judge.asked == []
+    assert choose(judge, kinds, cache).name == "b" and judge.asked == []
 
 
 def test_other_shapes_and_dtypes_are_their_own(cache):
     kinds = [kind("a"), kind("b")]
     other = AttentionShapes(queries=6, keys=3, heads=2, head_dim=8)
-    assert choose(FakeJudge({"a": 1.0, "b": 2.0}), kinds, cache).attention.name == "a"
-    assert choose(FakeJudge({"a": 2.0, "b": 1.0}), kinds, cache, shapes=other).attention.name == "b"
-    assert choose(FakeJudge({"a": 2.0, "b": 1.0}), kinds, cache, dtype=torch.float16).attention.name == "b"
+    assert choose(FakeJudge({"a": 1.0, "b": 2.0}), kinds, cache).name == "a"
+    assert choose(FakeJudge({"a": 2.0, "b": 1.0}), kinds, cache, shapes=other).name == "b"
+    assert choose(FakeJudge({"a": 2.0, "b": 1.0}), kinds, cache, dtype=torch.float16).name == "b"
     judge = FakeJudge({})
     names = [
-        choose(judge, kinds, cache, shapes=s, dtype=d).attention.name
+        choose(judge, kinds, cache, shapes=s, dtype=d).name
         for s, d in ((SHAPES, torch.bfloat16), (other, torch.bfloat16), (SHAPES, torch.float16))
     ]
     assert names == ["a", "b", "b"] and judge.asked == []
@@ -401,7 +398,7 @@ def test_a_winner_that_is_gone_is_not_missed(cache, caplog):
     kinds = [kind("a"), kind("b")]
     choose(FakeJudge({"a": 2.0, "b": 0.5}), kinds, cache)
     choice = choose(FakeJudge({"a": 2.0}), [kind("a"), absent("b", "it does not load")], cache)
-    assert choice.attention.name == "a" and choice.rejected == {"b": "it does not load"}
+    assert choice.name == "a" and choice.rejected == {"b": "it does not load"}
     assert "b was the fastest and is no longer there (it does not load)" in caplog.text
 
 
@@ -422,6 +419,6 @@ def test_what_is_available():
 def test_what_was_measured_in_float8_is_known(cache):
     candidates = _of_float8(Library("sdpa", max), torch.bfloat16)
     judge = FakeJudge({"converted": 1.0, "sage": 0.5})
-    assert choose(judge, candidates, cache, dtype=FLOAT8).attention.name == "converted"
+    assert choose(judge, candidates, cache, dtype=FLOAT8).name == "converted"
     ((name, reason),) = known_selections(GPU, cache, EVERY)
     assert name == "converted" and reason.startswith(f"for {SHAPES} in float8_e4m3fn, the only one that works")

@@ -332,5 +332,5 @@ def test_a_gpu_is_measured_and_remembered(real_gpu, tmp_path):
     tuner = attention_tuner(real_gpu, torch.bfloat16, shapes)
     first, again = (tuner.select(cache=tmp_path / "attention.json") for _ in range(2))
     assert first.timings and all(0 < time < 1000 for time in first.timings.values())
-    assert first.attention.name == min(first.timings, key=first.timings.get) == again.attention.name
+    assert first.name == min(first.timings, key=first.timings.get) == again.name
     assert "remembered" in again.reason and "remembered" not in first.reason

@@ -79,7 +79,7 @@ def test_torch_knows_the_operators(kind):
     attention = kind.load()
     out = attention(q, k, v)
     assert (out.shape, out.dtype, out.is_contiguous()) == ((5, 48), torch.bfloat16, True)
-    assert attention.name == kind.name == f"{attention.whole.name}-in-{kind.splits}"
+    assert attention.name == kind.name == f"{attention.library}-in-{kind.splits}"
     assert attention(q, k[:23], v[:23]).shape == (5, 48)
 
 
@@ -119,9 +119,9 @@ def chosen(keys: int, monkeypatch):
 
 
 def test_pieces_that_the_keys_do_not_make_are_not_tried(monkeypatch):
-    assert chosen(12, monkeypatch).attention.name == "sdpa-cudnn-in-4"
+    assert chosen(12, monkeypatch).name == "sdpa-cudnn-in-4"
     choice = chosen(15, monkeypatch)
-    assert choice.attention.name == "sdpa-cudnn-in-3"
+    assert choice.name == "sdpa-cudnn-in-3"
     assert choice.rejected["sdpa-flash-in-2"] == "15 keys cannot be cut into 2 equal pieces"
     assert "sdpa-cudnn-in-4" not in choice.timings
 

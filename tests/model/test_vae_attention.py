@@ -29,7 +29,7 @@ ON_CPU = {kind.name: kind for kind in IMPLEMENTATIONS if "cpu" in kind.devices}
 def decoder(dtype: torch.dtype = torch.float32, attention: Attention | None = None) -> VaeDecoder:
     made = VaeDecoder(CONFIG, WEIGHTS, load_ops("torch"), device="cpu", dtype=dtype)
     if attention is not None:
-        made.attend_by(attention)
+        made.attention.compute = attention
     return made
 
 
@@ -76,7 +76,7 @@ def test_the_shapes_are_those_of_its_calls() -> None:
     attention = Recorded()
     model = decoder(attention=attention)
     decode(model, 1, 2, 3)
-    shapes = model.attention_shapes(*SIZE)
+    shapes = model.attention.shapes(*SIZE)
     assert attention.calls == [shapes] * 2 * LATENTS, "a frame at a time, however many are decoded"
     channels = WEIGHTS["decoder.middle.1.proj.weight"].shape[0]
     assert shapes == AttentionShapes(queries=35, keys=35, heads=1, head_dim=channels)
@@ -97,7 +97,7 @@ def test_torchs_switches_change_nothing() -> None:
 def test_where_nobody_has_chosen() -> None:
     assert untried_attention(torch.device("cpu")).name == "sdpa"
     assert untried_attention(torch.device("cuda", 0)).name == "products"
-    assert decoder()._middle.attention.compute.name == "sdpa"
+    assert decoder().attention.compute.name == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ def test_where_nobody_has_chosen() -> None:
 def test_what_a_decoder_is_given(asked: str | None, prescribed: dict[str, str], name: str, reason: str) -> None:
     model = decoder()
     choice, _ = fit_decoder(model, (LATENTS, *SIZE), load_ops("torch"), attention_name=asked, prescribed=prescribed)
-    assert choice.attention.name == name and choice.reason.startswith(reason)
-    assert choice.by_name == (asked == name) and model._middle.attention.compute is choice.attention
+    assert choice.name == name and choice.reason.startswith(reason)
+    assert choice.by_name == (asked == name) and model.attention.compute is choice.implementation
 
 
 @pytest.mark.cuda
@@ -128,6 +128,6 @@ def test_a_gpu_is_tried_on_the_frames_of_the_decoder() -> None:
         model = VaeDecoder(CONFIG, WEIGHTS, load_ops("torch"), device=device, dtype=dtype)
         choice, _ = fit_decoder(model, (LATENTS, *SIZE), load_ops("torch"))
         assert "products" in choice.timings and "sdpa-math" in choice.rejected
-        for attention in (choice.attention, Matmul()):
-            model.attend_by(attention)
+        for attention in (choice.implementation, Matmul()):
+            model.attention.compute = attention
             assert relative_error(decode(model).cpu(), expected) < bound
