@@ -161,10 +161,7 @@ class RecordingIndex:
         return index
 
     def keep(self, folder: str | Path, frames: int) -> None:
-        """Drop all frames but the first ``frames``, whose files must exist with the sizes that were written.
-
-        Raises ``TargetError`` where one does not, and unless a segment ends there.
-        """
+        """Drop all but ``frames`` frames; ``TargetError`` unless a segment ends there and all files are as written."""
         kept = [segment for segment in self.segments if segment.end_frame <= frames]
         reached = kept[-1].end_frame if kept else 0
         if reached != frames:

@@ -111,10 +111,7 @@ class Histogram(Counter[int]):
         return cls({int(name): count for name, count in bins.items()})
 
     def quantile(self, share: float) -> float | None:
-        """Return the seconds that a ``share`` (0..1) of the latencies does not exceed, or None.
-
-        Rounded down by a thousandth at most, so that it is never above the longest of them.
-        """
+        """Return the seconds, rounded down, that a ``share`` (0..1) of the latencies does not exceed; None of none."""
         left = math.ceil(share * self.total())
         for index in sorted(self):
             left -= self[index]
@@ -316,10 +313,7 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 
 def read_lines(folder: Path) -> Iterator[Line]:
-    """Yield the lines in the order in which they were written; none without a file.
-
-    :class:`StreamError` for a line that is not a soak's: another program wrote the file, or the disk damaged it.
-    """
+    """Yield the lines as they were written, none without a file; :class:`StreamError` for one that is not a soak's."""
     path = folder / JOURNAL_FILE
     try:
         with open(open_plain(path), "rb") as file:

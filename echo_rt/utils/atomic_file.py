@@ -203,8 +203,8 @@ class PartFile:
             self.in_place = True
         problems += close_all([lambda: sync_folder(self._target.parent)])
         with raising(OutputError, f"{self.path}: may not be whole on the disk"):
-            for problem in problems[:1]:
-                raise problem
+            if problems:
+                raise problems[0]
 
     def discard(self) -> None:
         """Remove the part, unless the disk refuses; ``path`` stays as it was."""
@@ -248,10 +248,7 @@ def check_results_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[PartFile]:
-    """Write a file in one ``with``: it appears at the end, or not at all where the body raises.
-
-    Raises ``OutputError``, also in place of an ``OSError`` of the body.
-    """
+    """Write a file in one ``with``: it appears at the end, or not at all; ``OutputError`` for an ``OSError`` inside."""
     part = PartFile(path)
     try:
         with raising(OutputError, f"{path}: cannot write"):
