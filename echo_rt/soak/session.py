@@ -28,10 +28,9 @@ from echo_rt.soak.probes import device_memory, gpu_health, host_memory
 from echo_rt.soak.prometheus import Exporter
 from echo_rt.soak.report import PAGE_FILE, PICTURES, REPORT_FILE, History, write_report
 from echo_rt.stream import Stream
-from echo_rt.utils.atomic_file import Log, PartFile, names_in, open_plain, reason
+from echo_rt.utils.atomic_file import FolderClaim, Log, PartFile, names_in, open_plain, reason
 from echo_rt.utils.checked_json import json_line
 from echo_rt.utils.device import parse_device
-from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.packages import needing
 from echo_rt.utils.signals import StopRequest
 from echo_rt.utils.threads import share_cpu

@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 
 from echo_rt.errors import OutputError, TargetError
-from echo_rt.utils.atomic_file import PartFile, check_plain, names_in, open_plain, read_plain, remove, write_whole
-from echo_rt.utils.folder_lock import FolderClaim
+from echo_rt.utils.atomic_file import (
+    FolderClaim,
+    PartFile,
+    check_plain,
+    names_in,
+    open_plain,
+    read_plain,
+    remove,
+    write_whole,
+)
 
 
 @pytest.fixture
