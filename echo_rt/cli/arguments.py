@@ -38,7 +38,6 @@ Options = Mapping[str, Iterable[click.Parameter]]  # those of a command, by the 
 _Chosen = TypeVar("_Chosen", bound=RuntimeOptions)
 
 _MOST_AHEAD = 100  # blocks: each holds frames in pinned memory, and a new prompt waits for all of them
-_MOST_SEED = 2**64 - 1
 # Overrides whose value is a list, and those whose value is a word.
 _LISTS, _WORDS = ("denoising_steps", "first_block_steps"), ("memory_reads",)
 
@@ -81,10 +80,6 @@ def parse_path(text: str) -> Path:
     if not text or "\0" in text:
         raise ValueError(f"expected a path, got {reprlib.repr(text)}")
     return Path(text)
-
-
-def _parse_model(text: str) -> str | Path:
-    return text if text == DEMO else parse_path(text)
 
 
 def _parse_lora(text: str) -> tuple[Path, float]:
@@ -209,7 +204,7 @@ _SHARED = table(
 --seed N                 the same seed makes the same video (default 0)
 --roll-back              return to an earlier state when a block contains NaN, instead of ending
 """,
-    model={"default": DEMO, "type": Value(_parse_model, files=True)},
+    model={"default": DEMO, "type": Value(lambda text: text if text == DEMO else parse_path(text), files=True)},
     lora={"type": Value(_parse_lora, files=True), "multiple": True},
     recipe={"type": Value(str, words=RECIPES)},
     ema={"default": None},
@@ -227,11 +222,11 @@ _SHARED = table(
         "multiple": True,
         "callback": _by_name,
     },
-    seed={"type": number(int, "an integer in 0..2^64-1", most=_MOST_SEED)},
+    seed={"type": number(int, "an integer in 0..2^64-1", most=2**64 - 1)},
 )
 OPTIONS = {one.opts[0]: one for one in _SHARED}
-_AFTER_MODEL = ("--size", "--set", "--seed", "--roll-back")
-MODEL = tuple(name for name in OPTIONS if name not in _AFTER_MODEL)  # what generate and soak load a model with
+# What generate and soak load a model with.
+MODEL = tuple(name for name in OPTIONS if name not in ("--size", "--set", "--seed", "--roll-back"))
 
 
 def shared(names: Iterable[str], **changes: dict[str, Any]) -> list[click.Option]:

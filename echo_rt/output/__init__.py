@@ -4,20 +4,11 @@
 :class:`Checkpoints` its snapshots to resume from. :class:`VideoFile` reads what a stream begins with.
 """
 
-from echo_rt.output.contact_sheet import ContactSheet
-from echo_rt.output.latents import LatentsWriter
-from echo_rt.output.reader import VideoFile
-from echo_rt.output.recorder import Checkpoints, Recorder, SegmentRecorder
-from echo_rt.output.segments import SegmentedWriter
-from echo_rt.output.video import VideoWriter
-
-__all__ = [
-    "Checkpoints",
-    "ContactSheet",
-    "LatentsWriter",
-    "Recorder",
-    "SegmentRecorder",
-    "SegmentedWriter",
-    "VideoFile",
-    "VideoWriter",
-]
+from echo_rt.output.contact_sheet import ContactSheet as ContactSheet
+from echo_rt.output.latents import LatentsWriter as LatentsWriter
+from echo_rt.output.reader import VideoFile as VideoFile
+from echo_rt.output.recorder import Checkpoints as Checkpoints
+from echo_rt.output.recorder import Recorder as Recorder
+from echo_rt.output.recorder import SegmentRecorder as SegmentRecorder
+from echo_rt.output.segments import SegmentedWriter as SegmentedWriter
+from echo_rt.output.video import VideoWriter as VideoWriter
