@@ -183,14 +183,9 @@ class Figures:
         self.begin()
 
     def begin(self) -> None:
-        """Begin an interval with the next block."""
+        """Begin an interval with the next block; ``seen`` are its blocks so far."""
         self._began, self._first_block, self._first_frame = time.monotonic(), self.block, self.frame
-        self._seen: list[_Seen] = []
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks of the interval so far."""
-        return len(self._seen)
+        self.seen: list[_Seen] = []
 
     @property
     def seconds(self) -> float:
@@ -206,7 +201,7 @@ class Figures:
         wrong = self._misplaced(chunk, rollbacks)
         made = None if chunk.index % self.hash_every else _HASHER.submit(digest, chunk)
         known = None if made is None else self.expected.pop(chunk.index, None)
-        self._seen.append(_Seen(chunk.index, chunk.stats, seconds, warm, switching, score, wrong, made, known))
+        self.seen.append(_Seen(chunk.index, chunk.stats, seconds, warm, switching, score, wrong, made, known))
 
     def _misplaced(self, chunk: Chunk, rollbacks: int) -> str | None:
         """Return what is wrong with the block's place in the video, or None; go on to the next block.
@@ -235,7 +230,7 @@ class Figures:
 
     def line(self, fps: float) -> Line:
         """Return what the interval's line says of a video of ``fps`` frames a second, and begin the next interval."""
-        seen, last = self._seen, self._seen[-1].stats
+        seen, last = self.seen, self.seen[-1].stats
         ids = [one.stats.newest_temporal_id for one in seen]
         vitals = [one.stats.vitals for one in seen]
         latency = Histogram.of(one.seconds for one in seen if one.warm and not one.switching)

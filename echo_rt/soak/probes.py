@@ -34,12 +34,12 @@ _READINGS = {
 
 def host_memory() -> dict[str, Any]:
     """Bytes: ``rss`` now, ``peak`` so far. ``rss`` is None without /proc, or one more file; ``unread`` says why."""
-    figures: dict[str, Any] = {"rss": None}
+    figures: dict[str, Any] = {"rss": None, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIBIBYTE}
     try:
         figures["rss"] = int(_STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError as error:
         figures["unread"] = reason(error)
-    return figures | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIBIBYTE}
+    return figures
 
 
 def device_memory(device: torch.device) -> dict[str, int] | None:

@@ -27,7 +27,7 @@ C = TypeVar("C", bound="Closing")
 _PIECE = 2**20  # bytes that are read at once
 _NAME_KEPT = 32  # characters: a part's name must be short enough for every file system, at four bytes for each
 _GONE = (errno.ENOENT, errno.ESTALE)  # of a folder that was removed; the latter on NFS
-_KINDS = {stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 # Name of a part file, around the beginning of the name of the file that it was to become.
 _PART = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.part")
@@ -81,8 +81,6 @@ def check_plain(path: str | Path) -> int:
     """Return the bytes of a plain file; raises ``OSError`` for anything else, and for a link in a claimed folder."""
     name, folder = place(path)
     found = os.stat(name, dir_fd=folder, follow_symlinks=folder is None)
-    if stat.S_ISDIR(found.st_mode):
-        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a device")
         raise OSError(errno.EINVAL, f"expected a plain file, found {kind}")
@@ -127,13 +125,8 @@ def _target(path: str | Path) -> Path:
         return path
     target = Path(os.path.realpath(path))
     with raising(TargetError, f"{path}: cannot write"):
-        # Raises for a name that no file can have, which exists() may take for an absent file.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            target.lstat()
-        if target.is_dir():
-            raise TargetError(f"{path}: expected the name of a file to write, got a folder")
-        if target.exists() and not target.is_file():
-            raise TargetError(f"{path}: expected a plain file, got a device, pipe or socket")
+            check_plain(target)
         if not target.parent.is_dir():
             raise TargetError(f"{path}: cannot write: there is no folder {path.parent}")
     if target.exists() and not os.access(target, os.W_OK):
@@ -285,7 +278,7 @@ class Closing(ABC):
     """A context manager that always closes."""
 
     @abstractmethod
-    def close(self) -> None:
+    def close(self) -> object:
         """Finish the file and put it in place; end what runs."""
 
     def __enter__(self: C) -> C:

@@ -113,7 +113,7 @@ def test_special_files_are_refused_at_once(tmp_path: Path) -> None:
         for kind, odd in kinds.items():
             with pytest.raises(OSError, match=f"expected a plain file, found a {kind}"):
                 read_plain(odd)
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(OSError, match="found a folder"):
         read_plain(tmp_path)
 
 
