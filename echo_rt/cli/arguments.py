@@ -138,10 +138,7 @@ def _dtype(names: Sequence[str]) -> Value:
 TEXT = Value(str)
 PATH = Value(parse_path, files=True)
 # What a value is, by what stands for it in --help.
-_TYPES = {
-    "N": number(int, least=1),
-    **dict.fromkeys(("S", "SECONDS", "ALPHA"), number(float, positive=True)),
-}
+_TYPES = {"N": number(int, least=1), **dict.fromkeys(("S", "SECONDS", "ALPHA"), number(float, positive=True))}
 
 
 def table(text: str, **keywords: dict[str, Any]) -> tuple[click.Option, ...]:

@@ -51,9 +51,7 @@ OPTIONS = {
     ),
     "run": (
         *table(
-            _RUN,
-            variants={"type": Value(lambda text: tuple(text.split(",")), words=NAMES)},
-            peers={"default": True},
+            _RUN, variants={"type": Value(lambda text: tuple(text.split(",")), words=NAMES)}, peers={"default": True}
         ),
         *shared(["--lookahead"], lookahead={"default": 1, "help": "number of blocks begun ahead (default 1)"}),
     ),

@@ -288,6 +288,22 @@ class Closing(ABC):
         self.close()
 
 
+class GrowingFile(Closing):
+    """What is written to ``_part`` while a stream runs, and appears under its name at :meth:`close`."""
+
+    _part: PartFile
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the file is on the disk under its name."""
+        return self._part.in_place
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return self._part.size
+
+
 class Log(Closing):
     """A file of lines that this process alone appends to, begun with ``content``.
 
