@@ -38,7 +38,6 @@ Options = Mapping[str, Iterable[click.Parameter]]  # those of a command, by the 
 _Chosen = TypeVar("_Chosen", bound=RuntimeOptions)
 
 _MOST_AHEAD = 100  # blocks: each holds frames in pinned memory, and a new prompt waits for all of them
-_MOST_SEED = 2**64 - 1
 # Overrides whose value is a list, and those whose value is a word.
 _LISTS, _WORDS = ("denoising_steps", "first_block_steps"), ("memory_reads",)
 
@@ -144,10 +143,7 @@ def _dtype(names: Sequence[str]) -> Value:
 TEXT = Value(str)
 PATH = Value(parse_path, files=True)
 # What a value is, by what stands for it in --help.
-_TYPES = {
-    "N": number(int, least=1),
-    **dict.fromkeys(("S", "SECONDS", "ALPHA"), number(float, positive=True)),
-}
+_TYPES = {"N": number(int, least=1), **dict.fromkeys(("S", "SECONDS", "ALPHA"), number(float, positive=True))}
 
 
 def table(text: str, **keywords: dict[str, Any]) -> tuple[click.Option, ...]:
@@ -155,7 +151,8 @@ def table(text: str, **keywords: dict[str, Any]) -> tuple[click.Option, ...]:
 
     The last name is that of the argument if it has no dashes. A row without a value is a flag, with an opposite if it
     is ``--yes/--no``. If ``keywords`` have no other type, a value with FILE or DIR in it is a path, N an integer of 1
-    or more, S a number above 0. ``keywords``: those of ``click.Option``, by the name of the argument.
+    or more, S a number above 0; a help text that ends in ``(default X)`` gives it. ``keywords``: those of
+    ``click.Option``, by the name of the argument.
     """
     options = []
     for row in re.split(r"\n(?=-)", text.strip()):
@@ -163,7 +160,11 @@ def table(text: str, **keywords: dict[str, Any]) -> tuple[click.Option, ...]:
         names = declared.split()
         metavar = names.pop() if any(map(str.isupper, names[-1])) else None
         path = metavar is not None and re.search("FILE|DIR|OUT", metavar)
-        kind = {"is_flag": True} if metavar is None else {"type": PATH if path else _TYPES.get(metavar, TEXT)}
+        kind: dict[str, Any] = {"is_flag": True}
+        if metavar is not None:
+            kind = {"type": PATH if path else _TYPES.get(metavar, TEXT)}
+        if match := re.search(r"\(default ([^)]+)\)$", help_text):
+            kind["default"] = match[1]
         kind |= keywords.get(names[-1].partition("/")[0].lstrip("-").replace("-", "_"), {})
         shown = None if isinstance(kind.get("type"), click.Choice) else metavar
         options.append(click.Option(names, help=" ".join(help_text.split()), metavar=shown, **kind))
@@ -210,7 +211,7 @@ _SHARED = table(
     recipe={"type": Value(str, words=RECIPES)},
     ema={"default": None},
     memory={"type": click.Choice([mode.value for mode in MemoryMode])},
-    vae={"default": WAN_VAE, "type": _path_or(WAN_VAE, TINY_VAE)},
+    vae={"type": _path_or(WAN_VAE, TINY_VAE)},
     dtype={"type": _dtype(DTYPE_NAMES)},
     vae_dtype={"type": _dtype(VAE_DTYPE_NAMES)},
     float8_except={"multiple": True},
@@ -224,11 +225,11 @@ _SHARED = table(
         "multiple": True,
         "callback": _by_name,
     },
-    seed={"type": number(int, "an integer in 0..2^64-1", most=_MOST_SEED), "default": 0},
+    seed={"type": number(int, "an integer in 0..2^64-1", most=2**64 - 1)},
 )
 OPTIONS = {one.opts[0]: one for one in _SHARED}
-_AFTER_MODEL = ("--size", "--set", "--seed", "--roll-back")
-MODEL = tuple(name for name in OPTIONS if name not in _AFTER_MODEL)  # what generate and soak load a model with
+# What generate and soak load a model with.
+MODEL = tuple(name for name in OPTIONS if name not in ("--size", "--set", "--seed", "--roll-back"))
 
 
 def shared(names: Iterable[str], **changes: dict[str, Any]) -> list[click.Option]:

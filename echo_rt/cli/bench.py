@@ -7,10 +7,10 @@ from typing import Any
 import click
 
 from echo_rt.bench.settings import MODELS, NAMES, Request
-from echo_rt.cli.arguments import Arguments, Value, model_files, options_of, shared, table
+from echo_rt.cli.arguments import Arguments, Value, model_files, options_of, require, shared, table
 from echo_rt.cli.outputs import Named, check_results
 from echo_rt.cli.stdio import complain, say
-from echo_rt.errors import BackendError, TargetError
+from echo_rt.errors import BackendError
 from echo_rt.utils.atomic_file import check_writable
 from echo_rt.utils.signals import StopRequest
 
@@ -51,9 +51,7 @@ OPTIONS = {
     ),
     "run": (
         *table(
-            _RUN,
-            variants={"type": Value(lambda text: tuple(text.split(",")), words=NAMES)},
-            peers={"default": True},
+            _RUN, variants={"type": Value(lambda text: tuple(text.split(",")), words=NAMES)}, peers={"default": True}
         ),
         *shared(["--lookahead"], lookahead={"default": 1, "help": "number of blocks begun ahead (default 1)"}),
     ),
@@ -68,8 +66,7 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
         from echo_rt.bench.run import Run
         from echo_rt.bench.tables import can_draw
 
-        if arguments.chart and arguments.out is None:
-            raise TargetError("--chart: expected --out DIR, the folder to draw it into")
+        require("--chart", arguments.chart or None, "--out DIR", arguments.out, ", the folder to draw it into")
         if arguments.chart and not can_draw():
             raise BackendError("a chart needs matplotlib, which is not installed: pip install 'echo-rt[bench]'")
         if arguments.out is not None:

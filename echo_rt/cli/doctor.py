@@ -9,7 +9,6 @@ import os
 import platform
 import shlex
 import shutil
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -126,8 +125,7 @@ def _page(facts: Sequence[tuple[str, Fact]]) -> Iterator[str]:
 
 
 def _system() -> Iterator[Fact]:
-    recent = sys.version_info >= (3, 10)
-    yield _checked("Python", platform.python_version(), recent, "install Python 3.10 or newer", needed=True)
+    yield Fact("Python", platform.python_version())
     yield Fact("platform", f"{platform.platform()}, {os.cpu_count()} CPU cores")
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     advice = "make room, or write the video elsewhere with --output"

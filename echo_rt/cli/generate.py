@@ -38,7 +38,7 @@ Exit codes: 0 the video is done; 1 a failure on the way, what was made is kept; 
 
 _MOST = 10**9  # frames or seconds: a longer video is one without an end
 _PROMPT = """
---prompt [T:]TEXT            prompt from second T on (default 0)
+--prompt [T:]TEXT            prompt from second T on; without T from the start
 --prompt-embeds [T:]FILE     saved embeddings in place of a text
 --save-prompt-embeds FILE    write the embeddings (safetensors); several prompts go to FILE with .0, .1, ... before the
                              ending

@@ -23,7 +23,7 @@ from echo_rt.errors import ConfigError, EchoError, OutputError, PromptError, Tar
 from echo_rt.options import MOST_INITIAL_SECONDS, is_whole
 from echo_rt.output import Checkpoints, Recorder, SegmentedWriter, SegmentRecorder, VideoFile
 from echo_rt.output.recorder import SNAPSHOT_FOLDER
-from echo_rt.output.segments import RecordingIndex, check_free
+from echo_rt.output.segments import INDEX_FILE, RecordingIndex, check_free
 from echo_rt.output.video import check_encoding
 from echo_rt.runtime import Runtime
 from echo_rt.snapshot.snapshot import Snapshot
@@ -99,7 +99,7 @@ class Generation:
                 expected=f"{SNAPSHOT_FOLDER} to resume from (--snapshot-every makes them)",
                 advice="that stays as it is; begin the same video again in another folder (-o)",
             )
-            if RecordingIndex.path(folder).exists():  # of a process that was killed before its first segment
+            if (folder / INDEX_FILE).exists():  # of a process that was killed before its first segment
                 self._noted(RecordingIndex.read(folder))
             warn(self._report, f"{folder}: nothing to resume there, a new video begins")
             return
@@ -112,7 +112,7 @@ class Generation:
     def _noted(self, index: RecordingIndex) -> Notes:
         """Return what is noted; raise :class:`ConfigError` for a request of another video or recording of it."""
         request, arguments, initial = self._request, self._arguments, self._arguments.initial
-        notes = convert(index.notes, Notes, f"{index.path(request.output)}: the notes are damaged", TargetError)
+        notes = convert(index.notes, Notes, f"{request.output / INDEX_FILE}: the notes are damaged", TargetError)
         if notes.seed not in (None, arguments.seed):
             raise ConfigError(f"--seed: the video was begun with {notes.seed}, got {arguments.seed}")
         # A resumed video needs no --from; if it is given, it must be the same.

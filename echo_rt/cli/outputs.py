@@ -90,14 +90,11 @@ def _real(path: Path) -> Path:
 
 def _is_part_of(place: Path, weights: Path) -> bool:
     """Whether ``place`` has the name of the file or of a shard of weights named by index or without an ending."""
-    if weights.name.endswith(_INDEX_SUFFIX):
-        stem = weights.name.removesuffix(_INDEX_SUFFIX)
-    elif weights.suffix.lower() in _WEIGHT_SUFFIXES or os.path.isdir(weights):
-        return False
-    else:
-        stem = weights.name
+    stem = weights.name.removesuffix(_INDEX_SUFFIX)
+    whole = stem == weights.name and (weights.suffix.lower() in _WEIGHT_SUFFIXES or os.path.isdir(weights))
     return (
-        place.parent == _real(weights.parent)
+        not whole
+        and place.parent == _real(weights.parent)
         and place.suffix.lower() in _WEIGHT_SUFFIXES
         and place.name.startswith((f"{stem}.", f"{stem}-"))
     )

@@ -60,13 +60,10 @@ class Display:
 
 
 class ProgressReport(Display):
-    """Counts blocks and frames, and shows them on standard error.
+    """Counts blocks and frames, and unless ``quiet`` shows them on standard error.
 
-    Args:
-        total_frames: frames of the whole video, None for one without an end.
-        fps: frames per second of video.
-        quiet: count only.
-        begun_at: block and frame that this run resumes at; ``blocks`` and ``frames`` count those of this run.
+    ``total_frames`` is None for a video without an end, of which ``fps`` are a second. ``begun_at``: block and frame
+    that this run resumes at; ``blocks`` and ``frames`` count those of this run.
     """
 
     def __init__(
@@ -118,12 +115,10 @@ class ProgressReport(Display):
 
     def _bar(self, line: str) -> RenderableType:
         from rich.progress_bar import ProgressBar
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
-        row = Table.grid(padding=(0, 1))
-        row.add_column()
-        row.add_column(no_wrap=True, overflow="ellipsis")
+        row = Table.grid(Column(), Column(no_wrap=True, overflow="ellipsis"), padding=(0, 1))
         row.add_row(ProgressBar(self._total, self._first_frame + self.frames, width=_BAR_WIDTH), Text(line))
         return row
 

@@ -98,10 +98,7 @@ def parse_untimed(texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def first_block(seconds: float, runtime: Runtime, hidden: int = 0) -> int:
-    """Number of the first block that begins at ``seconds`` of the recording or later.
-
-    ``hidden``: frames in whole blocks at the beginning that are not recorded.
-    """
+    """Number of the first block at ``seconds`` or later of a recording that leaves out the first ``hidden`` frames."""
     frames_per_block = runtime.config.window.frames_per_block
 
     def first_frame(block: int) -> int:

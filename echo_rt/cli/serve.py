@@ -9,7 +9,6 @@ import secrets
 import threading
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from echo_rt.cli.arguments import MODEL, Arguments, model_files, number, options_of, shared, table
@@ -29,7 +28,7 @@ has more, docs/serve-proxy.md tells how to serve behind a proxy, docs/serve-clus
 """
 _PER_VIEWER = 8  # connections
 _VIDEO = f"""
---prompt TEXT   the first prompt (default: {DEMO_PROMPT})
+--prompt TEXT   the first prompt (default {DEMO_PROMPT})
 --out DIR       folder for snapshots and recordings (default echo-rt-live)
 --resume        go on from the newest snapshot in --out, or begin where there is none
 --megabits N    most megabits a second of a viewer (default 4)
@@ -51,24 +50,14 @@ _CLUSTER = """
 """
 OPTIONS = {
     "model": shared([*MODEL, "--size", "--set"]),
-    "video": (
-        *table(
-            _VIDEO,
-            prompt={"default": DEMO_PROMPT},
-            out={"default": Path("echo-rt-live")},
-            megabits={"type": number(float, positive=True), "default": 4.0},
-        ),
-        *shared(["--seed"]),
-    ),
+    "video": (*table(_VIDEO, megabits={"type": number(float, positive=True)}), *shared(["--seed"])),
     "server": table(
         _SERVER,
-        host={"default": "127.0.0.1"},
-        port={"type": number(int, "a port in 0..65535", most=65535), "default": 8000},
+        port={"type": number(int, "a port in 0..65535", most=65535)},
         allow_host={"multiple": True},
         ice={"multiple": True},
-        viewers={"default": 64},
     ),
-    "cluster": table(_CLUSTER, gateways={"default": 1}, snapshot_blocks={"default": 40}, idle={"default": 60.0}),
+    "cluster": table(_CLUSTER),
 }
 
 

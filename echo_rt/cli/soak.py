@@ -46,9 +46,9 @@ def _numbers(kind: type[SoakConfig] | type[Limits]) -> tuple[click.Option, ...]:
         shown += f": {setting.on_gpu:g} on a GPU, off on a CPU" if setting.on_gpu else ""
         told = f" (default {shown})" if default is not None or setting.words else ""
         rows.append(f"--{name.replace('_', '-')} {setting.metavar}  {setting.meaning}{told}")
-        types[name] = {"type": Value(setting.parse, words=setting.words)}
-        if kind is Limits:  # None, which leaves a promise out, is not the same as nothing given
-            types[name]["default"] = default
+        # None, which leaves a promise out, is not the same as nothing given.
+        given = default if kind is Limits else None
+        types[name] = {"type": Value(setting.parse, words=setting.words), "default": given}
     return table("\n".join(rows), **types)
 
 

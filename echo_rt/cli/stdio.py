@@ -50,10 +50,7 @@ def prepare() -> None:
 
 
 def say(*lines: str) -> None:
-    """Print lines on standard output and flush.
-
-    Raises ``OutputError`` where that fails, ``BrokenPipeError`` where the reader has left.
-    """
+    """Print lines and flush; ``OutputError`` where that fails, ``BrokenPipeError`` where the reader has left."""
     try:
         print(*map(printable, lines), sep="\n", flush=True)
     except OSError as error:

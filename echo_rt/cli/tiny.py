@@ -17,7 +17,7 @@ DESCRIPTION = """
 Write a complete, small, random model into the folder DIR, in the original layout. Its videos are coloured noise in
 motion: they show that everything runs, not what a trained model makes.
 """
-_SEED = {"type": number(int, "an integer", least=-math.inf), "default": 0}
+_SEED = {"type": number(int, "an integer", least=-math.inf)}
 _MODEL = """
 --seed N     seed of the random weights (default 0)
 --overwrite  replace what an earlier run wrote there

@@ -1,32 +1,14 @@
 """Files that a stream is written to: each appears whole under its name, or not at all.
 
-A stream in one file::
-
-    with (
-        Recorder("fox.mp4", frame_size=runtime.frame_size, fps=runtime.fps, frame_limit=160) as recorder,
-        runtime.stream("a red fox in the snow") as stream,
-    ):
-        while not recorder.full:
-            recorder.write(next(stream))
-
-:class:`SegmentRecorder` writes segments that survive a kill, :class:`Checkpoints` snapshots to resume from.
-:class:`VideoFile` reads a video or a picture to begin a stream with.
+:class:`Recorder` writes a stream to one file, :class:`SegmentRecorder` to segments that survive a kill,
+:class:`Checkpoints` its snapshots to resume from. :class:`VideoFile` reads what a stream begins with.
 """
 
-from echo_rt.output.contact_sheet import ContactSheet
-from echo_rt.output.latents import LatentsWriter
-from echo_rt.output.reader import VideoFile
-from echo_rt.output.recorder import Checkpoints, Recorder, SegmentRecorder
-from echo_rt.output.segments import SegmentedWriter
-from echo_rt.output.video import VideoWriter
-
-__all__ = [
-    "Checkpoints",
-    "ContactSheet",
-    "LatentsWriter",
-    "Recorder",
-    "SegmentRecorder",
-    "SegmentedWriter",
-    "VideoFile",
-    "VideoWriter",
-]
+from echo_rt.output.contact_sheet import ContactSheet as ContactSheet
+from echo_rt.output.latents import LatentsWriter as LatentsWriter
+from echo_rt.output.reader import VideoFile as VideoFile
+from echo_rt.output.recorder import Checkpoints as Checkpoints
+from echo_rt.output.recorder import Recorder as Recorder
+from echo_rt.output.recorder import SegmentRecorder as SegmentRecorder
+from echo_rt.output.segments import SegmentedWriter as SegmentedWriter
+from echo_rt.output.video import VideoWriter as VideoWriter

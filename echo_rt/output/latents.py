@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echo_rt.errors import ConfigError, OutputError
-from echo_rt.utils.atomic_file import Closing, PartFile, check_ending, reason
+from echo_rt.utils.atomic_file import GrowingFile, PartFile, check_ending, reason
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -26,7 +26,7 @@ _SPARE_DIGITS = 48
 _ALIGNMENT = 64
 
 
-class LatentsWriter(Closing):
+class LatentsWriter(GrowingFile):
     """Writes latent frames to ``path`` as the tensor ``latents`` float32 [T, C, h, w] (``shape`` is (C, h, w)).
 
     The file appears at :meth:`close`, and only if it has at least one frame; after an error it holds the whole
@@ -48,16 +48,6 @@ class LatentsWriter(Closing):
         size = _LENGTH_BYTES + len(self._describe()) + _SPARE_DIGITS
         self._header_bytes = -(-size // _ALIGNMENT) * _ALIGNMENT
         self._part = PartFile(path)
-
-    @property
-    def in_place(self) -> bool:
-        """Whether the file is on the disk under its name."""
-        return self._part.in_place
-
-    @property
-    def size(self) -> int:
-        """Bytes on the disk."""
-        return self._part.size
 
     def _describe(self) -> bytes:
         tensor = {

@@ -15,8 +15,6 @@ from echo_rt.utils.wording import counted, first_line
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_QUARTER = 90  # degrees
-
 
 class VideoFile:
     """The frames of the video, or the picture, in ``path``: iterate it, as often as you like, in memory for one frame.
@@ -46,7 +44,7 @@ class VideoFile:
         """Frame by frame, uint8 ``[1, H, W, 3]`` RGB, upright."""
         for frame in self._decoded():
             image: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
-            yield np.rot90(image, frame.rotation // _QUARTER)[None]
+            yield np.rot90(image, frame.rotation // 90)[None]  # degrees
 
     def _decoded(self) -> Iterator[Any]:
         try:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from echo_rt.errors import OutputError
 from echo_rt.output.contact_sheet import ContactSheet
@@ -17,7 +17,7 @@ from echo_rt.output.segments import SegmentedWriter
 from echo_rt.output.video import VideoWriter
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import SnapshotKeeper
-from echo_rt.utils.atomic_file import close_all
+from echo_rt.utils.atomic_file import Closing, close_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 
 SNAPSHOT_FOLDER = "snapshots"
 _AHEAD = 4  # blocks that wait to be encoded: 3 s of video, 57 MB at 832x480
-_Self = TypeVar("_Self", bound="_BlockRecorder")
 
 
-class _BlockRecorder(ABC):
+class _BlockRecorder(Closing):
     """Records blocks until the video has ``frame_limit`` frames, including earlier ones; None for no end.
 
     They are encoded and written on a thread, so that a stream goes on meanwhile, until a few blocks wait there.
@@ -92,12 +91,9 @@ class _BlockRecorder(ABC):
         """Describe what is on the disk after :meth:`close`, in plain JSON types."""
         return {"held_up_seconds": round(self.held_up, 3)}
 
-    def __enter__(self: _Self) -> _Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, *error: object) -> None:
         problems = self.close()
-        if problems and error is None:
+        if problems and error[0] is None:
             raise problems[0]
 
 

@@ -32,6 +32,7 @@ from echo_rt.output.latents import LatentsWriter
 from echo_rt.output.video import VideoWriter
 from echo_rt.utils.atomic_file import (
     Closing,
+    FolderClaim,
     Log,
     check_plain,
     close_all,
@@ -43,7 +44,6 @@ from echo_rt.utils.atomic_file import (
     write_whole,
 )
 from echo_rt.utils.checked_json import json_line, read_json
-from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.wording import counted
 
 if TYPE_CHECKING:
@@ -111,11 +111,6 @@ class RecordingIndex:
     notes: dict[str, Any]
     segments: list[Segment] = field(default_factory=list)
 
-    @staticmethod
-    def path(folder: str | Path) -> Path:
-        """Path of the index of the recording in ``folder``."""
-        return Path(folder, INDEX_FILE)
-
     @property
     def frame_rate(self) -> Fraction:
         """Frames a second."""
@@ -135,7 +130,7 @@ class RecordingIndex:
     @classmethod
     def read(cls, folder: str | Path) -> RecordingIndex:
         """Read the index in ``folder``; ``TargetError`` where it is absent, damaged or of another version."""
-        path = cls.path(folder)
+        path = Path(folder, INDEX_FILE)
         try:
             head, *lines = read_plain(path, _MOST_BYTES).split(b"\n")
         except FileNotFoundError:
@@ -161,10 +156,7 @@ class RecordingIndex:
         return index
 
     def keep(self, folder: str | Path, frames: int) -> None:
-        """Drop all frames but the first ``frames``, whose files must exist with the sizes that were written.
-
-        Raises ``TargetError`` where one does not, and unless a segment ends there.
-        """
+        """Drop all but ``frames`` frames; ``TargetError`` unless a segment ends there and all files are as written."""
         kept = [segment for segment in self.segments if segment.end_frame <= frames]
         reached = kept[-1].end_frame if kept else 0
         if reached != frames:
@@ -265,7 +257,7 @@ class SegmentedWriter(Closing):
             self.latents_on_disk = sum(segment.latent_frames for segment in segments)
             self._noted = deepcopy(index.notes)
             self._former = any(segment.init is None for segment in segments)
-            self._log = Log(index.path(self.folder), b"".join(index.lines))
+            self._log = Log(self.folder / INDEX_FILE, b"".join(index.lines))
             self._begin_list(segments)
             index.segments = []  # those are on the disk; a week of them would not be small
             self._sweep({name for segment in segments for name in (*segment.files, segment.init)})
@@ -316,17 +308,15 @@ class SegmentedWriter(Closing):
             write_whole(self.folder / init, video.header)
             self._written = init
         changed = self.notes != self._noted
-        segment = Segment(
-            file=video.path.name,
-            first_frame=self.frames_on_disk,
-            frames=video.frames_on_disk,
-            size=video.size,
-            latents_file=None if latents is None else latents.path.name,
-            latent_frames=0 if latents is None else latents.frames_on_disk,
-            latents_size=0 if latents is None else latents.size,
-            init=init,
-            notes=self.notes if changed else None,
-        )
+        kept: dict[str, Any] = {}
+        if latents is not None:
+            kept = {
+                "latents_file": latents.path.name,
+                "latent_frames": latents.frames_on_disk,
+                "latents_size": latents.size,
+            }
+        frames, notes = video.frames_on_disk, self.notes if changed else None
+        segment = Segment(video.path.name, self.frames_on_disk, frames, video.size, **kept, init=init, notes=notes)
         self._log.append(json_line(segment))
         self._log.sync()
         self._noted = deepcopy(self.notes) if changed else self._noted

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from echo_rt.errors import BackendError, ConfigError, OutputError, did_you_mean
-from echo_rt.utils.atomic_file import Closing, PartFile, check_ending, reason
+from echo_rt.utils.atomic_file import GrowingFile, PartFile, check_ending, reason
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import first_line
 
@@ -149,7 +149,7 @@ class _Sink:
         return self._at
 
 
-class VideoWriter(Closing):
+class VideoWriter(GrowingFile):
     """Writes frames to ``path`` as an MP4.
 
     Args:
@@ -210,16 +210,6 @@ class VideoWriter(Closing):
         except BaseException:
             self._part.discard()
             raise
-
-    @property
-    def in_place(self) -> bool:
-        """Whether the file is on the disk under its name."""
-        return self._part.in_place
-
-    @property
-    def size(self) -> int:
-        """Bytes on the disk."""
-        return self._part.size
 
     def write(self, frames: ArrayLike) -> None:
         """Append frames: uint8 [T, H, W, 3] RGB, anything that numpy can view."""

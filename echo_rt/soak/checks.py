@@ -249,10 +249,7 @@ def _gpu_errors(seen: Check, line: Line) -> None:
 
 
 class Promises:
-    """All :data:`CHECKS`, under ``limits`` that are resolved for the device.
-
-    ``blocks``, ``again``: as in :class:`Check`; ``never``: the number of the first block that was never made.
-    """
+    """All :data:`CHECKS`, under ``limits`` that are resolved for the device; ``never``: the first block never made."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits

@@ -107,16 +107,12 @@ class SoakConfig(RuntimeOptions):
     out: str
     vae: str = WAN_VAE
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    hours: float | None = _setting(
-        None, float, "H", "end after H hours of streaming, all processes together", positive=True
-    )
+    hours: float | None = _setting(None, float, "H", "end after H hours of streaming, of all processes", positive=True)
     blocks: int | None = _setting(None, int, "N", "end after N blocks", least=1)
     prompts: tuple[str, ...] = (DEMO_PROMPT,)
     switch_every: int | None = _setting(None, int, "N", "blocks after which the next prompt takes over", least=1)
     seed: int = 0
-    snapshot_every: int | None = _setting(
-        None, int, "N", "blocks between two snapshots; default: no snapshots", least=1
-    )
+    snapshot_every: int | None = _setting(None, int, "N", "blocks between two snapshots; default: none", least=1)
     keep: int = _setting(3, int, "K", "number of snapshots kept", least=1)
     roll_back: bool = False
     block_seconds: float | None = _setting(

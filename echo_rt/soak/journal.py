@@ -111,10 +111,7 @@ class Histogram(Counter[int]):
         return cls({int(name): count for name, count in bins.items()})
 
     def quantile(self, share: float) -> float | None:
-        """Return the seconds that a ``share`` (0..1) of the latencies does not exceed, or None.
-
-        Rounded down by a thousandth at most, so that it is never above the longest of them.
-        """
+        """Return the seconds, rounded down, that a ``share`` (0..1) of the latencies does not exceed; None of none."""
         left = math.ceil(share * self.total())
         for index in sorted(self):
             left -= self[index]
@@ -186,14 +183,9 @@ class Figures:
         self.begin()
 
     def begin(self) -> None:
-        """Begin an interval with the next block."""
+        """Begin an interval with the next block; ``seen`` are its blocks so far."""
         self._began, self._first_block, self._first_frame = time.monotonic(), self.block, self.frame
-        self._seen: list[_Seen] = []
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks of the interval so far."""
-        return len(self._seen)
+        self.seen: list[_Seen] = []
 
     @property
     def seconds(self) -> float:
@@ -209,7 +201,7 @@ class Figures:
         wrong = self._misplaced(chunk, rollbacks)
         made = None if chunk.index % self.hash_every else _HASHER.submit(digest, chunk)
         known = None if made is None else self.expected.pop(chunk.index, None)
-        self._seen.append(_Seen(chunk.index, chunk.stats, seconds, warm, switching, score, wrong, made, known))
+        self.seen.append(_Seen(chunk.index, chunk.stats, seconds, warm, switching, score, wrong, made, known))
 
     def _misplaced(self, chunk: Chunk, rollbacks: int) -> str | None:
         """Return what is wrong with the block's place in the video, or None; go on to the next block.
@@ -238,7 +230,7 @@ class Figures:
 
     def line(self, fps: float) -> Line:
         """Return what the interval's line says of a video of ``fps`` frames a second, and begin the next interval."""
-        seen, last = self._seen, self._seen[-1].stats
+        seen, last = self.seen, self.seen[-1].stats
         ids = [one.stats.newest_temporal_id for one in seen]
         vitals = [one.stats.vitals for one in seen]
         latency = Histogram.of(one.seconds for one in seen if one.warm and not one.switching)
@@ -316,10 +308,7 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 
 def read_lines(folder: Path) -> Iterator[Line]:
-    """Yield the lines in the order in which they were written; none without a file.
-
-    :class:`StreamError` for a line that is not a soak's: another program wrote the file, or the disk damaged it.
-    """
+    """Yield the lines as they were written, none without a file; :class:`StreamError` for one that is not a soak's."""
     path = folder / JOURNAL_FILE
     try:
         with open(open_plain(path), "rb") as file:

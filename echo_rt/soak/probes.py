@@ -33,16 +33,13 @@ _READINGS = {
 
 
 def host_memory() -> dict[str, Any]:
-    """Bytes: ``rss`` now, ``peak`` of the process so far. ``rss`` is None where it cannot be read; ``unread`` says why.
-
-    That happens without /proc, and where the process may not open one more file.
-    """
-    figures: dict[str, Any] = {"rss": None}
+    """Bytes: ``rss`` now, ``peak`` so far. ``rss`` is None without /proc, or one more file; ``unread`` says why."""
+    figures: dict[str, Any] = {"rss": None, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIBIBYTE}
     try:
         figures["rss"] = int(_STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError as error:
         figures["unread"] = reason(error)
-    return figures | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIBIBYTE}
+    return figures
 
 
 def device_memory(device: torch.device) -> dict[str, int] | None:
@@ -67,10 +64,7 @@ def device_memory(device: torch.device) -> dict[str, int] | None:
 
 
 class GpuHealth:
-    """Temperature, clocks, power, energy and ECC errors of one GPU, as its driver reports them to ``nvml``.
-
-    Raises ``nvml.NVMLError`` where the driver does not answer or does not know the device.
-    """
+    """What the driver of one GPU reports; ``nvml.NVMLError`` where it does not answer or does not know the device."""
 
     def __init__(self, nvml: Any, device: torch.device) -> None:
         self._nvml = nvml

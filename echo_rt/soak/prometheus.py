@@ -14,7 +14,7 @@ from typing import Any
 from echo_rt.errors import ConfigError
 from echo_rt.soak.checks import Status, Verdict
 from echo_rt.soak.journal import Line
-from echo_rt.utils.atomic_file import reason
+from echo_rt.utils.atomic_file import raising
 from echo_rt.utils.packages import needing
 
 _PREFIX = "echo_rt_soak"
@@ -73,10 +73,8 @@ class Exporter:
         self._gauge = cache(partial(Gauge, registry=registry))
         self._promise = Gauge(f"{_PREFIX}_promise", "1 kept, 0 broken, NaN not checked", ["promise"], registry=registry)
         self.block_done(0, 0, math.nan)
-        try:
+        with raising(ConfigError, f"--port: cannot serve at {address}:{port}"):
             self._server = _Server((address, port), MetricsHandler.factory(registry))
-        except OSError as error:
-            raise ConfigError(f"--port: cannot serve at {address}:{port}: {reason(error)}") from None
         self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, name="echo-rt figures", daemon=True)
         self._thread.start()

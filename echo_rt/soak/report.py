@@ -156,12 +156,16 @@ def write_report(config: SoakConfig, history: History, last: Line, part: PartFil
     ``last`` is the journal's last line. The report goes first: where the disk takes no more files, ``part`` is there.
     """
     promises = [[v.promise, f"**{v.status.value}**", v.limit, v.evidence] for v in history.verdicts()]
+    until = [f"{config.limits.warmup_blocks} blocks"]
+    until += ["its first prompt switch"] * (config.switch_every is not None)
+    until += ["its first snapshot"] * (config.snapshot_every is not None)
     pictures, missing = _pictures(config, history)
     shown = "".join(f"\n![{PICTURES[name][0]}]({name})\n" for name in pictures)
     parts = (
         _head(last),
         "## Promises\n\n" + _table(["promise", "status", "threshold", "evidence"], promises),
-        _warm_up(config),
+        f"Each process has a warm-up: {', '.join(until)}. All lasting allocations are made in it, so memory may rise "
+        "there in a step; the limits on memory and latency hold from its end on.\n",
         "## Figures\n\n" + _table(["figure", "value"], _figures(history, last)),
         f"## Plots\n\n{_LEGEND if pictures else missing}\n{shown}",
         _setting(config, history.device, last),
@@ -201,16 +205,6 @@ def _head(last: Line) -> str:
         why = "After that" if said else "The stream did not fail; the soak ended with"
         said += f"\n{why}: {_plain(problem)}\n"
     return f"# Soak: {_plain(last['end'])} after {counted(last['block'], 'block')}\n{said}"
-
-
-def _warm_up(config: SoakConfig) -> str:
-    until = [f"{config.limits.warmup_blocks} blocks"]
-    until += ["its first prompt switch"] * (config.switch_every is not None)
-    until += ["its first snapshot"] * (config.snapshot_every is not None)
-    return (
-        f"Each process has a warm-up: {', '.join(until)}. All lasting allocations are made in it, so memory may rise "
-        "there in a step; the limits on memory and latency hold from its end on.\n"
-    )
 
 
 def _figures(history: History, last: Line) -> list[list[str]]:

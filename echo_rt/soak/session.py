@@ -28,17 +28,14 @@ from echo_rt.soak.probes import device_memory, gpu_health, host_memory
 from echo_rt.soak.prometheus import Exporter
 from echo_rt.soak.report import PAGE_FILE, PICTURES, REPORT_FILE, History, write_report
 from echo_rt.stream import Stream
-from echo_rt.utils.atomic_file import Log, PartFile, names_in, open_plain, reason
+from echo_rt.utils.atomic_file import FolderClaim, Log, PartFile, names_in, open_plain, reason
 from echo_rt.utils.checked_json import json_line
 from echo_rt.utils.device import parse_device
-from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.packages import needing
 from echo_rt.utils.signals import StopRequest
 from echo_rt.utils.threads import share_cpu
 from echo_rt.utils.wording import counted, one_line
 
-EXIT_BROKEN = 3  # a promise was broken
-EXIT_FAILED = 4  # the stream failed
 _EVIDENCE_FOLDER, _SNAPSHOT_FOLDER, _PROMPT_PREFIX = "evidence", "snapshots", "prompt-"
 _COMPLETE = "complete"
 
@@ -73,11 +70,11 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0 only for a complete soak that broke no promise."""
+        """4: the stream failed; 3: a promise was broken; 0 only for a complete soak that broke none."""
         if self.failure is not None:
-            return EXIT_FAILED
+            return 4
         if any(verdict.status is Status.BROKEN for verdict in self.verdicts):
-            return EXIT_BROKEN
+            return 3
         return self.signal_code or 0
 
     @property
@@ -261,7 +258,7 @@ class _Process(contextlib.ExitStack):
                 self._write()
             if due:
                 self._take_snapshot()
-        if figures.blocks:
+        if figures.seen:
             self._write()
         if self._stop.request is not None and self._keeper is not None and self._failure is None:
             # A request leaves the time for a snapshot, so that no block has to be generated again.

@@ -1,15 +1,17 @@
-"""Writing beside the target and moving into place: a name always stands for a whole file.
+"""Writing beside the target and moving into place: a name always stands for a whole file. Folders of one process.
 
-In a folder that this process has claimed (:class:`echo_rt.utils.folder_lock.FolderClaim`), everything here goes by the
-folder's descriptor: it stays in that very folder, whatever its name leads to meanwhile, and follows no link out of it.
+In a folder that this process has claimed (:class:`FolderClaim`), everything here goes by the folder's descriptor: it
+stays in that very folder, whatever its name leads to meanwhile, and follows no link out of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import os
+import re
 import secrets
 import stat
 from abc import ABC, abstractmethod
@@ -24,11 +26,14 @@ C = TypeVar("C", bound="Closing")
 
 _PIECE = 2**20  # bytes that are read at once
 _NAME_KEPT = 32  # characters: a part's name must be short enough for every file system, at four bytes for each
-GONE = (errno.ENOENT, errno.ESTALE)  # of a folder that was removed; the latter on NFS
-_KINDS = {stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+_GONE = (errno.ENOENT, errno.ESTALE)  # of a folder that was removed; the latter on NFS
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
+# Name of a part file, around the beginning of the name of the file that it was to become.
+_PART = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.part")
 
 # The folders that this process has claimed, by absolute path, with their descriptors.
-claimed: dict[str, int] = {}
+_claimed: dict[str, int] = {}
 
 
 def reason(error: OSError) -> str:
@@ -47,7 +52,7 @@ def raising(kind: type[EchoError], what: str) -> Iterator[None]:
 
 def place(path: str | Path) -> tuple[str, int | None]:
     """Return the name and ``dir_fd`` of ``path`` for a call of the system; in a claimed folder, its descriptor."""
-    descriptor = claimed.get(str(Path(path).absolute().parent))
+    descriptor = _claimed.get(str(Path(path).absolute().parent))
     return (str(path), None) if descriptor is None else (Path(path).name, descriptor)
 
 
@@ -62,7 +67,7 @@ def is_same(path: str | Path, descriptor: int) -> bool:
 
 def names_in(folder: str | Path) -> list[str]:
     """Names of the entries of a folder; raises ``OSError``."""
-    return os.listdir(claimed.get(str(Path(folder).absolute()), folder))
+    return os.listdir(_claimed.get(str(Path(folder).absolute()), folder))
 
 
 def remove(path: str | Path) -> None:
@@ -76,8 +81,6 @@ def check_plain(path: str | Path) -> int:
     """Return the bytes of a plain file; raises ``OSError`` for anything else, and for a link in a claimed folder."""
     name, folder = place(path)
     found = os.stat(name, dir_fd=folder, follow_symlinks=folder is None)
-    if stat.S_ISDIR(found.st_mode):
-        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a device")
         raise OSError(errno.EINVAL, f"expected a plain file, found {kind}")
@@ -122,13 +125,8 @@ def _target(path: str | Path) -> Path:
         return path
     target = Path(os.path.realpath(path))
     with raising(TargetError, f"{path}: cannot write"):
-        # Raises for a name that no file can have, which exists() may take for an absent file.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            target.lstat()
-        if target.is_dir():
-            raise TargetError(f"{path}: expected the name of a file to write, got a folder")
-        if target.exists() and not target.is_file():
-            raise TargetError(f"{path}: expected a plain file, got a device, pipe or socket")
+            check_plain(target)
         if not target.parent.is_dir():
             raise TargetError(f"{path}: cannot write: there is no folder {path.parent}")
     if target.exists() and not os.access(target, os.W_OK):
@@ -176,7 +174,7 @@ class PartFile:
         try:
             descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder)
         except OSError as error:
-            why = f"there is no folder {self.path.parent} any more" if error.errno in GONE else reason(error)
+            why = f"there is no folder {self.path.parent} any more" if error.errno in _GONE else reason(error)
             raise TargetError(f"{path}: cannot write: {why}") from None
         self._file = os.fdopen(descriptor, "r+b", buffering=0)
         self.size = 0
@@ -203,8 +201,8 @@ class PartFile:
             self.in_place = True
         problems += close_all([lambda: sync_folder(self._target.parent)])
         with raising(OutputError, f"{self.path}: may not be whole on the disk"):
-            for problem in problems[:1]:
-                raise problem
+            if problems:
+                raise problems[0]
 
     def discard(self) -> None:
         """Remove the part, unless the disk refuses; ``path`` stays as it was."""
@@ -215,7 +213,7 @@ class PartFile:
 
 def sync_folder(folder: Path) -> None:
     """Flush a folder's names to the disk: until then a power cut can undo a rename. Raises ``OSError``."""
-    held = claimed.get(str(folder.absolute()))
+    held = _claimed.get(str(folder.absolute()))
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY) if held is None else held
     except PermissionError:
@@ -248,10 +246,7 @@ def check_results_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[PartFile]:
-    """Write a file in one ``with``: it appears at the end, or not at all where the body raises.
-
-    Raises ``OutputError``, also in place of an ``OSError`` of the body.
-    """
+    """Write a file in one ``with``: it appears at the end, or not at all; ``OutputError`` for an ``OSError`` inside."""
     part = PartFile(path)
     try:
         with raising(OutputError, f"{path}: cannot write"):
@@ -283,7 +278,7 @@ class Closing(ABC):
     """A context manager that always closes."""
 
     @abstractmethod
-    def close(self) -> None:
+    def close(self) -> object:
         """Finish the file and put it in place; end what runs."""
 
     def __enter__(self: C) -> C:
@@ -291,6 +286,22 @@ class Closing(ABC):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class GrowingFile(Closing):
+    """What is written to ``_part`` while a stream runs, and appears under its name at :meth:`close`."""
+
+    _part: PartFile
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the file is on the disk under its name."""
+        return self._part.in_place
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return self._part.size
 
 
 class Log(Closing):
@@ -327,3 +338,84 @@ class Log(Closing):
     def close(self) -> None:
         """Close the file; may be called twice."""
         self._file.close()
+
+
+class FolderClaim:
+    """Makes ``folder`` if absent, and holds it until :meth:`release` or any end of the process.
+
+    Otherwise two processes could write one recording, where it is resumed while the first still runs. ``shared``: other
+    claims that are shared, and those of this process, may hold it as well; ``new``: it must be absent.
+
+    Meanwhile the folder may be moved: what belongs into it still gets there, and nothing gets into another folder of
+    that name. A folder within a claimed one is not claimed through a link.
+
+    Raises ``TargetError`` where another process holds the folder, or it cannot be made. It leaves no file behind, and
+    no folder of its own making that stayed empty.
+    """
+
+    def __init__(self, folder: str | Path, *, shared: bool = False, new: bool = False) -> None:
+        self.folder = Path(folder)
+        name, within = place(self.folder)
+        beyond = 0 if within is None else os.O_NOFOLLOW
+        self._descriptor: int | None = None
+        self._made = False
+        self._key = str(self.folder.absolute())
+        ours = _claimed.get(self._key) if shared else None
+        with raising(TargetError, f"{folder}: cannot be a folder to write into"):
+            if ours is not None:
+                self._descriptor = os.dup(ours)
+                return
+            with contextlib.nullcontext() if new else contextlib.suppress(FileExistsError):
+                os.mkdir(name, dir_fd=within)
+                self._made = True
+                sync_folder(self.folder.parent)
+            self._descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | beyond, dir_fd=within)
+        self._key = str(self.folder.absolute())
+        try:
+            fcntl.flock(self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            self.release()
+            taken = "another process writes into it" if isinstance(error, BlockingIOError) else reason(error)
+            raise TargetError(f"{folder}: cannot be written into: {taken}") from None
+        if not shared and self._key in _claimed:  # and was moved since
+            self.release()
+            raise TargetError(f"{folder}: cannot be written into: this process holds another folder by that name")
+        _claimed.setdefault(self._key, self._descriptor)
+
+    @property
+    def path(self) -> Path:
+        """Where the folder is now: ``folder``, unless it was moved."""
+        if self._descriptor is None:
+            return self.folder
+        found = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
+        return self.folder if self.folder.resolve() == found else found
+
+    @property
+    def removed(self) -> bool:
+        """Whether somebody removed the folder."""
+        try:
+            return self._descriptor is not None and os.fstat(self._descriptor).st_nlink == 0
+        except OSError as error:
+            if error.errno in _GONE:
+                return True
+            raise
+
+    def remove_parts(self, prefix: str) -> None:
+        """Remove the part files of killed processes, of files whose names begin with ``prefix``."""
+        for name in names_in(self.folder):
+            match = _PART.fullmatch(name)
+            if match is not None and match["name"].startswith(prefix):
+                remove(self.folder / name)
+
+    def release(self) -> None:
+        """Let go of the folder; may be called twice."""
+        if self._descriptor is None:
+            return
+        if _claimed.get(self._key) == self._descriptor:
+            del _claimed[self._key]
+        if self._made and is_same(self.folder, self._descriptor):
+            with contextlib.suppress(OSError):  # it is no longer empty
+                name, within = place(self.folder)
+                os.rmdir(name, dir_fd=within)
+        os.close(self._descriptor)
+        self._descriptor = None

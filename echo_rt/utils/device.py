@@ -200,10 +200,7 @@ _full_precision = _FullPrecision()
 
 @contextmanager
 def model_context(device: torch.device, *dtypes: torch.dtype) -> Iterator[None]:
-    """Let a model compute without gradients, autocast or TF32, whatever its caller has set.
-
-    ``dtypes``: those of its parts.
-    """
+    """Let a model with parts in ``dtypes`` compute without gradients, autocast or TF32, whatever its caller has set."""
     precise = _full_precision if device.type == "cuda" and torch.float32 in dtypes else nullcontext()
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), precise:
         yield

@@ -11,13 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Number:
-    """Finite numbers in ``least .. most``, above 0 if ``positive``; ``words`` stand for further values.
-
-    ``named``: what is expected, where the bounds alone say too little.
-    """
+    """Finite numbers in ``least .. most``, above 0 if ``positive``; ``words`` stand for further values."""
 
     kind: type[int] | type[float]
-    named: str = ""
+    named: str = ""  # what is expected, where the bounds alone say too little
     least: float = 0
     most: float = math.inf
     positive: bool = False

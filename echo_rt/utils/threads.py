@@ -40,10 +40,7 @@ _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def busy_seconds(stat: str, cores: Collection[int]) -> float:
-    """Seconds since boot that ``cores`` were busy with any program; ``stat`` is the text of ``/proc/stat``.
-
-    Time that the hypervisor gave to other machines (steal) counts as busy.
-    """
+    """Seconds since boot that ``cores`` were busy, or others' (steal); ``stat`` is the text of ``/proc/stat``."""
     names, rows = {f"cpu{core}" for core in cores}, (line.split() for line in stat.splitlines())
     # user, nice, system, idle, iowait, irq, softirq, steal; the times of guests are in the first two already
     ticks = sum(int(ticks) for name, *columns in rows if name in names for ticks in columns[:3] + columns[5:8])

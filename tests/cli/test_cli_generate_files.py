@@ -26,7 +26,7 @@ def test_places_are_checked_before_loading(echo_rt, fake_runtime, tmp_path, monk
     Path("folder" + suffix).mkdir()
     outcome = echo_rt("generate", *PROMPT, "-o", "v.mp4", option, place + suffix)
     assert outcome.code == 2
-    assert ("no folder absent" if "/" in place else "got a folder") in outcome.error
+    assert ("no folder absent" if "/" in place else "found a folder") in outcome.error
     assert fake_runtime.loaded_with == {} and files(tmp_path) == ["folder" + suffix]
 
 

@@ -8,12 +8,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from echo_rt.cli.arguments import OPTIONS
-from echo_rt.cli.main import COMMANDS, main
+from echo_rt.cli.main import COMMANDS, _parse, main
 from echo_rt.options import RuntimeOptions
 from echo_rt.utils.build_info import __version__
 from echo_rt.utils.signals import StopNow
@@ -216,3 +217,11 @@ def test_main_takes_the_arguments_of_the_process(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["echo-rt", "verify", "--json"])
     assert main() == 2
     assert json.loads(capsys.readouterr().out)["exit_code"] == 2
+
+
+def test_a_default_is_what_the_help_says():
+    _, given = _parse(["serve"])
+    assert (given.port, given.viewers, given.idle, given.out) == (8000, 64, 60.0, Path("echo-rt-live"))
+    assert given.storage is None and _parse(["tiny", "folder"])[1].seed == 0
+    _, given = _parse(["soak", "--out", "day", "--blocks", "3"])
+    assert (given.keep, given.warmup_blocks, given.drift) == (None, 10, None), "those of a soak are its own"

@@ -146,7 +146,7 @@ def test_use_after_close(tmp_path, moving):
 
 
 def test_places_that_cannot_be_written(tmp_path):
-    with pytest.raises(OutputError, match="got a folder"):
+    with pytest.raises(OutputError, match="found a folder"):
         check_writable(tmp_path)
     with pytest.raises(OutputError, match="there is no folder"):
         check_writable(tmp_path / "absent" / "out.mp4")

@@ -196,7 +196,7 @@ def test_files_that_are_no_snapshots(tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     assert "No such file" in refusal(path)
     path.mkdir()
-    assert "Is a directory" in refusal(path)
+    assert "found a folder" in refusal(path)
     path.rmdir()
     os.mkfifo(path)
     assert "found a pipe" in within(10, lambda: refusal(path))

@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 
 from echo_rt.errors import OutputError, TargetError
-from echo_rt.utils.atomic_file import PartFile, check_plain, names_in, open_plain, read_plain, remove, write_whole
-from echo_rt.utils.folder_lock import FolderClaim
+from echo_rt.utils.atomic_file import (
+    FolderClaim,
+    PartFile,
+    check_plain,
+    names_in,
+    open_plain,
+    read_plain,
+    remove,
+    write_whole,
+)
 
 
 @pytest.fixture
@@ -105,7 +113,7 @@ def test_special_files_are_refused_at_once(tmp_path: Path) -> None:
         for kind, odd in kinds.items():
             with pytest.raises(OSError, match=f"expected a plain file, found a {kind}"):
                 read_plain(odd)
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(OSError, match="found a folder"):
         read_plain(tmp_path)
 
 
