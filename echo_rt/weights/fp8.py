@@ -52,11 +52,12 @@ def widened(tensors: LazyTensors, path: Path, dtype: torch.dtype) -> LazyTensors
         if weight not in float8:
             found = plain(outlines[weight].dtype) if weight in tensors else "none"
             raise WeightsError(f"{path}: expected {weight} in float8 beside {scale}, found {found}")
-        shape, sizes = outlines[weight].shape, outlines[scale].shape
+        shape, sizes, kind = outlines[weight].shape, outlines[scale].shape, outlines[scale].dtype
         rows = shape[0] if shape else 1
-        if sizes not in ((), (1,), (1, 1), (rows,), (rows, *[1] * (len(shape) - 1))):
+        if not kind.is_floating_point or sizes not in ((), (1,), (1, 1), (rows,), (rows, *[1] * (len(shape) - 1))):
             raise WeightsError(
-                f"{path}: expected {scale} to be one number or one of each of {rows} rows, found {list(sizes)}"
+                f"{path}: expected {scale} to be one real number or one of each of {rows} rows, "
+                f"found {list(sizes)} of {plain(kind)}"
             )
     # Unless layers say of themselves that they are scaled, all are where one is, in a file without the mark too.
     every = marked or (bool(scales) and not layers)

@@ -193,8 +193,9 @@ def test_vae(tmp_path: Path, naming: str, dtype: torch.dtype) -> None:
     ("change", "said"),
     [
         ({"scaled_fp8": torch.zeros(2, dtype=E4M3)}, "expected a scale for each weight of a scaled float8 file, found"),
-        ({"m.scale_weight": torch.ones(2)}, "expected m.scale_weight to be one number or one of each of 4 rows"),
-        ({"m.weight_scale": torch.ones(2, 2)}, "expected m.weight_scale to be one number or one of each of 4 rows"),
+        ({"m.scale_weight": torch.ones(2)}, "m.scale_weight to be one real number or one of each of 4 rows"),
+        ({"m.scale_weight": torch.ones(4, dtype=torch.complex64)}, "rows, found [4] of complex64"),
+        ({"m.weight_scale": torch.ones(2, 2)}, "m.weight_scale to be one real number or one of each of 4 rows"),
         ({"n.scale_weight": torch.ones(1)}, "expected n.weight in float8 beside n.scale_weight, found none"),
         ({"o.weight": torch.ones(2, 2), "o.scale_weight": torch.ones(1)}, "expected o.weight in float8"),
         ({"n.weight": torch.ones(2, 2).to(E4M3), "m.scale_weight": torch.ones(1)}, "found none for 1 (n.weight)"),
