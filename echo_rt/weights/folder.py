@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple
 
-from huggingface_hub import constants as hub
 from torch import Tensor
 
 from echo_rt.config import Size, TextEncoderConfig, TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError, WeightsError, did_you_mean
 from echo_rt.options import DEMO, HUB_ID, is_path
 from echo_rt.utils.checked_json import convert
+from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import type_of
 from echo_rt.weights.files import SUFFIXES, open_tensors
 from echo_rt.weights.parts import TEXT_ENCODER, TRANSFORMER, VAE, Config, Part, PartTensors, bare
@@ -338,7 +338,9 @@ def _local_model(model: Path, also: Sequence[str]) -> Path:
         return _snapshot(model) or model
     if not HUB_ID.fullmatch(str(model)):
         return model
-    cache = Path(hub.HF_HUB_CACHE)
+    with needing("huggingface_hub", "the Hugging Face cache"):
+        from huggingface_hub.constants import HF_HUB_CACHE
+    cache = Path(HF_HUB_CACHE)
     found = _snapshot(cache / f"models--{str(model).replace('/', '--')}")
     if found is None:
         raise WeightsError(

@@ -186,7 +186,7 @@ assert pytest.main(["--collect-only", "-q", "-m", "cuda", "-p", "no:cacheprovide
 def test_torch_numpy_and_safetensors_alone(program, said, small_model, golden_dir, tmp_path):
     """A GPU machine may have no other package; what needs one names it when it is used, in one line."""
     absent = {module for module, *_ in doctor._DEPENDENCIES} - {"torch", "numpy", "safetensors", "msgspec"}
-    absent |= {"tokenizers", "diffusers", "accelerate", "fastapi", "uvicorn", "PIL", "wcwidth"}
+    absent |= {"tokenizers", "huggingface_hub", "diffusers", "accelerate", "fastapi", "uvicorn", "PIL", "wcwidth"}
     absent |= {"pytest_benchmark", "xdist", "einops"}
     before = f"import sys; sys.modules.update(dict.fromkeys({absent!r}))\n"  # importing one of them fails
     before += f"model, tests = {str(small_model)!r}, {str(golden_dir.parent)!r}\n"
