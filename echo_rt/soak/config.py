@@ -207,7 +207,8 @@ def check_manifest(config: SoakConfig) -> dict[str, Any] | None:
     longer = different == [length] and isinstance(before, (int, float)) and before < asked[length]
     if different and not longer:
         changes = (f"{printable(name)} was {begun.get(name)!r} and is {asked.get(name)!r}" for name in different)
-        raise ConfigError(f"{config.out}: holds another soak, name another --out: {'; '.join(changes)}")
+        found = "a soak can be made longer, not shorter" if different == [length] else "holds another soak"
+        raise ConfigError(f"{config.out}: {found}, name another --out: {'; '.join(changes)}")
     return begun
 
 
