@@ -205,6 +205,11 @@ class Runtime(ExplainsHabits, Closing, Bound):
         return self.vae_config.frame_rate
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """The words that a model of few words knows, such as the one in the package; empty for any other."""
+        return self._require_open().prompts.words
+
+    @property
     def decoder_bytes(self) -> int:
         """Device memory, in bytes, of the decoder's buffers for a stream; :class:`StreamError` once closed."""
         return self._require_open().pipeline.decoder_bytes

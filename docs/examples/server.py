@@ -22,7 +22,10 @@ if __name__ == "__main__":
     model, checkpoint = (*sys.argv[1:3], *("demo", None)[len(sys.argv) - 1 :])
     try:
         session = LiveSession(load, Path("echo-rt-live"), "a red ball bouncing in the desert", resume=True)
+        print("serving at http://127.0.0.1:8000/ until Ctrl-C", flush=True)
         make_server(make_app({"main": session}, Rules())).run([listen("127.0.0.1", 8000)])
+    except KeyboardInterrupt:  # again, after the server has ended in order
+        sys.exit(130)
     except echo_rt.EchoError as error:  # one line: what was expected and what was found
         print(f"server.py: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -80,9 +80,10 @@ def parse_script(texts: Sequence[str], files: Sequence[str]) -> list[TimedPrompt
         raise PromptError(f"no prompt for the start of the video: {begin} ({_ESCAPED})")
     for earlier, later in pairwise(script):
         if earlier.seconds == later.seconds:
+            another = f'--prompt "10:{later.label}"' if later.file is None else f'--prompt-embeds "10:{later.file}"'
             raise PromptError(
                 f"two prompts begin at {later.seconds:g} s: {earlier.label!r} and {later.label!r}; "
-                f'give one another time, such as --prompt "10:{later.label}"'
+                f"give one another time, such as {another}"
             )
     return script
 

@@ -14,6 +14,7 @@ from typing import Any
 from echo_rt.cli.arguments import MODEL, Arguments, model_files, number, options_of, shared, table
 from echo_rt.cli.outputs import Named, check_folder
 from echo_rt.cli.stdio import say, say_loading
+from echo_rt.errors import ConfigError
 from echo_rt.options import DEMO_PROMPT, RuntimeOptions, absolute_model
 from echo_rt.utils.packages import needing
 from echo_rt.utils.signals import StopNow, StopRequest
@@ -101,7 +102,7 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
         report.update(address=address, token=token, resumed=resumed)
         if not arguments.json:
-            going_on = f", going on from {resumed}" if resumed else ""
+            going_on = f", going on from {resumed} with its prompt and seed" if resumed else ""
             say(f"serving at {address}{f'?token={token}' if token else ''}{going_on}")
 
     if not session:
@@ -179,6 +180,8 @@ def _is_loopback(host: str) -> bool:
 def _ice_server(url: str) -> dict[str, str]:
     """``turn:USER:PASSWORD@HOST:PORT`` as WebRTC's API takes it."""
     scheme, _, rest = url.partition(":")
+    if scheme not in ("stun", "stuns", "turn", "turns") or not rest:
+        raise ConfigError(f"--ice: expected stun:HOST:PORT or turn:USER:PASSWORD@HOST:PORT, got {url!r}")
     account, at, place = rest.rpartition("@")
     if not at:
         return {"urls": url}

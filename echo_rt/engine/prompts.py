@@ -112,6 +112,11 @@ class PromptEncoder:
         """Whether the text encoder is in memory now."""
         return self._encoder is not None
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words that a model of few words knows; empty for one that was trained on all kinds of text."""
+        return () if self._folder is None else tuple(self._folder.rollout_defaults().get(WORDS, ()))
+
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """Encode prompts to ``[length, text_dim]`` each; :class:`PromptError` for an empty or a far too long one."""
         if isinstance(prompts, str):  # whose items are prompts of one letter
@@ -147,7 +152,7 @@ class PromptEncoder:
 
     def _note_unknown(self, prompt: str) -> None:
         """Warn of a prompt with words that a model of few words does not know."""
-        known = () if self._folder is None else self._folder.rollout_defaults().get(WORDS, ())
+        known = self.words
         words = dict.fromkeys(re.findall(r"[^\W_]+", prompt.lower()) if known else ())
         unknown = [word for word in words if word not in known and word not in self._noted]
         self._noted.update(unknown)  # each is told once

@@ -78,8 +78,8 @@ class LatentsWriter(GrowingFile):
                 self._part.append(frame.data.cast("B"))
                 self.frames_on_disk += 1
         except OSError as error:
-            kept = f"the first {self.frames_on_disk} latent frames are kept"
-            raise OutputError(f"{self.path}: cannot write on: {reason(error)}; {kept}") from None
+            kept = f"its first {self.frames_on_disk} latent frames are kept"
+            raise OutputError(f"{self.path}: cannot go on writing: {reason(error)}; {kept}") from None
 
     def close(self) -> None:
         """Complete the header and put the file in place; without frames, leave an older file as it is."""

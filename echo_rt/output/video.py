@@ -290,6 +290,6 @@ class VideoWriter(GrowingFile):
                 if place < size:
                     self._part.overwrite(place, data)
         except OSError as error:
-            kept = f"the first {self.frames_on_disk} frames are kept" if self.frames_on_disk else "nothing is kept"
-            raise OutputError(f"{self.path}: cannot write on: {reason(error)}; {kept}") from None
+            kept = f"its first {self.frames_on_disk} frames are kept" if self.frames_on_disk else "it is not kept"
+            raise OutputError(f"{self.path}: cannot go on writing: {reason(error)}; {kept}") from None
         self.frames_on_disk, self._failed = frames, False

@@ -122,6 +122,7 @@ class LiveSession:
             "model": self._runtime.taken.recipe or Path(self._runtime.taken.model).name,
             "device": str(self._runtime.device),
             "memories": [mode.value for mode in MemoryMode],
+            "words": list(self._runtime.words),
         }
 
     async def next(self, after: int | None, audience: Audience | None = None) -> list[tuple[int, Item]]:

@@ -57,7 +57,7 @@ def test_what_is_a_time(argument, seconds, text):
         (["16:9 film"], [], "expected SECONDS:TEXT"),
         (["a", "b"], [], "two prompts begin at 0 s: 'a' and 'b'"),
         (["a", "3:b", "3.0:c"], [], "two prompts begin at 3 s"),
-        (["a"], ["f.safetensors"], "two prompts begin at 0 s: 'a' and 'embeddings f.safetensors'"),
+        (["a"], ["f.safetensors"], '; give one another time, such as --prompt-embeds "10:f.safetensors"'),
     ],
 )
 def test_mistakes(texts, files, message):

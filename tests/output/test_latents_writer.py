@@ -56,7 +56,7 @@ def test_a_full_disk_keeps_whole_frames(tmp_path, monkeypatch):
         append(data)
 
     monkeypatch.setattr(writer._part, "append", full)
-    with pytest.raises(OutputError, match=r"No space left on device; the first 2 latent frames are kept"):
+    with pytest.raises(OutputError, match=r"No space left on device; its first 2 latent frames are kept"):
         writer.write(torch.arange(4 * 16 * 15, dtype=torch.float32).view(4, *SHAPE))
     writer.close()
     assert load_file(path)["latents"].flatten().tolist() == list(range(2 * 16 * 15))

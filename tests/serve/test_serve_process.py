@@ -20,6 +20,7 @@ from streaming import OTHER, PROMPT
 from echo_rt.cli.main import main
 from echo_rt.cli.serve import _ice_server, _is_loopback
 from echo_rt.client import Live
+from echo_rt.errors import ConfigError
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
@@ -129,6 +130,8 @@ def test_addresses() -> None:
         False,
         False,
     ]
+    with pytest.raises(ConfigError, match=r"--ice: expected stun:HOST:PORT .*, got 'foo'"):
+        _ice_server("foo")
     assert _ice_server("stun:a.example:3478") == {"urls": "stun:a.example:3478"}
     turn = {"urls": "turn:a.example:3478?transport=tcp", "username": "ann", "credential": "p:w@d"}
     assert _ice_server("turn:ann:p:w@d@a.example:3478?transport=tcp") == turn

@@ -136,7 +136,10 @@ $("compose").addEventListener("submit", (event) => {
     const over = Number($("blend").value) || null;
     const taken = await call("/prompts", { text: $("text").value, over });
     $("text").value = "";
-    tell(`Begins with block ${taken.block}, in ${taken.shows_in.toFixed(1)} s.`);
+    const known = about.words ?? [], words = new Set(taken.text.toLowerCase().match(/[\p{L}\p{N}]+/gu));
+    const unknown = known.length ? [...words].filter((word) => !known.includes(word)) : [];
+    const but = unknown.length ? ` The model does not know ${unknown.join(", ")}; it knows ${known.join(", ")}.` : "";
+    tell(`Begins with block ${taken.block}, in ${taken.shows_in.toFixed(1)} s.${but}`);
   });
 });
 $("text").addEventListener("keydown", (event) => {
