@@ -1,10 +1,4 @@
-"""A client of ``echo-rt serve``; needs ``pip install 'echo-rt[client]'``.
-
-with Live("http://127.0.0.1:8000") as live:
-    print(live.prompt("the fox dives into a lake"))  # {'block': 14, 'shows_in': 1.9, ...}
-    for frame in live.frames():
-        show(frame)  # uint8 [height, width, 3]
-"""
+"""A client of ``echo-rt serve``, shown in use in docs/serve.md; needs ``pip install 'echo-rt[client]'``."""
 
 from __future__ import annotations
 

@@ -116,8 +116,8 @@ class Runtime(ExplainsHabits, Closing, Bound):
             model: Wan2.1-T2V-1.3B: a folder in the original or the diffusers layout, or with single files under
                 ComfyUI's names; a transformer's file; or the id of a model in the local Hugging Face cache.
             checkpoint: generator weights (Echo-Infinity, Self-Forcing, ...) that replace the folder's transformer.
-            lora: LoRAs to merge into the transformer, in order: a path (of a file with keys in any common naming, or of
-                a PEFT folder), or a list of paths and (path, strength) pairs. One may have the memory encoder.
+            lora: LoRAs to merge into the transformer, in order: a path (a file, or a PEFT folder), or a list of paths
+                and (path, strength) pairs. One may have the memory encoder.
             lora_alpha: alpha of the LoRAs that do not state one; None for their rank.
             ema: True for the checkpoint's EMA weights, False for the plain ones; None for the recipe's choice, where
                 the checkpoint has both. Without a checkpoint, only None.
@@ -140,9 +140,8 @@ class Runtime(ExplainsHabits, Closing, Bound):
             width, height: size of the video in pixels; None for that of the model's folder, or 832 and 480.
             attention: the implementation of attention, a name that ``echo-rt doctor`` lists; None for the fastest one
                 on this model's shapes, measured once per GPU. The VAE uses it too where it supports the VAE's shapes.
-            convolution: the same for the model's own VAE's convolutions, wherever it works; a name for convolutions
-                over time and one for upsampling may be joined by a comma. None for the fastest correct one on each
-                shape.
+            convolution: the same for the model's own VAE's convolutions, wherever it works; one for convolutions over
+                time and one for upsampling may be joined by a comma.
             graphs: whether stages that repeat are captured and replayed as CUDA graphs; None for yes on a GPU. A stage
                 that cannot be captured ends its stream with :class:`CaptureError`.
             lookahead: number of blocks, 0 or more, begun before an earlier one is handed out. The device stays busy
