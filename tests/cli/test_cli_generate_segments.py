@@ -41,7 +41,7 @@ def test_segments_alone(echo_rt, fake_runtime, tmp_path, frame_count):
         (("-o", "day", "--segments", 0), "--segments: expected a number above 0, got '0'"),
         (("-o", "day", "--segments", "x"), "--segments: expected a number above 0, got 'x'"),
         (("-o", "day", "--segments", 1, "--snapshot-every", 0), "--snapshot-every: expected an integer of 1"),
-        (("-o", "day", "--segments", 1, "--snapshot-every", "1.5"), "--snapshot-every: expected a number of blocks"),
+        (("-o", "day", "--segments", 1, "--snapshot-every", "1.5"), "--snapshot-every: expected an integer of 1"),
         (("-o", "folder/day", "--segments", 1), "expected a folder apart from what is read, got 'folder/day'"),
         (("-o", ".", "--segments", 1), "--output: expected a folder apart from what is read, got '.', which holds"),
         (("-o", "absent/day", "--segments", 1), "expected a folder to write into, got no folder absent"),
