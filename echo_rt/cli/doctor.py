@@ -81,14 +81,18 @@ def _checked(name: str, value: str, ok: bool, advice: str, *, needed: bool = Fal
 def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Gather the facts and print them; 0 if ``generate`` can run."""
     with stop.interruptible():
-        done = [(group, check()) for group, check, needs in CHECKS if not any(map(_problem_of, needs))]
-        facts = [(group, fact) for group, found in done for fact in found]
+        facts = gather()
     missing = [fact.name for _, fact in facts if fact.status == "missing"]
     report["ok"] = not missing
     report["facts"] = [{"group": group, **fact._asdict()} for group, fact in facts]
     if not arguments.json:
         say(*_page(facts), f"generate cannot run: {', '.join(missing)}" if missing else "generate can run")
     return 1 if missing else 0
+
+
+def gather() -> list[tuple[str, Fact]]:
+    """Run all checks and return the facts with their groups."""
+    return [(group, fact) for group, check, needs in CHECKS if not any(map(_problem_of, needs)) for fact in check()]
 
 
 def _problem_of(module: str) -> str:
