@@ -29,6 +29,7 @@ from echo_rt.utils.number import Number
 from echo_rt.utils.wording import printable
 
 MANIFEST_FILE = "soak.json"
+_SHOWN = 3  # settings in which a soak differs from that of its folder
 _NOT_IN_MANIFEST = ("out", "serve", "plots", "check", "keep_text_encoder")  # they may change: no block depends on them
 
 
@@ -206,7 +207,9 @@ def check_manifest(config: SoakConfig) -> dict[str, Any] | None:
     before = begun.get(length)
     longer = different == [length] and isinstance(before, (int, float)) and before < asked[length]
     if different and not longer:
-        changes = (f"{printable(name)} was {begun.get(name)!r} and is {asked.get(name)!r}" for name in different)
+        shown = different[:_SHOWN]
+        changes = [f"{printable(name):.40} was {begun.get(name)!r:.250} and is {asked.get(name)!r:.250}" for name in shown]
+        changes += [f"and {len(different) - _SHOWN} more"] if len(different) > _SHOWN else []
         found = "a soak can be made longer, not shorter" if different == [length] else "holds another soak"
         raise ConfigError(f"{config.out}: {found}, name another --out: {'; '.join(changes)}")
     return begun
