@@ -207,8 +207,8 @@ def check_manifest(config: SoakConfig) -> dict[str, Any] | None:
     before = begun.get(length)
     longer = different == [length] and isinstance(before, (int, float)) and before < asked[length]
     if different and not longer:
-        shown = different[:_SHOWN]
-        changes = [f"{printable(name):.40} was {begun.get(name)!r:.250} and is {asked.get(name)!r:.250}" for name in shown]
+        pairs = ((printable(name), begun.get(name), asked.get(name)) for name in different[:_SHOWN])
+        changes = [f"{name:.40} was {was!r:.250} and is {value!r:.250}" for name, was, value in pairs]
         changes += [f"and {len(different) - _SHOWN} more"] if len(different) > _SHOWN else []
         found = "a soak can be made longer, not shorter" if different == [length] else "holds another soak"
         raise ConfigError(f"{config.out}: {found}, name another --out: {'; '.join(changes)}")
