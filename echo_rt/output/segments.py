@@ -324,8 +324,9 @@ class SegmentedWriter(Closing):
         self.frames_on_disk = segment.end_frame
         self.latents_on_disk += segment.latent_frames
         if segment.frames > self._longest * self.index.frame_rate:
-            self._list.close()
+            before = self._list
             self._begin_list(RecordingIndex.read(self.folder).segments)
+            before.close()
         else:
             self._list.append(self._listed(segment).encode())
 

@@ -94,6 +94,18 @@ def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
     assert [entry["block"] for entry in read_lines(tmp_path)] == [4, 9]
 
 
+def test_a_file_that_another_program_writes_to_is_left_as_it_is(tmp_path: Path) -> None:
+    journal = Log(tmp_path / JOURNAL_FILE)
+    journal.append(json_line(line(0, 4)))
+    with journal.path.open("ab") as other:
+        other.write(b"x\n")
+    before = journal.path.read_bytes()
+    with pytest.raises(OutputError, match="cannot write: somebody removed, replaced or changed the file"):
+        journal.append(json_line(line(5, 9)))
+    journal.close()
+    assert journal.path.read_bytes() == before
+
+
 def test_the_past_of_a_resume(tmp_path: Path) -> None:
     assert (Past(tmp_path, 0).runs, Past(tmp_path, 0).hashes) == (0, {})
     write(tmp_path, line(0, 4), line(5, 9), end_of(1, 10, end="failed"), line(10, 11), line(10, 14, run=2, made="y"))
