@@ -18,7 +18,7 @@ from echo_rt.engine.memory_budget import host_memory, require_capacity, video_by
 from echo_rt.errors import ConfigError
 from echo_rt.ops.backends import choose_backend
 from echo_rt.options import RuntimeOptions
-from echo_rt.weights.fingerprint import FingerprintedTensors
+from echo_rt.weights.tensors import FingerprintedTensors
 
 GIB = 2**30
 # Refused by what the keys and values take, by what the frames take, and where no tensor has such a size.
