@@ -21,7 +21,7 @@ from echo_rt.engine.prompts import check_over
 from echo_rt.engine.ready import Feeder
 from echo_rt.engine.scheduler import Blocks
 from echo_rt.errors import ConfigError, StreamError
-from echo_rt.options import explains_habits, is_path, is_whole
+from echo_rt.options import explains_habits, is_number, is_path, is_whole
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.atomic_file import Closing
 from echo_rt.utils.device import model_context
@@ -381,6 +381,8 @@ class Feed(_Source):
 
         Raises the error that ended the stream; :class:`StreamError` once the feed or the stream is closed.
         """
+        if not is_number(timeout):
+            raise ConfigError(f"timeout must be a number of seconds, got {timeout!r:.40}")
         self._process.require_here("feed")  # before any lock, which in a fork a thread of the parent may hold
         with self._ready.lock:
             return next(self) if self._ready.changed.wait_for(self._feeder.has_news, timeout) else None

@@ -28,7 +28,7 @@ def _page(recipe: Recipe) -> Iterator[str]:
     values = {name: _words(value) for name, value in recipe.as_json()["facts"].items()}
     values |= {"EMA weights": _yes(recipe.ema), "LoRA": _yes(recipe.lora), "memory encoder": recipe.memory}
     if recipe.normalize_k is not None:
-        values["its keys"] = "normalized" if recipe.normalize_k else "not normalized"
+        values["memory keys"] = "normalized" if recipe.normalize_k else "not normalized"
     wide = max(map(len, values))
     yield recipe.name
     yield from (f"  {name:<{wide}}  {value}" for name, value in values.items())

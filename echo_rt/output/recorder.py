@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echo_rt.errors import OutputError
+from echo_rt.errors import ConfigError, OutputError
 from echo_rt.output.contact_sheet import ContactSheet
 from echo_rt.output.latents import LatentsWriter
 from echo_rt.output.segments import SegmentedWriter
@@ -18,6 +18,7 @@ from echo_rt.output.video import VideoWriter
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import SnapshotKeeper
 from echo_rt.utils.atomic_file import Closing, close_all
+from echo_rt.utils.wording import type_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +55,8 @@ class _BlockRecorder(Closing):
 
     def write(self, chunk: Chunk, prompt: str | None = None) -> None:
         """Record one block: its frames up to the limit, its latents whole; a contact sheet shows the ``prompt``."""
+        if not hasattr(chunk, "latents"):
+            raise ConfigError(f"expected a chunk of a stream to record, got {type_of(chunk)}")
         begun = time.monotonic()
         self._settle(_AHEAD - 1)
         self.held_up += time.monotonic() - begun

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,6 +30,11 @@ def block(index: int, frames: int = 12) -> Chunk:
 
 def recorder(folder: Path, **options: Any) -> Recorder:
     return Recorder(folder / "v.mp4", frame_size=(WIDTH, HEIGHT), fps=FPS, **options)
+
+
+def test_frames_alone_are_refused(tmp_path: Path) -> None:
+    with recorder(tmp_path) as one, pytest.raises(ConfigError, match="got an ndarray"):
+        one.write(np.zeros((1, HEIGHT, WIDTH, 3), np.uint8))  # type: ignore[arg-type]
 
 
 def test_a_limit_amid_a_block(tmp_path: Path, read_video: Any) -> None:

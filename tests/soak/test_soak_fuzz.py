@@ -122,6 +122,7 @@ def test_bytes_are_anything(noise: bytes, at: int) -> None:
 @example({"config": {"blocks": {}}})
 @example({"config": {"blocks": "9"}})
 @example({"config": {"\n": []}})
+@example({"config": {str(key): "y" * 3000 for key in range(9)}})
 @example({"config": 3})
 @example({"config": {}, "format": 2})
 @example({"config": {"blocks": float("nan")}})
