@@ -33,7 +33,7 @@ def recorder(folder: Path, **options: Any) -> Recorder:
 
 
 def test_frames_alone_are_refused(tmp_path: Path) -> None:
-    with recorder(tmp_path) as one, pytest.raises(ConfigError, match="got an ndarray"):
+    with recorder(tmp_path) as one, pytest.raises(ConfigError, match="got a ndarray"):
         one.write(np.zeros((1, HEIGHT, WIDTH, 3), np.uint8))  # type: ignore[arg-type]
 
 
