@@ -67,9 +67,12 @@ def test_odd_arguments_of_a_stream(small_model: Path) -> None:
                 runtime.stream(prompt_embeds=wrong)
         with pytest.raises(echo_rt.PromptError, match="empty"):
             runtime.stream("\u200b")
-        with runtime.stream(prompt_embeds=dense) as stream, stream.feed() as feed:
-            with pytest.raises(ConfigError, match="a number of seconds, got '1'"):
-                feed.poll("1")  # type: ignore[arg-type]
+        with (
+            runtime.stream(prompt_embeds=dense) as stream,
+            stream.feed() as feed,
+            pytest.raises(ConfigError, match="a number of seconds, got '1'"),
+        ):
+            feed.poll("1")  # type: ignore[arg-type]
         with pytest.raises(echo_rt.PromptError, match="expected a sequence of prompts, got one text: 'a fox'"):
             runtime.encode_prompts("a fox")
         with pytest.raises(ConfigError, match="guard must be a Guard or None, got 'stop'"):

@@ -108,7 +108,7 @@ def test_a_terminal_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
     panel.block_done(2, 33, 0.25)
     panel.line_done(LINE, [KEPT])
     panel.close()
-    assert sys.stderr is terminal and "2 blocks" not in terminal.getvalue()
+    assert sys.stderr is terminal and "3 blocks" not in terminal.getvalue()
 
 
 def test_drawings_are_not_for_every_block(monkeypatch: pytest.MonkeyPatch) -> None:

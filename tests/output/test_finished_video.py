@@ -102,7 +102,7 @@ def test_without_room_for_the_index_it_stays_in_fragments(
     monkeypatch.setattr(PartFile, "append", full)
     writer = VideoWriter(tmp_path / "v.mp4", *SIZE, 16)
     writer.write(moving(0, FRAMES, *SIZE))
-    with pytest.raises(Exception, match="No space left on device; the first"):
+    with pytest.raises(Exception, match="No space left on device; its first"):
         writer.close()
     assert len(read_video(tmp_path / "v.mp4").luma) == writer.frames_on_disk >= FRAMES - 32
     assert boxes(tmp_path / "v.mp4")[-2:] == ["moof", "mdat"]
