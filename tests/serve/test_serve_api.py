@@ -8,6 +8,7 @@ import io
 import json
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def shown(server: Served, blocks: int, *, first: int) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
     after = 0
     while len(found) < blocks:
-        block = asyncio.run(server.session.block(after))
+        with ThreadPoolExecutor(1) as thread:  # that of a browser's driver has a loop already
+            block = thread.submit(asyncio.run, server.session.block(after)).result()
         if block is not None:
             after = block.place
             if block.index >= first:
