@@ -86,7 +86,13 @@ class Screen:
             await asyncio.wait([asyncio.wrap_future(news)], timeout=_NEWS_SECONDS)
             with self.changed:
                 found = get()
+                if self._news is news:  # nothing came; for hours of that, what waits for it would pile up
+                    self._wake()
         return found
+
+    def _wake(self) -> None:
+        news, self._news = self._news, Future()
+        news.set_result(None)
 
     @property
     def unwatched(self) -> bool:
@@ -203,5 +209,4 @@ class Screen:
             self.place = self.place + 1 if number is None else number * PLACES
             self._pictures += isinstance(item, Picture)
             self._items.append((self.place, item))
-            news, self._news = self._news, Future()
-        news.set_result(None)
+            self._wake()

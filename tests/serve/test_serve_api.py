@@ -22,6 +22,7 @@ from websockets.exceptions import ConnectionClosed
 
 import echo_rt
 from echo_rt.errors import NumericalError, StreamError
+from echo_rt.serve import screen
 from echo_rt.serve.app import PAGE
 from echo_rt.serve.session import PLACES
 from echo_rt.weights.folder import DEMO_FOLDER
@@ -439,3 +440,15 @@ def test_a_wrong_first_message_is_told(server: Served, first: dict[str, str] | N
     while "another client has the session" in (said := answer())["content"]:
         pass  # the client of another test is still leaving
     assert said["type"] == "error" and error in said["content"], said
+
+
+def test_waits_in_which_nothing_comes_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "_NEWS_SECONDS", 1e-3)
+    one = screen.Screen((32, 32), 16, 1.0, leased=False, shown=0, epoch=0.0)
+
+    async def wait() -> None:
+        for _ in range(50):
+            assert await one.next(None) == []
+
+    asyncio.run(wait())
+    assert len(one._news._done_callbacks) <= 1  # type: ignore[attr-defined]
