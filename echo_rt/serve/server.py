@@ -21,13 +21,14 @@ _HEADER_BYTES = 16 << 10
 _MESSAGE_BYTES = 64 << 10  # of a WebSocket, from a client
 _MOST_HALF_OPEN = 64
 _HALF_OPEN_SECONDS = 10.0
+_GRACE_SECONDS = 0.5  # in which a request can arrive: viewers who come together are no attack
 
 
 def bounded_protocol(most: int) -> type[H11Protocol]:
     """Make uvicorn's HTTP protocol with at most ``most`` connections.
 
     A connection is half open until the headers of a request are whole. It may be so for a time, and the oldest such
-    one is closed as soon as there are too many: so those who send nothing keep out nobody.
+    ones are closed when there are too many: so those who send nothing keep out nobody.
     """
     waiting: dict[H11Protocol, asyncio.TimerHandle] = {}
 
@@ -35,8 +36,10 @@ def bounded_protocol(most: int) -> type[H11Protocol]:
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._wait()
-            if len(waiting) > _MOST_HALF_OPEN or len(self.connections) > most:
+            if len(self.connections) > most:
                 next(iter(waiting)).transport.abort()
+            elif len(waiting) > _MOST_HALF_OPEN:
+                self.loop.call_later(_GRACE_SECONDS, self._make_room)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._over()
@@ -55,6 +58,10 @@ def bounded_protocol(most: int) -> type[H11Protocol]:
 
         def _wait(self) -> None:
             waiting[self] = self.loop.call_later(_HALF_OPEN_SECONDS, lambda: self.transport.abort())
+
+        def _make_room(self) -> None:
+            for oldest in list(waiting)[: max(0, len(waiting) - _MOST_HALF_OPEN)]:
+                oldest.transport.abort()
 
         def _over(self) -> None:
             if self in waiting:

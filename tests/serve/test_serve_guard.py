@@ -136,6 +136,20 @@ def test_many_half_open_requests_keep_out_nobody(
             connection.close()
 
 
+def test_many_who_come_at_once_are_all_answered(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "_MOST_HALF_OPEN", 5)
+    monkeypatch.setattr(bounds, "_GRACE_SECONDS", LONG)
+    with served(small_model, tmp_path / "out") as server:
+        together = [half_open(server.port, b"") for _ in range(40)]
+        for connection in together:
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert all(b" 200 OK" in closed(connection) for connection in together)
+        for connection in together:
+            connection.close()
+
+
 def test_a_half_open_request_ends_by_itself(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "_HALF_OPEN_SECONDS", 0.2)
     with served(small_model, tmp_path / "out") as server:

@@ -115,6 +115,7 @@ async def trial(port: int, process: int) -> dict[str, Any]:
     tasks += [asyncio.create_task(one.run()) for one in good]
     tasks += [asyncio.create_task(slow(address, number)) for number in range(VIEWERS // 2)]
     while not all(one.times for one in good):
+        assert not any(task.done() for task in tasks), "a viewer was sent away"
         await asyncio.sleep(0.05)
     since = time.monotonic()
     tasks += [asyncio.create_task(half_open(port)) for _ in range(HALF_OPEN)]
