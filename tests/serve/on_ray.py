@@ -466,7 +466,7 @@ def test_who_finds_no_machine_waits_and_parked_sessions_come_back(settings: Any)
         # With the very next picture, or again with those that this viewer has missed.
         await first.read(30, shown=min(first.numbers[-1], shown_by(settings, "first")))
         await first.session.close()
-        assert sorted(await sessions.names())[-2:] == ["first", "second"]
+        assert {"first", "second"} <= set(await sessions.names())
 
     asyncio.run(trial())
 
@@ -513,7 +513,7 @@ def test_what_a_session_may_not_be(settings: Any, tmp_path: Path) -> None:
             assert await sessions.find(name) is None
         with pytest.raises(PromptError, match="expected a prompt"):
             await sessions.create("a", " ")
-        with pytest.raises(ConfigError, match="memory: expected"):
+        with pytest.raises(ConfigError, match="memory must be one of"):
             await sessions.create("a", PROMPT, memory="huge")
         assert await sessions.names() == []
         await sessions.create("a", PROMPT)
