@@ -309,7 +309,7 @@ def test_a_parked_video_stays_so_until_somebody_plays_it(browser: Browser) -> No
         expect(page.locator("#connection")).to_have_text("parked")
         expect(page.locator("#notice")).to_contain_text("Play brings it back")
         if FULL:  # by then the page would connect again, if it thought that the video stalls
-            page.wait_for_function("performance.now() - echo.lastFrame > 8000", timeout=MS)
+            page.wait_for_function("() => performance.now() - echo.lastFrame > 8000", timeout=MS)
         assert session.parked, "who watched brought it back"
         page.keyboard.press(" ")
         more_frames(page, 5)
