@@ -12,8 +12,9 @@ from echo_rt.chunk import Chunk
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.options import is_number, is_whole
 from echo_rt.snapshot.snapshot import Snapshot
-from echo_rt.utils.atomic_file import FolderClaim, names_in, place, reason, remove, write_whole
+from echo_rt.utils.atomic_file import names_in, place, reason, remove, write_whole
 from echo_rt.utils.build_info import __version__
+from echo_rt.utils.folder_lock import FolderClaim
 
 STOP, ROLL_BACK = "stop", "roll_back"
 

@@ -32,7 +32,6 @@ from echo_rt.output.latents import LatentsWriter
 from echo_rt.output.video import VideoWriter
 from echo_rt.utils.atomic_file import (
     Closing,
-    FolderClaim,
     Log,
     check_plain,
     close_all,
@@ -44,6 +43,7 @@ from echo_rt.utils.atomic_file import (
     write_whole,
 )
 from echo_rt.utils.checked_json import json_line, read_json
+from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.wording import counted
 
 if TYPE_CHECKING:

@@ -25,8 +25,9 @@ from echo_rt.errors import ConfigError, OutputError, SnapshotError
 from echo_rt.serve.encoder import plays
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.stream import Stream
-from echo_rt.utils.atomic_file import FolderClaim, close_all, write_whole
+from echo_rt.utils.atomic_file import close_all, write_whole
 from echo_rt.utils.checked_json import convert, read_json
+from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.wording import first_line, with_type
 
 _SNAPSHOT = re.compile(r"([0-9]{8}-[0-9]{9}-block-([0-9]+))\.safetensors")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from echo_rt.errors import ConfigError, OutputError, SnapshotError, SnapshotVersionError, StreamError
 from echo_rt.snapshot.snapshot import Snapshot
-from echo_rt.utils.atomic_file import Closing, FolderClaim, names_in, reason, remove
+from echo_rt.utils.atomic_file import Closing, names_in, reason, remove
+from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.wording import warn_caller
 
 _PREFIX = "block-"

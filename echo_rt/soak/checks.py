@@ -12,7 +12,8 @@ from enum import Enum
 from typing import Any
 
 from echo_rt.soak.config import Limits
-from echo_rt.soak.journal import Histogram, Line
+from echo_rt.soak.interval import Histogram
+from echo_rt.soak.journal import Line
 from echo_rt.utils.wording import counted
 
 # Fewer blocks or lines say nothing about a slope or a 99th percentile.

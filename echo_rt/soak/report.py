@@ -16,7 +16,8 @@ from markdown_it import MarkdownIt
 from echo_rt.errors import BackendError, OutputError
 from echo_rt.soak.checks import Promises
 from echo_rt.soak.config import Limits, SoakConfig
-from echo_rt.soak.journal import JOURNAL_FILE, Histogram, Line
+from echo_rt.soak.interval import Histogram
+from echo_rt.soak.journal import JOURNAL_FILE, Line
 from echo_rt.utils.atomic_file import PartFile, raising, reason, write_whole
 from echo_rt.utils.build_info import __version__
 from echo_rt.utils.packages import needing

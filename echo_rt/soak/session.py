@@ -23,14 +23,16 @@ from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import SnapshotKeeper, latest_snapshot, require_seed, snapshot_files
 from echo_rt.soak.checks import Status, Verdict
 from echo_rt.soak.config import MANIFEST_FILE, SoakConfig, check_manifest, write_manifest
-from echo_rt.soak.journal import JOURNAL_FILE, Figures, Line, Past, digest, read_lines
+from echo_rt.soak.interval import Figures, digest
+from echo_rt.soak.journal import JOURNAL_FILE, Line, Past, read_lines
 from echo_rt.soak.probes import device_memory, gpu_health, host_memory
 from echo_rt.soak.prometheus import Exporter
 from echo_rt.soak.report import PAGE_FILE, PICTURES, REPORT_FILE, History, write_report
 from echo_rt.stream import Stream
-from echo_rt.utils.atomic_file import FolderClaim, Log, PartFile, names_in, open_plain, reason
+from echo_rt.utils.atomic_file import Log, PartFile, names_in, open_plain, reason
 from echo_rt.utils.checked_json import json_line
 from echo_rt.utils.device import parse_device
+from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.packages import needing
 from echo_rt.utils.signals import StopRequest
 from echo_rt.utils.threads import share_cpu

@@ -1,17 +1,15 @@
-"""Writing beside the target and moving into place: a name always stands for a whole file. Folders of one process.
+"""Writing beside the target and moving into place: a name always stands for a whole file.
 
-In a folder that this process has claimed (:class:`FolderClaim`), everything here goes by the folder's descriptor: it
-stays in that very folder, whatever its name leads to meanwhile, and follows no link out of it.
+In a folder that this process has claimed (:class:`echo_rt.utils.folder_lock.FolderClaim`), everything here goes by the
+folder's descriptor: it stays in that very folder, whatever its name leads to meanwhile, and follows no link out of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import io
 import os
-import re
 import secrets
 import stat
 from abc import ABC, abstractmethod
@@ -26,14 +24,11 @@ C = TypeVar("C", bound="Closing")
 
 _PIECE = 2**20  # bytes that are read at once
 _NAME_KEPT = 32  # characters: a part's name must be short enough for every file system, at four bytes for each
-_GONE = (errno.ENOENT, errno.ESTALE)  # of a folder that was removed; the latter on NFS
+GONE = (errno.ENOENT, errno.ESTALE)  # of a folder that was removed; the latter on NFS
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
-# Name of a part file, around the beginning of the name of the file that it was to become.
-_PART = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.part")
-
 # The folders that this process has claimed, by absolute path, with their descriptors.
-_claimed: dict[str, int] = {}
+claimed: dict[str, int] = {}
 
 
 def reason(error: OSError) -> str:
@@ -52,7 +47,7 @@ def raising(kind: type[EchoError], what: str) -> Iterator[None]:
 
 def place(path: str | Path) -> tuple[str, int | None]:
     """Return the name and ``dir_fd`` of ``path`` for a call of the system; in a claimed folder, its descriptor."""
-    descriptor = _claimed.get(str(Path(path).absolute().parent))
+    descriptor = claimed.get(str(Path(path).absolute().parent))
     return (str(path), None) if descriptor is None else (Path(path).name, descriptor)
 
 
@@ -67,7 +62,7 @@ def is_same(path: str | Path, descriptor: int) -> bool:
 
 def names_in(folder: str | Path) -> list[str]:
     """Names of the entries of a folder; raises ``OSError``."""
-    return os.listdir(_claimed.get(str(Path(folder).absolute()), folder))
+    return os.listdir(claimed.get(str(Path(folder).absolute()), folder))
 
 
 def remove(path: str | Path) -> None:
@@ -174,7 +169,7 @@ class PartFile:
         try:
             descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder)
         except OSError as error:
-            why = f"there is no folder {self.path.parent} any more" if error.errno in _GONE else reason(error)
+            why = f"there is no folder {self.path.parent} any more" if error.errno in GONE else reason(error)
             raise TargetError(f"{path}: cannot write: {why}") from None
         self._file = os.fdopen(descriptor, "r+b", buffering=0)
         self.size = 0
@@ -213,7 +208,7 @@ class PartFile:
 
 def sync_folder(folder: Path) -> None:
     """Flush a folder's names to the disk: until then a power cut can undo a rename. Raises ``OSError``."""
-    held = _claimed.get(str(folder.absolute()))
+    held = claimed.get(str(folder.absolute()))
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY) if held is None else held
     except PermissionError:
@@ -338,84 +333,3 @@ class Log(Closing):
     def close(self) -> None:
         """Close the file; may be called twice."""
         self._file.close()
-
-
-class FolderClaim:
-    """Makes ``folder`` if absent, and holds it until :meth:`release` or any end of the process.
-
-    Otherwise two processes could write one recording, where it is resumed while the first still runs. ``shared``: other
-    claims that are shared, and those of this process, may hold it as well; ``new``: it must be absent.
-
-    Meanwhile the folder may be moved: what belongs into it still gets there, and nothing gets into another folder of
-    that name. A folder within a claimed one is not claimed through a link.
-
-    Raises ``TargetError`` where another process holds the folder, or it cannot be made. It leaves no file behind, and
-    no folder of its own making that stayed empty.
-    """
-
-    def __init__(self, folder: str | Path, *, shared: bool = False, new: bool = False) -> None:
-        self.folder = Path(folder)
-        name, within = place(self.folder)
-        beyond = 0 if within is None else os.O_NOFOLLOW
-        self._descriptor: int | None = None
-        self._made = False
-        self._key = str(self.folder.absolute())
-        ours = _claimed.get(self._key) if shared else None
-        with raising(TargetError, f"{folder}: cannot be a folder to write into"):
-            if ours is not None:
-                self._descriptor = os.dup(ours)
-                return
-            with contextlib.nullcontext() if new else contextlib.suppress(FileExistsError):
-                os.mkdir(name, dir_fd=within)
-                self._made = True
-                sync_folder(self.folder.parent)
-            self._descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | beyond, dir_fd=within)
-        self._key = str(self.folder.absolute())
-        try:
-            fcntl.flock(self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError as error:
-            self.release()
-            taken = "another process writes into it" if isinstance(error, BlockingIOError) else reason(error)
-            raise TargetError(f"{folder}: cannot be written into: {taken}") from None
-        if not shared and self._key in _claimed:  # and was moved since
-            self.release()
-            raise TargetError(f"{folder}: cannot be written into: this process holds another folder by that name")
-        _claimed.setdefault(self._key, self._descriptor)
-
-    @property
-    def path(self) -> Path:
-        """Where the folder is now: ``folder``, unless it was moved."""
-        if self._descriptor is None:
-            return self.folder
-        found = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
-        return self.folder if self.folder.resolve() == found else found
-
-    @property
-    def removed(self) -> bool:
-        """Whether somebody removed the folder."""
-        try:
-            return self._descriptor is not None and os.fstat(self._descriptor).st_nlink == 0
-        except OSError as error:
-            if error.errno in _GONE:
-                return True
-            raise
-
-    def remove_parts(self, prefix: str) -> None:
-        """Remove the part files of killed processes, of files whose names begin with ``prefix``."""
-        for name in names_in(self.folder):
-            match = _PART.fullmatch(name)
-            if match is not None and match["name"].startswith(prefix):
-                remove(self.folder / name)
-
-    def release(self) -> None:
-        """Let go of the folder; may be called twice."""
-        if self._descriptor is None:
-            return
-        if _claimed.get(self._key) == self._descriptor:
-            del _claimed[self._key]
-        if self._made and is_same(self.folder, self._descriptor):
-            with contextlib.suppress(OSError):  # it is no longer empty
-                name, within = place(self.folder)
-                os.rmdir(name, dir_fd=within)
-        os.close(self._descriptor)
-        self._descriptor = None

@@ -11,7 +11,7 @@ import pytest
 from echo_rt.soak import Outcome
 from echo_rt.soak.checks import Promises, Status, Verdict
 from echo_rt.soak.config import Limits
-from echo_rt.soak.journal import Histogram
+from echo_rt.soak.interval import Histogram
 
 ALL = Limits(
     latency_ratio=1.05, latency_zscore=10.0, snapshot_stall=100.0, drift=0.1, host_slope=100.0, host_slack=2**20

@@ -13,7 +13,7 @@ from random_model import flat_config
 
 from echo_rt.chunk import Chunk, ChunkStats, Vitals
 from echo_rt.config import ModelConfig
-from echo_rt.soak.journal import Figures, digest
+from echo_rt.soak.interval import Figures, digest
 
 CONFIG = ModelConfig.from_flat(flat_config())
 VITALS: dict[str, Any] = dict(
@@ -106,7 +106,7 @@ def test_the_thread_that_makes_blocks_does_not_wait_for_a_hash(monkeypatch: pyte
         assert go_on.wait(60)
         return digest(block)
 
-    monkeypatch.setattr("echo_rt.soak.journal.digest", held)
+    monkeypatch.setattr("echo_rt.soak.interval.digest", held)
     interval = figures(expected={4: "other"})
     for index in range(5):
         interval.add(chunk(index), 0.1, warm=True, switching=False)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from echo_rt.soak.journal import Histogram, Outliers
+from echo_rt.soak.interval import Histogram, Outliers
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99, 1.0])

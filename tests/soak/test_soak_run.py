@@ -36,7 +36,8 @@ from echo_rt.soak import Outcome
 from echo_rt.soak.checks import Status
 from echo_rt.soak.journal import JOURNAL_FILE, read_lines
 from echo_rt.stream import Stream
-from echo_rt.utils.atomic_file import FolderClaim, Log
+from echo_rt.utils.atomic_file import Log
+from echo_rt.utils.folder_lock import FolderClaim
 
 
 def status(outcome: Outcome) -> dict[str, Status]:

@@ -13,7 +13,6 @@ import pytest
 
 from echo_rt.errors import OutputError, TargetError
 from echo_rt.utils.atomic_file import (
-    FolderClaim,
     PartFile,
     check_plain,
     names_in,
@@ -22,6 +21,7 @@ from echo_rt.utils.atomic_file import (
     remove,
     write_whole,
 )
+from echo_rt.utils.folder_lock import FolderClaim
 
 
 @pytest.fixture
