@@ -97,7 +97,12 @@ def write_tiny_model(
             _write_parts(new, config, vae, seed, width, height)
             with suppress(FileNotFoundError):
                 target.rename(old)
-            new.rename(target)
+            try:
+                new.rename(target)
+            except OSError:
+                with suppress(FileNotFoundError):
+                    old.rename(target)
+                raise
     except OSError as error:
         raise OutputError(f"{folder}: cannot write the model: {error.strerror or error}") from error
 

@@ -120,6 +120,21 @@ def test_target_that_cannot_be(tmp_path: Path) -> None:
     assert file.read_text() == "mine"
 
 
+def test_a_model_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_model(tmp_path / "model", **SIZE)
+    before, rename = digests(tmp_path), Path.rename
+
+    def full(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        write_tiny_model(tmp_path / "model", seed=1, overwrite=True, **SIZE)
+    assert digests(tmp_path) == before
+
+
 def test_nothing_half_written_remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(path: Path, data: bytes) -> int:
         raise OSError(28, "No space left on device")
