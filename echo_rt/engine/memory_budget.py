@@ -69,7 +69,9 @@ def video_bytes(config: ModelConfig, networks: Networks, depth: int) -> tuple[in
         )
         made = [*vars(state).values(), *vars(state.rope).values(), *history.buffers().values()]
         kept = sum(value.nbytes for value in made if isinstance(value, Tensor))
-    except RuntimeError:  # of torch: a tensor has more bytes than it can count
+    except RuntimeError as error:
+        if "overflow" not in str(error):  # of a tensor with more bytes than torch can count
+            raise
         kept = _UNCOUNTED
     return kept + block + pixels * networks.vae_dtype.itemsize, depth * block
 
