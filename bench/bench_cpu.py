@@ -18,7 +18,7 @@ from echo_rt.bench.settings import Request
 from echo_rt.engine.executor import Event
 from echo_rt.engine.pipeline import _nonfinite, frames_shape
 from echo_rt.ops.backends import load_ops
-from echo_rt.soak.journal import _HASHER, Figures, digest
+from echo_rt.soak.interval import _HASHER, Figures, digest
 
 BLOCK_SECONDS = 0.2  # of the released size on an H200: the shortest that is a goal (docs/speed.md)
 OLD = 1100  # blocks of a video that is compared with a new one
