@@ -16,11 +16,12 @@ from typing import Any
 
 import _checkout
 import torch
-from timing import HOST_CLOCK, HostTimer
+from timing import HostTimer
 
 from echo_rt.attention import AttentionCheck, AttentionShapes, implementations
 from echo_rt.attention.backends import FLOAT8_LIBRARIES
 from echo_rt.autotune.tuner import TOLERANCES
+from echo_rt.bench.run import HOST_CLOCK
 from echo_rt.bench.runner import median_p99
 from echo_rt.bench.tables import Table, columns, environment
 from echo_rt.ops.backends import load_ops
@@ -75,7 +76,8 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
         (OVER_CACHE, shapes, (*kinds, *FLOAT8_LIBRARIES)),
         (OVER_TEXT, replace(shapes, keys=config.transformer.text_len), kinds),
     )
-    tables: dict[str, Table] = {place: ([], COLUMNS) for place, *_ in places}
+    found_at = {place: list[dict[str, Any]]() for place, *_ in places}
+    tables: dict[str, Table] = {place: (rows, COLUMNS) for place, rows in found_at.items()}
     save = partial(_checkout.save, arguments.out, "attention", "Attention", environment(str(device)), tables, notes)
     with torch.inference_mode(), model_context(device, dtype):
         for place, shape, candidates in places:
@@ -89,10 +91,10 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
                 flops = 4 * shape.queries * shape.keys * heads * size
                 row["dtype"] = plain(own)
                 row["tflops"] = flops / row["ms"] / 1e9 if on_gpu and row["ms"] is not None else None
-                tables[place][0].append(row)
+                found_at[place].append(row)
                 _checkout.say(f"{place}, {kind.name}: {row['note'] or format(row['ms'], '.3f') + ' ms'}")
                 save(passed=False)  # the time may run out
-    passed = all(any(row["ms"] is not None for row in rows) for rows, _ in tables.values())
+    passed = all(any(row["ms"] is not None for row in rows) for rows in found_at.values())
     return passed, save(passed=passed)
 
 

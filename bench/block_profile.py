@@ -15,8 +15,7 @@ from typing import Any
 
 import _checkout
 from registers import short_name
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from echo_rt.bench.run import Run
 from echo_rt.bench.runner import BlockRunner, busy_seconds

@@ -79,13 +79,13 @@ class Results:
         """TFLOP/s of the fastest attention; ``place``: its table."""
         rows = self.rows("attention", "attention", place)
         rates = [r["tflops"] for r in rows if r["dtype"].startswith("float8") == float8 and r["tflops"] is not None]
-        return sorted(rates)[-1]
+        return float(sorted(rates)[-1])
 
     def convolutions(self) -> float:
         """TFLOP/s of all calls of a block together."""
         place, op = ("kernels", "kernel_times", "Kernels"), "causal_conv_hopper"
         calls, flops, us = (self.column(key, *place, op=op) for key in ("calls", "flops", "median_us"))
-        return sum(map(mul, calls, flops)) / sum(map(mul, calls, us)) / 1e6
+        return float(sum(map(mul, calls, flops)) / sum(map(mul, calls, us))) / 1e6
 
     def golden(self) -> float:
         """Nothing, where not all of them have run."""

@@ -20,10 +20,11 @@ import torch
 from library_calls import library_calls, result_of
 from op_inputs import IN8, OPS, Variant, linear_layers, variants
 from roofline import Ceiling, Work, copy_rate, measure_ceilings, memory_update_work, work_of
-from timing import DEVICE_CLOCK, Timer, timer_for
+from timing import Timer, timer_for
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
+from echo_rt.bench.run import DEVICE_CLOCK
 from echo_rt.bench.runner import median_p99
 from echo_rt.bench.settings import RELEASED, BenchModel
 from echo_rt.bench.tables import columns, environment
@@ -285,7 +286,7 @@ def time_library(run: Run) -> Iterator[Row]:
             values = [each.float() * scale[:, None] for each, scale in (rows, weights)]
             call = partial(product, *rows, *weights, bias)
             work = Work(x.numel() + weight.numel() + 2 * exact.numel(), flops, "arithmetic")
-            yield timed(f"{name}, {IN8}", layer.calls, call, linear(*values, bias.float()), work)
+            yield timed(f"{name}, {IN8}", layer.calls, call, linear(values[0], values[1], bias.float()), work)
     x, gamma = (normal(*size, config.transformer.dim) for size in ((config.tokens_per_block,), ()))
     norms = [
         partial(rms_norm, each, x.shape[-1:], gamma.to(each.dtype), config.transformer.eps) for each in (x, x.float())

@@ -65,7 +65,7 @@ def library_calls(op: str, args: Sequence[Any], device: torch.device, compiled: 
     if compiled and op in _COMPILED:
         # Without the reset a second shape would make it compile for any shape, which is slower.
         torch._dynamo.reset()
-        faster = torch.compile(getattr(reference, op), dynamic=False)
+        faster: Callable[..., Any] = torch.compile(getattr(reference, op), dynamic=False)
         calls["torch.compile"] = lambda args: faster(*args)
     return calls
 

@@ -56,7 +56,7 @@ def flops(config: VaeConfig, height: int, width: int, latents: int) -> int:
     block, state = torch.empty(latents, config.z_dim, height, width), decoder.new_state(height, width, latents)
     with FlopCounterMode(display=False) as counter:
         decoder.decode_next(block.to("meta"), state, is_start=False)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 class Decoder(NamedTuple):

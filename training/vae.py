@@ -129,7 +129,8 @@ def _attention(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
     count, channels, frames, height, width = x.shape
     tokens = _norm(weights[f"{name}.norm.gamma"], x).permute(0, 2, 3, 4, 1).reshape(count * frames, -1, channels)
     qkv = functional.linear(tokens, weights[f"{name}.to_qkv.weight"].flatten(1), weights[f"{name}.to_qkv.bias"])
-    attended = functional.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+    q, k, v = qkv.chunk(3, dim=-1)
+    attended = functional.scaled_dot_product_attention(q, k, v)
     out = functional.linear(attended, weights[f"{name}.proj.weight"].flatten(1), weights[f"{name}.proj.bias"])
     return x + out.view(count, frames, height, width, channels).permute(0, 4, 1, 2, 3)
 

@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,13 +40,16 @@ LANES = (0.27, 0.73)  # of the width
 RISE = (14, 34)  # frames of the day between which the balloon is above its start behind the hills
 
 
+Colour: TypeAlias = tuple[float, float, float]  # red, green, blue in 0..1
+
+
 @dataclass(frozen=True)
 class Place:
     """The look of a place: colours of hills and ground, the ridge's waves (height, wavelength, phase), and texture."""
 
     phrase: str
-    hills: tuple[float, float, float]
-    ground: tuple[float, float, float]
+    hills: Colour
+    ground: Colour
     ridge: tuple[tuple[float, float, float], ...]
     texture: float
 
@@ -70,7 +74,7 @@ _SOFT = 0.8  # pixels over which an edge is blended
 _STARS = 36
 
 # (part of the day, colour at the top of the sky, colour at the horizon, light on the land)
-_SKY = (
+_SKY: tuple[tuple[float, Colour, Colour, float], ...] = (
     (0.00, (0.33, 0.36, 0.68), (0.95, 0.62, 0.48), 0.62),
     (0.12, (0.30, 0.52, 0.90), (0.78, 0.82, 0.93), 0.85),
     (0.30, (0.18, 0.45, 0.92), (0.62, 0.80, 0.97), 1.00),
@@ -175,14 +179,13 @@ def _frame(scene: Scene, number: int) -> Tensor:
 
 
 def _sky_at(part: float) -> tuple[list[float], list[float], float]:
-    for (begin, *low), (end, *high) in itertools.pairwise(_SKY):
+    for (begin, top0, horizon0, light0), (end, top1, horizon1, light1) in itertools.pairwise(_SKY):
         if part <= end:
             mix = (part - begin) / (end - begin)
-            (top0, horizon0, light0), (top1, horizon1, light1) = low, high
-            blend = [
+            top, horizon = (
                 [a + mix * (b - a) for a, b in zip(*pair, strict=True)] for pair in ((top0, top1), (horizon0, horizon1))
-            ]
-            return blend[0], blend[1], light0 + mix * (light1 - light0)
+            )
+            return top, horizon, light0 + mix * (light1 - light0)
     raise ValueError(f"expected a part of the day in 0..1, found {part}")
 
 

@@ -16,6 +16,7 @@ import _checkout
 import torch
 from op_inputs import OPS, variants
 
+from echo_rt.bench.settings import MODELS
 from echo_rt.errors import ConfigError
 from echo_rt.ops.backends import BACKENDS, check_device, load_ops
 from echo_rt.utils.device import DTYPES, parse_device
@@ -28,9 +29,7 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     check_device(ops, device)
     if arguments.launches < 1:
         raise ConfigError(f"--launches must be at least 1, got {arguments.launches}")
-    calls = {
-        variant.name: variant for variant in variants(arguments.op, _checkout.MODELS[arguments.size or "released"])
-    }
+    calls = {variant.name: variant for variant in variants(arguments.op, MODELS[arguments.size or "released"])}
     name = next(iter(calls)) if arguments.call is None else arguments.call
     if name not in calls:
         raise ConfigError(f"--call of {arguments.op} must be one of {', '.join(map(repr, calls))}; got {name!r}")
