@@ -29,7 +29,8 @@ from echo_rt.bench.runner import median_p99
 from echo_rt.bench.settings import RELEASED, BenchModel
 from echo_rt.bench.tables import columns, environment
 from echo_rt.errors import ConfigError
-from echo_rt.model.linear import Linear, gelu_tanh
+from echo_rt.model.cublaslt import gelu_tanh
+from echo_rt.model.linear import Linear
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.ops.backends import BACKENDS, check_device, load_ops
 from echo_rt.ops.float8 import product, quantize_rows

@@ -188,6 +188,7 @@ class RuntimeOptions:
     tokenizer: str | Path | None = None
     backend: str | None = None
     attention: str | None = None
+    linear: str | None = None
     convolution: str | None = None
     graphs: bool | None = None
     lookahead: int | None = None

@@ -49,6 +49,7 @@ class Runtime(ExplainsHabits, Closing, Bound):
         vae: the decoder that turns latents into frames: ``"wan"``, or the kind of a tiny decoder.
         backend, backend_reason: the implementation of the operations, and why.
         attention, text_attention: implementations of attention over the cache and over the text, and why.
+        linear: implementations of the transformer's linear layers by shape, and why.
         vae_attention, convolutions: those of the VAE decoder; None and empty for a tiny decoder.
     """
 
@@ -68,6 +69,7 @@ class Runtime(ExplainsHabits, Closing, Bound):
         self.backend, self.backend_reason = networks.backend.name, networks.backend.reason
         self.vae, self.lookahead = networks.vae_name, engine.lookahead
         self.attention, self.text_attention = networks.attention
+        self.linear = networks.linear
         self.vae_attention, self.convolutions = networks.vae_attention, networks.convolutions
         self._engine: Engine | None = engine
         # Torch tracks buffers by the CUDA stream they were made on, and might reuse them while a queue still writes.
@@ -99,6 +101,7 @@ class Runtime(ExplainsHabits, Closing, Bound):
         tokenizer: str | Path | None = None,
         backend: str | None = None,
         attention: str | None = None,
+        linear: str | None = None,
         convolution: str | None = None,
         width: int | None = None,
         height: int | None = None,
@@ -140,6 +143,7 @@ class Runtime(ExplainsHabits, Closing, Bound):
             width, height: size of the video in pixels; None for that of the model's folder, or 832 and 480.
             attention: the implementation of attention, a name that ``echo-rt doctor`` lists; None for the fastest one
                 on this model's shapes, measured once per GPU. The VAE uses it too where it supports the VAE's shapes.
+            linear: the same for the transformer's linear layers; there is more than torch's with nvmath-python.
             convolution: the same for the model's own VAE's convolutions, wherever it works; one for convolutions over
                 time and one for upsampling may be joined by a comma.
             graphs: whether stages that repeat are captured and replayed as CUDA graphs; None for yes on a GPU. A stage
@@ -155,8 +159,8 @@ class Runtime(ExplainsHabits, Closing, Bound):
                 ``"blocks.0.*"`` or ``"*.ffn.2"``; one without a match is an error. One of q, k and v of self-attention
                 keeps all three. ``"blocks.0.self_attn.attention"`` is what a layer does with them, and with ``@1``
                 behind it at denoising step 1 of a block; the last layer's is always in bfloat16.
-            like: a snapshot to resume: recipe, backend, attention and convolutions that are not asked for by name are
-                those of its video, whatever the files, ``ECHO_RT_BACKEND`` or a measurement say.
+            like: a snapshot to resume: recipe, backend, attention, linear layers and convolutions that are not asked
+                for by name are those of its video, whatever the files, ``ECHO_RT_BACKEND`` or a measurement say.
 
         Raises:
             WeightsError: files that are missing, damaged, or of another model.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from echo_rt.autotune.cache import Cache
 from echo_rt.autotune.tuner import Check, Selection, Tuner
 from echo_rt.config import ModelConfig
 from echo_rt.ops.schema import Ops
-from echo_rt.utils.device import FLOAT8, working_dtype
+from echo_rt.utils.device import FLOAT8, parse_dtype, working_dtype
 
 AttentionSelection = Selection[Attention]
 CACHE = Cache("attention", AttentionShapes)
@@ -137,20 +137,10 @@ def untried_attention(device: torch.device) -> Attention:
     return Library("sdpa", scaled_dot_product_attention) if device.type == "cpu" else Matmul()
 
 
-def known_selections(
-    device: torch.device, cache: Path | None, candidates: Sequence[AttentionCandidate]
-) -> Iterator[tuple[str, str]]:
-    """Yield name and reason of what models on ``device`` would get now, as far as known without measuring."""
-    yield from attention_tuner(device, torch.float32, _PROBE, candidates).known(cache)
-    if device.type == "cuda":  # nothing is selected elsewhere
-        yield from _float8_probe(device).known(cache)
-
-
-def available_attention(device: torch.device, candidates: Sequence[AttentionCandidate]) -> dict[str, str]:
-    """Run ``candidates`` and float8's on ``device``; return name -> ``"available"``, or ``"why not; advice"``."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return attention_tuner(device, dtype, _PROBE, candidates).available() | _float8_probe(device).available()
-
-
-def _float8_probe(device: torch.device) -> Tuner[Attention, AttentionShapes]:
-    return attention_tuner(device, FLOAT8, _PROBE, _of_float8(untried_attention(device), working_dtype(FLOAT8)))
+def probes(device: torch.device, ops: Ops) -> tuple[Tuner[Attention, AttentionShapes], ...]:
+    """Return tuners that try all candidates without a model, in the dtype that models have there and in float8."""
+    float8 = _of_float8(untried_attention(device), working_dtype(FLOAT8))
+    return (
+        attention_tuner(device, parse_dtype(None, device), _PROBE, implementations(ops)),
+        attention_tuner(device, FLOAT8, _PROBE, float8),
+    )

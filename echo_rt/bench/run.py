@@ -265,7 +265,7 @@ class Run:
         """By backend. What is asked of the decoder is not asked of the backend that it is held against."""
         asked = replace(self.request, device=self.device, dtype=self.dtype)
         chosen = self.model.networks(self.backend.ops, asked)
-        plain = replace(asked, convolution=None, vae_tiles=1)
+        plain = replace(asked, linear="torch", convolution=None, vae_tiles=1)
         return {_TORCH: self.model.networks(load_ops(_TORCH), plain, chosen.attention)} | {self.backend.name: chosen}
 
     def or_without_graphs(self, entry: Entry, work: Callable[[Entry], T]) -> T:

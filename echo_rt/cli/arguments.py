@@ -197,6 +197,7 @@ _SHARED = table(
 --backend NAME           implementation of the operations (see echo-rt doctor); default: cuda on a GPU that has the
                          kernels, else torch
 --attention NAME         implementation of attention (see echo-rt doctor); default: the fastest
+--linear NAME            implementation of the transformer's linear layers (see echo-rt doctor); default: the fastest
 --convolution NAME[,NAME]  implementations of the VAE's convolutions (see echo-rt doctor); default: the fastest
 --no-graphs graphs       run without CUDA graphs: the same video, slower (a CPU never uses graphs)
 --lookahead N            number of blocks begun ahead; default: 1 on a GPU, 0 on a CPU

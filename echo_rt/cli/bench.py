@@ -27,7 +27,7 @@ as CUDA graphs and was measured without them; 2 a mistake in the request, or a G
 """
 _SHARED = (
     *("--model", "--checkpoint", "--lora", "--lora-alpha", "--recipe", "--ema", "--dtype", "--float8-except"),
-    *("--device", "--backend", "--attention", "--convolution", "--vae-tiles", "--no-graphs", "--seed"),
+    *("--device", "--backend", "--attention", "--linear", "--convolution", "--vae-tiles", "--no-graphs", "--seed"),
 )
 _MODEL = "--size NAME           random weights at these sizes; default: released on a GPU"
 _RUN = f"""

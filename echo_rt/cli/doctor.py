@@ -35,8 +35,9 @@ _MARKS = {"ok": "✓", "absent": "-", "missing": "✗"}
 _TITLES = {"missing": "what keeps generate from running", "absent": "what could be better"}  # by status
 _LOW_DISK_GIB = 1.0
 _MOST_REASONS = 4  # of shapes that the autotuner has measured; more are counted
-_ATTENTION = ("echo_rt.attention", "available_attention", "chosen")
-_CONVOLUTION = ("echo_rt.convolution", "available_convolutions", "convolutions chosen")
+_ATTENTION = ("echo_rt.attention", "chosen")
+_LINEAR = ("echo_rt.model.cublaslt", "linear layers chosen")
+_CONVOLUTION = ("echo_rt.convolution", "convolutions chosen")
 
 # Module, distribution, what it is for, whether generate needs it.
 _NEEDED = "needed"
@@ -55,6 +56,7 @@ _DEPENDENCIES = (
     ("matplotlib", "matplotlib", "plots of soak and bench", "soak"),
     ("prometheus_client", "prometheus-client", "soak --port", "soak"),
     ("gguf", "gguf", "weights in GGUF files", "gguf"),
+    ("nvmath", "nvmath-python", "cuBLASLt's algorithms for linear layers", "cublaslt"),
     ("fastapi", "fastapi", "serve", "serve"),
     ("uvicorn", "uvicorn", "serve", "serve"),
     ("aiortc", "aiortc", "serve: WebRTC", "serve"),
@@ -259,15 +261,19 @@ def _driver() -> Iterator[Fact]:
         pynvml.nvmlShutdown()
 
 
-def _autotuned(family: str, available: str, name: str) -> Iterator[Fact]:
+def _autotuned(family: str, name: str) -> Iterator[Fact]:
     """Which implementations of a ``family`` work on the best device, and what the autotuner has selected there."""
     from echo_rt.ops.backends import available_backends, load_ops
 
     module = importlib.import_module(family)
     backends = [backend for backend in ("torch", "cuda") if available_backends()[backend] == "available"]
-    every, device = [module.implementations(load_ops(backend)) for backend in backends], _best_device()
+    device = _best_device()
+    every = [module.probes(device, load_ops(backend)) for backend in backends]
+    states: dict[str, str] = {}
     try:
-        states: dict[str, str] = getattr(module, available)(device, every[-1])
+        for kind, state in (item for tuner in every[-1] for item in tuner.available().items()):
+            # A name of causal and of enlarging convolutions is listed once where its state is the same.
+            states[kind if states.get(kind, state) == state else f"{kind} (enlarging)"] = state
     except Exception as error:  # of the driver: the GPU may be full, or in an error state
         yield Fact(f"on {device}", first_line(error), "missing", "see nvidia-smi, and free the GPU")
         return
@@ -279,8 +285,7 @@ def _autotuned(family: str, available: str, name: str) -> Iterator[Fact]:
         yield Fact("any of them", f"none works on {device}", "missing", "install torch again")
         return
     cache = module.cache_file()
-    known = [one for candidates in every for one in module.known_selections(device, cache, candidates)]
-    chosen = list(dict.fromkeys(known))
+    chosen = list(dict.fromkeys(one for tuners in every for tuner in tuners for one in tuner.known(cache)))
     where = f" (remembered in {cache})" if cache and device.type == "cuda" else ""
     if not chosen:
         advice = "it is measured when a model is loaded" + ("" if cache else "; to remember it, set ECHO_RT_CACHE_DIR")
@@ -325,6 +330,7 @@ CHECKS: tuple[tuple[str, Callable[[], Iterator[Fact]], tuple[str, ...]], ...] = 
     ("GPU", _driver, ()),
     ("build tools", _compilers, ()),
     ("attention", partial(_autotuned, *_ATTENTION), ("echo_rt.attention",)),
+    ("linear layers", partial(_autotuned, *_LINEAR), ("echo_rt.model.cublaslt", "nvmath")),
     ("convolution", partial(_autotuned, *_CONVOLUTION), ("echo_rt.convolution",)),
     ("video", _encoder, ("av", "echo_rt.output.video")),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,8 @@ from echo_rt.convolution.backends import ConvolutionCandidate as ConvolutionCand
 from echo_rt.convolution.backends import implementations as implementations
 from echo_rt.convolution.torch_conv import ConvolutionShape as ConvolutionShape
 from echo_rt.errors import BackendError
+from echo_rt.ops.schema import Ops
+from echo_rt.utils.device import parse_dtype
 
 CACHE = Cache("convolution", ConvolutionShape)
 cache_file = CACHE.path
@@ -130,20 +132,7 @@ def convolution_tuner(
     return Tuner(CACHE, device, dtype, shape, family, check, _ROUNDS)
 
 
-def known_selections(
-    device: torch.device, cache: Path | None, candidates: Sequence[ConvolutionCandidate]
-) -> Iterator[tuple[str, str]]:
-    """Yield name and reason of what decoders on ``device`` would get now, as far as known without measuring."""
-    for probe in _PROBES:
-        yield from convolution_tuner(device, torch.float32, probe, candidates).known(cache)
-
-
-def available_convolutions(device: torch.device, candidates: Sequence[ConvolutionCandidate]) -> dict[str, str]:
-    """Run each candidate on ``device``; return name -> ``"available"``, or ``"why it is not; what to do"``."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    states: dict[str, str] = {}
-    for probe in _PROBES:
-        for name, state in convolution_tuner(device, dtype, probe, candidates).available().items():
-            # A name of both families is listed once where its state is the same.
-            states[name if states.get(name, state) == state else f"{name} (enlarging)"] = state
-    return states
+def probes(device: torch.device, ops: Ops) -> tuple[Tuner[ConvolutionCandidate, ConvolutionShape], ...]:
+    """Return tuners that try all candidates without a model, in the dtype that models have there."""
+    dtype, candidates = parse_dtype(None, device), implementations(ops)
+    return tuple(convolution_tuner(device, dtype, probe, candidates) for probe in _PROBES)

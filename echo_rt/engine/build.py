@@ -23,6 +23,8 @@ from echo_rt.convolution import implementations as convolution_candidates
 from echo_rt.engine.executor import Executor
 from echo_rt.engine.rollout import Rollout
 from echo_rt.errors import BackendError, ConfigError
+from echo_rt.model.cublaslt import LinearSelection, LinearShape, linear_shapes, select_linear
+from echo_rt.model.cublaslt import cache_file as linear_cache
 from echo_rt.model.decoder_protocol import VideoDecoder
 from echo_rt.model.linear import float8_attention, kept_from_float8
 from echo_rt.model.memory import MemoryEncoder
@@ -37,6 +39,8 @@ from echo_rt.snapshot.fit import (
     ATTENTION,
     BACKEND,
     FLOAT8_ATTENTION,
+    LINEAR,
+    LINEAR_BEFORE,
     TEXT_ATTENTION,
     VAE_ATTENTION,
     Selected,
@@ -163,6 +167,19 @@ class Networks:
         )
 
     @cached_property
+    def linear(self) -> Mapping[LinearShape, LinearSelection]:
+        """The implementation of each of the transformer's linear layers, and why."""
+        place, cache = (self.device, self.dtype), linear_cache() if self.selected is None else None
+        # Where there is a snapshot, it names those that torch does not compute.
+        before = LINEAR_BEFORE if self.prescribed else None
+        return {
+            shape: select_linear(
+                shape, *place, self.options.linear, self.prescribed.get(f"{LINEAR}{shape}", before), cache
+            )
+            for shape in linear_shapes(self.config, self.model_dtype)
+        }
+
+    @cached_property
     def schedule(self) -> Schedule:
         return Schedule(self.config.sampler, self.device)
 
@@ -177,6 +194,7 @@ class Networks:
             device=self.device,
             dtype=self.model_dtype,
             kept=self.kept_from_float8,
+            products={shape: choice.implementation for shape, choice in self.linear.items()},
         )
 
     @cached_property
@@ -190,6 +208,7 @@ class Networks:
         for label, selection in ((FLOAT8_ATTENTION, self.attention_in_float8), (VAE_ATTENTION, self.vae_attention)):
             if selection is not None:
                 found[label] = selection
+        found |= {f"{LINEAR}{shape}": selection for shape, selection in self.linear.items()}
         return found | {_label(shape): selection for shape, selection in self.convolutions.items()}
 
     def load(self, config: ModelConfig) -> None:

@@ -18,7 +18,7 @@ from echo_rt.engine.prompts import NOW, PromptEncoder, check_prompt_embeds, prom
 from echo_rt.errors import ConfigError, PromptError, StreamError
 from echo_rt.model.linear import SELF_ATTENTION
 from echo_rt.options import MemoryMode, RuntimeOptions
-from echo_rt.snapshot.fit import IMPLEMENTATIONS, WEIGHTS, Selected, conflict, difference
+from echo_rt.snapshot.fit import IMPLEMENTATIONS, WEIGHTS, Selected, conflict, difference, names_of
 from echo_rt.snapshot.kv_rows import MEMORY, SINK, copy_rows, same_bits, shapes_in_snapshots, split_kv
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.device import FLOAT8, model_context
@@ -62,7 +62,7 @@ class Engine:
         depth = 1 + self.lookahead
         require_capacity(config, networks, depth)
         # Before the weights: a measurement takes memory that they will need.
-        _ = networks.attention, networks.attention_in_float8
+        _ = networks.attention, networks.attention_in_float8, networks.linear
         # float32 whatever the model's dtype: LoRAs are merged in it, and must not depend on the caller's TF32 settings.
         with model_context(device, self.dtype, self.vae_dtype, torch.float32):
             networks.load(config)
@@ -79,7 +79,7 @@ class Engine:
             "vae": networks.vae_name,
             "dtype": str(networks.model_dtype),
             "vae_dtype": str(self.vae_dtype),
-            IMPLEMENTATIONS: {label: chosen.name for label, chosen in self.implementations.items()},
+            IMPLEMENTATIONS: names_of(self.implementations),
             WEIGHTS: [part.digest() for part in (tensors.transformer, tensors.memory, tensors.vae)],
         }
         if taken is not None:

@@ -7,14 +7,15 @@ written once for both kinds.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear
 
 from echo_rt.errors import ConfigError
+from echo_rt.model.cublaslt import TORCH, LinearShape, Products, gelu_tanh
 from echo_rt.ops.float8 import product, quantize_rows
 from echo_rt.ops.schema import Ops
 from echo_rt.utils.device import FLOAT8, dtype_name, placed
@@ -26,20 +27,16 @@ FLOAT8_PRODUCTS = (("self_attn.q", "self_attn.k", "self_attn.v"), ("cross_attn.q
 SELF_ATTENTION = "self_attn.attention"
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """Compute GELU by its tanh formula, in ``x``'s dtype."""
-    return gelu(x, approximate="tanh")
-
-
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer: weight ``[out, in]`` and bias ``[out]``."""
+    """A linear layer: weight ``[out, in]``, bias ``[out]``, and what computes it for the shapes of ``products``."""
 
     weight: Tensor
     bias: Tensor
+    products: Products = field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return self._of(x, gelu=False)
 
     def after_norm(self, ops: Ops, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
         return self(ops.modulated_layer_norm(x, shift, scale, eps))
@@ -53,13 +50,13 @@ class Linear:
         return self(gelu_tanh(x))
 
     def then_gelu(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x [n, in]``, then :func:`gelu_tanh`.
+        """Apply the layer to ``x [n, in]``, then :func:`gelu_tanh`."""
+        return self._of(x, gelu=True)
 
-        On a GPU cuBLASLt applies GELU before it writes the result, which saves one pass over it.
-        """
-        if x.is_cuda:
-            return torch._addmm_activation(self.bias, x, self.weight.t(), use_gelu=True)
-        return gelu_tanh(self(x))  # the operator above has GELU's other formula on a CPU
+    def _of(self, x: Tensor, gelu: bool) -> Tensor:
+        outputs, inputs = self.weight.shape
+        product = self.products.get(LinearShape(len(x), inputs, outputs, gelu), TORCH)
+        return product(x, self.weight, self.bias, gelu)
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,10 @@ Product = Linear | Float8Linear
 
 
 class Weights:
-    """Tensors by their original names, placed in ``dtype``; ``kept``: layers that :meth:`product` leaves in it."""
+    """Tensors by their original names, placed in ``dtype``.
+
+    ``kept``: layers that :meth:`product` leaves in it; ``products``: what computes linear layers of these shapes.
+    """
 
     def __init__(
         self,
@@ -108,8 +108,10 @@ class Weights:
         device: torch.device,
         dtype: torch.dtype,
         kept: frozenset[str] = frozenset(),
+        products: Products = MappingProxyType({}),
     ) -> None:
         self._tensors, self._device, self._dtype, self._kept = tensors, device, dtype, kept
+        self._products = products
 
     def matrix(self, name: str) -> Tensor:
         return self._tensors[name].to(self._device, self._dtype)
@@ -120,7 +122,8 @@ class Weights:
 
     def linear(self, *names: str) -> Linear:
         """Return one linear layer for several projections of the same input, stacked along the output."""
-        return Linear(self._stacked(self.matrix, names, "weight"), self._stacked(self.matrix, names, "bias"))
+        weight, bias = (self._stacked(self.matrix, names, part) for part in ("weight", "bias"))
+        return Linear(weight, bias, self._products)
 
     def product(self, *names: str) -> Product:
         """Return :meth:`linear` in float8, unless kept from it; quantized from the stored, unrounded values."""

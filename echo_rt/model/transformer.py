@@ -7,6 +7,7 @@ by the rollout (:mod:`echo_rt.engine.rollout`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import rms_norm, silu
 
 from echo_rt.attention import Attention
 from echo_rt.config import TransformerConfig
+from echo_rt.model.cublaslt import Products
 from echo_rt.model.linear import Linear, Product, Weights, feed_forward
 from echo_rt.ops.schema import Ops
 from echo_rt.utils.device import working_dtype
@@ -63,7 +65,8 @@ class Transformer:
     ``1 +`` of the scales included).
 
     In dtype float8 the products that :data:`echo_rt.model.linear.FLOAT8_PRODUCTS` names are, but for those in ``kept``
-    (:func:`echo_rt.model.linear.kept_from_float8`); everything else is in bfloat16, and so is :attr:`dtype`.
+    (:func:`echo_rt.model.linear.kept_from_float8`); everything else is in bfloat16, and so is :attr:`dtype`. Linear
+    layers of the shapes of ``products`` are computed by those.
     """
 
     def __init__(
@@ -77,10 +80,11 @@ class Transformer:
         device: torch.device,
         dtype: torch.dtype,
         kept: frozenset[str],
+        products: Products = MappingProxyType({}),
     ) -> None:
         self.config, self.device, self.dtype = config, device, working_dtype(dtype)
         self._ops, self._attention = ops, attention
-        load = Weights(tensors, device, self.dtype, kept)
+        load = Weights(tensors, device, self.dtype, kept, products)
         self.layers = [LayerWeights(load, f"blocks.{index}") for index in range(config.num_layers)]
         patch_weight = load.matrix("patch_embedding.weight").flatten(1)
         self._patch = Linear(patch_weight, load.matrix("patch_embedding.bias"))

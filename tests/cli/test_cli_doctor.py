@@ -291,7 +291,7 @@ def attention_facts(monkeypatch, states: dict[str, str], cache=None) -> dict[str
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(echo_rt.attention, "available_attention", lambda device, kinds: states)
+    monkeypatch.setattr("echo_rt.autotune.tuner.Tuner.available", lambda self: states)
     monkeypatch.setattr(echo_rt.attention, "cache_file", lambda: cache)
     return {fact.name: fact for fact in doctor._autotuned(*doctor._ATTENTION)}
 
@@ -306,7 +306,7 @@ def test_attention_on_a_cpu(echo_rt):
     assert {"sdpa", "products"} <= shown - {"converted"} < names, "those of a GPU are left out"
     assert facts["converted"]["value"] == "works on cpu", "that of a float8 cache"
     assert facts["sdpa"]["value"] == "works on cpu"
-    assert facts["chosen"]["value"] == "sdpa: torch's own on a CPU"
+    assert facts["chosen"]["value"] == "sdpa, converted: torch's own on a CPU"
 
 
 def test_attention_that_is_not_there_comes_with_its_remedy(monkeypatch):
@@ -354,14 +354,13 @@ def test_no_attention_at_all(monkeypatch):
     assert facts["any of them"].status == "missing" and "chosen" not in facts
 
 
-def test_a_gpu_that_fails_is_a_finding(monkeypatch):
-    import echo_rt.attention
-
-    def full(device, kinds):
+@pytest.mark.parametrize("family", [doctor._ATTENTION, doctor._LINEAR, doctor._CONVOLUTION])
+def test_a_gpu_that_fails_is_a_finding(monkeypatch, family):
+    def full(tuner):
         raise RuntimeError("CUDA error: out of memory\nmore")
 
-    monkeypatch.setattr(echo_rt.attention, "available_attention", full)
-    (fact,) = doctor._autotuned(*doctor._ATTENTION)
+    monkeypatch.setattr("echo_rt.autotune.tuner.Tuner.available", full)
+    (fact,) = doctor._autotuned(*family)
     assert (fact.status, fact.value) == ("missing", "CUDA error: out of memory")
 
 
@@ -388,7 +387,7 @@ def test_the_convolutions_that_were_chosen(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(echo_rt.convolution, "available_convolutions", lambda device, kinds: {"conv3d": "available"})
+    monkeypatch.setattr("echo_rt.autotune.tuner.Tuner.available", lambda self: {"conv3d": "available"})
     monkeypatch.setattr(echo_rt.convolution, "cache_file", lambda: cache)
     monkeypatch.setattr("echo_rt.ops.backends.available_backends", lambda: {"torch": "available", "cuda": "no"})
 
@@ -413,12 +412,12 @@ def test_the_convolutions_that_were_chosen(monkeypatch, tmp_path):
     )
 
 
-def test_a_gpu_that_fails_at_convolutions_is_a_finding(monkeypatch):
-    import echo_rt.convolution
+def test_a_convolution_of_both_kinds_is_listed_once_unless_it_differs(monkeypatch):
+    def states(tuner):
+        return {"a": "available", "b": "available" if tuner.shapes.enlarge else "gone; get it"}
 
-    def full(device, kinds):
-        raise RuntimeError("CUDA error: out of memory\nmore")
-
-    monkeypatch.setattr(echo_rt.convolution, "available_convolutions", full)
-    (fact,) = doctor._autotuned(*doctor._CONVOLUTION)
-    assert (fact.status, fact.value) == ("missing", "CUDA error: out of memory")
+    monkeypatch.setattr("echo_rt.autotune.tuner.Tuner.available", states)
+    monkeypatch.setattr("echo_rt.ops.backends.available_backends", lambda: {"torch": "available", "cuda": "no"})
+    monkeypatch.setattr(doctor, "_checked", lambda name, value, ok, *_: doctor.Fact(name, f"{ok}"))
+    facts = {fact.name: fact.value for fact in doctor._autotuned(*doctor._CONVOLUTION)}
+    assert (facts["a"], facts["b (enlarging)"]) == ("True", "True") and "b" not in facts, "gone on a CPU is left out"

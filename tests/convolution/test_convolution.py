@@ -15,12 +15,13 @@ import torch
 from echo_rt.convolution import (
     ConvolutionCandidate,
     ConvolutionShape,
-    available_convolutions,
+    convolution_tuner,
     implementations,
-    known_selections,
+    probes,
     select_convolutions,
 )
 from echo_rt.errors import BackendError
+from echo_rt.ops.backends import load_ops
 
 CAUSAL = ConvolutionShape(4, 5, 6, 8, 8, (3, 3, 3))
 WIDER = ConvolutionShape(4, 5, 60, 8, 8, (3, 3, 3))
@@ -252,7 +253,8 @@ def test_what_was_measured_is_not_measured_again(cache):
     for shape in shapes:
         assert again[shape].timings == first[shape].timings
         assert again[shape].reason == f"{first[shape].reason} (remembered in {cache})"
-    known = list(known_selections(GPU, cache, STAND_INS))
+    known = list(convolution_tuner(GPU, torch.bfloat16, CAUSAL, STAND_INS).known(cache))
+    known += convolution_tuner(GPU, torch.bfloat16, GROWING, STAND_INS).known(cache)
     assert known[0] == ("b", f"for {CAUSAL} in bfloat16, {first[CAUSAL].reason}")
     assert [name for name, _ in known] == ["b", "b", "grow-a"]
 
@@ -276,7 +278,7 @@ def test_another_machine_is_measured_anew_and_the_first_is_kept(cache, monkeypat
     choose(FakeJudge({"a": 2.0, "b": 0.5}), [CAUSAL], cache=cache)
     with monkeypatch.context() as patch:
         others = change(patch, gpu)
-        assert list(known_selections(GPU, cache, others)) == []
+        assert list(convolution_tuner(GPU, torch.bfloat16, CAUSAL, others).known(cache)) == []
         assert names(choose(FakeJudge({"a": 0.1, "b": 9.0}), [CAUSAL], others, cache=cache)) == ["a"]
     gpu.name = "Imaginary 9000"
     assert names(choose(FakeJudge(), [CAUSAL], cache=cache)) == ["b"]
@@ -310,18 +312,19 @@ def test_what_is_available():
     every = (kind("a"), kind("b"), kind("c", devices=("cpu",)), kind("grow", enlarges=True))
     judge = FakeJudge(errors={"b": math.inf, "grow": RuntimeError("no kernel image")})
     with mock.patch("echo_rt.convolution.ConvolutionCheck", judge):
-        states = available_convolutions(GPU, every)
+        states = {
+            name: state
+            for shape in (CAUSAL, GROWING)
+            for name, state in convolution_tuner(GPU, torch.bfloat16, shape, every).available().items()
+        }
     assert states["a"] == "available" and "its result is wrong" in states["b"]
     assert states["c"].startswith("it runs on cpu, the device is cuda:0; choose conv3d")
     assert "no kernel image; choose another" in states["grow"]
-    assert {case[2] for case in judge.asked} == {torch.bfloat16}, "the dtype that models have on a GPU"
-    twins = (kind("a"), kind("a", enlarges=True), kind("b", devices=("cpu",)), kind("b", enlarges=True))
-    with mock.patch("echo_rt.convolution.ConvolutionCheck", FakeJudge()):
-        both = available_convolutions(GPU, twins)
-    assert list(both) == ["a", "b", "b (enlarging)"]
-    assert both["b"] != both["b (enlarging)"] == "available"
-    on_cpu = available_convolutions(CPU, implementations())
-    assert [name for name, state in on_cpu.items() if state == "available"] == [
+    on_gpu = probes(GPU, load_ops("torch"))
+    assert {tuner.dtype for tuner in on_gpu} == {torch.bfloat16}, "the dtype that models have on a GPU"
+    assert [tuner.shapes.enlarge for tuner in on_gpu] == [False, True]
+    on_cpu = [one for tuner in probes(CPU, load_ops("torch")) for one in tuner.available().items()]
+    assert [name for name, state in on_cpu if state == "available"] == [
         "conv3d",
         "three-products",
         "enlarged",
@@ -330,7 +333,7 @@ def test_what_is_available():
 
 
 def test_what_is_known_on_a_cpu():
-    assert list(known_selections(CPU, None, implementations())) == [
+    assert [one for tuner in probes(CPU, load_ops("torch")) for one in tuner.known(None)] == [
         ("three-products", "torch's own on a CPU"),
         ("enlarged", "torch's own on a CPU"),
     ]

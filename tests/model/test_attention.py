@@ -18,9 +18,8 @@ from echo_rt.attention import (
     AttentionShapes,
     _of_float8,
     attention_tuner,
-    available_attention,
     implementations,
-    known_selections,
+    probes,
 )
 from echo_rt.attention.backends import IMPLEMENTATIONS, AttentionCandidate, Library
 from echo_rt.errors import BackendError
@@ -34,6 +33,10 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 def kind(name: str, **facts) -> AttentionCandidate:
     return AttentionCandidate(name, lambda: Library(name, lambda q, k, v: q), **facts)
+
+
+def known_selections(cache, kinds) -> list[tuple[str, str]]:
+    return list(attention_tuner(GPU, torch.bfloat16, SHAPES, kinds).known(cache))
 
 
 def absent(name: str, why: str) -> AttentionCandidate:
@@ -224,7 +227,8 @@ def test_no_memory_for_any_is_an_error_that_says_so():
     with pytest.raises(shortage, match=r"attention 'a': it runs out of memory .*2\.00 GiB by a"):
         choose(judge, [kind("a"), kind("b")], requested="a")
     with mock.patch("echo_rt.attention.AttentionCheck", judge):
-        assert available_attention(GPU, [kind("a"), kind("b")])["a"].startswith("it runs out of memory")
+        states = attention_tuner(GPU, torch.bfloat16, SHAPES, [kind("a"), kind("b")]).available()
+    assert states["a"].startswith("it runs out of memory")
 
 
 def test_one_that_holds_all_scores_is_for_where_nothing_else_works():
@@ -344,7 +348,7 @@ def test_what_was_measured_is_not_measured_again(cache):
     assert judge.asked == [], "not even tensors are made"
     assert again.name == "b" and again.timings == first.timings and again.rejected == {"c": "gone"}
     assert again.reason == f"{first.reason} (remembered in {cache})"
-    assert list(known_selections(GPU, cache, kinds)) == [("b", f"for {SHAPES} in bfloat16, {first.reason}")]
+    assert known_selections(cache, kinds) == [("b", f"for {SHAPES} in bfloat16, {first.reason}")]
 
 
 def changed_gpu(monkeypatch, gpu):
@@ -373,7 +377,7 @@ def test_another_machine_is_measured_anew_and_the_first_is_kept(cache, monkeypat
     choose(FakeJudge({"a": 2.0, "b": 0.5}), kinds, cache)
     with monkeypatch.context() as patch:
         change(patch, gpu)
-        assert list(known_selections(GPU, cache, kinds)) == []
+        assert known_selections(cache, kinds) == []
         assert choose(FakeJudge({"a": 0.1, "b": 9.0}), kinds, cache).name == "a"
     gpu.name = "Imaginary 9000"
     judge = FakeJudge({})
@@ -405,12 +409,18 @@ def test_a_winner_that_is_gone_is_not_missed(cache, caplog):
 def test_what_is_available():
     judge = FakeJudge({}, errors={"b": RuntimeError("no kernel image"), "c": math.inf})
     with mock.patch("echo_rt.attention.AttentionCheck", judge):
-        states = available_attention(GPU, [kind("a"), kind("b"), kind("c"), absent("d", "gone; get it")])
+        tuner = attention_tuner(
+            GPU, torch.bfloat16, SHAPES, [kind("a"), kind("b"), kind("c"), absent("d", "gone; get it")]
+        )
+        states = tuner.available()
+        in_float8 = probes(GPU, load_ops("torch"))[1].available()
     assert states["a"] == "available" and states["d"] == "gone; get it"
     assert "no kernel image; choose another" in states["b"] and "its result is wrong" in states["c"]
-    assert [case[2] for case in judge.asked] == [torch.bfloat16, FLOAT8], "the dtypes that models have on a GPU"
-    assert states["converted"] == "available" and "pip install" in states["cudnn-float8"]
-    on_cpu = available_attention(CPU, EVERY)
+    assert [case[2] for case in judge.asked] == [torch.bfloat16, FLOAT8]
+    assert in_float8["converted"] == "available" and "pip install" in in_float8["cudnn-float8"]
+    dtypes = [tuner.dtype for tuner in probes(GPU, load_ops("torch"))]
+    assert dtypes == [torch.bfloat16, FLOAT8], "the dtypes that models have on a GPU"
+    on_cpu = {name: state for tuner in probes(CPU, load_ops("torch")) for name, state in tuner.available().items()}
     able = [name for name, state in on_cpu.items() if state == "available"]
     assert able == ["sdpa", "products", "sdpa-math", "converted"]
     assert list(on_cpu) == [kind.name for kind in (*EVERY, *_of_float8(Library("sdpa", max), torch.bfloat16))]
@@ -420,5 +430,5 @@ def test_what_was_measured_in_float8_is_known(cache):
     candidates = _of_float8(Library("sdpa", max), torch.bfloat16)
     judge = FakeJudge({"converted": 1.0, "sage": 0.5})
     assert choose(judge, candidates, cache, dtype=FLOAT8).name == "converted"
-    ((name, reason),) = known_selections(GPU, cache, EVERY)
+    ((name, reason),) = probes(GPU, load_ops("torch"))[1].known(cache)
     assert name == "converted" and reason.startswith(f"for {SHAPES} in float8_e4m3fn, the only one that works")
