@@ -29,7 +29,7 @@ from echo_rt.bench.runner import median_p99
 from echo_rt.bench.settings import RELEASED, BenchModel
 from echo_rt.bench.tables import columns, environment
 from echo_rt.errors import ConfigError
-from echo_rt.model.cublaslt import gelu_tanh
+from echo_rt.model.cublaslt import LinearShape, gelu_tanh, select_linear
 from echo_rt.model.linear import Linear
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.ops.backends import BACKENDS, check_device, load_ops
@@ -43,6 +43,7 @@ from echo_rt.weights.tiny_model import RandomTensors
 
 MEMORY_UPDATE, LIBRARY = "memory_update", "library"
 QUERY_NORM = "rms_norm of the queries to the text"
+SEARCHED = "cuBLASLt searched"  # in the name of a call that the autotuner selected
 MEMORY_SHARE = 0.85  # of the copy rate, the target of kernels that memory limits
 # Timed calls and calls before them: quick or not, by device.
 _COUNTS = {("cuda", False): (200, 20), ("cuda", True): (50, 5), ("cpu", False): (10, 1), ("cpu", True): (3, 0)}
@@ -259,7 +260,8 @@ def time_memory_update(run: Run) -> Row:
 def time_library(run: Run) -> Iterator[Row]:
     """What the model asks of a library in every layer but attention: its linear layers, and the norm of a query.
 
-    Held against the same in float32. Float8 takes the rows that a kernel has quantized.
+    Held against the same in float32. Float8 takes the rows that a kernel has quantized. Where nvmath-python is
+    installed, also what the autotuner selects of cuBLASLt's algorithms.
     """
     config, draws = run.model.config, torch.Generator(run.device).manual_seed(0)
 
@@ -282,6 +284,11 @@ def time_library(run: Run) -> Iterator[Row]:
         call, wanted = (in16.then_gelu, gelu_tanh(exact)) if gelu else (in16, exact)
         work = Work(2 * (x.numel() + weight.numel() + exact.numel()), flops, "arithmetic")
         yield timed(name, layer.calls, partial(call, x), wanted, work)
+        shape = LinearShape(*x.shape, layer.outputs, gelu)
+        choice = select_linear(shape, run.device, run.dtype, None, None, None)
+        if len(choice.timings) > 1:
+            call = partial(choice.implementation, x, weight, bias, gelu)
+            yield timed(f"{name}, {SEARCHED}: {choice.name}", layer.calls, call, wanted, work)
         if layer.float8 and run.dtype == torch.bfloat16:
             rows, weights = quantize_rows(x.float()), quantize_rows(weight.float())
             values = [each.float() * scale[:, None] for each, scale in (rows, weights)]

@@ -15,8 +15,12 @@ from pathlib import Path
 
 from _checkout import ROOT
 
-# In this order; wcwidth is what ftfy needs. Versions are those that pyproject.toml asks for, else the newest.
-WHEELS = ("nvtx", "ftfy", "wcwidth", "nvidia-ml-py", "nvidia-cudnn-frontend")
+# In this order; wcwidth is what ftfy needs, cuda-core and cuda-pathfinder what nvmath-python needs beside what a torch
+# with CUDA brings. Versions are those that pyproject.toml asks for, else the newest.
+WHEELS = (
+    *("nvtx", "ftfy", "wcwidth", "nvidia-ml-py", "nvidia-cudnn-frontend"),
+    *("nvmath-python", "cuda-core", "cuda-pathfinder"),
+)
 IF_IT_FITS = "av"  # writes videos, which no check of a GPU needs
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 MIB = 2**20

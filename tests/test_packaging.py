@@ -125,6 +125,7 @@ def test_the_source_distribution_carries_the_whole_checkout(packed: Path) -> Non
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "cudnn": "nvidia-cudnn-frontend",
+    "nvmath": "nvmath-python",
     "pynvml": "nvidia-ml-py",
     "prometheus_client": "prometheus-client",
     "markdown_it": "markdown-it-py",

@@ -204,8 +204,8 @@ def select_linear(
 
     Where there is none but torch's, and none other is asked for, nothing is measured.
     """
-    alone = all(one.obstacle(device, dtype, shape) for one in IMPLEMENTATIONS[1:])
-    if alone and {requested, prescribed} <= {None, TORCH.name}:
+    by_torch = requested in (None, TORCH.name) and prescribed in (None, TORCH.name)
+    if by_torch and all(one.obstacle(device, dtype, shape) for one in IMPLEMENTATIONS[1:]):
         return Selection(TORCH, "the only one here", by_name=requested is not None)
     return linear_tuner(device, dtype, shape).select(requested, prescribed, cache=cache)
 

@@ -13,6 +13,7 @@ from kernel_times import (
     BOUNDS,
     LIBRARY_BOUNDS,
     QUERY_NORM,
+    SEARCHED,
     Row,
     Run,
     compare,
@@ -27,8 +28,9 @@ from op_inputs import IN8, OPS, linear_layers, variants
 from roofline import Ceiling, Work, measure_ceilings
 from timing import HostTimer
 
+from echo_rt.autotune.tuner import Selection
 from echo_rt.bench.settings import TINY
-from echo_rt.model.linear import Linear
+from echo_rt.model.cublaslt import TORCH, LinearSelection, LinearShape, TorchLinear, linear_shapes
 from echo_rt.ops import reference
 from echo_rt.ops.backends import available_backends
 
@@ -77,8 +79,31 @@ def test_what_a_library_computes_is_timed_too() -> None:
     assert first["bytes"] == 2 * (tokens * dim + 3 * dim**2 + 3 * tokens * dim)
 
 
+def test_what_the_autotuner_selects_is_timed_beside_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Third(TorchLinear):
+        name = "cublaslt-3"
+
+    asked: list[LinearShape] = []
+
+    def select(shape: LinearShape, *_: object) -> LinearSelection:
+        asked.append(shape)
+        if not shape.gelu:
+            return Selection(TORCH, "the only one here")  # where nothing is measured
+        return Selection(Third(), "fastest", {"torch": 2.0, "cublaslt-3": 1.0})
+
+    monkeypatch.setattr(kernel_times, "select_linear", select)
+    rows = {row["variant"]: row for row in time_library(run_of(None))}
+    (searched,) = (name for name in rows if SEARCHED in name)
+    assert searched == f"product ffn_in, {SEARCHED}: cublaslt-3" and rows[searched].ok
+    assert rows[searched]["flops"] == rows["product ffn_in"]["flops"]
+    assert {*asked} == {*linear_shapes(TINY.config, torch.bfloat16)}, "those of the model"
+
+
 def test_a_wrong_library_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Linear, "__call__", lambda self, x: 1.1 * torch.nn.functional.linear(x, self.weight, self.bias))
+    def wrong(self: TorchLinear, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool) -> torch.Tensor:
+        return 1.1 * torch.nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr(TorchLinear, "__call__", wrong)
     rows = {row["variant"]: row.ok for row in time_library(run_of(None))}
     assert not any(ok for name, ok in rows.items() if name.startswith("product") and IN8 not in name)
     assert rows[QUERY_NORM] and rows[f"product ffn_out, {IN8}"]

@@ -68,7 +68,7 @@ def test_all_that_can_be_asked(call: Any, asked: list[Request], tmp_path: Path) 
     text = (
         "--model m --checkpoint c --lora l --lora k:2 --no-ema --convolution conv3d,phases --vae-tiles 2 --no-graphs "
         "--dtype float8 --float8-except *.ffn.2 --device cpu --backend torch "
-        "--attention sdpa --seed 9 "
+        "--attention sdpa --linear torch --seed 9 "
         "--variants evolve,off --lookahead 2 --rounds 3 --blocks 4 --no-peers --no-chart"
     )
     done = call("bench", *shlex.split(text), "--out", tmp_path / "new" / "deep")
@@ -86,6 +86,7 @@ def test_all_that_can_be_asked(call: Any, asked: list[Request], tmp_path: Path) 
             float8_except=("*.ffn.2",),
             backend="torch",
             attention="sdpa",
+            linear="torch",
             variants=("evolve", "off"),
             rounds=3,
             blocks=4,
@@ -141,6 +142,7 @@ def test_a_wrong_variant_is_in_the_exit_code(
         ("--vae-tiles 99 --device cpu", "vae_tiles: expected 1 for latents 4 rows high, got 99"),
         ("--model /no/such/folder --device cpu", "/no/such/folder"),
         ("--attention magic --device cpu", "magic"),
+        ("--linear magic --device cpu", "linear must be one of torch, cublaslt-1, "),
         ("--backend magic --device cpu", "magic"),
         ("--backend= --device cpu", "backend must be one of torch, emulated, cuda; got ''"),
         ("--chart", "--chart: expected --out DIR"),

@@ -60,7 +60,7 @@ def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
     options = "--checkpoint c.pt --lora l.pt --lora m.pt:-0.5 --lora-alpha 8 --no-ema --recipe longlive --device cpu"
     options += " --dtype fp8 --memory prior --backend torch"
     options += " --vae-dtype float32 --vae tiny --vae-tiles 3 --attention sdpa --convolution phases --lookahead 2"
-    options += " --float8-except *.ffn.2 --float8-except blocks.0.* --no-graphs"
+    options += " --float8-except *.ffn.2 --float8-except blocks.0.* --no-graphs --linear torch"
     options += " --text-encoder t.gguf --tokenizer words"
     options += " --size 128x96 --keep-text-encoder --frames 1 --quiet"
     outcome = echo_rt("generate", *PROMPT, "-o", tmp_path / "v.mp4", *options.split())
@@ -84,6 +84,7 @@ def test_options_reach_the_runtime(echo_rt, fake_runtime, tmp_path):
         "tokenizer": "words",
         "backend": "torch",
         "attention": "sdpa",
+        "linear": "torch",
         "convolution": "phases",
         "lookahead": 2,
         "graphs": False,

@@ -58,7 +58,7 @@ def test_all_that_can_be_asked(call: Any, asked: dict[str, Any]) -> None:
         "--seed 9 --snapshot-every 500 --keep 2 --interval 2.5 --hash-every 10 --port 0.0.0.0:9000 --no-plots --quiet "
         "--warmup-blocks 20 --device-growth 512 --host-slope off --host-slack 1e6 --latency-ratio 1.2 "
         "--latency-zscore off --outliers 0.01 --drift 0.3 --roll-back --block-seconds 5 --attention sdpa --lookahead 2 "
-        "--no-graphs --vae tiny --vae-dtype float32 --convolution conv3d,phases"
+        "--no-graphs --vae tiny --vae-dtype float32 --linear torch --convolution conv3d,phases"
     )
     assert call(*REQUIRED, *shlex.split(text)).code == 0
     assert asked["config"] == SoakConfig(
@@ -76,6 +76,7 @@ def test_all_that_can_be_asked(call: Any, asked: dict[str, Any]) -> None:
         device="cpu",
         backend="torch",
         attention="sdpa",
+        linear="torch",
         convolution="conv3d,phases",
         lookahead=2,
         graphs=False,
