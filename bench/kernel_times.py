@@ -284,7 +284,7 @@ def time_library(run: Run) -> Iterator[Row]:
         call, wanted = (in16.then_gelu, gelu_tanh(exact)) if gelu else (in16, exact)
         work = Work(2 * (x.numel() + weight.numel() + exact.numel()), flops, "arithmetic")
         yield timed(name, layer.calls, partial(call, x), wanted, work)
-        shape = LinearShape(*x.shape, layer.outputs, gelu)
+        shape = LinearShape(len(x), layer.inputs, layer.outputs, gelu)
         choice = select_linear(shape, run.device, run.dtype, None, None, None)
         if len(choice.timings) > 1:
             call = partial(choice.implementation, x, weight, bias, gelu)

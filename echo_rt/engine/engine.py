@@ -18,7 +18,7 @@ from echo_rt.engine.prompts import NOW, PromptEncoder, check_prompt_embeds, prom
 from echo_rt.errors import ConfigError, PromptError, StreamError
 from echo_rt.model.linear import SELF_ATTENTION
 from echo_rt.options import MemoryMode, RuntimeOptions
-from echo_rt.snapshot.fit import IMPLEMENTATIONS, WEIGHTS, Selected, conflict, difference, names_of
+from echo_rt.snapshot.fit import IMPLEMENTATIONS, LINEAR, LINEAR_BEFORE, WEIGHTS, Selected, conflict, difference
 from echo_rt.snapshot.kv_rows import MEMORY, SINK, copy_rows, same_bits, shapes_in_snapshots, split_kv
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.utils.device import FLOAT8, model_context
@@ -79,7 +79,11 @@ class Engine:
             "vae": networks.vae_name,
             "dtype": str(networks.model_dtype),
             "vae_dtype": str(self.vae_dtype),
-            IMPLEMENTATIONS: names_of(self.implementations),
+            IMPLEMENTATIONS: {
+                label: chosen.name
+                for label, chosen in self.implementations.items()
+                if not (label.startswith(LINEAR) and chosen.name == LINEAR_BEFORE)
+            },
             WEIGHTS: [part.digest() for part in (tensors.transformer, tensors.memory, tensors.vae)],
         }
         if taken is not None:

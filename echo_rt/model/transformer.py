@@ -7,7 +7,6 @@ by the rollout (:mod:`echo_rt.engine.rollout`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -80,7 +79,7 @@ class Transformer:
         device: torch.device,
         dtype: torch.dtype,
         kept: frozenset[str],
-        products: Products = MappingProxyType({}),
+        products: Products,
     ) -> None:
         self.config, self.device, self.dtype = config, device, working_dtype(dtype)
         self._ops, self._attention = ops, attention

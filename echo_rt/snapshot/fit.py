@@ -21,7 +21,7 @@ IMPLEMENTATIONS = "computed_by"  # entry of a snapshot's model: names of impleme
 BACKEND = "backend"
 ATTENTION, TEXT_ATTENTION, VAE_ATTENTION = "attention", "attention to the text", "attention of the VAE"
 FLOAT8_ATTENTION = "attention in float8"
-LINEAR, LINEAR_BEFORE = "linear layer of ", "torch"  # of each shape; what computed those that no label names
+LINEAR, LINEAR_BEFORE = "linear layer of ", "torch"  # of each shape; what computed it where no label names it
 WEIGHTS = "weights"
 # The parts whose digests stand there, in this order, and the options that choose their files.
 _OPTIONS_OF_PARTS = {
@@ -94,17 +94,6 @@ def implementations_of(model: Mapping[str, Any]) -> dict[str, str]:
     return {BACKEND: "torch"} | known  # the default of the versions that did not store it
 
 
-def names_of(here: Mapping[str, Selected]) -> dict[str, str]:
-    """Return what a snapshot's model says of a runtime's implementations, by label."""
-    names = {label: selected.name for label, selected in here.items()}
-    return {label: name for label, name in names.items() if name != _unnamed(label)}
-
-
-def _unnamed(label: str) -> str | None:
-    """Return the implementation that a snapshot means where it does not have the label; None where it is not known."""
-    return LINEAR_BEFORE if label.startswith(LINEAR) else None
-
-
 def conflict(snapshot: Mapping[str, Any], here: Mapping[str, Selected]) -> str | None:
     """Name an implementation that differs from the snapshot's though nobody asked for it, and the remedy.
 
@@ -112,8 +101,8 @@ def conflict(snapshot: Mapping[str, Any], here: Mapping[str, Selected]) -> str |
     """
     names = implementations_of(snapshot)
     for label, own in here.items():
-        theirs = names.get(label, _unnamed(label))
-        if theirs not in (None, own.name) and not own.by_name:
+        theirs = names.get(label, LINEAR_BEFORE if label.startswith(LINEAR) else own.name)
+        if theirs != own.name and not own.by_name:
             return (
                 f"{label} was {theirs} for its video and is {own.name} here, which rounds otherwise: load the runtime "
                 "with like=snapshot to go on bit for bit, or with backend=, attention=, linear=, convolution= by name"
