@@ -192,7 +192,12 @@ class PartFile:
         with raising(OutputError, f"{self.path}: cannot be put in place, left as {self._part}"):
             self._file.close()
             (part, folder), (target, _) = place(self._part), place(self._target)
-            os.replace(part, target, src_dir_fd=folder, dst_dir_fd=folder)
+            try:
+                os.replace(part, target, src_dir_fd=folder, dst_dir_fd=folder)
+            except OSError as error:
+                if error.errno not in GONE:
+                    raise
+                raise OutputError(f"{self.path}: cannot be put in place: somebody removed {self._part}") from None
             self.in_place = True
         problems += close_all([lambda: sync_folder(self._target.parent)])
         with raising(OutputError, f"{self.path}: may not be whole on the disk"):

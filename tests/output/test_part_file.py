@@ -45,6 +45,15 @@ def test_what_cannot_be_moved_is_not_in_place(tmp_path, monkeypatch):
     assert not part.in_place
 
 
+def test_a_folder_that_is_removed_meanwhile(tmp_path):
+    (tmp_path / "out").mkdir()
+    part = PartFile(tmp_path / "out" / "a.mp4")
+    (tmp_path / "out").rename(tmp_path / "gone")
+    with pytest.raises(OutputError, match=r"somebody removed .*\.part$"):
+        part.commit()
+    assert not part.in_place
+
+
 def test_a_small_file_on_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
     def fail(part: PartFile, data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
