@@ -52,7 +52,7 @@ _AGAIN_SECONDS = 0.1
 _ANSWER_SECONDS = 1.0  # for figures; who does not answer waits for a machine, or loads
 _CONNECT_SECONDS = 20.0
 _READING = ("prompts", "snapshots", "recordings", "recording")  # commands that change nothing
-_WATCHING = ("next", "block")  # calls that do not bring back a session that was parked under them
+_WATCHING = ("next", "block")  # calls that do not bring back a session that is parked
 
 logger = logging.getLogger("echo_rt.serve")
 
@@ -175,6 +175,9 @@ class RaySession:
             self._about = dict(await self._call("describe"))
         return self._about
 
+    async def wake(self) -> None:
+        await self._call("describe")
+
     async def next(self, after: int | None, audience: Audience | None = None) -> list[tuple[int, Item]]:
         items: list[tuple[int, Item]] = await self._call("next", after, audience)
         return items
@@ -223,20 +226,18 @@ class RaySession:
 
     async def _call(self, method: str, *arguments: Any, again: bool = True, **options: Any) -> Any:
         """Call the actor; one that has died is waited for, and called ``again``."""
-        find = self._make
+        find = self._existing if method in _WATCHING else self._make
         while True:
             try:
                 if self._actor is None:
                     self._actor = await asyncio.to_thread(find)
                 if self._actor is None:
-                    raise ParkedError("the session was parked; connect again to bring it back")
+                    raise ParkedError("the session is parked; connect again to bring it back")
                 return await self._actor.call.remote(method, *arguments, **options)
             except RayTaskError as error:
                 raise error.cause from None
             except RayActorError as error:
                 self._actor = None
-                if method in _WATCHING:
-                    find = self._existing
                 if not again:
                     raise BusyError("the session's process has died, perhaps before it took this") from error
                 await asyncio.sleep(_AGAIN_SECONDS)

@@ -112,6 +112,9 @@ class LiveSession:
             await asyncio.to_thread(self._record_again)
         self._begin_to_show()
 
+    async def wake(self) -> None:
+        """Do nothing: while this object is there, its session is not parked."""
+
     async def describe(self) -> dict[str, Any]:
         return {
             "size": list(self._runtime.frame_size),

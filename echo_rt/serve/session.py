@@ -81,11 +81,14 @@ class Session(Protocol):
     async def describe(self) -> dict[str, Any]:
         """Return what does not change: size, fps, codec, MP4 ``header``, ``epoch`` (of :func:`time.time`), controls."""
 
+    async def wake(self) -> None:
+        """Bring the session back if it is parked; :class:`ParkedError` while it is being parked."""
+
     async def next(self, after: int | None, audience: Audience | None = None) -> list[tuple[int, Item]]:
         """Return the items whose places are above ``after``, or that come from now on; waits up to a second for one.
 
         Only the last :data:`KEPT` are there. ``audience``: for whom. Raises :class:`ParkedError` if the session was
-        parked meanwhile; a later call brings it back.
+        parked.
         """
 
     async def block(self, after: int) -> Block | None:

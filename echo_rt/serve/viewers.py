@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 from starlette.websockets import WebSocket
@@ -78,7 +78,8 @@ class Viewer:
 class Channel:
     """A session and its viewers in this process, who have what it makes while there are any.
 
-    A session that is parked stays so until somebody else comes, or it is back: its viewers are told, and wait.
+    A session that is parked stays so until somebody comes who was not here, or it is back: its viewers are told, and
+    wait.
     """
 
     def __init__(self, session: Session, most: int) -> None:
@@ -87,7 +88,7 @@ class Channel:
         self._kept: deque[tuple[int, Item]] = deque(maxlen=KEPT)
         self._whole_after = 0  # all that came after this place is kept
         self._pull: asyncio.Task[None] | None = None
-        self._wanted = False  # somebody has come since the last items
+        self._wanted = False  # somebody who was not here before has come since the last items
         self._dropped = 0
 
     def close(self) -> None:
@@ -99,22 +100,23 @@ class Channel:
 
     async def _run(self, after: int | None) -> None:
         """Pull from the session until cancelled; one that does not answer is asked again."""
-        parked = False
+        parked = True  # perhaps
         while True:
             try:
                 if parked:
-                    await self._until_wanted()
+                    await self._until_back()
+                parked = False
                 items = await self.session.next(after, self.audience)
             except ParkedError:
-                for viewer in () if parked else self._viewers:
+                parked, self._wanted = True, False
+                for viewer in self._viewers:
                     viewer.offer(after or 0, {"type": "parked"})
-                parked = True
                 continue
             except Exception as error:  # of another process, for example: viewers go on once it is back
                 logger.warning("the session does not answer: %s", error)
                 await asyncio.sleep(_AGAIN_SECONDS)
                 continue
-            parked = self._wanted = False
+            self._wanted = False
             for after, item in items:
                 if len(self._kept) == KEPT:
                     self._whole_after = self._kept[0][0]
@@ -123,15 +125,15 @@ class Channel:
                 for viewer in self._viewers:
                     viewer.offer(after, item)
 
-    async def _until_wanted(self) -> None:
-        """Wait until somebody has come here, or the session is back for others.
-
-        One that is about to be parked "waits" too, and asking it for pictures would bring it back.
-        """
-        state = "parked"
-        while state in ("parked", "waiting"):
+    async def _until_back(self) -> None:
+        """Bring the session back for who has come here, or wait until others do."""
+        while True:
+            if self._wanted:
+                with contextlib.suppress(ParkedError):  # it is still being stored
+                    return await self.session.wake()
+            elif (await self.session.ask("figures"))["state"] not in ("parked", "waiting"):
+                return
             await asyncio.sleep(_AGAIN_SECONDS)
-            state = "wanted" if self._wanted else (await self.session.ask("figures"))["state"]
 
     @property
     def audience(self) -> Audience:
@@ -140,12 +142,12 @@ class Channel:
         dropped = self._dropped + sum(viewer.dropped for viewer in watching)
         return Audience(self._name, len(watching), dropped)
 
-    @contextmanager
+    @contextlib.contextmanager
     def view(self, kind: Kind, after: int | None = None) -> Iterator[Viewer]:
         """Add a viewer for a while, who may have come as far as ``after``; :class:`BusyError` for too many."""
         if sum((viewer.kind == "events") == (kind == "events") for viewer in self._viewers) >= self._most:
             raise BusyError(f"there are {self._most} viewers, the most that this server takes")
-        self._wanted = True
+        self._wanted = self._wanted or after is None
         if self._pull is None:
             self._whole_after = _NEVER if after is None else after
             self._pull = asyncio.create_task(self._run(after))

@@ -217,7 +217,7 @@ class Counting:
     size, fps = (832, 480), 16
 
     def __init__(self) -> None:
-        self.parked, self.told = False, False
+        self.parked = False
         self.shown_at: dict[int, float] = {}
         self._items: list[Any] = []
         self._over = threading.Event()
@@ -246,12 +246,13 @@ class Counting:
         about = {"size": list(self.size), "fps": self.fps, "codec": self._encoder.codec, "epoch": self._epoch}
         return {**about, "header": self._encoder.header, "model": "-", "device": "-", "memories": []}
 
+    async def wake(self) -> None:
+        self.parked = False
+
     async def next(self, after: int | None, audience: Any = None) -> list[Any]:
         after = (self._items[-1][0] if self._items else 0) if after is None else after
-        if self.parked and not self.told:
-            self.told = True
+        if self.parked:
             raise ParkedError("parked")
-        self.parked = self.told = False
         while not (found := [item for item in self._items if item[0] > after]):
             await asyncio.sleep(0.002)
         return found

@@ -213,6 +213,7 @@ class Raw(threading.Thread):
     def run(self) -> None:
         async def take() -> None:
             after = 0
+            await self.session.wake()
             while not self.over:
                 if (block := await self.session.block(after)) is not None:
                     after = block.place
@@ -420,8 +421,10 @@ class Reader:
         while len(self.numbers) < begin + pictures:
             try:
                 items = await self.session.next(self.after)
-            except ParkedError:  # a later call brings it back
+            except ParkedError:
                 await asyncio.sleep(0.05)
+                with contextlib.suppress(ParkedError):  # it is still being stored
+                    await self.session.wake()
                 continue
             for place, item in items:
                 self.after = place

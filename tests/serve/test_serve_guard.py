@@ -229,24 +229,22 @@ class Parking:
     """A session that can be parked, and counts how often it was brought back. ``state``: as told while it is parked."""
 
     def __init__(self) -> None:
-        self.parked, self.told, self.brought_back, self.place = False, False, 0, 0
+        self.parked, self.brought_back, self.place = False, 0, 0
         self.state = "waiting"  # its process ends a moment later
+
+    async def wake(self) -> None:
+        self.brought_back += self.parked
+        self.parked = False
 
     async def next(self, after: int | None, audience: Any = None) -> list[Any]:
         await asyncio.sleep(0.005)
-        if self.parked and not self.told:
-            self.told = True
-            raise ParkedError("parked")
         if self.parked:
-            self.parked, self.brought_back = False, self.brought_back + 1
+            raise ParkedError("parked")
         self.place += 1
         return [(self.place, Picture(self.place, True, b"picture", b"", False))]
 
     async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         return {"state": self.state if self.parked else "playing"}
-
-    def park(self) -> None:
-        self.parked, self.told = True, False
 
 
 def test_a_parked_session_is_brought_back_by_who_comes_and_not_by_who_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,24 +255,29 @@ def test_a_parked_session_is_brought_back_by_who_comes_and_not_by_who_is_there(m
         channel = Channel(session, 8)
         with channel.view("h264") as watching, channel.view("events") as listening:
             await watching.get()
-            session.park()
-            assert await listening.get() == {"type": "parked"}
+            with channel.view("h264"):  # who comes a moment before was there too
+                session.parked = True
+                assert await listening.get() == {"type": "parked"}
             for session.state in ("waiting", "parked"):
-                for _ in range(20):
-                    await asyncio.sleep(0.01)
+                with channel.view("h264", after=session.place):  # who comes back, too
+                    for _ in range(20):
+                        await asyncio.sleep(0.01)
             assert session.parked and session.brought_back == 0, "a viewer that was there brings it back"
             with channel.view("h264") as late:
                 await late.get()
             assert session.brought_back == 1
             watching._queue.clear()
             await watching.get()  # it goes on for those who were there
-            session.park()
+            session.parked = True
             assert await listening.get() == {"type": "parked"}
             session.parked = False  # brought back by somebody elsewhere
             watching._queue.clear()
             await watching.get()
             assert session.brought_back == 1
-        channel.close()
+        session.parked = True
+        with channel.view("h264") as first:
+            await first.get()
+        assert session.brought_back == 2
 
     asyncio.run(trial())
 
