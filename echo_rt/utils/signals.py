@@ -65,17 +65,25 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Raise ``StopNow`` at any signal, even an earlier one that was noted."""
+        """Raise ``StopNow`` at any signal, even an earlier one that was noted.
+
+        Libraries can swallow it or break of it; then it is raised at the end, in place of their error.
+        """
         with self._raising_from(1):
+            if self.request is None:
+                try:
+                    yield
+                except Exception:
+                    if self.request is None:
+                        raise
             if self.request is not None:
-                raise self.request
-            yield
+                raise self.request from None
 
     @contextlib.contextmanager
     def importing(self) -> Iterator[None]:
-        """End the process at any signal: libraries swallow what is raised amid their import, or break.
+        """End the process at any signal, as imports take seconds and do not bear what is raised amid them.
 
-        For code that holds nothing yet, as no destructor and no ``finally`` runs.
+        For code that holds nothing yet: no destructor and no ``finally`` runs.
         """
         self._importing = True
         try:

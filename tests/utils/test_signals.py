@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -60,6 +61,24 @@ def test_importing_is_over_at_its_end():
             pass
         with pytest.raises(StopNow), stop.interruptible():
             send(signal.SIGINT)
+
+
+def swallowed() -> None:
+    with contextlib.suppress(BaseException):
+        send(signal.SIGINT)
+
+
+def broken() -> None:
+    swallowed()
+    raise RecursionError
+
+
+@pytest.mark.parametrize("work", [swallowed, broken])
+def test_what_a_library_swallows_is_raised_at_the_end(work):
+    with StopRequest() as stop, pytest.raises(StopNow), stop.interruptible():
+        work()
+    with StopRequest() as stop, pytest.raises(RecursionError), stop.interruptible():
+        raise RecursionError
 
 
 def test_after_block_raises_at_the_second(capfd):
