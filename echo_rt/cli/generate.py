@@ -72,13 +72,6 @@ _FAULTS = """
 --block-seconds S            end when a block takes longer; default: no limit
 """
 _REPEATED: dict[str, Any] = {"type": TEXT, "multiple": True}
-
-
-def _presets(given: dict[str, Any]) -> tuple[str, ...]:
-    codec = CODECS.get(given["codec"])
-    return () if codec is None else codec.presets
-
-
 OPTIONS = {
     "model": shared(MODEL),
     "prompt": table(_PROMPT, prompt=_REPEATED, prompt_embeds=_REPEATED | {"type": Value(str, files=True)}),
@@ -95,7 +88,9 @@ OPTIONS = {
     "encoding": table(
         _ENCODING,
         codec={"type": Value(str, words=CODECS), "default": "h264"},
-        preset={"type": Value(str, words=_presets)},
+        preset={
+            "type": Value(str, words=lambda given: CODECS[given["codec"]].presets if given["codec"] in CODECS else ())
+        },
         crf={"type": number(float, "a number of 0 or more")},
     ),
     "long videos": table(_LASTING),

@@ -70,6 +70,8 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     check_folder(Named("--out", arguments.out), model_files(arguments))
     options = options_of(RuntimeOptions, arguments)
     host, token = arguments.host, arguments.token
+    if token == "":  # which any request would have
+        raise ConfigError("--token: expected a text, got '': of a variable that is not set?")
     if token is None and not _is_loopback(host):
         token = secrets.token_urlsafe(24)
     say_loading(arguments)
@@ -183,10 +185,9 @@ def _is_loopback(host: str) -> bool:
 
 def _reached_as(host: str, listener: socket.socket) -> list[str]:
     """Names of a server at ``host`` in an address: where that means all of this machine's, two of those."""
-    served = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
     names = [host]
-    if served.is_unspecified:
-        names, far = (["127.0.0.1"], "192.0.2.1") if served.version == 4 else (["::1"], "2001:db8::1")
+    if ipaddress.ip_address(listener.getsockname()[0]).is_unspecified:
+        names, far = (["::1"], "2001:db8::1") if listener.family == socket.AF_INET6 else (["127.0.0.1"], "192.0.2.1")
         with socket.socket(listener.family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
             probe.connect((far, 9))  # sends nothing; without a way out there is no other address
             names += {probe.getsockname()[0]} - {*names}

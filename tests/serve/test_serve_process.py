@@ -141,6 +141,7 @@ def test_the_addresses_are_those_that_a_browser_opens(
         (("--viewers", "0"), "--viewers: expected an integer of 1 or more"),
         (("--megabits", "0"), "--megabits: expected a number above 0"),
         (("--host", "203.0.113.7"), "cannot serve at 203.0.113.7"),
+        (("--token", ""), "--token: expected a text, got ''"),
         (("--prompt", " "), "expected a prompt of 1 to 2000 characters"),
         (("--memory", "off", "--out", "{model}"), "expected a folder apart from what is read"),
     ],
