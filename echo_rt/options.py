@@ -87,6 +87,22 @@ CODECS = {
     "hevc_nvenc": Codec("hevc_nvenc", _P, "p4", "cq", 21, 51, _VARIABLE),
     "av1_nvenc": Codec("av1_nvenc", _P, "p4", "cq", 28, 63, _VARIABLE),
 }
+_OTHERS = {"h265": "hevc", "x265": "hevc", "libx265": "hevc", "avc": "h264"}  # names of these elsewhere
+
+
+def find_codec(codec: str, crf: float | None, preset: str | None) -> tuple[Codec, float, str]:
+    """Return a codec with its quality and preset, by default its own; :class:`ConfigError` for what it has not."""
+    if codec not in CODECS:
+        hint = did_you_mean(_OTHERS.get(codec, codec), CODECS)
+        raise ConfigError(f"codec: expected one of {', '.join(CODECS)}, got {codec!r}{hint}")
+    chosen = CODECS[codec]
+    crf, preset = chosen.crf if crf is None else crf, chosen.preset if preset is None else preset
+    if preset not in chosen.presets:
+        hint = did_you_mean(preset, chosen.presets)
+        raise ConfigError(f"preset of {codec}: expected one of {', '.join(chosen.presets)}, got {preset!r}{hint}")
+    if not 0 <= crf <= chosen.most:
+        raise ConfigError(f"crf of {codec}: expected 0 (best) to {chosen.most}, got {crf:g}")
+    return chosen, crf, preset
 
 
 # What to do instead of what other libraries' pipelines take or can do, and ours do not.

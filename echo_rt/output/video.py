@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echo_rt.errors import BackendError, ConfigError, OutputError, did_you_mean
-from echo_rt.options import CODECS
+from echo_rt.errors import BackendError, ConfigError, OutputError
+from echo_rt.options import find_codec
 from echo_rt.utils.atomic_file import GrowingFile, PartFile, check_ending, reason
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import first_line
@@ -42,7 +42,6 @@ _PROBE_SIZE = 256  # pixels in both directions; hardware encoders refuse much sm
 
 # With AVX-512, libx264's macroblock tree reads memory that was never written: equal frames give other bytes each time.
 _REPEATABLE = "asm=MMX2,SSE2Fast,SSSE3,SSE4.2,AVX,FMA3,BMI2,AVX2"
-_OTHERS = {"h265": "hevc", "x265": "hevc", "libx265": "hevc", "avc": "h264"}  # names of these elsewhere
 
 
 @cache
@@ -65,16 +64,7 @@ def _add_stream(
     container: Any, size: tuple[int, int], fps: Fraction, codec: str, crf: float | None, preset: str | None, gop: int
 ) -> Any:
     """Open an encoder; :class:`ConfigError` for a quality or preset that it does not have."""
-    if codec not in CODECS:
-        hint = did_you_mean(_OTHERS.get(codec, codec), CODECS)
-        raise ConfigError(f"codec: expected one of {', '.join(CODECS)}, got {codec!r}{hint}")
-    chosen = CODECS[codec]
-    crf, preset = chosen.crf if crf is None else crf, chosen.preset if preset is None else preset
-    if preset not in chosen.presets:
-        hint = did_you_mean(preset, chosen.presets)
-        raise ConfigError(f"preset of {codec}: expected one of {', '.join(chosen.presets)}, got {preset!r}{hint}")
-    if not 0 <= crf <= chosen.most:
-        raise ConfigError(f"crf of {codec}: expected 0 (best) to {chosen.most}, got {crf:g}")
+    chosen, crf, preset = find_codec(codec, crf, preset)
     os.environ.setdefault("SVT_LOG", "1")  # errors only: SVT-AV1 prints a page at each start
     av = load_av()
     try:
@@ -133,7 +123,7 @@ class VideoWriter(GrowingFile):
         path: the file; it appears (or is replaced) at :meth:`close`, and only if it has at least one frame.
         width, height: of the frames in pixels, even.
         fps: frames a second.
-        codec: a name in ``CODECS``.
+        codec: a name in :data:`echo_rt.options.CODECS`.
         crf: constant quality; 0 is the best, and 18 of h264 is hard to tell from the source. None: the codec's default.
         preset: speed preset of the encoder. None: the codec's default.
         gop_seconds: longest time between two key frames, which is also the most that a crash loses,
