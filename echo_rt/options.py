@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from echo_rt.config import TransformerConfig, VaeConfig
 from echo_rt.errors import ConfigError, did_you_mean, not_one_of
@@ -62,6 +63,48 @@ MOST_INITIAL_SECONDS = 600
 
 _SEEDS = 2**64
 
+
+class Codec(NamedTuple):
+    """An encoder of FFmpeg: its presets, its option of constant quality with the highest value, and our defaults."""
+
+    encoder: str
+    presets: tuple[str, ...]
+    preset: str
+    quality: str
+    crf: float
+    most: int
+    options: Mapping[str, str] = MappingProxyType({})
+
+
+_X26 = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
+_P = tuple(f"p{number}" for number in range(1, 8))
+_VARIABLE = MappingProxyType({"rc": "vbr", "b": "0"})  # or cq has no effect
+CODECS = {
+    "h264": Codec("libx264", _X26, "veryfast", "crf", 18, 51),
+    "hevc": Codec("libx265", _X26, "veryfast", "crf", 20, 51, {"x265-params": "log-level=error:open-gop=0"}),
+    "av1": Codec("libsvtav1", tuple(map(str, range(14))), "10", "crf", 28, 63),
+    "h264_nvenc": Codec("h264_nvenc", _P, "p4", "cq", 19, 51, _VARIABLE),
+    "hevc_nvenc": Codec("hevc_nvenc", _P, "p4", "cq", 21, 51, _VARIABLE),
+    "av1_nvenc": Codec("av1_nvenc", _P, "p4", "cq", 28, 63, _VARIABLE),
+}
+_OTHERS = {"h265": "hevc", "x265": "hevc", "libx265": "hevc", "avc": "h264"}  # names of these elsewhere
+
+
+def find_codec(codec: str, crf: float | None, preset: str | None) -> tuple[Codec, float, str]:
+    """Return a codec with its quality and preset, by default its own; :class:`ConfigError` for what it has not."""
+    if codec not in CODECS:
+        hint = did_you_mean(_OTHERS.get(codec, codec), CODECS)
+        raise ConfigError(f"codec: expected one of {', '.join(CODECS)}, got {codec!r}{hint}")
+    chosen = CODECS[codec]
+    crf, preset = chosen.crf if crf is None else crf, chosen.preset if preset is None else preset
+    if preset not in chosen.presets:
+        hint = did_you_mean(preset, chosen.presets)
+        raise ConfigError(f"preset of {codec}: expected one of {', '.join(chosen.presets)}, got {preset!r}{hint}")
+    if not 0 <= crf <= chosen.most:
+        raise ConfigError(f"crf of {codec}: expected 0 (best) to {chosen.most}, got {crf:g}")
+    return chosen, crf, preset
+
+
 # What to do instead of what other libraries' pipelines take or can do, and ours do not.
 _INSTEAD = {
     "a stream has no end; take as many blocks as you need, as in itertools.islice(stream, 10)": "num_frames",
@@ -102,6 +145,8 @@ _INSTEAD = {
     "give attention= to Runtime.from_pretrained": "enable_xformers_memory_efficient_attention attention_kwargs",
     "the parts of the model are the runtime's own, in kernels and graphs; from_pretrained takes their files, as in "
     "text_encoder=, tokenizer= and vae_file=": "transformer unet text_encoder tokenizer image_processor components",
+    "a stream decodes its own blocks, as chunk.frames beside chunk.latents; the decoder that vae= of "
+    "Runtime.from_pretrained chose is named by runtime.decoder": "vae",
     "it is compiled and in inference already": "compile eval train requires_grad_",
 }
 _NOT_HERE = {name: answer for answer, names in _INSTEAD.items() for name in names.split()}

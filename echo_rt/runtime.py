@@ -46,7 +46,7 @@ class Runtime(ExplainsHabits, Closing, Bound):
         taken: the recipe and the weights that were taken, and why.
         memory, lookahead: the memory's mode; number of blocks begun ahead.
         device, dtype, vae_dtype: where and in which dtypes it computes.
-        vae: the decoder that turns latents into frames: ``"wan"``, or the kind of a tiny decoder.
+        decoder: name of the decoder that turns latents into frames: ``"wan"``, or the kind of a tiny one.
         backend, backend_reason: the implementation of the operations, and why.
         attention, text_attention: implementations of attention over the cache and over the text, and why.
         linear: implementations of the transformer's linear layers by shape, and why.
@@ -54,8 +54,9 @@ class Runtime(ExplainsHabits, Closing, Bound):
     """
 
     _instead = "load another with Runtime.from_pretrained(...) in the process that uses it"
+    _made_by = "Runtime.from_pretrained(MODEL)"
 
-    def __init__(self, loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapping[str, str]) -> None:
+    def __init__(self, *, loaded: LoadedModel, options: RuntimeOptions, prescribed: Mapping[str, str]) -> None:
         self._lock = threading.RLock()  # held while a stream or the runtime itself begins or ends
         self._live: Callable[[], Stream | None] = lambda: None  # the last stream, while somebody holds it
         self._process = ProcessGuard()
@@ -67,7 +68,7 @@ class Runtime(ExplainsHabits, Closing, Bound):
         self.taken = loaded.taken
         self.device, self.dtype, self.vae_dtype = engine.device, networks.model_dtype, engine.vae_dtype
         self.backend, self.backend_reason = networks.backend.name, networks.backend.reason
-        self.vae, self.lookahead = networks.vae_name, engine.lookahead
+        self.decoder, self.lookahead = networks.vae_name, engine.lookahead
         self.attention, self.text_attention = networks.attention
         self.linear = networks.linear
         self.vae_attention, self.convolutions = networks.vae_attention, networks.convolutions
@@ -184,7 +185,8 @@ class Runtime(ExplainsHabits, Closing, Bound):
         parse_vae_dtype(vae_dtype, parse_dtype(options.dtype, place))
         prescribed = {} if like is None else implementations_of(like.model)
         choose_backend(backend, place, prescribed=prescribed.get(BACKEND))  # raises before the weights are read
-        return cls(load_model(model, options, None if like is None else like.model), options, prescribed)
+        loaded = load_model(model, options, None if like is None else like.model)
+        return cls(loaded=loaded, options=options, prescribed=prescribed)
 
     def __repr__(self) -> str:
         width, height = self.frame_size
@@ -321,7 +323,7 @@ class Runtime(ExplainsHabits, Closing, Bound):
             return self._enliven(engine, blocks)
 
     def _enliven(self, engine: Engine, blocks: Blocks) -> Stream:
-        stream = Stream(engine, blocks, self._process)
+        stream = Stream(engine=engine, blocks=blocks, process=self._process)
         if self._engine is None:  # closed meanwhile by a signal handler of this thread
             stream.close()
         self._require_open()

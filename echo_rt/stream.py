@@ -96,8 +96,9 @@ class Stream(_Source):
     """
 
     _instead = "take a snapshot(), which can be pickled, and resume it on a runtime of its own"
+    _made_by = "runtime.stream(PROMPT)"
 
-    def __init__(self, engine: Engine, blocks: Blocks, process: ProcessGuard) -> None:
+    def __init__(self, *, engine: Engine, blocks: Blocks, process: ProcessGuard) -> None:
         self._engine: Engine | None = engine
         self._blocks, self._ready, self._process = blocks, blocks.ready, process
         # Held while a block is made. Reentrant: a signal handler may close while its thread acquires or releases it.
@@ -342,6 +343,7 @@ class Feed(_Source):
     """
 
     _instead = "pass its blocks on, or make another feed where it is used"
+    _made_by = "stream.feed(depth=2, when_full='wait')"
 
     def __init__(self, stream: Stream, depth: int = 2, when_full: Literal["wait", "drop"] = "wait") -> None:
         if not isinstance(stream, Stream):

@@ -18,6 +18,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from echo_rt.cli.outputs import Named
+from echo_rt.config import MEMORY_READS
 from echo_rt.errors import ConfigError, did_you_mean
 from echo_rt.options import (
     DEMO,
@@ -38,17 +39,37 @@ Options = Mapping[str, Iterable[click.Parameter]]  # those of a command, by the 
 _Chosen = TypeVar("_Chosen", bound=RuntimeOptions)
 
 _MOST_AHEAD = 100  # blocks: each holds frames in pinned memory, and a new prompt waits for all of them
-# Overrides whose value is a list, and those whose value is a word.
-_LISTS, _WORDS = ("denoising_steps", "first_block_steps"), ("memory_reads",)
+# Overrides whose value is a list, and those with the words that may be their value.
+_LISTS = ("denoising_steps", "first_block_steps")
+_WORDS = {"memory_reads": MEMORY_READS}
+_CHOICES = _WORDS | dict.fromkeys(("rebuild_on_prompt_switch", "recache_sink"), ("true", "false"))
+_SETTINGS = [f"{name}={value}" for name in OVERRIDES for value in _CHOICES.get(name, ("",))]
+# Names that are completed; those of the modules themselves would need torch.
+_ATTENTIONS = (
+    *("sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa", "products", "sdpa-math"),
+    *("flash-attn-2", "flash-attn-3", "flash-attn-4"),
+    *(f"{library}-in-{splits}" for library in ("sdpa-cudnn", "sdpa-flash") for splits in (2, 3, 4)),
+)
+_CONVOLUTIONS = ("conv3d", "three-products", "kernel", "kernel-hopper", "enlarged", "phases")
 
 
 class Value(click.ParamType[Any]):
-    """A type of value: ``parse`` raises ``ValueError``; completed with ``words``, or with ``files``."""
+    """A type of value: ``parse`` raises ``ValueError``; completed with ``files`` and with ``words``.
+
+    ``words``: themselves, or a function of the arguments before it. ``several`` of them may stand with commas between.
+    """
 
     name = "text"
 
-    def __init__(self, parse: Callable[[str], Any], *, words: Iterable[str] = (), files: bool = False) -> None:
-        self._parse, self._words, self._files = parse, words, files
+    def __init__(
+        self,
+        parse: Callable[[str], Any],
+        *,
+        words: Iterable[str] | Callable[[dict[str, Any]], Iterable[str]] = (),
+        files: bool = False,
+        several: bool = False,
+    ) -> None:
+        self._parse, self._words, self._files, self._several = parse, words, files, several
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the parsed ``value``; a default that is no text is a value already."""
@@ -64,9 +85,10 @@ class Value(click.ParamType[Any]):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Complete a word or the name of a file."""
-        if self._files:
-            return [CompletionItem(incomplete, type="file")]
-        return [CompletionItem(word) for word in self._words if word.startswith(incomplete)]
+        found = [CompletionItem(incomplete, type="file")] if self._files else []
+        words = self._words(ctx.params) if callable(self._words) else self._words
+        before, comma, last = incomplete.rpartition(",") if self._several else ("", "", incomplete)
+        return found + [CompletionItem(f"{before}{comma}{word}") for word in words if word.startswith(last)]
 
 
 def number(kind: type[int] | type[float], named: str = "", **bounds: Any) -> Value:
@@ -82,9 +104,9 @@ def parse_path(text: str) -> Path:
     return Path(text)
 
 
-def _path_or(*words: str) -> Value:
+def path_or(*words: str) -> Value:
     """Type of a path, or of one of ``words``; a file of that name is written ``./word``."""
-    return Value(lambda text: text if text in words else parse_path(text), files=True)
+    return Value(lambda text: text if text in words else parse_path(text), words=words, files=True)
 
 
 def _parse_lora(text: str) -> tuple[Path, float]:
@@ -207,22 +229,24 @@ _SHARED = table(
 --seed N                 the same seed makes the same video (default 0)
 --roll-back              return to an earlier state when a block contains NaN, instead of ending
 """,
-    model={"default": DEMO, "type": _path_or(DEMO)},
+    model={"default": DEMO, "type": path_or(DEMO)},
     lora={"type": Value(_parse_lora, files=True), "multiple": True},
     recipe={"type": Value(str, words=RECIPES)},
     ema={"default": None},
     memory={"type": click.Choice([mode.value for mode in MemoryMode])},
-    vae={"type": _path_or(WAN_VAE, TINY_VAE)},
+    vae={"type": path_or(WAN_VAE, TINY_VAE)},
     dtype={"type": _dtype(DTYPE_NAMES)},
     vae_dtype={"type": _dtype(VAE_DTYPE_NAMES)},
     float8_except={"multiple": True},
     device={"type": Value(str, words=("cpu", "cuda"))},
     backend={"type": Value(str, words=("torch", "cuda", "emulated"))},
+    attention={"type": Value(str, words=_ATTENTIONS)},
+    convolution={"type": Value(str, words=_CONVOLUTIONS, several=True)},
     graphs={"flag_value": False, "default": None},
     lookahead={"type": number(int, f"an integer in 0..{_MOST_AHEAD}", most=_MOST_AHEAD)},
     frame_size={"type": Value(_parse_size)},
     overrides={
-        "type": Value(_parse_override, words=[f"{name}=" for name in OVERRIDES]),
+        "type": Value(_parse_override, words=_SETTINGS),
         "multiple": True,
         "callback": _by_name,
     },

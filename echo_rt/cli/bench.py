@@ -51,7 +51,9 @@ OPTIONS = {
     ),
     "run": (
         *table(
-            _RUN, variants={"type": Value(lambda text: tuple(text.split(",")), words=NAMES)}, peers={"default": True}
+            _RUN,
+            variants={"type": Value(lambda text: tuple(text.split(",")), words=NAMES, several=True)},
+            peers={"default": True},
         ),
         *shared(["--lookahead"], lookahead={"default": 1, "help": "number of blocks begun ahead (default 1)"}),
     ),
@@ -61,11 +63,11 @@ OPTIONS = {
 
 def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Measure, print and write; the exit code says whether all was right."""
-    with stop.interruptible():
+    with stop.importing():
         from echo_rt.bench.report import Report
         from echo_rt.bench.run import Run
         from echo_rt.bench.tables import can_draw
-
+    with stop.interruptible():
         require("--chart", arguments.chart or None, "--out DIR", arguments.out, ", the folder to draw it into")
         if arguments.chart and not can_draw():
             raise BackendError("a chart needs matplotlib, which is not installed: pip install 'echo-rt[bench]'")

@@ -82,7 +82,7 @@ def _checked(name: str, value: str, ok: bool, advice: str, *, needed: bool = Fal
 
 def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Gather the facts and print them; 0 if ``generate`` can run."""
-    with stop.interruptible():
+    with stop.importing():
         facts = gather()
     missing = [fact.name for _, fact in facts if fact.status == "missing"]
     report["ok"] = not missing

@@ -9,7 +9,7 @@ import click
 from echo_rt.cli.arguments import MODEL, TEXT, Arguments, Value, number, shared, table
 from echo_rt.cli.request import BESIDE_SEGMENTS, Request
 from echo_rt.cli.stdio import say_loading
-from echo_rt.options import FITS
+from echo_rt.options import CODECS, FITS
 from echo_rt.utils.signals import StopRequest
 
 DESCRIPTION = "Make a video from one or more prompts and write it to an MP4 while it is made."
@@ -56,9 +56,8 @@ _VIDEO = """
 --contact-sheet FILE.png     also write an overview picture
 --overwrite                  replace files that exist
 """
-_CODECS = ("h264", "hevc", "av1", "h264_nvenc", "hevc_nvenc", "av1_nvenc")
 _ENCODING = f"""
---codec NAME                 {", ".join(_CODECS)} (nvenc: on GPUs that encode); default h264
+--codec NAME                 {", ".join(CODECS)} (nvenc: on GPUs that encode); default h264
 --preset NAME                speed of the encoder, in its own words; default of h264: veryfast
 --crf Q                      quality; 0 is the best; default of h264: 18
 --fragmented                 leave the finished video in the fragments in which it is written
@@ -75,7 +74,7 @@ _FAULTS = """
 _REPEATED: dict[str, Any] = {"type": TEXT, "multiple": True}
 OPTIONS = {
     "model": shared(MODEL),
-    "prompt": table(_PROMPT, prompt=_REPEATED, prompt_embeds=_REPEATED),
+    "prompt": table(_PROMPT, prompt=_REPEATED, prompt_embeds=_REPEATED | {"type": Value(str, files=True)}),
     "video": (
         *table(
             _VIDEO,
@@ -88,7 +87,10 @@ OPTIONS = {
     ),
     "encoding": table(
         _ENCODING,
-        codec={"type": Value(str, words=_CODECS), "default": "h264"},
+        codec={"type": Value(str, words=CODECS), "default": "h264"},
+        preset={
+            "type": Value(str, words=lambda given: CODECS[given["codec"]].presets if given["codec"] in CODECS else ())
+        },
         crf={"type": number(float, "a number of 0 or more")},
     ),
     "long videos": table(_LASTING),
@@ -101,6 +103,6 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Check, load, generate, finish the files; 0, or the exit code of the signal that ended it."""
     request = Request(arguments)
     say_loading(arguments)
-    with stop.interruptible():
+    with stop.importing():
         from echo_rt.cli.generation import Generation
     return Generation(request, report, stop).run()

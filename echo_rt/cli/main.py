@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import itertools
@@ -12,7 +13,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from typing import Any
 
 import click
@@ -84,7 +84,7 @@ def _parse(argv: list[str]) -> tuple[_Run, Arguments]:
     """Return what runs the subcommand, and its arguments; prints a page of help and exits if that is asked for."""
     if not argv or argv[0] == "help":
         argv = [*argv[1:], "--help"]
-    with redirect_stdout(io.StringIO()) as page:
+    with contextlib.redirect_stdout(io.StringIO()) as page:
         parsed: tuple[_Run, Arguments] | int = _echo_rt.main(argv, _PROGRAM, standalone_mode=False)
     if isinstance(parsed, int):
         stdio.say(*page.getvalue().splitlines())
@@ -130,15 +130,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     def show_warning(message: Warning | str, *_: object, **__: object) -> None:
         warn(report, message)
 
+    def print_report(code: int) -> None:
+        if as_json:
+            stdio.say(json.dumps({**report, "exit_code": code}).replace("\x7f", "\\u007f"))
+
+    def last_words(request: StopNow) -> None:
+        report["exit_reason"] = request.reason
+        with contextlib.suppress(OSError, OutputError):  # nobody reads it
+            print_report(request.exit_code)
+
     # Signals are held until the report is printed: a second one while files are closed must not cost it.
-    with StopRequest() as stop:
+    with StopRequest(last_words) as stop:
         stdio.prepare()
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = show_warning
                 code = _run(argv, report, debug, stop)
-            if as_json:
-                stdio.say(json.dumps({**report, "exit_code": code}).replace("\x7f", "\\u007f"))
+            print_report(code)
             return code
         except BrokenPipeError:
             return 1  # whoever read our output has left

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from echo_rt.errors import ConfigError, TargetError
 from echo_rt.utils.atomic_file import check_ending, check_results_folder, check_writable, raising
+from echo_rt.utils.folder_lock import FolderClaim
 
 _WEIGHTS = ("--checkpoint", "--lora", "--text-encoder", "--vae-file")  # options whose value may name several files
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
@@ -46,8 +47,11 @@ def check_outputs(outputs: Sequence[tuple[Named, str]], inputs: Sequence[Named],
 def check_folder(output: Named, inputs: Sequence[Named]) -> None:
     """Check a folder to write into, which need not exist yet, against ``inputs``.
 
-    Raises ``ConfigError`` if it lies in an input or contains one, ``TargetError`` if it cannot be a folder.
+    Raises ``ConfigError`` if it lies in an input or contains one, ``TargetError`` if it cannot be a folder, or another
+    process writes into it.
     """
+    if os.path.isdir(output.path):
+        FolderClaim(output.path, shared=True).release()
     check_apart(output, inputs)
     for given in inputs:
         if _real(output.path) in _real(given.path).parents:

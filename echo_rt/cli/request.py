@@ -16,7 +16,7 @@ import msgspec
 from echo_rt.cli.arguments import Arguments, model_files, options_of, require
 from echo_rt.cli.outputs import Named, check_folder, check_outputs
 from echo_rt.errors import ConfigError, PromptError, TargetError
-from echo_rt.options import RuntimeOptions
+from echo_rt.options import RuntimeOptions, find_codec
 from echo_rt.soak.config import MANIFEST_FILE
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ class Request:
             several = len(self.script) > 1 and file.suffix  # without a suffix it is refused as it is
             numbered = (file.with_name(f"{file.stem}.{i}{file.suffix}") for i in range(len(self.script)))
             self.embeds_files = list(numbered) if several else [file]
+        find_codec(**self.encoding)
         self.output = self._output()
         self._check_outputs()
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import os
 import secrets
+import socket
 import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from echo_rt.cli.arguments import MODEL, Arguments, model_files, number, options_of, shared, table
+from echo_rt.cli.arguments import MODEL, Arguments, Value, model_files, number, options_of, shared, table
 from echo_rt.cli.outputs import Named, check_folder
 from echo_rt.cli.stdio import say, say_loading
 from echo_rt.errors import ConfigError
@@ -54,11 +56,12 @@ OPTIONS = {
     "video": (*table(_VIDEO, megabits={"type": number(float, positive=True)}), *shared(["--seed"])),
     "server": table(
         _SERVER,
+        host={"type": Value(str, words=("127.0.0.1", "0.0.0.0"))},
         port={"type": number(int, "a port in 0..65535", most=65535)},
         allow_host={"multiple": True},
         ice={"multiple": True},
     ),
-    "cluster": table(_CLUSTER),
+    "cluster": table(_CLUSTER, ray={"type": Value(str, words=["auto"])}, storage={"type": Value(str, files=True)}),
 }
 
 
@@ -67,16 +70,19 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     check_folder(Named("--out", arguments.out), model_files(arguments))
     options = options_of(RuntimeOptions, arguments)
     host, token = arguments.host, arguments.token
+    if token == "":  # which any request would have
+        raise ConfigError("--token: expected a text, got '': of a variable that is not set?")
     if token is None and not _is_loopback(host):
         token = secrets.token_urlsafe(24)
     say_loading(arguments)
-    with stop.interruptible():
+    with stop.importing():
         with needing("echo-rt[serve]", "echo-rt serve"):
             from echo_rt.serve import app, guard, server
         from echo_rt.serve.live import LiveSession, load_model
-
+    with stop.interruptible():
         listener = server.listen(host, arguments.port)
         port = listener.getsockname()[1]
+        addresses = [f"http://{name}:{port}/" for name in _reached_as(host, listener)]
         given = options.arguments()
         make = partial(
             app.make_app,
@@ -99,11 +105,11 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
             raise
 
     def announce(resumed: str | None = None) -> None:
-        address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-        report.update(address=address, token=token, resumed=resumed)
+        report.update(address=addresses[0], token=token, resumed=resumed)
         if not arguments.json:
             going_on = f", going on from {resumed} with its prompt and seed" if resumed else ""
-            say(f"serving at {address}{f'?token={token}' if token else ''}{going_on}")
+            urls = [f"{address}{f'?token={token}' if token else ''}" for address in addresses]
+            say(f"serving at {', from other machines '.join(urls)}{going_on}")
 
     if not session:
         listener.close()  # one of Ray's processes serves there
@@ -175,6 +181,17 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _reached_as(host: str, listener: socket.socket) -> list[str]:
+    """Names of a server at ``host`` in an address: where that means all of this machine's, two of those."""
+    names = [host]
+    if ipaddress.ip_address(listener.getsockname()[0]).is_unspecified:
+        names, far = (["::1"], "2001:db8::1") if listener.family == socket.AF_INET6 else (["127.0.0.1"], "192.0.2.1")
+        with socket.socket(listener.family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+            probe.connect((far, 9))  # sends nothing; without a way out there is no other address
+            names += {probe.getsockname()[0]} - {*names}
+    return [f"[{name}]" if ":" in name else name for name in names]
 
 
 def _ice_server(url: str) -> dict[str, str]:

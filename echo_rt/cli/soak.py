@@ -90,7 +90,7 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Run the soak and return its exit code."""
     config = parse_config(arguments)
     say_loading(arguments)
-    with stop.interruptible():
+    with stop.importing():
         from echo_rt.soak import run as run_soak
     with closing(Panel(config, quiet=arguments.quiet)) as panel:
         outcome = run_soak(config, stop=stop, watchers=[panel])

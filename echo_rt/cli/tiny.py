@@ -28,9 +28,9 @@ OPTIONS = {"model": (click.Argument(["folder"], type=PATH, metavar="DIR"), *tabl
 def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     """Write the model and say what to run next."""
     folder: Path = arguments.folder
-    with stop.interruptible():
+    with stop.importing():
         from echo_rt.weights.tiny_model import CHECKPOINT_FILE, write_tiny_model
-
+    with stop.interruptible():
         write_tiny_model(folder, seed=arguments.seed, overwrite=arguments.overwrite)
     checkpoint = folder / CHECKPOINT_FILE
     report.update(folder=str(folder), checkpoint=str(checkpoint), seed=arguments.seed)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from echo_rt.cli.arguments import PATH, Arguments, shared, table
+from echo_rt.cli.arguments import Arguments, path_or, shared, table
 from echo_rt.cli.outputs import Named, check_results
 from echo_rt.cli.stdio import complain, describe, say
 from echo_rt.errors import ConfigError, EchoError
+from echo_rt.options import DEMO
 from echo_rt.utils.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """
 Run golden bundles and compare every tensor with that of the published implementation. A BUNDLE is the folder of one, a
-folder with bundles below it, or a model folder. For a model, decode a few random latents in groups of several sizes,
-which must all give the same frames. For both, show how close the decoder's other dtypes are to float32.
+folder with bundles below it, a model folder, or demo for the model in the package. For a model, decode a few random
+latents in groups of several sizes, which must all give the same frames. For both, show how close the decoder's other
+dtypes are to float32.
 """
 EPILOG = """
 Exit codes: 0 all tensors are within their bounds; 1 one is not; 2 a folder cannot be run; the others run anyway.
@@ -31,7 +33,7 @@ Exit codes: 0 all tensors are within their bounds; 1 one is not; 2 a folder cann
 _SHARED = ("--device", "--dtype", "--float8-except", "--backend", "--no-graphs")
 OPTIONS = {
     "check": (
-        click.Argument(["bundles"], nargs=-1, required=True, type=PATH, metavar="BUNDLE..."),
+        click.Argument(["bundles"], nargs=-1, required=True, type=path_or(DEMO), metavar="BUNDLE..."),
         *shared(_SHARED, dtype={"default": "float32", "help": "dtype to check (default float32)"}),
         *table("--dump DIR  write the computed tensors to DIR/BUNDLE/"),
     )
@@ -45,7 +47,7 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     entries: list[dict[str, Any]] = []
     report |= {"passed": False, "bundles": entries}  # passed is set when the last one is through
     worst = 0
-    with stop.interruptible():
+    with stop.importing():
         folders = _find_folders(arguments.bundles)
         if arguments.dump is not None:
             _check_dump(arguments.dump, folders)
@@ -79,10 +81,12 @@ def run(arguments: Arguments, report: dict[str, Any], stop: StopRequest) -> int:
     return worst
 
 
-def _find_folders(paths: Sequence[Path]) -> list[Path]:
-    """The bundles at and below ``paths``; files, which ``golden/*`` can name too, are left out."""
+def _find_folders(named: Sequence[Path | str]) -> list[Path]:
+    """The bundles at and below the ``named`` folders; files, which ``golden/*`` can name too, are left out."""
     from echo_rt.verify.bundles import find_bundles
+    from echo_rt.weights.folder import DEMO_FOLDER
 
+    paths = [DEMO_FOLDER if path == DEMO else Path(path) for path in named]  # ./demo is Path("demo")
     files = [path for path in paths if os.path.isfile(path)]  # pathlib raises for too long a name
     for path in files:
         complain(f"echo-rt: {path}: a file, not the folder of a bundle; left out")

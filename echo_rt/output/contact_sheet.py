@@ -26,16 +26,17 @@ _LINES = 2  # of a prompt
 
 
 class ContactSheet(Closing):
-    """Gathers at most ``limit`` thumbnails of a video of any length and writes them as one PNG at :meth:`close`.
+    """Gathers thumbnails of a video of any length and writes ``limit`` of them as one PNG at :meth:`close`.
 
-    It first keeps every frame; whenever it has ``limit``, it drops every second one and doubles the distance between
-    the following ones. So between ``limit / 2`` and ``limit`` evenly spaced frames remain.
+    It first keeps every frame; whenever it has four times ``limit``, it drops every second one and doubles the distance
+    between the following ones. At the end ``limit`` of them are chosen, from the first to the last and as evenly spaced
+    as they allow, so their distance is hardly ever that of something which repeats in the video.
 
     Args:
         path: the PNG; not written for a video without frames.
         fps: frames per second, for the times.
         columns: pictures in a row.
-        limit: most pictures kept, an even number.
+        limit: most pictures, 2 or more.
         picture_width: pixels; the height follows.
     """
 
@@ -43,10 +44,10 @@ class ContactSheet(Closing):
         self, path: str | Path, *, fps: float, columns: int = 6, limit: int = 48, picture_width: int = 208
     ) -> None:
         check_ending(path, ".png", "contact_sheet")
-        if columns < 1 or limit < 2 or limit % 2 or picture_width < 8 or not fps > 0:
+        if columns < 1 or limit < 2 or picture_width < 8 or not fps > 0:
             raise ConfigError(
-                f"{path}: a contact sheet needs columns of 1 or more, an even limit, pictures of 8 pixels or more "
-                f"and an fps above 0, got {columns}, {limit}, {picture_width} and {fps}"
+                f"{path}: a contact sheet needs columns of 1 or more, a limit of 2 or more, pictures of 8 pixels or "
+                f"more and an fps above 0, got {columns}, {limit}, {picture_width} and {fps}"
             )
         check_writable(path)
         self.path = Path(path)
@@ -63,8 +64,10 @@ class ContactSheet(Closing):
 
     @property
     def kept(self) -> list[int]:
-        """Numbers of the frames that are on the sheet so far."""
-        return [i * self._stride for i in range(len(self._pictures))]
+        """Numbers of the frames that are on the sheet if the video ends here."""
+        last = len(self._pictures) - 1
+        gaps = min(self.limit - 1, last)
+        return [round(i * last / max(1, gaps)) * self._stride for i in range(gaps + 1)]
 
     def write(self, frames: ArrayLike, prompt: str | None = None) -> None:
         """Take the next frames of the video: uint8 [T, H, W, 3] RGB, anything that numpy can view.
@@ -79,7 +82,7 @@ class ContactSheet(Closing):
         height, width = array.shape[1:3]
         size = (self.picture_width, max(1, round(height * self.picture_width / width)))
         for frame in array:
-            if self._seen % self._stride == 0 and len(self._pictures) == self.limit:
+            if self._seen % self._stride == 0 and len(self._pictures) == 4 * self.limit:
                 del self._pictures[1::2]
                 self._stride *= 2
             if self._seen % self._stride == 0:
@@ -110,13 +113,15 @@ class ContactSheet(Closing):
         width, height = self._pictures[0][0].size
         line = round(self._font.getbbox("Ag")[3]) + 2
         told = _LINES * line if any(prompt for _, prompt in self._pictures) else 0
-        columns = min(self.columns, len(self._pictures))
+        kept = self.kept
+        columns = min(self.columns, len(kept))
         across, down = width + _GAP, height + told + _GAP
-        size = (columns * across + _GAP, math.ceil(len(self._pictures) / columns) * down + _GAP)
+        size = (columns * across + _GAP, math.ceil(len(kept) / columns) * down + _GAP)
         sheet = Image.new("RGB", size, _BACKGROUND)
         draw = ImageDraw.Draw(sheet)
         before = None
-        for number, (frame, (image, prompt)) in enumerate(zip(self.kept, self._pictures, strict=True)):
+        for number, frame in enumerate(kept):
+            image, prompt = self._pictures[frame // self._stride]
             row, column = divmod(number, columns)
             left, top = _GAP + column * across, _GAP + row * down
             sheet.paste(image, (left, top))

@@ -9,18 +9,18 @@ second). A file that stays fragmented needs a few dozen bytes per fragment (2 MB
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echo_rt.errors import BackendError, ConfigError, OutputError, did_you_mean
+from echo_rt.errors import BackendError, ConfigError, OutputError
+from echo_rt.options import find_codec
 from echo_rt.utils.atomic_file import GrowingFile, PartFile, check_ending, reason
 from echo_rt.utils.packages import needing
 from echo_rt.utils.wording import first_line
@@ -40,32 +40,8 @@ _BT709 = 1
 _PROBE_SIZE = 256  # pixels in both directions; hardware encoders refuse much smaller ones
 
 
-class Codec(NamedTuple):
-    """An encoder of FFmpeg: its presets, its option of constant quality with the highest value, and our defaults."""
-
-    encoder: str
-    presets: tuple[str, ...]
-    preset: str
-    quality: str
-    crf: float
-    most: int
-    options: Mapping[str, str] = MappingProxyType({})
-
-
-_X26 = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
-_P = tuple(f"p{number}" for number in range(1, 8))
-_VARIABLE = MappingProxyType({"rc": "vbr", "b": "0"})  # or cq has no effect
-CODECS = {
-    "h264": Codec("libx264", _X26, "veryfast", "crf", 18, 51),
-    "hevc": Codec("libx265", _X26, "veryfast", "crf", 20, 51, {"x265-params": "log-level=error:open-gop=0"}),
-    "av1": Codec("libsvtav1", tuple(map(str, range(14))), "10", "crf", 28, 63),
-    "h264_nvenc": Codec("h264_nvenc", _P, "p4", "cq", 19, 51, _VARIABLE),
-    "hevc_nvenc": Codec("hevc_nvenc", _P, "p4", "cq", 21, 51, _VARIABLE),
-    "av1_nvenc": Codec("av1_nvenc", _P, "p4", "cq", 28, 63, _VARIABLE),
-}
 # With AVX-512, libx264's macroblock tree reads memory that was never written: equal frames give other bytes each time.
 _REPEATABLE = "asm=MMX2,SSE2Fast,SSSE3,SSE4.2,AVX,FMA3,BMI2,AVX2"
-_OTHERS = {"h265": "hevc", "x265": "hevc", "libx265": "hevc", "avc": "h264"}  # names of these elsewhere
 
 
 @cache
@@ -88,16 +64,7 @@ def _add_stream(
     container: Any, size: tuple[int, int], fps: Fraction, codec: str, crf: float | None, preset: str | None, gop: int
 ) -> Any:
     """Open an encoder; :class:`ConfigError` for a quality or preset that it does not have."""
-    if codec not in CODECS:
-        hint = did_you_mean(_OTHERS.get(codec, codec), CODECS)
-        raise ConfigError(f"codec: expected one of {', '.join(CODECS)}, got {codec!r}{hint}")
-    chosen = CODECS[codec]
-    crf, preset = chosen.crf if crf is None else crf, chosen.preset if preset is None else preset
-    if preset not in chosen.presets:
-        hint = did_you_mean(preset, chosen.presets)
-        raise ConfigError(f"preset of {codec}: expected one of {', '.join(chosen.presets)}, got {preset!r}{hint}")
-    if not 0 <= crf <= chosen.most:
-        raise ConfigError(f"crf of {codec}: expected 0 (best) to {chosen.most}, got {crf:g}")
+    chosen, crf, preset = find_codec(codec, crf, preset)
     os.environ.setdefault("SVT_LOG", "1")  # errors only: SVT-AV1 prints a page at each start
     av = load_av()
     try:
@@ -156,7 +123,7 @@ class VideoWriter(GrowingFile):
         path: the file; it appears (or is replaced) at :meth:`close`, and only if it has at least one frame.
         width, height: of the frames in pixels, even.
         fps: frames a second.
-        codec: a name in ``CODECS``.
+        codec: a name in :data:`echo_rt.options.CODECS`.
         crf: constant quality; 0 is the best, and 18 of h264 is hard to tell from the source. None: the codec's default.
         preset: speed preset of the encoder. None: the codec's default.
         gop_seconds: longest time between two key frames, which is also the most that a crash loses,

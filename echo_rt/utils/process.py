@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import inspect
 import os
 import signal
 import threading
@@ -20,10 +21,11 @@ from typing import ClassVar, NoReturn, ParamSpec, TypeVar
 
 import torch
 
-from echo_rt.errors import BackendError, EchoError, StreamError
+from echo_rt.errors import BackendError, ConfigError, EchoError, StreamError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+B = TypeVar("B", bound="Bound")
 
 _SPAWN = "start the process with multiprocessing's 'spawn'"
 _GRACE = 3.0  # seconds
@@ -59,9 +61,20 @@ class ProcessGuard:
 
 
 class Bound:
-    """Base of what belongs to one process: it cannot be copied or pickled. ``_instead``: what to do."""
+    """Base of what belongs to one process: it cannot be copied or pickled. ``_instead``: what to do.
+
+    ``_made_by``: the call that makes one, for whoever calls the class itself.
+    """
 
     _instead: ClassVar[str]
+    _made_by: ClassVar[str]
+
+    def __new__(cls: type[B], *given: object, **options: object) -> B:
+        try:
+            inspect.signature(cls.__init__).bind(None, *given, **options)
+        except TypeError:
+            raise ConfigError(f"a {cls.__name__} is made by {cls._made_by}") from None
+        return super().__new__(cls)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:  # copy asks for it too
         raise StreamError(f"a {type(self).__name__} cannot be copied or pickled: {self._instead}")

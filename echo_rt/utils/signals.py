@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -37,13 +37,15 @@ class StopNow(BaseException):
 class StopRequest:
     """While entered, SIGINT, SIGTERM and SIGHUP are noted in :attr:`request` instead of ending the process.
 
-    So code that writes files is never interrupted. Two kinds of code may be: :meth:`interruptible` code raises
-    :class:`StopNow` at the first signal, code in :meth:`after_block` at the second. Exit restores the handlers. Signals
-    reach only a main thread; in another thread this does nothing.
+    So code that writes files is never interrupted. Three kinds of code may be: :meth:`interruptible` code raises
+    :class:`StopNow` at the first signal, code in :meth:`after_block` at the second, and :meth:`importing` ends the
+    process, after ``last_words``. Exit restores the handlers. Signals reach only a main thread; in another thread this
+    does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last_words: Callable[[StopNow], None] = lambda request: None) -> None:
         self.request: StopNow | None = None
+        self._last_words, self._importing = last_words, False
         self._raise_from: int | None = None
         self._signals = 0
         self._previous: dict[int, Any] = {}
@@ -63,11 +65,32 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Raise ``StopNow`` at any signal, even an earlier one that was noted."""
+        """Raise ``StopNow`` at any signal, even an earlier one that was noted.
+
+        Libraries can swallow it or break of it; then it is raised at the end, in place of their error.
+        """
         with self._raising_from(1):
+            if self.request is None:
+                try:
+                    yield
+                except Exception:
+                    if self.request is None:
+                        raise
             if self.request is not None:
-                raise self.request
-            yield
+                raise self.request from None
+
+    @contextlib.contextmanager
+    def importing(self) -> Iterator[None]:
+        """End the process at any signal, as imports take seconds and do not bear what is raised amid them.
+
+        For code that holds nothing yet: no destructor and no ``finally`` runs.
+        """
+        self._importing = True
+        try:
+            with self.interruptible():
+                yield
+        finally:
+            self._importing = False
 
     def after_block(self) -> contextlib.AbstractContextManager[None]:
         """Note the first signal, so that the block is finished, and raise ``StopNow`` at the next."""
@@ -93,4 +116,7 @@ class StopRequest:
             os.write(2, b"\necho-rt: " + told + b"\n")
         if at_once:
             self._raise_from = None  # only once: from here on files are being closed
+            if self._importing:
+                self._last_words(self.request)
+                os._exit(self.request.exit_code)
             raise self.request

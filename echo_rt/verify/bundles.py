@@ -304,8 +304,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        why = f"config.json cannot be read: {error.strerror}"
-        raise WeightsError(f"{folder} is not a golden bundle ({why}), nor a model with a VAE") from None
+        found = f"no VAE and no config.json in it ({error.strerror})"
+        raise WeightsError(f"{folder}: expected the folder of a golden bundle or of a model, found {found}") from None
     config = read_json(content, dict[str, Any], f"{path}: expected JSON", WeightsError)
     if config.get("kind") not in tuple(BUNDLES):  # which may be of any type
         raise WeightsError(f"{path}: expected a kind of {', '.join(BUNDLES)}; got {config.get('kind')!r}")

@@ -61,7 +61,7 @@ def load_generator(
     transformer, memory = _split(file, part)
     if not memory and part == _GENERATOR_EMA and _GENERATOR in sections:
         memory = _split(file, _GENERATOR)[1]
-    source = f"{file.path} ({part or 'bare'})"
+    source = f"{file.path} ({part})" if part else str(file.path)
     found = PartTensors(TRANSFORMER, transformer, source)
     # Another model is one plain error, where the list of tensors would be all of them.
     dim = shape_of(found.named, "patch_embedding.weight", 5, source, "a Wan transformer")[0]
@@ -97,5 +97,5 @@ def check_memory(tensors: Mapping[str, Tensor], config: ModelConfig, source: str
 
 
 def _split(file: TensorFile, part: str | None) -> tuple[LazyTensors, LazyTensors]:
-    source = f"{file.path} ({part or 'bare'})"
+    source = f"{file.path} ({part})" if part else str(file.path)
     return split_memory(bare(file if part is None else below(file, f"{part}."), source), source)

@@ -17,6 +17,7 @@ from echo_rt.cli.arguments import OPTIONS
 from echo_rt.cli.main import COMMANDS, _parse, main
 from echo_rt.options import RuntimeOptions
 from echo_rt.utils.build_info import __version__
+from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.signals import StopNow
 
 
@@ -225,3 +226,80 @@ def test_a_default_is_what_the_help_says():
     assert given.storage is None and _parse(["tiny", "folder"])[1].seed == 0
     _, given = _parse(["soak", "--out", "day", "--blocks", "3"])
     assert (given.keep, given.warmup_blocks, given.drift) == (None, 10, None), "those of a soak are its own"
+
+
+# Torch, as its import is when a signal comes in it: whatever is raised there is swallowed, and all goes on.
+STRUCK = """
+import importlib.abc, os, signal, sys
+class Struck(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException:
+                pass
+sys.meta_path.insert(0, Struck())
+from echo_rt.cli.main import main
+code = main(sys.argv[1:])
+print("it went on")
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate --prompt ball -o v.mp4",
+        "soak --out s --blocks 1",
+        "serve --port 0 --out s",
+        "bench",
+        "verify demo",
+        "tiny t",
+        "doctor",
+    ],
+)
+def test_ctrl_c_amid_the_import_of_torch_ends_at_once(line, tmp_path):
+    command = [sys.executable, "-c", STRUCK, *line.split(), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 130, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["exit_reason"], report["exit_code"]) == ("interrupted", 130)
+    assert done.stderr == "\necho-rt: stopping\n" and list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_before_the_command_is_imported_shows_no_traceback():
+    script = """
+import importlib.abc, runpy, sys
+class Struck(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "click":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Struck())
+runpy.run_module("echo_rt", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate --prompt ball --resume day --segments 10 --snapshot-every 100",
+        "generate --prompt ball -o day --segments 10",
+        "generate --prompt ball -o v.mp4 --evidence day",
+        "soak --out day --blocks 1",
+        "serve --out day --resume",
+    ],
+)
+def test_a_folder_that_another_process_writes_into_is_refused_before_torch_is_imported(line, tmp_path):
+    script = "import sys; sys.modules['torch'] = None; from echo_rt.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    claim = FolderClaim(tmp_path / "day")
+    try:
+        command = [sys.executable, "-c", script, *line.split()]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    finally:
+        claim.release()
+    assert (done.returncode, done.stderr) == (
+        2,
+        "echo-rt: error: day: cannot be written into: another process writes into it\n",
+    )

@@ -42,7 +42,7 @@ def test_a_folder_of_bundles(echo_rt, golden_dir, tmp_path):
     assert echo_rt(*arguments).error == "--dump: expected bundles of different names, got two called 'vae'"
     (tmp_path / "empty").mkdir()
     outcome = echo_rt("verify", tmp_path / "empty", "--device", "cpu")
-    assert outcome.code == 2 and "is not a golden bundle" in outcome.error
+    assert outcome.code == 2 and "expected the folder of a golden bundle or of a model, found no VAE" in outcome.error
 
 
 def test_a_bundle_of_a_recipe(echo_rt, golden_dir):
@@ -108,7 +108,7 @@ def test_layers_kept_from_float8_must_be_there(echo_rt, golden_dir, small_model,
     outcome = echo_rt(*call, golden_dir / "text_encoder", golden_dir / "rollout_small")
     assert outcome.code == 2 and "text_encoder: passed" in outcome.out and "N in 0..1" in outcome.error
     outcome = echo_rt(*call, golden_dir / "text_encoder", tmp_path)
-    assert outcome.code == 2 and "is not a golden bundle" in outcome.error
+    assert outcome.code == 2 and "expected the folder of a golden bundle" in outcome.error
 
 
 @pytest.fixture
@@ -167,13 +167,23 @@ def test_not_passed_when_it_does_not_come_to_its_end(echo_rt, golden_dir, monkey
     assert outcome.code == 1 and outcome.json["passed"] is False
 
 
+def test_the_model_in_the_package_goes_by_its_name(echo_rt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # as make demo makes it
+    outcome = echo_rt("verify", "demo", "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    assert "demo_model (model)" in outcome.out and "demo_model: passed" in outcome.out
+    outcome = echo_rt("verify", "./demo", "--device", "cpu")
+    assert outcome.code == 2 and "demo: expected the folder of a golden bundle or of a model" in outcome.error
+
+
 def test_other_mistakes(echo_rt, golden_dir):
     outcome = echo_rt("verify", golden_dir / "vae", "--backend", "magic")
     assert outcome.code == 2 and "magic" in outcome.error
     outcome = echo_rt("verify", golden_dir / "vae", "--backend=")
     assert outcome.code == 2 and "backend must be one of torch, emulated, cuda; got ''" in outcome.error
     outcome = echo_rt("verify", "x" * 300)
-    assert outcome.code == 2 and "is not a golden bundle (config.json cannot be read: File name too" in outcome.error
+    assert outcome.code == 2 and "no VAE and no config.json in it (File name too" in outcome.error
     outcome = echo_rt("verify", golden_dir / "vae", "--device", "toaster")
     assert outcome.code == 2 and "toaster" in outcome.error
 

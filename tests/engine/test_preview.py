@@ -40,7 +40,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 def test_frames_are_what_the_tiny_decoder_makes_of_the_latents(
     small_model: Path, runtime: echo_rt.Runtime, plain: list[echo_rt.Chunk]
 ) -> None:
-    assert runtime.vae == "taew2_1"
+    assert runtime.decoder == "taew2_1"
     assert [len(chunk.frames) for chunk in plain] == [9] + [12] * 7
     latents = torch.cat([chunk.latents for chunk in plain])
     expected = 255 * naive_decode(tensors_of(small_model), latents).permute(0, 2, 3, 1).clamp(0, 1)
@@ -50,7 +50,7 @@ def test_frames_are_what_the_tiny_decoder_makes_of_the_latents(
 
 def test_the_latents_are_those_of_any_decoder(small_model: Path, plain: list[echo_rt.Chunk]) -> None:
     with load(small_model) as full:
-        assert full.vae == "wan"
+        assert full.decoder == "wan"
         made = video(full, 3, seed=3)
     for chunk, preview in zip(made, plain, strict=False):
         assert torch.equal(chunk.latents, preview.latents)
@@ -134,7 +134,7 @@ def test_a_model_without_a_tiny_decoder(small_model: Path, tmp_path: Path) -> No
     with pytest.raises(WeightsError, match=r"expected a tiny decoder, taew2_1\{\.pth.*TAEHV.*LightX2V.*none of them"):
         load(folder, vae="tiny")
     with load(folder, vae=small_model / TINY_VAE_FILE) as runtime:
-        assert runtime.vae == "taew2_1"
+        assert runtime.decoder == "taew2_1"
 
 
 def test_the_vae_itself_need_not_be_there(small_model: Path, tmp_path: Path, plain: list[echo_rt.Chunk]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +28,32 @@ def flat(first: int, count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("frames", "stride"), [(1, 1), (8, 1), (9, 2), (16, 2), (17, 4), (100, 16), (1000, 128)], ids=str
+    ("frames", "distance"), [(1, 1), (8, 1), (9, 1), (16, 2), (17, 2), (100, 14), (1000, 142)], ids=str
 )
-def test_kept_frames_are_even_and_bounded(tmp_path, frames, stride):
+def test_kept_frames_are_even_and_bounded(tmp_path, frames, distance):
     sheet = ContactSheet(tmp_path / "s.png", fps=16, limit=8, picture_width=16)
+    assert sheet.kept == []
     for first in range(0, frames, 12):
         sheet.write(flat(first, min(12, frames - first)))
-    assert sheet.kept == list(range(0, frames, stride))
-    assert len(sheet.kept) <= 8
+    assert len(sheet.kept) == min(frames, 8) and sheet.kept[0] == 0
+    finest = max(1, 2 ** math.ceil(math.log2(frames / 32)))  # four times as many are held
+    assert frames - finest <= sheet.kept[-1] < frames
+    assert all(abs(later - earlier - distance) <= finest for earlier, later in pairwise(sheet.kept))
+
+
+def test_what_repeats_is_seen_at_many_of_its_moments(tmp_path):
+    """Thirty seconds of the demo, in which a day takes three: not the same three moments again and again."""
+    sheet = ContactSheet(tmp_path / "s.png", fps=16, picture_width=16)
+    sheet.write(np.zeros((480, 12, 16, 3), np.uint8))
+    moments = sorted({frame % 48 for frame in sheet.kept})
+    assert len(sheet.kept) == 48 and len(moments) >= 12
+    assert max(later - earlier for earlier, later in pairwise([*moments, 48])) <= 4
 
 
 def test_the_picture_shows_the_frames(tmp_path):
     path = tmp_path / "s.png"
-    with ContactSheet(path, fps=16, columns=3, limit=8, picture_width=80) as sheet:
-        sheet.write(flat(0, 9))  # keeps 0, 2, 4, 6, 8
+    with ContactSheet(path, fps=16, columns=3, limit=5, picture_width=80) as sheet:
+        sheet.write(flat(0, 9))  # shows 0, 2, 4, 6, 8
         assert not path.exists()
     image = picture(path)
     cell, gap = (60, 80), 4
@@ -107,7 +121,7 @@ def test_nothing_written_leaves_what_is_there(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ConfigError, match="even limit"):
-        ContactSheet(tmp_path / "s.png", fps=16, limit=7)
+    with pytest.raises(ConfigError, match="a limit of 2 or more"):
+        ContactSheet(tmp_path / "s.png", fps=16, limit=1)
     with pytest.raises(ConfigError, match="uint8 frames"):
         ContactSheet(tmp_path / "s.png", fps=16).write(np.zeros((1, 4, 4, 3)))

@@ -255,8 +255,8 @@ MANY_FRAMES = """
         LatentsWriter(folder / "l.safetensors", (16, 6, 8)) as latents,
         ContactSheet(folder / "s.png", fps=16) as sheet,
     ):
-        for block in range(100):
-            if block == 40:
+        for block in range(192):
+            if block == 96:  # the sheet holds as many pictures after twice as many frames
                 before = resident(), written()
             frames = noise.integers(0, 256, (20, 48, 64, 3), np.uint8)
             video.write(frames)

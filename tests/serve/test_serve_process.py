@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,9 +19,10 @@ from serving import plain
 from streaming import OTHER, PROMPT
 
 from echo_rt.cli.main import main
-from echo_rt.cli.serve import _ice_server, _is_loopback
+from echo_rt.cli.serve import _ice_server, _is_loopback, _reached_as
 from echo_rt.client import Live
 from echo_rt.errors import ConfigError
+from echo_rt.serve import server
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
@@ -90,14 +92,46 @@ def test_a_server_that_others_reach_has_a_token_and_its_folder_for_itself(
     with process(small_model, tmp_path / "out", "--host", "0.0.0.0") as (started, address):
         base, _, token = address.partition("/?token=")
         assert len(token) >= 32
-        port = base.rpartition(":")[2]
-        with Live(f"http://127.0.0.1:{port}", token=token) as live:
+        assert base.startswith("http://127.0.0.1:"), "nobody can open 0.0.0.0"
+        with Live(base, token=token) as live:
             assert live.get("/figures")["viewers"] == 0
-        with Live(f"http://127.0.0.1:{port}") as live, pytest.raises(Exception, match="401"):
+        with Live(base) as live, pytest.raises(Exception, match="401"):
             live.get("/figures")
         assert main(command(small_model, tmp_path / "out")[3:]) == 2
         assert "another process writes into it" in capsys.readouterr().err
         end(started)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", ["127.0.0.1"]),
+        ("localhost", ["localhost"]),
+        ("0.0.0.0", ["127.0.0.1", "192.0.2.9"]),
+        ("0", ["127.0.0.1", "192.0.2.9"]),
+        ("::1", ["[::1]"]),
+        ("::", ["[::1]", "[2001:db8::9]"]),
+    ],
+)
+@pytest.mark.parametrize("reachable", [True, False])
+def test_the_addresses_are_those_that_a_browser_opens(
+    host: str, expected: list[str], reachable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Probe(socket.socket):
+        def connect(self, address: object) -> None:
+            if not reachable:
+                raise OSError(101, "Network is unreachable")
+
+        def getsockname(self) -> tuple[str, int]:
+            return ("2001:db8::9" if self.family == socket.AF_INET6 else "192.0.2.9"), 1
+
+    try:
+        listener = server.listen(host, 0)
+    except ConfigError:
+        pytest.skip("this machine has no such address")
+    with listener:
+        monkeypatch.setattr(socket, "socket", Probe)
+        assert _reached_as(host, listener) == expected[: None if reachable else 1]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +141,7 @@ def test_a_server_that_others_reach_has_a_token_and_its_folder_for_itself(
         (("--viewers", "0"), "--viewers: expected an integer of 1 or more"),
         (("--megabits", "0"), "--megabits: expected a number above 0"),
         (("--host", "203.0.113.7"), "cannot serve at 203.0.113.7"),
+        (("--token", ""), "--token: expected a text, got ''"),
         (("--prompt", " "), "expected a prompt of 1 to 2000 characters"),
         (("--memory", "off", "--out", "{model}"), "expected a folder apart from what is read"),
     ],

@@ -81,9 +81,29 @@ def test_a_runtime_is_no_pipeline(runtime: Any) -> None:
     ):
         with pytest.raises(ConfigError, match=answer):
             wrong()
+    with pytest.raises(ConfigError, match=r"Runtime has no vae: .* chunk\.frames .* runtime\.decoder$"):
+        runtime.vae.decode(None)
+    assert runtime.decoder == "wan"
     assert not hasattr(runtime, "to") and not hasattr(runtime, "colour")
     with pytest.raises(AttributeError, match="'Runtime' object has no attribute 'colour'"):
         _ = runtime.colour
+
+
+@pytest.mark.parametrize("given", [{}, {"model": "demo"}, {"prompt": PROMPT}])
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        (echo_rt.Runtime, r"a Runtime is made by Runtime\.from_pretrained\(MODEL\)$"),
+        (echo_rt.Stream, r"a Stream is made by runtime\.stream\(PROMPT\)$"),
+        (echo_rt.Feed, r"a Feed is made by stream\.feed\("),
+    ],
+)
+def test_classes_that_are_not_called(kind: Any, answer: str, given: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"^{answer}"):
+        kind(**given)
+    if kind is not echo_rt.Feed or not given:
+        with pytest.raises(ConfigError, match=f"^{answer}"):
+            kind(*given.values())
 
 
 def test_a_feed_of_a_runtime_is_refused_at_once(runtime: Any) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -31,6 +34,51 @@ def test_interruptible_raises_for_an_earlier_signal_too(capfd):
         assert capfd.readouterr().err == "\necho-rt: stopping\n"
         with pytest.raises(StopNow), stop.interruptible():
             pytest.fail("went on")
+
+
+def test_importing_ends_the_process_though_errors_are_swallowed():
+    code = """
+import os, signal
+from echo_rt.utils.signals import StopRequest
+with StopRequest(lambda request: print(request.reason, flush=True)) as stop:
+    try:
+        with stop.importing():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except BaseException:
+                pass
+            print("went on", flush=True)
+    finally:
+        print("cleaned up", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "terminated\n")
+
+
+def test_importing_is_over_at_its_end():
+    with StopRequest() as stop:
+        with stop.importing():
+            pass
+        with pytest.raises(StopNow), stop.interruptible():
+            send(signal.SIGINT)
+
+
+def swallowed() -> None:
+    with contextlib.suppress(BaseException):
+        send(signal.SIGINT)
+
+
+def broken() -> None:
+    swallowed()
+    raise RecursionError
+
+
+@pytest.mark.parametrize("work", [swallowed, broken])
+def test_what_a_library_swallows_is_raised_at_the_end(work):
+    with StopRequest() as stop, pytest.raises(StopNow), stop.interruptible():
+        work()
+    with StopRequest() as stop, pytest.raises(RecursionError), stop.interruptible():
+        raise RecursionError
 
 
 def test_after_block_raises_at_the_second(capfd):

@@ -240,7 +240,7 @@ def test_a_wrong_result_is_seen(golden_dir: Path, tmp_path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no-config": (lambda b: (b / "config.json").unlink(), "not a golden bundle"),
+    "no-config": (lambda b: (b / "config.json").unlink(), "expected the folder of a golden bundle or of a model"),
     "bad-json": (lambda b: (b / "config.json").write_text("{"), "expected JSON"),
     "unknown-kind": (lambda b: (b / "config.json").write_text('{"kind": "song"}'), "got 'song'"),
     "no-blocks": (lambda b: (b / "config.json").write_text(json.dumps(flat_config(kind="rollout"))), "config|tensors"),
