@@ -94,6 +94,14 @@ class Results:
         return 100 * fmean(self.column("ok", "golden", "golden", "Bundles"))
 
 
+def found(find: Callable[..., float], *given: Any) -> float | None:
+    """``find(*given)`` of what a check left; None where the check did not come to it."""
+    try:
+        return find(*given)
+    except (LookupError, TypeError, ZeroDivisionError):  # the second of a None, as a rehearsal has them
+        return None
+
+
 @dataclass(frozen=True)
 class Figure:
     """A number that a check is for: how it is found, its goal, what was predicted, what others report."""
@@ -107,16 +115,9 @@ class Figure:
     predicted: str = ""
     others: str = ""
 
-    def value(self, results: Results) -> float | None:
-        """None where the step did not come to it."""
-        try:
-            return self.find(results)
-        except (LookupError, TypeError, ZeroDivisionError):  # the second of a None, as a rehearsal has them
-            return None
-
     def row(self, results: Results, *, judged: bool) -> dict[str, str]:
         """Its line of the table; ``judged``: whether it is held against its goal."""
-        value, verdict = self.value(results), ""
+        value, verdict = found(self.find, results), ""
         if judged and self.met is not None:
             verdict = "open" if value is None else "met" if self.met(value) else "unmet"
         measured = "missing" if value is None else f"{value:.4g} {self.unit}".strip()
@@ -167,7 +168,7 @@ def lacking(results: Results) -> Iterator[str]:
     """What a complete check would have and this one has not."""
     yield from (f"step {row['step']} {row['state']}" for row in results.steps if row["state"] != "passed")
     for figure in FIGURES:
-        if figure.value(results) is None:
+        if found(figure.find, results) is None:
             yield f"{figure.what}: step {figure.step} {results.state(figure.step)}"
 
 

@@ -50,60 +50,57 @@ def _size(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _conv(window: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, taps: int) -> tuple[int, int]:
-    return _size(window, weight, residual, out), 2 * out.numel() * taps
-
-
-# Bytes of a call, from its arguments. The window's history goes into it, and the newest frames into the history.
-_MEMORY: dict[str, Callable[..., int]] = {
-    "qkv_norm_rope_store": lambda qkv, a, b, c, d, k_cache, v_cache, write_index, raw_k, *_: (
+# What limits an operation; the bytes of a call from its arguments, and its operations where arithmetic is the limit.
+# The window's history goes into it, and the newest frames into the history.
+_FORMULAS: dict[str, tuple[str, Callable[..., int | tuple[int, int]]]] = {
+    "rope_table": ("neither", lambda frames, frequencies, out: _size(frames, out)),
+    "advance": ("neither", lambda positions, *rest: _size(positions, positions, *rest[-3:])),
+    "counter_noise": ("neither", lambda out, *_: _size(out)),
+    "qkv_norm_rope_store": ("memory", lambda qkv, a, b, c, d, k_cache, v_cache, write_index, raw_k, *_: (
         _size(qkv)
         + len(qkv) * _size(k_cache[0])
         + len(write_index) * (_size(k_cache[0], v_cache[0]) + (0 if raw_k is None else _size(raw_k[0])))
-    ),
-    "merge_attention": lambda outputs, logsumexps: _size(outputs, outputs[0], logsumexps),
-    "reanchor": lambda kv, temporal, spatial, sink_k, memory_k, memory_v, tokens: (
+    )),
+    "merge_attention": ("memory", lambda outputs, logsumexps: _size(outputs, outputs[0], logsumexps)),
+    "reanchor": ("memory", lambda kv, temporal, spatial, sink_k, memory_k, memory_v, tokens: (
         _size(sink_k, memory_k, memory_v)
         + sum(t.numel() * kv.element_size() for t in (sink_k, *[memory_k, memory_v] * len(kv)) if t is not None)
-    ),
-    "modulated_layer_norm": lambda x, *_: 2 * _size(x),
-    "gated_residual_norm": lambda x, *_: 4 * _size(x),
-    "modulated_layer_norm_quantize": lambda x, *rest: _size(x, *rest[-3:-1]),
-    "gated_residual_norm_quantize": lambda x, *rest: 3 * _size(x) + _size(*rest[-3:-1]),
-    "gelu_quantize": _size,
-    "flow_step": lambda x, flow, sigmas, noise: 2 * _size(x) + _size(flow, noise),
-    "rms_silu_window": lambda x, bias, residual, gamma, window, history, keep: (
+    )),
+    "modulated_layer_norm": ("memory", lambda x, *_: 2 * _size(x)),
+    "gated_residual_norm": ("memory", lambda x, *_: 4 * _size(x)),
+    "modulated_layer_norm_quantize": ("memory", lambda x, *rest: _size(x, *rest[-3:-1])),
+    "gated_residual_norm_quantize": ("memory", lambda x, *rest: 3 * _size(x) + _size(*rest[-3:-1])),
+    "gelu_quantize": ("memory", _size),
+    "flow_step": ("memory", lambda x, flow, sigmas, noise: 2 * _size(x) + _size(flow, noise)),
+    "rms_silu_window": ("memory", lambda x, bias, residual, gamma, window, history, keep: (
         (1 + keep) * _size(x) + _size(residual, window) + 2 * _size(history)
-    ),
-    "frames_to_uint8": _size,
-}
-_NEITHER: dict[str, Callable[..., int]] = {
-    "rope_table": lambda frames, frequencies, out: _size(frames, out),
-    "advance": lambda positions, *rest: _size(positions, positions, *rest[-3:]),
-    "counter_noise": lambda out, *_: _size(out),
-}
-# Bytes and operations.
-_ARITHMETIC: dict[str, Callable[..., tuple[int, int]]] = {
-    "memory_attention": lambda q, norm, k, v, eps: (2 * _size(q) + _size(k, v), 4 * q.numel() * len(k)),
-    "gated_update": lambda old, candidate, norm, weight, *_: (
+    )),
+    "frames_to_uint8": ("memory", _size),
+    "memory_attention": ("arithmetic", lambda q, norm, k, v, eps: (
+        2 * _size(q) + _size(k, v), 4 * q.numel() * len(k),
+    )),
+    "gated_update": ("arithmetic", lambda old, candidate, norm, weight, *_: (
         3 * _size(old) + _size(weight), 2 * len(old) * weight.numel(),
-    ),
-    "causal_conv": lambda window, weight, bias, residual, out: (
-        _conv(window, weight, residual, out, weight.numel() // len(weight))
-    ),
-    "causal_conv_hopper": lambda window, weight, out: _conv(window, weight, None, out, weight.numel() // out.shape[-1]),
-    "upsample_conv": lambda x, weight, bias, out: _conv(x, weight, None, out, weight[0, 0].numel()),
+    )),
+    "causal_conv": ("arithmetic", lambda window, weight, bias, residual, out: (
+        _size(window, weight, residual, out), 2 * out.numel() * (weight.numel() // len(weight)),
+    )),
+    "causal_conv_hopper": ("arithmetic", lambda window, weight, out: (
+        _size(window, weight, out), 2 * out.numel() * (weight.numel() // out.shape[-1]),
+    )),
+    "upsample_conv": ("arithmetic", lambda x, weight, bias, out: (
+        _size(x, weight, out), 2 * out.numel() * weight[0, 0].numel(),
+    )),
 }  # fmt: skip
 
 
 def work_of(op: str, args: Sequence[Any]) -> Work:
     """What one call of ``op`` with these arguments takes; :class:`ConfigError` for an op without a formula here."""
-    if op in _ARITHMETIC:
-        return Work(*_ARITHMETIC[op](*args), "arithmetic")
-    for limit, formulas in (("memory", _MEMORY), ("neither", _NEITHER)):
-        if op in formulas:
-            return Work(formulas[op](*args), 0, limit)
-    raise ConfigError(f"{op} has no formula in bench/roofline.py")
+    if op not in _FORMULAS:
+        raise ConfigError(f"{op} has no formula in bench/roofline.py")
+    limit, formula = _FORMULAS[op]
+    found = formula(*args)
+    return Work(*found, limit) if isinstance(found, tuple) else Work(found, 0, limit)
 
 
 def memory_update_work(config: ModelConfig, keys: int, element_size: int) -> Work:
