@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from echo_rt.bench.run import BASELINES
 from echo_rt.bench.runner import BlockRunner, median_p99
-from echo_rt.config import VaeConfig
+from echo_rt.config import ModelConfig, VaeConfig
 from echo_rt.engine.build import Networks
 from echo_rt.errors import BackendError
 from echo_rt.ops.noise import fill_normal, seed_words
@@ -39,6 +39,8 @@ from timing import timer_for
 ROUNDINGS = 4
 # FlashDreams runs two times as it is before it captures its graph, and once more is a replay.
 _CALLS_TO_CAPTURE = 4
+# Sizes of the transformer that diffusers calls as we do.
+_SAME = ("patch_size", "in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")
 
 
 @dataclass(frozen=True)
@@ -108,26 +110,29 @@ def _cast(module: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], names: Mapping[str, str] | None = None) -> None:
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None = None) -> None:
     """The weights of our model into another's, under ``names``; one that it lacks is a ``KeyError``."""
     targets = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for name, tensor in tensors:
+    for name, tensor in tensors.items():
         target = targets[name if names is None else names[name]]
         target.copy_(tensor.reshape(target.shape))
 
 
-def _noise(networks: Networks, seed: int) -> Tensor:
+def first_noise(config: ModelConfig, device: torch.device, seed: int = 0) -> Tensor:
     """The noise of block 0 as a rollout draws it, ``[B, C, h, w]`` float32 on the device."""
-    config = networks.config
     noise = torch.empty(config.window.frames_per_block, *config.latent_shape, device="cpu")
     fill_normal(noise, 0, 0, seed_words(seed))
-    return noise.to(networks.device)
+    return noise.to(device)
 
 
-def _decoder_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    for key in tensors:
-        if key.startswith(("decoder.", "conv2.")):
-            yield key, tensors[key]
+def _of_decoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensors[key] for key in tensors if key.startswith(("decoder.", "conv2."))}
+
+
+def _sizes(config: VaeConfig) -> dict[str, Any]:
+    """Of a VAE, as others name them."""
+    same = {name: getattr(config, name) for name in ("base_dim", "z_dim", "dim_mult", "num_res_blocks")}
+    return same | {"temperal_downsample": config.temporal_downsample}
 
 
 def _decode_error(networks: Networks, normalized: Tensor, video: Tensor, *, clamp: bool = False) -> float:
@@ -148,18 +153,12 @@ class WanAutoencoder:
     def __init__(self, config: VaeConfig, tensors: Mapping[str, Tensor], normalized: Tensor, dtype: torch.dtype):
         diffusers = _require("diffusers")
         with torch.device(normalized.device):
-            vae = diffusers.AutoencoderKLWan(
-                base_dim=config.base_dim,
-                z_dim=config.z_dim,
-                dim_mult=list(config.dim_mult),
-                num_res_blocks=config.num_res_blocks,
-                temperal_downsample=list(config.temporal_downsample),
-                latents_mean=list(config.latents_mean),
-                latents_std=list(config.latents_std),
-            )
+            sizes = _sizes(config) | {"latents_mean": config.latents_mean, "latents_std": config.latents_std}
+            lists = {name: list(size) if isinstance(size, tuple) else size for name, size in sizes.items()}
+            vae = diffusers.AutoencoderKLWan(**lists)
             mean, std = (torch.tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std))
         _cast(vae, dtype)
-        fill(vae, _decoder_tensors(tensors), names_of(vae_modules(config)))
+        fill(vae, _of_decoder(tensors), names_of(vae_modules(config)))
         vae.clear_cache()
         vae.encoder = None  # it takes no part, and would be counted among the bytes
         self._vae, self._cache = vae, vae._feat_map
@@ -181,7 +180,7 @@ class WanAutoencoder:
 
 def _autoencoder(name: str, networks: Networks, prompt_embeds: Tensor, seed: int) -> Baseline:
     assert networks.vae is not None
-    normalized, dtype = _noise(networks, seed), networks.dtype
+    normalized, dtype = first_noise(networks.config, networks.device, seed), networks.dtype
     theirs = WanAutoencoder(networks.vae, networks.tensors.vae, normalized, dtype)
     theirs.block()
     error = _decode_error(networks, normalized, theirs.block())
@@ -197,24 +196,15 @@ def _transformer(name: str, networks: Networks, prompt_embeds: Tensor, seed: int
     sizes = config.transformer
     with torch.device(device):
         model: Any = diffusers.WanTransformer3DModel(
-            patch_size=sizes.patch_size,
             num_attention_heads=sizes.num_heads,
             attention_head_dim=sizes.head_dim,
-            in_channels=sizes.in_channels,
-            out_channels=sizes.out_channels,
-            text_dim=sizes.text_dim,
-            freq_dim=sizes.freq_dim,
-            ffn_dim=sizes.ffn_dim,
-            num_layers=sizes.num_layers,
-            cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads",
-            eps=sizes.eps,
+            **{name: getattr(sizes, name) for name in _SAME},
         )
     _cast(model, dtype)
-    fill(model, networks.tensors.transformer.items(), transformer_names(sizes.num_layers))
+    fill(model, networks.tensors.transformer, transformer_names(sizes.num_layers))
     text = torch.zeros(1, sizes.text_len, sizes.text_dim, device=device, dtype=dtype)
     text[0, : len(prompt_embeds)] = prompt_embeds
-    latents = _noise(networks, seed).transpose(0, 1)[None].to(dtype)
+    latents = first_noise(networks.config, networks.device, seed).transpose(0, 1)[None].to(dtype)
     timestep = torch.tensor([networks.schedule.timesteps[0]], device=device)
 
     def forward() -> Tensor:
@@ -225,9 +215,8 @@ def _transformer(name: str, networks: Networks, prompt_embeds: Tensor, seed: int
     flows: list[Tensor] = []
 
     def keep(block: int, step: int, flow: Tensor) -> None:
-        if step == 0:
-            with runner.executor.eager():
-                flows.append(flow.to("cpu", torch.float32, copy=True))
+        with runner.executor.eager():
+            flows.append(flow.to("cpu", torch.float32, copy=True))
 
     runner = BlockRunner(networks, MemoryMode.OFF, graphs=None, depth=1)
     runner.start(prompt_embeds, seed)
@@ -248,7 +237,7 @@ def _flashdreams(name: str, networks: Networks, prompt_embeds: Tensor, seed: int
     module = _require("flashdreams", "flashdreams.recipes.wan.autoencoder.vae")
     config, device, dtype = networks.vae, networks.device, networks.dtype
     assert config is not None
-    tensors = {key: t.to("cpu", dtype).contiguous() for key, t in _decoder_tensors(networks.tensors.vae)}
+    tensors = {key: t.to("cpu", dtype).contiguous() for key, t in _of_decoder(networks.tensors.vae).items()}
     with tempfile.TemporaryDirectory() as folder:  # it takes weights from a file alone
         path = Path(folder) / "vae.safetensors"
         save_file(tensors, path)
@@ -257,16 +246,12 @@ def _flashdreams(name: str, networks: Networks, prompt_embeds: Tensor, seed: int
             use_cuda_graph=device.type == "cuda",
             use_compile=False,
             enable_encoder=False,
-            base_dim=config.base_dim,
-            z_dim=config.z_dim,
-            dim_mult=config.dim_mult,
-            num_res_blocks=config.num_res_blocks,
-            temperal_downsample=config.temporal_downsample,
             latent_mean=config.latents_mean,
             latent_std=config.latents_std,
+            **_sizes(config),
         )
         vae.to(device, dtype)
-    normalized = _noise(networks, seed)
+    normalized = first_noise(networks.config, networks.device, seed)
     latents = normalized.transpose(0, 1)[None].to(dtype)
     cache = vae.prepare_cache()
 

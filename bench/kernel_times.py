@@ -28,7 +28,6 @@ from echo_rt.bench.run import DEVICE_CLOCK
 from echo_rt.bench.runner import median_p99
 from echo_rt.bench.settings import RELEASED, BenchModel
 from echo_rt.bench.tables import columns, environment
-from echo_rt.errors import ConfigError
 from echo_rt.model.linear import Linear, gelu_tanh
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.ops.backends import BACKENDS, check_device, load_ops
@@ -66,12 +65,14 @@ CEILING_COLUMNS = columns(
 # ---- whether two results agree
 
 
-def difference(actual: Tensor, expected: Tensor) -> float:
-    """``‖actual - expected‖ / ‖expected‖``; for whole numbers the share of elements that differ."""
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+def difference(actual: Any, expected: Any) -> float:
+    """``‖actual - expected‖ / ‖expected‖``; of whole numbers the share that differs; 0 where neither is a tensor."""
+    if not isinstance(expected, Tensor):
+        return float("nan") if isinstance(actual, Tensor) else 0.0
+    if not isinstance(actual, Tensor) or (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
         return float("nan")
     if not expected.is_floating_point():
-        return float((actual != expected).double().mean()) if expected.numel() else 0.0
+        return float((actual != expected).sum()) / max(1, expected.numel())
     apart = size = 0.0
     for a, e in zip(actual.reshape(-1).split(_CHUNK), expected.reshape(-1).split(_CHUNK), strict=True):
         wide = e.double()
@@ -83,19 +84,12 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 class Agreement(NamedTuple):
     """A relative error and the bound that it is held to."""
 
-    error: float = 0.0
-    bound: float = 0.0
+    error: float
+    bound: float
 
     @property
     def ok(self) -> bool:
         return self.error <= self.bound  # NaN is not
-
-
-def compare(actual: Any, expected: Any, bounds: dict[torch.dtype, float]) -> Agreement:
-    """Of one tensor; whole numbers must be the same. Of what is no tensor on either side nothing is asked."""
-    if isinstance(actual, Tensor) and isinstance(expected, Tensor):
-        return Agreement(difference(actual, expected), bounds.get(expected.dtype, 0.0))
-    return Agreement(float("nan")) if isinstance(actual, Tensor) or isinstance(expected, Tensor) else Agreement()
 
 
 def copies(args: Sequence[Any]) -> list[Any]:
@@ -103,9 +97,12 @@ def copies(args: Sequence[Any]) -> list[Any]:
     return [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
 
 
-def compare_calls(actual: Sequence[Any], expected: Sequence[Any], bounds: dict[torch.dtype, float]) -> Agreement:
-    """Of two calls, each what it returned and its arguments afterwards: the tensor furthest beyond its bound."""
-    found = (compare(a, e, bounds) for a, e in zip(actual, expected, strict=True))
+def compare(actual: Sequence[Any], expected: Sequence[Any], bounds: dict[torch.dtype, float]) -> Agreement:
+    """Of what two calls returned and wrote: the tensor furthest beyond its bound; whole numbers must be the same."""
+    found = [
+        Agreement(difference(a, e), bounds.get(e.dtype, 0.0) if isinstance(e, Tensor) else 0.0)
+        for a, e in zip(actual, expected, strict=True)
+    ]
     return max(found, key=lambda each: (not each.ok, each.error / max(each.bound, 1e-30)))
 
 
@@ -203,7 +200,7 @@ def time_variant(run: Run, variant: Variant) -> Row:
         expected = torchs(*theirs)
         if run.ops.name != "torch":
             ours = copies(args)
-            row.agree(compare_calls([call(*ours), *ours], [expected, *theirs], BOUNDS))
+            row.agree(compare([call(*ours), *ours], [expected, *theirs], BOUNDS))
             del ours
         wanted = result_of(variant.op, expected, theirs).clone()
         del theirs, expected
@@ -223,7 +220,7 @@ def _time_libraries(run: Run, row: Row, args: list[Any], wanted: Tensor) -> None
     for name, call in library_calls(row["op"], args, run.device, run.compiled).items():
         try:
             own = copies(args)
-            found = compare(result_of(row["op"], call(own), own), wanted, LIBRARY_BOUNDS)
+            found = compare([result_of(row["op"], call(own), own)], [wanted], LIBRARY_BOUNDS)
             del own
             if found.ok:
                 row["libraries_us"][name] = median_p99(run.time(partial(call, args)))[0]
@@ -250,7 +247,7 @@ def time_memory_update(run: Run) -> Row:
             return out, *encoder.keys_values(out)
 
         calls = [partial(update, encoder, torch.full_like(state, float("nan"))) for encoder in encoders]
-        row.agree(compare_calls(calls[0](), calls[1](), ROLLOUT_BOUNDS))
+        row.agree(compare(calls[0](), calls[1](), ROLLOUT_BOUNDS))
         _time_both(run, row, memory_update_work(config, len(k), state.element_size()), *calls)
     return row
 
@@ -268,7 +265,7 @@ def time_library(run: Run) -> Iterator[Row]:
     def timed(name: str, calls: int, call: Callable[[], Tensor], exact: Tensor, work: Work) -> Row:
         row = Row(LIBRARY, name, calls, "torch")
         with row.filled(run.judged):
-            row.agree(compare(call(), exact.to(run.dtype), LIBRARY_BOUNDS))
+            row.agree(compare([call()], [exact.to(run.dtype)], LIBRARY_BOUNDS))
             row.take(run.time(call), work, run.ceilings)
         return row
 
@@ -306,8 +303,6 @@ def _setting(arguments: argparse.Namespace) -> Run:
     iterations, warmup = _COUNTS[device.type, arguments.quick]
     if arguments.iterations is not None:
         iterations = arguments.iterations
-    if iterations < 1:
-        raise ConfigError(f"--iterations must be at least 1, got {iterations}")
     # On a CPU the emulation of one kernel at the released sizes takes minutes: only who asks for it has to wait.
     model, dtype = _checkout.model_of(arguments), DTYPES[arguments.dtype]
     timer = timer_for(device)

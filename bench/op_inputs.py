@@ -175,8 +175,8 @@ def variants(op: str, model: BenchModel) -> list[Variant]:
     # The KV buffer of the layers that attend in float8, which are all but the last.
     in8 = dataclasses.replace(sizes, float8=True, layers=layers - 1)
     latents = dataclasses.replace(sizes, tokens=math.prod(config.latent_shape) // _VALUES_A_TOKEN)
-    edges = (edge * vae.spatial_stride for edge in (config.latent_height, config.latent_width))
-    video = dataclasses.replace(sizes, vae=(config.window.frames_per_block * vae.temporal_stride, *edges, 3))
+    frames, stride = sizes.frames * vae.temporal_stride, vae.spatial_stride
+    pixels = (frames, config.latent_height * stride, config.latent_width * stride, 3)
     ways: dict[str, list[tuple[str, int, cases.Sizes, tuple[int, ...]]]] = {
         "qkv_norm_rope_store": [
             ("", stored, sizes, (8,)), ("last layer", passes(model), sizes, ()), (IN8, stored, in8, (8,)),
@@ -187,7 +187,7 @@ def variants(op: str, model: BenchModel) -> list[Variant]:
         ],
         "counter_noise": [("", steps, latents, ())],
         "flow_step": [("", steps, latents, ())],
-        "frames_to_uint8": [("", 1, video, ())],
+        "frames_to_uint8": [("", 1, dataclasses.replace(sizes, vae=pixels), ())],
     }  # fmt: skip
     calls = {
         "advance": 1,

@@ -16,7 +16,6 @@ from kernel_times import (
     Row,
     Run,
     compare,
-    compare_calls,
     copies,
     difference,
     time_library,
@@ -147,7 +146,7 @@ def test_libraries_compute_what_the_operation_does(op: str) -> None:
         for name, library in library_calls(op, args, CPU, compiled=False).items():
             own = copies(args)
             result = result_of(op, library(own), own)
-            assert compare(result, wanted, LIBRARY_BOUNDS).ok, name
+            assert compare([result], [wanted], LIBRARY_BOUNDS).ok, name
 
 
 def test_agreement() -> None:
@@ -155,14 +154,14 @@ def test_agreement() -> None:
     assert difference(a, a) == 0.0
     assert difference(a * 1.5, a) == pytest.approx(0.5)
     assert difference(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
-    assert not compare(torch.tensor([1, 2]), torch.tensor([1, 3]), BOUNDS).ok
-    assert not compare(a[:5], a, BOUNDS).ok and not compare(a * float("nan"), a, BOUNDS).ok
-    assert not compare_calls((None, a), (a, a), BOUNDS).ok
+    assert not compare([torch.tensor([1, 2])], [torch.tensor([1, 3])], BOUNDS).ok
+    assert not compare([a[:5]], [a], BOUNDS).ok and not compare([a * float("nan")], [a], BOUNDS).ok
+    assert not compare((None, a), (a, a), BOUNDS).ok
     near, far, nothing = a.clone(), a.float() * 1.1, a * float("nan")
     wanted = (a, a.float())
-    assert compare_calls((near, far), wanted, BOUNDS).error == pytest.approx(0.1)
+    assert compare((near, far), wanted, BOUNDS).error == pytest.approx(0.1)
     for given in ((near, nothing), (nothing, near)):
-        found = compare_calls(given, (a, a), BOUNDS)
+        found = compare(given, (a, a), BOUNDS)
         assert not found.ok and found.error != found.error
 
 
