@@ -301,8 +301,6 @@ def _setting(arguments: argparse.Namespace) -> Run:
     ops = load_ops(arguments.backend or {"cuda": "cuda", "cpu": "emulated"}[device.type])
     check_device(ops, device)
     iterations, warmup = _COUNTS[device.type, arguments.quick]
-    if arguments.iterations is not None:
-        iterations = arguments.iterations
     # On a CPU the emulation of one kernel at the released sizes takes minutes: only who asks for it has to wait.
     model, dtype = _checkout.model_of(arguments), DTYPES[arguments.dtype]
     timer = timer_for(device)
@@ -358,7 +356,6 @@ def main(argv: Sequence[str]) -> int:
         "--op", action="append", choices=[*OPS, MEMORY_UPDATE, LIBRARY], help="only this one; may be repeated"
     )
     parser.add_argument("--quick", action="store_true", help="fewer calls, and no torch.compile beside them")
-    parser.add_argument("--iterations", type=int, help="timed calls of each")
     return _checkout.run(__file__, run, parser.parse_args(argv))
 
 

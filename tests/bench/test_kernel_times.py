@@ -83,14 +83,9 @@ def test_a_wrong_library_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[QUERY_NORM] and rows[f"product ffn_out, {IN8}"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"), [(["--iterations", "0"], "at least 1, got 0"), (["--device", "tpu"], "got 'tpu'")]
-)
-def test_what_cannot_be_had(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
-) -> None:
-    assert kernel_times.main(["--out", str(tmp_path), "--size", "tiny", "--device", "cpu", *arguments]) == 2
-    assert words in capsys.readouterr().err
+def test_what_cannot_be_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernel_times.main(["--out", str(tmp_path), "--size", "tiny", "--device", "tpu"]) == 2
+    assert "got 'tpu'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
