@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import _checkout
 import torch
-from gpu_table import Results, found
+from goals import Results, found
 from kernel_times import LIBRARY, MEMORY_UPDATE, QUERY_NORM
 from op_inputs import IN8, LinearLayer, decoder_order, linear_layers, passes, variants
 from roofline import work_of

@@ -58,7 +58,7 @@ class Report:
             "Resources": (self._resources(), _FIGURES),
         }
         if self.judged and (goals := from_checkout("goals")) is not None:
-            self.tables["Goals"] = (goals.judge(goals.achieved(self), float8=run.dtype == FLOAT8), _GOALS)
+            self.tables["Goals"] = (goals.judge(self.content()[0], float8=run.dtype == FLOAT8), _GOALS)
         if run.measured and run.on_gpu:
             self.tables["A day, extrapolated"] = (self._day(), _FIGURES)
 
