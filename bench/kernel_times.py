@@ -332,7 +332,10 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     header = environment(str(setting.device))  # now, while the clocks are those of a device at work
     facts = {"iterations": setting.iterations, "warmup": setting.warmup, "clock": setting.timer.clock}
     facts |= {"backend": setting.ops.name, "dtype": plain(setting.dtype), "model": setting.model.config.to_flat()}
-    tables = {"Ceilings": ([*setting.ceilings.values()], CEILING_COLUMNS), "Kernels": (rows, COLUMNS)}
+    tables = {
+        "Ceilings": ([each._asdict() for each in setting.ceilings.values()], CEILING_COLUMNS),
+        "Kernels": (rows, COLUMNS),
+    }
     page, chosen = "", arguments.op or [*OPS, MEMORY_UPDATE, LIBRARY]
     for op in chosen:
         with torch.inference_mode():

@@ -8,7 +8,6 @@ the same run as everything that is held against them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +33,7 @@ class Work(NamedTuple):
     limit: str
 
 
-@dataclass(frozen=True)
-class Ceiling:
+class Ceiling(NamedTuple):
     """A measured rate: ``value`` in ``unit``, and the call that reached it."""
 
     name: str
