@@ -19,16 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from echo_rt.bench.run import BASELINES
-from echo_rt.bench.runner import BlockRunner, median_p99
+from echo_rt.bench.runner import median_p99
 from echo_rt.config import ModelConfig, VaeConfig
 from echo_rt.engine.build import Networks
 from echo_rt.errors import BackendError
 from echo_rt.ops.noise import fill_normal, seed_words
-from echo_rt.options import MemoryMode
 from echo_rt.utils.device import model_context
 from echo_rt.utils.wording import with_type
 from echo_rt.verify.bundles import bound_between, relative_error
-from echo_rt.weights.shapes import names_of, transformer_names, vae_modules
+from echo_rt.weights.shapes import names_of, vae_modules
 
 if str(Path(__file__).parent) not in sys.path:  # echo-rt bench loads this file alone
     sys.path.append(str(Path(__file__).parent))
@@ -39,17 +38,14 @@ from timing import timer_for
 ROUNDINGS = 4
 # FlashDreams runs two times as it is before it captures its graph, and once more is a replay.
 _CALLS_TO_CAPTURE = 4
-# Sizes of the transformer that diffusers calls as we do.
-_SAME = ("patch_size", "in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Another's code. ``call`` does the work once; it stands ``beside`` our figure ``decode`` or ``pass``."""
+    """Another's decoder. ``call`` decodes a block."""
 
     name: str
     what: str
-    beside: str
     call: Callable[[], object]
     error: float
     bound: float
@@ -75,7 +71,7 @@ class Baseline:
         return row | {"ms": ms, "p99_ms": p99, "ratio": None if ours_ms is None else ms / ours_ms}
 
 
-def find_baselines(networks: Networks, prompt_embeds: Tensor, seed: int) -> tuple[list[Baseline], dict[str, str]]:
+def find_baselines(networks: Networks, seed: int) -> tuple[list[Baseline], dict[str, str]]:
     """The baselines that are installed, and why each other one is not in the run.
 
     They have the weights of ``networks``, whose backend they are held against. Whatever another's code raises is the
@@ -86,7 +82,7 @@ def find_baselines(networks: Networks, prompt_embeds: Tensor, seed: int) -> tupl
     for name, make in _MAKERS.items():
         try:
             with model_context(networks.device, networks.dtype):
-                found.append(make(name, networks, prompt_embeds, seed))
+                found.append(make(name, networks, seed))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the finding, whatever it is
@@ -99,15 +95,6 @@ def _require(package: str, module: str | None = None) -> Any:
     if importlib.util.find_spec(package) is None:
         raise BackendError(f"{package} is not installed: pip install {package}")
     return importlib.import_module(module or package)
-
-
-def _cast(module: Any, dtype: torch.dtype) -> None:
-    """As ``from_pretrained(torch_dtype=...)`` does: some parts stay float32."""
-    kept = set(module._keep_in_fp32_modules or ())
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(False)
-        if not kept & set(name.split(".")):
-            parameter.data = parameter.data.to(dtype)
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None = None) -> None:
@@ -155,9 +142,8 @@ class WanAutoencoder:
         with torch.device(normalized.device):
             sizes = _sizes(config) | {"latents_mean": config.latents_mean, "latents_std": config.latents_std}
             lists = {name: list(size) if isinstance(size, tuple) else size for name, size in sizes.items()}
-            vae = diffusers.AutoencoderKLWan(**lists)
+            vae = diffusers.AutoencoderKLWan(**lists).to(dtype).requires_grad_(requires_grad=False)
             mean, std = (torch.tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std))
-        _cast(vae, dtype)
         fill(vae, _of_decoder(tensors), names_of(vae_modules(config)))
         vae.clear_cache()
         vae.encoder = None  # it takes no part, and would be counted among the bytes
@@ -178,7 +164,7 @@ class WanAutoencoder:
         return sum(tensor.nbytes for tensor in self._cache if isinstance(tensor, Tensor))
 
 
-def _autoencoder(name: str, networks: Networks, prompt_embeds: Tensor, seed: int) -> Baseline:
+def _autoencoder(name: str, networks: Networks, seed: int) -> Baseline:
     assert networks.vae is not None
     normalized, dtype = first_noise(networks.config, networks.device, seed), networks.dtype
     theirs = WanAutoencoder(networks.vae, networks.tensors.vae, normalized, dtype)
@@ -188,52 +174,10 @@ def _autoencoder(name: str, networks: Networks, prompt_embeds: Tensor, seed: int
         f"its decoder, with the same weights, over the same {len(normalized)} latents in mid-stream, its own cache "
         "kept from call to call; without the conversion to bytes, which ours does"
     )
-    return Baseline(name, what, "decode", theirs.block, error, ROUNDINGS * bound_between(dtype), networks.device)
+    return Baseline(name, what, theirs.block, error, ROUNDINGS * bound_between(dtype), networks.device)
 
 
-def _transformer(name: str, networks: Networks, prompt_embeds: Tensor, seed: int) -> Baseline:
-    diffusers, config, device, dtype = _require("diffusers"), networks.config, networks.device, networks.dtype
-    sizes = config.transformer
-    with torch.device(device):
-        model: Any = diffusers.WanTransformer3DModel(
-            num_attention_heads=sizes.num_heads,
-            attention_head_dim=sizes.head_dim,
-            **{name: getattr(sizes, name) for name in _SAME},
-        )
-    _cast(model, dtype)
-    fill(model, networks.tensors.transformer, transformer_names(sizes.num_layers))
-    text = torch.zeros(1, sizes.text_len, sizes.text_dim, device=device, dtype=dtype)
-    text[0, : len(prompt_embeds)] = prompt_embeds
-    latents = first_noise(networks.config, networks.device, seed).transpose(0, 1)[None].to(dtype)
-    timestep = torch.tensor([networks.schedule.timesteps[0]], device=device)
-
-    def forward() -> Tensor:
-        flow: Tensor = model(latents, timestep, text, return_dict=False)[0]
-        return flow
-
-    # A video's first block attends to itself alone, as this class always does.
-    flows: list[Tensor] = []
-
-    def keep(block: int, step: int, flow: Tensor) -> None:
-        with runner.executor.eager():
-            flows.append(flow.to("cpu", torch.float32, copy=True))
-
-    runner = BlockRunner(networks, MemoryMode.OFF, graphs=None, depth=1)
-    runner.start(prompt_embeds, seed)
-    runner.rollout.next_block(observe=keep)
-    runner.executor.synchronize()
-    runner.close()
-    error = relative_error(forward()[0].transpose(0, 1).float().cpu(), flows[0])
-    block = config.tokens_per_block
-    what = (
-        f"one forward, with the same weights, over the {block} tokens of a block, which attend to themselves alone; "
-        f"beside it the mean of our passes, in which they attend to {config.cached_tokens} keys"
-    )
-    bound = ROUNDINGS * bound_between(networks.model_dtype)
-    return Baseline(name, what, "pass", forward, error, bound, device)
-
-
-def _flashdreams(name: str, networks: Networks, prompt_embeds: Tensor, seed: int) -> Baseline:
+def _flashdreams(name: str, networks: Networks, seed: int) -> Baseline:
     module = _require("flashdreams", "flashdreams.recipes.wan.autoencoder.vae")
     config, device, dtype = networks.vae, networks.device, networks.dtype
     assert config is not None
@@ -268,7 +212,7 @@ def _flashdreams(name: str, networks: Networks, prompt_embeds: Tensor, seed: int
         "in one call, its own cache kept, its own graph replayed; without the conversion to bytes. Its transformer is "
         "not driven here"
     )
-    return Baseline(name, what, "decode", decode, error, ROUNDINGS * bound_between(dtype), device)
+    return Baseline(name, what, decode, error, ROUNDINGS * bound_between(dtype), device)
 
 
-_MAKERS = dict(zip(BASELINES, (_autoencoder, _transformer, _flashdreams), strict=True))
+_MAKERS = dict(zip(BASELINES, (_autoencoder, _flashdreams), strict=True))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import _checkout
 
@@ -27,6 +26,4 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
 
 
 if __name__ == "__main__":
-    parser = _checkout.parser(__doc__, out=False, sizes=False)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write environment.json there, too")
-    sys.exit(_checkout.run(__file__, run, parser.parse_args()))
+    sys.exit(_checkout.run(__file__, run, _checkout.parser(__doc__, out=None, sizes=False).parse_args()))

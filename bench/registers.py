@@ -104,22 +104,20 @@ def complaints(usage: dict[tuple[str, str], Usage], serialized: set[str]) -> lis
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].partition(":")[0])
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="what nvcc -Xptxas -v wrote")
-    usage: dict[tuple[str, str], Usage] = {}
-    serialized: set[str] = set()
+    text = ""
     for log in parser.parse_args(argv).logs:
         try:
-            text = log.read_text(encoding="utf-8")
-            usage |= parse(text)
-            serialized |= set(SERIALIZED.findall(text))
+            text += log.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             print(f"registers.py: {log}: expected a log of nvcc -Xptxas -v, cannot read it: {why}", file=sys.stderr)
             return 2
+    usage = parse(text)
     if not usage:
         print("registers.py: expected logs of nvcc -Xptxas -v, got none that names a kernel", file=sys.stderr)
         return 2
     print("\n".join(table(usage)))
-    wrong = complaints(usage, serialized)
+    wrong = complaints(usage, set(SERIALIZED.findall(text)))
     for line in wrong:
         print(line, file=sys.stderr)
     return 1 if wrong else 0

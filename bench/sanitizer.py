@@ -34,8 +34,8 @@ _EXIT = 86
 def find_program(name: str) -> str | None:
     """A program of the CUDA toolkit: on the PATH, or where the toolkit lies."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    folders = [str(Path(home) / part) for home in homes if home for part in ("bin", "compute-sanitizer")]
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+    folders = [f"{home}/{part}" for home in homes if home for part in ("bin", "compute-sanitizer")]
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), *folders]))
 
 
 def watched(sanitizer: str, tool: str, command: Sequence[str]) -> str:
@@ -58,8 +58,7 @@ def main(argv: Sequence[str]) -> int:
     mistake, clean, dirty = TOOLS[tool]
     nvcc, sanitizer = find_program("nvcc"), find_program("compute-sanitizer")
     if nvcc is None or sanitizer is None:
-        missing = [name for name, path in (("nvcc", nvcc), ("compute-sanitizer", sanitizer)) if path is None]
-        print(f"sanitizer.py: not found on the PATH or under CUDA_HOME: {', '.join(missing)}", file=sys.stderr)
+        print("sanitizer.py: nvcc and compute-sanitizer must be on the PATH or under CUDA_HOME", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "planted")

@@ -90,10 +90,10 @@ class Report:
             parts |= {_BESIDE + _TRANSFORMER: ahead.transformer, _BESIDE + _DECODE: ahead.decode}
         return {part: s for part, s in parts.items() if part != _MEMORY or any(s)} | {self.whole: ahead.whole}
 
-    def ms(self, variant: str, part: str, place: int = 0) -> float | None:
-        """The median in milliseconds, or the 99th percentile (``place`` 1); None where it was not measured."""
+    def ms(self, variant: str, part: str) -> float | None:
+        """The median in milliseconds; None where it was not measured."""
         sample = self.seconds.get(variant, {}).get(part)
-        return None if sample is None else 1e3 * median_p99(sample)[place]
+        return None if sample is None else 1e3 * median_p99(sample)[0]
 
     def _parts(self) -> list[dict[str, Any]]:
         """A part of a block in one variant a row; a rehearsal has no rates: ``fps`` is None."""
@@ -134,10 +134,8 @@ class Report:
 
     def _baselines(self) -> list[dict[str, Any]]:
         """Another's code beside ours; None where it was not measured."""
-        first, passes = next(iter(self.seconds), ""), len(self.run.model.config.sampler.denoising_steps) + 1
-        whole = self.ms(first, _TRANSFORMER)
-        ours = {"decode": self.ms(first, _DECODE), "pass": None if whole is None else whole / passes}
-        rows = [each.row(ours[each.beside]) for each in self.run.baselines]
+        ours = self.ms(next(iter(self.seconds), ""), _DECODE)
+        rows = [each.row(ours) for each in self.run.baselines]
         rows += [{"peer": name, "what": why} for name, why in self.run.missing.items()]
         return [dict.fromkeys(column.key for column in _BASELINES) | row for row in rows]
 
