@@ -79,10 +79,18 @@ def find_baselines(networks: Networks, seed: int) -> tuple[list[Baseline], dict[
     """
     found: list[Baseline] = []
     missing: dict[str, str] = {}
-    for name, make in _MAKERS.items():
+    normalized, bound = first_noise(networks.config, networks.device, seed), ROUNDINGS * bound_between(networks.dtype)
+    for name, make in _MAKERS.items():  # a function that decodes one more block ``[F, H, W, 3]``, and how it does
         try:
             with model_context(networks.device, networks.dtype):
-                found.append(make(name, networks, seed))
+                assert networks.vae is not None
+                call, what = make(networks.vae, networks.tensors.vae, normalized, networks.dtype)
+                call()  # begins the stream
+                error = _decode_error(networks, normalized, call(), clamped=make is _flashdreams)
+                for _ in range(_CALLS_TO_CAPTURE):
+                    call()
+            how = f"with the same weights, over the same {len(normalized)} latents in mid-stream"
+            found.append(Baseline(name, f"its decoder, {how}; {what}", call, error, bound, networks.device))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the finding, whatever it is
@@ -122,13 +130,13 @@ def _sizes(config: VaeConfig) -> dict[str, Any]:
     return same | {"temperal_downsample": config.temporal_downsample}
 
 
-def _decode_error(networks: Networks, normalized: Tensor, video: Tensor, *, clamp: bool = False) -> float:
+def _decode_error(networks: Networks, normalized: Tensor, video: Tensor, *, clamped: bool) -> float:
     """Relative error of ``video [F, H, W, 3]``, of a block that comes after the same latents, against ours."""
     decoder: Any = networks.decoder
     state = decoder.new_state(*networks.config.latent_shape[1:], latents=1)
     decoder.decode(normalized, state)
     ours = decoder.decode(normalized, state).float()
-    return relative_error(video.float(), ours.clamp(-1, 1) if clamp else ours)
+    return relative_error(video.float(), ours.clamp(-1, 1) if clamped else ours)
 
 
 class WanAutoencoder:
@@ -164,55 +172,33 @@ class WanAutoencoder:
         return sum(tensor.nbytes for tensor in self._cache if isinstance(tensor, Tensor))
 
 
-def _autoencoder(name: str, networks: Networks, seed: int) -> Baseline:
-    assert networks.vae is not None
-    normalized, dtype = first_noise(networks.config, networks.device, seed), networks.dtype
-    theirs = WanAutoencoder(networks.vae, networks.tensors.vae, normalized, dtype)
-    theirs.block()
-    error = _decode_error(networks, normalized, theirs.block())
-    what = (
-        f"its decoder, with the same weights, over the same {len(normalized)} latents in mid-stream, its own cache "
-        "kept from call to call; without the conversion to bytes, which ours does"
-    )
-    return Baseline(name, what, theirs.block, error, ROUNDINGS * bound_between(dtype), networks.device)
+def _autoencoder(
+    config: VaeConfig, tensors: Mapping[str, Tensor], normalized: Tensor, dtype: torch.dtype
+) -> tuple[Callable[[], Tensor], str]:
+    what = "its own cache kept from call to call; without the conversion to bytes, which ours does"
+    return WanAutoencoder(config, tensors, normalized, dtype).block, what
 
 
-def _flashdreams(name: str, networks: Networks, seed: int) -> Baseline:
+def _flashdreams(
+    config: VaeConfig, tensors: Mapping[str, Tensor], normalized: Tensor, dtype: torch.dtype
+) -> tuple[Callable[[], Tensor], str]:
     module = _require("flashdreams", "flashdreams.recipes.wan.autoencoder.vae")
-    config, device, dtype = networks.vae, networks.device, networks.dtype
-    assert config is not None
-    tensors = {key: t.to("cpu", dtype).contiguous() for key, t in _of_decoder(networks.tensors.vae).items()}
     with tempfile.TemporaryDirectory() as folder:  # it takes weights from a file alone
         path = Path(folder) / "vae.safetensors"
-        save_file(tensors, path)
+        save_file({key: t.to("cpu", dtype).contiguous() for key, t in _of_decoder(tensors).items()}, path)
         vae: Any = module.WanVAE(
             str(path),
-            use_cuda_graph=device.type == "cuda",
+            use_cuda_graph=normalized.is_cuda,
             use_compile=False,
             enable_encoder=False,
             latent_mean=config.latents_mean,
             latent_std=config.latents_std,
             **_sizes(config),
         )
-        vae.to(device, dtype)
-    normalized = first_noise(networks.config, networks.device, seed)
-    latents = normalized.transpose(0, 1)[None].to(dtype)
-    cache = vae.prepare_cache()
-
-    def decode() -> Tensor:
-        video: Tensor = vae.decode(latents, cache=cache)
-        return video
-
-    decode()
-    error = _decode_error(networks, normalized, decode()[0].permute(1, 2, 3, 0), clamp=True)
-    for _ in range(_CALLS_TO_CAPTURE):
-        decode()
-    what = (
-        f"the decoder of its Wan VAE, with the same weights, over the same {len(normalized)} latents in mid-stream "
-        "in one call, its own cache kept, its own graph replayed; without the conversion to bytes. Its transformer is "
-        "not driven here"
-    )
-    return Baseline(name, what, decode, error, ROUNDINGS * bound_between(dtype), device)
+        vae.to(normalized.device, dtype)
+    latents, cache = normalized.transpose(0, 1)[None].to(dtype), vae.prepare_cache()
+    what = "in one call, its own cache kept, its own graph replayed; without the conversion to bytes"
+    return lambda: vae.decode(latents, cache=cache)[0].permute(1, 2, 3, 0), what
 
 
 _MAKERS = dict(zip(BASELINES, (_autoencoder, _flashdreams), strict=True))

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any
 
 import _checkout
 import torch
@@ -24,7 +24,6 @@ from timing import Timer, timer_for
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
-from echo_rt.bench.run import DEVICE_CLOCK
 from echo_rt.bench.runner import median_p99
 from echo_rt.bench.settings import RELEASED, BenchModel
 from echo_rt.bench.tables import columns, environment
@@ -81,29 +80,19 @@ def difference(actual: Any, expected: Any) -> float:
     return 0.0 if apart == 0.0 else (apart / size) ** 0.5 if size else float("inf")
 
 
-class Agreement(NamedTuple):
-    """A relative error and the bound that it is held to."""
-
-    error: float
-    bound: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.bound  # NaN is not
-
-
 def copies(args: Sequence[Any]) -> list[Any]:
     """The arguments with tensors of their own."""
     return [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
 
 
-def compare(actual: Sequence[Any], expected: Sequence[Any], bounds: dict[torch.dtype, float]) -> Agreement:
-    """Of what two calls returned and wrote: the tensor furthest beyond its bound; whole numbers must be the same."""
-    found = [
-        Agreement(difference(a, e), bounds.get(e.dtype, 0.0) if isinstance(e, Tensor) else 0.0)
-        for a, e in zip(actual, expected, strict=True)
-    ]
-    return max(found, key=lambda each: (not each.ok, each.error / max(each.bound, 1e-30)))
+def compare(actual: Sequence[Any], expected: Sequence[Any], bounds: dict[torch.dtype, float]) -> tuple[float, float]:
+    """Of what two calls returned and wrote: error and bound of the tensor furthest beyond its bound.
+
+    Whole numbers must be the same: their bound is 0.
+    """
+    pairs = zip(actual, expected, strict=True)
+    found = [(difference(a, e), bounds.get(e.dtype, 0.0) if isinstance(e, Tensor) else 0.0) for a, e in pairs]
+    return max(found, key=lambda each: (not each[0] <= each[1], each[0] / max(each[1], 1e-30)))  # NaN is beyond
 
 
 # ---- rows
@@ -120,12 +109,17 @@ class Run:
     timer: Timer
     iterations: int
     warmup: int
-    ceilings: dict[str, Ceiling]
     judged: bool
     compiled: bool
 
-    def time(self, call: Callable[[], object]) -> list[float]:
-        return self.timer.measure(call, self.iterations, self.warmup)
+    def time(self, call: Callable[[], object], part: int = 1) -> tuple[float, float]:
+        """Median and 99th percentile in microseconds, of one of ``part`` of the calls."""
+        times = self.timer.measure(call, max(1, self.iterations // part), self.warmup // part)
+        return median_p99(times)
+
+    @cached_property
+    def ceilings(self) -> dict[str, Ceiling]:
+        return measure_ceilings(self.time, self.device, self.dtype)
 
 
 class Row(dict[str, Any]):
@@ -145,16 +139,16 @@ class Row(dict[str, Any]):
         """Whether the result was right and the kernel was timed."""
         return not self["problems"] and self["median_us"] is not None
 
-    def agree(self, found: Agreement) -> None:
+    def agree(self, found: tuple[float, float]) -> None:
         """Note how far the result is from the torch backend's."""
         self["error"], self["error_bound"] = error, bound = found
-        if not found.ok:
+        if not error <= bound:  # NaN is not
             self["problems"].append(f"differs from the torch backend by {error:.1e}, allowed are {bound:.1e}")
 
-    def take(self, times: Sequence[float], work: Work, ceilings: dict[str, Ceiling]) -> None:
-        """Fill in the times, and the rate in the unit of what limits the call."""
+    def take(self, times: tuple[float, float], work: Work, ceilings: dict[str, Ceiling]) -> None:
+        """Fill in median and 99th percentile, and the rate in the unit of what limits the call."""
         self["bytes"], self["flops"], self["limit"] = work
-        self["median_us"], self["p99_us"] = median_p99(times)
+        self["median_us"], self["p99_us"] = times
         amount, unit = (work.flops / 1e6, "TFLOP/s") if work.limit == "arithmetic" else (work.bytes / 1e3, "GB/s")
         self["rate"], self["unit"] = amount / self["median_us"], unit
         self["share"] = None if work.limit == "neither" else self["rate"] / ceilings[unit].value
@@ -185,9 +179,7 @@ def _time_both(run: Run, row: Row, work: Work, ours: Callable[[], object], their
     row.take(run.time(ours), work, run.ceilings)
     if run.ops.name != "torch":
         # Its products are float32 and may take many times as long, so a tenth of the calls must do.
-        part = 10 if work.limit == "arithmetic" else 1
-        times = run.timer.measure(theirs, max(1, run.iterations // part), run.warmup // part)
-        row.beside("torch", median_p99(times)[0])
+        row.beside("torch", run.time(theirs, 10 if work.limit == "arithmetic" else 1)[0])
 
 
 def time_variant(run: Run, variant: Variant) -> Row:
@@ -211,7 +203,7 @@ def time_variant(run: Run, variant: Variant) -> Row:
         if row["library"] is not None:
             row.beside("library", row["libraries_us"][row["library"]])
         if work.limit == "memory":
-            row.beside("copy", copy_rate(run.timer, run.device, work.bytes // 2, run.iterations, run.warmup).median_us)
+            row.beside("copy", copy_rate(run.time, run.device, work.bytes // 2).median_us)
     return row
 
 
@@ -220,12 +212,12 @@ def _time_libraries(run: Run, row: Row, args: list[Any], wanted: Tensor) -> None
     for name, call in library_calls(row["op"], args, run.device, run.compiled).items():
         try:
             own = copies(args)
-            found = compare([result_of(row["op"], call(own), own)], [wanted], LIBRARY_BOUNDS)
+            error, bound = compare([result_of(row["op"], call(own), own)], [wanted], LIBRARY_BOUNDS)
             del own
-            if found.ok:
-                row["libraries_us"][name] = median_p99(run.time(partial(call, args)))[0]
+            if error <= bound:
+                row["libraries_us"][name] = run.time(partial(call, args))[0]
             else:
-                row["absent"][name] = f"its result is off by {found.error:.1e}"
+                row["absent"][name] = f"its result is off by {error:.1e}"
         except Exception as error:  # a library may lack this shape, type or device: that is said, and not ours to mend
             row["absent"][name] = with_type(error)
     row["library"] = min(row["libraries_us"], key=row["libraries_us"].__getitem__, default=None)
@@ -303,11 +295,9 @@ def _setting(arguments: argparse.Namespace) -> Run:
     iterations, warmup = _COUNTS[device.type, arguments.quick]
     # On a CPU the emulation of one kernel at the released sizes takes minutes: only who asks for it has to wait.
     model, dtype = _checkout.model_of(arguments), DTYPES[arguments.dtype]
-    timer = timer_for(device)
-    ceilings = measure_ceilings(timer, device, dtype, iterations, warmup)
-    judged = timer.clock == DEVICE_CLOCK and model is RELEASED
+    judged = device.type == "cuda" and model is RELEASED
     compiled = device.type == "cuda" and not arguments.quick
-    return Run(device, dtype, ops, model, timer, iterations, warmup, ceilings, judged, compiled)
+    return Run(device, dtype, ops, model, timer_for(device), iterations, warmup, judged, compiled)
 
 
 def _notes(run: Run, rows: list[Row]) -> list[str]:
@@ -329,13 +319,13 @@ def _notes(run: Run, rows: list[Row]) -> list[str]:
 def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     """Measure and write; whether every row is right, and the page."""
     setting, rows = _setting(arguments), list[Row]()
-    header = environment(str(setting.device))  # now, while the clocks are those of a device at work
-    facts = {"iterations": setting.iterations, "warmup": setting.warmup, "clock": setting.timer.clock}
-    facts |= {"backend": setting.ops.name, "dtype": plain(setting.dtype), "model": setting.model.config.to_flat()}
     tables = {
         "Ceilings": ([each._asdict() for each in setting.ceilings.values()], CEILING_COLUMNS),
         "Kernels": (rows, COLUMNS),
     }
+    header = environment(str(setting.device))  # now, while the clocks are those of a device at work
+    facts = {"iterations": setting.iterations, "warmup": setting.warmup, "clock": setting.timer.clock}
+    facts |= {"backend": setting.ops.name, "dtype": plain(setting.dtype), "model": setting.model.config.to_flat()}
     page, chosen = "", arguments.op or [*OPS, MEMORY_UPDATE, LIBRARY]
     for op in chosen:
         with torch.inference_mode():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -111,21 +110,21 @@ def decoder_order(model: BenchModel) -> list[tuple[Any, ...] | ConvolutionShape]
     """
     order: list[tuple[Any, ...] | ConvolutionShape] = []
 
-    def recorded(shape: ConvolutionShape, _: Tensor) -> Callable[[Tensor], Tensor]:
-        def convolve(frames: Tensor) -> Tensor:
-            called = dataclasses.replace(shape, frames=len(frames))
-            order.append(called)
-            return frames.new_empty(called.out_size)
-
-        return convolve
+    def convolve(shape: ConvolutionShape, frames: Tensor) -> Tensor:
+        shape = dataclasses.replace(shape, frames=len(frames))
+        order.append(shape)
+        return frames.new_empty(shape.out_size)
 
     ops = SimpleNamespace(name="recorded", rms_silu_window=lambda *arguments: order.append(arguments))
     weights = {name: torch.empty(shape, device="meta") for name, shape in vae_decoder_shapes(model.vae).items()}
     decoder = VaeDecoder(model.vae, weights, cast("Ops", ops), device="meta", dtype=torch.bfloat16)
     latents = torch.empty(model.config.window.frames_per_block, *model.config.latent_shape, device="meta")
     block = (*model.config.latent_shape[1:], len(latents))
-    shapes = decoder.convolution_shapes(*block)
-    decoder.use({name: ConvolutionCandidate("recorded", partial(recorded, shape)) for name, shape in shapes.items()})
+
+    def candidate(shape: ConvolutionShape) -> ConvolutionCandidate:
+        return ConvolutionCandidate("recorded", lambda weight: partial(convolve, shape))
+
+    decoder.use({name: candidate(shape) for name, shape in decoder.convolution_shapes(*block).items()})
     decoder.decode_next(latents, decoder.new_state(*block), is_start=False)
     return order
 

@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timing import Timer
 from torch import Tensor
 
-from echo_rt.bench.runner import median_p99
 from echo_rt.config import ModelConfig
 from echo_rt.errors import ConfigError
 from echo_rt.utils.wording import plain
 from echo_rt.weights.shapes import memory_shapes
+
+# A call -> the median and the 99th percentile of its times in microseconds.
+Time = Callable[[Callable[[], object]], tuple[float, float]]
 
 
 class Work(NamedTuple):
@@ -118,26 +119,23 @@ def memory_update_work(config: ModelConfig, keys: int, element_size: int) -> Wor
 PROBES = {"cuda": (2**31, 8192), "cpu": (2**24, 256)}
 
 
-def copy_rate(timer: Timer, device: torch.device, copied: int, iterations: int, warmup: int) -> Ceiling:
+def copy_rate(time: Time, device: torch.device, copied: int) -> Ceiling:
     """GB/s of a copy of ``copied`` bytes from one buffer to another, counting what is read and what is written."""
     # Whole numbers of 16 bytes, the widest access there is.
     source = torch.ones(max(1, copied // 16), 2, dtype=torch.int64, device=device)
     target = torch.empty_like(source)
-    median, p99 = median_p99(timer.measure(lambda: target.copy_(source), iterations, warmup))
-    return Ceiling(
-        "copy", 2 * source.nbytes / median / 1e3, "GB/s", median, p99, f"copy_ of {source.nbytes} bytes, read + written"
-    )
+    median, p99 = time(lambda: target.copy_(source))
+    how = f"copy_ of {source.nbytes} bytes, read + written"
+    return Ceiling("copy", 2 * source.nbytes / median / 1e3, "GB/s", median, p99, how)
 
 
-def measure_ceilings(
-    timer: Timer, device: torch.device, dtype: torch.dtype, iterations: int, warmup: int
-) -> dict[str, Ceiling]:
+def measure_ceilings(time: Time, device: torch.device, dtype: torch.dtype) -> dict[str, Ceiling]:
     """Unit -> the ceiling in it: ``GB/s`` of a large copy, ``TFLOP/s`` of a large product in ``dtype``."""
     copied, side = PROBES[device.type]
     # Random values: zeros would draw less power and run faster.
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    median, p99 = median_p99(timer.measure(lambda: torch.mm(a, b, out=out), iterations, warmup))
+    median, p99 = time(lambda: torch.mm(a, b, out=out))
     how = f"torch.mm of two {side} x {side} matrices of normal values"
     product = Ceiling(f"product {plain(dtype)}", 2 * side**3 / median / 1e6, "TFLOP/s", median, p99, how)
-    return {each.unit: each for each in (copy_rate(timer, device, copied, iterations, warmup), product)}
+    return {each.unit: each for each in (copy_rate(time, device, copied), product)}

@@ -176,10 +176,8 @@ def attention(name: str, keys: int, *, float8: float = 1, pieces: int = 1) -> Li
 def memory_lines() -> list[Line]:
     """The update of the memory: its layers, the connector, the gate, the new keys and values."""
     assert CONFIG.memory is not None
-    name, moved, flops = "memory update", 4 * R, 4 * TOKENS**2 * DIM
-    tiles, tile = HEADS * math.ceil(TOKENS / 128), 4 * 128 * TOKENS * DIM / HEADS
-    attends = Line(name, "mma.sync", 1, moved, flops, tiles, tile)
-    lines = list[Line]()
+    name, lines = "memory update", list[Line]()
+    attends = attention(name, TOKENS)._replace(kind="mma.sync", calls=1)
     for weight, shape in memory_shapes(CONFIG).items():
         if len(shape) == 2:
             kind = "mma.sync" if weight.startswith("gate_linear") else "product"

@@ -52,9 +52,9 @@ def flops(config: VaeConfig, height: int, width: int, latents: int) -> int:
     """Twice the multiply-adds of a block in mid-stream, as torch counts them: the same for all decoders."""
     weights = {name: torch.empty(shape, device="meta") for name, shape in vae_decoder_shapes(config).items()}
     decoder = VaeDecoder(config, weights, load_ops("torch"), device="meta", dtype=torch.float32)
-    block, state = torch.empty(latents, config.z_dim, height, width), decoder.new_state(height, width, latents)
+    block = torch.empty(latents, config.z_dim, height, width, device="meta")
     with FlopCounterMode(display=False) as counter:
-        decoder.decode_next(block.to("meta"), state, is_start=False)
+        decoder.decode_next(block, decoder.new_state(height, width, latents), is_start=False)
     return int(counter.get_total_flops())
 
 

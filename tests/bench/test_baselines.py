@@ -111,7 +111,7 @@ def test_flashdreams_is_driven_where_it_is_installed(networks: Networks, install
     assert missing == {} and [peer.name for peer in found] == ["FlashDreams"]
     assert found[0].ok and found[0].error < 2e-6 and "mid-stream" in found[0].what
     video = found[0].call()
-    assert isinstance(video, Tensor) and video.shape == (1, 3, 12, 16, 16)
+    assert isinstance(video, Tensor) and video.shape == (12, 16, 16, 3)
 
 
 def test_a_peer_that_computes_something_else_is_seen(networks: Networks, install: Callable[[type], None]) -> None:
