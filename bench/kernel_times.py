@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,7 +19,7 @@ import _checkout
 import torch
 from library_calls import library_calls, result_of
 from op_inputs import IN8, OPS, Variant, linear_layers, variants
-from roofline import Ceiling, Work, copy_rate, measure_ceilings, memory_update_work, work_of
+from roofline import Work, copy_rate, measure_ceilings, memory_update_work, work_of
 from timing import Timer, timer_for
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
@@ -118,7 +118,7 @@ class Run:
         return median_p99(times)
 
     @cached_property
-    def ceilings(self) -> dict[str, Ceiling]:
+    def ceilings(self) -> dict[str, dict[str, Any]]:
         return measure_ceilings(self.time, self.device, self.dtype)
 
 
@@ -145,13 +145,13 @@ class Row(dict[str, Any]):
         if not error <= bound:  # NaN is not
             self["problems"].append(f"differs from the torch backend by {error:.1e}, allowed are {bound:.1e}")
 
-    def take(self, times: tuple[float, float], work: Work, ceilings: dict[str, Ceiling]) -> None:
+    def take(self, times: tuple[float, float], work: Work, ceilings: Mapping[str, Any]) -> None:
         """Fill in median and 99th percentile, and the rate in the unit of what limits the call."""
         self["bytes"], self["flops"], self["limit"] = work
         self["median_us"], self["p99_us"] = times
         amount, unit = (work.flops / 1e6, "TFLOP/s") if work.limit == "arithmetic" else (work.bytes / 1e3, "GB/s")
         self["rate"], self["unit"] = amount / self["median_us"], unit
-        self["share"] = None if work.limit == "neither" else self["rate"] / ceilings[unit].value
+        self["share"] = None if work.limit == "neither" else self["rate"] / ceilings[unit]["value"]
 
     def beside(self, what: str, us: float) -> None:
         """Fill in what something else takes, and the ratio of it."""
@@ -203,7 +203,7 @@ def time_variant(run: Run, variant: Variant) -> Row:
         if row["library"] is not None:
             row.beside("library", row["libraries_us"][row["library"]])
         if work.limit == "memory":
-            row.beside("copy", copy_rate(run.time, run.device, work.bytes // 2).median_us)
+            row.beside("copy", copy_rate(run.time, run.device, work.bytes // 2)["median_us"])
     return row
 
 
@@ -319,10 +319,7 @@ def _notes(run: Run, rows: list[Row]) -> list[str]:
 def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     """Measure and write; whether every row is right, and the page."""
     setting, rows = _setting(arguments), list[Row]()
-    tables = {
-        "Ceilings": ([each._asdict() for each in setting.ceilings.values()], CEILING_COLUMNS),
-        "Kernels": (rows, COLUMNS),
-    }
+    tables = {"Ceilings": ([*setting.ceilings.values()], CEILING_COLUMNS), "Kernels": (rows, COLUMNS)}
     header = environment(str(setting.device))  # now, while the clocks are those of a device at work
     facts = {"iterations": setting.iterations, "warmup": setting.warmup, "clock": setting.timer.clock}
     facts |= {"backend": setting.ops.name, "dtype": plain(setting.dtype), "model": setting.model.config.to_flat()}

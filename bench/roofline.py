@@ -34,17 +34,6 @@ class Work(NamedTuple):
     limit: str
 
 
-class Ceiling(NamedTuple):
-    """A measured rate: ``value`` in ``unit``, and the call that reached it."""
-
-    name: str
-    value: float
-    unit: str
-    median_us: float
-    p99_us: float
-    how: str
-
-
 def _size(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
@@ -119,23 +108,27 @@ def memory_update_work(config: ModelConfig, keys: int, element_size: int) -> Wor
 PROBES = {"cuda": (2**31, 8192), "cpu": (2**24, 256)}
 
 
-def copy_rate(time: Time, device: torch.device, copied: int) -> Ceiling:
+def _ceiling(name: str, amount: float, unit: str, times: tuple[float, float], how: str) -> dict[str, Any]:
+    """A row: the rate of ``amount`` in a microsecond of the unit, and the call that reached it."""
+    median, p99 = times
+    return {"name": name, "value": amount / median, "unit": unit, "median_us": median, "p99_us": p99, "how": how}
+
+
+def copy_rate(time: Time, device: torch.device, copied: int) -> dict[str, Any]:
     """GB/s of a copy of ``copied`` bytes from one buffer to another, counting what is read and what is written."""
     # Whole numbers of 16 bytes, the widest access there is.
     source = torch.ones(max(1, copied // 16), 2, dtype=torch.int64, device=device)
     target = torch.empty_like(source)
-    median, p99 = time(lambda: target.copy_(source))
-    how = f"copy_ of {source.nbytes} bytes, read + written"
-    return Ceiling("copy", 2 * source.nbytes / median / 1e3, "GB/s", median, p99, how)
+    times, how = time(lambda: target.copy_(source)), f"copy_ of {source.nbytes} bytes, read + written"
+    return _ceiling("copy", 2 * source.nbytes / 1e3, "GB/s", times, how)
 
 
-def measure_ceilings(time: Time, device: torch.device, dtype: torch.dtype) -> dict[str, Ceiling]:
+def measure_ceilings(time: Time, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """Unit -> the ceiling in it: ``GB/s`` of a large copy, ``TFLOP/s`` of a large product in ``dtype``."""
     copied, side = PROBES[device.type]
     # Random values: zeros would draw less power and run faster.
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    median, p99 = time(lambda: torch.mm(a, b, out=out))
-    how = f"torch.mm of two {side} x {side} matrices of normal values"
-    product = Ceiling(f"product {plain(dtype)}", 2 * side**3 / median / 1e6, "TFLOP/s", median, p99, how)
-    return {each.unit: each for each in (copy_rate(time, device, copied), product)}
+    times, how = time(lambda: torch.mm(a, b, out=out)), f"torch.mm of two {side} x {side} matrices of normal values"
+    product = _ceiling(f"product {plain(dtype)}", 2 * side**3 / 1e6, "TFLOP/s", times, how)
+    return {each["unit"]: each for each in (copy_rate(time, device, copied), product)}
