@@ -103,7 +103,7 @@ def content(measured: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     assert [path.name for path in files] == ["block.json", "block.md", "block.png"]
     assert files[2].read_bytes().startswith(b"\x89PNG")
     page = files[1].read_text()
-    assert "a rehearsal, no results" in page and "A day" not in page and "## Goals" not in page
+    assert "a rehearsal, no results" in page and "## Goals" not in page
     assert "Convolutions of the decoder: conv3d for " in page
     found: dict[str, Any] = json.loads(files[0].read_text(), parse_constant=pytest.fail)
     assert {way["name"] for way in found["convolutions"].values()} == {"conv3d", "enlarged"}
@@ -199,17 +199,6 @@ def test_results_have_rates(as_on_a_gpu: dict[str, Any]) -> None:
     for row in as_on_a_gpu["tables"]["Block"]:
         sample = as_on_a_gpu["milliseconds"][row["variant"]][row["part"]]
         assert row["fps"] == pytest.approx(12 / statistics.median(sample) * 1e3)
-
-
-def test_a_day_is_that_of_the_measured_blocks(as_on_a_gpu: dict[str, Any]) -> None:
-    day = {row["what"]: row for row in as_on_a_gpu["tables"]["A day, extrapolated"]}
-    sample = as_on_a_gpu["milliseconds"]["evolve"]["whole block, 1 begun ahead"]
-    blocks = 24 * 3600e3 / (sum(sample) / len(sample))
-    assert day["blocks"]["value"] == pytest.approx(blocks) and day["frames"]["value"] == pytest.approx(12 * blocks)
-    assert day["frames, as bytes"]["value"] == pytest.approx(blocks * 12 * 16 * 16 * 3 / 1e9)
-    assert day["latents"]["value"] == pytest.approx(blocks * 3 * 16 * 2 * 2 * 4 / 1e9)
-    assert day["energy of the GPU"]["value"] is None
-    assert "extrapolated from 4 measured blocks" in day["blocks"]["how"]
 
 
 def test_goals_are_judged_where_a_checkout_has_them(
