@@ -66,10 +66,7 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
         f"{over_cache}, or {over_text.keys} of the text; {_CALLS[device.type]} calls; clock: {clock}.",
         "In float8, queries, keys and values are float8 already: times have no quantization in them.",
     ]
-    tables: dict[str, tuple[list[dict[str, Any]], Any]] = {
-        "Attention": ([], COLUMNS),
-        "Attention over the text": ([], COLUMNS),
-    }
+    tables = {place: (list[dict[str, Any]](), COLUMNS) for place in ("Attention", "Attention over the text")}
     kinds = implementations(load_ops("cuda" if on_gpu else "torch"))
     candidates = ((*kinds, *FLOAT8_LIBRARIES), kinds)
     save = partial(_checkout.save, arguments.out, "attention", "Attention", environment(str(device)), tables, notes)

@@ -50,11 +50,10 @@ class _DeviceMaker(cases.Maker):
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(dtype, str(device), seed=0)
-        self._place = device
         self._drawn = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
-        out = torch.empty(shape, dtype=dtype or self.dtype, device=self._place)
+        out = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
         return out.normal_(0.0, scale, generator=self._drawn)
 
 

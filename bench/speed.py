@@ -333,11 +333,10 @@ def as_kernel(line: Line, tiles_a_block: int = 1, *, float8: bool = False) -> Ke
     return Kernel(math.ceil(tiles / each), each * ms / 1e3 / line.calls / waves(tiles))
 
 
+_NORM = ("gated_residual_norm", "gated_residual_norm_quantize")
 _LAYER = (
-    "q, k, v", "qkv_norm_rope_store", "self-attention", "self_out", "gated_residual_norm",
-    "gated_residual_norm_quantize", "cross_q", QUERY_NORM, "text attention", "cross_out",
-    "gated_residual_norm", "gated_residual_norm_quantize", "ffn_in", "gelu_quantize", "ffn_out", "gated_residual_norm",
-    "gated_residual_norm_quantize",
+    "q, k, v", "qkv_norm_rope_store", "self-attention", "self_out", *_NORM, "cross_q", QUERY_NORM, "text attention",
+    "cross_out", *_NORM, "ffn_in", "gelu_quantize", "ffn_out", *_NORM,
 )  # fmt: skip
 
 
