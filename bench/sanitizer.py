@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
     mistake, clean, dirty = TOOLS[tool]
     nvcc, sanitizer = find_program("nvcc"), find_program("compute-sanitizer")
     if nvcc is None or sanitizer is None:
-        print("sanitizer.py: nvcc and compute-sanitizer must be on the PATH or under CUDA_HOME", file=sys.stderr)
+        missing = [name for name, path in (("nvcc", nvcc), ("compute-sanitizer", sanitizer)) if path is None]
+        print(f"sanitizer.py: not found on the PATH or under CUDA_HOME: {', '.join(missing)}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "planted")
