@@ -30,13 +30,13 @@ def _path(text: str) -> Path:
 
 
 def parser(
-    doc: str | None, *, out: bool = True, sizes: bool = True, dtypes: Iterable[str] = ()
+    doc: str | None, *, out: bool | None = True, sizes: bool = True, dtypes: Iterable[str] = ()
 ) -> argparse.ArgumentParser:
-    """A parser of what most scripts are asked: --out, --device, and if wanted --size and one of ``dtypes``."""
+    """A parser of what most scripts are asked: --out (None: if wanted), --device, --size and one of ``dtypes``."""
     found = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     found.set_defaults(out=None)
-    if out:
-        found.add_argument("--out", type=_path, required=True, metavar="DIR", help="folder for the results")
+    if out is not False:
+        found.add_argument("--out", type=_path, required=bool(out), metavar="DIR", help="folder for the results")
     found.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu; default: cuda")
     if sizes:
         found.add_argument("--size", choices=MODELS, help="default: released on a GPU, tiny on a CPU")

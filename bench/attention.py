@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,42 +18,36 @@ import _checkout
 import torch
 from timing import HostTimer
 
-from echo_rt.attention import AttentionCheck, AttentionShapes, implementations
+from echo_rt.attention import AttentionCandidate, AttentionCheck, AttentionShapes, implementations
 from echo_rt.attention.backends import FLOAT8_LIBRARIES
 from echo_rt.autotune.tuner import TOLERANCES
 from echo_rt.bench.run import HOST_CLOCK
 from echo_rt.bench.runner import median_p99
-from echo_rt.bench.tables import Table, columns, environment
+from echo_rt.bench.tables import columns, environment
 from echo_rt.ops.backends import load_ops
 from echo_rt.utils.device import DTYPES, FLOAT8, model_context, parse_device
 from echo_rt.utils.wording import first_line, plain
 
 COLUMNS = columns(
-    "name|attention",
-    "dtype|dtype",
-    "ms|ms a call|.4f",
-    "p99_ms|p99|.4f",
-    "tflops|TFLOP/s|.1f",
-    "error|error|.1e",
+    "name|attention", "dtype|dtype", "ms|ms a call|.4f", "p99_ms|p99|.4f", "tflops|TFLOP/s|.1f", "error|error|.1e",
     "note|",
-)
-OVER_CACHE, OVER_TEXT = "Attention", "Attention over the text"
+)  # fmt: skip
 _CALLS = {"cuda": 30, "cpu": 3}
 
 
-def measure(load: Callable[[], Any], check: AttentionCheck, bound: float, on_gpu: bool) -> dict[str, Any]:
+def measure(kind: AttentionCandidate, check: AttentionCheck, bound: float) -> dict[str, Any]:
     """One attention, first right and then fast: entries of its row; whatever a library raises is the finding."""
+    calls = _CALLS[check.device.type]
     try:
-        attention = load()
+        attention = kind.load()
         error = check.error(attention)
         if not error <= bound:  # NaN is not
             return {"error": error, "note": f"wrong: expected an error of at most {bound:.1e}"}
-        if on_gpu:
+        if check.device.type == "cuda":
             watch = check.stopwatch(attention)
-            ms = [watch() for _ in range(_CALLS["cuda"])]
+            ms = [watch() for _ in range(calls)]
         else:
-            times = HostTimer().measure(lambda: attention(check.q, check.k, check.v), _CALLS["cpu"], 1)
-            ms = [each / 1e3 for each in times]
+            ms = [each / 1e3 for each in HostTimer().measure(check.call(attention), calls, 1)]
     except Exception as problem:
         return {"note": first_line(problem)}
     median, p99 = median_p99(ms)
@@ -65,36 +59,33 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     device, dtype = parse_device(arguments.device), DTYPES[arguments.dtype]
     on_gpu, config = device.type == "cuda", _checkout.model_of(arguments).config
     heads, size = config.transformer.num_heads, config.transformer.head_dim
-    shapes = AttentionShapes(config.tokens_per_block, config.cached_tokens, heads, size)
+    over_cache = AttentionShapes(config.tokens_per_block, config.cached_tokens, heads, size)
+    over_text = replace(over_cache, keys=config.transformer.text_len)
     clock = "device events around a CUDA graph" if on_gpu else HOST_CLOCK
     notes = [
-        f"{shapes}, or {config.transformer.text_len} of the text; {_CALLS[device.type]} calls; clock: {clock}.",
+        f"{over_cache}, or {over_text.keys} of the text; {_CALLS[device.type]} calls; clock: {clock}.",
         "In float8, queries, keys and values are float8 already: times have no quantization in them.",
     ]
+    tables = {place: (list[dict[str, Any]](), COLUMNS) for place in ("Attention", "Attention over the text")}
     kinds = implementations(load_ops("cuda" if on_gpu else "torch"))
-    places = (
-        (OVER_CACHE, shapes, (*kinds, *FLOAT8_LIBRARIES)),
-        (OVER_TEXT, replace(shapes, keys=config.transformer.text_len), kinds),
-    )
-    found_at = {place: list[dict[str, Any]]() for place, *_ in places}
-    tables: dict[str, Table] = {place: (rows, COLUMNS) for place, rows in found_at.items()}
+    candidates = ((*kinds, *FLOAT8_LIBRARIES), kinds)
     save = partial(_checkout.save, arguments.out, "attention", "Attention", environment(str(device)), tables, notes)
     with torch.inference_mode(), model_context(device, dtype):
-        for place, shape, candidates in places:
-            for kind in candidates:
+        for (place, (rows, _)), shape, able in zip(tables.items(), (over_cache, over_text), candidates, strict=True):
+            for kind in able:
                 own = FLOAT8 if kind in FLOAT8_LIBRARIES else dtype
                 if why := kind.obstacle(device, own, shape) or ("" if kind.fused else "it holds all scores in memory"):
                     found: dict[str, Any] = {"note": why}
                 else:
-                    found = measure(kind.load, AttentionCheck(shape, device, own), TOLERANCES[own], on_gpu)
+                    found = measure(kind, AttentionCheck(shape, device, own), TOLERANCES[own])
                 row = dict.fromkeys(column.key for column in COLUMNS) | {"name": kind.name, "note": ""} | found
                 flops = 4 * shape.queries * shape.keys * heads * size
                 row["dtype"] = plain(own)
                 row["tflops"] = flops / row["ms"] / 1e9 if on_gpu and row["ms"] is not None else None
-                found_at[place].append(row)
+                rows.append(row)
                 _checkout.say(f"{place}, {kind.name}: {row['note'] or format(row['ms'], '.3f') + ' ms'}")
                 save(passed=False)  # the time may run out
-    passed = all(any(row["ms"] is not None for row in rows) for rows in found_at.values())
+    passed = all(any(row["ms"] is not None for row in rows) for rows, _ in tables.values())
     return passed, save(passed=passed)
 
 

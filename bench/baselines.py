@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from echo_rt.bench.run import BASELINES
-from echo_rt.bench.runner import BlockRunner, median_p99
-from echo_rt.config import VaeConfig
+from echo_rt.bench.runner import median_p99
+from echo_rt.config import ModelConfig, VaeConfig
 from echo_rt.engine.build import Networks
 from echo_rt.errors import BackendError
 from echo_rt.ops.noise import fill_normal, seed_words
-from echo_rt.options import MemoryMode
 from echo_rt.utils.device import model_context
 from echo_rt.utils.wording import with_type
 from echo_rt.verify.bundles import bound_between, relative_error
-from echo_rt.weights.shapes import names_of, transformer_names, vae_modules
+from echo_rt.weights.shapes import names_of, vae_modules
 
 if str(Path(__file__).parent) not in sys.path:  # echo-rt bench loads this file alone
     sys.path.append(str(Path(__file__).parent))
@@ -43,11 +42,10 @@ _CALLS_TO_CAPTURE = 4
 
 @dataclass(frozen=True)
 class Baseline:
-    """Another's code. ``call`` does the work once; it stands ``beside`` our figure ``decode`` or ``pass``."""
+    """Another's decoder. ``call`` decodes a block."""
 
     name: str
     what: str
-    beside: str
     call: Callable[[], object]
     error: float
     bound: float
@@ -73,7 +71,7 @@ class Baseline:
         return row | {"ms": ms, "p99_ms": p99, "ratio": None if ours_ms is None else ms / ours_ms}
 
 
-def find_baselines(networks: Networks, prompt_embeds: Tensor, seed: int) -> tuple[list[Baseline], dict[str, str]]:
+def find_baselines(networks: Networks, seed: int) -> tuple[list[Baseline], dict[str, str]]:
     """The baselines that are installed, and why each other one is not in the run.
 
     They have the weights of ``networks``, whose backend they are held against. Whatever another's code raises is the
@@ -81,10 +79,18 @@ def find_baselines(networks: Networks, prompt_embeds: Tensor, seed: int) -> tupl
     """
     found: list[Baseline] = []
     missing: dict[str, str] = {}
-    for name, make in _MAKERS.items():
+    normalized, bound = first_noise(networks.config, networks.device, seed), ROUNDINGS * bound_between(networks.dtype)
+    for name, make in _MAKERS.items():  # a function that decodes one more block ``[F, H, W, 3]``, and how it does
         try:
             with model_context(networks.device, networks.dtype):
-                found.append(make(name, networks, prompt_embeds, seed))
+                assert networks.vae is not None
+                call, what = make(networks.vae, networks.tensors.vae, normalized, networks.dtype)
+                call()  # begins the stream
+                error = _decode_error(networks, normalized, call(), clamped=make is _flashdreams)
+                for _ in range(_CALLS_TO_CAPTURE):
+                    call()
+            how = f"with the same weights, over the same {len(normalized)} latents in mid-stream"
+            found.append(Baseline(name, f"its decoder, {how}; {what}", call, error, bound, networks.device))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the finding, whatever it is
@@ -99,44 +105,38 @@ def _require(package: str, module: str | None = None) -> Any:
     return importlib.import_module(module or package)
 
 
-def _cast(module: Any, dtype: torch.dtype) -> None:
-    """As ``from_pretrained(torch_dtype=...)`` does: some parts stay float32."""
-    kept = set(module._keep_in_fp32_modules or ())
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(False)
-        if not kept & set(name.split(".")):
-            parameter.data = parameter.data.to(dtype)
-
-
-def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], names: Mapping[str, str] | None = None) -> None:
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None = None) -> None:
     """The weights of our model into another's, under ``names``; one that it lacks is a ``KeyError``."""
     targets = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for name, tensor in tensors:
+    for name, tensor in tensors.items():
         target = targets[name if names is None else names[name]]
         target.copy_(tensor.reshape(target.shape))
 
 
-def _noise(networks: Networks, seed: int) -> Tensor:
+def first_noise(config: ModelConfig, device: torch.device, seed: int = 0) -> Tensor:
     """The noise of block 0 as a rollout draws it, ``[B, C, h, w]`` float32 on the device."""
-    config = networks.config
     noise = torch.empty(config.window.frames_per_block, *config.latent_shape, device="cpu")
     fill_normal(noise, 0, 0, seed_words(seed))
-    return noise.to(networks.device)
+    return noise.to(device)
 
 
-def _decoder_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    for key in tensors:
-        if key.startswith(("decoder.", "conv2.")):
-            yield key, tensors[key]
+def _of_decoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensors[key] for key in tensors if key.startswith(("decoder.", "conv2."))}
 
 
-def _decode_error(networks: Networks, normalized: Tensor, video: Tensor, *, clamp: bool = False) -> float:
+def _sizes(config: VaeConfig) -> dict[str, Any]:
+    """Of a VAE, as others name them."""
+    same = {name: getattr(config, name) for name in ("base_dim", "z_dim", "dim_mult", "num_res_blocks")}
+    return same | {"temperal_downsample": config.temporal_downsample}
+
+
+def _decode_error(networks: Networks, normalized: Tensor, video: Tensor, *, clamped: bool) -> float:
     """Relative error of ``video [F, H, W, 3]``, of a block that comes after the same latents, against ours."""
     decoder: Any = networks.decoder
     state = decoder.new_state(*networks.config.latent_shape[1:], latents=1)
     decoder.decode(normalized, state)
     ours = decoder.decode(normalized, state).float()
-    return relative_error(video.float(), ours.clamp(-1, 1) if clamp else ours)
+    return relative_error(video.float(), ours.clamp(-1, 1) if clamped else ours)
 
 
 class WanAutoencoder:
@@ -148,18 +148,11 @@ class WanAutoencoder:
     def __init__(self, config: VaeConfig, tensors: Mapping[str, Tensor], normalized: Tensor, dtype: torch.dtype):
         diffusers = _require("diffusers")
         with torch.device(normalized.device):
-            vae = diffusers.AutoencoderKLWan(
-                base_dim=config.base_dim,
-                z_dim=config.z_dim,
-                dim_mult=list(config.dim_mult),
-                num_res_blocks=config.num_res_blocks,
-                temperal_downsample=list(config.temporal_downsample),
-                latents_mean=list(config.latents_mean),
-                latents_std=list(config.latents_std),
-            )
+            sizes = _sizes(config) | {"latents_mean": config.latents_mean, "latents_std": config.latents_std}
+            lists = {name: list(size) if isinstance(size, tuple) else size for name, size in sizes.items()}
+            vae = diffusers.AutoencoderKLWan(**lists).to(dtype).requires_grad_(requires_grad=False)
             mean, std = (torch.tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std))
-        _cast(vae, dtype)
-        fill(vae, _decoder_tensors(tensors), names_of(vae_modules(config)))
+        fill(vae, _of_decoder(tensors), names_of(vae_modules(config)))
         vae.clear_cache()
         vae.encoder = None  # it takes no part, and would be counted among the bytes
         self._vae, self._cache = vae, vae._feat_map
@@ -179,111 +172,33 @@ class WanAutoencoder:
         return sum(tensor.nbytes for tensor in self._cache if isinstance(tensor, Tensor))
 
 
-def _autoencoder(name: str, networks: Networks, prompt_embeds: Tensor, seed: int) -> Baseline:
-    assert networks.vae is not None
-    normalized, dtype = _noise(networks, seed), networks.dtype
-    theirs = WanAutoencoder(networks.vae, networks.tensors.vae, normalized, dtype)
-    theirs.block()
-    error = _decode_error(networks, normalized, theirs.block())
-    what = (
-        f"its decoder, with the same weights, over the same {len(normalized)} latents in mid-stream, its own cache "
-        "kept from call to call; without the conversion to bytes, which ours does"
-    )
-    return Baseline(name, what, "decode", theirs.block, error, ROUNDINGS * bound_between(dtype), networks.device)
+def _autoencoder(
+    config: VaeConfig, tensors: Mapping[str, Tensor], normalized: Tensor, dtype: torch.dtype
+) -> tuple[Callable[[], Tensor], str]:
+    what = "its own cache kept from call to call; without the conversion to bytes, which ours does"
+    return WanAutoencoder(config, tensors, normalized, dtype).block, what
 
 
-def _transformer(name: str, networks: Networks, prompt_embeds: Tensor, seed: int) -> Baseline:
-    diffusers, config, device, dtype = _require("diffusers"), networks.config, networks.device, networks.dtype
-    sizes = config.transformer
-    with torch.device(device):
-        model: Any = diffusers.WanTransformer3DModel(
-            patch_size=sizes.patch_size,
-            num_attention_heads=sizes.num_heads,
-            attention_head_dim=sizes.head_dim,
-            in_channels=sizes.in_channels,
-            out_channels=sizes.out_channels,
-            text_dim=sizes.text_dim,
-            freq_dim=sizes.freq_dim,
-            ffn_dim=sizes.ffn_dim,
-            num_layers=sizes.num_layers,
-            cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads",
-            eps=sizes.eps,
-        )
-    _cast(model, dtype)
-    fill(model, networks.tensors.transformer.items(), transformer_names(sizes.num_layers))
-    text = torch.zeros(1, sizes.text_len, sizes.text_dim, device=device, dtype=dtype)
-    text[0, : len(prompt_embeds)] = prompt_embeds
-    latents = _noise(networks, seed).transpose(0, 1)[None].to(dtype)
-    timestep = torch.tensor([networks.schedule.timesteps[0]], device=device)
-
-    def forward() -> Tensor:
-        flow: Tensor = model(latents, timestep, text, return_dict=False)[0]
-        return flow
-
-    # A video's first block attends to itself alone, as this class always does.
-    flows: list[Tensor] = []
-
-    def keep(block: int, step: int, flow: Tensor) -> None:
-        if step == 0:
-            with runner.executor.eager():
-                flows.append(flow.to("cpu", torch.float32, copy=True))
-
-    runner = BlockRunner(networks, MemoryMode.OFF, graphs=None, depth=1)
-    runner.start(prompt_embeds, seed)
-    runner.rollout.next_block(observe=keep)
-    runner.executor.synchronize()
-    runner.close()
-    error = relative_error(forward()[0].transpose(0, 1).float().cpu(), flows[0])
-    block = config.tokens_per_block
-    what = (
-        f"one forward, with the same weights, over the {block} tokens of a block, which attend to themselves alone; "
-        f"beside it the mean of our passes, in which they attend to {config.cached_tokens} keys"
-    )
-    bound = ROUNDINGS * bound_between(networks.model_dtype)
-    return Baseline(name, what, "pass", forward, error, bound, device)
-
-
-def _flashdreams(name: str, networks: Networks, prompt_embeds: Tensor, seed: int) -> Baseline:
+def _flashdreams(
+    config: VaeConfig, tensors: Mapping[str, Tensor], normalized: Tensor, dtype: torch.dtype
+) -> tuple[Callable[[], Tensor], str]:
     module = _require("flashdreams", "flashdreams.recipes.wan.autoencoder.vae")
-    config, device, dtype = networks.vae, networks.device, networks.dtype
-    assert config is not None
-    tensors = {key: t.to("cpu", dtype).contiguous() for key, t in _decoder_tensors(networks.tensors.vae)}
     with tempfile.TemporaryDirectory() as folder:  # it takes weights from a file alone
         path = Path(folder) / "vae.safetensors"
-        save_file(tensors, path)
+        save_file({key: t.to("cpu", dtype).contiguous() for key, t in _of_decoder(tensors).items()}, path)
         vae: Any = module.WanVAE(
             str(path),
-            use_cuda_graph=device.type == "cuda",
+            use_cuda_graph=normalized.is_cuda,
             use_compile=False,
             enable_encoder=False,
-            base_dim=config.base_dim,
-            z_dim=config.z_dim,
-            dim_mult=config.dim_mult,
-            num_res_blocks=config.num_res_blocks,
-            temperal_downsample=config.temporal_downsample,
             latent_mean=config.latents_mean,
             latent_std=config.latents_std,
+            **_sizes(config),
         )
-        vae.to(device, dtype)
-    normalized = _noise(networks, seed)
-    latents = normalized.transpose(0, 1)[None].to(dtype)
-    cache = vae.prepare_cache()
-
-    def decode() -> Tensor:
-        video: Tensor = vae.decode(latents, cache=cache)
-        return video
-
-    decode()
-    error = _decode_error(networks, normalized, decode()[0].permute(1, 2, 3, 0), clamp=True)
-    for _ in range(_CALLS_TO_CAPTURE):
-        decode()
-    what = (
-        f"the decoder of its Wan VAE, with the same weights, over the same {len(normalized)} latents in mid-stream "
-        "in one call, its own cache kept, its own graph replayed; without the conversion to bytes. Its transformer is "
-        "not driven here"
-    )
-    return Baseline(name, what, "decode", decode, error, ROUNDINGS * bound_between(dtype), device)
+        vae.to(normalized.device, dtype)
+    latents, cache = normalized.transpose(0, 1)[None].to(dtype), vae.prepare_cache()
+    what = "in one call, its own cache kept, its own graph replayed; without the conversion to bytes"
+    return lambda: vae.decode(latents, cache=cache)[0].permute(1, 2, 3, 0), what
 
 
-_MAKERS = dict(zip(BASELINES, (_autoencoder, _transformer, _flashdreams), strict=True))
+_MAKERS = dict(zip(BASELINES, (_autoencoder, _flashdreams), strict=True))

@@ -53,16 +53,15 @@ def host_work() -> dict[str, Callable[[], object]]:
         pipeline.begin()
         pipeline.finish()
 
-    calls = (
-        submit,
-        slot.read,
-        lambda: figures.add(chunk, 0.4, warm=True, switching=False),
-        lambda: digest(chunk),
-        lambda: ops.frames_to_uint8(video, pixels),
-        lambda: torch.aminmax(video),
-        lambda: _nonfinite(video),
-    )
-    return dict(zip(HOST, calls, strict=True))
+    return {
+        "submit": submit,
+        "copy": slot.read,
+        "soak": lambda: figures.add(chunk, 0.4, warm=True, switching=False),
+        "digest": lambda: digest(chunk),
+        "frames_to_uint8": lambda: ops.frames_to_uint8(video, pixels),
+        "range": lambda: torch.aminmax(video),
+        "nonfinite": lambda: _nonfinite(video),
+    }
 
 
 @pytest.mark.parametrize("what", HOST)

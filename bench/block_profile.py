@@ -22,7 +22,7 @@ from echo_rt.bench.runner import BlockRunner, busy_seconds
 from echo_rt.bench.settings import Request
 from echo_rt.bench.tables import columns, environment
 from echo_rt.ops.backends import BACKENDS
-from echo_rt.options import DTYPE_NAMES, MemoryMode
+from echo_rt.options import DTYPE_NAMES
 from echo_rt.utils.wording import counted
 
 COLUMNS = columns("kernel|kernel", "calls|calls a block|g", "us|µs a block|.1f", "share|of all kernels|.1%")
@@ -62,19 +62,19 @@ def record(runner: BlockRunner, blocks: int, lookahead: int, on_gpu: bool) -> li
 def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     """Make the block, listen and write; whether kernels were seen, of graphs where asked for, and the page."""
     asked = {name: getattr(arguments, name) for name in ("size", "device", "dtype", "backend")}
-    setting = Run(Request(**asked, variants=(arguments.memory,), graphs=None if arguments.graphs else False))
+    setting = Run(Request(**asked, variants=("evolve",)))
     on_gpu, ahead, (entry,) = setting.on_gpu, setting.request.lookahead, setting.entries
     spans = setting.or_without_graphs(entry, lambda each: record(setting.ready(each), arguments.blocks, ahead, on_gpu))
     entry.release()
-    failed = f"graphs failed in {entry.graphs_failed}" if entry.graphs_failed else ""
+    failed = entry.graphs_failed and f"graphs failed in {entry.graphs_failed}"
     made = arguments.blocks + ahead
     if not spans:
         return False, "the profiler saw no kernel"
     begin, end = min(begin for _, begin, _ in spans), max(end for *_, end in spans)
     idle = 1 - busy_seconds((span[1:] for span in spans), begin, end) / (end - begin)
     notes = [
-        f"{counted(made, 'block')}; {setting.model.source}; backend {setting.backend.name}; memory {arguments.memory}; "
-        f"{'graphs' if arguments.graphs and on_gpu and not failed else failed or 'no graphs'}.",
+        f"{counted(made, 'block')}; {setting.model.source}; backend {setting.backend.name}; memory evolve; "
+        f"{failed or ('graphs' if on_gpu else 'no graphs')}.",
         f"Idle: {idle:.2%} of {end - begin:.0f} µs.",
         *["A rehearsal on the CPU: operators in place of kernels."][on_gpu:],
     ]
@@ -87,10 +87,7 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
 def main(argv: Sequence[str]) -> int:
     parser = _checkout.parser(__doc__, dtypes=DTYPE_NAMES)
     parser.add_argument("--backend", choices=BACKENDS, help="default: cuda on a GPU, torch on a CPU")
-    modes = [mode.value for mode in MemoryMode]
-    parser.add_argument("--memory", choices=modes, default="evolve", help="default: evolve")
     parser.add_argument("--blocks", type=int, default=3, help="profiled blocks; default: 3")
-    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay what repeats")
     return _checkout.run(__file__, run, parser.parse_args(argv))
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import _checkout
-import torch
 
 from echo_rt.bench.tables import environment
-from echo_rt.errors import EchoError
+from echo_rt.errors import BackendError
 from echo_rt.utils.device import parse_device
 
 
@@ -19,9 +17,8 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     """Describe the machine, and write environment.json where there is a folder for it."""
     try:
         parse_device(arguments.device)
-    except EchoError as error:
-        none = "" if torch.cuda.is_available() or not arguments.device.startswith("cuda") else "no GPU: "
-        raise type(error)(f"{none}{error}; torch is {torch.__version__}") from error
+    except BackendError as error:
+        raise BackendError(f"no GPU: {error}") from error
     text = json.dumps(environment(arguments.device), indent=2)
     if arguments.out is not None:
         (arguments.out / "environment.json").write_text(f"{text}\n", encoding="utf-8")
@@ -29,6 +26,4 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
 
 
 if __name__ == "__main__":
-    parser = _checkout.parser(__doc__, out=False, sizes=False)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write environment.json there, too")
-    sys.exit(_checkout.run(__file__, run, parser.parse_args()))
+    sys.exit(_checkout.run(__file__, run, _checkout.parser(__doc__, out=None, sizes=False).parse_args()))

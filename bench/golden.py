@@ -23,7 +23,6 @@ import torch
 
 from echo_rt.bench.tables import columns, environment
 from echo_rt.errors import BackendError, EchoError
-from echo_rt.ops.backends import BACKENDS
 from echo_rt.options import DTYPE_NAMES
 from echo_rt.utils.device import parse_device
 from echo_rt.utils.wording import with_type
@@ -85,10 +84,10 @@ def verify(bundle: Path, device: str, backend: str, dtype: str) -> dict[str, Any
 def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     """Verify and write; whether all bundles are as expected, and the page."""
     parse_device(arguments.device)  # or every bundle would tell that there is no such device
-    backends = arguments.backend or ["torch", "emulated" if arguments.device == "cpu" else "cuda"]
+    backends = ("torch", "emulated" if arguments.device == "cpu" else "cuda")
     header, rows = environment(arguments.device), list[dict[str, Any]]()
     save = partial(_checkout.save, arguments.out, "golden", "Golden bundles", header, {"Bundles": (rows, COLUMNS)})
-    for bundle, *way in itertools.product(find_bundles(arguments.quick), backends, arguments.dtype or DTYPE_NAMES):
+    for bundle, *way in itertools.product(find_bundles(arguments.quick), backends, DTYPE_NAMES):
         rows.append(verify(bundle, arguments.device, *way))
         print(f"{', '.join([bundle.name, *way])}: {'ok' if rows[-1]['ok'] else 'OFF'}", flush=True)
         save(passed=False)  # the time may run out
@@ -98,9 +97,6 @@ def run(arguments: argparse.Namespace) -> tuple[bool, str]:
 
 def main(argv: Sequence[str]) -> int:
     parser = _checkout.parser(__doc__, sizes=False)
-    backends = "may be repeated; default: torch, and the device's kernels"
-    parser.add_argument("--backend", action="append", choices=BACKENDS, help=backends)
-    parser.add_argument("--dtype", action="append", choices=DTYPE_NAMES, help="may be repeated; default: all")
     parser.add_argument("--quick", action="store_true", help="only the small bundles in tests/golden")
     return _checkout.run(__file__, run, parser.parse_args(argv))
 

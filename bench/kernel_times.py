@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any
 
 import _checkout
 import torch
 from library_calls import library_calls, result_of
 from op_inputs import IN8, OPS, Variant, linear_layers, variants
-from roofline import Ceiling, Work, copy_rate, measure_ceilings, memory_update_work, work_of
+from roofline import Work, copy_rate, measure_ceilings, memory_update_work, work_of
 from timing import Timer, timer_for
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
-from echo_rt.bench.run import DEVICE_CLOCK
 from echo_rt.bench.runner import median_p99
 from echo_rt.bench.settings import RELEASED, BenchModel
 from echo_rt.bench.tables import columns, environment
-from echo_rt.errors import ConfigError
 from echo_rt.model.cublaslt import LinearShape, gelu_tanh, select_linear
 from echo_rt.model.linear import Linear
 from echo_rt.model.memory import MemoryEncoder
@@ -68,12 +66,14 @@ CEILING_COLUMNS = columns(
 # ---- whether two results agree
 
 
-def difference(actual: Tensor, expected: Tensor) -> float:
-    """``‖actual - expected‖ / ‖expected‖``; for whole numbers the share of elements that differ."""
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+def difference(actual: Any, expected: Any) -> float:
+    """``‖actual - expected‖ / ‖expected‖``; of whole numbers the share that differs; 0 where neither is a tensor."""
+    if not isinstance(expected, Tensor):
+        return float("nan") if isinstance(actual, Tensor) else 0.0
+    if not isinstance(actual, Tensor) or (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
         return float("nan")
     if not expected.is_floating_point():
-        return float((actual != expected).double().mean()) if expected.numel() else 0.0
+        return float((actual != expected).sum()) / max(1, expected.numel())
     apart = size = 0.0
     for a, e in zip(actual.reshape(-1).split(_CHUNK), expected.reshape(-1).split(_CHUNK), strict=True):
         wide = e.double()
@@ -82,33 +82,19 @@ def difference(actual: Tensor, expected: Tensor) -> float:
     return 0.0 if apart == 0.0 else (apart / size) ** 0.5 if size else float("inf")
 
 
-class Agreement(NamedTuple):
-    """A relative error and the bound that it is held to."""
-
-    error: float = 0.0
-    bound: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.bound  # NaN is not
-
-
-def compare(actual: Any, expected: Any, bounds: dict[torch.dtype, float]) -> Agreement:
-    """Of one tensor; whole numbers must be the same. Of what is no tensor on either side nothing is asked."""
-    if isinstance(actual, Tensor) and isinstance(expected, Tensor):
-        return Agreement(difference(actual, expected), bounds.get(expected.dtype, 0.0))
-    return Agreement(float("nan")) if isinstance(actual, Tensor) or isinstance(expected, Tensor) else Agreement()
-
-
 def copies(args: Sequence[Any]) -> list[Any]:
     """The arguments with tensors of their own."""
     return [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
 
 
-def compare_calls(actual: Sequence[Any], expected: Sequence[Any], bounds: dict[torch.dtype, float]) -> Agreement:
-    """Of two calls, each what it returned and its arguments afterwards: the tensor furthest beyond its bound."""
-    found = (compare(a, e, bounds) for a, e in zip(actual, expected, strict=True))
-    return max(found, key=lambda each: (not each.ok, each.error / max(each.bound, 1e-30)))
+def compare(actual: Sequence[Any], expected: Sequence[Any], bounds: dict[torch.dtype, float]) -> tuple[float, float]:
+    """Of what two calls returned and wrote: error and bound of the tensor furthest beyond its bound.
+
+    Whole numbers must be the same: their bound is 0.
+    """
+    pairs = zip(actual, expected, strict=True)
+    found = [(difference(a, e), bounds.get(e.dtype, 0.0) if isinstance(e, Tensor) else 0.0) for a, e in pairs]
+    return max(found, key=lambda each: (not each[0] <= each[1], each[0] / max(each[1], 1e-30)))  # NaN is beyond
 
 
 # ---- rows
@@ -125,12 +111,17 @@ class Run:
     timer: Timer
     iterations: int
     warmup: int
-    ceilings: dict[str, Ceiling]
     judged: bool
     compiled: bool
 
-    def time(self, call: Callable[[], object]) -> list[float]:
-        return self.timer.measure(call, self.iterations, self.warmup)
+    def time(self, call: Callable[[], object], part: int = 1) -> tuple[float, float]:
+        """Median and 99th percentile in microseconds, of one of ``part`` of the calls."""
+        times = self.timer.measure(call, max(1, self.iterations // part), self.warmup // part)
+        return median_p99(times)
+
+    @cached_property
+    def ceilings(self) -> dict[str, dict[str, Any]]:
+        return measure_ceilings(self.time, self.device, self.dtype)
 
 
 class Row(dict[str, Any]):
@@ -150,19 +141,19 @@ class Row(dict[str, Any]):
         """Whether the result was right and the kernel was timed."""
         return not self["problems"] and self["median_us"] is not None
 
-    def agree(self, found: Agreement) -> None:
+    def agree(self, found: tuple[float, float]) -> None:
         """Note how far the result is from the torch backend's."""
         self["error"], self["error_bound"] = error, bound = found
-        if not found.ok:
+        if not error <= bound:  # NaN is not
             self["problems"].append(f"differs from the torch backend by {error:.1e}, allowed are {bound:.1e}")
 
-    def take(self, times: Sequence[float], work: Work, ceilings: dict[str, Ceiling]) -> None:
-        """Fill in the times, and the rate in the unit of what limits the call."""
+    def take(self, times: tuple[float, float], work: Work, ceilings: Mapping[str, Any]) -> None:
+        """Fill in median and 99th percentile, and the rate in the unit of what limits the call."""
         self["bytes"], self["flops"], self["limit"] = work
-        self["median_us"], self["p99_us"] = median_p99(times)
+        self["median_us"], self["p99_us"] = times
         amount, unit = (work.flops / 1e6, "TFLOP/s") if work.limit == "arithmetic" else (work.bytes / 1e3, "GB/s")
         self["rate"], self["unit"] = amount / self["median_us"], unit
-        self["share"] = None if work.limit == "neither" else self["rate"] / ceilings[unit].value
+        self["share"] = None if work.limit == "neither" else self["rate"] / ceilings[unit]["value"]
 
     def beside(self, what: str, us: float) -> None:
         """Fill in what something else takes, and the ratio of it."""
@@ -190,9 +181,7 @@ def _time_both(run: Run, row: Row, work: Work, ours: Callable[[], object], their
     row.take(run.time(ours), work, run.ceilings)
     if run.ops.name != "torch":
         # Its products are float32 and may take many times as long, so a tenth of the calls must do.
-        part = 10 if work.limit == "arithmetic" else 1
-        times = run.timer.measure(theirs, max(1, run.iterations // part), run.warmup // part)
-        row.beside("torch", median_p99(times)[0])
+        row.beside("torch", run.time(theirs, 10 if work.limit == "arithmetic" else 1)[0])
 
 
 def time_variant(run: Run, variant: Variant) -> Row:
@@ -205,7 +194,7 @@ def time_variant(run: Run, variant: Variant) -> Row:
         expected = torchs(*theirs)
         if run.ops.name != "torch":
             ours = copies(args)
-            row.agree(compare_calls([call(*ours), *ours], [expected, *theirs], BOUNDS))
+            row.agree(compare([call(*ours), *ours], [expected, *theirs], BOUNDS))
             del ours
         wanted = result_of(variant.op, expected, theirs).clone()
         del theirs, expected
@@ -216,7 +205,7 @@ def time_variant(run: Run, variant: Variant) -> Row:
         if row["library"] is not None:
             row.beside("library", row["libraries_us"][row["library"]])
         if work.limit == "memory":
-            row.beside("copy", copy_rate(run.timer, run.device, work.bytes // 2, run.iterations, run.warmup).median_us)
+            row.beside("copy", copy_rate(run.time, run.device, work.bytes // 2)["median_us"])
     return row
 
 
@@ -225,12 +214,12 @@ def _time_libraries(run: Run, row: Row, args: list[Any], wanted: Tensor) -> None
     for name, call in library_calls(row["op"], args, run.device, run.compiled).items():
         try:
             own = copies(args)
-            found = compare(result_of(row["op"], call(own), own), wanted, LIBRARY_BOUNDS)
+            error, bound = compare([result_of(row["op"], call(own), own)], [wanted], LIBRARY_BOUNDS)
             del own
-            if found.ok:
-                row["libraries_us"][name] = median_p99(run.time(partial(call, args)))[0]
+            if error <= bound:
+                row["libraries_us"][name] = run.time(partial(call, args))[0]
             else:
-                row["absent"][name] = f"its result is off by {found.error:.1e}"
+                row["absent"][name] = f"its result is off by {error:.1e}"
         except Exception as error:  # a library may lack this shape, type or device: that is said, and not ours to mend
             row["absent"][name] = with_type(error)
     row["library"] = min(row["libraries_us"], key=row["libraries_us"].__getitem__, default=None)
@@ -252,7 +241,7 @@ def time_memory_update(run: Run) -> Row:
             return out, *encoder.keys_values(out)
 
         calls = [partial(update, encoder, torch.full_like(state, float("nan"))) for encoder in encoders]
-        row.agree(compare_calls(calls[0](), calls[1](), ROLLOUT_BOUNDS))
+        row.agree(compare(calls[0](), calls[1](), ROLLOUT_BOUNDS))
         _time_both(run, row, memory_update_work(config, len(k), state.element_size()), *calls)
     return row
 
@@ -271,7 +260,7 @@ def time_library(run: Run) -> Iterator[Row]:
     def timed(name: str, calls: int, call: Callable[[], Tensor], exact: Tensor, work: Work) -> Row:
         row = Row(LIBRARY, name, calls, "torch")
         with row.filled(run.judged):
-            row.agree(compare(call(), exact.to(run.dtype), LIBRARY_BOUNDS))
+            row.agree(compare([call()], [exact.to(run.dtype)], LIBRARY_BOUNDS))
             row.take(run.time(call), work, run.ceilings)
         return row
 
@@ -312,17 +301,11 @@ def _setting(arguments: argparse.Namespace) -> Run:
     ops = load_ops(arguments.backend or {"cuda": "cuda", "cpu": "emulated"}[device.type])
     check_device(ops, device)
     iterations, warmup = _COUNTS[device.type, arguments.quick]
-    if arguments.iterations is not None:
-        iterations = arguments.iterations
-    if iterations < 1:
-        raise ConfigError(f"--iterations must be at least 1, got {iterations}")
     # On a CPU the emulation of one kernel at the released sizes takes minutes: only who asks for it has to wait.
     model, dtype = _checkout.model_of(arguments), DTYPES[arguments.dtype]
-    timer = timer_for(device)
-    ceilings = measure_ceilings(timer, device, dtype, iterations, warmup)
-    judged = timer.clock == DEVICE_CLOCK and model is RELEASED
+    judged = device.type == "cuda" and model is RELEASED
     compiled = device.type == "cuda" and not arguments.quick
-    return Run(device, dtype, ops, model, timer, iterations, warmup, ceilings, judged, compiled)
+    return Run(device, dtype, ops, model, timer_for(device), iterations, warmup, judged, compiled)
 
 
 def _notes(run: Run, rows: list[Row]) -> list[str]:
@@ -344,10 +327,10 @@ def _notes(run: Run, rows: list[Row]) -> list[str]:
 def run(arguments: argparse.Namespace) -> tuple[bool, str]:
     """Measure and write; whether every row is right, and the page."""
     setting, rows = _setting(arguments), list[Row]()
+    tables = {"Ceilings": ([*setting.ceilings.values()], CEILING_COLUMNS), "Kernels": (rows, COLUMNS)}
     header = environment(str(setting.device))  # now, while the clocks are those of a device at work
     facts = {"iterations": setting.iterations, "warmup": setting.warmup, "clock": setting.timer.clock}
     facts |= {"backend": setting.ops.name, "dtype": plain(setting.dtype), "model": setting.model.config.to_flat()}
-    tables = {"Ceilings": ([*setting.ceilings.values()], CEILING_COLUMNS), "Kernels": (rows, COLUMNS)}
     page, chosen = "", arguments.op or [*OPS, MEMORY_UPDATE, LIBRARY]
     for op in chosen:
         with torch.inference_mode():
@@ -371,7 +354,6 @@ def main(argv: Sequence[str]) -> int:
         "--op", action="append", choices=[*OPS, MEMORY_UPDATE, LIBRARY], help="only this one; may be repeated"
     )
     parser.add_argument("--quick", action="store_true", help="fewer calls, and no torch.compile beside them")
-    parser.add_argument("--iterations", type=int, help="timed calls of each")
     return _checkout.run(__file__, run, parser.parse_args(argv))
 
 

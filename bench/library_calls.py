@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,23 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from echo_rt.ops import reference
 
-# Which argument holds the result of an operation that returns nothing.
-_WRITTEN = {
-    "rope_table": 2,
-    "advance": 9,
-    "reanchor": 0,
-    "gated_update": 5,
-    "modulated_layer_norm_quantize": 3,
-    "gated_residual_norm_quantize": 5,
-    "gelu_quantize": 1,
-    "counter_noise": 0,
-    "flow_step": 0,
-    "rms_silu_window": 4,
-    "frames_to_uint8": 1,
-    "causal_conv": 4,
-    "causal_conv_hopper": 2,
-    "upsample_conv": 3,
-}
+# The argument that an operation writes, where it returns nothing and none is called ``out``.
+_WRITTEN = {"advance": "write_index", "reanchor": "kv", "flow_step": "x", "rms_silu_window": "window"}
 # Operations whose definition torch.compile makes one or two kernels of.
 _COMPILED = (
     "qkv_norm_rope_store", "merge_attention", "gated_update", "modulated_layer_norm", "gated_residual_norm",
@@ -46,9 +32,10 @@ Call = Callable[[Sequence[Any]], "Tensor | None"]
 
 def result_of(op: str, returned: Any, args: Sequence[Any]) -> Tensor:
     """The result of a call: what it returned, or the argument that it wrote."""
-    result = returned if isinstance(returned, Tensor) else args[_WRITTEN[op]]
-    assert isinstance(result, Tensor)
-    return result
+    if isinstance(returned, Tensor):
+        return returned
+    written: Tensor = args[[*signature(getattr(reference, op)).parameters].index(_WRITTEN.get(op, "out"))]
+    return written
 
 
 def library_calls(op: str, args: Sequence[Any], device: torch.device, compiled: bool) -> dict[str, Call]:

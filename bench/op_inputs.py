@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -51,11 +50,10 @@ class _DeviceMaker(cases.Maker):
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(dtype, str(device), seed=0)
-        self._place = device
         self._drawn = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
-        out = torch.empty(shape, dtype=dtype or self.dtype, device=self._place)
+        out = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
         return out.normal_(0.0, scale, generator=self._drawn)
 
 
@@ -104,40 +102,6 @@ def linear_layers(model: BenchModel) -> list[LinearLayer]:
     ]
 
 
-def _into_float8(sizes: cases.Sizes) -> cases.Sizes:
-    """With the KV buffer of the layers that attend in float8, which are all but the last."""
-    return dataclasses.replace(sizes, float8=True, layers=sizes.layers - 1)
-
-
-def _qkv(model: BenchModel) -> list[Variant]:
-    layers, sizes = model.config.transformer.num_layers, _sizes(model)
-    return [
-        Variant("qkv_norm_rope_store", "", passes(model) * (layers - 1), sizes, (8,)),
-        Variant("qkv_norm_rope_store", "last layer", passes(model), sizes),
-        Variant("qkv_norm_rope_store", IN8, passes(model) * (layers - 1), _into_float8(sizes), (8,)),
-    ]
-
-
-def _reanchor(model: BenchModel) -> list[Variant]:
-    sizes = _sizes(model)
-    return [
-        Variant("reanchor", "block begins", 1, sizes, (5,)),
-        Variant("reanchor", "memory changed", 1, sizes, (3,)),
-        Variant("reanchor", f"block begins, {IN8}", 1, _into_float8(sizes), (5,)),
-        Variant("reanchor", f"memory changed, {IN8}", 1, _into_float8(sizes), (3,)),
-    ]
-
-
-def _of_latents(op: str, model: BenchModel) -> list[Variant]:
-    """Once a denoising step, on a block's latents."""
-    tokens = math.prod(model.config.latent_shape) // _VALUES_A_TOKEN
-    return [Variant(op, "", passes(model) - 1, dataclasses.replace(_sizes(model), tokens=tokens))]
-
-
-def _of_any_weight(convolve: Callable[[Tensor], Tensor], weight: Tensor) -> Callable[[Tensor], Tensor]:
-    return convolve
-
-
 def decoder_order(model: BenchModel) -> list[tuple[Any, ...] | ConvolutionShape]:
     """A block in the steady state as the decoder makes it, of tensors that have shapes and nothing else.
 
@@ -155,8 +119,11 @@ def decoder_order(model: BenchModel) -> list[tuple[Any, ...] | ConvolutionShape]
     decoder = VaeDecoder(model.vae, weights, cast("Ops", ops), device="meta", dtype=torch.bfloat16)
     latents = torch.empty(model.config.window.frames_per_block, *model.config.latent_shape, device="meta")
     block = (*model.config.latent_shape[1:], len(latents))
-    ways = {name: partial(convolve, shape) for name, shape in decoder.convolution_shapes(*block).items()}
-    decoder.use({name: ConvolutionCandidate("recorded", partial(_of_any_weight, way)) for name, way in ways.items()})
+
+    def candidate(shape: ConvolutionShape) -> ConvolutionCandidate:
+        return ConvolutionCandidate("recorded", lambda weight: partial(convolve, shape))
+
+    decoder.use({name: candidate(shape) for name, shape in decoder.convolution_shapes(*block).items()})
     decoder.decode_next(latents, decoder.new_state(*block), is_start=False)
     return order
 
@@ -193,42 +160,42 @@ def _convolutions(op: str, model: BenchModel) -> list[Variant]:
     return found or [Variant(op, "", 0, _sizes(model))]
 
 
-def _video(model: BenchModel) -> list[Variant]:
-    config, vae = model.config, model.vae
-    frames = config.window.frames_per_block * vae.temporal_stride
-    size = (frames, config.latent_height * vae.spatial_stride, config.latent_width * vae.spatial_stride, 3)
-    return [Variant("frames_to_uint8", "", 1, dataclasses.replace(_sizes(model), vae=size))]
-
-
-def _called_alike(op: str, model: BenchModel) -> list[Variant]:
-    """On tensors of the model's sizes."""
-    # The context pass ends where its last layer has stored its keys.
-    layers = model.config.transformer.num_layers * passes(model) - 1
-    calls = {
-        "advance": 1,
-        "memory_attention": model.config.memory.layers if model.config.memory else 0,
-        "gated_update": 1,
-        "modulated_layer_norm": passes(model),
-        "gated_residual_norm": 3 * layers,
-        "modulated_layer_norm_quantize": passes(model),
-        # What the head reads stays in 16 bits, in every pass but the context pass, which has none.
-        "gated_residual_norm_quantize": 3 * layers - (passes(model) - 1),
-        "gelu_quantize": layers,
-    }
-    return [Variant(op, "", calls.get(op, 0), _sizes(model))]
-
-
-_VARIANTS: dict[str, Callable[[BenchModel], list[Variant]]] = {
-    "qkv_norm_rope_store": _qkv,
-    "reanchor": _reanchor,
-    "counter_noise": partial(_of_latents, "counter_noise"),
-    "flow_step": partial(_of_latents, "flow_step"),
-    "rms_silu_window": _windows,
-    "frames_to_uint8": _video,
-    **{op: partial(_convolutions, op) for op in _ADDED},
-}
-
-
 def variants(op: str, model: BenchModel) -> list[Variant]:
     """The ways in which the model calls ``op``; one at the model's own sizes where none is named here."""
-    return _VARIANTS.get(op, partial(_called_alike, op))(model)
+    if op in _ADDED:
+        return _convolutions(op, model)
+    if op == "rms_silu_window":
+        return _windows(model)
+    config, vae, sizes, steps = model.config, model.vae, _sizes(model), passes(model) - 1
+    layers = config.transformer.num_layers
+    # The context pass ends where its last layer has stored its keys, and has no head.
+    whole, stored = layers * passes(model) - 1, (layers - 1) * passes(model)
+    # The KV buffer of the layers that attend in float8, which are all but the last.
+    in8 = dataclasses.replace(sizes, float8=True, layers=layers - 1)
+    latents = dataclasses.replace(sizes, tokens=math.prod(config.latent_shape) // _VALUES_A_TOKEN)
+    frames, stride = sizes.frames * vae.temporal_stride, vae.spatial_stride
+    pixels = (frames, config.latent_height * stride, config.latent_width * stride, 3)
+    ways: dict[str, list[tuple[str, int, cases.Sizes, tuple[int, ...]]]] = {
+        "qkv_norm_rope_store": [
+            ("", stored, sizes, (8,)), ("last layer", passes(model), sizes, ()), (IN8, stored, in8, (8,)),
+        ],
+        "reanchor": [
+            ("block begins", 1, sizes, (5,)), ("memory changed", 1, sizes, (3,)),
+            (f"block begins, {IN8}", 1, in8, (5,)), (f"memory changed, {IN8}", 1, in8, (3,)),
+        ],
+        "counter_noise": [("", steps, latents, ())],
+        "flow_step": [("", steps, latents, ())],
+        "frames_to_uint8": [("", 1, dataclasses.replace(sizes, vae=pixels), ())],
+    }  # fmt: skip
+    calls = {
+        "advance": 1,
+        "memory_attention": config.memory.layers if config.memory else 0,
+        "gated_update": 1,
+        "modulated_layer_norm": passes(model),
+        "gated_residual_norm": 3 * whole,
+        "modulated_layer_norm_quantize": passes(model),
+        # What the head reads stays in 16 bits.
+        "gated_residual_norm_quantize": 3 * whole - steps,
+        "gelu_quantize": whole,
+    }
+    return [Variant(op, *way) for way in ways.get(op, [("", calls.get(op, 0), sizes, ())])]

@@ -16,14 +16,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-# Every kernel: its mangled name, architecture, bytes of stack, of spill stores and loads, registers, and what follows.
+# Every kernel: mangled name, architecture, bytes of stack, of spill stores and loads, registers, shared bytes.
 KERNEL = re.compile(
     r"Compiling entry function '(\S+)' for 'sm_(\w+)'(?:(?!Compiling).)*?"
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads(?:(?!Compiling).)*?"
-    r"Used (\d+) registers([^\n]*)",
+    r"Used (\d+) registers(?:[^\n]*? (\d+) bytes smem)?",
     re.DOTALL,
 )
-SHARED = re.compile(r"(\d+) bytes smem")
 # What ptxas says where it puts waits between products of a warpgroup, or cannot let them run side by side.
 SERIALIZED = re.compile(r"\(C75\d\d\).* in function '(\S+)'")
 # The library's sine of a float64 reduces huge angles by way of an array.
@@ -45,10 +44,8 @@ class Usage:
 def parse(log: str) -> dict[tuple[str, str], Usage]:
     """(mangled kernel, architecture) -> usage, of every kernel that the log tells of."""
     found: dict[tuple[str, str], Usage] = {}
-    for kernel, arch, stack, stores, loads, registers, rest in KERNEL.findall(log):
-        shared = SHARED.search(rest)
-        spilled = int(stores) + int(loads)
-        found[kernel, arch] = Usage(int(registers), int(shared[1]) if shared else 0, int(stack), spilled)
+    for kernel, arch, stack, stores, loads, registers, shared in KERNEL.findall(log):
+        found[kernel, arch] = Usage(int(registers), int(shared or 0), int(stack), int(stores) + int(loads))
     return found
 
 
@@ -104,22 +101,20 @@ def complaints(usage: dict[tuple[str, str], Usage], serialized: set[str]) -> lis
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].partition(":")[0])
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="what nvcc -Xptxas -v wrote")
-    usage: dict[tuple[str, str], Usage] = {}
-    serialized: set[str] = set()
+    text = ""
     for log in parser.parse_args(argv).logs:
         try:
-            text = log.read_text(encoding="utf-8")
-            usage |= parse(text)
-            serialized |= set(SERIALIZED.findall(text))
+            text += log.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             print(f"registers.py: {log}: expected a log of nvcc -Xptxas -v, cannot read it: {why}", file=sys.stderr)
             return 2
+    usage = parse(text)
     if not usage:
         print("registers.py: expected logs of nvcc -Xptxas -v, got none that names a kernel", file=sys.stderr)
         return 2
     print("\n".join(table(usage)))
-    wrong = complaints(usage, serialized)
+    wrong = complaints(usage, set(SERIALIZED.findall(text)))
     for line in wrong:
         print(line, file=sys.stderr)
     return 1 if wrong else 0

@@ -64,7 +64,7 @@ def theirs(checkout: list[Any], networks: Networks, noise: Tensor, prompt: Tenso
     window_of = {"local_attn_size": window.cached_frames, "sink_size": window.sink_frames}
     with patch.object(causal.CausalWanModel, "from_pretrained", lambda _, **more: causal.CausalWanModel(**own, **more)):
         generator = wrapper.WanDiffusionWrapper(timestep_shift=sampler.timestep_shift, is_causal=True, **window_of)
-    fill(generator.model.requires_grad_(requires_grad=False), networks.tensors.transformer.items())
+    fill(generator.model.requires_grad_(requires_grad=False), networks.tensors.transformer)
     settings = SimpleNamespace(num_frame_per_block=window.frames_per_block, independent_first_frame=False)
     settings.denoising_step_list, settings.warp_denoising_step = list(sampler.denoising_steps), True
     settings.context_noise = sampler.context_timestep

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import _checkout
 import torch
-from gpu_table import Results
+from goals import Results, found
 from kernel_times import LIBRARY, MEMORY_UPDATE, QUERY_NORM
-from op_inputs import IN8, decoder_order, linear_layers, passes, variants
+from op_inputs import IN8, LinearLayer, decoder_order, linear_layers, passes, variants
 from roofline import work_of
 
 from echo_rt.bench.settings import RELEASED
@@ -57,6 +57,7 @@ _PARTS = {
 CONFIG = RELEASED.config
 TOKENS, KEYS, TEXT = CONFIG.tokens_per_block, CONFIG.cached_tokens, CONFIG.transformer.text_len
 LAYERS, PASSES, HEADS = CONFIG.transformer.num_layers, passes(RELEASED), CONFIG.transformer.num_heads
+PRODUCTS = linear_layers(RELEASED)
 DIM = CONFIG.transformer.dim
 CALLS = LAYERS * PASSES - 1  # the context pass ends where its last layer has stored its keys
 R = 2 * TOKENS * DIM  # bytes
@@ -135,33 +136,19 @@ def by_name(lines: Sequence[Line]) -> list[dict[str, Any]]:
     return [summed(each, each[0].name) if len(each) > 1 else each[0].row() for each in alike]
 
 
-class Product(NamedTuple):
-    """A linear layer of the transformer."""
-
-    name: str
-    wide: int
-    deep: int
-    float8: float
-    calls: int
-
-    def line(self, tile: tuple[int, int] | None = None, splits: int = 1) -> Line:
-        """In tiles of that size, None for those that a library takes; a tile's inputs in ``splits`` parts."""
-        tile = tile or min(TILES, key=lambda each: self.line(each).full)
-        tiles = math.ceil(TOKENS / tile[0]) * math.ceil(self.wide / tile[1]) * splits
-        moved, flops = TOKENS * (self.wide + self.deep) + self.wide * self.deep, TOKENS * self.wide * self.deep
-        of_tile = 2 * math.prod(tile) * self.deep / splits
-        return Line(f"product {self.name}", "product", self.calls, 2 * moved, 2 * flops, tiles, of_tile, self.float8)
-
-    @property
-    def best_tile(self) -> tuple[int, int]:
-        """The one with the fewest wasted waves, of equal ones the largest."""
-        return min(SEARCHED, key=lambda each: (self.line(each).full, -math.prod(each)))
+def product(layer: LinearLayer, tile: tuple[int, int] | None = None, splits: int = 1) -> Line:
+    """In tiles of that size, None for those that a library takes; a tile's inputs in ``splits`` parts."""
+    tile = tile or min(TILES, key=lambda each: product(layer, each).full)
+    wide, deep = layer.outputs, layer.inputs
+    tiles = math.ceil(TOKENS / tile[0]) * math.ceil(wide / tile[1]) * splits
+    moved, flops, of_tile = TOKENS * (wide + deep) + wide * deep, TOKENS * wide * deep, math.prod(tile) * deep / splits
+    name, float8 = f"product {layer.name}", PRODUCT8 if layer.float8 else 1
+    return Line(name, "product", layer.calls, 2 * moved, 2 * flops, tiles, 2 * of_tile, float8)
 
 
-PRODUCTS = [
-    Product(each.name, each.outputs, each.inputs, PRODUCT8 if each.float8 else 1, each.calls)
-    for each in linear_layers(RELEASED)
-]
+def best_tile(layer: LinearLayer) -> tuple[int, int]:
+    """The one with the fewest wasted waves, of equal ones the largest."""
+    return min(SEARCHED, key=lambda each: (product(layer, each).full, -math.prod(each)))
 
 
 def kernel(op: str, only: int = 0) -> Line:
@@ -189,14 +176,12 @@ def attention(name: str, keys: int, *, float8: float = 1, pieces: int = 1) -> Li
 def memory_lines() -> list[Line]:
     """The update of the memory: its layers, the connector, the gate, the new keys and values."""
     assert CONFIG.memory is not None
-    name, moved, flops = "memory update", 4 * R, 4 * TOKENS**2 * DIM
-    tiles, tile = HEADS * math.ceil(TOKENS / 128), 4 * 128 * TOKENS * DIM / HEADS
-    attends = Line(name, "mma.sync", 1, moved, flops, tiles, tile)
-    lines = list[Line]()
+    name, lines = "memory update", list[Line]()
+    attends = attention(name, TOKENS)._replace(kind="mma.sync", calls=1)
     for weight, shape in memory_shapes(CONFIG).items():
         if len(shape) == 2:
             kind = "mma.sync" if weight.startswith("gate_linear") else "product"
-            lines.append(Product("", *shape, float8=1, calls=1).line()._replace(name=name, kind=kind))
+            lines.append(product(LinearLayer("", *shape, calls=1, float8=False))._replace(name=name, kind=kind))
             lines += [attends] * weight.endswith(".q.weight")
     return lines
 
@@ -204,7 +189,7 @@ def memory_lines() -> list[Line]:
 def transformer_lines() -> list[Line]:
     """Everything but the decoder."""
     return [
-        *(product.line() for product in PRODUCTS),
+        *map(product, PRODUCTS),
         attention("self-attention", KEYS, float8=ATTENTION8),
         attention("text attention", TEXT),
         Line(QUERY_NORM, "memory", CALLS, 2 * R),
@@ -252,14 +237,6 @@ def block_table() -> list[dict[str, Any]]:
     return [row | {"tflop": row["tflop"] or None} for row in rows]
 
 
-def memory_cost(column: str) -> float:
-    """By which share the memory makes a block longer; 3 of 5 bytes that ``reanchor`` moves are the memory's."""
-    block = {row["line"]: row[column] for row in block_table()}
-    part = block["self-attention"] * CONFIG.memory_tokens / KEYS + block["memory update"] + 0.6 * block["reanchor"]
-    share: float = part / (block["**block, all in turn**"] - part)
-    return share
-
-
 def measured(check: Results) -> dict[str, tuple[float | None, float | None]]:
     """Line of the table -> milliseconds of a block that a GPU check measured, in 16 bits and in float8.
 
@@ -276,46 +253,39 @@ def measured(check: Results) -> dict[str, tuple[float | None, float | None]]:
             failed.add(line)
         elif not (op == "causal_conv" and variant in hopper):
             times[line.replace(MEMORY_UPDATE, "memory update")][call] = row["calls"] * us / 1e3
-    found: dict[str, tuple[float | None, float | None]] = {}
-    found |= {line: in_both(calls) for line, calls in times.items() if line not in failed}
-
-    def found_in(find: Callable[[str], float], step: str) -> float | None:
-        try:
-            return find(step)
-        except LookupError:
-            return None
-
     per_key = 4e-9 * TOKENS * DIM * CALLS  # 10^9 operations a block; over TFLOP/s they are milliseconds
     finds: dict[str, Callable[[str], float]] = {
         "self-attention": lambda step: per_key * KEYS / check.attention(float8=step == "float8"),
         "text attention": lambda _: per_key * TEXT / check.attention("Attention over the text", float8=False),
     } | {line: partial(check.part, variant="evolve", part=part) for line, part in _PARTS.items()}
-    found |= {line: (found_in(find, "block"), found_in(find, "float8")) for line, find in finds.items()}
-    return found
+    whole = {line: (found(find, "block"), found(find, "float8")) for line, find in finds.items()}
+    return {line: in_both(calls) for line, calls in times.items() if line not in failed} | whole
+
+
+def _waves(name: str, shape: str, line: Line) -> dict[str, Any]:
+    row = {"name": name, "shape": shape, "waves": line.tiles / SMS, "taken": waves(line.tiles)}
+    return row | {"full": line.full, "ideal": line.best}
 
 
 def product_table() -> list[dict[str, Any]]:
     """What waves cost each product, in milliseconds of a block at the ceiling, and what would save it."""
     rows: list[dict[str, Any]] = []
-    for product in PRODUCTS:
-        line, ms = product.line(), 1e3 * product.calls / COPY  # the latter for a byte of each call
+    for layer in PRODUCTS:
+        line, ms, tile = product(layer), 1e3 * layer.calls / COPY, best_tile(layer)  # ms for a byte of each call
         # Stream-K: each multiprocessor hands one partial tile on. Split-K: as many partial outputs as splits.
-        handed_on, output = 2 * 4 * SMS * math.prod(TILES[0]), 2 * 4 * TOKENS * product.wide
-        tile = product.best_tile
-        rows.append({
-            "name": product.name, "shape": f"{product.wide}, {product.deep}", "waves": line.tiles / SMS,
-            "taken": waves(line.tiles), "full": line.full, "ideal": line.best, "stream": line.best + ms * handed_on,
-            "split": min(product.line(TILES[0], n).full + ms * n * output for n in range(2, 6)),
-            "tile": "x".join(map(str, tile)), "searched": product.line(tile).full,
+        handed_on, output = 2 * 4 * SMS * math.prod(TILES[0]), 2 * 4 * TOKENS * layer.outputs
+        rows.append(_waves(layer.name, f"{layer.outputs}, {layer.inputs}", line) | {
+            "stream": line.best + ms * handed_on,
+            "split": min(product(layer, TILES[0], n).full + ms * n * output for n in range(2, 6)),
+            "tile": "x".join(map(str, tile)), "searched": product(layer, tile).full,
         })  # fmt: skip
     total: dict[str, Any] = dict(rows[0], name="**sum**", shape="", waves=None, taken=None, tile="")
     total |= {key: sum(row[key] for row in rows) for key in ("full", "ideal", "stream", "split", "searched")}
     line = attention("", KEYS)
     # Keys in two, three or four: copies of the queries, as many outputs, and one of these merged.
     split = min(attention("", KEYS, pieces=n).full + ms * (2 * n + 2) * R for n in range(2, 5))
-    whole = {"name": "self-attention", "shape": f"{KEYS} keys", "waves": line.tiles / SMS, "taken": waves(line.tiles)}
-    whole |= {"full": line.full, "ideal": line.best, "stream": None, "split": split, "tile": "", "searched": None}
-    return [*rows, total, whole]
+    whole = {"stream": None, "split": split, "tile": "", "searched": None}
+    return [*rows, total, _waves("self-attention", f"{KEYS} keys", line) | whole]
 
 
 class Kernel(NamedTuple):
@@ -363,11 +333,10 @@ def as_kernel(line: Line, tiles_a_block: int = 1, *, float8: bool = False) -> Ke
     return Kernel(math.ceil(tiles / each), each * ms / 1e3 / line.calls / waves(tiles))
 
 
+_NORM = ("gated_residual_norm", "gated_residual_norm_quantize")
 _LAYER = (
-    "q, k, v", "qkv_norm_rope_store", "self-attention", "self_out", "gated_residual_norm",
-    "gated_residual_norm_quantize", "cross_q", QUERY_NORM, "text attention", "cross_out",
-    "gated_residual_norm", "gated_residual_norm_quantize", "ffn_in", "gelu_quantize", "ffn_out", "gated_residual_norm",
-    "gated_residual_norm_quantize",
+    "q, k, v", "qkv_norm_rope_store", "self-attention", "self_out", *_NORM, "cross_q", QUERY_NORM, "text attention",
+    "cross_out", *_NORM, "ffn_in", "gelu_quantize", "ffn_out", *_NORM,
 )  # fmt: skip
 
 
@@ -375,7 +344,7 @@ def layer_kernels(*, float8: bool = False, fitting: bool = False) -> list[Kernel
     """A layer's kernels in their order; ``fitting``: attention in two pieces, and products in their best tiles."""
     lines = {line.name.removeprefix("product "): [line] for line in transformer_lines()}
     if fitting:
-        lines |= {product.name: [product.line(product.best_tile)] for product in PRODUCTS}
+        lines |= {layer.name: [product(layer, best_tile(layer))] for layer in PRODUCTS}
         beside = Line("", "memory", CALLS, 3 * R)  # copies of the queries before it, and two outputs merged after it
         lines["self-attention"] = [beside, attention("", KEYS, pieces=2), beside]
     dtypes = (0, 8 if float8 else 16)

@@ -1,4 +1,4 @@
-"""A run as tables, as JSON and as bars: parts of a block, targets, resources, and a day at its pace."""
+"""A run as tables, as JSON and as bars: parts of a block, targets and resources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from echo_rt.utils.wording import counted
 ALONE = "whole block, one at a time"
 _TRANSFORMER, _MEMORY, _DECODE = "transformer, all passes", "memory update", "VAE decode"
 _BESIDE = "beside each other: "
-_DAY, _HOUR, _JOULES_A_KWH = 24 * 3600.0, 3600.0, 3.6e6
 
 _PARTS = columns(
     "variant|variant", "part|part", "ms|ms|.3f", "p99_ms|p99|.3f", "fps|FPS|.2f", "x_torch|x torch|.2f",
@@ -33,12 +32,6 @@ _BASELINES = columns(
 )  # fmt: skip
 _GOALS = columns("goal|goal", "value|value|.2f", "unit|", "verdict|")
 _FIGURES = columns("what|what", "value|value|.4g", "unit|", "how|how it comes about")
-
-
-def _figure(what: str, value: float | None, unit: str, how: str) -> dict[str, Any]:
-    """A line of a table of figures, bytes as gigabytes; ``value`` is None where it was not measured."""
-    value = value / 1e9 if unit == "GB" and value is not None else value
-    return {"what": what, "value": value, "unit": unit, "how": how}
 
 
 class Report:
@@ -58,9 +51,7 @@ class Report:
             "Resources": (self._resources(), _FIGURES),
         }
         if self.judged and (goals := from_checkout("goals")) is not None:
-            self.tables["Goals"] = (goals.judge(goals.achieved(self), float8=run.dtype == FLOAT8), _GOALS)
-        if run.measured and run.on_gpu:
-            self.tables["A day, extrapolated"] = (self._day(), _FIGURES)
+            self.tables["Goals"] = (goals.judge(self.content()[0], float8=run.dtype == FLOAT8), _GOALS)
 
     def content(self) -> tuple[dict[str, Any], str]:
         """As one JSON object, and as a page."""
@@ -90,10 +81,10 @@ class Report:
             parts |= {_BESIDE + _TRANSFORMER: ahead.transformer, _BESIDE + _DECODE: ahead.decode}
         return {part: s for part, s in parts.items() if part != _MEMORY or any(s)} | {self.whole: ahead.whole}
 
-    def ms(self, variant: str, part: str, place: int = 0) -> float | None:
-        """The median in milliseconds, or the 99th percentile (``place`` 1); None where it was not measured."""
+    def ms(self, variant: str, part: str) -> float | None:
+        """The median in milliseconds; None where it was not measured."""
         sample = self.seconds.get(variant, {}).get(part)
-        return None if sample is None else 1e3 * median_p99(sample)[place]
+        return None if sample is None else 1e3 * median_p99(sample)[0]
 
     def _parts(self) -> list[dict[str, Any]]:
         """A part of a block in one variant a row; a rehearsal has no rates: ``fps`` is None."""
@@ -134,10 +125,8 @@ class Report:
 
     def _baselines(self) -> list[dict[str, Any]]:
         """Another's code beside ours; None where it was not measured."""
-        first, passes = next(iter(self.seconds), ""), len(self.run.model.config.sampler.denoising_steps) + 1
-        whole = self.ms(first, _TRANSFORMER)
-        ours = {"decode": self.ms(first, _DECODE), "pass": None if whole is None else whole / passes}
-        rows = [each.row(ours[each.beside]) for each in self.run.baselines]
+        ours = self.ms(next(iter(self.seconds), ""), _DECODE)
+        rows = [each.row(ours) for each in self.run.baselines]
         rows += [{"peer": name, "what": why} for name, why in self.run.missing.items()]
         return [dict.fromkeys(column.key for column in _BASELINES) | row for row in rows]
 
@@ -146,40 +135,19 @@ class Report:
         alone = f"{name}, alone on the device"
         of_torch = alone if self.run.on_gpu else "there is no GPU"
         clock = "host clock, from a new video whose prompt is encoded; other blocks begun ahead are included"
+        figures = (
+            ("device memory, steady", found["device"], "GB", of_torch),
+            ("its growth over some steady blocks", found["growth"], "bytes", of_torch),
+            ("its peak, loading included", found["peak"], "GB", of_torch),
+            ("held by torch's allocator", found["reserved"], "GB", of_torch),
+            ("the decoder's memory of a stream", found["decoder"], "GB", "counted by the decoder"),
+            ("host memory of the process", found["host"], "GB", alone),
+            ("time to the first frame, first video", found["first_frame_cold"], "s", clock),
+            ("time to the first frame, later video", found["first_frame_warm"], "s", clock),
+        )
         return [
-            _figure("device memory, steady", found["device"], "GB", of_torch),
-            _figure("its growth over some steady blocks", found["growth"], "bytes", of_torch),
-            _figure("its peak, loading included", found["peak"], "GB", of_torch),
-            _figure("held by torch's allocator", found["reserved"], "GB", of_torch),
-            _figure("the decoder's memory of a stream", found["decoder"], "GB", "counted by the decoder"),
-            _figure("host memory of the process", found["host"], "GB", alone),
-            _figure("time to the first frame, first video", found["first_frame_cold"], "s", clock),
-            _figure("time to the first frame, later video", found["first_frame_warm"], "s", clock),
-        ]
-
-    def _day(self) -> list[dict[str, Any]]:
-        """24 hours at the mean pace of the first variant, as a stream runs, each figure with how it comes about."""
-        sample, config, vae = self.run.measured[0].samples[self.ahead], self.run.model.config, self.run.model.vae
-        resources, joules = self.run.resources, sample.joules_a_block
-        blocks = _DAY * len(sample.whole) / sum(sample.whole)
-        frames, snapshots = blocks * self.frames_a_block, _DAY / _HOUR
-        energy = None if joules is None else blocks * joules / _JOULES_A_KWH
-        channels, height, width = config.latent_shape
-        latent_bytes = 4 * config.window.frames_per_block * channels * height * width
-        frame_bytes = 3 * height * width * vae.spatial_stride**2
-        by = f"extrapolated from {counted(len(sample.whole), 'measured block')}"
-        hourly = f"{snapshots:.0f} of {resources['snapshot'] / 1e9:.3g} GB, one an hour, all kept; from the size of one"
-        resident = f"measured after {counted(len(sample.whole), 'block')}, taken to stay"
-        return [
-            _figure("blocks", blocks, "", by),
-            _figure("frames", frames, "", by),
-            _figure("video", frames / vae.frame_rate / _HOUR, "h", f"{by}; at {vae.frame_rate} frames a second"),
-            _figure("energy of the GPU", energy, "kWh", "no board told its energy" if energy is None else by),
-            _figure("frames, as bytes", frames * frame_bytes, "GB", f"{by}; raw RGB: of an MP4 the content decides"),
-            _figure("latents", blocks * latent_bytes, "GB", f"{by}; float32, as a file of latents holds them"),
-            _figure("snapshots", snapshots * resources["snapshot"], "GB", hourly),
-            _figure("host memory", resources["host"], "GB", resident),
-            _figure("device memory", resources["device"], "GB", resident if self.run.on_gpu else "there is no GPU"),
+            {"what": what, "value": value and value / (1e9 if unit == "GB" else 1), "unit": unit, "how": how}
+            for what, value, unit, how in figures
         ]
 
     # ---------------------------------------------------------------- all else
@@ -226,7 +194,7 @@ class Report:
         used = zip(names, run.attention, strict=False)
         lines = [
             "" if run.complete else "Not complete: the run had not ended when this was written.",
-            "" if run.on_gpu else "Times of the host clock on a CPU: a rehearsal, no results: no rates and no day.",
+            "" if run.on_gpu else "Times of the host clock on a CPU: a rehearsal, no results: no rates.",
             f"{run.model.source}; {width}x{height}, {dtype_name(run.dtype)}; steady state (window full, ids "
             f"saturated); {self.frames_a_block} frames a block, with the VAE and the copy to the host, without the "
             "text encoder.",

@@ -48,7 +48,7 @@ from echo_rt.weights.tiny_model import RandomTensors
 T = TypeVar("T")
 
 _PROMPT_TOKENS = 77  # of random embeddings; how many there are changes no size
-BASELINES = ("diffusers AutoencoderKLWan", "diffusers WanTransformer3DModel", "FlashDreams")
+BASELINES = ("diffusers AutoencoderKLWan", "FlashDreams")
 _TORCH = "torch"
 DEVICE_CLOCK, HOST_CLOCK = "device events, cold L2", "host clock, warm caches"  # the latter only rehearses
 _ROUNDS = {"cuda": 5, "cpu": 2}
@@ -145,13 +145,13 @@ def from_checkout(script: str) -> Any | None:
     return module
 
 
-def find_baselines(networks: Networks, prompt_embeds: Tensor, seed: int) -> tuple[list[Any], dict[str, str]]:
+def find_baselines(networks: Networks, seed: int) -> tuple[list[Any], dict[str, str]]:
     """The baselines that ``bench/baselines.py`` of a checkout finds, and why each other one is missing."""
     module = from_checkout("baselines")
     if module is None:
         why = "only a checkout has bench/baselines.py, which runs it; this package was installed without"
         return [], dict.fromkeys(BASELINES, why)
-    found: tuple[list[Any], dict[str, str]] = module.find_baselines(networks, prompt_embeds, seed)
+    found: tuple[list[Any], dict[str, str]] = module.find_baselines(networks, seed)
     return found
 
 
@@ -245,8 +245,7 @@ class Run:
         save(self)
         self.missing = dict.fromkeys(BASELINES, "left out by --no-peers")
         if self.request.peers:
-            networks = self._networks[self.backend.name]
-            self.baselines, self.missing = find_baselines(networks, self._prompt, self.request.seed)
+            self.baselines, self.missing = find_baselines(self._networks[self.backend.name], self.request.seed)
         self._take_turns(save)
         for entry in self.entries:
             entry.release()

@@ -6,7 +6,6 @@ plain text that reads as well in a terminal as in a browser. Bars need matplotli
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib.util
 import io
@@ -149,12 +148,11 @@ def columns(*words: str) -> tuple[Column, ...]:
     return tuple(Column(*word.split("|")) for word in words)
 
 
-Table = tuple[Sequence[Any], Sequence[Column]]  # rows, each a dataclass or a mapping, and their columns
+Row = Mapping[str, Any]
+Table = tuple[Sequence[Row], Sequence[Column]]
 
 
-def _cell(row: Any, column: Column) -> str:
-    if dataclasses.is_dataclass(row):
-        row = vars(row)
+def _cell(row: Row, column: Column) -> str:
     if column.key not in row:
         raise ConfigError(f"a row lacks {column.key!r}; it has {', '.join(row)}")
     value = row[column.key]
@@ -163,7 +161,7 @@ def _cell(row: Any, column: Column) -> str:
     return format(value, column.form or "").replace("|", r"\|").replace("\n", " ")
 
 
-def markdown(rows: Sequence[Any], columns: Sequence[Column]) -> str:
+def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """The table, with columns as wide as what they hold; None is a dash."""
     body = [[_cell(row, column) for column in columns] for row in rows]
     head = [column.heading for column in columns]
@@ -221,13 +219,12 @@ def draw(path: Path, title: str, bars: Sequence[tuple[str, str, float, float]]) 
 
     figure: Any = Figure(figsize=(_WIDTH, 1.5 + _BAR * len(bars)), layout="constrained")
     axis = figure.subplots()
-    for number, part in enumerate(dict.fromkeys(part for _, part, _, _ in bars)):
-        places = [place for place, bar in enumerate(bars) if bar[1] == part]
-        medians = [bars[place][2] for place in places]
-        beyond = [bars[place][3] - bars[place][2] for place in places]
-        axis.barh(places, medians, xerr=[[0.0] * len(places), beyond], label=part, color=f"C{number}", capsize=2)
-    for place, bar in enumerate(bars):
-        axis.annotate(f" {bar[2]:.3g}", (bar[3], place), va="center", fontsize=8)
+    colours: dict[str, str] = {}
+    for place, (_, part, median, p99) in enumerate(bars):
+        label = "_again" if part in colours else part  # an underscore keeps it out of the legend
+        colour = colours.setdefault(part, f"C{len(colours)}")
+        axis.barh(place, median, xerr=[[0.0], [p99 - median]], label=label, color=colour, capsize=2)
+        axis.annotate(f" {median:.3g}", (p99, place), va="center", fontsize=8)
     axis.set_yticks(range(len(bars)), [group for group, *_ in bars])
     axis.invert_yaxis()
     axis.margins(x=0.12)

@@ -107,42 +107,41 @@ class OtherVae:
 
 def test_flashdreams_is_driven_where_it_is_installed(networks: Networks, install: Callable[[type], None]) -> None:
     install(Vae)
-    found, missing = find_baselines(networks, torch.zeros(1, 8), 0)
+    found, missing = find_baselines(networks, 0)
     assert missing == {} and [peer.name for peer in found] == ["FlashDreams"]
-    assert found[0].ok and found[0].error < 2e-6 and found[0].beside == "decode" and "mid-stream" in found[0].what
+    assert found[0].ok and found[0].error < 2e-6 and "mid-stream" in found[0].what
     video = found[0].call()
-    assert isinstance(video, Tensor) and video.shape == (1, 3, 12, 16, 16)
+    assert isinstance(video, Tensor) and video.shape == (12, 16, 16, 3)
 
 
 def test_a_peer_that_computes_something_else_is_seen(networks: Networks, install: Callable[[type], None]) -> None:
     install(WrongVae)
-    (found,), _ = find_baselines(networks, torch.zeros(1, 8), 0)
+    (found,), _ = find_baselines(networks, 0)
     assert not found.ok and found.error == pytest.approx(0.1, rel=1e-3)
-    assert not Baseline("x", "", "decode", lambda: None, float("nan"), 1.0, CPU).ok
+    assert not Baseline("x", "", lambda: None, float("nan"), 1.0, CPU).ok
 
 
 def test_a_peer_of_another_version_ends_nothing(networks: Networks, install: Callable[[type], None]) -> None:
     install(OtherVae)
-    found, missing = find_baselines(networks, torch.zeros(1, 8), 0)
+    found, missing = find_baselines(networks, 0)
     assert found == [] and list(missing) == ["FlashDreams"]
     assert missing["FlashDreams"].startswith("did not run: TypeError: ") and "use_cuda_graph" in missing["FlashDreams"]
 
 
 def test_what_is_not_installed_is_named(networks: Networks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    found, missing = find_baselines(networks, torch.zeros(1, 8), 0)
+    found, missing = find_baselines(networks, 0)
     assert found == [] and missing == {
         "diffusers AutoencoderKLWan": "diffusers is not installed: pip install diffusers",
-        "diffusers WanTransformer3DModel": "diffusers is not installed: pip install diffusers",
         "FlashDreams": "flashdreams is not installed: pip install flashdreams",
     }
 
 
 def test_without_a_checkout_none_is_there(networks: Networks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found, missing = run_module.find_baselines(networks, torch.zeros(1, 8), 0)
-    assert [*(each.name for each in found), *missing] == list(run_module.BASELINES) and len(found) == 2
+    found, missing = run_module.find_baselines(networks, 0)
+    assert [*(each.name for each in found), *missing] == list(run_module.BASELINES) and len(found) == 1
     monkeypatch.setattr(run_module, "ROOT", tmp_path)
-    found, missing = run_module.find_baselines(networks, torch.zeros(1, 8), 0)
+    found, missing = run_module.find_baselines(networks, 0)
     assert found == [] and list(missing) == list(run_module.BASELINES)
     assert all("only a checkout has bench/baselines.py" in why for why in missing.values())
 
@@ -154,4 +153,4 @@ def test_memory_that_is_not_there_is_no_fault_of_a_peer(networks: Networks, inst
 
     install(Large)
     with pytest.raises(torch.OutOfMemoryError):
-        find_baselines(networks, torch.zeros(1, 8), 0)
+        find_baselines(networks, 0)

@@ -117,20 +117,25 @@ def test_median_and_p99() -> None:
     assert median_p99([float(n) for n in range(200, 0, -1)]) == (100.5, 198)  # two of two hundred are above
 
 
-GOOD = {"block_ms": 324.0, "memory_cost": 10.6, "idle": 1.9, "spread": 1.05, "growth": 0.0, "peak_gb": 12.0}
+def judged(block: float, off: float, *, p99: float = 1.0, float8: bool = False, **more: float) -> dict[str, str]:
+    """Verdicts of a block that takes ``block`` ms, and ``off`` without the memory."""
+    rows = [{"variant": name, "part": "whole block", "ms": ms} for name, ms in (("evolve", block), ("off", off))]
+    rows[0] |= {"fps": 12e3 / block, "p99_ms": p99 * block}
+    content = {"tables": {"Block": rows}, "resources": {"growth": 0, "peak": 12e9} | more}
+    return {row["goal"].partition(":")[0]: row["verdict"] for row in judge(content, float8=float8)}
 
 
 def test_goals_are_met_to_the_edge_and_unmet_beyond_it() -> None:
-    assert {row["verdict"] for row in judge(GOOD)} == {"met"}
-    bad = {"block_ms": 400.1, "memory_cost": 10.7, "idle": 2.0, "spread": 1.051, "growth": 1.0, "peak_gb": 12.1}
-    assert [row["verdict"] for row in judge(bad)] == ["unmet"] * 7
-    assert [row["value"] for row in judge(bad)][:4] == [400.1, 400.1, 10.7, 2.0]
-    assert [row["verdict"] for row in judge(GOOD | {"block_ms": 324.1})][:2] == ["met", "unmet"]
-    assert {row["verdict"] for row in judge(dict.fromkeys(GOOD))} == {"open"}
-    own = judge(GOOD | {"block_ms": 270.1}, float8=True)
-    assert [row["verdict"] for row in own] == ["met"] * 7 + ["unmet"] * 2 and "float8" in own[-1]["goal"]
-    met = judge(GOOD | {"block_ms": 270.0, "memory_cost": 8.0}, float8=True)
-    assert {row["verdict"] for row in met} == {"met"}
+    met = judged(400.0, 400 / 1.1059, p99=1.05)
+    assert len(met) == 6 and {*met.values()} == {"met"}
+    unmet = judged(400.1, 400.1 / 1.1061, p99=1.0501, growth=1, peak=12.1e9)
+    assert unmet.keys() == met.keys() and {*unmet.values()} == {"unmet"}
+    edge, beyond = judged(270.0, 270 / 1.0799, float8=True), judged(270.1, 270.1 / 1.0801, float8=True)
+    for name in ("whole block, float8", "memory against no memory, float8"):
+        assert (edge[name], beyond[name]) == ("met", "unmet")
+    assert beyond["memory against no memory"] == "met" and len(edge) == 8
+    rows = judge({"resources": {"growth": None, "peak": None}}, float8=True)
+    assert {(row["value"], row["verdict"]) for row in rows} == {(None, "open")}
 
 
 def test_an_executor_notes_the_spans_that_are_wanted() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +13,8 @@ from echo_rt.bench.tables import COMMIT_VARIABLE, columns, environment, markdown
 from echo_rt.errors import ConfigError, TargetError
 
 
-@dataclass
-class Entry:
-    name: str
-    value: float | None
-    good: bool = True
+def entry(name: str, value: float) -> dict[str, object]:
+    return {"name": name, "value": value, "good": True}
 
 
 COLUMNS = columns("name|what", "value|µs|.1f", "good|ok")
@@ -29,7 +25,7 @@ def header() -> dict[str, object]:
 
 
 def test_a_table_is_aligned_and_is_markdown() -> None:
-    text = markdown([Entry("a|b", 1234.56), {"name": "long name\nhere", "value": None, "good": False}], COLUMNS)
+    text = markdown([entry("a|b", 1234.56), {"name": "long name\nhere", "value": None, "good": False}], COLUMNS)
     lines = text.splitlines()
     assert lines == [
         "| what           |     µs | ok  |",
@@ -45,7 +41,7 @@ def test_a_row_that_cannot_be_put_into_a_table() -> None:
 
 
 def test_json_is_strict_and_has_the_header(tmp_path: Path) -> None:
-    rows = [Entry("x", float("nan")), Entry("y", float("inf"))]
+    rows = [entry("x", float("nan")), entry("y", float("inf"))]
     found = results("Title", header(), {"T": (rows, COLUMNS)}, ["a note"], fact=3)
     text = write_results(tmp_path / "new", "t", *found)
     content = json.loads((tmp_path / "new" / "t.json").read_text(), parse_constant=pytest.fail)
