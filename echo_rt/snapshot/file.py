@@ -121,8 +121,8 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], Any]:
     except OSError as error:
         raise SnapshotError(f"{path}: expected a snapshot, cannot read it: {reason(error)}") from None
     except _UNREADABLE as error:
-        what = f"a damaged file or one of something else ({first_line(error):.200})"
-        raise SnapshotError(f"{path}: expected a snapshot, found {what}") from None
+        what = f"expected a safetensors file, found a damaged or other one ({first_line(error):.200})"
+        raise damaged(path, what) from None
 
 
 def _read(file: BufferedReader, opened: Any, path: str | Path) -> tuple[dict[str, Tensor], Any]:
