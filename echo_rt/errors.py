@@ -4,8 +4,6 @@
 The command line prints it without a traceback and exits with ``exit_code``.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """The HTTP and WebSocket API of live sessions, and the page."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time

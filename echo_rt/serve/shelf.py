@@ -3,8 +3,6 @@
 Clients name snapshots and recordings, never a path.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import secrets

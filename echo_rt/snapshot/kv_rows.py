@@ -10,8 +10,6 @@ of the buffer in one tensor, ``rollout.kv``. Layers that attend in float8 are no
 their whole buffer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Devices, dtypes, graph capture, and the torch settings that a model computes under."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """Optional packages."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
