@@ -1,5 +1,7 @@
 """A client of ``echo-rt serve``, shown in use in docs/serve.md; needs ``pip install 'echo-rt[client]'``."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -4,6 +4,8 @@
 The command line prints it without a traceback and exits with ``exit_code``.
 """
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Iterable
 

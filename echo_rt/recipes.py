@@ -4,6 +4,8 @@ Weights do not say how they want to be sampled, and the wrong way gives a video 
 are those of the publishers' own configurations.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

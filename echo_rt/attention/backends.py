@@ -4,6 +4,8 @@ Torch's are called as operators. ``torch.nn.attention.sdpa_kernel`` would select
 process, so that two runtimes in two threads would disturb each other.
 """
 
+from __future__ import annotations
+
 import importlib
 import math
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """cuDNN's attention of float8 tensors, through nvidia-cudnn-frontend."""
 
+from __future__ import annotations
+
 import threading
 from typing import Any
 

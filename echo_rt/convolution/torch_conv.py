@@ -5,6 +5,8 @@ deterministic plans are requested, without its search, which may end differently
 resumed video is the same on the same GPU with the same libraries (``docs/architecture.md``).
 """
 
+from __future__ import annotations
+
 import itertools
 from dataclasses import dataclass
 from typing import Protocol

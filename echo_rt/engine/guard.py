@@ -1,5 +1,7 @@
 """What a stream does about a bad block: one with NaN or infinite values, or one that takes too long."""
 
+from __future__ import annotations
+
 import itertools
 import json
 import math

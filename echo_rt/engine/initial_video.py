@@ -1,5 +1,7 @@
 """A video or a picture that a stream begins with: checked, resized, encoded to latents."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterable, Iterator
 

@@ -4,6 +4,8 @@ A GPU refuses what it has no memory for; Linux kills the process that writes to 
 compared with all the memory there is, free or not: nothing is refused that could have run.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath

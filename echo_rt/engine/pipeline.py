@@ -5,6 +5,8 @@ for). In between it is in flight and occupies a slot of host memory, pinned on a
 memory does not grow however slow the consumer is.
 """
 
+from __future__ import annotations
+
 from collections import deque
 from typing import Any
 

@@ -3,6 +3,8 @@
 A block is in the queue, and nowhere else, until somebody has taken it.
 """
 
+from __future__ import annotations
+
 import atexit
 import math
 import threading

@@ -5,6 +5,8 @@ the number of its own frame, when it is written; when the bounded ids shift, it 
 are rotated afresh. The scores are those of ids that never exceed the pretrained maximum (arXiv 2606.04527).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Mapping
 
 import torch

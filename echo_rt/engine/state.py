@@ -5,6 +5,8 @@ All tensors are preallocated, at addresses that never change, however long the v
 attends to one contiguous slice of it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection
 from dataclasses import dataclass
 

@@ -1,5 +1,7 @@
 """What the pipeline asks of a decoder, whichever it is."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
 

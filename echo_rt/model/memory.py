@@ -1,5 +1,7 @@
 """The evolving memory: memory queries attend to what leaves the local window, and a gate blends the result in."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 
 import torch

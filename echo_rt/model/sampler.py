@@ -1,5 +1,7 @@
 """The few-step flow schedule: timesteps and sigmas (arXiv 2606.04527; the shift is that of Wan2.1)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

@@ -5,6 +5,8 @@ are stored in, its arithmetic is float32: umT5 does not scale its attention scor
 result, and float16 overflows in its feed-forward layers. A prompt is encoded once, so the wider arithmetic is cheap.
 """
 
+from __future__ import annotations
+
 import contextlib
 import gc
 import html

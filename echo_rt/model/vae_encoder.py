@@ -4,6 +4,8 @@ The first frame becomes the first latent, every group of ``temporal_stride`` fra
 encoded group by group, in as many calls as one likes, so the memory it takes does not grow with its length.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass

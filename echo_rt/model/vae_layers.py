@@ -5,6 +5,8 @@ writes straight into its window (:mod:`echo_rt.model.vae_windows`). A convolutio
 block its sum: the next layer does (:class:`Terms`), whose kernel reads the result anyway.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

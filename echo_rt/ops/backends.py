@@ -1,5 +1,7 @@
 """The backends that implement the operations: which are available, and which one a model gets."""
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
 from typing import cast

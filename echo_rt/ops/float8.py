@@ -5,6 +5,8 @@ scale: ``number = value · scale``, ``scale = largest magnitude of the row / 448
 token, weights one for each output channel, so a product is scaled after its sum and nothing is lost within it.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -5,6 +5,8 @@ The module is a namespace over them, with one function for each of :data:`echo_r
 check the arguments and raise ValueError. Its definition tells ``torch.compile`` and ``torch.export`` what each returns.
 """
 
+from __future__ import annotations
+
 import torch
 
 from echo_rt import _ops

@@ -5,6 +5,8 @@ exact on every device; the normal numbers come from Box-Muller in float64 and ar
 and seed may be tensors: then a captured graph makes new noise for each block it is replayed for.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch

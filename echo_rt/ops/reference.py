@@ -9,6 +9,8 @@ Letters: ``F`` frames, ``S`` tokens per frame, ``n`` = F·S tokens, ``H`` heads,
 layers, ``M`` memory tokens, ``ct`` and ``cs`` rotary pairs of time and of rows and columns (ct + cs = d/2).
 """
 
+from __future__ import annotations
+
 import math
 
 import torch

@@ -5,6 +5,8 @@ has their signatures and says what they do, ``emulated`` and ``cuda`` are :mod:`
 operations when it is made, so runtimes with different backends can live in one process.
 """
 
+from __future__ import annotations
+
 from echo_rt.ops import reference
 
 # Entries of the device-side position record that advance() writes.

@@ -4,6 +4,8 @@ The format begins with a JSON header that names the shape, which is known only a
 header (JSON may be padded with spaces), and it is overwritten when the file is closed.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping, Sequence

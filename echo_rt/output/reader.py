@@ -1,5 +1,7 @@
 """A video or a picture from disk, as the frames that a stream begins with."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

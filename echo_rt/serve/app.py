@@ -1,5 +1,7 @@
 """The HTTP and WebSocket API of live sessions, and the page."""
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import time

@@ -1,5 +1,7 @@
 """One H.264 encoder for all viewers of a video, and recordings of what it made."""
 
+from __future__ import annotations
+
 import io
 from collections.abc import Callable
 from fractions import Fraction

@@ -1,5 +1,7 @@
 """What a request must be before the application sees it: from a known place, with the token, and small."""
 
+from __future__ import annotations
+
 import asyncio
 import hmac
 import ipaddress

@@ -1,5 +1,7 @@
 """A live video of a runtime in this process: one thread shows its frames, others carry out commands."""
 
+from __future__ import annotations
+
 import asyncio
 import dataclasses
 import logging

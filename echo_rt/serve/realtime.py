@@ -5,6 +5,8 @@ The client begins with an ``init`` message, which restarts the session's video. 
 change the prompt. One client at a time; one that is late skips blocks.
 """
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 from typing import Any, TypeVar

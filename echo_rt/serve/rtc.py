@@ -1,5 +1,7 @@
 """WebRTC: the encoded pictures of a session as RTP, without another encoder."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from fractions import Fraction

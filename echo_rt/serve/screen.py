@@ -1,5 +1,7 @@
 """What viewers are shown of one video, and when: pictures and events, each at its place, and who waits for them."""
 
+from __future__ import annotations
+
 import asyncio
 import threading
 import time

@@ -1,5 +1,7 @@
 """The server: uvicorn, with bounds on connections and on how long a request may be half open."""
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import os

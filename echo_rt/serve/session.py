@@ -1,5 +1,7 @@
 """What the server knows of a live video: plain values and a few calls, so that it may run in another process."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field

@@ -3,6 +3,8 @@
 Clients name snapshots and recordings, never a path.
 """
 
+from __future__ import annotations
+
 import logging
 import re
 import secrets

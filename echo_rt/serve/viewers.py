@@ -1,5 +1,7 @@
 """Viewers of one session: each has a bounded queue, so that a slow or silent one holds up nobody."""
 
+from __future__ import annotations
+
 import asyncio
 import logging
 import secrets

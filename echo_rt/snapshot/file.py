@@ -9,6 +9,8 @@ Files are written by hand, as the safetensors library would copy all tensors onc
 allocated once the file is known to be whole.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Mapping

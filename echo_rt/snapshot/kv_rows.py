@@ -10,6 +10,8 @@ of the buffer in one tensor, ``rollout.kv``. Layers that attend in float8 are no
 their whole buffer.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 
 import torch

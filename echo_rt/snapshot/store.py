@@ -4,6 +4,8 @@ A file is called ``block-0000000123.safetensors`` after the next block. It gets 
 disk, and older files are removed after that: whenever the process is killed, a whole snapshot is there.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait

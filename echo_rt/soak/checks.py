@@ -4,6 +4,8 @@ So a soak of several processes is judged as one, and the file gives the same ver
 replaced count as well: a broken promise stays broken.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum

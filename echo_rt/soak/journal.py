@@ -5,6 +5,8 @@ line with ``"end"`` says how a process ended. After a resume the blocks since th
 new lines replace the old ones, which stay in the file for comparison.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any

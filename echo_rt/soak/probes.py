@@ -1,5 +1,7 @@
 """Memory of the process and of the device, and the health of the GPU. Nothing here waits for the device."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import resource

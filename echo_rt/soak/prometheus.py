@@ -1,5 +1,7 @@
 """The figures of the newest line, served over HTTP for Prometheus. prometheus-client is an optional dependency."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 import socket

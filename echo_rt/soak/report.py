@@ -1,5 +1,7 @@
 """``report.md`` and ``report.html``: what was run, how each promise stands, the figures, plots where matplotlib is."""
 
+from __future__ import annotations
+
 import io
 import json
 import platform

@@ -1,5 +1,7 @@
 """One process of a soak: resume from the files in its folder, generate blocks, write a journal and a report."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import time

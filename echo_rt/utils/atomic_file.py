@@ -4,6 +4,8 @@ In a folder that this process has claimed (:class:`echo_rt.utils.folder_lock.Fol
 folder's descriptor: it stays in that very folder, whatever its name leads to meanwhile, and follows no link out of it.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import io

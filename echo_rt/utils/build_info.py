@@ -1,5 +1,7 @@
 """The version of echo-rt, and how its compiled part was built."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from echo_rt.errors import BackendError

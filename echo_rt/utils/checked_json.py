@@ -1,5 +1,7 @@
 """JSON from outside, read against a dataclass: what does not fit is one clear error. Lines of JSON, written."""
 
+from __future__ import annotations
+
 from typing import Any, TypeVar
 
 import msgspec

@@ -1,5 +1,7 @@
 """Devices, dtypes, graph capture, and the torch settings that a model computes under."""
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -1,5 +1,7 @@
 """A folder that belongs to one process at a time."""
 
+from __future__ import annotations
+
 import fcntl
 import os
 import re

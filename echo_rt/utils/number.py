@@ -1,5 +1,7 @@
 """Numbers that users may give: their bounds, in the words of a message, and how they are read."""
 
+from __future__ import annotations
+
 import math
 import reprlib
 from collections.abc import Mapping

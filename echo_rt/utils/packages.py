@@ -1,5 +1,7 @@
 """Optional packages."""
 
+from __future__ import annotations
+
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,5 +1,7 @@
 """How long this process could not run: stopped by a signal, a debugger, or a machine that gave it no time at all."""
 
+from __future__ import annotations
+
 import threading
 import time
 

@@ -3,6 +3,8 @@
 Two videos ``[F, H, W, C]``, clamped to [-1, 1], differ as a viewer sees them: by PSNR and SSIM, in float64.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

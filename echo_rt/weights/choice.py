@@ -1,5 +1,7 @@
 """The choice of a recipe for a model's files, and a record of what was taken, shown in one line and kept."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

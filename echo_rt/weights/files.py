@@ -4,6 +4,8 @@ What a file is, its first bytes say, whatever it is called. Nothing is copied: s
 are mapped, and a tensor's bytes are read when it is used.
 """
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Mapping

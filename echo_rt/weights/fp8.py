@@ -5,6 +5,8 @@ file, and ``<module>.weight_scale`` beside ``<module>.comfy_quant``, the name of
 of inputs (``scale_input``, ``input_scale``) are for float8 products of activations; no weight depends on them.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

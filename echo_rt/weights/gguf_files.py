@@ -1,5 +1,7 @@
 """``.gguf`` files, read through the package gguf: a tensor is dequantized when it is used."""
 
+from __future__ import annotations
+
 from functools import partial
 from pathlib import Path
 from typing import Any

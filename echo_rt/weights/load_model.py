@@ -1,5 +1,7 @@
 """A model from disk: which tensors, and what config they and the caller's choices make together."""
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Mapping

@@ -5,6 +5,8 @@ rounded once, to the dtype that is computed in. Alphas and ranks are what tensor
 configs state; places that disagree are an error.
 """
 
+from __future__ import annotations
+
 import math
 import os
 import re

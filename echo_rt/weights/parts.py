@@ -1,5 +1,7 @@
 """The networks of a model as files hold them: what stands around their names, which names, and files of others."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar

@@ -3,6 +3,8 @@
 Nor can a small one ask for much memory: what it says of sizes is held against the bytes that it has.
 """
 
+from __future__ import annotations
+
 import mmap
 import re
 import warnings

@@ -3,6 +3,8 @@
 Formats that hold weights in a way that is not read here are named, with what makes a file that is.
 """
 
+from __future__ import annotations
+
 import codecs
 import errno
 import os

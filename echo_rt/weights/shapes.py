@@ -4,6 +4,8 @@ The tables are what a loaded file is held against, entry by entry, and what ``ec
 tensors where files carry no config: only what fixes them is looked at, ``check_tensors`` says whether all fit.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -3,6 +3,8 @@
 They are noise at the scale of real weights, and depend on a seed and names alone.
 """
 
+from __future__ import annotations
+
 import io
 import json
 import math

@@ -5,6 +5,8 @@ transformer makes them and the other wants them de-normalized first. Taking one 
 the kind is told by the file's name, and a name that says neither is refused.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 import os
