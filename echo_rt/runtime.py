@@ -28,7 +28,6 @@ from echo_rt.stream import Stream
 from echo_rt.utils.atomic_file import Closing
 from echo_rt.utils.device import dtype_name, give_memory_back, model_context, parse_device, parse_dtype, parse_vae_dtype
 from echo_rt.utils.process import Bound, ProcessGuard, computes, note_loading
-from echo_rt.utils.threads import log_threads
 from echo_rt.utils.wording import one_line, type_of
 from echo_rt.weights.load_model import LoadedModel, load_model
 
@@ -63,7 +62,6 @@ class Runtime(ExplainsHabits, Closing, Bound):
         networks = open_networks(loaded, options, prescribed)
         taken = loaded.taken.for_snapshots()
         engine = Engine(loaded.config, networks, options, loaded.mode, folder=loaded.folder, taken=taken)
-        log_threads(engine.device)
         self.config, self.vae_config, self.memory = loaded.config, engine.vae, loaded.mode
         self.taken = loaded.taken
         self.device, self.dtype, self.vae_dtype = engine.device, networks.model_dtype, engine.vae_dtype

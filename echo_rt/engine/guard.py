@@ -12,9 +12,8 @@ from echo_rt.chunk import Chunk
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.options import is_number, is_whole
 from echo_rt.snapshot.snapshot import Snapshot
-from echo_rt.utils.atomic_file import names_in, place, reason, remove, write_whole
+from echo_rt.utils.atomic_file import claimed, names_in, raising, remove, write_whole
 from echo_rt.utils.build_info import __version__
-from echo_rt.utils.folder_lock import FolderClaim
 
 STOP, ROLL_BACK = "stop", "roll_back"
 
@@ -64,39 +63,33 @@ class Guard:
         """
         assert self.evidence is not None
         folder, stats = Path(self.evidence), chunk.stats
-        try:
-            if place(folder)[1] is None:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-            claim = FolderClaim(folder, shared=True)
-        except OSError as error:
-            raise OutputError(f"{folder}: cannot make the folder: {reason(error)}") from None
-        try:
-            # A block that goes wrong again, in this run or a later one, does not overwrite the first evidence.
+        with raising(OutputError, f"{folder}: cannot make the folder"):
+            if str(folder.absolute()) not in claimed:
+                folder.mkdir(parents=True, exist_ok=True)
             there = names_in(folder)
-            stems = (f"block-{chunk.index:08d}{'' if time == 1 else f'-{time}'}" for time in itertools.count(1))
-            stem = next(stem for stem in stems if f"{stem}.json" not in there)
-            states = {folder / f"{stem}.safetensors": after}
-            if before is not None:
-                states[folder / f"{stem}-before.safetensors"] = before
-            told = {
-                "block": chunk.index,
-                "states": {file.name: kept.block + kept.offset for file, kept in states.items()},
-                "seed": after.seed,
-                "echo_rt": __version__,
-                # JSON has no NaN or infinity: these become text.
-                "vitals": {k: v if v is None or math.isfinite(v) else str(v) for k, v in vars(stats.vitals).items()},
-                "found": found,
-                "rollbacks": rollbacks,
-                "position": {"newest_temporal_id": stats.newest_temporal_id, "shift": stats.shift},
-            }
-            try:
-                for file, kept in states.items():
-                    kept.save(file)
-                write_whole(folder / f"{stem}.json", json.dumps(told, indent=2).encode() + b"\n")
-            except OutputError:
-                for file in states:
-                    remove(file)  # all or nothing
-                raise
-            return [*states, folder / f"{stem}.json"]
-        finally:
-            claim.release()
+        # A block that goes wrong again, in this run or a later one, does not overwrite the first evidence.
+        stems = (f"block-{chunk.index:08d}{'' if time == 1 else f'-{time}'}" for time in itertools.count(1))
+        stem = next(stem for stem in stems if f"{stem}.json" not in there)
+        states = {folder / f"{stem}.safetensors": after}
+        if before is not None:
+            states[folder / f"{stem}-before.safetensors"] = before
+        told = {
+            "block": chunk.index,
+            "states": {file.name: kept.block + kept.offset for file, kept in states.items()},
+            "seed": after.seed,
+            "echo_rt": __version__,
+            # JSON has no NaN or infinity: these become text.
+            "vitals": {k: v if v is None or math.isfinite(v) else str(v) for k, v in vars(stats.vitals).items()},
+            "found": found,
+            "rollbacks": rollbacks,
+            "position": {"newest_temporal_id": stats.newest_temporal_id, "shift": stats.shift},
+        }
+        try:
+            for file, kept in states.items():
+                kept.save(file)
+            write_whole(folder / f"{stem}.json", json.dumps(told, indent=2).encode() + b"\n")
+        except OutputError:
+            for file in states:
+                remove(file)  # all or nothing
+            raise
+        return [*states, folder / f"{stem}.json"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,11 +21,8 @@ from echo_rt.utils.device import give_memory_back, model_context
 from echo_rt.utils.wording import counted, type_of
 from echo_rt.weights.folder import ModelFolder
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-Frames: TypeAlias = "Tensor | NDArray[np.uint8]"
-InitialVideo: TypeAlias = "Frames | Iterable[Frames]"
+Frames = Tensor | NDArray[np.uint8]
+InitialVideo = Frames | Iterable[Frames]
 """Frames uint8 ``[F, H, W, 3]`` RGB, whole or as an iterable of pieces."""
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -26,8 +25,9 @@ from echo_rt.options import WORDS, is_path, is_whole
 from echo_rt.utils.atomic_file import write_whole
 from echo_rt.utils.checked_json import convert
 from echo_rt.utils.device import model_context
-from echo_rt.utils.wording import first_line
+from echo_rt.weights.files import open_tensors
 from echo_rt.weights.folder import ModelFolder
+from echo_rt.weights.tensors import first_names
 
 _logger = logging.getLogger("echo_rt.prompt")
 
@@ -247,17 +247,13 @@ def load_prompt_embeds(path: str | Path) -> tuple[Tensor, str | None]:
     if not is_path(path):
         raise PromptError(f"expected the path of prompt embeddings, got {path!r}")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            if _EMBEDS_KEY not in names:
-                raise PromptError(f"expected a tensor {_EMBEDS_KEY!r}, found {', '.join(names[:3]) or 'none'}")
-            embeds: Tensor = file.get_tensor(_EMBEDS_KEY)
-            _check_matrix(embeds)
-            return embeds, (file.metadata() or {}).get(_PROMPT_KEY)
-    except OSError as error:
-        raise PromptError(f"{path}: cannot read prompt embeddings: {error}") from error
-    except safetensors.SafetensorError as error:
-        what = f"expected a safetensors file, found a damaged or other one ({first_line(error)})"
+        file = open_tensors(path)
+        if _EMBEDS_KEY not in file:
+            raise PromptError(f"expected a tensor {_EMBEDS_KEY!r}, found {first_names(list(file))}")
+        embeds = file[_EMBEDS_KEY]
+        _check_matrix(embeds)
+    except EchoError as error:
+        what = str(error).removeprefix(f"{path}: ")
         raise PromptError(f"{path}: cannot read prompt embeddings: {what}") from error
-    except PromptError as error:
-        raise PromptError(f"{path}: {error}") from None
+    prompt = file.facts.get(_PROMPT_KEY)
+    return embeds, None if prompt is None else str(prompt)

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from echo_rt.config import VaeConfig
 from echo_rt.model.decoder_protocol import DecoderState, VideoDecoder, latents_statistics
-from echo_rt.weights.tiny_vae import STEM, TinyVaeConfig, block_names, growth_name, outlet_name
+from echo_rt.weights.tiny_vae import STEM, TinyVaeConfig, level_names
 
 _LIMIT = 3.0  # latents are bent towards it, on either side
 
@@ -134,9 +134,10 @@ class _Level:
 
     def __init__(self, index: int, weights: _Weights) -> None:
         self.index = index
-        self.blocks = [_Block(name, weights) for name in block_names(index)]
-        self._growth = weights.kernel(growth_name(index)).flatten(1).contiguous()
-        self._outlet = weights.kernel(outlet_name(index))
+        blocks, growth, outlet = level_names(index)
+        self.blocks = [_Block(name, weights) for name in blocks]
+        self._growth = weights.kernel(growth).flatten(1).contiguous()
+        self._outlet = weights.kernel(outlet)
 
     @property
     def growth(self) -> int:

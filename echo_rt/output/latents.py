@@ -10,15 +10,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from echo_rt.errors import ConfigError, OutputError
 from echo_rt.utils.atomic_file import GrowingFile, PartFile, check_ending, reason
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
 
 _LENGTH_BYTES = 8
 # Space for the growth of the two numbers in the header (frames and bytes), however long the stream.

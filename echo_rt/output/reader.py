@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from echo_rt.errors import ConfigError
 from echo_rt.output.video import load_av
 from echo_rt.utils.wording import counted, first_line
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 class VideoFile:

@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
+from numpy.typing import ArrayLike
 
 from echo_rt.errors import ConfigError, OutputError, TargetError
 from echo_rt.output.latents import LatentsWriter
@@ -45,9 +46,6 @@ from echo_rt.utils.atomic_file import (
 from echo_rt.utils.checked_json import json_line, read_json
 from echo_rt.utils.folder_lock import FolderClaim
 from echo_rt.utils.wording import counted
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
 
 PLAYLIST_FILE = "video.m3u8"
 _FORMER_PLAYLIST = "video.ffconcat"  # of recordings of version 1, whose segments all begin at 0 seconds

@@ -5,55 +5,50 @@ The metadata of a file has the format and its version, the version of echo-rt, `
 digest, so a whole file of another version can be told from a damaged one. Versions 1 and 2 differ in the tensors of
 the KV buffer alone (:mod:`echo_rt.snapshot.kv_rows`).
 
-Files are read and written by hand: the safetensors library maps a file (one that shrinks meanwhile is a bus error, and
-what is used is not what was checked) or copies all tensors once more. Tensors are allocated only once the file is known
-to be long enough to hold them.
+Files are written by hand, as the safetensors library would copy all tensors once more. It reads them: tensors are
+allocated once the file is known to be whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from msgspec import Meta
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from echo_rt.errors import SnapshotError, SnapshotVersionError
 from echo_rt.options import is_path
 from echo_rt.utils.atomic_file import open_plain, reason, whole_file
 from echo_rt.utils.build_info import __version__
-from echo_rt.utils.checked_json import convert, read_json
-from echo_rt.utils.wording import plain
+from echo_rt.utils.wording import first_line, plain
 
 FORMAT, VERSION = "echo-rt snapshot", 2
 _READ = ("1", "2")  # versions
 _LENGTH_BYTES = 8
 _ALIGNMENT = 64
-_LONGEST_HEADER = 2**24  # names and shapes of some hundred tensors are a thousandth of this
 _ZEROS = "0" * 64
-_PIECE = 2**20  # bytes of another version's file in memory at once
+_PIECE = 2**20  # bytes in memory at once
+_UNREADABLE = (SafetensorError, RuntimeError, TypeError, ValueError, OverflowError, MemoryError)
 
-_DTYPES = {
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "F32": torch.float32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
+_CODES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 # -------------------------------------------------------------------- writing
 
@@ -110,17 +105,6 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 # -------------------------------------------------------------------- reading
 
-_Counts = list[Annotated[int, Meta(ge=0)]]
-
-
-@dataclass
-class _Entry:
-    """The description of a tensor in the header."""
-
-    dtype: str
-    shape: Annotated[_Counts, Meta(max_length=16)]
-    data_offsets: _Counts
-
 
 def read_file(path: str | Path) -> tuple[dict[str, Tensor], Any]:
     """Return the tensors, on the host, and the metadata that :func:`write_file` wrote to ``path``.
@@ -131,80 +115,42 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], Any]:
     if not is_path(path):
         raise SnapshotError(f"expected the path of a snapshot, got {path!r}")
     try:
-        with open(open_plain(path), "rb") as file:
-            return _read(file, path)
+        # By its descriptor, which stands for this very file; the library knows paths only.
+        with open(open_plain(path), "rb") as file, safe_open(f"/proc/self/fd/{file.fileno()}", "pt") as opened:
+            return _read(file, opened, path)
     except OSError as error:
         raise SnapshotError(f"{path}: expected a snapshot, cannot read it: {reason(error)}") from None
+    except _UNREADABLE as error:
+        what = f"expected a safetensors file, found a damaged or other one ({first_line(error):.200})"
+        raise damaged(path, what) from None
 
 
-def _read(file: BufferedReader, path: str | Path) -> tuple[dict[str, Tensor], Any]:
-    size = file.seek(0, 2)
-    file.seek(0)
-    start = file.read(_LENGTH_BYTES)
-    length = int.from_bytes(start, "little")
-    if size < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
-        if file.read(1) != b"{":  # which every header begins with
-            raise SnapshotError(f"{path}: expected a snapshot, found a file that is no safetensors file")
-        raise damaged(path, f"its header of {length} bytes does not fit into its {size} bytes")
-    if length > _LONGEST_HEADER:
-        raise damaged(path, f"its header is {length} bytes long, more than {_LONGEST_HEADER}")
-    text = file.read(length)
-    what = f"{path}: expected a snapshot, found a damaged file or one of something else"
-    header = read_json(text, dict[str, Any], what, SnapshotError)
-    labels = header.pop("__metadata__", None)
-    if not isinstance(labels, dict) or labels.get("format") != FORMAT:
+def _read(file: BufferedReader, opened: Any, path: str | Path) -> tuple[dict[str, Tensor], Any]:
+    labels: dict[str, str] = opened.metadata() or {}
+    if labels.get("format") != FORMAT:
         raise SnapshotError(f"{path}: expected a snapshot, found a file of tensors with no {FORMAT!r} in its metadata")
-    labels = convert(labels, dict[str, str], f"{path}: the snapshot is damaged", SnapshotError)
+    start = file.read(_LENGTH_BYTES)
+    header = file.read(int.from_bytes(start, "little"))
     claimed = labels.get("sha256", "")
-    if len(claimed) != len(_ZEROS) or text.count(claimed.encode()) != 1:
+    if len(claimed) != len(_ZEROS) or header.count(claimed.encode()) != 1:
         raise damaged(path, "it has no checksum")
-    digest = hashlib.sha256(start + text.replace(claimed.encode(), _ZEROS.encode()))
-    tensors: dict[str, Tensor] = {}
-    known = labels.get("version") in _READ
-    layout = _layout(header, size - _LENGTH_BYTES - length, path) if known else {}
-    for name, (dtype, shape) in layout.items():
-        try:
-            tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
-        except (RuntimeError, TypeError, OverflowError):
-            raise damaged(path, f"no tensor has the shape of {name}") from None
-        view = _bytes_of(tensors[name])
-        if file.readinto(view) != len(view):
-            raise damaged(path, "it became shorter while it was read")
-        digest.update(view)
-    while piece := file.read(_PIECE):  # all of another version's tensors
+    digest = hashlib.sha256(start + header.replace(claimed.encode(), _ZEROS.encode()))
+    while piece := file.read(_PIECE):
         digest.update(piece)
     if digest.hexdigest() != claimed:
         raise damaged(path, "its checksum is not that of its contents")
-    if not known:
+    if (version := labels.get("version")) not in _READ:
         raise SnapshotVersionError(
             f"{path}: expected a snapshot of version {' or '.join(_READ)}, found a whole one of version "
-            f"{labels.get('version')!s:.20}, written by echo-rt {labels.get('echo_rt')!s:.20}; "
-            f"this is echo-rt {__version__}"
+            f"{version!s:.20}, written by echo-rt {labels.get('echo_rt')!s:.20}; this is echo-rt {__version__}"
         )
     try:  # by the library of :func:`write_file`: a statistic of a block may be NaN
-        return tensors, json.loads(labels.get("facts", ""))
+        facts = json.loads(labels.get("facts", ""))
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"its facts are not JSON: {error}") from None
+    return {name: opened.get_tensor(name).clone() for name in opened.keys()}, facts  # noqa: SIM118
 
 
 def damaged(path: str | Path, what: str) -> SnapshotError:
     """An error about a damaged file; ``what`` tells the damage."""
     return SnapshotError(f"{path}: the snapshot is damaged: {what}")
-
-
-def _layout(header: Mapping[str, Any], size: int, path: str | Path) -> dict[str, tuple[torch.dtype, list[int]]]:
-    """Dtype and shape of every tensor, in the order of the file; together they are exactly ``size`` bytes."""
-    layout: dict[str, tuple[torch.dtype, list[int]]] = {}
-    end = 0
-    for name, described in header.items():
-        entry = convert(described, _Entry, f"{path}: the snapshot is damaged: {name!r:.80}", SnapshotError)
-        dtype = _DTYPES.get(entry.dtype)
-        if dtype is None:
-            raise damaged(path, f"{name!r:.80} has the unknown dtype {entry.dtype!r:.20}")
-        begin, end = end, end + math.prod(entry.shape) * dtype.itemsize
-        if entry.data_offsets != [begin, end]:
-            raise damaged(path, f"{name!r:.80} does not begin where the tensor before it ends")
-        layout[name] = (dtype, entry.shape)
-    if end != size:
-        raise damaged(path, f"expected {end} bytes of tensors, found {size}")
-    return layout

@@ -206,6 +206,7 @@ class _Process(contextlib.ExitStack):
     def _work(self, past: Past, offset: int) -> Outcome:
         """Generate blocks until the soak has its length, is stopped or fails, then some of them again to compare."""
         config, part = self._config, self._part()
+        self.callback(FolderClaim(config.folder / _EVIDENCE_FOLDER).release)
         self._journal = self.enter_context(Log(config.folder / JOURNAL_FILE))
         self._run = past.runs + 1
         assert self._history.limits.latency_zscore != "auto"

@@ -18,8 +18,8 @@ _PART = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.part")
 class FolderClaim:
     """Makes ``folder`` if absent, and holds it until :meth:`release` or any end of the process.
 
-    Otherwise two processes could write one recording, where it is resumed while the first still runs. ``shared``: other
-    claims that are shared, and those of this process, may hold it as well; ``new``: it must be absent.
+    Otherwise two processes could write one recording, where it is resumed while the first still runs. ``new``: it must
+    be absent.
 
     Meanwhile the folder may be moved: what belongs into it still gets there, and nothing gets into another folder of
     that name. A folder within a claimed one is not claimed through a link.
@@ -28,18 +28,13 @@ class FolderClaim:
     no folder of its own making that stayed empty.
     """
 
-    def __init__(self, folder: str | Path, *, shared: bool = False, new: bool = False) -> None:
+    def __init__(self, folder: str | Path, *, new: bool = False) -> None:
         self.folder = Path(folder)
         name, within = place(self.folder)
         beyond = 0 if within is None else os.O_NOFOLLOW
         self._descriptor: int | None = None
         self._made = False
-        self._key = str(self.folder.absolute())
-        ours = claimed.get(self._key) if shared else None
         with raising(TargetError, f"{folder}: cannot be a folder to write into"):
-            if ours is not None:
-                self._descriptor = os.dup(ours)
-                return
             with nullcontext() if new else suppress(FileExistsError):
                 os.mkdir(name, dir_fd=within)
                 self._made = True
@@ -47,15 +42,15 @@ class FolderClaim:
             self._descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | beyond, dir_fd=within)
         self._key = str(self.folder.absolute())
         try:
-            fcntl.flock(self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.release()
             taken = "another process writes into it" if isinstance(error, BlockingIOError) else reason(error)
             raise TargetError(f"{folder}: cannot be written into: {taken}") from None
-        if not shared and self._key in claimed:  # and was moved since
+        if self._key in claimed:  # and was moved since
             self.release()
             raise TargetError(f"{folder}: cannot be written into: this process holds another folder by that name")
-        claimed.setdefault(self._key, self._descriptor)
+        claimed[self._key] = self._descriptor
 
     @property
     def path(self) -> Path:

@@ -24,8 +24,6 @@ from pathlib import Path
 
 import torch
 
-from echo_rt.utils.wording import counted
-
 _logger = logging.getLogger("echo_rt.utils.threads")
 
 # A user who sets one of these has decided how threads wait.
@@ -78,27 +76,6 @@ class Cores:
     def free(self, others: float) -> float:
         """Cores left to this process while other programs use ``others`` cores."""
         return min(self.quota, len(self.numbers) - others)
-
-    def __str__(self) -> str:
-        cores = counted(len(self.numbers), "core")
-        return cores if self.quota >= len(self.numbers) else f"{cores} with a quota of {self.quota:g}"
-
-
-def log_threads(device: torch.device) -> None:
-    """Log one line for a model on a CPU: number of torch's threads, number of cores, and how the threads wait."""
-    if device.type != "cpu":
-        return
-    threads = torch.get_num_threads()
-    if threads == 1:
-        waiting = "one never waits"
-    elif chosen := _chosen():
-        waiting = f"they wait as set by {chosen}"
-    else:
-        waiting = (
-            "waiting threads spin, which is fast on free cores and very slow beside other programs; "
-            "for those, use echo_rt.share_cpu, or set OMP_WAIT_POLICY=PASSIVE before importing torch"
-        )
-    _logger.debug("CPU threads: %d on %s; %s", threads, Cores.available(), waiting)
 
 
 @contextmanager
@@ -162,7 +139,8 @@ def _watch(openmp: ctypes.CDLL, over: threading.Event) -> None:
             if crowded == sleeping:
                 continue
             sleeping, waiting = crowded, "sleep" if crowded else "spin"
-            _logger.debug("other programs use %.1f of %s: CPU threads %s while they wait", others, cores, waiting)
+            use = "other programs use %.1f of %d cores: CPU threads %s while they wait"
+            _logger.debug(use, others, len(cores.numbers), waiting)
             team.close()
             if crowded:
                 team.enter_context(idle_team(openmp, threads))

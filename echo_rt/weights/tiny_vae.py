@@ -7,6 +7,7 @@ the kind is told by the file's name, and a name that says neither is refused.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -71,19 +72,13 @@ class TinyVaeConfig:
 STEM = f"decoder.{_FIRST}"  # the convolution that latents go through first
 
 
-def block_names(level: int) -> list[str]:
-    """The blocks of a level; each sees the frame before, beside its own."""
-    return [f"decoder.{_FIRST_LEVEL + level * _LEVEL + block}" for block in range(_BLOCKS)]
+def level_names(level: int) -> tuple[list[str], str, str]:
+    """The blocks of a level, each of which sees the frame before beside its own, and two convolutions.
 
-
-def growth_name(level: int) -> str:
-    """The convolution that makes several frames of each frame of a level."""
-    return f"decoder.{_FIRST_LEVEL + level * _LEVEL + _BLOCKS + 1}.conv"
-
-
-def outlet_name(level: int) -> str:
-    """The convolution, at twice the level's size, to the width of the next."""
-    return f"decoder.{_FIRST_LEVEL + level * _LEVEL + _BLOCKS + 2}"
+    The first makes several frames of each, the other leads, at twice the level's size, to the width of the next.
+    """
+    *blocks, _, growth, outlet = (f"decoder.{_FIRST_LEVEL + level * _LEVEL + part}" for part in range(_LEVEL))
+    return blocks, f"{growth}.conv", outlet
 
 
 def tiny_decoder_shapes(config: TinyVaeConfig) -> Shapes:
@@ -91,11 +86,12 @@ def tiny_decoder_shapes(config: TinyVaeConfig) -> Shapes:
     modules = [Module((STEM,), (config.widths[0], config.z_dim, 3, 3))]
     for level, growth in enumerate(config.growth):
         width = config.widths[level]
-        for block in block_names(level):
+        blocks, growth_name, outlet = level_names(level)
+        for block in blocks:
             layers = ((0, 2 * width), (2, width), (4, width))
             modules += (Module((f"{block}.conv.{layer}",), (width, channels, 3, 3)) for layer, channels in layers)
-        modules.append(Module((growth_name(level),), (growth * width, width, 1, 1), (".weight",)))
-        modules.append(Module((outlet_name(level),), (config.widths[level + 1], width, 3, 3), (".weight",)))
+        modules.append(Module((growth_name,), (growth * width, width, 1, 1), (".weight",)))
+        modules.append(Module((outlet,), (config.widths[level + 1], width, 3, 3), (".weight",)))
     return shapes_of([*modules, Module((config.head,), (3, config.widths[-1], 3, 3))])
 
 
@@ -160,14 +156,15 @@ def _config_of(tensors: Mapping[str, Tensor], normalized: bool, source: str) -> 
 
     width, z_dim = shape(STEM)[:2]
     widths, growth = [width], list[int]()
-    while f"{outlet_name(len(growth))}.weight" in tensors:
-        level = len(growth)
-        rows = shape(growth_name(level))[0]
+    for level in itertools.count():
+        _, growth_name, outlet = level_names(level)
+        if f"{outlet}.weight" not in tensors:
+            break
+        rows = shape(growth_name)[0]
         if rows % widths[-1]:
             raise WeightsError(
-                f"{source}: expected {_WHAT} with a multiple of {widths[-1]} rows in {growth_name(level)}.weight, "
-                f"found {rows}"
+                f"{source}: expected {_WHAT} with a multiple of {widths[-1]} rows in {growth_name}.weight, found {rows}"
             )
         growth.append(rows // widths[-1])
-        widths.append(shape(outlet_name(level))[0])
+        widths.append(shape(outlet)[0])
     return TinyVaeConfig(z_dim=z_dim, widths=tuple(widths), growth=tuple(growth), normalized=normalized)

@@ -450,9 +450,14 @@ def test_damaged_embeds_file(tmp_path: Path) -> None:
     for content in (b"", b"not a tensor", whole[:-1]):
         path.write_bytes(content)
         with pytest.raises(
-            PromptError, match=r"embeds\.safetensors: cannot read .*: expected a safetensors file, found"
+            PromptError, match=r"embeds\.safetensors: cannot read .*: expected (a safetensors file|weights), found"
         ):
             load_prompt_embeds(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(PromptError, match="expected a file, found a pipe"):
+        load_prompt_embeds(path)
+    path.unlink()
     save_file({"latents": torch.zeros(1)}, path)
     with pytest.raises(PromptError, match="expected a tensor 'prompt_embeds', found latents"):
         load_prompt_embeds(path)

@@ -182,5 +182,5 @@ def test_the_traps_work(tmp_path: Path, zipped: bool) -> None:
 def test_a_message_names_the_file(snapshot: bytes, tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     path.write_bytes(snapshot[:-1])
-    with pytest.raises(SnapshotError, match=r"s\.safetensors: the snapshot is damaged: expected \d+ bytes of tensors"):
+    with pytest.raises(SnapshotError, match=r"s\.safetensors: the snapshot is damaged: expected a safetensors file"):
         Snapshot.load(path)

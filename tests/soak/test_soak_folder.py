@@ -219,7 +219,12 @@ def test_evidence_does_not_follow_a_link(smallest_model: Path, tmp_path: Path, m
     outside = tmp_path / "outside"
     outside.mkdir()
     nan_in(monkeypatch, 6)
-    outcome = echo_rt.soak.run(config, watchers=[at(4, lambda: (config.folder / "evidence").symlink_to(outside))])
+
+    def replace() -> None:
+        (config.folder / "evidence").rmdir()
+        (config.folder / "evidence").symlink_to(outside)
+
+    outcome = echo_rt.soak.run(config, watchers=[at(4, replace)])
     assert outcome.exit_code == 4 and "no evidence: " in (outcome.failure or "")
     assert not list(outside.iterdir())
     assert list(read_lines(config.folder))[-1]["end"] == "failed"

@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import load
 
 import echo_rt.utils.threads
-from echo_rt.utils.threads import WAIT_VARIABLES, Cores, busy_seconds, core_quota, log_threads, share_cpu
+from echo_rt.utils.threads import WAIT_VARIABLES, Cores, busy_seconds, core_quota, share_cpu
 
 LONG = 60.0  # seconds; only a deadlock takes that long
 CPU = torch.device("cpu")
@@ -195,33 +194,6 @@ def test_an_idle_team_ends_the_spinning_and_changes_no_result() -> None:
 
 
 # ---------------------------------------------------------------- who uses it
-
-
-def test_a_runtime_on_a_cpu_says_once_how_its_threads_wait(
-    small_model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = dict(os.environ), threading.active_count()
-    with caplog.at_level(logging.DEBUG, "echo_rt.utils.threads"), load(small_model):
-        assert (dict(os.environ), threading.active_count()) == before  # a library only tells
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "echo_rt.utils.threads"]
-    assert line.startswith(f"CPU threads: {torch.get_num_threads()} on {len(os.sched_getaffinity(0))} core")
-
-
-def test_the_line_has_the_advice_only_for_threads_that_spin(
-    machine: Machine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level(logging.DEBUG, "echo_rt.utils.threads")
-    log_threads(torch.device("cuda"))
-    log_threads(CPU)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    log_threads(CPU)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(Cores, "available", lambda: Cores(frozenset({0}), 0.5))
-    log_threads(CPU)
-    advice, set_by_user, one = (record.getMessage() for record in caplog.records)
-    assert "2 on 2 cores;" in advice and "share_cpu" in advice and "OMP_WAIT_POLICY=PASSIVE" in advice
-    assert "OMP_WAIT_POLICY=passive" in set_by_user and "share_cpu" not in set_by_user
-    assert "1 on 1 core with a quota of 0.5;" in one and "share_cpu" not in one
 
 
 @contextmanager
