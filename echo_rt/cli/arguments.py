@@ -50,6 +50,7 @@ _ATTENTIONS = (
     *("flash-attn-2", "flash-attn-3", "flash-attn-4"),
     *(f"{library}-in-{splits}" for library in ("sdpa-cudnn", "sdpa-flash") for splits in (2, 3, 4)),
 )
+_LINEARS = ("torch", *(f"cublaslt-{number}" for number in range(1, 9)))
 _CONVOLUTIONS = ("conv3d", "three-products", "kernel", "kernel-hopper", "enlarged", "phases")
 
 
@@ -241,6 +242,7 @@ _SHARED = table(
     device={"type": Value(str, words=("cpu", "cuda"))},
     backend={"type": Value(str, words=("torch", "cuda", "emulated"))},
     attention={"type": Value(str, words=_ATTENTIONS)},
+    linear={"type": Value(str, words=_LINEARS)},
     convolution={"type": Value(str, words=_CONVOLUTIONS, several=True)},
     graphs={"flag_value": False, "default": None},
     lookahead={"type": number(int, f"an integer in 0..{_MOST_AHEAD}", most=_MOST_AHEAD)},

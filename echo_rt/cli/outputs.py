@@ -51,7 +51,7 @@ def check_folder(output: Named, inputs: Sequence[Named]) -> None:
     process writes into it.
     """
     if os.path.isdir(output.path):
-        FolderClaim(output.path, shared=True).release()
+        FolderClaim(output.path).release()
     check_apart(output, inputs)
     for given in inputs:
         if _real(output.path) in _real(given.path).parents:

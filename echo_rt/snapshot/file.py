@@ -34,7 +34,7 @@ _LENGTH_BYTES = 8
 _ALIGNMENT = 64
 _ZEROS = "0" * 64
 _PIECE = 2**20  # bytes in memory at once
-_UNREADABLE = (SafetensorError, RuntimeError, TypeError, ValueError, OverflowError, MemoryError)
+_UNREADABLE = (SafetensorError, TypeError, ValueError, OverflowError)  # not memory that is used up
 
 _CODES = {
     torch.float64: "F64",

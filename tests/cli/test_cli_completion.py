@@ -18,6 +18,7 @@ import pytest
 from echo_rt import attention, convolution
 from echo_rt.cli.arguments import OPTIONS
 from echo_rt.cli.main import COMMANDS
+from echo_rt.model import cublaslt
 from echo_rt.ops.backends import load_ops
 
 HEAVY = "import sys; from echo_rt.cli.main import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
@@ -83,8 +84,12 @@ def test_every_value_that_can_be_known_is_completed() -> None:
 
 def test_the_names_of_implementations_are_those_that_there_are() -> None:
     ops = load_ops("torch")
-    for option, module in (("--attention", attention), ("--convolution", convolution)):
-        names = {one.name for one in module.implementations(ops)}
+    for option, there in (
+        ("--attention", attention.implementations(ops)),
+        ("--linear", cublaslt.IMPLEMENTATIONS),
+        ("--convolution", convolution.implementations(ops)),
+    ):
+        names = {one.name for one in there}
         kind = OPTIONS[option].type
         assert {
             one.value for one in kind.shell_complete(click.Context(click.Command("x")), OPTIONS[option], "")
