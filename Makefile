@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 NVCC ?= nvcc
-TEST_WORKERS ?= 2
+# Three on two cores: a third of the time, tests wait for processes, frames and disks.
+TEST_WORKERS ?= 3
 JOBS ?= 2
 PYTEST_ARGS ?=
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal --benchmark-disable
