@@ -223,17 +223,20 @@ class RaySession:
 
     async def _call(self, method: str, *arguments: Any, again: bool = True, **options: Any) -> Any:
         """Call the actor; one that has died is waited for, and called ``again``."""
+        find = self._make
         while True:
             try:
                 if self._actor is None:
-                    self._actor = await asyncio.to_thread(self._make)
+                    self._actor = await asyncio.to_thread(find)
+                if self._actor is None:
+                    raise ParkedError("the session was parked; connect again to bring it back")
                 return await self._actor.call.remote(method, *arguments, **options)
             except RayTaskError as error:
                 raise error.cause from None
             except RayActorError as error:
                 self._actor = None
-                if method in _WATCHING and await asyncio.to_thread(self._existing) is None:
-                    raise ParkedError("the session was parked; connect again to bring it back") from None
+                if method in _WATCHING:
+                    find = self._existing
                 if not again:
                     raise BusyError("the session's process has died, perhaps before it took this") from error
                 await asyncio.sleep(_AGAIN_SECONDS)

@@ -124,9 +124,12 @@ class Channel:
                     viewer.offer(after, item)
 
     async def _until_wanted(self) -> None:
-        """Wait until somebody has come here, or the session is back for others."""
+        """Wait until somebody has come here, or the session is back for others.
+
+        One that is about to be parked "waits" too, and asking it for pictures would bring it back.
+        """
         state = "parked"
-        while state == "parked":
+        while state in ("parked", "waiting"):
             await asyncio.sleep(_AGAIN_SECONDS)
             state = "wanted" if self._wanted else (await self.session.ask("figures"))["state"]
 

@@ -226,10 +226,11 @@ def test_a_viewer_that_is_late_loses_pictures_not_others() -> None:
 
 
 class Parking:
-    """A session that can be parked, and counts how often it was brought back."""
+    """A session that can be parked, and counts how often it was brought back. ``state``: as told while it is parked."""
 
     def __init__(self) -> None:
         self.parked, self.told, self.brought_back, self.place = False, False, 0, 0
+        self.state = "waiting"  # its process ends a moment later
 
     async def next(self, after: int | None, audience: Any = None) -> list[Any]:
         await asyncio.sleep(0.005)
@@ -242,7 +243,7 @@ class Parking:
         return [(self.place, Picture(self.place, True, b"picture", b"", False))]
 
     async def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        return {"state": "parked" if self.parked else "playing"}
+        return {"state": self.state if self.parked else "playing"}
 
     def park(self) -> None:
         self.parked, self.told = True, False
@@ -258,8 +259,9 @@ def test_a_parked_session_is_brought_back_by_who_comes_and_not_by_who_is_there(m
             await watching.get()
             session.park()
             assert await listening.get() == {"type": "parked"}
-            for _ in range(30):
-                await asyncio.sleep(0.01)
+            for session.state in ("waiting", "parked"):
+                for _ in range(20):
+                    await asyncio.sleep(0.01)
             assert session.parked and session.brought_back == 0, "a viewer that was there brings it back"
             with channel.view("h264") as late:
                 await late.get()
