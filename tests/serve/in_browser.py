@@ -181,7 +181,13 @@ def test_the_page_comes_back_with_the_server(browser: Browser, small_model: Path
         port = first.port
     for page in pages:
         expect(page.locator("#connection")).to_have_text("server away")
+    rtc = pages[0]
+    stalled = rtc.evaluate("(echo.viewers = null, [echo.lastFrame, echo.frames])")
     with served(small_model, tmp_path / "out", resume=True, port=port) as second:
+        rtc.wait_for_function("() => echo.viewers !== null", timeout=MS)
+        at_last, frames, connecting = rtc.evaluate("[echo.lastFrame, echo.frames, echo.first]")
+        # Or the page would wait for pictures until the browser notices that nobody sends any.
+        assert connecting or frames > stalled[1] or at_last == stalled[0], "figures pass for a picture"
         for page in pages:
             more_frames(page, 10)
             page.wait_for_function("block => echo.block >= block", arg=at, timeout=MS)
