@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 NVCC ?= nvcc
-TEST_WORKERS ?= 2
+# Three on two cores: a third of the time, tests wait for processes, frames and disks.
+TEST_WORKERS ?= 3
 JOBS ?= 2
 PYTEST_ARGS ?=
-PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --benchmark-disable
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal --benchmark-disable
 
 BIN := $(VENV)/bin
 BUILD := build
@@ -53,13 +54,13 @@ measure-demo: $(VENV)/.developed ## measure what the demo model shows and rememb
 test: $(VENV)/.developed kernels ## run every test; with nvcc on the PATH, compile the kernels too
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-long: $(VENV)/.developed wheel ## run what takes hours: wheels, long soaks, ten minutes for each fuzz test, a server under load, then every test in two other orders, once beside 20 busy processes
+test-long: $(VENV)/.developed wheel ## run what takes hours: wheels, long soaks, ten minutes for each fuzz test, a server under load, then every test, longer variants too, in two other orders, once beside 20 busy processes
 	ECHO_RT_LONG_SOAK=1 $(PYTEST) tests/soak $(PYTEST_ARGS)
 	ECHO_RT_FUZZ=600 $(PYTEST) -rP -m hypothesis $(PYTEST_ARGS)
 	ECHO_RT_FUZZ=600 $(PYTEST) tests/stream/test_hammer.py $(PYTEST_ARGS)
 	ECHO_RT_LONG_SERVE=1 $(BIN)/python -m pytest tests/serve $(PYTEST_ARGS)
-	$(PYTEST) --shuffle 1 $(PYTEST_ARGS)
-	$(BIN)/python tests/busy.py 20 env $(PYTEST) --shuffle 2 $(PYTEST_ARGS)
+	$(PYTEST) --long --shuffle 1 $(PYTEST_ARGS)
+	$(BIN)/python tests/busy.py 20 env $(PYTEST) --long --shuffle 2 $(PYTEST_ARGS)
 
 test-virtual-gpu: ## run the tests for GPUs without one; PYTHON needs a torch with CUDA and the tests' packages
 	PYTHONPATH=tests $(PYTHON) -m virtual_gpu.build

@@ -87,11 +87,16 @@ class Lives(AbstractContextManager["Lives"]):
         self._life = Life(self._server, self._folder)
         return self._life
 
+    def kill(self) -> None:
+        """End the process that a test may have left."""
+        if self._life is not None and self._life.poll() is None:
+            self._life.send_signal(signal.SIGKILL)
+            self._life.wait()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._life is not None and self._life.poll() is None:
-            self._life.send_signal(9)
+        self.kill()
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.close()
         self._server.wait(60)

@@ -7,6 +7,7 @@ the order in which it was asked for.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from tape import Call, tensors_in
+from tape import Call, replay, tensors_in
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +24,8 @@ from echo_rt.engine.executor import Event, Executor, Queue, stage_name
 
 HOST = "host"
 Clock = dict[str, int]
+_Accesses = list[tuple[str, tuple[int, int], bool]]
+"""Of one operation: the buffer, the part of it, and whether it is written."""
 
 
 def _merged(*clocks: Mapping[str, int]) -> Clock:
@@ -64,15 +67,9 @@ class Access:
     end: int
     writes: bool
 
-    def races(self, later: Access) -> bool:
-        """Whether nothing orders this access before ``later``, and it matters."""
-        overlap = self.begin < later.end and later.begin < self.end
-        return (
-            overlap
-            and (self.writes or later.writes)
-            and self.queue != later.queue
-            and later.clock.get(self.queue, 0) < self.at
-        )
+    def conflicts(self, later: Access) -> bool:
+        """Whether it matters which of the two comes first."""
+        return self.begin < later.end and later.begin < self.end and (self.writes or later.writes)
 
 
 class Recorder(TorchDispatchMode):
@@ -93,6 +90,7 @@ class Recorder(TorchDispatchMode):
         self._noted: dict[Hashable, Access] = {}  # by this run of this stage
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, list[Call]] = {}
+        self._accesses: dict[Hashable, list[_Accesses | None]] = {}  # of each call of a graph
         self._capturing: list[Call] | None = None
 
     def watch(self, buffers: Mapping[str, Tensor]) -> None:
@@ -114,15 +112,16 @@ class Recorder(TorchDispatchMode):
         with self._on(queue, name, *(event.clock for event in waited)):
             if key in self._graphs:
                 self.replays += 1
-                for call in self._graphs[key]:
-                    call.again()
-                    self._note(call)
+                replay(self._graphs[key])
+                for accesses in self._accesses[key]:
+                    self._note(accesses)
             elif key in self._seen:
                 self._graphs[key] = self._capturing = []
                 try:
                     stage(*static_args)
                 finally:
                     self._capturing = None
+                self._accesses[key] = [self._accesses_of(call) for call in self._graphs[key]]
             else:
                 self._seen.add(key)
                 stage(*static_args)
@@ -154,6 +153,7 @@ class Recorder(TorchDispatchMode):
     def close(self) -> None:
         self.synchronize()
         self._graphs.clear()
+        self._accesses.clear()
         self._seen.clear()
 
     # ---------------------------------------------------------------- operations
@@ -164,46 +164,62 @@ class Recorder(TorchDispatchMode):
             self._capturing.append(call)
         if not self._stage:
             self.outside[func.overloadpacket.__name__] += 1
-        self._note(call)
+        self._note(self._accesses_of(call))
         return result
 
-    def _note(self, call: Call) -> None:
-        """Keep the accesses to the buffers; an operation that only makes a view accesses nothing."""
-        schema = call.function._schema
+    def _accesses_of(self, call: Call) -> _Accesses | None:
+        """What an operation does with the buffers; None of one that only makes a view, which accesses nothing."""
+        is_view, arguments = _schema_of(call.function)
+        if is_view:
+            return None
         written: list[Tensor] = [out for _, out in call.fresh]
         read: list[Tensor] = []
-        for position, argument in enumerate(schema.arguments):
-            value = call.args[position] if position < len(call.args) else call.kwargs.get(argument.name)
-            writes = argument.alias_info is not None and argument.alias_info.is_write
+        for position, (name, writes) in enumerate(arguments):
+            value = call.args[position] if position < len(call.args) else call.kwargs.get(name)
             (written if writes else read).extend(tensors_in(value))
-        views = any(out.alias_info is not None and not out.alias_info.is_write for out in schema.returns)
-        if views:
+        return [
+            (buffer, _extent(tensor), writes)
+            for tensors, writes in ((read, False), (written, True))
+            for tensor in tensors
+            if (buffer := self._buffers.get(tensor.untyped_storage().data_ptr())) is not None
+        ]
+
+    def _note(self, accesses: _Accesses | None) -> None:
+        """Keep the accesses of one operation to the buffers."""
+        if accesses is None:
             return
         clock = self.clocks[self._queue]
         clock[self._queue] = clock.get(self._queue, 0) + 1
-        for tensors, writes in ((read, False), (written, True)):
-            for tensor in tensors:
-                name = self._buffers.get(tensor.untyped_storage().data_ptr())
-                if name is None:
-                    continue
-                key = (name, _extent(tensor), writes)
-                if key not in self._noted or self._queue == HOST:
-                    access = Access(self._queue, 0, dict(clock), self._stage, name, *key[1], writes)
-                    self._noted[key] = access
-                    self.accesses.append(access)
-                self._noted[key].at = clock[self._queue]
+        for key in accesses:
+            if key not in self._noted or self._queue == HOST:
+                name, extent, writes = key
+                access = Access(self._queue, 0, dict(clock), self._stage, name, *extent, writes)
+                self._noted[key] = access
+                self.accesses.append(access)
+            self._noted[key].at = clock[self._queue]
 
     def races(self) -> list[str]:
-        """Every pair of accesses to one buffer that nothing orders, in words."""
+        """Every pair of conflicting accesses to one buffer that nothing orders, in words."""
         found: dict[str, None] = {}
-        by_buffer: dict[str, list[Access]] = defaultdict(list)
+        by_buffer: dict[str, dict[str, list[Access]]] = defaultdict(lambda: defaultdict(list))
         for access in self.accesses:
-            for earlier in by_buffer[access.buffer]:
-                if earlier.races(access):
-                    words = f"{access.buffer}: {earlier.stage or earlier.queue} and {access.stage or access.queue}"
-                    found[words] = None
-            by_buffer[access.buffer].append(access)
+            queues = by_buffer[access.buffer]
+            for queue, accesses in queues.items():
+                seen = access.clock.get(queue, 0)
+                for earlier in accesses if queue != access.queue else ():
+                    if earlier.at > seen and earlier.conflicts(access):
+                        words = f"{access.buffer}: {earlier.stage or earlier.queue} and {access.stage or access.queue}"
+                        found[words] = None
+            queues[access.queue].append(access)
         return list(found)
+
+
+@functools.cache
+def _schema_of(function: Any) -> tuple[bool, list[tuple[str, bool]]]:
+    """Whether an operation only makes a view; its arguments, and whether each is written."""
+    schema = function._schema
+    is_view = any(out.alias_info is not None and not out.alias_info.is_write for out in schema.returns)
+    return is_view, [(a.name, a.alias_info is not None and a.alias_info.is_write) for a in schema.arguments]
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -7,11 +7,17 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def tensors_in(value: Any) -> list[Tensor]:
+    """Those among an operation's arguments or results, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for entry in value for tensor in tensors_in(entry)]
 
 
 @dataclass
@@ -34,10 +40,18 @@ class Call:
 
     def again(self) -> None:
         """The same on the same addresses, with the host's values of the first time."""
-        with _disable_current_modes():
-            outputs = tensors_in(self.function(*self.args, **self.kwargs))
+        result = self.function(*self.args, **self.kwargs)
+        if self.fresh:
+            outputs = tensors_in(result)
             for place, out in self.fresh:
                 out.copy_(outputs[place])
+
+
+def replay(calls: list[Call]) -> None:
+    """Do the operations again, in order, unseen by whoever watches operations."""
+    with _disable_current_modes():
+        for call in calls:
+            call.again()
 
 
 class Tape(TorchDispatchMode):
@@ -53,5 +67,4 @@ class Tape(TorchDispatchMode):
         return result
 
     def replay(self) -> None:
-        for call in self._calls:
-            call.again()
+        replay(self._calls)

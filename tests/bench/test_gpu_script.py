@@ -161,7 +161,7 @@ def test_when_every_step_hangs_the_budget_holds_and_the_first_have_run(world: Wo
         assert now + limit + 10 <= 420, f"{name} was begun when it could not end in time"
 
 
-@pytest.mark.parametrize("budget", [60, 130, 250, 420, 900])
+@pytest.mark.parametrize("budget", [130, 250, 900])
 def test_no_step_is_begun_that_cannot_end(world: World, budget: int) -> None:
     done = world.run({step: {"seconds": 37} for step in STEPS}, f"--budget={budget}")
     found = check_archive(world)
@@ -176,13 +176,13 @@ def test_no_step_is_begun_that_cannot_end(world: World, budget: int) -> None:
     [("operations", "12 skipped in 1 s"), ("doctor", "backend cuda  not built"), ("others", "no tests ran")],
 )
 def test_a_step_must_prove_itself(world: World, step: str, says: str) -> None:
-    done = world.run({step: {"says": says}})
+    done = world.run({step: {"says": says}}, "--steps", step)
     assert done.returncode == 1 and check_archive(world)[step] == "failed"
     assert "its output lacks" in (world.out / "summary.md").read_text()
 
 
 def test_a_long_output_keeps_both_ends(world: World) -> None:
-    world.run({"operations": {"says": "begin " + "x" * 3_000_000 + " 5 passed"}})
+    world.run({"operations": {"says": "begin " + "x" * 3_000_000 + " 5 passed"}}, "--steps=operations")
     check_archive(world)
     log = archive(world.out)["operations/log.txt"]
     assert len(log) < 1_100_000 and log.startswith("begin") and "5 passed" in log and "[...]" in log

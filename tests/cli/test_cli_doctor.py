@@ -169,7 +169,7 @@ with echo_rt.Runtime.from_pretrained(model, device="cpu", memory="off") as runti
 COMMAND = "from echo_rt.cli.main import main; assert main({}) == {}"
 COLLECT = """
 import pytest
-assert pytest.main(["--collect-only", "-q", "-m", "cuda", "-p", "no:cacheprovider", tests]) == 0
+assert pytest.main(["--collect-only", "-q", "-m", "cuda", "-p", "no:cacheprovider", "--assert=plain", tests]) == 0
 """
 
 

@@ -1,6 +1,6 @@
 """``generate --segments --snapshot-every --resume``: a video that a kill cannot spoil.
 
-``ECHO_RT_KILLS``: how often the one test with real kills kills (6).
+``ECHO_RT_KILLS``: how often the one test with real kills kills (4).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import snapshot_files
 
 PROMPT = ("--model", "folder", "--prompt", "1")
-KILLS = int(os.environ.get("ECHO_RT_KILLS", "6"))
+KILLS = int(os.environ.get("ECHO_RT_KILLS", "4"))
 FRAMES = max(249, 90 * KILLS)
 LASTING = ("--segments", 2, "--snapshot-every", 2)  # a segment would have three blocks if no snapshot ended it
 

@@ -182,24 +182,13 @@ def test_a_full_disk(call: Any, asked: dict[str, Any]) -> None:
     assert done.code == 1 and "No space left" in done.error
 
 
-def test_files_that_may_not_be_as_long_as_a_snapshot(small_model: Path, tmp_path: Path) -> None:
+def test_files_that_may_not_be_as_long_as_a_snapshot(call: Any, small_model: Path, tmp_path: Path) -> None:
     """For real: a limit of the system ends the soak, what is there is whole, and without the limit it goes on."""
     out = tmp_path / "out"
     model = ["--model", str(small_model), "--checkpoint", str(small_model / "echo_infinity.pt"), "--device", "cpu"]
-    soak = [
-        sys.executable,
-        "-m",
-        "echo_rt",
-        "soak",
-        *model,
-        "--out",
-        str(out),
-        "--blocks",
-        "6",
-        "--quiet",
-        "--no-plots",
-    ]
-    command = shlex.join([*soak, "--snapshot-every", "2", "--hash-every", "1"])
+    soak = ["soak", *model, "--out", str(out), "--blocks", "6", "--quiet", "--no-plots"]
+    soak += ["--snapshot-every", "2", "--hash-every", "1"]
+    command = shlex.join([sys.executable, "-m", "echo_rt", *soak])
     limited = subprocess.run(["bash", "-c", f"ulimit -f 64; exec {command}"], capture_output=True, text=True)
     assert limited.returncode == 1, limited.stderr
     assert "error" in limited.stderr and "File too large" in limited.stderr and "Traceback" not in limited.stderr
@@ -207,8 +196,8 @@ def test_files_that_may_not_be_as_long_as_a_snapshot(small_model: Path, tmp_path
     assert lines[0]["block"] == 1 and lines[-1]["end"] == "failed" and "File too large" in lines[-1]["problem"]
     assert "File too large" in (out / "report.md").read_text()
     assert not list((out / "snapshots").glob("*.safetensors"))
-    free = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert free.returncode == 0, free.stderr
+    free = call(*soak)
+    assert free.code == 0, free.err
     assert len(list((out / "snapshots").glob("*.safetensors"))) == 3
 
 

@@ -74,7 +74,7 @@ def test_a_full_standard_output_is_one_line(arguments, unbuffered):
 @needs_full
 @pytest.mark.parametrize("unbuffered", [False, True], ids=["buffered", "unbuffered"])
 def test_a_table_that_cannot_be_printed(golden_dir, unbuffered):
-    done = shell(f">{FULL}", "verify", str(golden_dir / "text_encoder"), unbuffered=unbuffered)
+    done = shell(f">{FULL}", "verify", str(golden_dir / "rollout_small"), unbuffered=unbuffered)
     assert done.returncode == 1
     assert done.stderr == "echo-rt: error: standard output: cannot write: No space left on device\n"
 

@@ -30,16 +30,16 @@ def test_golden_bundles_pass(echo_rt, golden_dir, tmp_path):
 
 
 def test_a_folder_of_bundles(echo_rt, golden_dir, tmp_path):
-    for name in ("text_encoder", "vae"):
+    for name in ("rollout_small", "text_encoder"):
         shutil.copytree(golden_dir / name, tmp_path / "all" / "deep" / name)
     (tmp_path / "all" / "config.json").write_text("not JSON")
     arguments = ("verify", tmp_path / "all", "--device", "cpu", "--dump", tmp_path / "dump", "--json")
     outcome = echo_rt(*arguments)
     assert outcome.code == 0, outcome.err
-    assert [bundle["name"] for bundle in outcome.json["bundles"]] == ["text_encoder", "vae"]
-    assert sorted(path.name for path in (tmp_path / "dump").iterdir()) == ["text_encoder", "vae"]
-    shutil.copytree(golden_dir / "vae", tmp_path / "all" / "vae")
-    assert echo_rt(*arguments).error == "--dump: expected bundles of different names, got two called 'vae'"
+    assert [bundle["name"] for bundle in outcome.json["bundles"]] == ["rollout_small", "text_encoder"]
+    assert sorted(path.name for path in (tmp_path / "dump").iterdir()) == ["rollout_small", "text_encoder"]
+    shutil.copytree(golden_dir / "rollout_small", tmp_path / "all" / "rollout_small")
+    assert echo_rt(*arguments).error == "--dump: expected bundles of different names, got two called 'rollout_small'"
     (tmp_path / "empty").mkdir()
     outcome = echo_rt("verify", tmp_path / "empty", "--device", "cpu")
     assert outcome.code == 2 and "expected the folder of a golden bundle or of a model, found no VAE" in outcome.error
@@ -57,7 +57,8 @@ def test_a_bundle_of_a_recipe(echo_rt, golden_dir):
     assert [Path(lora["file"]).name for lora in bundle["loras"]] == ["longlive_lora.pt"]
 
 
-def test_a_model_beside_a_bundle(echo_rt, golden_dir, small_model, tmp_path):
+def test_a_model_beside_a_bundle(echo_rt, golden_dir, small_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("echo_rt.verify.decoder._SIZE", (16, 16))
     outcome = echo_rt("verify", golden_dir / "vae", small_model, "--device", "cpu", "--dump", tmp_path)
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("video in bfloat16 beside float32: PSNR ") == 2

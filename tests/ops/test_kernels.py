@@ -26,6 +26,7 @@ DEVICES = {"emulated": "cpu", "cuda": "cuda"}
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 # All that torch.library.opcheck does unless told otherwise.
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+SHAPES_ALONE = "test_aot_dispatch_dynamic"  # takes longest, and is the same for both dtypes
 # Of every operation at once: the memory's have tiles for this head size.
 SIZES = Sizes(tokens=5, heads=2, head_dim=64)
 
@@ -67,7 +68,8 @@ def test_opcheck(ops: Ops, op: str, dtype: torch.dtype) -> None:
             tensor.zero_()
         elif isinstance(tensor, Tensor) and tensor.is_floating_point():
             tensor.nan_to_num_()  # what is yet to be written
-    overload, checks = getattr(torch.ops.echo_rt, op).default, list(OPCHECKS)
+    overload = getattr(torch.ops.echo_rt, op).default
+    checks = [check for check in OPCHECKS if dtype == torch.bfloat16 or check != SHAPES_ALONE]
     if any(isinstance(tensor, Tensor) and tensor.dtype == FLOAT8 for tensor in args):
         checks.remove("test_schema")  # it does arithmetic that torch has not for float8; what it looks for is this
         given = [tensor.clone() if isinstance(tensor, Tensor) else tensor for tensor in args]

@@ -181,7 +181,13 @@ def test_the_page_comes_back_with_the_server(browser: Browser, small_model: Path
         port = first.port
     for page in pages:
         expect(page.locator("#connection")).to_have_text("server away")
+    rtc = pages[0]
+    stalled = rtc.evaluate("(echo.viewers = null, [echo.lastFrame, echo.frames])")
     with served(small_model, tmp_path / "out", resume=True, port=port) as second:
+        rtc.wait_for_function("() => echo.viewers !== null", timeout=MS)
+        at_last, frames, connecting = rtc.evaluate("[echo.lastFrame, echo.frames, echo.first]")
+        # Or the page would wait for pictures until the browser notices that nobody sends any.
+        assert connecting or frames > stalled[1] or at_last == stalled[0], "figures pass for a picture"
         for page in pages:
             more_frames(page, 10)
             page.wait_for_function("block => echo.block >= block", arg=at, timeout=MS)
@@ -193,9 +199,10 @@ def test_ten_viewers_and_one_that_is_frozen(browser: Browser, server: Served) ->
     """Viewers in the browser and without one; a frozen one takes nothing of what is sent."""
     pages = [open_page(browser, server.port, "webrtc" if number % 2 else "mp4") for number in range(10 if FULL else 2)]
     address = f"ws://127.0.0.1:{server.port}/api/sessions/main/video?format=h264"
+    leaving = {"compression": None, "close_timeout": 0}  # behind unread frames no good-bye is read
     with ExitStack() as stack:
-        stack.enter_context(connect(address, max_queue=1, compression=None))  # the frozen one
-        others = [stack.enter_context(connect(address, compression=None)) for _ in range(10 - len(pages))]
+        stack.enter_context(connect(address, max_queue=1, **leaving))  # the frozen one
+        others = [stack.enter_context(connect(address, **leaving)) for _ in range(10 - len(pages))]
         for viewer in others:
             assert all(viewer.recv(LONG) for _ in range(MANY))
         for page in pages:

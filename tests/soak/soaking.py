@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,15 +47,15 @@ def soak_of(model: Path, out: Path, **changes: Any) -> SoakConfig:
     return SoakConfig(**(given | changes))
 
 
-def command_of(config: SoakConfig) -> list[str]:
-    """The command line of such a soak, without the options that it leaves out."""
-    command = [sys.executable, "-m", "echo_rt", "soak", "--quiet", "--no-plots", "--set", "denoising_steps=1000"]
+def arguments(config: SoakConfig, *more: str) -> list[str]:
+    """The command and the options of such a soak, without those that it leaves out."""
+    command = ["soak", "--quiet", "--no-plots", "--set", "denoising_steps=1000"]
     places = ("model", "checkpoint", "out", "device")
     counts = ("interval", "hash_every", "snapshot_every", "seed", "blocks", "switch_every")
     for name in (*places, *counts, *(["keep"] if config.snapshot_every else [])):
         if getattr(config, name) is not None:
             command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
-    return command + [part for prompt in config.prompts for part in ("--prompt", prompt)]
+    return [*command, *(part for prompt in config.prompts for part in ("--prompt", prompt)), *more]
 
 
 def wait_until(happened: Callable[[], bool], process: Any) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from soaking import LONG, PROMPTS, command_of, hashes, intervals, lines_of, soak_of, wait_until
+from lives import Lives
+from soaking import LONG, PROMPTS, arguments, hashes, intervals, lines_of, soak_of, wait_until
 
 import echo_rt.soak
 from echo_rt.snapshot.snapshot import Snapshot
@@ -20,20 +20,18 @@ from echo_rt.soak.journal import JOURNAL_FILE, read_lines
 FAR = 100_000  # blocks: no life gets there
 
 
-def live_and_die(command: list[str], journal: Path, moments: random.Random) -> None:
+def live_and_die(lives: Lives, command: list[str], journal: Path, moments: random.Random) -> None:
     """Start it and kill it: one in five anywhere in its start, the others somewhere in or between its blocks."""
     before = lines_of(journal)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        if started := moments.random() >= 0.2:
-            lines = before + moments.randint(1, 8)
-            wait_until(lambda: lines_of(journal) >= lines, process)
-        # Wherever that falls will do: into the start, into a block or between two.
-        time.sleep(moments.uniform(0.0, 0.1 if started else 3.0))
-        assert process.poll() is None, f"ended by itself with {process.returncode}"
-    finally:
-        process.kill()
-        process.wait()
+    life = lives.begin(*command)
+    if started := moments.random() >= 0.2:
+        lines = before + moments.randint(1, 8)
+        wait_until(lambda: lines_of(journal) >= lines, life)
+    # Wherever that falls will do: into the start, into a block or between two.
+    time.sleep(moments.uniform(0.0, 0.1 if started else 0.5))
+    assert life.poll() is None, f"ended by itself with {life.poll()}"
+    lives.kill()
+    assert life.wait() == -signal.SIGKILL
 
 
 def compared(folder: Path) -> int:
@@ -49,30 +47,29 @@ def beyond_snapshots(folder: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=LONG)])
-def test_kills_at_random_moments(kills: int, smallest_model: Path, tmp_path: Path) -> None:
+def test_kills_at_random_moments(kills: int, lives: Lives, smallest_model: Path, tmp_path: Path) -> None:
     # Lines come quicker than snapshots, so that a life has blocks to make again and to compare.
     video = dict(prompts=PROMPTS, switch_every=7, interval=0.05)
     broken = soak_of(smallest_model, tmp_path / "broken", blocks=FAR, snapshot_every=5, keep=2, **video)
-    command, journal, moments = command_of(broken), broken.folder / JOURNAL_FILE, random.Random(kills)
+    command, journal, moments = arguments(broken), broken.folder / JOURNAL_FILE, random.Random(kills)
     left = kills
     # The last of them leaves blocks that no snapshot has: they are made again, and compared.
     while left > 0 or not beyond_snapshots(broken.folder):
         left -= 1
-        live_and_die(command, journal, moments)
+        live_and_die(lives, command, journal, moments)
         for file in snapshot_files(broken.folder / "snapshots"):
             Snapshot.load(file)  # whole, every one of them
     before = lines_of(journal)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    life = lives.begin(*command)
 
     def enough() -> bool:
-        lives = {line["run"] for line in intervals(broken.folder)}
+        runs = {line["run"] for line in intervals(broken.folder)}
         begun = lines_of(journal) > before  # and so a signal is answered
-        return begun and len(lives) > 1 and len(hashes(broken.folder)) > 10 and compared(broken.folder) > 0
+        return begun and len(runs) > 1 and len(hashes(broken.folder)) > 10 and compared(broken.folder) > 0
 
-    wait_until(enough, process)
-    process.send_signal(signal.SIGINT)
-    complaints = process.communicate()[1]
-    assert process.returncode == 130, complaints
+    wait_until(enough, life)
+    life.send_signal(signal.SIGINT)
+    assert life.wait() == 130, life.err
 
     made = hashes(broken.folder)
     blocks = len(made)
@@ -83,6 +80,6 @@ def test_kills_at_random_moments(kills: int, smallest_model: Path, tmp_path: Pat
     assert hashes(whole.folder) == made
     lines = list(read_lines(broken.folder))
     assert all(not line["mismatches"] for line in lines)
-    lives = {line["run"] for line in intervals(broken.folder)}
-    print(f"{kills} kills, {len(lives)} lives that made blocks, {blocks} blocks, {compared(broken.folder)} made twice")
-    assert "BROKEN" not in complaints and Status.BROKEN.value not in (broken.folder / "report.md").read_text()
+    runs = {line["run"] for line in intervals(broken.folder)}
+    print(f"{kills} kills, {len(runs)} lives that made blocks, {blocks} blocks, {compared(broken.folder)} made twice")
+    assert "BROKEN" not in life.err and Status.BROKEN.value not in (broken.folder / "report.md").read_text()

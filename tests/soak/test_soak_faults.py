@@ -24,13 +24,13 @@ import faults
 import pytest
 from faults import ILLEGAL, LOST, file_system_of, fill, nan_in
 from lives import NO_READER, Lives
-from soaking import PROMPTS, command_of, hashes, intervals, line_of, lines_of, soak_of, wait_until
+from soaking import PROMPTS, arguments, hashes, intervals, line_of, lines_of, soak_of, wait_until
 
 import echo_rt.soak
 from echo_rt.errors import NumericalError, OutputError, SnapshotError, TargetError
 from echo_rt.snapshot.snapshot import Snapshot
 from echo_rt.snapshot.store import SnapshotKeeper, snapshot_files
-from echo_rt.soak import Outcome, SoakConfig
+from echo_rt.soak import Outcome
 from echo_rt.soak.checks import Status
 from echo_rt.soak.journal import JOURNAL_FILE, Past, read_lines
 
@@ -48,18 +48,6 @@ def broken_in(report: dict[str, Any]) -> list[str]:
 
 def promised(outcome: Outcome, name: str) -> Status:
     return next(verdict.status for verdict in outcome.verdicts if verdict.promise == name)
-
-
-@pytest.fixture(scope="module")
-def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
-    with Lives(tmp_path_factory.mktemp("lives")) as made:
-        yield made
-
-
-def arguments(config: SoakConfig, *more: str) -> list[str]:
-    """The command and the options of such a soak."""
-    made = command_of(config)
-    return [*made[made.index("soak") :], *more]
 
 
 class Vanish:

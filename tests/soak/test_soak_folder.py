@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from faults import file_system_of, nan_in
 from lives import Lives
-from soaking import command_of, hashes, intervals, lines_of, soak_of, wait_until
+from soaking import arguments, hashes, intervals, lines_of, soak_of, wait_until
 
 import echo_rt.soak
 from echo_rt.errors import ConfigError, EchoError
@@ -97,17 +97,14 @@ def test_a_journal_that_is_replaced(smallest_model: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("gone", ["", "snapshots"])
-def test_the_command_says_so(gone: str, smallest_model: Path, tmp_path: Path) -> None:
+def test_the_command_says_so(gone: str, lives: Lives, smallest_model: Path, tmp_path: Path) -> None:
     config = soak_of(smallest_model, tmp_path / "out", blocks=10**6, snapshot_every=5, interval=0.01)
-    (tmp_path / "lives").mkdir()
-    with Lives(tmp_path / "lives") as lives:
-        made = command_of(config)
-        life = lives.begin(*made[made.index("soak") :], "--json")
-        wait_until(lambda: lines_of(config.folder / JOURNAL_FILE) > 2, life)
-        (config.folder / gone).rename(tmp_path / "gone")
-        while (tmp_path / "gone").exists():
-            shutil.rmtree(tmp_path / "gone", ignore_errors=True)  # files still get there
-        assert life.wait() == 1 and len(life.err.splitlines()) == 1, life.err
+    life = lives.begin(*arguments(config, "--json"))
+    wait_until(lambda: lines_of(config.folder / JOURNAL_FILE) > 2, life)
+    (config.folder / gone).rename(tmp_path / "gone")
+    while (tmp_path / "gone").exists():
+        shutil.rmtree(tmp_path / "gone", ignore_errors=True)  # files still get there
+    assert life.wait() == 1 and len(life.err.splitlines()) == 1, life.err
     assert "failed after" in (config.folder / "report.md").read_text()
 
 

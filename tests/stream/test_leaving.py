@@ -19,11 +19,13 @@ import echo_rt
 from echo_rt import StreamError
 from echo_rt.weights.tiny_model import CHECKPOINT_FILE
 
-# The main thread ends while another one is certainly in a library, and certainly comes back from it.
+# The main thread ends while another one is certainly in a library, and certainly comes back from it. Each work has a
+# fork of its own, which ends as any interpreter does, without importing everything once more.
 PROGRAM = """
-import sys, threading
+import os, sys, threading
 import torch
 import echo_rt
+from echo_rt.stream import Stream
 
 def long_operation():
     inside.set()
@@ -31,7 +33,13 @@ def long_operation():
     for _ in range(10):
         a = a @ a * 1e-3
 
-model, checkpoint, path, work = sys.argv[1:]
+model, checkpoint, path, *works = sys.argv[1:]
+for work in works:
+    if (child := os.fork()) == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), work, flush=True)
+else:
+    sys.exit()
 inside = threading.Event()
 runtime = echo_rt.Runtime.from_pretrained(model, checkpoint=checkpoint, device="cpu", keep_text_encoder=True)
 stream = runtime.stream("a fox")
@@ -58,15 +66,13 @@ inside.wait()
 """
 
 
-@pytest.mark.parametrize(
-    "work",
-    ["next(stream)", "stream.set_prompt('a bear')", "stream.snapshot(path)"],
-)
-def test_the_interpreter_exits_beside_a_daemon_thread(small_model: Path, tmp_path: Path, work: str) -> None:
-    program = [sys.executable, "-c", PROGRAM, small_model, small_model / CHECKPOINT_FILE, tmp_path / "snapshot", work]
+def test_the_interpreter_exits_beside_a_daemon_thread(small_model: Path, tmp_path: Path) -> None:
+    works = ["next(stream)", "stream.set_prompt('a bear')", "stream.snapshot(path)"]
+    program = [sys.executable, "-c", PROGRAM, small_model, small_model / CHECKPOINT_FILE, tmp_path / "snapshot"]
     environment = os.environ | {"PYTHONPATH": str(Path(echo_rt.__file__).parent.parent)}
-    done = subprocess.run(program, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run([*program, *works], capture_output=True, text=True, timeout=300, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [f"0 {work}" for work in works]
 
 
 # ---------------------------------------------------------------- Ctrl-C

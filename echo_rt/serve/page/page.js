@@ -72,10 +72,12 @@ function choose() {
 
 const median = (values) => [...values].sort((a, b) => a - b)[values.length >> 1];
 
+// Whether no pictures are expected: their absence is no reason to connect again.
+const isStill = () => state.failed || !state.playing || state.parked || document.hidden;
+
 function watchConnection() {
   const age = performance.now() - state.lastFrame;
   const name = state.transport === "webrtc" ? "WebRTC" : "MP4";
-  const still = state.failed || !state.playing || state.parked || document.hidden;
   const slow = Math.max(STALL_MS, 4000 / (state.fps || 16));
   const chip = $("connection");
   let [look, text] = ["good", name];
@@ -94,7 +96,7 @@ function watchConnection() {
     : state.playing && age > slow && !document.hidden ? "Waiting for the next picture…" : "";
   $("notice").hidden = !notice;
   $("notice").textContent = notice;
-  if (!still && age > (state.first && state.transport === "webrtc" ? 4000 : RECONNECT_MS)) {
+  if (!isStill() && age > (state.first && state.transport === "webrtc" ? 4000 : RECONNECT_MS)) {
     if (state.first && $("transport").value === "auto") connect(state.transport === "webrtc" ? "mp4" : "webrtc");
     else connect(state.transport);
   }
@@ -231,12 +233,13 @@ async function refreshAll() {
 function setParked(parked) {
   if (state.parked === parked) return;
   state.parked = parked;
+  if (!parked) state.lastFrame = performance.now();
   setPlaying(state.playing);
 }
 
 function setPlaying(playing) {
+  if (playing && isStill()) state.lastFrame = performance.now();
   state.playing = playing;
-  if (playing) state.lastFrame = performance.now();
   const still = !playing || state.parked;
   $("pause").textContent = still ? "Play" : "Pause";
   $("pause").setAttribute("aria-pressed", String(still));
