@@ -225,15 +225,23 @@ def test_memory_after_many_blocks_is_that_after_fifty(blocks: int, smallest_mode
     ) as runtime:
         embeds = torch.randn(5, runtime.config.transformer.text_dim, generator=torch.Generator().manual_seed(0))
         with runtime.stream(prompt_embeds=embeds) as stream:
-            measured = []
-            for target in (50, blocks):
-                while stream.next_block < target:
+
+            def held_at(block: int) -> tuple[int, int, int]:
+                while stream.next_block < block:
                     next(stream)
                 gc.collect()
-                measured.append((host_memory()["rss"], len(gc.get_objects()), len(os.listdir("/proc/self/fd"))))
-    (before, objects, files), (after, more_objects, more_files) = measured
-    assert before is not None and after is not None
-    print(f"{before} bytes after 50 blocks, {after - before:+} after {blocks}; objects {more_objects - objects:+}")
-    # Less than one block's frames for every hundred blocks: nothing a block makes can stay.
-    assert after - before <= 4 * 2**20
-    assert more_objects - objects < 100 and more_files == files
+                rss = host_memory()["rss"]
+                assert rss is not None
+                return rss, len(gc.get_objects()), len(os.listdir("/proc/self/fd"))
+
+            before = held_at(50)
+            for turn in range(1, 4):  # the allocator of a process that has run other tests may grow once
+                after = held_at(50 + turn * (blocks - 50))
+                grown, objects, files = (b - a for a, b in zip(before, after, strict=True))
+                print(f"{grown:+} bytes and {objects:+} objects in {blocks - 50} blocks")
+                assert objects < 100 and files == 0
+                # Less than one block's frames for every hundred blocks: nothing a block makes can stay.
+                if grown <= 4 * 2**20:
+                    return
+                before = after
+    pytest.fail("each of three times it grew")

@@ -55,15 +55,20 @@ def test_what_a_stream_says_of_itself(runtime: echo_rt.Runtime) -> None:
         assert again.prompt == "later"
 
 
+def until_full(feed: echo_rt.Feed, stream: echo_rt.Stream) -> None:
+    """Wait until two blocks wait in ``feed``, and its thread has left the stream, which nobody is told."""
+    with stream._ready.lock:
+        while feed.waiting < 2 or stream._owner is not None:
+            stream._ready.changed.wait(0.05)
+
+
 def test_how_many_frames_pass_before_a_prompt_shows(small_model: Path) -> None:
     with load(small_model, lookahead=1, overrides=FEW) as runtime, runtime.stream(PROMPT) as stream:
         assert stream.frames_until_prompt == 0
         next(stream)
         assert stream.frames_until_prompt == 12, "one block is begun ahead"
         with echo_rt.Feed(stream, depth=2) as feed:
-            with stream._ready.lock:
-                while feed.waiting < 2 or stream._owner is not None:
-                    stream._ready.changed.wait(0.05)  # nobody is told that a block's thread has left the stream
+            until_full(feed, stream)
             assert stream.frames_until_prompt == 36
             index = stream.next_prompt_block
             stream.set_prompt(OTHER)
@@ -190,8 +195,7 @@ def test_a_prompt_with_flush_shows_at_the_next_block(small_model: Path, lookahea
         with runtime.stream(PROMPT) as stream:
             next(stream)
             with echo_rt.Feed(stream, depth=2) as feed:
-                with stream._ready.lock:
-                    assert stream._ready.changed.wait_for(lambda: feed.waiting == 2 and stream._owner is None, 60)
+                until_full(feed, stream)
                 at = stream.next_prompt_block
                 assert at == 3 + lookahead
                 stream.set_prompt(OTHER, flush=True)
