@@ -230,7 +230,7 @@ def draw(path: Path, title: str, bars: Sequence[tuple[str, str, float, float]]) 
     axis.margins(x=0.12)
     axis.set_xlabel("ms a block, median; whisker: 99th percentile")
     axis.set_title(title)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left")  # to find the "best" place takes long
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_whole(path, buffer.getvalue())

@@ -233,7 +233,7 @@ def test_a_signal_leaves_a_playable_file(small_model, tmp_path, frame_count, sig
         wait_until_frames_come(process)
         time.sleep(0.2)
         process.send_signal(signum)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == code, err

@@ -31,7 +31,7 @@ except SystemExit as done:
     heavy = {"torch", "numpy", "av", "rich", "transformers"} & set(sys.modules)
     sys.exit(f"imported {heavy}" if heavy else done.code)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     flags = "--model --checkpoint --lora --prompt --prompt-embeds --save-prompt-embeds -o --output --frames --seconds"
     flags += " --size --seed --memory --dtype --device --backend --ema --no-ema --keep-text-encoder --latents"
@@ -62,7 +62,7 @@ def test_a_setting_that_is_given_twice(echo_rt):
 
 
 def test_version_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "echo_rt", "--version"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "echo_rt", "--version"], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (0, f"echo-rt {__version__}\n")
 
 

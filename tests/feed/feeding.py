@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-LONG = 30.0  # seconds; only a deadlock takes that long
+LONG = 300.0  # seconds; only a deadlock takes that long
 
 
 def until(true: Callable[[], bool]) -> None:

@@ -273,7 +273,7 @@ def test_a_recording_is_an_ordinary_mp4(server: Served, tmp_path: Path) -> None:
     assert b"moov" in boxes and b"moof" not in boxes, boxes
     with av.open(str(tmp_path / "seen.mp4")) as video:
         frames = list(video.decode(video=0))
-        assert len(frames) == stopped["frames"] == video.streams.video[0].frames >= 12
+        assert len(frames) == stopped["frames"] == video.streams.video[0].frames > 0
         assert float(video.streams.video[0].average_rate) == server.live.get("")["fps"]
 
 

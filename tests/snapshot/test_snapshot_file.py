@@ -199,7 +199,7 @@ def test_files_that_are_no_snapshots(tmp_path: Path) -> None:
     assert "found a folder" in refusal(path)
     path.rmdir()
     os.mkfifo(path)
-    assert "found a pipe" in within(10, lambda: refusal(path))
+    assert "found a pipe" in within(120, lambda: refusal(path))
     path.unlink()
     save_file({"a": torch.ones(3)}, path)
     assert "found a file of tensors with no 'echo-rt snapshot'" in refusal(path)
