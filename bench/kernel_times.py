@@ -27,8 +27,8 @@ from torch.nn.functional import linear, rms_norm
 from echo_rt.bench.runner import median_p99
 from echo_rt.bench.settings import RELEASED, BenchModel
 from echo_rt.bench.tables import columns, environment
-from echo_rt.model.cublaslt import LinearShape, gelu_tanh, select_linear
 from echo_rt.model.linear import Linear
+from echo_rt.model.linear_products import LinearShape, gelu_tanh, select_linear
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.ops.backends import BACKENDS, check_device, load_ops
 from echo_rt.ops.float8 import product, quantize_rows

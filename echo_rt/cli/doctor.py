@@ -36,7 +36,7 @@ _TITLES = {"missing": "what keeps generate from running", "absent": "what could 
 _LOW_DISK_GIB = 1.0
 _MOST_REASONS = 4  # of shapes that the autotuner has measured; more are counted
 _ATTENTION = ("echo_rt.attention", "chosen")
-_LINEAR = ("echo_rt.model.cublaslt", "linear layers chosen")
+_LINEAR = ("echo_rt.model.linear_products", "linear layers chosen")
 _CONVOLUTION = ("echo_rt.convolution", "convolutions chosen")
 
 # Module, distribution, what it is for, whether generate needs it.
@@ -330,7 +330,7 @@ CHECKS: tuple[tuple[str, Callable[[], Iterator[Fact]], tuple[str, ...]], ...] = 
     ("GPU", _driver, ()),
     ("build tools", _compilers, ()),
     ("attention", partial(_autotuned, *_ATTENTION), ("echo_rt.attention",)),
-    ("linear layers", partial(_autotuned, *_LINEAR), ("echo_rt.model.cublaslt", "nvmath")),
+    ("linear layers", partial(_autotuned, *_LINEAR), ("echo_rt.model.linear_products", "nvmath")),
     ("convolution", partial(_autotuned, *_CONVOLUTION), ("echo_rt.convolution",)),
     ("video", _encoder, ("av", "echo_rt.output.video")),
 )

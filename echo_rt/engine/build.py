@@ -23,10 +23,10 @@ from echo_rt.convolution import implementations as convolution_candidates
 from echo_rt.engine.executor import Executor
 from echo_rt.engine.rollout import Rollout
 from echo_rt.errors import BackendError, ConfigError
-from echo_rt.model.cublaslt import LinearSelection, LinearShape, linear_shapes, select_linear
-from echo_rt.model.cublaslt import cache_file as linear_cache
 from echo_rt.model.decoder_protocol import VideoDecoder
 from echo_rt.model.linear import float8_attention, kept_from_float8
+from echo_rt.model.linear_products import LinearSelection, LinearShape, linear_shapes, select_linear
+from echo_rt.model.linear_products import cache_file as linear_cache
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.tiny_decoder import TinyDecoder

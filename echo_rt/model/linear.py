@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from echo_rt.errors import ConfigError
-from echo_rt.model.cublaslt import TORCH, LinearShape, Products, gelu_tanh
+from echo_rt.model.linear_products import TORCH, LinearShape, Products, gelu_tanh
 from echo_rt.ops.float8 import product, quantize_rows
 from echo_rt.ops.schema import Ops
 from echo_rt.utils.device import FLOAT8, dtype_name, placed

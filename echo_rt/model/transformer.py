@@ -15,8 +15,8 @@ from torch.nn.functional import rms_norm, silu
 
 from echo_rt.attention import Attention
 from echo_rt.config import TransformerConfig
-from echo_rt.model.cublaslt import Products
 from echo_rt.model.linear import Linear, Product, Weights, feed_forward
+from echo_rt.model.linear_products import Products
 from echo_rt.ops.schema import Ops
 from echo_rt.utils.device import working_dtype
 

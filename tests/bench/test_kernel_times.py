@@ -32,7 +32,7 @@ from timing import HostTimer
 from echo_rt.autotune.tuner import Selection
 from echo_rt.bench.runner import median_p99
 from echo_rt.bench.settings import TINY
-from echo_rt.model.cublaslt import TORCH, LinearSelection, LinearShape, TorchLinear, linear_shapes
+from echo_rt.model.linear_products import TORCH, LinearSelection, LinearShape, TorchLinear, linear_shapes
 from echo_rt.ops import reference
 from echo_rt.ops.backends import available_backends
 

@@ -18,7 +18,7 @@ import pytest
 from echo_rt import attention, convolution
 from echo_rt.cli.arguments import OPTIONS
 from echo_rt.cli.main import COMMANDS
-from echo_rt.model import cublaslt
+from echo_rt.model import linear_products
 from echo_rt.ops.backends import load_ops
 
 HEAVY = "import sys; from echo_rt.cli.main import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
@@ -86,7 +86,7 @@ def test_the_names_of_implementations_are_those_that_there_are() -> None:
     ops = load_ops("torch")
     for option, there in (
         ("--attention", attention.implementations(ops)),
-        ("--linear", cublaslt.IMPLEMENTATIONS),
+        ("--linear", linear_products.IMPLEMENTATIONS),
         ("--convolution", convolution.implementations(ops)),
     ):
         names = {one.name for one in there}

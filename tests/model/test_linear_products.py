@@ -31,8 +31,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from echo_rt.autotune.tuner import TOLERANCES
 from echo_rt.config import TransformerConfig
 from echo_rt.errors import BackendError, StreamError
-from echo_rt.model import cublaslt
-from echo_rt.model.cublaslt import (
+from echo_rt.model import linear_products
+from echo_rt.model.linear import Linear, Weights
+from echo_rt.model.linear_products import (
     IMPLEMENTATIONS,
     TORCH,
     CublasLt,
@@ -44,7 +45,6 @@ from echo_rt.model.cublaslt import (
     linear_tuner,
     select_linear,
 )
-from echo_rt.model.linear import Linear, Weights
 from echo_rt.ops.backends import load_ops
 from echo_rt.snapshot.fit import IMPLEMENTATIONS as NAMES
 from echo_rt.snapshot.fit import LINEAR
@@ -148,13 +148,13 @@ def nvmath(monkeypatch: pytest.MonkeyPatch) -> FakeNvmath:
     root.__spec__ = ModuleSpec("nvmath", None)
     for module in (root, library, bindings):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(cublaslt, "_ALIGNMENT", 1)  # torch on a CPU aligns to 64 bytes
+    monkeypatch.setattr(linear_products, "_ALIGNMENT", 1)  # torch on a CPU aligns to 64 bytes
     return library
 
 
 @pytest.fixture
 def without_nvmath(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cublaslt, "find_spec", lambda name: None)
+    monkeypatch.setattr(linear_products, "find_spec", lambda name: None)
 
 
 def inputs(shape: LinearShape = SHAPE, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tuple[Tensor, ...]:
@@ -223,7 +223,7 @@ def test_tensors_that_lie_otherwise_are_left_to_torch(nvmath: FakeNvmath, monkey
     product = CublasLt(1)
     wide = torch.cat((x, x), dim=1)[:, :48]
     assert torch.equal(product(wide, weight, bias, False), TORCH(x, weight, bias, False)) and not nvmath.executed
-    monkeypatch.setattr(cublaslt, "_ALIGNMENT", 16)
+    monkeypatch.setattr(linear_products, "_ALIGNMENT", 16)
     shifted = torch.cat((x.flatten()[:1], x.flatten()))[1:].view(x.shape)
     assert shifted.data_ptr() % 16 and shifted.is_contiguous()
     assert torch.equal(product(shifted, weight, bias, True), TORCH(x, weight, bias, True)) and not nvmath.executed
@@ -239,7 +239,7 @@ def test_the_library_takes_what_the_stand_in_takes() -> None:
             (p.name, p.kind) for p in theirs.parameters.values()
         }
     assert {"BIAS", "GELU_BIAS"} <= set(dir(advanced.MatmulEpilog))
-    advanced.MatmulOptions(memory_limit=0, logger=cublaslt._QUIET)
+    advanced.MatmulOptions(memory_limit=0, logger=linear_products._QUIET)
     advanced.MatmulPlanPreferences(limit=8)
 
 
@@ -280,7 +280,7 @@ def test_one_that_does_not_load(nvmath: FakeNvmath, monkeypatch: pytest.MonkeyPa
     def broken(name: str) -> ModuleType:
         raise RuntimeError("libcublasLt.so.14: not found\nmore")
 
-    monkeypatch.setattr(cublaslt, "import_module", broken)
+    monkeypatch.setattr(linear_products, "import_module", broken)
     with pytest.raises(BackendError, match=r"nvmath-python does not load: libcublasLt.so.14: not found; pip") as caught:
         IMPLEMENTATIONS[1].load()
     assert "\n" not in str(caught.value)
@@ -397,7 +397,7 @@ def timed(nvmath: FakeNvmath, monkeypatch: pytest.MonkeyPatch) -> dict[str, floa
         def stopwatch(self, implementation: Any, /) -> Callable[[], float]:
             return lambda: times[implementation.name]
 
-    monkeypatch.setattr(cublaslt, "LinearCheck", OnCpu)
+    monkeypatch.setattr(linear_products, "LinearCheck", OnCpu)
     return times
 
 
@@ -445,7 +445,7 @@ def test_without_the_package_nothing_is_done(
     without_nvmath: None, monkeypatch: pytest.MonkeyPatch, requested: str | None, prescribed: str | None
 ) -> None:
     """No measurement, no cache, no message."""
-    monkeypatch.delattr(cublaslt, "linear_tuner")
+    monkeypatch.delattr(linear_products, "linear_tuner")
     choice = select_linear(SHAPE, GPU, torch.bfloat16, requested, prescribed, Path("/no/such/place"))
     assert choice.implementation is TORCH and choice.by_name == (requested is not None)
 
@@ -477,13 +477,13 @@ def test_a_layer_takes_the_product_of_its_shape() -> None:
 def test_the_shapes_are_those_of_a_pass(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All large products of a block, but those over the text and at both ends of the transformer."""
     seen: list[LinearShape] = []
-    plain = cublaslt.TorchLinear.__call__
+    plain = linear_products.TorchLinear.__call__
 
     def noted(self: object, x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
         seen.append(LinearShape(len(x), weight.shape[1], weight.shape[0], gelu))
         return plain(TORCH, x, weight, bias, gelu)
 
-    monkeypatch.setattr(cublaslt.TorchLinear, "__call__", noted)
+    monkeypatch.setattr(linear_products.TorchLinear, "__call__", noted)
     with load(small_model) as runtime, runtime.stream(prompt_embeds=embeds(runtime)) as stream:
         seen.clear()
         take(stream, 1)
@@ -505,7 +505,7 @@ def on_cpu(nvmath: FakeNvmath, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake
         dataclasses.replace(kind, devices=("cuda", "cpu"), dtypes=(torch.float32, torch.bfloat16))
         for kind in IMPLEMENTATIONS
     ]
-    monkeypatch.setattr(cublaslt, "IMPLEMENTATIONS", tuple(able))
+    monkeypatch.setattr(linear_products, "IMPLEMENTATIONS", tuple(able))
     return nvmath
 
 
@@ -548,7 +548,7 @@ def test_an_old_snapshot_goes_on_by_torch(
         take(stream, 1)
         old = stream.snapshot()
     asked: list[str | None] = []
-    select = cublaslt.select_linear
+    select = linear_products.select_linear
 
     def noted(shape: LinearShape, device: Any, dtype: Any, requested: Any, prescribed: Any, cache: Any) -> Any:
         asked.append(prescribed)
@@ -564,8 +564,8 @@ def test_an_old_snapshot_goes_on_by_torch(
 
 
 def test_doctor_tries_a_product_without_a_model(nvmath: FakeNvmath) -> None:
-    (tuner,) = cublaslt.probes(CPU, load_ops("torch"))
+    (tuner,) = linear_products.probes(CPU, load_ops("torch"))
     states = tuner.available()
     assert states["torch"] == "available" and states["cublaslt-1"].startswith("it runs on cuda")
     assert list(tuner.known(None)) == [("torch", "torch's own on a CPU")]
-    assert [tuner.dtype for tuner in cublaslt.probes(GPU, load_ops("torch"))] == [torch.bfloat16]
+    assert [tuner.dtype for tuner in linear_products.probes(GPU, load_ops("torch"))] == [torch.bfloat16]
