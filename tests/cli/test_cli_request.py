@@ -118,6 +118,7 @@ def test_any_arguments_of_generate(texts, given):
 
 
 @given(given=options(soak))
+@example(given=("--attention", "--attention", "--help"))
 def test_any_arguments_of_soak(given):
     refused_or(lambda: soak.parse_config(_parse(["soak", "--out", "no-such-folder/x", "--blocks", "9", *given])[1]))
 
@@ -125,6 +126,8 @@ def test_any_arguments_of_soak(given):
 def refused_or(parse):
     try:
         parse()
+    except SystemExit as done:  # the page of help was asked for
+        assert done.code == 0
     except Exception as error:
         line, code = describe(error)
         one_line(line)
