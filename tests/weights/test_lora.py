@@ -134,6 +134,33 @@ def test_every_naming(tmp_path: Path, naming: str, container: str) -> None:
     check_merged(merged.transformer)
 
 
+@pytest.mark.parametrize("names", ["of parameters", "numbers"])
+def test_a_training_checkpoint_of_a_lora(lora: Path, names: str) -> None:
+    """As trainers write it to go on: averages of all weights, factors among them, an optimizer's state and a step."""
+    averaged = {
+        f"model.base_model.model.{name}".replace(".weight", ".default.weight"): 2 * tensor
+        for name, tensor in factors().items()
+    }
+    averaged |= {
+        f"model.base_model.model.{module}.base_layer.weight": transformer()[f"{module}.weight"] for module in MODULES
+    }
+    trained = [torch.nn.Parameter(tensor) for tensor in averaged.values()]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.0, 0.999))
+    torch.stack([parameter.square().sum() for parameter in trained]).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    if names == "of parameters":  # as FSDP has them
+        by_name = {name: state["state"][number] for number, name in enumerate(averaged)}
+        state = {"state": by_name, "param_groups": [state["param_groups"][0] | {"params": list(averaged)}]}
+    section = peft(factors())
+    saved(lora, {"generator_lora": section, "generator_optimizer": state, "step": 3000, "generator_ema": averaged})
+    merged = merge_lora(transformer(), lora)
+    assert merged.memory is None
+    check_merged(merged.transformer)
+    saved(lora, {"generator_ema": averaged, "step": 3000, "generator_optimizer": state, "generator_lora": section})
+    check_merged(merge_lora(transformer(), lora, alpha=float(RANK)).transformer)
+
+
 @pytest.mark.parametrize(
     ("naming", "convert"),
     [
