@@ -79,6 +79,8 @@ BASE = PublishedFile("Wan-AI/Wan2.1-T2V-1.3B", None, "model")
 _ECHO_INFINITY = "Echo-Team/Echo-Infinity"
 _CAUSAL_FORCING = "zhuhz22/Causal-Forcing"
 _LONGLIVE = "Efficient-Large-Model/LongLive-1.3B"
+_OPSD_V = "MeiGen-AI/OPSD-V"
+_PHYMOTION = "PhyMotion-CausalForcing-1.3B"
 
 _FOUR_STEPS = (1000, 750, 500, 250)
 _SHARED: dict[str, Any] = {  # by most recipes
@@ -92,15 +94,18 @@ _SHARED: dict[str, Any] = {  # by most recipes
     "context_timestep": 0.0,
     "recache_sink": False,
 }
+_ALL_OF_21 = {"sink_frames": 0, "local_frames": 21, "max_temporal_id": 1023}  # a window of the trained length
+_RELATIVE = _SHARED | {"max_temporal_id": 11}  # ids are places in the window
 _ECHO_NOTE = (
     "the publisher's program makes 21 latent frames and no prompt switch; past frame 20 nothing is published: "
     "ours goes on with bounded ids, and the memory reads keys rotated by them"
 )
+_NO_SWITCH = "the publisher has no prompt switch; ours makes the keys of the whole window anew"
 _FORCING_NOTES = (
     "the publisher's program makes 21 latent frames (81 of video) at most; what follows is our rolling window",
-    "the publisher has no prompt switch; ours makes the keys of the whole window anew",
+    _NO_SWITCH,
 )
-_LONGLIVE_NOTE = (
+_ABSOLUTE_NOTE = (
     "positions are absolute up to frame 1023, where the publisher's program ends; ours goes on with bounded ids"
 )
 _LONGLIVE_FACTS = _SHARED | {"recache_sink": True}
@@ -112,15 +117,31 @@ _LONGLIVE_FILES = (
 
 def _forcing(name: str, hub: str, folder: str, known_by: str, *, ema: bool = True, **facts: Any) -> Recipe:
     """A recipe without sink and memory: a window as long as what the publisher makes, and absolute positions."""
-    window = {"sink_frames": 0, "local_frames": 21, "max_temporal_id": 1023}
     file = PublishedFile(hub, f"{folder}{known_by}", "checkpoint", known_by)
-    return Recipe(name, _SHARED | window | facts, (file,), ema, notes=_FORCING_NOTES)
+    return Recipe(name, _SHARED | _ALL_OF_21 | facts, (file,), ema, notes=_FORCING_NOTES)
 
 
 def _few_steps(*steps: int) -> Recipe:
     name, file = f"causal-forcing-framewise-{len(steps)}step", f"framewise-{len(steps)}step.pt"
     facts: dict[str, Any] = {"frames_per_block": 1, "denoising_steps": steps, "first_block_steps": _FOUR_STEPS}
     return _forcing(name, _CAUSAL_FORCING, "causal-forcing++/", file, **facts)
+
+
+def _self_gradient(kind: str, **facts: Any) -> Recipe:
+    path = f"{kind}/ar/model.pt"
+    file = PublishedFile("JunhaoZhuang/Self_Gradient_Forcing", path, "checkpoint", path)
+    return Recipe(f"self-gradient-forcing-{kind}", _SHARED | facts, (file,), ema=True, notes=(_NO_SWITCH,))
+
+
+def _opsd_v(base: str, checkpoint: str) -> Recipe:
+    """A recipe known by its LoRA: the base below it is another publisher's."""
+    lora = f"opsdv_{base.replace('-', '_')}_lora.pt"
+    files = (
+        PublishedFile(_OPSD_V, f"checkpoints/{checkpoint}", "checkpoint"),
+        PublishedFile(_OPSD_V, f"checkpoints/{lora}", "lora", known_by=lora),
+    )
+    end = "the publisher's program ends at frame 1023, where its table of positions does; ours goes on"
+    return Recipe(f"opsd-v-{base}", _RELATIVE, files, notes=(end, _NO_SWITCH))
 
 
 _TABLE = (
@@ -142,9 +163,31 @@ _TABLE = (
     _forcing("causal-forcing-framewise", _CAUSAL_FORCING, "", "framewise/causal_forcing.pt", frames_per_block=1),
     _few_steps(1000, 500),
     _few_steps(1000),
-    Recipe("longlive", _LONGLIVE_FACTS | {"max_temporal_id": 1023}, _LONGLIVE_FILES, notes=(_LONGLIVE_NOTE,)),
+    Recipe("longlive", _LONGLIVE_FACTS | {"max_temporal_id": 1023}, _LONGLIVE_FILES, notes=(_ABSOLUTE_NOTE,)),
     # Of the same files, whose names select the one above.
     Recipe("longlive-infinity", _LONGLIVE_FACTS | {"max_temporal_id": 11}, _LONGLIVE_FILES),
+    _self_gradient("chunkwise"),
+    _self_gradient("framewise", frames_per_block=1, sink_frames=4, local_frames=17),
+    Recipe(
+        "rmd",
+        _SHARED | _ALL_OF_21 | {"frames_per_block": 1},
+        (PublishedFile("cjeen/RMD", "stage2/model.pt", "checkpoint", known_by="RMD/stage2/model.pt"),),
+        notes=(_ABSOLUTE_NOTE, _NO_SWITCH),
+    ),
+    _opsd_v("longlive", "longlive_base.pt"),
+    _opsd_v("self-forcing", "self_forcing_dmd_ema_as_generator.pt"),
+    Recipe(
+        "phymotion",
+        _RELATIVE,
+        (
+            PublishedFile(_CAUSAL_FORCING, "chunkwise/causal_forcing.pt", "checkpoint"),
+            PublishedFile(f"6kplus/{_PHYMOTION}", None, "lora", known_by=_PHYMOTION),
+        ),
+        notes=(
+            "published videos have 45 frames, which fill the window once; past them ours follows the published code",
+            "the publisher's program empties most of the window between scenes; our prompt switch makes its keys anew",
+        ),
+    ),
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _TABLE}
 
@@ -157,12 +200,12 @@ def find_recipe(name: object, source: str = "recipe") -> Recipe:
     return recipe
 
 
-def published_as(path: str | Path) -> Recipe | None:
-    """The recipe of the published checkpoint that ``path`` has the name of, None for any other name."""
+def published_as(*paths: str | Path) -> tuple[Recipe, str] | None:
+    """The recipe of the first of ``paths`` that ends as a published file's, and that end; None for any others."""
+    known = [(recipe, file.known_by) for recipe in RECIPES.values() for file in recipe.files if file.known_by]
     # Not resolved: in a hub's cache the name is a link to a file called by its digest.
-    parts = Path(os.path.abspath(path)).parts
-    for recipe in RECIPES.values():
-        names = (Path(file.known_by).parts for file in recipe.files if file.known_by is not None)
-        if any(parts[-len(name) :] == name for name in names):
-            return recipe
+    for parts in (Path(os.path.abspath(path)).parts for path in paths):
+        for recipe, name in known:
+            if parts[-len(Path(name).parts) :] == Path(name).parts:
+                return recipe, name
     return None

@@ -131,9 +131,10 @@ def choose_recipe(
         return Choice(RECIPES["echo-infinity-long"], "the LoRA has a memory encoder", "files")
     if holds_memory(checkpoint):
         return Choice(RECIPES["echo-infinity-short"], "the checkpoint has a memory encoder", "files")
-    published = published_as(checkpoint.path)
+    # A LoRA says more than the base below it, which several share.
+    published = published_as(*(path for path, _ in loras), checkpoint.path)
     if published is not None:
-        return Choice(published, f"{checkpoint.path.name} is published under this name", "files")
+        return Choice(published[0], f"{published[1]} is published under this name", "files")
     raise _unknown(f"neither tensors nor name of {checkpoint.path} tell how it is sampled")
 
 

@@ -179,10 +179,11 @@ def _checkpoint(folder: ModelFolder, facts: Mapping[str, Any]) -> TensorFile | N
 
 
 def _downloads(options: RuntimeOptions) -> list[str]:
-    """Commands that fetch the files of the recipe that is named, or published as the checkpoint, and not there yet."""
+    """Commands that fetch what is not there yet of the recipe that is named, or told by the names of given files."""
     checkpoint = [] if options.checkpoint is None else [options.checkpoint]
+    given: dict[str, list[Any]] = {"lora": [path for path, _ in lora_files(options.lora)], "checkpoint": checkpoint}
+    published = published_as(*given["lora"], *checkpoint)
     named = None if options.recipe is None else find_recipe(options.recipe)
-    recipe = named or (published_as(checkpoint[0]) if checkpoint else None)
-    given: dict[str, list[Any]] = {"checkpoint": checkpoint, "lora": [path for path, _ in lora_files(options.lora)]}
+    recipe = named or (published[0] if published else None)
     there = {role: bool(paths) and all(map(os.path.exists, paths)) for role, paths in given.items()}
     return list(dict.fromkeys(file.download for file in (recipe.files if recipe else ()) if not there[file.role]))

@@ -125,16 +125,20 @@ def test_a_memory_encoder_in_the_lora(stock: Path, tmp_path: Path, in_checkpoint
         ("framewise/causal_forcing.pt", "causal-forcing-framewise", EMA),
         ("causal-forcing++/framewise-2step.pt", "causal-forcing-framewise-2step", EMA),
         ("longlive_base.pt", "longlive", PLAIN),
+        ("chunkwise/ar/model.pt", "self-gradient-forcing-chunkwise", EMA),
+        ("framewise/ar/model.pt", "self-gradient-forcing-framewise", EMA),
+        ("RMD/stage2/model.pt", "rmd", PLAIN),
     ],
 )
 def test_a_published_file(stock: Path, tmp_path: Path, path: str, name: str, seed: int) -> None:
     """Also where it is a link to a file of another name, as in the cache of the hub."""
     given = tmp_path / path
-    given.parent.mkdir(exist_ok=True)
+    given.parent.mkdir(exist_ok=True, parents=True)
     given.symlink_to(both(tmp_path / "blob.pt"))
     loaded = load(stock, checkpoint=given)
     assert (loaded.taken.recipe, seed_of(loaded)) == (name, seed)
-    assert f"{given.name} is published under this name" in loaded.taken.line
+    known_by = path.removeprefix("checkpoints/").removeprefix("causal-forcing++/")
+    assert f"recipe {name} ({known_by} is published under this name)" in loaded.taken.line
     facts = RECIPES[name].facts
     window, sampler = loaded.config.window, loaded.config.sampler
     assert window.sink_frames == facts["sink_frames"] and window.recache_sink == facts["recache_sink"]
@@ -143,9 +147,31 @@ def test_a_published_file(stock: Path, tmp_path: Path, path: str, name: str, see
     assert loaded.mode is MemoryMode.OFF and loaded.config.memory is None
 
 
+@pytest.mark.parametrize(
+    ("base", "published", "name"),
+    [
+        ("longlive_base.pt", "opsdv_longlive_lora.pt", "opsd-v-longlive"),
+        ("self_forcing_dmd_ema_as_generator.pt", "opsdv_self_forcing_lora.pt", "opsd-v-self-forcing"),
+        ("chunkwise/causal_forcing.pt", "PhyMotion-CausalForcing-1.3B", "phymotion"),
+    ],
+)
+def test_a_published_lora_says_more_than_its_base(
+    stock: Path, tmp_path: Path, base: str, published: str, name: str
+) -> None:
+    path = both(tmp_path / base)
+    given = tmp_path / published
+    lora(given if given.suffix else given / "adapter_model.bin")
+    loaded = load(stock, checkpoint=path, lora=given)
+    assert (loaded.taken.recipe, loaded.taken.recipe_reason) == (name, f"{published} is published under this name")
+    assert seed_of(loaded) == PLAIN and loaded.taken.cautions == ()
+    window = loaded.config.window
+    assert (window.sink_frames, window.local_frames, window.max_temporal_id) == (3, 9, 11)
+    assert load(stock, checkpoint=path, lora=given, recipe="longlive").taken.recipe == "longlive"
+
+
 def test_what_nothing_tells_is_refused(stock: Path, tmp_path: Path) -> None:
     listed = f"expected a recipe by name, one of {', '.join(RECIPES)} (echo-rt recipes shows them)"
-    for path in ("a.pt", "framewise/ar_diffusion.pt", "causal_forcing.pt"):
+    for path in ("a.pt", "framewise/ar_diffusion.pt", "causal_forcing.pt", "model.pt", "stage2/model.pt"):
         told = refusal(stock, checkpoint=both(tmp_path / path))
         assert told == f"neither tensors nor name of {tmp_path / path} tell how it is sampled: {listed}"
     told = refusal(stock)
@@ -252,6 +278,8 @@ def test_the_downloads_of_a_recipe_are_named(tmp_path: Path, monkeypatch: pytest
     assert commands() == base
     assert commands(recipe="longlive") == f"{base} && {hub}longlive_base.pt{to} && {hub}lora.pt{to}"
     assert commands(checkpoint=tmp_path / "longlive_base.pt") == commands(recipe="longlive"), "told by the name"
+    of_opsd_v = commands(lora=tmp_path / "opsdv_longlive_lora.pt")
+    assert of_opsd_v == commands(recipe="opsd-v-longlive") and "MeiGen-AI/OPSD-V" in of_opsd_v
     # What is there needs no download.
     there = both(tmp_path / "a.pt")
     assert commands(recipe="longlive", checkpoint=there) == f"{base} && {hub}lora.pt{to}"
