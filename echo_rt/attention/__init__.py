@@ -29,7 +29,7 @@ from echo_rt.utils.device import FLOAT8, parse_dtype, working_dtype
 
 AttentionSelection = Selection[Attention]
 CACHE = Cache("attention", AttentionShapes)
-cache_file = CACHE.path
+cache_folder = CACHE.path
 
 # Shapes to try candidates on without a model; the head size is Wan's.
 _PROBE = AttentionShapes(queries=64, keys=200, heads=2, head_dim=128)

@@ -7,30 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
+import hashlib
 import json
 import logging
 import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from echo_rt.errors import EchoError, OutputError
-from echo_rt.utils.atomic_file import open_plain, reason, write_whole
+from echo_rt.utils.atomic_file import read_plain, reason, write_whole
 from echo_rt.utils.build_info import __version__
 from echo_rt.utils.checked_json import convert, read_json
 
 CACHE_VARIABLE = "ECHO_RT_CACHE_DIR"
 
-_FORMAT = 1
-_LARGEST = 2**24  # bytes of a file that is read
-_LOCK_SECONDS = 5.0  # for which the file's lock is waited for
-_NOT_PLAIN = (errno.ELOOP, errno.EINVAL, errno.EISDIR)  # a link, pipe, folder or device in place of a file of ours
+_NAME = 16  # digits of a file's name
 
 Shapes = TypeVar("Shapes")  # a dataclass
 
@@ -67,71 +62,65 @@ class Entry(Generic[Shapes]):
         return f"{what} on {self.case.machine['gpu']}: {', '.join(f'{name} {time:.3f} ms' for name, time in times)}"
 
 
-@dataclass
-class _File:
-    format: Literal[1]
-    entries: list[dict[str, Any]]
-
-
 class Cache(Generic[Shapes]):
-    """The file of one ``subject``, which is also the name of the field of the winner; ``shapes``: the dataclass.
+    """The folder of one ``subject``, which is also the field of the winner; ``shapes``: the dataclass of a case.
 
-    Each problem of a file is told once in a process.
+    A file holds one case: processes that write at once take nothing from each other. A problem is told once in a
+    process.
     """
 
     def __init__(self, subject: str, shapes: type[Shapes]) -> None:
         self.subject = subject
         self._entry_of: Any = Entry[shapes]  # type: ignore[valid-type]
         self._told: set[str] = set()
-        self._given_up: set[Path] = set()  # files that this process writes no more
 
     def path(self) -> Path | None:
-        """Return the file in ``ECHO_RT_CACHE_DIR``, or in the user's cache folder; None for a user without a home."""
-        name = f"{self.subject}.json"
+        """Return the folder, in ``ECHO_RT_CACHE_DIR`` or the user's cache folder; None for a user without a home."""
         if folder := os.environ.get(CACHE_VARIABLE):
-            return Path(folder, name)
+            return Path(folder, self.subject)
         user_cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
         try:
-            return (user_cache if user_cache.is_absolute() else Path.home() / ".cache") / "echo-rt" / name
+            return (user_cache if user_cache.is_absolute() else Path.home() / ".cache") / "echo-rt" / self.subject
         except RuntimeError:
             return None
 
-    def entries(self, path: Path) -> list[Entry[Shapes]]:
-        """Return the entries of ``path``, oldest first; none, with a warning, where it cannot be read."""
-        try:
-            with _open(path, os.O_RDONLY) as file:
-                content = read_json(file.read(_LARGEST), _File, str(path), _DamagedError)
-            return [self._entry(item) for item in content.entries]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            if lasts := error.errno in _NOT_PLAIN:
-                self._given_up.add(path)
-            self._tell(f"{path} cannot be read ({reason(error)})", "at every start" if lasts else "anew")
-        except _DamagedError as error:
-            self._tell(f"{path} is damaged ({error})", "anew")
-        return []
+    def entries(self, folder: Path) -> list[Entry[Shapes]]:
+        """Return the entries of all files in ``folder`` that can be read."""
+        found = (self._read(path) for path in sorted(folder.glob("*.json")))
+        return [entry for entry in found if entry is not None]
 
-    def recall(self, path: Path, case: Case[Shapes]) -> Entry[Shapes] | None:
+    def recall(self, folder: Path, case: Case[Shapes]) -> Entry[Shapes] | None:
         """Return the measurement of exactly this case."""
-        return next((entry for entry in self.entries(path) if entry.case == case), None)
+        entry = self._read(_file(folder, case))
+        return entry if entry is not None and entry.case == case else None
 
-    def remember(self, path: Path, entry: Entry[Shapes]) -> None:
-        """Add ``entry`` to the file, in place of one of the same case; entries added by others meanwhile are kept."""
-        if path in self._given_up:
-            return
+    def remember(self, folder: Path, entry: Entry[Shapes]) -> None:
+        """Write ``entry`` into ``folder``, in place of one of the same case."""
+        path = _file(folder, entry.case)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_suffix(".lock")):
-                kept = [other for other in self.entries(path) if other.case != entry.case]
-                content = {"format": _FORMAT, "entries": [self._fields(item) for item in (*kept, entry)]}
-                if path not in self._given_up:
-                    write_whole(path, json.dumps(content, indent=1).encode() + b"\n")
+            folder.mkdir(parents=True, exist_ok=True)
+            if path.is_symlink():
+                raise OSError(errno.ELOOP, "it is a symbolic link")
+            write_whole(path, json.dumps(self._fields(entry), indent=1).encode() + b"\n")
         except (OSError, OutputError) as error:
-            if isinstance(error, TimeoutError):
-                self._given_up.add(path)
             problem = f"{path} cannot be written ({reason(error)})" if isinstance(error, OSError) else str(error)
             self._tell(problem, "at every start")
+
+    def _read(self, path: Path) -> Entry[Shapes] | None:
+        try:
+            item = read_json(read_plain(path), dict[str, Any], str(path), _DamagedError)
+            fields = {**item, "winner": item.get(self.subject)}
+            entry: Entry[Shapes] = convert(fields, self._entry_of, str(path), _DamagedError)
+            if json.loads(json.dumps(self._fields(entry))) != item:
+                raise _DamagedError(f"{path}: an entry of unknown fields")
+            return entry
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            self._tell(f"{path} cannot be read ({reason(error)})", "anew")
+        except _DamagedError as error:
+            self._tell(f"damaged: {error}", "anew")
+        return None
 
     def _tell(self, problem: str, when: str) -> None:
         if problem not in self._told:
@@ -141,12 +130,11 @@ class Cache(Generic[Shapes]):
     def _fields(self, entry: Entry[Shapes]) -> dict[str, Any]:
         return {self.subject if name == "winner" else name: value for name, value in dataclasses.asdict(entry).items()}
 
-    def _entry(self, item: dict[str, Any]) -> Entry[Shapes]:
-        fields = {**item, "winner": item.get(self.subject)}
-        entry: Entry[Shapes] = convert(fields, self._entry_of, "an entry", _DamagedError)
-        if json.loads(json.dumps(self._fields(entry))) != item:
-            raise _DamagedError("an entry of unknown fields")
-        return entry
+
+def _file(folder: Path, case: Case[Any]) -> Path:
+    """Return the file of a case in ``folder``."""
+    text = json.dumps(dataclasses.asdict(case), sort_keys=True)
+    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:_NAME]}.json"
 
 
 def machine_facts(device: torch.device, versions: Mapping[str, str | None]) -> dict[str, Any]:
@@ -181,32 +169,3 @@ def _driver() -> str | None:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return None
-
-
-def _open(path: Path, flags: int) -> BinaryIO:
-    """Open a plain file, never what a link points to; raises ``OSError``."""
-    try:
-        return open(open_plain(path, flags | os.O_NOFOLLOW), "rb")
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, "it is a symbolic link") from None
-        raise
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock on ``path``; the system releases it however the process ends, but not while one is stopped.
-
-    Raises ``TimeoutError`` where another process keeps it.
-    """
-    end = time.monotonic() + _LOCK_SECONDS
-    with _open(path, os.O_RDWR | os.O_CREAT) as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    raise TimeoutError(f"another process has held its lock for {_LOCK_SECONDS:g} s") from None
-                time.sleep(0.02)
-        yield

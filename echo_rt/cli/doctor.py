@@ -284,7 +284,7 @@ def _autotuned(family: str, name: str) -> Iterator[Fact]:
     if "available" not in states.values():
         yield Fact("any of them", f"none works on {device}", "missing", "install torch again")
         return
-    cache = module.cache_file()
+    cache = module.cache_folder()
     chosen = list(dict.fromkeys(one for tuners in every for tuner in tuners for one in tuner.known(cache)))
     where = f" (remembered in {cache})" if cache and device.type == "cuda" else ""
     if not chosen:

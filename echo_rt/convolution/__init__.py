@@ -23,7 +23,7 @@ from echo_rt.ops.schema import Ops
 from echo_rt.utils.device import parse_dtype
 
 CACHE = Cache("convolution", ConvolutionShape)
-cache_file = CACHE.path
+cache_folder = CACHE.path
 
 ConvolutionSelection = Selection[ConvolutionCandidate]
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from echo_rt.attention import AttentionSelection, ByDtype, attention_in_float8, attention_tuner, attentions
-from echo_rt.attention import cache_file as attention_cache
+from echo_rt.attention import cache_folder as attention_cache
 from echo_rt.attention import implementations as attention_candidates
 from echo_rt.config import ModelConfig, VaeConfig
 from echo_rt.convolution import ConvolutionSelection, ConvolutionShape, select_convolutions
-from echo_rt.convolution import cache_file as convolution_cache
+from echo_rt.convolution import cache_folder as convolution_cache
 from echo_rt.convolution import implementations as convolution_candidates
 from echo_rt.engine.executor import Executor
 from echo_rt.engine.rollout import Rollout
@@ -26,7 +26,7 @@ from echo_rt.errors import BackendError, ConfigError
 from echo_rt.model.decoder_protocol import VideoDecoder
 from echo_rt.model.linear import float8_attention, kept_from_float8
 from echo_rt.model.linear_products import LinearSelection, LinearShape, linear_shapes, select_linear
-from echo_rt.model.linear_products import cache_file as linear_cache
+from echo_rt.model.linear_products import cache_folder as linear_cache
 from echo_rt.model.memory import MemoryEncoder
 from echo_rt.model.sampler import Schedule
 from echo_rt.model.tiny_decoder import TinyDecoder

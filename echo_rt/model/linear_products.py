@@ -118,7 +118,7 @@ LinearProduct = TorchLinear | CublasLt
 LinearSelection = Selection[LinearProduct]
 Products = Mapping[LinearShape, LinearProduct]  # by the shape of a call; torch computes all others
 CACHE = Cache("linear", LinearShape)
-cache_file = CACHE.path
+cache_folder = CACHE.path
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,7 @@ def attention_facts(monkeypatch, states: dict[str, str], cache=None) -> dict[str
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr("echo_rt.autotune.tuner.Tuner.available", lambda self: states)
-    monkeypatch.setattr(echo_rt.attention, "cache_file", lambda: cache)
+    monkeypatch.setattr(echo_rt.attention, "cache_folder", lambda: cache)
     return {fact.name: fact for fact in doctor._autotuned(*doctor._ATTENTION)}
 
 
@@ -329,7 +329,7 @@ def test_the_attention_that_was_chosen_and_why(monkeypatch, tmp_path):
     from echo_rt.autotune.cache import Case, Entry, machine_facts
     from echo_rt.ops.backends import load_ops
 
-    cache = tmp_path / "attention.json"
+    cache = tmp_path / "attention"
     facts = attention_facts(monkeypatch, {"sdpa-cudnn": "available"}, cache)
     assert (facts["chosen"].value, facts["chosen"].status) == ("not measured yet", "absent")
     assert "when a model is loaded" in facts["chosen"].advice and "ECHO_RT_CACHE_DIR" not in facts["chosen"].advice
@@ -383,12 +383,12 @@ def test_the_convolutions_that_were_chosen(monkeypatch, tmp_path):
     from echo_rt.convolution import CACHE, ConvolutionShape, implementations
 
     properties = SimpleNamespace(name="Imaginary 9000", major=9, minor=0)
-    cache = tmp_path / "convolution.json"
+    cache = tmp_path / "convolution"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr("echo_rt.autotune.tuner.Tuner.available", lambda self: {"conv3d": "available"})
-    monkeypatch.setattr(echo_rt.convolution, "cache_file", lambda: cache)
+    monkeypatch.setattr(echo_rt.convolution, "cache_folder", lambda: cache)
     monkeypatch.setattr("echo_rt.ops.backends.available_backends", lambda: {"torch": "available", "cuda": "no"})
 
     def chosen() -> doctor.Fact:

@@ -94,7 +94,7 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path):
-    return tmp_path / "deep" / "convolution.json"
+    return tmp_path / "deep" / "convolution"
 
 
 def choose(judge, shapes, kinds=STAND_INS, requested=None, cache=None, dtype=torch.bfloat16, device=GPU):
@@ -293,7 +293,8 @@ def test_a_winner_that_is_gone_is_not_missed(cache, caplog):
 
 def test_a_winner_of_an_earlier_version_is_measured_anew_and_said(cache, caplog):
     choose(FakeJudge({"a": 2.0, "b": 0.5}), [CAUSAL], cache=cache)
-    cache.write_text(cache.read_text().replace('"convolution": "b"', '"convolution": "conv3d-searched"'))
+    (file,) = cache.iterdir()
+    file.write_text(file.read_text().replace('"convolution": "b"', '"convolution": "conv3d-searched"'))
     assert names(choose(FakeJudge({"a": 2.0, "b": 0.5}), [CAUSAL], cache=cache)) == ["b"]
     assert "conv3d-searched was the fastest and is no longer there (convolution must be one of a, b" in caplog.text
     assert names(choose(FakeJudge(), [CAUSAL], cache=cache)) == ["b"], "and remembered"

@@ -1,4 +1,4 @@
-"""The file that remembers convolutions: what is in it, and what damages it. The rest is attention's, tested there."""
+"""The folder that remembers convolutions: what is in it, and what damages it. The rest is attention's, tested there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from echo_rt.autotune.cache import Case, Entry
-from echo_rt.convolution import CACHE, ConvolutionShape, cache_file
+from echo_rt.convolution import CACHE, ConvolutionShape, cache_folder
 
 CAUSAL = ConvolutionShape(14, 60, 104, 384, 384, (3, 3, 3))
 GROWING = ConvolutionShape(12, 60, 104, 384, 192, (1, 3, 3), enlarge=True)
@@ -20,13 +20,13 @@ def entry(shape: ConvolutionShape = CAUSAL, winner: str = "conv3d") -> Entry[Con
 
 
 def test_both_families_there_and_back(tmp_path, caplog):
-    path = tmp_path / "convolution.json"
     for each in (entry(), entry(GROWING, "phases"), entry(winner="three-products")):
-        CACHE.remember(path, each)
-    assert CACHE.entries(path) == [entry(GROWING, "phases"), entry(winner="three-products")], "one for each case"
-    assert CACHE.recall(path, entry(GROWING).case) == entry(GROWING, "phases")
+        CACHE.remember(tmp_path, each)
+    for each in (entry(GROWING, "phases"), entry(winner="three-products")):
+        assert CACHE.recall(tmp_path, each.case) == each
+    assert len(CACHE.entries(tmp_path)) == 2, "one for each case"
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert json.loads(path.read_text())["entries"][0]["convolution"] == "phases"
+    assert all("convolution" in json.loads(path.read_text()) for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -43,26 +43,26 @@ def test_both_families_there_and_back(tmp_path, caplog):
     ],
 )
 def test_a_wrong_shape_is_damage(tmp_path, caplog, field, value):
-    path = tmp_path / "convolution.json"
-    CACHE.remember(path, entry())
+    CACHE.remember(tmp_path, entry())
+    (path,) = tmp_path.iterdir()
     content = json.loads(path.read_text())
-    content["entries"][0]["case"]["shapes"][field] = value
+    content["case"]["shapes"][field] = value
     path.write_text(json.dumps(content))
-    assert CACHE.entries(path) == []
+    assert CACHE.entries(tmp_path) == []
     (warning,) = (record for record in caplog.records if record.levelno == logging.WARNING)
     assert warning.name == "echo_rt.convolution" and "\n" not in warning.getMessage()
-    assert "is damaged" in warning.getMessage() and warning.getMessage().endswith("convolution is measured anew")
-    CACHE.remember(path, entry(GROWING))
-    assert CACHE.entries(path) == [entry(GROWING)]
+    assert "damaged" in warning.getMessage() and warning.getMessage().endswith("convolution is measured anew")
+    CACHE.remember(tmp_path, entry())
+    assert CACHE.entries(tmp_path) == [entry()]
 
 
 def test_another_subjects_file_is_damage(tmp_path, caplog):
-    path = tmp_path / "convolution.json"
-    CACHE.remember(path, entry())
+    CACHE.remember(tmp_path, entry())
+    (path,) = tmp_path.iterdir()
     path.write_text(path.read_text().replace('"convolution":', '"attention":'))
-    assert CACHE.entries(path) == [] and "is damaged" in caplog.text
+    assert CACHE.entries(tmp_path) == [] and "damaged" in caplog.text
 
 
-def test_where_the_file_is(monkeypatch, tmp_path):
+def test_where_the_folder_is(monkeypatch, tmp_path):
     monkeypatch.setenv("ECHO_RT_CACHE_DIR", str(tmp_path))
-    assert cache_file() == tmp_path / "convolution.json"
+    assert cache_folder() == tmp_path / "convolution"

@@ -244,7 +244,7 @@ def test_one_that_holds_all_scores_is_for_where_nothing_else_works():
 
 def test_a_name_forces_and_is_checked_but_not_timed(tmp_path):
     judge = FakeJudge({"a": 2.0, "b": 0.5})
-    choice = choose(judge, [kind("a"), kind("b")], requested="a", cache=tmp_path / "attention.json")
+    choice = choose(judge, [kind("a"), kind("b")], requested="a", cache=tmp_path / "attention")
     assert (choice.name, choice.reason) == ("a", "asked for by name")
     assert (judge.checked, judge.timed, list(tmp_path.iterdir())) == (["a"], [], [])
 
@@ -328,7 +328,7 @@ def test_on_a_gpu_torchs_cpu_kind_names_the_others():
 
 
 def test_on_a_cpu_nothing_is_written(tmp_path):
-    on_cpu(None, cache=tmp_path / "attention.json")
+    on_cpu(None, cache=tmp_path / "attention")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -337,7 +337,7 @@ def test_on_a_cpu_nothing_is_written(tmp_path):
 
 @pytest.fixture
 def cache(tmp_path):
-    return tmp_path / "deep" / "attention.json"
+    return tmp_path / "deep" / "attention"
 
 
 def test_what_was_measured_is_not_measured_again(cache):

@@ -330,7 +330,7 @@ def test_a_captured_call_follows_its_inputs(real_gpu, kind):
 def test_a_gpu_is_measured_and_remembered(real_gpu, tmp_path):
     shapes = AttentionShapes(queries=300, keys=700, heads=4, head_dim=128)
     tuner = attention_tuner(real_gpu, torch.bfloat16, shapes)
-    first, again = (tuner.select(cache=tmp_path / "attention.json") for _ in range(2))
+    first, again = (tuner.select(cache=tmp_path / "attention") for _ in range(2))
     assert first.timings and all(0 < time < 1000 for time in first.timings.values())
     assert first.name == min(first.timings, key=first.timings.get) == again.name
     assert "remembered" in again.reason and "remembered" not in first.reason

@@ -402,7 +402,7 @@ def timed(nvmath: FakeNvmath, monkeypatch: pytest.MonkeyPatch) -> dict[str, floa
 
 
 def test_the_fastest_is_selected_and_remembered(timed: dict[str, float], tmp_path: Path) -> None:
-    cache = tmp_path / "linear.json"
+    cache = tmp_path / "linear"
     choice = select_linear(SHAPE, GPU, torch.bfloat16, None, None, cache)
     assert choice.name == "cublaslt-2" and dict(choice.timings) == timed
     assert "number 3" in choice.rejected["cublaslt-4"]
@@ -413,7 +413,7 @@ def test_the_fastest_is_selected_and_remembered(timed: dict[str, float], tmp_pat
 
 
 def test_another_cublaslt_is_measured_anew(timed: dict[str, float], tmp_path: Path) -> None:
-    cache = tmp_path / "linear.json"
+    cache = tmp_path / "linear"
     select_linear(SHAPE, GPU, torch.bfloat16, None, None, cache)
     sys.modules["nvmath.bindings.cublasLt"].get_version = lambda: 130300  # type: ignore[attr-defined]
     timed["cublaslt-3"] = 0.5
