@@ -11,7 +11,7 @@ from training.export import describe, write_model
 from training.latents import open_world
 from training.train_model import CONFIG, train
 from training.train_vae import train_decoder, train_encoder
-from training.world import HEIGHT, WIDTH
+from training.world import HEIGHT, MORE_COLOURS, OBJECT_COLOURS, WIDTH
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    world = open_world(arguments.folder / "world.pt")
+    world = open_world(arguments.folder / "world.pt", [*OBJECT_COLOURS, *MORE_COLOURS])
     decoder = train_decoder(world, arguments.folder)
     encoder = train_encoder(world, arguments.folder)
     weights = train(world, arguments.folder)

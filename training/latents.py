@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,9 +53,9 @@ def _patches(video: Tensor) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5, 6).flatten(3)
 
 
-def all_scenes() -> list[Scene]:
-    """Return every scene of the world, in a fixed order."""
-    choices = itertools.product(OBJECT_COLOURS, SHAPES, PLACES, BALLOON_COLOURS, range(len(LANES)), range(STARTS))
+def all_scenes(colours: Iterable[str] = OBJECT_COLOURS) -> list[Scene]:
+    """Return every scene of the world whose object has one of ``colours``, in a fixed order."""
+    choices = itertools.product(colours, SHAPES, PLACES, BALLOON_COLOURS, range(len(LANES)), range(STARTS))
     return [Scene(*choice) for choice in choices]
 
 
@@ -113,13 +113,14 @@ def _table_rows(first: int, count: int) -> list[int]:
     return [0 if n == 0 else 1 + (n - 1) % DAY_LATENTS for n in range(first, first + count)]
 
 
-def open_world(path: Path) -> World:
+def open_world(path: Path, colours: Iterable[str] = OBJECT_COLOURS) -> World:
     """Load the latents of the world from ``path``, or compute them once (minutes) and save them there."""
-    scenes = all_scenes()
+    scenes = all_scenes(colours)
     if path.exists():
         saved = torch.load(path, weights_only=True)
-        return World(LinearCode(**saved["code"]), scenes, saved["table"])
-    code = fit_code(scenes)
+        if len(saved["table"]) == len(scenes):  # else it is of other colours
+            return World(LinearCode(**saved["code"]), scenes, saved["table"])
+    code = fit_code(all_scenes())
     table = torch.stack([code.encode(render([scene] * (1 + DAY))) for scene in scenes])
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"code": vars(code), "table": table}, path)

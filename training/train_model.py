@@ -24,7 +24,7 @@ from training.checkpoint import load, save
 from training.latents import DAY_LATENTS, PATCH, World
 from training.optimizer import MuonAndAdam
 from training.prompts import CONFIG as TEXT
-from training.prompts import TEXT_LEN, all_prompts, embed
+from training.prompts import TEXT_LEN, embed
 from training.rollout import Rollout, Rotary, schedule
 from training.world import HEIGHT, WIDTH, Scene
 
@@ -146,7 +146,7 @@ class Clips:
 
     def __init__(self, world: World, folder: Path, config: ModelConfig = CONFIG, calm: float = 0.0) -> None:
         self._world, self._config, self._calm = world, config, calm
-        prompts = all_prompts()
+        prompts = sorted({scene.prompt for scene in world.scenes})
         self._embeds = embed(prompts, folder / "tokenizer")
         self._prompt_row = {prompt: row for row, prompt in enumerate(prompts)}
         self._training = [index for index, scene in enumerate(world.scenes) if not scene.is_held_out]

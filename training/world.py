@@ -29,6 +29,17 @@ OBJECT_COLOURS = {
     "yellow": (0.95, 0.82, 0.10),
     "white": (0.95, 0.95, 0.95),
 }
+# Colours that the demo model is trained with too: the more there are, the better it tells a shape from its colour.
+MORE_COLOURS = {
+    "orange": (0.97, 0.52, 0.08),
+    "purple": (0.55, 0.15, 0.70),
+    "pink": (0.97, 0.58, 0.72),
+    "black": (0.07, 0.07, 0.09),
+    "grey": (0.50, 0.50, 0.52),
+    "golden": (0.75, 0.58, 0.18),
+    "violet": (0.40, 0.28, 0.85),
+    "pale": (0.70, 0.90, 0.88),
+}
 SHAPES = ("ball", "box")
 BALLOON_COLOURS = {
     "red": (0.90, 0.10, 0.12),
@@ -204,7 +215,7 @@ def _object(picture: Tensor, scene: Scene, light: float, number: int) -> Tensor:
     floor = 0.86 * HEIGHT
     height = (floor - _RADIUS - y) / HEIGHT
     picture = _over(picture, (0.0, 0.0, 0.0), (0.45 - height) * _disc(x, floor + 1.5, 6.5, 1.8))
-    hue = torch.tensor(OBJECT_COLOURS[scene.colour]) * (0.45 + 0.55 * light)
+    hue = torch.tensor((OBJECT_COLOURS | MORE_COLOURS)[scene.colour]) * (0.45 + 0.55 * light)
     if scene.shape == "ball":
         shade = 1 - 0.45 * (((_COLUMNS - x + 2) ** 2 + (_ROWS - y + 2) ** 2).sqrt() / (1.7 * _RADIUS)).clamp(max=1)
         return _over(picture, hue * shade[..., None], _disc(x, y, _RADIUS))
