@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="the model folder (default: the one in the package)")
     parser.add_argument("--output", type=Path, default=Path("docs/images"), help="(default %(default)s)")
     parser.add_argument("--prompt", default="a red ball bouncing in the snow", help="(default %(default)s)")
-    parser.add_argument("--seed", type=int, default=3, help="(default %(default)s)")
+    parser.add_argument("--seed", type=int, default=4, help="(default %(default)s)")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     days, prompt = range(5), [(0, arguments.prompt)]
