@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from training.latents import LinearCode, World, all_scenes, open_world
-from training.train_model import CONFIG, Clips, Stage, initial_weights
 from training.world import HELD_OUT, MORE_COLOURS, OBJECT_COLOURS
+
+pytest.importorskip("tokenizers")
+from training.train_model import CONFIG, Clips, Stage, initial_weights
 
 LATENTS = (13, CONFIG.transformer.in_channels, CONFIG.latent_height, CONFIG.latent_width)
 
 
 def test_a_model_learns_from_clips_of_further_colours(tmp_path: Path) -> None:
-    pytest.importorskip("tokenizers")
     scenes = all_scenes(["red", next(iter(MORE_COLOURS))])
     code = LinearCode(torch.zeros(1), torch.zeros(1, 1), torch.ones(1))
     clips = Clips(World(code, scenes, torch.randn(len(scenes), *LATENTS)), tmp_path)
