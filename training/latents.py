@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -113,15 +113,15 @@ def _table_rows(first: int, count: int) -> list[int]:
     return [0 if n == 0 else 1 + (n - 1) % DAY_LATENTS for n in range(first, first + count)]
 
 
-def open_world(path: Path, colours: Iterable[str] = OBJECT_COLOURS) -> World:
+def open_world(path: Path, colours: Collection[str] = OBJECT_COLOURS) -> World:
     """Load the latents of the world from ``path``, or compute them once (minutes) and save them there."""
-    scenes = all_scenes(colours)
+    named, scenes = list(colours), all_scenes(colours)
     if path.exists():
         saved = torch.load(path, weights_only=True)
-        if len(saved["table"]) == len(scenes):  # else it is of other colours
+        if saved.get("colours") == named:
             return World(LinearCode(**saved["code"]), scenes, saved["table"])
     code = fit_code(all_scenes())
     table = torch.stack([code.encode(render([scene] * (1 + DAY))) for scene in scenes])
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"code": vars(code), "table": table}, path)
+    torch.save({"code": vars(code), "colours": named, "table": table}, path)
     return World(code, scenes, table)

@@ -38,7 +38,8 @@ def test_latents_of_other_colours_are_not_taken(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("training.latents.LinearCode.encode", lambda self, video: torch.zeros(1))
     monkeypatch.setattr("training.latents.render", lambda scenes: torch.zeros(1))
     path = tmp_path / "world.pt"
-    for colours in (["red"], ["red", "blue"]):
+    for colours in (["red"], ["blue"], ["red", "blue"]):
         world = open_world(path, colours)
         assert len(world.table) == len(world.scenes) == len(all_scenes(colours))
+        assert torch.load(path, weights_only=True)["colours"] == colours
         assert len(open_world(path, colours).table) == len(world.table)
