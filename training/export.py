@@ -32,9 +32,9 @@ def write_model(
     """Write generator, VAE, text encoder and tokenizer; ``size`` is the video's width and height in pixels."""
     (folder / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
     facts = {"width": size[0], "height": size[1], **dataclasses.asdict(config.window)}
-    facts |= {"timestep_shift": config.sampler.timestep_shift, CHECKPOINT: CHECKPOINT_FILE}
-    if config.sampler.first_block_steps:
-        facts["first_block_steps"] = config.sampler.first_block_steps
+    sampler = config.sampler
+    facts |= {"timestep_shift": sampler.timestep_shift, CHECKPOINT: CHECKPOINT_FILE}
+    facts |= {"denoising_steps": sampler.denoising_steps, "first_block_steps": sampler.first_block_steps}
     facts[WORDS] = sorted({word for prompt in prompts.all_prompts() for word in prompt.split()})
     if config.memory is not None:
         facts["rebuild_on_prompt_switch"] = config.memory.rebuild_on_prompt_switch

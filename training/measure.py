@@ -34,6 +34,8 @@ class Sizes:
 
     streams: int = 16
     days: int = 8
+    many: int = 64
+    many_days: int = 3
     long: int = 4
     long_days: int = 41
     given: int = 32
@@ -254,6 +256,7 @@ def measure(open_runtime: Opener, sizes: Sizes, report: Callable[[str, Any], Non
     with open_runtime() as runtime:
         report("adherence", adherence(runtime, sizes))
         report("switches", switches(runtime, sizes.streams))
+        report("recall of many", recall(runtime, sizes.many, sizes.many_days))
         report("recall over days", recall(runtime, sizes.long, sizes.long_days))
         report("memory", hidden(runtime))
         report("drift", drift(runtime, sizes.drift_days))
@@ -273,7 +276,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/measured.json"), help="(default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the work, to see that all of it runs")
     arguments = parser.parse_args()
-    sizes = Sizes(2, 3, 1, 4, 2, 1, 4, 6, 2) if arguments.quick else Sizes()
+    sizes = Sizes(2, 3, 2, 2, 1, 4, 2, 1, 4, 6, 2) if arguments.quick else Sizes()
     results: dict[str, Any] = {
         "machine": f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}, torch {torch.__version__}"
     }

@@ -56,11 +56,12 @@ def recall(found: Found) -> str:
         rows.append([f"`{mode}`", *map(percent, (given["lane"], given["colour"], lane, colour, free["both"]))])
     streams, returns = found["given evolve"]["streams"], found["recall evolve"]["returns"]
     head = [f"{case}: {what}" for case in (f"{streams} given days", f"{returns} free returns") for what in _BALLOON]
-    long = found["recall over days"]
-    text = (
-        f"Chance: 50 %, 25 %, and 12.5 % for both. Over {1 + len(long['lane by day'])} days of {long['streams']} "
-        f"streams with `evolve`: {round(long['both'] * long['returns'])} of {long['returns']} returns are right."
+    right = " and ".join(
+        f"{round(each['both'] * each['returns'])} of {each['returns']} returns over {1 + len(each['lane by day'])} "
+        f"days of {each['streams']} streams"
+        for each in (found["recall of many"], found["recall over days"])
     )
+    text = f"Chance: 50 %, 25 %, and 12.5 % for both. With `evolve`, {right} are right."
     return f"{table(['memory', *head, 'both'], rows)}\n\n{text}"
 
 

@@ -1,8 +1,8 @@
 """Train the transformer and its memory encoder together, on clips of one to three days, in stages.
 
-The loss is that of flow matching at the sampler's own noise levels. Each block is predicted once from noise, then clean
-latents pass through the model, as in the runtime, and the next block sees what that pass left: keys and values of the
-window and, through the memory encoder, of everything before. The memory learns from the loss of later blocks alone.
+The loss is that of flow matching at four of the sampler's noise levels. Each block is predicted once from noise, then
+clean latents pass through the model, as in the runtime, and the next block sees what that pass left: keys and values of
+the window and, through the memory encoder, of everything before. The memory learns from the loss of later blocks alone.
 """
 
 from __future__ import annotations
@@ -36,8 +36,13 @@ CONFIG = ModelConfig(
     WIDTH // PATCH,
     WindowConfig(frames_per_block=3, sink_frames=3, local_frames=6, max_temporal_id=11),
     MemoryConfig(frames=3, layers=2, normalize_k=True, rebuild_on_prompt_switch=False),
-    SamplerConfig(timestep_shift=3.0, first_block_steps=(1000, 750, 625, 500, 437, 375, 312, 250)),
+    SamplerConfig(
+        denoising_steps=(1000, 750, 625, 500, 375, 250),
+        timestep_shift=3.0,
+        first_block_steps=(1000, 750, 625, 500, 437, 375, 312, 250),
+    ),
 )
+TRAINED_STEPS = (1000, 750, 500, 250)  # fewer than the sampler takes, so that each is seen often enough
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ class Clips:
         self._training = [index for index, scene in enumerate(world.scenes) if not scene.is_held_out]
         self._index = {scene: index for index, scene in enumerate(world.scenes)}
         self._weights = _rarity(world)
-        self._timesteps, self._sigmas = schedule(config)
+        self._timesteps, self._sigmas = schedule(config.sampler, TRAINED_STEPS)
         self._rotary = Rotary(config)
 
     def embeds(self, scenes: list[Scene]) -> Tensor:
