@@ -24,7 +24,7 @@ from training.evaluate import Reading, read
 from training.export import write_model
 from training.latents import DAY_LATENTS, FRAMES, World, open_world
 from training.measure import NOON, frames_of, share
-from training.train_model import CONFIG, TRAINED_STEPS, Clips, Stage, initial_weights, train
+from training.train_model import CONFIG, TRAINED_STEPS, Clips, Stage, initial_weights, train, with_steps
 from training.train_vae import train_decoder, train_encoder
 from training.world import DAY, HEIGHT, RISE, WIDTH, Scene, random_scene
 
@@ -36,9 +36,8 @@ STAGES = (
     Stage("days", blocks=11, clips=3, steps=650, own=0.5, rate=0.4),
 )
 _SMALL = replace(
-    CONFIG,
+    with_steps(CONFIG, TRAINED_STEPS),
     transformer=replace(CONFIG.transformer, dim=128, ffn_dim=384, num_heads=4, num_layers=4),
-    sampler=replace(CONFIG.sampler, denoising_steps=TRAINED_STEPS),
 )
 _WINDOW = replace(_SMALL, memory=None)
 _LONGER = _SMALL.window.local_frames

@@ -8,7 +8,7 @@ Letters: ``N`` videos, ``F`` latent frames of a pass, ``S`` tokens in a frame, `
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
-from echo_rt.config import ModelConfig, SamplerConfig
+from echo_rt.config import ModelConfig
 from echo_rt.weights.shapes import MEMORY_PREFIX
 
 _SINUSOID_BASE = 10000.0
@@ -293,9 +293,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def schedule(sampler: SamplerConfig, denoising_steps: Sequence[int]) -> tuple[list[float], list[float]]:
-    """Return the timesteps and sigmas of denoising steps, as the runtime's sampler has them."""
-    shift, steps = sampler.timestep_shift, sampler.num_train_timesteps
-    parts = [step / steps for step in denoising_steps]
+def schedule(config: ModelConfig) -> tuple[list[float], list[float]]:
+    """Return the timesteps and sigmas of the denoising steps, as the runtime's sampler has them."""
+    shift, steps = config.sampler.timestep_shift, config.sampler.num_train_timesteps
+    parts = [step / steps for step in config.sampler.denoising_steps]
     sigmas = torch.tensor([shift * u / (1 + (shift - 1) * u) for u in parts], dtype=torch.float64).float()
     return (steps * sigmas).tolist(), sigmas.tolist()

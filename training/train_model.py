@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -42,7 +42,12 @@ CONFIG = ModelConfig(
         first_block_steps=(1000, 750, 625, 500, 437, 375, 312, 250),
     ),
 )
-TRAINED_STEPS = (1000, 750, 500, 250)  # fewer than the sampler takes, so that each is seen often enough
+TRAINED_STEPS = (1000, 750, 500, 250)  # the noise levels of training: steps between them need none
+
+
+def with_steps(config: ModelConfig, denoising_steps: tuple[int, ...]) -> ModelConfig:
+    """Return ``config`` with these denoising steps for all blocks but the first."""
+    return replace(config, sampler=replace(config.sampler, denoising_steps=denoising_steps))
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ class Clips:
         self._training = [index for index, scene in enumerate(world.scenes) if not scene.is_held_out]
         self._index = {scene: index for index, scene in enumerate(world.scenes)}
         self._weights = _rarity(world)
-        self._timesteps, self._sigmas = schedule(config.sampler, TRAINED_STEPS)
+        self._timesteps, self._sigmas = schedule(with_steps(config, TRAINED_STEPS))
         self._rotary = Rotary(config)
 
     def embeds(self, scenes: list[Scene]) -> Tensor:

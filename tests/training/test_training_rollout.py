@@ -44,7 +44,7 @@ def test_it_is_the_rollout_with_two_prompt_switches(mode: str) -> None:
     generator = torch.Generator().manual_seed(1)
     weights = random_weights()
     naive, ours = NaiveRollout(CONFIG.to_flat(), weights, mode), Rollout(CONFIG, weights, memory=mode == "evolve")
-    timesteps, sigmas = schedule(CONFIG.sampler, CONFIG.sampler.denoising_steps)
+    timesteps, sigmas = schedule(CONFIG)
     shape = (len(sigmas), CONFIG.window.frames_per_block, *CONFIG.latent_shape)
     for block in range(BLOCKS):
         if block in (0, *SWITCHES):
@@ -67,7 +67,7 @@ def test_the_memory_learns_from_later_blocks() -> None:
     weights = {name: tensor.requires_grad_() for name, tensor in random_weights().items()}
     rollout = Rollout(CONFIG, weights)
     rollout.set_prompt(torch.zeros(1, TEXT_LEN, CONFIG.transformer.text_dim, dtype=torch.float64))
-    timesteps, _ = schedule(CONFIG.sampler, CONFIG.sampler.denoising_steps)
+    timesteps, _ = schedule(CONFIG)
     latents = torch.randn(1, CONFIG.window.frames_per_block, *CONFIG.latent_shape, dtype=torch.float64)
     for _ in range(5):
         rollout.begin()
