@@ -58,7 +58,7 @@ def recall(found: Found) -> str:
     head = [f"{case}: {what}" for case in (f"{streams} given days", f"{returns} free returns") for what in _BALLOON]
     right = " and ".join(
         f"{round(each['both'] * each['returns'])} of {each['returns']} returns over {1 + len(each['lane by day'])} "
-        f"days of {each['streams']} streams"
+        f"days of {counted(each['streams'], 'stream')}"
         for each in (found["recall of many"], found["recall over days"])
     )
     text = f"Chance: 50 %, 25 %, and 12.5 % for both. With `evolve`, {right} are right."
